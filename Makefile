@@ -1,0 +1,61 @@
+# make demo    environment, then the main job on the bundled model: built, served, smoke-tested
+# make test    every test that needs neither a GPU nor Docker
+# make lint    ruff and mypy;  make bench: the measured ratios;  make test-trtllm: the TensorRT-LLM image's versions
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+TRTLLM := .venv-trtllm-1.2.1
+OUTPUT ?= artifacts
+# A second process per core fights over two cores; spinning OpenMP threads make it worse.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test test-trtllm lint bench clean
+
+demo: $(VENV)/ready
+	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
+
+test: $(VENV)/ready
+	$(VENV)/bin/python -m pytest
+
+# ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
+test-trtllm: $(TRTLLM)/ready
+	$(TRTLLM)/bin/python -m pytest tests/test_nvfp4.py tests/test_quantize.py tests/test_reference_model.py tests/test_calibrate.py tests/test_fetch.py
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/chain.py
+	$(VENV)/bin/python benchmarks/plan.py
+
+clean:
+	rm -rf $(VENV) $(TRTLLM)
+
+# torch goes first: anything else that asked for it would take the newest build with gigabytes of CUDA packages.
+# nvidia-pytriton carries the Triton server; what it depends on (cuda-python and more) serves nothing here.
+$(VENV)/ready: pyproject.toml requirements/cpu.txt
+	@$(call system_packages)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q torch==2.13.0
+	$(VENV)/bin/pip install -q -c requirements/cpu.txt -e '.[quantize,serve,dev]'
+	$(VENV)/bin/pip install -q --no-deps nvidia-pytriton==0.7.0
+	touch $@
+
+$(TRTLLM)/ready: pyproject.toml requirements/trtllm-1.2.1.txt
+	@$(call system_packages)
+	$(PYTHON) -m venv $(TRTLLM)
+	$(TRTLLM)/bin/pip install -q torch==2.13.0
+	$(TRTLLM)/bin/pip install -q -r requirements/trtllm-1.2.1.txt
+	$(TRTLLM)/bin/pip install -q --no-deps -e .
+	touch $@
+
+# venv and the shared libpython that Triton's python stub is linked to: Debian and Ubuntu package both apart.
+define system_packages
+	v=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	if ! $(PYTHON) -c 'import ensurepip' 2>/dev/null || ! $(PYTHON) -c "import ctypes, sysconfig, os; n = 'libpython$$v.so.1.0'; p = os.path.join(sysconfig.get_config_var('LIBDIR'), n); ctypes.CDLL(p if os.path.exists(p) else n)" 2>/dev/null; then \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q --no-install-recommends python$$v-venv libpython$$v; \
+	  else echo "Install first: sudo apt-get install python$$v-venv libpython$$v" >&2; exit 1; fi; fi
+endef

@@ -1,0 +1,48 @@
+"""What can go wrong, and the exit code that says so.
+
+BuilderError
+├── StageError           1    a stage failed: a child process crashed, a disk filled up
+├── UsageError           2    a flag, a recipe or an input file is wrong
+├── UnsupportedError     3    this model, GPU or machine can't do it, or it does not fit
+├── ServingError         5    the server does not come up, or a smoke check failed
+└── IntegrityError       6    a file, a checkpoint or a version is not what it must be
+
+Exit code 130 is an interrupt, as in every shell. Exit code 0 is nothing but success.
+"""
+
+from __future__ import annotations
+
+
+class BuilderError(Exception):
+    """What happened, why, and what to type next. The CLI prints the three and exits with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str = "", cure: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self.what, self.why, self.cure) if part)
+
+
+class StageError(BuilderError):
+    exit_code = 1
+
+
+class UsageError(BuilderError):
+    exit_code = 2
+
+
+class UnsupportedError(BuilderError):
+    exit_code = 3
+
+
+class ServingError(BuilderError):
+    exit_code = 5
+
+
+class IntegrityError(BuilderError):
+    exit_code = 6

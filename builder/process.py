@@ -1,0 +1,184 @@
+"""Child processes: memory comes back, the log is its own file, the exit code is read, and none outlives its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+from builder import errors
+from builder.errors import BuilderError, StageError
+
+PROGRESS_FD = "BUILDER_PROGRESS_FD"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)
+Child: TypeAlias = "subprocess.Popen[bytes]"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A child that ended with 0: its wall time and its largest resident set in bytes."""
+
+    seconds: float
+    max_rss: int
+
+
+@contextmanager
+def started(
+    argv: Sequence[str], *, stop: Callable[[Child], None], death: signal.Signals, log: IO[bytes], **popen: Any
+) -> Iterator[Child]:
+    """A process in a session of its own, which `stop` ends when the block is left, however it is left.
+
+    The kernel sends it `death` when we die, however we die.
+    """
+    child: Child | None = None
+    try:
+        with _interrupts_wait():
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C reaches the child through `stop` alone: one signal, in one order.
+                start_new_session=True,
+                preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, death),
+                **popen,
+            )
+        yield child
+    finally:
+        if child is not None:
+            stop(child)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Until the block is left, SIGINT and SIGTERM are only noted.
+
+    Python ignores what their handlers raise while it forks ("Exception ignored in ..."; PyOS_AfterFork_Parent runs
+    hooks that can't raise). A signal mask would not do: another thread takes the signal, and the main thread runs its
+    handler all the same (docs.python.org/3/library/signal.html, "Signals and threads").
+    """
+    came: list[int] = []
+    ours = {}
+    if threading.current_thread() is threading.main_thread():  # handlers run, and are set, nowhere else
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                ours[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    for caught in came:
+        signal.raise_signal(caught)
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    log: Path,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Finished:
+    """Runs `argv` with its stdout and stderr in `log`; events that the child `emit`s go to `on_event`.
+
+    When it ends with anything but 0, raises the error that the child `emit_error`ed, or a StageError with the log's
+    last lines. On an interrupt the child gets SIGINT, ten seconds to end, then SIGKILL.
+    """
+    read_fd, write_fd = os.pipe()
+    start = time.monotonic()
+    told: list[dict[str, str]] = []
+
+    def hear(event: dict[str, Any]) -> None:
+        if "error" in event:
+            told.append(event["error"])
+        else:
+            on_event(event)
+
+    reader = threading.Thread(target=_read_events, args=(read_fd, hear), daemon=True)
+    reader.start()
+    environment = {**os.environ, **(env or {}), PROGRESS_FD: str(write_fd)}
+    with open(log, "ab") as sink, os.fdopen(write_fd, "wb") as ours:
+        sink.write(f"$ {shlex.join(argv)}\n".encode())
+        sink.flush()
+        popen = {"env": environment, "cwd": cwd, "pass_fds": [write_fd]}
+        with started(argv, stop=_stop, death=signal.SIGKILL, log=sink, **popen) as child:
+            ours.close()  # so that the reader ends with the child
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+    reader.join(timeout=5)
+    if child.returncode != 0:
+        raise _told(told[-1]) if told else _failure(argv, child.returncode, log)
+    return Finished(time.monotonic() - start, usage.ru_maxrss * 1024)
+
+
+def emit(**event: Any) -> None:
+    """In a child: one event for the parent. Without a parent that listens it does nothing."""
+    fd = os.environ.get(PROGRESS_FD)
+    if fd:
+        os.write(int(fd), (json.dumps(event) + "\n").encode())
+
+
+def emit_error(error: BuilderError) -> None:
+    """In a child, before it ends: `run` raises this error in the parent, so that message and exit code are its own."""
+    emit(error={"class": type(error).__name__, "what": error.what, "why": error.why, "cure": error.cure})
+
+
+def _told(told: Mapping[str, str]) -> BuilderError:
+    kind: type[BuilderError] = getattr(errors, told["class"])
+    return kind(told["what"], why=told["why"], cure=told["cure"])
+
+
+def _read_events(fd: int, on_event: Callable[[dict[str, Any]], None]) -> None:
+    with os.fdopen(fd, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            on_event(json.loads(line))
+
+
+def _stop(child: Child) -> None:
+    if child.returncode is not None:
+        return
+    for sig, patience in ((signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(child.pid, sig)
+        except ProcessLookupError:
+            return
+        try:
+            child.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The last lines of a log, for a message."""
+    try:
+        text = log.read_bytes()[-20_000:].decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    return "\n".join(line for line in text.splitlines()[-lines:] if line.strip())
+
+
+def _failure(argv: Sequence[str], code: int, log: Path) -> StageError:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    cure = f"The whole log: {log}"
+    if code == -signal.SIGKILL:
+        cure = f"SIGKILL usually means that the machine ran out of memory (`dmesg` tells). {cure}"
+    return StageError(f"{Path(argv[0]).name} {how}.", why=tail(log), cure=cure)
+
+
+def python() -> str:
+    """The interpreter for our own children: the one that runs now."""
+    return sys.executable

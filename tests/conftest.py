@@ -1,0 +1,35 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import Hub
+
+from builder import fetch
+from builder.output import Output
+from builder.store import Store
+
+# Set before torch is imported: OpenMP threads that spin while they wait fight over the cores of a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub of our own, with every variable that huggingface_hub reads pointing to it and to tmp_path."""
+    with Hub() as server:
+        for name in [n for n in os.environ if n.startswith(("HF_", "HUGGING"))]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("NO_PROXY", "*")
+        monkeypatch.setattr(fetch, "WAITS", (0.05, 0.05))
+        yield server
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store", Output("human"))

@@ -1,0 +1,127 @@
+"""Child processes: exit codes read, output in the log, events heard, none left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from builder import process
+from builder.errors import StageError, UnsupportedError
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+
+
+def gone(pid: int) -> bool:
+    for _ in range(100):
+        if not alive(pid):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_output_is_in_the_log_and_events_are_heard(tmp_path: Path) -> None:
+    events: list[dict[str, object]] = []
+    code = "from builder.process import emit\nprint('hello'); emit(done=1); emit(done=2, label='größer')"
+    finished = process.run(python(code), log=tmp_path / "log", on_event=events.append)
+    assert events == [{"done": 1}, {"done": 2, "label": "größer"}]
+    assert "hello" in (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text().startswith("$ ")
+    assert finished.max_rss > 1_000_000
+
+
+def test_a_failure_shows_the_last_lines_and_the_code(tmp_path: Path) -> None:
+    code = "import sys; print('\\n'.join(map(str, range(100)))); sys.exit('out of memory')"
+    with pytest.raises(StageError, match="exit code 1") as caught:
+        process.run(python(code), log=tmp_path / "log")
+    assert "out of memory" in caught.value.why
+    assert "\n50\n" not in caught.value.why
+    assert str(tmp_path / "log") in caught.value.cure
+
+
+def test_the_error_of_a_child_is_raised_as_its_own_class(tmp_path: Path) -> None:
+    code = """
+import sys
+from builder.errors import UnsupportedError
+from builder.process import emit_error
+emit_error(UnsupportedError("too large", why="it is", cure="take a smaller one"))
+sys.exit(3)
+"""
+    with pytest.raises(UnsupportedError, match="too large") as caught:
+        process.run(python(code), log=tmp_path / "log")
+    assert caught.value.cure == "take a smaller one"
+
+
+def test_a_signal_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="SIGKILL") as caught:
+        process.run(python("import os; os.kill(os.getpid(), 9)"), log=tmp_path / "log")
+    assert "memory" in caught.value.cure
+
+
+def test_a_program_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        process.run(["no-such-program"], log=tmp_path / "log")
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from builder import process
+code = "import os, sys, time; from builder.process import emit; emit(pid=os.getpid()); time.sleep(60)"
+process.run([sys.executable, "-c", code], log=Path(sys.argv[1]), on_event=lambda e: print(e["pid"], flush=True))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_child_never_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    parent = subprocess.Popen(
+        [*python(PARENT), str(tmp_path / "log")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert alive(child)
+    parent.send_signal(how)
+    parent.wait(20)
+    parent.stdout.close()
+    assert gone(child)
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+from builder import process
+def interrupt(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, interrupt)
+os.register_at_fork(before=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.3)))
+try:
+    process.run([sys.executable, "-c", "import time; time.sleep(60)"], log=Path(sys.argv[1]))
+except KeyboardInterrupt:
+    sys.exit("interrupted")
+"""
+
+
+def test_an_interrupt_while_a_child_is_forked_is_not_lost(tmp_path: Path) -> None:
+    """Python ignores what a signal's handler raises in its hooks after a fork."""
+    done = subprocess.run([*python(INTERRUPTED), str(tmp_path / "log")], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "interrupted\n")
+
+
+def test_emit_without_a_parent_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(process.PROGRESS_FD, raising=False)
+    process.emit(done=1)
