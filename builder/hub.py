@@ -1,0 +1,388 @@
+"""The child process that talks to the Hugging Face Hub: python -m builder.hub '{"job": "resolve", "repo": ...}'
+
+A process of its own because huggingface_hub reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE when it is
+imported, because its download threads can't be interrupted, and because a stuck transfer can then be ended and begun
+again. Works with huggingface_hub 0.36 and 1.x. It answers with events (`process.emit`): info, progress, result, error.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.file_download import repo_folder_name
+
+from builder import model_directory
+from builder.errors import BuilderError, IntegrityError, StageError
+from builder.hub_errors import clean, patiently, translate
+from builder.output import size as readable
+from builder.process import emit, emit_error
+from builder.safetensors_io import read_header
+
+STALLED = 75  # exit code: bytes stopped coming (EX_TEMPFAIL of sysexits.h)
+# Partial files of huggingface_hub 1.x have names of their own and are never resumed; a live one is written all the
+# time (its read timeout is 10 s), so an hour of silence means that its process is dead.
+DEAD_AFTER = 3600.0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What the Hub lists for a file: LFS files have a sha256, the others the sha1 of a git blob."""
+
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 or self.git_sha1 or ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the parent asks. `waits`: seconds between repetitions; `stall`: seconds without a byte before giving up."""
+
+    job: str
+    repo: str
+    revision: str | None = None
+    commit: str = ""
+    kind: str = "model"
+    trust_remote_code: bool = False
+    waits: tuple[float, ...] = ()
+    stall: float = 300.0
+
+    @property
+    def storage(self) -> Path:
+        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.repo, repo_type=self.kind)
+
+
+def resolve(job: Job) -> dict[str, Any]:
+    """The commit that a branch or tag is at; offline, the one that it was at when it was last downloaded."""
+    if constants.HF_HUB_OFFLINE:
+        ref = job.storage / "refs" / (job.revision or "main")
+        if not ref.is_file():
+            raise OfflineModeIsEnabled(str(ref))
+        return {"commit": ref.read_text(errors="replace").strip()}
+    info = patiently(lambda: HfApi().repo_info(job.repo, repo_type=job.kind, revision=job.revision), job.waits)
+    return {"commit": info.sha}
+
+
+def listing(job: Job) -> dict[str, Any]:
+    """What a download would fetch: the parsed config.json, sizes by name, bytes still to come, bytes free and where."""
+    chosen, config, _ = _choose(job)
+    return {
+        "config": config,
+        "files": {name: entry.size for name, entry in chosen.items()},
+        "missing": _missing(job, chosen),
+        "free": shutil.disk_usage(_existing(Path(constants.HF_HUB_CACHE))).free,
+        "cache": constants.HF_HUB_CACHE,
+    }
+
+
+def headers(job: Job) -> dict[str, Any]:
+    """config.json and {tensor: [dtype, shape]}: by ranged reads of the safetensors headers, no weight is downloaded."""
+    chosen, config, root = _choose(job)
+    if constants.HF_HUB_OFFLINE:
+        files = [root / name for name in chosen if name.endswith(".safetensors")]
+        cached = {name: info for file in files for name, info in read_header(file).items()}
+        return {"config": config, "tensors": {name: [info.dtype, list(info.shape)] for name, info in cached.items()}}
+    repo = patiently(lambda: HfApi().get_safetensors_metadata(job.repo, revision=job.commit), job.waits)
+    tensors = {name: t for file in repo.files_metadata.values() for name, t in file.tensors.items()}
+    return {"config": config, "tensors": {name: [t.dtype, list(t.shape)] for name, t in tensors.items()}}
+
+
+def download(job: Job) -> dict[str, Any]:
+    """Brings the model's files into the Hub's cache and verifies every one: {"root", "files": {name: size, sha256}}."""
+    chosen, _, root = _choose(job)
+    if not constants.HF_HUB_OFFLINE:
+        _drop_dead_partials(job, chosen)
+        _check_space(job, chosen)
+        root = _download(job, chosen)
+    return {"root": str(root), "files": _verify(job, root, chosen)}
+
+
+def _choose(job: Job) -> tuple[dict[str, Listed], dict[str, Any], Path]:
+    """The model's files as the Hub (offline: the cache) lists them. Checked before any weight is downloaded."""
+    listed = _cached(job) if constants.HF_HUB_OFFLINE else _tree(job)
+    model_directory.check_names(listed, job.repo)
+    config_path = _small(job, model_directory.CONFIG)
+    config = model_directory.parse_config(config_path.read_bytes(), job.repo)
+    model_directory.check_config(config, job.repo, trust_remote_code=job.trust_remote_code)
+    shards = None
+    if model_directory.INDEX in listed:
+        shards = model_directory.shards_of(_small(job, model_directory.INDEX).read_bytes(), listed, job.repo)
+    names = model_directory.wanted(listed, shards, remote_code=job.trust_remote_code)
+    return {name: listed[name] for name in names}, config, config_path.parent
+
+
+def _tree(job: Job) -> dict[str, Listed]:
+    entries = patiently(lambda: list(HfApi().list_repo_tree(job.repo, recursive=False, revision=job.commit)), job.waits)
+    return {
+        entry.path: Listed(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+        for entry in entries
+        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
+    }
+
+
+def _cached(job: Job) -> dict[str, Listed]:
+    """The files of a cached commit. Blobs are named by their hash, so they can be verified without the Hub."""
+    root = job.storage / "snapshots" / job.commit
+    if not root.is_dir():
+        raise OfflineModeIsEnabled(str(root))
+    listed = {}
+    for path in sorted(root.iterdir()):
+        if path.is_file():
+            etag = Path(os.readlink(path)).name if path.is_symlink() else ""
+            sha256 = etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
+            git_sha1 = etag if re.fullmatch(r"[0-9a-f]{40}", etag) else None
+            listed[path.name] = Listed(path.stat().st_size, sha256, git_sha1)
+    return listed
+
+
+def _small(job: Job, name: str) -> Path:
+    return Path(patiently(lambda: hf_hub_download(job.repo, name, revision=job.commit), job.waits))
+
+
+def _download(job: Job, chosen: Mapping[str, Listed]) -> Path:
+    names = [glob.escape(name) for name in chosen]
+
+    def transfer() -> Path:
+        root = Path(snapshot_download(job.repo, revision=job.commit, allow_patterns=names))
+        absent = [name for name in chosen if not (root / name).is_file()]
+        if absent:
+            # When the Hub answers with an error, 0.36 returns the directory as it is, whole or not.
+            raise ConnectionError(f"{len(absent)} files have not come, {absent[0]} among them")
+        return root
+
+    emit(info=f"downloading {readable(_missing(job, chosen))} of {readable(_total(chosen))} to {job.storage}")
+    with _watched(job, chosen) as done:
+        root = patiently(transfer, job.waits, progress=done)
+    if job.revision != job.commit:
+        # As hub itself does for a branch: an offline run finds the commit by this file.
+        ref = job.storage / "refs" / (job.revision or "main")
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(job.commit)
+    return root
+
+
+@contextmanager
+def _watched(job: Job, chosen: Mapping[str, Listed]) -> Iterator[Callable[[], int]]:
+    """Reports the bytes on the disk twice a second, and ends this process when none comes for `job.stall` seconds."""
+    stop = threading.Event()
+
+    def done() -> int:
+        return sum(min(entry.size, _on_disk(job, entry)) for entry in chosen.values())
+
+    def watch() -> None:
+        last, since = -1, time.monotonic()
+        while not stop.wait(0.5):
+            now = done()
+            if now != last:
+                last, since = now, time.monotonic()
+            emit(progress={"label": "download", "done": now, "total": _total(chosen)})
+            if time.monotonic() - since > job.stall:
+                emit(stalled=now)
+                _end(STALLED)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield done
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _on_disk(job: Job, entry: Listed) -> int:
+    """Bytes of a file in the cache, whole or partial. Sparse files count what is written."""
+    if not entry.etag:
+        return 0
+    found = 0
+    for path in [job.storage / "blobs" / entry.etag, *(job.storage / "blobs").glob(f"{entry.etag}*.incomplete")]:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        found = max(found, min(status.st_size, status.st_blocks * 512))
+    return found
+
+
+def _missing(job: Job, chosen: Mapping[str, Listed]) -> int:
+    """Bytes still to download. Of partial files only those count that huggingface_hub resumes."""
+    missing = 0
+    for entry in chosen.values():
+        whole, partial = (job.storage / "blobs" / f"{entry.etag}{suffix}" for suffix in ("", ".incomplete"))
+        if not whole.is_file():
+            missing += entry.size - (partial.stat().st_size if partial.is_file() else 0)
+    return missing
+
+
+def _check_space(job: Job, chosen: Mapping[str, Listed]) -> None:
+    """Before the first byte of a weight. huggingface_hub only warns, file by file."""
+    needed, cache = _missing(job, chosen), Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(_existing(cache)).free
+    if needed > free:
+        raise StageError(
+            f"{job.repo} needs {readable(needed)} more on the disk, and {readable(free)} are free.",
+            why=f"The Hub's cache is {cache}.",
+            cure="Free some space (`hf cache` shows what lies there), or export HF_HOME=/a/larger/disk",
+        )
+
+
+def _verify(job: Job, root: Path, chosen: Mapping[str, Listed]) -> dict[str, dict[str, Any]]:
+    """Hashes each file once. What is not what was listed leaves the cache, so that the next run downloads it again."""
+    total = _total(chosen)
+    hashes = model_directory.hash_files(
+        root, list(chosen), lambda done: emit(progress={"label": "verify", "done": done, "total": total})
+    )
+    bad = [name for name, entry in chosen.items() if not _as_listed(entry, hashes[name])]
+    for name in bad:
+        _remove(root / name)
+    if bad:
+        raise IntegrityError(
+            f"{', '.join(bad[:5])} of {job.repo} did not have the size or hash that the Hub lists.",
+            why="It was damaged on the way or on the disk, and was removed from the cache.",
+            cure="Run the same command again: it is downloaded anew, the rest is kept.",
+        )
+    return {name: {"size": found.size, "sha256": found.sha256} for name, found in hashes.items()}
+
+
+def _as_listed(entry: Listed, found: model_directory.Hashed) -> bool:
+    if found.size != entry.size:
+        return False
+    if entry.sha256:
+        return found.sha256 == entry.sha256
+    return entry.git_sha1 is None or found.git_sha1 == entry.git_sha1
+
+
+def _remove(path: Path) -> None:
+    """Both the name in the snapshot and the blob that it points to."""
+    if path.is_symlink():
+        (path.parent / os.readlink(path)).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _drop_dead_partials(job: Job, chosen: Mapping[str, Listed]) -> None:
+    """Removes what a killed huggingface_hub 1.x left and never resumes: `<etag>.<8 hex>.incomplete`.
+    (0.36 writes `<etag>.incomplete` and resumes it: that one stays.)"""
+    for entry in chosen.values():
+        for path in (job.storage / "blobs").glob(f"{entry.etag}.{'[0-9a-f]' * 8}.incomplete"):
+            if time.time() - path.stat().st_mtime > DEAD_AFTER:
+                path.unlink(missing_ok=True)
+
+
+def _end(code: int) -> None:
+    """Ends this process in the middle of a download, without the partial files that nobody would resume."""
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+        except OSError:
+            continue
+        if re.search(r"\.[0-9a-f]{8}\.incomplete$", path):
+            Path(path).unlink(missing_ok=True)
+    os._exit(code)
+
+
+def _total(chosen: Mapping[str, Listed]) -> int:
+    return sum(entry.size for entry in chosen.values())
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _resume_after_reset() -> None:
+    """huggingface_hub 1.x resumes a body that ends too early (httpx.RemoteProtocolError) but not one whose connection
+    is reset (httpx.ReadError): `http_get` in file_download.py of 1.33. Make the second look like the first."""
+    if not hasattr(huggingface_hub, "set_client_factory"):
+        return
+    import httpx
+    from huggingface_hub.utils._http import default_client_factory
+
+    class Body(httpx.SyncByteStream):
+        def __init__(self, body: httpx.SyncByteStream) -> None:
+            self._body = body
+
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                yield from self._body
+            except httpx.ReadError as error:
+                raise httpx.RemoteProtocolError(str(error)) from error
+
+        def close(self) -> None:
+            self._body.close()
+
+    def wrap(response: httpx.Response) -> None:
+        if isinstance(response.stream, httpx.SyncByteStream):
+            response.stream = Body(response.stream)
+
+    def client() -> httpx.Client:
+        made = default_client_factory()
+        made.event_hooks["response"].append(wrap)
+        return made
+
+    huggingface_hub.set_client_factory(client)
+
+
+def _clean_logs() -> None:
+    """Libraries log addresses, and a mirror's address may hold a password."""
+    make = logging.getLogRecordFactory()
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make(*args, **kwargs)
+        made.msg, made.args = clean(made.getMessage()), None
+        return made
+
+    logging.setLogRecordFactory(record)
+
+
+JOBS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "resolve": resolve,
+    "listing": listing,
+    "headers": headers,
+    "download": download,
+}
+
+
+def main(arguments: str) -> int:
+    """Runs one job. Errors are events too; the exit code is theirs."""
+    asked = json.loads(arguments)
+    job = Job(**{**asked, "waits": tuple(asked.get("waits", ()))})
+    # Threads of huggingface_hub can't be stopped, so an interrupt ends the process at once.
+    signal.signal(signal.SIGINT, lambda *_: _end(130))
+    return report(lambda: JOBS[job.job](job), job.kind, job.repo, job.revision)
+
+
+def report(work: Callable[[], dict[str, Any]], kind: str, repo: str, revision: str | None) -> int:
+    """Emits the result of `work` or its error, translated. The traceback goes to the log, without secrets."""
+    _clean_logs()
+    _resume_after_reset()
+    try:
+        emit(result=work())
+        return 0
+    except Exception as error:
+        print(clean(traceback.format_exc()), file=sys.stderr)
+        told: BuilderError = translate(error, kind, repo, revision)
+        emit_error(type(told)(clean(told.what), why=clean(told.why), cure=clean(told.cure)))
+        return told.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
