@@ -1,0 +1,254 @@
+"""Text -> Calibration: a JSONL file, a bundled set or a Hub dataset becomes rows.jsonl, the first usable rows in order.
+
+A row is {"text": ...} or {"messages": [{"role", "content"}, ...]}. No tokenizer here: `token_batches` is called by the
+process that quantizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder import fetch, paths, recipe
+from builder.errors import UsageError
+from builder.store import Store, library_versions, sha256, sources_digest
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = "rows.jsonl"
+SOURCES = ("builder/calibrate.py", "builder/hub_dataset.py")
+BUILTIN = "builtin:"
+# Where the text is looked for when no column is named: the usual names, the most specific ones first.
+COLUMNS = ("messages", "conversations", "text", "article", "content", "document", "prompt", "question", "instruction")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The rows that the activation ranges are read from: `path` is rows.jsonl, `text_sha256` the hash of its bytes."""
+
+    path: Path
+    rows: int
+    text_sha256: str
+    digest: str
+
+
+@dataclass
+class Rows:
+    """Usable rows, and why the others are none: {line or row number: reason}."""
+
+    usable: list[dict[str, Any]]
+    unusable: dict[int, str]
+
+
+def calibrate(calibration: recipe.Calibration, *, store: Store) -> Calibration:
+    """The calibration rows of a recipe. UsageError if there is no usable one."""
+    part = calibration
+    file = _file(part.data)
+    ingredients: dict[str, Any] = {"samples": part.samples, "column": part.column, "code": sources_digest(*SOURCES)}
+    if file is not None:
+        ingredients |= {"file": sha256(file)}
+    else:
+        commit = fetch.resolve(part.data, part.revision, store=store, kind="dataset")
+        ingredients |= {"dataset": part.data, "commit": commit, "endpoint": fetch.endpoint(), "config": part.config}
+        ingredients |= {"split": part.split, "versions": library_versions("datasets", "pyarrow")}
+
+    def make(tmp: Path) -> dict[str, Any]:
+        rows = read_jsonl(file, part.samples, part.column) if file else _rows_of_hub(part, commit, tmp, store)
+        return {"data": part.data, "commit": None if file else commit, **_write(rows, tmp / ROWS, part, store)}
+
+    artefact = store.stage("calibration", ingredients, make)
+    facts = artefact.facts
+    return Calibration(artefact.path / ROWS, facts["rows"], facts["text_sha256"], artefact.digest)
+
+
+def _file(data: str) -> Path | None:
+    """The local file that `data` names, or None for a Hub dataset."""
+    if data.startswith(BUILTIN):
+        known = {path.stem: path for path in paths.data("configs", "calibration").glob("*.jsonl")}
+        name = data.removeprefix(BUILTIN)
+        if name not in known:
+            bundled = ", ".join(f"{BUILTIN}{stem}" for stem in sorted(known))
+            raise UsageError(f"There is no bundled calibration set {fetch.shown(name)}.", cure=f"Bundled: {bundled}.")
+        return known[name]
+    try:
+        path = Path(data).expanduser()
+        exists, is_file = path.exists(), path.is_file()
+    except (OSError, RuntimeError, ValueError):
+        exists, is_file, path = False, False, Path(".")
+    if is_file and path.suffix in (".jsonl", ".ndjson", ".json"):
+        return path.resolve()
+    looks_local = exists or data.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".ndjson", ".json", ".txt")
+    if looks_local or not fetch.HUB_ID.fullmatch(data):
+        raise UsageError(
+            f"{fetch.shown(data)} is no JSONL file{'' if exists else ' (nothing is there)'}.",
+            why='One JSON object per line is read, with "text" or "messages".',
+            cure="--calib-data FILE.jsonl, a dataset of the Hub, or --calib-data builtin:python-docs",
+        )
+    return None
+
+
+def read_jsonl(file: Path, samples: int, column: str | None) -> Rows:
+    """The first `samples` usable rows of a JSONL file; blank lines are no rows."""
+
+    def parsed() -> Iterator[tuple[int, Any]]:
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+
+    try:
+        return collect(parsed(), samples, column)
+    except OSError as error:
+        raise UsageError(f"Can't read {file}.", why=str(error)) from None
+
+
+def _parse(line: bytes) -> Any:
+    """A JSON value, or the ValueError that says why it is none."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"is not UTF-8 ({error.reason})")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"is no JSON ({error})")
+
+
+def collect(rows: Iterable[tuple[int, Any]], samples: int, column: str | None) -> Rows:
+    """The first `samples` usable ones of numbered rows, in canonical form, and the reasons of those passed over."""
+    found = Rows([], {})
+    for number, row in rows:
+        try:
+            found.usable.append(canonical(row, column))
+        except ValueError as error:
+            found.unusable[number] = str(error)
+        if len(found.usable) == samples:
+            break
+    return found
+
+
+def canonical(row: Any, column: str | None) -> dict[str, Any]:
+    """{"text"} or {"messages"} out of a row. ValueError says why there is none."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise ValueError(f"is a JSON {type(row).__name__}, not an object")
+    present = [name for name in ([column] if column else COLUMNS) if name in row]
+    names = [name for name in present if row[name]] or present
+    if not names:
+        looked_for = repr(column) if column else '"text" or "messages"'
+        raise ValueError(f"has no {looked_for}, only {', '.join(map(str, list(row)[:8])) or 'nothing'}")
+    value = row[names[0]]
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"has an empty {names[0]!r}")
+        return {"text": _encodable(value)}
+    if not isinstance(value, Sequence) or not value or isinstance(value, bytes):
+        raise ValueError(f"has a {type(value).__name__} as {names[0]!r}, neither text nor messages")
+    return {"messages": [_message(message) for message in value]}
+
+
+def _message(message: Any) -> dict[str, str]:
+    if isinstance(message, Mapping):
+        role = message.get("role") or SHAREGPT_ROLES.get(str(message.get("from")))
+        content = message.get("content", message.get("value"))
+        if isinstance(role, str) and isinstance(content, str):
+            return {"role": _encodable(role), "content": _encodable(content)}
+    raise ValueError('has a message without "role" and "content" as text')
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+    return text
+
+
+def _rows_of_hub(part: recipe.Calibration, commit: str, tmp: Path, store: Store) -> Rows:
+    job: dict[str, Any] = {"job": "rows", "repo": part.data, "revision": part.revision, "commit": commit}
+    job |= {"config": part.config, "split": part.split, "samples": part.samples, "column": part.column}
+    job |= {"file": str(tmp / ROWS)}
+    answer = fetch.ask_hub(store, module="builder.hub_dataset", unit="rows", **job)
+    lines = (tmp / ROWS).read_bytes().splitlines()  # of bytes: text would also be split at U+2028 and U+0085
+    return Rows([json.loads(line) for line in lines], {int(k): v for k, v in answer["unusable"].items()})
+
+
+def _write(rows: Rows, file: Path, part: recipe.Calibration, store: Store) -> dict[str, Any]:
+    """Writes rows.jsonl and says what was passed over. UsageError if nothing is left."""
+    reasons = [f"row {number} {reason}" for number, reason in list(rows.unusable.items())[:5]]
+    if not rows.usable:
+        raise UsageError(
+            f"{part.data} has no usable row.",
+            why="; ".join(reasons) or "It is empty.",
+            cure='Rows need "text" or "messages"; or name the column: --set calibration.column=NAME',
+        )
+    if rows.unusable:
+        more = ", ..." if len(rows.unusable) > 5 else ""
+        store.out.warn(f"{len(rows.unusable)} rows of {part.data} were passed over: {'; '.join(reasons)}{more}")
+    if len(rows.usable) < part.samples:
+        store.out.info(f"{part.data} has {len(rows.usable)} rows where {part.samples} were asked for: all are used")
+    content = dump(rows.usable)
+    file.write_bytes(content)
+    return {
+        "rows": len(rows.usable),
+        "asked": part.samples,
+        "passed_over": len(rows.unusable),
+        "text_sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def dump(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as JSONL, one way only: the same rows are the same bytes."""
+    return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows).encode()
+
+
+def token_batches(rows_path: Path, tokenizer: Any, *, seq_len: int, batch_size: int) -> list[torch.Tensor]:
+    """Token ids of the rows, int64 [rows <= batch_size, tokens <= seq_len], in the order of the rows.
+
+    Only rows of equal length share a batch: padding would be calibrated like text (ModelOpt sees every position).
+    """
+    import torch
+
+    waiting: dict[int, list[list[int]]] = defaultdict(list)
+    batches: list[tuple[int, list[list[int]]]] = []
+    with open(rows_path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            ids = _token_ids(json.loads(line), tokenizer, number + 1)[:seq_len]
+            if not ids:
+                continue
+            alike = waiting[len(ids)]
+            if not alike:
+                batches.append((number, alike))
+            alike.append(ids)
+            if len(alike) == batch_size:
+                waiting[len(ids)] = []
+    if not batches:
+        raise UsageError("The tokenizer makes no token of the calibration text.", cure="Choose another --calib-data.")
+    return [torch.tensor(rows, dtype=torch.int64) for _, rows in batches]
+
+
+def _token_ids(row: Mapping[str, Any], tokenizer: Any, number: int) -> list[int]:
+    if "text" in row:
+        return list(tokenizer(row["text"], verbose=False)["input_ids"])
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "The calibration rows are messages, and this model's tokenizer has no chat template.",
+            why="A base model has never seen dialogue, so none is made up here.",
+            cure='Choose a --calib-data with "text", like builtin:python-docs or a plain corpus.',
+        )
+    try:
+        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    except Exception as error:
+        raise UsageError(
+            f"The chat template of this model refuses calibration row {number}.",
+            why=f"{type(error).__name__}: {error}",
+            cure='Remove such rows, or choose a --calib-data with "text".',
+        ) from None
+    # The template has written the special tokens already.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,162 @@
+"""Snapshot and Calibration -> Checkpoint with NVIDIA ModelOpt: NVFP4 weights and activations, FP8 KV cache.
+
+This file runs in the parent and imports nothing heavy; `builder.quantize.child` does the work in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder import inspection, process, recipe
+from builder.calibrate import Calibration
+from builder.checkpoint import Checkpoint
+from builder.errors import UnsupportedError
+from builder.fetch import Snapshot
+from builder.safetensors_io import read_header
+from builder.store import Store, library_versions, sources_digest
+
+BLOCK = 16  # of NVFP4; builder.nvfp4 imports torch
+LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokenizers", "numpy", "accelerate")
+SOURCES = (
+    "builder/quantize/modelopt.py",
+    "builder/quantize/child.py",
+    "builder/calibrate.py",
+    "builder/checkpoint.py",
+    "builder/inspection.py",
+    "builder/model_directory.py",
+    "builder/ranks.py",
+    "builder/safetensors_io.py",
+    "builder/tensor_numbers.py",
+)
+# Two-dimensional weights that are never quantized: ModelOpt's NVFP4_DEFAULT_CFG leaves them alone.
+_NEVER = ("embed", "lm_head", "norm", "router", "wte", "wpe", "mlp.gate.weight", "shared_expert_gate")
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # everything it needs is in the snapshot
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONHASHSEED": "0",
+    # Threads that spin while they wait cost a busy machine most of its time: 21 s instead of 3 for 64 batches, 2 cores.
+    "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats its results with it (its manual, "Reproducibility")
+}
+
+
+def quantize(
+    snapshot: Snapshot,
+    calibration: Calibration,
+    part: recipe.Quantization,
+    calibration_part: recipe.Calibration,
+    *,
+    store: Store,
+    trust_remote_code: bool = False,
+) -> Checkpoint:
+    """Calibrates on the rows and writes both layouts, `unified/` and `tensorrt_llm/`, then inspects them.
+
+    UnsupportedError if ModelOpt or the format can't take the model, before any calibration where that can be known;
+    IntegrityError with the tensors' names if the inspection finds a problem. Such a checkpoint is not kept.
+    """
+    ingredients = {
+        "snapshot": snapshot.digest,
+        "calibration": calibration.digest,
+        "quantization": part.model_dump(),
+        "seq_len": calibration_part.seq_len,
+        "batch_size": calibration_part.batch_size,
+        "libraries": library_versions(*LIBRARIES),
+        "sources": sources_digest(*SOURCES),
+        "gpus": gpus(),
+        "trust_remote_code": trust_remote_code,
+    }
+    job = {
+        "model": str(snapshot.path.absolute()),
+        "rows": str(calibration.path.absolute()),
+        "seq_len": calibration_part.seq_len,
+        "batch_size": calibration_part.batch_size,
+        "kv_cache_dtype": part.kv_cache_dtype,
+        "trust_remote_code": trust_remote_code,
+    }
+
+    def make(tmp: Path) -> dict[str, Any]:
+        check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")])
+        facts = _run(job, tmp, store)
+        found = inspection.inspect(tmp)
+        found.check()
+        return {**facts, "inspection": found.facts()}
+
+    artefact = store.stage("checkpoint", ingredients, make)
+    return Checkpoint(path=artefact.path, digest=artefact.digest, facts=artefact.facts)
+
+
+def gpus() -> list[str]:
+    """The names of this machine's NVIDIA GPUs, asked of the driver's files: calibration differs between them."""
+    found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    return [line.partition(":")[2].strip() for path in found for line in path.read_text().splitlines()[:1]]
+
+
+def check(weights: Sequence[Path]) -> None:
+    """UnsupportedError if a library is absent, or if a linear layer's input size is no multiple of 16."""
+    absent = [name for name in ("torch", "transformers", "nvidia-modelopt") if library_versions(name)[name] == "absent"]
+    if absent:
+        raise UnsupportedError(
+            f"Quantizing needs {', '.join(absent)}, which this Python has not.",
+            cure="Install the project with its quantize extra, or run the build in the container.",
+        )
+    shapes = {name: info.shape for file in weights for name, info in read_header(file).items()}
+    check_sizes({name: shape for name, shape in sorted(shapes.items()) if is_quantized(name, shape)})
+
+
+def is_quantized(name: str, shape: Sequence[int]) -> bool:
+    """Whether this tensor of a model is the weight of a linear layer that NVFP4 applies to, judged by its name."""
+    return name.endswith(".weight") and len(shape) == 2 and not any(word in name for word in _NEVER)
+
+
+def check_sizes(weights: Mapping[str, Sequence[int]]) -> None:
+    """UnsupportedError if one of these weights, [out, in], has an input size that is no multiple of 16."""
+    wrong = [f"{name} {list(shape)}" for name, shape in weights.items() if shape[-1] % BLOCK]
+    if wrong:
+        raise UnsupportedError(
+            f"{len(wrong)} linear layers have an input size that is no multiple of {BLOCK}: NVFP4 can't hold them.",
+            why="\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)),
+            cure="Choose another model: the sizes are part of its architecture.",
+        )
+
+
+def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
+    """Runs the child; returns the facts. The job file stays beside the log, so that anyone can run it again."""
+    log = store.log("quantize")
+    job_file = log.with_suffix(".json")
+    job_file.write_text(json.dumps({**job, "destination": str(tmp.absolute())}, indent=1))
+    answer: dict[str, Any] = {}
+    with store.out.progress("starting ModelOpt", unit="batches") as bar:
+
+        def hear(event: dict[str, Any]) -> None:
+            if "progress" in event:
+                bar.update(**event["progress"])
+            else:
+                answer.update(event)
+
+        finished = process.run(
+            [process.python(), "-m", "builder.quantize.child", str(job_file)],
+            log=log,
+            on_event=hear,
+            env=_ENVIRONMENT,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+    return _facts(answer["summary"], store, {"log": str(log), "job": str(job_file), "max_rss": finished.max_rss})
+
+
+def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
+    linears, tokens = summary["quantized_linears"], summary["calibration_tokens"]
+    store.out.info(f"{linears} linear layers in NVFP4, calibrated on {tokens:,} tokens")
+    if summary["large_kv"]:
+        store.out.warn(
+            f"{summary['large_kv']} of {summary['kv_scales']} KV cache scales are above 0.5: FP8 may cost accuracy; "
+            "--kv-cache-dtype auto leaves the cache alone"
+        )
+    if summary["no_tensorrt_llm"]:
+        store.out.warn(f"only the unified layout was written: {summary['no_tensorrt_llm']}")
+    return {**summary, **run}
