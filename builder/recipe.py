@@ -1,0 +1,302 @@
+"""What to build: every value, its meaning, and where it came from.
+
+Precedence: flag > --set > recipe file > preset > GPU profile > default. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from builder import gpus, paths
+from builder.errors import UsageError
+
+Positive = Annotated[int, Field(ge=1)]
+Target = Literal["engine", "reference"]
+
+
+class Part(BaseModel):
+    """A part of the recipe. Frozen; a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Part):
+    """Which weights: a Hub id (with a revision) or a local directory."""
+
+    id: Annotated[str, Field(min_length=1, description="Hub id (Qwen/Qwen3-8B) or a local directory")]
+    revision: Annotated[str | None, Field(description="branch, tag or commit on the Hub; default: main")] = None
+    trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
+
+
+REFUSED_KV = {
+    "nvfp4": "an NVFP4 KV cache does not run on sm120 (NVIDIA/TensorRT-LLM #10241); it is calibrated here for no card",
+    "int8": "an INT8 KV cache does not work with paged context FMHA, so it costs KV reuse and chunked context, "
+    "and sm100 to sm119 have none",
+}
+
+
+class Quantization(Part):
+    """Which number formats: NVFP4 is E2M1 with an E4M3 scale for 16 values, weights and activations."""
+
+    format: Annotated[Literal["nvfp4"], Field(description="weights and activations of the linear layers")] = "nvfp4"
+    kv_cache_dtype: Annotated[Literal["fp8", "auto"], Field(description="fp8, or auto: the model's own")] = "fp8"
+
+    @field_validator("kv_cache_dtype", mode="before")
+    @classmethod
+    def _known_and_refused(cls, value: Any) -> Any:
+        """TensorRT-LLM's other KV formats: why not (rules R31, R32, R45 of configs/trtllm)."""
+        if value in REFUSED_KV:
+            raise ValueError(f"{REFUSED_KV[value]}; take fp8")
+        return value
+
+
+# What TensorRT-LLM's own quantize.py calibrates on by default (examples/quantization/quantize.py@c8c6df08): it has
+# several configurations and no usual column, so both are named with it.
+DEFAULT_DATASET = {"data": "abisee/cnn_dailymail", "config": "3.0.0", "column": "article"}
+
+
+class Calibration(Part):
+    """Which text the activation ranges are read from."""
+
+    data: Annotated[str, Field(min_length=1, description="a .jsonl file, a Hub dataset id, or builtin:python-docs")] = (
+        DEFAULT_DATASET["data"]
+    )
+    config: Annotated[str | None, Field(description="configuration of a Hub dataset")] = None
+    split: Annotated[str, Field(description="split of a Hub dataset")] = "train"
+    column: Annotated[str | None, Field(description="column with the text; default: the first of the usual names")] = (
+        None
+    )
+    revision: Annotated[str | None, Field(description="revision of a Hub dataset")] = None
+    samples: Annotated[Positive, Field(description="rows used, from the first on")] = 512
+    seq_len: Annotated[Positive, Field(description="tokens of a row, at most")] = 2048
+    batch_size: Annotated[Positive, Field(description="rows of equal length in one forward pass")] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dataset(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("data", DEFAULT_DATASET["data"]) == DEFAULT_DATASET["data"]:
+            return {**DEFAULT_DATASET, **value}
+        return value
+
+
+class Engine(Part):
+    """The sizes that the engine is built for, and flags of trtllm-build that win over the profile's."""
+
+    tensorrt_llm: Annotated[str, Field(description="version that builds and serves")] = "1.2.1"
+    max_batch_size: Annotated[Positive, Field(description="requests in one iteration")] = 64
+    max_input_len: Annotated[Positive, Field(description="tokens of a prompt")] = 2048
+    max_seq_len: Annotated[Positive, Field(description="tokens of prompt and answer")] = 4096
+    max_num_tokens: Annotated[Positive, Field(description="tokens in one iteration, after padding removal")] = 8192
+    tp: Annotated[Positive, Field(description="tensor parallel size")] = 1
+    pp: Annotated[Positive, Field(description="pipeline parallel size")] = 1
+    flags: Annotated[dict[str, str], Field(description="further trtllm-build flags, by name without dashes")] = {}
+
+    @field_validator("flags", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        """YAML reads `enable: yes` as a boolean and 64 as a number; trtllm-build takes words."""
+        return {str(k): str(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @property
+    def world_size(self) -> int:
+        """GPUs, and ranks of the engine."""
+        return self.tp * self.pp
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Engine:
+        if self.max_input_len >= self.max_seq_len:
+            raise ValueError(
+                f"max_input_len {self.max_input_len} leaves no room for an answer in max_seq_len {self.max_seq_len}"
+            )
+        return self
+
+
+class Repository(Part):
+    """How Triton serves it."""
+
+    decoupled: Annotated[bool, Field(description="stream answers token by token")] = True
+    preprocessing_instances: Annotated[Positive, Field(description="tokenizer processes")] = 1
+    postprocessing_instances: Annotated[Positive, Field(description="detokenizer processes")] = 1
+    bls_instances: Annotated[Positive, Field(description="streams that tensorrt_llm_bls carries at once")] = 4
+    max_queue_delay_microseconds: Annotated[int, Field(ge=0, description="wait for a fuller batch")] = 0
+    max_queue_size: Annotated[int, Field(ge=0, description="waiting requests before refusal; 0: no limit")] = 0
+    kv_cache_free_gpu_mem_fraction: Annotated[
+        float, Field(gt=0, le=1, description="of the memory free after the weights")
+    ] = 0.9
+    batch_scheduler_policy: Annotated[
+        Literal["guaranteed_no_evict", "max_utilization"], Field(description="what happens when KV blocks run out")
+    ] = "guaranteed_no_evict"
+    enable_kv_cache_reuse: Annotated[bool | None, Field(description="default: whatever the engine can")] = None
+    enable_chunked_context: Annotated[bool | None, Field(description="default: whatever the engine can")] = None
+    exclude_input_in_output: Annotated[bool, Field(description="answers without the prompt")] = True
+
+
+class Recipe(Part):
+    """Everything that decides what is built."""
+
+    model: Model
+    gpu: Annotated[str, Field(description="a profile of configs/gpus, or auto")] = "auto"
+    target: Annotated[Target, Field(description="what serves it: a TensorRT engine or the reference executor")]
+    quantization: Quantization = Quantization()
+    calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration.model_validate({})
+    engine: Engine = Engine()
+    repository: Repository = Repository()
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe, its GPU profile, and for each value that is no default the place that set it."""
+
+    recipe: Recipe
+    gpu: gpus.GpuProfile
+    origins: Mapping[str, str]
+
+    def explained(self) -> list[tuple[str, Any, str]]:
+        """(key, value, where it came from) for every value, in the order of the recipe."""
+        flat = _flatten(self.recipe.model_dump())
+        return [(key, value, self.origins.get(key, "default")) for key, value in flat.items()]
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    *,
+    sets: Sequence[str] = (),
+    recipe_file: Path | None = None,
+    preset: str | None = None,
+) -> Resolved:
+    """Merges the sources by precedence. `flags` maps dotted keys to values. UsageError names key and cure."""
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if preset:
+        layers.append((f"preset {preset}", load_preset(preset)))
+    if recipe_file:
+        layers.append((str(recipe_file), load_yaml(recipe_file)))
+    layers += [(f"--set {text}", parse_set(text)) for text in sets]
+    layers += [("command line", _nest(key, value)) for key, value in flags.items()]
+
+    asked = "auto"
+    for _, layer in layers:
+        asked = layer.get("gpu", asked)
+    gpu = gpus.detect() if asked == "auto" else gpus.load(asked)
+    layers.insert(0, (f"GPU profile {gpu.name}", {**gpu.recipe, "gpu": gpu.name, "target": gpu.target}))
+
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        for key, value in _flatten(layer).items():
+            _put(merged, key, value)
+            origins[key] = origin
+    if asked != "auto":
+        merged["gpu"] = gpu.name
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _usage_error(error, origins) from error
+    return Resolved(recipe, gpu, origins)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe file. A file may leave out what other sources give."""
+    generated = Recipe.model_json_schema()
+    generated["title"] = "trtllm-builder recipe"
+    generated.pop("required", None)
+    return generated
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """A preset of configs/presets by name."""
+    file = paths.data("configs", "presets", f"{name}.yaml")
+    known = sorted(path.stem for path in paths.data("configs", "presets").glob("*.yaml"))
+    if name not in known:
+        raise UsageError(f"There is no preset {name!r}.", cure=f"Presets: {', '.join(known)}.")
+    return load_yaml(file)
+
+
+def load_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. UsageError says where it is not one."""
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Can't read the recipe {file}.", why=str(error)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is no YAML.", why=str(error)) from error
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise UsageError(f"{file} holds no mapping of names to values.", cure="Examples are in configs/recipes/.")
+    return loaded
+
+
+def parse_set(text: str) -> dict[str, Any]:
+    """`engine.max_batch_size=8` -> {"engine": {"max_batch_size": 8}}; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)*", key):
+        raise UsageError(f"--set {text!r} is not of the form a.b=value.", cure="--set engine.max_batch_size=8")
+    try:
+        return _nest(key, yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise UsageError(f"The value of --set {text!r} is no YAML.", why=str(error)) from error
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    _put(nested, key, value)
+    return nested
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = tree.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise UsageError(f"{parent!r} in {key!r} is a value and has nothing below it.")
+        tree = below
+    tree[last] = value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that a recipe may hold."""
+    parts = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    keys = []
+    for name, part in parts.items():
+        if isinstance(part, type) and issubclass(part, Part):
+            keys += [f"{name}.{field}" for field in part.model_fields]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _usage_error(error: ValidationError, origins: Mapping[str, str]) -> UsageError:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(piece) for piece in problem["loc"])
+        origin = f" (from {origins[key]})" if key in origins else ""
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, known_keys(), n=1) or difflib.get_close_matches(
+                key.split(".")[-1], known_keys(), n=1, cutoff=0.4
+            )
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            lines.append(f"there is no key {key!r}{origin}{hint}")
+        elif problem["type"] == "missing" and key in ("model", "model.id"):
+            lines.append("no model is named")
+        else:
+            lines.append(f"{key or 'recipe'}: {problem['msg']}{origin}")
+    cure = "`builder schema` prints every key; examples are in configs/recipes/."
+    if lines == ["no model is named"]:
+        cure = "Add --model Qwen/Qwen3-8B, or a local directory."
+    return UsageError("The recipe can't be used: " + "; ".join(lines) + ".", cure=cure)

@@ -1,0 +1,227 @@
+"""The trtllm-build flags that a recipe comes to, each with its reason and source. Pure: no GPU, no import.
+
+Version facts are data in configs/trtllm/<version>/ (trtllm_facts.py), its rules are in trtllm_rules.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from builder import recipe, trtllm_rules
+from builder.errors import UnsupportedError, UsageError
+from builder.trtllm_facts import Version, check, load, order, versions
+from builder.trtllm_rules import Flag, Note, Subject
+
+__all__ = ["Flag", "Note", "Version", "build_config", "check", "command", "load", "notes", "resolve", "versions"]
+R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
+
+SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+# What a recipe's kv_cache_dtype is in a checkpoint's config.json (QuantAlgo, tensorrt_llm/quantization/mode.py).
+KV_CACHE_ALGO = {"fp8": "FP8", "auto": None}
+# _init_max_seq_len (tensorrt_llm/builder.py): these kinds of rotary scaling do not lengthen max_position_embeddings.
+UNSCALED = ("su", "longrope", "llama3")
+
+
+def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
+    """The flags for this recipe, GPU and model (its config.json), in the order of the command line.
+
+    What the builder would silently rewrite is resolved here first. Raises UsageError for flags that this version
+    does not have or take together, UnsupportedError for what it, the card or the model can't do.
+    """
+    asked, gpu = resolved.recipe, resolved.gpu
+    subject = _subject(resolved, model_config)
+    _check_format(resolved)
+    _check_said_once(resolved)
+    flags = {flag.name: flag for flag in _sizes(resolved, model_config)}
+    if (world_size := asked.engine.world_size) > 1:  # whether it can be split so: ranks.check
+        flags["workers"] = Flag("workers", str(world_size), "one for each rank; capped at the machine's GPUs", R08)
+    flags |= {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
+    flags |= _asked_flags(subject.version, asked.engine.flags)
+    dtype = model_config.get("dtype") or model_config.get("torch_dtype")
+    if dtype == "float16" and "gpt_attention_plugin" not in asked.engine.flags:
+        flags["gpt_attention_plugin"] = Flag("gpt_attention_plugin", dtype, "the model computes in it", "config.json")
+    for flag in flags.values():
+        check(subject.version, flag.name, flag.value)
+    trtllm_rules.refuse(subject, flags)
+    flags = trtllm_rules.rewrite(subject, flags)
+    trtllm_rules.check_kernels(subject, flags)
+    return list(flags.values())
+
+
+def notes(resolved: recipe.Resolved, model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list[Note]:
+    """What is left to know about these flags: what they cost, what trtllm-build will choose or warn of."""
+    if resolved.recipe.target != "engine":
+        return []
+    subject = _subject(resolved, model_config)
+    found = trtllm_rules.notes(subject, {flag.name: flag for flag in flags})
+    if not subject.version.has_triton_templates:
+        text = f"There are no Triton templates for TensorRT-LLM {subject.version.version}: stop at `builder engine`."
+        found.append(Note("version", text))
+    return [*found, *(Note("GPU profile", text) for text in resolved.gpu.notes)]
+
+
+def _subject(resolved: recipe.Resolved, config: Mapping[str, Any]) -> Subject:
+    asked, gpu = resolved.recipe, resolved.gpu
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    head_size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    tp = asked.engine.tp
+    widths = {
+        "hidden_size": hidden,
+        "intermediate_size (into mlp.down_proj)": _share(config.get("intermediate_size"), tp),
+        "heads x head size (into self_attn.o_proj)": _share(heads * head_size if heads and head_size else None, tp),
+    }
+    return Subject(
+        version=load(asked.engine.tensorrt_llm),
+        sm=gpu.sm,
+        architecture=(config.get("architectures") or [None])[0],
+        quant_algo="NVFP4",
+        kv_cache_algo=KV_CACHE_ALGO[asked.quantization.kv_cache_dtype],
+        tp=tp,
+        pp=asked.engine.pp,
+        heads=heads,
+        head_size=head_size,
+        in_features={name: width for name, width in widths.items() if width},
+        fmha_head_sizes=tuple(gpu.fmha_head_sizes),
+        kv_reuse=asked.repository.enable_kv_cache_reuse,
+        chunked_context=asked.repository.enable_chunked_context,
+    )
+
+
+def _share(width: int | None, tp: int) -> int | None:
+    return width // tp if width else None
+
+
+def _check_format(resolved: recipe.Resolved) -> None:
+    """The card computes in the recipe's formats, and this version of TensorRT-LLM lets it."""
+    asked, gpu = resolved.recipe, resolved.gpu
+    if asked.target != "engine" or gpu.sm is None:
+        return
+    wanted = [asked.quantization.format] + ["fp8_kv_cache"] * (asked.quantization.kv_cache_dtype == "fp8")
+    for name in wanted:
+        if name not in gpu.formats:
+            raise UnsupportedError(
+                f"{gpu.name} can't run {name}: it is no format of {gpu.title}.",
+                why=f"{gpu.name} runs {', '.join(gpu.formats)}; this builder makes NVFP4, which needs sm100 or later.",
+                cure="A Blackwell card (`builder gpus`), or the reference executor on this machine's CPU: --gpu cpu",
+            )
+        since = gpu.formats[name].since
+        if order(asked.engine.tensorrt_llm) < order(since):
+            raise UnsupportedError(
+                f"{gpu.name} runs {name} since TensorRT-LLM {since}, and {asked.engine.tensorrt_llm} was asked for.",
+                why=gpu.formats[name].source,
+                cure=f"--set engine.tensorrt_llm={versions()[-1]}",
+            )
+
+
+def _check_said_once(resolved: recipe.Resolved) -> None:
+    """A size has its own key in the recipe; engine.flags may repeat it but not contradict it."""
+    engine = resolved.recipe.engine
+    for name in SIZES:
+        if name in engine.flags and engine.flags[name] != str(getattr(engine, name)):
+            raise UsageError(
+                f"{name} is said twice: engine.{name} is {getattr(engine, name)}, engine.flags.{name} "
+                f"{engine.flags[name]}.",
+                cure=f"Say it once: --set engine.{name}={engine.flags[name]}",
+            )
+
+
+def _asked_flags(version: Version, asked: Mapping[str, str]) -> dict[str, Flag]:
+    """engine.flags as Flags. A switch that is `enable` or `true` has the value ""; one that is off is left out."""
+    found = {}
+    for name, value in asked.items():
+        if name in SIZES:  # said with the same value in its own place
+            continue
+        if name in version.flags and version.flags[name]["kind"] == "store_true":
+            if value.lower() in ("disable", "false"):
+                continue
+            value = "" if value.lower() in ("enable", "true") else value
+        found[name] = Flag(name, value, "asked for", "recipe")
+    return found
+
+
+def _sizes(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
+    """The four sizes. One that nobody asked for shrinks to what the model was trained for; an asked one is refused."""
+    engine = resolved.recipe.engine
+    sizes = {name: getattr(engine, name) for name in SIZES}
+    reasons = {name: resolved.origins.get(f"engine.{name}", "default") for name in sizes}
+    longest = _positions(model_config)
+    if longest and sizes["max_seq_len"] > longest:
+        if _asked_for(reasons["max_seq_len"]):
+            raise UnsupportedError(
+                f"--max-seq-len {sizes['max_seq_len']} is more than this model's {longest} positions.",
+                why="max_position_embeddings (and rope_scaling) in its config.json; TensorRT-LLM would only warn "
+                "(rule R16).",
+                cure=f"--max-seq-len {longest}",
+            )
+        sizes["max_seq_len"], reasons["max_seq_len"] = longest, "the model's max_position_embeddings"
+        if sizes["max_input_len"] >= longest:
+            sizes["max_input_len"], reasons["max_input_len"] = longest - longest // 4, "three quarters of max_seq_len"
+    return [Flag(name, str(value), reasons[name], "recipe") for name, value in sizes.items()]
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """max_position_embeddings times the rotary factor, as trtllm-build deduces max_seq_len (rules R15, R16)."""
+    longest = config.get("max_position_embeddings")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("type", scaling.get("rope_type"))
+    factor = 1 if kind in UNSCALED else scaling.get("factor") or 1
+    return math.ceil(longest * factor) if longest else None
+
+
+def _asked_for(origin: str) -> bool:
+    return origin != "default" and not origin.startswith("GPU profile")
+
+
+def command(flags: Sequence[Flag], *, checkpoint: Path, output: Path, timing_cache: Path) -> list[str]:
+    """The trtllm-build command line. Paths come last: the flags before them are the same on every machine."""
+    argv = ["trtllm-build"]
+    for flag in flags:
+        argv += [f"--{flag.name}", *([flag.value] if flag.value else [])]
+    # The default is model.cache in the working directory: a PermissionError for most users of containers.
+    timing = ["--input_timing_cache", str(timing_cache), "--output_timing_cache", str(timing_cache)]
+    return [*argv, "--checkpoint_dir", str(checkpoint), "--output_dir", str(output), *timing]
+
+
+def build_config(version: Version, flags: Sequence[Flag], pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """What trtllm-build would write as build_config into the engine's config.json for these flags.
+
+    `pretrained` is the checkpoint's config.json. Source: BuildConfig.to_dict, EngineConfig.to_dict (builder.py, 1.2).
+    """
+    values = {flag.name: flag.value for flag in flags}
+    config: dict[str, Any] = dict(version.build_config_defaults)
+    for name in ("dry_run", "visualize_network"):  # the builder leaves them out: they are nothing of the engine's
+        del config[name]
+    plugins: dict[str, Any] = {**version.facts["plugin_fields"], "dtype": pretrained["dtype"]}
+    for name, spec in version.flags.items():
+        raw = values.get(name, spec["default"])
+        if spec["group"] == "plugin":
+            plugins[name] = _plugin_value(spec, raw, pretrained["dtype"])
+        elif name in values and spec.get("build_config_field"):
+            config[spec["build_config_field"]] = _config_value(spec, raw)
+    plugins["paged_kv_cache"] = values.get("kv_cache_type", "paged") == "paged"
+    plugins["paged_state"] = False  # rule R14: these models have no recurrent state
+    if pretrained["mapping"]["world_size"] == 1:
+        plugins["nccl_plugin"] = None  # rule R37
+    config["kv_cache_type"] = str(config["kv_cache_type"] or "paged").upper()
+    if not plugins["multiple_profiles"]:  # rule R24
+        batch = config["max_batch_size"] * config["max_beam_width"]
+        config["opt_num_tokens"] = config["opt_num_tokens"] or min(batch, config["max_num_tokens"])
+    config["plugin_config"] = plugins
+    return config
+
+
+def _config_value(spec: Mapping[str, Any], raw: Any) -> Any:
+    if spec["kind"] == "store_true":
+        return raw == ""
+    return int(raw) if spec["kind"] == "int" else raw
+
+
+def _plugin_value(spec: Mapping[str, Any], raw: Any, dtype: str) -> Any:
+    if spec["kind"] == "bool_str":
+        return raw == "enable"
+    if spec["kind"] == "int":
+        return int(raw)
+    return {"auto": dtype, "disable": None}.get(raw, raw)

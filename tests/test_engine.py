@@ -1,0 +1,182 @@
+"""Checkpoint -> engine: by a stand-in for trtllm-build with its command line, and for the reference target."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from builder import engine, recipe, trtllm
+from builder.checkpoint import Checkpoint
+from builder.errors import IntegrityError, StageError, UnsupportedError
+from builder.output import Output
+from builder.store import Store
+
+QUIET = Output("quiet")
+PRETRAINED = {
+    "architecture": "Qwen3ForCausalLM",
+    "dtype": "bfloat16",
+    "logits_dtype": "float16",
+    "mapping": {"world_size": 1},
+}
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An executable named trtllm-build on PATH: the stand-in beside this file."""
+    script = tmp_path / "bin" / "trtllm-build"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "trtllm_build_stand_in.py"} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    layout = tmp_path / "checkpoint" / "tensorrt_llm"
+    layout.mkdir(parents=True)
+    (layout / "config.json").write_text(json.dumps(PRETRAINED))
+    (layout / "rank0.safetensors").write_bytes(b"tensors")
+    return Checkpoint(layout.parent, "0" * 64)
+
+
+def resolved(gpu: str, *sets: str) -> recipe.Resolved:
+    return recipe.resolve({"model.id": "m", "gpu": gpu}, sets=sets)
+
+
+def build(checkpoint: Checkpoint, gpu: str, root: Path, *sets: str) -> engine.Engine:
+    asked = resolved(gpu, *sets)
+    return engine.build(checkpoint, trtllm.resolve(asked, {}), asked, store=Store(root, QUIET))
+
+
+def test_trtllm_build_takes_the_resolved_command_line(stand_in: None, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    built = build(checkpoint, "sm120", tmp_path / "out", "engine.max_batch_size=16")
+    assert built.config["version"] == "1.2.1"
+    assert built.config["build_config"] == {"max_batch_size": 16}
+    assert built.config["pretrained_config"] == PRETRAINED
+    assert (built.path / "rank0.engine").is_file()
+    assert (tmp_path / "out" / "timing" / "model.cache").read_bytes() == b"timing"
+    command = built.artefact.facts["command"]
+    assert command[command.index("--gemm_plugin") + 1] == "nvfp4"
+    assert Path(built.artefact.facts["log"]).read_text().startswith("$ trtllm-build")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "error", "message"),
+    [
+        ("crash", StageError, "FMHA kernel not found"),
+        ("empty", StageError, "left no config.json"),
+        ("other-version", IntegrityError, "built by TensorRT-LLM 1.1.0"),
+    ],
+)
+def test_a_failed_build_leaves_no_engine(
+    stand_in: None,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    behaviour: str,
+    error: type[Exception],
+    message: str,
+) -> None:
+    monkeypatch.setenv("STAND_IN", behaviour)
+    with pytest.raises(error) as caught:
+        build(checkpoint, "sm120", tmp_path / "out")
+    assert message in str(caught.value)
+    assert not list((tmp_path / "out" / "engine").iterdir())
+
+
+BUILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1])))
+from builder.checkpoint import Checkpoint
+import test_engine
+print("begin", flush=True)
+test_engine.build(Checkpoint(Path(sys.argv[2]), "0" * 64), "sm120", Path(sys.argv[3]))
+"""
+
+
+def test_an_interrupt_reaches_trtllm_build_and_leaves_nothing(
+    stand_in: None, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", "slow")
+    out = tmp_path / "out"
+    argv = [sys.executable, "-c", BUILD, str(Path(__file__).parent), str(checkpoint.path), str(out)]
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not list(out.glob("engine/.*.tmp/rank0.engine")):
+        assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=20)
+    assert not list((out / "engine").iterdir())
+
+
+def test_the_reference_engine_is_the_checkpoint_with_the_config_of_an_engine(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    built = build(checkpoint, "cpu", tmp_path / "out")
+    assert set(built.config) == {"version", "pretrained_config", "build_config"}
+    assert built.config["pretrained_config"] == PRETRAINED
+    assert built.config["build_config"]["plugin_config"]["gemm_plugin"] == "nvfp4"
+    rank = built.path / "rank0.safetensors"
+    assert rank.samefile(checkpoint.tensorrt_llm / "rank0.safetensors")
+
+
+@pytest.fixture
+def split(checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """Of two ranks, as the stage before leaves it."""
+    config = {**PRETRAINED, "mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1}}
+    (checkpoint.tensorrt_llm / "config.json").write_text(json.dumps(config))
+    (checkpoint.tensorrt_llm / "rank1.safetensors").write_bytes(b"others")
+    return checkpoint
+
+
+def test_an_engine_of_two_ranks(stand_in: None, split: Checkpoint, tmp_path: Path) -> None:
+    built = build(split, "sm120", tmp_path / "out", "engine.tp=2")
+    assert built.artefact.facts["world_size"] == 2
+    assert (built.path / "rank1.engine").is_file()
+    command = built.artefact.facts["command"]
+    assert command[command.index("--workers") + 1] == "2"
+    reference = build(split, "cpu", tmp_path / "out", "engine.tp=2")
+    assert reference.artefact.facts["world_size"] == 2
+    assert (reference.path / "rank1.safetensors").read_bytes() == b"others"
+    # rule R37: with several ranks the plugin stays, in the model's type
+    assert reference.config["build_config"]["plugin_config"]["nccl_plugin"] == "bfloat16"
+
+
+def test_a_rank_that_was_forgotten_is_seen(
+    stand_in: None, split: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN", "one-rank")
+    with pytest.raises(StageError, match=r"no config.json with rank0.engine to rank1.engine"):
+        build(split, "sm120", tmp_path / "out", "engine.tp=2")
+
+
+def test_a_machine_with_fewer_gpus_can_build_but_not_serve(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "gpus", lambda: ["NVIDIA GeForce RTX 5090"])
+    engine.check_machine(resolved("sm120"))
+    engine.check_machine(resolved("cpu", "engine.tp=2"))
+    engine.check_machine(resolved("sm120", "engine.tp=2"), serving=False)
+    with pytest.raises(UnsupportedError, match="needs 4 GPUs to be served and tested, and this machine has 1"):
+        engine.check_machine(resolved("sm120", "engine.tp=2", "engine.pp=2"))
+
+
+def test_other_flags_are_another_engine(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    one = build(checkpoint, "cpu", tmp_path / "out")
+    assert build(checkpoint, "cpu", tmp_path / "out").path == one.path
+    assert build(checkpoint, "cpu", tmp_path / "out", "engine.max_batch_size=4").path != one.path
+    other = Checkpoint(checkpoint.path, "1" * 64)
+    assert build(other, "cpu", tmp_path / "out").path != one.path
+
+
+def test_without_trtllm_build_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnsupportedError, match="trtllm-build is not on this machine's PATH") as caught:
+        engine.check_machine(resolved("sm120"))
+    assert "--gpu cpu" in caught.value.cure
+    engine.check_machine(resolved("cpu"))

@@ -1,0 +1,249 @@
+"""Flags of trtllm-build: what a recipe comes to, each with a reason; what the version does not have is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from builder import explain, recipe, trtllm
+from builder.errors import UnsupportedError, UsageError
+
+QWEN3_8B = {"architectures": ["Qwen3ForCausalLM"], "max_position_embeddings": 40960}
+
+
+def resolved(*sets: str, gpu: str = "sm120", **flags: object) -> recipe.Resolved:
+    return recipe.resolve({"model.id": "Qwen/Qwen3-8B", "gpu": gpu, **flags}, sets=sets)
+
+
+def values(*sets: str, config: dict[str, object] = QWEN3_8B, gpu: str = "sm120") -> dict[str, str]:
+    return {flag.name: flag.value for flag in trtllm.resolve(resolved(*sets, gpu=gpu), config)}
+
+
+def test_the_profile_that_users_of_sm120_ask_for() -> None:
+    assert values() == {
+        "max_batch_size": "16",
+        "max_input_len": "2048",
+        "max_seq_len": "4096",
+        "max_num_tokens": "8192",
+        "gpt_attention_plugin": "bfloat16",
+        "gemm_plugin": "nvfp4",
+        "kv_cache_type": "paged",
+        "remove_input_padding": "enable",
+        "context_fmha": "disable",
+        "use_paged_context_fmha": "disable",
+        "use_fp8_context_fmha": "disable",
+    }
+
+
+def test_each_flag_has_a_reason_and_a_source() -> None:
+    for flag in trtllm.resolve(resolved(), QWEN3_8B):
+        assert flag.reason
+        assert flag.source
+    # A "#" that no quotes protect is YAML's comment.
+    assert "#2855" in {flag.name: flag.source for flag in trtllm.resolve(resolved(), QWEN3_8B)}["context_fmha"]
+
+
+def test_the_cpu_profile_has_the_same_flags() -> None:
+    sizes = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+    on_cpu, on_card = values(gpu="cpu"), values()
+    assert {k: v for k, v in on_cpu.items() if k not in sizes} == {k: v for k, v in on_card.items() if k not in sizes}
+
+
+def test_the_attention_plugin_computes_in_the_models_type() -> None:
+    assert values(config={**QWEN3_8B, "torch_dtype": "float16"})["gpt_attention_plugin"] == "float16"
+    assert values(config={**QWEN3_8B, "dtype": "bfloat16"})["gpt_attention_plugin"] == "bfloat16"
+
+
+def test_fmha_off_takes_paged_and_fp8_fmha_with_it() -> None:
+    found = values("engine.flags.use_paged_context_fmha=enable", "engine.flags.use_fp8_context_fmha=enable")
+    assert (found["use_paged_context_fmha"], found["use_fp8_context_fmha"]) == ("disable", "disable")
+
+
+@pytest.mark.parametrize(("kv", "fp8"), [("fp8", "enable"), ("auto", "disable")])
+def test_paged_fmha_reads_the_kv_cache_in_its_own_type(kv: str, fp8: str) -> None:
+    sets = ["engine.flags.context_fmha=enable", "engine.flags.use_paged_context_fmha=enable"]
+    found = values(*sets, "engine.flags.use_fp8_context_fmha=enable", f"quantization.kv_cache_dtype={kv}")
+    assert found["use_fp8_context_fmha"] == fp8
+
+
+def test_tokens_of_an_iteration_fit_prompt_and_batch() -> None:
+    assert values("engine.max_num_tokens=100")["max_num_tokens"] == "2048"
+    assert values("engine.max_batch_size=1", "engine.max_num_tokens=9999")["max_num_tokens"] == "4096"
+
+
+def test_a_default_length_shrinks_to_the_model_and_an_asked_one_is_refused() -> None:
+    short = {**QWEN3_8B, "max_position_embeddings": 1024}
+    found = values(config=short)
+    assert (found["max_seq_len"], found["max_input_len"]) == ("1024", "768")
+    with pytest.raises(UnsupportedError, match="1024 positions"):
+        trtllm.resolve(resolved(**{"engine.max_seq_len": 4096}), short)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("contxt_fmha=enable", "Did you mean --context_fmha"),
+        ("context_fmha=on", "takes one of enable, disable"),
+        ("gemm_plugin=fp4", "takes one of"),
+        ("tokens_per_block=many", "takes a number"),
+    ],
+)
+def test_a_flag_that_this_version_does_not_take_is_refused(flag: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        trtllm.resolve(resolved(f"engine.flags.{flag}"), QWEN3_8B)
+    assert message in str(caught.value)
+
+
+def test_versions_without_an_engine_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"1\.3\.0 builds no engines"):
+        trtllm.resolve(resolved("engine.tensorrt_llm=1.3.0"), QWEN3_8B)
+
+
+def test_several_gpus_build_in_parallel() -> None:
+    def workers(*sets: str) -> list[str]:
+        return [flag.value for flag in trtllm.resolve(resolved(*sets), QWEN3_8B) if flag.name == "workers"]
+
+    assert workers() == []
+    assert workers("engine.tp=2", "engine.pp=2") == ["4"]
+    assert workers("engine.tp=2", "engine.flags.workers=1") == ["1"]
+
+
+def test_the_command_line_keeps_the_timing_cache_out_of_the_working_directory() -> None:
+    flags = trtllm.resolve(resolved(), QWEN3_8B)
+    argv = trtllm.command(flags, checkpoint=Path("/c"), output=Path("/e"), timing_cache=Path("/t/model.cache"))
+    assert argv[:3] == ["trtllm-build", "--max_batch_size", "16"]
+    assert argv[argv.index("--output_timing_cache") + 1] == "/t/model.cache"
+    assert argv[argv.index("--checkpoint_dir") + 1] == "/c"
+
+
+def test_build_config_is_what_the_builder_would_write() -> None:
+    flags = trtllm.resolve(resolved(), QWEN3_8B)
+    config = trtllm.build_config(trtllm.load("1.2.1"), flags, {"dtype": "bfloat16", "mapping": {"world_size": 1}})
+    assert (config["max_batch_size"], config["max_seq_len"], config["opt_num_tokens"]) == (16, 4096, 16)
+    assert config["kv_cache_type"] == "PAGED"
+    plugins = config["plugin_config"]
+    assert (plugins["gemm_plugin"], plugins["gpt_attention_plugin"], plugins["nccl_plugin"]) == (
+        "nvfp4",
+        "bfloat16",
+        None,
+    )
+    assert (plugins["context_fmha"], plugins["use_paged_context_fmha"], plugins["remove_input_padding"]) == (
+        False,
+        False,
+        True,
+    )
+    assert plugins["tokens_per_block"] == 32
+    assert plugins["bert_attention_plugin"] == "bfloat16"
+    assert plugins["lora_plugin"] is None
+
+
+# ---- versions, removed flags, explain
+
+
+@pytest.mark.parametrize("version", trtllm.versions())
+def test_a_version_has_all_its_facts(version: str) -> None:
+    known = trtllm.load(version)
+    assert known.facts["version"] == version
+    assert known.facts["engine"] is True
+    assert len(known.rules) == 48
+    assert not set(known.flags) & set(known.removed)
+    flags = trtllm.resolve(resolved(f"engine.tensorrt_llm={version}"), QWEN3_8B)
+    config = trtllm.build_config(known, flags, {"dtype": "bfloat16", "mapping": {"world_size": 1}})
+    assert config["plugin_config"]["gemm_plugin"] == "nvfp4"
+
+
+def test_the_plugin_flags_and_defaults_of_the_three_versions_are_the_same() -> None:
+    def plugins(version: str) -> dict[str, object]:
+        return {n: f["default"] for n, f in trtllm.load(version).flags.items() if f["group"] == "plugin"}
+
+    first, *others = map(plugins, trtllm.versions())
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("version", ["1.3.0rc21", "1.3.0rc22", "1.3.0", "1.4.0rc1", "2.0"])
+def test_a_version_without_an_engine_path_is_refused_with_the_way_out(version: str) -> None:
+    with pytest.raises(UnsupportedError, match="builds no engines") as caught:
+        trtllm.resolve(resolved(f"engine.tensorrt_llm='{version}'"), QWEN3_8B)
+    assert "1.2.1 is the last stable version" in caught.value.why
+    assert "trtllm-serve" in caught.value.cure
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "1.2.0", "1.3.0rc15"])
+def test_a_version_without_facts_is_refused_with_those_that_are_known(version: str) -> None:
+    with pytest.raises(UnsupportedError, match="is not known here") as caught:
+        trtllm.resolve(resolved(f"engine.tensorrt_llm={version}"), QWEN3_8B)
+    assert "1.0.0, 1.1.0, 1.2.1" in caught.value.why
+
+
+def test_what_is_no_version_at_all() -> None:
+    with pytest.raises(UsageError, match="'latest' is no version"):
+        trtllm.resolve(resolved("engine.tensorrt_llm=latest"), QWEN3_8B)
+
+
+@pytest.mark.parametrize(
+    ("flag", "parts"),
+    [
+        ("max_output_len=5", ("removed in 0.12", "max_seq_len")),
+        ("enable_xqa=enable", ("removed in 0.16", "automatic")),
+        ("tp_size=2", ("removed in 0.12", "--tp and --pp")),
+        ("auto_parallel=2", ("removed in 1.2 ", "#8329", "--tp and --pp")),
+        ("builder_opt=3", ("removed in 0.14", "nothing")),
+        ("max_decoder_seq_len=5", ("another name of --max_seq_len",)),
+        ("max_multimodal_len=5", ("another name of --max_prompt_embedding_table_size",)),
+        ("use-paged-context-fmha=enable", ("no flag", "Did you mean --use_paged_context_fmha")),
+        ("gemm_plugin=nvfp8", ("not 'nvfp8'", "Did you mean 'nvfp4'")),
+        ("kv_cache_type=page", ("continuous, paged, disabled", "Did you mean 'paged'")),
+        ("strip_plan=maybe", ("takes one of enable, disable",)),
+        ("max_batch_size=8", ("max_batch_size is said twice", "--set engine.max_batch_size=8")),
+        ("output_dir=/x", ("not yours to set",)),
+    ],
+)
+def test_a_wrong_flag_is_answered_with_the_right_one(flag: str, parts: tuple[str, ...]) -> None:
+    name, _, value = flag.partition("=")
+    asked = recipe.resolve({"model.id": "Qwen/Qwen3-8B", "gpu": "sm120", "engine.flags": {name: value}})
+    with pytest.raises(UsageError) as caught:
+        trtllm.resolve(asked, QWEN3_8B)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_flag_that_an_older_version_still_had_is_taken_there() -> None:
+    sets = ["engine.tensorrt_llm=1.1.0", "engine.flags.auto_parallel=1"]
+    assert values(*sets)["auto_parallel"] == "1"
+
+
+def test_switches_are_passed_bare_and_sizes_may_be_repeated() -> None:
+    flags = trtllm.resolve(resolved("engine.flags.strip_plan=true", "engine.flags.max_batch_size=16"), QWEN3_8B)
+    argv = trtllm.command(flags, checkpoint=Path("/c"), output=Path("/e"), timing_cache=Path("/t"))
+    assert argv[argv.index("--strip_plan") + 1].startswith("--")
+    assert argv.count("--max_batch_size") == 1
+    config = trtllm.build_config(trtllm.load("1.2.1"), flags, {"dtype": "bfloat16", "mapping": {"world_size": 1}})
+    assert config["use_strip_plan"] is True
+
+
+@pytest.mark.parametrize("name", ["context_fmha", "--context_fmha", "context-fmha"])
+def test_explain_tells_all_of_a_flag(name: str) -> None:
+    found = explain.explain(name)
+    assert found["flag"] == "--context_fmha"
+    assert found["meaning"]
+    assert {version: said["default"] for version, said in found["versions"].items()} == {
+        "1.0.0": "enable", "1.1.0": "enable", "1.2.1": "enable",
+    }  # fmt: skip
+    assert {"R18", "R20", "R26", "R43", "R44"} <= {rule["id"] for rule in found["rules"]}
+    assert found["profiles"]["sm120"] == "disable"
+    assert found["profiles"]["sm120-fmha"] == "enable"
+    assert any("plugin.py" in source for source in found["sources"])
+
+
+def test_explain_knows_aliases_removed_and_versioned_flags() -> None:
+    assert explain.explain("max_decoder_seq_len")["flag"] == "--max_seq_len"
+    assert explain.explain("max_output_len")["removed"]["since"] == "0.12"
+    gone = explain.explain("auto_parallel")
+    assert (gone["versions"]["1.2.1"], gone["versions"]["1.1.0"]["default"]) == (None, 1)
+    assert gone["removed"]["since"] == "1.2"
+    with pytest.raises(UsageError, match="Did you mean --context_fmha"):
+        explain.explain("contxt_fmha")
+    for version in map(trtllm.load, trtllm.versions()):
+        for name in (*version.flags, *version.removed):
+            assert explain.explain(name)["flag"] == f"--{name}"
