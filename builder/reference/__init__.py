@@ -1,0 +1,1 @@
+"""The reference executor: TensorRT-LLM checkpoints on torch, and a Triton backend around it."""

@@ -1,0 +1,275 @@
+"""Runs a TensorRT-LLM NVFP4 checkpoint with torch: what its numbers mean, decided in one place. Imports torch.
+
+Weights are unpacked once at load. Activations are quantized before each linear layer (dynamic blocks of 16 under the
+calibrated `activation_scaling_factor`), keys after RoPE and values before they enter the FP8 cache. Qwen3, Qwen2,
+Llama and Mistral. Read from TensorRT-LLM 1.2: `attention.qkv` is q, k, v in this order, `mlp.fc` the gate_proj
+(layers/mlp.py, GatedMLP: proj(act(fc(x)) * gate(x))).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from builder import nvfp4
+from builder.errors import IntegrityError, UnsupportedError
+from builder.ranks import Joined
+from builder.reference.rope import frequencies, rotate
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+_DTYPES = {
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
+_CACHE_START = 256  # tokens; the cache doubles when it is full
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = quantize(x) W^T + b. Without `input_scale` the layer is not quantized."""
+
+    weight: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.input_scale is not None:
+            x = nvfp4.fake_quantize(x, self.input_scale)
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS normalization over the last dimension, in float32."""
+
+    weight: Tensor
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. `kv_scale` is None where the cache is not quantized."""
+
+    input_norm: Norm
+    qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
+    dense: Linear
+    kv_scale: Tensor | None
+    post_norm: Norm
+    fc: Linear
+    gate: Linear
+    proj: Linear
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.proj(F.silu(self.fc(x)) * self.gate(x))
+
+
+class KVCache:
+    """Keys and values of one sequence: per layer [kv heads, capacity, head size], of which `length` tokens are used."""
+
+    def __init__(self, layers: int) -> None:
+        self.length = 0
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores [kv heads, tokens, head size] at the end; returns everything stored for this layer."""
+        end = self.length + keys.shape[1]
+        held = self._layers[layer]
+        if held is None or held[0].shape[1] < end:
+            held = self._layers[layer] = (_grown(held and held[0], keys, end), _grown(held and held[1], values, end))
+        held[0][:, self.length : end] = keys
+        held[1][:, self.length : end] = values
+        return held[0][:, :end], held[1][:, :end]
+
+
+def _grown(old: Tensor | None, like: Tensor, tokens: int) -> Tensor:
+    """Room for at least `tokens`, twice the old room, with the old content at the front."""
+    capacity = max(tokens, _CACHE_START if old is None else 2 * old.shape[1])
+    new = like.new_zeros(like.shape[0], capacity, like.shape[2])
+    if old is not None:
+        new[:, : old.shape[1]] = old
+    return new
+
+
+class ReferenceModel:
+    """A checkpoint ready to run. `max_seq_len` is the engine's, or the model's where the directory is a checkpoint."""
+
+    def __init__(self, config: Mapping[str, Any], max_seq_len: int, tensors: _Tensors) -> None:
+        _check(config)
+        self.config, self.max_seq_len, self.dtype = config, max_seq_len, tensors.dtype
+        self.heads, self.head_size = config["num_attention_heads"], config["head_size"]
+        self.kv_heads = config["num_key_value_heads"]
+        self.embedding = tensors.plain("transformer.vocab_embedding.weight")
+        self.layers = [tensors.layer(f"transformer.layers.{i}") for i in range(config["num_hidden_layers"])]
+        self.norm = tensors.norm("transformer.ln_f")
+        self.head = tensors.linear("lm_head")
+        self._angles, self._rope_factor = frequencies(self.head_size, config["rotary_base"], config["rotary_scaling"])
+
+    @classmethod
+    def load(cls, directory: Path, dtype: torch.dtype = torch.float32) -> ReferenceModel:
+        """From `config.json` (a checkpoint's or an engine's) and `rank*.safetensors`. Arithmetic is in `dtype`.
+
+        Several ranks are put together again: one process runs what as many GPUs would.
+        """
+        from safetensors import safe_open
+
+        engine = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = engine.get("pretrained_config", engine)
+        length = engine.get("build_config", {}).get("max_seq_len") or config["max_position_embeddings"]
+        if config.get("mapping", {}).get("world_size", 1) > 1:
+            return cls(config, int(length), _Tensors(_Ranks(directory, config), config, dtype))
+        with safe_open(directory / "rank0.safetensors", framework="pt") as file:
+            return cls(config, int(length), _Tensors(file, config, dtype))
+
+    def new_cache(self) -> KVCache:
+        return KVCache(len(self.layers))
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """Token ids [n], the next ones of the cache's sequence -> logits [n, vocab] float32. The cache grows by n.
+
+        ValueError for no token, an unknown one, or a sequence longer than `max_seq_len`.
+        """
+        self._check_ids(ids, cache)
+        x = F.embedding(ids, self.embedding).to(self.dtype)
+        positions = torch.arange(cache.length, cache.length + len(ids))
+        angles = torch.outer(positions.float(), self._angles).repeat(1, 2)
+        turn = [(f(angles) * self._rope_factor).to(self.dtype) for f in (torch.cos, torch.sin)]
+        mask = None if len(ids) == 1 else torch.arange(cache.length + len(ids)) <= positions[:, None]
+        for index, layer in enumerate(self.layers):
+            x = x + layer.dense(self._attend(layer, index, layer.input_norm(x), turn, mask, cache))
+            x = x + layer.mlp(layer.post_norm(x))
+        cache.length += len(ids)
+        return self.head(self.norm(x)).float()
+
+    def _attend(
+        self, layer: Layer, index: int, x: Tensor, turn: list[Tensor], mask: Tensor | None, cache: KVCache
+    ) -> Tensor:
+        """Grouped-query attention of [n, hidden] over the cache and itself -> [n, heads * head size]."""
+        size = self.head_size
+        heads = layer.qkv(x).reshape(len(x), -1, size).transpose(0, 1)
+        q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads])
+        q = layer.q_norm(q) if layer.q_norm else q
+        k = layer.k_norm(k) if layer.k_norm else k
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        if layer.kv_scale is not None:
+            k, v = (nvfp4.fake_quantize_e4m3(part, layer.kv_scale) for part in (k, v))
+        k, v = cache.append(index, k, v)
+        groups = self.heads // self.kv_heads
+        out = F.scaled_dot_product_attention(
+            q[None], k.repeat_interleave(groups, dim=0)[None], v.repeat_interleave(groups, dim=0)[None], attn_mask=mask
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+    def _check_ids(self, ids: Tensor, cache: KVCache) -> None:
+        if not len(ids):
+            raise ValueError("there is no token to run")
+        if int(ids.min()) < 0 or int(ids.max()) >= len(self.embedding):
+            raise ValueError(f"a token id is outside of the vocabulary (0 to {len(self.embedding) - 1})")
+        if cache.length + len(ids) > self.max_seq_len:
+            raise ValueError(f"{cache.length} + {len(ids)} tokens exceed max_seq_len {self.max_seq_len}")
+
+
+class _Ranks:
+    """Several rank files with the two methods of safetensors' `safe_open` that are used here."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        self._joined = Joined(directory, config)
+
+    def keys(self) -> list[str]:
+        return self._joined.names
+
+    def get_tensor(self, name: str) -> Tensor:
+        info = self._joined.info(name)
+        return torch.frombuffer(self._joined.data(name), dtype=_DTYPES[info.dtype]).reshape(info.shape)
+
+
+class _Tensors:
+    """The tensors of a checkpoint by name, in the form that the model computes with."""
+
+    def __init__(self, file: Any, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        self._file, self._names, self._config, self.dtype = file, set(file.keys()), config, dtype
+
+    def plain(self, name: str) -> Tensor:
+        """As stored: a view of the mapped file. IntegrityError if there is none."""
+        if name not in self._names:
+            raise IntegrityError(f"The checkpoint has no tensor {name}.", cure="Quantize again.")
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def maybe(self, name: str) -> Tensor | None:
+        return self.plain(name).to(self.dtype) if name in self._names else None
+
+    def linear(self, name: str) -> Linear:
+        weight, scale = self.plain(f"{name}.weight"), None
+        if weight.dtype == torch.uint8:
+            scale = self.plain(f"{name}.activation_scaling_factor")
+            block, whole = self.plain(f"{name}.weights_scaling_factor"), self.plain(f"{name}.weights_scaling_factor_2")
+            weight = nvfp4.dequantize(weight, block, whole, self.dtype)
+        return Linear(weight.to(self.dtype), self.maybe(f"{name}.bias"), scale)
+
+    def norm(self, name: str) -> Norm:
+        return Norm(self.plain(f"{name}.weight").to(self.dtype), self._config["norm_epsilon"])
+
+    def maybe_norm(self, name: str) -> Norm | None:
+        return self.norm(name) if f"{name}.weight" in self._names else None
+
+    def layer(self, name: str) -> Layer:
+        attention, mlp = f"{name}.attention", f"{name}.mlp"
+        return Layer(
+            input_norm=self.norm(f"{name}.input_layernorm"),
+            qkv=self.linear(f"{attention}.qkv"),
+            q_norm=self.maybe_norm(f"{attention}.q_layernorm"),
+            k_norm=self.maybe_norm(f"{attention}.k_layernorm"),
+            dense=self.linear(f"{attention}.dense"),
+            kv_scale=self._kv_scale(attention),
+            post_norm=self.norm(f"{name}.post_layernorm"),
+            fc=self.linear(f"{mlp}.fc"),
+            gate=self.linear(f"{mlp}.gate"),
+            proj=self.linear(f"{mlp}.proj"),
+        )
+
+    def _kv_scale(self, attention: str) -> Tensor | None:
+        """One for keys and values: the larger (TensorRT-LLM, models/modeling_utils.py, process_kv_scaling_factor)."""
+        if not self._config["quantization"].get("kv_cache_quant_algo"):
+            return None
+        if f"{attention}.k_cache_scaling_factor" not in self._names:
+            return self.plain(f"{attention}.kv_cache_scaling_factor")
+        return torch.maximum(*(self.plain(f"{attention}.{part}_cache_scaling_factor") for part in "kv"))
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """UnsupportedError for what this executor would run wrongly in silence."""
+    quantization = config["quantization"]
+    wrong = [
+        f"{name} {found!r}"
+        for name, found, known in (
+            ("architecture", config["architecture"], ARCHITECTURES),
+            ("hidden_act", config["hidden_act"], ("silu", "swiglu")),
+            ("position_embedding_type", config["position_embedding_type"], ("rope_gpt_neox", "yarn")),
+            ("quant_algo", quantization["quant_algo"], ("NVFP4",)),
+            ("kv_cache_quant_algo", quantization.get("kv_cache_quant_algo"), (None, "FP8")),
+        )
+        if found not in known
+    ]
+    if wrong:
+        raise UnsupportedError(
+            f"The reference executor can't run this checkpoint: {', '.join(wrong)}.",
+            why=f"It runs NVFP4 checkpoints of {', '.join(ARCHITECTURES)}.",
+        )

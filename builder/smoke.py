@@ -1,0 +1,174 @@
+"""Asks a served repository every way that there is, and asserts what must come back. Works on any of our repositories.
+
+The client, and with it tritonclient, is imported when a test begins.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.errors import ServingError
+from builder.output import Output, seconds
+from builder.store import Store, library_versions, sources_digest
+
+if TYPE_CHECKING:
+    from builder.repository import Repository
+
+
+SOURCES = (
+    "builder/smoke.py",
+    "builder/smoke_checks.py",
+    "builder/client.py",
+    "builder/serve.py",
+    "builder/reference",
+    "builder/nvfp4.py",
+    "builder/ranks.py",
+    "builder/checkpoint.py",
+    "builder/safetensors_io.py",
+    "builder/model_directory.py",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One assertion: `detail` says what was seen, or what is wrong."""
+
+    name: str
+    passed: bool
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model said."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class SmokeReport:
+    """All checks of one test, and the sample where it came so far."""
+
+    checks: tuple[Check, ...]
+    sample: Sample | None = None
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+    def check(self) -> None:
+        """Raises SmokeFailed naming the failed checks."""
+        if self.failed:
+            raise SmokeFailed(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": not self.failed}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SmokeReport:
+        sample = data.get("sample")
+        return cls(tuple(Check(**check) for check in data["checks"]), Sample(**sample) if sample else None)
+
+
+class SmokeFailed(ServingError):
+    """Exit code 5; `report` holds every check."""
+
+    def __init__(self, report: SmokeReport) -> None:
+        super().__init__(
+            f"{len(report.failed)} of {len(report.checks)} smoke checks failed.",
+            why="\n".join(f"{check.name}: {check.detail}" for check in report.failed),
+            cure="Serve it and ask it yourself: builder serve REPOSITORY",
+        )
+        self.report = report
+
+
+def smoke_test(repository: Repository, *, store: Store) -> SmokeReport:
+    """Serves the repository, tests it and stops it. A repository that passed is not tested again."""
+    from builder.serve import serve
+
+    ingredients = {
+        "repository": repository.digest,
+        "libraries": library_versions("tritonclient", "nvidia-pytriton", "torch", "tokenizers"),
+        "sources": sources_digest(*SOURCES),
+    }
+
+    def make(directory: Path) -> Mapping[str, Any]:
+        with serve(repository.models, out=store.out, log=store.log("tritonserver")) as server:
+            report = smoke(server.http_url, server.grpc_url, repository.facts, out=store.out)
+        (directory / "report.json").write_text(json.dumps(report.as_dict(), indent=2), encoding="utf-8")
+        write_junit(report, directory / "junit.xml")
+        report.check()
+        return report.as_dict()
+
+    return SmokeReport.from_dict(store.stage("smoke", ingredients, make).facts)
+
+
+def smoke(
+    http_url: str, grpc_url: str, facts: Mapping[str, Any], *, out: Output, timeout: float = 120.0
+) -> SmokeReport:
+    """Every check on a running server, in order. `timeout` is for one answer, or one piece of a stream."""
+    from builder.client import Client
+    from builder.smoke_checks import PROMPT, READY, Checks
+
+    asked = Checks(Client(http_url, grpc_url, facts["models"], timeout), facts)
+    named = asked.named()
+    checks: list[Check] = []
+    with out.progress("smoke test", total=len(named), unit="checks") as bar:
+        for name, function in named.items():
+            checks.append(_run(name, function))
+            bar.update(len(checks), label=name)
+            if not checks[-1].passed:
+                out.warn(f"smoke check failed: {name}: {checks[-1].detail}")
+                if name == READY:
+                    break  # nobody is there to ask
+    report = SmokeReport(tuple(checks), Sample(PROMPT, asked.first) if asked.first else None)
+    passed = len(checks) - len(report.failed)
+    out.info(f"{passed} of {len(named)} smoke checks passed in {seconds(sum(c.seconds for c in checks))}")
+    return report
+
+
+def write_junit(report: SmokeReport, path: Path) -> None:
+    """The report as JUnit XML, which every CI system shows."""
+    from xml.etree import ElementTree
+
+    suite = ElementTree.Element(
+        "testsuite",
+        name="smoke",
+        tests=str(len(report.checks)),
+        failures=str(len(report.failed)),
+        errors="0",
+        time=f"{sum(check.seconds for check in report.checks):.3f}",
+    )
+    for check in report.checks:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname="builder.smoke", name=check.name, time=f"{check.seconds:.3f}"
+        )
+        detail = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in check.detail)
+        kind = "system-out" if check.passed else "failure"
+        element = ElementTree.SubElement(case, kind)
+        element.text = detail
+        if not check.passed:
+            element.set("message", detail)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _run(name: str, function: Callable[[], str]) -> Check:
+    """A check that breaks has failed: the others still run."""
+    from builder.smoke_checks import Wrong
+
+    start = time.monotonic()
+    try:
+        detail, passed = function(), True
+    except Wrong as wrong:
+        detail, passed = str(wrong), False
+    except Exception as error:
+        detail, passed = f"{type(error).__name__}: {error}", False
+    return Check(name, passed, detail, round(time.monotonic() - start, 3))

@@ -1,0 +1,70 @@
+"""A stand-in for the engine, in the tests of the serving shell: Triton's backend `tensorrtllm`, written in Python.
+
+It answers with the prompt's own token ids over and over, `request_output_len` of them, one a response when it streams.
+It stops at the end id and at the stop words, as TensorRT-LLM does, with the stop word in the answer. Not a model.
+A prompt that begins with "!" (token id 0 of the fixture) waits `WAIT_SECONDS` before each token.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+WAIT, WAIT_SECONDS = 0, 0.05
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.stopped = set()
+
+    def execute(self, requests):
+        for request in requests:
+            sender = request.get_response_sender()
+            inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            if "stop" in inputs and inputs["stop"].any():
+                self.stopped.add(request.request_id())
+                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            else:
+                threading.Thread(target=self.answer, args=(request.request_id(), inputs, sender)).start()
+
+    def answer(self, request_id, inputs, sender):
+        streaming = bool(inputs.get("streaming", np.array(False)).any())
+        said = []
+        for token in self.tokens(request_id, inputs):
+            said.append(token)
+            if streaming:
+                sender.send(response([token]))
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        sender.send(flags=final) if streaming else sender.send(response(said), flags=final)
+
+    def tokens(self, request_id, inputs):
+        prompt = inputs["input_ids"][0, : inputs["input_lengths"].flat[0]].tolist()
+        stop_words = words(inputs["stop_words_list"][0])
+        said = []
+        for i in range(inputs["request_output_len"].flat[0]):
+            token = prompt[i % len(prompt)]
+            if token == inputs["end_id"].flat[0] or request_id in self.stopped:
+                return
+            if prompt[0] == WAIT:
+                time.sleep(WAIT_SECONDS)
+            said.append(token)
+            yield token
+            if any(said[-len(word) :] == word for word in stop_words):
+                return
+
+
+def words(packed):
+    ends = [end for end in packed[1].tolist() if end > 0]
+    return [packed[0, start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def response(ids):
+    return pb_utils.InferenceResponse(
+        [
+            pb_utils.Tensor("output_ids", np.array([[ids]], np.int32)),
+            pb_utils.Tensor("sequence_length", np.array([[len(ids)]], np.int32)),
+        ]
+    )

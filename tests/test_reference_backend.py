@@ -1,0 +1,467 @@
+"""The reference executor without Triton: what a request means, how tokens are chosen, how sequences take turns."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builder.reference.backend import arrays
+from builder.reference.request import Limits, is_stop, read, words
+from builder.reference.sampling import RequestError, Sampling, adjust, choose, ends_with
+from builder.reference.scheduler import Scheduler, Sequence
+
+VOCAB = 32
+LIMITS = Limits(vocab_size=VOCAB, max_batch_size=3, max_input_len=12, max_seq_len=16)
+
+
+class PrefixModel:
+    """Logits that depend on every token of the sequence and on nothing else: a mixed-up cache shows at once."""
+
+    def __init__(self, broken_token: int | None = None, pause: float = 0.0) -> None:
+        self.broken_token, self.pause = broken_token, pause
+        self.order: list[int] = []  # the first token of the sequence that each step was for
+
+    def new_cache(self) -> list[int]:
+        return []
+
+    def forward(self, ids: torch.Tensor, cache: list[int]) -> torch.Tensor:
+        time.sleep(self.pause)
+        rows = []
+        for token in ids.tolist():
+            cache.append(token)
+            rows.append(torch.rand(VOCAB, generator=torch.Generator().manual_seed(hash(tuple(cache)))))
+        self.order.append(cache[0])
+        if self.broken_token in cache:
+            raise IndexError("a bug in the model")
+        return torch.stack(rows) * 10
+
+
+class Recorder:
+    """A listener that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.error: Exception | None = None
+        self.left = False
+        self.done = threading.Event()
+
+    def advanced(self, sequence: Sequence) -> None:
+        self.pieces.append(list(sequence.generated))
+        if sequence.ending:
+            self.done.set()
+
+    def failed(self, sequence: Sequence, error: Exception) -> None:
+        self.error = error
+        self.done.set()
+
+    def gone(self) -> bool:
+        return self.left
+
+
+def sequence(prompt: list[int], max_tokens: int = 6, **more: Any) -> Sequence:
+    return Sequence(prompt, max_tokens, more.pop("sampling", Sampling()), Recorder(), **more)
+
+
+def run(scheduler: Scheduler, *sequences: Sequence) -> None:
+    scheduler.submit(sequences)
+    for one in sequences:
+        assert one.listener.done.wait(20), "the scheduler stalled"
+
+
+@pytest.fixture
+def scheduler() -> Any:
+    made = Scheduler(PrefixModel(), max_active=3)
+    yield made
+    made.close()
+
+
+def alone(one: Sequence) -> list[int]:
+    """The same sequence without any scheduler."""
+    twin = Sequence(one.prompt, one.max_tokens, one.sampling, Recorder(), one.end_id, one.stop_words)
+    with torch.inference_mode():
+        while not twin.ending:
+            twin.step(PrefixModel())
+    return twin.generated
+
+
+# ---- choosing a token
+
+
+def test_greedy_is_the_default_and_temperature_zero() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.0, 3.0])
+    for how in (Sampling(), Sampling(temperature=0.0, top_p=0.9), Sampling(top_k=1, temperature=2.0)):
+        assert choose(logits, how, torch.Generator()).token == 1
+
+
+@given(
+    logits=st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0, 1, width=32),
+    seed=st.integers(0, 2**64 - 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_drawn_token_lies_within_top_k_and_top_p(logits: list[float], top_k: int, top_p: float, seed: int) -> None:
+    values = torch.tensor(logits)
+    how = Sampling(top_k=top_k, top_p=top_p, seed=seed)
+    token = choose(values, how, torch.Generator().manual_seed(seed)).token
+    if how.greedy:
+        assert not (values > values[token]).any()
+        return
+    shares = torch.log_softmax(values, dim=-1)  # logits that differ by less than a rounding are a tie here
+    better = shares > shares[token]
+    if top_k:
+        assert int(better.sum()) < top_k
+    kept = torch.sort(values, descending=True).values[: top_k or len(logits)]
+    share = float(values[better].exp().sum() / kept.exp().sum())
+    assert share <= (top_p or 1.0) + 1e-5, "the tokens above it already have the whole of top_p"
+
+
+def test_sampling_follows_the_distribution() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.log(torch.tensor([0.6, 0.3, 0.1]))
+    drawn = [choose(logits, Sampling(top_p=1.0), generator).token for _ in range(3000)]
+    assert np.allclose(np.bincount(drawn) / 3000, [0.6, 0.3, 0.1], atol=0.03)
+    drawn = [choose(logits, Sampling(top_k=2), generator).token for _ in range(3000)]
+    assert np.allclose(np.bincount(drawn, minlength=3) / 3000, [2 / 3, 1 / 3, 0], atol=0.03)
+
+
+def test_log_probs_are_normalized_over_top_k_as_tensorrt_llm_does() -> None:
+    logits = torch.log(torch.tensor([0.6, 0.3, 0.1]))
+    assert choose(logits, Sampling(), torch.Generator()).reported_log_prob == 0.0
+    plain = choose(logits, Sampling(normalize_log_probs=False), torch.Generator())
+    assert plain.reported_log_prob == plain.log_prob == pytest.approx(np.log(0.6))
+    drawn = choose(logits, Sampling(top_k=2, seed=3), torch.Generator().manual_seed(3))
+    assert drawn.reported_log_prob == pytest.approx(drawn.log_prob - np.log(0.9), abs=1e-5)
+
+
+def test_bias_then_temperature_then_penalties() -> None:
+    logits = torch.tensor([1.0, -1.0, 2.0])
+    how = Sampling(
+        temperature=0.5,
+        repetition_penalty=2.0,
+        presence_penalty=0.25,
+        frequency_penalty=0.5,
+        bias=torch.tensor([0.0, 0.0, 1.0]),
+    )
+    adjusted = adjust(logits, [0, 1, 0], 0, None, how)
+    expected = [1 / 0.5 / 2 - 0.25 - 1.0, -1 / 0.5 * 2 - 0.25 - 0.5, 3 / 0.5]
+    assert adjusted.tolist() == pytest.approx(expected, rel=1e-4)
+    assert logits.tolist() == [1.0, -1.0, 2.0], "the model's logits stay as they are"
+
+
+def test_bad_words_and_min_tokens_mask() -> None:
+    how = Sampling(bad_words=((3,), (5, 6), (7, 8)), min_tokens=2)
+    adjusted = adjust(torch.zeros(10), [1, 5], generated=1, end_id=9, how=how)
+    assert [token for token in range(10) if adjusted[token] == -torch.inf] == [3, 6, 9]
+    assert adjust(torch.zeros(10), [1, 5, 0], generated=2, end_id=9, how=how)[9] == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"top_k": -1},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"min_tokens": -1},
+        {"temperature": float("nan")},
+    ],
+)
+def test_impossible_sampling_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="must be"):
+        Sampling(**wrong)
+
+
+# ---- what a request means
+
+
+def tensors(**more: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """A request as Triton hands it over: batch dimension first, one value per row for the others."""
+    given: dict[str, Any] = {"input_ids": [[1, 2, 3]], "input_lengths": [3], "request_output_len": [4], **more}
+    return {name: np.asarray(value) for name, value in given.items() if value is not None}
+
+
+def wish(**more: Any) -> Any:
+    return read(tensors(**more), LIMITS, exclude_input=True, normalize_log_probs=True)[0]
+
+
+def test_a_request_is_read_with_tensorrt_llms_defaults() -> None:
+    asked = wish()
+    assert (asked.prompt, asked.max_tokens, asked.end_id, asked.streaming) == ([1, 2, 3], 4, None, False)
+    assert asked.sampling.greedy
+    assert asked.exclude_input
+    assert not asked.log_probs
+    asked = wish(
+        end_id=[[7]],
+        runtime_top_k=[5],
+        runtime_top_p=[0.0],
+        seed=np.array([2**63], np.uint64),
+        streaming=[True],
+        exclude_input_in_output=[False],
+        stop_words_list=[[[4, 5, 6], [2, 3, -1]]],
+        bad_words_list=[[[0], [-1]]],
+        embedding_bias=np.zeros((1, 0), np.float32),
+    )
+    assert (asked.end_id, asked.sampling.top_k, asked.sampling.seed) == (7, 5, 2**63)
+    assert asked.streaming
+    assert not asked.exclude_input
+    assert asked.stop_words == ((4, 5), (6,))
+    assert asked.sampling.bad_words == ()
+    assert asked.sampling.bias is None
+
+
+def test_max_tokens_shrinks_to_what_fits() -> None:
+    assert wish(request_output_len=[[1000]]).max_tokens == 13
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"input_ids": None}, "input_ids is missing"),
+        ({"request_output_len": None}, "request_output_len is missing"),
+        ({"request_output_len": [0]}, "at least 1, not 0"),
+        ({"request_output_len": [-3]}, "at least 1, not -3"),
+        ({"input_ids": [[1] * 13]}, r"Prompt length \(13\) exceeds maximum input length \(12\)"),
+        ({"input_ids": [[1, VOCAB]]}, r"within \[0, 32\)"),
+        ({"input_ids": [[1, -1]]}, r"within \[0, 32\)"),
+        ({"end_id": [VOCAB]}, "end_id"),
+        ({"beam_width": [2]}, "reference executor does no beam search"),
+        ({"num_return_sequences": [2]}, "reference executor does no beam search"),
+        ({"lora_task_id": [1]}, "reference executor does not do LoRA"),
+        ({"prompt_embedding_table": [[[1.0]]]}, "prompt embedding tables"),
+        ({"draft_input_ids": [[1]]}, "speculative decoding"),
+        ({"guided_decoding_guide": np.array([[b"{}"]], object)}, "guided decoding"),
+        ({"embedding_bias": [[0.0] * 5]}, "must have 32 values"),
+        ({"stop_words_list": [[[1, 2], [2, 1]]]}, "growing offsets"),
+        ({"stop_words_list": [[[1, 2], [3, -1]]]}, "growing offsets"),
+        ({"stop_words_list": [[[1, 2], [-1, 2]]]}, "growing offsets"),
+        ({"bad_words_list": [[[99], [1]]]}, "token ids"),
+        ({"temperature": [-1.0]}, "temperature"),
+        ({"return_perf_metrics": [True]}, "performance metrics"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_its_reason(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        wish(**wrong)
+
+
+def test_context_logits_need_an_engine_built_for_them() -> None:
+    limits = Limits(VOCAB, 1, 12, 16, context_logits=False)
+    with pytest.raises(RequestError, match="gather_context_logits"):
+        read(tensors(return_context_logits=[True]), limits, exclude_input=True, normalize_log_probs=True)
+
+
+def test_rows_of_a_batch_lose_their_padding() -> None:
+    rows = read(
+        tensors(input_ids=[[1, 2, 3], [4, 0, 0]], input_lengths=[[3], [1]], request_output_len=[[4], [2]]),
+        LIMITS,
+        exclude_input=True,
+        normalize_log_probs=True,
+    )
+    assert [(row.prompt, row.max_tokens) for row in rows] == [([1, 2, 3], 4), ([4], 2)]
+
+
+@given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4), max_size=5), st.integers(0, 3))
+def test_word_lists_survive_the_way_there(wanted: list[list[int]], padding: int) -> None:
+    ids = [token for word in wanted for token in word] + [0] * padding
+    ends = np.cumsum([len(word) for word in wanted]).tolist()
+    matrix = np.array([ids, ends + [-1] * (len(ids) - len(ends))], np.int32)
+    assert words(matrix, "stop_words_list", VOCAB) == tuple(tuple(word) for word in wanted)
+
+
+def test_stop_is_a_request_of_its_own() -> None:
+    assert is_stop({"stop": np.array([True])})
+    assert not is_stop({"stop": np.array([False])})
+    assert not is_stop({})
+
+
+def test_limits_follow_the_engine() -> None:
+    pretrained = {"vocab_size": 100, "max_position_embeddings": 64}
+    assert Limits.read(pretrained) == Limits(100, 8, 63, 64)
+    build = {"max_batch_size": 4, "max_input_len": 20, "max_seq_len": 32, "max_num_tokens": 24}
+    config = {"pretrained_config": pretrained, "build_config": build}
+    assert Limits.read(config) == Limits(100, 4, 20, 32, context_logits=False)
+    assert Limits.read(config, chunked_context=True).max_input_len == 31
+    build["plugin_config"] = {"context_fmha": True, "remove_input_padding": True}
+    assert Limits.read(config).max_input_len == 24
+
+
+# ---- taking turns
+
+
+def test_one_sequence(scheduler: Scheduler) -> None:
+    one = sequence([1, 2, 3])
+    run(scheduler, one)
+    assert one.ending == "length"
+    assert len(one.generated) == 6
+    assert [len(piece) for piece in one.listener.pieces] == [1, 2, 3, 4, 5, 6]
+    assert one.generated == alone(one)
+
+
+def test_the_end_token_is_not_part_of_the_answer_but_a_stop_word_is(scheduler: Scheduler) -> None:
+    free = alone(sequence([5]))
+    ended = sequence([5], end_id=free[3])
+    stopped = sequence([5], stop_words=((free[2], free[3]), (99,)))
+    run(scheduler, ended, stopped)
+    assert (ended.generated, ended.ending) == (free[:3], "end_id")
+    assert (stopped.generated, stopped.ending) == (free[:4], "stop_word")
+
+
+def test_a_stop_word_may_begin_in_the_prompt(scheduler: Scheduler) -> None:
+    first = alone(sequence([5, 6]))[0]
+    one = sequence([5, 6], stop_words=((6, first),))
+    run(scheduler, one)
+    assert (one.generated, one.ending) == ([first], "stop_word")
+    assert not ends_with([5], ((4, 5),))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5), min_size=1, max_size=8))
+def test_an_answer_does_not_depend_on_its_neighbours(prompts: list[list[int]]) -> None:
+    scheduler = Scheduler(PrefixModel(), max_active=3)
+    together = [
+        sequence(prompt, 1 + index % 5, sampling=Sampling(top_k=index % 3, seed=index))
+        for index, prompt in enumerate(prompts)
+    ]
+    run(scheduler, *together)
+    scheduler.close()
+    assert [one.generated for one in together] == [alone(one) for one in together]
+
+
+def test_sequences_take_turns_and_no_more_than_max_active() -> None:
+    model = PrefixModel()
+    scheduler = Scheduler(model, max_active=2)
+    run(scheduler, sequence([1], 4), sequence([2], 4), sequence([3], 2))
+    scheduler.close()
+    assert model.order == [1, 2, 1, 2, 1, 2, 1, 2, 3, 3]
+
+
+def test_a_bug_in_one_step_ends_that_sequence_alone() -> None:
+    scheduler = Scheduler(PrefixModel(broken_token=9), max_active=3)
+    good, bad, other = sequence([1]), sequence([9]), sequence([2])
+    run(scheduler, good, bad, other)
+    assert isinstance(bad.listener.error, IndexError)
+    assert good.generated == alone(good)
+    assert other.generated == alone(other)
+    later = sequence([4])
+    run(scheduler, later)
+    assert later.generated == alone(later), "the worker lives"
+    scheduler.close()
+
+
+def test_a_listener_that_breaks_harms_nobody_else() -> None:
+    said: list[str] = []
+    scheduler = Scheduler(PrefixModel(), 3, said.append)
+    bad, good = sequence([1]), sequence([2])
+    bad.listener.advanced = bad.listener.failed = None
+    scheduler.submit([bad])
+    run(scheduler, good)
+    scheduler.close()
+    assert good.generated == alone(good)
+    assert "could not be told" in said[0]
+
+
+def test_a_request_id_stops_its_sequences_running_or_waiting() -> None:
+    scheduler = Scheduler(PrefixModel(pause=0.01), max_active=1)
+    running, waiting = sequence([1], 10_000, request_id="a"), sequence([2], 10_000, request_id="a")
+    other = sequence([3], 2, request_id="b")
+    scheduler.submit([running, waiting, other])
+    while len(running.generated) < 2:
+        time.sleep(0.01)
+    scheduler.stop("unknown")
+    scheduler.stop("a")
+    for one in (running, waiting, other):
+        assert one.listener.done.wait(10)
+    scheduler.close()
+    assert (running.ending, waiting.ending, other.ending) == ("cancelled", "cancelled", "length")
+    assert 2 <= len(running.generated) < 10_000
+    assert not waiting.generated
+
+
+def test_a_client_that_left_costs_no_more_steps() -> None:
+    scheduler = Scheduler(PrefixModel(pause=0.01), max_active=1)
+    left = sequence([1], 10_000)
+    scheduler.submit([left])
+    left.listener.left = True
+    assert left.listener.done.wait(10)
+    scheduler.close()
+    assert left.ending == "cancelled"
+
+
+def test_closing_tells_those_who_still_wait() -> None:
+    scheduler = Scheduler(PrefixModel(pause=0.01), max_active=1)
+    running, waiting = sequence([1], 10_000), sequence([2])
+    scheduler.submit([running, waiting])
+    scheduler.close()
+    assert (running.ending, waiting.ending) == ("cancelled", "cancelled")
+    with pytest.raises(RuntimeError, match="shutting down"):
+        scheduler.submit([waiting])
+
+
+# ---- what goes back
+
+
+def finished(**more: Any) -> tuple[Any, Sequence]:
+    asked = wish(**more)
+    one = Sequence(
+        asked.prompt,
+        asked.max_tokens,
+        asked.sampling,
+        Recorder(),
+        asked.end_id,
+        keep_context_logits=asked.context_logits,
+        keep_generation_logits=asked.generation_logits,
+    )
+    with torch.inference_mode():
+        while not one.ending:
+            one.step(PrefixModel())
+    return asked, one
+
+
+def test_a_whole_answer_has_the_shapes_of_the_c_backend() -> None:
+    asked, one = finished(
+        return_log_probs=[True],
+        return_context_logits=[True],
+        return_generation_logits=[True],
+        return_num_input_tokens=[True],
+        return_num_output_tokens=[True],
+    )
+    out = arrays(asked, one, rows=1)
+    assert out["output_ids"].tolist() == [[one.generated]]
+    assert out["sequence_length"].tolist() == [[4]]
+    assert out["cum_log_probs"].shape == (1, 1)
+    assert out["output_log_probs"].shape == (1, 1, 4)
+    assert out["context_logits"].shape == (1, 3, VOCAB)
+    assert out["generation_logits"].shape == (1, 1, 4, VOCAB)
+    assert out["num_input_tokens"].tolist() == [[3]]
+    assert out["num_output_tokens"].tolist() == [[4]]
+    assert "batch_index" not in out
+    assert "batch_index" in arrays(asked, one, rows=2)
+    assert out["generation_logits"][0, 0].argmax(-1).tolist() == one.generated
+
+
+def test_the_prompt_comes_along_only_when_asked_and_not_streamed() -> None:
+    asked, one = finished(exclude_input_in_output=[False])
+    assert arrays(asked, one, rows=1)["output_ids"].tolist() == [[[1, 2, 3, *one.generated]]]
+    asked, one = finished(exclude_input_in_output=[False], streaming=[True])
+    assert arrays(asked, one, rows=1)["output_ids"].tolist() == [[one.generated[-1:]]]
+
+
+def test_what_was_not_asked_for_has_no_placeholder() -> None:
+    assert set(arrays(*finished(), rows=1)) == {"output_ids", "sequence_length"}
+
+
+def test_a_stream_that_ends_by_the_end_token_has_an_empty_last_piece() -> None:
+    free = finished()[1].generated
+    asked, one = finished(end_id=[free[2]], streaming=[True], return_generation_logits=[True])
+    out = arrays(asked, one, rows=1)
+    assert out["output_ids"].shape == (1, 1, 0)
+    assert out["sequence_length"].tolist() == [[0]]
+    assert out["generation_logits"].shape == (1, 0, 1, VOCAB)

@@ -1,0 +1,267 @@
+"""Starting and stopping a real Triton server: nothing may be left, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from builder import serve as serving
+from builder.errors import ServingError
+from builder.output import Output
+from builder.serve import reasons, serve
+
+QUIET = Output("quiet")
+MODEL = """
+import os
+class TritonPythonModel:
+    def initialize(self, args):
+        {initialize}
+    def execute(self, requests):
+        raise ValueError("never asked")
+"""
+CONFIG = 'name: "{name}" backend: "{backend}" max_batch_size: 1\ninstance_group [ {{ count: 1 kind: KIND_CPU }} ]\n'
+
+
+def one_model(root: Path, initialize: str = "pass", backend: str = "python", name: str = "lonely") -> Path:
+    """The smallest model repository: one Python model without inputs."""
+    (root / name / "1").mkdir(parents=True)
+    (root / name / "config.pbtxt").write_text(CONFIG.format(name=name, backend=backend))
+    (root / name / "1" / "model.py").write_text(MODEL.format(initialize=initialize))
+    return root
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and further fields of a process; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def children(pid: int) -> list[int]:
+    """Every process below this one."""
+    everyone = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    direct = [one for one in everyone if stat(one)[1:2] == [str(pid)]]
+    return direct + [below for child in direct for below in children(child)]
+
+
+def alive(pid: int) -> bool:
+    return stat(pid)[:1] not in ([], ["Z"])
+
+
+def shared_memory(pid: int) -> list[str]:
+    return [path.name for path in serving.SHM.glob(f"builder-{pid}-*")]
+
+
+def test_it_starts_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    models = one_model(tmp_path / "models")
+    with serve(models, out=QUIET, log=tmp_path / "log") as server:
+        for url, path in ((server.http_url, "/v2/models/lonely/ready"), (server.metrics_url, "/metrics")):
+            with urllib.request.urlopen(f"http://{url}{path}") as response:
+                assert response.status == 200
+        processes = [server.pid, *children(server.pid)]
+        assert len(processes) > 1
+        for pid in processes:
+            assert b"hf_secret" not in Path(f"/proc/{pid}/environ").read_bytes()
+        assert shared_memory(os.getpid())
+        for url in (server.http_url, server.grpc_url, server.metrics_url):
+            with pytest.raises(ConnectionRefusedError):  # 127.0.0.1 alone: not even this machine's other addresses
+                socket.create_connection(("127.0.0.2", int(url.rpartition(":")[2]))).close()
+    assert server.child.returncode == 0
+    assert not any(alive(pid) for pid in processes)
+    assert not shared_memory(os.getpid())
+    assert not list(models.rglob("__pycache__"))
+
+
+def gone(processes: list[int]) -> bool:
+    """Within 20 seconds: a process that was sent SIGKILL dies when the kernel gets to it."""
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(alive(pid) for pid in processes)
+
+
+def test_a_server_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    models = one_model(tmp_path / "models")
+    with serve(models, out=QUIET, log=tmp_path / "log") as server:
+        processes = children(server.pid)
+        os.kill(server.pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        assert shared_memory(os.getpid())
+    assert gone(processes)
+    assert not shared_memory(os.getpid())
+
+
+def test_it_does_not_outlive_us(tmp_path: Path) -> None:
+    """Killed with SIGKILL we can do nothing; the kernel tells the server, which cleans up behind itself."""
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from builder.output import Output
+        from builder.serve import serve
+        models, log = Path({str(one_model(tmp_path / "models"))!r}), Path({str(tmp_path / "log")!r})
+        with serve(models, out=Output("quiet"), log=log):
+            print("up", flush=True)
+            time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "up\n"
+        processes = children(parent.pid)
+        assert len(processes) > 1
+        parent.kill()
+    assert gone(processes)
+    assert not shared_memory(parent.pid)
+
+
+def test_a_model_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+    models = one_model(tmp_path / "models", "raise FileNotFoundError('no tokenizer here')")
+    with (
+        pytest.raises(ServingError, match="before it was ready") as caught,
+        serve(models, out=QUIET, log=tmp_path / "log"),
+    ):
+        pytest.fail("it came up")
+    assert caught.value.why == "lonely: Internal: FileNotFoundError: no tokenizer here"
+    assert str(tmp_path / "log") in caught.value.cure
+    assert not shared_memory(os.getpid())
+
+
+def test_a_backend_that_is_not_there_is_said(tmp_path: Path) -> None:
+    models = one_model(tmp_path / "models", backend="nothing")
+    with pytest.raises(ServingError) as caught, serve(models, out=QUIET, log=tmp_path / "log"):
+        pytest.fail("it came up")
+    assert "unable to find backend library for backend 'nothing'" in caught.value.why
+
+
+def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ServingError, match=f"Can't listen on 127.0.0.1:{port}") as caught,
+            serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log", grpc_port=port),
+        ):
+            pytest.fail("it came up")
+    assert "ss -ltnp" in caught.value.cure
+    assert not (tmp_path / "log").exists()
+
+
+def test_it_waits_no_longer_than_asked(tmp_path: Path) -> None:
+    models = one_model(tmp_path / "models", "import time; time.sleep(30)")
+    start = time.monotonic()
+    with (
+        pytest.raises(ServingError, match="not ready in time"),
+        serve(models, out=QUIET, log=tmp_path / "log", timeout=1),
+    ):
+        pytest.fail("it came up")
+    assert time.monotonic() - start < 15
+    assert not shared_memory(os.getpid())
+
+
+def test_an_engine_of_tensorrt_is_served_by_its_own_backend(tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    (models / "tensorrt_llm").mkdir(parents=True)
+    engine = tmp_path / 'an "engine"'
+    engine.mkdir()
+    quoted = str(engine).replace('"', '\\"')
+    (models / "tensorrt_llm" / "config.pbtxt").write_text(
+        f'parameters {{ key: "gpt_model_path" value: {{ string_value: "{quoted}" }} }}'
+    )
+    assert not serving._has_engine(models)
+    (engine / "rank0.engine").touch()
+    assert serving._has_engine(models)
+
+
+def test_one_server_for_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's line, word for word where it has one: triton_backend/scripts/launch_triton_server.py@0a2e2c1f."""
+    mpirun = tmp_path / "bin" / "mpirun"
+    mpirun.parent.mkdir()
+    mpirun.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(mpirun.parent))
+    ports, where = [8000, 8001, 8002], tmp_path / "models"
+    servers = [
+        serving._command(Path("/t"), where, Path("/b"), "127.0.0.1", ports, f"prefix{rank}_", 30, rank=rank)
+        for rank in range(2)
+    ]
+    assert serving.launch_command(servers[:1]) == servers[0]
+    argv = serving.launch_command(servers)
+    assert argv[:5] == ["mpirun", "--allow-run-as-root", "-n", "1", "/t"]
+    middle = argv.index(":")
+    first, second = set(argv[4:middle]), set(argv[middle + 3 :])
+    assert argv[middle : middle + 4] == [":", "-n", "1", "/t"]
+    common = {"--http-port=8000", "--grpc-port=8001", "--metrics-port=8002", f"--model-repository={where}"}
+    assert common | {"--disable-auto-complete-config"} <= first & second
+    assert "--backend-config=python,shm-region-prefix-name=prefix0_" in first
+    assert "--backend-config=python,shm-region-prefix-name=prefix1_" in second
+    assert {"--model-control-mode=explicit", "--load-model=tensorrt_llm"} <= second
+    assert "--load-model=*" in first - second
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ServingError, match="The engine has 2 ranks, and mpirun") as caught:
+        serving.launch_command(servers)
+    assert "a machine with 2 GPUs" in caught.value.cure
+
+
+def test_ranks_are_read_from_the_engine(tmp_path: Path) -> None:
+    """Two servers for an engine of TensorRT's with two ranks, one for the reference executor's two rank files."""
+    models, engine = tmp_path / "models", tmp_path / "engine"
+    (models / "tensorrt_llm").mkdir(parents=True)
+    engine.mkdir()
+    (models / "tensorrt_llm" / "config.pbtxt").write_text(
+        f'parameters {{ key: "gpt_model_path" value: {{ string_value: "{engine}" }} }}'
+    )
+    (engine / "config.json").write_text('{"pretrained_config": {"mapping": {"world_size": 2}}}')
+    (engine / "rank0.safetensors").touch()
+    assert serving._world_size(models) == 1
+    (engine / "rank0.engine").touch()
+    assert serving._world_size(models) == 2
+    assert serving._world_size(tmp_path) == 1
+
+
+def test_the_stand_in_is_the_reference_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepared once, as copies (the server refuses links), beside the files of the Python backend."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    installation = serving.find_server()
+    made = serving._backends(installation, tmp_path, None)
+    assert "builder.reference.backend" in (made / "tensorrtllm" / "model.py").read_text()
+    assert not any(path.is_symlink() for path in made.rglob("*"))
+    assert os.access(made / "python" / "triton_python_backend_stub", os.X_OK)
+    assert serving._backends(installation, tmp_path, None) == made
+    assert [path.name for path in made.parent.iterdir()] == [made.name]
+
+
+def test_a_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in NVIDIA's container: its environment is kept, for CUDA and MPI need it, but for the secrets."""
+    binary = tmp_path / "bin" / "tritonserver"
+    utils = tmp_path / "backends" / "python" / "triton_python_backend_utils.py"
+    for file in (binary, utils):
+        file.parent.mkdir(parents=True)
+        file.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(binary.parent), prepend=os.pathsep)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "TOKENIZERS_PARALLELISM", "OMPI_X"):
+        monkeypatch.setenv(name, "x")
+    found = serving.find_server()
+    assert (found.binary, found.backends, found.python_backend) == (binary, tmp_path / "backends", (utils,))
+    assert found.environment.keys() & {"OMPI_X", "TOKENIZERS_PARALLELISM"} == {"OMPI_X", "TOKENIZERS_PARALLELISM"}
+    assert not found.environment.keys() & {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"}
+
+
+def test_reasons_are_the_errors_alone() -> None:
+    log = r"""
+I1121 server.cc:605] "something"
+E1121 03:09:49.216008 1 model_lifecycle.cc:654] "failed to load 'pre' version 1: Internal: KeyError: 'x'\n\nAt:\n  /a"
+E1121 03:09:49.216009 1 model_lifecycle.cc:654] "failed to load 'pre' version 1: Internal: KeyError: 'x'\n\nAt:\n  /a"
+E1121 03:09:49.216010 1 main.cc:245] "failed to start GRPC service: Unavailable - Socket '127.0.0.1:1' already in use "
+"""
+    assert reasons(log) == [
+        "pre: Internal: KeyError: 'x'",
+        "failed to start GRPC service: Unavailable - Socket '127.0.0.1:1' already in use",
+    ]
