@@ -1,0 +1,95 @@
+"""What a trtllm-build flag means: its default in each version, the rules that touch it, the profiles that set it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from builder import gpus, trtllm_facts
+from builder.errors import UsageError
+from builder.output import Output
+from builder.trtllm_facts import Version
+
+
+def explain(flag: str) -> dict[str, Any]:
+    """All that is known of a flag, by any spelling: --max_seq_len, max-seq-len, an alias, a removed one. UsageError
+    with the nearest name for one that no version ever had."""
+    name = flag.lstrip("-").replace("-", "_")
+    known = [trtllm_facts.load(version) for version in trtllm_facts.versions()]
+    name = _canonical(name, known)
+    newest = next((v for v in reversed(known) if name in v.flags), None)
+    removed = next((v.removed[name] for v in reversed(known) if name in v.removed), None)
+    if newest is None and removed is None:
+        raise _unknown(flag, name, known)
+    spec = newest.flags[name] if newest else {}
+    return {
+        "flag": f"--{name}",
+        "meaning": spec.get("help", ""),
+        "note": spec.get("notes", ""),
+        "versions": {v.version: _in_version(v, name) for v in known},
+        "removed": removed and {key: removed[key] for key in ("since", "use", "source")},
+        "rules": [
+            {"id": r["id"], "when": r["when"], "effect": r["effect"], "source": r["where"]}
+            for r in (newest.rules.values() if newest else ())
+            if name in r["flags"]
+        ],
+        "profiles": {p: gpus.load(p).flags[name].value for p in gpus.names() if name in gpus.load(p).flags},
+        "sources": list(_sources(newest)) if newest else [],
+    }
+
+
+def _canonical(name: str, known: list[Version]) -> str:
+    for version in known:
+        for real, spec in version.flags.items():
+            if f"--{name}" in spec.get("aliases", []):
+                return real
+    return name
+
+
+def _in_version(version: Version, name: str) -> dict[str, Any] | None:
+    if name not in version.flags:
+        return None
+    spec = version.flags[name]
+    default = "unset" if spec["default"] in (None, "==SUPPRESS==") else spec["default"]
+    takes = spec["choices"] or {"store_true": "a switch"}.get(spec["kind"], spec["kind"])
+    return {"default": default, "takes": takes}
+
+
+def _sources(version: Version) -> tuple[str, ...]:
+    raw = version.sources
+    return tuple(text for key, text in raw.items() if key != "confidence")
+
+
+def _unknown(flag: str, name: str, known: list[Version]) -> UsageError:
+    names = {name for version in known for name in (*version.flags, *version.removed)}
+    near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
+    return UsageError(
+        f"No version of trtllm-build that is known here has a flag {flag!r}.",
+        why=f"Did you mean {', '.join(f'--{n}' for n in near)}?" if near else "",
+        cure=f"Known versions: {', '.join(v.version for v in known)}.",
+    )
+
+
+def show(found: Mapping[str, Any], out: Output) -> None:
+    """For people: a paragraph and three tables. With --json: the same as one object."""
+    out.text(f"{found['flag']}: {found['meaning']}".rstrip(": "))
+    if found["note"]:
+        out.text(found["note"])
+    if found["removed"]:
+        gone = found["removed"]
+        out.text(f"removed in {gone['since']}; what replaced it: {gone['use'] or 'nothing'} ({gone['source']})")
+    rows = [(v, f["default"], _words(f["takes"])) if f else (v, "absent", "") for v, f in found["versions"].items()]
+    out.table("in each version of TensorRT-LLM", ["version", "default", "takes"], rows)
+    rules = [(r["id"], r["when"], r["effect"], r["source"]) for r in found["rules"]]
+    if rules:
+        out.table("rules", ["rule", "when", "what trtllm-build does", "source"], rules)
+    if found["profiles"]:
+        out.table("GPU profiles that set it", ["profile", "value"], found["profiles"].items())
+    for source in found["sources"]:
+        out.text(f"source: {source}")
+    out.result(dict(found))
+
+
+def _words(takes: Any) -> str:
+    return ", ".join(takes) if isinstance(takes, list) else str(takes)

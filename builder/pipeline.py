@@ -1,0 +1,152 @@
+"""The stages in order: model and GPU name in, tested Triton repository out. Start reading here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builder import checkpoint as checkpoints
+from builder import engine, fit, fit_change, ranks, trtllm
+from builder.calibrate import calibrate
+from builder.checkpoint import Checkpoint
+from builder.engine import Engine
+from builder.fetch import Snapshot, check_directory, fetch, local_directory, read_headers
+from builder.fit import ModelFacts, Sizes
+from builder.quantize.modelopt import gpus, quantize
+from builder.recipe import Model, Resolved
+from builder.repository import Repository, render
+from builder.safetensors_io import read_header
+from builder.smoke import SmokeReport, smoke_test
+from builder.store import STAGES, Store
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build left; a part is None when it was asked to stop before it."""
+
+    snapshot: Snapshot
+    flags: Sequence[trtllm.Flag] = field(default=())
+    checkpoint: Checkpoint | None = None
+    engine: Engine | None = None
+    repository: Repository | None = None
+    smoke: SmokeReport | None = None
+    link: Path | None = None
+
+
+def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
+    """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now."""
+    recipe = resolved.recipe
+    wanted = STAGES[: STAGES.index(until) + 1]
+    if "engine" in wanted and not store.dry:
+        engine.check_machine(resolved, serving="smoke" in wanted)
+
+    if "checkpoint" not in wanted:
+        return Built(fetch(recipe.model, store=store))
+    layouts = "engine" in wanted
+
+    def check(config: Mapping[str, Any]) -> None:
+        flags = check_model(resolved, config, layouts=layouts)
+        if layouts:
+            check_fit(resolved, read_model(recipe.model, store), flags, store, disk=True)
+
+    snapshot = fetch(recipe.model, store=store, check=check)
+    flags = check_model(resolved, snapshot.config, layouts=layouts)
+    if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
+        check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store)
+
+    calibration = calibrate(recipe.calibration, store=store)
+    checkpoint = quantize(
+        snapshot,
+        calibration,
+        recipe.quantization,
+        recipe.calibration,
+        store=store,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    if "ranks" not in wanted:
+        return Built(snapshot, flags, checkpoint)
+
+    parallel = ranks.Parallel(recipe.engine.tp, recipe.engine.pp)
+    split = ranks.split_checkpoint(checkpoint, parallel, store=store)
+    if "engine" not in wanted:
+        return Built(snapshot, flags, checkpoint)
+
+    built = engine.build(split, flags, resolved, store=store)
+    if "repository" not in wanted:
+        return Built(snapshot, flags, checkpoint, built)
+
+    repository = render(built, snapshot, recipe.repository, store=store)
+    if "smoke" not in wanted:
+        return Built(snapshot, flags, checkpoint, built, repository, link=link(resolved, repository, store))
+
+    report = smoke_test(repository, store=store)
+    return Built(snapshot, flags, checkpoint, built, repository, report, link=link(resolved, repository, store))
+
+
+def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool) -> list[trtllm.Flag]:
+    """The engine's flags for a model by its config.json; with `layouts` also that TensorRT-LLM's layout can hold it."""
+    if layouts:
+        checkpoints.architecture(config)
+        checkpoints.rope(config)
+        asked = resolved.recipe
+        inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
+        ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
+    return trtllm.resolve(resolved, config)
+
+
+def check_fit(
+    resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag], store: Store, *, disk: bool = False
+) -> None:
+    """UnsupportedError with the smallest change that would fit; with `disk` also if the artefacts find no room."""
+    host = fit.machine(store.root)
+    verdict = fit_change.judge(model, fit.serving(resolved, flags), resolved, host, gpus())
+    if verdict.refusal:
+        raise verdict.refusal
+    found = sizes(resolved, model, flags)
+    if disk and (refusal := fit_change.disk_refusal(found, host, found.artefacts)):
+        raise refusal
+
+
+def sizes(resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag]) -> Sizes:
+    """Of this recipe's model, checkpoint, ranks and engine."""
+    rows = resolved.recipe.calibration
+    local = local_directory(resolved.recipe.model) is not None
+    tokens = rows.batch_size * rows.seq_len
+    return fit.sizes(model, fit.serving(resolved, flags), calibration_tokens=tokens, local=local)
+
+
+def read_model(model: Model, store: Store) -> ModelFacts:
+    """config.json and tensor headers: from the directory, or from the Hub by ranged reads."""
+    directory = local_directory(model)
+    if directory is None:
+        return ModelFacts(*read_headers(model, store=store))
+    files = check_directory(directory, trust_remote_code=model.trust_remote_code)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return _headers(directory, config, files)
+
+
+def _headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -> ModelFacts:
+    shards = [directory / name for name in files if name.endswith(".safetensors")]
+    tensors = {name: (info.dtype, tuple(info.shape)) for file in shards for name, info in read_header(file).items()}
+    return ModelFacts(config, tensors)
+
+
+def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
+    """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step."""
+    recipe = resolved.recipe
+    directory = local_directory(recipe.model)
+    model = directory.name if directory else recipe.model.id.split("/")[-1]
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
+    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}"
+    target = os.path.relpath(repository.path, name.parent)
+    name.parent.mkdir(parents=True, exist_ok=True)
+    if not (name.is_symlink() and os.readlink(name) == target):
+        fresh = name.parent / f".{name.name}.{os.getpid()}"
+        fresh.symlink_to(target)
+        fresh.replace(name)
+    return name

@@ -1,0 +1,302 @@
+"""The main job, end to end, with the real parts: ModelOpt calibrates, Triton serves, tritonclient asks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import Hub
+
+from builder.safetensors_io import NewTensor, Tensors, write
+
+MODEL = "tests/data/tiny-qwen3"
+LLAMA = Path("tests/data/arch-variants/llama")
+SMALL = ["--gpu", "cpu", "--calib-samples", "6", "--calib-seq-len", "64"]
+
+
+def builder(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    argv = (sys.executable, "-m", "builder", *argv)
+    return subprocess.run(argv, capture_output=True, text=True, env={**os.environ, **(env or {})})
+
+
+def leftovers(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The demo, once: its output directory and what --json said."""
+    output = tmp_path_factory.mktemp("main") / "artifacts"
+    junit = output.parent / "smoke.xml"
+    done = builder(
+        "build", "--model", MODEL, *SMALL, "--output", str(output), "--json", "--junit", str(junit),
+        env={"HF_TOKEN": "hf_secretsecretsecret"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return output, json.loads(done.stdout)
+
+
+def test_one_command_leaves_a_tested_repository(built: tuple[Path, dict[str, Any]]) -> None:
+    output, said = built
+    repository = Path(said["repository"])
+    assert repository == output / "models" / "tiny-qwen3-cpu-nvfp4"
+    models = {path.parent.name for path in (repository / "models").glob("*/config.pbtxt")}
+    assert models >= {"preprocessing", "tensorrt_llm", "postprocessing", "ensemble", "tensorrt_llm_bls"}
+    assert said["smoke"]["passed"]
+    assert said["smoke"]["sample"]["answer"].strip()
+    assert (output.parent / "smoke.xml").read_text().count("<testcase") == len(said["smoke"]["checks"])
+    assert not leftovers(output)
+
+
+def test_the_checkpoint_is_in_both_layouts_and_was_inspected(built: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = built
+    [manifest] = (output / "checkpoint").glob("*/manifest.json")
+    facts = json.loads(manifest.read_text())["facts"]
+    assert (manifest.parent / "unified" / "hf_quant_config.json").is_file()
+    assert (manifest.parent / "tensorrt_llm" / "rank0.safetensors").is_file()
+    for layout in ("unified", "tensorrt_llm"):
+        assert 4.5 <= facts["inspection"]["layouts"][layout]["bits_per_weight"] < 4.51
+    assert facts["inspection"]["problems"] == []
+    inspected = builder("inspect", str(manifest.parent))
+    assert (inspected.returncode, "no problem found" in inspected.stderr) == (0, True)
+
+
+def test_a_second_run_does_nothing_says_so_and_imports_no_torch(built: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = built
+    argv = [sys.executable, "-X", "importtime", "-m", "builder", "build", "--model", MODEL, *SMALL]
+    done = subprocess.run([*argv, "--output", str(output)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "nothing to do: every stage was found in the store" in done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time" in line}
+    assert not {"torch", "transformers", "modelopt", "tritonclient"} & imported
+    assert "builder.pipeline" in imported
+
+
+def test_plan_finds_it_all_in_the_store(built: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = built
+    plan = json.loads(builder("plan", "--model", MODEL, *SMALL, "--output", str(output), "--json").stdout)
+    assert {row["state"] for row in plan["stages"]} == {"cached"}
+    other = builder("plan", "--model", MODEL, *SMALL, "--max-batch-size", "2", "--output", str(output), "--json").stdout
+    states = {row["stage"]: row["state"] for row in json.loads(other)["stages"]}
+    assert (states["checkpoint"], states["engine"], states["smoke"]) == ("cached", "will run", "will run")
+
+
+def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str, Any]]) -> None:
+    """The same checkpoint, split; the reference executor puts the ranks together, and the answers are the same."""
+    output, said = built
+    done = builder("build", "--model", MODEL, *SMALL, "--tp", "2", "--pp", "2", "--output", str(output), "--json")
+    assert done.returncode == 0, done.stderr
+    split = json.loads(done.stdout)
+    cached = {stage["stage"]: stage["cached"] for stage in split["stages"]}
+    assert list(cached.items())[2:5] == [("checkpoint", True), ("ranks", False), ("engine", False)]
+    engine = Path(next(stage["path"] for stage in split["stages"] if stage["stage"] == "engine"))
+    assert sorted(path.name for path in engine.glob("rank*")) == [f"rank{rank}.safetensors" for rank in range(4)]
+    assert split["smoke"]["passed"]
+    assert split["smoke"]["sample"] == said["smoke"]["sample"]
+    again = builder("build", "--model", MODEL, *SMALL, "--output", str(output), "--json")
+    assert json.loads(again.stdout)["stages"][-1]["path"] == said["stages"][-1]["path"]
+
+
+def test_a_model_that_cannot_be_split_so_is_refused_at_once(tmp_path: Path) -> None:
+    refused = builder("build", "--model", MODEL, *SMALL, "--tp", "3", "--output", str(tmp_path))
+    assert refused.returncode == 3
+    assert "8 attention heads can't be divided by 3" in refused.stderr
+    assert not (tmp_path / "calibration").exists()
+
+
+def test_every_stored_file_is_verified_and_no_secret_is_in_one(built: tuple[Path, dict[str, Any]]) -> None:
+    output, _ = built
+    assert builder("verify", "--output", str(output)).returncode == 0
+    for path in output.rglob("*"):
+        if path.is_file():
+            assert b"hf_secretsecretsecret" not in path.read_bytes(), path
+
+
+def test_a_changed_weight_is_another_build(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The content decides, not the name or the time."""
+    output, _ = built
+    copy = shutil.copytree(MODEL, tmp_path / "tiny-qwen3")
+    plan = json.loads(builder("fetch", "--model", str(copy), *SMALL, "--output", str(output), "--json").stdout)
+    assert not plan["stages"][0]["cached"]
+    same = json.loads(builder("plan", "--model", str(copy), *SMALL, "--output", str(output), "--json").stdout)
+    assert {row["state"] for row in same["stages"]} == {"cached"}
+    shard = copy / "model-00001-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\x01\x3f")
+    builder("fetch", "--model", str(copy), *SMALL, "--output", str(output))
+    changed = json.loads(builder("plan", "--model", str(copy), *SMALL, "--output", str(output), "--json").stdout)
+    assert {row["stage"]: row["state"] for row in changed["stages"]}["checkpoint"] == "will run"
+
+
+def test_a_model_of_the_hub_goes_the_same_way(
+    hub: Hub, built: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its id: planned without its weights, downloaded, and then, since it is the same model, found in the store."""
+    output, said = built
+    commit = hub.add("tiny/qwen3", Path(MODEL))
+    argv = ["--model", "tiny/qwen3", *SMALL, "--output", str(output), "--json"]
+    plan = json.loads(builder("plan", *argv).stdout)
+    parameters = sum(math.prod(info.shape) for info in Tensors(Path(MODEL)).values())
+    assert (plan["stages"][0]["state"], plan["sizes"]["parameters"]) == ("will run", parameters)
+    assert all(r.range == "bytes=0-100000" for r in hub.downloads("model-00001-of-00003.safetensors"))  # its header
+    done = json.loads(builder("build", *argv).stdout)
+    assert [stage["cached"] for stage in done["stages"]] == [False, True, True, True, True, True]
+    assert done["repository"] == str(output / "models" / "qwen3-cpu-nvfp4")
+    assert Path(done["repository"]).resolve() == Path(said["repository"]).resolve()
+    manifest = json.loads((Path(done["stages"][0]["path"]) / "manifest.json").read_text())
+    assert manifest["ingredients"]["commit"] == commit
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = len(hub.requests)
+    assert all(stage["cached"] for stage in json.loads(builder("build", *argv).stdout)["stages"])
+    assert len(hub.requests) == before
+
+
+def test_a_killed_build_leaves_no_process_and_nothing_that_is_trusted(tmp_path: Path) -> None:
+    """SIGKILL while ModelOpt works: its process ends too, and the next build starts that stage anew."""
+    argv = [sys.executable, "-m", "builder", "quantize", "--model", str(LLAMA), *SMALL, "--output", str(tmp_path)]
+    child = subprocess.Popen(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("logs/*quantize*.log")):
+        assert child.poll() is None
+        time.sleep(0.02)
+    time.sleep(1)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _running(str(tmp_path)):
+        time.sleep(0.05)
+    assert not _running(str(tmp_path))
+    assert leftovers(tmp_path)
+    assert not list((tmp_path / "checkpoint").glob("[!.]*"))
+    done = builder("quantize", "--model", str(LLAMA), *SMALL, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not leftovers(tmp_path)
+
+
+def test_a_stop_signal_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "builder", "quantize", "--model", str(LLAMA), *SMALL, "--output", str(tmp_path)]
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not list(tmp_path.glob("logs/*quantize*.log")):
+        assert child.poll() is None
+        time.sleep(0.02)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert said.splitlines()[-1].startswith("interrupted")
+    assert not _running(str(tmp_path))
+    assert not leftovers(tmp_path)
+
+
+def test_serve_runs_until_it_is_stopped(built: tuple[Path, dict[str, Any]]) -> None:
+    _, said = built
+    argv = [sys.executable, "-m", "builder", "serve", said["repository"], "--json"]
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    lines = iter(child.stdout.readline, "")
+    text = ""
+    for line in lines:
+        text += line
+        if line.startswith("}"):
+            break
+    where = json.loads(text)
+    body = json.dumps({"text_input": "Return the number of", "max_tokens": 8}).encode()
+    with urllib.request.urlopen(f"http://{where['http']}/v2/models/ensemble/generate", body, timeout=30) as answer:
+        assert json.load(answer)["text_output"]
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert not _running(said["repository"])
+    assert not Path(f"/proc/{where['pid']}").exists()
+
+
+def _running(word: str) -> list[str]:
+    """Command lines of live processes that name `word`, this one's own aside."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:
+            continue
+        if word in text and int(path.parent.name) != os.getpid():
+            found.append(text)
+    return found
+
+
+def damaged_llama(directory: Path, tensor: str, data: bytes) -> Path:
+    """The llama variant with the first bytes of one tensor replaced."""
+    shutil.copytree(LLAMA, directory)
+    source = Tensors(LLAMA)
+
+    def changed(name: str) -> bytes:
+        whole = bytes(source.data(name))
+        return data + whole[len(data) :] if name == tensor else whole
+
+    tensors = [NewTensor(name, info.dtype, info.shape, [changed(name)]) for name, info in source.items()]
+    write(directory / "model.safetensors", tensors, {"format": "pt"})
+    return directory
+
+
+NAN, ZEROS = b"\xc0\x7f", bytes(64 * 128 * 2)
+
+
+@pytest.mark.parametrize(("data", "what"), [(NAN, "has 1 NaN"), (ZEROS, "has 512 NaN")])
+def test_broken_weights_end_the_build_with_6_and_their_names(tmp_path: Path, data: bytes, what: str) -> None:
+    """A NaN stops ModelOpt's calibrator; zeros it quantizes without a word, to scales of NaN. Nothing is kept."""
+    model = damaged_llama(tmp_path / "llama", "model.layers.1.self_attn.o_proj.weight", data)
+    argv = ["--model", str(model), *SMALL, "--max-seq-len", "256", "--max-input-len", "128"]
+    done = builder("build", *argv, "--output", str(tmp_path / "out"))
+    assert done.returncode == 6, done.stderr
+    assert "model.layers.1.self_attn.o_proj.weight" in done.stderr
+    assert what in done.stderr, done.stderr
+    assert not list((tmp_path / "out" / "checkpoint").iterdir())
+
+
+def test_sizes_that_nvfp4_cannot_hold_are_refused_before_any_work(tmp_path: Path) -> None:
+    model = shutil.copytree(LLAMA, tmp_path / "llama")
+    source = Tensors(LLAMA)
+    tensors = []
+    for name, info in source.items():
+        shape = [120 if size == 128 else size for size in info.shape]
+        size = 2 * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
+        tensors.append(NewTensor(name, info.dtype, tuple(shape), [bytes(source.data(name))[:size]]))
+    write(model / "model.safetensors", tensors, {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 120}))
+    done = builder("build", "--model", str(model), *SMALL, "--output", str(tmp_path / "out"))
+    assert (done.returncode, "multiple of 16" in done.stderr) == (3, True), done.stderr
+    assert "mlp.down_proj" in done.stderr
+
+
+def test_an_architecture_without_a_tensorrt_llm_layout_is_refused_for_an_engine(tmp_path: Path) -> None:
+    """...before calibration, while `quantize` still makes the unified layout of it."""
+    argv = ["--model", "tests/data/arch-variants/gemma2", *SMALL, "--output", str(tmp_path)]
+    done = builder("build", *argv)
+    assert (done.returncode, "Gemma2ForCausalLM" in done.stderr) == (3, True), done.stderr
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_code_that_comes_with_a_model_runs_only_when_asked(tmp_path: Path) -> None:
+    model = shutil.copytree(LLAMA, tmp_path / "own-llama")
+    (model / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own-llama'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((model / "config.json").read_text())
+    auto_map = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    own = {"model_type": "own-llama", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    (model / "config.json").write_text(json.dumps({**config, **own}))
+    argv = ["quantize", "--model", str(model), *SMALL, "--output", str(tmp_path / "out")]
+    refused = builder(*argv)
+    assert (refused.returncode, "--trust-remote-code" in refused.stderr) == (3, True), refused.stderr
+    asked = builder(*argv, "--trust-remote-code", env={"HF_MODULES_CACHE": str(tmp_path / "code")})
+    assert asked.returncode == 0, asked.stderr
+    assert "14 linear layers in NVFP4" in asked.stderr

@@ -1,0 +1,265 @@
+"""Sizes and fit: known answers, the real split's bytes, and what holds for every size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import exports
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from builder import checkpoint, fit, fit_change, pipeline, ranks, recipe
+from builder.errors import UnsupportedError
+from builder.fit import Machine, ModelFacts, Serving
+from builder.output import Output
+from builder.ranks import Parallel
+from builder.safetensors_io import Tensors
+from builder.store import Store
+
+GB = 10**9
+
+
+def dense(layers: int, hidden: int, heads: int, kv: int, dim: int, inner: int, words: int) -> ModelFacts:
+    """A Qwen3-like model of these sizes, by its shapes alone."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (words, hidden),
+        "lm_head.weight": (words, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for i in range(layers):
+        p = f"model.layers.{i}"
+        shapes |= {
+            f"{p}.self_attn.q_proj.weight": (heads * dim, hidden),
+            f"{p}.self_attn.k_proj.weight": (kv * dim, hidden),
+            f"{p}.self_attn.v_proj.weight": (kv * dim, hidden),
+            f"{p}.self_attn.o_proj.weight": (hidden, heads * dim),
+            f"{p}.self_attn.q_norm.weight": (dim,),
+            f"{p}.self_attn.k_norm.weight": (dim,),
+            f"{p}.mlp.gate_proj.weight": (inner, hidden),
+            f"{p}.mlp.up_proj.weight": (inner, hidden),
+            f"{p}.mlp.down_proj.weight": (hidden, inner),
+            f"{p}.input_layernorm.weight": (hidden,),
+            f"{p}.post_attention_layernorm.weight": (hidden,),
+        }
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": dim,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "vocab_size": words,
+        "max_position_embeddings": 40960,
+    }
+    return ModelFacts(config, {name: ("BF16", shape) for name, shape in shapes.items()})
+
+
+QWEN3_8B = dense(36, 4096, 32, 8, 128, 12288, 151936)
+SMALL = dense(4, 1024, 8, 4, 128, 2048, 32000)
+ASKED = Serving(max_batch_size=64, max_input_len=2048, max_seq_len=4096, max_num_tokens=8192)
+
+
+def test_sizes_of_qwen3_8b_are_the_known_ones() -> None:
+    """Qwen3-8B in NVFP4: 6.40 GB of checkpoint, 72 KiB of FP8 KV cache a token (facts/trtllm/notes.md, section 4)."""
+    sizes = fit.sizes(QWEN3_8B, ASKED)
+    assert round(sizes.checkpoint / GB, 2) == 6.40
+    assert round(sizes.unified / GB, 2) == 6.40
+    assert round(sizes.download / GB, 2) == 16.38
+    assert sizes.kv_bytes_per_token == 72 * 1024
+    assert fit.kv_bytes_per_token(QWEN3_8B.config, replace(ASKED, fp8_kv=False)) == 144 * 1024
+    assert sizes.artefacts == sizes.unified + 2 * sizes.checkpoint
+
+
+def test_without_fmha_the_workspace_is_quadratic_for_every_sequence_of_the_batch() -> None:
+    """6 bytes x 64 x 32 heads x 2048^2 = 51.5 GB: more than an RTX 5090 has, less than an RTX PRO 6000."""
+    unfused = replace(ASKED, context_fmha=False, paged_fmha=False)
+    quadratic = 6 * 64 * 32 * 2048**2
+    assert 0 < fit.attention_workspace(QWEN3_8B.config, unfused, 8192) - quadratic < 2 * GB
+    assert not fit.memory(QWEN3_8B, unfused, "RTX 5090", 34_200_000_000).fits
+    assert fit.memory(QWEN3_8B, unfused, "RTX PRO 6000", 102_600_000_000).fits
+    assert fit.memory(QWEN3_8B, ASKED, "RTX 5090", 34_200_000_000).fits
+
+
+def test_what_is_left_goes_to_the_kv_cache_in_whole_blocks() -> None:
+    found = fit.memory(QWEN3_8B, ASKED, "card", 34_200_000_000)
+    left = found.memory - found.weights - found.workspace
+    assert found.kv_tokens % 32 == 0
+    assert 0 <= left * 9 // 10 - found.kv_cache < 32 * 72 * 1024
+    assert found.sequences == found.kv_tokens // 4096
+    assert found.largest_batch <= found.sequences
+
+
+@pytest.mark.parametrize("name", exports.MODELS)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 2)])
+def test_ranks_are_to_the_byte_what_splitting_writes(tmp_path: Path, name: str, tp: int, pp: int) -> None:
+    source = exports.MODELS[name]
+    exports.export(exports.quantized(source), tmp_path / "unified")
+    config = checkpoint.read_json(source / "config.json")
+    checkpoint.write_tensorrt_llm(tmp_path / "unified", config, tmp_path / "whole")
+    ranks.split(tmp_path / "whole", tmp_path / "split", Parallel(tp, pp))
+    files = [tmp_path / "split" / f"rank{n}.safetensors" for n in range(tp * pp)]
+    written = [sum(info.nbytes for info in Tensors(file.parent, [file]).values()) for file in files]
+    model = ModelFacts(config, {n: (i.dtype, i.shape) for n, i in Tensors(source).items()})
+    assert fit.rank_bytes(model, replace(ASKED, tp=tp, pp=pp)) == written
+    unified = sum(info.nbytes for info in Tensors(tmp_path / "unified").values())
+    assert fit.sizes(model, ASKED).unified == unified
+
+
+servings = st.builds(
+    Serving,
+    max_batch_size=st.integers(1, 512),
+    max_input_len=st.integers(1, 8192),
+    max_seq_len=st.integers(2, 16384),
+    max_num_tokens=st.integers(1, 32768),
+    fp8_kv=st.booleans(),
+    context_fmha=st.booleans(),
+    paged_fmha=st.booleans(),
+    tp=st.sampled_from([1, 2, 4]),
+    pp=st.sampled_from([1, 2]),
+    target=st.sampled_from(["engine", "reference"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(servings, st.integers(0, 64), st.integers(0, 4096), st.integers(0, 4096), st.integers(0, 8192))
+def test_more_never_needs_less(asked: Serving, batch: int, prompt: int, length: int, tokens: int) -> None:
+    more = replace(
+        asked,
+        max_batch_size=asked.max_batch_size + batch,
+        max_input_len=asked.max_input_len + prompt,
+        max_seq_len=asked.max_seq_len + length,
+        max_num_tokens=asked.max_num_tokens + tokens,
+    )
+    assert fit.needed(SMALL, more) >= fit.needed(SMALL, asked)
+    assert fit.needed(SMALL, replace(asked, fp8_kv=False)) >= fit.needed(SMALL, replace(asked, fp8_kv=True))
+    assert fit.memory(SMALL, more, "card", GB).sequences <= fit.memory(SMALL, asked, "card", GB).sequences
+
+
+@settings(max_examples=50, deadline=None)
+@given(servings, st.integers(1, 10**11))
+def test_fitting_is_one_whole_sequence(asked: Serving, available: int) -> None:
+    found = fit.memory(SMALL, asked, "card", available)
+    assert found.fits == (found.sequences >= 1)
+    assert found.fits == (available >= found.needed)
+
+
+@settings(max_examples=150, deadline=None)
+@given(servings, st.integers(10**7, 10**10))
+def test_the_suggested_change_fits(asked: Serving, available: int) -> None:
+    asked = replace(asked, max_seq_len=max(asked.max_seq_len, asked.max_input_len + 1))
+    if fit.needed(SMALL, asked) <= available:
+        return
+    change = fit_change.smallest(SMALL, asked, available)
+    if change is None:
+        return
+    assert change.flags
+    assert fit.needed(SMALL, change.serving) <= available
+    assert fit.memory(SMALL, change.serving, "card", available).fits
+    assert change.serving.max_input_len < change.serving.max_seq_len
+
+
+@pytest.mark.parametrize(
+    ("asked", "gigabytes", "names"),
+    [
+        (replace(ASKED, context_fmha=False, paged_fmha=False), 34.2, ["--max-batch-size"]),
+        (replace(ASKED, max_num_tokens=65536), 10.0, ["--max-num-tokens"]),
+        (replace(ASKED, max_seq_len=40960, max_batch_size=1), 9.0, ["--max-seq-len"]),
+        (replace(ASKED, max_batch_size=1), 4.0, ["--tp"]),
+    ],
+)
+def test_changes_are_tried_in_their_order(asked: Serving, gigabytes: float, names: list[str]) -> None:
+    change = fit_change.smallest(QWEN3_8B, asked, int(gigabytes * GB))
+    assert change is not None
+    assert [flag.split()[0] for flag in change.flags] == names
+
+
+def test_where_nothing_helps_the_refusal_says_so() -> None:
+    found = fit.memory(QWEN3_8B, ASKED, "a watch", 10**6)
+    error, change = fit_change.refusal(QWEN3_8B, ASKED, found)
+    assert (change, error.exit_code, error.cure) == (None, 3, "Take a smaller model.")
+    assert "weights 6.40 GB" in error.why
+
+
+def test_the_verdict_is_for_the_card_that_is_here_or_the_largest() -> None:
+    resolved, host = recipe.resolve({"model.id": "m", "gpu": "sm120"}), Machine(GB, GB, GB)
+    assert fit.cards(resolved, host)[1] == "RTX PRO 6000 Blackwell"
+    assert fit.cards(resolved, host, ["NVIDIA GeForce RTX 5090"])[1] == "RTX 5090"
+    cpu = recipe.resolve({"model.id": "m", "gpu": "cpu"})
+    assert fit.cards(cpu, host) == ([("this machine", GB)], "this machine")
+
+
+def test_too_small_a_disk_is_refused_with_what_is_missing() -> None:
+    sizes = fit.sizes(QWEN3_8B, ASKED)
+    assert fit_change.disk_refusal(sizes, Machine(sizes.artefacts, 0, 0), sizes.artefacts) is None
+    refused = fit_change.disk_refusal(sizes, Machine(10**10, 0, 0), sizes.artefacts)
+    assert refused
+    assert refused.exit_code == 3
+    assert "need 19.19 GB" in refused.what
+
+
+def sparse(model: ModelFacts, directory: Path) -> Path:
+    """A model directory whose weights are a hole: reading them all would take hours."""
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({**model.config, "model_type": "qwen3"}))
+    for file in Path("tests/data/tiny-qwen3").glob("*token*"):
+        shutil.copy(file, directory)
+    header, at = {}, 0
+    for name, (dtype, shape) in model.tensors.items():
+        end = at + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    return directory
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "builder", *argv], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """140 billion parameters: nothing to run on one card, or on this machine."""
+    return sparse(dense(160, 8192, 64, 8, 128, 28672, 152064), tmp_path_factory.mktemp("sparse") / "huge")
+
+
+def test_a_plan_that_does_not_fit_is_shown_and_ends_with_3_and_its_change_fits(huge: Path, tmp_path: Path) -> None:
+    argv = ["plan", "--model", str(huge), "--gpu", "sm120-fmha", "--output", str(tmp_path), "--set"]
+    argv += ["engine.max_batch_size=256", "--max-seq-len", "40000", "--max-num-tokens", "65536"]
+    refused = run(*argv, "--json")
+    plan = json.loads(refused.stdout)
+    assert refused.returncode == 3, refused.stderr
+    assert "It does not fit on RTX PRO 6000 Blackwell" in refused.stderr
+    assert plan["verdict"]["fits"] is False
+    assert {m["card"] for m in plan["memory"]} == {"RTX 5090", "RTX PRO 6000 Blackwell"}
+    change = [word for flag in plan["verdict"]["change"] for word in flag.split()]
+    assert run(*argv, *change, "--json").returncode == 0
+    assert "lacks" in run(*argv).stdout
+
+
+def test_a_build_that_does_not_fit_reads_no_weight(huge: Path, tmp_path: Path) -> None:
+    argv = ["--model", str(huge), "--gpu", "cpu", "--output", str(tmp_path)]
+    done = run("build", *argv)
+    assert (done.returncode, "It does not fit on this machine" in done.stderr) == (3, True), done.stderr
+    assert not list((tmp_path / "snapshot").glob("[0-9a-f]*"))
+
+
+def test_a_build_for_the_engine_target_refuses_too(huge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a trtllm-build, before it or anything else runs."""
+    (tmp_path / "trtllm-build").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "trtllm-build").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    resolved = recipe.resolve({"model.id": str(huge), "gpu": "sm120"})
+    with pytest.raises(UnsupportedError, match="It does not fit on RTX PRO 6000 Blackwell"):
+        pipeline.build(resolved, Store(tmp_path / "out", Output("quiet")))
+    assert not list((tmp_path / "out" / "snapshot").glob("[0-9a-f]*"))
