@@ -39,10 +39,21 @@ def _candidates(model: ModelFacts, asked: Serving, available: int, fp8_kv: bool)
         yield replace(asked, fp8_kv=True)
         yield from _smaller(model, replace(asked, fp8_kv=True), available)
     if asked.target == "engine":
-        parallel = [n for n in range(asked.tp + 1, MOST_GPUS // asked.pp + 1) if _divides(model, n, asked.pp)]
-        yield from (replace(asked, tp=tp) for tp in parallel)
-        for tp in parallel:
-            yield from _smaller(model, replace(asked, tp=tp, fp8_kv=asked.fp8_kv or fp8_kv), available)
+        parallel = _more_gpus(model, asked)
+        yield from parallel
+        for more in parallel:
+            yield from _smaller(model, replace(more, fp8_kv=asked.fp8_kv or fp8_kv), available)
+
+
+def _more_gpus(model: ModelFacts, asked: Serving) -> list[Serving]:
+    """The fewest GPUs first; of as many, tensor parallel before pipeline parallel, which shortens no answer's wait."""
+    sizes = [
+        (tp, pp)
+        for tp in range(asked.tp, MOST_GPUS + 1)
+        for pp in range(asked.pp, MOST_GPUS // tp + 1)
+        if (tp, pp) != (asked.tp, asked.pp) and _divides(model, tp, pp)
+    ]
+    return [replace(asked, tp=tp, pp=pp) for tp, pp in sorted(sizes, key=lambda size: (size[0] * size[1], size[1]))]
 
 
 def _smaller(model: ModelFacts, asked: Serving, available: int) -> Iterator[Serving]:
@@ -76,7 +87,7 @@ def _divides(model: ModelFacts, tp: int, pp: int) -> bool:
 
 
 def _flags(asked: Serving, changed: Serving) -> tuple[str, ...]:
-    names = ("max_num_tokens", "max_batch_size", "max_input_len", "max_seq_len", "tp")
+    names = ("max_num_tokens", "max_batch_size", "max_input_len", "max_seq_len", "tp", "pp")
     flags = [
         f"--{name.replace('_', '-')} {getattr(changed, name)}"
         for name in names

@@ -181,6 +181,14 @@ def test_changes_are_tried_in_their_order(asked: Serving, gigabytes: float, name
     assert [flag.split()[0] for flag in change.flags] == names
 
 
+def test_where_the_heads_do_not_divide_the_layers_do() -> None:
+    seven = dense(32, 896 * 4, 28, 7, 128, 11008, 32000)
+    needed = fit.needed(seven, replace(ASKED, max_batch_size=1, max_num_tokens=2048))
+    change = fit_change.smallest(seven, replace(ASKED, max_batch_size=1), needed * 2 // 3)
+    assert change is not None
+    assert [flag for flag in change.flags if "-batch-" not in flag and "-tokens " not in flag] == ["--pp 2"]
+
+
 def test_where_nothing_helps_the_refusal_says_so() -> None:
     found = fit.memory(QWEN3_8B, ASKED, "a watch", 10**6)
     error, change = fit_change.refusal(QWEN3_8B, ASKED, found)
