@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, ranks, trtllm
+from builder import engine, fit, fit_change, probe_answers, ranks, trtllm
 from builder.calibrate import calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
@@ -23,6 +23,7 @@ from builder.repository import Repository, render
 from builder.safetensors_io import read_header
 from builder.smoke import SmokeReport, smoke_test
 from builder.store import STAGES, Store
+from builder.trtllm_answers import Answer
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,15 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
         return Built(fetch(recipe.model, store=store))
     layouts = "engine" in wanted
 
+    answers = probe_answers.answers(resolved, store.root)
+
     def check(config: Mapping[str, Any]) -> None:
-        flags = check_model(resolved, config, layouts=layouts)
+        flags = check_model(resolved, config, layouts=layouts, answers=answers)
         if layouts:
             check_fit(resolved, read_model(recipe.model, store), flags, store, disk=True)
 
     snapshot = fetch(recipe.model, store=store, check=check)
-    flags = check_model(resolved, snapshot.config, layouts=layouts)
+    flags = check_model(resolved, snapshot.config, layouts=layouts, answers=answers)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store)
 
@@ -88,15 +91,20 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     return Built(snapshot, flags, checkpoint, built, repository, report, link=link(resolved, repository, store))
 
 
-def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool) -> list[trtllm.Flag]:
-    """The engine's flags for a model by its config.json; with `layouts` also that TensorRT-LLM's layout can hold it."""
+def check_model(
+    resolved: Resolved, config: Mapping[str, Any], *, layouts: bool, answers: Sequence[Answer] = ()
+) -> list[trtllm.Flag]:
+    """The engine's flags for a model by its config.json, and what cards answered to probes (probe_answers).
+
+    With `layouts` also that TensorRT-LLM's layout can hold it.
+    """
     if layouts:
         checkpoints.architecture(config)
         checkpoints.rope(config)
         asked = resolved.recipe
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
-    return trtllm.resolve(resolved, config)
+    return trtllm.resolve(resolved, config, answers)
 
 
 def check_fit(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from builder import engine, fit, fit_change, pipeline, trtllm
+from builder import engine, fit, fit_change, pipeline, probe_answers, trtllm
 from builder.errors import BuilderError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
@@ -40,7 +40,8 @@ class Plan:
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
     model = pipeline.read_model(resolved.recipe.model, store)
-    flags = pipeline.check_model(resolved, model.config, layouts=True)
+    answers = probe_answers.answers(resolved, store.root)
+    flags = pipeline.check_model(resolved, model.config, layouts=True, answers=answers)
     blocked = None
     try:
         engine.check_machine(resolved)
@@ -55,7 +56,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
             output=Path("ENGINE"),
             timing_cache=store.root / "timing" / "model.cache",
         )
-    notes = trtllm.notes(resolved, model.config, flags)
+    notes = trtllm.notes(resolved, model.config, flags, answers)
     asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
     stages = _stages(resolved, store)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from builder import recipe, trtllm_rules
+from builder import recipe, trtllm_answers, trtllm_rules
 from builder.errors import UnsupportedError, UsageError
+from builder.trtllm_answers import KV_CACHE_ALGO, Answer
 from builder.trtllm_facts import Version, check, load, order, versions
 from builder.trtllm_rules import Flag, Note, Subject
 
@@ -19,51 +21,58 @@ __all__ = ["Flag", "Note", "Version", "build_config", "check", "command", "load"
 R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
 
 SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
-# What a recipe's kv_cache_dtype is in a checkpoint's config.json (QuantAlgo, tensorrt_llm/quantization/mode.py).
-KV_CACHE_ALGO = {"fp8": "FP8", "auto": None}
 # _init_max_seq_len (tensorrt_llm/builder.py): these kinds of rotary scaling do not lengthen max_position_embeddings.
 UNSCALED = ("su", "longrope", "llama3")
 
 
-def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
+def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[Flag]:
     """The flags for this recipe, GPU and model (its config.json), in the order of the command line.
 
-    What the builder would silently rewrite is resolved here first. Raises UsageError for flags that this version
-    does not have or take together, UnsupportedError for what it, the card or the model can't do.
+    What a card answered to a probe goes before the profile and the tables; what trtllm-build would silently rewrite is
+    resolved here first. Raises UsageError for flags that this version does not have or take together,
+    UnsupportedError for what it, the card or the model can't do.
     """
     asked, gpu = resolved.recipe, resolved.gpu
-    subject = _subject(resolved, model_config)
+    subject = _subject(resolved, model_config, answers)
     _check_format(resolved)
     _check_said_once(resolved)
     flags = {flag.name: flag for flag in _sizes(resolved, model_config)}
     if (world_size := asked.engine.world_size) > 1:  # whether it can be split so: ranks.check
         flags["workers"] = Flag("workers", str(world_size), "one for each rank; capped at the machine's GPUs", R08)
-    flags |= {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
-    flags |= _asked_flags(subject.version, asked.engine.flags)
-    dtype = model_config.get("dtype") or model_config.get("torch_dtype")
+    ours = _asked_flags(subject.version, asked.engine.flags)
+    profile = {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
+    flags |= trtllm_answers.upgrade(profile, ours, subject, answers) | ours
+    dtype = subject.dtype
     if dtype == "float16" and "gpt_attention_plugin" not in asked.engine.flags:
         flags["gpt_attention_plugin"] = Flag("gpt_attention_plugin", dtype, "the model computes in it", "config.json")
     for flag in flags.values():
         check(subject.version, flag.name, flag.value)
     trtllm_rules.refuse(subject, flags)
     flags = trtllm_rules.rewrite(subject, flags)
+    trtllm_answers.refuse(subject, flags, answers)
     trtllm_rules.check_kernels(subject, flags)
     return list(flags.values())
 
 
-def notes(resolved: recipe.Resolved, model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list[Note]:
+def notes(
+    resolved: recipe.Resolved,
+    model_config: Mapping[str, Any],
+    flags: Sequence[Flag],
+    answers: Sequence[Answer] = (),
+) -> list[Note]:
     """What is left to know about these flags: what they cost, what trtllm-build will choose or warn of."""
     if resolved.recipe.target != "engine":
         return []
-    subject = _subject(resolved, model_config)
+    subject = _subject(resolved, model_config, answers)
     found = trtllm_rules.notes(subject, {flag.name: flag for flag in flags})
     if not subject.version.has_triton_templates:
         text = f"There are no Triton templates for TensorRT-LLM {subject.version.version}: stop at `builder engine`."
         found.append(Note("version", text))
+    found += trtllm_answers.notes(subject, flags, answers)
     return [*found, *(Note("GPU profile", text) for text in resolved.gpu.notes)]
 
 
-def _subject(resolved: recipe.Resolved, config: Mapping[str, Any]) -> Subject:
+def _subject(resolved: recipe.Resolved, config: Mapping[str, Any], answers: Sequence[Answer]) -> Subject:
     asked, gpu = resolved.recipe, resolved.gpu
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     head_size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
@@ -73,7 +82,7 @@ def _subject(resolved: recipe.Resolved, config: Mapping[str, Any]) -> Subject:
         "intermediate_size (into mlp.down_proj)": _share(config.get("intermediate_size"), tp),
         "heads x head size (into self_attn.o_proj)": _share(heads * head_size if heads and head_size else None, tp),
     }
-    return Subject(
+    subject = Subject(
         version=load(asked.engine.tensorrt_llm),
         sm=gpu.sm,
         architecture=(config.get("architectures") or [None])[0],
@@ -83,11 +92,13 @@ def _subject(resolved: recipe.Resolved, config: Mapping[str, Any]) -> Subject:
         pp=asked.engine.pp,
         heads=heads,
         head_size=head_size,
+        dtype=config.get("dtype") or config.get("torch_dtype"),
         in_features={name: width for name, width in widths.items() if width},
         fmha_head_sizes=tuple(gpu.fmha_head_sizes),
         kv_reuse=asked.repository.enable_kv_cache_reuse,
         chunked_context=asked.repository.enable_chunked_context,
     )
+    return replace(subject, fmha_head_sizes=trtllm_answers.head_sizes(subject, answers))
 
 
 def _share(width: int | None, tp: int) -> int | None:
