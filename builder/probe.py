@@ -61,7 +61,7 @@ class Session:
                 engine.check_built(work / "engine", version.version, 1)
             except StageError as error:
                 failed = error
-        outcome, reason = judge(log.read_text(errors="replace"), failed, version)
+        outcome, reason = judge(log.read_text(errors="replace"), failed, probe, version)
         took = time.monotonic() - start
         self.store.out.stage("probe", f"{probe.name}: {outcome} ({seconds(took)})")
         return {
@@ -208,7 +208,7 @@ def command(probe: Probe, base: Mapping[str, str], gpu: str, version: str, work:
     return trtllm.command(found, checkpoint=layout, output=work / "engine", timing_cache=work / "model.cache")
 
 
-def judge(log: str, failed: StageError | None, version: trtllm_facts.Version) -> tuple[str, str]:
+def judge(log: str, failed: StageError | None, probe: Probe, version: trtllm_facts.Version) -> tuple[str, str]:
     """(outcome, reason) from the log and the error, if it ended with one. What proves nothing is UNKNOWN."""
     doubts, lines = version.probes, log.splitlines()
 
@@ -216,8 +216,8 @@ def judge(log: str, failed: StageError | None, version: trtllm_facts.Version) ->
         return next((line.strip()[:500] for line in lines if any(text in line for text in texts)), None)
 
     if failed is None:
-        unfused = said(doubts["falls_back"])
-        return (FAILS, f"built, but without it: {unfused}") if unfused else (WORKS, "")
+        warned = said(probe.falls_back) if probe.falls_back else None
+        return (FAILS, f"it builds, but: {warned}") if warned else (WORKS, "")
     if nothing := said(*doubts["proves_nothing"]):
         return UNKNOWN, nothing
     if not isinstance(failed, process.Failed) or failed.code is None:

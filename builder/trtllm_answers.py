@@ -29,12 +29,13 @@ class Probe:
     source: str
     about: Mapping[str, Any] = field(default_factory=dict)
     built_with: Mapping[str, str] = field(default_factory=dict)
+    falls_back: str | None = None
     upgrades: bool = False
     control: bool = False
 
     def asked(self) -> dict[str, Any]:
         """What an answer hangs on: kept beside it, so that another question is asked again."""
-        return {key: asdict(self)[key] for key in ("flags", "about", "built_with")}
+        return {key: asdict(self)[key] for key in ("flags", "about", "built_with", "falls_back")}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 `machine` writes them into a directory; with PATH and PYTHONPATH set to it a process sees that card. Run as a program
 this file is the trtllm-build: tests/trtllm_build_stand_in.py, after what the card is told to do. CARD is a JSON list of
 [conditions, deed]: the deed of the first whose conditions hold, flags of the command line or head_size. Its deeds are
-what upstream does: `unfused` warns and builds (rule R44), `assert` is a failed check of the C++ side, which ends in
-SIGABRT, `fail` an exit code 1, `oom`, `segv`, `slow`, `empty`. CALLS is a file that gets a line for each call.
+what upstream does: `unfused` and `no tactic` warn and build (rule R44; gemmPluginProfiler.cpp@c85e8726), `assert` is a
+failed check of the C++ side, which ends in SIGABRT, `fail` an exit code 1, `oom`, `segv`, `slow`, `empty`. CALLS is a
+file that gets a line for each call.
 """
 
 from __future__ import annotations
@@ -73,7 +74,14 @@ def main() -> int | str:
     told = json.loads(os.environ.get("CARD", "[]"))
     deed = next((deed for when, deed in told if all(flags.get(k) == v for k, v in when.items())), "build")
     if deed == "unfused":
-        print(f"[TensorRT-LLM][WARNING] Fall back to unfused MHA for headSize = {flags['head_size']} in sm_120.")
+        print(
+            f"[TensorRT-LLM][WARNING] Fall back to unfused MHA for headSize = {flags['head_size']} in sm_120.",
+            flush=True,
+        )
+    if deed == "no tactic":
+        print(
+            "[TensorRT-LLM][WARNING] Have not found any valid GEMM config for shape (m=1, n=1024, k=512).", flush=True
+        )
     if deed == "assert":
         print(
             "[TensorRT-LLM][ERROR] Assertion failed: fuse_fp4_quant only supports SM100f or SM120 devices.", flush=True
@@ -89,6 +97,7 @@ def main() -> int | str:
         time.sleep(120)
     if deed == "empty":
         return 0
+    sys.stdout.flush()
     import trtllm_build_stand_in
 
     return trtllm_build_stand_in.main()

@@ -193,8 +193,9 @@ def test_an_engine_that_takes_too_long_is_stopped_and_no_answer(card: Card) -> N
     assert time.monotonic() - start < 100  # the stand-in would sleep for 120
 
 
-def test_where_one_fp4_gemm_fails_the_other_carries_the_questions(card: Card) -> None:
-    told = [[{"gemm_plugin": "nvfp4"}, "fail"]]
+@pytest.mark.parametrize("how", ["fail", "no tactic"])
+def test_where_one_fp4_gemm_fails_the_other_carries_the_questions(card: Card, how: str) -> None:
+    told = [[{"gemm_plugin": "nvfp4"}, how]]
     found = card.probe("--only", "context_fmha-128", told=told)
     assert found["context_fmha-128"]["outcome"] == WORKS
     assert [call["gemm_plugin"] for call in card.calls] == ["nvfp4", "disable", "disable"]
@@ -476,5 +477,5 @@ def test_with_answers_too_resolving_twice_equals_resolving_once(
     assert {f.name: f.value for f in again} == {f.name: f.value for f in once}
     values = {flag.name: flag.value for flag in once}
     for answer in said:  # nothing that failed for all models is emitted
-        if answer.outcome == FAILS and not answer.probe.about:
+        if answer.outcome == FAILS and not answer.probe.about and model["dtype"] == "bfloat16":
             assert any(values[name] != value for name, value in answer.probe.flags.items())
