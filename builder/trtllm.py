@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from builder import recipe, trtllm_answers, trtllm_rules
+from builder.checkpoint import head_size
 from builder.errors import UnsupportedError, UsageError
+from builder.ranks import GEMM_INPUTS, GEMM_OUTPUTS
 from builder.trtllm_answers import KV_CACHE_ALGO, Answer
 from builder.trtllm_facts import Version, check, load, order, versions
 from builder.trtllm_rules import Flag, Note, Subject
@@ -50,6 +52,8 @@ def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any], answers:
     trtllm_rules.refuse(subject, flags)
     flags = trtllm_rules.rewrite(subject, flags)
     trtllm_answers.refuse(subject, flags, answers)
+    if asked.target == "engine" and flags["gemm_plugin"].value == "nvfp4":
+        _check_gemm(subject, _out_features(model_config, asked.engine.tp))
     trtllm_rules.check_kernels(subject, flags)
     return list(flags.values())
 
@@ -75,12 +79,12 @@ def notes(
 def _subject(resolved: recipe.Resolved, config: Mapping[str, Any], answers: Sequence[Answer]) -> Subject:
     asked, gpu = resolved.recipe, resolved.gpu
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    head_size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
     tp = asked.engine.tp
     widths = {
         "hidden_size": hidden,
         "intermediate_size (into mlp.down_proj)": _share(config.get("intermediate_size"), tp),
-        "heads x head size (into self_attn.o_proj)": _share(heads * head_size if heads and head_size else None, tp),
+        "heads x head size (into self_attn.o_proj)": _share(heads * size if heads and size else None, tp),
     }
     subject = Subject(
         version=load(asked.engine.tensorrt_llm),
@@ -91,7 +95,7 @@ def _subject(resolved: recipe.Resolved, config: Mapping[str, Any], answers: Sequ
         tp=tp,
         pp=asked.engine.pp,
         heads=heads,
-        head_size=head_size,
+        head_size=size,
         dtype=config.get("dtype") or config.get("torch_dtype"),
         in_features={name: width for name, width in widths.items() if width},
         fmha_head_sizes=tuple(gpu.fmha_head_sizes),
@@ -125,6 +129,29 @@ def _check_format(resolved: recipe.Resolved) -> None:
                 why=gpu.formats[name].source,
                 cure=f"--set engine.tensorrt_llm={versions()[-1]}",
             )
+
+
+def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:
+    """Outputs of a rank's linear layers, as far as config.json tells; those of o_proj and down_proj are hidden_size."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    found = {"hidden_size": hidden, "intermediate_size": _share(config.get("intermediate_size"), tp)}
+    if hidden and heads:
+        kv = int(config.get("num_key_value_heads") or heads)
+        found["q, k and v together"] = (heads // tp + 2 * max(kv // tp, 1)) * head_size(config)
+    return {name: width for name, width in found.items() if width}
+
+
+def _check_gemm(subject: Subject, outputs: Mapping[str, int]) -> None:
+    """What the NVFP4 GEMM would refuse when it first runs, which is after everything was built."""
+    wrong = [f"{n} inputs ({name})" for name, n in subject.in_features.items() if n % GEMM_INPUTS]
+    wrong += [f"{n} outputs ({name})" for name, n in outputs.items() if n % GEMM_OUTPUTS]
+    if wrong:
+        raise UnsupportedError(
+            f"The NVFP4 GEMM plugin can't multiply this model's layers: {', '.join(wrong)}.",
+            why=f"On each GPU it takes inputs by {GEMM_INPUTS} and outputs by {GEMM_OUTPUTS} "
+            "(cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).",
+            cure="TensorRT's own kernels may take them: --set engine.flags.gemm_plugin=disable. Or another model.",
+        )
 
 
 def _check_said_once(resolved: recipe.Resolved) -> None:
