@@ -145,12 +145,16 @@ def _headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -
 
 
 def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
-    """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step."""
+    """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step.
+
+    A model over several GPUs has its sizes in the name, as -tp2-pp2, so that it stands beside the one for one GPU.
+    """
     recipe = resolved.recipe
     directory = local_directory(recipe.model)
     model = directory.name if directory else recipe.model.id.split("/")[-1]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
-    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}"
+    parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
+    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{parallel}"
     target = os.path.relpath(repository.path, name.parent)
     name.parent.mkdir(parents=True, exist_ok=True)
     if not (name.is_symlink() and os.readlink(name) == target):
