@@ -62,6 +62,9 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store)
 
+    for note in trtllm.window_notes(snapshot.config, flags):
+        store.out.warn(note.text)
+
     calibration = calibrate(recipe.calibration, store=store)
     checkpoint = quantize(
         snapshot,

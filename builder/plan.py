@@ -56,7 +56,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
             output=Path("ENGINE"),
             timing_cache=store.root / "timing" / "model.cache",
         )
-    notes = trtllm.notes(resolved, model.config, flags, answers)
+    notes = trtllm.notes(resolved, model.config, flags, answers) + trtllm.window_notes(model.config, flags)
     asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
     stages = _stages(resolved, store)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")

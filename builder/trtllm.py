@@ -19,7 +19,19 @@ from builder.trtllm_answers import KV_CACHE_ALGO, Answer
 from builder.trtllm_facts import Version, check, load, order, versions
 from builder.trtllm_rules import Flag, Note, Subject
 
-__all__ = ["Flag", "Note", "Version", "build_config", "check", "command", "load", "notes", "resolve", "versions"]
+__all__ = [
+    "Flag",
+    "Note",
+    "Version",
+    "build_config",
+    "check",
+    "command",
+    "load",
+    "notes",
+    "resolve",
+    "versions",
+    "window_notes",
+]
 R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
 
 SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
@@ -74,6 +86,40 @@ def notes(
         found.append(Note("version", text))
     found += trtllm_answers.notes(subject, flags, answers)
     return [*found, *(Note("GPU profile", text) for text in resolved.gpu.notes)]
+
+
+def window_notes(model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list[Note]:
+    """What to know of a model that was trained to attend to its last tokens alone, if sequences may be longer.
+
+    LLaMAConfig and QWenConfig.from_hugging_face (tensorrt_llm/models, 1.2) read no sliding_window, so an engine knows
+    none; upstream sets it where the engine is run (examples/models/core/llama/README.md, Mistral v0.1:
+    max_attention_window_size). The reference executor attends to all tokens too.
+    """
+    window = sliding_window(model_config)
+    longest = next(int(flag.value) for flag in flags if flag.name == "max_seq_len")
+    if window is None or longest <= window:
+        return []
+    text = (
+        f"The model attends to its last {window} tokens (sliding_window), what is served here to all of up to "
+        f"{longest}: longer sequences get other answers than transformers gives. --max-seq-len {window} keeps them out."
+    )
+    return [Note("model", text)]
+
+
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """Tokens that some layer's attention is limited to; None where no layer's is.
+
+    Mistral's is on wherever sliding_window is a number, Qwen's only with use_sliding_window and from layer
+    max_window_layers on (transformers, MistralConfig and Qwen2Config); layer_types, where given, names each layer's.
+    """
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    qwen = "Qwen" in (config.get("architectures") or [""])[0]
+    if not isinstance(window, int) or window < 1 or not config.get("use_sliding_window", not qwen):
+        return None
+    if kinds is not None:
+        return window if "sliding_attention" in kinds else None
+    first = config.get("max_window_layers", 0) if qwen else 0
+    return window if first < config.get("num_hidden_layers", first + 1) else None
 
 
 def _subject(resolved: recipe.Resolved, config: Mapping[str, Any], answers: Sequence[Answer]) -> Subject:

@@ -30,7 +30,8 @@ class Flag:
 
 @dataclass(frozen=True)
 class Note:
-    """What a user should know about the flags; `rule` is its id in rules.json, "version", "probe" or "GPU profile"."""
+    """What a user should know about the flags; `rule` is its id in rules.json, "version", "model", "probe"
+    or "GPU profile"."""
 
     rule: str
     text: str

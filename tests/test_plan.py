@@ -21,7 +21,7 @@ from builder.fit import Machine, ModelFacts, Serving
 from builder.output import Output
 from builder.ranks import Parallel
 from builder.safetensors_io import Tensors
-from builder.store import Store
+from builder.store import Store, WouldRun
 
 GB = 10**9
 
@@ -271,3 +271,20 @@ def test_a_build_for_the_engine_target_refuses_too(huge: Path, tmp_path: Path, m
     with pytest.raises(UnsupportedError, match="It does not fit on RTX PRO 6000 Blackwell"):
         pipeline.build(resolved, Store(tmp_path / "out", Output("quiet")))
     assert not list((tmp_path / "out" / "snapshot").glob("[0-9a-f]*"))
+
+
+def test_plan_and_build_say_that_the_sliding_window_is_not_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree("tests/data/arch-variants/mistral", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "sliding_window": 128}))
+    argv = ["--model", str(model), "--gpu", "cpu", "--output", str(tmp_path / "out"), "--max-seq-len", "256"]
+    argv += ["--max-input-len", "128"]
+    assert "The model attends to its last 128 tokens" in run("plan", *argv).stdout
+    assert run("fetch", *argv).returncode == 0
+    asked = {"model.id": str(model), "gpu": "cpu", "engine.max_seq_len": 256, "engine.max_input_len": 128}
+    with pytest.raises(WouldRun, match="calibration"):
+        pipeline.build(recipe.resolve(asked), Store(tmp_path / "out", Output("human"), dry=True))
+    assert "warning     The model attends to its last 128 tokens" in capsys.readouterr().err

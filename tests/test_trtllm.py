@@ -278,3 +278,37 @@ def test_sizes_that_the_nvfp4_gemm_does_not_take_are_refused_on_one_gpu_too(odd:
     assert trtllm.resolve(resolved("engine.flags.gemm_plugin=disable"), config)
     assert trtllm.resolve(resolved(gpu="cpu"), config)
     assert trtllm.resolve(resolved(), WHOLE)
+
+
+# ---- models that attend to their last tokens alone
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "num_hidden_layers": 32, "max_position_embeddings": 32768}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "sliding_window": 2048}
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({**MISTRAL, "sliding_window": 2048}, 2048),
+        ({**MISTRAL, "sliding_window": None}, None),
+        (MISTRAL, None),
+        ({**MISTRAL, "sliding_window": 2048, "use_sliding_window": False}, None),
+        ({**QWEN2, "use_sliding_window": False}, None),
+        (QWEN2, None),
+        ({**QWEN2, "use_sliding_window": True}, 2048),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": 28}, None),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": 21}, 2048),
+        ({**QWEN2, "use_sliding_window": True, "layer_types": ["full_attention"] * 28}, None),
+        ({**QWEN2, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, 2048),
+        ({"architectures": ["LlamaForCausalLM"]}, None),
+    ],
+)
+def test_a_sliding_window_is_said_where_sequences_are_longer(config: dict[str, object], window: int | None) -> None:
+    assert trtllm.sliding_window(config) == window
+    found = trtllm.window_notes(config, trtllm.resolve(resolved(), config))
+    assert bool(found) == (window is not None)
+    if found:
+        assert "last 2048 tokens" in found[0].text
+        assert "to all of up to 4096" in found[0].text
+        short = trtllm.resolve(resolved(**{"engine.max_seq_len": 2048, "engine.max_input_len": 1024}), config)
+        assert trtllm.window_notes(config, short) == []
