@@ -277,9 +277,9 @@ def run_plan(arguments: argparse.Namespace, out: Output) -> int:
 
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
     plan.show(found, out)
-    if found.verdict.refusal:
-        _print_error(found.verdict.refusal)
-        return found.verdict.refusal.exit_code
+    if found.refusal:
+        _print_error(found.refusal)
+        return found.refusal.exit_code
     return 0
 
 
