@@ -89,6 +89,8 @@ class Session:
 
 def session(gpu: str, store: Store, *, limit: float = TIME_LIMIT, force: bool = False) -> Session:
     """For a profile's name or `auto`. UnsupportedError unless this machine has that card and a trtllm-build."""
+    if limit <= 0:
+        raise UsageError(f"An engine can't be built in {limit} s.", cure=f"--time-limit {TIME_LIMIT}")
     named = None if gpu == "auto" else gpus.load(gpu)
     if named and named.sm is None:
         raise UnsupportedError(

@@ -80,6 +80,8 @@ def notes(
     if resolved.recipe.target != "engine":
         return []
     subject = _subject(resolved, model_config, answers)
+    if trtllm_answers.without_fmha(subject, answers):
+        subject = replace(subject, fmha_head_sizes=())
     found = trtllm_rules.notes(subject, {flag.name: flag for flag in flags})
     if not subject.version.has_triton_templates:
         text = f"There are no Triton templates for TensorRT-LLM {subject.version.version}: stop at `builder engine`."

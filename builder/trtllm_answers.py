@@ -87,6 +87,12 @@ def head_sizes(subject: Subject, answers: Sequence[Answer]) -> tuple[int, ...]:
     return (*subject.fmha_head_sizes, *(size for size in more if size)) if subject.fmha_head_sizes else ()
 
 
+def without_fmha(subject: Subject, answers: Sequence[Answer]) -> bool:
+    """Whether some form of context FMHA failed for this model: then it is not to be recommended."""
+    found = about(subject, answers)
+    return any(a.outcome == FAILS and a.probe.flags.get("context_fmha") == "enable" for a in found)
+
+
 def upgrade(
     profile: Mapping[str, Flag], asked: Mapping[str, Flag], subject: Subject, answers: Sequence[Answer]
 ) -> dict[str, Flag]:
@@ -133,5 +139,6 @@ def notes(subject: Subject, flags: Sequence[Flag], answers: Sequence[Answer]) ->
         found.append(Note("probe", f"{on}: {text}. As the profile has it: {back}"))
     for answer in about(subject, answers):
         if answer.outcome == FAILS:
-            found.append(Note("probe", f"{answer.probe.name} failed ({answer.built}): {answer.reason.splitlines()[0]}"))
+            said = (answer.reason.splitlines() or ["-"])[-1]
+            found.append(Note("probe", f"{answer.probe.name} failed ({answer.built}): {said}"))
     return found

@@ -262,6 +262,7 @@ def test_another_question_under_the_same_name_is_asked_again(card: Card) -> None
         ({"tensorrt": None}, [], 3, "does not have tensorrt"),
         ({"tensorrt_llm": "1.3.0"}, [], 3, "builds no engines"),
         ({}, ["--only", "context_fmha"], 2, "no question 'context_fmha' for sm120"),
+        ({}, ["--time-limit", "-1"], 2, "can't be built in -1 s"),
     ],
 )
 def test_a_machine_that_can_not_answer_says_why(
@@ -415,7 +416,10 @@ def test_the_plan_says_what_was_proved_and_what_was_not() -> None:
     assert "does not show that its numbers are right" in text
     assert "--set engine.flags.context_fmha=disable" in text
     assert "no KV cache reuse" not in text
-    assert "probe paged_context_fmha-128 failed (RTX 5090): no kernel" in said(answers(paged_context_fmha__128=FAILS))
+    assert "sm120-fmha avoids both" in said([])
+    failed = said(answers(paged_context_fmha__128=FAILS))
+    assert "probe paged_context_fmha-128 failed (RTX 5090): no kernel" in failed
+    assert "sm120-fmha avoids both" not in failed
     assert "probe" not in notes_of(gpu="sm120")
 
 
@@ -432,6 +436,23 @@ def test_plan_and_build_go_by_the_kept_answers(card: Card) -> None:
     assert [found["use_paged_context_fmha"]["value"] for found in flags] == ["disable", "enable"]
     assert flags[1]["use_paged_context_fmha"]["source"] == str(card.kept)
     assert "NVIDIA GeForce RTX 5090 with TensorRT-LLM 1.2.1, TensorRT 10.14.1.48" in flags[1]["context_fmha"]["reason"]
+
+
+def test_a_build_with_a_flag_that_failed_ends_before_any_work(card: Card) -> None:
+    card.probe("--only", "gemm_plugin-disable", told=[[{"gemm_plugin": "nvfp4"}, "no tactic"]])
+    done = card.run("build", "--model", TINY, "--gpu", "sm120")
+    assert done.returncode == 3, done.stderr
+    assert "gemm_plugin=nvfp4 failed on this kind of card" in done.stderr
+    assert "Have not found any valid GEMM config" in done.stderr
+    assert "--set engine.flags.gemm_plugin=disable" in done.stderr
+    assert not list(card.output.glob("snapshot/[0-9a-f]*"))
+
+
+def test_a_trtllm_build_of_another_version_is_seen(card: Card) -> None:
+    card.environment["STAND_IN"] = "other-version"
+    done = card.run("probe")
+    assert (done.returncode, "built by TensorRT-LLM 1.1.0" in done.stderr) == (6, True), done.stderr
+    assert not card.kept.exists()
 
 
 def test_answers_are_of_the_container_at_hand_or_of_the_versions_own(
