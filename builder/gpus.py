@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -136,12 +137,13 @@ def detect() -> GpuProfile:
 
 
 def first() -> Seen:
-    """The first GPU that NVML sees. UnsupportedError where there is none."""
+    """The first GPU that NVML sees, or the first of CUDA_VISIBLE_DEVICES. UnsupportedError where there is none."""
     import pynvml
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdecimal() else 0)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         found = Seen(pynvml.nvmlDeviceGetName(handle), major, minor, pynvml.nvmlSystemGetDriverVersion())
         pynvml.nvmlShutdown()
