@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -61,6 +62,20 @@ class GpuProfile:
     formats: Mapping[str, Format] = field(default_factory=dict)
     fmha_head_sizes: Sequence[int] = ()
     notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A GPU of this machine: its name, compute capability and driver."""
+
+    name: str
+    major: int
+    minor: int
+    driver: str
+
+    @property
+    def sm(self) -> int:
+        return self.major * 10 + self.minor
 
 
 def names() -> list[str]:
@@ -165,3 +180,45 @@ def show(out: Output) -> None:
             cards.append((profile.name, card.name, *("-" if n is None else n for n in figures)))
     out.table("cards", ["profile", "card", "GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS"], cards)
     out.result({p.name: {key: value for key, value in asdict(p).items() if key != "name"} for p in profiles})
+
+
+def visible() -> list[Seen] | None:
+    """The GPUs that a CUDA program started here would see, in NVML's order; none without a driver.
+
+    CUDA_VISIBLE_DEVICES is heeded. None where that is not known: NVML refuses, or parts of a GPU (MIG) are named.
+    """
+    import pynvml
+
+    absent = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [] if error.value in absent else None
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        found = []
+        for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            seen = Seen(pynvml.nvmlDeviceGetName(handle), major, minor, driver)
+            found.append((pynvml.nvmlDeviceGetUUID(handle), seen))
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return _chosen(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _chosen(found: Sequence[tuple[str, Seen]], asked: str | None) -> list[Seen] | None:
+    """Indices or beginnings of UUIDs, up to the first that is none (CUDA C Programming Guide, CUDA_VISIBLE_DEVICES)."""
+    if asked is None:
+        return [seen for _, seen in found]
+    chosen: list[Seen] = []
+    for word in (word.strip() for word in asked.split(",")):
+        if word.startswith("MIG-"):
+            return None
+        by_uuid = [seen for uuid, seen in found if word.startswith("GPU-") and uuid.startswith(word)]
+        by_index = [found[int(word)][1]] if word.isdecimal() and int(word) < len(found) else []
+        if not (by_uuid or by_index):
+            break
+        chosen += (by_uuid or by_index)[:1]
+    return chosen
