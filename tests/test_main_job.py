@@ -91,6 +91,41 @@ def test_plan_finds_it_all_in_the_store(built: tuple[Path, dict[str, Any]]) -> N
     assert (states["checkpoint"], states["engine"], states["smoke"]) == ("cached", "will run", "will run")
 
 
+def test_the_engine_command_names_the_checkpoint_of_the_store(built: tuple[Path, dict[str, Any]]) -> None:
+    output, said = built
+    checkpoint = next(stage["path"] for stage in said["stages"] if stage["stage"] == "checkpoint")
+    argv = [
+        "--model",
+        MODEL,
+        "--gpu",
+        "sm120",
+        "--calib-data",
+        "builtin:python-docs",
+        *SMALL[2:],
+        "--output",
+        str(output),
+    ]
+    command = json.loads(builder("engine", "--dry-run", *argv, "--json").stdout)
+    assert command["placeholder"] is None
+    assert f"--checkpoint_dir {checkpoint}/tensorrt_llm " in command["shell"][-1]
+
+
+def test_a_repository_at_odds_with_its_engine_is_not_served(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Edited by hand, or its engine gone: exit code 6 with what, why and cure, and no server."""
+    repository = tmp_path / "repository"
+    shutil.copytree(built[1]["repository"], repository)
+    config = repository / "models" / "tensorrt_llm" / "config.pbtxt"
+    text = config.read_text()
+    for old, new, what in (
+        ("max_batch_size: 8", "max_batch_size: 9", "max_batch_size is 9"),
+        ("max_batch_size: 8", "max_batch_size: 256", "max_batch_size is 256"),
+        ("/engine/", "/nowhere/", "There is no engine at"),
+    ):
+        config.write_text(text.replace(old, new))
+        done = builder("smoke", str(repository))
+        assert (done.returncode, what in done.stderr) == (6, True), done.stderr
+
+
 def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str, Any]]) -> None:
     """The same checkpoint, split; the reference executor puts the ranks together, and the answers are the same."""
     output, said = built
