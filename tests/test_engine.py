@@ -60,7 +60,8 @@ def build(checkpoint: Checkpoint, gpu: str, root: Path, *sets: str) -> engine.En
 def test_trtllm_build_takes_the_resolved_command_line(stand_in: None, checkpoint: Checkpoint, tmp_path: Path) -> None:
     built = build(checkpoint, "sm120", tmp_path / "out", "engine.max_batch_size=16")
     assert built.config["version"] == "1.2.1"
-    assert built.config["build_config"] == {"max_batch_size": 16}
+    assert built.config["build_config"]["max_batch_size"] == 16
+    assert built.config["build_config"]["plugin_config"]["use_paged_context_fmha"] is False
     assert built.config["pretrained_config"] == PRETRAINED
     assert (built.path / "rank0.engine").is_file()
     assert (tmp_path / "out" / "timing" / "model.cache").read_bytes() == b"timing"

@@ -45,6 +45,20 @@ def build(rank: int, output: Path, timing_cache: str) -> None:
     say("Engine serialized. Total time: 00:00:00")
 
 
+def build_config(arguments: argparse.Namespace) -> dict[str, object]:
+    """The flags that were given, over the defaults (BuildConfig, PluginConfig)."""
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    config, plugins = dict(SPEC["build_config_defaults"]), {}
+    for flag in SPEC["flags"]:
+        name = flag["name"].removeprefix("--")
+        value = given.get(name, flag["default"])
+        if flag["group"] == "plugin":
+            plugins[name] = value == "enable" if flag["kind"] == "bool_str" else value
+        elif name in given and flag.get("build_config_field"):
+            config[flag["build_config_field"]] = value
+    return {**config, "plugin_config": plugins}
+
+
 def main() -> int | str:
     parser = argparse.ArgumentParser(prog="trtllm-build", allow_abbrev=False)
     for flag in SPEC["flags"]:
@@ -76,7 +90,7 @@ def main() -> int | str:
     config = {
         "version": version,
         "pretrained_config": pretrained,
-        "build_config": {"max_batch_size": arguments.max_batch_size},
+        "build_config": build_config(arguments),
     }
     (output / "config.json").write_text(json.dumps(config))
     for rank in range(pretrained["mapping"]["world_size"]):
