@@ -13,8 +13,8 @@ from typing import Any
 from builder import build_log, paths, process, trtllm
 from builder.checkpoint import Checkpoint
 from builder.errors import IntegrityError, StageError, UnsupportedError, UsageError
-from builder.gpus import Seen, visible
-from builder.guards import BUILT_WITH
+from builder.gpus import Seen, cuda_order, visible
+from builder.guards import BUILT_WITH, installed
 from builder.output import seconds
 from builder.recipe import Resolved
 from builder.store import Artefact, Store, library_versions, read, sources_digest
@@ -118,11 +118,10 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm.Flag], resolved: Resolv
 def _write_built_with(directory: Path, target: str, flags: Sequence[trtllm.Flag], facts: Mapping[str, Any]) -> None:
     """What guards.py compares before the engine is served, in its directory: a copy of it elsewhere tells too."""
     gpu = next(iter(visible() or []), None) if target == "engine" else None
-    tensorrt = library_versions("tensorrt")["tensorrt"] if target == "engine" else "absent"
     record = {
         "target": target,
         "tensorrt_llm": facts["version"],
-        "tensorrt": None if tensorrt == "absent" else tensorrt,
+        "tensorrt": installed("tensorrt") if target == "engine" else None,
         "sm": gpu.sm if gpu else None,
         "gpu": gpu.name if gpu else None,
         "driver": gpu.driver if gpu else None,
@@ -164,6 +163,8 @@ def _run_trtllm_build(
 ) -> Mapping[str, Any]:
     timing_cache = store.root / "timing" / "model.cache"
     timing_cache.parent.mkdir(parents=True, exist_ok=True)
+    with open(timing_cache, "ab"):  # trtllm-build writes it at its very end, and fails there; an empty one is a new one
+        pass
     argv = trtllm.command(flags, checkpoint=checkpoint.tensorrt_llm, output=directory, timing_cache=timing_cache)
     log = store.log("trtllm-build")
     store.out.info(f"trtllm-build works; what it says: {log}")
@@ -198,7 +199,7 @@ def _watched(
 
         said = build_log.BuildLog(world_size, show)
         try:
-            finished = process.run(argv, log=log, cwd=cwd, on_line=said.hear)
+            finished = process.run(argv, log=log, cwd=cwd, env=cuda_order(), on_line=said.hear)
         except StageError as error:
             raise build_log.explained(error, log) from error
         said.end()

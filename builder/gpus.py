@@ -182,10 +182,15 @@ def show(out: Output) -> None:
     out.result({p.name: {key: value for key, value in asdict(p).items() if key != "name"} for p in profiles})
 
 
-def visible() -> list[Seen] | None:
-    """The GPUs that a CUDA program started here would see, in NVML's order; none without a driver.
+def cuda_order() -> dict[str, str]:
+    """The environment in which CUDA counts a machine's GPUs as NVML does; left to itself it begins with the fastest."""
+    return {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
 
-    CUDA_VISIBLE_DEVICES is heeded. None where that is not known: NVML refuses, or parts of a GPU (MIG) are named.
+
+def visible() -> list[Seen] | None:
+    """The GPUs that a child with cuda_order() sees, in its order; none without a driver. Heeds CUDA_VISIBLE_DEVICES.
+
+    None where that is not known: NVML refuses, parts of a GPU (MIG) are named, or unlike cards are counted otherwise.
     """
     import pynvml
 
@@ -205,6 +210,9 @@ def visible() -> list[Seen] | None:
         return None
     finally:
         pynvml.nvmlShutdown()
+    alike = len({seen for _, seen in found}) < 2
+    if not alike and cuda_order()["CUDA_DEVICE_ORDER"] != "PCI_BUS_ID":
+        return None
     return _chosen(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 

@@ -135,7 +135,7 @@ def read_engine(directory: Path) -> EngineFacts:
 
 def here() -> Runtime:
     """This machine: its GPUs by NVML, the libraries that are installed for this Python or in Triton's image."""
-    return Runtime(visible(), _installed("tensorrt_llm"), _installed("tensorrt"))
+    return Runtime(visible(), installed("tensorrt_llm"), installed("tensorrt"))
 
 
 def lacking_paged_fmha(build_config: Mapping[str, Any], asked: Sequence[str]) -> list[str]:
@@ -332,7 +332,7 @@ def _json(file: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _installed(name: str) -> str | None:
+def installed(name: str) -> str | None:
     """A distribution's version, for this Python or in Triton's image; None where it is not installed."""
     sites = [str(site) for pattern in SITES for site in Path("/").glob(pattern.lstrip("/"))]
     found = next(iter(metadata.distributions(name=name, path=[*sys.path, *sites])), None)

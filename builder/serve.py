@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from builder import guards, process
+from builder import gpus, guards, process
 from builder.errors import ServingError
 from builder.output import Output, seconds
 
@@ -121,7 +121,7 @@ def serve(
             stop=lambda child: _stop(child, patience),
             death=signal.SIGTERM,
             log=sink,
-            env=installation.environment,
+            env={**installation.environment, **gpus.cuda_order()},
         ) as child,
     ):
         http, grpc, metrics = (f"{host}:{port}" for port in ports)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from builder import engine, recipe, trtllm
+from builder import engine, guards, recipe, trtllm
 from builder.checkpoint import Checkpoint
 from builder.errors import IntegrityError, StageError, UnsupportedError
 from builder.gpus import Seen
@@ -86,7 +86,7 @@ def test_what_an_engine_was_built_with_lies_beside_it(
     assert found == {
         "target": "engine",
         "tensorrt_llm": "1.2.1",
-        "tensorrt": None,  # not installed here
+        "tensorrt": guards.installed("tensorrt"),
         "sm": 120,
         "gpu": "NVIDIA GeForce RTX 5090",
         "driver": "590.44.01",
@@ -232,6 +232,25 @@ def test_an_engine_is_built_on_the_card_of_its_profile_or_not_at_all(
         engine.check_machine(resolved("sm120"))
     monkeypatch.setattr(engine, "visible", lambda: None)  # NVML does not say: trtllm-build will
     engine.check_machine(resolved("sm120"))
+
+
+def test_a_timing_cache_that_can_not_be_written_is_seen_before_the_build(
+    stand_in: None, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """In upstream's order it would be the last thing to fail."""
+    (tmp_path / "out" / "timing" / "model.cache").mkdir(parents=True)
+    with pytest.raises(StageError, match=r"model\.cache"):
+        build(checkpoint, "sm120", tmp_path / "out")
+    assert not list((tmp_path / "out" / "logs").glob("*trtllm-build*"))
+
+
+def test_the_timing_cache_is_kept_between_builds(stand_in: None, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    cache = tmp_path / "out" / "timing" / "model.cache"
+    for batch in ("4", "5"):
+        facts = build(checkpoint, "sm120", tmp_path / "out", f"engine.max_batch_size={batch}").artefact.facts
+        for flag in ("--input_timing_cache", "--output_timing_cache"):
+            assert facts["command"][facts["command"].index(flag) + 1] == str(cache)
+    assert cache.read_bytes() == b"timing"
 
 
 def test_other_flags_are_another_engine(checkpoint: Checkpoint, tmp_path: Path) -> None:

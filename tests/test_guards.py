@@ -254,7 +254,8 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
     """A stand-in for NVML with one RTX 5090; what a test sets replaces one of its answers."""
     import pynvml
 
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
     answers: dict[str, Any] = {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
@@ -273,6 +274,19 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Any], None]:
 def test_the_gpus_are_those_that_nvml_tells(nvml: Callable[[str, Any], None]) -> None:
     assert gpus.visible() == [RTX_5090]
     assert guards.here().gpus == [RTX_5090]
+
+
+def test_unlike_cards_that_cuda_counts_its_own_way_are_unknown(
+    nvml: Callable[[str, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml("nvmlDeviceGetCount", lambda: 2)
+    nvml("nvmlDeviceGetName", lambda handle: (B200, RTX_5090)[handle].name)
+    nvml("nvmlDeviceGetCudaComputeCapability", lambda handle: ((10, 0), (12, 0))[handle])
+    assert gpus.visible() == [B200, RTX_5090]
+    assert gpus.cuda_order() == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # as NVML counts them
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert gpus.cuda_order() == {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    assert gpus.visible() is None
 
 
 def test_no_driver_is_no_gpu_and_a_silent_nvml_is_unknown(nvml: Callable[[str, Any], None]) -> None:
@@ -294,8 +308,8 @@ def test_no_driver_is_no_gpu_and_a_silent_nvml_is_unknown(nvml: Callable[[str, A
 
 def test_libraries_are_found_in_the_image_s_own_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = tmp_path / "venv-tritonserver" / "lib" / "python3.12" / "site-packages"
-    (site / "tensorrt_llm-1.2.1.dist-info").mkdir(parents=True)
-    (site / "tensorrt_llm-1.2.1.dist-info" / "METADATA").write_text("Name: tensorrt_llm\nVersion: 1.2.1\n")
-    assert guards.here().tensorrt_llm is None
+    (site / "in_the_image-1.2.1.dist-info").mkdir(parents=True)
+    (site / "in_the_image-1.2.1.dist-info" / "METADATA").write_text("Name: in_the_image\nVersion: 1.2.1\n")
+    assert guards.installed("in-the-image") is None
     monkeypatch.setattr(guards, "SITES", (f"{tmp_path}/venv-*/lib/python3*/site-packages",))
-    assert guards.here().tensorrt_llm == "1.2.1"
+    assert guards.installed("in-the-image") == "1.2.1"

@@ -149,13 +149,15 @@ def test_a_repository_for_a_card_is_made_where_it_is_and_served_nowhere_else(
         "--output",
         str(output),
     ]
-    assert cli.main(["render", *argv]) == 3  # no GPU here: refused before any work
+    monkeypatch.setattr(engine, "visible", list)
+    assert cli.main(["render", *argv]) == 3  # no GPU: refused before any work
     assert "no GPU is seen" in capsys.readouterr().err
     monkeypatch.setattr(engine, "visible", lambda: [RTX_5090])
     assert cli.main(["render", *argv, "--json"]) == 0
     said = capsys.readouterr()
     assert "trtllm-build: building the TensorRT engine" in said.err
     repository = json.loads(said.out)["repository"]
+    monkeypatch.setattr(guards, "visible", list)
     assert cli.main(["serve", repository]) == 6
     assert "The engine has 1 rank, and no GPU is seen here" in capsys.readouterr().err
     monkeypatch.setattr(guards, "visible", lambda: [Seen("NVIDIA B200", 10, 0, "590.44.01")])
