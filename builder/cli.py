@@ -121,6 +121,8 @@ def parser() -> argparse.ArgumentParser:
                                  help=f"make this stage again: {', '.join(STAGE_NAMES)}")  # fmt: skip
             command.add_argument("--from", metavar="STAGE", dest="start", choices=STAGE_NAMES,
                                  help="make this stage and all after it again")  # fmt: skip
+        if name == "engine":
+            command.add_argument("--dry-run", action="store_true", help="print the trtllm-build command, make nothing")
         if name == "build":
             command.add_argument("--dry-run", action="store_true", help="the same as `builder plan`")
             command.add_argument("--no-smoke", action="store_true", help="leave the repository untested")
@@ -270,13 +272,13 @@ def _print_built(built: Built, store: Store, until: str, out: Output) -> None:
 
 
 def run_plan(arguments: argparse.Namespace, out: Output) -> int:
-    """What a build would do. Exit code 3, after the plan, where it would not fit."""
+    """What a build would do, or the command that `engine` would run. Exit code 3 after it, where it would not fit."""
     resolved = _resolve(arguments)
     from builder import plan
     from builder.store import Store
 
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
-    plan.show(found, out)
+    (plan.show_command if arguments.command == "engine" else plan.show)(found, out)
     if found.refusal:
         _print_error(found.refusal)
         return found.refusal.exit_code

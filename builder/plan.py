@@ -5,6 +5,7 @@ Sizes come from config.json and the headers of the safetensors files alone.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Plan:
     """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so;
     `refusal` what does not fit, on the card or on this machine, where a build would end with it.
 
+    `command` is trtllm-build's; `placeholder` is the word in it for a checkpoint that is not made yet.
     `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here.
     """
 
@@ -32,6 +34,7 @@ class Plan:
     flags: list[trtllm.Flag]
     notes: list[trtllm.Note]
     command: list[str] | None
+    placeholder: str | None
     blocked: BuilderError | None
     refusal: BuilderError | None
     verdict: Verdict
@@ -49,26 +52,29 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         engine.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    command = None
-    split = resolved.recipe.engine.world_size > 1
-    if resolved.recipe.target == "engine":
-        command = trtllm.command(
-            flags,
-            checkpoint=Path("RANKS/tensorrt_llm" if split else "CHECKPOINT/tensorrt_llm"),
-            output=Path("ENGINE"),
-            timing_cache=store.root / "timing" / "model.cache",
-        )
     notes = trtllm.notes(resolved, model.config, flags, answers) + trtllm.window_notes(model.config, flags)
     asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
     stages = _stages(resolved, store)
+    command, placeholder = _command(resolved, flags, store)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         remaining = [stage for stage, state, _ in stages if state != "cached"]
         refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
-    return Plan(
-        resolved, stages, sizes, flags, notes, command, blocked, verdict.refusal or refusal, verdict, host, missing
-    )
+    refusal = verdict.refusal or refusal
+    return Plan(resolved, stages, sizes, flags, notes, command, placeholder, blocked, refusal, verdict, host, missing)
+
+
+def _command(resolved: Resolved, flags: list[trtllm.Flag], store: Store) -> tuple[list[str] | None, str | None]:
+    """trtllm-build's for the checkpoint in the store, else for one named by a word, with that word."""
+    if resolved.recipe.target != "engine":
+        return None, None
+    stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
+    made = next((done.path for done in store.done if done.stage == stage), None)
+    placeholder = None if made else stage.upper()
+    timing = store.root / "timing" / "model.cache"
+    layout = (made or Path(stage.upper())) / "tensorrt_llm"
+    return trtllm.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
 
 
 def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
@@ -145,7 +151,7 @@ def show(found: Plan, out: Output) -> None:
     if found.notes:
         out.table("what to know", ["rule", ""], [(note.rule, note.text) for note in found.notes])
     if found.command:
-        out.text(" ".join(found.command))
+        out.text(shlex.join(found.command))
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
     out.result(
@@ -164,5 +170,38 @@ def show(found: Plan, out: Output) -> None:
             "command": found.command,
             "blocked": found.blocked.what if found.blocked else None,
             "refusal": found.refusal.what if found.refusal else None,
+        }
+    )
+
+
+NO_COMMAND = "The reference target runs no trtllm-build: its engine is the checkpoint beside an engine's config.json."
+
+
+def show_command(found: Plan, out: Output) -> None:
+    """The trtllm-build command alone, ready to paste. With --json also as words, and the word still to be filled in."""
+    shell = []
+    if found.command:
+        cache = Path(found.command[found.command.index("--output_timing_cache") + 1])
+        if not cache.parent.is_dir():  # trtllm-build makes no directory for it, and would fail at its very end
+            shell.append(shlex.join(["mkdir", "-p", str(cache.parent)]))
+        shell.append(shlex.join(found.command))
+    for line in shell:
+        out.text(line)
+    if not found.command:
+        out.info(f"{NO_COMMAND} To see an engine's: --gpu sm120 (`builder gpus`).")
+    if found.placeholder:
+        made = "`builder quantize`" if found.placeholder == "CHECKPOINT" else "`builder engine`, before the engine,"
+        out.warn(f"{found.placeholder} stands for a directory that is not made yet: {made} makes it in the store.")
+    if found.blocked and found.command:
+        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
+    out.result(
+        {
+            "target": found.resolved.recipe.target,
+            "command": found.command,
+            "shell": shell,
+            "placeholder": found.placeholder,
+            "why": None if found.command else NO_COMMAND,
+            "flags": [vars(flag) for flag in found.flags],
+            "blocked": found.blocked.what if found.blocked else None,
         }
     )
