@@ -158,6 +158,7 @@ TOLD = [
 
 def test_what_a_card_says_is_judged(card: Card) -> None:
     """A fallback that builds is no success; a crash, too little memory and half an engine are no answer."""
+    card.environment["TLLM_LOG_LEVEL"] = "ERROR"  # a user's, under which no warning would be heard
     done = card.run("probe", "--json", told=TOLD)
     assert done.returncode == 1
     found = json.loads(done.stdout)["answers"]
