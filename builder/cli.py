@@ -348,6 +348,7 @@ def run_verify(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_clean(arguments: argparse.Namespace, out: Output) -> int:
     """Removes what nothing needs."""
+    from builder import record
     from builder.store import Store, prune
 
     root = _existing(arguments.output)
@@ -358,6 +359,7 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
                 link.unlink()
         keep = set() if arguments.all else {link.resolve() for link in links}
         removed, freed = prune(root, keep, dry=arguments.dry_run)
+        removed += record.prune(root, gone=removed, dry=arguments.dry_run)
     out.result({"removed": [str(path) for path in removed], "bytes": freed})
     for path in removed:
         out.text(str(path))
