@@ -135,6 +135,13 @@ def parser() -> argparse.ArgumentParser:
     _add_served(command)
     command.add_argument("--junit", type=Path, metavar="FILE", help="results as JUnit XML")
 
+    command = _command(
+        commands, "report", "what is known of a repository: one HTML page, a model card, a table", run_report
+    )
+    command.add_argument("repository", type=Path, help="a repository, as in artifacts/models/")
+    for option, text in (("html", "the page"), ("markdown", "the model card"), ("csv", "the table that grows")):
+        command.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
+
     command = _command(commands, "verify", "hash every stored file again", run_verify)
     _add_output(command)
     command = _command(commands, "clean", "remove what no repository in OUTPUT/models was made from", run_clean)
@@ -332,6 +339,14 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     out.table("smoke test", ["", "check", "time", "detail"], rows)
     out.result(report.as_dict())
     report.check()
+    return 0
+
+
+def run_report(arguments: argparse.Namespace, out: Output) -> int:
+    """The page, the card and the table's rows, from manifests and the build record."""
+    from builder import report_page
+
+    report_page.publish(arguments.repository, out, page=arguments.html, card=arguments.markdown, table=arguments.csv)
     return 0
 
 
