@@ -76,6 +76,7 @@ def evaluation(passed: bool | None, failed: tuple[str, ...] = ()) -> Evaluation:
         (BAD, evaluation(True), "failed", "failed the smoke test"),
         (None, evaluation(False, ("score is 91",)), "failed", "failed the accuracy gate"),
         (GOOD, evaluation(None), "incomplete", "no gate was set"),
+        (GOOD, Evaluation("digest", (), None, {"score": 98.0}), "incomplete", "gate could not be judged"),
         (GOOD, None, "incomplete", "accuracy was not measured"),
         (None, evaluation(True), "incomplete", "not served"),
         (None, None, "incomplete", "not served and not tested"),
@@ -146,7 +147,7 @@ def test_what_is_not_known_is_absent_and_said(tmp_path: Path) -> None:
 
 def test_a_gpu_engine_is_not_said_to_be_the_reference_executor(link: Path) -> None:
     assert REFERENCE not in gather(link).unmeasured
-    assert "Accuracy was measured on checkpoint, not on the served model." in gather(link).unmeasured
+    assert "Accuracy was not measured on the served model, only here: checkpoint on disk." in gather(link).unmeasured
 
 
 def test_a_repository_outside_any_store_still_gets_a_report(tmp_path: Path) -> None:
@@ -273,8 +274,10 @@ def test_the_command_writes_three_files_and_says_where(tmp_path: Path) -> None:
     assert told["verdict"]["status"] == "passed"
     assert told["rows"] == 4
     assert all(Path(path).parent == tmp_path and Path(path).is_file() for path in told["files"].values())
-    refused = report(str(link), "--html", str(tmp_path))
-    assert (refused.returncode, "is a directory" in refused.stderr) == (2, True)
+    below_a_file = str(tmp_path / "p.html" / "deeper.x")
+    for option, path in (("--html", str(tmp_path)), ("--markdown", below_a_file), ("--csv", below_a_file)):
+        refused = report(str(link), option, path)
+        assert (refused.returncode, "Traceback" in refused.stderr) == (2, False), refused.stderr
 
 
 def test_a_page_is_replaced_in_one_step(tmp_path: Path) -> None:
