@@ -40,12 +40,19 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.sections: list[str] = []
         self.text = ""
+        self.open: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag == "section" and (name := dict(attrs).get("id")):
             self.sections.append(name)
+
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -113,6 +120,7 @@ def test_everything_that_is_known_is_gathered(link: Path) -> None:
 def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     text = html(gather(link))
     page = Page(text)
+    assert page.open == []
     assert page.sections == [
         "not-measured", "accuracy", "size", "smoke", "warnings", "times", "recipe", "versions", "reproduce",
     ]  # fmt: skip
@@ -288,6 +296,24 @@ def test_a_page_is_replaced_in_one_step(tmp_path: Path) -> None:
         assert report(str(link), "--html", str(page)).returncode == 0
         assert reader.read() == "old", "who reads the old page reads it to its end"
     assert page.read_text().startswith("<!doctype html>")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+FULL = """
+import resource, sys
+from builder import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.exit(cli.main(["report", *sys.argv[1:]]))
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_the_old_page(tmp_path: Path) -> None:
+    link = report_store.build(tmp_path / "out")
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    done = subprocess.run([sys.executable, "-c", FULL, str(link), "--html", str(page)], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert page.read_text() == "old"
     assert not list(tmp_path.glob(".*.tmp"))
 
 
