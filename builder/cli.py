@@ -137,6 +137,13 @@ def parser() -> argparse.ArgumentParser:
     _add_served(command)
     command.add_argument("--junit", type=Path, metavar="FILE", help="results as JUnit XML")
 
+    command = _command(
+        commands, "report", "what is known of a repository: one HTML page, a model card, a table", run_report
+    )
+    command.add_argument("repository", type=Path, help="a repository, as in artifacts/models/")
+    for option, text in (("html", "the page"), ("markdown", "the model card"), ("csv", "the table that grows")):
+        command.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
+
     command = _command(commands, "verify", "hash every stored file again", run_verify)
     _add_output(command)
     command = _command(commands, "clean", "remove what no repository in OUTPUT/models was made from", run_clean)
@@ -344,6 +351,14 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     return 0
 
 
+def run_report(arguments: argparse.Namespace, out: Output) -> int:
+    """The page, the card and the table's rows, from manifests and the build record."""
+    from builder import report_page
+
+    report_page.publish(arguments.repository, out, page=arguments.html, card=arguments.markdown, table=arguments.csv)
+    return 0
+
+
 def run_verify(arguments: argparse.Namespace, out: Output) -> int:
     """Every file of the store against its sha256."""
     from builder import store
@@ -357,6 +372,7 @@ def run_verify(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_clean(arguments: argparse.Namespace, out: Output) -> int:
     """Removes what nothing needs."""
+    from builder import record
     from builder.store import Store, prune
 
     root = _existing(arguments.output)
@@ -367,6 +383,7 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
                 link.unlink()
         keep = set() if arguments.all else {link.resolve() for link in links}
         removed, freed = prune(root, keep, dry=arguments.dry_run)
+        removed += record.prune(root, gone=removed, dry=arguments.dry_run)
     out.result({"removed": [str(path) for path in removed], "bytes": freed})
     for path in removed:
         out.text(str(path))

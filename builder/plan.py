@@ -6,6 +6,7 @@ Sizes come from config.json and the headers of the safetensors files alone.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from builder.fit_change import Verdict
 from builder.output import Output, size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
-from builder.store import STAGES, Store
+from builder.store import STAGES, Artefact, Store, WouldRun
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         blocked = error
     notes = trtllm.notes(resolved, model.config, flags, answers) + trtllm.window_notes(model.config, flags)
     asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
-    stages = _stages(resolved, store)
-    command, placeholder = _command(resolved, flags, store)
+    done, first = pipeline.stored(resolved, store)
+    stages = _stages(resolved, done, first)
+    command, placeholder = _command(resolved, flags, store, done)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
@@ -65,21 +67,22 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     return Plan(resolved, stages, sizes, flags, notes, command, placeholder, blocked, refusal, verdict, host, missing)
 
 
-def _command(resolved: Resolved, flags: list[trtllm.Flag], store: Store) -> tuple[list[str] | None, str | None]:
+def _command(
+    resolved: Resolved, flags: list[trtllm.Flag], store: Store, done: Sequence[Artefact]
+) -> tuple[list[str] | None, str | None]:
     """trtllm-build's for the checkpoint in the store, else for one named by a word, with that word."""
     if resolved.recipe.target != "engine":
         return None, None
     stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
-    made = next((done.path for done in store.done if done.stage == stage), None)
+    made = next((artefact.path for artefact in done if artefact.stage == stage), None)
     placeholder = None if made else stage.upper()
     timing = store.root / "timing" / "model.cache"
     layout = (made or Path(stage.upper())) / "tensorrt_llm"
     return trtllm.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
 
 
-def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
-    """(stage, state, why) of the whole chain, which stops at the first stage that would run."""
-    done, first = pipeline.stored(resolved, store)
+def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None) -> list[tuple[str, str, str]]:
+    """(stage, state, why) of the whole chain, of which `done` is in the store and `first` would run first."""
     rows = [(artefact.stage, "cached", artefact.path.name) for artefact in done]
     split = resolved.recipe.engine.world_size > 1
     stages = [stage for stage in STAGES if stage != "ranks" or split]

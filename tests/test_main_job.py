@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,21 @@ def test_a_repository_for_a_card_is_made_where_it_is_and_served_nowhere_else(
     monkeypatch.setattr(guards, "visible", lambda: [Seen("NVIDIA B200", 10, 0, "590.44.01")])
     assert cli.main(["smoke", repository]) == 6
     assert "built for sm120 (NVIDIA GeForce RTX 5090), and GPU 0 here, NVIDIA B200, is sm100" in capsys.readouterr().err
+
+
+def test_the_report_tells_what_was_built_and_what_was_not_measured(built: tuple[Path, dict[str, Any]]) -> None:
+    output, said = built
+    told = json.loads(builder("report", said["repository"], "--json").stdout)
+    assert told["verdict"]["status"] == "incomplete"
+    assert told["smoke"]["sample"] == said["smoke"]["sample"]
+    assert ["calibration.samples", 6, "command line"] in told["values"]
+    assert {stage["name"]: stage["key"] for stage in told["stages"]} == {s["stage"]: s["key"] for s in said["stages"]}
+    assert "not run on a GPU" in told["unmeasured"][0]
+    page, card = (Path(told["files"][kind]).read_text() for kind in ("html", "markdown"))
+    assert page.startswith("<!doctype html>")
+    assert said["smoke"]["sample"]["answer"].strip() in card
+    again = builder(*shlex.split(told["command"])[1:], "--output", str(output), "--json")
+    assert all(stage["cached"] for stage in json.loads(again.stdout)["stages"]), "the command makes the same again"
 
 
 def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str, Any]]) -> None:
