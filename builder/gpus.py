@@ -128,18 +128,21 @@ def _read(name: str) -> dict[str, Any]:
 
 def detect() -> GpuProfile:
     """The profile of the first GPU that NVML sees. UnsupportedError where there is none, or none we know."""
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        card = pynvml.nvmlDeviceGetName(handle)
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
+        found = first()
+    except UnsupportedError as error:
         cure = "Name a profile: --gpu sm120, or --gpu cpu to quantize and serve without a GPU."
-        raise UnsupportedError("No GPU was named, and none is seen here.", why=f"NVML: {error}", cure=cure) from error
-    return for_capability(major, minor, card)
+        raise UnsupportedError("No GPU was named, and none is seen here.", why=error.why, cure=cure) from error
+    return for_capability(found.major, found.minor, found.name)
+
+
+def first() -> Seen:
+    """The first of the visible GPUs. UnsupportedError where there is none, or NVML does not tell."""
+    found = visible()
+    if not found:
+        why = "NVML finds no NVIDIA driver." if found == [] else "NVML does not tell which GPUs this process sees."
+        raise UnsupportedError("No GPU is seen here.", why=why, cure="Run it on a machine with a GPU.")
+    return found[0]
 
 
 def for_capability(major: int, minor: int, card: str) -> GpuProfile:

@@ -9,19 +9,20 @@ import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from builder import engine, fit, fit_change, pipeline, trtllm
+from builder import engine, fit, fit_change, pipeline, probe_answers, trtllm
 from builder.errors import BuilderError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
 from builder.output import Output, size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
-from builder.store import STAGES, Store, WouldRun
+from builder.store import STAGES, Store
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so.
+    """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so;
+    `refusal` what does not fit, on the card or on this machine, where a build would end with it.
 
     `command` is trtllm-build's; `placeholder` is the word in it for a checkpoint that is not made yet.
     `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here.
@@ -35,6 +36,7 @@ class Plan:
     command: list[str] | None
     placeholder: str | None
     blocked: BuilderError | None
+    refusal: BuilderError | None
     verdict: Verdict
     host: Machine
     missing: int
@@ -43,21 +45,24 @@ class Plan:
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
     model = pipeline.read_model(resolved.recipe.model, store)
-    flags = pipeline.check_model(resolved, model.config, layouts=True)
-    blocked = None
+    answers = probe_answers.answers(resolved, store.root)
+    flags = pipeline.check_model(resolved, model.config, layouts=True, answers=answers)
+    blocked = refusal = None
     try:
         engine.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    notes = trtllm.notes(resolved, model.config, flags)
+    notes = trtllm.notes(resolved, model.config, flags, answers) + trtllm.window_notes(model.config, flags)
     asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
     stages = _stages(resolved, store)
     command, placeholder = _command(resolved, flags, store)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
-    if blocked is None:
-        blocked = fit_change.disk_refusal(sizes, host, missing)
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
-    return Plan(resolved, stages, sizes, flags, notes, command, placeholder, blocked, verdict, host, missing)
+    if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
+        remaining = [stage for stage, state, _ in stages if state != "cached"]
+        refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
+    refusal = verdict.refusal or refusal
+    return Plan(resolved, stages, sizes, flags, notes, command, placeholder, blocked, refusal, verdict, host, missing)
 
 
 def _command(resolved: Resolved, flags: list[trtllm.Flag], store: Store) -> tuple[list[str] | None, str | None]:
@@ -73,13 +78,9 @@ def _command(resolved: Resolved, flags: list[trtllm.Flag], store: Store) -> tupl
 
 
 def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
-    """The chain itself, run on a store that makes nothing: it stops at the first stage that would run."""
-    first: WouldRun | None = None
-    try:
-        pipeline.build(resolved, store)
-    except WouldRun as would:
-        first = would
-    rows = [(done.stage, "cached", done.path.name) for done in store.done]
+    """(stage, state, why) of the whole chain, which stops at the first stage that would run."""
+    done, first = pipeline.stored(resolved, store)
+    rows = [(artefact.stage, "cached", artefact.path.name) for artefact in done]
     split = resolved.recipe.engine.world_size > 1
     stages = [stage for stage in STAGES if stage != "ranks" or split]
     for stage in stages[len(rows) :]:
@@ -168,6 +169,7 @@ def show(found: Plan, out: Output) -> None:
             "notes": [vars(note) for note in found.notes],
             "command": found.command,
             "blocked": found.blocked.what if found.blocked else None,
+            "refusal": found.refusal.what if found.refusal else None,
         }
     )
 
