@@ -18,6 +18,7 @@ import yaml
 
 from builder import paths
 from builder.errors import StageError
+from builder.output import seconds, size
 
 START, NETWORK, FINISH = "starting", "reading the checkpoint and constructing the network", "finishing"
 # A line, and the phase that begins with it. None: another rank's network, or the end.
@@ -77,7 +78,13 @@ class BuildLog:
 
     def rounded(self) -> dict[str, float]:
         """The phases to a tenth of a second."""
-        return {phase: round(seconds, 1) for phase, seconds in self.phases.items()}
+        return {phase: round(took, 1) for phase, took in self.phases.items()}
+
+    def summary(self) -> str:
+        """For people: the phases that took a second or more, and the memory."""
+        parts = [f"{phase} {seconds(took)}" for phase, took in self.phases.items() if took >= 1]
+        parts += [f"{size(self.peak_gpu_memory)} of GPU memory at most"] if self.peak_gpu_memory else []
+        return ", ".join(parts)
 
     def _begin(self, phase: str) -> None:
         if phase != self._phase:

@@ -204,6 +204,7 @@ def _watched(
         except StageError as error:
             raise build_log.explained(error, log) from error
         said.end()
+    store.out.info(f"trtllm-build took {seconds(finished.seconds)}: {said.summary()}")
     return finished, said
 
 

@@ -6,8 +6,9 @@ What Triton's C++ backend would do instead stands beside each check: it fails la
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -80,11 +81,15 @@ class EngineFacts:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What would run the engine: GPUs and installed libraries, None where it is not known."""
+    """What would run the engine: GPUs and installed libraries, None where it is not known.
+
+    `chosen`: CUDA_VISIBLE_DEVICES picked the GPUs, so that their numbers here are not the machine's.
+    """
 
     gpus: Sequence[Seen] | None = None
     tensorrt_llm: str | None = None
     tensorrt: str | None = None
+    chosen: bool = False
 
 
 def check(models: Path, runtime: Runtime | None = None) -> None:
@@ -135,7 +140,8 @@ def read_engine(directory: Path) -> EngineFacts:
 
 def here() -> Runtime:
     """This machine: its GPUs by NVML, the libraries that are installed for this Python or in Triton's image."""
-    return Runtime(visible(), installed("tensorrt_llm"), installed("tensorrt"))
+    chosen = "CUDA_VISIBLE_DEVICES" in os.environ
+    return Runtime(visible(), installed("tensorrt_llm"), installed("tensorrt"), chosen)
 
 
 def lacking_paged_fmha(build_config: Mapping[str, Any], asked: Sequence[str]) -> list[str]:
@@ -166,128 +172,121 @@ def missing(served: Served) -> list[Mismatch]:
             return []
         what, why = f"The engine at {served.engine} lacks {', '.join(absent)}.", "Not all of it was copied, or built."
     cure = "Put it back there, or run the same `builder build` again: it makes what is missing and points to it."
-    return [Mismatch(what, why, cure)]
+    return [Mismatch(what=what, why=why, cure=cure)]
 
 
 def mismatches(served: Served, engine: EngineFacts, runtime: Runtime) -> list[Mismatch]:
     """Everything that does not agree, the most important first. The reference executor needs no GPU and no version."""
     found: list[Mismatch] = []
     if engine.target == "engine":
-        found += _versions(engine, runtime) + _cards(engine, runtime)
-    return found + _paged(served, engine) + _sizes(served, engine) + _logits(served, engine) + _streaming(served)
+        found += [*_versions(engine, runtime), *_cards(engine, runtime)]
+    return [*found, *_paged(served, engine), *_sizes(served, engine), *_logits(served, engine), *_streaming(served)]
 
 
-def _versions(engine: EngineFacts, runtime: Runtime) -> list[Mismatch]:
+def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
     """The backend logs the engine's version and compares nothing (gptJsonConfig.cpp, parseJson): TensorRT's own check
     fails when the engine is loaded (triton-inference-server/tensorrtllm_backend #531), or nothing does."""
-    found = []
     built, have = engine.config.get("version"), runtime.tensorrt_llm
     if built and have and built != have:
-        found.append(Mismatch(
-            f"The engine was built by TensorRT-LLM {built}, and this machine has {have}.",
-            "An engine runs only on the version that built it.",
-            f"Serve it in an image with TensorRT-LLM {built}, or build it here: --set engine.tensorrt_llm={have}",
-        ))  # fmt: skip
+        yield Mismatch(
+            what=f"The engine was built by TensorRT-LLM {built}, and this machine has {have}.",
+            why="An engine runs only on the version that built it.",
+            cure=f"Serve it in an image with TensorRT-LLM {built}, or build here: --set engine.tensorrt_llm={have}",
+        )
+    # docs.nvidia.com/deeplearning/tensorrt, Version Compatibility; trtllm-build sets no VERSION_COMPATIBLE.
     built, have = engine.built_with.get("tensorrt"), runtime.tensorrt
     if built and have and built != have:
-        found.append(Mismatch(
-            f"The engine was built by TensorRT {built}, and this machine has {have}.",
-            # docs.nvidia.com/deeplearning/tensorrt, Version Compatibility; trtllm-build sets no VERSION_COMPATIBLE.
-            "A TensorRT engine runs only on the version that built it: Triton would end with \"Version tag does not "
-            "match\".",
-            "Serve it in the image that built it, or build it again here: the same `builder build`.",
-        ))  # fmt: skip
-    return found
+        yield Mismatch(
+            what=f"The engine was built by TensorRT {built}, and this machine has {have}.",
+            why="A TensorRT engine runs only on the version that built it; Triton would end with a version tag that "
+            "does not match.",
+            cure="Serve it in the image that built it, or build it again here: the same `builder build`.",
+        )
 
 
-def _cards(engine: EngineFacts, runtime: Runtime) -> list[Mismatch]:
-    """As many GPUs as ranks, and of the engine's architecture. Rank n takes GPU n (worldConfig.cpp, getDevice)."""
+def _cards(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
+    """As many GPUs as ranks, and of the engine's architecture. Rank n takes GPU n (worldConfig.cpp)."""
     sm, ranks, gpus = engine.built_with.get("sm"), engine.world_size, runtime.gpus
     if gpus is None:
-        return []
+        return
     card = f"sm{sm} ({engine.built_with.get('gpu')})" if sm else "its architecture"
     if len(gpus) < ranks:
-        return [Mismatch(
-            f"The engine has {ranks} rank{'s' * (ranks > 1)}, and "
-            + (f"{len(gpus)} of that many GPUs are seen here." if gpus else "no GPU is seen here."),
-            "Each rank takes a GPU of its own; with fewer TensorRT-LLM only warns, and fails later.",
-            f"Serve it on a machine that shows {ranks} of {card}; a container must be given its GPUs, and "
+        yield Mismatch(
+            what=f"The engine has {ranks} rank{'s' * (ranks > 1)}, and "
+            f"{len(gpus) or 'no'} GPU{' is' if len(gpus) < 2 else 's are'} seen here.",
+            why="Each rank takes a GPU of its own; with fewer TensorRT-LLM warns, and puts several on one.",
+            cure=f"Serve it on a machine that shows {ranks} of {card}; a container must be given its GPUs, and "
             "CUDA_VISIBLE_DEVICES may hide some. Without a GPU: build for the reference executor, --gpu cpu.",
-        )]  # fmt: skip
-    wrong = [(index, gpu) for index, gpu in enumerate(gpus[:ranks]) if sm and gpu.sm != sm]
-    if not wrong:
-        return []
-    index, gpu = wrong[0]
-    fitting = [str(number) for number, other in enumerate(gpus) if other.sm == sm]
-    cure = f"Serve it on {card}, or build for this machine: the same `builder build` with --gpu auto."
-    if len(fitting) >= ranks:
-        cure = f"Choose the GPUs that it was built for: CUDA_VISIBLE_DEVICES={','.join(fitting[:ranks])}"
-    return [Mismatch(
-        f"The engine was built for {card}, and GPU {index} here, {gpu.name}, is sm{gpu.sm}.",
-        # docs.nvidia.com/deeplearning/tensorrt, Engine Compatibility; TensorRT-LLM #3031 is what it looks like.
-        "A TensorRT engine runs only on the architecture that it was built for: trtllm-build does not use TensorRT's "
-        "hardware compatibility mode. Triton would end with \"generated on an incompatible device\".",
-        cure,
-    )]  # fmt: skip
-
-
-def _paged(served: Served, engine: EngineFacts) -> list[Mismatch]:
-    return [
-        Mismatch(
-            f"{name} is true in {served.file}, and the engine has no paged context FMHA.",
-            NEED_PAGED_FMHA[name],
-            f"Set {name} to false there, or build with --set engine.flags.use_paged_context_fmha=enable on a profile "
-            f"with context FMHA. {RENDER}",
         )
-        for name in lacking_paged_fmha(engine.build, tuple(served.on))
-    ]
+        return
+    wrong = [(index, gpu) for index, gpu in enumerate(gpus[:ranks]) if sm and gpu.sm != sm]
+    fitting = [str(number) for number, gpu in enumerate(gpus) if gpu.sm == sm]
+    cure = f"Serve it on {card}, or build for this machine: the same `builder build` with --gpu auto."
+    if len(fitting) >= ranks and not runtime.chosen:
+        cure = f"Choose the GPUs that it was built for: CUDA_VISIBLE_DEVICES={','.join(fitting[:ranks])}"
+    # docs.nvidia.com/deeplearning/tensorrt, Engine Compatibility: trtllm-build does not use the hardware compatibility
+    # mode; TensorRT-LLM #3031 is what it looks like.
+    for index, gpu in wrong[:1]:
+        yield Mismatch(
+            what=f"The engine was built for {card}, and GPU {index} here, {gpu.name}, is sm{gpu.sm}.",
+            why="A TensorRT engine runs only on the architecture that it was built for; Triton would end with an "
+            "incompatible device.",
+            cure=cure,
+        )
 
 
-def _sizes(served: Served, engine: EngineFacts) -> list[Mismatch]:
-    found = []
-    batch, beams = engine.build.get("max_batch_size"), engine.build.get("max_beam_width", 1)
-    if batch and served.max_batch_size > batch:
-        found.append(Mismatch(
-            f"max_batch_size is {served.max_batch_size} in {served.file}, and the engine was built for {batch}.",
+def _paged(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
+    for name in lacking_paged_fmha(engine.build, tuple(served.on)):
+        yield Mismatch(
+            what=f"{name} is true in {served.file}, and the engine has no paged context FMHA.",
+            why=NEED_PAGED_FMHA[name],
+            cure=f"Set {name} to false there, or build with --set engine.flags.use_paged_context_fmha=enable on a "
+            f"profile with context FMHA. {RENDER}",
+        )
+
+
+def _sizes(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
+    batch, asked = engine.build.get("max_batch_size"), served.max_batch_size
+    if batch and asked > batch:
+        yield Mismatch(
+            what=f"max_batch_size is {asked} in {served.file}, and the engine was built for {batch}.",
             # ExecutorConfig{... maxBatchSize = std::nullopt ...}: model_instance_state.cc@c8c6df08.
-            "The C++ backend never reads it: the engine goes on with its own, and requests wait without a word.",
-            f"Set it to {batch} at most, or build with --max-batch-size {served.max_batch_size}. {RENDER}",
-        ))  # fmt: skip
-    if served.max_beam_width > beams:
-        found.append(Mismatch(
-            f"max_beam_width is {served.max_beam_width} in {served.file}, and the engine was built for {beams}.",
+            why="The C++ backend never reads it: the engine goes on with its own, and requests wait without a word.",
+            cure=f"Set it to {batch} at most, or build with --max-batch-size {asked}. {RENDER}",
+        )
+    beams, asked = engine.build.get("max_beam_width", 1), served.max_beam_width
+    if asked > beams:
+        yield Mismatch(
+            what=f"max_beam_width is {asked} in {served.file}, and the engine was built for {beams}.",
             # trtGptModel.h@2e2327b9: "Runtime configured max beam width (%d) must not exceed ..."
-            "The C++ backend would not load the engine.",
-            f"Set it to {beams}, or build with --set engine.flags.max_beam_width={served.max_beam_width}. {RENDER}",
-        ))  # fmt: skip
-    return found
+            why="The C++ backend would not load the engine.",
+            cure=f"Set it to {beams}, or build with --set engine.flags.max_beam_width={asked}. {RENDER}",
+        )
 
 
-def _logits(served: Served, engine: EngineFacts) -> list[Mismatch]:
-    """TLLM_CHECK(contextLogitsType == model_state_->getLogitsDataType()), in answers alone
+def _logits(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
+    """TLLM_CHECK(contextLogitsType == model_state_->getLogitsDataType()), when it answers
     (model_instance_state.cc@c8c6df08)."""
     dtype = engine.config.get("pretrained_config", {}).get("logits_dtype")
     wanted = LOGITS_TYPES.get(dtype)
     wrong = [f"{name} {kind}" for name, kind in served.logits.items() if wanted and kind != wanted]
-    if not wrong:
-        return []
-    return [Mismatch(
-        f"{served.file} declares {', '.join(wrong)}, and the engine's logits are {dtype}: {wanted}.",
-        "The C++ backend loads it, and fails each request that asks for logits.",
-        f"Set the type there to {wanted}. {RENDER}",
-    )]  # fmt: skip
+    if wrong:
+        yield Mismatch(
+            what=f"{served.file} declares {', '.join(wrong)}, and the engine's logits are {dtype}: {wanted}.",
+            why="The C++ backend loads it, and fails each request that asks for logits.",
+            cure=f"Set the type there to {wanted}. {RENDER}",
+        )
 
 
-def _streaming(served: Served) -> list[Mismatch]:
+def _streaming(served: Served) -> Iterator[Mismatch]:
     """Pieces come only from a decoupled model, and every model on their way must be one."""
-    if served.bls_decoupled is None or served.bls_decoupled == served.decoupled:
-        return []
-    return [Mismatch(
-        f"decoupled is {str(served.decoupled).lower()} for {ENGINE_MODEL} and "
-        f"{str(served.bls_decoupled).lower()} for {BLS_MODEL}.",
-        "Streaming needs both; with one of them requests that stream fail.",
-        f"Set model_transaction_policy of both config.pbtxt files to the same. {RENDER}",
-    )]  # fmt: skip
+    engine, bls = served.decoupled, served.bls_decoupled
+    if bls is not None and bls != engine:
+        yield Mismatch(
+            what=f"decoupled is {str(engine).lower()} for {ENGINE_MODEL} and {str(bls).lower()} for {BLS_MODEL}.",
+            why="Streaming needs both; with one of them requests that stream fail.",
+            cure=f"Set model_transaction_policy of both config.pbtxt files to the same. {RENDER}",
+        )
 
 
 def _refusal(found: Sequence[Mismatch]) -> IntegrityError:

@@ -166,4 +166,6 @@ def test_phases_of_two_ranks_one_after_the_other() -> None:
     assert shown[-1][0] == "finishing"
     assert [after for _, after in shown] == sorted(after for _, after in shown)
     assert log.phases["building the TensorRT engine"] == 2.0
+    assert "building the TensorRT engine 2.0s" in log.summary()
+    assert log.summary().endswith("74.16 GB of GPU memory at most")
     assert sum(log.phases.values()) == next(clock) - 1.0  # not a moment is lost, or counted twice

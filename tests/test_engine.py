@@ -112,6 +112,7 @@ def test_the_phases_and_the_memory_that_trtllm_build_tells(
     ]
     assert min(facts["phases"].values()) >= 0
     said = capsys.readouterr().err
+    assert "404.75 MB of GPU memory at most" in said
     assert said.index("building the TensorRT engine") < said.index("serializing the engine") < said.index("finishing")
 
 

@@ -83,6 +83,7 @@ def test_what_agrees_passes(models: Path, tmp_path: Path) -> None:
         (Runtime([B200], "1.2.1"), "built for sm120 (NVIDIA GeForce RTX 5090), and GPU 0 here, NVIDIA B200, is sm100",
          "--gpu auto"),
         (Runtime([B200, RTX_5090], "1.2.1"), "GPU 0 here, NVIDIA B200, is sm100", "CUDA_VISIBLE_DEVICES=1"),
+        (Runtime([B200, RTX_5090], chosen=True), "GPU 0 here, NVIDIA B200, is sm100", "--gpu auto"),
         (Runtime([], "1.2.1"), "has 1 rank, and no GPU is seen here", "--gpu cpu"),
     ],
 )  # fmt: skip
@@ -96,7 +97,7 @@ def test_as_many_gpus_as_ranks(tmp_path: Path) -> None:
     engine = write_engine(tmp_path / "engine", world_size=4)
     repository.write(tmp_path / "models", engine, SNAPSHOT, recipe.Repository())
     guards.check(tmp_path / "models", Runtime([RTX_5090] * 4))
-    assert "4 ranks, and 2 of that many GPUs are seen" in refused(tmp_path / "models", Runtime([RTX_5090] * 2)).what
+    assert "4 ranks, and 2 GPUs are seen here" in refused(tmp_path / "models", Runtime([RTX_5090] * 2)).what
     assert "GPU 3 here" in refused(tmp_path / "models", Runtime([RTX_5090] * 3 + [B200])).what
     (engine / "rank2.engine").unlink()
     assert "lacks rank2.engine" in refused(tmp_path / "models", Runtime([RTX_5090] * 4)).what
