@@ -35,7 +35,7 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--model", "model.id", str, "Hub id (Qwen/Qwen3-8B) or a local directory"),
     ("--revision", "model.revision", str, "branch, tag or commit on the Hub"),
     ("--gpu", "gpu", str, "GPU profile: sm120, cpu, ... or auto (`builder gpus`)"),
-    ("--target", "target", str, "engine (trtllm-build) or reference (no GPU)"),
+    ("--target", "target", str, "engine (trtllm-build), llmapi (no engine) or reference (no GPU)"),
     ("--calib-data", "calibration.data", str, "a .jsonl file, a Hub dataset id, or builtin:python-docs"),
     ("--calib-samples", "calibration.samples", int, "rows to calibrate on"),
     ("--calib-seq-len", "calibration.seq_len", int, "tokens of a row, at most"),
