@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,7 +299,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
         out.text(f"http       {server.http_url}")
         out.text(f"grpc       {server.grpc_url}")
         out.text(f"metrics    {server.metrics_url}")
-        out.text(f"try        {_curl(server.http_url)}")
+        out.text(f"try        {_curl(server.http_url, repository.facts)}")
         sys.stdout.flush()
         try:
             code = server.wait()
@@ -309,9 +309,10 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
 
 
-def _curl(url: str) -> str:
-    body = '{"text_input": "Return the number of", "max_tokens": 32}'
-    return f"curl -s http://{url}/v2/models/ensemble/generate -d '{body}'"
+def _curl(url: str, facts: Mapping[str, Any]) -> str:
+    tokens = facts.get("names", {}).get("max_tokens", "max_tokens")
+    body = f'{{"text_input": "Return the number of", "{tokens}": 32}}'
+    return f"curl -s http://{url}/v2/models/{facts['models']['generate']}/generate -d '{body}'"
 
 
 def _where(arguments: argparse.Namespace) -> dict[str, Any]:

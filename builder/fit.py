@@ -15,7 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint import head_size
+from builder.checkpoint import ARCHITECTURES, head_size
+from builder.llmapi import Argument
 from builder.quantize.modelopt import is_quantized
 from builder.ranks import Parallel
 from builder.recipe import Resolved
@@ -26,8 +27,8 @@ TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.p
 CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE, the first part of every workspace
 SCALAR = 4  # bytes of an F32 scale
 
-_COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_ROW = ("o_proj", "down_proj")
+_COLUMN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
+_ROW = ("o_proj", "down_proj", "w2")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Machine:
     available: int
 
 
-def serving(resolved: Resolved, flags: Sequence[Flag]) -> Serving:
+def serving(resolved: Resolved, flags: Sequence[Flag] | Sequence[Argument]) -> Serving:
     """From the resolved flags, in which the rules have had their say already."""
     values = {flag.name: flag.value for flag in flags}
     asked = resolved.recipe
@@ -125,9 +126,11 @@ def serving(resolved: Resolved, flags: Sequence[Flag]) -> Serving:
 def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, local: bool = False) -> Sizes:
     """What is downloaded, kept and held while calibrating. `local`: the model is a directory and is not copied."""
     unified = _unified(model, asked.fp8_kv)
-    whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1)))
+    architecture = (model.config.get("architectures") or [None])[0]
+    layout = asked.target != "llmapi" or architecture in ARCHITECTURES  # llmapi needs none of TensorRT-LLM's own
+    whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1))) if layout else 0
     ranks = rank_bytes(model, asked)
-    split = len(ranks) > 1
+    split = len(ranks) > 1 and asked.target != "llmapi"
     download = sum(byte_size(dtype, shape) for dtype, shape in model.tensors.values())
     disk = {
         "snapshot": 0 if local else download,

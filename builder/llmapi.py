@@ -78,7 +78,6 @@ def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[
     subject = _subject(resolved, model_config)
     _check_target(resolved)
     trtllm.check_format(resolved)
-    _check_model(subject, resolved, model_config)
     own = {name: value for name, value in _flatten(asked.llmapi.args).items()}
     for name, value in own.items():
         llmapi_facts.check(subject.facts, name, value)
@@ -114,9 +113,10 @@ def notes(resolved: recipe.Resolved, arguments: Sequence[Argument]) -> list[Note
         Note("llmapi", "Code that comes with a model would be loaded by the PyTorch backend without being asked "
              f"({EXECUTOR}/model_loader.py); the checkpoint holds none unless --trust-remote-code put it there."),
     ]  # fmt: skip
-    if "cuda_graph_config.max_batch_size" in values:
-        found.append(Note("llmapi", "Each CUDA graph takes up to 200 MB (cuda_graph_config's description in "
-                          f"{ARGS}), which the estimate of memory leaves out."))  # fmt: skip
+    graphs = "CUDA graphs (up to 200 MB each), " if "cuda_graph_config" not in values else ""
+    found.append(
+        Note("llmapi", f"The estimate of memory leaves out {graphs}the autotuner's and NCCL's buffers ({ARGS}).")
+    )
     if (world := resolved.recipe.engine.world_size) > 1:
         found.append(Note("llmapi", f"One server starts {world} ranks by MPI_Comm_spawn: no mpirun around it."))
     return [*found, *(Note("GPU profile", text) for text in resolved.gpu.notes if "engine.flags" not in text)]
@@ -191,7 +191,9 @@ def _check_target(resolved: recipe.Resolved) -> None:
             )
 
 
-def _check_model(subject: Subject, resolved: recipe.Resolved, config: Mapping[str, Any]) -> None:
+def check_model(resolved: recipe.Resolved, config: Mapping[str, Any]) -> None:
+    """UnsupportedError for a model (its config.json) that the PyTorch backend can't serve, split so, on this card."""
+    subject = _subject(resolved, config)
     name = (config.get("architectures") or ["unknown"])[0]
     if name not in subject.facts.architectures:
         raise UnsupportedError(

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, ranks, trtllm
+from builder import engine, fit, fit_change, llmapi, llmapi_repository, ranks, trtllm
 from builder.calibrate import calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
+from builder.errors import UsageError
 from builder.fetch import Snapshot, check_directory, fetch, local_directory, read_headers
 from builder.fit import ModelFacts, Sizes
 from builder.quantize.modelopt import gpus, quantize
@@ -24,13 +25,16 @@ from builder.safetensors_io import read_header
 from builder.smoke import SmokeReport, smoke_test
 from builder.store import STAGES, Store
 
+# trtllm-build's flags, or the LLM arguments of the llmapi target: both have name, value, reason and source.
+Settings = Sequence[trtllm.Flag] | Sequence[llmapi.Argument]
+
 
 @dataclass(frozen=True)
 class Built:
     """What a build left; a part is None when it was asked to stop before it."""
 
     snapshot: Snapshot
-    flags: Sequence[trtllm.Flag] = field(default=())
+    flags: Settings = field(default=())
     checkpoint: Checkpoint | None = None
     engine: Engine | None = None
     repository: Repository | None = None
@@ -42,8 +46,13 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now."""
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
+    if until in ("ranks", "engine") and recipe.target == "llmapi":
+        raise UsageError(
+            "The llmapi target has no engine: the checkpoint is loaded as it is.",
+            cure="As far as the repository: `builder render`.",
+        )
     if "engine" in wanted and not store.dry:
-        engine.check_machine(resolved, serving="smoke" in wanted)
+        check_machine(resolved, serving="smoke" in wanted)
 
     if "checkpoint" not in wanted:
         return Built(fetch(recipe.model, store=store))
@@ -71,16 +80,19 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     if "ranks" not in wanted:
         return Built(snapshot, flags, checkpoint)
 
-    parallel = ranks.Parallel(recipe.engine.tp, recipe.engine.pp)
-    split = ranks.split_checkpoint(checkpoint, parallel, store=store)
-    if "engine" not in wanted:
-        return Built(snapshot, flags, checkpoint)
+    built = None
+    if recipe.target == "llmapi":
+        arguments = llmapi.resolve(resolved, snapshot.config)
+        repository = llmapi_repository.render(checkpoint, snapshot, arguments, resolved, store=store)
+    else:
+        split = ranks.split_checkpoint(checkpoint, ranks.Parallel(recipe.engine.tp, recipe.engine.pp), store=store)
+        if "engine" not in wanted:
+            return Built(snapshot, flags, checkpoint)
+        built = engine.build(split, trtllm.resolve(resolved, snapshot.config), resolved, store=store)
+        if "repository" not in wanted:
+            return Built(snapshot, flags, checkpoint, built)
+        repository = render(built, snapshot, recipe.repository, store=store)
 
-    built = engine.build(split, flags, resolved, store=store)
-    if "repository" not in wanted:
-        return Built(snapshot, flags, checkpoint, built)
-
-    repository = render(built, snapshot, recipe.repository, store=store)
     if "smoke" not in wanted:
         return Built(snapshot, flags, checkpoint, built, repository, link=link(resolved, repository, store))
 
@@ -88,20 +100,30 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     return Built(snapshot, flags, checkpoint, built, repository, report, link=link(resolved, repository, store))
 
 
-def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool) -> list[trtllm.Flag]:
-    """The engine's flags for a model by its config.json; with `layouts` also that TensorRT-LLM's layout can hold it."""
+def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
+    """Whether this machine has what the target needs, before the first expensive byte."""
+    if resolved.recipe.target != "llmapi":
+        engine.check_machine(resolved, serving=serving)
+    elif serving:
+        llmapi.check_machine(resolved)
+
+
+def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool) -> Settings:
+    """The target's settings for a model by its config.json; with `layouts` also that the target can load it."""
+    asked = resolved.recipe
+    if asked.target == "llmapi":
+        if layouts:
+            llmapi.check_model(resolved, config)
+        return llmapi.resolve(resolved, config)
     if layouts:
         checkpoints.architecture(config)
         checkpoints.rope(config)
-        asked = resolved.recipe
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
     return trtllm.resolve(resolved, config)
 
 
-def check_fit(
-    resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag], store: Store, *, disk: bool = False
-) -> None:
+def check_fit(resolved: Resolved, model: ModelFacts, flags: Settings, store: Store, *, disk: bool = False) -> None:
     """UnsupportedError with the smallest change that would fit; with `disk` also if the artefacts find no room."""
     host = fit.machine(store.root)
     verdict = fit_change.judge(model, fit.serving(resolved, flags), resolved, host, gpus())
@@ -112,7 +134,7 @@ def check_fit(
         raise refusal
 
 
-def sizes(resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag]) -> Sizes:
+def sizes(resolved: Resolved, model: ModelFacts, flags: Settings) -> Sizes:
     """Of this recipe's model, checkpoint, ranks and engine."""
     rows = resolved.recipe.calibration
     local = local_directory(resolved.recipe.model) is not None
@@ -142,7 +164,8 @@ def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
     directory = local_directory(recipe.model)
     model = directory.name if directory else recipe.model.id.split("/")[-1]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
-    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}"
+    other = "-llmapi" if recipe.target == "llmapi" else ""
+    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{other}"
     target = os.path.relpath(repository.path, name.parent)
     name.parent.mkdir(parents=True, exist_ok=True)
     if not (name.is_symlink() and os.readlink(name) == target):

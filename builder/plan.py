@@ -5,10 +5,12 @@ Sizes come from config.json and the headers of the safetensors files alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from builder import engine, fit, fit_change, pipeline, trtllm
+from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, trtllm
 from builder.errors import BuilderError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
@@ -28,9 +30,10 @@ class Plan:
     resolved: Resolved
     stages: list[tuple[str, str, str]]
     sizes: Sizes
-    flags: list[trtllm.Flag]
+    settings: pipeline.Settings
     notes: list[trtllm.Note]
     command: list[str] | None
+    model_yaml: str | None
     blocked: BuilderError | None
     verdict: Verdict
     host: Machine
@@ -40,29 +43,47 @@ class Plan:
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
     model = pipeline.read_model(resolved.recipe.model, store)
-    flags = pipeline.check_model(resolved, model.config, layouts=True)
+    settings = pipeline.check_model(resolved, model.config, layouts=True)
     blocked = None
     try:
-        engine.check_machine(resolved)
+        pipeline.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    command = None
-    split = resolved.recipe.engine.world_size > 1
-    if resolved.recipe.target == "engine":
-        command = trtllm.command(
-            flags,
-            checkpoint=Path("RANKS/tensorrt_llm" if split else "CHECKPOINT/tensorrt_llm"),
-            output=Path("ENGINE"),
-            timing_cache=store.root / "timing" / "model.cache",
-        )
-    notes = trtllm.notes(resolved, model.config, flags)
-    asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
+    command, model_yaml, notes = _launched(resolved, store, model.config)
+    asked, host, sizes = (
+        fit.serving(resolved, settings),
+        fit.machine(store.root),
+        pipeline.sizes(resolved, model, settings),
+    )
     stages = _stages(resolved, store)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
     if blocked is None:
         blocked = fit_change.disk_refusal(sizes, host, missing)
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
-    return Plan(resolved, stages, sizes, flags, notes, command, blocked, verdict, host, missing)
+    return Plan(resolved, stages, sizes, settings, notes, command, model_yaml, blocked, verdict, host, missing)
+
+
+def _launched(
+    resolved: Resolved, store: Store, config: Mapping[str, Any]
+) -> tuple[list[str] | None, str | None, list[trtllm.Note]]:
+    """What will be run: trtllm-build's command line, or the model.yaml; with what there is to know about it."""
+    recipe = resolved.recipe
+    if recipe.target == "llmapi":
+        arguments = llmapi.resolve(resolved, config)
+        text = llmapi_repository.model_yaml(
+            Path("CHECKPOINT/unified"), arguments, decoupled=recipe.repository.decoupled
+        )
+        return None, text, llmapi.notes(resolved, arguments)
+    flags = trtllm.resolve(resolved, config)
+    if recipe.target != "engine":
+        return None, None, trtllm.notes(resolved, config, flags)
+    command = trtllm.command(
+        flags,
+        checkpoint=Path("RANKS/tensorrt_llm" if recipe.engine.world_size > 1 else "CHECKPOINT/tensorrt_llm"),
+        output=Path("ENGINE"),
+        timing_cache=store.root / "timing" / "model.cache",
+    )
+    return command, None, trtllm.notes(resolved, config, flags)
 
 
 def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
@@ -73,8 +94,9 @@ def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
     except WouldRun as would:
         first = would
     rows = [(done.stage, "cached", done.path.name) for done in store.done]
-    split = resolved.recipe.engine.world_size > 1
-    stages = [stage for stage in STAGES if stage != "ranks" or split]
+    skipped = {"ranks", "engine"} if resolved.recipe.target == "llmapi" else set()
+    skipped |= set() if resolved.recipe.engine.world_size > 1 else {"ranks"}
+    stages = [stage for stage in STAGES if stage not in skipped]
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
@@ -136,14 +158,16 @@ def show(found: Plan, out: Output) -> None:
     out.table("at run time", MEMORY, _memory_rows(found.verdict))
     out.table("values", ["key", "value", "from"], found.resolved.explained())
     out.table(
-        "trtllm-build flags",
-        ["flag", "value", "why", "source"],
-        [(f.name, f.value, f.reason, f.source) for f in found.flags],
+        "LLM arguments" if found.model_yaml else "trtllm-build flags",
+        ["argument" if found.model_yaml else "flag", "value", "why", "source"],
+        [(f.name, f.value, f.reason, f.source) for f in found.settings],
     )
     if found.notes:
         out.table("what to know", ["rule", ""], [(note.rule, note.text) for note in found.notes])
     if found.command:
         out.text(" ".join(found.command))
+    if found.model_yaml:
+        out.text(found.model_yaml.rstrip())
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
     out.result(
@@ -157,9 +181,10 @@ def show(found: Plan, out: Output) -> None:
             "verdict": _verdict(found.verdict),
             "machine": {**asdict(found.host), "missing": found.missing},
             "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
-            "flags": [vars(flag) for flag in found.flags],
+            "arguments" if found.model_yaml else "flags": [vars(setting) for setting in found.settings],
             "notes": [vars(note) for note in found.notes],
             "command": found.command,
+            "model_yaml": found.model_yaml,
             "blocked": found.blocked.what if found.blocked else None,
         }
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_DIR = "preprocessing/1/tokenizer"  # below the model repository
 SAME_CODE = {"ensemble_infer": "tensorrt_llm_bls"}
+MACROS = paths.data("triton_templates", "macros.j2")
 LEFTOVERS = ("${", "{{", "}}", "{%", "==SUPPRESS==")
 # They take one prompt a request; the engine does the batching.
 ONE_AT_A_TIME = ("tensorrt_llm_bls", "ensemble_infer")
@@ -48,7 +49,7 @@ def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store
         "snapshot": snapshot.digest,
         "part": part.model_dump(mode="json"),
         "libraries": library_versions("jinja2"),
-        "sources": sources_digest("builder/repository.py", "builder/model_directory.py", templates, tensors),
+        "sources": sources_digest("builder/repository.py", "builder/model_directory.py", templates, MACROS, tensors),
     }
 
     def make(directory: Path) -> Mapping[str, Any]:
@@ -76,7 +77,7 @@ def write(models: Path, engine: Path, snapshot: Path, part: recipe.Repository) -
             continue
         model = models / source.name
         (model / "1").mkdir(parents=True)
-        (model / "config.pbtxt").write_text(_rendered(source, values), encoding="utf-8")
+        (model / "config.pbtxt").write_text(rendered(source, values), encoding="utf-8")
         code = templates / SAME_CODE.get(source.name, source.name) / "1" / "model.py"
         if code.is_file():
             shutil.copyfile(code, model / "1" / "model.py")
@@ -164,11 +165,12 @@ def _sources(version: str) -> tuple[Path, Path]:
     return templates, tensors
 
 
-def _rendered(source: Path, values: Mapping[str, Any]) -> str:
+def rendered(source: Path, values: Mapping[str, Any]) -> str:
+    """The config.pbtxt of a template's directory. Every name in it must have a value."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(source.parent),
+        loader=jinja2.FileSystemLoader([source.parent, MACROS.parent]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

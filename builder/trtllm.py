@@ -16,8 +16,8 @@ from builder.trtllm_facts import Version, check, load, order, versions
 from builder.trtllm_rules import Flag, Note, Subject
 
 __all__ = [
-    "Flag", "Note", "Version", "asked_for", "build_config", "check", "check_format", "command", "load", "notes", "resolve",
-    "sizes", "versions",
+    "Flag", "Note", "Version", "asked_for", "build_config", "check", "check_format", "command", "load", "notes",
+    "resolve", "sizes", "versions",
 ]  # fmt: skip
 R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
 

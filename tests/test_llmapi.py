@@ -34,7 +34,10 @@ def resolved(*sets: str, gpu: str = "sm120", **flags: Any) -> recipe.Resolved:
 
 
 def resolve(*sets: str, gpu: str = "sm120", config: dict[str, Any] = QWEN3_8B, **flags: Any) -> dict[str, Argument]:
-    return {argument.name: argument for argument in llmapi.resolve(resolved(*sets, gpu=gpu, **flags), config)}
+    asked = resolved(*sets, gpu=gpu, **flags)
+    arguments = llmapi.resolve(asked, config)
+    llmapi.check_model(asked, config)
+    return {argument.name: argument for argument in arguments}
 
 
 def values(*sets: str, **more: Any) -> dict[str, Any]:
@@ -312,9 +315,9 @@ def test_settling_twice_is_settling_once_and_yaml_holds_it(
     own: dict[str, Any],
 ) -> None:
     flags: dict[str, Any] = {
-        "model.id": "m", "gpu": gpu, "target": "llmapi", "engine.max_batch_size": batch, "engine.max_num_tokens": tokens,
-        "engine.tp": parallel[0], "engine.pp": parallel[1], "quantization.kv_cache_dtype": kv,
-        "engine.tensorrt_llm": version, "repository.enable_chunked_context": chunked,
+        "model.id": "m", "gpu": gpu, "target": "llmapi", "quantization.kv_cache_dtype": kv,
+        "engine.max_batch_size": batch, "engine.max_num_tokens": tokens, "engine.tensorrt_llm": version,
+        "engine.tp": parallel[0], "engine.pp": parallel[1], "repository.enable_chunked_context": chunked,
     }  # fmt: skip
     asked = recipe.resolve(flags)
     args = llmapi.tree([Argument(*pair, "", "") for pair in own.items() if pair[0] != "cuda_graph_config"])
