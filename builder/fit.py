@@ -41,7 +41,10 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Serving:
-    """What memory hangs on at run time. `target` is that of the recipe, `fraction` kv_cache_free_gpu_mem_fraction."""
+    """What memory hangs on at run time. `target` is that of the recipe, `fraction` kv_cache_free_gpu_mem_fraction.
+
+    `most_kv_tokens` is a limit of the cache that was asked for (llmapi), None where memory alone sets it.
+    """
 
     max_batch_size: int
     max_input_len: int
@@ -54,6 +57,7 @@ class Serving:
     pp: int = 1
     fraction: Fraction = Fraction(9, 10)
     target: str = "engine"
+    most_kv_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Machine:
 
 def serving(resolved: Resolved, flags: Sequence[Flag] | Sequence[Argument]) -> Serving:
     """From the resolved flags, in which the rules have had their say already."""
-    values = {flag.name: flag.value for flag in flags}
+    values: dict[str, Any] = {flag.name: flag.value for flag in flags}
     asked = resolved.recipe
     return Serving(
         max_batch_size=int(values["max_batch_size"]),
@@ -120,6 +124,7 @@ def serving(resolved: Resolved, flags: Sequence[Flag] | Sequence[Argument]) -> S
         pp=asked.engine.pp,
         fraction=Fraction(str(asked.repository.kv_cache_free_gpu_mem_fraction)),
         target=asked.target,
+        most_kv_tokens=values.get("kv_cache_config.max_tokens"),
     )
 
 
@@ -292,6 +297,7 @@ def memory(model: ModelFacts, asked: Serving, card: str, available: int) -> Memo
     held, work = weights(model, asked), workspace(model.config, asked)
     per_token = kv_bytes_per_token(model.config, asked)
     pool = max(0, math.floor((available - held - work) * _fraction(asked)))
+    pool = pool if asked.most_kv_tokens is None else min(pool, asked.most_kv_tokens * per_token)
     tokens = pool // (per_token * TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
     least = needed(model, asked, held=held)
     return Memory(
@@ -317,7 +323,10 @@ def largest_batch(model: ModelFacts, asked: Serving, available: int) -> int:
         work = workspace(model.config, replace(asked, max_batch_size=batch))
         return held + work + math.ceil(batch * sequence / _fraction(asked)) <= available
 
-    return largest(fits, 0, max(0, available - held) // sequence)
+    most = max(0, available - held) // sequence
+    if asked.most_kv_tokens is not None:
+        most = min(most, asked.most_kv_tokens // _blocks(asked.max_seq_len))
+    return largest(fits, 0, most)
 
 
 def largest(fits: Any, low: int, high: int) -> int:

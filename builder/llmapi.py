@@ -184,7 +184,8 @@ def _check_target(resolved: recipe.Resolved) -> None:
             cure="Arguments of the LLM class are set by --set llmapi.args.NAME=VALUE.",
         )
     for key in UNUSED:
-        if trtllm.asked_for(resolved.origins.get(key, "default")):
+        origin = resolved.origins.get(key, "default")
+        if trtllm.asked_for(origin) and not origin.startswith("preset"):  # a preset speaks to every target
             raise UsageError(
                 f"{key} has no meaning for the llmapi target: one model answers, and the LLM API batches and waits.",
                 cure=f"Leave {key} out.",
@@ -312,6 +313,12 @@ def _refuse(subject: Subject, settled: Mapping[str, Argument]) -> None:
             "sequence takes a token of an iteration.",
             why=f"Upstream only warns ({ARGS}, validate_runtime_args).",
             cure=f"--max-batch-size {values['max_num_tokens']}, or a larger --max-num-tokens.",
+        )
+    cache = values.get("kv_cache_config.max_tokens")
+    if cache is not None and cache < values["max_seq_len"]:
+        raise UsageError(
+            f"kv_cache_config.max_tokens {cache} has no room for one sequence of max_seq_len {values['max_seq_len']}.",
+            cure=f"--max-seq-len {cache}, or a larger cache.",
         )
     graphs = values.get("cuda_graph_config.batch_sizes"), settled.get("cuda_graph_config.max_batch_size")
     if graphs[0] and graphs[1] and graphs[1].reason == "asked for" and graphs[1].value != max(graphs[0]):

@@ -115,6 +115,11 @@ def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool)
         if layouts:
             llmapi.check_model(resolved, config)
         return llmapi.resolve(resolved, config)
+    if asked.llmapi.args:
+        raise UsageError(
+            f"llmapi.args are arguments of TensorRT-LLM's LLM class, which the {asked.target} target does not use.",
+            cure="--target llmapi, or leave them out.",
+        )
     if layouts:
         checkpoints.architecture(config)
         checkpoints.rope(config)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from test_plan import dense, sparse
 
-from builder import gpus, llmapi, llmapi_facts, recipe
+from builder import gpus, llmapi, llmapi_facts, llmapi_repository, pipeline, recipe
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.llmapi import Argument
 
@@ -199,6 +203,18 @@ def test_what_only_engines_have_is_refused(setting: str) -> None:
         values(setting)
 
 
+def test_presets_speak_to_every_target() -> None:
+    asked = recipe.resolve({"model.id": "m", "gpu": "sm120", "target": "llmapi"}, preset="throughput")
+    assert {a.name: a.value for a in llmapi.resolve(asked, QWEN3_8B)}["max_batch_size"] == 256
+
+
+@pytest.mark.parametrize("target", ["engine", "reference"])
+def test_other_targets_have_no_llm_arguments(target: str) -> None:
+    asked = resolved("llmapi.args.stream_interval=4", target=target)
+    with pytest.raises(UsageError, match="does not use"):
+        pipeline.check_model(asked, QWEN3_8B, layouts=False)
+
+
 def test_a_batch_larger_than_an_iteration_is_refused() -> None:
     with pytest.raises(UsageError, match="max_num_tokens 32"):
         values("engine.max_num_tokens=32")
@@ -274,6 +290,24 @@ def test_the_facts_are_whole() -> None:
     assert set(llmapi.SAID.values()) | set(llmapi.UNUSED) <= known
 
 
+# tests/unittest/api_stability/references_committed/sampling_params.yaml@020a7393: those that model.py may pass.
+SAMPLING = {
+    "best_of", "max_tokens", "min_tokens", "seed", "temperature", "top_k", "top_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "stop", "bad", "logprobs",
+}  # fmt: skip
+
+
+def test_the_models_inputs_are_upstreams_parameters() -> None:
+    tensors = json.loads(llmapi_repository.TENSORS.read_text())
+    names = {entry["name"] for entry in tensors["input"]}
+    parameters = {name.removeprefix("sampling_param_") for name in names if name.startswith("sampling_param_")}
+    # The model itself puts the prompt in front; logprobs come with return_cumulative_logprob.
+    assert parameters - {"exclude_input_from_output"} | {"logprobs"} == SAMPLING
+    assert set(tensors["names"].values()) <= names
+    code = (llmapi_repository.TEMPLATE / "1" / "model.py").read_text()
+    assert all(f'"{name}"' in code for name in SAMPLING - {"logprobs"})
+
+
 SIZES = st.integers(1, 20000)
 OWN = st.fixed_dictionaries(
     {},
@@ -336,3 +370,72 @@ def test_settling_twice_is_settling_once_and_yaml_holds_it(
     nested = llmapi.tree(once)
     assert yaml.safe_load(yaml.safe_dump(nested)) == nested == json.loads(json.dumps(nested))
     assert {**llmapi._flatten(nested)} == {argument.name: argument.value for argument in once}
+
+
+# ---- what the plan says
+
+
+@pytest.fixture(scope="module")
+def qwen3_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sparse(dense(36, 4096, 32, 8, 128, 12288, 151936), tmp_path_factory.mktemp("sparse") / "qwen3-8b")
+
+
+def planned(model: Path, output: Path, *argv: str, code: int = 0) -> dict[str, Any]:
+    line = [sys.executable, "-X", "importtime", "-m", "builder", "plan", "--model", str(model), "--target", "llmapi"]
+    done = subprocess.run([*line, "--output", str(output), "--json", *argv], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    imported = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines() if "import time" in row}
+    assert not {"torch", "transformers", "modelopt", "jinja2"} & imported
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_plan_shows_arguments_and_yaml_and_makes_no_engine(qwen3_8b: Path, tmp_path: Path) -> None:
+    plan = planned(qwen3_8b, tmp_path, "--gpu", "sm120")
+    assert [row["stage"] for row in plan["stages"]] == ["snapshot", "calibration", "checkpoint", "repository", "smoke"]
+    found = {argument["name"]: argument["value"] for argument in plan["arguments"]}
+    content = yaml.safe_load(plan["model_yaml"])
+    assert content["model"] == "CHECKPOINT/unified"
+    assert content["kv_cache_config"]["dtype"] == found["kv_cache_config.dtype"] == "fp8"
+    assert plan["command"] is None
+    assert "flags" not in plan
+    assert "not installed" in plan["blocked"]
+    assert plan["sizes"]["disk"]["engine"] == 0
+    assert any("leaves out CUDA graphs" in note["text"] for note in plan["notes"])
+    assert not any("engine.flags" in note["text"] for note in plan["notes"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_quadratic_workspace_a_batch_of_64_fits(qwen3_8b: Path, tmp_path: Path) -> None:
+    """Context FMHA is always on: what the sm120 profile's engines pay for a batch is no matter here."""
+    plan = planned(qwen3_8b, tmp_path, "--gpu", "sm120")
+    [small] = [m for m in plan["memory"] if m["card"] == "RTX 5090"]
+    assert small["fits"]
+    assert small["workspace"] < 2e9
+    assert small["kv_cache"] == small["kv_tokens"] * 36 * 2 * 8 * 128
+
+
+def test_a_limit_of_the_cache_limits_what_it_holds(qwen3_8b: Path, tmp_path: Path) -> None:
+    limit = ["--gpu", "sm120", "--set", "llmapi.args.kv_cache_config.max_tokens=12288"]
+    [small] = [m for m in planned(qwen3_8b, tmp_path, *limit)["memory"] if m["card"] == "RTX 5090"]
+    assert (small["kv_tokens"], small["sequences"], small["largest_batch"]) == (12288, 3, 3)
+    with pytest.raises(UsageError, match="no room for one sequence"):
+        values("llmapi.args.kv_cache_config.max_tokens=4000")
+
+
+def test_what_does_not_fit_is_refused_with_what_would(qwen3_8b: Path, tmp_path: Path) -> None:
+    asked = ["--gpu", "sm120", "--max-batch-size", "20000", "--max-num-tokens", "3000000", "--max-seq-len", "40000"]
+    plan = planned(qwen3_8b, tmp_path, *asked, code=3)
+    assert plan["verdict"]["change"]
+
+
+def test_ranks_need_no_files_of_their_own(qwen3_8b: Path, tmp_path: Path) -> None:
+    plan = planned(qwen3_8b, tmp_path, "--gpu", "sm120", "--tp", "2")
+    assert plan["sizes"]["disk"]["ranks"] == 0
+    assert len(plan["sizes"]["ranks"]) == 2
+    assert max(plan["sizes"]["ranks"]) < 0.6 * plan["sizes"]["checkpoint"]
+
+
+def test_a_model_without_tensorrt_llms_layout_can_be_planned(tmp_path: Path) -> None:
+    plan = planned(Path("tests/data/arch-variants/phi3"), tmp_path, "--gpu", "sm100")
+    assert (plan["sizes"]["checkpoint"], plan["verdict"]["fits"]) == (0, True)
