@@ -113,6 +113,12 @@ def notes(resolved: recipe.Resolved, arguments: Sequence[Argument]) -> list[Note
         Note("llmapi", "Code that comes with a model would be loaded by the PyTorch backend without being asked "
              f"({EXECUTOR}/model_loader.py); the checkpoint holds none unless --trust-remote-code put it there."),
     ]  # fmt: skip
+    if not facts.penalties:
+        found.append(Note("llmapi", f"The sampler of TensorRT-LLM {facts.version} heeds no repetition, presence or "
+                          "frequency penalty; the served model refuses them."))  # fmt: skip
+    if facts.images is None:
+        text = f"No Triton image with TensorRT-LLM {facts.version} is known: it must be installed for Triton's Python."
+        found.append(Note("llmapi", text))
     graphs = "CUDA graphs (up to 200 MB each), " if "cuda_graph_config" not in values else ""
     found.append(
         Note("llmapi", f"The estimate of memory leaves out {graphs}the autotuner's and NCCL's buffers ({ARGS}).")
@@ -138,12 +144,13 @@ def check_machine(resolved: recipe.Resolved) -> None:
     """Before the first expensive byte: can this machine serve it? UnsupportedError if not, IntegrityError for another
     version of TensorRT-LLM."""
     wanted = resolved.recipe.engine.tensorrt_llm
-    installed = library_versions("tensorrt_llm")["tensorrt_llm"]
+    installed, images = library_versions("tensorrt_llm")["tensorrt_llm"], llmapi_facts.load(wanted).images
     if shutil.which("trtllm-serve") is None and importlib.util.find_spec("tensorrt_llm") is None:
         raise UnsupportedError(
             "TensorRT-LLM is not installed on this machine, so its LLM API can't be served or tested here.",
-            why=f"It comes in NVIDIA's Triton images with TensorRT-LLM; the recipe's version is {wanted}.",
-            cure="Run inside that image, or stop at the repository: `builder render`. `builder plan` works everywhere.",
+            why=f"The recipe's version is {wanted}. "
+            + (f"It comes in NVIDIA's images {images}." if images else "No image of Triton's with it is known."),
+            cure="Run where it is, or stop at the repository: `builder render`. `builder plan` works everywhere.",
         )
     if installed not in ("absent", wanted):
         raise IntegrityError(

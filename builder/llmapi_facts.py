@@ -26,7 +26,10 @@ TYPES: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Facts:
-    """The arguments of one version by dotted name; `others` are those of other versions alone."""
+    """The arguments of one version by dotted name; `others` are those of other versions alone.
+
+    `penalties`: whether its sampler heeds repetition, presence and frequency penalties. `images`: NVIDIA's with it.
+    """
 
     version: str
     arguments: Mapping[str, Mapping[str, Any]]
@@ -34,6 +37,8 @@ class Facts:
     refused: Mapping[str, str]
     architectures: tuple[str, ...]
     trtllm_moe_below_sm: int
+    penalties: bool
+    images: str | None
     source: str
 
 
@@ -50,9 +55,10 @@ def load(version: str) -> Facts:
     """The facts of a version. UnsupportedError with the known ones for another."""
     raw = read()
     asked = order(version)
-    states = next((r["states"] for r in raw["versions"] if order(r["first"]) <= asked <= order(r["last"])), None)
-    if states is None:
+    found = next((r for r in raw["versions"] if order(r["first"]) <= asked <= order(r["last"])), None)
+    if found is None:
         raise _unknown_version(version, raw["versions"])
+    states = found["states"]
     everywhere = list(raw["states"])
     here = {name: spec for name, spec in raw["arguments"].items() if set(states) <= set(spec.get("in", everywhere))}
     return Facts(
@@ -62,6 +68,8 @@ def load(version: str) -> Facts:
         refused=raw["refused"],
         architectures=tuple(raw["architectures"]),
         trtllm_moe_below_sm=raw["trtllm_moe_below_sm"],
+        penalties=states[-1] in raw["penalties"],
+        images=found.get("images"),
         source="; ".join(raw["states"][state] for state in states),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from builder import llmapi, paths, repository
+from builder import llmapi, llmapi_facts, paths, repository
 from builder.checkpoint import Checkpoint, read_json
 from builder.errors import IntegrityError
 from builder.fetch import Snapshot
@@ -63,7 +63,9 @@ def write(
     """
     check_checkpoint(unified, arguments)
     part, tensors = resolved.recipe.repository, json.loads(TENSORS.read_text(encoding="utf-8"))
-    parameters = {"exclude_input_in_output": str(part.exclude_input_in_output).lower()}
+    facts = llmapi_facts.load(resolved.recipe.engine.tensorrt_llm)
+    switches = {"exclude_input_in_output": part.exclude_input_in_output, "penalties": facts.penalties}
+    parameters = {name: str(value).lower() for name, value in switches.items()}
     values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
     directory = models / MODEL / "1"
     directory.mkdir(parents=True)

@@ -42,7 +42,6 @@ class SamplingParams:
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     stop: list[str] | None = None
-    bad: list[str] | None = None
     logprobs: int | None = None
 
     def __post_init__(self):
@@ -136,7 +135,6 @@ class LLM:
         stops = {
             word: self.tokenizer.tokenizer.encode(word, add_special_tokens=False).ids for word in wanted.stop or ()
         }
-        bad = [self.tokenizer.tokenizer.encode(word, add_special_tokens=False).ids for word in wanted.bad or ()]
         cache, step, said, logprob = self._model.new_cache(), ids, [], 0.0
         reason, stopped_by = "length", None
         prompt = self.tokenizer.tokenizer.decode(ids)
@@ -147,7 +145,6 @@ class LLM:
                 reason = "cancelled"
                 break
             logits = self._model.forward(torch.tensor(step), cache)[-1]
-            logits[[word[-1] for word in bad if len(word) == 1]] = -torch.inf
             if n < (wanted.min_tokens or 0):
                 logits[self._ends] = -torch.inf
             token = forced[n] if n < len(forced) else int(logits.argmax())

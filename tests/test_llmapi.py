@@ -265,6 +265,7 @@ def test_a_machine_without_tensorrt_llm_is_told_at_once(monkeypatch: pytest.Monk
     with pytest.raises(UnsupportedError, match="not installed on this machine") as caught:
         llmapi.check_machine(resolved())
     assert "builder render" in caught.value.cure
+    assert "Triton 26.04 to 26.07" in caught.value.why
     monkeypatch.setattr(llmapi.shutil, "which", lambda name: f"/usr/bin/{name}")
     llmapi.check_machine(resolved())
     monkeypatch.setattr(llmapi, "library_versions", lambda name: {name: "1.3.0rc25"})
@@ -293,7 +294,7 @@ def test_the_facts_are_whole() -> None:
 # tests/unittest/api_stability/references_committed/sampling_params.yaml@020a7393: those that model.py may pass.
 SAMPLING = {
     "best_of", "max_tokens", "min_tokens", "seed", "temperature", "top_k", "top_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "stop", "bad", "logprobs",
+    "presence_penalty", "frequency_penalty", "stop", "logprobs",
 }  # fmt: skip
 
 
@@ -403,6 +404,7 @@ def test_the_plan_shows_arguments_and_yaml_and_makes_no_engine(qwen3_8b: Path, t
     assert plan["sizes"]["disk"]["engine"] == 0
     assert any("leaves out CUDA graphs" in note["text"] for note in plan["notes"])
     assert not any("engine.flags" in note["text"] for note in plan["notes"])
+    assert any("heeds no repetition" in note["text"] for note in plan["notes"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -171,6 +171,18 @@ def test_outputs_that_are_asked_for_come_in_their_types(server: Server) -> None:
     assert "finish_reason" not in generate(server, "A list is", 4)
 
 
+def test_penalties_without_effect_are_taken_and_others_where_they_are_heeded(server: Server, unified: Path) -> None:
+    neutral = {"sampling_param_repetition_penalty": 1.0, "sampling_param_presence_penalty": 0.0}
+    assert generate(server, "A list is", 4, **neutral) == generate(server, "A list is", 4)
+    for version, penalties in (("1.2.1", "false"), ("1.3.0rc25", "true")):
+        models = unified.parent / version / "models"
+        write(models, unified, **{"engine.tensorrt_llm": version})
+        assert (
+            f'key: "penalties" value: {{ string_value: "{penalties}" }}'
+            in (models / "tensorrt_llm" / "config.pbtxt").read_text()
+        )
+
+
 def test_the_prompt_is_left_out_unless_asked_for(server: Server) -> None:
     alone = generate(server, "A list is", 4)["text_output"]
     both = generate(server, "A list is", 4, sampling_param_exclude_input_from_output=False)["text_output"]
@@ -211,6 +223,7 @@ def test_a_character_of_several_tokens_comes_whole(server: Server) -> None:
         ({"text_input": ["a", "b"]}, "one prompt a request"),
         ({"text_input": "A", "sampling_param_temperature": -1.0}, "require temperature >= 0"),
         ({"text_input": "A", "sampling_param_top_p": 0.5}, "the stand-in is greedy"),
+        ({"text_input": "A", "sampling_param_repetition_penalty": 1.2}, "repetition_penalty would be ignored"),
         ({"text_input": "A", "stop": True}, "stop needs the id"),
         (b'{"text_input": "caf\xe9"}', "not valid UTF-8 at byte 3"),
     ],

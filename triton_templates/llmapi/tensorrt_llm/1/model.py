@@ -22,7 +22,7 @@ SAMPLING = (
     "best_of", "temperature", "top_k", "top_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
     "max_tokens", "min_tokens", "seed",
 )  # fmt: skip
-WORDS = ("stop", "bad")
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # and what has no effect
 EXTRAS = {"finish_reason": np.object_, "stop_reason": np.object_, "cumulative_logprob": np.float32}
 
 
@@ -33,6 +33,7 @@ class TritonPythonModel:
         self.name = args["model_name"]
         self.decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
+        self.penalties = parameters["penalties"] == "true"
         directory = Path(args["model_repository"]) / args["model_version"]
         arguments = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
         check_period = arguments.pop("triton_config").get("cancellation_check_period_ms", 100) / 1000
@@ -122,8 +123,11 @@ class TritonPythonModel:
     def sampling(self, inputs, prompt, wanted):
         """What SamplingParams takes: the client's sampling_param_* inputs, and what the answer's outputs need."""
         found = {name: scalar(inputs, f"sampling_param_{name}") for name in SAMPLING}
-        found |= {name: words(inputs, f"sampling_param_{name}") or None for name in WORDS}
+        found["stop"] = words(inputs, "sampling_param_stop") or None
         found = {name: value for name, value in found.items() if value is not None}
+        for name, neutral in PENALTIES.items():
+            if not self.penalties and found.pop(name, neutral) != neutral:
+                raise ValueError(f"{name} would be ignored: this version's sampler has no penalties")
         room = self.max_seq_len - prompt
         if found.get("max_tokens", 1) < 1:
             raise ValueError(f"max_tokens is {found['max_tokens']}; it must be 1 or more")
