@@ -102,8 +102,8 @@ def check(facts: Facts, name: str, value: Any) -> None:
     kind = TYPES[spec["type"]]
     if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
         raise UsageError(f"llmapi.args.{name} takes a value of type {spec['type']}, not {value!r}.")
-    if isinstance(value, list) and not all(type(n) is int and n > 0 for n in value):
-        raise UsageError(f"llmapi.args.{name} takes a list of numbers from 1 on, not {value!r}.")
+    if isinstance(value, list):
+        _check_list(name, value, spec.get("of"))
     choices = spec.get("choices")
     if choices and value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
@@ -116,8 +116,15 @@ def check(facts: Facts, name: str, value: Any) -> None:
         raise UsageError(f"llmapi.args.{name} is {value!r}, and takes {limits}.")
 
 
+def _check_list(name: str, value: list[Any], words: list[str] | None) -> None:
+    """A list of these words, or of numbers from 1 on; never an empty one."""
+    if not value or not all(n in words if words else type(n) is int and n > 0 for n in value):
+        of = ", ".join(words) if words else "numbers from 1 on"
+        raise UsageError(f"llmapi.args.{name} takes a list of {of}, not {value!r}.")
+
+
 def _unknown_argument(facts: Facts, name: str) -> UsageError:
-    what = f"The LLM class of TensorRT-LLM {facts.version} has no argument {name}."
+    what = f"{name} is no known argument of the LLM class of TensorRT-LLM {facts.version}."
     if name in facts.others:
         gone = facts.others[name].get("gone")
         why = f"It was removed: {gone}." if gone else "It came later, or is not certain for this version."

@@ -158,6 +158,8 @@ def test_experts_get_a_backend_that_runs_on_the_card() -> None:
         ("stream_interval=0", "takes 1 or more"),
         ("batch_wait_max_tokens_ratio=2", "takes 0 to 1"),
         ("cuda_graph_config.batch_sizes=[1, two]", "a list of numbers"),
+        ("cuda_graph_config.batch_sizes=[]", "a list of numbers"),
+        ("env_overrides.token=abc", "secrets"),
         ("speculative_config.decoding_type=NGram", "no draft model"),
         ("model=gpt2", "this build's own"),
         ("kv_cache_config.sink_token_length=4", "drops it without a word"),
@@ -173,6 +175,8 @@ def test_an_argument_that_is_none_is_refused_with_the_right_one(setting: str, me
 def test_an_argument_of_another_version_is_refused_and_told_so() -> None:
     later, both = "engine.tensorrt_llm='1.3.0rc22'", "llmapi.args.attn_backend=FLASHINFER"
     assert values(later, both)["attn_backend"] == values(both)["attn_backend"] == "FLASHINFER"
+    with pytest.raises(UsageError, match="a list of cutlass"):
+        values(later, "llmapi.args.nvfp4_gemm_config.allowed_backends=[cutlas]")
     with pytest.raises(UsageError) as gone:
         values(later, "llmapi.args.sampler_type=auto")
     assert "removed" in gone.value.why
@@ -281,7 +285,7 @@ def test_the_facts_are_whole() -> None:
     raw = llmapi_facts.read()
     states = set(raw["states"])
     for name, spec in raw["arguments"].items():
-        assert set(spec) <= {"type", "choices", "default", "least", "most", "in", "gone"}, name
+        assert set(spec) <= {"type", "choices", "default", "least", "most", "in", "gone", "of"}, name
         assert set(spec.get("in", states)) <= states
         assert spec["type"] in llmapi_facts.TYPES
         assert ("gone" in spec) == (spec.get("in") == ["autumn-2025", "early-2026"]), name
