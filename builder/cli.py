@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--dry-run", action="store_true", help="only say what would go")
 
     _command(commands, "gpus", "the GPU profiles, what runs on them, the cards behind them", run_gpus)
-    command = _command(commands, "explain", "a trtllm-build flag: meaning, defaults, rules, sources", run_explain)
+    command = _command(commands, "explain", "a flag or LLM argument: meaning, defaults, rules, sources", run_explain)
     command.add_argument("flag", metavar="FLAG", help="as context_fmha, with or without dashes")
     _command(commands, "schema", "the JSON Schema of a recipe file", run_schema)
     return top

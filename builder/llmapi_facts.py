@@ -141,7 +141,7 @@ def _unknown_argument(facts: Facts, name: str) -> UsageError:
     return UsageError(
         what,
         why=f"Did you mean {' or '.join(near)}?" if near else f"Read in: {facts.source}.",
-        cure="All that are known: configs/trtllm/llmapi.yaml.",
+        cure=f"`builder explain {near[0]}`." if near else "All that are known: configs/trtllm/llmapi.yaml.",
     )
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import dense, sparse
 
-from builder import gpus, llmapi, llmapi_facts, llmapi_repository, pipeline, recipe
+from builder import explain, gpus, llmapi, llmapi_facts, llmapi_repository, pipeline, recipe
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.llmapi import Argument
 
@@ -377,7 +377,20 @@ def test_settling_twice_is_settling_once_and_yaml_holds_it(
     assert {**llmapi._flatten(nested)} == {argument.name: argument.value for argument in once}
 
 
-# ---- what the plan says
+# ---- what `builder explain` and the plan say
+
+
+def test_arguments_are_explained() -> None:
+    found = explain.explain("kv_cache_config.dtype")
+    assert found["versions"]["1.2.1"] == {"default": "auto", "takes": ["auto", "fp8"]}
+    assert explain.explain("llmapi.args.max_batch_size")["versions"]["1.2.1"]["default"] == 2048
+    assert explain.explain("--max_batch_size")["flag"] == "--max_batch_size"
+    assert explain.explain("pp_partition")["versions"]["1.2.1"] is None
+    assert "TorchSampler" in explain.explain("sampler_type")["note"]
+    assert "no draft model" in explain.explain("speculative_config")["note"]
+    with pytest.raises(UsageError) as caught:
+        explain.explain("kv_cache_config.dtypes")
+    assert "kv_cache_config.dtype" in caught.value.why
 
 
 @pytest.fixture(scope="module")
