@@ -142,6 +142,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--all", action="store_true", help="remove the repositories too")
     command.add_argument("--dry-run", action="store_true", help="only say what would go")
 
+    command = _command(commands, "probe", "ask this machine's card which doubtful flags build", run_probe)
+    command.add_argument("--gpu", default="auto", help="the profile that it must be of (default: what is here)")
+    command.add_argument("--only", metavar="QUESTION", action="append", default=[], help="ask this one (repeatable)")
+    command.add_argument("--force", action="store_true", help="ask again what is answered")
+    command.add_argument("--time-limit", type=int, metavar="SECONDS", help="for each engine (default: 1800)")
+    _add_output(command)
+
     _command(commands, "gpus", "the GPU profiles, what runs on them, the cards behind them", run_gpus)
     command = _command(commands, "explain", "a flag or LLM argument: meaning, defaults, rules, sources", run_explain)
     command.add_argument("flag", metavar="FLAG", help="as context_fmha, with or without dashes")
@@ -270,9 +277,9 @@ def run_plan(arguments: argparse.Namespace, out: Output) -> int:
 
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
     plan.show(found, out)
-    if found.verdict.refusal:
-        _print_error(found.verdict.refusal)
-        return found.verdict.refusal.exit_code
+    if found.refusal:
+        _print_error(found.refusal)
+        return found.refusal.exit_code
     return 0
 
 
@@ -370,6 +377,23 @@ def _existing(root: Path) -> Path:
     if not root.is_dir():
         raise UsageError(f"There is nothing at {root}.", cure="Name the directory that a build wrote: --output DIR")
     return root.resolve()
+
+
+def run_probe(arguments: argparse.Namespace, out: Output) -> int:
+    """The card's answers to what the tables leave in doubt. Exit code 1 where a question stayed without one."""
+    from builder import probe
+    from builder.store import Store
+
+    store = Store(arguments.output, out)
+    limit = arguments.time_limit or probe.TIME_LIMIT
+    asking = probe.session(arguments.gpu, store, limit=limit, force=arguments.force)
+    with store.in_use():
+        found = probe.run(asking, probe.questions(asking, arguments.only))
+    probe.show(asking, found)
+    if open_ones := probe.unanswered(found):
+        _print_error(open_ones)
+        return open_ones.exit_code
+    return 0
 
 
 def run_gpus(arguments: argparse.Namespace, out: Output) -> int:

@@ -71,6 +71,7 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm.Flag], resolved: Resolv
         "sources": sources_digest(
             "builder/engine.py",
             "builder/trtllm.py",
+            "builder/trtllm_answers.py",
             "builder/trtllm_facts.py",
             "builder/trtllm_rules.py",
             # The reference engine's build_config is made of the version's defaults.
@@ -121,7 +122,7 @@ def _run_trtllm_build(
     finished = process.run(argv, log=log, cwd=timing_cache.parent)
     pretrained = json.loads((checkpoint.tensorrt_llm / "config.json").read_text(encoding="utf-8"))
     world_size = pretrained["mapping"]["world_size"]
-    built = _check_built(directory, version, world_size)
+    built = check_built(directory, version, world_size)
     paste = trtllm.command(flags, checkpoint=checkpoint.tensorrt_llm, output=Path("ENGINE"), timing_cache=timing_cache)
     return {
         "command": paste,
@@ -133,7 +134,7 @@ def _run_trtllm_build(
     }
 
 
-def _check_built(directory: Path, version: str, world_size: int) -> Mapping[str, Any]:
+def check_built(directory: Path, version: str, world_size: int) -> Mapping[str, Any]:
     """trtllm-build can end with 0 and half an engine; and the engine must be of the version that will serve it."""
     ranks = [directory / f"rank{rank}.engine" for rank in range(world_size)]
     if not all(file.is_file() for file in (directory / "config.json", *ranks)):

@@ -9,7 +9,7 @@ from builder import fit, ranks
 from builder.errors import UnsupportedError
 from builder.fit import Machine, Memory, ModelFacts, Serving, Sizes
 from builder.output import size
-from builder.recipe import Resolved
+from builder.recipe import Calibration, Resolved
 
 SHORTEST = 256  # tokens: a shorter max_seq_len is no use to anybody
 MOST_GPUS = 16  # on one machine
@@ -124,6 +124,26 @@ def disk_refusal(sizes: Sizes, host: Machine, missing: int) -> UnsupportedError 
         why=f"By stage: {parts}.",
         cure=f"Free {size(missing - host.disk)} (`builder clean` removes what no repository needs), or choose another "
         "--output.",
+    )
+
+
+def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> UnsupportedError | None:
+    """None if calibrating fits into the memory that this machine has in all; what is free now is another question."""
+    needed = fit.calibration_memory(model, rows.batch_size * rows.seq_len)
+    if needed <= host.memory:
+        return None
+    batch = fit.largest(lambda n: fit.calibration_memory(model, n * rows.seq_len) <= host.memory, 0, rows.batch_size)
+    length = fit.largest(lambda n: fit.calibration_memory(model, n) <= host.memory, 0, rows.seq_len)
+    elsewhere = f"Calibrate on a machine with {size(needed)} of memory, or with GPUs"
+    cure = f"{elsewhere}; or take a smaller model."
+    if batch:
+        cure = f"Fewer rows at once: --set calibration.batch_size={batch}. Or: {elsewhere}."
+    elif length >= SHORTEST:
+        cure = f"Shorter rows: --calib-seq-len {length} --set calibration.batch_size=1. Or: {elsewhere}."
+    return UnsupportedError(
+        f"Calibrating takes about {size(needed)} of memory, and this machine has {size(host.memory)}.",
+        why=f"The weights in their own type, activations of {rows.batch_size} x {rows.seq_len} tokens: an estimate.",
+        cure=cure,
     )
 
 

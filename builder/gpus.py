@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -63,6 +64,20 @@ class GpuProfile:
     notes: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A GPU of this machine: its name, compute capability and driver."""
+
+    name: str
+    major: int
+    minor: int
+    driver: str
+
+    @property
+    def sm(self) -> int:
+        return self.major * 10 + self.minor
+
+
 def names() -> list[str]:
     """The profiles that exist."""
     return sorted(path.stem for path in paths.data("configs", "gpus").glob("*.yaml"))
@@ -113,18 +128,30 @@ def _read(name: str) -> dict[str, Any]:
 
 def detect() -> GpuProfile:
     """The profile of the first GPU that NVML sees. UnsupportedError where there is none, or none we know."""
+    try:
+        found = first()
+    except UnsupportedError as error:
+        cure = "Name a profile: --gpu sm120, or --gpu cpu to quantize and serve without a GPU."
+        raise UnsupportedError("No GPU was named, and none is seen here.", why=error.why, cure=cure) from error
+    return for_capability(found.major, found.minor, found.name)
+
+
+def first() -> Seen:
+    """The first GPU that NVML sees, or the first of CUDA_VISIBLE_DEVICES. UnsupportedError where there is none."""
     import pynvml
 
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdecimal() else 0)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        card = pynvml.nvmlDeviceGetName(handle)
+        found = Seen(pynvml.nvmlDeviceGetName(handle), major, minor, pynvml.nvmlSystemGetDriverVersion())
         pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
-        cure = "Name a profile: --gpu sm120, or --gpu cpu to quantize and serve without a GPU."
-        raise UnsupportedError("No GPU was named, and none is seen here.", why=f"NVML: {error}", cure=cure) from error
-    return for_capability(major, minor, card)
+        raise UnsupportedError(
+            "No GPU is seen here.", why=f"NVML: {error}", cure="Run it on a machine with a GPU."
+        ) from error
+    return found
 
 
 def for_capability(major: int, minor: int, card: str) -> GpuProfile:

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, llmapi, llmapi_repository, ranks, trtllm
+from builder import engine, fit, fit_change, llmapi, llmapi_repository, probe_answers, ranks, trtllm
 from builder.calibrate import calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
-from builder.errors import UsageError
+from builder.errors import UnsupportedError, UsageError
 from builder.fetch import Snapshot, check_directory, fetch, local_directory, read_headers
-from builder.fit import ModelFacts, Sizes
+from builder.fit import Machine, ModelFacts, Sizes
+from builder.output import Output, size
 from builder.quantize.modelopt import gpus, quantize
 from builder.recipe import Model, Resolved
 from builder.repository import Repository, render
 from builder.safetensors_io import read_header
 from builder.smoke import SmokeReport, smoke_test
-from builder.store import STAGES, Store
+from builder.store import STAGES, Artefact, Store, WouldRun
+from builder.trtllm_answers import Answer
 
 # trtllm-build's flags, or the LLM arguments of the llmapi target: both have name, value, reason and source.
 Settings = Sequence[trtllm.Flag] | Sequence[llmapi.Argument]
@@ -58,15 +60,21 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
         return Built(fetch(recipe.model, store=store))
     layouts = "engine" in wanted
 
+    answers = probe_answers.answers(resolved, store.root)
+
     def check(config: Mapping[str, Any]) -> None:
-        flags = check_model(resolved, config, layouts=layouts)
+        flags = check_model(resolved, config, layouts=layouts, answers=answers)
         if layouts:
-            check_fit(resolved, read_model(recipe.model, store), flags, store, disk=True)
+            check_fit(resolved, read_model(recipe.model, store), flags, store)
 
     snapshot = fetch(recipe.model, store=store, check=check)
-    flags = check_model(resolved, snapshot.config, layouts=layouts)
+    flags = check_model(resolved, snapshot.config, layouts=layouts, answers=answers)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
-        check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store)
+        check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store, fetched=True)
+
+    engine_flags = [] if recipe.target == "llmapi" else trtllm.resolve(resolved, snapshot.config, answers)
+    for note in trtllm.window_notes(snapshot.config, engine_flags) if engine_flags else ():
+        store.out.warn(note.text)
 
     calibration = calibrate(recipe.calibration, store=store)
     checkpoint = quantize(
@@ -88,7 +96,7 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
         split = ranks.split_checkpoint(checkpoint, ranks.Parallel(recipe.engine.tp, recipe.engine.pp), store=store)
         if "engine" not in wanted:
             return Built(snapshot, flags, checkpoint)
-        built = engine.build(split, trtllm.resolve(resolved, snapshot.config), resolved, store=store)
+        built = engine.build(split, engine_flags, resolved, store=store)
         if "repository" not in wanted:
             return Built(snapshot, flags, checkpoint, built)
         repository = render(built, snapshot, recipe.repository, store=store)
@@ -108,8 +116,13 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
         llmapi.check_machine(resolved)
 
 
-def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool) -> Settings:
-    """The target's settings for a model by its config.json; with `layouts` also that the target can load it."""
+def check_model(
+    resolved: Resolved, config: Mapping[str, Any], *, layouts: bool, answers: Sequence[Answer] = ()
+) -> Settings:
+    """The target's settings for a model by its config.json, and what cards answered to probes (probe_answers).
+
+    With `layouts` also that the target can load it.
+    """
     asked = resolved.recipe
     if asked.target == "llmapi":
         if layouts:
@@ -125,18 +138,49 @@ def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool)
         checkpoints.rope(config)
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
-    return trtllm.resolve(resolved, config)
+    return trtllm.resolve(resolved, config, answers)
 
 
-def check_fit(resolved: Resolved, model: ModelFacts, flags: Settings, store: Store, *, disk: bool = False) -> None:
-    """UnsupportedError with the smallest change that would fit; with `disk` also if the artefacts find no room."""
-    host = fit.machine(store.root)
-    verdict = fit_change.judge(model, fit.serving(resolved, flags), resolved, host, gpus())
+def check_fit(resolved: Resolved, model: ModelFacts, flags: Settings, store: Store, *, fetched: bool = False) -> None:
+    """UnsupportedError with the smallest change that would fit on the card, or if what is still to be made finds no
+    room on the disk or in this machine's memory. `fetched`: the snapshot is here, and maybe more."""
+    host, here = fit.machine(store.root), gpus()
+    verdict = fit_change.judge(model, fit.serving(resolved, flags), resolved, host, here)
     if verdict.refusal:
         raise verdict.refusal
     found = sizes(resolved, model, flags)
-    if disk and (refusal := fit_change.disk_refusal(found, host, found.artefacts)):
+    tight = not here and found.calibration_memory > host.available
+    if not tight and found.artefacts <= host.disk:
+        return
+    made = [artefact.stage for artefact in stored(resolved, store)[0]] if fetched else []
+    remaining = [stage for stage in STAGES if stage not in made]
+    if refusal := host_refusal(resolved, model, found, host, remaining):
         raise refusal
+    if tight and "checkpoint" in remaining:
+        needs, free = size(found.calibration_memory), size(host.available)
+        store.out.warn(f"calibrating takes about {needs}, and of this machine's memory {free} are free now")
+
+
+def host_refusal(
+    resolved: Resolved, model: ModelFacts, found: Sizes, host: Machine, remaining: Sequence[str]
+) -> UnsupportedError | None:
+    """Whether the stages that remain find no room on this machine: its disk, or its memory where no GPU calibrates."""
+    missing = sum(found.disk.get(stage, 0) for stage in remaining if stage != "snapshot")
+    if refusal := fit_change.disk_refusal(found, host, missing):
+        return refusal
+    if "checkpoint" not in remaining or gpus():
+        return None
+    return fit_change.calibration_refusal(model, resolved.recipe.calibration, host)
+
+
+def stored(resolved: Resolved, store: Store) -> tuple[list[Artefact], WouldRun | None]:
+    """What is in the store already, and the first stage that would run: the chain, on a store that makes none."""
+    dry = Store(store.root, Output("quiet"), force=sorted(store.force), dry=True)
+    try:
+        build(resolved, dry)
+    except WouldRun as would:
+        return dry.done, would
+    return dry.done, None
 
 
 def sizes(resolved: Resolved, model: ModelFacts, flags: Settings) -> Sizes:
@@ -164,13 +208,17 @@ def _headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -
 
 
 def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
-    """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step."""
+    """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step.
+
+    A model over several GPUs has its sizes in the name, as -tp2-pp2, so that it stands beside the one for one GPU.
+    """
     recipe = resolved.recipe
     directory = local_directory(recipe.model)
     model = directory.name if directory else recipe.model.id.split("/")[-1]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
+    parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
     other = "-llmapi" if recipe.target == "llmapi" else ""
-    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{other}"
+    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{parallel}{other}"
     target = os.path.relpath(repository.path, name.parent)
     name.parent.mkdir(parents=True, exist_ok=True)
     if not (name.is_symlink() and os.readlink(name) == target):

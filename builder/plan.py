@@ -5,24 +5,26 @@ Sizes come from config.json and the headers of the safetensors files alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, trtllm
+from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, probe_answers, trtllm
 from builder.errors import BuilderError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
 from builder.output import Output, size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
-from builder.store import STAGES, Store, WouldRun
+from builder.store import STAGES, Store
+from builder.trtllm_answers import Answer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so.
+    """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so;
+    `refusal` what does not fit, on the card or on this machine, where a build would end with it.
 
     `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here.
     """
@@ -35,6 +37,7 @@ class Plan:
     command: list[str] | None
     model_yaml: str | None
     blocked: BuilderError | None
+    refusal: BuilderError | None
     verdict: Verdict
     host: Machine
     missing: int
@@ -43,13 +46,14 @@ class Plan:
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
     model = pipeline.read_model(resolved.recipe.model, store)
-    settings = pipeline.check_model(resolved, model.config, layouts=True)
-    blocked = None
+    answers = probe_answers.answers(resolved, store.root)
+    settings = pipeline.check_model(resolved, model.config, layouts=True, answers=answers)
+    blocked = refusal = None
     try:
         pipeline.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    command, model_yaml, notes = _launched(resolved, store, model.config)
+    command, model_yaml, notes = _launched(resolved, store, model.config, answers)
     asked, host, sizes = (
         fit.serving(resolved, settings),
         fit.machine(store.root),
@@ -57,14 +61,16 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     )
     stages = _stages(resolved, store)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
-    if blocked is None:
-        blocked = fit_change.disk_refusal(sizes, host, missing)
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
-    return Plan(resolved, stages, sizes, settings, notes, command, model_yaml, blocked, verdict, host, missing)
+    if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
+        remaining = [stage for stage, state, _ in stages if state != "cached"]
+        refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
+    refusal = verdict.refusal or refusal
+    return Plan(resolved, stages, sizes, settings, notes, command, model_yaml, blocked, refusal, verdict, host, missing)
 
 
 def _launched(
-    resolved: Resolved, store: Store, config: Mapping[str, Any]
+    resolved: Resolved, store: Store, config: Mapping[str, Any], answers: Sequence[Answer]
 ) -> tuple[list[str] | None, str | None, list[trtllm.Note]]:
     """What will be run: trtllm-build's command line, or the model.yaml; with what there is to know about it."""
     recipe = resolved.recipe
@@ -74,26 +80,23 @@ def _launched(
             Path("CHECKPOINT/unified"), arguments, decoupled=recipe.repository.decoupled
         )
         return None, text, llmapi.notes(resolved, arguments)
-    flags = trtllm.resolve(resolved, config)
+    flags = trtllm.resolve(resolved, config, answers)
+    notes = trtllm.notes(resolved, config, flags, answers) + trtllm.window_notes(config, flags)
     if recipe.target != "engine":
-        return None, None, trtllm.notes(resolved, config, flags)
+        return None, None, notes
     command = trtllm.command(
         flags,
         checkpoint=Path("RANKS/tensorrt_llm" if recipe.engine.world_size > 1 else "CHECKPOINT/tensorrt_llm"),
         output=Path("ENGINE"),
         timing_cache=store.root / "timing" / "model.cache",
     )
-    return command, None, trtllm.notes(resolved, config, flags)
+    return command, None, notes
 
 
 def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
-    """The chain itself, run on a store that makes nothing: it stops at the first stage that would run."""
-    first: WouldRun | None = None
-    try:
-        pipeline.build(resolved, store)
-    except WouldRun as would:
-        first = would
-    rows = [(done.stage, "cached", done.path.name) for done in store.done]
+    """(stage, state, why) of the whole chain, which stops at the first stage that would run."""
+    done, first = pipeline.stored(resolved, store)
+    rows = [(artefact.stage, "cached", artefact.path.name) for artefact in done]
     skipped = {"ranks", "engine"} if resolved.recipe.target == "llmapi" else set()
     skipped |= set() if resolved.recipe.engine.world_size > 1 else {"ranks"}
     stages = [stage for stage in STAGES if stage not in skipped]
@@ -186,5 +189,6 @@ def show(found: Plan, out: Output) -> None:
             "command": found.command,
             "model_yaml": found.model_yaml,
             "blocked": found.blocked.what if found.blocked else None,
+            "refusal": found.refusal.what if found.refusal else None,
         }
     )

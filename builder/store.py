@@ -76,7 +76,7 @@ class Store:
         if found is None and self.dry:
             raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store")
         if found is None:
-            with self._locked(name, key):
+            with self.locked(name, key):
                 found = None if name in self.force else self.find(name, key)
                 if found is None:
                     found = self._make(name, key, ingredients, make)
@@ -113,7 +113,8 @@ class Store:
             yield
 
     @contextmanager
-    def _locked(self, name: str, key: str) -> Iterator[None]:
+    def locked(self, name: str, key: str) -> Iterator[None]:
+        """One process at a time makes `key`; the others wait, and say so."""
         lock = self.root / "locks" / f"{name}-{key}.lock"
         _make_directory(lock.parent)
         with open(lock, "ab") as handle:
@@ -153,7 +154,7 @@ class Store:
             _publish(tmp, final, manifest)
         except OSError as error:
             shutil.rmtree(tmp, ignore_errors=True)
-            raise _disk_error(error, self.root) from error
+            raise disk_error(error, self.root) from error
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
@@ -328,10 +329,10 @@ def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _disk_error(error, path) from error
+        raise disk_error(error, path) from error
 
 
-def _disk_error(error: OSError, path: Path) -> BuilderError:
+def disk_error(error: OSError, path: Path) -> BuilderError:
     """A disk's refusal as a message: full, read-only and not ours are things that a user can mend."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = size(shutil.disk_usage(_existing(path)).free)

@@ -125,3 +125,13 @@ def test_an_interrupt_while_a_child_is_forked_is_not_lost(tmp_path: Path) -> Non
 def test_emit_without_a_parent_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(process.PROGRESS_FD, raising=False)
     process.emit(done=1)
+
+
+def test_a_stopped_child_says_what_it_was(tmp_path: Path) -> None:
+    with pytest.raises(process.Failed, match="took more than 1 s") as caught:
+        process.run(["sleep", "60"], log=tmp_path / "log", limit=1)
+    assert caught.value.code is None
+    with pytest.raises(process.Failed) as caught:
+        process.run(["sh", "-c", "exit 3"], log=tmp_path / "log", limit=60)
+    assert caught.value.code == 3
+    assert isinstance(caught.value, StageError)
