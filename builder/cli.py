@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--model", "model.id", str, "Hub id (Qwen/Qwen3-8B) or a local directory"),
     ("--revision", "model.revision", str, "branch, tag or commit on the Hub"),
     ("--gpu", "gpu", str, "GPU profile: sm120, cpu, ... or auto (`builder gpus`)"),
-    ("--target", "target", str, "engine (trtllm-build) or reference (no GPU)"),
+    ("--target", "target", str, "engine (trtllm-build), llmapi (no engine) or reference (no GPU)"),
     ("--calib-data", "calibration.data", str, "a .jsonl file, a Hub dataset id, or builtin:python-docs"),
     ("--calib-samples", "calibration.samples", int, "rows to calibrate on"),
     ("--calib-seq-len", "calibration.seq_len", int, "tokens of a row, at most"),
@@ -159,7 +159,7 @@ def parser() -> argparse.ArgumentParser:
     _add_output(command)
 
     _command(commands, "gpus", "the GPU profiles, what runs on them, the cards behind them", run_gpus)
-    command = _command(commands, "explain", "a trtllm-build flag: meaning, defaults, rules, sources", run_explain)
+    command = _command(commands, "explain", "a flag or LLM argument: meaning, defaults, rules, sources", run_explain)
     command.add_argument("flag", metavar="FLAG", help="as context_fmha, with or without dashes")
     _command(commands, "schema", "the JSON Schema of a recipe file", run_schema)
     return top
@@ -315,7 +315,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
         out.text(f"http       {server.http_url}")
         out.text(f"grpc       {server.grpc_url}")
         out.text(f"metrics    {server.metrics_url}")
-        out.text(f"try        {_curl(server.http_url)}")
+        out.text(f"try        {_curl(server.http_url, repository.facts)}")
         sys.stdout.flush()
         try:
             code = server.wait()
@@ -325,9 +325,10 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
 
 
-def _curl(url: str) -> str:
-    body = '{"text_input": "Return the number of", "max_tokens": 32}'
-    return f"curl -s http://{url}/v2/models/ensemble/generate -d '{body}'"
+def _curl(url: str, facts: Mapping[str, Any]) -> str:
+    tokens = facts.get("names", {}).get("max_tokens", "max_tokens")
+    body = f'{{"text_input": "Return the number of", "{tokens}": 32}}'
+    return f"curl -s http://{url}/v2/models/{facts['models']['generate']}/generate -d '{body}'"
 
 
 def _where(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, probe_answers, ranks, record, trtllm
+from builder import engine, fit, fit_change, llmapi, llmapi_repository, probe_answers, ranks, record, trtllm
 from builder.calibrate import calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
-from builder.errors import UnsupportedError
+from builder.errors import UnsupportedError, UsageError
 from builder.fetch import Snapshot, check_directory, fetch, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
 from builder.output import Output, size
 from builder.quantize.modelopt import gpus, quantize
 from builder.recipe import Model, Resolved
 from builder.repository import Repository, render
+from builder.repository import sources as triton_sources
 from builder.safetensors_io import read_header
 from builder.smoke import SmokeReport, smoke_test
 from builder.store import STAGES, Artefact, Store, WouldRun
 from builder.trtllm_answers import Answer
+
+# trtllm-build's flags, or the LLM arguments of the llmapi target: both have name, value, reason and source.
+Settings = Sequence[trtllm.Flag] | Sequence[llmapi.Argument]
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Built:
     """What a build left; a part is None when it was asked to stop before it."""
 
     snapshot: Snapshot
-    flags: Sequence[trtllm.Flag] = field(default=())
+    flags: Settings = field(default=())
     checkpoint: Checkpoint | None = None
     engine: Engine | None = None
     repository: Repository | None = None
@@ -45,8 +49,15 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now."""
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
+    if until in ("ranks", "engine") and recipe.target == "llmapi":
+        raise UsageError(
+            "The llmapi target has no engine: the checkpoint is loaded as it is.",
+            cure="As far as the repository: `builder render`.",
+        )
     if "engine" in wanted and not store.dry:
-        engine.check_machine(resolved, serving="smoke" in wanted)
+        check_machine(resolved, serving="smoke" in wanted)
+    if "repository" in wanted and recipe.target != "llmapi":
+        triton_sources(recipe.engine.tensorrt_llm)  # refused before any work where there are none
 
     if "checkpoint" not in wanted:
         return Built(fetch(recipe.model, store=store))
@@ -64,8 +75,9 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store, fetched=True)
 
-    for note in trtllm.window_notes(snapshot.config, flags):
-        store.out.warn(note.text)
+    if recipe.target != "llmapi":
+        for note in trtllm.window_notes(snapshot.config, trtllm.resolve(resolved, snapshot.config, answers)):
+            store.out.warn(note.text)
 
     calibration = calibrate(recipe.calibration, store=store)
     checkpoint = quantize(
@@ -79,41 +91,79 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     if "ranks" not in wanted:
         return Built(snapshot, flags, checkpoint)
 
-    parallel = ranks.Parallel(recipe.engine.tp, recipe.engine.pp)
-    split = ranks.split_checkpoint(checkpoint, parallel, store=store)
-    if "engine" not in wanted:
-        return Built(snapshot, flags, checkpoint)
-
-    built = engine.build(split, flags, resolved, store=store)
-    if "repository" not in wanted:
-        return Built(snapshot, flags, checkpoint, built)
-
-    repository = render(built, snapshot, recipe.repository, store=store)
+    built, repository = _served(checkpoint, snapshot, resolved, answers, wanted, store)
     made = Built(snapshot, flags, checkpoint, built, repository)
+    if repository is None:
+        return made
     if "smoke" in wanted:
         made = replace(made, smoke=smoke_test(repository, store=store))
-    return replace(made, link=publish(resolved, made, repository, store))
+    return replace(made, link=publish(resolved, made, repository, answers, store))
+
+
+def _served(
+    checkpoint: Checkpoint,
+    snapshot: Snapshot,
+    resolved: Resolved,
+    answers: Sequence[Answer],
+    wanted: Sequence[str],
+    store: Store,
+) -> tuple[Engine | None, Repository | None]:
+    """The repository around an engine made of the checkpoint's ranks, or with llmapi around the checkpoint itself."""
+    recipe = resolved.recipe
+    if recipe.target == "llmapi":
+        arguments = llmapi.resolve(resolved, snapshot.config)
+        return None, llmapi_repository.render(checkpoint, snapshot, arguments, resolved, store=store)
+    split = ranks.split_checkpoint(checkpoint, ranks.Parallel(recipe.engine.tp, recipe.engine.pp), store=store)
+    if "engine" not in wanted:
+        return None, None
+    built = engine.build(split, trtllm.resolve(resolved, snapshot.config, answers), resolved, store=store)
+    if "repository" not in wanted:
+        return built, None
+    return built, render(built, snapshot, recipe.repository, store=store)
+
+
+def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
+    """Whether this machine has what the target needs, before the first expensive byte."""
+    if resolved.recipe.target != "llmapi":
+        engine.check_machine(resolved, serving=serving)
+    elif serving:
+        llmapi.check_machine(resolved)
 
 
 def check_model(
     resolved: Resolved, config: Mapping[str, Any], *, layouts: bool, answers: Sequence[Answer] = ()
-) -> list[trtllm.Flag]:
-    """The engine's flags for a model by its config.json, and what cards answered to probes (probe_answers).
+) -> Settings:
+    """The target's settings for a model by its config.json, and what cards answered to probes (probe_answers).
 
-    With `layouts` also that TensorRT-LLM's layout can hold it.
+    With `layouts` also that the target can load it.
     """
+    asked = resolved.recipe
+    if asked.target == "llmapi":
+        if layouts:
+            llmapi.check_model(resolved, config)
+        return llmapi.resolve(resolved, config)
+    if asked.llmapi.args:
+        raise UsageError(
+            f"llmapi.args are arguments of TensorRT-LLM's LLM class, which the {asked.target} target does not use.",
+            cure="--target llmapi, or leave them out.",
+        )
     if layouts:
         checkpoints.architecture(config)
         checkpoints.rope(config)
-        asked = resolved.recipe
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
     return trtllm.resolve(resolved, config, answers)
 
 
-def check_fit(
-    resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag], store: Store, *, fetched: bool = False
-) -> None:
+def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[trtllm.Note]:
+    """What there is to know about the target's settings for this model."""
+    if resolved.recipe.target == "llmapi":
+        return llmapi.notes(resolved, llmapi.resolve(resolved, config))
+    flags = trtllm.resolve(resolved, config, answers)
+    return trtllm.notes(resolved, config, flags, answers) + trtllm.window_notes(config, flags)
+
+
+def check_fit(resolved: Resolved, model: ModelFacts, flags: Settings, store: Store, *, fetched: bool = False) -> None:
     """UnsupportedError with the smallest change that would fit on the card, or if what is still to be made finds no
     room on the disk or in this machine's memory. `fetched`: the snapshot is here, and maybe more."""
     host, here = fit.machine(store.root), gpus()
@@ -155,7 +205,7 @@ def stored(resolved: Resolved, store: Store) -> tuple[list[Artefact], WouldRun |
     return dry.done, None
 
 
-def sizes(resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag]) -> Sizes:
+def sizes(resolved: Resolved, model: ModelFacts, flags: Settings) -> Sizes:
     """Of this recipe's model, checkpoint, ranks and engine."""
     rows = resolved.recipe.calibration
     local = local_directory(resolved.recipe.model) is not None
@@ -179,12 +229,13 @@ def _headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -
     return ModelFacts(config, tensors)
 
 
-def publish(resolved: Resolved, made: Built, repository: Repository, store: Store) -> Path:
+def publish(resolved: Resolved, made: Built, repository: Repository, answers: Sequence[Answer], store: Store) -> Path:
     """The link to the repository, and the record of how it came to be for `builder report`."""
     name = link(resolved, repository, store)
     if not store.dry:
         model = _headers(made.snapshot.path, made.snapshot.config, made.snapshot.files)
-        record.write(resolved, made.flags, model, sizes(resolved, model, made.flags), name, store)
+        known = notes(resolved, model.config, answers)
+        record.write(resolved, made.flags, known, model, sizes(resolved, model, made.flags), name, store)
     return name
 
 
@@ -198,7 +249,8 @@ def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
     model = directory.name if directory else recipe.model.id.split("/")[-1]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
     parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
-    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{parallel}"
+    other = "-llmapi" if recipe.target == "llmapi" else ""
+    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{parallel}{other}"
     target = os.path.relpath(repository.path, name.parent)
     name.parent.mkdir(parents=True, exist_ok=True)
     if not (name.is_symlink() and os.readlink(name) == target):

@@ -6,11 +6,12 @@ Sizes come from config.json and the headers of the safetensors files alone.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from builder import engine, fit, fit_change, pipeline, probe_answers, trtllm
+from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, probe_answers, trtllm
 from builder.errors import BuilderError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
@@ -18,6 +19,7 @@ from builder.output import Output, size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
 from builder.store import STAGES, Artefact, Store, WouldRun
+from builder.trtllm_answers import Answer
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class Plan:
     resolved: Resolved
     stages: list[tuple[str, str, str]]
     sizes: Sizes
-    flags: list[trtllm.Flag]
+    settings: pipeline.Settings
     notes: list[trtllm.Note]
     command: list[str] | None
     placeholder: str | None
+    model_yaml: str | None
     blocked: BuilderError | None
     refusal: BuilderError | None
     verdict: Verdict
@@ -47,32 +50,49 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
     model = pipeline.read_model(resolved.recipe.model, store)
     answers = probe_answers.answers(resolved, store.root)
-    flags = pipeline.check_model(resolved, model.config, layouts=True, answers=answers)
+    settings = pipeline.check_model(resolved, model.config, layouts=True, answers=answers)
     blocked = refusal = None
     try:
-        engine.check_machine(resolved)
+        pipeline.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    notes = trtllm.notes(resolved, model.config, flags, answers) + trtllm.window_notes(model.config, flags)
-    asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
+    notes = pipeline.notes(resolved, model.config, answers)
+    asked, host = fit.serving(resolved, settings), fit.machine(store.root)
+    sizes = pipeline.sizes(resolved, model, settings)
     done, first = pipeline.stored(resolved, store)
     stages = _stages(resolved, done, first)
-    command, placeholder = _command(resolved, flags, store, done)
+    command, placeholder = _command(resolved, model.config, answers, store, done)
+    model_yaml = _model_yaml(resolved, model.config)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         remaining = [stage for stage, state, _ in stages if state != "cached"]
         refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
     refusal = verdict.refusal or refusal
-    return Plan(resolved, stages, sizes, flags, notes, command, placeholder, blocked, refusal, verdict, host, missing)
+    return Plan(
+        resolved,
+        stages,
+        sizes,
+        settings,
+        notes,
+        command,
+        placeholder,
+        model_yaml,
+        blocked,
+        refusal,
+        verdict,
+        host,
+        missing,
+    )
 
 
 def _command(
-    resolved: Resolved, flags: list[trtllm.Flag], store: Store, done: Sequence[Artefact]
+    resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer], store: Store, done: Sequence[Artefact]
 ) -> tuple[list[str] | None, str | None]:
     """trtllm-build's for the checkpoint in the store, else for one named by a word, with that word."""
     if resolved.recipe.target != "engine":
         return None, None
+    flags = trtllm.resolve(resolved, config, answers)
     stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
     made = next((artefact.path for artefact in done if artefact.stage == stage), None)
     placeholder = None if made else stage.upper()
@@ -81,11 +101,22 @@ def _command(
     return trtllm.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
 
 
+def _model_yaml(resolved: Resolved, config: Mapping[str, Any]) -> str | None:
+    """What the llmapi target's model reads, with a word for the checkpoint."""
+    if resolved.recipe.target != "llmapi":
+        return None
+    decoupled = resolved.recipe.repository.decoupled
+    return llmapi_repository.model_yaml(
+        Path("CHECKPOINT/unified"), llmapi.resolve(resolved, config), decoupled=decoupled
+    )
+
+
 def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None) -> list[tuple[str, str, str]]:
     """(stage, state, why) of the whole chain, of which `done` is in the store and `first` would run first."""
     rows = [(artefact.stage, "cached", artefact.path.name) for artefact in done]
-    split = resolved.recipe.engine.world_size > 1
-    stages = [stage for stage in STAGES if stage != "ranks" or split]
+    skipped = {"ranks", "engine"} if resolved.recipe.target == "llmapi" else set()
+    skipped |= set() if resolved.recipe.engine.world_size > 1 else {"ranks"}
+    stages = [stage for stage in STAGES if stage not in skipped]
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
@@ -147,14 +178,16 @@ def show(found: Plan, out: Output) -> None:
     out.table("at run time", MEMORY, _memory_rows(found.verdict))
     out.table("values", ["key", "value", "from"], found.resolved.explained())
     out.table(
-        "trtllm-build flags",
-        ["flag", "value", "why", "source"],
-        [(f.name, f.value, f.reason, f.source) for f in found.flags],
+        "LLM arguments" if found.model_yaml else "trtllm-build flags",
+        ["argument" if found.model_yaml else "flag", "value", "why", "source"],
+        [(f.name, f.value, f.reason, f.source) for f in found.settings],
     )
     if found.notes:
         out.table("what to know", ["rule", ""], [(note.rule, note.text) for note in found.notes])
     if found.command:
         out.text(shlex.join(found.command))
+    if found.model_yaml:
+        out.text(found.model_yaml.rstrip())
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
     out.result(
@@ -168,20 +201,19 @@ def show(found: Plan, out: Output) -> None:
             "verdict": _verdict(found.verdict),
             "machine": {**asdict(found.host), "missing": found.missing},
             "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
-            "flags": [vars(flag) for flag in found.flags],
+            "arguments" if found.model_yaml else "flags": [vars(setting) for setting in found.settings],
             "notes": [vars(note) for note in found.notes],
             "command": found.command,
+            "model_yaml": found.model_yaml,
             "blocked": found.blocked.what if found.blocked else None,
             "refusal": found.refusal.what if found.refusal else None,
         }
     )
 
 
-NO_COMMAND = "The reference target runs no trtllm-build: its engine is the checkpoint beside an engine's config.json."
-
-
 def show_command(found: Plan, out: Output) -> None:
     """The trtllm-build command alone, ready to paste. With --json also as words, and the word still to be filled in."""
+    none = None if found.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
     shell = []
     if found.command:
         cache = Path(found.command[found.command.index("--output_timing_cache") + 1])
@@ -190,8 +222,8 @@ def show_command(found: Plan, out: Output) -> None:
         shell.append(shlex.join(found.command))
     for line in shell:
         out.text(line)
-    if not found.command:
-        out.info(f"{NO_COMMAND} To see an engine's: --gpu sm120 (`builder gpus`).")
+    if none:
+        out.info(f"{none} To see an engine's: --gpu sm120 (`builder gpus`).")
     if found.placeholder:
         made = "`builder quantize`" if found.placeholder == "CHECKPOINT" else "`builder engine`, before the engine,"
         out.warn(f"{found.placeholder} stands for a directory that is not made yet: {made} makes it in the store.")
@@ -203,8 +235,8 @@ def show_command(found: Plan, out: Output) -> None:
             "command": found.command,
             "shell": shell,
             "placeholder": found.placeholder,
-            "why": None if found.command else NO_COMMAND,
-            "flags": [vars(flag) for flag in found.flags],
+            "why": none,
+            "flags": [vars(flag) for flag in found.settings],
             "blocked": found.blocked.what if found.blocked else None,
         }
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from builder import __version__, fit, fit_change, trtllm
+from builder import __version__, fit, fit_change, llmapi, trtllm
 from builder.fit import ModelFacts, Sizes
 from builder.recipe import Resolved
 from builder.store import Store, replace_file
@@ -32,11 +32,17 @@ _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def write(
-    resolved: Resolved, flags: Sequence[trtllm.Flag], model: ModelFacts, sizes: Sizes, link: Path, store: Store
+    resolved: Resolved,
+    settings: Sequence[trtllm.Flag] | Sequence[llmapi.Argument],
+    notes: Sequence[trtllm.Note],
+    model: ModelFacts,
+    sizes: Sizes,
+    link: Path,
+    store: Store,
 ) -> Path:
     """Writes the record of the build that `link` now names; `store.done` are its stages."""
     [repository] = [done.path for done in store.done if done.stage == "repository"]
-    memory = fit_change.judge(model, fit.serving(resolved, flags), resolved, fit.machine(store.root)).memory
+    memory = fit_change.judge(model, fit.serving(resolved, settings), resolved, fit.machine(store.root)).memory
     record = {
         "format": FORMAT,
         "name": link.name,
@@ -47,8 +53,8 @@ def write(
         "directory": os.getcwd(),
         "gpu": {"name": resolved.gpu.name, "title": resolved.gpu.title, "sm": resolved.gpu.sm},
         "values": [list(row) for row in resolved.explained()],
-        "flags": [vars(flag) for flag in flags],
-        "notes": [vars(note) for note in trtllm.notes(resolved, model.config, flags)],
+        "flags": [vars(setting) for setting in settings],
+        "notes": [vars(note) for note in notes],
         "sizes": asdict(sizes),
         "memory": [{**asdict(card), "fits": card.fits} for card in memory],
         "stages": [

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_DIR = "preprocessing/1/tokenizer"  # below the model repository
 SAME_CODE = {"ensemble_infer": "tensorrt_llm_bls"}
+MACROS = paths.data("triton_templates", "macros.j2")
 LEFTOVERS = ("${", "{{", "}}", "{%", "==SUPPRESS==")
 # They take one prompt a request; the engine does the batching.
 ONE_AT_A_TIME = ("tensorrt_llm_bls", "ensemble_infer")
@@ -41,7 +42,7 @@ class Repository:
 
 def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store: Store) -> Repository:
     """The model repository that serves this engine with this tokenizer."""
-    templates, tensors = _sources(engine.config["version"])
+    templates, tensors = sources(engine.config["version"])
     ingredients = {
         "engine": engine.digest,
         "engine_path": str(engine.path.resolve()),
@@ -49,7 +50,7 @@ def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store
         "part": part.model_dump(mode="json"),
         "libraries": library_versions("jinja2"),
         "sources": sources_digest(
-            "builder/repository.py", "builder/guards.py", "builder/model_directory.py", templates, tensors
+            "builder/repository.py", "builder/guards.py", "builder/model_directory.py", templates, MACROS, tensors
         ),
     }
 
@@ -80,13 +81,13 @@ def write(models: Path, engine: Path, snapshot: Path, part: recipe.Repository) -
     config = _json(engine / "config.json")
     ids = special_ids(snapshot)
     values = _values(engine, config, ids, part)
-    templates, _ = _sources(config["version"])
+    templates, _ = sources(config["version"])
     for source in sorted(path.parent for path in templates.glob("*/config.pbtxt.j2")):
         if source.name == "ensemble_infer" and not part.decoupled:
             continue
         model = models / source.name
         (model / "1").mkdir(parents=True)
-        (model / "config.pbtxt").write_text(_rendered(source, values), encoding="utf-8")
+        (model / "config.pbtxt").write_text(rendered(source, values), encoding="utf-8")
         code = templates / SAME_CODE.get(source.name, source.name) / "1" / "model.py"
         if code.is_file():
             shutil.copyfile(code, model / "1" / "model.py")
@@ -162,7 +163,7 @@ def _repository(artefact: Artefact) -> Repository:
     return Repository(artefact.path, artefact.digest, artefact.facts)
 
 
-def _sources(version: str) -> tuple[Path, Path]:
+def sources(version: str) -> tuple[Path, Path]:
     """The templates for this TensorRT-LLM's minor version, and the tensors that its models exchange."""
     templates = paths.data("triton_templates", ".".join(version.split(".")[:2]))
     tensors = paths.data("configs", "trtllm", version, "triton-tensors.json")
@@ -174,11 +175,12 @@ def _sources(version: str) -> tuple[Path, Path]:
     return templates, tensors
 
 
-def _rendered(source: Path, values: Mapping[str, Any]) -> str:
+def rendered(source: Path, values: Mapping[str, Any]) -> str:
+    """The config.pbtxt of a template's directory. Every name in it must have a value."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(source.parent),
+        loader=jinja2.FileSystemLoader([source.parent, MACROS.parent]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -231,7 +233,7 @@ def _tensors(version: str, logits_dtype: str) -> dict[str, Any]:
             f"The engine's logits are {logits_dtype}, which Triton has no type for.",
             cure=f"Build it with one of {', '.join(LOGITS_TYPES)}.",
         )
-    _, file = _sources(version)
+    _, file = sources(version)
     text = file.read_text(encoding="utf-8").replace("$logits_datatype", LOGITS_TYPES[logits_dtype])
     tensors: dict[str, Any] = json.loads(text)
     return tensors

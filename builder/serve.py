@@ -178,7 +178,7 @@ def _wheel() -> Installation:
 
 def _backends(installation: Installation, models: Path, engine_backend: Path | None) -> Path:
     """The backend directory. For a stand-in of the engine: the Python backend's files and the stand-in's model.py."""
-    if engine_backend is None and _has_engine(models):
+    if engine_backend is None and (_has_engine(models) or _complete(installation, models)):
         return installation.backends
     if engine_backend is None:
         root = str(Path(__file__).resolve().parent.parent)
@@ -187,6 +187,13 @@ def _backends(installation: Installation, models: Path, engine_backend: Path | N
     else:
         code = engine_backend.read_text(encoding="utf-8")
     return _prepare(installation.python_backend, code)
+
+
+def _complete(installation: Installation, models: Path) -> bool:
+    """Whether no stand-in is needed (the llmapi target: a python model) and the Python backend lies ready."""
+    config = models / guards.ENGINE_MODEL / "config.pbtxt"
+    python = config.is_file() and 'backend: "python"' in config.read_text(encoding="utf-8")
+    return python and (installation.backends / "python" / "triton_python_backend_stub").is_file()
 
 
 def _has_engine(models: Path) -> bool:

@@ -20,18 +20,9 @@ from builder.trtllm_facts import Version, check, load, order, versions
 from builder.trtllm_rules import Flag, Note, Subject
 
 __all__ = [
-    "Flag",
-    "Note",
-    "Version",
-    "build_config",
-    "check",
-    "command",
-    "load",
-    "notes",
-    "resolve",
-    "versions",
-    "window_notes",
-]
+    "Flag", "Note", "Version", "asked_for", "build_config", "check", "check_format", "command", "load", "notes",
+    "resolve", "sizes", "versions", "window_notes",
+]  # fmt: skip
 R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
 
 SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
@@ -48,9 +39,9 @@ def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any], answers:
     """
     asked, gpu = resolved.recipe, resolved.gpu
     subject = _subject(resolved, model_config, answers)
-    _check_format(resolved)
+    check_format(resolved)
     _check_said_once(resolved)
-    flags = {flag.name: flag for flag in _sizes(resolved, model_config)}
+    flags = {flag.name: flag for flag in sizes(resolved, model_config)}
     if (world_size := asked.engine.world_size) > 1:  # whether it can be split so: ranks.check
         flags["workers"] = Flag("workers", str(world_size), "one for each rank; capped at the machine's GPUs", R08)
     ours = _asked_flags(subject.version, asked.engine.flags)
@@ -157,10 +148,10 @@ def _share(width: int | None, tp: int) -> int | None:
     return width // tp if width else None
 
 
-def _check_format(resolved: recipe.Resolved) -> None:
+def check_format(resolved: recipe.Resolved) -> None:
     """The card computes in the recipe's formats, and this version of TensorRT-LLM lets it."""
     asked, gpu = resolved.recipe, resolved.gpu
-    if asked.target != "engine" or gpu.sm is None:
+    if asked.target == "reference" or gpu.sm is None:
         return
     wanted = [asked.quantization.format] + ["fp8_kv_cache"] * (asked.quantization.kv_cache_dtype == "fp8")
     for name in wanted:
@@ -228,24 +219,24 @@ def _asked_flags(version: Version, asked: Mapping[str, str]) -> dict[str, Flag]:
     return found
 
 
-def _sizes(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
+def sizes(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
     """The four sizes. One that nobody asked for shrinks to what the model was trained for; an asked one is refused."""
     engine = resolved.recipe.engine
-    sizes = {name: getattr(engine, name) for name in SIZES}
-    reasons = {name: resolved.origins.get(f"engine.{name}", "default") for name in sizes}
+    found = {name: getattr(engine, name) for name in SIZES}
+    reasons = {name: resolved.origins.get(f"engine.{name}", "default") for name in found}
     longest = _positions(model_config)
-    if longest and sizes["max_seq_len"] > longest:
-        if _asked_for(reasons["max_seq_len"]):
+    if longest and found["max_seq_len"] > longest:
+        if asked_for(reasons["max_seq_len"]):
             raise UnsupportedError(
-                f"--max-seq-len {sizes['max_seq_len']} is more than this model's {longest} positions.",
+                f"--max-seq-len {found['max_seq_len']} is more than this model's {longest} positions.",
                 why="max_position_embeddings (and rope_scaling) in its config.json; TensorRT-LLM would only warn "
                 "(rule R16).",
                 cure=f"--max-seq-len {longest}",
             )
-        sizes["max_seq_len"], reasons["max_seq_len"] = longest, "the model's max_position_embeddings"
-        if sizes["max_input_len"] >= longest:
-            sizes["max_input_len"], reasons["max_input_len"] = longest - longest // 4, "three quarters of max_seq_len"
-    return [Flag(name, str(value), reasons[name], "recipe") for name, value in sizes.items()]
+        found["max_seq_len"], reasons["max_seq_len"] = longest, "the model's max_position_embeddings"
+        if found["max_input_len"] >= longest:
+            found["max_input_len"], reasons["max_input_len"] = longest - longest // 4, "three quarters of max_seq_len"
+    return [Flag(name, str(value), reasons[name], "recipe") for name, value in found.items()]
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:
@@ -257,7 +248,8 @@ def _positions(config: Mapping[str, Any]) -> int | None:
     return math.ceil(longest * factor) if longest else None
 
 
-def _asked_for(origin: str) -> bool:
+def asked_for(origin: str) -> bool:
+    """Whether a user set the value, not the default or the GPU's profile."""
     return origin != "default" and not origin.startswith("GPU profile")
 
 

@@ -77,7 +77,8 @@ def build(
     if recorded:
         facts_of_model = pipeline.read_model(resolved.recipe.model, store)
         sizes = pipeline.sizes(resolved, facts_of_model, flags)
-        record.write(resolved, flags, facts_of_model, sizes, name, store)
+        known = pipeline.notes(resolved, facts_of_model.config)
+        record.write(resolved, flags, known, facts_of_model, sizes, name, store)
     return name
 
 

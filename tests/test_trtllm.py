@@ -166,7 +166,7 @@ def test_a_version_without_an_engine_path_is_refused_with_the_way_out(version: s
     with pytest.raises(UnsupportedError, match="builds no engines") as caught:
         trtllm.resolve(resolved(f"engine.tensorrt_llm='{version}'"), QWEN3_8B)
     assert "1.2.1 is the last stable version" in caught.value.why
-    assert "trtllm-serve" in caught.value.cure
+    assert "--target llmapi" in caught.value.cure
 
 
 @pytest.mark.parametrize("version", ["0.20.0", "1.2.0", "1.3.0rc15"])
