@@ -103,9 +103,8 @@ def serve_container(
 def connect() -> Any:
     """A client of the engine that DOCKER_HOST or the usual socket names."""
     try:
-        import docker.errors
-
         import docker
+        import docker.errors
     except ModuleNotFoundError:
         raise UsageError(
             "The Python package of Docker is not installed.", cure="pip install 'trtllm-builder[container]'"
