@@ -67,7 +67,7 @@ def open_repository(path: Path) -> Repository:
 
 def find(root: Path, named: str | None = None) -> Path:
     """Which of root/models is meant where no path was given: the one that `named` says, else the only one there is."""
-    there = sorted(path for path in (root / "models").glob("*") if path.is_symlink() or path.is_dir())
+    there = sorted(path for path in (root / "models").glob("*") if not path.name.startswith("."))
     found = [path for path in there if named in (None, "", path.name)]
     if len(found) == 1:
         return found[0]

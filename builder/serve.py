@@ -349,8 +349,7 @@ def followed_log() -> Path:
     def copy() -> None:
         with open(log, "rb") as file:
             while True:
-                sys.stderr.buffer.write(file.read())
-                sys.stderr.buffer.flush()
+                process.write_all(2, file.read())
                 time.sleep(0.1)
 
     threading.Thread(target=copy, daemon=True).start()

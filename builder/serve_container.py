@@ -7,7 +7,6 @@ sees the end and stops, and the engine removes the container. One created and ne
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -241,8 +240,7 @@ def _copy(lines: Iterator[bytes], log: Path, follow: bool) -> None:
             for line in lines:
                 file.write(line)
                 if follow:
-                    sys.stderr.write(line.decode("utf-8", "replace"))
-                    sys.stderr.flush()
+                    process.write_all(2, line)
 
     log.touch()
     threading.Thread(target=copy, daemon=True).start()
