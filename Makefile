@@ -1,7 +1,9 @@
 # make demo    environment, then the main job on the bundled model: built, served, smoke-tested
 # make test    every test that needs neither a GPU nor Docker
-# make lint    ruff and mypy;  make bench: the measured ratios;  make test-trtllm: the TensorRT-LLM image's versions
 # make test-browser    the report's page in Chromium
+# make docker-test    the containers, with a Docker engine: the one that runs, or one of its own (root, Debian)
+# make lint    ruff and mypy, hadolint, shellcheck, the compose schema;  make bench: the measured ratios
+# make test-trtllm    the tests that depend on them with the TensorRT-LLM image's versions
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -11,7 +13,7 @@ OUTPUT ?= artifacts
 # A second process per core fights over two cores; spinning OpenMP threads make it worse.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-browser test-trtllm lint bench clean
+.PHONY: demo test test-browser test-trtllm docker-test lint bench clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
@@ -34,6 +36,13 @@ lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile docker/base-cpu.Dockerfile
+	$(VENV)/bin/shellcheck .ci/run docker/packages docker/engine docker/base-cpu docker/test docker/gpu-hook/*
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	sed '/!reset/d' compose.cpu.yml | $(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec --default-filetype yaml -
+
+docker-test: $(VENV)/ready
+	docker/test
 
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/chain.py
@@ -48,7 +57,7 @@ $(VENV)/ready: pyproject.toml requirements/cpu.txt
 	@$(call system_packages)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q torch==2.13.0
-	$(VENV)/bin/pip install -q -c requirements/cpu.txt -e '.[quantize,serve,dev]'
+	$(VENV)/bin/pip install -q -c requirements/cpu.txt -e '.[quantize,serve,container,dev]'
 	$(VENV)/bin/pip install -q --no-deps nvidia-pytriton==0.7.0
 	touch $@
 

@@ -7,16 +7,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder import __version__
-from builder.errors import BuilderError, ServingError, UsageError
+from builder.errors import BuilderError, ServingError, UnsupportedError, UsageError
 from builder.output import Output, seconds, size
 
 if TYPE_CHECKING:
     from builder.pipeline import Built
     from builder.recipe import Resolved
+    from builder.repository import Repository
+    from builder.serve import Server
+    from builder.serve_container import ContainerServer
     from builder.smoke import SmokeReport
     from builder.store import Store
 
@@ -133,8 +137,12 @@ def parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "serve", "serve a repository until Ctrl-C", run_serve)
     _add_served(command)
+    command.add_argument("--follow-log", action="store_true", help="what the server says, on stderr too")
+    command.add_argument("--until-eof", action="store_true", help="stop when stdin ends")
     command = _command(commands, "smoke", "start a repository's server, test every way to ask it, stop it", run_smoke)
     _add_served(command)
+    command.add_argument("--http", metavar="HOST:PORT", help="test the server that runs there; start none")
+    command.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC port (with --http)")
     command.add_argument("--junit", type=Path, metavar="FILE", help="results as JUnit XML")
 
     command = _command(
@@ -156,6 +164,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--only", metavar="QUESTION", action="append", default=[], help="ask this one (repeatable)")
     command.add_argument("--force", action="store_true", help="ask again what is answered")
     command.add_argument("--time-limit", type=int, metavar="SECONDS", help="for each engine (default: 1800)")
+    _add_output(command)
+    command = _command(
+        commands, "doctor", "does this machine or container fit: driver, GPU, Docker, limits", run_doctor
+    )
+    command.add_argument("--gpu", help="profile to build for (default: the card that is here)")
     _add_output(command)
 
     _command(commands, "gpus", "the GPU profiles, what runs on them, the cards behind them", run_gpus)
@@ -197,10 +210,17 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 
 def _add_served(command: argparse.ArgumentParser) -> None:
-    command.add_argument("repository", type=Path, help="a repository, as in artifacts/models/")
+    command.add_argument(
+        "repository", type=Path, nargs="?",
+        help="a repository, as in artifacts/models/; default: MODEL_REPOSITORY, or the only one in OUTPUT/models",
+    )  # fmt: skip
+    _add_output(command)
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     for name in ("http", "grpc", "metrics"):
         command.add_argument(f"--{name}-port", type=int, help="default: a free one")
+    command.add_argument("--container", action="store_true", help="in a Docker container, which goes when we go")
+    command.add_argument("--image", default=os.environ.get("BUILDER_IMAGE", "trtllm-builder"),
+                         help="for --container (BUILDER_IMAGE, default trtllm-builder)")  # fmt: skip
 
 
 def _resolve(arguments: argparse.Namespace) -> Resolved:
@@ -217,7 +237,7 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     if getattr(arguments, "dry_run", False):
         return run_plan(arguments, out)
     resolved = _resolve(arguments)
-    from builder import pipeline
+    from builder import doctor, pipeline
     from builder.smoke import SmokeFailed
     from builder.store import STAGES, Store
 
@@ -227,6 +247,8 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     until = STAGE_NAMES.get(arguments.command, "smoke")
     if getattr(arguments, "no_smoke", False):
         until = "repository"
+    if os.environ.get(doctor.INSIDE) and "engine" in STAGES[: STAGES.index(until) + 1]:
+        doctor.require(resolved.gpu, resolved.recipe.engine.tensorrt_llm, arguments.output)
     store = Store(arguments.output, out, force=sorted(force))
     try:
         with store.in_use():
@@ -306,11 +328,12 @@ def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     """In the foreground, until it is told to stop (which is no failure) or dies (which is one)."""
-    from builder.repository import open_repository
-    from builder.serve import serve
+    from builder.serve import stop_at_eof
 
-    repository = open_repository(arguments.repository)
-    with serve(repository.models, out=out, **_where(arguments)) as server:
+    repository = _repository(arguments)
+    if arguments.until_eof:
+        stop_at_eof()
+    with _server(arguments, repository, out) as server:
         out.result({"http": server.http_url, "grpc": server.grpc_url, "metrics": server.metrics_url, "pid": server.pid})
         out.text(f"http       {server.http_url}")
         out.text(f"grpc       {server.grpc_url}")
@@ -331,19 +354,44 @@ def _curl(url: str, facts: Mapping[str, Any]) -> str:
     return f"curl -s http://{url}/v2/models/{facts['models']['generate']}/generate -d '{body}'"
 
 
+def _repository(arguments: argparse.Namespace) -> Repository:
+    from builder import repository
+
+    named = os.environ.get("MODEL_REPOSITORY")
+    return repository.open_repository(arguments.repository or repository.find(arguments.output, named))
+
+
+def _server(
+    arguments: argparse.Namespace, repository: Repository, out: Output
+) -> AbstractContextManager[Server | ContainerServer]:
+    """A server for it, here or in a container."""
+    if arguments.container:
+        from builder.serve_container import serve_container
+
+        follow = arguments.command == "serve" and not arguments.quiet
+        return serve_container(repository, out=out, image=arguments.image, follow_log=follow, **_where(arguments))
+    from builder.serve import followed_log, serve
+
+    log = followed_log() if getattr(arguments, "follow_log", False) else None
+    return serve(repository.models, out=out, log=log, **_where(arguments))
+
+
 def _where(arguments: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(arguments, key) for key in ("host", "http_port", "grpc_port", "metrics_port")}
 
 
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     """A repository served, tested and stopped."""
-    from builder.repository import open_repository
-    from builder.serve import serve
     from builder.smoke import smoke
 
-    repository = open_repository(arguments.repository)
-    with serve(repository.models, out=out, **_where(arguments)) as server:
-        report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
+    if bool(arguments.http) != bool(arguments.grpc):
+        raise UsageError("A running server is asked on both its ports.", cure="--http HOST:PORT --grpc HOST:PORT")
+    repository = _repository(arguments)
+    if arguments.http:
+        report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
+    else:
+        with _server(arguments, repository, out) as server:
+            report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
     _write_junit(report, arguments)
     rows = [("ok" if c.passed else "FAILED", c.name, seconds(c.seconds), c.detail) for c in report.checks]
     out.table("smoke test", ["", "check", "time", "detail"], rows)
@@ -413,6 +461,15 @@ def run_probe(arguments: argparse.Namespace, out: Output) -> int:
         _print_error(open_ones)
         return open_ones.exit_code
     return 0
+
+
+def run_doctor(arguments: argparse.Namespace, out: Output) -> int:
+    """Exit code 3 if something does not fit."""
+    from builder import containers, doctor, recipe
+
+    version = recipe.Engine().tensorrt_llm
+    checks = doctor.examine(doctor.profile(arguments.gpu), version, arguments.output)
+    return 0 if doctor.show(checks, containers.newest(version), out) else UnsupportedError.exit_code
 
 
 def run_gpus(arguments: argparse.Namespace, out: Output) -> int:

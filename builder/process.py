@@ -228,6 +228,12 @@ def _stop(child: Child) -> None:
             continue
 
 
+def write_all(fd: int, data: bytes) -> None:
+    """For threads that may be running when the interpreter ends: it aborts where one holds the lock of sys.stderr."""
+    while data:
+        data = data[os.write(fd, data) :]
+
+
 def tail(log: Path, lines: int = 15) -> str:
     """The last lines of a log, for a message."""
     try:

@@ -76,6 +76,23 @@ def open_repository(path: Path) -> Repository:
     return _repository(artefact)
 
 
+def find(root: Path, named: str | None = None) -> Path:
+    """Which of root/models is meant where no path was given: the one that `named` says, else the only one there is."""
+    there = sorted(path for path in (root / "models").glob("*") if not path.name.startswith("."))
+    found = [path for path in there if named in (None, "", path.name)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(path.name for path in there) or "nothing"
+    cure = "Build one first: builder build --model MODEL --gpu GPU"
+    if there:
+        cure = f"Name one: MODEL_REPOSITORY={there[0].name}, or give its path"
+    raise UsageError(
+        f"{root / 'models'} has no repository {named!r}." if named else f"Which repository of {root / 'models'}?",
+        why=f"There is {names}.",
+        cure=cure,
+    )
+
+
 def write(models: Path, engine: Path, snapshot: Path, part: recipe.Repository) -> dict[str, Any]:
     """Renders every model into `models`, checks the whole, and returns the facts. IntegrityError if it can't serve."""
     config = _json(engine / "config.json")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -100,7 +101,7 @@ def serve(
         guards.check(models)
     installation = find_server()
     backends = _backends(installation, models, engine_backend)
-    ports = _ports(host, http_port, grpc_port, metrics_port)
+    ports = choose_ports(host, http_port, grpc_port, metrics_port)
     log = log or Path(tempfile.mkdtemp(prefix="triton-")) / "server.log"
     shm = f"builder-{os.getpid()}-{secrets.token_hex(4)}-"
     world_size = 1 if engine_backend else _world_size(models)
@@ -264,7 +265,7 @@ def _prepare(files: tuple[Path, ...], code: str) -> Path:
     return final
 
 
-def _ports(host: str, *given: int | None) -> list[int]:
+def choose_ports(host: str, *given: int | None) -> list[int]:
     """The given ports, free ones in place of None. ServingError names the one that is in use."""
     held = []
     try:
@@ -316,19 +317,25 @@ def _command(
 
 def _wait_until_ready(server: Server, models: Path, deadline: float) -> None:
     """Until the server and each of its models say that they are ready."""
-    paths = ["/v2/health/ready", *(f"/v2/models/{path.name}/ready" for path in sorted(models.iterdir()))]
+    paths = ready_paths(models)
     while paths:
         if server.child.poll() is not None:
             raise _failure(f"Triton ended with {_how(server.child.returncode)} before it was ready.", server.log)
         if time.monotonic() > deadline:
             raise _failure("Triton is not ready in time.", server.log)
-        if _ok(server.http_url, paths[0]):
+        if answers_ok(server.http_url, paths[0]):
             paths.pop(0)
         else:
             time.sleep(0.05)
 
 
-def _ok(url: str, path: str) -> bool:
+def ready_paths(models: Path) -> list[str]:
+    """What to ask the server and each of its models until all are ready."""
+    return ["/v2/health/ready", *(f"/v2/models/{path.name}/ready" for path in sorted(models.iterdir()))]
+
+
+def answers_ok(url: str, path: str) -> bool:
+    """Whether a GET of this path is answered with 200."""
     connection = http.client.HTTPConnection(url, timeout=5)
     try:
         connection.request("GET", path, headers={"Connection": "close"})
@@ -337,6 +344,32 @@ def _ok(url: str, path: str) -> bool:
         return False
     finally:
         connection.close()
+
+
+def followed_log() -> Path:
+    """A new log for a server, copied to stderr as it grows, until we end: what `docker logs` shows."""
+    log = Path(tempfile.mkdtemp(prefix="triton-")) / "server.log"
+    log.touch()
+
+    def copy() -> None:
+        with open(log, "rb") as file:
+            while True:
+                process.write_all(2, file.read())
+                time.sleep(0.1)
+
+    threading.Thread(target=copy, daemon=True).start()
+    return log
+
+
+def stop_at_eof() -> None:
+    """SIGTERM to ourselves when stdin ends: a container whose client is gone stops by itself."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _how(code: int) -> str:

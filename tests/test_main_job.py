@@ -286,8 +286,8 @@ def test_a_stop_signal_ends_a_build_with_130_and_leaves_nothing(tmp_path: Path) 
 
 
 def test_serve_runs_until_it_is_stopped(built: tuple[Path, dict[str, Any]]) -> None:
-    _, said = built
-    argv = [sys.executable, "-m", "builder", "serve", said["repository"], "--json"]
+    output, said = built
+    argv = [sys.executable, "-m", "builder", "serve", said["repository"], "--json", "--follow-log"]
     child = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     lines = iter(child.stdout.readline, "")
@@ -300,11 +300,27 @@ def test_serve_runs_until_it_is_stopped(built: tuple[Path, dict[str, Any]]) -> N
     body = json.dumps({"text_input": "Return the number of", "max_tokens": 8}).encode()
     with urllib.request.urlopen(f"http://{where['http']}/v2/models/ensemble/generate", body, timeout=30) as answer:
         assert json.load(answer)["text_output"]
+    at = ["--http", where["http"], "--grpc", where["grpc"]]
+    named = {"MODEL_REPOSITORY": Path(said["repository"]).name}
+    smoked = builder("smoke", *at, "--output", str(output), "--json", env=named)
+    assert smoked.returncode == 0, smoked.stderr
+    assert json.loads(smoked.stdout)["passed"]
     child.send_signal(signal.SIGTERM)
-    child.communicate(timeout=60)
+    _, log = child.communicate(timeout=60)
     assert child.returncode == 0
+    assert "Started HTTPService" in log
     assert not _running(said["repository"])
     assert not Path(f"/proc/{where['pid']}").exists()
+
+
+def test_serve_ends_with_its_stdin_when_asked_to(built: tuple[Path, dict[str, Any]]) -> None:
+    argv = [sys.executable, "-m", "builder", "serve", built[1]["repository"], "--until-eof"]
+    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline().startswith("http ")
+    child.communicate(timeout=60)  # closes its stdin
+    assert child.returncode == 0
+    assert not _running(built[1]["repository"])
 
 
 def _running(word: str) -> list[str]:

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from builder import cli
 
@@ -32,8 +33,23 @@ def test_the_two_commands_come_first_and_ci_runs_them() -> None:
         assert command in Path(".ci/run").read_text()
 
 
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("docker compose ")])
+def test_a_compose_command_names_services_and_arguments_that_exist(line: str) -> None:
+    words = shlex.split(line)
+    services = yaml.safe_load(Path("docker-compose.yml").read_text())["services"]
+    assert {"run", "up"} & set(words)
+    for name in ("build", "smoke", "triton"):
+        assert name not in words or name in services
+    if "build" in words:
+        assert cli.parser().parse_args(["build", *words[words.index("build") + 1 :]]).run
+
+
+def test_the_three_commands_come_first() -> None:
+    assert [line.split()[2:4] for line in COMMANDS[:3]] == [["run", "build"], ["up", "-d"], ["run", "smoke"]]
+
+
 @pytest.mark.parametrize(
-    "path", re.findall(r"`((?:builder|configs|tests|triton_templates|benchmarks)/[\w./-]+)`", README)
+    "path", re.findall(r"`((?:builder|configs|docker|tests|triton_templates|benchmarks)/[\w./-]+)`", README)
 )
 def test_a_file_that_it_names_exists(path: str) -> None:
     assert Path(path).exists()

@@ -276,6 +276,22 @@ def test_a_snapshot_without_a_tokenizer_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "store" / "repository").iterdir())
 
 
+def test_the_only_repository_is_found_and_one_of_several_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is nothing"):
+        repository.find(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a").symlink_to("../repository/1")
+    (tmp_path / "models" / ".a.123").symlink_to("../repository/2")  # a link that is being replaced
+    for named in (None, "", "a"):
+        assert repository.find(tmp_path, named) == tmp_path / "models" / "a"
+    (tmp_path / "models" / "b").symlink_to("../repository/2")
+    assert repository.find(tmp_path, "b").name == "b"
+    for named in (None, "c"):
+        with pytest.raises(UsageError, match="There is a, b") as caught:
+            repository.find(tmp_path, named)
+        assert "MODEL_REPOSITORY=a" in caught.value.cure
+
+
 def test_importing_it_is_light() -> None:
     heavy = "{'torch', 'transformers', 'jinja2', 'tritonclient', 'numpy'}"
     code = f"import sys, builder.repository, builder.serve; print({heavy} & set(sys.modules))"

@@ -1,0 +1,61 @@
+# The builder inside the image whose TensorRT-LLM builds the engine and serves it.
+# The default base is the newest row of configs/containers.yaml that has both (a test compares). To pin its bytes too:
+#   --build-arg BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3@sha256:DIGEST
+# A CPU base image, for --gpu cpu: docker/base-cpu makes it.
+ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE} AS wheel
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY builder ./builder
+COPY configs ./configs
+COPY triton_templates ./triton_templates
+RUN python3 -m pip wheel -q --no-cache-dir --no-deps --wheel-dir /wheel .
+
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE}
+ARG TENSORRT_LLM=1.2.1
+USER 0:0
+# A package that the image ships may not move: the engine is built and served by what NVIDIA tested together.
+# What we need first, in a layer that stays while only our code changes.
+RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml \
+    --mount=type=bind,source=docker/image_packages.py,target=/image_packages.py \
+    python3 /image_packages.py expect tensorrt_llm "${TENSORRT_LLM}" \
+    && python3 /image_packages.py save /shipped.txt \
+    && python3 /image_packages.py requirements /pyproject.toml quantize serve > /needed.txt \
+    && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --no-cache-dir --root-user-action ignore \
+        --constraint /shipped.txt --requirement /needed.txt \
+    && python3 /image_packages.py compare /shipped.txt \
+    && rm /needed.txt \
+    && install -d -m 1777 /artifacts /cache
+RUN --mount=from=wheel,source=/wheel,target=/wheel \
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --no-cache-dir --no-deps --root-user-action ignore \
+        /wheel/*.whl
+
+# Every cache under /cache, a volume: the root file system is read-only. USER: getpass asks for it where a uid has no name.
+ENV BUILDER_OUTPUT=/artifacts \
+    BUILDER_CONTAINER=1 \
+    HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    XDG_CACHE_HOME=/cache \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton \
+    USER=builder \
+    LOGNAME=builder \
+    OMP_WAIT_POLICY=PASSIVE \
+    PYTHONUNBUFFERED=1
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG SOURCE=unknown
+LABEL org.opencontainers.image.title="trtllm-builder" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      trtllm-builder.tensorrt-llm="${TENSORRT_LLM}"
+WORKDIR /artifacts
+USER 1000:1000
+# Not NVIDIA's entrypoint: its banner goes to stdout, where --json and the results go.
+ENTRYPOINT ["builder"]
+CMD ["--help"]

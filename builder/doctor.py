@@ -1,0 +1,281 @@
+"""Says before anything starts whether this machine, or this container, fits: each check with what it saw and a cure."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from builder import containers, gpus
+from builder.containers import Container
+from builder.errors import UnsupportedError
+from builder.gpus import GpuProfile
+from builder.output import Output, size
+
+INSIDE = "BUILDER_CONTAINER"  # set by our Dockerfile
+SHM = Path("/dev/shm")
+TOOLKIT = "https://docs.nvidia.com/datacenter/cloud-native/container-toolkit"
+
+
+@dataclass(frozen=True)
+class Check:
+    """`cure` is what to type or install where the state is not ok; a `failed` one ends a build before it begins."""
+
+    name: str
+    state: Literal["ok", "warning", "failed"]
+    seen: str
+    needed: str = ""
+    cure: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as NVML sees it."""
+
+    name: str
+    sm: int
+    driver: str
+
+
+def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path) -> list[Check]:
+    """Every check that makes sense here. `gpu` is the profile to build for, None for whatever card is there."""
+    row = containers.newest(tensorrt_llm)
+    inside = bool(os.environ.get(INSIDE))
+    found = [Check("place", "ok", "in a container" if inside else "on the host")]
+    if gpu is None or gpu.target != "reference":
+        cards = see_cards()
+        found += [_gpu(gpu, cards, inside), *_driver(row, cards)]
+        if inside or shutil.which("trtllm-build"):
+            found += [*_versions(row), _shm(), *_limits()]
+        else:
+            found += _docker(row)
+    return [*found, _disk(output), *_writable(output, inside)]
+
+
+def require(gpu: GpuProfile, tensorrt_llm: str, output: Path) -> None:
+    """UnsupportedError with every failed check and its cure."""
+    failed = [check for check in examine(gpu, tensorrt_llm, output) if check.state == "failed"]
+    if failed:
+        where = "container" if os.environ.get(INSIDE) else "machine"
+        raise UnsupportedError(
+            f"This {where} can't build for {gpu.name}; nothing was started.",
+            why="\n".join(f"{c.name}: {c.seen}" + (f" (needed: {c.needed})" if c.needed else "") for c in failed),
+            cure="\n".join(dict.fromkeys(check.cure for check in failed)),
+        )
+
+
+def show(checks: Sequence[Check], row: Container, out: Output) -> bool:
+    """A table, or one object with --json. True if nothing failed."""
+    passed = all(check.state != "failed" for check in checks)
+    out.table("doctor", ["", "check", "seen", "needed"], [(c.state, c.name, c.seen, c.needed) for c in checks])
+    out.result({"passed": passed, "image": asdict(row), "checks": [asdict(check) for check in checks]})
+    for check in checks:
+        if check.state == "warning":
+            out.warn(f"{check.name}: {check.cure}")
+        elif check.state == "failed":
+            out.stage("failed", f"{check.name}: {check.cure}")
+    return passed
+
+
+def see_cards() -> list[Card]:
+    """The GPUs that NVML sees; none where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        found = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            found.append(Card(pynvml.nvmlDeviceGetName(handle), 10 * major + minor, driver))
+        return found
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(gpu: GpuProfile | None, cards: Sequence[Card], inside: bool) -> Check:
+    needed = f"a card of {gpu.name}: {gpu.title}" if gpu else "an NVIDIA GPU"
+    if not cards:
+        cure = "Install NVIDIA's driver, so that `nvidia-smi` lists the card; or build for the CPU: --gpu cpu"
+        if inside:
+            cure = (
+                "Give the container the GPU: docker-compose.yml without compose.cpu.yml, on a machine with NVIDIA's "
+                f"container toolkit ({TOOLKIT}); or build for the CPU: --gpu cpu"
+            )
+        return Check("GPU", "failed", "no NVIDIA GPU is visible", needed, cure)
+    seen = ", ".join(f"{card.name} (sm{card.sm})" for card in cards)
+    if gpu and any(card.sm != gpu.sm for card in cards):
+        names = dict.fromkeys(f"sm{card.sm}" for card in cards)
+        cure = f"Build for the card that is here: --gpu {next(iter(names))}, or hide the others: CUDA_VISIBLE_DEVICES"
+        return Check("GPU", "failed", seen, needed, cure)
+    return Check("GPU", "ok", seen, needed)
+
+
+def _driver(row: Container, cards: Sequence[Card]) -> Iterator[Check]:
+    if not cards or row.driver is None or row.cuda is None:
+        return
+    seen, wanted, floor = cards[0].driver, row.driver, containers.driver_floor(row.cuda)
+    needed = f"{wanted} (CUDA {row.cuda})"
+    older = next((r for r in containers.rows() if r.driver and _fits(seen, r.driver)), None)
+    other = f" Or take an image for this driver: TensorRT-LLM {older.tensorrt_llm}, {older.image}." if older else ""
+    if _fits(seen, wanted):
+        yield Check("driver", "ok", seen, needed)
+    elif floor and _fits(seen, floor):
+        yield Check(
+            "driver", "warning", seen, needed,
+            f"A driver from {floor} on runs this CUDA, but not all of it. Install {wanted} or later.{other}",
+        )  # fmt: skip
+    else:
+        yield Check("driver", "failed", seen, needed, f"Install NVIDIA's driver {wanted} or later.{other}")
+
+
+def _fits(driver: str, wanted: str) -> bool:
+    return containers.numbers(driver) >= containers.numbers(wanted)
+
+
+def _versions(row: Container) -> Iterator[Check]:
+    """What the image holds against its row. An engine runs only on the version that built it."""
+    wanted = {"tensorrt_llm": row.tensorrt_llm, "tensorrt": row.tensorrt, "nvidia-modelopt": row.modelopt}
+    cure = f"Build the image on {row.image} (docker compose build build)"
+    for name, version in wanted.items():
+        try:
+            seen = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            seen = "absent"
+        state: Literal["ok", "warning", "failed"] = "ok"
+        if version and seen != version:
+            state = "failed" if name == "tensorrt_llm" else "warning"
+        yield Check(name, state, seen, version or "", cure if state != "ok" else "")
+    path = shutil.which("trtllm-build")
+    yield Check("trtllm-build", "ok" if path else "failed", path or "not on the PATH", "on the PATH", cure)
+
+
+def _shm() -> Check:
+    needed = containers.needs().shm_bytes
+    seen = shutil.disk_usage(SHM).total if SHM.is_dir() else 0
+    cure = (
+        "Give the container more shared memory: SHM_SIZE=8gb with compose, --shm-size 8g or --ipc host with docker run"
+    )
+    return Check("shared memory", "ok" if seen >= needed else "failed", size(seen), f"{size(needed)} in {SHM}", cure)
+
+
+def _limits() -> Iterator[Check]:
+    """NVIDIA asks for both; memory can be pinned, and engines built, with less in most cases."""
+    wanted = {
+        "memlock": (resource.RLIMIT_MEMLOCK, None),
+        "stack": (resource.RLIMIT_STACK, containers.needs().stack_bytes),
+    }
+    for name, (which, needed) in wanted.items():
+        soft, _ = resource.getrlimit(which)
+        unlimited = soft == resource.RLIM_INFINITY
+        fits = unlimited or (needed is not None and soft >= needed)
+        yield Check(
+            f"ulimit {name}",
+            "ok" if fits else "warning",
+            "unlimited" if unlimited else size(soft),
+            size(needed) if needed else "unlimited",
+            "" if fits else f"docker run --ulimit {name}={needed or -1}; docker-compose.yml sets it (MEMLOCK)",
+        )
+
+
+def _docker(row: Container) -> Iterator[Check]:
+    """On a host without trtllm-build: the engine, compose, and the toolkit that hands GPUs to containers."""
+    info = _docker_json("info", "--format", "{{json .}}")
+    needed = f"a running engine, for {row.image}"
+    if not info or not info.get("ServerVersion"):
+        cure = "Install Docker and start it (systemctl start docker), as a user of the group docker"
+        yield Check("Docker", "failed", "no engine answers", needed, cure)
+        return
+    yield Check("Docker", "ok", str(info["ServerVersion"]), needed)
+    compose = _docker_json("compose", "version", "--format", "json") or {}
+    version = compose.get("version", "")
+    cure = "Install the plugin: docker-compose-plugin"
+    yield Check("docker compose", "ok" if version else "failed", version or "absent", "2.24 or later", cure)
+    runtimes, cdi = info.get("Runtimes") or {}, info.get("DiscoveredDevices") or []
+    there = "nvidia" in runtimes or any("nvidia" in str(device) for device in cdi) or _hook()
+    yield Check(
+        "container toolkit",
+        "ok" if there else "failed",
+        "known to the engine" if there else "the engine knows no way to a GPU",
+        "nvidia runtime, hook or CDI devices",
+        f"Install NVIDIA's container toolkit ({TOOLKIT}): nvidia-ctk runtime configure --runtime docker, "
+        "then restart the engine",
+    )
+
+
+def _hook() -> bool:
+    """The engine takes GPU requests where this is on its PATH, without any runtime of that name."""
+    return shutil.which("nvidia-container-runtime-hook") is not None
+
+
+def _docker_json(*arguments: str) -> Mapping[str, Any] | None:
+    if shutil.which("docker") is None:
+        return None
+    try:
+        done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=20)
+        found: Mapping[str, Any] = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        return None
+    return found
+
+
+def _disk(output: Path) -> Check:
+    needed = containers.needs().disk_bytes
+    there = _nearest(output)
+    free = shutil.disk_usage(there).free
+    cure = "Free some space, or choose another --output. `builder plan` says what a model needs"
+    return Check("disk", "ok" if free >= needed else "failed", f"{size(free)} free", f"{size(needed)} at least", cure)
+
+
+def _writable(output: Path, inside: bool) -> Iterator[Check]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    uid, gid = os.getuid(), os.getgid()
+    for name, path in {"artefacts": output, "Hub's cache": hub, "cache": cache, "temporary": _tmp()}.items():
+        why = _refusal(path)
+        cure = f"chown -R {uid}:{gid} {path}, or choose another directory"
+        if inside:
+            cure = f"On the host give it to uid {uid} (chown -R {uid}:{gid} DIRECTORY), or run as its owner: PUID, PGID"
+        yield Check(name, "failed" if why else "ok", f"{path}: {why}" if why else str(path), "writable", cure)
+
+
+def _tmp() -> Path:
+    return Path(os.environ.get("TMPDIR") or "/tmp")
+
+
+def _refusal(directory: Path) -> str:
+    """Why nothing can be written there: by trying, in the nearest directory that exists."""
+    try:
+        with tempfile.TemporaryFile(dir=_nearest(directory)):
+            return ""
+    except OSError as error:
+        return f"{error.strerror} for uid {os.getuid()}"
+
+
+def _nearest(path: Path) -> Path:
+    """Itself or the parent that exists. Not Path.exists: that raises below a directory that we may not enter."""
+    return next(there for there in (path.absolute(), *path.absolute().parents) if os.path.exists(there))
+
+
+def profile(name: str | None) -> GpuProfile | None:
+    """The named profile; for `auto` or nothing the one of the card here, None where NVML sees none that we know."""
+    if name not in (None, "auto"):
+        return gpus.load(str(name))
+    try:
+        return gpus.detect()
+    except UnsupportedError:
+        return None
