@@ -121,6 +121,8 @@ def parser() -> argparse.ArgumentParser:
                                  help=f"make this stage again: {', '.join(STAGE_NAMES)}")  # fmt: skip
             command.add_argument("--from", metavar="STAGE", dest="start", choices=STAGE_NAMES,
                                  help="make this stage and all after it again")  # fmt: skip
+        if name == "engine":
+            command.add_argument("--dry-run", action="store_true", help="print the trtllm-build command, make nothing")
         if name == "build":
             command.add_argument("--dry-run", action="store_true", help="the same as `builder plan`")
             command.add_argument("--no-smoke", action="store_true", help="leave the repository untested")
@@ -134,6 +136,13 @@ def parser() -> argparse.ArgumentParser:
     command = _command(commands, "smoke", "start a repository's server, test every way to ask it, stop it", run_smoke)
     _add_served(command)
     command.add_argument("--junit", type=Path, metavar="FILE", help="results as JUnit XML")
+
+    command = _command(
+        commands, "report", "what is known of a repository: one HTML page, a model card, a table", run_report
+    )
+    command.add_argument("repository", type=Path, help="a repository, as in artifacts/models/")
+    for option, text in (("html", "the page"), ("markdown", "the model card"), ("csv", "the table that grows")):
+        command.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
 
     command = _command(commands, "verify", "hash every stored file again", run_verify)
     _add_output(command)
@@ -270,13 +279,13 @@ def _print_built(built: Built, store: Store, until: str, out: Output) -> None:
 
 
 def run_plan(arguments: argparse.Namespace, out: Output) -> int:
-    """What a build would do. Exit code 3, after the plan, where it would not fit."""
+    """What a build would do, or the command that `engine` would run. Exit code 3 after it, where it would not fit."""
     resolved = _resolve(arguments)
     from builder import plan
     from builder.store import Store
 
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
-    plan.show(found, out)
+    (plan.show_command if arguments.command == "engine" else plan.show)(found, out)
     if found.refusal:
         _print_error(found.refusal)
         return found.refusal.exit_code
@@ -343,6 +352,14 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     return 0
 
 
+def run_report(arguments: argparse.Namespace, out: Output) -> int:
+    """The page, the card and the table's rows, from manifests and the build record."""
+    from builder import report_page
+
+    report_page.publish(arguments.repository, out, page=arguments.html, card=arguments.markdown, table=arguments.csv)
+    return 0
+
+
 def run_verify(arguments: argparse.Namespace, out: Output) -> int:
     """Every file of the store against its sha256."""
     from builder import store
@@ -356,6 +373,7 @@ def run_verify(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_clean(arguments: argparse.Namespace, out: Output) -> int:
     """Removes what nothing needs."""
+    from builder import record
     from builder.store import Store, prune
 
     root = _existing(arguments.output)
@@ -366,6 +384,7 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
                 link.unlink()
         keep = set() if arguments.all else {link.resolve() for link in links}
         removed, freed = prune(root, keep, dry=arguments.dry_run)
+        removed += record.prune(root, gone=removed, dry=arguments.dry_run)
     out.result({"removed": [str(path) for path in removed], "bytes": freed})
     for path in removed:
         out.text(str(path))

@@ -6,12 +6,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, llmapi, llmapi_repository, probe_answers, ranks, trtllm
+from builder import engine, fit, fit_change, llmapi, llmapi_repository, probe_answers, ranks, record, trtllm
 from builder.calibrate import calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
@@ -49,10 +49,7 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
     if until in ("ranks", "engine") and recipe.target == "llmapi":
-        raise UsageError(
-            "The llmapi target has no engine: the checkpoint is loaded as it is.",
-            cure="As far as the repository: `builder render`.",
-        )
+        raise no_engine()
     if "engine" in wanted and not store.dry:
         check_machine(resolved, serving="smoke" in wanted)
 
@@ -101,11 +98,18 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
             return Built(snapshot, flags, checkpoint, built)
         repository = render(built, snapshot, recipe.repository, store=store)
 
-    if "smoke" not in wanted:
-        return Built(snapshot, flags, checkpoint, built, repository, link=link(resolved, repository, store))
+    made = Built(snapshot, flags, checkpoint, built, repository)
+    if "smoke" in wanted:
+        made = replace(made, smoke=smoke_test(repository, store=store))
+    return replace(made, link=publish(resolved, made, repository, store))
 
-    report = smoke_test(repository, store=store)
-    return Built(snapshot, flags, checkpoint, built, repository, report, link=link(resolved, repository, store))
+
+def no_engine() -> UsageError:
+    """Where an engine, or the command that builds it, was asked of the llmapi target."""
+    return UsageError(
+        "The llmapi target has no engine: the checkpoint is loaded as it is.",
+        cure="As far as the repository: `builder render`.",
+    )
 
 
 def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
@@ -205,6 +209,15 @@ def _headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -
     shards = [directory / name for name in files if name.endswith(".safetensors")]
     tensors = {name: (info.dtype, tuple(info.shape)) for file in shards for name, info in read_header(file).items()}
     return ModelFacts(config, tensors)
+
+
+def publish(resolved: Resolved, made: Built, repository: Repository, store: Store) -> Path:
+    """The link to the repository, and the record of how it came to be for `builder report`."""
+    name = link(resolved, repository, store)
+    if not store.dry:
+        model = _headers(made.snapshot.path, made.snapshot.config, made.snapshot.files)
+        record.write(resolved, made.flags, model, sizes(resolved, model, made.flags), name, store)
+    return name
 
 
 def link(resolved: Resolved, repository: Repository, store: Store) -> Path:

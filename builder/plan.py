@@ -5,6 +5,7 @@ Sizes come from config.json and the headers of the safetensors files alone.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from builder.fit_change import Verdict
 from builder.output import Output, size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
-from builder.store import STAGES, Store
+from builder.store import STAGES, Artefact, Store, WouldRun
 from builder.trtllm_answers import Answer
 
 
@@ -26,6 +27,7 @@ class Plan:
     """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so;
     `refusal` what does not fit, on the card or on this machine, where a build would end with it.
 
+    `command` is trtllm-build's; `placeholder` is the word in it for a checkpoint that is not made yet.
     `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here.
     """
 
@@ -35,6 +37,7 @@ class Plan:
     settings: pipeline.Settings
     notes: list[trtllm.Note]
     command: list[str] | None
+    placeholder: str | None
     model_yaml: str | None
     blocked: BuilderError | None
     refusal: BuilderError | None
@@ -53,49 +56,52 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         pipeline.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    command, model_yaml, notes = _launched(resolved, store, model.config, answers)
-    asked, host, sizes = (
-        fit.serving(resolved, settings),
-        fit.machine(store.root),
-        pipeline.sizes(resolved, model, settings),
-    )
-    stages = _stages(resolved, store)
+    asked, host = fit.serving(resolved, settings), fit.machine(store.root)
+    sizes = pipeline.sizes(resolved, model, settings)
+    done, first = pipeline.stored(resolved, store)
+    stages = _stages(resolved, done, first)
+    command, placeholder, model_yaml, notes = _launched(resolved, model.config, answers, store, done)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         remaining = [stage for stage, state, _ in stages if state != "cached"]
         refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
     refusal = verdict.refusal or refusal
-    return Plan(resolved, stages, sizes, settings, notes, command, model_yaml, blocked, refusal, verdict, host, missing)
+    launched = command, placeholder, model_yaml
+    return Plan(resolved, stages, sizes, settings, notes, *launched, blocked, refusal, verdict, host, missing)
 
 
 def _launched(
-    resolved: Resolved, store: Store, config: Mapping[str, Any], answers: Sequence[Answer]
-) -> tuple[list[str] | None, str | None, list[trtllm.Note]]:
-    """What will be run: trtllm-build's command line, or the model.yaml; with what there is to know about it."""
+    resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer], store: Store, done: Sequence[Artefact]
+) -> tuple[list[str] | None, str | None, str | None, list[trtllm.Note]]:
+    """What will be run: trtllm-build's command line with its placeholder, or the model.yaml; and notes about it."""
     recipe = resolved.recipe
     if recipe.target == "llmapi":
         arguments = llmapi.resolve(resolved, config)
-        text = llmapi_repository.model_yaml(
-            Path("CHECKPOINT/unified"), arguments, decoupled=recipe.repository.decoupled
-        )
-        return None, text, llmapi.notes(resolved, arguments)
+        unified = Path("CHECKPOINT/unified")
+        text = llmapi_repository.model_yaml(unified, arguments, decoupled=recipe.repository.decoupled)
+        return None, None, text, llmapi.notes(resolved, arguments)
     flags = trtllm.resolve(resolved, config, answers)
     notes = trtllm.notes(resolved, config, flags, answers) + trtllm.window_notes(config, flags)
-    if recipe.target != "engine":
-        return None, None, notes
-    command = trtllm.command(
-        flags,
-        checkpoint=Path("RANKS/tensorrt_llm" if recipe.engine.world_size > 1 else "CHECKPOINT/tensorrt_llm"),
-        output=Path("ENGINE"),
-        timing_cache=store.root / "timing" / "model.cache",
-    )
-    return command, None, notes
+    return *_command(resolved, flags, store, done), None, notes
 
 
-def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
-    """(stage, state, why) of the whole chain, which stops at the first stage that would run."""
-    done, first = pipeline.stored(resolved, store)
+def _command(
+    resolved: Resolved, flags: list[trtllm.Flag], store: Store, done: Sequence[Artefact]
+) -> tuple[list[str] | None, str | None]:
+    """trtllm-build's for the checkpoint in the store, else for one named by a word, with that word."""
+    if resolved.recipe.target != "engine":
+        return None, None
+    stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
+    made = next((artefact.path for artefact in done if artefact.stage == stage), None)
+    placeholder = None if made else stage.upper()
+    timing = store.root / "timing" / "model.cache"
+    layout = (made or Path(stage.upper())) / "tensorrt_llm"
+    return trtllm.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
+
+
+def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None) -> list[tuple[str, str, str]]:
+    """(stage, state, why) of the whole chain, of which `done` is in the store and `first` would run first."""
     rows = [(artefact.stage, "cached", artefact.path.name) for artefact in done]
     skipped = {"ranks", "engine"} if resolved.recipe.target == "llmapi" else set()
     skipped |= set() if resolved.recipe.engine.world_size > 1 else {"ranks"}
@@ -168,7 +174,7 @@ def show(found: Plan, out: Output) -> None:
     if found.notes:
         out.table("what to know", ["rule", ""], [(note.rule, note.text) for note in found.notes])
     if found.command:
-        out.text(" ".join(found.command))
+        out.text(shlex.join(found.command))
     if found.model_yaml:
         out.text(found.model_yaml.rstrip())
     if found.blocked:
@@ -190,5 +196,40 @@ def show(found: Plan, out: Output) -> None:
             "model_yaml": found.model_yaml,
             "blocked": found.blocked.what if found.blocked else None,
             "refusal": found.refusal.what if found.refusal else None,
+        }
+    )
+
+
+NO_COMMAND = "The reference target runs no trtllm-build: its engine is the checkpoint beside an engine's config.json."
+
+
+def show_command(found: Plan, out: Output) -> None:
+    """The trtllm-build command alone, ready to paste. With --json also as words, and the word still to be filled in."""
+    if found.model_yaml:
+        raise pipeline.no_engine()
+    shell = []
+    if found.command:
+        cache = Path(found.command[found.command.index("--output_timing_cache") + 1])
+        if not cache.parent.is_dir():  # trtllm-build makes no directory for it, and would fail at its very end
+            shell.append(shlex.join(["mkdir", "-p", str(cache.parent)]))
+        shell.append(shlex.join(found.command))
+    for line in shell:
+        out.text(line)
+    if not found.command:
+        out.info(f"{NO_COMMAND} To see an engine's: --gpu sm120 (`builder gpus`).")
+    if found.placeholder:
+        made = "`builder quantize`" if found.placeholder == "CHECKPOINT" else "`builder engine`, before the engine,"
+        out.warn(f"{found.placeholder} stands for a directory that is not made yet: {made} makes it in the store.")
+    if found.blocked and found.command:
+        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
+    out.result(
+        {
+            "target": found.resolved.recipe.target,
+            "command": found.command,
+            "shell": shell,
+            "placeholder": found.placeholder,
+            "why": None if found.command else NO_COMMAND,
+            "flags": [vars(setting) for setting in found.settings],
+            "blocked": found.blocked.what if found.blocked else None,
         }
     )

@@ -21,6 +21,7 @@ from builder import errors
 from builder.errors import BuilderError, StageError
 
 PROGRESS_FD = "BUILDER_PROGRESS_FD"
+FOLLOW_SECONDS = 0.2  # between two looks at a child's log
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 Child: TypeAlias = "subprocess.Popen[bytes]"
@@ -99,10 +100,12 @@ def run(
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
     limit: float | None = None,
 ) -> Finished:
     """Runs `argv` with its stdout and stderr in `log`; events that the child `emit`s go to `on_event`.
 
+    `on_line` hears each line of the log while the child runs, all of them before this returns or raises.
     When it ends with anything but 0, raises the error that the child `emit_error`ed, or Failed with the log's last
     lines. On an interrupt the child gets SIGINT, ten seconds to end, then SIGKILL; after `limit` seconds SIGKILL.
     """
@@ -123,7 +126,10 @@ def run(
         sink.write(f"$ {shlex.join(argv)}\n".encode())
         sink.flush()
         popen = {"env": environment, "cwd": cwd, "pass_fds": [write_fd]}
-        with started(argv, stop=_stop, death=signal.SIGKILL, log=sink, **popen) as child:
+        with (
+            _followed(log, sink.tell(), on_line),
+            started(argv, stop=_stop, death=signal.SIGKILL, log=sink, **popen) as child,
+        ):
             ours.close()  # so that the reader ends with the child
             with _limited(child, limit) as overdue:
                 _, status, usage = os.wait4(child.pid, 0)
@@ -153,6 +159,35 @@ def _limited(child: Child, limit: float | None) -> Iterator[threading.Event]:
         yield overdue
     finally:
         timer.cancel()
+
+
+@contextmanager
+def _followed(log: Path, start: int, on_line: Callable[[str], None] | None) -> Iterator[None]:
+    """While the block runs, a thread reads what is added to the file after `start`; at its end, what is left of it."""
+    if on_line is None:
+        yield
+        return
+    ended = threading.Event()
+    follower = threading.Thread(target=_follow, args=(log, start, on_line, ended), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join(timeout=5)
+
+
+def _follow(log: Path, start: int, on_line: Callable[[str], None], ended: threading.Event) -> None:
+    """Whole lines, as they are completed; the last one also without its end."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        rest = b""
+        last = False
+        while not last:
+            last = ended.wait(FOLLOW_SECONDS)  # before the read: what was written until then is read below
+            *lines, rest = (rest + file.read()).split(b"\n")
+            for line in [*lines, rest] if last else lines:
+                on_line(line.decode("utf-8", "replace").rstrip("\r"))
 
 
 def emit(**event: Any) -> None:

@@ -25,6 +25,7 @@ SOURCES = (
     "builder/smoke_checks.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/guards.py",
     "builder/reference",
     "builder/nvfp4.py",
     "builder/ranks.py",

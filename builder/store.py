@@ -31,6 +31,8 @@ from builder.output import Output, seconds, size
 FORMAT = 1  # of the manifest; a change makes every older stage unknown
 MANIFEST = "manifest.json"
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
+# Beside the chain: the texts of a data set, what one runner made of them, and the tables of all of these.
+EVALUATION = ("texts", "scores", "evaluation")
 _CHUNK = 1 << 20
 
 
@@ -184,7 +186,7 @@ def artefacts(root: Path) -> list[Artefact]:
 
 def _directories(root: Path) -> list[Path]:
     """The published ones: a hidden directory is half-made, even if it holds a manifest already."""
-    found = (path.parent for stage in STAGES for path in sorted((root / stage).glob(f"*/{MANIFEST}")))
+    found = (path.parent for stage in (*STAGES, *EVALUATION) for path in sorted((root / stage).glob(f"*/{MANIFEST}")))
     return [directory for directory in found if not directory.name.startswith(".")]
 
 
@@ -218,16 +220,13 @@ def _wrong_files(directory: Path) -> list[str]:
 
 
 def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path], int]:
-    """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes)."""
+    """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes).
+
+    The smoke test of what is kept stays with it.
+    """
     everything = artefacts(root)
-    by_digest = {artefact.digest: artefact for artefact in everything}
-    needed: set[Path] = set()
-    queue = [artefact for artefact in everything if artefact.path in keep]
-    while queue:
-        artefact = queue.pop()
-        if artefact.path not in needed:
-            needed.add(artefact.path)
-            queue.extend(by_digest[d] for d in _strings(artefact.manifest["ingredients"]) if d in by_digest)
+    kept = [artefact for artefact in everything if artefact.path in keep]
+    needed = {artefact.path for artefact in [*upstream(kept, everything), *tests_of(kept, everything)]}
     removed, freed = [], 0
     for stage in STAGES:
         for path in sorted((root / stage).glob("*")):
@@ -237,6 +236,39 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
                 if not dry:
                     shutil.rmtree(path)
     return removed, freed
+
+
+def upstream(start: Sequence[Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
+    """`start` and all that it was made from, as far as the digests among the ingredients lead."""
+    by_digest = {artefact.digest: artefact for artefact in everything}
+    found: dict[Path, Artefact] = {}
+    queue = list(start)
+    while queue:
+        artefact = queue.pop()
+        if artefact.path not in found:
+            found[artefact.path] = artefact
+            queue.extend(by_digest[d] for d in _strings(artefact.manifest["ingredients"]) if d in by_digest)
+    return list(found.values())
+
+
+def tests_of(repositories: Sequence[Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
+    """The smoke tests that these repositories passed."""
+    digests = {artefact.digest for artefact in repositories}
+    return [a for a in everything if a.stage == "smoke" and a.manifest["ingredients"].get("repository") in digests]
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: readers see the old text or the new one."""
+    _make_directory(path.parent)
+    fresh = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        fresh.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        _fsync(fresh)
+        fresh.replace(path)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

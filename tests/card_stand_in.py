@@ -19,9 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 
 NVML = """
-class NVMLError(Exception): pass
+NVML_ERROR_LIBRARY_NOT_FOUND, NVML_ERROR_DRIVER_NOT_LOADED = 12, 9
+class NVMLError(Exception): value = NVML_ERROR_LIBRARY_NOT_FOUND
 def nvmlInit():
     if not {capability}: raise NVMLError("NVML Shared Library Not Found")
+nvmlDeviceGetCount = lambda: 1
+nvmlDeviceGetUUID = lambda handle: "GPU-0"
 nvmlShutdown = lambda: None
 nvmlDeviceGetHandleByIndex = lambda index: index
 nvmlDeviceGetCudaComputeCapability = lambda handle: {capability}

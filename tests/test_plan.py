@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder import checkpoint, cli, fit, fit_change, pipeline, ranks, recipe
+from builder import checkpoint, cli, engine, fit, fit_change, pipeline, ranks, recipe
 from builder.errors import UnsupportedError
 from builder.fit import Machine, ModelFacts, Serving
+from builder.gpus import Seen
 from builder.output import Output
 from builder.ranks import Parallel
 from builder.safetensors_io import Tensors
@@ -268,6 +269,7 @@ def test_a_build_for_the_engine_target_refuses_too(huge: Path, tmp_path: Path, m
     (tmp_path / "trtllm-build").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "trtllm-build").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(engine, "visible", lambda: [Seen("NVIDIA GeForce RTX 5090", 12, 0, "590.44.01")])
     resolved = recipe.resolve({"model.id": str(huge), "gpu": "sm120"})
     with pytest.raises(UnsupportedError, match="It does not fit on RTX PRO 6000 Blackwell"):
         pipeline.build(resolved, Store(tmp_path / "out", Output("quiet")))

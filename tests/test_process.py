@@ -45,6 +45,34 @@ def test_output_is_in_the_log_and_events_are_heard(tmp_path: Path) -> None:
     assert finished.max_rss > 1_000_000
 
 
+def test_each_line_is_heard_once_while_the_child_runs(tmp_path: Path) -> None:
+    """Also a line that comes in pieces, the last one without its end, and those of a child that fails."""
+    heard: list[str] = []
+    (tmp_path / "log").write_text("of another run\n")
+    code = f"""
+import sys, time
+from pathlib import Path
+write = lambda text: (sys.stdout.write(text), sys.stdout.flush())
+write("fir")
+time.sleep(0.5)
+write("st\\n")
+while not Path({str(tmp_path / "heard")!r}).exists():
+    time.sleep(0.01)
+for number in range(5000):
+    write(f"{{number}}\\n")
+write("größer, without an end")
+sys.exit(3)
+"""
+
+    def hear(line: str) -> None:
+        heard.append(line)
+        (tmp_path / "heard").touch()
+
+    with pytest.raises(StageError, match="exit code 3"):
+        process.run(python(code), log=tmp_path / "log", on_line=hear)
+    assert heard == ["first", *map(str, range(5000)), "größer, without an end"]
+
+
 def test_a_failure_shows_the_last_lines_and_the_code(tmp_path: Path) -> None:
     code = "import sys; print('\\n'.join(map(str, range(100)))); sys.exit('out of memory')"
     with pytest.raises(StageError, match="exit code 1") as caught:
