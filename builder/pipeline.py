@@ -50,10 +50,7 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
     if until in ("ranks", "engine") and recipe.target == "llmapi":
-        raise UsageError(
-            "The llmapi target has no engine: the checkpoint is loaded as it is.",
-            cure="As far as the repository: `builder render`.",
-        )
+        raise no_engine()
     if "engine" in wanted and not store.dry:
         check_machine(resolved, serving="smoke" in wanted)
     if "repository" in wanted and recipe.target != "llmapi":
@@ -120,6 +117,14 @@ def _served(
     if "repository" not in wanted:
         return built, None
     return built, render(built, snapshot, recipe.repository, store=store)
+
+
+def no_engine() -> UsageError:
+    """Where an engine, or the command that builds it, was asked of the llmapi target."""
+    return UsageError(
+        "The llmapi target has no engine: the checkpoint is loaded as it is.",
+        cure="As far as the repository: `builder render`.",
+    )
 
 
 def check_machine(resolved: Resolved, *, serving: bool = True) -> None:

@@ -62,28 +62,14 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     done, first = pipeline.stored(resolved, store)
     stages = _stages(resolved, done, first)
     command, placeholder = _command(resolved, model.config, answers, store, done)
-    model_yaml = _model_yaml(resolved, model.config)
+    launched = command, placeholder, _model_yaml(resolved, model.config)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         remaining = [stage for stage, state, _ in stages if state != "cached"]
         refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
     refusal = verdict.refusal or refusal
-    return Plan(
-        resolved,
-        stages,
-        sizes,
-        settings,
-        notes,
-        command,
-        placeholder,
-        model_yaml,
-        blocked,
-        refusal,
-        verdict,
-        host,
-        missing,
-    )
+    return Plan(resolved, stages, sizes, settings, notes, *launched, blocked, refusal, verdict, host, missing)
 
 
 def _command(
@@ -213,6 +199,8 @@ def show(found: Plan, out: Output) -> None:
 
 def show_command(found: Plan, out: Output) -> None:
     """The trtllm-build command alone, ready to paste. With --json also as words, and the word still to be filled in."""
+    if found.model_yaml:
+        raise pipeline.no_engine()
     none = None if found.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
     shell = []
     if found.command:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import recipe, trtllm_answers, trtllm_facts
+from builder import containers, recipe, trtllm_answers, trtllm_facts
 from builder.errors import IntegrityError
 from builder.store import disk_error, library_versions
 from builder.trtllm_answers import Answer, Probe
@@ -40,7 +40,7 @@ class Container:
 def answers(resolved: recipe.Resolved, root: Path) -> list[Answer]:
     """What this kind of card answered in the recipe's container, in the order of the questions.
 
-    The container is the one at hand; where none is, the one that configs/trtllm names for the version.
+    The container is the one at hand; where none is, the one that configs/containers.yaml names for the version.
     """
     sm, wanted = resolved.gpu.sm, resolved.recipe.engine.tensorrt_llm
     if resolved.recipe.target != "engine" or sm is None:
@@ -50,9 +50,8 @@ def answers(resolved: recipe.Resolved, root: Path) -> list[Answer]:
     if tensorrt != "absent":
         files = [Container(wanted, tensorrt, sm).file(root)]
     else:
-        files = sorted(
-            (root / "probes").glob(f"tensorrt_llm-{wanted}-tensorrt-{version.facts['tensorrt']}*-sm{sm}.json")
-        )
+        tensorrt = next((row.tensorrt for row in containers.rows() if row.tensorrt_llm == wanted and row.tensorrt), "")
+        files = sorted((root / "probes").glob(f"tensorrt_llm-{wanted}-tensorrt-{tensorrt}*-sm{sm}.json"))
     found = []
     for file in files[-1:]:
         kept = read(file)

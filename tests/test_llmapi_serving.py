@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
-from builder import checkpoint, llmapi, llmapi_repository, pipeline, recipe, smoke
+from builder import checkpoint, llmapi, llmapi_repository, pipeline, recipe, record, smoke
 from builder.errors import IntegrityError, ServingError, UnsupportedError, UsageError
 from builder.output import Output
 from builder.serve import Server, serve
@@ -342,6 +342,10 @@ def test_one_build_leaves_a_tested_repository(
     built.smoke.check()
     assert built.link is not None
     assert built.link.name == "tiny-qwen3-sm100-nvfp4-llmapi"
+    found = record.find(store.root, built.link.resolve())
+    assert found is not None
+    assert {setting["name"] for setting in found["flags"]} >= {"kv_cache_config.dtype", "max_batch_size"}
+    assert "target=llmapi" in found["command"]
     again = Store(tmp_path / "out", QUIET)
     pipeline.build(asked, again)
     assert all(done.cached for done in again.done)
