@@ -124,7 +124,8 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
     made = replace(made, engine=built, repository=repository)
     if "smoke" in wanted:
         made = replace(made, smoke=smoke_test(repository, store=store))
-    return replace(made, link=publish(resolved, made, repository, store))
+    model = _headers(snapshot.path, snapshot.config, snapshot.files)
+    return replace(made, link=publish(resolved, repository, model, flags, store))
 
 
 def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool) -> list[trtllm.Flag]:
@@ -175,12 +176,13 @@ def _headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -
     return ModelFacts(config, tensors)
 
 
-def publish(resolved: Resolved, made: Built, repository: Repository, store: Store) -> Path:
+def publish(
+    resolved: Resolved, repository: Repository, model: ModelFacts, flags: Sequence[trtllm.Flag], store: Store
+) -> Path:
     """The link to the repository, and the record of how it came to be for `builder report`."""
     name = link(resolved, repository, store)
     if not store.dry:
-        model = _headers(made.snapshot.path, made.snapshot.config, made.snapshot.files)
-        record.write(resolved, made.flags, model, sizes(resolved, model, made.flags), name, store)
+        record.write(resolved, flags, model, sizes(resolved, model, flags), name, store)
     return name
 
 

@@ -168,11 +168,13 @@ def judge(smoke: SmokeReport | None, evaluation: Evaluation | None, target: str)
         return Verdict("incomplete", headline, ("No smoke test of this repository is in the store.",))
     if evaluation is None:
         return Verdict("incomplete", "It serves; accuracy was not measured", (served,))
-    if evaluation.passed is None:
-        return Verdict("incomplete", "It serves; accuracy was measured, no gate was set", (served,))
     limits = {"score": "a score of at least {:g}", "kl": "a KL of at most {:g}"}
     gate_text = " and ".join(limits.get(name, name + " {:g}").format(n) for name, n in evaluation.limits.items())
-    return Verdict("passed", "It serves, and passed the accuracy gate", (served, f"The gate: {gate_text}."))
+    reasons = (served, f"The gate: {gate_text}.") if gate_text else (served,)
+    if evaluation.passed is None:
+        why = "the accuracy gate could not be judged" if gate_text else "accuracy was measured, no gate was set"
+        return Verdict("incomplete", f"It serves; {why}", reasons)
+    return Verdict("passed", "It serves, and passed the accuracy gate", reasons)
 
 
 def _find(path: Path) -> _Found:
@@ -325,12 +327,7 @@ def _unmeasured(found: _Found, target: str) -> list[str]:
         texts.append("It was not served: no smoke test of this repository is in the store.")
     if found.evaluation is None:
         texts.append("Accuracy was not measured: what quantization cost this model is not known.")
-    for runner, why in found.evaluation.not_measured.items() if found.evaluation else ():
-        texts.append(f"Accuracy of {runner} was not measured: {' '.join(why.split())}")
-    runners = {score.runner for score in found.evaluation.scores} if found.evaluation else set()
-    if runners and "served" not in runners:
-        on = ", ".join(sorted(runners - {results.BF16}))
-        texts.append(f"Accuracy was measured on {on}, not on the served model.")
+    texts += _unmeasured_runners(found.evaluation) if found.evaluation else []
     if not found.losses:
         texts.append("The loss of each layer by itself was not measured.")
     texts.append("Load was not measured: no latency and no throughput under many requests is known.")
@@ -340,4 +337,15 @@ def _unmeasured(found: _Found, target: str) -> list[str]:
         texts.append(
             "There is no build record: values that no manifest holds, and where each came from, are not known."
         )
+    return texts
+
+
+def _unmeasured_runners(evaluation: Evaluation) -> list[str]:
+    def words(runner: str) -> str:
+        return results.RUNNERS.get(runner, runner)
+
+    texts = [f"Accuracy, {words(name)}: not measured. {why}" for name, why in evaluation.not_measured.items()]
+    measured = list(dict.fromkeys(score.runner for score in evaluation.scores if score.runner != results.BF16))
+    if "served" not in (*measured, *evaluation.not_measured):
+        texts.append(f"Accuracy was not measured on the served model, only here: {', '.join(map(words, measured))}.")
     return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from builder.charts import Mark
 from builder.errors import UsageError
 from builder.output import Output, seconds, size
 from builder.report import Report, gather, root_of
-from builder.results import OVERALL, Interval, Score, append, rows
+from builder.results import OVERALL, RUNNERS, Interval, Score, append, rows
 from builder.store import replace_file
 
 KINDS = {
@@ -39,13 +40,6 @@ STAGE_VERBS = {
     "engine": "build the engine",
     "repository": "render the repository",
     "smoke": "serve and smoke-test",
-}
-RUNNERS = {
-    "bf16": "BF16 (the original)",
-    "simulated": "simulated by ModelOpt",
-    "checkpoint": "checkpoint on disk",
-    "reference": "reference executor",
-    "served": "served by Triton",
 }
 VISIBLE = "\n\t\u200c\u200d"  # besides printable characters: joiners belong to scripts and emoji
 # What is markup anywhere in a line, what is only at its start, and what GitHub makes links of.
@@ -147,7 +141,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
         "verb": lambda name: STAGE_VERBS.get(name, name),
         "kind": lambda name: KINDS.get(name, name),
         "layout": lambda name: LAYOUTS.get(name, name),
-        "value": lambda value: "–" if value is None else str(value),
+        "value": lambda value: "–" if value is None else value if isinstance(value, str) else json.dumps(value),
         "date": lambda stamp: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(stamp)),
     }
     return environment
@@ -269,6 +263,13 @@ def _time_chart(report: Report) -> Markup | None:
     marks = [
         Mark(STAGE_VERBS.get(stage.name, stage.name).capitalize(), stage.seconds, seconds(stage.seconds))
         for stage in report.stages
+    ]
+    marks += [
+        Mark(
+            shown(f"Measure accuracy, {RUNNERS.get(score.runner, score.runner)}"), score.seconds, seconds(score.seconds)
+        )
+        for score in (report.evaluation.scores if report.evaluation else ())
+        if score.data == OVERALL and score.seconds
     ]
     return Markup(charts.bars("times", "Time of each stage", _spoken(marks), marks)) if marks else None
 

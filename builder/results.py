@@ -6,7 +6,8 @@ import csv
 import fcntl
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from builder.store import Artefact, digest_of, replace_file
 
 OVERALL = "overall"  # the data sets together, weighted by tokens
 BF16 = "bf16"
+# What was measured, in words.
+RUNNERS = {
+    "bf16": "BF16 (the original)",
+    "simulated": "simulated by ModelOpt",
+    "checkpoint": "checkpoint on disk",
+    "reference": "reference executor",
+    "served": "served by Triton",
+}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would calculate at the start of a cell
 GATE = {True: "passed", False: "failed", None: ""}
 ENDS = {"": "value", "_low": "low", "_high": "high"}  # columns of an interval
@@ -51,7 +60,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`passed` is the gate's verdict, None where no gate was set; `limits` are the gate's, by metric.
+    """`passed` is the gate's verdict, None where none was set or it can't be judged; `limits` are its, by metric.
 
     `not_measured` is runner -> why; `collapsed` runner -> data sets whose shuffled tokens it finds as likely as text.
     """
@@ -67,10 +76,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Loss:
-    """One layer quantized by itself: the KL divergence to BF16 at the model's output."""
+    """One layer quantized by itself: KL divergence to BF16 at the output; the bytes that it would add in BF16."""
 
     layer: str
     kl: float
+    nbytes: int | None = None
 
 
 def evaluation_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> Evaluation | None:
@@ -88,11 +98,11 @@ def evaluation_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact])
     if newest is None:
         return None
     told = json.loads((newest.path / "evaluation.json").read_text(encoding="utf-8"))
-    return read_evaluation(told, newest.digest)
+    return read_evaluation(told, newest.digest, newest.manifest["ingredients"].get("limits", {}))
 
 
-def read_evaluation(told: Mapping[str, Any], digest: str) -> Evaluation:
-    """What `builder eval` wrote: measured, sets, collapsed, not_measured, verdict."""
+def read_evaluation(told: Mapping[str, Any], digest: str, limits: Mapping[str, float]) -> Evaluation:
+    """What `builder eval` wrote: measured, sets, collapsed, not_measured, verdict. `limits` were asked for."""
     verdict = told.get("verdict") or {}
     return Evaluation(
         digest=digest,
@@ -102,7 +112,7 @@ def read_evaluation(told: Mapping[str, Any], digest: str) -> Evaluation:
             for data, figures in sets.items()
         ),
         passed=verdict.get("passed"),
-        limits=verdict.get("limits", {}),
+        limits=verdict.get("limits", limits),
         failed=tuple(verdict.get("failed", ())),
         not_measured=told.get("not_measured", {}),
         collapsed=told.get("collapsed", {}),
@@ -126,9 +136,10 @@ def _score(runner: str, data: str, figures: Mapping[str, Any], sets: Mapping[str
 def losses_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> list[Loss]:
     """The loss by layer of the chain's model, in the order of the layers; empty where nobody measured it."""
     ours = {artefact.digest for artefact in chain.values()}
-    found = [a for a in everything if a.stage == "sensitivity" and ours & set(a.manifest["ingredients"].get("of", ()))]
+    found = [a for a in everything if a.stage == "sensitivity" and set(a.manifest["ingredients"]["of"]) <= ours]
     newest = max(found, key=lambda a: float(a.manifest["started"]), default=None)
-    return [Loss(str(one["layer"]), float(one["kl"])) for one in newest.facts["layers"]] if newest else []
+    layers = newest.facts["layers"] if newest else []
+    return [Loss(one["layer"], one["kl"], one.get("bytes")) for one in layers if one["kl"] is not None]
 
 
 def rows(identity: Mapping[str, object], evaluation: Evaluation) -> list[dict[str, str]]:
@@ -152,9 +163,7 @@ def append(path: Path, fresh: Sequence[Mapping[str, str]]) -> int:
 
     Columns that the file has and we don't stay, and the other way round. UsageError if it is no such table.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / f".{path.name}.lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(path):
         columns, kept = _read(path)
         known = {row["id"] for row in kept}
         added = [row for row in fresh if row["id"] not in known]
@@ -166,6 +175,19 @@ def append(path: Path, fresh: Sequence[Mapping[str, str]]) -> int:
             writer.writerows([*kept, *added])
             replace_file(path, text.getvalue())
     return len(added)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """A lock file beside the table: the table itself is replaced, and a lock on it would go with the old one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.parent / f".{path.name}.lock", "ab")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"Can't write {path}.", why=str(error), cure="Name another file: --csv FILE") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import report_store
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -24,6 +24,7 @@ from builder.report import REFERENCE, gather, judge
 from builder.report_page import code, escaped, fenced, html, markdown, shown
 from builder.results import Evaluation, Interval, Score
 from builder.smoke import Check, SmokeReport
+from builder.store import Artefact
 
 HOSTILE = (
     "</pre></bdi><script>alert(1)</script><img src=x onerror=alert(2)>|`````[x](http://evil.example)\u202e\x00\x1b[2J"
@@ -40,12 +41,19 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.sections: list[str] = []
         self.text = ""
+        self.open: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag == "section" and (name := dict(attrs).get("id")):
             self.sections.append(name)
+
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -76,6 +84,7 @@ def evaluation(passed: bool | None, failed: tuple[str, ...] = ()) -> Evaluation:
         (BAD, evaluation(True), "failed", "failed the smoke test"),
         (None, evaluation(False, ("score is 91",)), "failed", "failed the accuracy gate"),
         (GOOD, evaluation(None), "incomplete", "no gate was set"),
+        (GOOD, Evaluation("digest", (), None, {"score": 98.0}), "incomplete", "gate could not be judged"),
         (GOOD, None, "incomplete", "accuracy was not measured"),
         (None, evaluation(True), "incomplete", "not served"),
         (None, None, "incomplete", "not served and not tested"),
@@ -112,6 +121,7 @@ def test_everything_that_is_known_is_gathered(link: Path) -> None:
 def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     text = html(gather(link))
     page = Page(text)
+    assert page.open == []
     assert page.sections == [
         "not-measured", "accuracy", "size", "smoke", "warnings", "times", "recipe", "versions", "reproduce",
     ]  # fmt: skip
@@ -146,7 +156,7 @@ def test_what_is_not_known_is_absent_and_said(tmp_path: Path) -> None:
 
 def test_a_gpu_engine_is_not_said_to_be_the_reference_executor(link: Path) -> None:
     assert REFERENCE not in gather(link).unmeasured
-    assert "Accuracy was measured on checkpoint, not on the served model." in gather(link).unmeasured
+    assert "Accuracy was not measured on the served model, only here: checkpoint on disk." in gather(link).unmeasured
 
 
 def test_a_repository_outside_any_store_still_gets_a_report(tmp_path: Path) -> None:
@@ -222,6 +232,7 @@ def test_nothing_hostile_becomes_markup_in_the_card(hostile: Path) -> None:
     assert len(rows) == 1
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(alphabet=st.sampled_from("ab1 |`#-+.)<>*_[](){}!&;~$@:/=\\\n")) | st.text())
 @example("www.a.b http://a.b")
 def test_markdown_of_any_text_is_that_text(text: str) -> None:
@@ -273,8 +284,10 @@ def test_the_command_writes_three_files_and_says_where(tmp_path: Path) -> None:
     assert told["verdict"]["status"] == "passed"
     assert told["rows"] == 4
     assert all(Path(path).parent == tmp_path and Path(path).is_file() for path in told["files"].values())
-    refused = report(str(link), "--html", str(tmp_path))
-    assert (refused.returncode, "is a directory" in refused.stderr) == (2, True)
+    below_a_file = str(tmp_path / "p.html" / "deeper.x")
+    for option, path in (("--html", str(tmp_path)), ("--markdown", below_a_file), ("--csv", below_a_file)):
+        refused = report(str(link), option, path)
+        assert (refused.returncode, "Traceback" in refused.stderr) == (2, False), refused.stderr
 
 
 def test_a_page_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -285,6 +298,24 @@ def test_a_page_is_replaced_in_one_step(tmp_path: Path) -> None:
         assert report(str(link), "--html", str(page)).returncode == 0
         assert reader.read() == "old", "who reads the old page reads it to its end"
     assert page.read_text().startswith("<!doctype html>")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+FULL = """
+import resource, sys
+from builder import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.exit(cli.main(["report", *sys.argv[1:]]))
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_the_old_page(tmp_path: Path) -> None:
+    link = report_store.build(tmp_path / "out")
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    done = subprocess.run([sys.executable, "-c", FULL, str(link), "--html", str(page)], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert page.read_text() == "old"
     assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -362,6 +393,20 @@ def test_a_cell_is_no_formula() -> None:
     [row] = results.rows(identity, Evaluation("digest", scores))
     assert (row["data"], row["model"], row["name"]) == ("'=cmd|'/c calc'!A1", "'+1", "a b")
     assert (row["perplexity"], row["kl"]) == ("12", "")
+
+
+def test_the_loss_by_layer_is_that_of_this_model_and_calibration() -> None:
+    layers = [{"name": "model.layers.0.mlp", "layer": "layers.0.mlp", "kl": 0.01, "bytes": 5, "proxy": 0.1}]
+    layers += [{"name": "model.layers.1.mlp", "layer": "layers.1.mlp", "kl": None, "bytes": 5, "proxy": 0.1}]
+
+    def artefact(stage: str, digest: str, of: list[str], started: float) -> Artefact:
+        manifest = {"ingredients": {"of": of}, "started": started}
+        return Artefact(stage, Path(digest), digest, {"layers": layers}, True, manifest)
+
+    chain = {"snapshot": artefact("snapshot", "ours", [], 1), "calibration": artefact("calibration", "rows", [], 1)}
+    mine, foreign = (artefact("sensitivity", "x", ["ours", rows], 2) for rows in ("rows", "other rows"))
+    assert results.losses_of(chain, [mine, foreign]) == [results.Loss("layers.0.mlp", 0.01, 5)]
+    assert results.losses_of(chain, [foreign]) == []
 
 
 def test_the_loss_by_layer_is_drawn_where_it_was_measured(link: Path) -> None:
