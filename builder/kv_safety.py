@@ -24,6 +24,6 @@ def warning(config: Mapping[str, Any], kv_cache_dtype: str) -> str | None:
     if kv_cache_dtype != "fp8" or not biased or normed:
         return None
     return (
-        f"{kind or 'this model'} has an attention bias and no QK norm: an FP8 KV cache can ruin it (TensorRT-LLM #4218, "
-        "QwenLM/Qwen3 #840). Compare before it serves: builder eval --compare-kv; --kv-cache-dtype auto leaves it alone"
+        f"{kind or 'this model'} has an attention bias and no QK norm: an FP8 KV cache can ruin it (TensorRT-LLM "
+        "#4218, QwenLM/Qwen3 #840). Compare before it serves: builder eval --compare-kv; --kv-cache-dtype auto leaves it alone"
     )

@@ -17,7 +17,6 @@ from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
 from builder.store import STAGES, Store, WouldRun
 
-
 FP8_KV = "FP8 KV cache"  # the note that is a warning
 
 

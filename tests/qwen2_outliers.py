@@ -1,9 +1,9 @@
 """A Qwen2 made of the trained Qwen3 fixture, whose keys an FP8 cache can't hold. For tests; imports torch when called.
 
-The Qwen3 norms each head's queries and keys; here their mean norms over some texts stand in the weights instead, so that
-the model works without (perplexity 50 where the Qwen3 has 42). Then each key gets a bias of 1e7 in one dimension which no
-query looks at: nothing changes, but one FP8 scale for all keys now leaves the other dimensions nothing but zeros. Real
-Qwen2 models have smaller outliers of the same kind.
+The Qwen3 norms each head's queries and keys; here their mean norms over some texts stand in the weights instead, so
+that the model works without (perplexity 50 where the Qwen3 has 42). Then each key gets a bias of 1e7 in one dimension
+which no query looks at: nothing changes, but one FP8 scale for all keys now leaves the other dimensions nothing but
+zeros. Real Qwen2 models have smaller outliers of the same kind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def write(source: Path, rows: list[list[int]], target: Path) -> Path:
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     norms = _mean_norms(model, rows)
-    weights = {n: w.clone() for n, w in model.state_dict().items() if not n.endswith(("q_norm.weight", "k_norm.weight"))}
+    weights = {
+        n: w.clone() for n, w in model.state_dict().items() if not n.endswith(("q_norm.weight", "k_norm.weight"))
+    }
     size = model.config.head_dim
     for (layer, kind), norm in norms.items():
         attention = model.model.layers[layer].self_attn
