@@ -182,7 +182,8 @@ def publish(
     """The link to the repository, and the record of how it came to be for `builder report`."""
     name = link(resolved, repository, store)
     if not store.dry:
-        record.write(resolved, flags, model, sizes(resolved, model, flags), name, store)
+        notes = trtllm.notes(resolved, model.config, flags)
+        record.write(resolved, flags, notes, model, sizes(resolved, model, flags), link=name, store=store)
     return name
 
 

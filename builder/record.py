@@ -32,7 +32,14 @@ _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def write(
-    resolved: Resolved, flags: Sequence[trtllm.Flag], model: ModelFacts, sizes: Sizes, link: Path, store: Store
+    resolved: Resolved,
+    flags: Sequence[trtllm.Flag],
+    notes: Sequence[trtllm.Note],
+    model: ModelFacts,
+    sizes: Sizes,
+    *,
+    link: Path,
+    store: Store,
 ) -> Path:
     """Writes the record of the build that `link` now names; `store.done` are its stages."""
     [repository] = [done.path for done in store.done if done.stage == "repository"]
@@ -48,7 +55,7 @@ def write(
         "gpu": {"name": resolved.gpu.name, "title": resolved.gpu.title, "sm": resolved.gpu.sm},
         "values": [list(row) for row in resolved.explained()],
         "flags": [vars(flag) for flag in flags],
-        "notes": [vars(note) for note in trtllm.notes(resolved, model.config, flags)],
+        "notes": [vars(note) for note in notes],
         "sizes": asdict(sizes),
         "memory": [{**asdict(card), "fits": card.fits} for card in memory],
         "stages": [

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder import pipeline, recipe, record
+from builder import pipeline, recipe, record, trtllm
 from builder.fetch import fetch
 from builder.output import Output
 from builder.store import Artefact, Store
@@ -77,7 +77,8 @@ def build(
     if recorded:
         facts_of_model = pipeline.read_model(resolved.recipe.model, store)
         sizes = pipeline.sizes(resolved, facts_of_model, flags)
-        record.write(resolved, flags, facts_of_model, sizes, name, store)
+        notes = trtllm.notes(resolved, facts_of_model.config, flags)
+        record.write(resolved, flags, notes, facts_of_model, sizes, link=name, store=store)
     return name
 
 
