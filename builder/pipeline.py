@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, ranks, record, trtllm
+from builder import engine, fit, fit_change, kv_safety, ranks, record, trtllm
 from builder.calibrate import Calibration, calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
@@ -26,6 +26,8 @@ from builder.store import STAGES, Store
 
 if TYPE_CHECKING:
     from builder.evaluate import Evaluation
+
+FP8_KV = "FP8 KV cache"  # the note that is a warning
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,15 @@ def publish(
     """The link to the repository, and the record of how it came to be for `builder report`."""
     name = link(resolved, repository, store)
     if not store.dry:
-        notes = trtllm.notes(resolved, model.config, flags)
-        record.write(resolved, flags, notes, model, sizes(resolved, model, flags), link=name, store=store)
+        said = notes(resolved, model.config, flags)
+        record.write(resolved, flags, said, model, sizes(resolved, model, flags), link=name, store=store)
     return name
+
+
+def notes(resolved: Resolved, config: Mapping[str, Any], flags: Sequence[trtllm.Flag]) -> list[trtllm.Note]:
+    """What a user should know before building, and a reader of the report after it."""
+    risk = kv_safety.warning(config, resolved.recipe.quantization.kv_cache_dtype)
+    return [*([trtllm.Note(FP8_KV, risk)] if risk else []), *trtllm.notes(resolved, config, flags)]
 
 
 def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
