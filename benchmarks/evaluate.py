@@ -128,7 +128,7 @@ def compare(rounds: int, dtype: str) -> bool:
         print(f"{name:<18} tokens a second {told(values, 0)}")
     for batch, values in ratios.items():
         print(f"ratio, batch {batch:<5} {told(values, 2)}" + (f"  goal {GOAL}" if batch == 1 else ""))
-    return statistics.median(wall for wall, _ in ratios[1]) >= GOAL
+    return statistics.median(float(cpu) for _, cpu in ratios[1]) >= GOAL
 
 
 def told(values: list[Times], digits: int) -> str:

@@ -25,5 +25,5 @@ def warning(config: Mapping[str, Any], kv_cache_dtype: str) -> str | None:
         return None
     return (
         f"{kind or 'this model'} has an attention bias and no QK norm: an FP8 KV cache can ruin it (TensorRT-LLM "
-        "#4218, QwenLM/Qwen3 #840). Compare before it serves: builder eval --compare-kv; --kv-cache-dtype auto leaves it alone"
+        "#4218, QwenLM/Qwen3 #840). Compare first: builder eval --compare-kv; or take --kv-cache-dtype auto"
     )

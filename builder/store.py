@@ -232,7 +232,7 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
     kept = upstream([artefact for artefact in everything if artefact.path in keep], everything)
     for stage in ("scores", "evaluation"):
         models = {artefact.digest for artefact in kept}
-        measured = [a for a in everything if a.stage == stage and models.intersection(a.manifest["ingredients"]["of"])]
+        measured = [a for a in everything if a.stage == stage and models.issuperset(a.manifest["ingredients"]["of"])]
         kept = upstream([*kept, *measured], everything)
     needed = {artefact.path for artefact in [*kept, *tests_of(kept, everything)]}
     removed, freed = [], 0
