@@ -59,7 +59,7 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     With a gate, what was built is measured too; `evaluation` holds the verdict, and everything is kept.
     """
     built = _chain(resolved, store, until)
-    if resolved.recipe.evaluation.gated and built.repository is not None and not store.dry:
+    if resolved.recipe.evaluation.limits and built.repository is not None and not store.dry:
         return replace(built, evaluation=_measure(built, resolved, store))
     return built
 
