@@ -170,7 +170,7 @@ class DataSet(Part):
 class Evaluation(Part):
     """How the loss is measured, and how much of it is too much. Texts are scored token by token."""
 
-    data: Annotated[tuple[DataSet, ...], Field(min_length=1, description="the data sets", validate_default=True)] = (
+    data: Annotated[tuple[DataSet, ...], Field(min_length=1, description="the data sets")] = (
         DataSet.model_validate("Salesforce/wikitext"),
         DataSet.model_validate("HuggingFaceH4/ultrachat_200k"),
     )
@@ -223,7 +223,7 @@ class Recipe(Part):
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration.model_validate({})
     engine: Engine = Engine()
     repository: Repository = Repository()
-    evaluation: Annotated[Evaluation, Field(validate_default=True)] = Evaluation()
+    evaluation: Evaluation = Evaluation()
 
 
 @dataclass(frozen=True)
