@@ -58,19 +58,25 @@ NEEDS = {
 def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now.
 
-    With a gate, what was built is measured too; `evaluation` holds the verdict, and everything is kept.
+    With a gate, what was built is measured too, if it is all that the runners need; `evaluation` holds the verdict,
+    and everything is kept.
     """
     built = _chain(resolved, store, until)
-    if resolved.recipe.evaluation.gated and built.repository is not None and not store.dry:
+    enough = STAGES.index(until) >= STAGES.index(_needed(resolved))
+    if resolved.recipe.evaluation.limits and enough and not store.dry:
         return replace(built, evaluation=_measure(built, resolved, store))
     return built
 
 
 def measure(resolved: Resolved, store: Store) -> Evaluation:
     """Builds what the recipe's runners need, and measures it."""
+    return _measure(_chain(resolved, store, _needed(resolved)), resolved, store)
+
+
+def _needed(resolved: Resolved) -> str:
     part = resolved.recipe.evaluation
     needs = [NEEDS[runner] for runner in part.runners] + ["checkpoint"] * part.compare_kv
-    return _measure(_chain(resolved, store, max(needs, key=STAGES.index)), resolved, store)
+    return max(needs, key=STAGES.index)
 
 
 def _measure(built: Built, resolved: Resolved, store: Store) -> Evaluation:
