@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, llmapi, llmapi_repository, probe_answers, ranks, record, trtllm
-from builder.calibrate import calibrate
+from builder import engine, fit, fit_change, kv_safety, llmapi, llmapi_repository, probe_answers, ranks, record, trtllm
+from builder.calibrate import Calibration, calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
 from builder.errors import UnsupportedError, UsageError
@@ -31,6 +31,11 @@ from builder.trtllm_answers import Answer
 # trtllm-build's flags, or the LLM arguments of the llmapi target: both have name, value, reason and source.
 Settings = Sequence[trtllm.Flag] | Sequence[llmapi.Argument]
 
+if TYPE_CHECKING:
+    from builder.evaluate import Evaluation
+
+FP8_KV = "FP8 KV cache"  # the note that is a warning
+
 
 @dataclass(frozen=True)
 class Built:
@@ -43,10 +48,52 @@ class Built:
     repository: Repository | None = None
     smoke: SmokeReport | None = None
     link: Path | None = None
+    calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+
+
+# How far the chain must have come for a runner.
+NEEDS = {
+    "bf16": "snapshot",
+    "simulated": "checkpoint",
+    "checkpoint": "checkpoint",
+    "reference": "checkpoint",
+    "served": "repository",
+}
 
 
 def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
-    """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now."""
+    """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now.
+
+    With a gate, what was built is measured too, if it is all that the runners need; `evaluation` holds the verdict,
+    and everything is kept.
+    """
+    built = _chain(resolved, store, until)
+    enough = STAGES.index(until) >= STAGES.index(_needed(resolved))
+    if resolved.recipe.evaluation.limits and enough and not store.dry:
+        return replace(built, evaluation=_measure(built, resolved, store))
+    return built
+
+
+def measure(resolved: Resolved, store: Store) -> Evaluation:
+    """Builds what the recipe's runners need, and measures it."""
+    return _measure(_chain(resolved, store, _needed(resolved)), resolved, store)
+
+
+def _needed(resolved: Resolved) -> str:
+    part = resolved.recipe.evaluation
+    needs = [NEEDS[runner] for runner in part.runners] + ["checkpoint"] * part.compare_kv
+    return max(needs, key=STAGES.index)
+
+
+def _measure(built: Built, resolved: Resolved, store: Store) -> Evaluation:
+    from builder.evaluate import Models, evaluate  # numpy: only for those who measure
+
+    models = Models(built.snapshot, built.calibration, built.checkpoint, built.repository)
+    return evaluate(models, resolved, store=store)
+
+
+def _chain(resolved: Resolved, store: Store, until: str) -> Built:
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
     if until in ("ranks", "engine") and recipe.target == "llmapi":
@@ -85,11 +132,12 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
         store=store,
         trust_remote_code=recipe.model.trust_remote_code,
     )
+    made = Built(snapshot, flags, checkpoint, calibration=calibration)
     if "ranks" not in wanted:
-        return Built(snapshot, flags, checkpoint)
+        return made
 
     built, repository = _served(checkpoint, snapshot, resolved, answers, wanted, store)
-    made = Built(snapshot, flags, checkpoint, built, repository)
+    made = replace(made, engine=built, repository=repository)
     if repository is None:
         return made
     if "smoke" in wanted:
@@ -161,11 +209,13 @@ def check_model(
 
 
 def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[trtllm.Note]:
-    """What there is to know about the target's settings for this model."""
+    """What a user should know before building this model for this target, and a reader of the report after it."""
+    risk = kv_safety.warning(config, resolved.recipe.quantization.kv_cache_dtype)
+    known = [trtllm.Note(FP8_KV, risk)] if risk else []
     if resolved.recipe.target == "llmapi":
-        return llmapi.notes(resolved, llmapi.resolve(resolved, config))
+        return known + llmapi.notes(resolved, llmapi.resolve(resolved, config))
     flags = trtllm.resolve(resolved, config, answers)
-    return trtllm.notes(resolved, config, flags, answers) + trtllm.window_notes(config, flags)
+    return known + trtllm.notes(resolved, config, flags, answers) + trtllm.window_notes(config, flags)
 
 
 def check_fit(resolved: Resolved, model: ModelFacts, flags: Settings, store: Store, *, fetched: bool = False) -> None:
@@ -240,7 +290,7 @@ def publish(resolved: Resolved, made: Built, repository: Repository, answers: Se
     if not store.dry:
         model = _headers(made.snapshot.path, made.snapshot.config, made.snapshot.files)
         known = notes(resolved, model.config, answers)
-        record.write(resolved, made.flags, known, model, sizes(resolved, model, made.flags), name, store)
+        record.write(resolved, made.flags, known, model, sizes(resolved, model, made.flags), link=name, store=store)
     return name
 
 

@@ -106,6 +106,9 @@ def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
+    if gate := resolved.recipe.evaluation.limits:
+        asked = ", ".join(f"{metric} {limit:g}" for metric, limit in gate.items())
+        rows.append(("evaluation", "will run", f"a gate ({asked}): what was measured before is found then"))
     return rows
 
 
@@ -174,6 +177,9 @@ def show(found: Plan, out: Output) -> None:
         out.text(shlex.join(found.command))
     if found.model_yaml:
         out.text(found.model_yaml.rstrip())
+    for note in found.notes:
+        if note.rule == pipeline.FP8_KV:
+            out.warn(note.text)
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
     out.result(

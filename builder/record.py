@@ -37,6 +37,7 @@ def write(
     notes: Sequence[trtllm.Note],
     model: ModelFacts,
     sizes: Sizes,
+    *,
     link: Path,
     store: Store,
 ) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from builder import charts, paths
 from builder.charts import Mark
@@ -138,6 +138,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
         "figure": lambda value, digits, scale: f"{value * scale:,.{digits}f}",
         "number": number,
         "runner": lambda name: RUNNERS.get(name, name),
+        "breakable": lambda text: Markup(re.sub(r"([._/=-])", r"\1<wbr>", str(escape(shown(text))))),
         "verb": lambda name: STAGE_VERBS.get(name, name),
         "kind": lambda name: KINDS.get(name, name),
         "layout": lambda name: LAYOUTS.get(name, name),
@@ -265,9 +266,7 @@ def _time_chart(report: Report) -> Markup | None:
         for stage in report.stages
     ]
     marks += [
-        Mark(
-            shown(f"Measure accuracy, {RUNNERS.get(score.runner, score.runner)}"), score.seconds, seconds(score.seconds)
-        )
+        Mark(shown(f"Accuracy, {RUNNERS.get(score.runner, score.runner)}"), score.seconds, seconds(score.seconds))
         for score in (report.evaluation.scores if report.evaluation else ())
         if score.data == OVERALL and score.seconds
     ]

@@ -76,10 +76,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Loss:
-    """One layer quantized by itself: the KL divergence to BF16 at the model's output."""
+    """One layer quantized by itself: KL divergence to BF16 at the output; the bytes that it would add in BF16."""
 
     layer: str
     kl: float
+    nbytes: int | None = None
 
 
 def evaluation_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> Evaluation | None:
@@ -135,9 +136,10 @@ def _score(runner: str, data: str, figures: Mapping[str, Any], sets: Mapping[str
 def losses_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> list[Loss]:
     """The loss by layer of the chain's model, in the order of the layers; empty where nobody measured it."""
     ours = {artefact.digest for artefact in chain.values()}
-    found = [a for a in everything if a.stage == "sensitivity" and ours & set(a.manifest["ingredients"].get("of", ()))]
+    found = [a for a in everything if a.stage == "sensitivity" and set(a.manifest["ingredients"]["of"]) <= ours]
     newest = max(found, key=lambda a: float(a.manifest["started"]), default=None)
-    return [Loss(str(one["layer"]), float(one["kl"])) for one in newest.facts["layers"]] if newest else []
+    layers = newest.facts["layers"] if newest else []
+    return [Loss(one["layer"], one["kl"], one.get("bytes")) for one in layers if one["kl"] is not None]
 
 
 def rows(identity: Mapping[str, object], evaluation: Evaluation) -> list[dict[str, str]]:

@@ -73,7 +73,7 @@ class Store:
         the artefact are named by facts["external"] = {"root", "files": {name: {"size", "sha256"}}}; hard links whose
         sha256 is known already by facts["hashed"] = {name: sha256}, which is not kept.
         """
-        key = digest_of({"format": FORMAT, "stage": name, "ingredients": ingredients})[:16]
+        key = key_of(name, ingredients)
         found = None if name in self.force else self.find(name, key)
         if found is None and self.dry:
             raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store")
@@ -164,6 +164,11 @@ class Store:
         return Artefact(name, final, manifest["digest"], manifest["facts"], False, manifest)
 
 
+def key_of(name: str, ingredients: Mapping[str, Any]) -> str:
+    """The name of a stage's directory."""
+    return digest_of({"format": FORMAT, "stage": name, "ingredients": ingredients})[:16]
+
+
 def read(path: Path) -> Artefact | None:
     """A stage directory as an artefact, or None if it is absent, damaged, or of another format."""
     try:
@@ -222,13 +227,17 @@ def _wrong_files(directory: Path) -> list[str]:
 def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path], int]:
     """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes).
 
-    The smoke test of what is kept stays with it.
+    What was measured on a kept model stays with it, and the smoke test of a kept repository.
     """
     everything = artefacts(root)
-    kept = [artefact for artefact in everything if artefact.path in keep]
-    needed = {artefact.path for artefact in [*upstream(kept, everything), *tests_of(kept, everything)]}
+    kept = upstream([artefact for artefact in everything if artefact.path in keep], everything)
+    for stage in ("scores", "evaluation"):
+        models = {artefact.digest for artefact in kept}
+        measured = [a for a in everything if a.stage == stage and models.issuperset(a.manifest["ingredients"]["of"])]
+        kept = upstream([*kept, *measured], everything)
+    needed = {artefact.path for artefact in [*kept, *tests_of(kept, everything)]}
     removed, freed = [], 0
-    for stage in STAGES:
+    for stage in (*STAGES, *EVALUATION):
         for path in sorted((root / stage).glob("*")):
             if path not in needed:
                 freed += sum(f.lstat().st_size for f in path.rglob("*") if f.is_file())

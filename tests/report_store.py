@@ -78,7 +78,7 @@ def build(
         facts_of_model = pipeline.read_model(resolved.recipe.model, store)
         sizes = pipeline.sizes(resolved, facts_of_model, flags)
         known = pipeline.notes(resolved, facts_of_model.config)
-        record.write(resolved, flags, known, facts_of_model, sizes, name, store)
+        record.write(resolved, flags, known, facts_of_model, sizes, link=name, store=store)
     return name
 
 

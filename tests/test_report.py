@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import report_store
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -24,6 +24,7 @@ from builder.report import REFERENCE, gather, judge
 from builder.report_page import code, escaped, fenced, html, markdown, shown
 from builder.results import Evaluation, Interval, Score
 from builder.smoke import Check, SmokeReport
+from builder.store import Artefact
 
 HOSTILE = (
     "</pre></bdi><script>alert(1)</script><img src=x onerror=alert(2)>|`````[x](http://evil.example)\u202e\x00\x1b[2J"
@@ -48,7 +49,7 @@ class Page(HTMLParser):
         if tag == "section" and (name := dict(attrs).get("id")):
             self.sections.append(name)
 
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -131,6 +132,9 @@ def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     assert len(ids) == len(set(ids))
     assert "It serves, and passed the accuracy gate" in page.text
     assert "98.10 to 99.20" in page.text
+    assert "engine.max_batch_size" in page.text
+    assert "&lt;" not in page.text
+    assert "<" not in page.text
     assert "Return the number of" in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == 5
 
@@ -231,6 +235,7 @@ def test_nothing_hostile_becomes_markup_in_the_card(hostile: Path) -> None:
     assert len(rows) == 1
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(alphabet=st.sampled_from("ab1 |`#-+.)<>*_[](){}!&;~$@:/=\\\n")) | st.text())
 @example("www.a.b http://a.b")
 def test_markdown_of_any_text_is_that_text(text: str) -> None:
@@ -391,6 +396,20 @@ def test_a_cell_is_no_formula() -> None:
     [row] = results.rows(identity, Evaluation("digest", scores))
     assert (row["data"], row["model"], row["name"]) == ("'=cmd|'/c calc'!A1", "'+1", "a b")
     assert (row["perplexity"], row["kl"]) == ("12", "")
+
+
+def test_the_loss_by_layer_is_that_of_this_model_and_calibration() -> None:
+    layers = [{"name": "model.layers.0.mlp", "layer": "layers.0.mlp", "kl": 0.01, "bytes": 5, "proxy": 0.1}]
+    layers += [{"name": "model.layers.1.mlp", "layer": "layers.1.mlp", "kl": None, "bytes": 5, "proxy": 0.1}]
+
+    def artefact(stage: str, digest: str, of: list[str], started: float) -> Artefact:
+        manifest = {"ingredients": {"of": of}, "started": started}
+        return Artefact(stage, Path(digest), digest, {"layers": layers}, True, manifest)
+
+    chain = {"snapshot": artefact("snapshot", "ours", [], 1), "calibration": artefact("calibration", "rows", [], 1)}
+    mine, foreign = (artefact("sensitivity", "x", ["ours", rows], 2) for rows in ("rows", "other rows"))
+    assert results.losses_of(chain, [mine, foreign]) == [results.Loss("layers.0.mlp", 0.01, 5)]
+    assert results.losses_of(chain, [foreign]) == []
 
 
 def test_the_loss_by_layer_is_drawn_where_it_was_measured(link: Path) -> None:
