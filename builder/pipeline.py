@@ -15,6 +15,7 @@ from builder import engine, fit, fit_change, ranks, trtllm
 from builder.calibrate import Calibration, calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
+from builder.errors import UsageError
 from builder.fetch import Snapshot, check_directory, fetch, local_directory, read_headers
 from builder.fit import ModelFacts, Sizes
 from builder.quantize.modelopt import gpus, quantize
@@ -77,6 +78,17 @@ def _needed(resolved: Resolved) -> str:
     return max(needs, key=STAGES.index)
 
 
+def _check_gate(resolved: Resolved, flags: Sequence[trtllm.Flag]) -> None:
+    """UsageError, before the engine is built, for a gate on a served model that will return no logits to judge by."""
+    gathers = any(flag.name == "gather_context_logits" and flag.value in ("enable", "") for flag in flags)
+    if resolved.recipe.evaluation.limits and "served" in resolved.recipe.evaluation.runners and not gathers:
+        raise UsageError(
+            "The gate asks for the served model's perplexity, and the engine would return no logits of a prompt.",
+            why="trtllm-build leaves them out unless gather_context_logits is on.",
+            cure="Add --set engine.flags.gather_context_logits=enable, or judge what is on disk: --runner checkpoint",
+        )
+
+
 def _measure(built: Built, resolved: Resolved, store: Store) -> Evaluation:
     from builder.evaluate import Models, evaluate  # numpy: only for those who measure
 
@@ -101,6 +113,7 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
 
     snapshot = fetch(recipe.model, store=store, check=check)
     flags = check_model(resolved, snapshot.config, layouts=layouts)
+    _check_gate(resolved, flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store)
 
