@@ -219,6 +219,12 @@ def _job(runner: _Runner, models: Models, resolved: Resolved, store: Store) -> t
 
 def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
     assert repository is not None
+    if repository.facts["target"] == "llmapi":
+        raise NotMeasurable(
+            "The served model returns no log-probabilities of a prompt.",
+            why="The llmapi target's requests have no input that asks for them. No figure is made up for it.",
+            cure="Measure what it loads: --runner checkpoint",
+        )
     engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
     return {
         "models": str(repository.models.absolute()),

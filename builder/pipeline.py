@@ -86,6 +86,22 @@ def _needed(resolved: Resolved) -> str:
     return max(needs, key=STAGES.index)
 
 
+def _check_gate(resolved: Resolved, flags: Settings) -> None:
+    """UsageError, before anything is built, for a gate on a served model that will return no logits to judge by."""
+    recipe = resolved.recipe
+    if not recipe.evaluation.limits or "served" not in recipe.evaluation.runners:
+        return
+    what = "The gate asks for the served model's perplexity, and it would return no logits of a prompt."
+    if recipe.target == "llmapi":
+        raise UsageError(what, why="The llmapi target has no input that asks for them.", cure="--runner checkpoint")
+    if not any(flag.name == "gather_context_logits" and flag.value in ("enable", "") for flag in flags):
+        raise UsageError(
+            what,
+            why="trtllm-build leaves them out unless gather_context_logits is on.",
+            cure="Add --set engine.flags.gather_context_logits=enable, or judge what is on disk: --runner checkpoint",
+        )
+
+
 def _measure(built: Built, resolved: Resolved, store: Store) -> Evaluation:
     from builder.evaluate import Models, evaluate  # numpy: only for those who measure
 
@@ -116,6 +132,7 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
 
     snapshot = fetch(recipe.model, store=store, check=check)
     flags = check_model(resolved, snapshot.config, layouts=layouts, answers=answers)
+    _check_gate(resolved, flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store, fetched=True)
 

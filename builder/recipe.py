@@ -188,8 +188,9 @@ class Evaluation(Part):
     min_tokens: Annotated[int, Field(ge=2, description="shorter texts are dropped")] = 16
     reserve: Annotated[int, Field(ge=0, description="a text is cut at max_seq_len less these tokens")] = 8
     max_tokens: Annotated[int | None, Field(ge=2, description="a text is cut here; default: see reserve")] = None
+    # On the fixture the KL of 64, 1024 and all 4096 tokens is 0.0235, 0.0296 and 0.0303; 8 bytes each on disk.
     top: Annotated[Positive, Field(description="likeliest tokens of a position that are kept of BF16, for the KL")] = (
-        256
+        1024
     )
     batch_tokens: Annotated[Positive, Field(description="tokens of the first batch; halved while memory is short")] = (
         8192
