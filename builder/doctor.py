@@ -118,10 +118,11 @@ def _gpu(gpu: GpuProfile | None, cards: Sequence[Card], inside: bool) -> Check:
             )
         return Check("GPU", "failed", "no NVIDIA GPU is visible", needed, cure)
     seen = ", ".join(f"{card.name} (sm{card.sm})" for card in cards)
-    if gpu and any(card.sm != gpu.sm for card in cards):
-        names = dict.fromkeys(f"sm{card.sm}" for card in cards)
-        cure = f"Build for the card that is here: --gpu {next(iter(names))}, or hide the others: CUDA_VISIBLE_DEVICES"
-        return Check("GPU", "failed", seen, needed, cure)
+    if gpu and all(card.sm != gpu.sm for card in cards):
+        return Check("GPU", "failed", seen, needed, f"Build for the card that is here: --gpu sm{cards[0].sm}")
+    if len({card.sm for card in cards}) > 1:
+        cure = "The build takes the first GPU that it sees: CUDA_VISIBLE_DEVICES=INDEX shows it the right one"
+        return Check("GPU", "warning", seen, needed, cure)
     return Check("GPU", "ok", seen, needed)
 
 
@@ -205,6 +206,7 @@ def _docker(row: Container) -> Iterator[Check]:
     version = compose.get("version", "")
     cure = "Install the plugin: docker-compose-plugin"
     yield Check("docker compose", "ok" if version else "failed", version or "absent", "2.24 or later", cure)
+    yield from _room(info, row)
     runtimes, cdi = info.get("Runtimes") or {}, info.get("DiscoveredDevices") or []
     there = "nvidia" in runtimes or any("nvidia" in str(device) for device in cdi) or _hook()
     yield Check(
@@ -215,6 +217,16 @@ def _docker(row: Container) -> Iterator[Check]:
         f"Install NVIDIA's container toolkit ({TOOLKIT}): nvidia-ctk runtime configure --runtime docker, "
         "then restart the engine",
     )
+
+
+def _room(info: Mapping[str, Any], row: Container) -> Iterator[Check]:
+    """For the image, where the engine's directory is one of this machine's. It may have been pulled already."""
+    root = Path(info.get("DockerRootDir") or "/nowhere")
+    if root.is_dir() and row.gb:
+        free = shutil.disk_usage(root).free
+        state: Literal["ok", "warning"] = "ok" if free >= row.gb * 1e9 else "warning"
+        cure = "Free some space (docker system prune), or give the engine another data-root"
+        yield Check("Docker's disk", state, f"{size(free)} free", f"{size(row.gb * 1e9)} for {row.image}", cure)
 
 
 def _hook() -> bool:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,10 @@ def test_the_card_must_be_the_one_that_is_built_for(monkeypatch: pytest.MonkeyPa
     wrong = by_name(doctor.examine(gpus.load("sm100"), VERSION, tmp_path))["GPU"]
     assert (wrong.state, wrong.seen) == ("failed", "NVIDIA GeForce RTX 5090 (sm120)")
     assert "--gpu sm120" in wrong.cure
+    with_cards(monkeypatch, RTX5090, Card("NVIDIA H100", 90, RTX5090.driver))
+    mixed = by_name(doctor.examine(gpus.load("sm120"), VERSION, tmp_path))["GPU"]
+    assert (mixed.state, "CUDA_VISIBLE_DEVICES" in mixed.cure) == ("warning", True)
+    with_cards(monkeypatch, RTX5090)
     for right in (gpus.load("sm120"), gpus.load("sm120-fmha"), None):
         assert by_name(doctor.examine(right, VERSION, tmp_path))["GPU"].state == "ok"
 
@@ -120,6 +125,14 @@ def test_on_a_host_the_engine_and_the_toolkit_count(
     found = list(doctor._docker(ROW))
     assert [check.state for check in found] == states
     assert all(check.cure for check in found if check.state == "failed")
+
+
+def test_a_disk_too_small_for_the_image_is_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = SimpleNamespace(total=1, used=1, free=13 * 10**9)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: small)
+    [check] = doctor._room({"DockerRootDir": str(tmp_path)}, ROW)
+    assert (check.state, check.seen) == ("warning", "13.00 GB free")
+    assert not list(doctor._room({}, ROW))
 
 
 def test_without_docker_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
