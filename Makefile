@@ -1,7 +1,9 @@
 # make demo    environment, then the main job on the bundled model: built, served, smoke-tested
 # make test    every test that needs neither a GPU nor Docker
+# make test-browser    the report's page in Chromium
 # make docker-test    the containers, with a Docker engine: the one that runs, or one of its own (root, Debian)
-# make lint    ruff and mypy, hadolint, shellcheck, the compose schema;  make bench: the measured ratios;  make test-trtllm: the TensorRT-LLM image's versions
+# make lint    ruff and mypy, hadolint, shellcheck, the compose schema;  make bench: the measured ratios
+# make test-trtllm    the tests that depend on them with the TensorRT-LLM image's versions
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -11,13 +13,20 @@ OUTPUT ?= artifacts
 # A second process per core fights over two cores; spinning OpenMP threads make it worse.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-trtllm docker-test lint bench clean
+.PHONY: demo test test-browser test-trtllm docker-test lint bench clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
 
 test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest
+
+# Debian's package: a browser that draws what readers will see.
+test-browser: $(VENV)/ready
+	@command -v chromium >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; \
+	  else echo "Install first: sudo apt-get install chromium" >&2; exit 1; fi; }
+	$(VENV)/bin/python -m pytest -m browser tests/test_browser.py
 
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready

@@ -116,7 +116,7 @@ def main() -> int:
         plan = ["-m", "builder", "plan", "--model", large, "--output", str(work / "out")]
         met = [
             measured("plan, 72B, fits", [*plan, "--gpu", "sm120-fmha", "--kv-cache-dtype", "auto"]),
-            measured("plan, 72B, refused with a change", [*plan, "--gpu", "sm120"], (3,)),
+            measured("plan, 72B, refused with a change", [*plan, "--gpu", "sm120", "--max-batch-size", "64"], (3,)),
             measured("sizes, 235B MoE", ["-c", SIZES, moe, str(work / "out")]),
         ]
     finally:

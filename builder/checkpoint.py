@@ -100,8 +100,8 @@ def architecture(config: Mapping[str, Any]) -> str:
         raise UnsupportedError(
             f"{name} has no TensorRT-LLM layout here.",
             why=f"The known ones: {', '.join(ARCHITECTURES)}.",
-            cure="Take one of these models, or stop at the unified checkpoint (`builder quantize`) and serve that with "
-            "trtllm-serve.",
+            cure="Take one of these models, or serve the Hugging Face layout, on a GPU and without an engine: "
+            "--target llmapi.",
         )
     return str(name)
 

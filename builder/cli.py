@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--model", "model.id", str, "Hub id (Qwen/Qwen3-8B) or a local directory"),
     ("--revision", "model.revision", str, "branch, tag or commit on the Hub"),
     ("--gpu", "gpu", str, "GPU profile: sm120, cpu, ... or auto (`builder gpus`)"),
-    ("--target", "target", str, "engine (trtllm-build) or reference (no GPU)"),
+    ("--target", "target", str, "engine (trtllm-build), llmapi (no engine) or reference (no GPU)"),
     ("--calib-data", "calibration.data", str, "a .jsonl file, a Hub dataset id, or builtin:python-docs"),
     ("--calib-samples", "calibration.samples", int, "rows to calibrate on"),
     ("--calib-seq-len", "calibration.seq_len", int, "tokens of a row, at most"),
@@ -125,6 +125,8 @@ def parser() -> argparse.ArgumentParser:
                                  help=f"make this stage again: {', '.join(STAGE_NAMES)}")  # fmt: skip
             command.add_argument("--from", metavar="STAGE", dest="start", choices=STAGE_NAMES,
                                  help="make this stage and all after it again")  # fmt: skip
+        if name == "engine":
+            command.add_argument("--dry-run", action="store_true", help="print the trtllm-build command, make nothing")
         if name == "build":
             command.add_argument("--dry-run", action="store_true", help="the same as `builder plan`")
             command.add_argument("--no-smoke", action="store_true", help="leave the repository untested")
@@ -143,6 +145,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC port (with --http)")
     command.add_argument("--junit", type=Path, metavar="FILE", help="results as JUnit XML")
 
+    command = _command(
+        commands, "report", "what is known of a repository: one HTML page, a model card, a table", run_report
+    )
+    command.add_argument("repository", type=Path, help="a repository, as in artifacts/models/")
+    for option, text in (("html", "the page"), ("markdown", "the model card"), ("csv", "the table that grows")):
+        command.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
+
     command = _command(commands, "verify", "hash every stored file again", run_verify)
     _add_output(command)
     command = _command(commands, "clean", "remove what no repository in OUTPUT/models was made from", run_clean)
@@ -150,6 +159,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--all", action="store_true", help="remove the repositories too")
     command.add_argument("--dry-run", action="store_true", help="only say what would go")
 
+    command = _command(commands, "probe", "ask this machine's card which doubtful flags build", run_probe)
+    command.add_argument("--gpu", default="auto", help="the profile that it must be of (default: what is here)")
+    command.add_argument("--only", metavar="QUESTION", action="append", default=[], help="ask this one (repeatable)")
+    command.add_argument("--force", action="store_true", help="ask again what is answered")
+    command.add_argument("--time-limit", type=int, metavar="SECONDS", help="for each engine (default: 1800)")
+    _add_output(command)
     command = _command(
         commands, "doctor", "does this machine or container fit: driver, GPU, Docker, limits", run_doctor
     )
@@ -157,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     _add_output(command)
 
     _command(commands, "gpus", "the GPU profiles, what runs on them, the cards behind them", run_gpus)
-    command = _command(commands, "explain", "a trtllm-build flag: meaning, defaults, rules, sources", run_explain)
+    command = _command(commands, "explain", "a flag or LLM argument: meaning, defaults, rules, sources", run_explain)
     command.add_argument("flag", metavar="FLAG", help="as context_fmha, with or without dashes")
     _command(commands, "schema", "the JSON Schema of a recipe file", run_schema)
     return top
@@ -286,16 +301,16 @@ def _print_built(built: Built, store: Store, until: str, out: Output) -> None:
 
 
 def run_plan(arguments: argparse.Namespace, out: Output) -> int:
-    """What a build would do. Exit code 3, after the plan, where it would not fit."""
+    """What a build would do, or the command that `engine` would run. Exit code 3 after it, where it would not fit."""
     resolved = _resolve(arguments)
     from builder import plan
     from builder.store import Store
 
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
-    plan.show(found, out)
-    if found.verdict.refusal:
-        _print_error(found.verdict.refusal)
-        return found.verdict.refusal.exit_code
+    (plan.show_command if arguments.command == "engine" else plan.show)(found, out)
+    if found.refusal:
+        _print_error(found.refusal)
+        return found.refusal.exit_code
     return 0
 
 
@@ -323,7 +338,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
         out.text(f"http       {server.http_url}")
         out.text(f"grpc       {server.grpc_url}")
         out.text(f"metrics    {server.metrics_url}")
-        out.text(f"try        {_curl(server.http_url)}")
+        out.text(f"try        {_curl(server.http_url, repository.facts)}")
         sys.stdout.flush()
         try:
             code = server.wait()
@@ -333,9 +348,10 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
 
 
-def _curl(url: str) -> str:
-    body = '{"text_input": "Return the number of", "max_tokens": 32}'
-    return f"curl -s http://{url}/v2/models/ensemble/generate -d '{body}'"
+def _curl(url: str, facts: Mapping[str, Any]) -> str:
+    tokens = facts.get("names", {}).get("max_tokens", "max_tokens")
+    body = f'{{"text_input": "Return the number of", "{tokens}": 32}}'
+    return f"curl -s http://{url}/v2/models/{facts['models']['generate']}/generate -d '{body}'"
 
 
 def _repository(arguments: argparse.Namespace) -> Repository:
@@ -384,6 +400,14 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     return 0
 
 
+def run_report(arguments: argparse.Namespace, out: Output) -> int:
+    """The page, the card and the table's rows, from manifests and the build record."""
+    from builder import report_page
+
+    report_page.publish(arguments.repository, out, page=arguments.html, card=arguments.markdown, table=arguments.csv)
+    return 0
+
+
 def run_verify(arguments: argparse.Namespace, out: Output) -> int:
     """Every file of the store against its sha256."""
     from builder import store
@@ -397,6 +421,7 @@ def run_verify(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_clean(arguments: argparse.Namespace, out: Output) -> int:
     """Removes what nothing needs."""
+    from builder import record
     from builder.store import Store, prune
 
     root = _existing(arguments.output)
@@ -407,6 +432,7 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
                 link.unlink()
         keep = set() if arguments.all else {link.resolve() for link in links}
         removed, freed = prune(root, keep, dry=arguments.dry_run)
+        removed += record.prune(root, gone=removed, dry=arguments.dry_run)
     out.result({"removed": [str(path) for path in removed], "bytes": freed})
     for path in removed:
         out.text(str(path))
@@ -418,6 +444,23 @@ def _existing(root: Path) -> Path:
     if not root.is_dir():
         raise UsageError(f"There is nothing at {root}.", cure="Name the directory that a build wrote: --output DIR")
     return root.resolve()
+
+
+def run_probe(arguments: argparse.Namespace, out: Output) -> int:
+    """The card's answers to what the tables leave in doubt. Exit code 1 where a question stayed without one."""
+    from builder import probe
+    from builder.store import Store
+
+    store = Store(arguments.output, out)
+    limit = arguments.time_limit or probe.TIME_LIMIT
+    asking = probe.session(arguments.gpu, store, limit=limit, force=arguments.force)
+    with store.in_use():
+        found = probe.run(asking, probe.questions(asking, arguments.only))
+    probe.show(asking, found)
+    if open_ones := probe.unanswered(found):
+        _print_error(open_ones)
+        return open_ones.exit_code
+    return 0
 
 
 def run_doctor(arguments: argparse.Namespace, out: Output) -> int:

@@ -68,12 +68,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Client:
-    """One server. `models` says which model answers which way: the keys generate, infer, stream and engine."""
+    """One server. `models` says which model answers which way: the keys generate, infer, stream and engine.
+
+    `names` are the repository's for inputs that it calls otherwise; without `batched` no tensor has a batch dimension.
+    """
 
     http_url: str
     grpc_url: str
     models: Mapping[str, str]
     timeout: float
+    names: Mapping[str, str] = field(default_factory=dict)
+    batched: bool = True
 
     def ready(self, model: str | None = None) -> bool:
         """The server, or one of its models, by gRPC."""
@@ -89,7 +94,7 @@ class Client:
         try:
             with _errors():
                 outputs = [triton_http.InferRequestedOutput("text_output")]
-                result = client.infer(self.models["infer"], _tensors(triton_http, ask.inputs()), outputs=outputs)
+                result = client.infer(self.models["infer"], self._inputs(triton_http, ask), outputs=outputs)
             return _whole(result)
         finally:
             client.close()
@@ -98,7 +103,7 @@ class Client:
         """JSON by the standard library: tritonclient has no call for it."""
         request = urllib.request.Request(
             f"http://{_address(self.http_url)}/v2/models/{self.models['generate']}/generate",
-            data=_json(ask.inputs()),
+            data=_json(self._named(ask.inputs())),
             headers={"Content-Type": "application/json"},
         )
         try:
@@ -119,7 +124,7 @@ class Client:
             outputs = [triton_grpc.InferRequestedOutput("text_output")]
             result = grpc.infer(
                 self.models["infer"],
-                _tensors(triton_grpc, ask.inputs()),
+                self._inputs(triton_grpc, ask),
                 outputs=outputs,
                 client_timeout=self.timeout,
             )
@@ -127,7 +132,7 @@ class Client:
 
     def grpc_stream(self, ask: Ask) -> Answer:
         """Piece by piece. A piece that does not come in time is Stalled, not a wait for ever."""
-        results = self._stream(self.models["stream"], ask.inputs(stream=True), ["text_output"])
+        results = self._stream(self.models["stream"], self._inputs(triton_grpc, ask, stream=True), ["text_output"])
         pieces = tuple(_text(result) for result in results)
         return Answer("".join(pieces), pieces)
 
@@ -135,10 +140,18 @@ class Client:
         """The tokens that the engine itself makes of these, without text around it; nothing ends it but max_tokens."""
         inputs = {"input_ids": ids, "input_lengths": len(ids), "request_output_len": max_tokens, "runtime_top_k": 1}
         streamed = {**inputs, "streaming": True, "exclude_input_in_output": True}
-        results = self._stream(self.models["engine"], streamed, ["output_ids", "sequence_length"])
+        results = self._stream(
+            self.models["engine"], _tensors(triton_grpc, streamed), ["output_ids", "sequence_length"]
+        )
         return [int(token) for result in results for token in result.as_numpy("output_ids").reshape(-1)]
 
-    def _stream(self, model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Iterator[Any]:
+    def _inputs(self, module: Any, ask: Ask, **more: Any) -> list[Any]:
+        return _tensors(module, ask.inputs(**more), names=self.names, batched=self.batched)
+
+    def _named(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {self.names.get(name, name): value for name, value in inputs.items()}
+
+    def _stream(self, model: str, inputs: Sequence[Any], outputs: Sequence[str]) -> Iterator[Any]:
         """The responses that carry outputs, up to the final one."""
         answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
         with self._grpc() as grpc:
@@ -147,7 +160,7 @@ class Client:
             try:
                 grpc.async_stream_infer(
                     model,
-                    _tensors(triton_grpc, inputs),
+                    inputs,
                     outputs=[triton_grpc.InferRequestedOutput(name) for name in outputs],
                     enable_empty_final_response=True,
                 )
@@ -189,8 +202,10 @@ def _address(url: str) -> str:
     return url.removeprefix("http://").removeprefix("grpc://").rstrip("/")
 
 
-def _tensors(module: Any, inputs: Mapping[str, Any]) -> list[Any]:
-    """Every tensor with a batch dimension of 1: scalars are [1, 1], lists [1, n]."""
+def _tensors(
+    module: Any, inputs: Mapping[str, Any], *, names: Mapping[str, str] | None = None, batched: bool = True
+) -> list[Any]:
+    """Every tensor with a batch dimension of 1: scalars are [1, 1], lists [1, n]; without `batched` [1] and [n]."""
     made = []
     for name, value in inputs.items():
         kind = "BOOL" if isinstance(value, bool) else _TYPES.get(name, "INT32")
@@ -198,7 +213,8 @@ def _tensors(module: Any, inputs: Mapping[str, Any]) -> list[Any]:
         array = np.array([values], dtype=_NUMPY[kind])
         if kind == "BYTES":
             array = np.array([[v.encode() if isinstance(v, str) else v for v in values]], dtype=np.object_)
-        tensor = module.InferInput(name, list(array.shape), kind)
+        array = array if batched else array[0]
+        tensor = module.InferInput((names or {}).get(name, name), list(array.shape), kind)
         tensor.set_data_from_numpy(array)
         made.append(tensor)
     return made

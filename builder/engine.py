@@ -10,17 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import paths, process, trtllm
+from builder import build_log, paths, process, trtllm
 from builder.checkpoint import Checkpoint
 from builder.errors import IntegrityError, StageError, UnsupportedError, UsageError
-from builder.quantize.modelopt import gpus
+from builder.gpus import Seen, cuda_order, visible
+from builder.guards import BUILT_WITH, installed
+from builder.output import seconds
 from builder.recipe import Resolved
 from builder.store import Artefact, Store, library_versions, read, sources_digest
 
 
 @dataclass(frozen=True)
 class Engine:
-    """config.json {version, pretrained_config, build_config} beside rank*.engine, or rank*.safetensors (reference)."""
+    """config.json {version, pretrained_config, build_config} beside rank*.engine, or rank*.safetensors (reference).
+
+    built_with.json beside them tells what upstream's config.json does not: target, SM, GPU, driver, TensorRT.
+    """
 
     path: Path
     digest: str
@@ -49,10 +54,31 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
             cure="Run inside that image, or build for the reference executor: --gpu cpu. "
             "`builder plan` works everywhere.",
         )
-    world_size, have = resolved.recipe.engine.world_size, len(gpus())
-    if resolved.recipe.target == "engine" and serving and 0 < have < world_size:
+    if resolved.recipe.target == "engine" and (seen := visible()) is not None:
+        _check_gpus(resolved, seen, serving=serving)
+
+
+def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> None:
+    """trtllm-build times kernels on GPU 0, for GPU 0: without one it crashes (rule R08), on another it builds another
+    engine than the profile says."""
+    sm, world_size = resolved.gpu.sm, resolved.recipe.engine.world_size
+    if not seen:
         raise UnsupportedError(
-            f"The engine needs {world_size} GPUs to be served and tested, and this machine has {have}.",
+            "trtllm-build is here, but no GPU is seen, so no TensorRT engine can be built.",
+            why="It measures its kernels on the GPU that will run them (rule R08).",
+            cure="Give the container its GPUs; CUDA_VISIBLE_DEVICES may hide them. Or build for the reference "
+            "executor: --gpu cpu. `builder plan` works everywhere.",
+        )
+    wrong = [gpu for gpu in seen[:world_size] if gpu.sm != sm]
+    if wrong:
+        raise UnsupportedError(
+            f"The {resolved.gpu.name} profile was asked for, and this machine's {wrong[0].name} is sm{wrong[0].sm}.",
+            why="trtllm-build builds for the GPU that it runs on, and the engine would run on no other architecture.",
+            cure="Build on the card that will serve it, or for this one: --gpu auto",
+        )
+    if serving and len(seen) < world_size:
+        raise UnsupportedError(
+            f"The engine needs {world_size} GPUs to be served and tested, and this machine has {len(seen)}.",
             why="--tp times --pp is the number of its ranks, and each takes a GPU of its own.",
             cure="Only build it here, rank by rank: --no-smoke. Or split it less.",
         )
@@ -71,6 +97,7 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm.Flag], resolved: Resolv
         "sources": sources_digest(
             "builder/engine.py",
             "builder/trtllm.py",
+            "builder/trtllm_answers.py",
             "builder/trtllm_facts.py",
             "builder/trtllm_rules.py",
             # The reference engine's build_config is made of the version's defaults.
@@ -79,8 +106,30 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm.Flag], resolved: Resolv
     }
     work = _run_trtllm_build if recipe.target == "engine" else _write_reference
     version = recipe.engine.tensorrt_llm
-    artefact = store.stage("engine", ingredients, lambda directory: work(checkpoint, flags, version, directory, store))
+
+    def make(directory: Path) -> Mapping[str, Any]:
+        facts = work(checkpoint, flags, version, directory, store)
+        _write_built_with(directory, recipe.target, flags, facts)
+        return facts
+
+    artefact = store.stage("engine", ingredients, make)
     return Engine(artefact.path, artefact.digest, artefact)
+
+
+def _write_built_with(directory: Path, target: str, flags: Sequence[trtllm.Flag], facts: Mapping[str, Any]) -> None:
+    """What guards.py compares before the engine is served, in its directory: a copy of it elsewhere tells too."""
+    gpu = next(iter(visible() or []), None) if target == "engine" else None
+    record = {
+        "target": target,
+        "tensorrt_llm": facts["version"],
+        "tensorrt": installed("tensorrt") if target == "engine" else None,
+        "sm": gpu.sm if gpu else None,
+        "gpu": gpu.name if gpu else None,
+        "driver": gpu.driver if gpu else None,
+        "world_size": facts["world_size"],
+        "flags": {flag.name: flag.value for flag in flags},
+    }
+    (directory / BUILT_WITH).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def _write_reference(
@@ -115,13 +164,15 @@ def _run_trtllm_build(
 ) -> Mapping[str, Any]:
     timing_cache = store.root / "timing" / "model.cache"
     timing_cache.parent.mkdir(parents=True, exist_ok=True)
+    with open(timing_cache, "ab"):  # trtllm-build writes it at its very end, and fails there; an empty one is a new one
+        pass
     argv = trtllm.command(flags, checkpoint=checkpoint.tensorrt_llm, output=directory, timing_cache=timing_cache)
     log = store.log("trtllm-build")
     store.out.info(f"trtllm-build works; what it says: {log}")
-    finished = process.run(argv, log=log, cwd=timing_cache.parent)
     pretrained = json.loads((checkpoint.tensorrt_llm / "config.json").read_text(encoding="utf-8"))
     world_size = pretrained["mapping"]["world_size"]
-    built = _check_built(directory, version, world_size)
+    finished, said = _watched(argv, log, timing_cache.parent, world_size, store)
+    built = check_built(directory, version, world_size)
     paste = trtllm.command(flags, checkpoint=checkpoint.tensorrt_llm, output=Path("ENGINE"), timing_cache=timing_cache)
     return {
         "command": paste,
@@ -130,13 +181,37 @@ def _run_trtllm_build(
         "world_size": world_size,
         "seconds": round(finished.seconds, 1),
         "max_rss": finished.max_rss,
+        "phases": said.rounded(),
+        "peak_gpu_memory": said.peak_gpu_memory,
     }
 
 
-def _check_built(directory: Path, version: str, world_size: int) -> Mapping[str, Any]:
+def _watched(
+    argv: Sequence[str], log: Path, cwd: Path, world_size: int, store: Store
+) -> tuple[process.Finished, build_log.BuildLog]:
+    """Runs trtllm-build; its phases are shown as its log tells them, a known failure with its cure."""
+    with store.out.progress("trtllm-build: starting") as bar:
+
+        def show(phase: str, after: float) -> None:
+            if store.out.live:
+                bar.update(0, label=f"trtllm-build: {phase}")
+            else:
+                store.out.info(f"trtllm-build: {phase}, after {seconds(after)}")
+
+        said = build_log.BuildLog(world_size, show)
+        try:
+            finished = process.run(argv, log=log, cwd=cwd, env=cuda_order(), on_line=said.hear)
+        except StageError as error:
+            raise build_log.explained(error, log) from error
+        said.end()
+    store.out.info(f"trtllm-build took {seconds(finished.seconds)}: {said.summary()}")
+    return finished, said
+
+
+def check_built(directory: Path, version: str, world_size: int) -> Mapping[str, Any]:
     """trtllm-build can end with 0 and half an engine; and the engine must be of the version that will serve it."""
     ranks = [directory / f"rank{rank}.engine" for rank in range(world_size)]
-    if not all(file.is_file() for file in (directory / "config.json", *ranks)):
+    if not all(file.is_file() and file.stat().st_size for file in (directory / "config.json", *ranks)):
         wanted = "rank0.engine" if world_size == 1 else f"rank0.engine to rank{world_size - 1}.engine"
         raise StageError(f"trtllm-build ended well but left no config.json with {wanted}.")
     built: Mapping[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))

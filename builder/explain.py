@@ -1,4 +1,7 @@
-"""What a trtllm-build flag means: its default in each version, the rules that touch it, the profiles that set it."""
+"""What a trtllm-build flag means: its default in each version, the rules that touch it, the profiles that set it.
+
+Likewise an argument of the LLM class (the llmapi target), which has no rules and profiles.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from builder import gpus, trtllm_facts
+from builder import gpus, llmapi_facts, trtllm_facts
 from builder.errors import UsageError
 from builder.output import Output
 from builder.trtllm_facts import Version
@@ -18,6 +21,8 @@ def explain(flag: str) -> dict[str, Any]:
     name = flag.lstrip("-").replace("-", "_")
     known = [trtllm_facts.load(version) for version in trtllm_facts.versions()]
     name = _canonical(name, known)
+    if not any(name in v.flags or name in v.removed for v in known) and (argument := _argument(name)):
+        return argument
     newest = next((v for v in reversed(known) if name in v.flags), None)
     removed = next((v.removed[name] for v in reversed(known) if name in v.removed), None)
     if newest is None and removed is None:
@@ -36,6 +41,32 @@ def explain(flag: str) -> dict[str, Any]:
         ],
         "profiles": {p: gpus.load(p).flags[name].value for p in gpus.names() if name in gpus.load(p).flags},
         "sources": list(_sources(newest)) if newest else [],
+    }
+
+
+def _argument(name: str) -> dict[str, Any] | None:
+    """The same of an LLM argument, with or without the recipe's prefix; None for a name that is none."""
+    name = name.removeprefix("llmapi.args.")
+    raw = llmapi_facts.read()
+    if name not in raw["arguments"] and name not in raw["refused"]:
+        return None
+    spec = raw["arguments"].get(name, {})
+    takes = spec.get("choices") or spec.get("of") or spec.get("type")
+    versions = {}
+    for row in raw["versions"]:
+        here = name in llmapi_facts.load(row["first"]).arguments
+        label = row["first"] if row["first"] == row["last"] else f"{row['first']} to {row['last']}"
+        default = "unset" if spec.get("default") is None else spec["default"]
+        versions[label] = {"default": default, "takes": takes} if here else None
+    return {
+        "flag": f"llmapi.args.{name}",
+        "meaning": "an argument of TensorRT-LLM's LLM class, which the llmapi target calls",
+        "note": f"not taken here: {raw['refused'][name]}" if name in raw["refused"] else spec.get("gone", ""),
+        "versions": versions,
+        "removed": None,
+        "rules": [],
+        "profiles": {},
+        "sources": list(raw["states"].values()),
     }
 
 
@@ -63,10 +94,11 @@ def _sources(version: Version) -> tuple[str, ...]:
 
 def _unknown(flag: str, name: str, known: list[Version]) -> UsageError:
     names = {name for version in known for name in (*version.flags, *version.removed)}
+    names |= set(llmapi_facts.read()["arguments"])
     near = difflib.get_close_matches(name, sorted(names), n=3, cutoff=0.5)
     return UsageError(
-        f"No version of trtllm-build that is known here has a flag {flag!r}.",
-        why=f"Did you mean {', '.join(f'--{n}' for n in near)}?" if near else "",
+        f"No version of trtllm-build that is known here has a flag {flag!r}, and no LLM class such an argument.",
+        why=f"Did you mean {', '.join(n if '.' in n else f'--{n}' for n in near)}?" if near else "",
         cure=f"Known versions: {', '.join(v.version for v in known)}.",
     )
 

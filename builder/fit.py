@@ -15,7 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint import head_size
+from builder.checkpoint import ARCHITECTURES, head_size
+from builder.llmapi import Argument
 from builder.quantize.modelopt import is_quantized
 from builder.ranks import Parallel
 from builder.recipe import Resolved
@@ -26,8 +27,8 @@ TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.p
 CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE, the first part of every workspace
 SCALAR = 4  # bytes of an F32 scale
 
-_COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_ROW = ("o_proj", "down_proj")
+_COLUMN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
+_ROW = ("o_proj", "down_proj", "w2")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,10 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Serving:
-    """What memory hangs on at run time. `target` is that of the recipe, `fraction` kv_cache_free_gpu_mem_fraction."""
+    """What memory hangs on at run time. `target` is that of the recipe, `fraction` kv_cache_free_gpu_mem_fraction.
+
+    `most_kv_tokens` is a limit of the cache that was asked for (llmapi), None where memory alone sets it.
+    """
 
     max_batch_size: int
     max_input_len: int
@@ -53,6 +57,7 @@ class Serving:
     pp: int = 1
     fraction: Fraction = Fraction(9, 10)
     target: str = "engine"
+    most_kv_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,9 +108,9 @@ class Machine:
     available: int
 
 
-def serving(resolved: Resolved, flags: Sequence[Flag]) -> Serving:
+def serving(resolved: Resolved, flags: Sequence[Flag] | Sequence[Argument]) -> Serving:
     """From the resolved flags, in which the rules have had their say already."""
-    values = {flag.name: flag.value for flag in flags}
+    values: dict[str, Any] = {flag.name: flag.value for flag in flags}
     asked = resolved.recipe
     return Serving(
         max_batch_size=int(values["max_batch_size"]),
@@ -119,15 +124,18 @@ def serving(resolved: Resolved, flags: Sequence[Flag]) -> Serving:
         pp=asked.engine.pp,
         fraction=Fraction(str(asked.repository.kv_cache_free_gpu_mem_fraction)),
         target=asked.target,
+        most_kv_tokens=values.get("kv_cache_config.max_tokens"),
     )
 
 
 def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, local: bool = False) -> Sizes:
     """What is downloaded, kept and held while calibrating. `local`: the model is a directory and is not copied."""
     unified = _unified(model, asked.fp8_kv)
-    whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1)))
+    architecture = (model.config.get("architectures") or [None])[0]
+    layout = asked.target != "llmapi" or architecture in ARCHITECTURES  # llmapi needs none of TensorRT-LLM's own
+    whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1))) if layout else 0
     ranks = rank_bytes(model, asked)
-    split = len(ranks) > 1
+    split = len(ranks) > 1 and asked.target != "llmapi"
     download = sum(byte_size(dtype, shape) for dtype, shape in model.tensors.values())
     disk = {
         "snapshot": 0 if local else download,
@@ -289,6 +297,7 @@ def memory(model: ModelFacts, asked: Serving, card: str, available: int) -> Memo
     held, work = weights(model, asked), workspace(model.config, asked)
     per_token = kv_bytes_per_token(model.config, asked)
     pool = max(0, math.floor((available - held - work) * _fraction(asked)))
+    pool = pool if asked.most_kv_tokens is None else min(pool, asked.most_kv_tokens * per_token)
     tokens = pool // (per_token * TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
     least = needed(model, asked, held=held)
     return Memory(
@@ -314,7 +323,10 @@ def largest_batch(model: ModelFacts, asked: Serving, available: int) -> int:
         work = workspace(model.config, replace(asked, max_batch_size=batch))
         return held + work + math.ceil(batch * sequence / _fraction(asked)) <= available
 
-    return largest(fits, 0, max(0, available - held) // sequence)
+    most = max(0, available - held) // sequence
+    if asked.most_kv_tokens is not None:
+        most = min(most, asked.most_kv_tokens // _blocks(asked.max_seq_len))
+    return largest(fits, 0, most)
 
 
 def largest(fits: Any, low: int, high: int) -> int:

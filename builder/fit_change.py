@@ -9,7 +9,7 @@ from builder import fit, ranks
 from builder.errors import UnsupportedError
 from builder.fit import Machine, Memory, ModelFacts, Serving, Sizes
 from builder.output import size
-from builder.recipe import Resolved
+from builder.recipe import Calibration, Resolved
 
 SHORTEST = 256  # tokens: a shorter max_seq_len is no use to anybody
 MOST_GPUS = 16  # on one machine
@@ -35,14 +35,25 @@ def smallest(model: ModelFacts, asked: Serving, available: int, *, fp8_kv: bool 
 
 def _candidates(model: ModelFacts, asked: Serving, available: int, fp8_kv: bool) -> Iterator[Serving]:
     yield from _smaller(model, asked, available)
-    if not asked.fp8_kv and fp8_kv and asked.target == "engine":
+    if not asked.fp8_kv and fp8_kv and asked.target != "reference":
         yield replace(asked, fp8_kv=True)
         yield from _smaller(model, replace(asked, fp8_kv=True), available)
-    if asked.target == "engine":
-        parallel = [n for n in range(asked.tp + 1, MOST_GPUS // asked.pp + 1) if _divides(model, n, asked.pp)]
-        yield from (replace(asked, tp=tp) for tp in parallel)
-        for tp in parallel:
-            yield from _smaller(model, replace(asked, tp=tp, fp8_kv=asked.fp8_kv or fp8_kv), available)
+    if asked.target != "reference":
+        parallel = _more_gpus(model, asked)
+        yield from parallel
+        for more in parallel:
+            yield from _smaller(model, replace(more, fp8_kv=asked.fp8_kv or fp8_kv), available)
+
+
+def _more_gpus(model: ModelFacts, asked: Serving) -> list[Serving]:
+    """The fewest GPUs first; of as many, tensor parallel before pipeline parallel, which shortens no answer's wait."""
+    sizes = [
+        (tp, pp)
+        for tp in range(asked.tp, MOST_GPUS + 1)
+        for pp in range(asked.pp, MOST_GPUS // tp + 1)
+        if (tp, pp) != (asked.tp, asked.pp) and _divides(model, tp, pp)
+    ]
+    return [replace(asked, tp=tp, pp=pp) for tp, pp in sorted(sizes, key=lambda size: (size[0] * size[1], size[1]))]
 
 
 def _smaller(model: ModelFacts, asked: Serving, available: int) -> Iterator[Serving]:
@@ -76,7 +87,7 @@ def _divides(model: ModelFacts, tp: int, pp: int) -> bool:
 
 
 def _flags(asked: Serving, changed: Serving) -> tuple[str, ...]:
-    names = ("max_num_tokens", "max_batch_size", "max_input_len", "max_seq_len", "tp")
+    names = ("max_num_tokens", "max_batch_size", "max_input_len", "max_seq_len", "tp", "pp")
     flags = [
         f"--{name.replace('_', '-')} {getattr(changed, name)}"
         for name in names
@@ -113,6 +124,26 @@ def disk_refusal(sizes: Sizes, host: Machine, missing: int) -> UnsupportedError 
         why=f"By stage: {parts}.",
         cure=f"Free {size(missing - host.disk)} (`builder clean` removes what no repository needs), or choose another "
         "--output.",
+    )
+
+
+def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> UnsupportedError | None:
+    """None if calibrating fits into the memory that this machine has in all; what is free now is another question."""
+    needed = fit.calibration_memory(model, rows.batch_size * rows.seq_len)
+    if needed <= host.memory:
+        return None
+    batch = fit.largest(lambda n: fit.calibration_memory(model, n * rows.seq_len) <= host.memory, 0, rows.batch_size)
+    length = fit.largest(lambda n: fit.calibration_memory(model, n) <= host.memory, 0, rows.seq_len)
+    elsewhere = f"Calibrate on a machine with {size(needed)} of memory, or with GPUs"
+    cure = f"{elsewhere}; or take a smaller model."
+    if batch:
+        cure = f"Fewer rows at once: --set calibration.batch_size={batch}. Or: {elsewhere}."
+    elif length >= SHORTEST:
+        cure = f"Shorter rows: --calib-seq-len {length} --set calibration.batch_size=1. Or: {elsewhere}."
+    return UnsupportedError(
+        f"Calibrating takes about {size(needed)} of memory, and this machine has {size(host.memory)}.",
+        why=f"The weights in their own type, activations of {rows.batch_size} x {rows.seq_len} tokens: an estimate.",
+        cure=cure,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -63,6 +64,20 @@ class GpuProfile:
     notes: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A GPU of this machine: its name, compute capability and driver."""
+
+    name: str
+    major: int
+    minor: int
+    driver: str
+
+    @property
+    def sm(self) -> int:
+        return self.major * 10 + self.minor
+
+
 def names() -> list[str]:
     """The profiles that exist."""
     return sorted(path.stem for path in paths.data("configs", "gpus").glob("*.yaml"))
@@ -113,18 +128,21 @@ def _read(name: str) -> dict[str, Any]:
 
 def detect() -> GpuProfile:
     """The profile of the first GPU that NVML sees. UnsupportedError where there is none, or none we know."""
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        card = pynvml.nvmlDeviceGetName(handle)
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
+        found = first()
+    except UnsupportedError as error:
         cure = "Name a profile: --gpu sm120, or --gpu cpu to quantize and serve without a GPU."
-        raise UnsupportedError("No GPU was named, and none is seen here.", why=f"NVML: {error}", cure=cure) from error
-    return for_capability(major, minor, card)
+        raise UnsupportedError("No GPU was named, and none is seen here.", why=error.why, cure=cure) from error
+    return for_capability(found.major, found.minor, found.name)
+
+
+def first() -> Seen:
+    """The first of the visible GPUs. UnsupportedError where there is none, or NVML does not tell."""
+    found = visible()
+    if not found:
+        why = "NVML finds no NVIDIA driver." if found == [] else "NVML does not tell which GPUs this process sees."
+        raise UnsupportedError("No GPU is seen here.", why=why, cure="Run it on a machine with a GPU.")
+    return found[0]
 
 
 def for_capability(major: int, minor: int, card: str) -> GpuProfile:
@@ -165,3 +183,53 @@ def show(out: Output) -> None:
             cards.append((profile.name, card.name, *("-" if n is None else n for n in figures)))
     out.table("cards", ["profile", "card", "GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS"], cards)
     out.result({p.name: {key: value for key, value in asdict(p).items() if key != "name"} for p in profiles})
+
+
+def cuda_order() -> dict[str, str]:
+    """The environment in which CUDA counts a machine's GPUs as NVML does; left to itself it begins with the fastest."""
+    return {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
+
+
+def visible() -> list[Seen] | None:
+    """The GPUs that a child with cuda_order() sees, in its order; none without a driver. Heeds CUDA_VISIBLE_DEVICES.
+
+    None where that is not known: NVML refuses, parts of a GPU (MIG) are named, or unlike cards are counted otherwise.
+    """
+    import pynvml
+
+    absent = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [] if error.value in absent else None
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        found = []
+        for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            seen = Seen(pynvml.nvmlDeviceGetName(handle), major, minor, driver)
+            found.append((pynvml.nvmlDeviceGetUUID(handle), seen))
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    alike = len({seen for _, seen in found}) < 2
+    if not alike and cuda_order()["CUDA_DEVICE_ORDER"] != "PCI_BUS_ID":
+        return None
+    return _chosen(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _chosen(found: Sequence[tuple[str, Seen]], asked: str | None) -> list[Seen] | None:
+    """Indices or beginnings of UUIDs, up to the first that is none (CUDA C Programming Guide, CUDA_VISIBLE_DEVICES)."""
+    if asked is None:
+        return [seen for _, seen in found]
+    chosen: list[Seen] = []
+    for word in (word.strip() for word in asked.split(",")):
+        if word.startswith("MIG-"):
+            return None
+        by_uuid = [seen for uuid, seen in found if word.startswith("GPU-") and uuid.startswith(word)]
+        by_index = [found[int(word)][1]] if word.isdecimal() and int(word) < len(found) else []
+        if not (by_uuid or by_index):
+            break
+        chosen += (by_uuid or by_index)[:1]
+    return chosen

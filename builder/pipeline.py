@@ -6,23 +6,30 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, ranks, trtllm
+from builder import engine, fit, fit_change, llmapi, llmapi_repository, probe_answers, ranks, record, trtllm
 from builder.calibrate import calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
+from builder.errors import UnsupportedError, UsageError
 from builder.fetch import Snapshot, check_directory, fetch, local_directory, read_headers
-from builder.fit import ModelFacts, Sizes
+from builder.fit import Machine, ModelFacts, Sizes
+from builder.output import Output, size
 from builder.quantize.modelopt import gpus, quantize
 from builder.recipe import Model, Resolved
 from builder.repository import Repository, render
+from builder.repository import sources as triton_sources
 from builder.safetensors_io import read_header
 from builder.smoke import SmokeReport, smoke_test
-from builder.store import STAGES, Store
+from builder.store import STAGES, Artefact, Store, WouldRun
+from builder.trtllm_answers import Answer
+
+# trtllm-build's flags, or the LLM arguments of the llmapi target: both have name, value, reason and source.
+Settings = Sequence[trtllm.Flag] | Sequence[llmapi.Argument]
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Built:
     """What a build left; a part is None when it was asked to stop before it."""
 
     snapshot: Snapshot
-    flags: Sequence[trtllm.Flag] = field(default=())
+    flags: Settings = field(default=())
     checkpoint: Checkpoint | None = None
     engine: Engine | None = None
     repository: Repository | None = None
@@ -42,22 +49,35 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now."""
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
+    if until in ("ranks", "engine") and recipe.target == "llmapi":
+        raise UsageError(
+            "The llmapi target has no engine: the checkpoint is loaded as it is.",
+            cure="As far as the repository: `builder render`.",
+        )
     if "engine" in wanted and not store.dry:
-        engine.check_machine(resolved, serving="smoke" in wanted)
+        check_machine(resolved, serving="smoke" in wanted)
+    if "repository" in wanted and recipe.target != "llmapi":
+        triton_sources(recipe.engine.tensorrt_llm)  # refused before any work where there are none
 
     if "checkpoint" not in wanted:
         return Built(fetch(recipe.model, store=store))
     layouts = "engine" in wanted
 
+    answers = probe_answers.answers(resolved, store.root)
+
     def check(config: Mapping[str, Any]) -> None:
-        flags = check_model(resolved, config, layouts=layouts)
+        flags = check_model(resolved, config, layouts=layouts, answers=answers)
         if layouts:
-            check_fit(resolved, read_model(recipe.model, store), flags, store, disk=True)
+            check_fit(resolved, read_model(recipe.model, store), flags, store)
 
     snapshot = fetch(recipe.model, store=store, check=check)
-    flags = check_model(resolved, snapshot.config, layouts=layouts)
+    flags = check_model(resolved, snapshot.config, layouts=layouts, answers=answers)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
-        check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store)
+        check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store, fetched=True)
+
+    if recipe.target != "llmapi":
+        for note in trtllm.window_notes(snapshot.config, trtllm.resolve(resolved, snapshot.config, answers)):
+            store.out.warn(note.text)
 
     calibration = calibrate(recipe.calibration, store=store)
     checkpoint = quantize(
@@ -71,48 +91,121 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     if "ranks" not in wanted:
         return Built(snapshot, flags, checkpoint)
 
-    parallel = ranks.Parallel(recipe.engine.tp, recipe.engine.pp)
-    split = ranks.split_checkpoint(checkpoint, parallel, store=store)
+    built, repository = _served(checkpoint, snapshot, resolved, answers, wanted, store)
+    made = Built(snapshot, flags, checkpoint, built, repository)
+    if repository is None:
+        return made
+    if "smoke" in wanted:
+        made = replace(made, smoke=smoke_test(repository, store=store))
+    return replace(made, link=publish(resolved, made, repository, answers, store))
+
+
+def _served(
+    checkpoint: Checkpoint,
+    snapshot: Snapshot,
+    resolved: Resolved,
+    answers: Sequence[Answer],
+    wanted: Sequence[str],
+    store: Store,
+) -> tuple[Engine | None, Repository | None]:
+    """The repository around an engine made of the checkpoint's ranks, or with llmapi around the checkpoint itself."""
+    recipe = resolved.recipe
+    if recipe.target == "llmapi":
+        arguments = llmapi.resolve(resolved, snapshot.config)
+        return None, llmapi_repository.render(checkpoint, snapshot, arguments, resolved, store=store)
+    split = ranks.split_checkpoint(checkpoint, ranks.Parallel(recipe.engine.tp, recipe.engine.pp), store=store)
     if "engine" not in wanted:
-        return Built(snapshot, flags, checkpoint)
-
-    built = engine.build(split, flags, resolved, store=store)
+        return None, None
+    built = engine.build(split, trtllm.resolve(resolved, snapshot.config, answers), resolved, store=store)
     if "repository" not in wanted:
-        return Built(snapshot, flags, checkpoint, built)
-
-    repository = render(built, snapshot, recipe.repository, store=store)
-    if "smoke" not in wanted:
-        return Built(snapshot, flags, checkpoint, built, repository, link=link(resolved, repository, store))
-
-    report = smoke_test(repository, store=store)
-    return Built(snapshot, flags, checkpoint, built, repository, report, link=link(resolved, repository, store))
+        return built, None
+    return built, render(built, snapshot, recipe.repository, store=store)
 
 
-def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool) -> list[trtllm.Flag]:
-    """The engine's flags for a model by its config.json; with `layouts` also that TensorRT-LLM's layout can hold it."""
+def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
+    """Whether this machine has what the target needs, before the first expensive byte."""
+    if resolved.recipe.target != "llmapi":
+        engine.check_machine(resolved, serving=serving)
+    elif serving:
+        llmapi.check_machine(resolved)
+
+
+def check_model(
+    resolved: Resolved, config: Mapping[str, Any], *, layouts: bool, answers: Sequence[Answer] = ()
+) -> Settings:
+    """The target's settings for a model by its config.json, and what cards answered to probes (probe_answers).
+
+    With `layouts` also that the target can load it.
+    """
+    asked = resolved.recipe
+    if asked.target == "llmapi":
+        if layouts:
+            llmapi.check_model(resolved, config)
+        return llmapi.resolve(resolved, config)
+    if asked.llmapi.args:
+        raise UsageError(
+            f"llmapi.args are arguments of TensorRT-LLM's LLM class, which the {asked.target} target does not use.",
+            cure="--target llmapi, or leave them out.",
+        )
     if layouts:
         checkpoints.architecture(config)
         checkpoints.rope(config)
-        asked = resolved.recipe
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
-    return trtllm.resolve(resolved, config)
+    return trtllm.resolve(resolved, config, answers)
 
 
-def check_fit(
-    resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag], store: Store, *, disk: bool = False
-) -> None:
-    """UnsupportedError with the smallest change that would fit; with `disk` also if the artefacts find no room."""
-    host = fit.machine(store.root)
-    verdict = fit_change.judge(model, fit.serving(resolved, flags), resolved, host, gpus())
+def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[trtllm.Note]:
+    """What there is to know about the target's settings for this model."""
+    if resolved.recipe.target == "llmapi":
+        return llmapi.notes(resolved, llmapi.resolve(resolved, config))
+    flags = trtllm.resolve(resolved, config, answers)
+    return trtllm.notes(resolved, config, flags, answers) + trtllm.window_notes(config, flags)
+
+
+def check_fit(resolved: Resolved, model: ModelFacts, flags: Settings, store: Store, *, fetched: bool = False) -> None:
+    """UnsupportedError with the smallest change that would fit on the card, or if what is still to be made finds no
+    room on the disk or in this machine's memory. `fetched`: the snapshot is here, and maybe more."""
+    host, here = fit.machine(store.root), gpus()
+    verdict = fit_change.judge(model, fit.serving(resolved, flags), resolved, host, here)
     if verdict.refusal:
         raise verdict.refusal
     found = sizes(resolved, model, flags)
-    if disk and (refusal := fit_change.disk_refusal(found, host, found.artefacts)):
+    tight = not here and found.calibration_memory > host.available
+    if not tight and found.artefacts <= host.disk:
+        return
+    made = [artefact.stage for artefact in stored(resolved, store)[0]] if fetched else []
+    remaining = [stage for stage in STAGES if stage not in made]
+    if refusal := host_refusal(resolved, model, found, host, remaining):
         raise refusal
+    if tight and "checkpoint" in remaining:
+        needs, free = size(found.calibration_memory), size(host.available)
+        store.out.warn(f"calibrating takes about {needs}, and of this machine's memory {free} are free now")
 
 
-def sizes(resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag]) -> Sizes:
+def host_refusal(
+    resolved: Resolved, model: ModelFacts, found: Sizes, host: Machine, remaining: Sequence[str]
+) -> UnsupportedError | None:
+    """Whether the stages that remain find no room on this machine: its disk, or its memory where no GPU calibrates."""
+    missing = sum(found.disk.get(stage, 0) for stage in remaining if stage != "snapshot")
+    if refusal := fit_change.disk_refusal(found, host, missing):
+        return refusal
+    if "checkpoint" not in remaining or gpus():
+        return None
+    return fit_change.calibration_refusal(model, resolved.recipe.calibration, host)
+
+
+def stored(resolved: Resolved, store: Store) -> tuple[list[Artefact], WouldRun | None]:
+    """What is in the store already, and the first stage that would run: the chain, on a store that makes none."""
+    dry = Store(store.root, Output("quiet"), force=sorted(store.force), dry=True)
+    try:
+        build(resolved, dry)
+    except WouldRun as would:
+        return dry.done, would
+    return dry.done, None
+
+
+def sizes(resolved: Resolved, model: ModelFacts, flags: Settings) -> Sizes:
     """Of this recipe's model, checkpoint, ranks and engine."""
     rows = resolved.recipe.calibration
     local = local_directory(resolved.recipe.model) is not None
@@ -136,13 +229,28 @@ def _headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -
     return ModelFacts(config, tensors)
 
 
+def publish(resolved: Resolved, made: Built, repository: Repository, answers: Sequence[Answer], store: Store) -> Path:
+    """The link to the repository, and the record of how it came to be for `builder report`."""
+    name = link(resolved, repository, store)
+    if not store.dry:
+        model = _headers(made.snapshot.path, made.snapshot.config, made.snapshot.files)
+        known = notes(resolved, model.config, answers)
+        record.write(resolved, made.flags, known, model, sizes(resolved, model, made.flags), name, store)
+    return name
+
+
 def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
-    """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step."""
+    """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step.
+
+    A model over several GPUs has its sizes in the name, as -tp2-pp2, so that it stands beside the one for one GPU.
+    """
     recipe = resolved.recipe
     directory = local_directory(recipe.model)
     model = directory.name if directory else recipe.model.id.split("/")[-1]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
-    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}"
+    parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
+    other = "-llmapi" if recipe.target == "llmapi" else ""
+    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{parallel}{other}"
     target = os.path.relpath(repository.path, name.parent)
     name.parent.mkdir(parents=True, exist_ok=True)
     if not (name.is_symlink() and os.readlink(name) == target):

@@ -5,33 +5,42 @@ Sizes come from config.json and the headers of the safetensors files alone.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from builder import engine, fit, fit_change, pipeline, trtllm
+from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, probe_answers, trtllm
 from builder.errors import BuilderError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
 from builder.output import Output, size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
-from builder.store import STAGES, Store, WouldRun
+from builder.store import STAGES, Artefact, Store, WouldRun
+from builder.trtllm_answers import Answer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so.
+    """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so;
+    `refusal` what does not fit, on the card or on this machine, where a build would end with it.
 
+    `command` is trtllm-build's; `placeholder` is the word in it for a checkpoint that is not made yet.
     `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here.
     """
 
     resolved: Resolved
     stages: list[tuple[str, str, str]]
     sizes: Sizes
-    flags: list[trtllm.Flag]
+    settings: pipeline.Settings
     notes: list[trtllm.Note]
     command: list[str] | None
+    placeholder: str | None
+    model_yaml: str | None
     blocked: BuilderError | None
+    refusal: BuilderError | None
     verdict: Verdict
     host: Machine
     missing: int
@@ -40,41 +49,74 @@ class Plan:
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
     model = pipeline.read_model(resolved.recipe.model, store)
-    flags = pipeline.check_model(resolved, model.config, layouts=True)
-    blocked = None
+    answers = probe_answers.answers(resolved, store.root)
+    settings = pipeline.check_model(resolved, model.config, layouts=True, answers=answers)
+    blocked = refusal = None
     try:
-        engine.check_machine(resolved)
+        pipeline.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    command = None
-    split = resolved.recipe.engine.world_size > 1
-    if resolved.recipe.target == "engine":
-        command = trtllm.command(
-            flags,
-            checkpoint=Path("RANKS/tensorrt_llm" if split else "CHECKPOINT/tensorrt_llm"),
-            output=Path("ENGINE"),
-            timing_cache=store.root / "timing" / "model.cache",
-        )
-    notes = trtllm.notes(resolved, model.config, flags)
-    asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
-    stages = _stages(resolved, store)
+    notes = pipeline.notes(resolved, model.config, answers)
+    asked, host = fit.serving(resolved, settings), fit.machine(store.root)
+    sizes = pipeline.sizes(resolved, model, settings)
+    done, first = pipeline.stored(resolved, store)
+    stages = _stages(resolved, done, first)
+    command, placeholder = _command(resolved, model.config, answers, store, done)
+    model_yaml = _model_yaml(resolved, model.config)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
-    if blocked is None:
-        blocked = fit_change.disk_refusal(sizes, host, missing)
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
-    return Plan(resolved, stages, sizes, flags, notes, command, blocked, verdict, host, missing)
+    if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
+        remaining = [stage for stage, state, _ in stages if state != "cached"]
+        refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
+    refusal = verdict.refusal or refusal
+    return Plan(
+        resolved,
+        stages,
+        sizes,
+        settings,
+        notes,
+        command,
+        placeholder,
+        model_yaml,
+        blocked,
+        refusal,
+        verdict,
+        host,
+        missing,
+    )
 
 
-def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
-    """The chain itself, run on a store that makes nothing: it stops at the first stage that would run."""
-    first: WouldRun | None = None
-    try:
-        pipeline.build(resolved, store)
-    except WouldRun as would:
-        first = would
-    rows = [(done.stage, "cached", done.path.name) for done in store.done]
-    split = resolved.recipe.engine.world_size > 1
-    stages = [stage for stage in STAGES if stage != "ranks" or split]
+def _command(
+    resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer], store: Store, done: Sequence[Artefact]
+) -> tuple[list[str] | None, str | None]:
+    """trtllm-build's for the checkpoint in the store, else for one named by a word, with that word."""
+    if resolved.recipe.target != "engine":
+        return None, None
+    flags = trtllm.resolve(resolved, config, answers)
+    stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
+    made = next((artefact.path for artefact in done if artefact.stage == stage), None)
+    placeholder = None if made else stage.upper()
+    timing = store.root / "timing" / "model.cache"
+    layout = (made or Path(stage.upper())) / "tensorrt_llm"
+    return trtllm.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
+
+
+def _model_yaml(resolved: Resolved, config: Mapping[str, Any]) -> str | None:
+    """What the llmapi target's model reads, with a word for the checkpoint."""
+    if resolved.recipe.target != "llmapi":
+        return None
+    decoupled = resolved.recipe.repository.decoupled
+    return llmapi_repository.model_yaml(
+        Path("CHECKPOINT/unified"), llmapi.resolve(resolved, config), decoupled=decoupled
+    )
+
+
+def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None) -> list[tuple[str, str, str]]:
+    """(stage, state, why) of the whole chain, of which `done` is in the store and `first` would run first."""
+    rows = [(artefact.stage, "cached", artefact.path.name) for artefact in done]
+    skipped = {"ranks", "engine"} if resolved.recipe.target == "llmapi" else set()
+    skipped |= set() if resolved.recipe.engine.world_size > 1 else {"ranks"}
+    stages = [stage for stage in STAGES if stage not in skipped]
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
@@ -136,14 +178,16 @@ def show(found: Plan, out: Output) -> None:
     out.table("at run time", MEMORY, _memory_rows(found.verdict))
     out.table("values", ["key", "value", "from"], found.resolved.explained())
     out.table(
-        "trtllm-build flags",
-        ["flag", "value", "why", "source"],
-        [(f.name, f.value, f.reason, f.source) for f in found.flags],
+        "LLM arguments" if found.model_yaml else "trtllm-build flags",
+        ["argument" if found.model_yaml else "flag", "value", "why", "source"],
+        [(f.name, f.value, f.reason, f.source) for f in found.settings],
     )
     if found.notes:
         out.table("what to know", ["rule", ""], [(note.rule, note.text) for note in found.notes])
     if found.command:
-        out.text(" ".join(found.command))
+        out.text(shlex.join(found.command))
+    if found.model_yaml:
+        out.text(found.model_yaml.rstrip())
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
     out.result(
@@ -157,9 +201,42 @@ def show(found: Plan, out: Output) -> None:
             "verdict": _verdict(found.verdict),
             "machine": {**asdict(found.host), "missing": found.missing},
             "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
-            "flags": [vars(flag) for flag in found.flags],
+            "arguments" if found.model_yaml else "flags": [vars(setting) for setting in found.settings],
             "notes": [vars(note) for note in found.notes],
             "command": found.command,
+            "model_yaml": found.model_yaml,
+            "blocked": found.blocked.what if found.blocked else None,
+            "refusal": found.refusal.what if found.refusal else None,
+        }
+    )
+
+
+def show_command(found: Plan, out: Output) -> None:
+    """The trtllm-build command alone, ready to paste. With --json also as words, and the word still to be filled in."""
+    none = None if found.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
+    shell = []
+    if found.command:
+        cache = Path(found.command[found.command.index("--output_timing_cache") + 1])
+        if not cache.parent.is_dir():  # trtllm-build makes no directory for it, and would fail at its very end
+            shell.append(shlex.join(["mkdir", "-p", str(cache.parent)]))
+        shell.append(shlex.join(found.command))
+    for line in shell:
+        out.text(line)
+    if none:
+        out.info(f"{none} To see an engine's: --gpu sm120 (`builder gpus`).")
+    if found.placeholder:
+        made = "`builder quantize`" if found.placeholder == "CHECKPOINT" else "`builder engine`, before the engine,"
+        out.warn(f"{found.placeholder} stands for a directory that is not made yet: {made} makes it in the store.")
+    if found.blocked and found.command:
+        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
+    out.result(
+        {
+            "target": found.resolved.recipe.target,
+            "command": found.command,
+            "shell": shell,
+            "placeholder": found.placeholder,
+            "why": none,
+            "flags": [vars(flag) for flag in found.settings],
             "blocked": found.blocked.what if found.blocked else None,
         }
     )

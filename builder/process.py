@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -21,6 +21,7 @@ from builder import errors
 from builder.errors import BuilderError, StageError
 
 PROGRESS_FD = "BUILDER_PROGRESS_FD"
+FOLLOW_SECONDS = 0.2  # between two looks at a child's log
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = ctypes.CDLL(None)
 Child: TypeAlias = "subprocess.Popen[bytes]"
@@ -32,6 +33,14 @@ class Finished:
 
     seconds: float
     max_rss: int
+
+
+class Failed(StageError):
+    """A child that did not end with 0: its exit code, minus the signal's number, or None where it took too long."""
+
+    def __init__(self, what: str, *, log: Path, code: int | None = None, cure: str = "") -> None:
+        super().__init__(what, why=tail(log), cure=f"{cure}The whole log: {log}")
+        self.code = code
 
 
 @contextmanager
@@ -91,11 +100,14 @@ def run(
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+    limit: float | None = None,
 ) -> Finished:
     """Runs `argv` with its stdout and stderr in `log`; events that the child `emit`s go to `on_event`.
 
-    When it ends with anything but 0, raises the error that the child `emit_error`ed, or a StageError with the log's
-    last lines. On an interrupt the child gets SIGINT, ten seconds to end, then SIGKILL.
+    `on_line` hears each line of the log while the child runs, all of them before this returns or raises.
+    When it ends with anything but 0, raises the error that the child `emit_error`ed, or Failed with the log's last
+    lines. On an interrupt the child gets SIGINT, ten seconds to end, then SIGKILL; after `limit` seconds SIGKILL.
     """
     read_fd, write_fd = os.pipe()
     start = time.monotonic()
@@ -114,14 +126,68 @@ def run(
         sink.write(f"$ {shlex.join(argv)}\n".encode())
         sink.flush()
         popen = {"env": environment, "cwd": cwd, "pass_fds": [write_fd]}
-        with started(argv, stop=_stop, death=signal.SIGKILL, log=sink, **popen) as child:
+        with (
+            _followed(log, sink.tell(), on_line),
+            started(argv, stop=_stop, death=signal.SIGKILL, log=sink, **popen) as child,
+        ):
             ours.close()  # so that the reader ends with the child
-            _, status, usage = os.wait4(child.pid, 0)
+            with _limited(child, limit) as overdue:
+                _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
     reader.join(timeout=5)
+    if overdue.is_set():
+        raise Failed(f"{Path(argv[0]).name} took more than {limit:.0f} s and was stopped.", log=log)
     if child.returncode != 0:
         raise _told(told[-1]) if told else _failure(argv, child.returncode, log)
     return Finished(time.monotonic() - start, usage.ru_maxrss * 1024)
+
+
+@contextmanager
+def _limited(child: Child, limit: float | None) -> Iterator[threading.Event]:
+    """After `limit` seconds in the block the child and its own children are killed, and the event is set."""
+    overdue = threading.Event()
+
+    def end() -> None:
+        overdue.set()
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit or 0, end)
+    if limit:
+        timer.start()
+    try:
+        yield overdue
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _followed(log: Path, start: int, on_line: Callable[[str], None] | None) -> Iterator[None]:
+    """While the block runs, a thread reads what is added to the file after `start`; at its end, what is left of it."""
+    if on_line is None:
+        yield
+        return
+    ended = threading.Event()
+    follower = threading.Thread(target=_follow, args=(log, start, on_line, ended), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join(timeout=5)
+
+
+def _follow(log: Path, start: int, on_line: Callable[[str], None], ended: threading.Event) -> None:
+    """Whole lines, as they are completed; the last one also without its end."""
+    with open(log, "rb") as file:
+        file.seek(start)
+        rest = b""
+        last = False
+        while not last:
+            last = ended.wait(FOLLOW_SECONDS)  # before the read: what was written until then is read below
+            *lines, rest = (rest + file.read()).split(b"\n")
+            for line in [*lines, rest] if last else lines:
+                on_line(line.decode("utf-8", "replace").rstrip("\r"))
 
 
 def emit(**event: Any) -> None:
@@ -177,12 +243,10 @@ def tail(log: Path, lines: int = 15) -> str:
     return "\n".join(line for line in text.splitlines()[-lines:] if line.strip())
 
 
-def _failure(argv: Sequence[str], code: int, log: Path) -> StageError:
+def _failure(argv: Sequence[str], code: int, log: Path) -> Failed:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    cure = f"The whole log: {log}"
-    if code == -signal.SIGKILL:
-        cure = f"SIGKILL usually means that the machine ran out of memory (`dmesg` tells). {cure}"
-    return StageError(f"{Path(argv[0]).name} {how}.", why=tail(log), cure=cure)
+    memory = "SIGKILL usually means that the machine ran out of memory (`dmesg` tells). "
+    return Failed(f"{Path(argv[0]).name} {how}.", log=log, code=code, cure=memory if code == -signal.SIGKILL else "")
 
 
 def python() -> str:

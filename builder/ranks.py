@@ -21,9 +21,9 @@ from builder.safetensors_io import CHUNK_BYTES, NewTensor, TensorInfo, Tensors, 
 from builder.store import Store, sources_digest
 
 BLOCK = 16  # of NVFP4: a row split must not cut a block, whose scale could not be cut with it
-# The NVFP4 GEMM refuses other inputs of a rank, when it first runs: "K dim should be aligned to 16 Bytes"
-# (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).
-GEMM_INPUTS = 32
+# The NVFP4 GEMM refuses other inputs and outputs (in half precision) of a rank, when it first runs: "K dim should be
+# aligned to 16 Bytes" (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).
+GEMM_INPUTS, GEMM_OUTPUTS = 32, 8
 LAYERS = "transformer.layers."
 EMBEDDING, FINAL_NORM, HEAD = "transformer.vocab_embedding", "transformer.ln_f", "lm_head"
 # How tensor parallelism takes a layer apart. Column parallel: the output, dim 0. Row parallel: the input, dim 1, with a

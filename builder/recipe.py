@@ -19,7 +19,7 @@ from builder import gpus, paths
 from builder.errors import UsageError
 
 Positive = Annotated[int, Field(ge=1)]
-Target = Literal["engine", "reference"]
+Target = Literal["engine", "llmapi", "reference"]
 
 
 class Part(BaseModel):
@@ -119,6 +119,12 @@ class Engine(Part):
         return self
 
 
+class LlmApi(Part):
+    """What only the llmapi target has: arguments of TensorRT-LLM's LLM class that win over the derived ones."""
+
+    args: Annotated[dict[str, Any], Field(description="further LLM arguments, as in a model.yaml")] = {}
+
+
 class Repository(Part):
     """How Triton serves it."""
 
@@ -144,10 +150,13 @@ class Recipe(Part):
 
     model: Model
     gpu: Annotated[str, Field(description="a profile of configs/gpus, or auto")] = "auto"
-    target: Annotated[Target, Field(description="what serves it: a TensorRT engine or the reference executor")]
+    target: Annotated[
+        Target, Field(description="what serves it: a TensorRT engine, the LLM API or the reference executor")
+    ]
     quantization: Quantization = Quantization()
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration.model_validate({})
     engine: Engine = Engine()
+    llmapi: LlmApi = LlmApi()
     repository: Repository = Repository()
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import paths, recipe
+from builder import guards, paths, recipe
 from builder.errors import IntegrityError, UnsupportedError, UsageError
+from builder.guards import LOGITS_TYPES
 from builder.model_directory import tokenizer_files
-from builder.store import Artefact, Store, library_versions, read, sources_digest
+from builder.store import MANIFEST, Artefact, Store, library_versions, read, sources_digest
 
 if TYPE_CHECKING:
     from builder.engine import Engine
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 TOKENIZER_DIR = "preprocessing/1/tokenizer"  # below the model repository
 SAME_CODE = {"ensemble_infer": "tensorrt_llm_bls"}
+MACROS = paths.data("triton_templates", "macros.j2")
 LEFTOVERS = ("${", "{{", "}}", "{%", "==SUPPRESS==")
 # They take one prompt a request; the engine does the batching.
 ONE_AT_A_TIME = ("tensorrt_llm_bls", "ensemble_infer")
-LOGITS_TYPES = {"float16": "TYPE_FP16", "float32": "TYPE_FP32", "bfloat16": "TYPE_BF16"}
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,16 @@ class Repository:
 
 def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store: Store) -> Repository:
     """The model repository that serves this engine with this tokenizer."""
-    templates, tensors = _sources(engine.config["version"])
+    templates, tensors = sources(engine.config["version"])
     ingredients = {
         "engine": engine.digest,
         "engine_path": str(engine.path.resolve()),
         "snapshot": snapshot.digest,
         "part": part.model_dump(mode="json"),
         "libraries": library_versions("jinja2"),
-        "sources": sources_digest("builder/repository.py", "builder/model_directory.py", templates, tensors),
+        "sources": sources_digest(
+            "builder/repository.py", "builder/guards.py", "builder/model_directory.py", templates, MACROS, tensors
+        ),
     }
 
     def make(directory: Path) -> Mapping[str, Any]:
@@ -58,8 +61,16 @@ def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store
 
 
 def open_repository(path: Path) -> Repository:
-    """A finished repository by its directory or a link to it. UsageError if it is none."""
-    artefact = read(Path(path).resolve())
+    """A finished repository by its directory or a link to it. UsageError if it is none, IntegrityError if changed."""
+    directory = Path(path).resolve()
+    artefact = read(directory)
+    if artefact is None and (directory / MANIFEST).is_file():
+        guards.check(directory / "models")  # where an edit is at odds with the engine, that is what to say
+        raise IntegrityError(
+            f"{path} is not what was made: files were changed or are missing.",
+            why="`builder verify` names each of them.",
+            cure="Make it again: the same `builder build`, with --from render",
+        )
     if artefact is None or artefact.stage != "repository":
         raise UsageError(f"{path} is no finished repository.", cure="Build one: builder build --model MODEL --gpu GPU")
     return _repository(artefact)
@@ -87,13 +98,13 @@ def write(models: Path, engine: Path, snapshot: Path, part: recipe.Repository) -
     config = _json(engine / "config.json")
     ids = special_ids(snapshot)
     values = _values(engine, config, ids, part)
-    templates, _ = _sources(config["version"])
+    templates, _ = sources(config["version"])
     for source in sorted(path.parent for path in templates.glob("*/config.pbtxt.j2")):
         if source.name == "ensemble_infer" and not part.decoupled:
             continue
         model = models / source.name
         (model / "1").mkdir(parents=True)
-        (model / "config.pbtxt").write_text(_rendered(source, values), encoding="utf-8")
+        (model / "config.pbtxt").write_text(rendered(source, values), encoding="utf-8")
         code = templates / SAME_CODE.get(source.name, source.name) / "1" / "model.py"
         if code.is_file():
             shutil.copyfile(code, model / "1" / "model.py")
@@ -169,7 +180,7 @@ def _repository(artefact: Artefact) -> Repository:
     return Repository(artefact.path, artefact.digest, artefact.facts)
 
 
-def _sources(version: str) -> tuple[Path, Path]:
+def sources(version: str) -> tuple[Path, Path]:
     """The templates for this TensorRT-LLM's minor version, and the tensors that its models exchange."""
     templates = paths.data("triton_templates", ".".join(version.split(".")[:2]))
     tensors = paths.data("configs", "trtllm", version, "triton-tensors.json")
@@ -181,11 +192,12 @@ def _sources(version: str) -> tuple[Path, Path]:
     return templates, tensors
 
 
-def _rendered(source: Path, values: Mapping[str, Any]) -> str:
+def rendered(source: Path, values: Mapping[str, Any]) -> str:
+    """The config.pbtxt of a template's directory. Every name in it must have a value."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(source.parent),
+        loader=jinja2.FileSystemLoader([source.parent, MACROS.parent]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -238,7 +250,7 @@ def _tensors(version: str, logits_dtype: str) -> dict[str, Any]:
             f"The engine's logits are {logits_dtype}, which Triton has no type for.",
             cure=f"Build it with one of {', '.join(LOGITS_TYPES)}.",
         )
-    _, file = _sources(version)
+    _, file = sources(version)
     text = file.read_text(encoding="utf-8").replace("$logits_datatype", LOGITS_TYPES[logits_dtype])
     tensors: dict[str, Any] = json.loads(text)
     return tensors
@@ -276,18 +288,14 @@ def _engine_parameters(engine: Path, build: Mapping[str, Any], part: recipe.Repo
     An engine of several ranks needs none more: in leader mode each rank is a server of its own, started by mpirun
     (serve.launch_command), and without `gpu_device_ids` all visible GPUs are used (docs/model_config.md).
     """
-    paged = build["plugin_config"].get("use_paged_context_fmha") in (True, "enable", "true")
-    asked = {
-        "enable_kv_cache_reuse": part.enable_kv_cache_reuse,
-        "enable_chunked_context": part.enable_chunked_context,
-    }
-    for name, value in asked.items():
-        if value and not paged:
-            raise UsageError(
-                f"repository.{name} needs an engine with paged context FMHA, and this one has none.",
-                cure=f"Leave {name} out, or build with --set engine.flags.use_paged_context_fmha=enable "
-                "on a profile with context FMHA.",
-            )
+    paged = guards.has_paged_fmha(build)
+    asked = {name: getattr(part, name) for name in guards.NEED_PAGED_FMHA}
+    for name in guards.lacking_paged_fmha(build, [name for name, value in asked.items() if value]):
+        raise UsageError(
+            f"repository.{name} needs an engine with paged context FMHA, and this one has none.",
+            cure=f"Leave {name} out, or build with --set engine.flags.use_paged_context_fmha=enable "
+            "on a profile with context FMHA.",
+        )
     return {
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": engine,

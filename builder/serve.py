@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import json
 import os
 import re
 import secrets
@@ -26,13 +25,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from builder import process
+from builder import gpus, guards, process
 from builder.errors import ServingError
 from builder.output import Output, seconds
 
 CONTAINER = Path("/opt/tritonserver")
 SHM = Path("/dev/shm")
-ENGINE_MODEL = "tensorrt_llm"  # the C++ backend's, in the repository
 SECRETS = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|CREDENTIALS?|API_?KEY)(_|$)", re.IGNORECASE)
 # Settings of ours that the models may need; the wheel's server gets nothing else of our environment.
 PASSED_ON = ("HOME", "TMPDIR", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES")
@@ -95,9 +93,12 @@ def serve(
     """Serves a model repository until the block ends. Ports default to free ones, the log to a file in TMPDIR.
 
     `engine_backend` is the model.py that stands in for the C++ backend; default: the reference executor's where the
-    repository's engine directory holds no *.engine. ServingError when the server does not come up in `timeout` seconds.
+    repository's engine directory holds no *.engine. IntegrityError when engine, repository and machine do not agree,
+    ServingError when the server does not come up in `timeout` seconds.
     Call it in the main thread: the kernel stops the server when the thread that started it ends.
     """
+    if engine_backend is None:
+        guards.check(models)
     installation = find_server()
     backends = _backends(installation, models, engine_backend)
     ports = choose_ports(host, http_port, grpc_port, metrics_port)
@@ -121,7 +122,7 @@ def serve(
             stop=lambda child: _stop(child, patience),
             death=signal.SIGTERM,
             log=sink,
-            env=installation.environment,
+            env={**installation.environment, **gpus.cuda_order()},
         ) as child,
     ):
         http, grpc, metrics = (f"{host}:{port}" for port in ports)
@@ -178,7 +179,7 @@ def _wheel() -> Installation:
 
 def _backends(installation: Installation, models: Path, engine_backend: Path | None) -> Path:
     """The backend directory. For a stand-in of the engine: the Python backend's files and the stand-in's model.py."""
-    if engine_backend is None and _has_engine(models):
+    if engine_backend is None and (_has_engine(models) or _complete(installation, models)):
         return installation.backends
     if engine_backend is None:
         root = str(Path(__file__).resolve().parent.parent)
@@ -189,6 +190,13 @@ def _backends(installation: Installation, models: Path, engine_backend: Path | N
     return _prepare(installation.python_backend, code)
 
 
+def _complete(installation: Installation, models: Path) -> bool:
+    """Whether no stand-in is needed (the llmapi target: a python model) and the Python backend lies ready."""
+    config = models / guards.ENGINE_MODEL / "config.pbtxt"
+    python = config.is_file() and 'backend: "python"' in config.read_text(encoding="utf-8")
+    return python and (installation.backends / "python" / "triton_python_backend_stub").is_file()
+
+
 def _has_engine(models: Path) -> bool:
     """Whether the engine directory that the repository names holds an engine of TensorRT's."""
     directory = _engine_directory(models)
@@ -196,19 +204,16 @@ def _has_engine(models: Path) -> bool:
 
 
 def _engine_directory(models: Path) -> Path | None:
-    config = models / ENGINE_MODEL / "config.pbtxt"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    named = re.search(r'"gpt_model_path" value: \{ string_value: ("(?:[^"\\]|\\.)*")', text)
-    return Path(json.loads(named[1])) if named else None
+    served = guards.read_served(models)
+    return served.engine if served else None
 
 
 def _world_size(models: Path) -> int:
     """How many servers an engine of TensorRT's needs, one for each rank; the reference executor is one process."""
     directory = _engine_directory(models)
-    if directory is None or not _has_engine(models) or not (directory / "config.json").is_file():
+    if directory is None or not _has_engine(models):
         return 1
-    engine = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return int(engine.get("pretrained_config", {}).get("mapping", {}).get("world_size", 1))
+    return guards.read_engine(directory).world_size
 
 
 def launch_command(servers: Sequence[list[str]]) -> list[str]:
@@ -302,7 +307,7 @@ def _command(
         *(f"--{name}-{what}" for name, port in listening for what in (f"address={host}", f"port={port}")),
         "--disable-auto-complete-config",
         "--model-control-mode=explicit",
-        "--load-model=*" if rank == 0 else f"--load-model={ENGINE_MODEL}",
+        "--load-model=*" if rank == 0 else f"--load-model={guards.ENGINE_MODEL}",
         *(f"--backend-config={backend},shm-region-prefix-name={shm}" for backend in ("python", "tensorrtllm")),
         f"--exit-timeout-secs={exit_timeout}",
         f"--http-restricted-api={locked}",

@@ -25,6 +25,7 @@ SOURCES = (
     "builder/smoke_checks.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/guards.py",
     "builder/reference",
     "builder/nvfp4.py",
     "builder/ranks.py",
@@ -95,7 +96,7 @@ def smoke_test(repository: Repository, *, store: Store) -> SmokeReport:
 
     ingredients = {
         "repository": repository.digest,
-        "libraries": library_versions("tritonclient", "nvidia-pytriton", "torch", "tokenizers"),
+        "libraries": library_versions("tritonclient", "nvidia-pytriton", "torch", "tokenizers", "tensorrt_llm"),
         "sources": sources_digest(*SOURCES),
     }
 
@@ -117,7 +118,8 @@ def smoke(
     from builder.client import Client
     from builder.smoke_checks import PROMPT, READY, Checks
 
-    asked = Checks(Client(http_url, grpc_url, facts["models"], timeout), facts)
+    names, batched = facts.get("names", {}), facts.get("batched", True)
+    asked = Checks(Client(http_url, grpc_url, facts["models"], timeout, names, batched), facts)
     named = asked.named()
     checks: list[Check] = []
     with out.progress("smoke test", total=len(named), unit="checks") as bar:

@@ -51,17 +51,24 @@ class Checks:
     ways: dict[str, Way] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.ways = {
-            "HTTP infer": self.client.http_infer,
-            "HTTP generate": self.client.http_generate,
-            "gRPC infer": self.client.grpc_infer,
-        }
+        self.ways = {"HTTP generate": self.client.http_generate}
+        if self.infers:
+            self.ways = {"HTTP infer": self.client.http_infer, **self.ways, "gRPC infer": self.client.grpc_infer}
         if self.streams:
             self.ways["gRPC stream"] = self.client.grpc_stream
 
     @property
     def streams(self) -> bool:
         return bool(self.facts["decoupled"])
+
+    @property
+    def infers(self) -> bool:
+        return "infer" in self.facts["models"]
+
+    @property
+    def biases(self) -> bool:
+        """Whether a word can be pushed: the LLM API's model has no such input."""
+        return self.facts.get("target") != "llmapi"
 
     def named(self) -> dict[str, Callable[[], str]]:
         """By name, in the order in which they run."""
@@ -71,7 +78,8 @@ class Checks:
         if self.streams:
             named["streamed pieces are the whole answer"] = self.pieces
             named["streamed UTF-8 is never cut"] = self.utf8
-            named["the engine makes max_tokens tokens"] = self.engine_tokens
+            if "engine" in self.facts["models"]:
+                named["the engine makes max_tokens tokens"] = self.engine_tokens
         return named | {
             "the same answer every way": self.same_everywhere,
             "max_tokens ends the answer": self.max_tokens,
@@ -86,7 +94,8 @@ class Checks:
     def ready(self) -> str:
         if not self.client.ready():
             raise Wrong("the server is not ready")
-        names = sorted({*self.facts["models"].values(), "preprocessing", "postprocessing"})
+        steps = {"preprocessing", "postprocessing"} if "engine" in self.facts["models"] else set()
+        names = sorted({*self.facts["models"].values(), *steps})
         missing = [name for name in names if not self.client.ready(name)]
         if missing:
             raise Wrong(f"not ready: {', '.join(missing)}")
@@ -101,7 +110,7 @@ class Checks:
 
     def whole(self, ask: Ask) -> Answer:
         """The answer in one piece: what every other way is compared with."""
-        return self.client.grpc_infer(ask)
+        return self.client.grpc_infer(ask) if self.infers else self.client.http_generate(ask)
 
     def same_everywhere(self) -> str:
         for prompt in (PROMPT, *PROMPTS[:2]):
@@ -140,7 +149,7 @@ class Checks:
     def stop_word(self) -> str:
         """A word of the free answer, given as a stop word, must be the last thing that comes (or not come at all)."""
         tried = {}
-        for options in ({}, PUSHED_WORD):
+        for options in ({}, PUSHED_WORD) if self.biases else ({},):
             free = self.whole(Ask(PROMPT, TOKENS, options)).text
             # A word is a token together with the space before it, most often: as a stop word it needs it too.
             for word in list(dict.fromkeys(re.findall(r" [^\W\d_]{2,}", free)))[:3]:
@@ -172,7 +181,8 @@ class Checks:
         return f"{len(seen)} answers, {seen[0]!r}"
 
     def utf8_asks(self) -> list[Ask]:
-        return [Ask(PROMPT, 8, PUSHED_UTF8), *(Ask(prompt, TOKENS) for prompt in UTF8_PROMPTS)]
+        pushed = [Ask(PROMPT, 8, PUSHED_UTF8)] if self.biases else []
+        return [*pushed, *(Ask(prompt, TOKENS) for prompt in UTF8_PROMPTS)]
 
     def concurrent(self) -> str:
         """Eight at once, over all ways; each must get its own answer."""
@@ -188,7 +198,7 @@ class Checks:
 
     def equal_enough(self, alone: str, among_others: str) -> bool:
         """A GPU's kernels depend on the batch, so a near tie may turn; the reference executor computes each alone."""
-        if self.facts.get("target") == "engine":
+        if self.facts.get("target") != "reference":
             return alone.split()[:1] == among_others.split()[:1]
         return alone == among_others
 
@@ -214,7 +224,8 @@ class Checks:
         """Without options: Triton 24.10 counts inputs only; with one too many, an ensemble answers nothing at all."""
         bare = {"top_k": None}
         text = self.refused(Ask(None, TOKENS, bare), "text_input")
-        self.refused(Ask(PROMPT, None, bare), "max_tokens")
+        if "max_tokens" in self.facts.get("required", ("max_tokens",)):
+            self.refused(Ask(PROMPT, None, bare), "max_tokens")
         return text
 
     def refused(self, bad: Ask, reason: str) -> str:

@@ -31,6 +31,8 @@ from builder.output import Output, seconds, size
 FORMAT = 1  # of the manifest; a change makes every older stage unknown
 MANIFEST = "manifest.json"
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
+# Beside the chain: the texts of a data set, what one runner made of them, and the tables of all of these.
+EVALUATION = ("texts", "scores", "evaluation")
 _CHUNK = 1 << 20
 
 
@@ -76,7 +78,7 @@ class Store:
         if found is None and self.dry:
             raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store")
         if found is None:
-            with self._locked(name, key):
+            with self.locked(name, key):
                 found = None if name in self.force else self.find(name, key)
                 if found is None:
                     found = self._make(name, key, ingredients, make)
@@ -113,7 +115,8 @@ class Store:
             yield
 
     @contextmanager
-    def _locked(self, name: str, key: str) -> Iterator[None]:
+    def locked(self, name: str, key: str) -> Iterator[None]:
+        """One process at a time makes `key`; the others wait, and say so."""
         lock = self.root / "locks" / f"{name}-{key}.lock"
         _make_directory(lock.parent)
         with open(lock, "ab") as handle:
@@ -153,7 +156,7 @@ class Store:
             _publish(tmp, final, manifest)
         except OSError as error:
             shutil.rmtree(tmp, ignore_errors=True)
-            raise _disk_error(error, self.root) from error
+            raise disk_error(error, self.root) from error
         except BaseException:
             shutil.rmtree(tmp, ignore_errors=True)
             raise
@@ -183,7 +186,7 @@ def artefacts(root: Path) -> list[Artefact]:
 
 def _directories(root: Path) -> list[Path]:
     """The published ones: a hidden directory is half-made, even if it holds a manifest already."""
-    found = (path.parent for stage in STAGES for path in sorted((root / stage).glob(f"*/{MANIFEST}")))
+    found = (path.parent for stage in (*STAGES, *EVALUATION) for path in sorted((root / stage).glob(f"*/{MANIFEST}")))
     return [directory for directory in found if not directory.name.startswith(".")]
 
 
@@ -217,16 +220,13 @@ def _wrong_files(directory: Path) -> list[str]:
 
 
 def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path], int]:
-    """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes)."""
+    """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes).
+
+    The smoke test of what is kept stays with it.
+    """
     everything = artefacts(root)
-    by_digest = {artefact.digest: artefact for artefact in everything}
-    needed: set[Path] = set()
-    queue = [artefact for artefact in everything if artefact.path in keep]
-    while queue:
-        artefact = queue.pop()
-        if artefact.path not in needed:
-            needed.add(artefact.path)
-            queue.extend(by_digest[d] for d in _strings(artefact.manifest["ingredients"]) if d in by_digest)
+    kept = [artefact for artefact in everything if artefact.path in keep]
+    needed = {artefact.path for artefact in [*upstream(kept, everything), *tests_of(kept, everything)]}
     removed, freed = [], 0
     for stage in STAGES:
         for path in sorted((root / stage).glob("*")):
@@ -236,6 +236,39 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
                 if not dry:
                     shutil.rmtree(path)
     return removed, freed
+
+
+def upstream(start: Sequence[Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
+    """`start` and all that it was made from, as far as the digests among the ingredients lead."""
+    by_digest = {artefact.digest: artefact for artefact in everything}
+    found: dict[Path, Artefact] = {}
+    queue = list(start)
+    while queue:
+        artefact = queue.pop()
+        if artefact.path not in found:
+            found[artefact.path] = artefact
+            queue.extend(by_digest[d] for d in _strings(artefact.manifest["ingredients"]) if d in by_digest)
+    return list(found.values())
+
+
+def tests_of(repositories: Sequence[Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
+    """The smoke tests that these repositories passed."""
+    digests = {artefact.digest for artefact in repositories}
+    return [a for a in everything if a.stage == "smoke" and a.manifest["ingredients"].get("repository") in digests]
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: readers see the old text or the new one."""
+    _make_directory(path.parent)
+    fresh = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        fresh.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        _fsync(fresh)
+        fresh.replace(path)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -328,10 +361,10 @@ def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _disk_error(error, path) from error
+        raise disk_error(error, path) from error
 
 
-def _disk_error(error: OSError, path: Path) -> BuilderError:
+def disk_error(error: OSError, path: Path) -> BuilderError:
     """A disk's refusal as a message: full, read-only and not ours are things that a user can mend."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = size(shutil.disk_usage(_existing(path)).free)

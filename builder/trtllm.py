@@ -7,73 +7,125 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from builder import recipe, trtllm_rules
+from builder import recipe, trtllm_answers, trtllm_rules
+from builder.checkpoint import head_size
 from builder.errors import UnsupportedError, UsageError
+from builder.ranks import GEMM_INPUTS, GEMM_OUTPUTS
+from builder.trtllm_answers import KV_CACHE_ALGO, Answer
 from builder.trtllm_facts import Version, check, load, order, versions
 from builder.trtllm_rules import Flag, Note, Subject
 
-__all__ = ["Flag", "Note", "Version", "build_config", "check", "command", "load", "notes", "resolve", "versions"]
+__all__ = [
+    "Flag", "Note", "Version", "asked_for", "build_config", "check", "check_format", "command", "load", "notes",
+    "resolve", "sizes", "versions", "window_notes",
+]  # fmt: skip
 R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
 
 SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
-# What a recipe's kv_cache_dtype is in a checkpoint's config.json (QuantAlgo, tensorrt_llm/quantization/mode.py).
-KV_CACHE_ALGO = {"fp8": "FP8", "auto": None}
 # _init_max_seq_len (tensorrt_llm/builder.py): these kinds of rotary scaling do not lengthen max_position_embeddings.
 UNSCALED = ("su", "longrope", "llama3")
 
 
-def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
+def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[Flag]:
     """The flags for this recipe, GPU and model (its config.json), in the order of the command line.
 
-    What the builder would silently rewrite is resolved here first. Raises UsageError for flags that this version
-    does not have or take together, UnsupportedError for what it, the card or the model can't do.
+    What a card answered to a probe goes before the profile and the tables; what trtllm-build would silently rewrite is
+    resolved here first. Raises UsageError for flags that this version does not have or take together,
+    UnsupportedError for what it, the card or the model can't do.
     """
     asked, gpu = resolved.recipe, resolved.gpu
-    subject = _subject(resolved, model_config)
-    _check_format(resolved)
+    subject = _subject(resolved, model_config, answers)
+    check_format(resolved)
     _check_said_once(resolved)
-    flags = {flag.name: flag for flag in _sizes(resolved, model_config)}
+    flags = {flag.name: flag for flag in sizes(resolved, model_config)}
     if (world_size := asked.engine.world_size) > 1:  # whether it can be split so: ranks.check
         flags["workers"] = Flag("workers", str(world_size), "one for each rank; capped at the machine's GPUs", R08)
-    flags |= {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
-    flags |= _asked_flags(subject.version, asked.engine.flags)
-    dtype = model_config.get("dtype") or model_config.get("torch_dtype")
+    ours = _asked_flags(subject.version, asked.engine.flags)
+    profile = {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
+    flags |= trtllm_answers.upgrade(profile, ours, subject, answers) | ours
+    dtype = subject.dtype
     if dtype == "float16" and "gpt_attention_plugin" not in asked.engine.flags:
         flags["gpt_attention_plugin"] = Flag("gpt_attention_plugin", dtype, "the model computes in it", "config.json")
     for flag in flags.values():
         check(subject.version, flag.name, flag.value)
     trtllm_rules.refuse(subject, flags)
     flags = trtllm_rules.rewrite(subject, flags)
+    trtllm_answers.refuse(subject, flags, answers)
+    if asked.target == "engine" and flags["gemm_plugin"].value == "nvfp4":
+        _check_gemm(subject, _out_features(model_config, asked.engine.tp))
     trtllm_rules.check_kernels(subject, flags)
     return list(flags.values())
 
 
-def notes(resolved: recipe.Resolved, model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list[Note]:
+def notes(
+    resolved: recipe.Resolved,
+    model_config: Mapping[str, Any],
+    flags: Sequence[Flag],
+    answers: Sequence[Answer] = (),
+) -> list[Note]:
     """What is left to know about these flags: what they cost, what trtllm-build will choose or warn of."""
     if resolved.recipe.target != "engine":
         return []
-    subject = _subject(resolved, model_config)
+    subject = _subject(resolved, model_config, answers)
+    if trtllm_answers.without_fmha(subject, answers):
+        subject = replace(subject, fmha_head_sizes=())
     found = trtllm_rules.notes(subject, {flag.name: flag for flag in flags})
     if not subject.version.has_triton_templates:
         text = f"There are no Triton templates for TensorRT-LLM {subject.version.version}: stop at `builder engine`."
         found.append(Note("version", text))
+    found += trtllm_answers.notes(subject, flags, answers)
     return [*found, *(Note("GPU profile", text) for text in resolved.gpu.notes)]
 
 
-def _subject(resolved: recipe.Resolved, config: Mapping[str, Any]) -> Subject:
+def window_notes(model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list[Note]:
+    """What to know of a model that was trained to attend to its last tokens alone, if sequences may be longer.
+
+    LLaMAConfig and QWenConfig.from_hugging_face (tensorrt_llm/models, 1.2) read no sliding_window, so an engine knows
+    none; upstream sets it where the engine is run (examples/models/core/llama/README.md, Mistral v0.1:
+    max_attention_window_size). The reference executor attends to all tokens too.
+    """
+    window = sliding_window(model_config)
+    longest = next(int(flag.value) for flag in flags if flag.name == "max_seq_len")
+    if window is None or longest <= window:
+        return []
+    text = (
+        f"The model attends to its last {window} tokens (sliding_window), what is served here to all of up to "
+        f"{longest}: longer sequences get other answers than transformers gives. --max-seq-len {window} keeps them out."
+    )
+    return [Note("model", text)]
+
+
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """Tokens that some layer's attention is limited to; None where no layer's is.
+
+    Mistral's is on wherever sliding_window is a number, Qwen's only with use_sliding_window and from layer
+    max_window_layers on (transformers, MistralConfig and Qwen2Config); layer_types, where given, names each layer's.
+    """
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    qwen = "Qwen" in (config.get("architectures") or [""])[0]
+    if not isinstance(window, int) or window < 1 or not config.get("use_sliding_window", not qwen):
+        return None
+    if kinds is not None:
+        return window if "sliding_attention" in kinds else None
+    first = config.get("max_window_layers", 0) if qwen else 0
+    return window if first < config.get("num_hidden_layers", first + 1) else None
+
+
+def _subject(resolved: recipe.Resolved, config: Mapping[str, Any], answers: Sequence[Answer]) -> Subject:
     asked, gpu = resolved.recipe, resolved.gpu
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    head_size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
     tp = asked.engine.tp
     widths = {
         "hidden_size": hidden,
         "intermediate_size (into mlp.down_proj)": _share(config.get("intermediate_size"), tp),
-        "heads x head size (into self_attn.o_proj)": _share(heads * head_size if heads and head_size else None, tp),
+        "heads x head size (into self_attn.o_proj)": _share(heads * size if heads and size else None, tp),
     }
-    return Subject(
+    subject = Subject(
         version=load(asked.engine.tensorrt_llm),
         sm=gpu.sm,
         architecture=(config.get("architectures") or [None])[0],
@@ -82,22 +134,24 @@ def _subject(resolved: recipe.Resolved, config: Mapping[str, Any]) -> Subject:
         tp=tp,
         pp=asked.engine.pp,
         heads=heads,
-        head_size=head_size,
+        head_size=size,
+        dtype=config.get("dtype") or config.get("torch_dtype"),
         in_features={name: width for name, width in widths.items() if width},
         fmha_head_sizes=tuple(gpu.fmha_head_sizes),
         kv_reuse=asked.repository.enable_kv_cache_reuse,
         chunked_context=asked.repository.enable_chunked_context,
     )
+    return replace(subject, fmha_head_sizes=trtllm_answers.head_sizes(subject, answers))
 
 
 def _share(width: int | None, tp: int) -> int | None:
     return width // tp if width else None
 
 
-def _check_format(resolved: recipe.Resolved) -> None:
+def check_format(resolved: recipe.Resolved) -> None:
     """The card computes in the recipe's formats, and this version of TensorRT-LLM lets it."""
     asked, gpu = resolved.recipe, resolved.gpu
-    if asked.target != "engine" or gpu.sm is None:
+    if asked.target == "reference" or gpu.sm is None:
         return
     wanted = [asked.quantization.format] + ["fp8_kv_cache"] * (asked.quantization.kv_cache_dtype == "fp8")
     for name in wanted:
@@ -114,6 +168,29 @@ def _check_format(resolved: recipe.Resolved) -> None:
                 why=gpu.formats[name].source,
                 cure=f"--set engine.tensorrt_llm={versions()[-1]}",
             )
+
+
+def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:
+    """Outputs of a rank's linear layers, as far as config.json tells; those of o_proj and down_proj are hidden_size."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    found = {"hidden_size": hidden, "intermediate_size": _share(config.get("intermediate_size"), tp)}
+    if hidden and heads:
+        kv = int(config.get("num_key_value_heads") or heads)
+        found["q, k and v together"] = (heads // tp + 2 * max(kv // tp, 1)) * head_size(config)
+    return {name: width for name, width in found.items() if width}
+
+
+def _check_gemm(subject: Subject, outputs: Mapping[str, int]) -> None:
+    """What the NVFP4 GEMM would refuse when it first runs, which is after everything was built."""
+    wrong = [f"{n} inputs ({name})" for name, n in subject.in_features.items() if n % GEMM_INPUTS]
+    wrong += [f"{n} outputs ({name})" for name, n in outputs.items() if n % GEMM_OUTPUTS]
+    if wrong:
+        raise UnsupportedError(
+            f"The NVFP4 GEMM plugin can't multiply this model's layers: {', '.join(wrong)}.",
+            why=f"On each GPU it takes inputs by {GEMM_INPUTS} and outputs by {GEMM_OUTPUTS} "
+            "(cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).",
+            cure="TensorRT's own kernels may take them: --set engine.flags.gemm_plugin=disable. Or another model.",
+        )
 
 
 def _check_said_once(resolved: recipe.Resolved) -> None:
@@ -142,24 +219,24 @@ def _asked_flags(version: Version, asked: Mapping[str, str]) -> dict[str, Flag]:
     return found
 
 
-def _sizes(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
+def sizes(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
     """The four sizes. One that nobody asked for shrinks to what the model was trained for; an asked one is refused."""
     engine = resolved.recipe.engine
-    sizes = {name: getattr(engine, name) for name in SIZES}
-    reasons = {name: resolved.origins.get(f"engine.{name}", "default") for name in sizes}
+    found = {name: getattr(engine, name) for name in SIZES}
+    reasons = {name: resolved.origins.get(f"engine.{name}", "default") for name in found}
     longest = _positions(model_config)
-    if longest and sizes["max_seq_len"] > longest:
-        if _asked_for(reasons["max_seq_len"]):
+    if longest and found["max_seq_len"] > longest:
+        if asked_for(reasons["max_seq_len"]):
             raise UnsupportedError(
-                f"--max-seq-len {sizes['max_seq_len']} is more than this model's {longest} positions.",
+                f"--max-seq-len {found['max_seq_len']} is more than this model's {longest} positions.",
                 why="max_position_embeddings (and rope_scaling) in its config.json; TensorRT-LLM would only warn "
                 "(rule R16).",
                 cure=f"--max-seq-len {longest}",
             )
-        sizes["max_seq_len"], reasons["max_seq_len"] = longest, "the model's max_position_embeddings"
-        if sizes["max_input_len"] >= longest:
-            sizes["max_input_len"], reasons["max_input_len"] = longest - longest // 4, "three quarters of max_seq_len"
-    return [Flag(name, str(value), reasons[name], "recipe") for name, value in sizes.items()]
+        found["max_seq_len"], reasons["max_seq_len"] = longest, "the model's max_position_embeddings"
+        if found["max_input_len"] >= longest:
+            found["max_input_len"], reasons["max_input_len"] = longest - longest // 4, "three quarters of max_seq_len"
+    return [Flag(name, str(value), reasons[name], "recipe") for name, value in found.items()]
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:
@@ -171,7 +248,8 @@ def _positions(config: Mapping[str, Any]) -> int | None:
     return math.ceil(longest * factor) if longest else None
 
 
-def _asked_for(origin: str) -> bool:
+def asked_for(origin: str) -> bool:
+    """Whether a user set the value, not the default or the GPU's profile."""
     return origin != "default" and not origin.startswith("GPU profile")
 
 

@@ -1,4 +1,4 @@
-"""The facts of each TensorRT-LLM version: its flags, rules and removals, and what it refuses. Pure.
+"""The facts of each TensorRT-LLM version: its flags, rules, removals and doubts, and what it refuses. Pure.
 
 They are data in configs/trtllm/<version>/; this file holds no version number.
 """
@@ -29,6 +29,7 @@ class Version:
     build_config_defaults: Mapping[str, Any]
     rules: Mapping[str, Mapping[str, Any]]
     removed: Mapping[str, Mapping[str, Any]]
+    probes: Mapping[str, Any]
     sources: Mapping[str, str]
     has_triton_templates: bool
 
@@ -59,7 +60,7 @@ def load(version: str) -> Version:
     def read(name: str) -> Any:
         return json.loads((directory / name).read_text(encoding="utf-8"))
 
-    raw = read("flags.json")
+    raw, doubts = read("flags.json"), directory / "probes.yaml"
     return Version(
         version=version,
         facts=yaml.safe_load((directory / "version.yaml").read_text(encoding="utf-8")),
@@ -67,6 +68,7 @@ def load(version: str) -> Version:
         build_config_defaults=raw["build_config_defaults"],
         rules={rule["id"]: rule for rule in read("rules.json")["rules"]},
         removed={entry["flag"]: entry for entry in read("removed.json")["removed"]},
+        probes=yaml.safe_load(doubts.read_text(encoding="utf-8")) if doubts.is_file() else {},
         sources=raw["sources"],
         has_triton_templates=(directory / "triton-tensors.json").is_file(),
     )

@@ -30,7 +30,8 @@ class Flag:
 
 @dataclass(frozen=True)
 class Note:
-    """What a user should know about the flags; `rule` is its id in rules.json, "version" or "GPU profile"."""
+    """What a user should know about the flags; `rule` is its id in rules.json, "version", "model", "probe"
+    or "GPU profile"."""
 
     rule: str
     text: str
@@ -49,6 +50,7 @@ class Subject:
     pp: int = 1
     heads: int | None = None
     head_size: int | None = None
+    dtype: str | None = None
     in_features: Mapping[str, int] = field(default_factory=dict)
     fmha_head_sizes: tuple[int, ...] = ()
     kv_reuse: bool | None = None

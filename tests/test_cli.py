@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,38 @@ def test_the_plan_of_a_split_model_has_one_stage_more(tmp_path: Path) -> None:
     assert command[command.index("--checkpoint_dir") + 1] == "RANKS/tensorrt_llm"
     ranks, checkpoint = sum(split["sizes"]["ranks"]), whole["sizes"]["checkpoint"]
     assert split["sizes"]["artefacts"] == whole["sizes"]["artefacts"] - checkpoint + 2 * ranks
+
+
+def test_engine_with_dry_run_prints_the_command_ready_to_paste(tmp_path: Path) -> None:
+    """Two lines of shell, quoted; what is not made yet has a name of its own and is spoken of."""
+    output = tmp_path / "with space"
+    argv = ["engine", "--dry-run", "--model", MODEL, "--gpu", "sm120", "--output", str(output)]
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+    directory, command = map(shlex.split, done.stdout.splitlines())
+    assert directory == ["mkdir", "-p", str(output / "timing")]
+    plan = json.loads(run("plan", *argv[2:], "--json").stdout)
+    assert command == plan["command"]
+    assert command[-8:-2:2] == ["--checkpoint_dir", "--output_dir", "--input_timing_cache"]
+    assert command[-7] == "CHECKPOINT/tensorrt_llm"
+    assert "CHECKPOINT stands for a directory that is not made yet: `builder quantize` makes it" in done.stderr
+    assert "not on this machine: trtllm-build" in done.stderr
+    said = json.loads(run(*argv, "--json").stdout)
+    assert (said["command"], said["placeholder"]) == (command, "CHECKPOINT")
+    assert [shlex.split(line) for line in said["shell"]] == [directory, command]
+    assert said["flags"] == plan["flags"]
+    assert not output.exists()
+
+
+def test_engine_with_dry_run_for_the_reference_target(tmp_path: Path) -> None:
+    argv = ["engine", "--dry-run", "--model", MODEL, "--gpu", "cpu", "--output", str(tmp_path)]
+    done = run(*argv)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "The reference target runs no trtllm-build" in done.stderr
+    assert "--gpu sm120" in done.stderr
+    said = json.loads(run(*argv, "--json").stdout)
+    assert (said["command"], said["shell"], said["target"]) == (None, [], "reference")
+    assert "runs no trtllm-build" in said["why"]
 
 
 def test_build_with_dry_run_is_plan(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from builder import engine, recipe, trtllm
+from builder import engine, guards, recipe, trtllm
 from builder.checkpoint import Checkpoint
 from builder.errors import IntegrityError, StageError, UnsupportedError
+from builder.gpus import Seen
 from builder.output import Output
 from builder.store import Store
 
 QUIET = Output("quiet")
+RTX_5090 = Seen("NVIDIA GeForce RTX 5090", 12, 0, "590.44.01")
 PRETRAINED = {
     "architecture": "Qwen3ForCausalLM",
     "dtype": "bfloat16",
@@ -58,7 +60,8 @@ def build(checkpoint: Checkpoint, gpu: str, root: Path, *sets: str) -> engine.En
 def test_trtllm_build_takes_the_resolved_command_line(stand_in: None, checkpoint: Checkpoint, tmp_path: Path) -> None:
     built = build(checkpoint, "sm120", tmp_path / "out", "engine.max_batch_size=16")
     assert built.config["version"] == "1.2.1"
-    assert built.config["build_config"] == {"max_batch_size": 16}
+    assert built.config["build_config"]["max_batch_size"] == 16
+    assert built.config["build_config"]["plugin_config"]["use_paged_context_fmha"] is False
     assert built.config["pretrained_config"] == PRETRAINED
     assert (built.path / "rank0.engine").is_file()
     assert (tmp_path / "out" / "timing" / "model.cache").read_bytes() == b"timing"
@@ -67,11 +70,58 @@ def test_trtllm_build_takes_the_resolved_command_line(stand_in: None, checkpoint
     assert Path(built.artefact.facts["log"]).read_text().startswith("$ trtllm-build")
 
 
+def built_with(built: engine.Engine) -> dict[str, object]:
+    loaded: dict[str, object] = json.loads((built.path / "built_with.json").read_text())
+    return loaded
+
+
+def test_what_an_engine_was_built_with_lies_beside_it(
+    stand_in: None, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "visible", lambda: [RTX_5090])
+    found = built_with(build(checkpoint, "sm120", tmp_path / "out"))
+    flags = found.pop("flags")
+    assert isinstance(flags, dict)
+    assert (flags["gemm_plugin"], flags["context_fmha"]) == ("nvfp4", "disable")
+    assert found == {
+        "target": "engine",
+        "tensorrt_llm": "1.2.1",
+        "tensorrt": guards.installed("tensorrt"),
+        "sm": 120,
+        "gpu": "NVIDIA GeForce RTX 5090",
+        "driver": "590.44.01",
+        "world_size": 1,
+    }
+
+
+def test_the_phases_and_the_memory_that_trtllm_build_tells(
+    stand_in: None, split: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = resolved("sm120", "engine.tp=2")
+    store = Store(tmp_path / "out", Output())
+    facts = engine.build(split, trtllm.resolve(asked, {}), asked, store=store).artefact.facts
+    assert facts["peak_gpu_memory"] == 386 << 20  # the larger rank's
+    assert list(facts["phases"]) == [
+        "starting",
+        "reading the checkpoint and constructing the network",
+        "initializing the weights",
+        "building the TensorRT engine",
+        "saving the timing cache",
+        "serializing the engine",
+        "finishing",
+    ]
+    assert min(facts["phases"].values()) >= 0
+    said = capsys.readouterr().err
+    assert "404.75 MB of GPU memory at most" in said
+    assert said.index("building the TensorRT engine") < said.index("serializing the engine") < said.index("finishing")
+
+
 @pytest.mark.parametrize(
     ("behaviour", "error", "message"),
     [
         ("crash", StageError, "FMHA kernel not found"),
         ("empty", StageError, "left no config.json"),
+        ("hollow", StageError, "left no config.json"),
         ("other-version", IntegrityError, "built by TensorRT-LLM 1.1.0"),
     ],
 )
@@ -123,6 +173,9 @@ def test_the_reference_engine_is_the_checkpoint_with_the_config_of_an_engine(
     assert set(built.config) == {"version", "pretrained_config", "build_config"}
     assert built.config["pretrained_config"] == PRETRAINED
     assert built.config["build_config"]["plugin_config"]["gemm_plugin"] == "nvfp4"
+    found = built_with(built)
+    assert (found["target"], found["tensorrt_llm"], found["world_size"]) == ("reference", "1.2.1", 1)
+    assert {found[name] for name in ("sm", "gpu", "driver", "tensorrt")} == {None}
     rank = built.path / "rank0.safetensors"
     assert rank.samefile(checkpoint.tensorrt_llm / "rank0.safetensors")
 
@@ -158,12 +211,47 @@ def test_a_rank_that_was_forgotten_is_seen(
 
 
 def test_a_machine_with_fewer_gpus_can_build_but_not_serve(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "gpus", lambda: ["NVIDIA GeForce RTX 5090"])
+    monkeypatch.setattr(engine, "visible", lambda: [RTX_5090])
     engine.check_machine(resolved("sm120"))
     engine.check_machine(resolved("cpu", "engine.tp=2"))
     engine.check_machine(resolved("sm120", "engine.tp=2"), serving=False)
     with pytest.raises(UnsupportedError, match="needs 4 GPUs to be served and tested, and this machine has 1"):
         engine.check_machine(resolved("sm120", "engine.tp=2", "engine.pp=2"))
+
+
+def test_an_engine_is_built_on_the_card_of_its_profile_or_not_at_all(
+    stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule R08: without a GPU trtllm-build crashes; on another card it would build another engine."""
+    monkeypatch.setattr(engine, "visible", list)
+    with pytest.raises(UnsupportedError, match="no GPU is seen") as caught:
+        engine.check_machine(resolved("sm120"))
+    assert caught.value.exit_code == 3
+    engine.check_machine(resolved("cpu"))
+    monkeypatch.setattr(engine, "visible", lambda: [Seen("NVIDIA B200", 10, 0, "590")])
+    with pytest.raises(UnsupportedError, match="sm120 profile was asked for, and this machine's NVIDIA B200 is sm100"):
+        engine.check_machine(resolved("sm120"))
+    monkeypatch.setattr(engine, "visible", lambda: None)  # NVML does not say: trtllm-build will
+    engine.check_machine(resolved("sm120"))
+
+
+def test_a_timing_cache_that_can_not_be_written_is_seen_before_the_build(
+    stand_in: None, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """In upstream's order it would be the last thing to fail."""
+    (tmp_path / "out" / "timing" / "model.cache").mkdir(parents=True)
+    with pytest.raises(StageError, match=r"model\.cache"):
+        build(checkpoint, "sm120", tmp_path / "out")
+    assert not list((tmp_path / "out" / "logs").glob("*trtllm-build*"))
+
+
+def test_the_timing_cache_is_kept_between_builds(stand_in: None, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    cache = tmp_path / "out" / "timing" / "model.cache"
+    for batch in ("4", "5"):
+        facts = build(checkpoint, "sm120", tmp_path / "out", f"engine.max_batch_size={batch}").artefact.facts
+        for flag in ("--input_timing_cache", "--output_timing_cache"):
+            assert facts["command"][facts["command"].index(flag) + 1] == str(cache)
+    assert cache.read_bytes() == b"timing"
 
 
 def test_other_flags_are_another_engine(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -122,10 +122,18 @@ def test_nvml_is_asked_for_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
     for name in ("nvmlInit", "nvmlShutdown"):
         monkeypatch.setattr(pynvml, name, lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-{handle}")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: (12, 0))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: "NVIDIA GeForce RTX 5090")
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "590.44.01")
     assert recipe.resolve({"model.id": "m"}).gpu.name == "sm120"
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: [(12, 0), (10, 0)][handle])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
+    assert gpus.detect().name == "sm100"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0")
+    assert gpus.detect().name == "sm120"
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCudaComputeCapability", lambda handle: (7, 5))
     with pytest.raises(UnsupportedError, match="RTX 5090 is sm75"):
         gpus.detect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,13 @@ from typing import Any
 
 import pytest
 from hub_server import Hub
+from test_engine import RTX_5090, stand_in
 
+from builder import cli, engine, guards
+from builder.gpus import Seen
 from builder.safetensors_io import NewTensor, Tensors, write
 
+__all__ = ["stand_in"]  # a fixture
 MODEL = "tests/data/tiny-qwen3"
 LLAMA = Path("tests/data/arch-variants/llama")
 SMALL = ["--gpu", "cpu", "--calib-samples", "6", "--calib-seq-len", "64"]
@@ -89,6 +94,91 @@ def test_plan_finds_it_all_in_the_store(built: tuple[Path, dict[str, Any]]) -> N
     other = builder("plan", "--model", MODEL, *SMALL, "--max-batch-size", "2", "--output", str(output), "--json").stdout
     states = {row["stage"]: row["state"] for row in json.loads(other)["stages"]}
     assert (states["checkpoint"], states["engine"], states["smoke"]) == ("cached", "will run", "will run")
+
+
+def test_the_engine_command_names_the_checkpoint_of_the_store(built: tuple[Path, dict[str, Any]]) -> None:
+    output, said = built
+    checkpoint = next(stage["path"] for stage in said["stages"] if stage["stage"] == "checkpoint")
+    argv = [
+        "--model",
+        MODEL,
+        "--gpu",
+        "sm120",
+        "--calib-data",
+        "builtin:python-docs",
+        *SMALL[2:],
+        "--output",
+        str(output),
+    ]
+    command = json.loads(builder("engine", "--dry-run", *argv, "--json").stdout)
+    assert command["placeholder"] is None
+    assert f"--checkpoint_dir {checkpoint}/tensorrt_llm " in command["shell"][-1]
+
+
+def test_a_repository_at_odds_with_its_engine_is_not_served(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Edited by hand, or its engine gone: exit code 6 with what, why and cure, and no server."""
+    repository = tmp_path / "repository"
+    shutil.copytree(built[1]["repository"], repository)
+    config = repository / "models" / "tensorrt_llm" / "config.pbtxt"
+    text = config.read_text()
+    for old, new, what in (
+        ("max_batch_size: 8", "max_batch_size: 9", "max_batch_size is 9"),
+        ("max_batch_size: 8", "max_batch_size: 256", "max_batch_size is 256"),
+        ("/engine/", "/nowhere/", "There is no engine at"),
+    ):
+        config.write_text(text.replace(old, new))
+        done = builder("smoke", str(repository))
+        assert (done.returncode, what in done.stderr) == (6, True), done.stderr
+
+
+def test_a_repository_for_a_card_is_made_where_it_is_and_served_nowhere_else(
+    built: tuple[Path, dict[str, Any]],
+    stand_in: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the same checkpoint, by the stand-in for trtllm-build on a machine that shows an RTX 5090."""
+    output, _ = built
+    argv = [
+        "--model",
+        MODEL,
+        "--gpu",
+        "sm120",
+        "--calib-data",
+        "builtin:python-docs",
+        *SMALL[2:],
+        "--output",
+        str(output),
+    ]
+    monkeypatch.setattr(engine, "visible", list)
+    assert cli.main(["render", *argv]) == 3  # no GPU: refused before any work
+    assert "no GPU is seen" in capsys.readouterr().err
+    monkeypatch.setattr(engine, "visible", lambda: [RTX_5090])
+    assert cli.main(["render", *argv, "--json"]) == 0
+    said = capsys.readouterr()
+    assert "trtllm-build: building the TensorRT engine" in said.err
+    repository = json.loads(said.out)["repository"]
+    monkeypatch.setattr(guards, "visible", list)
+    assert cli.main(["serve", repository]) == 6
+    assert "The engine has 1 rank, and no GPU is seen here" in capsys.readouterr().err
+    monkeypatch.setattr(guards, "visible", lambda: [Seen("NVIDIA B200", 10, 0, "590.44.01")])
+    assert cli.main(["smoke", repository]) == 6
+    assert "built for sm120 (NVIDIA GeForce RTX 5090), and GPU 0 here, NVIDIA B200, is sm100" in capsys.readouterr().err
+
+
+def test_the_report_tells_what_was_built_and_what_was_not_measured(built: tuple[Path, dict[str, Any]]) -> None:
+    output, said = built
+    told = json.loads(builder("report", said["repository"], "--json").stdout)
+    assert told["verdict"]["status"] == "incomplete"
+    assert told["smoke"]["sample"] == said["smoke"]["sample"]
+    assert ["calibration.samples", 6, "command line"] in told["values"]
+    assert {stage["name"]: stage["key"] for stage in told["stages"]} == {s["stage"]: s["key"] for s in said["stages"]}
+    assert "not run on a GPU" in told["unmeasured"][0]
+    page, card = (Path(told["files"][kind]).read_text() for kind in ("html", "markdown"))
+    assert page.startswith("<!doctype html>")
+    assert said["smoke"]["sample"]["answer"].strip() in card
+    again = builder(*shlex.split(told["command"])[1:], "--output", str(output), "--json")
+    assert all(stage["cached"] for stage in json.loads(again.stdout)["stages"]), "the command makes the same again"
 
 
 def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str, Any]]) -> None:

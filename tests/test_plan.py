@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder import checkpoint, fit, fit_change, pipeline, ranks, recipe
+from builder import checkpoint, cli, engine, fit, fit_change, pipeline, ranks, recipe
 from builder.errors import UnsupportedError
 from builder.fit import Machine, ModelFacts, Serving
+from builder.gpus import Seen
 from builder.output import Output
 from builder.ranks import Parallel
 from builder.safetensors_io import Tensors
-from builder.store import Store
+from builder.store import Store, WouldRun
 
 GB = 10**9
 
@@ -181,6 +183,14 @@ def test_changes_are_tried_in_their_order(asked: Serving, gigabytes: float, name
     assert [flag.split()[0] for flag in change.flags] == names
 
 
+def test_where_the_heads_do_not_divide_the_layers_do() -> None:
+    seven = dense(32, 896 * 4, 28, 7, 128, 11008, 32000)
+    needed = fit.needed(seven, replace(ASKED, max_batch_size=1, max_num_tokens=2048))
+    change = fit_change.smallest(seven, replace(ASKED, max_batch_size=1), needed * 2 // 3)
+    assert change is not None
+    assert [flag for flag in change.flags if "-batch-" not in flag and "-tokens " not in flag] == ["--pp 2"]
+
+
 def test_where_nothing_helps_the_refusal_says_so() -> None:
     found = fit.memory(QWEN3_8B, ASKED, "a watch", 10**6)
     error, change = fit_change.refusal(QWEN3_8B, ASKED, found)
@@ -259,7 +269,116 @@ def test_a_build_for_the_engine_target_refuses_too(huge: Path, tmp_path: Path, m
     (tmp_path / "trtllm-build").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "trtllm-build").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(engine, "visible", lambda: [Seen("NVIDIA GeForce RTX 5090", 12, 0, "590.44.01")])
     resolved = recipe.resolve({"model.id": str(huge), "gpu": "sm120"})
     with pytest.raises(UnsupportedError, match="It does not fit on RTX PRO 6000 Blackwell"):
         pipeline.build(resolved, Store(tmp_path / "out", Output("quiet")))
     assert not list((tmp_path / "out" / "snapshot").glob("[0-9a-f]*"))
+
+
+def test_plan_and_build_say_that_the_sliding_window_is_not_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree("tests/data/arch-variants/mistral", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "sliding_window": 128}))
+    argv = ["--model", str(model), "--gpu", "cpu", "--output", str(tmp_path / "out"), "--max-seq-len", "256"]
+    argv += ["--max-input-len", "128"]
+    assert "The model attends to its last 128 tokens" in run("plan", *argv).stdout
+    assert run("fetch", *argv).returncode == 0
+    asked = {"model.id": str(model), "gpu": "cpu", "engine.max_seq_len": 256, "engine.max_input_len": 128}
+    with pytest.raises(WouldRun, match="calibration"):
+        pipeline.build(recipe.resolve(asked), Store(tmp_path / "out", Output("human"), dry=True))
+    assert "warning     The model attends to its last 128 tokens" in capsys.readouterr().err
+
+
+# ---- this machine's own disk and memory
+
+LLAMA = "tests/data/arch-variants/llama"
+SHORT = {"engine.max_seq_len": 256, "engine.max_input_len": 128, "calibration.samples": 2, "calibration.seq_len": 32}
+
+
+def asked(model: str = LLAMA, gpu: str = "cpu", **values: object) -> recipe.Resolved:
+    return recipe.resolve({"model.id": model, "gpu": gpu, **SHORT, **values})
+
+
+def this_machine(monkeypatch: pytest.MonkeyPatch, *, disk: int = 10**15, memory: int = 10**15, free: int = 0) -> None:
+    monkeypatch.setattr(fit, "machine", lambda output: Machine(disk, memory, free or memory))
+
+
+def test_too_little_disk_is_refused_as_long_as_something_is_to_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "out", Output("quiet"))
+    this_machine(monkeypatch, disk=1000)
+    with pytest.raises(UnsupportedError, match=r"has 1\.00 kB free"):
+        pipeline.build(asked(), store)
+    assert not list(tmp_path.glob("out/snapshot/[0-9a-f]*"))
+    pipeline.build(asked(), store, until="snapshot")  # nothing is written there: the model is a directory
+    with pytest.raises(UnsupportedError, match=r"has 1\.00 kB free"):
+        pipeline.build(asked(), store)
+    this_machine(monkeypatch)
+    pipeline.build(asked(), store, until="engine")
+    this_machine(monkeypatch, disk=1000)
+    pipeline.build(asked(), store, until="engine")
+    assert pipeline.build(asked(), store, until="repository").repository
+    with pytest.raises(UnsupportedError, match=r"has 1\.00 kB free"):
+        pipeline.build(asked(), Store(store.root, Output("quiet"), force=["checkpoint"]), until="repository")
+
+
+def test_a_plan_that_this_machine_has_no_room_for_ends_with_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it is the machine that builds; another one's disk is not known here."""
+    argv = ["plan", "--model", LLAMA, "--output", str(tmp_path), "--max-seq-len", "256", "--max-input-len", "128"]
+    this_machine(monkeypatch, disk=1000)
+    assert cli.main([*argv, "--gpu", "cpu"]) == 3
+    said = capsys.readouterr()
+    assert "has 1.00 kB free" in said.err
+    assert "will run" in said.out
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.main([*argv, "--gpu", "sm120"]) == 0
+    this_machine(monkeypatch)
+    assert cli.main([*argv, "--gpu", "cpu"]) == 0
+
+
+def test_calibrating_in_more_memory_than_there_is_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = asked(**{"calibration.seq_len": 10**9, "calibration.batch_size": 4})
+    store = Store(tmp_path / "out", Output("human"))
+    model = pipeline.read_model(long.recipe.model, store)
+    needed = fit.calibration_memory(model, 4 * 10**9)
+    this_machine(monkeypatch, memory=needed - 1)
+    with pytest.raises(UnsupportedError, match="Calibrating takes about") as caught:
+        pipeline.build(long, store)
+    assert "--set calibration.batch_size=3" in caught.value.cure
+    assert not list(tmp_path.glob("out/snapshot/[0-9a-f]*"))
+    # less free than that, but enough in all, is a warning; and what is made already needs none
+    this_machine(monkeypatch, memory=needed, free=needed - 1)
+    pipeline.check_fit(long, model, pipeline.check_model(long, model.config, layouts=True), store)
+    assert "warning     calibrating takes about" in capsys.readouterr().err
+    found = pipeline.sizes(long, model, pipeline.check_model(long, model.config, layouts=True))
+    host = Machine(10**15, needed - 1, needed - 1)
+    assert pipeline.host_refusal(long, model, found, host, ["engine", "repository"]) is None
+    assert pipeline.host_refusal(long, model, found, host, ["checkpoint"])
+    monkeypatch.setattr(pipeline, "gpus", lambda: ["NVIDIA GeForce RTX 5090"])
+    assert pipeline.host_refusal(long, model, found, host, ["checkpoint"]) is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 64), st.integers(1, 8192), st.integers(10**6, 10**10))
+def test_what_is_said_to_fit_while_calibrating_fits(batch: int, length: int, memory: int) -> None:
+    rows = recipe.Calibration.model_validate({"batch_size": batch, "seq_len": length})
+    refused = fit_change.calibration_refusal(SMALL, rows, Machine(0, memory, memory))
+    assert (refused is None) == (fit.calibration_memory(SMALL, batch * length) <= memory)
+    if refused is None:
+        return
+    assert refused.exit_code == 3
+    said = dict(re.findall(r"(batch_size=|--calib-seq-len )(\d+)", refused.cure))
+    if said:
+        tokens = int(said.get("batch_size=", batch)) * int(said.get("--calib-seq-len ", length))
+        assert fit.calibration_memory(SMALL, tokens) <= memory
+    else:
+        assert fit.calibration_memory(SMALL, min(length, fit_change.SHORTEST)) > memory

@@ -45,6 +45,34 @@ def test_output_is_in_the_log_and_events_are_heard(tmp_path: Path) -> None:
     assert finished.max_rss > 1_000_000
 
 
+def test_each_line_is_heard_once_while_the_child_runs(tmp_path: Path) -> None:
+    """Also a line that comes in pieces, the last one without its end, and those of a child that fails."""
+    heard: list[str] = []
+    (tmp_path / "log").write_text("of another run\n")
+    code = f"""
+import sys, time
+from pathlib import Path
+write = lambda text: (sys.stdout.write(text), sys.stdout.flush())
+write("fir")
+time.sleep(0.5)
+write("st\\n")
+while not Path({str(tmp_path / "heard")!r}).exists():
+    time.sleep(0.01)
+for number in range(5000):
+    write(f"{{number}}\\n")
+write("größer, without an end")
+sys.exit(3)
+"""
+
+    def hear(line: str) -> None:
+        heard.append(line)
+        (tmp_path / "heard").touch()
+
+    with pytest.raises(StageError, match="exit code 3"):
+        process.run(python(code), log=tmp_path / "log", on_line=hear)
+    assert heard == ["first", *map(str, range(5000)), "größer, without an end"]
+
+
 def test_a_failure_shows_the_last_lines_and_the_code(tmp_path: Path) -> None:
     code = "import sys; print('\\n'.join(map(str, range(100)))); sys.exit('out of memory')"
     with pytest.raises(StageError, match="exit code 1") as caught:
@@ -125,3 +153,13 @@ def test_an_interrupt_while_a_child_is_forked_is_not_lost(tmp_path: Path) -> Non
 def test_emit_without_a_parent_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(process.PROGRESS_FD, raising=False)
     process.emit(done=1)
+
+
+def test_a_stopped_child_says_what_it_was(tmp_path: Path) -> None:
+    with pytest.raises(process.Failed, match="took more than 1 s") as caught:
+        process.run(["sleep", "60"], log=tmp_path / "log", limit=1)
+    assert caught.value.code is None
+    with pytest.raises(process.Failed) as caught:
+        process.run(["sh", "-c", "exit 3"], log=tmp_path / "log", limit=60)
+    assert caught.value.code == 3
+    assert isinstance(caught.value, StageError)

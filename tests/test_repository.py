@@ -220,7 +220,7 @@ def test_a_value_that_a_template_names_and_nobody_gives_is_an_error() -> None:
     from jinja2 import UndefinedError
 
     with pytest.raises(UndefinedError, match="max_batch_size"):
-        repository._rendered(paths.data("triton_templates", "1.2", "postprocessing"), {})
+        repository.rendered(paths.data("triton_templates", "1.2", "postprocessing"), {})
 
 
 def ids_of(tmp_path: Path, **files: Any) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def test_a_version_without_an_engine_path_is_refused_with_the_way_out(version: s
     with pytest.raises(UnsupportedError, match="builds no engines") as caught:
         trtllm.resolve(resolved(f"engine.tensorrt_llm='{version}'"), QWEN3_8B)
     assert "1.2.1 is the last stable version" in caught.value.why
-    assert "trtllm-serve" in caught.value.cure
+    assert "--target llmapi" in caught.value.cure
 
 
 @pytest.mark.parametrize("version", ["0.20.0", "1.2.0", "1.3.0rc15"])
@@ -247,3 +247,68 @@ def test_explain_knows_aliases_removed_and_versioned_flags() -> None:
     for version in map(trtllm.load, trtllm.versions()):
         for name in (*version.flags, *version.removed):
             assert explain.explain(name)["flag"] == f"--{name}"
+
+
+# ---- what the NVFP4 GEMM takes
+
+WHOLE = {
+    **QWEN3_8B, "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"intermediate_size": 12304}, "12304 inputs \\(intermediate_size \\(into mlp.down_proj\\)\\)"),
+        ({"hidden_size": 4112}, "4112 inputs \\(hidden_size\\)"),
+        ({"num_attention_heads": 33, "num_key_value_heads": 11, "head_dim": 80}, "2640 inputs \\(heads x head size"),
+        (
+            {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 98},
+            "1764 outputs \\(q, k and v together\\)",
+        ),
+    ],
+)
+def test_sizes_that_the_nvfp4_gemm_does_not_take_are_refused_on_one_gpu_too(odd: dict[str, int], message: str) -> None:
+    """Multiples of 16 are enough for the format, not for the kernel; the reference executor needs no more."""
+    config: dict[str, object] = {**WHOLE, **odd}
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        trtllm.resolve(resolved(), config)
+    assert "--set engine.flags.gemm_plugin=disable" in caught.value.cure
+    assert trtllm.resolve(resolved("engine.flags.gemm_plugin=disable"), config)
+    assert trtllm.resolve(resolved(gpu="cpu"), config)
+    assert trtllm.resolve(resolved(), WHOLE)
+
+
+# ---- models that attend to their last tokens alone
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "num_hidden_layers": 32, "max_position_embeddings": 32768}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "sliding_window": 2048}
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({**MISTRAL, "sliding_window": 2048}, 2048),
+        ({**MISTRAL, "sliding_window": None}, None),
+        (MISTRAL, None),
+        ({**MISTRAL, "sliding_window": 2048, "use_sliding_window": False}, None),
+        ({**QWEN2, "use_sliding_window": False}, None),
+        (QWEN2, None),
+        ({**QWEN2, "use_sliding_window": True}, 2048),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": 28}, None),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": 21}, 2048),
+        ({**QWEN2, "use_sliding_window": True, "layer_types": ["full_attention"] * 28}, None),
+        ({**QWEN2, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, 2048),
+        ({"architectures": ["LlamaForCausalLM"]}, None),
+    ],
+)
+def test_a_sliding_window_is_said_where_sequences_are_longer(config: dict[str, object], window: int | None) -> None:
+    assert trtllm.sliding_window(config) == window
+    found = trtllm.window_notes(config, trtllm.resolve(resolved(), config))
+    assert bool(found) == (window is not None)
+    if found:
+        assert "last 2048 tokens" in found[0].text
+        assert "to all of up to 4096" in found[0].text
+        short = trtllm.resolve(resolved(**{"engine.max_seq_len": 2048, "engine.max_input_len": 1024}), config)
+        assert trtllm.window_notes(config, short) == []

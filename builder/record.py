@@ -1,0 +1,141 @@
+"""The build record: what a repository's manifests don't hold, beside the link that people use.
+
+<output>/builds/<name>.json: every value of the recipe with the place that set it, the GPU profile, the reasons of the
+flags, what the plan said, the stages. It names paths relative to <output>, so that an output directory can be moved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from builder import __version__, fit, fit_change, llmapi, trtllm
+from builder.fit import ModelFacts, Sizes
+from builder.recipe import Resolved
+from builder.store import Store, replace_file
+
+FORMAT = 1
+DIRECTORY = "builds"
+# Access tokens of the Hub; and the variables that huggingface_hub reads one from.
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def write(
+    resolved: Resolved,
+    settings: Sequence[trtllm.Flag] | Sequence[llmapi.Argument],
+    notes: Sequence[trtllm.Note],
+    model: ModelFacts,
+    sizes: Sizes,
+    link: Path,
+    store: Store,
+) -> Path:
+    """Writes the record of the build that `link` now names; `store.done` are its stages."""
+    [repository] = [done.path for done in store.done if done.stage == "repository"]
+    memory = fit_change.judge(model, fit.serving(resolved, settings), resolved, fit.machine(store.root)).memory
+    record = {
+        "format": FORMAT,
+        "name": link.name,
+        "repository": str(repository.relative_to(store.root)),
+        "written": round(time.time(), 3),
+        "versions": {"trtllm-builder": __version__, "python": platform.python_version()},
+        "command": command(resolved, _commits(store)),
+        "directory": os.getcwd(),
+        "gpu": {"name": resolved.gpu.name, "title": resolved.gpu.title, "sm": resolved.gpu.sm},
+        "values": [list(row) for row in resolved.explained()],
+        "flags": [vars(setting) for setting in settings],
+        "notes": [vars(note) for note in notes],
+        "sizes": asdict(sizes),
+        "memory": [{**asdict(card), "fits": card.fits} for card in memory],
+        "stages": [
+            {"stage": done.stage, "key": done.manifest["key"], "path": str(done.path.relative_to(store.root))}
+            for done in store.done
+        ],
+    }
+    path = store.root / DIRECTORY / f"{link.name}.json"
+    replace_file(path, without_secrets(json.dumps(record, indent=1)))
+    return path
+
+
+def find(root: Path, repository: Path) -> Mapping[str, Any] | None:
+    """The newest record of this repository, or None. One that can't be read is none."""
+    records = [record for record in map(_read, sorted((root / DIRECTORY).glob("*.json"))) if record]
+    found = [record for record in records if (root / record["repository"]).resolve() == repository]
+    return max(found, key=lambda record: float(record["written"]), default=None)
+
+
+def prune(root: Path, *, gone: Sequence[Path] = (), dry: bool = False) -> list[Path]:
+    """Removes the records whose repository is gone, or is in `gone`, and half-written ones: those removed."""
+    removed = sorted((root / DIRECTORY).glob(".*.tmp"))
+    for path in sorted((root / DIRECTORY).glob("*.json")):
+        record = _read(path)
+        repository = root / record["repository"] if record else None
+        if repository is None or repository in gone or not repository.is_dir():
+            removed.append(path)
+    for path in removed if not dry else ():
+        path.unlink(missing_ok=True)
+    return removed
+
+
+def command(resolved: Resolved, commits: Mapping[str, str] | None = None) -> list[str]:
+    """A command line that comes to the same recipe without any recipe file or preset: only what is no default.
+
+    `commits` pins revisions, by key of the recipe.
+    """
+    recipe, commits = resolved.recipe, commits or {}
+    argv = ["builder", "build", "--model", recipe.model.id, "--gpu", resolved.gpu.name]
+    said = {"model.id", "gpu", *(() if recipe.target != resolved.gpu.target else ("target",))}
+    for key, value, origin in resolved.explained():
+        asked = origin != "default" and not origin.startswith("GPU profile")
+        if key not in said and (asked or key in commits):
+            argv += ["--set", f"{key}={_plain(commits.get(key, value))}"]
+    return argv
+
+
+def without_secrets(text: str) -> str:
+    """The text with access tokens taken out: whatever looks like one, and those of this environment."""
+    for variable in _TOKEN_VARIABLES:
+        if len(token := os.environ.get(variable, "").strip()) >= 8:
+            text = text.replace(token, "***")
+    return _TOKEN.sub("hf_***", text)
+
+
+def _commits(store: Store) -> dict[str, str]:
+    """What the branches and tags of the Hub were when this was built."""
+    facts = {done.stage: done.facts for done in store.done}
+    found = {
+        "model.revision": facts.get("snapshot", {}).get("revision"),
+        "calibration.revision": facts.get("calibration", {}).get("commit"),
+    }
+    return {key: commit for key, commit in found.items() if commit}
+
+
+def _plain(value: Any) -> str:
+    """A value as --set takes it: YAML on one line, and no quotes where none are needed."""
+    if not isinstance(value, str):
+        # A scalar of YAML on its own ends with a line of three dots.
+        return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
+    try:
+        bare = yaml.safe_load(value) == value
+    except yaml.YAMLError:
+        bare = False
+    return value if bare else yaml.safe_dump(value, default_style='"', width=math.inf).strip()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        usable = record["format"] == FORMAT and isinstance(record["repository"], str) and float(record["written"]) >= 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if usable else None

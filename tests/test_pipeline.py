@@ -1,0 +1,28 @@
+"""What the pipeline does beside its stages, which have tests of their own: names for what was built."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from builder import pipeline, recipe
+from builder.repository import Repository
+from builder.store import Store
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "name"),
+    [
+        (1, 1, "Qwen3-8B-sm120-nvfp4"),
+        (2, 1, "Qwen3-8B-sm120-nvfp4-tp2"),
+        (1, 2, "Qwen3-8B-sm120-nvfp4-pp2"),
+        (4, 2, "Qwen3-8B-sm120-nvfp4-tp4-pp2"),
+    ],
+)
+def test_a_repository_of_several_gpus_has_a_name_of_its_own(store: Store, tp: int, pp: int, name: str) -> None:
+    asked = {"model.id": "Qwen/Qwen3-8B", "gpu": "sm120", "engine.tp": tp, "engine.pp": pp}
+    repository = Repository(store.root / "repository" / "key", "0" * 64, {})
+    made = pipeline.link(recipe.resolve(asked), repository, store)
+    assert made == store.root / "models" / name
+    assert os.readlink(made) == "../repository/key"

@@ -1,0 +1,213 @@
+"""Triton model: text in, text out by TensorRT-LLM's LLM class. Streamed pieces are what is new, not all so far.
+
+The class gets what model.yaml holds. One asyncio loop in a thread of its own carries all requests; responses leave by
+another thread, so that a slow client keeps no other waiting. Runs in Triton's container with TensorRT-LLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+import yaml
+
+REPLACEMENT = "\ufffd"
+SAMPLING = (
+    "best_of", "temperature", "top_k", "top_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+    "max_tokens", "min_tokens", "seed",
+)  # fmt: skip
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # and what has no effect
+EXTRAS = {"finish_reason": np.object_, "stop_reason": np.object_, "cumulative_logprob": np.float32}
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        config = json.loads(args["model_config"])
+        parameters = {key: v["string_value"] for key, v in config["parameters"].items()}
+        self.name = args["model_name"]
+        self.decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
+        self.exclude_input = parameters["exclude_input_in_output"] == "true"
+        self.penalties = parameters["penalties"] == "true"
+        directory = Path(args["model_repository"]) / args["model_version"]
+        arguments = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
+        check_period = arguments.pop("triton_config").get("cancellation_check_period_ms", 100) / 1000
+        self.max_input_len, self.max_seq_len = arguments["max_input_len"], arguments["max_seq_len"]
+        # Here and not above: importing it starts CUDA and MPI.
+        from tensorrt_llm import LLM, SamplingParams
+
+        self.sampling_params = SamplingParams
+        self.llm = LLM(**arguments)
+        self.running = {}  # task -> (the client's request id, its response sender)
+        self.sender = ThreadPoolExecutor(1)
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.watching = asyncio.run_coroutine_threadsafe(self.watch(check_period), self.loop)
+
+    def execute(self, requests):
+        for request in requests:
+            asyncio.run_coroutine_threadsafe(self.answer(request, request.get_response_sender()), self.loop)
+
+    def finalize(self):
+        """Answers that are under way are finished first; Triton waits for them before it calls this."""
+        self.watching.cancel()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.sender.shutdown()
+        self.llm.shutdown()
+
+    async def watch(self, period):
+        """Ends the requests whose clients are gone."""
+        while True:
+            await asyncio.sleep(period)
+            for task, (_, sender) in list(self.running.items()):
+                try:
+                    if sender.is_cancelled():
+                        task.cancel()
+                except Exception:  # of one request; the others' clients are watched all the same
+                    traceback.print_exc()
+
+    async def answer(self, request, sender):
+        """Sends something in every case: a request without a final response would wait for ever."""
+        task = asyncio.current_task()
+        self.running[task] = (request.request_id(), sender)
+        try:
+            await self.serve(request, sender)
+        except asyncio.CancelledError:
+            self.refuse(sender, "the client cancelled the request", pb_utils.TritonError.CANCELLED)
+        except ValueError as error:
+            self.refuse(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception as error:
+            if type(error).__name__ == "RequestError":  # TensorRT-LLM's for one wrong request
+                self.refuse(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+                return
+            traceback.print_exc()
+            self.refuse(sender, f"{self.name} failed: {type(error).__name__}; the server's log says more")
+        finally:
+            del self.running[task]
+
+    async def serve(self, request, sender):
+        inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        if flag(inputs, "stop"):
+            self.stop(request.request_id())
+            raise asyncio.CancelledError
+        streaming = flag(inputs, "streaming")
+        if streaming and not self.decoupled:
+            raise ValueError("this repository answers once; pieces come from one with decoupled: true")
+        prompt, ids = await asyncio.to_thread(self.prompt, inputs)
+        wanted = [name for name in EXTRAS if flag(inputs, f"return_{name}")]
+        parameters = self.sampling_params(**self.sampling(inputs, len(ids), wanted))
+        exclude = flag(inputs, "sampling_param_exclude_input_from_output", self.exclude_input)
+        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming)
+        try:
+            await self.send(result, sender, "" if exclude else prompt, wanted)
+        except asyncio.CancelledError:
+            result.abort()
+            raise
+
+    def prompt(self, inputs):
+        """The text and its token ids."""
+        prompts = words(inputs, "text_input")
+        if prompts is None:
+            raise ValueError("text_input is missing")
+        if len(prompts) != 1 or not prompts[0]:
+            raise ValueError("text_input is empty" if len(prompts) == 1 else "text_input takes one prompt a request")
+        ids = list(self.llm.tokenizer.encode(prompts[0]))
+        if len(ids) > self.max_input_len:
+            raise ValueError(f"the prompt has {len(ids)} tokens; this model takes {self.max_input_len} (max_input_len)")
+        return prompts[0], ids
+
+    def sampling(self, inputs, prompt, wanted):
+        """What SamplingParams takes: the client's sampling_param_* inputs, and what the answer's outputs need."""
+        found = {name: scalar(inputs, f"sampling_param_{name}") for name in SAMPLING}
+        found["stop"] = words(inputs, "sampling_param_stop") or None
+        found = {name: value for name, value in found.items() if value is not None}
+        for name, neutral in PENALTIES.items():
+            if not self.penalties and found.pop(name, neutral) != neutral:
+                raise ValueError(f"{name} would be ignored: this version's sampler has no penalties")
+        room = self.max_seq_len - prompt
+        if found.get("max_tokens", 1) < 1:
+            raise ValueError(f"max_tokens is {found['max_tokens']}; it must be 1 or more")
+        if found.get("max_tokens", 1) > room:
+            raise ValueError(
+                f"the prompt has {prompt} tokens and max_tokens is {found['max_tokens']}, together "
+                f"{prompt + found['max_tokens']}; this model takes {self.max_seq_len} (max_seq_len): "
+                f"max_tokens can be {room}"
+            )
+        if "cumulative_logprob" in wanted:
+            found["logprobs"] = 1
+        return found
+
+    async def send(self, result, sender, prefix, wanted):
+        """One response, or the new text of each step; of several where responses leave more slowly than text comes.
+
+        A character that is not whole yet waits for the next step.
+        """
+        given, leaving = "", None
+        async for output in result:
+            text = prefix + output.outputs[0].text
+            if not output.finished:
+                text = text.rstrip(REPLACEMENT)
+                if len(text) > len(given) and (leaving is None or leaving.done()):
+                    leaving = self.sender.submit(sender.send, response(text[len(given) :], output, ()))
+                    given = text
+                continue
+            self.finish(sender, response(text[len(given) :], output, wanted))
+            return
+        raise RuntimeError("the LLM ended a request without its last part")
+
+    def stop(self, request_id):
+        """Ends the requests that came under this id."""
+        if not request_id:
+            raise ValueError("stop needs the id of the request that it shall end")
+        for task, (id, _) in list(self.running.items()):
+            if id == request_id and task is not asyncio.current_task():
+                task.cancel()
+
+    def refuse(self, sender, message, *code):
+        self.finish(sender, pb_utils.InferenceResponse(error=pb_utils.TritonError(message, *code)))
+
+    def finish(self, sender, last):
+        self.sender.submit(sender.send, last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def scalar(inputs, name):
+    if name not in inputs:
+        return None
+    if inputs[name].size != 1:
+        raise ValueError(f"{name} takes one value")
+    return inputs[name].item()
+
+
+def flag(inputs, name, default=False):
+    value = scalar(inputs, name)
+    return default if value is None else bool(value)
+
+
+def words(inputs, name):
+    """Texts; "", which clients send for none, is left out of lists of words. Triton does not look into strings."""
+    if name not in inputs:
+        return None
+    try:
+        texts = [v if isinstance(v, str) else v.decode("utf-8") for v in inputs[name].reshape(-1)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not valid UTF-8 at byte {error.start}") from None
+    return texts if name == "text_input" else [text for text in texts if text]
+
+
+def response(text, output, wanted):
+    tensors = [pb_utils.Tensor("text_output", np.array([text.encode("utf-8")], dtype=np.object_))]
+    for name in wanted:
+        value = getattr(output.outputs[0], name)
+        if EXTRAS[name] is np.object_:
+            value = str(value).encode("utf-8")
+        elif value is None:
+            value = np.nan
+        tensors.append(pb_utils.Tensor(name, np.array([value], dtype=EXTRAS[name])))
+    return pb_utils.InferenceResponse(tensors)
