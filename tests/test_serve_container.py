@@ -51,6 +51,11 @@ def test_the_engine_s_words_become_a_message(said: str, kind: type[Exception], w
     assert said in error.why
 
 
+def test_the_store_lies_where_the_repository_says() -> None:
+    assert serve_container._inside({"engine": "/artifacts/engine/abc"}) == Path("/artifacts")
+    assert serve_container._inside({"checkpoint": "/artifacts/checkpoint/abc/unified"}) == Path("/artifacts")
+
+
 def test_a_process_is_told_from_a_later_one_of_the_same_id() -> None:
     child = subprocess.Popen(["sleep", "100"])
     started = serve_container._start_time(child.pid)
