@@ -6,6 +6,7 @@ ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS wheel
+ENV PATH=/opt/venv-tritonserver/bin:${PATH}
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY builder ./builder
@@ -17,6 +18,8 @@ RUN python3 -m pip wheel -q --no-cache-dir --no-deps --wheel-dir /wheel .
 FROM ${BASE_IMAGE}
 ARG TENSORRT_LLM=1.2.1
 USER 0:0
+# Where the images keep Python and TensorRT-LLM since 26.06; before, the system's Python was found behind it.
+ENV PATH=/opt/venv-tritonserver/bin:${PATH}
 # A package that the image ships may not move: the engine is built and served by what NVIDIA tested together.
 # What we need first, in a layer that stays while only our code changes.
 RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml \

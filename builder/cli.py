@@ -269,7 +269,8 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     if getattr(arguments, "no_smoke", False):
         until = "repository"
     if os.environ.get(doctor.INSIDE) and "engine" in STAGES[: STAGES.index(until) + 1]:
-        doctor.require(resolved.gpu, resolved.recipe.engine.tensorrt_llm, arguments.output)
+        asked = resolved.recipe
+        doctor.require(resolved.gpu, asked.engine.tensorrt_llm, arguments.output, target=asked.target)
     store = Store(arguments.output, out, force=sorted(force))
     try:
         with store.in_use():

@@ -10,14 +10,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from builder import containers, gpus
+from builder import containers, gpus, guards
 from builder.containers import Container
 from builder.errors import UnsupportedError
-from builder.gpus import GpuProfile
+from builder.gpus import GpuProfile, Seen
 from builder.output import Output, size
 
 INSIDE = "BUILDER_CONTAINER"  # set by our Dockerfile
@@ -36,33 +35,36 @@ class Check:
     cure: str = ""
 
 
-@dataclass(frozen=True)
-class Card:
-    """A GPU as NVML sees it."""
-
-    name: str
-    sm: int
-    driver: str
-
-
-def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path) -> list[Check]:
-    """Every check that makes sense here. `gpu` is the profile to build for, None for whatever card is there."""
-    row = containers.newest(tensorrt_llm)
+def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: str | None = None) -> list[Check]:
+    """Every check that makes sense here. `gpu` is the profile to build for, None for whatever card is there; `target`
+    is its own unless another is asked for."""
+    target = target or (gpu.target if gpu else "engine")
     inside = bool(os.environ.get(INSIDE))
     found = [Check("place", "ok", "in a container" if inside else "on the host")]
-    if gpu is None or gpu.target != "reference":
-        cards = see_cards()
-        found += [_gpu(gpu, cards, inside), *_driver(row, cards)]
+    if target != "reference":
+        # The LLM API also runs on versions that no Triton image has.
+        known = [row for row in containers.rows() if row.tensorrt_llm == tensorrt_llm]
+        row = (
+            known[0]
+            if known and target == "llmapi"
+            else containers.newest(tensorrt_llm)
+            if target == "engine"
+            else None
+        )
+        cards = gpus.visible()
+        found.append(_gpu(gpu, cards, inside))
+        if row and cards:
+            found += _driver(row, cards[0].driver)
         if inside or shutil.which("trtllm-build"):
-            found += [*_versions(row), _shm(), *_limits()]
+            found += [*(_versions(row, target) if row else ()), _shm(), *_limits()]
         else:
             found += _docker(row)
     return [*found, _disk(output), *_writable(output, inside)]
 
 
-def require(gpu: GpuProfile, tensorrt_llm: str, output: Path) -> None:
+def require(gpu: GpuProfile, tensorrt_llm: str, output: Path, *, target: str | None = None) -> None:
     """UnsupportedError with every failed check and its cure."""
-    failed = [check for check in examine(gpu, tensorrt_llm, output) if check.state == "failed"]
+    failed = [check for check in examine(gpu, tensorrt_llm, output, target=target) if check.state == "failed"]
     if failed:
         where = "container" if os.environ.get(INSIDE) else "machine"
         raise UnsupportedError(
@@ -85,30 +87,12 @@ def show(checks: Sequence[Check], row: Container, out: Output) -> bool:
     return passed
 
 
-def see_cards() -> list[Card]:
-    """The GPUs that NVML sees; none where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            found.append(Card(pynvml.nvmlDeviceGetName(handle), 10 * major + minor, driver))
-        return found
-    except pynvml.NVMLError:
-        return []
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _gpu(gpu: GpuProfile | None, cards: Sequence[Card], inside: bool) -> Check:
+def _gpu(gpu: GpuProfile | None, cards: Sequence[Seen] | None, inside: bool) -> Check:
+    """The first GPU counts: the engine is built on it, for it."""
     needed = f"a card of {gpu.name}: {gpu.title}" if gpu else "an NVIDIA GPU"
+    if cards is None:
+        cure = "Name the one to build on: CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=INDEX"
+        return Check("GPU", "warning", "several unlike ones, or parts of one", needed, cure)
     if not cards:
         cure = "Install NVIDIA's driver, so that `nvidia-smi` lists the card; or build for the CPU: --gpu cpu"
         if inside:
@@ -118,27 +102,23 @@ def _gpu(gpu: GpuProfile | None, cards: Sequence[Card], inside: bool) -> Check:
             )
         return Check("GPU", "failed", "no NVIDIA GPU is visible", needed, cure)
     seen = ", ".join(f"{card.name} (sm{card.sm})" for card in cards)
-    if gpu and any(card.sm != gpu.sm for card in cards):
-        names = dict.fromkeys(f"sm{card.sm}" for card in cards)
-        cure = f"Build for the card that is here: --gpu {next(iter(names))}, or hide the others: CUDA_VISIBLE_DEVICES"
-        return Check("GPU", "failed", seen, needed, cure)
+    if gpu and gpu.sm != cards[0].sm:
+        return Check("GPU", "failed", seen, needed, f"Build for the card that is here: --gpu sm{cards[0].sm}")
     return Check("GPU", "ok", seen, needed)
 
 
-def _driver(row: Container, cards: Sequence[Card]) -> Iterator[Check]:
-    if not cards or row.driver is None or row.cuda is None:
+def _driver(row: Container, seen: str) -> Iterator[Check]:
+    if row.driver is None or row.cuda is None:
         return
-    seen, wanted, floor = cards[0].driver, row.driver, containers.driver_floor(row.cuda)
+    wanted, floor = row.driver, containers.driver_floor(row.cuda)
     needed = f"{wanted} (CUDA {row.cuda})"
     older = next((r for r in containers.rows() if r.driver and _fits(seen, r.driver)), None)
     other = f" Or take an image for this driver: TensorRT-LLM {older.tensorrt_llm}, {older.image}." if older else ""
     if _fits(seen, wanted):
         yield Check("driver", "ok", seen, needed)
     elif floor and _fits(seen, floor):
-        yield Check(
-            "driver", "warning", seen, needed,
-            f"A driver from {floor} on runs this CUDA, but not all of it. Install {wanted} or later.{other}",
-        )  # fmt: skip
+        cure = f"A driver from {floor} on runs this CUDA, but not all of it. Install {wanted} or later.{other}"
+        yield Check("driver", "warning", seen, needed, cure)
     else:
         yield Check("driver", "failed", seen, needed, f"Install NVIDIA's driver {wanted} or later.{other}")
 
@@ -147,21 +127,19 @@ def _fits(driver: str, wanted: str) -> bool:
     return containers.numbers(driver) >= containers.numbers(wanted)
 
 
-def _versions(row: Container) -> Iterator[Check]:
+def _versions(row: Container, target: str) -> Iterator[Check]:
     """What the image holds against its row. An engine runs only on the version that built it."""
     wanted = {"tensorrt_llm": row.tensorrt_llm, "tensorrt": row.tensorrt, "nvidia-modelopt": row.modelopt}
     cure = f"Build the image on {row.image} (docker compose build build)"
     for name, version in wanted.items():
-        try:
-            seen = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            seen = "absent"
+        seen = guards.installed(name) or "absent"
         state: Literal["ok", "warning", "failed"] = "ok"
         if version and seen != version:
             state = "failed" if name == "tensorrt_llm" else "warning"
         yield Check(name, state, seen, version or "", cure if state != "ok" else "")
-    path = shutil.which("trtllm-build")
-    yield Check("trtllm-build", "ok" if path else "failed", path or "not on the PATH", "on the PATH", cure)
+    if target == "engine":
+        path = shutil.which("trtllm-build")
+        yield Check("trtllm-build", "ok" if path else "failed", path or "not on the PATH", "on the PATH", cure)
 
 
 def _shm() -> Check:
@@ -192,10 +170,10 @@ def _limits() -> Iterator[Check]:
         )
 
 
-def _docker(row: Container) -> Iterator[Check]:
+def _docker(row: Container | None) -> Iterator[Check]:
     """On a host without trtllm-build: the engine, compose, and the toolkit that hands GPUs to containers."""
     info = _docker_json("info", "--format", "{{json .}}")
-    needed = f"a running engine, for {row.image}"
+    needed = f"a running engine, for {row.image}" if row else "a running engine"
     if not info or not info.get("ServerVersion"):
         cure = "Install Docker and start it (systemctl start docker), as a user of the group docker"
         yield Check("Docker", "failed", "no engine answers", needed, cure)
@@ -205,6 +183,7 @@ def _docker(row: Container) -> Iterator[Check]:
     version = compose.get("version", "")
     cure = "Install the plugin: docker-compose-plugin"
     yield Check("docker compose", "ok" if version else "failed", version or "absent", "2.24 or later", cure)
+    yield from _room(info, row)
     runtimes, cdi = info.get("Runtimes") or {}, info.get("DiscoveredDevices") or []
     there = "nvidia" in runtimes or any("nvidia" in str(device) for device in cdi) or _hook()
     yield Check(
@@ -215,6 +194,16 @@ def _docker(row: Container) -> Iterator[Check]:
         f"Install NVIDIA's container toolkit ({TOOLKIT}): nvidia-ctk runtime configure --runtime docker, "
         "then restart the engine",
     )
+
+
+def _room(info: Mapping[str, Any], row: Container | None) -> Iterator[Check]:
+    """For the image, where the engine's directory is one of this machine's. It may have been pulled already."""
+    root = Path(info.get("DockerRootDir") or "/nowhere")
+    if row and row.gb and root.is_dir():
+        free = shutil.disk_usage(root).free
+        state: Literal["ok", "warning"] = "ok" if free >= row.gb * 1e9 else "warning"
+        cure = "Free some space (docker system prune), or give the engine another data-root"
+        yield Check("Docker's disk", state, f"{size(free)} free", f"{size(row.gb * 1e9)} for {row.image}", cure)
 
 
 def _hook() -> bool:

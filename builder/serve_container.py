@@ -174,7 +174,7 @@ def _create(client: Any, repository: Repository, image: str, host: str, ports: l
     """The container, not yet started. The store lies at the path that the rendered configuration names."""
     from docker.types import DeviceRequest, Mount, Ulimit
 
-    inside = Path(repository.facts["engine"]).parents[1]
+    inside = _inside(repository.facts)
     root = repository.path.parents[1]
     argv = ["serve", str(inside / repository.path.relative_to(root)), "--quiet", "--until-eof", "--follow-log"]
     argv += ["--host", "0.0.0.0"]
@@ -207,6 +207,11 @@ def _create(client: Any, repository: Repository, image: str, host: str, ports: l
         user=f"{os.getuid()}:{os.getgid()}", ports=list(PORTS.values()),
     )  # fmt: skip
     return client.containers.get(made["Id"])
+
+
+def _inside(facts: Mapping[str, Any]) -> Path:
+    """The store's path where the repository was rendered: STORE/engine/KEY, or STORE/checkpoint/KEY/unified."""
+    return Path(facts["engine"]).parents[1] if "engine" in facts else Path(facts["checkpoint"]).parents[2]
 
 
 def _started(container: Any) -> None:

@@ -8,25 +8,27 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from builder import containers, doctor, gpus
-from builder.doctor import Card, Check
+from builder.doctor import Check
 from builder.errors import UnsupportedError
+from builder.gpus import Seen
 from builder.output import Output
 
 VERSION = "1.2.1"
 ROW = containers.newest(VERSION)
-RTX5090 = Card("NVIDIA GeForce RTX 5090", 120, "590.48.01")
+RTX5090 = Seen("NVIDIA GeForce RTX 5090", 12, 0, "590.48.01")
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def with_cards(monkeypatch: pytest.MonkeyPatch, *cards: Card) -> None:
-    monkeypatch.setattr(doctor, "see_cards", lambda: list(cards))
+def with_cards(monkeypatch: pytest.MonkeyPatch, *cards: Seen) -> None:
+    monkeypatch.setattr(gpus, "visible", lambda: list(cards))
 
 
 @pytest.mark.parametrize(
@@ -42,14 +44,14 @@ def with_cards(monkeypatch: pytest.MonkeyPatch, *cards: Card) -> None:
 def test_an_older_driver_is_warned_of_or_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, driver: str, state: str
 ) -> None:
-    with_cards(monkeypatch, Card("RTX", 120, driver))
+    with_cards(monkeypatch, Seen("RTX", 12, 0, driver))
     found = by_name(doctor.examine(gpus.load("sm120"), VERSION, tmp_path))["driver"]
     assert (found.state, found.seen, ROW.driver in found.needed) == (state, driver, True)
     assert bool(found.cure) == (state != "ok")
 
 
 def test_an_older_driver_is_told_the_newest_image_that_it_can_run() -> None:
-    [check] = doctor._driver(ROW, [Card("RTX", 120, "575.57.08")])
+    [check] = doctor._driver(ROW, "575.57.08")
     assert "TensorRT-LLM 1.0.0, nvcr.io/nvidia/tritonserver:25.10-trtllm-python-py3" in check.cure
 
 
@@ -58,8 +60,24 @@ def test_the_card_must_be_the_one_that_is_built_for(monkeypatch: pytest.MonkeyPa
     wrong = by_name(doctor.examine(gpus.load("sm100"), VERSION, tmp_path))["GPU"]
     assert (wrong.state, wrong.seen) == ("failed", "NVIDIA GeForce RTX 5090 (sm120)")
     assert "--gpu sm120" in wrong.cure
+    monkeypatch.setattr(gpus, "visible", lambda: None)
+    mixed = by_name(doctor.examine(gpus.load("sm120"), VERSION, tmp_path))["GPU"]
+    assert (mixed.state, "CUDA_VISIBLE_DEVICES" in mixed.cure) == ("warning", True)
+    with_cards(monkeypatch, RTX5090)
     for right in (gpus.load("sm120"), gpus.load("sm120-fmha"), None):
         assert by_name(doctor.examine(right, VERSION, tmp_path))["GPU"].state == "ok"
+
+
+def test_the_target_counts_not_the_profile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(doctor.INSIDE, "1")
+    with_cards(monkeypatch, RTX5090)
+    sm120 = gpus.load("sm120")
+    assert "GPU" not in by_name(doctor.examine(sm120, VERSION, tmp_path, target="reference"))
+    for version in (VERSION, "1.3.0rc22", "1.4.0"):
+        found = by_name(doctor.examine(sm120, version, tmp_path, target="llmapi"))
+        assert found["GPU"].state == "ok"
+        assert "trtllm-build" not in found
+        assert ("tensorrt_llm" in found) == (version != "1.4.0")
 
 
 def test_a_cpu_build_needs_no_gpu_and_no_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -120,6 +138,14 @@ def test_on_a_host_the_engine_and_the_toolkit_count(
     found = list(doctor._docker(ROW))
     assert [check.state for check in found] == states
     assert all(check.cure for check in found if check.state == "failed")
+
+
+def test_a_disk_too_small_for_the_image_is_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = SimpleNamespace(total=1, used=1, free=13 * 10**9)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: small)
+    [check] = doctor._room({"DockerRootDir": str(tmp_path)}, ROW)
+    assert (check.state, check.seen) == ("warning", "13.00 GB free")
+    assert not list(doctor._room({}, ROW))
 
 
 def test_without_docker_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -210,9 +210,6 @@ def test_triton_is_served_hardened_and_smoked(environment: dict[str, str], built
     assert occupied.returncode == 1
     assert "port is already allocated" in occupied.stderr
     compose(environment, "down", "-v", "-t", "0", COMPOSE_PROJECT_NAME=f"{PROJECT}-2")
-    assert compose(environment, "stop", "triton").returncode == 0
-    container.reload()
-    assert container.attrs["State"]["ExitCode"] == 0
 
 
 def start(built: Path, *argv: str) -> subprocess.Popen[str]:
@@ -248,16 +245,16 @@ def test_a_kill_leaves_no_container(built: Path, client: Any) -> None:
 
 
 def test_a_stop_signal_leaves_no_container_nor_one_of_a_builder_that_is_gone(built: Path, client: Any) -> None:
+    """The signal comes while the server starts."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     namespace = os.stat("/proc/self/ns/pid").st_ino
     client.containers.create(IMAGE, labels={OWNER: f"{gone.pid}.1.{namespace}"})
     child = start(built)
-    said(child)
-    assert len(containers(client, OWNER)) == 1
+    wait_until(lambda: [container.status for container in containers(client, OWNER)] == ["running"])
     child.send_signal(signal.SIGTERM)
     _, log = child.communicate(timeout=120)
-    assert child.returncode == 0, log
+    assert (child.returncode, "interrupted" in log) == (130, True), log
     assert not containers(client, OWNER)
 
 
@@ -285,7 +282,7 @@ def test_an_engine_needs_an_image_of_its_version_and_a_gpu(
     assert wrong.returncode == 6, wrong.stderr
     assert f"has TensorRT-LLM none, and {version} built the engine" in wrong.stderr
 
-    (tmp_path / "Dockerfile").write_text(f'FROM {IMAGE}\nLABEL {TENSORRT_LLM}="{version}"\n')
+    (tmp_path / "Dockerfile").write_text(f'FROM {IMAGE}\nLABEL {TENSORRT_LLM}="{version}"\nENTRYPOINT ["true"]\n')
     subprocess.run(["docker", "build", "-q", "-t", f"{IMAGE}-as-{version}", tmp_path], check=True, capture_output=True)
     before = gpu_requests()
     done = builder("serve", "--container", "--image", f"{IMAGE}-as-{version}", str(engine), MEMLOCK="8388608")
@@ -293,7 +290,7 @@ def test_an_engine_needs_an_image_of_its_version_and_a_gpu(
     if gpu_requests() == before:
         assert (done.returncode, "has no GPU to give" in done.stderr) == (3, True), done.stderr
     else:
-        assert (done.returncode, "Traceback" in done.stderr) == (5, False), done.stderr
+        assert (done.returncode, "ended before it was ready" in done.stderr) == (5, True), done.stderr
     assert not containers(client, OWNER)
 
 
