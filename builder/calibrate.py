@@ -30,6 +30,18 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistan
 
 
 @dataclass(frozen=True)
+class Use:
+    """What rows are read for: the stage that keeps them, and what messages tell to type for a key and a value."""
+
+    stage: str
+    flag: str
+    cure: str
+
+
+CALIBRATION = Use("calibration", "--calib-data", "--set calibration.{key}={value}")
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The rows that the activation ranges are read from: `path` is rows.jsonl, `text_sha256` the hash of its bytes."""
 
@@ -47,10 +59,10 @@ class Rows:
     unusable: dict[int, str]
 
 
-def calibrate(calibration: recipe.Calibration, *, store: Store) -> Calibration:
+def calibrate(calibration: recipe.Calibration, *, store: Store, use: Use = CALIBRATION) -> Calibration:
     """The calibration rows of a recipe. UsageError if there is no usable one."""
     part = calibration
-    file = _file(part.data)
+    file = _file(part.data, use)
     ingredients: dict[str, Any] = {"samples": part.samples, "column": part.column, "code": sources_digest(*SOURCES)}
     if file is not None:
         ingredients |= {"file": sha256(file)}
@@ -60,15 +72,15 @@ def calibrate(calibration: recipe.Calibration, *, store: Store) -> Calibration:
         ingredients |= {"split": part.split, "versions": library_versions("datasets", "pyarrow")}
 
     def make(tmp: Path) -> dict[str, Any]:
-        rows = read_jsonl(file, part.samples, part.column) if file else _rows_of_hub(part, commit, tmp, store)
-        return {"data": part.data, "commit": None if file else commit, **_write(rows, tmp / ROWS, part, store)}
+        rows = read_jsonl(file, part.samples, part.column) if file else _rows_of_hub(part, commit, tmp, store, use)
+        return {"data": part.data, "commit": None if file else commit, **_write(rows, tmp / ROWS, part, store, use)}
 
-    artefact = store.stage("calibration", ingredients, make)
+    artefact = store.stage(use.stage, ingredients, make)
     facts = artefact.facts
     return Calibration(artefact.path / ROWS, facts["rows"], facts["text_sha256"], artefact.digest)
 
 
-def _file(data: str) -> Path | None:
+def _file(data: str, use: Use) -> Path | None:
     """The local file that `data` names, or None for a Hub dataset."""
     if data.startswith(BUILTIN):
         known = {path.stem: path for path in paths.data("configs", "calibration").glob("*.jsonl")}
@@ -89,7 +101,7 @@ def _file(data: str) -> Path | None:
         raise UsageError(
             f"{fetch.shown(data)} is no JSONL file{'' if exists else ' (nothing is there)'}.",
             why='One JSON object per line is read, with "text" or "messages".',
-            cure="--calib-data FILE.jsonl, a dataset of the Hub, or --calib-data builtin:python-docs",
+            cure=f"{use.flag} FILE.jsonl, a dataset of the Hub, or {use.flag} builtin:python-docs",
         )
     return None
 
@@ -170,23 +182,23 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _rows_of_hub(part: recipe.Calibration, commit: str, tmp: Path, store: Store) -> Rows:
+def _rows_of_hub(part: recipe.Calibration, commit: str, tmp: Path, store: Store, use: Use) -> Rows:
     job: dict[str, Any] = {"job": "rows", "repo": part.data, "revision": part.revision, "commit": commit}
     job |= {"config": part.config, "split": part.split, "samples": part.samples, "column": part.column}
-    job |= {"file": str(tmp / ROWS)}
+    job |= {"file": str(tmp / ROWS), "cure": use.cure}
     answer = fetch.ask_hub(store, module="builder.hub_dataset", unit="rows", **job)
     lines = (tmp / ROWS).read_bytes().splitlines()  # of bytes: text would also be split at U+2028 and U+0085
     return Rows([json.loads(line) for line in lines], {int(k): v for k, v in answer["unusable"].items()})
 
 
-def _write(rows: Rows, file: Path, part: recipe.Calibration, store: Store) -> dict[str, Any]:
+def _write(rows: Rows, file: Path, part: recipe.Calibration, store: Store, use: Use) -> dict[str, Any]:
     """Writes rows.jsonl and says what was passed over. UsageError if nothing is left."""
     reasons = [f"row {number} {reason}" for number, reason in list(rows.unusable.items())[:5]]
     if not rows.usable:
         raise UsageError(
             f"{part.data} has no usable row.",
             why="; ".join(reasons) or "It is empty.",
-            cure='Rows need "text" or "messages"; or name the column: --set calibration.column=NAME',
+            cure='Rows need "text" or "messages"; or name the column: ' + use.cure.format(key="column", value="NAME"),
         )
     if rows.unusable:
         more = ", ..." if len(rows.unusable) > 5 else ""

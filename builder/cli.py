@@ -46,15 +46,24 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--max-num-tokens", "engine.max_num_tokens", int, "tokens in one iteration"),
     ("--tp", "engine.tp", int, "tensor parallel size: GPUs that share each layer"),
     ("--pp", "engine.pp", int, "pipeline parallel size: GPUs that follow one another"),
+    ("--min-score", "evaluation.min_score", float, "gate: PPL of BF16 / PPL x 100 must reach it, as 98"),
+    ("--max-kl", "evaluation.max_kl", float, "gate: the mean KL(BF16 || model) must not pass it, in nats"),
+)
+# Those that may be given several times: option, dotted key, placeholder, help.
+LIST_FLAGS = (
+    ("--data", "evaluation.data", "FILE|ID", "evaluate on this .jsonl file or Hub dataset; repeatable"),
+    ("--runner", "evaluation.runners", "RUNNER", "measure bf16, simulated, checkpoint, reference, served, or all"),
 )
 EXAMPLES = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120
   builder build --model tests/data/tiny-qwen3 --gpu cpu --output /tmp/demo
   builder plan  --model Qwen/Qwen3-8B --gpu sm120 --max-seq-len 8192
   builder serve artifacts/models/tiny-qwen3-cpu-nvfp4
+  builder eval  --model tests/data/tiny-qwen3 --gpu cpu --data tests/data/eval/prose.jsonl
 
 exit codes: 0 ok, 1 a stage failed, 2 usage or recipe, 3 does not fit or is not supported,
-            5 serving or smoke test, 6 integrity or version, 130 interrupted
+            4 the accuracy gate failed, or what was asked can't be measured, 5 serving or smoke test,
+            6 integrity or version, 130 interrupted
 """
 
 
@@ -126,6 +135,12 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--no-smoke", action="store_true", help="leave the repository untested")
             command.add_argument("--junit", type=Path, metavar="FILE", help="smoke results as JUnit XML")
 
+    command = _command(commands, "eval", "what quantization cost: perplexity, KL to BF16, agreement", run_eval)
+    _add_recipe_flags(command)
+    command.add_argument("--compare-kv", dest="evaluation.compare_kv", action="store_const", const=True,
+                         help="the checkpoint also without its FP8 KV cache")  # fmt: skip
+    _add_output(command)
+
     command = _command(commands, "inspect", "check a checkpoint: NaN, scales, shapes, bits per weight", run_inspect)
     command.add_argument("path", type=Path, metavar="CHECKPOINT")
 
@@ -164,6 +179,8 @@ def _add_recipe_flags(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("recipe (flag > --set > --recipe > --preset > GPU profile > default)")
     for option, key, kind, text in RECIPE_FLAGS:
         group.add_argument(option, dest=key, type=kind, help=text)
+    for option, key, placeholder, text in LIST_FLAGS:
+        group.add_argument(option, dest=key, action="append", metavar=placeholder, help=text)
     group.add_argument(
         "--trust-remote-code", dest="model.trust_remote_code", action="store_const", const=True,
         help="run Python code that comes with the model",
@@ -191,8 +208,11 @@ def _resolve(arguments: argparse.Namespace) -> Resolved:
     from builder import recipe
 
     values = vars(arguments)
-    keys = ["model.trust_remote_code", *(key for _, key, _, _ in RECIPE_FLAGS)]
-    flags = {key: values[key] for key in keys if values[key] is not None}
+    keys = ["model.trust_remote_code", "evaluation.compare_kv"]
+    keys += [key for _, key, _, _ in (*RECIPE_FLAGS, *LIST_FLAGS)]
+    flags = {key: values[key] for key in keys if values.get(key) is not None}
+    if "all" in flags.get("evaluation.runners", ()):
+        flags["evaluation.runners"] = recipe.RUNNERS
     return recipe.resolve(flags, sets=arguments.set, recipe_file=arguments.recipe, preset=arguments.preset)
 
 
@@ -221,6 +241,24 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     if built.smoke:
         _write_junit(built.smoke, arguments)
     _print_built(built, store, until, out)
+    if built.evaluation:
+        built.evaluation.check()
+    return 0
+
+
+def run_eval(arguments: argparse.Namespace, out: Output) -> int:
+    """Builds what is to be measured, as far as the store lacks it, and measures it."""
+    resolved = _resolve(arguments)
+    from builder import pipeline
+    from builder.evaluate import show
+    from builder.store import Store
+
+    store = Store(arguments.output, out)
+    with store.in_use():
+        found = pipeline.measure(resolved, store)
+    show(found, out)
+    found.check()
+    out.text(f"kept       {found.path / 'evaluation.json'}")
     return 0
 
 
@@ -248,10 +286,15 @@ def _print_built(built: Built, store: Store, until: str, out: Output) -> None:
                 for done in store.done
             ],
             "smoke": built.smoke.as_dict() if built.smoke else None,
+            "evaluation": built.evaluation.as_dict() if built.evaluation else None,
         }
     )
     if all(done.cached for done in store.done):
         out.info("nothing to do: every stage was found in the store")
+    if built.evaluation:
+        from builder.evaluate import show_tables
+
+        show_tables(built.evaluation, out)
     if built.smoke and built.smoke.sample:
         out.text(f"prompt     {built.smoke.sample.prompt!r}")
         out.text(f"answer     {built.smoke.sample.answer!r}")

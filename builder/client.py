@@ -34,7 +34,9 @@ _TYPES = {
     "seed": "UINT64",
     "stream": "BOOL",
     "streaming": "BOOL",
+    "return_context_logits": "BOOL",
 }  # the others are INT32
+_LOGITS = ("output_ids", "context_logits")
 
 
 class Refused(Exception):
@@ -137,6 +139,18 @@ class Client:
         streamed = {**inputs, "streaming": True, "exclude_input_in_output": True}
         results = self._stream(self.models["engine"], streamed, ["output_ids", "sequence_length"])
         return [int(token) for result in results for token in result.as_numpy("output_ids").reshape(-1)]
+
+    def context_logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
+        """The engine's logits at each token of a prompt, float32 [tokens, vocab]. Refused if it gathers none."""
+        inputs = {"input_ids": ids, "input_lengths": len(ids), "request_output_len": 1, "runtime_top_k": 1}
+        asked = {**inputs, "return_context_logits": True}
+        with _errors():  # read to its end: a stream that is left early leaves its request behind
+            answers = [r.as_numpy("context_logits") for r in self._stream(self.models["engine"], asked, list(_LOGITS))]
+        found = next((logits for logits in answers if logits is not None and logits.size), None)
+        if found is None:
+            raise Refused("the answer holds no context_logits")
+        logits: np.ndarray[Any, Any] = found.reshape(-1, found.shape[-1])[: len(ids)].astype(np.float32)
+        return logits
 
     def _stream(self, model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> Iterator[Any]:
         """The responses that carry outputs, up to the final one."""

@@ -4,6 +4,8 @@ BuilderError
 ├── StageError           1    a stage failed: a child process crashed, a disk filled up
 ├── UsageError           2    a flag, a recipe or an input file is wrong
 ├── UnsupportedError     3    this model, GPU or machine can't do it, or it does not fit
+├── EvaluationError      4    the model is not as good as the gate asks, or what was asked can't be measured
+│   └── NotMeasurable         this runner gives no probabilities of the tokens of a text
 ├── ServingError         5    the server does not come up, or a smoke check failed
 └── IntegrityError       6    a file, a checkpoint or a version is not what it must be
 
@@ -38,6 +40,14 @@ class UsageError(BuilderError):
 
 class UnsupportedError(BuilderError):
     exit_code = 3
+
+
+class EvaluationError(BuilderError):
+    exit_code = 4
+
+
+class NotMeasurable(EvaluationError):
+    pass
 
 
 class ServingError(BuilderError):

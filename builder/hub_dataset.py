@@ -32,7 +32,7 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
 
 def _numbered(job: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, row in enumerate(_stream(job), 1):
-        emit(progress={"label": "calibration rows", "done": number - 1, "total": job["samples"]})
+        emit(progress={"label": "rows", "done": number - 1, "total": job["samples"]})
         yield number, row
 
 
@@ -53,12 +53,13 @@ def _stream(job: dict[str, Any]) -> Any:
             raise UnsupportedError(
                 f"The dataset {repo} is a Python script, and a dataset's code is not run.",
                 why=said[:300],
-                cure="Many have a converted branch: --set calibration.revision=refs/convert/parquet",
+                cure="Many have a converted branch: "
+                + job["cure"].format(key="revision", value="refs/convert/parquet"),
             ) from None
         if "onfig" in said:
-            cure = "Name one: --set calibration.config=NAME"
+            cure = "Name one: " + job["cure"].format(key="config", value="NAME")
         elif "split" in said:
-            cure = "Name one: --set calibration.split=NAME"
+            cure = "Name one: " + job["cure"].format(key="split", value="NAME")
         else:
             raise
         raise UsageError(f"The dataset {repo} can't be read like this.", why=said[:400], cure=cure) from None

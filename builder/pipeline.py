@@ -6,13 +6,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder import checkpoint as checkpoints
 from builder import engine, fit, fit_change, ranks, trtllm
-from builder.calibrate import calibrate
+from builder.calibrate import Calibration, calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
 from builder.fetch import Snapshot, check_directory, fetch, local_directory, read_headers
@@ -23,6 +23,9 @@ from builder.repository import Repository, render
 from builder.safetensors_io import read_header
 from builder.smoke import SmokeReport, smoke_test
 from builder.store import STAGES, Store
+
+if TYPE_CHECKING:
+    from builder.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,46 @@ class Built:
     repository: Repository | None = None
     smoke: SmokeReport | None = None
     link: Path | None = None
+    calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+
+
+# How far the chain must have come for a runner.
+NEEDS = {
+    "bf16": "snapshot",
+    "simulated": "checkpoint",
+    "checkpoint": "checkpoint",
+    "reference": "checkpoint",
+    "served": "repository",
+}
 
 
 def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
-    """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now."""
+    """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now.
+
+    With a gate, what was built is measured too; `evaluation` holds the verdict, and everything is kept.
+    """
+    built = _chain(resolved, store, until)
+    if resolved.recipe.evaluation.gated and built.repository is not None and not store.dry:
+        return replace(built, evaluation=_measure(built, resolved, store))
+    return built
+
+
+def measure(resolved: Resolved, store: Store) -> Evaluation:
+    """Builds what the recipe's runners need, and measures it."""
+    part = resolved.recipe.evaluation
+    needs = [NEEDS[runner] for runner in part.runners] + ["checkpoint"] * part.compare_kv
+    return _measure(_chain(resolved, store, max(needs, key=STAGES.index)), resolved, store)
+
+
+def _measure(built: Built, resolved: Resolved, store: Store) -> Evaluation:
+    from builder.evaluate import Models, evaluate  # numpy: only for those who measure
+
+    models = Models(built.snapshot, built.calibration, built.checkpoint, built.repository)
+    return evaluate(models, resolved, store=store)
+
+
+def _chain(resolved: Resolved, store: Store, until: str) -> Built:
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
     if "engine" in wanted and not store.dry:
@@ -68,24 +107,26 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
         store=store,
         trust_remote_code=recipe.model.trust_remote_code,
     )
+    made = Built(snapshot, flags, checkpoint, calibration=calibration)
     if "ranks" not in wanted:
-        return Built(snapshot, flags, checkpoint)
+        return made
 
     parallel = ranks.Parallel(recipe.engine.tp, recipe.engine.pp)
     split = ranks.split_checkpoint(checkpoint, parallel, store=store)
     if "engine" not in wanted:
-        return Built(snapshot, flags, checkpoint)
+        return made
 
     built = engine.build(split, flags, resolved, store=store)
     if "repository" not in wanted:
-        return Built(snapshot, flags, checkpoint, built)
+        return replace(made, engine=built)
 
     repository = render(built, snapshot, recipe.repository, store=store)
     if "smoke" not in wanted:
-        return Built(snapshot, flags, checkpoint, built, repository, link=link(resolved, repository, store))
+        return replace(made, engine=built, repository=repository, link=link(resolved, repository, store))
 
     report = smoke_test(repository, store=store)
-    return Built(snapshot, flags, checkpoint, built, repository, report, link=link(resolved, repository, store))
+    made = replace(made, engine=built, repository=repository, smoke=report)
+    return replace(made, link=link(resolved, repository, store))
 
 
 def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool) -> list[trtllm.Flag]:

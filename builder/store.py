@@ -31,6 +31,8 @@ from builder.output import Output, seconds, size
 FORMAT = 1  # of the manifest; a change makes every older stage unknown
 MANIFEST = "manifest.json"
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
+# Beside the chain: the texts of a data set, what one runner made of them, and the tables of all of these.
+EVALUATION = ("texts", "scores", "evaluation")
 _CHUNK = 1 << 20
 
 
@@ -71,7 +73,7 @@ class Store:
         the artefact are named by facts["external"] = {"root", "files": {name: {"size", "sha256"}}}; hard links whose
         sha256 is known already by facts["hashed"] = {name: sha256}, which is not kept.
         """
-        key = digest_of({"format": FORMAT, "stage": name, "ingredients": ingredients})[:16]
+        key = key_of(name, ingredients)
         found = None if name in self.force else self.find(name, key)
         if found is None and self.dry:
             raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store")
@@ -161,6 +163,11 @@ class Store:
         return Artefact(name, final, manifest["digest"], manifest["facts"], False, manifest)
 
 
+def key_of(name: str, ingredients: Mapping[str, Any]) -> str:
+    """The name of a stage's directory."""
+    return digest_of({"format": FORMAT, "stage": name, "ingredients": ingredients})[:16]
+
+
 def read(path: Path) -> Artefact | None:
     """A stage directory as an artefact, or None if it is absent, damaged, or of another format."""
     try:
@@ -183,7 +190,7 @@ def artefacts(root: Path) -> list[Artefact]:
 
 def _directories(root: Path) -> list[Path]:
     """The published ones: a hidden directory is half-made, even if it holds a manifest already."""
-    found = (path.parent for stage in STAGES for path in sorted((root / stage).glob(f"*/{MANIFEST}")))
+    found = (path.parent for stage in (*STAGES, *EVALUATION) for path in sorted((root / stage).glob(f"*/{MANIFEST}")))
     return [directory for directory in found if not directory.name.startswith(".")]
 
 
@@ -217,18 +224,20 @@ def _wrong_files(directory: Path) -> list[str]:
 
 
 def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path], int]:
-    """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes)."""
+    """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes).
+
+    What was measured on a kept model stays with it.
+    """
     everything = artefacts(root)
     by_digest = {artefact.digest: artefact for artefact in everything}
     needed: set[Path] = set()
-    queue = [artefact for artefact in everything if artefact.path in keep]
-    while queue:
-        artefact = queue.pop()
-        if artefact.path not in needed:
-            needed.add(artefact.path)
-            queue.extend(by_digest[d] for d in _strings(artefact.manifest["ingredients"]) if d in by_digest)
+    _mark(needed, [artefact for artefact in everything if artefact.path in keep], by_digest)
+    for stage in ("scores", "evaluation"):
+        models = {str(artefact.manifest["digest"]) for artefact in everything if artefact.path in needed}
+        measured = [a for a in everything if a.stage == stage and models.intersection(a.manifest["ingredients"]["of"])]
+        _mark(needed, measured, by_digest)
     removed, freed = [], 0
-    for stage in STAGES:
+    for stage in (*STAGES, *EVALUATION):
         for path in sorted((root / stage).glob("*")):
             if path not in needed:
                 freed += sum(f.lstat().st_size for f in path.rglob("*") if f.is_file())
@@ -236,6 +245,15 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
                 if not dry:
                     shutil.rmtree(path)
     return removed, freed
+
+
+def _mark(needed: set[Path], queue: list[Artefact], by_digest: Mapping[str, Artefact]) -> None:
+    """Adds to `needed` what is queued and all that it was made from."""
+    while queue:
+        artefact = queue.pop()
+        if artefact.path not in needed:
+            needed.add(artefact.path)
+            queue.extend(by_digest[d] for d in _strings(artefact.manifest["ingredients"]) if d in by_digest)
 
 
 def sha256(path: Path) -> str:

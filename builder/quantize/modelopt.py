@@ -34,7 +34,7 @@ SOURCES = (
 )
 # Two-dimensional weights that are never quantized: ModelOpt's NVFP4_DEFAULT_CFG leaves them alone.
 _NEVER = ("embed", "lm_head", "norm", "router", "wte", "wpe", "mlp.gate.weight", "shared_expert_gate")
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # everything it needs is in the snapshot
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -143,7 +143,7 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
             [process.python(), "-m", "builder.quantize.child", str(job_file)],
             log=log,
             on_event=hear,
-            env=_ENVIRONMENT,
+            env=ENVIRONMENT,
             cwd=Path(__file__).resolve().parents[2],
         )
     return _facts(answer["summary"], store, {"log": str(log), "job": str(job_file), "max_rss": finished.max_rss})

@@ -1,0 +1,104 @@
+"""Scores of tokens -> what a model lost: perplexity, KL, agreement, flips, each with a bootstrap confidence interval.
+
+Every mean is over tokens, in float64; the resamples are of whole texts, for a text's tokens depend on one another.
+Over several data sets a mean is token-weighted, and each resample draws from every data set as many texts as it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+CONFIDENCE = 0.95
+# Against BF16 alone: without it they are not measured.
+AGAINST_BF16 = ("score", "kl", "agreement", "flips")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        digits = max(0, 3 - math.floor(math.log10(abs(self.value)))) if 0 < abs(self.value) < math.inf else 3
+        digits = min(digits, 5)
+        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Per text: its scored tokens, and sums over them. Those against BF16 are None for BF16 itself and without it."""
+
+    tokens: Array
+    nll: Array
+    right: Array
+    reference_nll: Array | None = None
+    kl: Array | None = None
+    agree: Array | None = None
+    flips: Array | None = None
+
+
+def read(scores: Path, reference: Path | None) -> Sums:
+    """From the column files of a data set's scores, and BF16's."""
+    starts = np.load(scores / "starts.npy")
+
+    def per_text(column: Array) -> Array:
+        found: Array = np.add.reduceat(column.astype(np.float64), starts[:-1])
+        return found
+
+    nll, best, right = (np.load(scores / f"{name}.npy") for name in ("nll", "best", "right"))
+    own = {"tokens": np.diff(starts).astype(np.float64), "nll": per_text(nll), "right": per_text(right)}
+    if reference is None:
+        return Sums(**own)
+    theirs = {name: np.load(reference / f"{name}.npy") for name in ("nll", "best", "right")}
+    return Sums(
+        **own,
+        reference_nll=per_text(theirs["nll"]),
+        kl=per_text(np.load(scores / "kl.npy")),
+        agree=per_text(best == theirs["best"]),
+        flips=per_text(right != theirs["right"]),
+    )
+
+
+def measure(sets: Sequence[Sums], *, resamples: int, seed: int) -> dict[str, Estimate]:
+    """The figures of one model over some data sets, by name.
+
+    nll: nats a token. ppl: exp(nll). score: PPL of BF16 / PPL x 100. kl: mean KL(BF16 || model), a lower bound
+    (scoring.divergence). accuracy: share of tokens that are the likeliest. agreement: share of positions where both
+    hold the same token likeliest. flips: share where one is right and the other wrong (arXiv 2407.09141, section 3).
+    """
+    names = [name for name in Sums.__dataclass_fields__ if all(getattr(one, name) is not None for one in sets)]
+    columns = [np.stack([getattr(one, name) for name in names], axis=1) for one in sets]
+    totals = sum(_totals(one, resamples, seed + number) for number, one in enumerate(columns))
+    of = dict(zip(names, np.asarray(totals).T, strict=True))
+    tokens, nll = of["tokens"], of["nll"]
+    with np.errstate(over="ignore"):
+        found = {"nll": nll / tokens, "ppl": np.exp(nll / tokens), "accuracy": of["right"] / tokens}
+        if "reference_nll" in of:
+            found["score"] = 100 * np.exp((of["reference_nll"] - nll) / tokens)
+            found |= {"kl": of["kl"] / tokens, "agreement": of["agree"] / tokens, "flips": of["flips"] / tokens}
+    return {name: _estimate(values) for name, values in found.items()}
+
+
+def _totals(columns: Array, resamples: int, seed: int) -> Array:
+    """[texts, n] -> [1 + resamples, n]: sums over the texts, then over as many texts drawn at random.
+
+    Equal seeds, equal draws: models are compared on the same texts."""
+    generator, texts = np.random.default_rng(seed), len(columns)
+    drawn = (generator.multinomial(texts, np.full(texts, 1 / texts)) @ columns for _ in range(resamples))
+    return np.stack([columns.sum(axis=0), *drawn])
+
+
+def _estimate(values: Array) -> Estimate:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(values[1:], [tail, 1 - tail])
+    return Estimate(float(values[0]), float(low), float(high))
