@@ -62,7 +62,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`measured`: runner -> data set or (of several) "overall" -> metric; `sets`: runner -> data set -> counts and seconds.
+    """`measured`: runner -> data set, or of several "overall" -> metric; `sets`: runner -> data set -> counts, seconds.
 
     `collapsed`: runner -> data sets on which it finds shuffled tokens as likely as text; `not_measured`: runner -> why.
     """

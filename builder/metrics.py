@@ -100,5 +100,6 @@ def _totals(columns: Array, resamples: int, seed: int) -> Array:
 
 def _estimate(values: Array) -> Estimate:
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values[1:], [tail, 1 - tail])
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(values[1:], [tail, 1 - tail])
     return Estimate(float(values[0]), float(low), float(high))

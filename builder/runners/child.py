@@ -19,10 +19,10 @@ import numpy as np
 
 from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Ids, Sequences, sequences, shuffled
-from builder.output import Output
+from builder.output import Output, size
 from builder.process import emit, emit_error
 from builder.runners import scoring
-from builder.runners.language import refuse_strangers
+from builder.runners.language import refuse_strangers, refuse_unknown_tokens
 from builder.runners.scoring import ColumnFiles, Runner
 from builder.store import Store
 
@@ -80,9 +80,12 @@ def _maker(
 ) -> Callable[[Path], dict[str, Any]]:
     def make(directory: Path) -> dict[str, Any]:
         start = monotonic()
+        refuse_unknown_tokens(max(int(ids.max()) for ids in texts.ids), runner.vocab_size)
         known = check_language(runner, texts.ids, job["seed"])
         if job["runner"] == "bf16":
             refuse_strangers(known, one["name"], runner.vocab_size)
+            kept = size(8 * texts.starts[-1] * min(job["top"], runner.vocab_size))
+            emit(info=f"{kept} on disk for the {job['top']} likeliest tokens of each position of {one['name']}")
         label = f"{job['label']}: {one['name']}"
         told = score_set(
             runner,
@@ -120,7 +123,7 @@ def score_set(
         def each(index: int, logits: Any, batch: list[int] = batch) -> None:
             text = batch[index]
             rows = lengths[text] - 1
-            theirs = held.read(starts[text], rows, "top_ids", "top_logp") if held else None
+            theirs = held.read(starts[text], rows, *scoring.REFERENCE) if held else None
             columns.write(starts[text], scoring.score(logits, texts.ids[text], top=top, reference=theirs))
 
         scoring.run(runner, [texts.ids[index] for index in batch], each)

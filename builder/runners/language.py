@@ -25,3 +25,13 @@ def refuse_strangers(checked: Mapping[str, Any], name: str, vocab_size: int) -> 
         f"(one of {vocab_size} tokens) {chance:.2f}: a model must find text likelier than both.",
         cure="Fetch model and tokenizer from the same place, or take other texts with --data.",
     )
+
+
+def refuse_unknown_tokens(largest: int, vocab_size: int) -> None:
+    """IntegrityError where the tokenizer makes tokens that the model has no embedding for."""
+    if largest >= vocab_size:
+        raise IntegrityError(
+            "The model and its tokenizer do not belong together.",
+            why=f"The tokenizer made token {largest} of a text, and the model knows 0 to {vocab_size - 1}.",
+            cure="Fetch model and tokenizer from the same place.",
+        )

@@ -19,6 +19,7 @@ from builder.evaluation_data import Ids
 
 Columns = dict[str, np.ndarray[Any, Any]]
 _NPY: Any = np.lib.format  # its functions have no types
+REFERENCE = ("top_ids", "top_logp", "rest_logp")  # the columns that a KL needs of BF16
 _STEP = 512  # positions at a time: bounds the float32 copies of the logits
 
 
@@ -35,7 +36,8 @@ class Runner(Protocol):
 def score(logits: Tensor, ids: Ids, *, top: int = 0, reference: Columns | None = None) -> Columns:
     """Columns of one text of n tokens, each of n - 1 rows: nll (natural log), best (token), right (best is the text's).
 
-    With `top` also top_ids and top_logp [n - 1, top], the likeliest tokens; with such a `reference` also kl.
+    With `top` also top_ids and top_logp [n - 1, top], the likeliest tokens, and rest_logp, that of all others; with these
+    of BF16 as `reference` also kl.
     """
     parts = []
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)
@@ -57,26 +59,31 @@ def _score(logits: Tensor, targets: Tensor, top: int, reference: Columns | None)
     if top:
         likeliest = logits.topk(min(top, logits.shape[-1]), dim=-1)
         found |= {"top_ids": likeliest.indices.int(), "top_logp": likeliest.values - whole}
+        found["rest_logp"] = _rest(logits, likeliest.indices, whole)
     if reference is not None:
-        top_ids = torch.from_numpy(reference["top_ids"].astype(np.int64)).to(logits.device)
-        top_logp = torch.from_numpy(reference["top_logp"]).to(logits.device)
-        found["kl"] = divergence(top_logp, logits.gather(-1, top_ids) - whole)
+        p = {name: torch.from_numpy(column).to(logits.device) for name, column in reference.items()}
+        ids = p["top_ids"].long()
+        found["kl"] = divergence(
+            p["top_logp"], p["rest_logp"], logits.gather(-1, ids) - whole, _rest(logits, ids, whole)
+        )
     return {name: column.cpu().numpy() for name, column in found.items()}
 
 
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(P || Q) of each position in nats, from log-probabilities [n, k] of P's k likeliest tokens under P and Q.
+def _rest(logits: Tensor, ids: Tensor, whole: Tensor) -> Tensor:
+    """Log-probability [n] of all tokens but these; -inf where there are no others. A sum, not 1 less a sum: that would
+    be nothing but rounding where little is left."""
+    return logits.scatter(-1, ids, -torch.inf).logsumexp(-1) - whole[:, 0]
 
-    All other tokens count as one. That can only lessen a divergence (data processing inequality; Cover and Thomas,
-    Elements of Information Theory, theorem 2.7.1, the log sum inequality), so it is a lower bound, and exact where k is
-    the vocabulary. Rounding: the rest's probability is 1 less a sum of float32 numbers, right to about 1e-6.
+
+def divergence(p: Tensor, rest_p: Tensor, q: Tensor, rest_q: Tensor) -> Tensor:
+    """KL(P || Q) [n] in nats, from the log-probabilities [n, k] of P's k likeliest tokens under P and Q, and of the rest.
+
+    All other tokens count as one. That can only lessen a divergence (the log sum inequality; Cover and Thomas, Elements
+    of Information Theory, theorem 2.7.1), so it is a lower bound, and exact where k is the vocabulary.
     """
-    p, q = p.double(), q.double()
-    mass = p.exp()
-    rest_p, rest_q = (1 - x.exp().sum(-1) for x in (p, q))
-    rest_p = rest_p.clamp(min=0)
-    rest = torch.where(rest_p > 0, rest_p * (rest_p.clamp(min=1e-300).log() - rest_q.clamp(min=1e-9).log()), 0.0)
-    return ((mass * (p - q)).sum(-1) + rest).clamp(min=0).float()
+    p, rest_p, q, rest_q = (x.double() for x in (p, rest_p, q, rest_q))
+    rest = torch.where(rest_p > -torch.inf, rest_p.exp() * (rest_p - rest_q), 0.0)
+    return ((p.exp() * (p - q)).sum(-1) + rest).clamp(min=0).float()
 
 
 class ColumnFiles:
