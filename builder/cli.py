@@ -51,6 +51,12 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
 )
 # Those that may be given several times: option, dotted key, placeholder, help.
 LIST_FLAGS = (
+    (
+        "--keep-bf16",
+        "quantization.keep_bf16",
+        "PATTERN",
+        "leave these linear layers in BF16: '*.down_proj'; repeatable",
+    ),
     ("--data", "evaluation.data", "FILE|ID", "evaluate on this .jsonl file or Hub dataset; repeatable"),
     ("--runner", "evaluation.runners", "RUNNER", "measure bf16, simulated, checkpoint, reference, served, or all"),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, ranks, trtllm
+from builder import engine, fit, fit_change, keep_bf16, ranks, trtllm
 from builder.calibrate import Calibration, calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
@@ -90,13 +90,19 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
 
     def check(config: Mapping[str, Any]) -> None:
         flags = check_model(resolved, config, layouts=layouts)
-        if layouts:
-            check_fit(resolved, read_model(recipe.model, store), flags, store, disk=True)
+        if layouts or recipe.quantization.keep_bf16:
+            model = keep_patterns(resolved, read_model(recipe.model, store), flags)
+            if layouts:
+                check_fit(resolved, model, flags, store, disk=True)
 
     snapshot = fetch(recipe.model, store=store, check=check)
     flags = check_model(resolved, snapshot.config, layouts=layouts)
+    model = keep_patterns(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
-        check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store)
+        check_fit(resolved, model, flags, store)
+    if more := keep_bf16.widened(recipe.quantization.keep_bf16, model.kept):
+        names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
+        store.out.info(f"{len(more)} more layers stay in BF16, multiplied as one with those named: {names}")
 
     calibration = calibrate(recipe.calibration, store=store)
     checkpoint = quantize(
@@ -105,6 +111,7 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
         recipe.quantization,
         recipe.calibration,
         store=store,
+        kept=model.kept,
         trust_remote_code=recipe.model.trust_remote_code,
     )
     made = Built(snapshot, flags, checkpoint, calibration=calibration)
@@ -138,6 +145,22 @@ def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool)
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
     return trtllm.resolve(resolved, config)
+
+
+def keep_patterns(resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag]) -> ModelFacts:
+    """The model with the layers that the recipe leaves in BF16. UsageError or UnsupportedError where it can't."""
+    patterns = resolved.recipe.quantization.keep_bf16
+    model = replace(model, kept=keep_bf16.keep(patterns, keep_bf16.linears(model.tensors)))
+    check_kept(resolved, model, flags)
+    return model
+
+
+def check_kept(resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag]) -> None:
+    """UnsupportedError if ranks or engine could not have the kept layers in BF16."""
+    asked = resolved.recipe
+    keep_bf16.check_split(model.kept, model.config, ranks.Parallel(asked.engine.tp, asked.engine.pp))
+    if asked.target == "engine":
+        keep_bf16.check_flags(model.kept, {flag.name: flag.value for flag in flags})
 
 
 def check_fit(

@@ -22,7 +22,8 @@ from builder.store import STAGES, Store, WouldRun
 class Plan:
     """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so.
 
-    `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here.
+    `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here;
+    `kept` the linear layers left in BF16, and `price` the bytes that they add.
     """
 
     resolved: Resolved
@@ -35,12 +36,15 @@ class Plan:
     verdict: Verdict
     host: Machine
     missing: int
+    kept: tuple[str, ...] = ()
+    price: int = 0
 
 
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
     model = pipeline.read_model(resolved.recipe.model, store)
     flags = pipeline.check_model(resolved, model.config, layouts=True)
+    model = pipeline.keep_patterns(resolved, model, flags)
     blocked = None
     try:
         engine.check_machine(resolved)
@@ -62,7 +66,8 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     if blocked is None:
         blocked = fit_change.disk_refusal(sizes, host, missing)
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
-    return Plan(resolved, stages, sizes, flags, notes, command, blocked, verdict, host, missing)
+    price = fit.price_of_kept(model, asked)
+    return Plan(resolved, stages, sizes, flags, notes, command, blocked, verdict, host, missing, model.kept, price)
 
 
 def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
@@ -98,6 +103,7 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
         ),
         ("still to be made there", f"{size(found.missing)} ({size(host.disk)} free)"),
         ("memory while calibrating", f"{size(s.calibration_memory)} (this machine: {size(host.available)} available)"),
+        *([("left in BF16", f"{len(found.kept)} linear layers, {size(found.price)} more")] if found.kept else []),
         ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB a token, on each GPU"),
     ]
 
@@ -155,6 +161,7 @@ def show(found: Plan, out: Output) -> None:
             "sizes": asdict(found.sizes),
             "memory": [{**asdict(m), "fits": m.fits} for m in found.verdict.memory],
             "verdict": _verdict(found.verdict),
+            "kept": {"modules": list(found.kept), "bytes": found.price},
             "machine": {**asdict(found.host), "missing": found.missing},
             "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
             "flags": [vars(flag) for flag in found.flags],

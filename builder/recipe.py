@@ -48,6 +48,22 @@ class Quantization(Part):
 
     format: Annotated[Literal["nvfp4"], Field(description="weights and activations of the linear layers")] = "nvfp4"
     kv_cache_dtype: Annotated[Literal["fp8", "auto"], Field(description="fp8, or auto: the model's own")] = "fp8"
+    keep_bf16: Annotated[
+        tuple[str, ...],
+        Field(description="linear layers left in BF16: name patterns, as *.down_proj"),
+    ] = ()
+
+    @field_validator("keep_bf16", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("keep_bf16")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError("a pattern is empty; take a name, as model.layers.0.*")
+        return tuple(dict.fromkeys(value))
 
     @field_validator("kv_cache_dtype", mode="before")
     @classmethod
