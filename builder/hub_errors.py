@@ -248,7 +248,8 @@ def _offline(kind: str, repo: str, revision: str | None) -> BuilderError:
     if kind == "dataset":
         return UsageError(
             f"Which commit {revision or 'main'} of the dataset {repo} is can't be asked: HF_HUB_OFFLINE is set.",
-            cure="Name the commit of an earlier build (--set calibration.revision=COMMIT), or give a .jsonl file.",
+            cure="Name the commit of an earlier build (--set calibration.revision=COMMIT, or `revision` of a data set "
+            "to evaluate on), or give a .jsonl file.",
         )
     return UsageError(
         f"The {kind} {repo} at {revision or 'main'} is not in the cache, and HF_HUB_OFFLINE forbids to download it.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from builder import engine, fit, fit_change, pipeline, trtllm
+from builder import engine, fit, fit_change, kv_safety, pipeline, trtllm
 from builder.errors import BuilderError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
@@ -16,6 +16,8 @@ from builder.output import Output, size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
 from builder.store import STAGES, Store, WouldRun
+
+FP8_KV = "FP8 KV cache"  # the note that is a warning
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def plan(resolved: Resolved, store: Store) -> Plan:
             timing_cache=store.root / "timing" / "model.cache",
         )
     notes = trtllm.notes(resolved, model.config, flags)
+    if risk := kv_safety.warning(model.config, resolved.recipe.quantization.kv_cache_dtype):
+        notes = [trtllm.Note(FP8_KV, risk), *notes]
     asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
     stages = _stages(resolved, store)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
@@ -150,6 +154,9 @@ def show(found: Plan, out: Output) -> None:
         out.table("what to know", ["rule", ""], [(note.rule, note.text) for note in found.notes])
     if found.command:
         out.text(" ".join(found.command))
+    for note in found.notes:
+        if note.rule == FP8_KV:
+            out.warn(note.text)
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
     out.result(

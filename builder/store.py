@@ -234,7 +234,7 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
     _mark(needed, [artefact for artefact in everything if artefact.path in keep], by_digest)
     for stage in ("scores", "evaluation"):
         models = {str(artefact.manifest["digest"]) for artefact in everything if artefact.path in needed}
-        measured = [a for a in everything if a.stage == stage and models.intersection(a.manifest["ingredients"]["of"])]
+        measured = [a for a in everything if a.stage == stage and models.issuperset(a.manifest["ingredients"]["of"])]
         _mark(needed, measured, by_digest)
     removed, freed = [], 0
     for stage in (*STAGES, *EVALUATION):

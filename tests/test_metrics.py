@@ -108,7 +108,10 @@ GATE = recipe.Evaluation(min_score=98, max_kl=0.02)
 
 
 def test_the_gate_names_metric_and_data_set() -> None:
-    measured = {"bf16": {"prose": {}}, "checkpoint": {"prose": figures(), "chat": figures(97.5), "code": figures(99, 1)}}
+    measured = {
+        "bf16": {"prose": {}},
+        "checkpoint": {"prose": figures(), "chat": figures(97.5), "code": figures(99, 1)},
+    }
     verdict = gate.judge(GATE, measured, {}, {})
     assert verdict is not None
     assert list(verdict.failed) == [

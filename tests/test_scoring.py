@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_kl_of_the_likeliest_tokens_is_a_lower_bound_and_exact_with_all(seed: in
     truth = (log_p.exp() * (log_p - log_q)).sum(-1).numpy()
     bounds = [kl(p, q, top) for top in (1, 5, 20, VOCAB)]
     slack = 1e-5 * (1 + truth)  # log-probabilities are float32
-    for smaller, larger in zip(bounds, bounds[1:], strict=False):
+    for smaller, larger in pairwise(bounds):
         assert (smaller <= larger + slack).all()
     assert (bounds[0] >= 0).all()
     assert np.allclose(bounds[-1], truth, rtol=1e-5, atol=1e-5)

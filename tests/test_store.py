@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import calibrate, smoke
+from builder import calibrate, evaluate, smoke
 from builder import store as stores
 from builder.errors import IntegrityError, StageError, UsageError
 from builder.output import Output
@@ -212,6 +212,24 @@ def test_prune_keeps_what_a_repository_was_made_from(tmp_path: Path) -> None:
     assert {artefact.path for artefact in stores.artefacts(tmp_path)} == {kept.path, repository.path}
 
 
+def test_what_was_measured_stays_with_its_model(tmp_path: Path) -> None:
+    """Scores of a kept checkpoint, the texts that they are of, and their tables; not those of a removed one."""
+    store = Store(tmp_path, QUIET)
+    kept, lost = (store.stage("checkpoint", {"n": n}, lambda d, n=n: write(d, str(n))) for n in (1, 2))
+    repository = store.stage("repository", {"checkpoint": kept.digest}, lambda d: write(d, "repository"))
+    texts = store.stage("texts", {}, lambda d: write(d, "texts"))
+    scores = [
+        store.stage("scores", {"of": [one.digest], "texts": texts.digest}, lambda d, one=one: write(d, one.digest))
+        for one in (kept, lost)
+    ]
+    tables = [
+        store.stage("evaluation", {"of": [s.digest for s in of]}, lambda d, of=of: write(d, f"tables{len(of)}"))
+        for of in (scores[:1], scores)
+    ]
+    removed, _ = stores.prune(tmp_path, {repository.path})
+    assert set(removed) == {lost.path, scores[1].path, tables[1].path}
+
+
 def test_clean_waits_for_no_running_build(tmp_path: Path) -> None:
     with (
         Store(tmp_path, QUIET).in_use(),
@@ -258,6 +276,7 @@ NO_INGREDIENTS |= {"recipe", "repository", "store"}
         ("quantize/modelopt.py", modelopt.SOURCES),
         ("calibrate.py", calibrate.SOURCES),
         ("smoke.py", smoke.SOURCES),
+        ("evaluate.py", evaluate.SOURCES + evaluate.TABLE_SOURCES),
     ],
 )
 def test_a_stages_key_holds_every_source_that_it_imports(stage: str, sources: tuple[str, ...]) -> None:

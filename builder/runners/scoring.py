@@ -36,8 +36,8 @@ class Runner(Protocol):
 def score(logits: Tensor, ids: Ids, *, top: int = 0, reference: Columns | None = None) -> Columns:
     """Columns of one text of n tokens, each of n - 1 rows: nll (natural log), best (token), right (best is the text's).
 
-    With `top` also top_ids and top_logp [n - 1, top], the likeliest tokens, and rest_logp, that of all others; with these
-    of BF16 as `reference` also kl.
+    With `top` also top_ids and top_logp [n - 1, top], the likeliest tokens, and rest_logp, that of all others; with
+    these of BF16 as `reference` also kl.
     """
     parts = []
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)
@@ -76,7 +76,7 @@ def _rest(logits: Tensor, ids: Tensor, whole: Tensor) -> Tensor:
 
 
 def divergence(p: Tensor, rest_p: Tensor, q: Tensor, rest_q: Tensor) -> Tensor:
-    """KL(P || Q) [n] in nats, from the log-probabilities [n, k] of P's k likeliest tokens under P and Q, and of the rest.
+    """KL(P || Q) [n] in nats, from log-probabilities [n, k] of P's k likeliest tokens under P and Q, and of the rest.
 
     All other tokens count as one. That can only lessen a divergence (the log sum inequality; Cover and Thomas, Elements
     of Information Theory, theorem 2.7.1), so it is a lower bound, and exact where k is the vocabulary.
