@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import head_size
-from builder.quantize.modelopt import is_quantized
+from builder.quantize.modelopt import SCALAR, is_quantized, quantized_bytes
 from builder.ranks import Parallel
 from builder.recipe import Resolved
 from builder.safetensors_io import byte_size
@@ -25,7 +25,6 @@ from builder.trtllm_rules import Flag
 
 TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.py@c20322ff, tokens_per_block)
 CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE, the first part of every workspace
-SCALAR = 4  # bytes of an F32 scale
 
 _COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROW = ("o_proj", "down_proj")
@@ -156,12 +155,6 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
         calibration_memory=calibration_memory(model, calibration_tokens),
         kv_bytes_per_token=kv_bytes_per_token(model.config, asked),
     )
-
-
-def quantized_bytes(shape: Sequence[int]) -> int:
-    """NVFP4: half a byte a value and an E4M3 byte for 16 of them (modelopt: num_bits (2,1), scale_bits (4,3))."""
-    values = math.prod(shape)
-    return values // 2 + values // 16
 
 
 def _unified(model: ModelFacts, fp8_kv: bool) -> int:

@@ -26,6 +26,7 @@ from builder.store import STAGES, Store
 
 if TYPE_CHECKING:
     from builder.evaluate import Evaluation
+    from builder.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,22 @@ def measure(resolved: Resolved, store: Store) -> Evaluation:
     return _measure(_chain(resolved, store, max(needs, key=STAGES.index)), resolved, store)
 
 
+def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> Sensitivity:
+    """What each group of linear layers loses; with `proxy` by errors of outputs or, without texts, of weights alone."""
+    from builder import sensitivity
+
+    recipe = resolved.recipe
+    if not proxy:
+        sensitivity.check_texts(recipe)
+    snapshot = fetch(recipe.model, store=store, check=lambda config: None)
+    flags = check_model(resolved, snapshot.config, layouts=False)
+    model = keep_patterns(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags)
+    if proxy and recipe.sensitivity.data is None:
+        return sensitivity.weight_errors(snapshot, model, store)
+    calibration = calibrate(recipe.calibration, store=store)
+    return sensitivity.sensitivity(snapshot, calibration, model, resolved, store=store, proxy=proxy)
+
+
 def _measure(built: Built, resolved: Resolved, store: Store) -> Evaluation:
     from builder.evaluate import Models, evaluate  # numpy: only for those who measure
 
@@ -100,11 +117,15 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
     model = keep_patterns(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         check_fit(resolved, model, flags, store)
-    if more := keep_bf16.widened(recipe.quantization.keep_bf16, model.kept):
+    if more := keep_bf16.widened(recipe.quantization.kept_patterns, model.kept):
         names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
         store.out.info(f"{len(more)} more layers stay in BF16, multiplied as one with those named: {names}")
 
     calibration = calibrate(recipe.calibration, store=store)
+    if recipe.quantization.kept_budget is not None:
+        model = keep_chosen(resolved, snapshot, calibration, model, flags, store)
+        if layouts and not store.dry:
+            check_fit(resolved, model, flags, store)
     checkpoint = quantize(
         snapshot,
         calibration,
@@ -149,10 +170,35 @@ def check_model(resolved: Resolved, config: Mapping[str, Any], *, layouts: bool)
 
 def keep_patterns(resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag]) -> ModelFacts:
     """The model with the layers that the recipe leaves in BF16. UsageError or UnsupportedError where it can't."""
-    patterns = resolved.recipe.quantization.keep_bf16
+    patterns = resolved.recipe.quantization.kept_patterns
     model = replace(model, kept=keep_bf16.keep(patterns, keep_bf16.linears(model.tensors)))
     check_kept(resolved, model, flags)
     return model
+
+
+def keep_chosen(
+    resolved: Resolved,
+    snapshot: Snapshot,
+    calibration: Calibration,
+    model: ModelFacts,
+    flags: Sequence[trtllm.Flag],
+    store: Store,
+) -> ModelFacts:
+    """The model with as many layers more in BF16 as hold the budget of keep_bf16's auto."""
+    from builder import sensitivity  # numpy: only for those who measure
+
+    values = {flag.name: flag.value for flag in flags}
+    refused = keep_bf16.output_must_be_quantized(values) if resolved.recipe.target == "engine" else ""
+    chosen = sensitivity.select(snapshot, calibration, model, resolved, store=store, refused=refused)
+    model = with_chosen(model, chosen.modules)
+    check_kept(resolved, model, flags)
+    return model
+
+
+def with_chosen(model: ModelFacts, modules: Sequence[str]) -> ModelFacts:
+    """The model with these layers kept in BF16 too."""
+    kept = {*model.kept, *modules}
+    return replace(model, kept=tuple(name for name in keep_bf16.linears(model.tensors) if name in kept))
 
 
 def check_kept(resolved: Resolved, model: ModelFacts, flags: Sequence[trtllm.Flag]) -> None:

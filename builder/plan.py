@@ -25,7 +25,7 @@ class Plan:
     """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so.
 
     `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here;
-    `kept` the linear layers left in BF16, and `price` the bytes that they add.
+    `kept` the linear layers left in BF16, and `price` the bytes that they add; `open_choice`: auto is still to choose.
     """
 
     resolved: Resolved
@@ -40,6 +40,7 @@ class Plan:
     missing: int
     kept: tuple[str, ...] = ()
     price: int = 0
+    open_choice: bool = False
 
 
 def plan(resolved: Resolved, store: Store) -> Plan:
@@ -64,14 +65,20 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     notes = trtllm.notes(resolved, model.config, flags)
     if risk := kv_safety.warning(model.config, resolved.recipe.quantization.kv_cache_dtype):
         notes = [trtllm.Note(FP8_KV, risk), *notes]
-    asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
     stages = _stages(resolved, store)
+    selection = next((done for done in store.done if done.stage == "selection"), None)
+    if selection is not None:
+        model = pipeline.with_chosen(model, selection.facts["modules"])
+    asked, host, sizes = fit.serving(resolved, flags), fit.machine(store.root), pipeline.sizes(resolved, model, flags)
+    price = fit.price_of_kept(model, asked)
+    open_choice = resolved.recipe.quantization.kept_budget is not None and selection is None
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
     if blocked is None:
         blocked = fit_change.disk_refusal(sizes, host, missing)
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
-    price = fit.price_of_kept(model, asked)
-    return Plan(resolved, stages, sizes, flags, notes, command, blocked, verdict, host, missing, model.kept, price)
+    return Plan(
+        resolved, stages, sizes, flags, notes, command, blocked, verdict, host, missing, model.kept, price, open_choice
+    )
 
 
 def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
@@ -84,6 +91,9 @@ def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
     rows = [(done.stage, "cached", done.path.name) for done in store.done]
     split = resolved.recipe.engine.world_size > 1
     stages = [stage for stage in STAGES if stage != "ranks" or split]
+    if resolved.recipe.quantization.kept_budget is not None:
+        at = stages.index("checkpoint")
+        stages[at:at] = ["texts", "sensitivity", "selection"]
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
@@ -107,9 +117,17 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
         ),
         ("still to be made there", f"{size(found.missing)} ({size(host.disk)} free)"),
         ("memory while calibrating", f"{size(s.calibration_memory)} (this machine: {size(host.available)} available)"),
-        *([("left in BF16", f"{len(found.kept)} linear layers, {size(found.price)} more")] if found.kept else []),
+        *_kept_rows(found),
         ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB a token, on each GPU"),
     ]
+
+
+def _kept_rows(found: Plan) -> list[tuple[str, str]]:
+    budget = found.resolved.recipe.quantization.kept_budget
+    text = f"{len(found.kept)} linear layers, {size(found.price)} more" if found.kept or budget is not None else ""
+    if found.open_choice:
+        text += f"; auto:{budget:g} has not chosen yet, so all sizes here are without its layers"
+    return [("left in BF16", text)] if text else []
 
 
 def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
@@ -168,7 +186,11 @@ def show(found: Plan, out: Output) -> None:
             "sizes": asdict(found.sizes),
             "memory": [{**asdict(m), "fits": m.fits} for m in found.verdict.memory],
             "verdict": _verdict(found.verdict),
-            "kept": {"modules": list(found.kept), "bytes": found.price},
+            "kept": {
+                "modules": list(found.kept),
+                "bytes": None if found.open_choice else found.price,
+                "open_choice": found.open_choice,
+            },
             "machine": {**asdict(found.host), "missing": found.missing},
             "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
             "flags": [vars(flag) for flag in found.flags],

@@ -6,6 +6,7 @@ This file runs in the parent and imports nothing heavy; `builder.quantize.child`
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from builder.safetensors_io import read_header
 from builder.store import Store, library_versions, sources_digest
 
 BLOCK = 16  # of NVFP4; builder.nvfp4 imports torch
+SCALAR = 4  # bytes of an F32 scale
 LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokenizers", "numpy", "accelerate")
 SOURCES = (
     "builder/quantize/modelopt.py",
@@ -118,6 +120,12 @@ def check(weights: Sequence[Path], kept: Sequence[str] = ()) -> None:
 def is_quantized(name: str, shape: Sequence[int]) -> bool:
     """Whether this tensor of a model is the weight of a linear layer that NVFP4 applies to, judged by its name."""
     return name.endswith(".weight") and len(shape) == 2 and not any(word in name for word in _NEVER)
+
+
+def quantized_bytes(shape: Sequence[int]) -> int:
+    """NVFP4: half a byte a value and an E4M3 byte for 16 of them (modelopt: num_bits (2,1), scale_bits (4,3))."""
+    values = math.prod(shape)
+    return values // 2 + values // BLOCK
 
 
 def check_sizes(weights: Mapping[str, Sequence[int]]) -> None:
