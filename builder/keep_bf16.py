@@ -1,7 +1,8 @@
 """Which linear layers stay in BF16: a recipe's patterns -> Hugging Face module names. Pure.
 
-Layers that are multiplied as one are kept together. TensorRT-LLM has one attention.qkv for q, k and v, and its
-fuse_gate_mlp concatenates a kept mlp.fc with mlp.gate, whatever the latter is in (models/modeling_utils.py@27712aa7);
+TensorRT-LLM builds what exclude_modules names by fnmatch as plain layers (quantization/quantize.py@89fd9b74,
+quantize_layers). Layers that are multiplied as one are kept together: it has one attention.qkv for q, k and v, and its
+fuse_gate_mlp concatenates a kept mlp.fc with mlp.gate, whatever the latter is in (models/modeling_utils.py, 1.2).
 ModelOpt gives both sets one scale each (0.47.0, export/unified_export_hf.py, requantize_resmooth_fused_llm_layers).
 """
 
@@ -109,7 +110,7 @@ def check_split(kept: Sequence[str], config: Mapping[str, Any], parallel: ranks.
 
 def check_flags(kept: Sequence[str], flags: Mapping[str, str]) -> None:
     """UnsupportedError for layers in BF16 that trtllm-build would take for quantized ones under the resolved flags."""
-    # models/modeling_utils.py@27712aa7, DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
+    # models/modeling_utils.py (1.2), DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
     if kept and flags.get("norm_quant_fusion") == "enable":
         raise UnsupportedError(
             "norm_quant_fusion takes every layer for quantized, and some would stay in BF16.",
@@ -119,8 +120,8 @@ def check_flags(kept: Sequence[str], flags: Mapping[str, str]) -> None:
     if outputs and (reason := output_must_be_quantized(flags)):
         raise UnsupportedError(
             f"{outputs[0]} can't stay in BF16 in this engine: {reason}.",
-            why="The attention kernel scales its output by that layer's input scale, which a BF16 layer has not "
-            "(gptAttentionPlugin.cpp, isEntryUsed; models/modeling_utils.py@27712aa7, set_fp8_context_fhma).",
+            why="The attention kernel's output is FP8 or FP4 then, by that layer's input scale, which BF16 has not "
+            "(gptAttentionPlugin.cpp, supportsFormatCombination; models/modeling_utils.py, set_fp8_context_fhma; 1.2).",
             cure="Keep other layers, or take --gpu sm120, whose engines have none of both.",
         )
 

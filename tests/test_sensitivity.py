@@ -25,7 +25,7 @@ from builder.output import Output
 from builder.quantize import child
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.safetensors_io import Tensors
-from builder.store import Store
+from builder.store import Store, prune
 
 LLAMA, TINY = exports.MODELS["llama"], exports.MODELS["qwen3"]
 PROSE = exports.DATA / "eval" / "prose.jsonl"
@@ -241,6 +241,30 @@ def test_without_texts_the_proxy_reads_the_files_and_starts_nothing(tmp_path: Pa
     with pytest.raises(UsageError, match="no texts") as caught:
         pipeline.measure_layers(asked, store)
     assert "--sensitivity-data" in caught.value.cure
+
+
+def test_what_was_measured_outlives_a_run_that_died_and_no_other_recipe_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, results = Store(tmp_path, Output("quiet")), []
+
+    def dies(job: Job, store: Store) -> Any:
+        found = Path(job["results"])
+        results.append(found)
+        with open(found, "a") as file:
+            file.write("a result\n")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sensitivity, "_run", dies)
+    for changed in ({}, {}, {"sensitivity.texts": 11}, {"quantization.keep_bf16": "*.o_proj"}):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.measure_layers(resolved(LLAMA, **changed), store)
+    assert [results.count(path) for path in results] == [2, 2, 1, 1]
+    assert results[0].read_text() == "a result\n" * 2
+    assert not list((tmp_path / "sensitivity").iterdir())
+    removed, _ = prune(tmp_path, {done.path for done in store.done})
+    assert set(removed) >= set(results)
+    assert not list((tmp_path / "partial").iterdir())
 
 
 @pytest.fixture(scope="module")
