@@ -13,7 +13,7 @@ from typing import Any
 import exports
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from builder import checkpoint, fit, inspection, keep_bf16, pipeline, ranks, recipe, trtllm
@@ -28,6 +28,7 @@ from builder.quantize.modelopt import quantize
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.ranks import Parallel
 from builder.reference.model import ReferenceModel
+from builder.runners import local
 from builder.safetensors_io import Tensors
 from builder.store import Store, WouldRun
 
@@ -86,6 +87,7 @@ def test_patterns_name_modules_and_take_along_what_is_multiplied_with_them() -> 
 names = st.sets(st.sampled_from(keep_bf16.linears(facts(TINY).tensors)), min_size=1, max_size=8)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # both measure the machine's load
 @given(names)
 def test_groups_are_kept_whole_and_nothing_else_is(wanted: set[str]) -> None:
     known = keep_bf16.linears(facts(TINY).tensors)
@@ -262,6 +264,17 @@ def test_the_stage_keeps_them_bit_by_bit_and_knows_them_in_its_key(tmp_path: Pat
     assert run(["model.layers.0.self_attn.[kv]_proj"], dry).path == made.path  # other words for the same layers
     with pytest.raises(WouldRun):
         run(["model.layers.0.self_attn.*"], dry)
+
+
+def test_the_simulation_that_is_evaluated_keeps_them_too(rows: Path) -> None:
+    kept = facts(exports.MODELS["llama"], ["*.1.mlp.down_proj"]).kept
+    job = {"model": str(exports.MODELS["llama"]), "trust_remote_code": False, "dtype": "auto", "batch_tokens": 512}
+    job |= {"fp8_kv": True, "calibration": {"rows": str(rows), "seq_len": 32, "batch_size": 1, "kept": kept}}
+    with local.simulated(job) as runner:
+        first, second = (layer.mlp.down_proj for layer in runner._model.model.layers)
+        assert (first.input_quantizer.is_enabled, second.input_quantizer.is_enabled) == (True, False)
+        stored = Tensors(exports.MODELS["llama"]).data("model.layers.1.mlp.down_proj.weight")
+        assert second.weight.bfloat16().view(torch.uint8).numpy().tobytes() == bytes(stored)
 
 
 def test_a_mixture_whose_experts_are_one_module_is_refused(rows: Path) -> None:
