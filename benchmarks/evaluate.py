@@ -99,7 +99,7 @@ def score_copies(copies: int, dtype: str) -> None:
         rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(copies)), encoding="utf-8")
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
         found = sequences(rows, tokenizer, name="fixture", min_tokens=2, max_tokens=2040)
-        score_set(runner, found, Path(directory), top=256)
+        score_set(runner, found, Path(directory), top=1024)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 

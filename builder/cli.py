@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder import __version__
-from builder.errors import BuilderError, ServingError, UsageError
+from builder.errors import BuilderError, EvaluationError, ServingError, UsageError
 from builder.output import Output, seconds, size
 
 if TYPE_CHECKING:
+    from builder.evaluate import Evaluation
     from builder.pipeline import Built
     from builder.recipe import Resolved
     from builder.smoke import SmokeReport
@@ -261,9 +262,7 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     if built.smoke:
         _write_junit(built.smoke, arguments)
     _print_built(built, store, until, out)
-    if built.evaluation:
-        built.evaluation.check()
-    return 0
+    return _judge(built.evaluation)
 
 
 def run_eval(arguments: argparse.Namespace, out: Output) -> int:
@@ -277,8 +276,18 @@ def run_eval(arguments: argparse.Namespace, out: Output) -> int:
     with store.in_use():
         found = pipeline.measure(resolved, store)
     show(found, out)
-    found.check()
     out.text(f"kept       {found.path / 'evaluation.json'}")
+    return _judge(found)
+
+
+def _judge(found: Evaluation | None) -> int:
+    """The exit code; what failed goes to stderr, for the one object of --json is printed already."""
+    try:
+        if found:
+            found.check()
+    except EvaluationError as error:
+        _print_error(error)
+        return error.exit_code
     return 0
 
 

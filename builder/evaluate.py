@@ -298,7 +298,7 @@ def _judged(
         "of": [artefact.digest for artefacts in scores.values() for artefact in artefacts],
         "runners": list(scores),
         "not_measured": found.not_measured,
-        "limits": gate.limits(part),
+        "limits": part.limits,
         "resamples": part.resamples,
         "seed": part.seed,
         "sources": sources_digest(*TABLE_SOURCES),

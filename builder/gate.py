@@ -36,12 +36,6 @@ class Verdict:
             )
 
 
-def limits(part: recipe.Evaluation) -> dict[str, float]:
-    """The gate's limits by metric; empty without a gate."""
-    asked = {"score": part.min_score, "kl": part.max_kl}
-    return {metric: limit for metric, limit in asked.items() if limit is not None}
-
-
 def judge(
     part: recipe.Evaluation,
     measured: Measured,
@@ -52,7 +46,7 @@ def judge(
 
     `collapsed` holds the data sets on which a runner found shuffled tokens as likely as text: it passes no gate.
     """
-    asked = limits(part)
+    asked = part.limits
     if not asked:
         return None
     for runner, why in not_measured.items():

@@ -15,6 +15,7 @@ from builder import engine, fit, fit_change, keep_bf16, ranks, trtllm
 from builder.calibrate import Calibration, calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
+from builder.errors import UsageError
 from builder.fetch import Snapshot, check_directory, fetch, local_directory, read_headers
 from builder.fit import ModelFacts, Sizes
 from builder.quantize.modelopt import gpus, quantize
@@ -57,19 +58,36 @@ NEEDS = {
 def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now.
 
-    With a gate, what was built is measured too; `evaluation` holds the verdict, and everything is kept.
+    With a gate, what was built is measured too, if it is all that the runners need; `evaluation` holds the verdict,
+    and everything is kept.
     """
     built = _chain(resolved, store, until)
-    if resolved.recipe.evaluation.gated and built.repository is not None and not store.dry:
+    enough = STAGES.index(until) >= STAGES.index(_needed(resolved))
+    if resolved.recipe.evaluation.limits and enough and not store.dry:
         return replace(built, evaluation=_measure(built, resolved, store))
     return built
 
 
 def measure(resolved: Resolved, store: Store) -> Evaluation:
     """Builds what the recipe's runners need, and measures it."""
+    return _measure(_chain(resolved, store, _needed(resolved)), resolved, store)
+
+
+def _needed(resolved: Resolved) -> str:
     part = resolved.recipe.evaluation
     needs = [NEEDS[runner] for runner in part.runners] + ["checkpoint"] * part.compare_kv
-    return _measure(_chain(resolved, store, max(needs, key=STAGES.index)), resolved, store)
+    return max(needs, key=STAGES.index)
+
+
+def _check_gate(resolved: Resolved, flags: Sequence[trtllm.Flag]) -> None:
+    """UsageError, before the engine is built, for a gate on a served model that will return no logits to judge by."""
+    gathers = any(flag.name == "gather_context_logits" and flag.value in ("enable", "") for flag in flags)
+    if resolved.recipe.evaluation.limits and "served" in resolved.recipe.evaluation.runners and not gathers:
+        raise UsageError(
+            "The gate asks for the served model's perplexity, and the engine would return no logits of a prompt.",
+            why="trtllm-build leaves them out unless gather_context_logits is on.",
+            cure="Add --set engine.flags.gather_context_logits=enable, or judge what is on disk: --runner checkpoint",
+        )
 
 
 def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> Sensitivity:
@@ -114,6 +132,7 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
 
     snapshot = fetch(recipe.model, store=store, check=check)
     flags = check_model(resolved, snapshot.config, layouts=layouts)
+    _check_gate(resolved, flags)
     model = keep_patterns(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         check_fit(resolved, model, flags, store)

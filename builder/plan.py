@@ -97,6 +97,9 @@ def _stages(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
+    if gate := resolved.recipe.evaluation.limits:
+        asked = ", ".join(f"{metric} {limit:g}" for metric, limit in gate.items())
+        rows.append(("evaluation", "will run", f"a gate ({asked}): what was measured before is found then"))
     return rows
 
 

@@ -215,7 +215,7 @@ class DataSet(Part):
 class Evaluation(Part):
     """How the loss is measured, and how much of it is too much. Texts are scored token by token."""
 
-    data: Annotated[tuple[DataSet, ...], Field(min_length=1, description="the data sets", validate_default=True)] = (
+    data: Annotated[tuple[DataSet, ...], Field(min_length=1, description="the data sets")] = (
         DataSet.model_validate("Salesforce/wikitext"),
         DataSet.model_validate("HuggingFaceH4/ultrachat_200k"),
     )
@@ -227,8 +227,9 @@ class Evaluation(Part):
     min_tokens: Annotated[int, Field(ge=2, description="shorter texts are dropped")] = 16
     reserve: Annotated[int, Field(ge=0, description="a text is cut at max_seq_len less these tokens")] = 8
     max_tokens: Annotated[int | None, Field(ge=2, description="a text is cut here; default: see reserve")] = None
+    # On the fixture the KL of 64, 1024 and all 4096 tokens is 0.0235, 0.0296 and 0.0303; 8 bytes each on disk.
     top: Annotated[Positive, Field(description="likeliest tokens of a position that are kept of BF16, for the KL")] = (
-        256
+        1024
     )
     batch_tokens: Annotated[Positive, Field(description="tokens of the first batch; halved while memory is short")] = (
         8192
@@ -243,12 +244,14 @@ class Evaluation(Part):
     max_kl: Annotated[float | None, Field(gt=0, description="gate: mean KL(BF16 || model) must not pass it")] = None
 
     @property
-    def gated(self) -> bool:
-        return self.min_score is not None or self.max_kl is not None
+    def limits(self) -> dict[str, float]:
+        """The gate's, by metric; empty without a gate."""
+        asked = {"score": self.min_score, "kl": self.max_kl}
+        return {metric: limit for metric, limit in asked.items() if limit is not None}
 
     @model_validator(mode="after")
     def _gate_has_its_metric(self) -> Evaluation:
-        if self.gated and ("bf16" not in self.runners or len(set(self.runners)) < 2):
+        if self.limits and ("bf16" not in self.runners or len(set(self.runners)) < 2):
             raise ValueError(
                 f"a gate compares a runner with bf16, and only {', '.join(self.runners)} would be measured; "
                 "take both: --runner bf16 --runner checkpoint"
@@ -276,7 +279,7 @@ class Recipe(Part):
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration.model_validate({})
     engine: Engine = Engine()
     repository: Repository = Repository()
-    evaluation: Annotated[Evaluation, Field(validate_default=True)] = Evaluation()
+    evaluation: Evaluation = Evaluation()
     sensitivity: Sensitivity = Sensitivity()
 
     @model_validator(mode="after")

@@ -172,6 +172,24 @@ def test_the_plan_says_what_the_flags_cost(tmp_path: Path) -> None:
     assert (refused.returncode, "sm89 can't run nvfp4" in refused.stderr) == (3, True)
 
 
+def test_the_plan_warns_of_an_fp8_cache_for_an_attention_bias_without_qk_norm(tmp_path: Path) -> None:
+    argv = ["plan", "--model", "tests/data/arch-variants/qwen2", "--gpu", "cpu", "--output", str(tmp_path)]
+    argv += ["--max-seq-len", "256", "--max-input-len", "128"]
+    done = run(*argv)
+    assert done.returncode == 0, done.stderr
+    assert "qwen2 has an attention bias and no QK norm" in done.stderr
+    assert "--compare-kv" in done.stderr
+    assert "QK norm" not in run(*argv, "--kv-cache-dtype", "auto").stderr
+
+
+def test_the_plan_of_a_gated_build_says_that_it_will_measure(tmp_path: Path) -> None:
+    argv = ["plan", "--model", MODEL, "--gpu", "cpu", "--output", str(tmp_path), "--json"]
+    plain, gated = (json.loads(run(*argv, *more).stdout)["stages"] for more in ([], ["--min-score", "98"]))
+    assert gated[:-1] == plain
+    assert gated[-1]["stage"] == "evaluation"
+    assert "score 98" in gated[-1]["why"]
+
+
 def test_help_shows_the_exit_codes_and_examples() -> None:
     text = cli.parser().format_help()
     assert "builder build --model Qwen/Qwen3-8B --gpu sm120" in text

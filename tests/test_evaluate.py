@@ -128,7 +128,8 @@ def test_the_served_model_is_the_reference_bit_by_bit(store: Store, whole: Evalu
 
 def test_the_checkpoint_on_disk_is_what_modelopt_simulates(store: Store, whole: Evaluation) -> None:
     """The same numbers are rounded; what differs is the order of float32 sums, and near a boundary of NVFP4 or FP8 that
-    decides which code is taken. Such noise has no sign: means agree far better than the loss itself, which is 0.03."""
+    decides which code is taken. On the whole fixture 96 % of the tokens are equal to the bit, and the mean differs by
+    0.0001 nats with a standard error of 0.0001, where quantization itself costs 0.033."""
     simulated, ours, bf16 = (nll(store, whole, runner) for runner in ("simulated", "checkpoint", "bf16"))
     assert abs(float((ours - simulated).mean())) < 0.002
     noise, loss = (float(np.abs(x - simulated).mean()) for x in (ours, bf16))
@@ -137,9 +138,10 @@ def test_the_checkpoint_on_disk_is_what_modelopt_simulates(store: Store, whole: 
 
 def test_the_tensorrt_llm_layout_differs_by_the_scale_of_its_cache(store: Store, whole: Evaluation) -> None:
     """There KV scales are 1 at least, by upstream's advice: FP8 keeps its relative precision, but takes other codes.
-    Measured: 0.002 nats on 35 000 tokens, whose standard error is 0.001; these texts are a tenth of those."""
+    Measured on the whole fixture: -0.0006 nats, with a standard error of 0.0014; here, on a twenty-fifth of it, five
+    times that error. A token differs by 0.19 nats on average, and by 0.22 from BF16's."""
     simulated, ours, bf16 = (nll(store, whole, runner) for runner in ("simulated", "reference", "bf16"))
-    assert abs(float((ours - simulated).mean())) < 0.015
+    assert abs(float((ours - simulated).mean())) < 0.02
     assert float(np.abs(ours - simulated).mean()) < float(np.abs(bf16 - simulated).mean())
 
 
@@ -226,6 +228,18 @@ def test_an_engine_that_gathers_no_logits_is_not_measurable(models: Models, stor
     gated = resolve(evaluation__runners=["bf16", "served"], evaluation__min_score=1.0)
     with pytest.raises(EvaluationError, match="score of served was not measured"):
         evaluate.evaluate(ungathered, gated, store=store)
+
+
+def test_a_gate_on_a_served_model_that_gives_no_logits_is_refused_before_the_build(tmp_path: Path) -> None:
+    asked = resolve(
+        evaluation__runners=["bf16", "served"],
+        evaluation__max_kl=0.1,
+        engine__flags__gather_context_logits="disable",
+    )
+    store = Store(tmp_path / "artifacts", QUIET)
+    with pytest.raises(UsageError, match="would return no logits of a prompt"):
+        pipeline.build(asked, store)
+    assert [done.stage for done in store.done] == ["snapshot"]
 
 
 def test_logits_that_no_answer_can_carry_are_not_measurable() -> None:

@@ -91,6 +91,32 @@ def test_plan_finds_it_all_in_the_store(built: tuple[Path, dict[str, Any]]) -> N
     assert (states["checkpoint"], states["engine"], states["smoke"]) == ("cached", "will run", "will run")
 
 
+def test_a_gate_ends_a_build_with_4_and_keeps_everything(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """BF16 itself has 100. The verdict stands in a manifest; with a lower limit nothing is measured again."""
+    output, said = built
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(Path("tests/data/eval/prose.jsonl").read_text().splitlines(keepends=True)[:6]))
+    argv = ["build", "--model", MODEL, *SMALL, "--data", str(texts), "--output", str(output), "--json"]
+    failed = builder(*argv, "--min-score", "101")
+    assert failed.returncode == 4, failed.stderr
+    assert "error: The model fails the gate: score of checkpoint on texts is" in failed.stderr
+    told = json.loads(failed.stdout)
+    assert told["repository"] == said["repository"]
+    assert Path(told["repository"]).exists()
+    assert told["evaluation"]["verdict"]["passed"] is False
+    manifests = [json.loads(path.read_text()) for path in output.glob("evaluation/*/manifest.json")]
+    assert [manifest["facts"]["verdict"]["passed"] for manifest in manifests] == [False]
+    passed = builder(*argv, "--min-score", "50", "--max-kl", "2")
+    assert passed.returncode == 0, passed.stderr
+    assert "2 data sets" not in passed.stderr
+    assert len(list(output.glob("scores/*"))) == 2, "one data set, two runners"
+    evaluated = builder("eval", *argv[1:-1], "--runner", "bf16", "--runner", "checkpoint")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "checkpoint\ttexts\t" in evaluated.stdout
+    assert evaluated.stdout.splitlines()[-1].startswith("kept       ")
+    assert len(list(output.glob("scores/*"))) == 2
+
+
 def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str, Any]]) -> None:
     """The same checkpoint, split; the reference executor puts the ranks together, and the answers are the same."""
     output, said = built

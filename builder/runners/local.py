@@ -51,7 +51,7 @@ class Causal:
 
 @contextmanager
 def bf16(job: Mapping[str, Any]) -> Iterator[Causal]:
-    """The model as it came. With CUDA accelerate spreads it over GPUs, memory and disk (not run)."""
+    """The model as it came. With CUDA accelerate spreads it over the GPUs and, if it must, memory (not run)."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
