@@ -202,7 +202,6 @@ def _job(
     recipe = resolved.recipe
     part, evaluation, rows = recipe.sensitivity, recipe.evaluation, recipe.calibration
     data = check_texts(recipe)
-    modelopt.check(_weights(snapshot), model.kept)
     texts = calibrate(Rows(**data.model_dump(), samples=part.texts), store=store, use=USE)
     longest = min(part.max_tokens, int(model.config.get("max_position_embeddings") or part.max_tokens))
     job: dict[str, Any] = {
@@ -306,6 +305,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     """The child. The job file stays beside the log, so that anyone can run it again."""
+    modelopt.check([Path(file) for file in job["weights"]], job["kept"])
     log = store.log("sensitivity")
     job_file = log.with_suffix(".json")
     job_file.write_text(json.dumps(job, indent=1), encoding="utf-8")

@@ -22,10 +22,10 @@ from builder.checkpoint import read_json
 from builder.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
 from builder.fit import ModelFacts
 from builder.output import Output
-from builder.quantize import child
+from builder.quantize import child, modelopt
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.safetensors_io import Tensors
-from builder.store import Store, prune
+from builder.store import Store, WouldRun, prune
 
 LLAMA, TINY = exports.MODELS["llama"], exports.MODELS["qwen3"]
 PROSE = exports.DATA / "eval" / "prose.jsonl"
@@ -266,6 +266,17 @@ def test_what_was_measured_outlives_a_run_that_died_and_no_other_recipe_takes_it
     removed, _ = prune(tmp_path, {done.path for done in store.done})
     assert set(removed) >= set(results)
     assert not list((tmp_path / "partial").iterdir())
+
+
+def test_a_plan_of_auto_needs_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the measuring does, and says so."""
+    monkeypatch.setattr(modelopt, "library_versions", lambda *names: dict.fromkeys(names, "absent"))
+    asked = resolved(LLAMA, **{"quantization.keep_bf16": "auto:0.1"})
+    store = Store(tmp_path, Output("quiet"))
+    with pytest.raises(UnsupportedError, match="Quantizing needs torch"):
+        pipeline.build(asked, store, until="checkpoint")
+    with pytest.raises(WouldRun, match="sensitivity"):
+        pipeline.build(asked, Store(tmp_path, Output("quiet"), dry=True), until="checkpoint")
 
 
 @pytest.fixture(scope="module")
