@@ -45,6 +45,13 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--calib-samples", "calibration.samples", int, "rows to calibrate on"),
     ("--calib-seq-len", "calibration.seq_len", int, "tokens of a row, at most"),
     ("--kv-cache-dtype", "quantization.kv_cache_dtype", str, "fp8, or auto for the model's own type"),
+    (
+        "--sensitivity-data",
+        "sensitivity.data",
+        str,
+        "texts that each layer's loss is measured on: .jsonl or Hub dataset",
+    ),
+    ("--sensitivity-texts", "sensitivity.texts", int, "how many of them"),
     ("--max-batch-size", "engine.max_batch_size", int, "requests in one iteration"),
     ("--max-input-len", "engine.max_input_len", int, "tokens of a prompt"),
     ("--max-seq-len", "engine.max_seq_len", int, "tokens of prompt and answer"),
@@ -56,6 +63,12 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
 )
 # Those that may be given several times: option, dotted key, placeholder, help.
 LIST_FLAGS = (
+    (
+        "--keep-bf16",
+        "quantization.keep_bf16",
+        "PATTERN",
+        "leave these linear layers in BF16: '*.down_proj', or auto:KL; repeatable",
+    ),
     ("--data", "evaluation.data", "FILE|ID", "evaluate on this .jsonl file or Hub dataset; repeatable"),
     ("--runner", "evaluation.runners", "RUNNER", "measure bf16, simulated, checkpoint, reference, served, or all"),
 )
@@ -146,6 +159,13 @@ def parser() -> argparse.ArgumentParser:
     _add_recipe_flags(command)
     command.add_argument("--compare-kv", dest="evaluation.compare_kv", action="store_const", const=True,
                          help="the checkpoint also without its FP8 KV cache")  # fmt: skip
+    _add_output(command)
+
+    command = _command(commands, "sensitivity", "what each linear layer loses in NVFP4, worst first", run_sensitivity)
+    _add_recipe_flags(command)
+    command.add_argument(
+        "--proxy", action="store_true", help="no KL: errors of outputs or, without texts, of weights; for large models"
+    )
     _add_output(command)
 
     command = _command(commands, "inspect", "check a checkpoint: NaN, scales, shapes, bits per weight", run_inspect)
@@ -308,6 +328,37 @@ def _judge(found: Evaluation | None) -> int:
         _print_error(error)
         return error.exit_code
     return 0
+
+
+def run_sensitivity(arguments: argparse.Namespace, out: Output) -> int:
+    """Measures each group of layers by itself."""
+    resolved = _resolve(arguments)
+    from builder import pipeline
+    from builder.sensitivity import show
+    from builder.store import Store
+
+    store = Store(arguments.output, out)
+    with store.in_use():
+        found = pipeline.measure_layers(resolved, store, proxy=arguments.proxy)
+    show(found, _again("quantize", arguments), out)
+    return 0
+
+
+def _again(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Another command with the recipe and the output of this one."""
+    values = vars(arguments)
+    words = ["builder", name]
+    for option, key, *_ in RECIPE_FLAGS:
+        words += [option, str(values[key])] if values[key] is not None else []
+    lists = [*((option, values[key]) for option, key, *_ in LIST_FLAGS), ("--set", arguments.set)]
+    words += [word for option, found in lists for value in found or () for word in (option, value)]
+    for option, value in (
+        ("--recipe", arguments.recipe),
+        ("--preset", arguments.preset),
+        ("--output", arguments.output),
+    ):
+        words += [option, str(value)] if value is not None else []
+    return [*words, "--trust-remote-code"] if values["model.trust_remote_code"] else words
 
 
 def _write_junit(report: SmokeReport, arguments: argparse.Namespace) -> None:

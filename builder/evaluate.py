@@ -154,6 +154,7 @@ def _score(
         "runner": runner.name,
         "tokenizer": models.snapshot.digest,
         **{key: job[key] for key in ("lengths", "dtype", "seed", "batch_tokens", "fp8_kv", "trust_remote_code")},
+        "kept": job.get("calibration", {}).get("kept", []),
         "top": part.top if runner.name == "bf16" else None,
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
@@ -205,7 +206,8 @@ def _job(runner: _Runner, models: Models, resolved: Resolved, store: Store) -> t
         return job, [models.snapshot.digest]
     if runner.name == "simulated":
         assert models.calibration is not None
-        rows = {"rows": str(models.calibration.path.absolute())}
+        assert models.checkpoint is not None
+        rows = {"rows": str(models.calibration.path.absolute()), "kept": models.checkpoint.facts["kept"]}
         rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
         return {**job, "calibration": rows}, [models.snapshot.digest, models.calibration.digest]
     if runner.name == "served":

@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import ARCHITECTURES, head_size
 from builder.llmapi import Argument
-from builder.quantize.modelopt import is_quantized
+from builder.quantize.modelopt import SCALAR, is_quantized, quantized_bytes
 from builder.ranks import Parallel
 from builder.recipe import Resolved
 from builder.safetensors_io import byte_size
@@ -25,7 +26,6 @@ from builder.trtllm_rules import Flag
 
 TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.py@c20322ff, tokens_per_block)
 CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE, the first part of every workspace
-SCALAR = 4  # bytes of an F32 scale
 
 _COLUMN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
 _ROW = ("o_proj", "down_proj", "w2")
@@ -33,10 +33,19 @@ _ROW = ("o_proj", "down_proj", "w2")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its headers tell: config.json, {tensor: (dtype, shape)}."""
+    """A model as its headers tell: config.json, {tensor: (dtype, shape)}; and the linear layers that stay in BF16."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    kept: tuple[str, ...] = ()
+
+    def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
+        """Whether this tensor becomes NVFP4."""
+        return is_quantized(tensor, shape) and tensor.removesuffix(".weight") not in self._kept
+
+    @cached_property
+    def _kept(self) -> frozenset[str]:
+        return frozenset(self.kept)
 
 
 @dataclass(frozen=True)
@@ -156,17 +165,11 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
     )
 
 
-def quantized_bytes(shape: Sequence[int]) -> int:
-    """NVFP4: half a byte a value and an E4M3 byte for 16 of them (modelopt: num_bits (2,1), scale_bits (4,3))."""
-    values = math.prod(shape)
-    return values // 2 + values // 16
-
-
 def _unified(model: ModelFacts, fp8_kv: bool) -> int:
     """ModelOpt's Hugging Face layout: each linear layer has two F32 scalars of its own, each layer two KV scales."""
     total = 2 * SCALAR * _layers(model.config) if fp8_kv else 0
     for name, (dtype, shape) in model.tensors.items():
-        total += quantized_bytes(shape) + 2 * SCALAR if is_quantized(name, shape) else byte_size(dtype, shape)
+        total += quantized_bytes(shape) + 2 * SCALAR if model.quantizes(name, shape) else byte_size(dtype, shape)
     return total
 
 
@@ -187,12 +190,17 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
         layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
         stage = stage_of.get(int(layer[1]), asked.pp - 1) if layer else 0 if "embed_tokens" in name else asked.pp - 1
         part = _share(name, shape, model.config, asked.tp)
-        if is_quantized(name, shape):
+        if model.quantizes(name, shape):
             fused = name.endswith(("k_proj.weight", "v_proj.weight"))
             stages[stage] += quantized_bytes(part) + (0 if fused else 2 * SCALAR)
         else:
             stages[stage] += byte_size(dtype, part)
     return [n for n in stages for _ in range(asked.tp)]
+
+
+def price_of_kept(model: ModelFacts, asked: Serving) -> int:
+    """Bytes that the layers left in BF16 add to the TensorRT-LLM layout, all ranks together."""
+    return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, kept=()), asked))
 
 
 def _share(name: str, shape: Sequence[int], config: Mapping[str, Any], tp: int) -> tuple[int, ...]:
@@ -219,7 +227,7 @@ def calibration_memory(model: ModelFacts, tokens: int) -> int:
     An estimate: ModelOpt was measured on small models only. No gradients: inference_mode.
     """
     weights = sum(byte_size(dtype, shape) for dtype, shape in model.tensors.values())
-    largest = max((math.prod(s) for n, (_, s) in model.tensors.items() if is_quantized(n, s)), default=0)
+    largest = max((math.prod(s) for n, (_, s) in model.tensors.items() if model.quantizes(n, s)), default=0)
     return weights + 4 * largest + tokens * activation_width(model.config, 1) * 2
 
 

@@ -39,12 +39,17 @@ class Problem:
 
 @dataclass(frozen=True)
 class Summary:
-    """A layout in numbers: NVFP4 linear layers, their bits per weight with all scales, bytes by kind of tensor."""
+    """A layout in numbers: NVFP4 linear layers, their bits per weight with all scales, bytes by kind of tensor.
+
+    `kept_linears` are left as they were; `effective_bits` per weight of all linear layers, those among them.
+    """
 
     tensors: int
     decoder_layers: int
     nvfp4_linears: int
     bits_per_weight: float
+    kept_linears: int
+    effective_bits: float
     nbytes: Mapping[str, int]
 
 
@@ -86,7 +91,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor must be. `kind`: weight (packed NVFP4), block, scale, kv_scale or float."""
+    """What a tensor must be. `kind`: weight (packed NVFP4), block, scale, kv_scale, kept (a linear layer) or float."""
 
     kind: str
     dtypes: tuple[str, ...]
@@ -169,13 +174,14 @@ def _inspect(layout: Layout) -> Summary:
         if name not in layout.tensors:
             layout.report(name, "is missing")
     nbytes: Counter[str] = Counter()
-    weights = 0
+    weights = kept_weights = 0
     for name, info in layout.tensors.items():
         want = expected.get(name) or _by_dtype(layout, name, info)
         if _check_form(layout, name, info, want):
             _check_content(layout, name, info, want)
             layout.tensors.release(name)
         nbytes[_kind(name, want)] += info.nbytes
+        kept_weights += prod(info.shape) if want.kind == "kept" else 0
         if want.kind == "weight" and want.shapes:
             weights += 2 * prod(want.shapes[0])
             _check_bits(layout, name, info, 2 * prod(want.shapes[0]))
@@ -187,16 +193,24 @@ def _inspect(layout: Layout) -> Summary:
         tensors=len(layout.tensors),
         decoder_layers=layout.config["num_hidden_layers"],
         nvfp4_linears=linears,
-        bits_per_weight=round(8 * quantized / weights, 4) if weights else 0.0,
+        bits_per_weight=_rounded(8 * quantized, weights),
+        kept_linears=sum(want.kind == "kept" for want in expected.values()),
+        effective_bits=_rounded(8 * (quantized + nbytes["kept_linears"]), weights + kept_weights),
         nbytes=dict(nbytes),
     )
 
 
+KINDS = {"weight": "nvfp4_weights", "block": "block_scales", "scale": "scales", "kv_scale": "kv_scales"}
+KINDS |= {"kept": "kept_linears"}
+
+
+def _rounded(bits: int, weights: int) -> float:
+    return round(bits / weights, 4) if weights else 0.0
+
+
 def _kind(name: str, want: Expected) -> str:
     if want.kind != "float":
-        return {"weight": "nvfp4_weights", "block": "block_scales", "scale": "scales", "kv_scale": "kv_scales"}[
-            want.kind
-        ]
+        return KINDS[want.kind]
     return "lm_head" if name.startswith("lm_head.") else "embedding" if "embed" in name else "other"
 
 
@@ -275,7 +289,7 @@ def _has_bias(layout: Layout, linear: str) -> bool:
 
 def _linear(layout: Layout, module: str, out_features: int, in_features: int) -> dict[str, Expected]:
     if _is_excluded(layout, module):
-        return {f"{module}.weight": _float(out_features, in_features)}
+        return {f"{module}.weight": Expected("kept", FLOATS, ((out_features, in_features),))}
     block, *scalars = layout.scales
     return {
         f"{module}.weight": Expected("weight", ("U8",), ((out_features, in_features // 2),)),

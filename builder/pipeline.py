@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, kv_safety, llmapi, llmapi_repository, probe_answers, ranks, record, trtllm
+from builder import (
+    engine,
+    fit,
+    fit_change,
+    keep_bf16,
+    kv_safety,
+    llmapi,
+    llmapi_repository,
+    probe_answers,
+    ranks,
+    record,
+    trtllm,
+)
 from builder.calibrate import Calibration, calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
@@ -33,6 +45,7 @@ Settings = Sequence[trtllm.Flag] | Sequence[llmapi.Argument]
 
 if TYPE_CHECKING:
     from builder.evaluate import Evaluation
+    from builder.sensitivity import Sensitivity
 
 FP8_KV = "FP8 KV cache"  # the note that is a warning
 
@@ -102,6 +115,22 @@ def _check_gate(resolved: Resolved, flags: Settings) -> None:
         )
 
 
+def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> Sensitivity:
+    """What each group of linear layers loses; with `proxy` by errors of outputs or, without texts, of weights alone."""
+    from builder import sensitivity
+
+    recipe = resolved.recipe
+    if not proxy:
+        sensitivity.check_texts(recipe)
+    snapshot = fetch(recipe.model, store=store, check=lambda config: None)
+    flags = check_model(resolved, snapshot.config, layouts=False)
+    model = keep_patterns(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags)
+    if proxy and recipe.sensitivity.data is None:
+        return sensitivity.weight_errors(snapshot, model, store)
+    calibration = calibrate(recipe.calibration, store=store)
+    return sensitivity.sensitivity(snapshot, calibration, model, resolved, store=store, proxy=proxy)
+
+
 def _measure(built: Built, resolved: Resolved, store: Store) -> Evaluation:
     from builder.evaluate import Models, evaluate  # numpy: only for those who measure
 
@@ -127,26 +156,36 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
 
     def check(config: Mapping[str, Any]) -> None:
         flags = check_model(resolved, config, layouts=layouts, answers=answers)
-        if layouts:
-            check_fit(resolved, read_model(recipe.model, store), flags, store)
+        if layouts or recipe.quantization.keep_bf16:
+            model = keep_patterns(resolved, read_model(recipe.model, store), flags)
+            if layouts:
+                check_fit(resolved, model, flags, store)
 
     snapshot = fetch(recipe.model, store=store, check=check)
     flags = check_model(resolved, snapshot.config, layouts=layouts, answers=answers)
     _check_gate(resolved, flags)
+    model = keep_patterns(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
-        check_fit(resolved, _headers(snapshot.path, snapshot.config, snapshot.files), flags, store, fetched=True)
-
+        check_fit(resolved, model, flags, store, fetched=True)
+    if more := keep_bf16.widened(recipe.quantization.kept_patterns, model.kept):
+        names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
+        store.out.info(f"{len(more)} more layers stay in BF16, multiplied as one with those named: {names}")
     if recipe.target != "llmapi":
         for note in trtllm.window_notes(snapshot.config, trtllm.resolve(resolved, snapshot.config, answers)):
             store.out.warn(note.text)
 
     calibration = calibrate(recipe.calibration, store=store)
+    if recipe.quantization.kept_budget is not None:
+        model = keep_chosen(resolved, snapshot, calibration, model, flags, store)
+        if layouts and not store.dry:
+            check_fit(resolved, model, flags, store, fetched=True)
     checkpoint = quantize(
         snapshot,
         calibration,
         recipe.quantization,
         recipe.calibration,
         store=store,
+        kept=model.kept,
         trust_remote_code=recipe.model.trust_remote_code,
     )
     made = Built(snapshot, flags, checkpoint, calibration=calibration)
@@ -159,7 +198,7 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
         return made
     if "smoke" in wanted:
         made = replace(made, smoke=smoke_test(repository, store=store))
-    return replace(made, link=publish(resolved, made, repository, answers, store))
+    return replace(made, link=publish(resolved, made, repository, model, answers, store))
 
 
 def _served(
@@ -235,6 +274,47 @@ def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answe
     return known + trtllm.notes(resolved, config, flags, answers) + trtllm.window_notes(config, flags)
 
 
+def keep_patterns(resolved: Resolved, model: ModelFacts, flags: Settings) -> ModelFacts:
+    """The model with the layers that the recipe leaves in BF16. UsageError or UnsupportedError where it can't."""
+    patterns = resolved.recipe.quantization.kept_patterns
+    model = replace(model, kept=keep_bf16.keep(patterns, keep_bf16.linears(model.tensors)))
+    check_kept(resolved, model, flags)
+    return model
+
+
+def keep_chosen(
+    resolved: Resolved,
+    snapshot: Snapshot,
+    calibration: Calibration,
+    model: ModelFacts,
+    flags: Settings,
+    store: Store,
+) -> ModelFacts:
+    """The model with as many layers more in BF16 as hold the budget of keep_bf16's auto."""
+    from builder import sensitivity  # numpy: only for those who measure
+
+    values = {flag.name: flag.value for flag in flags}
+    refused = keep_bf16.output_must_be_quantized(values) if resolved.recipe.target == "engine" else ""
+    chosen = sensitivity.select(snapshot, calibration, model, resolved, store=store, refused=refused)
+    model = with_chosen(model, chosen.modules)
+    check_kept(resolved, model, flags)
+    return model
+
+
+def with_chosen(model: ModelFacts, modules: Sequence[str]) -> ModelFacts:
+    """The model with these layers kept in BF16 too."""
+    kept = {*model.kept, *modules}
+    return replace(model, kept=tuple(name for name in keep_bf16.linears(model.tensors) if name in kept))
+
+
+def check_kept(resolved: Resolved, model: ModelFacts, flags: Settings) -> None:
+    """UnsupportedError if ranks or engine could not have the kept layers in BF16."""
+    asked = resolved.recipe
+    keep_bf16.check_split(model.kept, model.config, ranks.Parallel(asked.engine.tp, asked.engine.pp))
+    if asked.target == "engine":
+        keep_bf16.check_flags(model.kept, {flag.name: flag.value for flag in flags})
+
+
 def check_fit(resolved: Resolved, model: ModelFacts, flags: Settings, store: Store, *, fetched: bool = False) -> None:
     """UnsupportedError with the smallest change that would fit on the card, or if what is still to be made finds no
     room on the disk or in this machine's memory. `fetched`: the snapshot is here, and maybe more."""
@@ -301,11 +381,12 @@ def _headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -
     return ModelFacts(config, tensors)
 
 
-def publish(resolved: Resolved, made: Built, repository: Repository, answers: Sequence[Answer], store: Store) -> Path:
+def publish(
+    resolved: Resolved, made: Built, repository: Repository, model: ModelFacts, answers: Sequence[Answer], store: Store
+) -> Path:
     """The link to the repository, and the record of how it came to be for `builder report`."""
     name = link(resolved, repository, store)
     if not store.dry:
-        model = _headers(made.snapshot.path, made.snapshot.config, made.snapshot.files)
         known = notes(resolved, model.config, answers)
         record.write(resolved, made.flags, known, model, sizes(resolved, model, made.flags), link=name, store=store)
     return name

@@ -28,7 +28,8 @@ class Plan:
     `refusal` what does not fit, on the card or on this machine, where a build would end with it.
 
     `command` is trtllm-build's; `placeholder` is the word in it for a checkpoint that is not made yet.
-    `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here.
+    `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here;
+    `kept` the linear layers left in BF16, and `price` the bytes that they add; `open_choice`: auto is still to choose.
     """
 
     resolved: Resolved
@@ -44,6 +45,9 @@ class Plan:
     verdict: Verdict
     host: Machine
     missing: int
+    kept: tuple[str, ...] = ()
+    price: int = 0
+    open_choice: bool = False
 
 
 def plan(resolved: Resolved, store: Store) -> Plan:
@@ -51,16 +55,22 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     model = pipeline.read_model(resolved.recipe.model, store)
     answers = probe_answers.answers(resolved, store.root)
     settings = pipeline.check_model(resolved, model.config, layouts=True, answers=answers)
+    model = pipeline.keep_patterns(resolved, model, settings)
     blocked = refusal = None
     try:
         pipeline.check_machine(resolved)
     except BuilderError as error:
         blocked = error
     notes = pipeline.notes(resolved, model.config, answers)
-    asked, host = fit.serving(resolved, settings), fit.machine(store.root)
-    sizes = pipeline.sizes(resolved, model, settings)
     done, first = pipeline.stored(resolved, store)
     stages = _stages(resolved, done, first)
+    selection = next((artefact for artefact in done if artefact.stage == "selection"), None)
+    if selection is not None:
+        model = pipeline.with_chosen(model, selection.facts["modules"])
+    asked, host = fit.serving(resolved, settings), fit.machine(store.root)
+    sizes = pipeline.sizes(resolved, model, settings)
+    price = fit.price_of_kept(model, asked)
+    open_choice = resolved.recipe.quantization.kept_budget is not None and selection is None
     command, placeholder = _command(resolved, model.config, answers, store, done)
     launched = command, placeholder, _model_yaml(resolved, model.config)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
@@ -69,7 +79,22 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         remaining = [stage for stage, state, _ in stages if state != "cached"]
         refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
     refusal = verdict.refusal or refusal
-    return Plan(resolved, stages, sizes, settings, notes, *launched, blocked, refusal, verdict, host, missing)
+    return Plan(
+        resolved,
+        stages,
+        sizes,
+        settings,
+        notes,
+        *launched,
+        blocked,
+        refusal,
+        verdict,
+        host,
+        missing,
+        model.kept,
+        price,
+        open_choice,
+    )
 
 
 def _command(
@@ -103,6 +128,9 @@ def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None
     skipped = {"ranks", "engine"} if resolved.recipe.target == "llmapi" else set()
     skipped |= set() if resolved.recipe.engine.world_size > 1 else {"ranks"}
     stages = [stage for stage in STAGES if stage not in skipped]
+    if resolved.recipe.quantization.kept_budget is not None:
+        at = stages.index("checkpoint")
+        stages[at:at] = ["texts", "sensitivity", "selection"]
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
@@ -129,8 +157,17 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
         ),
         ("still to be made there", f"{size(found.missing)} ({size(host.disk)} free)"),
         ("memory while calibrating", f"{size(s.calibration_memory)} (this machine: {size(host.available)} available)"),
+        *_kept_rows(found),
         ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB a token, on each GPU"),
     ]
+
+
+def _kept_rows(found: Plan) -> list[tuple[str, str]]:
+    budget = found.resolved.recipe.quantization.kept_budget
+    text = f"{len(found.kept)} linear layers, {size(found.price)} more" if found.kept or budget is not None else ""
+    if found.open_choice:
+        text += f"; auto:{budget:g} has not chosen yet, so all sizes here are without its layers"
+    return [("left in BF16", text)] if text else []
 
 
 def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
@@ -191,6 +228,11 @@ def show(found: Plan, out: Output) -> None:
             "sizes": asdict(found.sizes),
             "memory": [{**asdict(m), "fits": m.fits} for m in found.verdict.memory],
             "verdict": _verdict(found.verdict),
+            "kept": {
+                "modules": list(found.kept),
+                "bytes": None if found.open_choice else found.price,
+                "open_choice": found.open_choice,
+            },
             "machine": {**asdict(found.host), "missing": found.missing},
             "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
             "arguments" if found.model_yaml else "flags": [vars(setting) for setting in found.settings],

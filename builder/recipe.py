@@ -6,6 +6,7 @@ Precedence: flag > --set > recipe file > preset > GPU profile > default. Unknown
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,55 @@ REFUSED_KV = {
 }
 
 
+AUTO = "auto:"
+
+
+def _budget(entry: str) -> float:
+    try:
+        value = float(entry.removeprefix(AUTO))
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"{entry!r} is no budget: auto takes a KL in nats a token that is positive and finite, as auto:0.05"
+        )
+    return value
+
+
 class Quantization(Part):
     """Which number formats: NVFP4 is E2M1 with an E4M3 scale for 16 values, weights and activations."""
 
     format: Annotated[Literal["nvfp4"], Field(description="weights and activations of the linear layers")] = "nvfp4"
     kv_cache_dtype: Annotated[Literal["fp8", "auto"], Field(description="fp8, or auto: the model's own")] = "fp8"
+    keep_bf16: Annotated[
+        tuple[str, ...],
+        Field(description="linear layers left in BF16: name patterns, as *.down_proj; auto:0.05 chooses by KL"),
+    ] = ()
+
+    @field_validator("keep_bf16", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("keep_bf16")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError("a pattern is empty; take a name, as model.layers.0.*")
+        budgets = [_budget(entry) for entry in value if entry == "auto" or entry.startswith(AUTO)]
+        if len(budgets) > 1:
+            raise ValueError("auto is said twice; one budget holds for the whole model")
+        return tuple(dict.fromkeys(value))
+
+    @property
+    def kept_patterns(self) -> tuple[str, ...]:
+        """The entries of keep_bf16 that are names."""
+        return tuple(entry for entry in self.keep_bf16 if not entry.startswith(AUTO))
+
+    @property
+    def kept_budget(self) -> float | None:
+        """The X of auto:X, the KL to BF16 in nats a token that the layers are chosen for; None without auto."""
+        return next((_budget(entry) for entry in self.keep_bf16 if entry.startswith(AUTO)), None)
 
     @field_validator("kv_cache_dtype", mode="before")
     @classmethod
@@ -220,6 +265,16 @@ class Evaluation(Part):
         return self
 
 
+class Sensitivity(Part):
+    """How it is measured which layers lose how much: for `builder sensitivity` and for keep_bf16 auto."""
+
+    data: Annotated[
+        DataSet | None, Field(description="the texts; better others than those that the result is judged on")
+    ] = None
+    texts: Annotated[Positive, Field(description="texts, from the first that is not empty on")] = 32
+    max_tokens: Annotated[int, Field(ge=16, description="a text is cut here")] = 512
+
+
 class Recipe(Part):
     """Everything that decides what is built."""
 
@@ -234,6 +289,16 @@ class Recipe(Part):
     llmapi: LlmApi = LlmApi()
     repository: Repository = Repository()
     evaluation: Evaluation = Evaluation()
+    sensitivity: Sensitivity = Sensitivity()
+
+    @model_validator(mode="after")
+    def _auto_has_texts(self) -> Recipe:
+        if self.quantization.kept_budget is not None and self.sensitivity.data is None:
+            raise ValueError(
+                "quantization.keep_bf16: auto chooses layers by their loss on texts, and none are named; "
+                "say --sensitivity-data FILE.jsonl, other texts than those of --data"
+            )
+        return self
 
 
 @dataclass(frozen=True)

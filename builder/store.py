@@ -31,8 +31,9 @@ from builder.output import Output, seconds, size
 FORMAT = 1  # of the manifest; a change makes every older stage unknown
 MANIFEST = "manifest.json"
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
-# Beside the chain: the texts of a data set, what one runner made of them, and the tables of all of these.
-EVALUATION = ("texts", "scores", "evaluation")
+# Beside the chain: the texts of a data set, what one runner made of them, and the tables of all of these; what each
+# layer loses, and which are left in BF16 for it.
+EVALUATION = ("texts", "scores", "evaluation", "sensitivity", "selection", "proxy")
 _CHUNK = 1 << 20
 
 
@@ -231,7 +232,7 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
     """
     everything = artefacts(root)
     kept = upstream([artefact for artefact in everything if artefact.path in keep], everything)
-    for stage in ("scores", "evaluation"):
+    for stage in ("scores", "evaluation", "sensitivity", "selection", "proxy"):
         models = {artefact.digest for artefact in kept}
         measured = [a for a in everything if a.stage == stage and models.issuperset(a.manifest["ingredients"]["of"])]
         kept = upstream([*kept, *measured], everything)
@@ -244,6 +245,11 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
                 removed.append(path)
                 if not dry:
                     shutil.rmtree(path)
+    for path in sorted((root / "partial").glob("*")):  # results of runs that were killed (sensitivity.py)
+        freed += path.lstat().st_size
+        removed.append(path)
+        if not dry:
+            path.unlink()
     return removed, freed
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,15 @@ MODELS = {
 MODELOPT = tuple(int(part) for part in version("nvidia-modelopt").split(".")[:2])
 
 
-def quantized(source: Path, *, kv_cache: bool = True, seed: int = 0) -> Any:
-    """The model with ModelOpt's quantizers, calibrated with random tokens: NVFP4, and FP8 for the KV cache if asked."""
+def quantized(source: Path, *, kv_cache: bool = True, seed: int = 0, kept: Sequence[str] = ()) -> Any:
+    """The model with ModelOpt's quantizers, calibrated with random tokens: NVFP4, none in the modules `kept`, and FP8
+    for the KV cache if asked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ModelOpt's own, on import and after
-        return _quantized(source, kv_cache, seed)
+        return _quantized(source, kv_cache, seed, kept)
 
 
-def _quantized(source: Path, kv_cache: bool, seed: int) -> Any:
+def _quantized(source: Path, kv_cache: bool, seed: int, kept: Sequence[str]) -> Any:
     import modelopt.torch.quantization as mtq
     import torch
     from transformers import AutoModelForCausalLM
@@ -43,6 +44,11 @@ def _quantized(source: Path, kv_cache: bool, seed: int) -> Any:
         config["quant_cfg"].update(mtq.FP8_KV_CFG["quant_cfg"])
     elif kv_cache:
         config["quant_cfg"] = [*config["quant_cfg"], *mtq.FP8_KV_CFG["quant_cfg"]]
+    for name in kept:
+        if isinstance(config["quant_cfg"], dict):
+            config["quant_cfg"][f"{name}.*_quantizer"] = {"enable": False}
+        else:
+            config["quant_cfg"].append({"quantizer_name": f"{name}.*_quantizer", "enable": False})
     generator = torch.Generator().manual_seed(seed)
     batches = [torch.randint(0, 4000, (2, 64), generator=generator) for _ in range(2)]
 

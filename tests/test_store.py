@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import calibrate, evaluate, smoke
+from builder import calibrate, evaluate, sensitivity, smoke
 from builder import store as stores
 from builder.errors import IntegrityError, StageError, UsageError
 from builder.output import Output
@@ -276,6 +276,7 @@ NO_INGREDIENTS |= {"recipe", "repository", "store"}
         ("quantize/modelopt.py", modelopt.SOURCES),
         ("calibrate.py", calibrate.SOURCES),
         ("smoke.py", smoke.SOURCES),
+        ("sensitivity.py", sensitivity.SOURCES),
         ("evaluate.py", evaluate.SOURCES + evaluate.TABLE_SOURCES),
     ],
 )

@@ -1,7 +1,8 @@
 """The child process of the quantize stage: python -m builder.quantize.child JOB.json
 
-The job names a local model directory, calibration rows, a sequence length, a batch size, the KV cache's type and a
-destination, where it leaves `unified/` and `tensorrt_llm/`. Events go to the parent (builder.process.emit).
+The job names a local model directory, calibration rows, a sequence length, a batch size, the KV cache's type, the
+modules that stay in BF16 and a destination, where it leaves `unified/` and `tensorrt_llm/`. Events go to the parent
+(builder.process.emit).
 ModelOpt 0.37 to 0.47, with transformers 4.57 or 5, with or without CUDA.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 import copy
 import errno
 import gc
+import glob
 import json
 import logging
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     clock.lap("import")
     model, batches = _load(job)
     clock.lap("load")
-    counts = _calibrate(model, batches, job["kv_cache_dtype"] == "fp8")
+    counts = _calibrate(model, batches, job["kv_cache_dtype"] == "fp8", job.get("kept", ()))
     clock.lap("calibrate")
     _export(model, unified)
     del model  # the second layout is made from the first, byte by byte: never two models in memory
@@ -120,15 +122,16 @@ def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     return model, batches
 
 
-def _calibrate(model: Any, batches: list[Any], fp8_kv: bool) -> dict[str, int]:
-    """Inserts the quantizers and runs the batches through (max calibration); returns counts."""
+def _calibrate(model: Any, batches: list[Any], fp8_kv: bool, kept: Sequence[str] = ()) -> dict[str, int]:
+    """Inserts the quantizers, in `kept` none that is on, and runs the batches through (max calibration); returns
+    counts."""
     import modelopt.torch.quantization as mtq
     import torch
 
     counts: dict[str, int] = {}
 
     def forward(model: Any) -> None:
-        counts.update(_check_quantizers(model, fp8_kv))
+        counts.update(_check_quantizers(model, fp8_kv, kept))
         body = model.base_model  # without lm_head: it isn't quantized, and its logits are the largest tensor of all
         for done, ids in enumerate(batches):
             emit(progress={"label": "calibrating", "done": done, "total": len(batches)})
@@ -136,24 +139,26 @@ def _calibrate(model: Any, batches: list[Any], fp8_kv: bool) -> dict[str, int]:
         emit(progress={"label": "calibrating", "done": len(batches), "total": len(batches)})
 
     with torch.inference_mode(), _unsupported("quantize"):
-        mtq.quantize(model, _config(mtq, fp8_kv), forward)
+        mtq.quantize(model, _config(mtq, fp8_kv, kept), forward)
     return counts
 
 
-def _config(mtq: Any, fp8_kv: bool) -> dict[str, Any]:
-    """NVFP4_DEFAULT_CFG, with FP8_KV_CFG's quantizers: a mapping up to ModelOpt 0.43, a list from 0.44 on."""
+def _config(mtq: Any, fp8_kv: bool, kept: Sequence[str] = ()) -> dict[str, Any]:
+    """NVFP4_DEFAULT_CFG, with FP8_KV_CFG's quantizers and none in `kept`: a mapping up to ModelOpt 0.43, a list from
+    0.44 on. In both a later entry wins."""
     config: dict[str, Any] = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
-    if not fp8_kv:
-        return config
-    ours, kv = config["quant_cfg"], copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+    ours, kv = config["quant_cfg"], copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"]) if fp8_kv else {}
+    off = [f"{glob.escape(name)}.*_quantizer" for name in kept]
     if isinstance(ours, dict):
-        ours.update({name: cfg for name, cfg in kv.items() if name != "default"})
+        ours.update({name: cfg for name, cfg in dict(kv).items() if name != "default"})
+        ours.update({name: {"enable": False} for name in off})
     else:
         ours.extend(entry for entry in kv if entry["quantizer_name"] != "*")
+        ours.extend({"quantizer_name": name, "enable": False} for name in off)
     return config
 
 
-def _check_quantizers(model: Any, fp8_kv: bool) -> dict[str, int]:
+def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = ()) -> dict[str, int]:
     """Counts ModelOpt's quantizers before they see data; UnsupportedError for what would come out wrong in silence."""
     linears = {
         name: module.weight.shape
@@ -164,6 +169,14 @@ def _check_quantizers(model: Any, fp8_kv: bool) -> dict[str, int]:
     kv = [quantizer for quantizer in caches if quantizer.is_enabled]
     kind = type(model).__name__
     modelopt.check_sizes(linears)
+    modules = dict(model.named_modules())
+    lost = [name for name in kept if name in linears or not hasattr(modules.get(name), "weight_quantizer")]
+    if lost:
+        raise UnsupportedError(
+            f"{len(lost)} layers that should stay in BF16 are no layers of their own in {kind}: {', '.join(lost[:5])}.",
+            why="transformers joins the experts of a mixture in one module, which ModelOpt quantizes as a whole.",
+            cure="Leave them out of --keep-bf16.",
+        )
     if not linears:
         raise UnsupportedError(f"ModelOpt finds nothing to quantize in {kind}.", cure="Choose another model.")
     if fp8_kv and len(kv) < 2 * model.config.num_hidden_layers:
@@ -172,7 +185,7 @@ def _check_quantizers(model: Any, fp8_kv: bool) -> dict[str, int]:
             why=f"It put {len(kv)} quantizers into {model.config.num_hidden_layers} layers' attention.",
             cure="Leave the cache in the model's own type: --kv-cache-dtype auto",
         )
-    return {"quantized_linears": len(linears), "kv_scales": len(kv)}
+    return {"quantized_linears": len(linears), "kept_linears": len(kept), "kv_scales": len(kv)}
 
 
 def _export(model: Any, unified: Path) -> None:

@@ -6,6 +6,7 @@ This file runs in the parent and imports nothing heavy; `builder.quantize.child`
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from builder.safetensors_io import read_header
 from builder.store import Store, library_versions, sources_digest
 
 BLOCK = 16  # of NVFP4; builder.nvfp4 imports torch
+SCALAR = 4  # bytes of an F32 scale
 LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokenizers", "numpy", "accelerate")
 SOURCES = (
     "builder/quantize/modelopt.py",
@@ -53,17 +55,20 @@ def quantize(
     calibration_part: recipe.Calibration,
     *,
     store: Store,
+    kept: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Calibrates on the rows and writes both layouts, `unified/` and `tensorrt_llm/`, then inspects them.
 
-    UnsupportedError if ModelOpt or the format can't take the model, before any calibration where that can be known;
-    IntegrityError with the tensors' names if the inspection finds a problem. Such a checkpoint is not kept.
+    kept: the modules that stay in BF16, which the recipe's patterns mean. UnsupportedError if ModelOpt or the format
+    can't take the model, before any calibration where that can be known; IntegrityError with the tensors' names if the
+    inspection finds a problem. Such a checkpoint is not kept.
     """
     ingredients = {
         "snapshot": snapshot.digest,
         "calibration": calibration.digest,
-        "quantization": part.model_dump(),
+        "quantization": part.model_dump(exclude={"keep_bf16"}),
+        "kept": list(kept),
         "seq_len": calibration_part.seq_len,
         "batch_size": calibration_part.batch_size,
         "libraries": library_versions(*LIBRARIES),
@@ -77,15 +82,16 @@ def quantize(
         "seq_len": calibration_part.seq_len,
         "batch_size": calibration_part.batch_size,
         "kv_cache_dtype": part.kv_cache_dtype,
+        "kept": list(kept),
         "trust_remote_code": trust_remote_code,
     }
 
     def make(tmp: Path) -> dict[str, Any]:
-        check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")])
+        check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")], kept)
         facts = _run(job, tmp, store)
         found = inspection.inspect(tmp)
         found.check()
-        return {**facts, "inspection": found.facts()}
+        return {**facts, "kept": list(kept), "inspection": found.facts()}
 
     artefact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artefact.path, digest=artefact.digest, facts=artefact.facts)
@@ -97,8 +103,9 @@ def gpus() -> list[str]:
     return [line.partition(":")[2].strip() for path in found for line in path.read_text().splitlines()[:1]]
 
 
-def check(weights: Sequence[Path]) -> None:
-    """UnsupportedError if a library is absent, or if a linear layer's input size is no multiple of 16."""
+def check(weights: Sequence[Path], kept: Sequence[str] = ()) -> None:
+    """UnsupportedError if a library is absent, or if a linear layer that isn't kept in BF16 has an input size that is
+    no multiple of 16."""
     absent = [name for name in ("torch", "transformers", "nvidia-modelopt") if library_versions(name)[name] == "absent"]
     if absent:
         raise UnsupportedError(
@@ -106,12 +113,19 @@ def check(weights: Sequence[Path]) -> None:
             cure="Install the project with its quantize extra, or run the build in the container.",
         )
     shapes = {name: info.shape for file in weights for name, info in read_header(file).items()}
-    check_sizes({name: shape for name, shape in sorted(shapes.items()) if is_quantized(name, shape)})
+    unkept = {name: shape for name, shape in sorted(shapes.items()) if name.removesuffix(".weight") not in kept}
+    check_sizes({name: shape for name, shape in unkept.items() if is_quantized(name, shape)})
 
 
 def is_quantized(name: str, shape: Sequence[int]) -> bool:
     """Whether this tensor of a model is the weight of a linear layer that NVFP4 applies to, judged by its name."""
     return name.endswith(".weight") and len(shape) == 2 and not any(word in name for word in _NEVER)
+
+
+def quantized_bytes(shape: Sequence[int]) -> int:
+    """NVFP4: half a byte a value and an E4M3 byte for 16 of them (modelopt: num_bits (2,1), scale_bits (4,3))."""
+    values = math.prod(shape)
+    return values // 2 + values // BLOCK
 
 
 def check_sizes(weights: Mapping[str, Sequence[int]]) -> None:
@@ -151,7 +165,8 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
 
 def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
     linears, tokens = summary["quantized_linears"], summary["calibration_tokens"]
-    store.out.info(f"{linears} linear layers in NVFP4, calibrated on {tokens:,} tokens")
+    kept = f", {summary['kept_linears']} left in BF16" if summary["kept_linears"] else ""
+    store.out.info(f"{linears} linear layers in NVFP4{kept}, calibrated on {tokens:,} tokens")
     if summary["large_kv"]:
         store.out.warn(
             f"{summary['large_kv']} of {summary['kv_scales']} KV cache scales are above 0.5: FP8 may cost accuracy; "

@@ -75,7 +75,7 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
     from builder.quantize.simulation import enable_cpu_simulation
 
     model, rows = child._load({**job, **job["calibration"]})
-    child._calibrate(model, rows, job["fp8_kv"])
+    child._calibrate(model, rows, job["fp8_kv"], job["calibration"].get("kept", ()))
     if not torch.cuda.is_available():
         enable_cpu_simulation()
     unified_export_hf.requantize_resmooth_fused_llm_layers(model)  # q, k and v share a range, as in the checkpoint

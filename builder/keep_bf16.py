@@ -1,0 +1,134 @@
+"""Which linear layers stay in BF16: a recipe's patterns -> Hugging Face module names. Pure.
+
+TensorRT-LLM builds what exclude_modules names by fnmatch as plain layers (quantization/quantize.py@89fd9b74,
+quantize_layers). Layers that are multiplied as one are kept together: it has one attention.qkv for q, k and v, and its
+fuse_gate_mlp concatenates a kept mlp.fc with mlp.gate, whatever the latter is in (models/modeling_utils.py, 1.2).
+ModelOpt gives both sets one scale each (0.47.0, export/unified_export_hf.py, requantize_resmooth_fused_llm_layers).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from builder import ranks
+from builder.checkpoint import LINEARS
+from builder.errors import UnsupportedError, UsageError
+from builder.quantize.modelopt import is_quantized
+
+# The projections that are one matrix when served, and the name that servers have for it.
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+OUTPUT = ".o_proj"  # its input is what the attention kernel puts out
+
+
+def linears(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> list[str]:
+    """The modules that would be quantized, by a model's headers {tensor: (dtype, shape)}, in the layers' order."""
+    names = [name.removesuffix(".weight") for name, (_, shape) in tensors.items() if is_quantized(name, shape)]
+    return sorted(names, key=_in_order)
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Numbers as numbers: layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def group_of(module: str) -> str:
+    """The layer that is served: `...qkv_proj` of q_proj; a mixture's experts are one."""
+    experts = re.match(r"(.*\.experts)\.\d+\.", module)
+    if experts:
+        return experts[1]
+    parent, _, name = module.rpartition(".")
+    return f"{parent}.{FUSED[name]}" if name in FUSED else module
+
+
+def groups(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Modules that are kept or quantized together, by group_of, in their order."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(group_of(module), []).append(module)
+    return {group: tuple(members) for group, members in found.items()}
+
+
+def keep(patterns: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """What the patterns (`model.layers.0.*`, `*.down_proj`) keep of the `known` linear layers, whole groups of them.
+
+    UsageError for a pattern that matches nothing, UnsupportedError where nothing would be left to quantize.
+    """
+    named: set[str] = set()
+    for pattern in patterns:
+        matching = {module for module in known if fnmatchcase(module, pattern)}
+        if not matching:
+            raise _matches_nothing(pattern, known)
+        named |= matching
+    together = [members for members in groups(known).values() if named.intersection(members)]
+    modules = tuple(module for members in together for module in members)
+    if modules and len(modules) == len(known):
+        raise UnsupportedError(
+            f"All {len(known)} linear layers would stay in BF16: nothing is left to quantize.",
+            cure=f"Keep fewer: --keep-bf16 '{known[-1]}'",
+        )
+    return modules
+
+
+def widened(patterns: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """Those of the kept modules that no pattern names: they are multiplied together with one that is named."""
+    return [module for module in modules if not any(fnmatchcase(module, pattern) for pattern in patterns)]
+
+
+def _matches_nothing(pattern: str, known: Sequence[str]) -> UsageError:
+    leaves = list(dict.fromkeys("*." + module.rpartition(".")[2] for module in known))
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
+    near += [leaf for leaf in difflib.get_close_matches(f"*.{pattern.rpartition('.')[2]}", leaves, n=2, cutoff=0.6)]
+    return UsageError(
+        f"--keep-bf16 {pattern!r} matches no linear layer that would be quantized.",
+        why=f"Names are Hugging Face's, as {known[0]}; embeddings, norms and lm_head are never quantized."
+        if known
+        else "The model has no linear layer that would be.",
+        cure=f"Near: {', '.join(near or [*known[:1], *leaves])}",
+    )
+
+
+def engine_name(module: str) -> str:
+    """TensorRT-LLM's name of the layer that a module is, or is a part of: model.layers.0.self_attn.q_proj is
+    transformer.layers.0.attention.qkv."""
+    for name, parts in LINEARS.items():
+        for part in parts:
+            if module.endswith(f".{part}"):
+                return "transformer." + module.removeprefix("model.").removesuffix(part) + name
+    return module
+
+
+def check_split(kept: Sequence[str], config: Mapping[str, Any], parallel: ranks.Parallel) -> None:
+    """UnsupportedError where the kept layers can't be named in all pipeline stages."""
+    quantization = {"exclude_modules": sorted({engine_name(module) for module in kept})}
+    ranks.local_exclusions({**config, "quantization": quantization}, parallel)
+
+
+def check_flags(kept: Sequence[str], flags: Mapping[str, str]) -> None:
+    """UnsupportedError for layers in BF16 that trtllm-build would take for quantized ones under the resolved flags."""
+    # models/modeling_utils.py (1.2), DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
+    if kept and flags.get("norm_quant_fusion") == "enable":
+        raise UnsupportedError(
+            "norm_quant_fusion takes every layer for quantized, and some would stay in BF16.",
+            cure="--set engine.flags.norm_quant_fusion=disable",
+        )
+    outputs = [module for module in kept if module.endswith(OUTPUT)]
+    if outputs and (reason := output_must_be_quantized(flags)):
+        raise UnsupportedError(
+            f"{outputs[0]} can't stay in BF16 in this engine: {reason}.",
+            why="The attention kernel's output is FP8 or FP4 then, by that layer's input scale, which BF16 has not "
+            "(gptAttentionPlugin.cpp, supportsFormatCombination; models/modeling_utils.py, set_fp8_context_fhma; 1.2).",
+            cure="Keep other layers, or take --gpu sm120, whose engines have none of both.",
+        )
+
+
+def output_must_be_quantized(flags: Mapping[str, str]) -> str:
+    """Why attention's output projection must be quantized under these flags; "" if it need not."""
+    on = [name for name in ("use_fp8_context_fmha", "context_fmha") if flags.get(name, "enable") == "enable"]
+    if len(on) == 2:
+        return "FP8 context FMHA is on"
+    return "fuse_fp4_quant is on" if flags.get("fuse_fp4_quant") == "enable" else ""

@@ -1,0 +1,309 @@
+"""The child process that measures what each layer loses: python -m builder.sensitivity_child JOB.json
+
+One group of linear layers at a time goes through ModelOpt's quantizers, all others stay as they came; the KL to BF16 at
+the output is the group's loss. With a budget it looks for the layers to keep instead. Each result is a line of its own
+in the job's results file before the next is measured, so that a run which died goes on where it was. With `proxy` only
+BF16 is run, and each decoder layer some times more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from builder.errors import IntegrityError, UnsupportedError
+from builder.evaluation_data import Sequences, sequences
+from builder.process import emit, emit_error
+from builder.quantize import child
+from builder.quantize.simulation import enable_cpu_simulation
+from builder.runners.child import score_set
+from builder.runners.local import Causal
+from builder.weight_error import weight_errors
+
+WHOLE, KV_CACHE = "whole model", "KV cache"  # the names of two results that are no group's
+
+
+def main(argv: list[str]) -> int:
+    """Does the job; the exit code is that of the error, which the parent learns by an event."""
+    job = json.loads(Path(argv[1]).read_text(encoding="utf-8"))
+    try:
+        emit(summary=run(job))
+    except BaseException as error:
+        known = child._known(error, {**job, "destination": job["results"]})
+        if known is None:
+            raise
+        emit_error(known)
+        return known.exit_code
+    return 0
+
+
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The losses of all groups; with a `budget` the groups to keep and the loss that is left then."""
+    from transformers import AutoTokenizer
+
+    done = Results(Path(job["results"]))
+    if job["budget"] is None and done.output_errors and all(name in done for name in _wanted(job)):
+        return _summary(job, done)
+    emit(progress={"label": "loading the model", "done": 0, "total": None})
+    tokenizer = AutoTokenizer.from_pretrained(
+        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
+    )
+    texts = sequences(Path(job["texts"]), tokenizer, name="the sensitivity texts", **job["lengths"])
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=job["scratch"]) as scratch:
+        model = Simulated(job)
+        meter = Meter(model, texts, Path(scratch), done, job)
+        if job["budget"] is None:
+            for name in _wanted(job):
+                meter.kl(name, *_quantized(job, name))
+            return _summary(job, done)
+        return select(meter, job)
+
+
+def _wanted(job: Mapping[str, Any]) -> list[str]:
+    if job["proxy"]:
+        return []
+    return [WHOLE, *([KV_CACHE] if job["fp8_kv"] else []), *job["groups"]]
+
+
+def _quantized(job: Mapping[str, Any], name: str) -> tuple[list[str], bool]:
+    """The groups that are quantized for this result, and whether the KV cache is."""
+    if name in (WHOLE, KV_CACHE):
+        return (list(job["groups"]) if name == WHOLE else []), job["fp8_kv"]
+    return [name], False
+
+
+def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The fewest of `order`, from its first on, that must stay in BF16 so that the KL is no more than the budget: by
+    bisection, each step measured. UnsupportedError if it is more with all of them."""
+    order, budget = job["order"], job["budget"]
+
+    def kl(number: int) -> float:
+        kept = set(order[:number])
+        rest = [group for group in job["groups"] if group not in kept]
+        name = f"without {', '.join(sorted(kept))}" if kept else WHOLE
+        return meter.kl(name, rest, job["fp8_kv"], label=f"{number} of {len(job['groups'])} in BF16")
+
+    low, high = 0, len(order)
+    if kl(0) <= budget:
+        high = 0
+    elif (least := kl(high)) > budget:
+        raise UnsupportedError(
+            f"A KL of {budget:g} can't be held: {least:.3g} are left with all layers in BF16 that can be.",
+            why=f"Quantized as a whole the model has {kl(0):.3g}. {job['rest']}",
+            cure="Allow more, as --keep-bf16 auto:"
+            f"{_ceiling(least)}" + (", or leave the cache alone: --kv-cache-dtype auto" if job["fp8_kv"] else ""),
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if kl(middle) <= budget else (middle + 1, high)
+    return {"kept": order[:high], "kl": kl(high), "kl_before": kl(0), "tokens": meter.tokens}
+
+
+def _ceiling(kl: float) -> str:
+    """Two digits, not less."""
+    step = 10 ** (math.floor(math.log10(kl)) - 1)
+    return f"{math.ceil(kl / step) * step:.6g}"
+
+
+def _summary(job: Mapping[str, Any], done: Results) -> dict[str, Any]:
+    files = [Path(file) for file in job["weights"]]
+    emit(progress={"label": "weight errors", "done": 0, "total": None})
+    return {
+        "results": {name: done[name] for name in _wanted(job)},
+        "output_errors": done.output_errors,
+        "weight_errors": weight_errors(files, job["groups"]),
+        "tokens": done.tokens,
+    }
+
+
+class Results:
+    """Lines of JSON, one for each result. What a killed run left half-written is passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[str, dict[str, float]] = {}
+        self.output_errors: dict[str, float] = {}
+        self.tokens = 0
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+            try:
+                self._take(json.loads(line))
+            except ValueError:
+                continue
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if "output_errors" in line:
+            self.output_errors, self.tokens = dict(line["output_errors"]), line["tokens"]
+        else:
+            self._found[line["name"]] = {"kl": line["kl"], "agreement": line["agreement"]}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def __getitem__(self, name: str) -> dict[str, float]:
+        return self._found[name]
+
+    def add(self, **line: Any) -> None:
+        """One line, on the disk when this returns."""
+        self._take(line)
+        with open(self._path, "ab") as file:
+            # The first newline ends what a killed run may have left.
+            file.write(f"\n{json.dumps(line)}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Simulated:
+    """The calibrated model with ModelOpt's quantizers, all off; `quantized` turns some on for a while."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        from modelopt.torch.export import unified_export_hf
+
+        self.model, rows = child._load({**job, **job["calibration"]})
+        child._calibrate(self.model, rows, job["fp8_kv"], job["kept"])
+        if not torch.cuda.is_available():
+            enable_cpu_simulation()
+        unified_export_hf.requantize_resmooth_fused_llm_layers(self.model)  # shared ranges, as in the checkpoint
+        cpu = None if torch.cuda.is_available() else torch.float32
+        dtype = cpu if job["dtype"] == "auto" else getattr(torch, job["dtype"])
+        self.model = self.model.eval() if dtype is None else self.model.eval().to(dtype)
+        modules = dict(self.model.named_modules())
+        lost = [name for members in job["groups"].values() for name in members if name not in modules]
+        if lost:
+            raise UnsupportedError(
+                f"{len(lost)} linear layers are no modules of their own in {type(self.model).__name__}: {lost[0]}, ...",
+                why="transformers joins the experts of a mixture in one module.",
+                cure="The proxy needs no modules: builder sensitivity --proxy",
+            )
+        self.groups = {group: [modules[name] for name in members] for group, members in job["groups"].items()}
+        self.cache = [
+            module for name, module in modules.items() if name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
+        ]
+        for module in modules.values():
+            if hasattr(module, "is_enabled") and hasattr(module, "disable"):
+                module.disable()
+
+    @contextmanager
+    def quantized(self, groups: Iterable[str], cache: bool) -> Iterator[None]:
+        """Weights are rounded in each forward: little beside the batch's arithmetic, and never two models in memory."""
+        linears = [module for group in groups for module in self.groups[group]]
+        quantizers = [q for module in linears for q in (module.weight_quantizer, module.input_quantizer)]
+        quantizers += self.cache if cache else []
+        try:
+            for quantizer in quantizers:
+                quantizer.enable()
+            yield
+        finally:
+            for quantizer in quantizers:
+                quantizer.disable()
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, float]]:
+        """Errors of the groups, filled when the block ends: what a group in NVFP4 changes in the output of its decoder
+        layer, relative to that, the root mean square over all tokens that run in the block. Each layer runs once more
+        for each of its groups, on inputs in BF16: the whole costs some five forward passes, however many layers.
+        """
+        sums: dict[str, list[float]] = {group: [] for group in self.groups}
+        found: dict[str, float] = {}
+        busy = False
+
+        def hook(layer: Any, groups: Sequence[str], inputs: Any, named: Any, output: Any) -> None:
+            nonlocal busy
+            if busy:
+                return
+            busy = True
+            for group in groups:
+                with self.quantized([group], cache=False):
+                    changed = layer(*inputs, **named)
+                sums[group].append(_relative(_first(changed), _first(output)))
+            busy = False
+
+        hooks = [
+            layer.register_forward_hook(
+                lambda module, inputs, named, output, groups=groups: hook(module, groups, inputs, named, output),
+                with_kwargs=True,
+            )
+            for layer, groups in self._layers()
+        ]
+        try:
+            yield found
+        finally:
+            for one in hooks:
+                one.remove()
+        found |= {group: math.sqrt(sum(parts) / len(parts)) for group, parts in sums.items() if parts}
+
+    def _layers(self) -> list[tuple[Any, list[str]]]:
+        """The decoder layers with their groups."""
+        found: dict[str, list[str]] = {}
+        for group in self.groups:
+            if inside := re.match(r"(.*?\blayers\.\d+)\.", group):
+                found.setdefault(inside[1], []).append(group)
+        return [(self.model.get_submodule(name), groups) for name, groups in found.items()]
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The hidden states: transformers 4 has layers that return a tuple."""
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def _relative(changed: torch.Tensor, output: torch.Tensor) -> float:
+    """Mean over tokens of the squared relative error: a few tokens have outputs a hundred times as large."""
+    error = (changed - output).double().pow(2).sum(-1)
+    return float((error / output.double().pow(2).sum(-1).clamp(min=1e-30)).mean())
+
+
+class Meter:
+    """Measures KL to BF16 on the texts. BF16's likeliest tokens are computed once and read back batch by batch."""
+
+    def __init__(
+        self, model: Simulated, texts: Sequences, scratch: Path, done: Results, job: Mapping[str, Any]
+    ) -> None:
+        self._model, self._texts, self._scratch, self._done = model, texts, scratch, done
+        self._runner = Causal(model.model, job["batch_tokens"])
+        self._count, self._total = 0, len(_wanted(job)) + 1 if job["budget"] is None else None
+        reference = scratch / "bf16"
+        reference.mkdir()
+        watched: AbstractContextManager[dict[str, float]] = nullcontext({}) if done.output_errors else model.watched()
+        with watched as errors:
+            told = self._score("BF16", reference, top=0 if job["proxy"] else job["top"])
+        self._reference, self.tokens = reference, told["tokens"]
+        if errors:
+            done.add(output_errors=errors, tokens=self.tokens)
+
+    def kl(self, name: str, groups: Sequence[str], cache: bool, label: str = "") -> float:
+        """Mean KL(BF16 || these groups quantized) in nats a token, from the results or measured now."""
+        self._count += 1
+        if name not in self._done:
+            with self._model.quantized(groups, cache), tempfile.TemporaryDirectory(dir=self._scratch) as directory:
+                self._score(label or name, Path(directory), reference=self._reference)
+                kl = np.load(f"{directory}/kl.npy").mean(dtype=np.float64)
+                same = np.load(f"{directory}/best.npy") == np.load(self._reference / "best.npy")
+            if not math.isfinite(kl):
+                raise IntegrityError(f"NaN or Inf came up with {name} quantized.", cure="Calibrate on other texts.")
+            self._done.add(name=name, kl=float(kl), agreement=float(same.mean()))
+        return self._done[name]["kl"]
+
+    def _score(self, label: str, directory: Path, **how: Any) -> dict[str, Any]:
+        step = self._count
+
+        def tell(done: int, total: int) -> None:
+            of = None if self._total is None else self._total * total
+            emit(progress={"label": label, "done": step * total + done if of else done, "total": of or total})
+
+        return score_set(self._runner, self._texts, directory, progress=tell, **how)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv))

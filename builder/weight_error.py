@@ -1,0 +1,57 @@
+"""How much NVFP4 changes the weights of each linear layer, straight from a model's files. Imports torch.
+
+The cheap stand-in for a measured loss where a model is too large to run: tensor by tensor, never the model in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from builder import nvfp4
+from builder.keep_bf16 import FUSED
+from builder.safetensors_io import Tensors
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def weight_errors(
+    files: Sequence[Path],
+    groups: Mapping[str, Sequence[str]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Of each group ||W - quantized W|| / ||W||, in the Frobenius norm over all its modules."""
+    tensors = Tensors(files[0].parent, files)
+    found = {}
+    for done, (group, modules) in enumerate(groups.items()):
+        progress(done, len(groups))
+        found[group] = _group_error(tensors, modules)
+    progress(len(groups), len(groups))
+    return found
+
+
+def _group_error(tensors: Tensors, modules: Sequence[str]) -> float:
+    """What is multiplied as one has one global scale, the largest (of q, k and v; of gate and up)."""
+    names = [f"{module}.weight" for module in modules]
+    amaxes = [_load(tensors, name).abs().amax() for name in names]
+    fused = all(module.rpartition(".")[2] in FUSED and ".experts." not in module for module in modules)
+    error = whole = 0.0
+    for name, own in zip(names, amaxes, strict=True):
+        amax = torch.stack(amaxes).amax() if fused else own
+        if amax == 0:
+            continue
+        weight = _load(tensors, name)
+        back = nvfp4.dequantize(*nvfp4.quantize(weight, nvfp4.scale_of(amax)), torch.float32)
+        error += float((back - weight.float()).double().pow(2).sum())
+        whole += float(weight.double().pow(2).sum())
+        tensors.release(name)
+    return math.sqrt(error / whole) if whole else 0.0
+
+
+def _load(tensors: Tensors, name: str) -> Tensor:
+    info = tensors[name]
+    return torch.frombuffer(bytearray(tensors.data(name)), dtype=DTYPES[info.dtype]).reshape(info.shape)
