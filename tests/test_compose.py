@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from test_serve import one_model
 
 from builder import cli, containers, recipe
 from builder.output import Output
-from builder.serve import serve
+from builder.serve import answers_ok, serve
 
 COMPOSE = yaml.safe_load(Path("docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
@@ -96,6 +97,9 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """The metrics of the Triton server here."""
     models = one_model(tmp_path_factory.mktemp("metrics") / "models")
     with serve(models, out=Output("quiet")) as server:
+        deadline = time.monotonic() + 60
+        while not answers_ok(server.metrics_url, "/metrics") and time.monotonic() < deadline:
+            time.sleep(0.05)  # Triton opens this port last, after it said that it is ready
         text = urllib.request.urlopen(f"http://{server.metrics_url}/metrics").read().decode()
     return set(re.findall(r"^# TYPE (\S+)", text, re.M))
 
