@@ -35,6 +35,7 @@ SOURCES = (
     "builder/calibrate.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/guards.py",
     "builder/reference",
     "builder/nvfp4.py",
     "builder/ranks.py",

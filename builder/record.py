@@ -41,13 +41,13 @@ def write(
     link: Path,
     store: Store,
 ) -> Path:
-    """Writes the record of the build that `link` now names; `store.done` are its stages."""
-    [repository] = [done.path for done in store.done if done.stage == "repository"]
+    """Writes the record of the build that `link` now names, whose stages are in `store.done`."""
+    stages = {done.stage: done for done in store.done}  # of a store that built twice, the last
     memory = fit_change.judge(model, fit.serving(resolved, settings), resolved, fit.machine(store.root)).memory
     record = {
         "format": FORMAT,
         "name": link.name,
-        "repository": str(repository.relative_to(store.root)),
+        "repository": str(stages["repository"].path.relative_to(store.root)),
         "written": round(time.time(), 3),
         "versions": {"trtllm-builder": __version__, "python": platform.python_version()},
         "command": command(resolved, _commits(store)),
@@ -60,7 +60,7 @@ def write(
         "memory": [{**asdict(card), "fits": card.fits} for card in memory],
         "stages": [
             {"stage": done.stage, "key": done.manifest["key"], "path": str(done.path.relative_to(store.root))}
-            for done in store.done
+            for done in stages.values()
         ],
     }
     path = store.root / DIRECTORY / f"{link.name}.json"

@@ -316,15 +316,15 @@ def _command(
 
 
 def _wait_until_ready(server: Server, models: Path, deadline: float) -> None:
-    """Until the server and each of its models say that they are ready."""
-    paths = ready_paths(models)
-    while paths:
+    """Until the server and each of its models say that they are ready, and its metrics port, opened last, answers."""
+    asked = [*((server.http_url, path) for path in ready_paths(models)), (server.metrics_url, "/metrics")]
+    while asked:
         if server.child.poll() is not None:
             raise _failure(f"Triton ended with {_how(server.child.returncode)} before it was ready.", server.log)
         if time.monotonic() > deadline:
             raise _failure("Triton is not ready in time.", server.log)
-        if answers_ok(server.http_url, paths[0]):
-            paths.pop(0)
+        if answers_ok(*asked[0]):
+            asked.pop(0)
         else:
             time.sleep(0.05)
 
