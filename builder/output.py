@@ -11,7 +11,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from builder.errors import BuilderError
 
 Mode = Literal["human", "json", "quiet"]
 
@@ -135,6 +138,14 @@ class Output:
         """The one object of --json."""
         if self.mode == "json":
             print(json.dumps(data, indent=2, sort_keys=False, default=str))
+
+
+def print_error(error: BuilderError) -> None:
+    """What, why and what to type next, on stderr; in every mode."""
+    print(f"error: {error.what}", file=sys.stderr)
+    for part in (error.why, error.cure):
+        for line in part.splitlines():
+            print(f"  {line}", file=sys.stderr)
 
 
 def size(n: float) -> str:

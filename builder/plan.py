@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, probe_answers, trtllm
+from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, preflight, probe_answers, trtllm
 from builder.errors import BuilderError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
@@ -35,7 +35,7 @@ class Plan:
     resolved: Resolved
     stages: list[tuple[str, str, str]]
     sizes: Sizes
-    settings: pipeline.Settings
+    settings: preflight.Settings
     notes: list[trtllm.Note]
     command: list[str] | None
     placeholder: str | None
@@ -52,23 +52,23 @@ class Plan:
 
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
-    model = pipeline.read_model(resolved.recipe.model, store)
+    model = preflight.read_model(resolved.recipe.model, store)
     answers = probe_answers.answers(resolved, store.root)
-    settings = pipeline.check_model(resolved, model.config, layouts=True, answers=answers)
-    model = pipeline.keep_patterns(resolved, model, settings)
+    settings = preflight.check_model(resolved, model.config, layouts=True, answers=answers)
+    model = preflight.keep_patterns(resolved, model, settings)
     blocked = refusal = None
     try:
-        pipeline.check_machine(resolved)
+        preflight.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    notes = pipeline.notes(resolved, model.config, answers)
+    notes = preflight.notes(resolved, model.config, answers)
     done, first = pipeline.stored(resolved, store)
     stages = _stages(resolved, done, first)
     selection = next((artefact for artefact in done if artefact.stage == "selection"), None)
     if selection is not None:
-        model = pipeline.with_chosen(model, selection.facts["modules"])
+        model = preflight.with_chosen(model, selection.facts["modules"])
     asked, host = fit.serving(resolved, settings), fit.machine(store.root)
-    sizes = pipeline.sizes(resolved, model, settings)
+    sizes = preflight.sizes(resolved, model, settings)
     price = fit.price_of_kept(model, asked)
     open_choice = resolved.recipe.quantization.kept_budget is not None and selection is None
     command, placeholder = _command(resolved, model.config, answers, store, done)
@@ -77,7 +77,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         remaining = [stage for stage, state, _ in stages if state != "cached"]
-        refusal = pipeline.host_refusal(resolved, model, sizes, host, remaining)
+        refusal = preflight.host_refusal(resolved, model, sizes, host, remaining)
     refusal = verdict.refusal or refusal
     return Plan(
         resolved,
@@ -215,7 +215,7 @@ def show(found: Plan, out: Output) -> None:
     if found.model_yaml:
         out.text(found.model_yaml.rstrip())
     for note in found.notes:
-        if note.rule == pipeline.FP8_KV:
+        if note.rule == preflight.FP8_KV:
             out.warn(note.text)
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
@@ -248,7 +248,7 @@ def show(found: Plan, out: Output) -> None:
 def show_command(found: Plan, out: Output) -> None:
     """The trtllm-build command alone, ready to paste. With --json also as words, and the word still to be filled in."""
     if found.model_yaml:
-        raise pipeline.no_engine()
+        raise preflight.no_engine()
     none = None if found.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
     shell = []
     if found.command:

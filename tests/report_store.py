@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder import pipeline, recipe, record
+from builder import preflight, recipe, record
 from builder.fetch import fetch
 from builder.output import Output
 from builder.store import Artefact, Store
@@ -57,7 +57,7 @@ def build(
     versions = {"torch": "2.13.0", "nvidia-modelopt": "0.47.0"}
     ingredients = {**made_from, "quantization": quantization, "seq_len": 512, "libraries": versions}
     checkpoint = _stage(store, "checkpoint", ingredients, facts, "unified/model.safetensors", 6_877_752)
-    flags = pipeline.check_model(resolved, snapshot.config, layouts=True)
+    flags = preflight.check_model(resolved, snapshot.config, layouts=True)
     engine = _stage(
         store,
         "engine",
@@ -75,9 +75,9 @@ def build(
     name.parent.mkdir(exist_ok=True)
     name.symlink_to(repository.path)
     if recorded:
-        facts_of_model = pipeline.read_model(resolved.recipe.model, store)
-        sizes = pipeline.sizes(resolved, facts_of_model, flags)
-        known = pipeline.notes(resolved, facts_of_model.config)
+        facts_of_model = preflight.read_model(resolved.recipe.model, store)
+        sizes = preflight.sizes(resolved, facts_of_model, flags)
+        known = preflight.notes(resolved, facts_of_model.config)
         record.write(resolved, flags, known, facts_of_model, sizes, link=name, store=store)
     return name
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from builder import checkpoint, fit, inspection, keep_bf16, pipeline, ranks, recipe, trtllm
+from builder import checkpoint, fit, inspection, keep_bf16, preflight, ranks, recipe, trtllm
 from builder.calibrate import calibrate
 from builder.checkpoint import Checkpoint
 from builder.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
@@ -308,9 +308,9 @@ def test_attentions_output_is_kept_only_where_the_kernel_can_do_without_its_scal
     config = {**model.config, "head_dim": 128}
     if refused:
         with pytest.raises(UnsupportedError, match=refused):
-            pipeline.keep_patterns(resolved, model, trtllm.resolve(resolved, config))
+            preflight.keep_patterns(resolved, model, trtllm.resolve(resolved, config))
     else:
-        assert len(pipeline.keep_patterns(resolved, model, trtllm.resolve(resolved, config)).kept) == 6
+        assert len(preflight.keep_patterns(resolved, model, trtllm.resolve(resolved, config)).kept) == 6
 
 
 def test_norm_quant_fusion_takes_every_layer_for_quantized() -> None:

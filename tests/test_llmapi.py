@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_plan import dense, sparse
 
-from builder import explain, gpus, llmapi, llmapi_facts, llmapi_repository, pipeline, recipe
+from builder import explain, gpus, llmapi, llmapi_facts, llmapi_repository, preflight, recipe
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.llmapi import Argument
 
@@ -216,7 +216,7 @@ def test_presets_speak_to_every_target() -> None:
 def test_other_targets_have_no_llm_arguments(target: str) -> None:
     asked = resolved("llmapi.args.stream_interval=4", target=target)
     with pytest.raises(UsageError, match="does not use"):
-        pipeline.check_model(asked, QWEN3_8B, layouts=False)
+        preflight.check_model(asked, QWEN3_8B, layouts=False)
 
 
 def test_a_batch_larger_than_an_iteration_is_refused() -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder import checkpoint, cli, engine, fit, fit_change, pipeline, ranks, recipe
+from builder import checkpoint, cli, engine, fit, fit_change, pipeline, preflight, ranks, recipe
 from builder.errors import UnsupportedError
 from builder.fit import Machine, ModelFacts, Serving
 from builder.gpus import Seen
@@ -348,7 +348,7 @@ def test_calibrating_in_more_memory_than_there_is_is_refused(
 ) -> None:
     long = asked(**{"calibration.seq_len": 10**9, "calibration.batch_size": 4})
     store = Store(tmp_path / "out", Output("human"))
-    model = pipeline.read_model(long.recipe.model, store)
+    model = preflight.read_model(long.recipe.model, store)
     needed = fit.calibration_memory(model, 4 * 10**9)
     this_machine(monkeypatch, memory=needed - 1)
     with pytest.raises(UnsupportedError, match="Calibrating takes about") as caught:
@@ -357,14 +357,14 @@ def test_calibrating_in_more_memory_than_there_is_is_refused(
     assert not list(tmp_path.glob("out/snapshot/[0-9a-f]*"))
     # less free than that, but enough in all, is a warning; and what is made already needs none
     this_machine(monkeypatch, memory=needed, free=needed - 1)
-    pipeline.check_fit(long, model, pipeline.check_model(long, model.config, layouts=True), store)
+    preflight.check_fit(long, model, preflight.check_model(long, model.config, layouts=True), store)
     assert "warning     calibrating takes about" in capsys.readouterr().err
-    found = pipeline.sizes(long, model, pipeline.check_model(long, model.config, layouts=True))
+    found = preflight.sizes(long, model, preflight.check_model(long, model.config, layouts=True))
     host = Machine(10**15, needed - 1, needed - 1)
-    assert pipeline.host_refusal(long, model, found, host, ["engine", "repository"]) is None
-    assert pipeline.host_refusal(long, model, found, host, ["checkpoint"])
-    monkeypatch.setattr(pipeline, "gpus", lambda: ["NVIDIA GeForce RTX 5090"])
-    assert pipeline.host_refusal(long, model, found, host, ["checkpoint"]) is None
+    assert preflight.host_refusal(long, model, found, host, ["engine", "repository"]) is None
+    assert preflight.host_refusal(long, model, found, host, ["checkpoint"])
+    monkeypatch.setattr(preflight, "gpus", lambda: ["NVIDIA GeForce RTX 5090"])
+    assert preflight.host_refusal(long, model, found, host, ["checkpoint"]) is None
 
 
 @settings(max_examples=50, deadline=None)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rules import FREE, LLAMA, MODELS, QWEN3_8B, notes_of
 
-from builder import fit, pipeline, probe, probe_answers, probe_model, recipe, trtllm, trtllm_answers
+from builder import checkpoint, fit, probe, probe_answers, probe_model, recipe, trtllm, trtllm_answers
 from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.trtllm_answers import FAILS, UNKNOWN, WORKS, Answer, Probe
 
@@ -111,7 +111,7 @@ def test_the_two_layer_model_is_one_that_runs(architecture: str, head_size: int,
 
     config = probe_model.config(architecture=architecture, head_size=head_size)
     layout = probe_model.write_checkpoint(config, tmp_path, fp8_kv=fp8_kv)
-    pipeline.checkpoints.architecture(config)
+    checkpoint.architecture(config)
     model = ReferenceModel.load(layout)
     logits = model.forward(torch.arange(1, 40), model.new_cache())
     assert bool(torch.isfinite(logits).all())

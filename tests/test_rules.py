@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder import engine, gpus, pipeline, recipe, trtllm, trtllm_facts, trtllm_rules
+from builder import engine, gpus, preflight, recipe, trtllm, trtllm_facts, trtllm_rules
 from builder.errors import BuilderError, UnsupportedError, UsageError
 from builder.trtllm_rules import Flag, Subject
 
@@ -133,7 +133,7 @@ def test_pp_reduce_scatter_is_for_mixtral() -> None:
 @covers("R07")
 def test_an_unknown_architecture_is_refused_before_any_work() -> None:
     with pytest.raises(UnsupportedError, match="GPT9ForCausalLM has no TensorRT-LLM layout"):
-        pipeline.check_model(resolved(), {**QWEN3_8B, "architectures": ["GPT9ForCausalLM"]}, layouts=True)
+        preflight.check_model(resolved(), {**QWEN3_8B, "architectures": ["GPT9ForCausalLM"]}, layouts=True)
 
 
 @covers("R09")

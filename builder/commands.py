@@ -1,0 +1,377 @@
+"""What each command does: call, then print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.errors import EvaluationError, ServingError, UnsupportedError, UsageError
+from builder.output import Output, print_error, seconds, size
+from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS
+
+if TYPE_CHECKING:
+    from builder.evaluate import Evaluation
+    from builder.pipeline import Built
+    from builder.recipe import Resolved
+    from builder.repository import Repository
+    from builder.serve import Server
+    from builder.serve_container import ContainerServer
+    from builder.smoke import SmokeReport
+    from builder.store import Store
+
+# The stages by the names that people use for --force and --from; the values are the store's.
+STAGE_NAMES = {
+    "fetch": "snapshot",
+    "calibrate": "calibration",
+    "quantize": "checkpoint",
+    "split": "ranks",
+    "engine": "engine",
+    "render": "repository",
+    "smoke": "smoke",
+}
+
+
+def _resolve(arguments: argparse.Namespace) -> Resolved:
+    from builder import recipe
+
+    values = vars(arguments)
+    keys = ["model.trust_remote_code", "evaluation.compare_kv"]
+    keys += [key for _, key, _, _ in (*RECIPE_FLAGS, *LIST_FLAGS)]
+    flags = {key: values[key] for key in keys if values.get(key) is not None}
+    if "all" in flags.get("evaluation.runners", ()):
+        flags["evaluation.runners"] = recipe.RUNNERS
+    return recipe.resolve(flags, sets=arguments.set, recipe_file=arguments.recipe, preset=arguments.preset)
+
+
+def run_build(arguments: argparse.Namespace, out: Output) -> int:
+    """build, and the commands that stop earlier."""
+    if getattr(arguments, "dry_run", False):
+        return run_plan(arguments, out)
+    resolved = _resolve(arguments)
+    from builder import doctor, pipeline
+    from builder.smoke import SmokeFailed
+    from builder.store import STAGES, Store
+
+    force = {STAGE_NAMES[name] for name in arguments.force}
+    if arguments.start:
+        force |= set(STAGES[STAGES.index(STAGE_NAMES[arguments.start]) :])
+    until = STAGE_NAMES.get(arguments.command, "smoke")
+    if getattr(arguments, "no_smoke", False):
+        until = "repository"
+    if os.environ.get(doctor.INSIDE) and "engine" in STAGES[: STAGES.index(until) + 1]:
+        asked = resolved.recipe
+        doctor.require(resolved.gpu, asked.engine.tensorrt_llm, arguments.output, target=asked.target)
+    store = Store(arguments.output, out, force=sorted(force))
+    try:
+        with store.in_use():
+            built = pipeline.build(resolved, store, until=until)
+    except SmokeFailed as failed:
+        _write_junit(failed.report, arguments)
+        raise
+    if built.smoke:
+        _write_junit(built.smoke, arguments)
+    _print_built(built, store, until, out)
+    return _judge(built.evaluation)
+
+
+def run_eval(arguments: argparse.Namespace, out: Output) -> int:
+    """Builds what is to be measured, as far as the store lacks it, and measures it."""
+    resolved = _resolve(arguments)
+    from builder import pipeline
+    from builder.evaluate import show
+    from builder.store import Store
+
+    store = Store(arguments.output, out)
+    with store.in_use():
+        found = pipeline.measure(resolved, store)
+    show(found, out)
+    out.text(f"kept       {found.path / 'evaluation.json'}")
+    return _judge(found)
+
+
+def _judge(found: Evaluation | None) -> int:
+    """The exit code; what failed goes to stderr, for the one object of --json is printed already."""
+    try:
+        if found:
+            found.check()
+    except EvaluationError as error:
+        print_error(error)
+        return error.exit_code
+    return 0
+
+
+def run_sensitivity(arguments: argparse.Namespace, out: Output) -> int:
+    """Measures each group of layers by itself."""
+    resolved = _resolve(arguments)
+    from builder import pipeline
+    from builder.sensitivity import show
+    from builder.store import Store
+
+    store = Store(arguments.output, out)
+    with store.in_use():
+        found = pipeline.measure_layers(resolved, store, proxy=arguments.proxy)
+    show(found, _again("quantize", arguments), out)
+    return 0
+
+
+def _again(name: str, arguments: argparse.Namespace) -> list[str]:
+    """Another command with the recipe and the output of this one."""
+    values = vars(arguments)
+    words = ["builder", name]
+    for option, key, *_ in RECIPE_FLAGS:
+        words += [option, str(values[key])] if values[key] is not None else []
+    lists = [*((option, values[key]) for option, key, *_ in LIST_FLAGS), ("--set", arguments.set)]
+    words += [word for option, found in lists for value in found or () for word in (option, value)]
+    for option, value in (
+        ("--recipe", arguments.recipe),
+        ("--preset", arguments.preset),
+        ("--output", arguments.output),
+    ):
+        words += [option, str(value)] if value is not None else []
+    return [*words, "--trust-remote-code"] if values["model.trust_remote_code"] else words
+
+
+def _write_junit(report: SmokeReport, arguments: argparse.Namespace) -> None:
+    from builder.smoke import write_junit
+
+    if getattr(arguments, "junit", None):
+        write_junit(report, arguments.junit)
+
+
+def _print_built(built: Built, store: Store, until: str, out: Output) -> None:
+    last = store.done[-1]
+    out.result(
+        {
+            "path": str(last.path),
+            "repository": str(built.link) if built.link else None,
+            "stages": [
+                {
+                    "stage": done.stage,
+                    "key": done.manifest["key"],
+                    "path": str(done.path),
+                    "cached": done.cached,
+                    "seconds": done.manifest["seconds"],
+                }
+                for done in store.done
+            ],
+            "smoke": built.smoke.as_dict() if built.smoke else None,
+            "evaluation": built.evaluation.as_dict() if built.evaluation else None,
+        }
+    )
+    if all(done.cached for done in store.done):
+        out.info("nothing to do: every stage was found in the store")
+    if built.evaluation:
+        from builder.evaluate import show_tables
+
+        show_tables(built.evaluation, out)
+    if built.smoke and built.smoke.sample:
+        out.text(f"prompt     {built.smoke.sample.prompt!r}")
+        out.text(f"answer     {built.smoke.sample.answer!r}")
+    if built.link is None:
+        out.text(str(last.path))
+        return
+    out.text(f"repository {built.link}" + ("" if until == "smoke" else "  (not served, not tested)"))
+    out.text(f"next       builder serve {built.link}")
+
+
+def run_plan(arguments: argparse.Namespace, out: Output) -> int:
+    """What a build would do, or the command that `engine` would run. Exit code 3 after it, where it would not fit."""
+    resolved = _resolve(arguments)
+    from builder import plan
+    from builder.store import Store
+
+    found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
+    (plan.show_command if arguments.command == "engine" else plan.show)(found, out)
+    if found.refusal:
+        print_error(found.refusal)
+        return found.refusal.exit_code
+    return 0
+
+
+def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
+    """The checkpoint's gate, on any checkpoint."""
+    from builder.inspection import inspect
+
+    inspection = inspect(arguments.path)
+    out.table("checkpoint", ["", "value"], inspection.summary.items())
+    out.result(inspection.facts())
+    inspection.check()
+    out.info("no problem found")
+    return 0
+
+
+def run_serve(arguments: argparse.Namespace, out: Output) -> int:
+    """In the foreground, until it is told to stop (which is no failure) or dies (which is one)."""
+    from builder.serve import stop_at_eof
+
+    repository = _repository(arguments)
+    if arguments.until_eof:
+        stop_at_eof()
+    with _server(arguments, repository, out) as server:
+        out.result({"http": server.http_url, "grpc": server.grpc_url, "metrics": server.metrics_url, "pid": server.pid})
+        out.text(f"http       {server.http_url}")
+        out.text(f"grpc       {server.grpc_url}")
+        out.text(f"metrics    {server.metrics_url}")
+        out.text(f"try        {_curl(server.http_url, repository.facts)}")
+        sys.stdout.flush()
+        try:
+            code = server.wait()
+        except KeyboardInterrupt:
+            out.info("stopping; answers that are under way are finished")
+            return 0
+    raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
+
+
+def _curl(url: str, facts: Mapping[str, Any]) -> str:
+    tokens = facts.get("names", {}).get("max_tokens", "max_tokens")
+    body = f'{{"text_input": "Return the number of", "{tokens}": 32}}'
+    return f"curl -s http://{url}/v2/models/{facts['models']['generate']}/generate -d '{body}'"
+
+
+def _repository(arguments: argparse.Namespace) -> Repository:
+    from builder import repository
+
+    named = os.environ.get("MODEL_REPOSITORY")
+    return repository.open_repository(arguments.repository or repository.find(arguments.output, named))
+
+
+def _server(
+    arguments: argparse.Namespace, repository: Repository, out: Output
+) -> AbstractContextManager[Server | ContainerServer]:
+    """A server for it, here or in a container."""
+    if arguments.container:
+        from builder.serve_container import serve_container
+
+        follow = arguments.command == "serve" and not arguments.quiet
+        return serve_container(repository, out=out, image=arguments.image, follow_log=follow, **_where(arguments))
+    from builder.serve import followed_log, serve
+
+    log = followed_log() if getattr(arguments, "follow_log", False) else None
+    return serve(repository.models, out=out, log=log, **_where(arguments))
+
+
+def _where(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(arguments, key) for key in ("host", "http_port", "grpc_port", "metrics_port")}
+
+
+def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
+    """A repository served, tested and stopped."""
+    from builder.smoke import smoke
+
+    if bool(arguments.http) != bool(arguments.grpc):
+        raise UsageError("A running server is asked on both its ports.", cure="--http HOST:PORT --grpc HOST:PORT")
+    repository = _repository(arguments)
+    if arguments.http:
+        report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
+    else:
+        with _server(arguments, repository, out) as server:
+            report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
+    _write_junit(report, arguments)
+    rows = [("ok" if c.passed else "FAILED", c.name, seconds(c.seconds), c.detail) for c in report.checks]
+    out.table("smoke test", ["", "check", "time", "detail"], rows)
+    out.result(report.as_dict())
+    report.check()
+    return 0
+
+
+def run_report(arguments: argparse.Namespace, out: Output) -> int:
+    """The page, the card and the table's rows, from manifests and the build record."""
+    from builder import report_page
+
+    report_page.publish(arguments.repository, out, page=arguments.html, card=arguments.markdown, table=arguments.csv)
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace, out: Output) -> int:
+    """Every file of the store against its sha256."""
+    from builder import store
+
+    found = store.verify(_existing(arguments.output), out)
+    out.result({"artefacts": found})
+    store.check_integrity(found)
+    out.text(f"{len(found)} artefacts are what was made")
+    return 0
+
+
+def run_clean(arguments: argparse.Namespace, out: Output) -> int:
+    """Removes what nothing needs."""
+    from builder import record
+    from builder.store import Store, prune
+
+    root = _existing(arguments.output)
+    links = [path for path in sorted((root / "models").glob("*")) if path.is_symlink()]
+    with Store(root, out).in_use(exclusive=True):
+        if arguments.all and not arguments.dry_run:
+            for link in links:
+                link.unlink()
+        keep = set() if arguments.all else {link.resolve() for link in links}
+        removed, freed = prune(root, keep, dry=arguments.dry_run)
+        removed += record.prune(root, gone=removed, dry=arguments.dry_run)
+    out.result({"removed": [str(path) for path in removed], "bytes": freed})
+    for path in removed:
+        out.text(str(path))
+    out.info(f"{'would free' if arguments.dry_run else 'freed'} {size(freed)}")
+    return 0
+
+
+def _existing(root: Path) -> Path:
+    if not root.is_dir():
+        raise UsageError(f"There is nothing at {root}.", cure="Name the directory that a build wrote: --output DIR")
+    return root.resolve()
+
+
+def run_probe(arguments: argparse.Namespace, out: Output) -> int:
+    """The card's answers to what the tables leave in doubt. Exit code 1 where a question stayed without one."""
+    from builder import probe
+    from builder.store import Store
+
+    store = Store(arguments.output, out)
+    limit = arguments.time_limit or probe.TIME_LIMIT
+    asking = probe.session(arguments.gpu, store, limit=limit, force=arguments.force)
+    with store.in_use():
+        found = probe.run(asking, probe.questions(asking, arguments.only))
+    probe.show(asking, found)
+    if open_ones := probe.unanswered(found):
+        print_error(open_ones)
+        return open_ones.exit_code
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace, out: Output) -> int:
+    """Exit code 3 if something does not fit."""
+    from builder import containers, doctor, recipe
+
+    version = recipe.Engine().tensorrt_llm
+    checks = doctor.examine(doctor.profile(arguments.gpu), version, arguments.output)
+    return 0 if doctor.show(checks, containers.newest(version), out) else UnsupportedError.exit_code
+
+
+def run_gpus(arguments: argparse.Namespace, out: Output) -> int:
+    """The profiles, what runs on them and the cards behind them."""
+    from builder import gpus
+
+    gpus.show(out)
+    return 0
+
+
+def run_explain(arguments: argparse.Namespace, out: Output) -> int:
+    """One flag of trtllm-build, in every version."""
+    from builder import explain
+
+    explain.show(explain.explain(arguments.flag), out)
+    return 0
+
+
+def run_schema(arguments: argparse.Namespace, out: Output) -> int:
+    """The schema, as configs/recipe.schema.json holds it."""
+    import json
+
+    from builder import recipe
+
+    print(json.dumps(recipe.schema(), indent=2))
+    return 0

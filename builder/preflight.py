@@ -1,0 +1,174 @@
+"""What can be refused or said before any work: the target on this machine, the model by its config.json, what fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from builder import checkpoint as checkpoints
+from builder import engine, fit, fit_change, keep_bf16, kv_safety, llmapi, ranks, trtllm
+from builder.errors import UnsupportedError, UsageError
+from builder.fetch import check_directory, local_directory, read_headers
+from builder.fit import Machine, ModelFacts, Sizes
+from builder.output import size
+from builder.quantize.modelopt import gpus
+from builder.recipe import Model, Resolved
+from builder.safetensors_io import read_header
+from builder.store import STAGES, Store
+from builder.trtllm_answers import Answer
+
+# trtllm-build's flags, or the LLM arguments of the llmapi target: both have name, value, reason and source.
+Settings = Sequence[trtllm.Flag] | Sequence[llmapi.Argument]
+
+FP8_KV = "FP8 KV cache"  # the note that is a warning
+
+
+def no_engine() -> UsageError:
+    """Where an engine, or the command that builds it, was asked of the llmapi target."""
+    return UsageError(
+        "The llmapi target has no engine: the checkpoint is loaded as it is.",
+        cure="As far as the repository: `builder render`.",
+    )
+
+
+def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
+    """Whether this machine has what the target needs, before the first expensive byte."""
+    if resolved.recipe.target != "llmapi":
+        engine.check_machine(resolved, serving=serving)
+    elif serving:
+        llmapi.check_machine(resolved)
+
+
+def check_model(
+    resolved: Resolved, config: Mapping[str, Any], *, layouts: bool, answers: Sequence[Answer] = ()
+) -> Settings:
+    """The target's settings for a model by its config.json, and what cards answered to probes (probe_answers).
+
+    With `layouts` also that the target can load it.
+    """
+    asked = resolved.recipe
+    if asked.target == "llmapi":
+        if layouts:
+            llmapi.check_model(resolved, config)
+        return llmapi.resolve(resolved, config)
+    if asked.llmapi.args:
+        raise UsageError(
+            f"llmapi.args are arguments of TensorRT-LLM's LLM class, which the {asked.target} target does not use.",
+            cure="--target llmapi, or leave them out.",
+        )
+    if layouts:
+        checkpoints.architecture(config)
+        checkpoints.rope(config)
+        inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
+        ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
+    return trtllm.resolve(resolved, config, answers)
+
+
+def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[trtllm.Note]:
+    """What a user should know before building this model for this target, and a reader of the report after it."""
+    risk = kv_safety.warning(config, resolved.recipe.quantization.kv_cache_dtype)
+    known = [trtllm.Note(FP8_KV, risk)] if risk else []
+    if resolved.recipe.target == "llmapi":
+        return known + llmapi.notes(resolved, llmapi.resolve(resolved, config))
+    flags = trtllm.resolve(resolved, config, answers)
+    return known + trtllm.notes(resolved, config, flags, answers) + trtllm.window_notes(config, flags)
+
+
+def keep_patterns(resolved: Resolved, model: ModelFacts, flags: Settings) -> ModelFacts:
+    """The model with the layers that the recipe leaves in BF16. UsageError or UnsupportedError where it can't."""
+    patterns = resolved.recipe.quantization.kept_patterns
+    model = replace(model, kept=keep_bf16.keep(patterns, keep_bf16.linears(model.tensors)))
+    check_kept(resolved, model, flags)
+    return model
+
+
+def with_chosen(model: ModelFacts, modules: Sequence[str]) -> ModelFacts:
+    """The model with these layers kept in BF16 too."""
+    kept = {*model.kept, *modules}
+    return replace(model, kept=tuple(name for name in keep_bf16.linears(model.tensors) if name in kept))
+
+
+def check_kept(resolved: Resolved, model: ModelFacts, flags: Settings) -> None:
+    """UnsupportedError if ranks or engine could not have the kept layers in BF16."""
+    asked = resolved.recipe
+    keep_bf16.check_split(model.kept, model.config, ranks.Parallel(asked.engine.tp, asked.engine.pp))
+    if asked.target == "engine":
+        keep_bf16.check_flags(model.kept, {flag.name: flag.value for flag in flags})
+
+
+def check_gate(resolved: Resolved, flags: Settings) -> None:
+    """UsageError, before anything is built, for a gate on a served model that will return no logits to judge by."""
+    recipe = resolved.recipe
+    if not recipe.evaluation.limits or "served" not in recipe.evaluation.runners:
+        return
+    what = "The gate asks for the served model's perplexity, and it would return no logits of a prompt."
+    if recipe.target == "llmapi":
+        raise UsageError(what, why="The llmapi target has no input that asks for them.", cure="--runner checkpoint")
+    if not any(flag.name == "gather_context_logits" and flag.value in ("enable", "") for flag in flags):
+        raise UsageError(
+            what,
+            why="trtllm-build leaves them out unless gather_context_logits is on.",
+            cure="Add --set engine.flags.gather_context_logits=enable, or judge what is on disk: --runner checkpoint",
+        )
+
+
+def check_fit(
+    resolved: Resolved, model: ModelFacts, flags: Settings, store: Store, *, made: Callable[[], list[str]] = list
+) -> None:
+    """UnsupportedError with the smallest change that would fit on the card, or if what is still to be made finds no
+    room on the disk or in this machine's memory. `made` tells the stages that are in the store."""
+    host, here = fit.machine(store.root), gpus()
+    verdict = fit_change.judge(model, fit.serving(resolved, flags), resolved, host, here)
+    if verdict.refusal:
+        raise verdict.refusal
+    found = sizes(resolved, model, flags)
+    tight = not here and found.calibration_memory > host.available
+    if not tight and found.artefacts <= host.disk:
+        return
+    there = made()
+    remaining = [stage for stage in STAGES if stage not in there]
+    if refusal := host_refusal(resolved, model, found, host, remaining):
+        raise refusal
+    if tight and "checkpoint" in remaining:
+        needs, free = size(found.calibration_memory), size(host.available)
+        store.out.warn(f"calibrating takes about {needs}, and of this machine's memory {free} are free now")
+
+
+def host_refusal(
+    resolved: Resolved, model: ModelFacts, found: Sizes, host: Machine, remaining: Sequence[str]
+) -> UnsupportedError | None:
+    """Whether the stages that remain find no room on this machine: its disk, or its memory where no GPU calibrates."""
+    missing = sum(found.disk.get(stage, 0) for stage in remaining if stage != "snapshot")
+    if refusal := fit_change.disk_refusal(found, host, missing):
+        return refusal
+    if "checkpoint" not in remaining or gpus():
+        return None
+    return fit_change.calibration_refusal(model, resolved.recipe.calibration, host)
+
+
+def sizes(resolved: Resolved, model: ModelFacts, flags: Settings) -> Sizes:
+    """Of this recipe's model, checkpoint, ranks and engine."""
+    rows = resolved.recipe.calibration
+    local = local_directory(resolved.recipe.model) is not None
+    tokens = rows.batch_size * rows.seq_len
+    return fit.sizes(model, fit.serving(resolved, flags), calibration_tokens=tokens, local=local)
+
+
+def read_model(model: Model, store: Store) -> ModelFacts:
+    """config.json and tensor headers: from the directory, or from the Hub by ranged reads."""
+    directory = local_directory(model)
+    if directory is None:
+        return ModelFacts(*read_headers(model, store=store))
+    files = check_directory(directory, trust_remote_code=model.trust_remote_code)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return headers(directory, config, files)
+
+
+def headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -> ModelFacts:
+    """A model's facts by its config.json and what its safetensors files begin with."""
+    shards = [directory / name for name in files if name.endswith(".safetensors")]
+    tensors = {name: (info.dtype, tuple(info.shape)) for file in shards for name, info in read_header(file).items()}
+    return ModelFacts(config, tensors)
