@@ -23,7 +23,7 @@ SERVICES = COMPOSE["services"]
 DOCKERFILE = Path("Dockerfile").read_text()
 DASHBOARD = json.loads(Path("docker/metrics/dashboards/triton.json").read_text())
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
-OURS = ["build", "triton", "smoke"]
+OURS = ["build", "eval", "triton", "smoke"]
 
 
 def test_the_default_base_is_the_newest_image_that_builds_and_serves() -> None:
@@ -52,12 +52,12 @@ def test_ours_run_as_the_caller_and_see_the_artefacts_at_one_path(name: str) -> 
     assert SERVICES[name]["user"] == "${PUID:-1000}:${PGID:-1000}"
     [artefacts] = [v for v in SERVICES[name]["volumes"] if not isinstance(v, str)]
     assert artefacts["target"] == "/artifacts"
-    assert artefacts.get("read_only", False) == (name != "build")
+    assert artefacts.get("read_only", False) == (name not in ("build", "eval"))
 
 
 def test_a_gpu_is_asked_for_by_what_needs_one_and_taken_back_for_the_cpu() -> None:
     asking = {name for name, service in SERVICES.items() if "deploy" in service}
-    assert asking == {"build", "triton"}
+    assert asking == {"build", "eval", "triton"}
     for name in asking:
         [device] = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
@@ -66,18 +66,19 @@ def test_a_gpu_is_asked_for_by_what_needs_one_and_taken_back_for_the_cpu() -> No
     assert set(cpu) == set(OURS)
     for name in asking:
         assert cpu[name]["deploy"] is cpu[name]["ulimits"] is None
-    assert text.count("!reset null") == 4
+    assert text.count("!reset null") == 6
 
 
 def test_the_commands_in_it_parse() -> None:
     for name in ("triton", "smoke"):
         assert cli.parser().parse_args(SERVICES[name]["command"]).run
-    assert SERVICES["build"]["entrypoint"] == ["builder", "build"]
+    for name in ("build", "eval"):
+        assert SERVICES[name]["entrypoint"] == ["builder", name]
 
 
 def test_no_token_comes_near_the_image() -> None:
     assert "TOKEN" not in DOCKERFILE
-    assert SERVICES["build"]["secrets"] == ["hf_token"]
+    assert {name for name in SERVICES if SERVICES[name].get("secrets") == ["hf_token"]} == {"build", "eval"}
     assert COMPOSE["secrets"] == {"hf_token": {"file": "${HF_TOKEN_FILE:-/dev/null}"}}
 
 

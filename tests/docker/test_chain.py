@@ -146,6 +146,18 @@ def test_the_artefacts_belong_to_the_caller(built: Path, environment: dict[str, 
     assert {(path.lstat().st_uid, path.lstat().st_gid) for path in root.rglob("*")} == {(USER, USER)}
 
 
+def test_what_it_cost_is_measured_on_what_was_built(built: Path, environment: dict[str, str]) -> None:
+    mounts = [f"{Path(MODEL).resolve()}:/models/tiny-qwen3:ro", f"{Path('tests/data/eval').resolve()}:/texts:ro"]
+    done = compose(
+        environment, "run", "--rm", "-T", *(word for mount in mounts for word in ("--volume", mount)), "eval",
+        "--model", "/models/tiny-qwen3", "--gpu", "cpu", "--calib-samples", "6", "--calib-seq-len", "64",
+        "--data", "/texts/prose.jsonl", "--set", "evaluation.texts=4", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint  found" in done.stderr  # nothing is calibrated again
+    assert set(json.loads(done.stdout)["measured"]) == {"bf16", "checkpoint"}
+
+
 def test_a_gpu_that_is_not_there_is_said_by_the_doctor(environment: dict[str, str], client: Any) -> None:
     """The compose file as it is, GPU reservation and all. Where the engine is ours, docker/gpu-hook lets it start."""
     before = gpu_requests()
