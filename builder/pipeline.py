@@ -113,38 +113,14 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
 
     if "checkpoint" not in wanted:
         return Built(fetch(recipe.model, store=store))
-    layouts = "engine" in wanted
-
     answers = probe_answers.answers(resolved, store.root)
-
-    def check(config: Mapping[str, Any]) -> None:
-        flags = preflight.check_model(resolved, config, layouts=layouts, answers=answers)
-        if layouts or recipe.quantization.keep_bf16:
-            model = preflight.keep_patterns(resolved, preflight.read_model(recipe.model, store), flags)
-            if layouts:
-                preflight.check_fit(resolved, model, flags, store)
-
-    def made_already() -> list[str]:
-        return [artefact.stage for artefact in stored(resolved, store)[0]]
-
-    snapshot = fetch(recipe.model, store=store, check=check)
-    flags = preflight.check_model(resolved, snapshot.config, layouts=layouts, answers=answers)
-    preflight.check_gate(resolved, flags)
-    model = preflight.keep_patterns(resolved, preflight.headers(snapshot.path, snapshot.config, snapshot.files), flags)
-    if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
-        preflight.check_fit(resolved, model, flags, store, made=made_already)
-    if more := keep_bf16.widened(recipe.quantization.kept_patterns, model.kept):
-        names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
-        store.out.info(f"{len(more)} more layers stay in BF16, multiplied as one with those named: {names}")
-    if recipe.target != "llmapi":
-        for note in trtllm.window_notes(snapshot.config, trtllm.resolve(resolved, snapshot.config, answers)):
-            store.out.warn(note.text)
+    snapshot, flags, model = _fetched(resolved, answers, wanted, store)
 
     calibration = calibrate(recipe.calibration, store=store)
     if recipe.quantization.kept_budget is not None:
         model = keep_chosen(resolved, snapshot, calibration, model, flags, store)
-        if layouts and not store.dry:
-            preflight.check_fit(resolved, model, flags, store, made=made_already)
+        if "engine" in wanted and not store.dry:
+            preflight.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
     checkpoint = quantize(
         snapshot,
         calibration,
@@ -165,6 +141,38 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
     if "smoke" in wanted:
         made = replace(made, smoke=smoke_test(repository, store=store))
     return replace(made, link=publish(resolved, made, repository, model, answers, store))
+
+
+def _fetched(
+    resolved: Resolved, answers: Sequence[Answer], wanted: Sequence[str], store: Store
+) -> tuple[Snapshot, preflight.Settings, ModelFacts]:
+    """The model, refused by its config.json and tensor headers before a weight is read; with its settings and facts."""
+    recipe, layouts = resolved.recipe, "engine" in wanted
+
+    def check(config: Mapping[str, Any]) -> preflight.Settings:
+        flags = preflight.check_model(resolved, config, layouts=layouts, answers=answers)
+        preflight.check_gate(resolved, flags)
+        return flags
+
+    def check_all(config: Mapping[str, Any]) -> None:
+        flags = check(config)
+        if layouts or recipe.quantization.keep_bf16:
+            model = preflight.keep_patterns(resolved, preflight.read_model(recipe.model, store), flags)
+            if layouts:
+                preflight.check_fit(resolved, model, flags, store)
+
+    snapshot = fetch(recipe.model, store=store, check=check_all)
+    flags = check(snapshot.config)
+    model = preflight.keep_patterns(resolved, preflight.headers(snapshot.path, snapshot.config, snapshot.files), flags)
+    if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
+        preflight.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
+    if more := keep_bf16.widened(recipe.quantization.kept_patterns, model.kept):
+        names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
+        store.out.info(f"{len(more)} more layers stay in BF16, multiplied as one with those named: {names}")
+    if recipe.target != "llmapi":
+        for note in trtllm.window_notes(snapshot.config, trtllm.resolve(resolved, snapshot.config, answers)):
+            store.out.warn(note.text)
+    return snapshot, flags, model
 
 
 def _served(
@@ -216,6 +224,11 @@ def stored(resolved: Resolved, store: Store) -> tuple[list[Artefact], WouldRun |
     except WouldRun as would:
         return dry.done, would
     return dry.done, None
+
+
+def stages_stored(resolved: Resolved, store: Store) -> list[str]:
+    """The stages of this recipe that are in the store."""
+    return [artefact.stage for artefact in stored(resolved, store)[0]]
 
 
 def publish(

@@ -6,10 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import exports
 import pytest
 from hub_server import Hub
 
-from builder import fetch
+from builder import checkpoint, fetch
 from builder.output import Output
 from builder.store import Store
 
@@ -33,3 +34,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store", Output("human"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """For each model a checkpoint with both layouts."""
+    made = {}
+    for name, source in exports.MODELS.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        exports.export(exports.quantized(source), made[name] / "unified")
+        config = checkpoint.read_json(source / "config.json")
+        checkpoint.write_tensorrt_llm(made[name] / "unified", config, made[name] / "tensorrt_llm")
+    return made

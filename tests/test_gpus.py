@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import yaml
+from model_configs import QWEN3_8B
 
 from builder import gpus, paths, recipe, trtllm
 from builder.errors import UnsupportedError
 
-QWEN3_8B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "max_position_embeddings": 40960,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 BLACKWELL = ["sm100", "sm103", "sm120", "sm120-fmha", "sm121"]
 OLDER = ["sm80", "sm86", "sm89", "sm90"]
 

@@ -25,18 +25,6 @@ PARTS = {
 }
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each model a checkpoint with both layouts."""
-    made = {}
-    for name, source in exports.MODELS.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        exports.export(exports.quantized(source), made[name] / "unified")
-        config = checkpoint.read_json(source / "config.json")
-        checkpoint.write_tensorrt_llm(made[name] / "unified", config, made[name] / "tensorrt_llm")
-    return made
-
-
 def data(content: bytes) -> Change:
     """The same dtype and shape with its first bytes replaced."""
     return lambda name, info, old: NewTensor(name, info.dtype, info.shape, [content + old[len(content) :]])

@@ -25,18 +25,6 @@ from builder.store import Store
 SIZES = [(2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """For each model a directory with `unified` and the whole TensorRT-LLM layout made of it."""
-    made = {}
-    for name, source in exports.MODELS.items():
-        made[name] = tmp_path_factory.mktemp(name)
-        exports.export(exports.quantized(source), made[name] / "unified")
-        config = checkpoint.read_json(source / "config.json")
-        checkpoint.write_tensorrt_llm(made[name] / "unified", config, made[name] / "tensorrt_llm")
-    return made
-
-
 def split(whole: Path, tmp_path: Path, tp: int, pp: int) -> Path:
     ranks.split(whole / "tensorrt_llm", tmp_path / f"tp{tp}pp{pp}", Parallel(tp, pp))
     return tmp_path / f"tp{tp}pp{pp}"
@@ -54,9 +42,9 @@ MODELOPTS += [("qwen3", 8, 1), ("llama", 4, 1), ("qwen2", 4, 2), ("qwen3", 1, 3)
 
 
 @pytest.mark.parametrize(("name", "tp", "pp"), MODELOPTS)
-def test_every_rank_is_modelopts_own(whole: dict[str, Path], tmp_path: Path, name: str, tp: int, pp: int) -> None:
+def test_every_rank_is_modelopts_own(checkpoints: dict[str, Path], tmp_path: Path, name: str, tp: int, pp: int) -> None:
     exports.export(exports.quantized(exports.MODELS[name]), tmp_path / "u", tmp_path / "modelopt", tp=tp, pp=pp)
-    ours = split(whole[name], tmp_path, tp, pp)
+    ours = split(checkpoints[name], tmp_path, tp, pp)
     assert checkpoint.read_json(ours / "config.json")["mapping"] == {
         "world_size": tp * pp,
         "tp_size": tp,
@@ -73,29 +61,29 @@ def logits(directory: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
-def test_the_ranks_put_together_give_the_same_logits(whole: dict[str, Path], tmp_path: Path, name: str) -> None:
-    expected = logits(whole[name] / "tensorrt_llm")
+def test_the_ranks_put_together_give_the_same_logits(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+    expected = logits(checkpoints[name] / "tensorrt_llm")
     for tp, pp in [*SIZES, (8, 1)] if name == "qwen3" else SIZES:
-        directory = split(whole[name], tmp_path, tp, pp)
+        directory = split(checkpoints[name], tmp_path, tp, pp)
         assert len(list(directory.glob("rank*.safetensors"))) == tp * pp
         assert torch.equal(logits(directory), expected)
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
-def test_every_rank_passes_the_gate(whole: dict[str, Path], tmp_path: Path, name: str) -> None:
-    inspected = inspection.inspect(split(whole[name], tmp_path, 4, 2))
+def test_every_rank_passes_the_gate(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+    inspected = inspection.inspect(split(checkpoints[name], tmp_path, 4, 2))
     assert not inspected.problems
     assert list(inspected.layouts) == [f"tensorrt_llm rank{rank}" for rank in range(8)]
 
 
-def test_the_gate_sees_a_rank_that_is_another_ranks(whole: dict[str, Path], tmp_path: Path) -> None:
-    directory = split(whole["llama"], tmp_path, 1, 2)
+def test_the_gate_sees_a_rank_that_is_another_ranks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    directory = split(checkpoints["llama"], tmp_path, 1, 2)
     (directory / "rank0.safetensors").write_bytes((directory / "rank1.safetensors").read_bytes())
     found = {problem.tensor: problem.what for problem in inspection.inspect(directory).problems}
     assert found["transformer.vocab_embedding.weight"] == "is missing"
-    directory = split(whole["llama"], tmp_path, 2, 1)
+    directory = split(checkpoints["llama"], tmp_path, 2, 1)
     weight = "transformer.layers.0.mlp.proj.weight"
-    whole_one = Tensors(whole["llama"] / "tensorrt_llm")
+    whole_one = Tensors(checkpoints["llama"] / "tensorrt_llm")
     change(directory / "rank1.safetensors", weight, bytes(whole_one.data(weight)), whole_one[weight].shape)
     what = next(p.what for p in inspection.inspect(directory).problems if p.tensor == weight)
     assert what.startswith(f"has the shape {list(whole_one[weight].shape)}")
@@ -112,16 +100,16 @@ def change(file: Path, name: str, data: bytes, shape: tuple[int, ...] | None = N
 @pytest.mark.parametrize(
     ("name", "tp"), [("transformer.ln_f.weight", 2), ("transformer.layers.1.attention.qkv.weight", 4)]
 )
-def test_ranks_that_must_agree_and_do_not(whole: dict[str, Path], tmp_path: Path, name: str, tp: int) -> None:
-    directory = split(whole["llama"], tmp_path, tp, 1)
+def test_ranks_that_must_agree_and_do_not(checkpoints: dict[str, Path], tmp_path: Path, name: str, tp: int) -> None:
+    directory = split(checkpoints["llama"], tmp_path, tp, 1)
     file = directory / "rank1.safetensors"
     change(file, name, bytes(Tensors(directory, [file])[name].nbytes))
     with pytest.raises(IntegrityError, match=f"{name} differs between the ranks"):
         ReferenceModel.load(directory)
 
 
-def test_missing_ranks_are_counted(whole: dict[str, Path], tmp_path: Path) -> None:
-    directory = split(whole["llama"], tmp_path, 2, 1)
+def test_missing_ranks_are_counted(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    directory = split(checkpoints["llama"], tmp_path, 2, 1)
     (directory / "rank1.safetensors").unlink()
     with pytest.raises(IntegrityError, match=r"1 rank files.*says 2"):
         ReferenceModel.load(directory)
@@ -277,9 +265,9 @@ def test_an_unknown_tensor_is_not_guessed_at() -> None:
         ranks.share("transformer.layers.0.mlp.router.weight", (8, 64), QWEN3_8B, 2, 0)
 
 
-def test_one_checkpoint_feeds_every_split(whole: dict[str, Path], tmp_path: Path) -> None:
+def test_one_checkpoint_feeds_every_split(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     store = Store(tmp_path / "out", Output("quiet"))
-    source = Checkpoint(whole["qwen3"], "0" * 64)
+    source = Checkpoint(checkpoints["qwen3"], "0" * 64)
     assert ranks.split_checkpoint(source, Parallel(), store=store) is source
     made = [ranks.split_checkpoint(source, Parallel(*sizes), store=store) for sizes in ((2, 1), (1, 2), (2, 1))]
     assert made[0].path == made[2].path != made[1].path

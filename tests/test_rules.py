@@ -10,21 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_configs import QWEN3_8B
 
 from builder import engine, gpus, preflight, recipe, trtllm, trtllm_facts, trtllm_rules
 from builder.errors import BuilderError, UnsupportedError, UsageError
 from builder.trtllm_rules import Flag, Subject
 
-QWEN3_8B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "max_position_embeddings": 40960,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 LLAMA = {**QWEN3_8B, "architectures": ["LlamaForCausalLM"]}
 covers = pytest.mark.rule
 
