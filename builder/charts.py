@@ -91,9 +91,14 @@ def dots(
 
 
 def columns(name: str, title: str, description: str, marks: Sequence[Mark], height: int = 160) -> str:
-    """Columns from zero in the order given, for many marks: some are labelled, and how high the highest is."""
+    """Columns from zero in the order given, for many marks: how high the highest is, and under some their tick.
+
+    Of neighbours with the same tick (the parts of a layer) the first is labelled, of many such every second, third...
+    """
     largest = max((mark.value for mark in marks), default=0.0) or 1.0
-    step, every = 100 / max(len(marks), 1), max(1, math.ceil(len(marks) / 8))
+    step = 100 / max(len(marks), 1)
+    firsts = [index for index, mark in enumerate(marks) if index == 0 or mark.tick != marks[index - 1].tick]
+    labelled = set(firsts[:: max(1, math.ceil(len(firsts) / 8))])
     body = (
         [f'<text class="label" x="0" y="14">{escape(max(marks, key=lambda m: m.value).text)}</text>'] if marks else []
     )
@@ -105,7 +110,7 @@ def columns(name: str, title: str, description: str, marks: Sequence[Mark], heig
             f'<rect class="bar" x="{(index + 0.12) * step:.3f}%" y="{22 + height - tall:.1f}" '
             f'width="{0.76 * step:.3f}%" height="{tall:.1f}"/></g>',
         ]
-        if index % every == 0:
+        if index in labelled:
             body.append(f'<text class="tick" x="{(index + 0.5) * step:.2f}%" y="{height + 40}">')
             body.append(f"{escape(_cut(mark.tick, 12))}</text>")
     body.append(f'<line class="axis" x1="0" x2="100%" y1="{22 + height}" y2="{22 + height}"/>')

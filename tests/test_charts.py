@@ -82,6 +82,16 @@ def test_a_long_label_is_cut_where_it_is_drawn_and_whole_where_it_is_told() -> N
     assert f"{name}: 1" in [element.text for element in root.iter("title")]
 
 
+def test_the_parts_of_a_layer_share_one_label_and_few_are_drawn() -> None:
+    def labels(layers: int) -> list[str | None]:
+        marks = [Mark(f"layer {n // 4}", 1.0, "1", tick=f"{n // 4}") for n in range(4 * layers)]
+        root = parse(charts.columns("a", "t", "d", marks))
+        return [text.text for text in root.iter("text") if text.attrib["class"] == "tick"]
+
+    assert labels(6) == ["0", "1", "2", "3", "4", "5"]
+    assert labels(36) == ["0", "5", "10", "15", "20", "25", "30", "35"]
+
+
 def test_no_marks_and_only_zeros_are_drawn_too() -> None:
     for chart in (charts.bars, charts.columns):
         parse(chart("a", "t", "d", []))
