@@ -22,10 +22,8 @@ from builder.trtllm_answers import FAILS, UNKNOWN, WORKS, Answer, Probe
 
 TIME_LIMIT = 1800  # seconds; a guess on the safe side: no two-layer engine was timed on a card
 SIZES = {"max_batch_size": 4, "max_input_len": 256, "max_seq_len": 512, "max_num_tokens": 512}
-ENVIRONMENT = {
-    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as NVML counts: the card that builds is the one that is named
-    "TLLM_LOG_LEVEL": "INFO",  # answers hang on warnings (cpp/tensorrt_llm/common/logger.cpp, tensorrt_llm/logger.py)
-}
+# Answers hang on warnings (cpp/tensorrt_llm/common/logger.cpp, tensorrt_llm/logger.py).
+LOG_LEVEL = {"TLLM_LOG_LEVEL": "INFO"}
 MODEL = {"head_size": 128, "kv_cache_dtype": "fp8", "architecture": "Qwen3ForCausalLM"}
 
 
@@ -61,7 +59,7 @@ class Session:
             argv = command(probe, base, self.gpu, version.version, work)
             failed = None
             try:
-                process.run(argv, log=log, cwd=work, limit=self.limit, env=ENVIRONMENT)
+                process.run(argv, log=log, cwd=work, limit=self.limit, env={**gpus.cuda_order(), **LOG_LEVEL})
                 engine.check_built(work / "engine", version.version, 1)
             except StageError as error:
                 failed = error

@@ -128,7 +128,7 @@ def test_what_is_no_calibration_set(data: str, store: Store) -> None:
     assert not store.root.exists()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.binary(max_size=200)
     | st.lists(

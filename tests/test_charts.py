@@ -6,7 +6,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builder import charts
@@ -98,7 +98,6 @@ def test_no_marks_and_only_zeros_are_drawn_too() -> None:
         parse(chart("a", "t", "d", [Mark("x", 0.0, "0")]))
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(numbers, min_size=1, max_size=8))
 def test_ticks_enclose_every_value_and_are_few(values: list[float]) -> None:
     ticks = charts.nice_ticks(values)

@@ -481,7 +481,7 @@ def test_hostile_names(name: str, store: Store) -> None:
     assert not store.root.exists()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(min_size=1, max_size=60))
 def test_any_text_is_a_directory_an_id_or_a_usage_error(text: str) -> None:
     said = ""

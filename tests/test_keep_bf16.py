@@ -13,7 +13,7 @@ from typing import Any
 import exports
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builder import checkpoint, fit, inspection, keep_bf16, preflight, ranks, recipe, trtllm
@@ -87,7 +87,6 @@ def test_patterns_name_modules_and_take_along_what_is_multiplied_with_them() -> 
 names = st.sets(st.sampled_from(keep_bf16.linears(facts(TINY).tensors)), min_size=1, max_size=8)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # both measure the machine's load
 @given(names)
 def test_groups_are_kept_whole_and_nothing_else_is(wanted: set[str]) -> None:
     known = keep_bf16.linears(facts(TINY).tensors)

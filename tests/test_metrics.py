@@ -61,7 +61,7 @@ def test_overall_is_weighted_by_tokens() -> None:
     assert measure(short, long)["nll"].value == pytest.approx(280 / 100)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0.01, 12)), min_size=1, max_size=40), st.integers(0, 9))
 def test_the_interval_is_repeatable_and_within_the_texts(texts: list[tuple[int, float]], seed: int) -> None:
     one = sums([n for n, _ in texts], [n * nll for n, nll in texts])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 from builder import nvfp4
 
-ROUND = settings(deadline=None, max_examples=60)
+ROUND = settings(max_examples=60)
 HALVES = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
 ONE = torch.tensor(1.0)
 

@@ -130,7 +130,7 @@ servings = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(servings, st.integers(0, 64), st.integers(0, 4096), st.integers(0, 4096), st.integers(0, 8192))
 def test_more_never_needs_less(asked: Serving, batch: int, prompt: int, length: int, tokens: int) -> None:
     more = replace(
@@ -145,7 +145,7 @@ def test_more_never_needs_less(asked: Serving, batch: int, prompt: int, length: 
     assert fit.memory(SMALL, more, "card", GB).sequences <= fit.memory(SMALL, asked, "card", GB).sequences
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(servings, st.integers(1, 10**11))
 def test_fitting_is_one_whole_sequence(asked: Serving, available: int) -> None:
     found = fit.memory(SMALL, asked, "card", available)
@@ -153,7 +153,7 @@ def test_fitting_is_one_whole_sequence(asked: Serving, available: int) -> None:
     assert found.fits == (available >= found.needed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(servings, st.integers(10**7, 10**10))
 def test_the_suggested_change_fits(asked: Serving, available: int) -> None:
     asked = replace(asked, max_seq_len=max(asked.max_seq_len, asked.max_input_len + 1))
@@ -367,7 +367,7 @@ def test_calibrating_in_more_memory_than_there_is_is_refused(
     assert preflight.host_refusal(long, model, found, host, ["checkpoint"]) is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 64), st.integers(1, 8192), st.integers(10**6, 10**10))
 def test_what_is_said_to_fit_while_calibrating_fits(batch: int, length: int, memory: int) -> None:
     rows = recipe.Calibration.model_validate({"batch_size": batch, "seq_len": length})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from card_stand_in import machine
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_rules import FREE, LLAMA, MODELS, QWEN3_8B, notes_of
 
@@ -474,7 +474,6 @@ def test_answers_are_of_the_container_at_hand_or_of_the_versions_own(
     assert probe_answers.answers(resolved(), card.output) == []
 
 
-@settings(deadline=None)
 @given(
     model=MODELS,
     gpu=st.sampled_from(["sm120", "sm120-fmha"]),

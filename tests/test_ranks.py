@@ -171,7 +171,7 @@ def made_up(config: dict[str, Any], seed: int) -> list[NewTensor]:
     return made
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layouts(), st.integers(0, 2**32))
 def test_split_then_join_is_identity(case: tuple[dict[str, Any], Parallel], seed: int) -> None:
     config, parallel = case

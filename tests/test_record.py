@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import report_store
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builder import cli, recipe, record
@@ -63,7 +63,6 @@ def test_the_command_comes_to_the_same_recipe_without_file_or_preset(gpu: str, p
     }
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(min_size=1))
 def test_any_text_comes_back_as_it_was(text: str) -> None:
     """As a value of --set: `yes`, `1e5`, `null`, quotes, line ends."""

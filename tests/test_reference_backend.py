@@ -106,7 +106,7 @@ def test_greedy_is_the_default_and_temperature_zero() -> None:
     top_p=st.floats(0, 1, width=32),
     seed=st.integers(0, 2**64 - 1),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_drawn_token_lies_within_top_k_and_top_p(logits: list[float], top_k: int, top_p: float, seed: int) -> None:
     values = torch.tensor(logits)
     how = Sampling(top_k=top_k, top_p=top_p, seed=seed)
@@ -322,7 +322,7 @@ def test_a_stop_word_may_begin_in_the_prompt(scheduler: Scheduler) -> None:
     assert not ends_with([5], ((4, 5),))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5), min_size=1, max_size=8))
 def test_an_answer_does_not_depend_on_its_neighbours(prompts: list[list[int]]) -> None:
     scheduler = Scheduler(PrefixModel(), max_active=3)

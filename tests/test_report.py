@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import report_store
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -235,7 +235,6 @@ def test_nothing_hostile_becomes_markup_in_the_card(hostile: Path) -> None:
     assert len(rows) == 1
 
 
-@settings(deadline=None)  # a busy machine is no failure
 @given(st.text(alphabet=st.sampled_from("ab1 |`#-+.)<>*_[](){}!&;~$@:/=\\\n")) | st.text())
 @example("www.a.b http://a.b")
 def test_markdown_of_any_text_is_that_text(text: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from model_configs import QWEN3_8B
 
@@ -489,7 +489,6 @@ MODELS = st.fixed_dictionaries(
 GPUS = st.sampled_from(gpus.names())
 
 
-@settings(deadline=None)
 @given(
     model=MODELS,
     gpu=GPUS,

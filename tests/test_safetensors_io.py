@@ -37,7 +37,7 @@ def content(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 @given(TENSORS)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_the_library_reads_what_we_write(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("write") / "ours.safetensors"
     write(path, [NewTensor(n, d, s, [content(n, d, s)]) for n, (d, s) in tensors.items()], {"format": "pt"})
@@ -51,7 +51,7 @@ def test_the_library_reads_what_we_write(tmp_path_factory: pytest.TempPathFactor
 
 
 @given(TENSORS)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_we_read_what_the_library_writes(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Any]) -> None:
     import torch
     from safetensors.torch import save_file

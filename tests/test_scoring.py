@@ -39,7 +39,7 @@ def test_the_likelihood_is_of_the_token_in_the_text_not_of_the_likeliest() -> No
     assert found["best"].tolist() == [40, 41, 42]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 30), st.integers(2, 700))
 def test_nll_is_the_cross_entropy_shifted_by_one(seed: int, scale: float, tokens: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +60,7 @@ def kl(p: torch.Tensor, q: torch.Tensor, top: int) -> np.ndarray:
     return scoring.score(torch.cat((q, pad)), ids, reference=reference)["kl"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 8), st.floats(0, 8))
 def test_kl_of_the_likeliest_tokens_is_a_lower_bound_and_exact_with_all(seed: int, peak: float, noise: float) -> None:
     """Never above the truth, never less with more tokens, and the truth itself with the whole vocabulary."""
@@ -138,7 +138,7 @@ def test_scoring_that_runs_out_of_memory_halves_too_and_other_errors_pass() -> N
         scoring.run(runner, [ids_of(1, 2)], broken)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(6)), st.lists(st.integers(1, 9), min_size=6, max_size=6))
 def test_columns_come_back_whatever_the_order_they_were_written_in(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], lengths: list[int]

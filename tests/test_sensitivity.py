@@ -13,7 +13,7 @@ from typing import Any
 import exports
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from builder import cli, fit, inspection, keep_bf16, nvfp4, pipeline, recipe, sensitivity, weight_error
@@ -176,7 +176,6 @@ class Ledger:
         return sum(self.losses[group] for group in groups) + self.cache * cache
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # both measure the machine's load
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=40), st.floats(0, 1), st.floats(0.001, 30), st.booleans())
 def test_as_few_layers_are_kept_as_hold_the_budget(
     losses: list[float], cache: float, budget: float, fp8_kv: bool

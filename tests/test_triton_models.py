@@ -322,7 +322,7 @@ def byte_fallback() -> Tokenizer:
 KINDS = {"byte-level": TINY, "byte-fallback": byte_fallback()}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(kind=st.sampled_from(sorted(KINDS)), skip=st.booleans(), data=st.data())
 def test_pieces_add_up_to_the_whole(kind: str, skip: bool, data: st.DataObject) -> None:
     """Random ids make invalid UTF-8, special tokens in the middle and characters that never end."""
