@@ -14,7 +14,7 @@ import report_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import cli, recipe, record
+from builder import cli, commands, recipe, record
 
 MODEL = report_store.MODEL
 
@@ -28,7 +28,7 @@ def read(root: Path) -> dict[str, Any]:
 def again(command: list[str]) -> recipe.Resolved:
     """What the recorded command comes to, through the command line's own parser."""
     assert command[:2] == ["builder", "build"]
-    return cli._resolve(cli.parser().parse_args(command[1:]))
+    return commands._resolve(cli.parser().parse_args(command[1:]))
 
 
 def test_a_record_holds_the_recipe_with_origins_the_profile_flags_and_stages(tmp_path: Path) -> None:
