@@ -38,13 +38,14 @@ STAGE_NAMES = {
 
 def _resolve(arguments: argparse.Namespace) -> Resolved:
     from builder import recipe
+    from builder.recipe_evaluation import RUNNERS
 
     values = vars(arguments)
     keys = ["model.trust_remote_code", "evaluation.compare_kv"]
     keys += [key for _, key, _, _ in (*RECIPE_FLAGS, *LIST_FLAGS)]
     flags = {key: values[key] for key in keys if values.get(key) is not None}
     if "all" in flags.get("evaluation.runners", ()):
-        flags["evaluation.runners"] = recipe.RUNNERS
+        flags["evaluation.runners"] = RUNNERS
     return recipe.resolve(flags, sets=arguments.set, recipe_file=arguments.recipe, preset=arguments.preset)
 
 

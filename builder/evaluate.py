@@ -24,7 +24,8 @@ from builder.gate import OVERALL, Verdict
 from builder.metrics import Estimate
 from builder.output import Output, seconds
 from builder.quantize import modelopt
-from builder.recipe import RUNNERS, Resolved
+from builder.recipe import Resolved
+from builder.recipe_evaluation import RUNNERS
 from builder.repository import Repository
 from builder.runners.language import knows
 from builder.store import Artefact, Store, key_of, library_versions, sources_digest
@@ -125,7 +126,7 @@ class _Runner:
 
 
 def _runners(resolved: Resolved) -> list[_Runner]:
-    """In the order of recipe.RUNNERS: BF16 first."""
+    """In the order of RUNNERS: BF16 first."""
     part, fp8 = resolved.recipe.evaluation, resolved.recipe.quantization.kv_cache_dtype == "fp8"
     found = [_Runner(name, name, fp8) for name in RUNNERS if name in part.runners]
     if part.compare_kv and not fp8:

@@ -17,6 +17,7 @@ import numpy as np
 from builder import recipe
 from builder.calibrate import Use, calibrate
 from builder.errors import UsageError
+from builder.recipe_evaluation import Evaluation
 from builder.store import Store
 
 USE = Use("texts", "--data", "--set 'evaluation.data=[{{data: ID, {key}: {value}}}]'")
@@ -47,7 +48,7 @@ class Sequences:
         return [0, *np.cumsum([len(ids) - 1 for ids in self.ids]).tolist()]
 
 
-def read_texts(part: recipe.Evaluation, *, store: Store) -> list[Texts]:
+def read_texts(part: Evaluation, *, store: Store) -> list[Texts]:
     """The data sets of a recipe, each a stage of the store. UsageError for one without a usable text."""
     found: list[Texts] = []
     for number, one in enumerate(part.data):
@@ -59,7 +60,7 @@ def read_texts(part: recipe.Evaluation, *, store: Store) -> list[Texts]:
     return found
 
 
-def longest(part: recipe.Evaluation, positions: int, engine: recipe.Engine) -> int:
+def longest(part: Evaluation, positions: int, engine: recipe.Engine) -> int:
     """Tokens of a text at most, so that every runner can take it: `reserve` less than the model's length, and where the
     served model is measured too no more than its prompts may have."""
     limit = min(engine.max_seq_len, positions) - part.reserve

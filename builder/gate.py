@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from builder import recipe
 from builder.errors import EvaluationError
 from builder.metrics import Estimate
+from builder.recipe_evaluation import Evaluation
 
 OVERALL = "overall"
 # runner -> data set, or OVERALL -> metric -> figure
@@ -37,7 +37,7 @@ class Verdict:
 
 
 def judge(
-    part: recipe.Evaluation,
+    part: Evaluation,
     measured: Measured,
     collapsed: Mapping[str, Sequence[str]],
     not_measured: Mapping[str, str],

@@ -23,7 +23,8 @@ from builder.fetch import Snapshot
 from builder.output import Output, size
 from builder.quantize import modelopt
 from builder.recipe import Calibration as Rows
-from builder.recipe import DataSet, Recipe, Resolved
+from builder.recipe import Recipe, Resolved
+from builder.recipe_evaluation import DataSet
 from builder.safetensors_io import byte_size
 from builder.store import Store, key_of, library_versions, sources_digest
 

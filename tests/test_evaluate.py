@@ -27,6 +27,8 @@ from builder.output import Output
 from builder.pipeline import Built
 from builder.quantize import child as quantizer
 from builder.recipe import Resolved
+from builder.recipe_evaluation import RUNNERS
+from builder.recipe_evaluation import Evaluation as Part
 from builder.runners import child, triton
 from builder.safetensors_io import NewTensor, Tensors
 from builder.store import Store, read
@@ -81,7 +83,7 @@ def models(built: Built) -> Models:
 @pytest.fixture(scope="module")
 def whole(models: Models, store: Store) -> Evaluation:
     """Everything there is to measure."""
-    asked = resolve(evaluation__runners=list(recipe.RUNNERS), evaluation__compare_kv=True)
+    asked = resolve(evaluation__runners=list(RUNNERS), evaluation__compare_kv=True)
     return evaluate.evaluate(models, asked, store=store)
 
 
@@ -100,7 +102,7 @@ def nll(store: Store, found: Evaluation, runner: str) -> np.ndarray:
 
 
 def test_every_form_has_the_same_tables(whole: Evaluation) -> None:
-    assert list(whole.measured) == [*recipe.RUNNERS, evaluate.KV_AUTO]
+    assert list(whole.measured) == [*RUNNERS, evaluate.KV_AUTO]
     for runner, sets in whole.measured.items():
         assert list(sets) == ["prose", "chat", "overall"]
         assert {facts["texts"] for facts in whole.sets[runner].values()} == {10}
@@ -113,7 +115,7 @@ def test_every_form_has_the_same_tables(whole: Evaluation) -> None:
 
 def test_quantization_costs_something_and_not_much(whole: Evaluation) -> None:
     """NVFP4 weights and activations lose some 3 % of perplexity on the fixture, in every form."""
-    for runner in recipe.RUNNERS[1:]:
+    for runner in RUNNERS[1:]:
         figures = whole.measured[runner]["overall"]
         assert 93 < figures["score"].value < 100, runner
         assert 0.01 < figures["kl"].value < 0.08, runner
@@ -152,7 +154,7 @@ def test_a_second_evaluation_measures_nothing(
         raise AssertionError("everything was measured")
 
     monkeypatch.setattr(evaluate, "_run", refuse)
-    asked = resolve(evaluation__runners=list(recipe.RUNNERS), evaluation__compare_kv=True)
+    asked = resolve(evaluation__runners=list(RUNNERS), evaluation__compare_kv=True)
     again = evaluate.evaluate(models, asked, store=store)
     assert again == whole
     kept = json.loads((again.path / "evaluation.json").read_text())
@@ -293,7 +295,7 @@ def test_no_data_set_no_runner_and_no_room_are_refused() -> None:
         with pytest.raises(UsageError, match="evaluation"):
             resolve(**flags)
     with pytest.raises(UsageError, match="none is left"):
-        evaluation_data.longest(recipe.Evaluation(), 20, recipe.Engine())
+        evaluation_data.longest(Part(), 20, recipe.Engine())
     with pytest.raises(UsageError, match="no FP8 KV cache to compare"):
         evaluate._runners(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto"))
 
@@ -320,10 +322,10 @@ def test_short_texts_are_dropped_and_long_ones_cut(tmp_path: Path) -> None:
 
 def test_the_length_is_the_models_less_the_reserve_and_no_more_than_a_prompt() -> None:
     engine = recipe.Engine(max_seq_len=4096, max_input_len=1024)
-    assert evaluation_data.longest(recipe.Evaluation(), 32768, engine) == 4088
-    assert evaluation_data.longest(recipe.Evaluation(), 2048, engine) == 2040
-    assert evaluation_data.longest(recipe.Evaluation(max_tokens=99), 2048, engine) == 99
-    assert evaluation_data.longest(recipe.Evaluation(runners=("bf16", "served")), 2048, engine) == 1024
+    assert evaluation_data.longest(Part(), 32768, engine) == 4088
+    assert evaluation_data.longest(Part(), 2048, engine) == 2040
+    assert evaluation_data.longest(Part(max_tokens=99), 2048, engine) == 99
+    assert evaluation_data.longest(Part(runners=("bf16", "served")), 2048, engine) == 1024
 
 
 def test_messages_are_lines_of_role_and_content() -> None:
@@ -345,14 +347,14 @@ def test_a_known_data_set_of_the_hub_at_a_pinned_commit(hub: Hub, tmp_path: Path
     (folder.parent / "README.md").write_text(readme)
     commit = hub.add("Salesforce/wikitext", folder.parent, repo_type="dataset")
     store = Store(tmp_path / "artifacts", QUIET)
-    [texts] = evaluation_data.read_texts(recipe.Evaluation(texts=2, data=recipe.Evaluation().data[:1]), store=store)
+    [texts] = evaluation_data.read_texts(Part(texts=2, data=Part().data[:1]), store=store)
     kept = [json.loads(line) for line in texts.path.read_text().splitlines()]
     assert (texts.name, kept) == ("wikitext", [{"text": " = Title = \n"}, {"text": "Words.\n"}])
     assert store.done[-1].facts["commit"] == commit
 
 
 def test_what_is_evaluated_on_where_nothing_is_said() -> None:
-    wikitext, ultrachat = recipe.Evaluation().data
+    wikitext, ultrachat = Part().data
     assert (wikitext.data, wikitext.config, wikitext.split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
     assert (ultrachat.data, ultrachat.split) == ("HuggingFaceH4/ultrachat_200k", "test_sft")
     named = resolve(evaluation__data=["Salesforce/wikitext", {"data": "a/b", "split": "dev"}]).recipe.evaluation.data

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from builder import gate, metrics, recipe
 from builder.errors import EvaluationError, UsageError
 from builder.metrics import Estimate, Sums
+from builder.recipe_evaluation import Evaluation
 
 
 def sums(tokens: list[int], nll: list[float], reference: list[float] | None = None, **more: Any) -> Sums:
@@ -104,7 +105,7 @@ def figures(score: float = 99, kl: float = 0.01) -> dict[str, Estimate]:
     return {"score": Estimate(score, score, score), "kl": Estimate(kl, kl, kl)}
 
 
-GATE = recipe.Evaluation(min_score=98, max_kl=0.02)
+GATE = Evaluation(min_score=98, max_kl=0.02)
 
 
 def test_the_gate_names_metric_and_data_set() -> None:
@@ -141,7 +142,7 @@ def test_a_good_model_passes_and_without_limits_there_is_no_gate() -> None:
     verdict = gate.judge(GATE, {"checkpoint": {"prose": figures(98, 0.02)}}, {}, {})
     assert verdict is not None
     assert verdict.passed
-    assert gate.judge(recipe.Evaluation(), {"checkpoint": {"prose": figures(1)}}, {}, {}) is None
+    assert gate.judge(Evaluation(), {"checkpoint": {"prose": figures(1)}}, {}, {}) is None
 
 
 def test_a_gate_on_what_was_not_measured_is_an_error_of_its_own() -> None:

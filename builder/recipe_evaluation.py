@@ -1,0 +1,94 @@
+"""The parts of a recipe that measure: on which texts, with which runners, and how much may be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from builder.recipe_part import Part, Positive
+
+RUNNERS = ("bf16", "simulated", "checkpoint", "reference", "served")
+Runner = Literal["bf16", "simulated", "checkpoint", "reference", "served"]
+# What of these is evaluated on, where nothing else is said: published comparisons use the same parts.
+KNOWN_SETS: Mapping[str, Mapping[str, str]] = {
+    "Salesforce/wikitext": {"config": "wikitext-2-raw-v1", "split": "test", "column": "text"},
+    "HuggingFaceH4/ultrachat_200k": {"split": "test_sft", "column": "messages"},
+}
+
+
+class DataSet(Part):
+    """Texts to score."""
+
+    data: Annotated[str, Field(min_length=1, description="a .jsonl file, a Hub dataset id, or builtin:python-docs")]
+    config: Annotated[str | None, Field(description="configuration of a Hub dataset")] = None
+    split: Annotated[str, Field(description="split of a Hub dataset")] = "test"
+    column: Annotated[str | None, Field(description="column with the text; default: the first of the usual names")] = (
+        None
+    )
+    revision: Annotated[str | None, Field(description="revision of a Hub dataset; the commit is kept")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        """A bare name is a data set too; of the known ones it means the usual part."""
+        given = {"data": value} if isinstance(value, str) else value
+        return {**KNOWN_SETS.get(str(given.get("data")), {}), **given} if isinstance(given, Mapping) else given
+
+
+class Evaluation(Part):
+    """How the loss is measured, and how much of it is too much. Texts are scored token by token."""
+
+    data: Annotated[tuple[DataSet, ...], Field(min_length=1, description="the data sets")] = (
+        DataSet.model_validate("Salesforce/wikitext"),
+        DataSet.model_validate("HuggingFaceH4/ultrachat_200k"),
+    )
+    runners: Annotated[tuple[Runner, ...], Field(min_length=1, description="what is measured")] = ("bf16", "checkpoint")
+    compare_kv: Annotated[bool, Field(description="the checkpoint also with its KV cache left in the model's type")] = (
+        False
+    )
+    texts: Annotated[Positive, Field(description="texts of a data set, from the first that is not empty on")] = 200
+    min_tokens: Annotated[int, Field(ge=2, description="shorter texts are dropped")] = 16
+    reserve: Annotated[int, Field(ge=0, description="a text is cut at max_seq_len less these tokens")] = 8
+    max_tokens: Annotated[int | None, Field(ge=2, description="a text is cut here; default: see reserve")] = None
+    # On the fixture the KL of 64, 1024 and all 4096 tokens is 0.0235, 0.0296 and 0.0303; 8 bytes each on disk.
+    top: Annotated[Positive, Field(description="likeliest tokens of a position that are kept of BF16, for the KL")] = (
+        1024
+    )
+    batch_tokens: Annotated[Positive, Field(description="tokens of the first batch; halved while memory is short")] = (
+        8192
+    )
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Field(description="of the arithmetic; auto: the model's own on a GPU, float32 on a CPU"),
+    ] = "auto"
+    resamples: Annotated[int, Field(ge=100, description="bootstrap resamples of the texts")] = 1000
+    seed: Annotated[int, Field(ge=0, description="of the resamples and of the shuffled texts")] = 0
+    min_score: Annotated[float | None, Field(gt=0, description="gate: PPL of BF16 / PPL x 100 must reach it")] = None
+    max_kl: Annotated[float | None, Field(gt=0, description="gate: mean KL(BF16 || model) must not pass it")] = None
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The gate's, by metric; empty without a gate."""
+        asked = {"score": self.min_score, "kl": self.max_kl}
+        return {metric: limit for metric, limit in asked.items() if limit is not None}
+
+    @model_validator(mode="after")
+    def _gate_has_its_metric(self) -> Evaluation:
+        if self.limits and ("bf16" not in self.runners or len(set(self.runners)) < 2):
+            raise ValueError(
+                f"a gate compares a runner with bf16, and only {', '.join(self.runners)} would be measured; "
+                "take both: --runner bf16 --runner checkpoint"
+            )
+        return self
+
+
+class Sensitivity(Part):
+    """How it is measured which layers lose how much: for `builder sensitivity` and for keep_bf16 auto."""
+
+    data: Annotated[
+        DataSet | None, Field(description="the texts; better others than those that the result is judged on")
+    ] = None
+    texts: Annotated[Positive, Field(description="texts, from the first that is not empty on")] = 32
+    max_tokens: Annotated[int, Field(ge=16, description="a text is cut here")] = 512
