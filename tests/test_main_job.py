@@ -27,6 +27,8 @@ __all__ = ["stand_in"]  # a fixture
 MODEL = "tests/data/tiny-qwen3"
 LLAMA = Path("tests/data/arch-variants/llama")
 SMALL = ["--gpu", "cpu", "--calib-samples", "6", "--calib-seq-len", "64"]
+# The same checkpoint for a card: the text is that of the profile cpu.
+FOR_A_CARD = ["--model", MODEL, "--gpu", "sm120", "--calib-data", "builtin:python-docs", *SMALL[2:]]
 
 
 def builder(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -99,18 +101,7 @@ def test_plan_finds_it_all_in_the_store(built: tuple[Path, dict[str, Any]]) -> N
 def test_the_engine_command_names_the_checkpoint_of_the_store(built: tuple[Path, dict[str, Any]]) -> None:
     output, said = built
     checkpoint = next(stage["path"] for stage in said["stages"] if stage["stage"] == "checkpoint")
-    argv = [
-        "--model",
-        MODEL,
-        "--gpu",
-        "sm120",
-        "--calib-data",
-        "builtin:python-docs",
-        *SMALL[2:],
-        "--output",
-        str(output),
-    ]
-    command = json.loads(builder("engine", "--dry-run", *argv, "--json").stdout)
+    command = json.loads(builder("engine", "--dry-run", *FOR_A_CARD, "--output", str(output), "--json").stdout)
     assert command["placeholder"] is None
     assert f"--checkpoint_dir {checkpoint}/tensorrt_llm " in command["shell"][-1]
 
@@ -139,17 +130,7 @@ def test_a_repository_for_a_card_is_made_where_it_is_and_served_nowhere_else(
 ) -> None:
     """From the same checkpoint, by the stand-in for trtllm-build on a machine that shows an RTX 5090."""
     output, _ = built
-    argv = [
-        "--model",
-        MODEL,
-        "--gpu",
-        "sm120",
-        "--calib-data",
-        "builtin:python-docs",
-        *SMALL[2:],
-        "--output",
-        str(output),
-    ]
+    argv = [*FOR_A_CARD, "--output", str(output)]
     monkeypatch.setattr(engine, "visible", list)
     assert cli.main(["render", *argv]) == 3  # no GPU: refused before any work
     assert "no GPU is seen" in capsys.readouterr().err
