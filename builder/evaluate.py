@@ -240,25 +240,16 @@ def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
 
 
 def _run(job: Mapping[str, Any], store: Store) -> None:
-    """The child. The job file stays beside the log, so that anyone can run it again."""
-    log = store.log(f"evaluate-{job['runner']}")
-    job_file = log.with_suffix(".json")
-    job_file.write_text(json.dumps(job, indent=1), encoding="utf-8")
-    with store.out.progress(f"{job['label']}: starting", unit="tokens") as bar:
-
-        def hear(event: dict[str, Any]) -> None:
-            if "progress" in event:
-                bar.update(**event["progress"])
-            elif "info" in event:
-                store.out.info(event["info"])
-
-        process.run(
-            [process.python(), "-m", "builder.runners.child", str(job_file)],
-            log=log,
-            on_event=hear,
-            env=modelopt.ENVIRONMENT,
-            cwd=Path(__file__).resolve().parents[1],
-        )
+    """The child, which publishes what it measures."""
+    process.run_job(
+        "builder.runners.child",
+        job,
+        log=store.log(f"evaluate-{job['runner']}"),
+        out=store.out,
+        label=f"{job['label']}: starting",
+        unit="tokens",
+        env=modelopt.ENVIRONMENT,
+    )
 
 
 def _tables(

@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from builder import errors
 from builder.errors import BuilderError, StageError
+
+if TYPE_CHECKING:
+    from builder.output import Output
 
 PROGRESS_FD = "BUILDER_PROGRESS_FD"
 FOLLOW_SECONDS = 0.2  # between two looks at a child's log
@@ -188,6 +191,36 @@ def _follow(log: Path, start: int, on_line: Callable[[str], None], ended: thread
             *lines, rest = (rest + file.read()).split(b"\n")
             for line in [*lines, rest] if last else lines:
                 on_line(line.decode("utf-8", "replace").rstrip("\r"))
+
+
+def run_job(
+    module: str, job: Mapping[str, Any], *, log: Path, out: Output, label: str, unit: str = "", env: Mapping[str, str]
+) -> tuple[dict[str, Any], Finished]:
+    """Runs `python -m module JOB.json`, with a progress bar that begins as `label`; returns what the child told, too.
+
+    Of its events "progress" moves the bar and "info" is shown; all others are what it told. The job file stays beside
+    the log, so that anyone can run it again. Raises as `run` does.
+    """
+    told: dict[str, Any] = {}
+    job_file(log).write_text(json.dumps(job, indent=1), encoding="utf-8")
+    with out.progress(label, unit=unit) as bar:
+
+        def hear(event: dict[str, Any]) -> None:
+            if "progress" in event:
+                bar.update(**event["progress"])
+            elif "info" in event:
+                out.info(event["info"])
+            else:
+                told.update(event)
+
+        argv = [python(), "-m", module, str(job_file(log))]
+        finished = run(argv, log=log, on_event=hear, env=env, cwd=Path(__file__).resolve().parents[1])
+    return told, finished
+
+
+def job_file(log: Path) -> Path:
+    """Where `run_job` writes what the child of this log is asked."""
+    return log.with_suffix(".json")
 
 
 def emit(**event: Any) -> None:

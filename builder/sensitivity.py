@@ -305,28 +305,13 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """The child. The job file stays beside the log, so that anyone can run it again."""
+    """The child, and its summary."""
     modelopt.check([Path(file) for file in job["weights"]], job["kept"])
     log = store.log("sensitivity")
-    job_file = log.with_suffix(".json")
-    job_file.write_text(json.dumps(job, indent=1), encoding="utf-8")
-    answer: dict[str, Any] = {}
-    with store.out.progress("starting ModelOpt") as bar:
-
-        def hear(event: dict[str, Any]) -> None:
-            if "progress" in event:
-                bar.update(**event["progress"])
-            else:
-                answer.update(event)
-
-        process.run(
-            [process.python(), "-m", "builder.sensitivity_child", str(job_file)],
-            log=log,
-            on_event=hear,
-            env=modelopt.ENVIRONMENT,
-            cwd=Path(__file__).resolve().parents[1],
-        )
-    summary: dict[str, Any] = answer["summary"]
+    told, _ = process.run_job(
+        "builder.sensitivity_child", job, log=log, out=store.out, label="starting ModelOpt", env=modelopt.ENVIRONMENT
+    )
+    summary: dict[str, Any] = told["summary"]
     return summary
 
 

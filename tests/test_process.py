@@ -13,6 +13,7 @@ import pytest
 
 from builder import process
 from builder.errors import StageError, UnsupportedError
+from builder.output import Output
 
 
 def python(code: str) -> list[str]:
@@ -163,3 +164,29 @@ def test_a_stopped_child_says_what_it_was(tmp_path: Path) -> None:
         process.run(["sh", "-c", "exit 3"], log=tmp_path / "log", limit=60)
     assert caught.value.code == 3
     assert isinstance(caught.value, StageError)
+
+
+def test_a_job_is_told_by_a_file_and_its_events_are_heard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file stays beside the log: typed again, the command of the log does the same."""
+    module = tmp_path / "job_module.py"
+    module.write_text(
+        "import json, os, sys\n"
+        "from builder.process import emit\n"
+        "job = json.load(open(sys.argv[1]))\n"
+        "emit(progress={'done': 1, 'total': 2, 'label': 'half'})\n"
+        "emit(info='said by the child')\n"
+        "emit(summary=job['name'] + os.environ['OF_THE_JOB'])\n"
+    )
+    told, finished = process.run_job(
+        "job_module",
+        {"name": "größer"},
+        log=tmp_path / "of.log",
+        out=Output("human"),
+        label="starting",
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}", "OF_THE_JOB": "!"},
+    )
+    assert told == {"summary": "größer!"}
+    assert finished.max_rss > 1_000_000
+    assert "said by the child" in capsys.readouterr().err
+    assert process.job_file(tmp_path / "of.log").is_file()
+    assert f"-m job_module {process.job_file(tmp_path / 'of.log')}" in (tmp_path / "of.log").read_text()

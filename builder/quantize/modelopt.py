@@ -5,7 +5,6 @@ This file runs in the parent and imports nothing heavy; `builder.quantize.child`
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -140,27 +139,19 @@ def check_sizes(weights: Mapping[str, Sequence[int]]) -> None:
 
 
 def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
-    """Runs the child; returns the facts. The job file stays beside the log, so that anyone can run it again."""
+    """Runs the child; returns the facts."""
     log = store.log("quantize")
-    job_file = log.with_suffix(".json")
-    job_file.write_text(json.dumps({**job, "destination": str(tmp.absolute())}, indent=1))
-    answer: dict[str, Any] = {}
-    with store.out.progress("starting ModelOpt", unit="batches") as bar:
-
-        def hear(event: dict[str, Any]) -> None:
-            if "progress" in event:
-                bar.update(**event["progress"])
-            else:
-                answer.update(event)
-
-        finished = process.run(
-            [process.python(), "-m", "builder.quantize.child", str(job_file)],
-            log=log,
-            on_event=hear,
-            env=ENVIRONMENT,
-            cwd=Path(__file__).resolve().parents[2],
-        )
-    return _facts(answer["summary"], store, {"log": str(log), "job": str(job_file), "max_rss": finished.max_rss})
+    told, finished = process.run_job(
+        "builder.quantize.child",
+        {**job, "destination": str(tmp.absolute())},
+        log=log,
+        out=store.out,
+        label="starting ModelOpt",
+        unit="batches",
+        env=ENVIRONMENT,
+    )
+    run = {"log": str(log), "job": str(process.job_file(log)), "max_rss": finished.max_rss}
+    return _facts(told["summary"], store, run)
 
 
 def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
