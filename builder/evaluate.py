@@ -223,17 +223,14 @@ def _job(runner: _Runner, models: Models, resolved: Resolved, store: Store) -> t
 
 def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
     assert repository is not None
-    if repository.facts["target"] == "llmapi":
-        raise NotMeasurable(
-            "The served model returns no log-probabilities of a prompt.",
-            why="The llmapi target's requests have no input that asks for them. No figure is made up for it.",
-            cure="Measure what it loads: --runner checkpoint",
-        )
-    engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
+    gathers = True  # by the llmapi target, for each request that asks
+    if repository.facts["target"] != "llmapi":
+        engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
+        gathers = bool(engine.get("build_config", {}).get("gather_context_logits"))
     return {
         "models": str(repository.models.absolute()),
         "facts": dict(repository.facts),
-        "gathers": bool(engine.get("build_config", {}).get("gather_context_logits")),
+        "gathers": gathers,
         "server_log": str(store.log("triton")),
         "timeout": 600.0,
     }

@@ -19,7 +19,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 import yaml
 from google.protobuf import text_format
-from llmapi_stand_in import SAY
+from llmapi_stand_in import SAY, put_stand_in
 from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
@@ -34,22 +34,10 @@ SNAPSHOT = Path(__file__).parent / "data" / "tiny-qwen3"
 QUIET = Output("quiet")
 LIMITS = {"engine.max_input_len": 128, "engine.max_seq_len": 256, "engine.max_batch_size": 8}
 CONFIG = json.loads((SNAPSHOT / "config.json").read_text())
-STAND_IN = """# Stands in for TensorRT-LLM: tests/llmapi_stand_in.py
-import sys
-sys.path[:0] = {paths!r}
-from llmapi_stand_in import LLM, SamplingParams
-"""
 
 
 def resolved(**more: Any) -> recipe.Resolved:
     return recipe.resolve({"model.id": str(SNAPSHOT), "gpu": "sm100", "target": "llmapi", **LIMITS, **more})
-
-
-def put_stand_in(models: Path) -> None:
-    """As a module beside model.py, where the stub looks first."""
-    here = Path(__file__).parent
-    code = STAND_IN.format(paths=[str(here), str(here.parent)])
-    (models / "tensorrt_llm" / "1" / "tensorrt_llm.py").write_text(code)
 
 
 @pytest.fixture(scope="module")
