@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
-from builder import checkpoint, llmapi, llmapi_repository, pipeline, recipe, record, smoke
+from builder import checkpoint, guards, llmapi, llmapi_repository, pipeline, recipe, record, smoke
 from builder.errors import IntegrityError, ServingError, UnsupportedError, UsageError
 from builder.output import Output
 from builder.serve import Server, serve
@@ -84,6 +84,9 @@ def test_the_yaml_holds_the_arguments_and_the_config_says_the_same(unified: Path
     assert (config.backend, config.max_batch_size, config.model_transaction_policy.decoupled) == ("python", 0, True)
     assert {i.name for i in config.input} >= {"text_input", "streaming", *facts["names"].values()}
     assert facts["models"] == {"generate": "tensorrt_llm", "stream": "tensorrt_llm"}
+    guards.check(tmp_path / "models", guards.Runtime(tensorrt_llm="1.2.1"))
+    with pytest.raises(IntegrityError, match=r"rendered for TensorRT-LLM 1\.2\.1, and this machine has 1\.3\.0rc25"):
+        guards.check(tmp_path / "models", guards.Runtime(tensorrt_llm="1.3.0rc25"))
 
 
 def test_without_streaming_it_takes_infer(unified: Path, tmp_path: Path) -> None:
