@@ -52,10 +52,9 @@ def run(job: Mapping[str, Any]) -> None:
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )
     store = Store(Path(job["root"]), Output("quiet"))
+    model_of: Callable[..., LM] = Endpoint if job["runner"] == "served" else _in_transformers
     with torch.inference_mode(), opener(job["runner"])(job) as runner:
-        model = (
-            Endpoint(runner, tokenizer, job) if isinstance(runner, Served) else _in_transformers(runner, tokenizer, job)
-        )
+        model = model_of(runner, tokenizer, job)
         refused: dict[str, str] = {}
         for one, tasks in zip(job["tasks"], loaded, strict=True):
             try:
