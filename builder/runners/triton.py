@@ -11,9 +11,10 @@ Everything that is served is in the figures: engine, kernels, KV cache.
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ class Served:
             )
         return torch.from_numpy(logits[:, : self.vocab_size])  # beyond it an engine of several ranks pads
 
+    def _ended(self) -> int | None:
+        """The exit code of a server that is gone; one that is just dying is given a second."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._server.child.wait(1)
+        return None
+
     @contextmanager
     def _answering(self) -> Iterator[None]:
         try:
@@ -83,7 +90,7 @@ class Served:
                 cure="Measure what it loads: --runner checkpoint",
             ) from None
         except (Refused, Stalled) as error:
-            code = self._server.child.poll()
+            code = self._ended()
             room = f"{ROOM}\n" if scoring.out_of_memory(error) else ""
             raise ServingError(
                 "The server ended while it was measured." if code is not None else "The server did not answer.",
