@@ -103,7 +103,10 @@ def _score(
     opened, part = opening(form, models, resolved, store), resolved.recipe.evaluation
     positions = int(models.snapshot.config.get("max_position_embeddings") or resolved.recipe.engine.max_seq_len)
     longest = evaluation_data.longest(part, positions, resolved.recipe.engine)
-    asked = {"lengths": {"min_tokens": part.min_tokens, "max_tokens": longest}, "batch_tokens": part.batch_tokens}
+    asked = {
+        "lengths": {"min_tokens": part.min_tokens, "max_tokens": longest},
+        **{key: getattr(part, key) for key in ("batch_tokens", "seed")},
+    }
     common = {**opened.ingredients, **asked, "top": part.top if form.runner == "bf16" else None}
     theirs: Sequence[Artefact | None] = reference or [None] * len(texts)
     sets = []

@@ -96,14 +96,14 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
         "model": str(models.snapshot.path.absolute()),
         "trust_remote_code": recipe.model.trust_remote_code,
         "root": str(store.root),
-        **{key: getattr(recipe.evaluation, key) for key in ("dtype", "seed", "batch_tokens")},
+        **{key: getattr(recipe.evaluation, key) for key in ("dtype", "batch_tokens")},
     }
     more, of = _of(form, models, resolved, store)
     ingredients = {
         "of": of,
         "runner": form.runner,
         "tokenizer": models.snapshot.digest,
-        **{key: job[key] for key in ("dtype", "seed", "fp8_kv", "trust_remote_code")},
+        **{key: job[key] for key in ("dtype", "fp8_kv", "trust_remote_code")},
         "kept": more.get("calibration", {}).get("kept", []),
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
