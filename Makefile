@@ -57,7 +57,7 @@ $(VENV)/ready: pyproject.toml requirements/cpu.txt
 	@$(call system_packages)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q torch==2.13.0
-	$(VENV)/bin/pip install -q -c requirements/cpu.txt -e '.[quantize,serve,container,dev]'
+	$(VENV)/bin/pip install -q -c requirements/cpu.txt -e '.[quantize,serve,container,tasks,dev]'
 	$(VENV)/bin/pip install -q --no-deps nvidia-pytriton==0.7.0
 	touch $@
 

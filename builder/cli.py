@@ -31,7 +31,7 @@ from builder.commands import (
 )
 from builder.errors import BuilderError
 from builder.output import Output, print_error
-from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS
+from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
 
 EXAMPLES = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120
@@ -126,6 +126,8 @@ def _add_measuring(subparsers: Any) -> None:
     _add_recipe_flags(command)
     command.add_argument("--compare-kv", dest="evaluation.compare_kv", action="store_const", const=True,
                          help="the checkpoint also without its FP8 KV cache")  # fmt: skip
+    for option, key, kind, text in TASK_FLAGS:
+        command.add_argument(option, dest=key, type=kind, help=text)
     _add_output(command)
 
     command = _command(subparsers, "sensitivity", "what each linear layer loses in NVFP4, worst first", run_sensitivity)

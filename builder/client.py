@@ -5,6 +5,7 @@ Imports tritonclient and numpy: only what talks to a server imports this file. E
 
 from __future__ import annotations
 
+import http.client
 import json
 import queue
 import urllib.error
@@ -114,7 +115,7 @@ class Client:
         except urllib.error.HTTPError as error:
             with error:  # an open connection keeps the server from ending
                 raise Refused(_json_error(error.read())) from None
-        except (TimeoutError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:  # also a server that ends in the middle of an answer
             raise Stalled(str(error)) from None
         # A decoupled model that fails answers 200 with an error in the body.
         if "error" in body:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.errors import EvaluationError, ServingError, UnsupportedError, UsageError
 from builder.output import Output, print_error, seconds, size
-from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS
+from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
 
 if TYPE_CHECKING:
     from builder.evaluate import Evaluation
@@ -42,7 +42,7 @@ def _resolve(arguments: argparse.Namespace) -> Resolved:
 
     values = vars(arguments)
     keys = ["model.trust_remote_code", "evaluation.compare_kv"]
-    keys += [key for _, key, _, _ in (*RECIPE_FLAGS, *LIST_FLAGS)]
+    keys += [key for _, key, _, _ in (*RECIPE_FLAGS, *LIST_FLAGS, *TASK_FLAGS)]
     flags = {key: values[key] for key in keys if values.get(key) is not None}
     if "all" in flags.get("evaluation.runners", ()):
         flags["evaluation.runners"] = RUNNERS

@@ -10,56 +10,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from builder import evaluation_data, gate, metrics, process
-from builder.calibrate import Calibration
-from builder.checkpoint import Checkpoint
-from builder.errors import EvaluationError, NotMeasurable, UsageError
+from builder import evaluation_data, gate, metrics, process, tasks
+from builder.errors import EvaluationError, NotMeasurable
 from builder.evaluation_data import Texts
-from builder.fetch import Snapshot
+from builder.forms import Form, Models, forms, opening
 from builder.gate import OVERALL, Verdict
 from builder.metrics import Estimate
 from builder.output import Output, seconds
 from builder.quantize import modelopt
 from builder.recipe import Resolved
-from builder.recipe_evaluation import RUNNERS
-from builder.repository import Repository
 from builder.runners.language import knows
-from builder.store import Artefact, Store, key_of, library_versions, sources_digest
+from builder.store import Artefact, Store, key_of, sources_digest
+from builder.tasks import TaskTable
 
-SOURCES = (
-    "builder/runners",
-    "builder/evaluation_data.py",
-    "builder/calibrate.py",
-    "builder/client.py",
-    "builder/serve.py",
-    "builder/guards.py",
-    "builder/reference",
-    "builder/nvfp4.py",
-    "builder/ranks.py",
-    "builder/quantize",
-    "builder/checkpoint.py",
-    "builder/inspection.py",
-    "builder/model_directory.py",
-    "builder/safetensors_io.py",
-    "builder/tensor_numbers.py",
-)
-TABLE_SOURCES = ("builder/evaluate.py", "builder/metrics.py", "builder/gate.py")
-LIBRARIES = (*modelopt.LIBRARIES, "tritonclient", "nvidia-pytriton")
-KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv
-
-
-@dataclass(frozen=True)
-class Models:
-    """What there is to measure; a part that no runner of the recipe needs may be None."""
-
-    snapshot: Snapshot
-    calibration: Calibration | None = None
-    checkpoint: Checkpoint | None = None
-    repository: Repository | None = None
+TABLE_SOURCES = ("builder/evaluate.py", "builder/metrics.py", "builder/gate.py", "builder/tasks.py")
 
 
 @dataclass(frozen=True)
@@ -73,6 +41,7 @@ class Evaluation:
     sets: Mapping[str, Mapping[str, Mapping[str, Any]]]
     collapsed: Mapping[str, Sequence[str]]
     not_measured: Mapping[str, str]
+    tasks: TaskTable = field(default_factory=TaskTable)
     verdict: Verdict | None = None
     path: Path = Path()
 
@@ -86,19 +55,23 @@ class Evaluation:
         }
         verdict = {"passed": self.verdict.passed, **asdict(self.verdict)} if self.verdict else None
         rest = {"sets": self.sets, "collapsed": self.collapsed, "not_measured": self.not_measured}
-        return {"measured": figures, **rest, "verdict": verdict}
+        return {"measured": figures, **rest, "tasks": asdict(self.tasks), "verdict": verdict}
 
     def check(self) -> None:
         """EvaluationError where the gate failed, NotMeasurable where none but BF16 could be measured."""
         if self.verdict:
             self.verdict.check(str(self.path / "evaluation.json"))
-        if self.not_measured and not set(self.measured) - {"bf16"}:
-            runner, why = next(iter(self.not_measured.items()))
+        answered = {row.runner for row in self.tasks.rows}
+        refused = {**self.not_measured, **{name: min(why.values()) for name, why in self.tasks.not_measured.items()}}
+        if refused and not (set(self.measured) | answered) - {"bf16"}:
+            runner, why = next(iter(refused.items()))
             raise NotMeasurable(f"{runner} can't be measured.", why=why)
 
 
-def evaluate(models: Models, resolved: Resolved, *, store: Store) -> Evaluation:
+def evaluate(models: Models, resolved: Resolved, *, store: Store, ask: bool = False) -> Evaluation:
     """Measures every runner of the recipe on every data set, and judges by the gate, if there is one.
+
+    With `ask` also on the recipe's tasks.
 
     IntegrityError if model and tokenizer don't belong together, EvaluationError if the gate needs what could not be
     measured. A gate that failed is told by the verdict; `check` raises it.
@@ -107,41 +80,19 @@ def evaluate(models: Models, resolved: Resolved, *, store: Store) -> Evaluation:
     texts = evaluation_data.read_texts(part, store=store)
     scores: dict[str, list[Artefact]] = {}
     not_measured: dict[str, str] = {}
-    for runner in _runners(resolved):
+    for form in forms(resolved) if texts else ():
         try:
-            scores[runner.label] = _score(runner, models, texts, scores.get("bf16"), resolved, store)
+            scores[form.label] = _score(form, models, texts, scores.get("bf16"), resolved, store)
         except NotMeasurable as error:
-            not_measured[runner.label] = str(error)
+            not_measured[form.label] = str(error)
     found = _tables(scores, texts, part.resamples, part.seed, not_measured)
+    if ask and resolved.recipe.tasks.names:
+        found = replace(found, tasks=tasks.measure(models, resolved, store=store))
     return _judged(found, scores, resolved, store)
 
 
-@dataclass(frozen=True)
-class _Runner:
-    """`label` names its row; `name` is what opens it; `fp8_kv` whether the cache is quantized."""
-
-    label: str
-    name: str
-    fp8_kv: bool
-
-
-def _runners(resolved: Resolved) -> list[_Runner]:
-    """In the order of RUNNERS: BF16 first."""
-    part, fp8 = resolved.recipe.evaluation, resolved.recipe.quantization.kv_cache_dtype == "fp8"
-    found = [_Runner(name, name, fp8) for name in RUNNERS if name in part.runners]
-    if part.compare_kv and not fp8:
-        raise UsageError(
-            "There is no FP8 KV cache to compare: the recipe leaves it in the model's own type.",
-            cure="Compare with --kv-cache-dtype fp8",
-        )
-    if part.compare_kv:
-        fp8_rows = [] if "checkpoint" in part.runners else [_Runner("checkpoint", "checkpoint", True)]
-        found += [*fp8_rows, _Runner(KV_AUTO, "checkpoint", False)]
-    return found
-
-
 def _score(
-    runner: _Runner,
+    form: Form,
     models: Models,
     texts: Sequence[Texts],
     reference: Sequence[Artefact] | None,
@@ -149,19 +100,11 @@ def _score(
     store: Store,
 ) -> list[Artefact]:
     """The scores of each data set, from the store or by a child process."""
-    job, of = _job(runner, models, resolved, store)
-    part = resolved.recipe.evaluation
-    common = {
-        "of": of,
-        "runner": runner.name,
-        "tokenizer": models.snapshot.digest,
-        **{key: job[key] for key in ("lengths", "dtype", "seed", "batch_tokens", "fp8_kv", "trust_remote_code")},
-        "kept": job.get("calibration", {}).get("kept", []),
-        "top": part.top if runner.name == "bf16" else None,
-        "libraries": library_versions(*LIBRARIES),
-        "sources": sources_digest(*SOURCES),
-        "gpus": modelopt.gpus(),
-    }
+    opened, part = opening(form, models, resolved, store), resolved.recipe.evaluation
+    positions = int(models.snapshot.config.get("max_position_embeddings") or resolved.recipe.engine.max_seq_len)
+    longest = evaluation_data.longest(part, positions, resolved.recipe.engine)
+    asked = {"lengths": {"min_tokens": part.min_tokens, "max_tokens": longest}, "batch_tokens": part.batch_tokens}
+    common = {**opened.ingredients, **asked, "top": part.top if form.runner == "bf16" else None}
     theirs: Sequence[Artefact | None] = reference or [None] * len(texts)
     sets = []
     for one, bf16 in zip(texts, theirs, strict=True):
@@ -180,63 +123,10 @@ def _score(
 
     missing = [one for one in sets if stored(one) is None]
     kept = f", {len(sets) - len(missing)} found in the store" if len(missing) < len(sets) else ""
-    store.out.stage("evaluate", f"{runner.label} on {len(sets)} data sets{kept}")
+    store.out.stage("evaluate", f"{form.label} on {len(sets)} data sets{kept}")
     if missing:
-        _run({**job, "sets": missing}, store)
+        _run({**opened.job, **asked, "top": part.top, "logits": True, "sets": missing}, store)
     return [artefact for artefact in map(stored, sets) if artefact]
-
-
-def _job(runner: _Runner, models: Models, resolved: Resolved, store: Store) -> tuple[dict[str, Any], list[str]]:
-    """What the child is told, and the digests of the artefacts that it measures."""
-    recipe = resolved.recipe
-    part = recipe.evaluation
-    positions = int(models.snapshot.config.get("max_position_embeddings") or recipe.engine.max_seq_len)
-    job: dict[str, Any] = {
-        "runner": runner.name,
-        "label": runner.label,
-        "fp8_kv": runner.fp8_kv,
-        "model": str(models.snapshot.path.absolute()),
-        "trust_remote_code": recipe.model.trust_remote_code,
-        "root": str(store.root),
-        "lengths": {
-            "min_tokens": part.min_tokens,
-            "max_tokens": evaluation_data.longest(part, positions, recipe.engine),
-        },
-        **{key: getattr(part, key) for key in ("dtype", "seed", "batch_tokens", "top")},
-    }
-    if runner.name == "bf16":
-        return job, [models.snapshot.digest]
-    if runner.name == "simulated":
-        assert models.calibration is not None
-        assert models.checkpoint is not None
-        rows = {"rows": str(models.calibration.path.absolute()), "kept": models.checkpoint.facts["kept"]}
-        rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
-        return {**job, "calibration": rows}, [models.snapshot.digest, models.calibration.digest]
-    if runner.name == "served":
-        return {**job, **_served(models.repository, store)}, [models.repository.digest if models.repository else ""]
-    assert models.checkpoint is not None
-    if runner.name == "reference" and not models.checkpoint.tensorrt_llm.is_dir():
-        raise NotMeasurable("The checkpoint has no TensorRT-LLM layout, which the reference executor reads.")
-    layouts = {"unified": str(models.checkpoint.unified), "tensorrt_llm": str(models.checkpoint.tensorrt_llm)}
-    return {**job, **layouts}, [models.checkpoint.digest]
-
-
-def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
-    assert repository is not None
-    if repository.facts["target"] == "llmapi":
-        raise NotMeasurable(
-            "The served model returns no log-probabilities of a prompt.",
-            why="The llmapi target's requests have no input that asks for them. No figure is made up for it.",
-            cure="Measure what it loads: --runner checkpoint",
-        )
-    engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
-    return {
-        "models": str(repository.models.absolute()),
-        "facts": dict(repository.facts),
-        "gathers": bool(engine.get("build_config", {}).get("gather_context_logits")),
-        "server_log": str(store.log("triton")),
-        "timeout": 600.0,
-    }
 
 
 def _run(job: Mapping[str, Any], store: Store) -> None:
@@ -294,9 +184,9 @@ def _judged(
         verdict, unjudged = None, error
     whole = replace(found, verdict=verdict)
     ingredients = {
-        "of": [artefact.digest for artefacts in scores.values() for artefact in artefacts],
-        "runners": list(scores),
-        "not_measured": found.not_measured,
+        "of": [*(artefact.digest for artefacts in scores.values() for artefact in artefacts), *found.tasks.of],
+        "runners": [*dict.fromkeys([*scores, *(row.runner for row in found.tasks.rows)])],
+        "not_measured": [found.not_measured, found.tasks.not_measured],
         "limits": part.limits,
         "resamples": part.resamples,
         "seed": part.seed,
@@ -306,7 +196,8 @@ def _judged(
     def make(directory: Path) -> dict[str, Any]:
         told = whole.as_dict()
         (directory / "evaluation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-        return {"verdict": told["verdict"], "not_measured": told["not_measured"], "collapsed": told["collapsed"]}
+        rest = {name: told[name] for name in ("verdict", "not_measured", "collapsed")}
+        return {**rest, "texts": bool(scores), "tasks": len(found.tasks.rows)}
 
     artefact = store.stage("evaluation", ingredients, make)
     if unjudged:
@@ -334,8 +225,11 @@ def show_tables(found: Evaluation, out: Output) -> None:
         (name, *(facts[key] for key in ("texts", "dropped", "cut", "tokens")), _times(found, name))
         for name, facts in first.items()
     ]
-    out.table("scored", ["data", "texts", "too short", "cut", "tokens", "time"], rows)
-    out.table("what quantization cost (95 % intervals)", COLUMNS, _rows(found))
+    if found.sets or found.not_measured:
+        out.table("scored", ["data", "texts", "too short", "cut", "tokens", "time"], rows)
+        out.table("what quantization cost (95 % intervals)", COLUMNS, _rows(found))
+    if found.tasks.rows or found.tasks.not_measured:
+        tasks.show(found.tasks, out)
     if found.verdict:
         asked = ", ".join(f"{metric} {limit:g}" for metric, limit in found.verdict.limits.items())
         out.text(f"gate       {asked}: {'passed' if found.verdict.passed else 'FAILED'}")

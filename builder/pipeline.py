@@ -9,7 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import engine, keep_bf16, llmapi, llmapi_repository, preflight, probe_answers, ranks, record, trtllm
+from builder import (
+    engine,
+    keep_bf16,
+    llmapi,
+    llmapi_repository,
+    preflight,
+    probe_answers,
+    ranks,
+    record,
+    tasks,
+    trtllm,
+)
 from builder.calibrate import Calibration, calibrate
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
@@ -68,8 +79,10 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
 
 
 def measure(resolved: Resolved, store: Store) -> Evaluation:
-    """Builds what the recipe's runners need, and measures it."""
-    return _measure(_chain(resolved, store, _needed(resolved)), resolved, store)
+    """Builds what the recipe's runners need, and measures it, by questions too where the recipe names tasks."""
+    if resolved.recipe.tasks.names:
+        tasks.check(resolved.recipe.tasks, store)
+    return _measure(_chain(resolved, store, _needed(resolved)), resolved, store, ask=True)
 
 
 def _needed(resolved: Resolved) -> str:
@@ -94,11 +107,12 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     return sensitivity.sensitivity(snapshot, calibration, model, resolved, store=store, proxy=proxy)
 
 
-def _measure(built: Built, resolved: Resolved, store: Store) -> Evaluation:
-    from builder.evaluate import Models, evaluate  # numpy: only for those who measure
+def _measure(built: Built, resolved: Resolved, store: Store, *, ask: bool = False) -> Evaluation:
+    from builder.evaluate import evaluate  # numpy: only for those who measure
+    from builder.forms import Models
 
     models = Models(built.snapshot, built.calibration, built.checkpoint, built.repository)
-    return evaluate(models, resolved, store=store)
+    return evaluate(models, resolved, store=store, ask=ask)
 
 
 def _chain(resolved: Resolved, store: Store, until: str) -> Built:

@@ -223,6 +223,27 @@ def job_file(log: Path) -> Path:
     return log.with_suffix(".json")
 
 
+def do_job(
+    argv: Sequence[str],
+    work: Callable[[dict[str, Any]], None],
+    known: Callable[[BaseException], BuilderError | None] = lambda error: None,
+) -> int:
+    """In a child that `run_job` started: reads its job file and does the work.
+
+    What people can do something about, a BuilderError or what `known` makes one of, the parent learns by an event, and
+    the exit code is the error's. Anything else is a fault of ours, and its traceback belongs in the log.
+    """
+    try:
+        work(json.loads(Path(argv[1]).read_text(encoding="utf-8")))
+    except BaseException as error:
+        told = error if isinstance(error, BuilderError) else known(error)
+        if told is None:
+            raise
+        emit_error(told)
+        return told.exit_code
+    return 0
+
+
 def emit(**event: Any) -> None:
     """In a child: one event for the parent. Without a parent that listens it does nothing."""
     fd = os.environ.get(PROGRESS_FD)

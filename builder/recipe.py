@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from builder import gpus, paths
 from builder.errors import UsageError
-from builder.recipe_evaluation import Evaluation, Sensitivity
+from builder.recipe_evaluation import Evaluation, Sensitivity, Tasks
 from builder.recipe_part import Part, Positive
 
 Target = Literal["engine", "llmapi", "reference"]
@@ -199,7 +199,14 @@ class Recipe(Part):
     llmapi: LlmApi = LlmApi()
     repository: Repository = Repository()
     evaluation: Evaluation = Evaluation()
+    tasks: Tasks = Tasks()
     sensitivity: Sensitivity = Sensitivity()
+
+    @model_validator(mode="after")
+    def _something_is_measured(self) -> Recipe:
+        if not self.evaluation.data and not self.tasks.names:
+            raise ValueError("evaluation.data is empty and no task is named; say --data FILE.jsonl or --tasks gsm8k")
+        return self
 
     @model_validator(mode="after")
     def _auto_has_texts(self) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from builder.recipe_part import Part, Positive
 
@@ -55,7 +55,7 @@ class DataSet(Part):
 class Evaluation(Part):
     """How the loss is measured, and how much of it is too much. Texts are scored token by token."""
 
-    data: Annotated[tuple[DataSet, ...], Field(min_length=1, description="the data sets")] = (
+    data: Annotated[tuple[DataSet, ...], Field(description="the data sets; none where tasks alone are measured")] = (
         DataSet.model_validate("Salesforce/wikitext"),
         DataSet.model_validate("HuggingFaceH4/ultrachat_200k"),
     )
@@ -96,7 +96,39 @@ class Evaluation(Part):
                 f"a gate compares a runner with bf16, and only {', '.join(self.runners)} would be measured; "
                 "take both: --runner bf16 --runner checkpoint"
             )
+        if self.limits and not self.data:
+            raise ValueError("a gate judges texts, and there are none; name some: --data FILE.jsonl")
         return self
+
+
+class Tasks(Part):
+    """Questions whose answers can be judged, asked through lm-eval by `builder eval`; no gate looks at them."""
+
+    names: Annotated[tuple[str, ...], Field(description="lm-eval's tasks, groups and tags")] = ()
+    directory: Annotated[str | None, Field(description="a directory of more task files (YAML)")] = None
+    limit: Annotated[Positive | None, Field(description="questions of each task; for trying out")] = None
+    fewshot: Annotated[int | None, Field(ge=0, description="examples before a question; default: the task's own")] = (
+        None
+    )
+    seed: Annotated[int | None, Field(ge=0, description="of all that lm-eval draws; default: lm-eval's own seeds")] = (
+        None
+    )
+    batch_size: Annotated[
+        Positive | None, Field(description="questions; default: found by trying on a GPU, 8 without")
+    ] = None
+    chat_template: Annotated[bool, Field(description="ask by the model's chat template")] = False
+
+    @field_validator("names", mode="before")
+    @classmethod
+    def _by_commas(cls, value: Any) -> Any:
+        """`--tasks mmlu,gsm8k`"""
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            return value
+        names = [name.strip() for text in texts for name in text.split(",")]
+        if texts and not any(names):
+            raise ValueError("no task is named; say gsm8k, or mmlu,gsm8k")
+        return tuple(dict.fromkeys(name for name in names if name))
 
 
 class Sensitivity(Part):

@@ -31,6 +31,13 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--min-score", "evaluation.min_score", float, "gate: PPL of BF16 / PPL x 100 must reach it, as 98"),
     ("--max-kl", "evaluation.max_kl", float, "gate: the mean KL(BF16 || model) must not pass it, in nats"),
 )
+# Of `eval` alone.
+TASK_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
+    ("--tasks", "tasks.names", str, "questions through lm-eval: mmlu,gsm8k (besides the texts)"),
+    ("--task-dir", "tasks.directory", str, "more task files (YAML), as lm-eval reads them"),
+    ("--task-limit", "tasks.limit", int, "so many questions of each task, for trying out"),
+    ("--fewshot", "tasks.fewshot", int, "examples before each question (default: the task's own)"),
+)
 # Those that may be given several times: option, dotted key, placeholder, help.
 LIST_FLAGS = (
     (

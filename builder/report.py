@@ -14,6 +14,7 @@ from builder.errors import UsageError
 from builder.results import Evaluation, Loss
 from builder.smoke import SmokeReport
 from builder.store import STAGES, Artefact, artefacts, read, tests_of, upstream
+from builder.tasks import Row
 
 REFERENCE = (
     "It was not run on a GPU: the reference executor served it on a CPU. That shows what the numbers in the "
@@ -85,6 +86,7 @@ class Report:
     stages: Sequence[Stage]
     size: Size
     evaluation: Evaluation | None
+    tasks: Sequence[Row]
     losses: Sequence[Loss]
     smoke: SmokeReport | None
     warnings: Sequence[str]
@@ -103,6 +105,7 @@ class _Found:
     chain: Mapping[str, Artefact]
     smoke: Artefact | None
     evaluation: Evaluation | None
+    tasks: Sequence[Row]
     losses: Sequence[Loss]
     record: Mapping[str, Any]
 
@@ -122,13 +125,14 @@ def gather(path: Path) -> Report:
     engine_command = found.facts("engine").get("command")
     return Report(
         model=_model(found),
-        verdict=judge(smoke, found.evaluation, target),
+        verdict=judge(smoke, found.evaluation, target, found.tasks),
         values=_values(found),
         flags=found.record.get("flags") or [dict(zip(("name", "value"), flag, strict=True)) for flag in _flags(found)],
         versions=_versions(found),
         stages=_stages(found),
         size=_size(found),
         evaluation=found.evaluation,
+        tasks=found.tasks,
         losses=found.losses,
         smoke=smoke,
         warnings=_warnings(found),
@@ -152,7 +156,7 @@ def name_of(path: Path) -> str:
     return next((link.name for link in links if link.resolve() == directory), f"repository-{directory.name}")
 
 
-def judge(smoke: SmokeReport | None, evaluation: Evaluation | None, target: str) -> Verdict:
+def judge(smoke: SmokeReport | None, evaluation: Evaluation | None, target: str, tasks: Sequence[Row] = ()) -> Verdict:
     """One verdict of the tests. What was not tested leaves it incomplete; it never passes unseen."""
     failed = list(evaluation.failed) if evaluation and evaluation.passed is False else []
     if smoke and smoke.failed:
@@ -167,7 +171,8 @@ def judge(smoke: SmokeReport | None, evaluation: Evaluation | None, target: str)
         headline = "Accuracy passed; not served, not tested" if accurate else "Built, but not served and not tested"
         return Verdict("incomplete", headline, ("No smoke test of this repository is in the store.",))
     if evaluation is None:
-        return Verdict("incomplete", "It serves; accuracy was not measured", (served,))
+        what = "accuracy was measured by tasks only, no gate was set" if tasks else "accuracy was not measured"
+        return Verdict("incomplete", f"It serves; {what}", (served,))
     limits = {"score": "a score of at least {:g}", "kl": "a KL of at most {:g}"}
     gate_text = " and ".join(limits.get(name, name + " {:g}").format(n) for name, n in evaluation.limits.items())
     reasons = (served, f"The gate: {gate_text}.") if gate_text else (served,)
@@ -197,6 +202,7 @@ def _find(path: Path) -> _Found:
         chain=chain,
         smoke=max(tests_of([repository], everything), key=lambda a: float(a.manifest["started"]), default=None),
         evaluation=results.evaluation_of(chain, everything),
+        tasks=results.tasks_of(chain, everything),
         losses=results.losses_of(chain, everything),
         record=record or {},
     )
@@ -326,8 +332,10 @@ def _unmeasured(found: _Found, target: str) -> list[str]:
     if found.smoke is None:
         texts.append("It was not served: no smoke test of this repository is in the store.")
     if found.evaluation is None:
-        texts.append("Accuracy was not measured: what quantization cost this model is not known.")
+        texts.append("Accuracy was not measured on texts: what quantization cost in perplexity and KL is not known.")
     texts += _unmeasured_runners(found.evaluation) if found.evaluation else []
+    if not found.tasks:
+        texts.append("No task was asked: how many questions of a benchmark it answers rightly is not known.")
     if not found.losses:
         texts.append("The loss of each layer by itself was not measured.")
     texts.append("Load was not measured: no latency and no throughput under many requests is known.")

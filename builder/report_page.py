@@ -19,7 +19,7 @@ from builder.charts import Mark
 from builder.errors import UsageError
 from builder.output import Output, seconds, size
 from builder.report import Report, gather, root_of
-from builder.results import OVERALL, RUNNERS, Interval, Score, append, rows
+from builder.results import OVERALL, RUNNERS, Interval, Score, append, rows, task_rows
 from builder.store import replace_file
 
 KINDS = {
@@ -71,13 +71,16 @@ def publish(
             raise UsageError(f"{path} is a directory.", cure="Name files: --html FILE --markdown FILE --csv FILE")
     replace_file(page, html(report))
     replace_file(card, markdown(report))
-    added = append(table, rows(_identity(report), report.evaluation)) if report.evaluation else 0
+    identity = _identity(report)
+    fresh = rows(identity, report.evaluation) if report.evaluation else []
+    fresh += task_rows(identity, report.tasks)
+    added = append(table, fresh) if fresh else 0
     files = {"html": str(page), "markdown": str(card), "csv": str(table)}
     out.result({**asdict(report), "files": files, "rows": added})
     out.text(f"verdict    {report.verdict.status}: {report.verdict.headline}")
     out.text(f"page       {page}")
     out.text(f"card       {card}")
-    out.text(f"table      {table}, {added} new rows" if report.evaluation else "table      no evaluation, no row")
+    out.text(f"table      {table}, {added} new rows" if fresh else "table      no evaluation, no row")
     out.text(f"next       python3 -m webbrowser {page.resolve().as_uri()}")
 
 
@@ -137,6 +140,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
         "fenced": fenced,
         "figure": lambda value, digits, scale: f"{value * scale:,.{digits}f}",
         "number": number,
+        "signed": lambda value, digits, scale=1: "–" if value is None else f"{value * scale:+.{digits}f}",
         "runner": lambda name: RUNNERS.get(name, name),
         "breakable": lambda text: Markup(re.sub(r"([._/=-])", r"\1<wbr>", str(escape(shown(text))))),
         "verb": lambda name: STAGE_VERBS.get(name, name),

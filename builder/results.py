@@ -8,12 +8,13 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from builder.errors import UsageError
 from builder.store import Artefact, digest_of, replace_file
+from builder.tasks import Row
 
 OVERALL = "overall"  # the data sets together, weighted by tokens
 BF16 = "bf16"
@@ -84,21 +85,42 @@ class Loss:
 
 
 def evaluation_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> Evaluation | None:
-    """The newest evaluation of these artefacts and no others; one with a gate before one without."""
+    """The newest evaluation on texts of these artefacts and no others; one with a gate before one without."""
+    mine = [artefact for artefact in _evaluations(chain, everything) if artefact.facts.get("texts", True)]
+    newest = max(mine, key=lambda a: (bool(a.facts.get("verdict")), _started(a)), default=None)
+    if newest is None:
+        return None
+    return read_evaluation(_told(newest), newest.digest, newest.manifest["ingredients"].get("limits", {}))
+
+
+def tasks_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> tuple[Row, ...]:
+    """The figures of the newest evaluation by tasks, which may be another one than that on texts."""
+    mine = [artefact for artefact in _evaluations(chain, everything) if artefact.facts.get("tasks")]
+    newest = max(mine, key=_started, default=None)
+    return tuple(Row(**row) for row in _told(newest)["tasks"]["rows"]) if newest else ()
+
+
+def _evaluations(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
+    """Those of these artefacts and no others, with more than BF16."""
     ours = {artefact.digest for artefact in chain.values()}
-    scored = {a.digest: set(a.manifest["ingredients"]["of"]) for a in everything if a.stage == "scores"}
-    mine = [
+    measured = ("scores", "tasks")
+    of = {a.digest: set(a.manifest["ingredients"]["of"]) for a in everything if a.stage in measured}
+    return [
         artefact
         for artefact in everything
         if artefact.stage == "evaluation"
         and set(artefact.manifest["ingredients"]["runners"]) - {BF16}
-        and all(scored.get(digest, {""}) <= ours for digest in artefact.manifest["ingredients"]["of"])
+        and all(of.get(digest, {""}) <= ours for digest in artefact.manifest["ingredients"]["of"])
     ]
-    newest = max(mine, key=lambda a: (bool(a.facts.get("verdict")), float(a.manifest["started"])), default=None)
-    if newest is None:
-        return None
-    told = json.loads((newest.path / "evaluation.json").read_text(encoding="utf-8"))
-    return read_evaluation(told, newest.digest, newest.manifest["ingredients"].get("limits", {}))
+
+
+def _started(artefact: Artefact) -> float:
+    return float(artefact.manifest["started"])
+
+
+def _told(artefact: Artefact) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((artefact.path / "evaluation.json").read_text(encoding="utf-8"))
+    return told
 
 
 def read_evaluation(told: Mapping[str, Any], digest: str, limits: Mapping[str, float]) -> Evaluation:
@@ -137,7 +159,7 @@ def losses_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> 
     """The loss by layer of the chain's model, in the order of the layers; empty where nobody measured it."""
     ours = {artefact.digest for artefact in chain.values()}
     found = [a for a in everything if a.stage == "sensitivity" and set(a.manifest["ingredients"]["of"]) <= ours]
-    newest = max(found, key=lambda a: float(a.manifest["started"]), default=None)
+    newest = max(found, key=_started, default=None)
     layers = newest.facts["layers"] if newest else []
     return [Loss(one["layer"], one["kl"], one.get("bytes")) for one in layers if one["kl"] is not None]
 
@@ -158,6 +180,23 @@ def rows(identity: Mapping[str, object], evaluation: Evaluation) -> list[dict[st
     return [{name: _cell(value) for name, value in row.items()} for row in found]
 
 
+def task_rows(identity: Mapping[str, object], tasks: Sequence[Row]) -> list[dict[str, str]]:
+    """A row for each figure of a task: `data` is the task, `texts` its questions. Equal figures are one row."""
+    found = []
+    for one in tasks:
+        row: dict[str, object] = {
+            "id": digest_of([asdict(one), identity["repository"]])[:16],
+            **identity,
+            "data": one.task,
+            "runner": one.runner,
+            "texts": one.documents,
+            "flips": one.flips,
+            **{name: getattr(one, name) for name in ("metric", "value", "stderr", "change", "fewshot")},
+        }
+        found.append({name: _cell(value) for name, value in row.items()})
+    return found
+
+
 def append(path: Path, fresh: Sequence[Mapping[str, str]]) -> int:
     """Adds the rows whose `id` the file has not, under a lock and in one step; the number of rows added.
 
@@ -168,7 +207,7 @@ def append(path: Path, fresh: Sequence[Mapping[str, str]]) -> int:
         known = {row["id"] for row in kept}
         added = [row for row in fresh if row["id"] not in known]
         if added:
-            columns += [name for name in added[0] if name not in columns]
+            columns += [name for name in dict.fromkeys(name for row in added for name in row) if name not in columns]
             text = io.StringIO()
             writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
             writer.writeheader()

@@ -19,10 +19,11 @@ import qwen2_outliers
 import torch
 from hub_server import Hub
 
-from builder import evaluate, evaluation_data, fetch, kv_safety, pipeline, recipe
+from builder import evaluate, evaluation_data, fetch, forms, kv_safety, pipeline, recipe
 from builder.checkpoint import Checkpoint
 from builder.errors import BuilderError, EvaluationError, IntegrityError, NotMeasurable, ServingError, UsageError
-from builder.evaluate import Evaluation, Models
+from builder.evaluate import Evaluation
+from builder.forms import Models
 from builder.output import Output
 from builder.pipeline import Built
 from builder.quantize import child as quantizer
@@ -95,14 +96,14 @@ def nll(store: Store, found: Evaluation, runner: str) -> np.ndarray:
         assert artefact is not None
         parts.append((artefact.manifest["ingredients"], np.load(path.parent / "nll.npy")))
     texts = [facts["tokens"] for facts in found.sets[runner].values()]
-    fp8 = runner != evaluate.KV_AUTO
-    name = "checkpoint" if runner == evaluate.KV_AUTO else runner
+    fp8 = runner != forms.KV_AUTO
+    name = "checkpoint" if runner == forms.KV_AUTO else runner
     ours = [column for made, column in parts if (made["runner"], made["fp8_kv"]) == (name, fp8)]
     return np.concatenate(sorted(ours, key=lambda column: texts.index(len(column))))
 
 
 def test_every_form_has_the_same_tables(whole: Evaluation) -> None:
-    assert list(whole.measured) == [*RUNNERS, evaluate.KV_AUTO]
+    assert list(whole.measured) == [*RUNNERS, forms.KV_AUTO]
     for runner, sets in whole.measured.items():
         assert list(sets) == ["prose", "chat", "overall"]
         assert {facts["texts"] for facts in whole.sets[runner].values()} == {10}
@@ -201,7 +202,7 @@ def test_a_server_that_dies_is_an_error_and_the_next_run_goes_on(
         return whole_ask(self, ids)
 
     monkeypatch.setattr(triton.Served, "_ask", dying)
-    with pytest.raises(ServingError, match=r"while texts were scored|did not answer") as caught:
+    with pytest.raises(ServingError, match=r"while it was measured|did not answer") as caught:
         evaluate.evaluate(models, asked, store=other)
     assert "same command again" in caught.value.cure
     [kept] = other.root.glob("scores/*/manifest.json")
@@ -297,7 +298,7 @@ def test_no_data_set_no_runner_and_no_room_are_refused() -> None:
     with pytest.raises(UsageError, match="none is left"):
         evaluation_data.longest(Part(), 20, recipe.Engine())
     with pytest.raises(UsageError, match="no FP8 KV cache to compare"):
-        evaluate._runners(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto"))
+        forms.forms(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto"))
 
 
 # ---- the data sets
@@ -410,7 +411,7 @@ def test_an_fp8_cache_that_ruins_a_model_shows_beside_one_that_does_not(tmp_path
         model__id=str(model), evaluation__compare_kv=True, evaluation__data=SETS[:1], evaluation__min_score=90.0
     )
     found = evaluate.evaluate(Models(snapshot, checkpoint=Checkpoint(tmp_path / "made", "qwen2")), asked, store=store)
-    with_fp8, without = (found.measured[row]["prose"]["score"] for row in ("checkpoint", evaluate.KV_AUTO))
+    with_fp8, without = (found.measured[row]["prose"]["score"] for row in ("checkpoint", forms.KV_AUTO))
     assert without.value > 93
     assert with_fp8.high < 85
     assert found.verdict is not None

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import calibrate, evaluate, sensitivity, smoke
+from builder import calibrate, evaluate, forms, sensitivity, smoke, tasks
 from builder import store as stores
 from builder.errors import IntegrityError, StageError, UsageError
 from builder.output import Output
@@ -277,7 +277,8 @@ NO_INGREDIENTS |= {"recipe", "recipe_evaluation", "repository", "store"}
         ("calibrate.py", calibrate.SOURCES),
         ("smoke.py", smoke.SOURCES),
         ("sensitivity.py", sensitivity.SOURCES),
-        ("evaluate.py", evaluate.SOURCES + evaluate.TABLE_SOURCES),
+        ("evaluate.py", forms.SOURCES + evaluate.TABLE_SOURCES),
+        ("task_child.py", tasks.SOURCES),
     ],
 )
 def test_a_stages_key_holds_every_source_that_it_imports(stage: str, sources: tuple[str, ...]) -> None:

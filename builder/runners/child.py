@@ -6,7 +6,6 @@ first data set that it did not finish. Events go to the parent (builder.process.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Ids, Sequences, sequences, shuffled
 from builder.output import Output, size
-from builder.process import emit, emit_error
+from builder.process import do_job, emit
 from builder.runners import scoring
 from builder.runners.language import refuse_strangers, refuse_unknown_tokens
 from builder.runners.scoring import ColumnFiles, Runner
@@ -28,20 +27,6 @@ from builder.store import Store
 
 # The check that a model knows the language of the texts: so many texts, so many tokens of each.
 CHECK_TEXTS, CHECK_TOKENS = 8, 256
-
-
-def main(argv: list[str]) -> int:
-    """Does the job; the exit code is that of the error, which the parent learns by an event."""
-    job = json.loads(Path(argv[1]).read_text(encoding="utf-8"))
-    try:
-        run(job)
-    except BaseException as error:
-        known = _known(error)
-        if known is None:
-            raise
-        emit_error(known)
-        return known.exit_code
-    return 0
 
 
 def run(job: Mapping[str, Any]) -> None:
@@ -159,19 +144,17 @@ def _same_texts(reference: Path, starts: Sequence[int]) -> None:
         raise IntegrityError("The texts were tokenized otherwise for BF16.", cure="Run the same command again.")
 
 
-def _known(error: BaseException) -> BuilderError | None:
-    """An error that a user can do something about; None for a fault of ours, whose traceback belongs in the log."""
-    if isinstance(error, BuilderError):
-        return error
-    if scoring.out_of_memory(error):
-        return UnsupportedError(
-            "The model does not fit into this machine's memory.",
-            why=(str(error).splitlines() or ["out of memory"])[0],
-            cure="Use a machine with more memory, or measure fewer runners: --runner checkpoint",
-        )
-    return None
+def known(error: BaseException) -> BuilderError | None:
+    """Too little memory, in words; None for a fault of ours."""
+    if not scoring.out_of_memory(error):
+        return None
+    return UnsupportedError(
+        "The model does not fit into this machine's memory.",
+        why=(str(error).splitlines() or ["out of memory"])[0],
+        cure="Use a machine with more memory, or measure fewer runners: --runner checkpoint",
+    )
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main(sys.argv))
+    sys.exit(do_job(sys.argv, run, known))

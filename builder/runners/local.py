@@ -34,7 +34,7 @@ class Causal:
     """A causal language model of transformers. Texts are padded on the right, which no earlier token sees."""
 
     def __init__(self, model: Any, batch_tokens: int) -> None:
-        self._model = model.eval()
+        self.model = model.eval()
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         if model.device.type == "cpu":
             batch_tokens = max(1, min(batch_tokens, _CPU_TOKENS, _CPU_LOGITS // (4 * self.vocab_size)))
@@ -44,7 +44,7 @@ class Causal:
         padded = np.zeros((len(batch), max(map(len, batch))), dtype=np.int64)
         for row, ids in zip(padded, batch, strict=True):
             row[: len(ids)] = ids
-        logits = self._model(torch.from_numpy(padded).to(self._model.device), use_cache=False).logits
+        logits = self.model(torch.from_numpy(padded).to(self.model.device), use_cache=False).logits
         for row, ids in zip(logits, batch, strict=True):
             yield row[: len(ids)]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.client import Client, Refused, Stalled
+from builder.client import Ask, Client, Refused, Stalled
 from builder.errors import NotMeasurable, ServingError
 from builder.evaluation_data import Ids
 from builder.output import Output
@@ -31,7 +31,8 @@ class Served:
 
     def __init__(self, server: Server, facts: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         self._server = server
-        self._client = Client(server.http_url, server.grpc_url, facts["models"], timeout=job["timeout"])
+        names, batched = facts.get("names", {}), facts.get("batched", True)
+        self._client = Client(server.http_url, server.grpc_url, facts["models"], job["timeout"], names, batched)
         self.vocab_size, self.batch_tokens = int(facts["vocab_size"]), job["batch_tokens"]
 
     def logits(self, batch: Sequence[Ids]) -> Iterator[Tensor]:
@@ -39,24 +40,35 @@ class Served:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 yield from pool.map(self._ask, batch[start : start + AT_ONCE])
 
+    def generate(self, prompt: str, max_tokens: int, options: Mapping[str, Any]) -> str:
+        """The answer's text; greedy where `options` don't say otherwise."""
+        with self._answering():
+            return self._client.http_generate(Ask(prompt, max_tokens, options)).text
+
     def _ask(self, ids: Ids) -> Tensor:
-        try:
+        with self._answering():
             return torch.from_numpy(self._client.context_logits(ids.tolist()))
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
         except (Refused, Stalled) as error:
             code = self._server.child.poll()
             raise ServingError(
-                "The server ended while texts were scored." if code is not None else "The server did not answer.",
+                "The server ended while it was measured." if code is not None else "The server did not answer.",
                 why=str(error),
-                cure="Run the same command again: data sets that were finished are kept. "
+                cure="Run the same command again: data sets and tasks that were finished are kept. "
                 f"The server's log: {self._server.log}",
             ) from None
 
 
 @contextmanager
 def served(job: Mapping[str, Any]) -> Iterator[Served]:
-    """Serves the repository while it is measured. NotMeasurable if its engine gives no logits of a prompt."""
+    """Serves the repository while it is measured. NotMeasurable if `logits` are wanted and its engine gives none."""
     facts = job["facts"]
-    check(facts, job["gathers"], job["lengths"]["max_tokens"])
+    if job["logits"]:
+        check(facts, job["gathers"], job["lengths"]["max_tokens"])
     with serve(Path(job["models"]), out=Output("quiet"), log=Path(job["server_log"])) as server:
         yield Served(server, facts, job)
 

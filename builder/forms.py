@@ -1,0 +1,147 @@
+"""The forms of a model that are measured (BF16, simulated, on disk, in the executor, served), and what opens each.
+
+Whoever measures adds to a form's job what it measures, and hands it to a child process (builder.runners opens it
+there). Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.calibrate import Calibration
+from builder.checkpoint import Checkpoint
+from builder.errors import NotMeasurable, UsageError
+from builder.fetch import Snapshot
+from builder.quantize import modelopt
+from builder.recipe import Resolved
+from builder.recipe_evaluation import RUNNERS
+from builder.repository import Repository
+from builder.store import Store, library_versions, sources_digest
+
+SOURCES = (
+    "builder/forms.py",
+    "builder/runners",
+    "builder/evaluation_data.py",
+    "builder/calibrate.py",
+    "builder/client.py",
+    "builder/serve.py",
+    "builder/guards.py",
+    "builder/reference",
+    "builder/nvfp4.py",
+    "builder/ranks.py",
+    "builder/quantize",
+    "builder/checkpoint.py",
+    "builder/inspection.py",
+    "builder/model_directory.py",
+    "builder/safetensors_io.py",
+    "builder/tensor_numbers.py",
+)
+LIBRARIES = (*modelopt.LIBRARIES, "tritonclient", "nvidia-pytriton")
+KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv
+
+
+@dataclass(frozen=True)
+class Models:
+    """What there is to measure; a part that no runner of the recipe needs may be None."""
+
+    snapshot: Snapshot
+    calibration: Calibration | None = None
+    checkpoint: Checkpoint | None = None
+    repository: Repository | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """`label` names its row; `runner` is what opens it; `fp8_kv` whether the cache is quantized."""
+
+    label: str
+    runner: str
+    fp8_kv: bool
+
+
+def forms(resolved: Resolved) -> list[Form]:
+    """In the order of RUNNERS: BF16 first."""
+    part, fp8 = resolved.recipe.evaluation, resolved.recipe.quantization.kv_cache_dtype == "fp8"
+    found = [Form(name, name, fp8) for name in RUNNERS if name in part.runners]
+    if part.compare_kv and not fp8:
+        raise UsageError(
+            "There is no FP8 KV cache to compare: the recipe leaves it in the model's own type.",
+            cure="Compare with --kv-cache-dtype fp8",
+        )
+    if part.compare_kv:
+        fp8_rows = [] if "checkpoint" in part.runners else [Form("checkpoint", "checkpoint", True)]
+        found += [*fp8_rows, Form(KV_AUTO, "checkpoint", False)]
+    return found
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the child is told, and what a stored measurement depends on: the ingredients of its stage."""
+
+    job: Mapping[str, Any]
+    ingredients: Mapping[str, Any]
+
+
+def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Opening:
+    """How a form is opened. NotMeasurable where it has no such form."""
+    recipe = resolved.recipe
+    job = {
+        "runner": form.runner,
+        "label": form.label,
+        "fp8_kv": form.fp8_kv,
+        "model": str(models.snapshot.path.absolute()),
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "root": str(store.root),
+        **{key: getattr(recipe.evaluation, key) for key in ("dtype", "seed", "batch_tokens")},
+    }
+    more, of = _of(form, models, resolved, store)
+    ingredients = {
+        "of": of,
+        "runner": form.runner,
+        "tokenizer": models.snapshot.digest,
+        **{key: job[key] for key in ("dtype", "seed", "fp8_kv", "trust_remote_code")},
+        "kept": more.get("calibration", {}).get("kept", []),
+        "libraries": library_versions(*LIBRARIES),
+        "sources": sources_digest(*SOURCES),
+        "gpus": modelopt.gpus(),
+    }
+    return Opening({**job, **more}, ingredients)
+
+
+def _of(form: Form, models: Models, resolved: Resolved, store: Store) -> tuple[dict[str, Any], list[str]]:
+    """What this form needs beside the snapshot, and the digests of the artefacts that it is."""
+    recipe = resolved.recipe
+    if form.runner == "bf16":
+        return {}, [models.snapshot.digest]
+    if form.runner == "simulated":
+        assert models.calibration is not None
+        assert models.checkpoint is not None
+        rows = {"rows": str(models.calibration.path.absolute()), "kept": models.checkpoint.facts["kept"]}
+        rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
+        return {"calibration": rows}, [models.snapshot.digest, models.calibration.digest]
+    if form.runner == "served":
+        return _served(models.repository, store), [models.repository.digest if models.repository else ""]
+    assert models.checkpoint is not None
+    if form.runner == "reference" and not models.checkpoint.tensorrt_llm.is_dir():
+        raise NotMeasurable("The checkpoint has no TensorRT-LLM layout, which the reference executor reads.")
+    layouts = {"unified": str(models.checkpoint.unified), "tensorrt_llm": str(models.checkpoint.tensorrt_llm)}
+    return layouts, [models.checkpoint.digest]
+
+
+def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
+    assert repository is not None
+    gathers = False
+    if repository.facts["target"] != "llmapi":
+        engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
+        gathers = bool(engine.get("build_config", {}).get("gather_context_logits"))
+    return {
+        "models": str(repository.models.absolute()),
+        "facts": dict(repository.facts),
+        "gathers": gathers,
+        "server_log": str(store.log("triton")),
+        "timeout": 600.0,
+    }

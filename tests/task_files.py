@@ -1,0 +1,75 @@
+"""Tasks for lm-eval made of the evaluation texts: which words follow (choices), and the next word (an answer)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+PROSE = Path(__file__).parent / "data" / "eval" / "prose.jsonl"
+
+FOLLOWS = """\
+task: follows
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{beginning}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+NEXT_WORD = """\
+task: next_word
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+fewshot_split: test
+num_fewshot: 1
+output_type: generate_until
+doc_to_text: "Text: {{{{beginning}}}}"
+doc_to_target: "{{{{word}}}}"
+target_delimiter: " "
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
+filter_list:
+  - name: first-word
+    filter:
+      - {{function: regex, regex_pattern: "([\\\\w’]+)"}}
+      - {{function: take_first}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+BOTH = """\
+group: both_kinds
+task: [follows, follows_again]
+aggregate_metric_list:
+  - {metric: acc, aggregation: mean, weight_by_size: true}
+metadata: {version: 1.0}
+"""
+
+
+def write(directory: Path, *, documents: int = 24, words: int = 12) -> Path:
+    """The files; of each text that is long enough the first `words` words, and of others what follows there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    texts = [json.loads(line)["text"].split() for line in PROSE.read_text(encoding="utf-8").splitlines()]
+    usable = [text for text in texts if len(text) > words + 5][:documents]
+    rows = []
+    for number, text in enumerate(usable):
+        others = [usable[(number + step) % len(usable)] for step in (0, 5, 9, 14)]
+        choices = [" ".join(one[words : words + 5]) for one in others]
+        answer = number % 4  # the right one is first in no list but every fourth
+        choices[0], choices[answer] = choices[answer], choices[0]
+        beginning = " ".join(text[:words])
+        rows.append({"beginning": beginning, "choices": choices, "answer": answer, "word": text[words].strip(".,")})
+    data = directory / "documents.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (directory / "follows.yaml").write_text(FOLLOWS.format(data=data), encoding="utf-8")
+    again = FOLLOWS.format(data=data).replace("task: follows", "task: follows_again")
+    (directory / "follows_again.yaml").write_text(again, encoding="utf-8")
+    (directory / "next_word.yaml").write_text(NEXT_WORD.format(data=data), encoding="utf-8")
+    (directory / "both.yaml").write_text(BOTH, encoding="utf-8")
+    return directory
