@@ -37,11 +37,14 @@ _TYPES = {
     "streaming": "BOOL",
     "return_context_logits": "BOOL",
 }  # the others are INT32
-_LOGITS = ("output_ids", "context_logits")
 
 
 class Refused(Exception):
     """The server answered with an error: its text, as a client sees it."""
+
+
+class Withheld(Exception):
+    """The server answered, and left out what it was asked for."""
 
 
 class Stalled(Exception):
@@ -149,15 +152,24 @@ class Client:
         return [int(token) for result in results for token in result.as_numpy("output_ids").reshape(-1)]
 
     def context_logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
-        """The engine's logits at each token of a prompt, float32 [tokens, vocab]. Refused if it gathers none."""
-        inputs = {"input_ids": ids, "input_lengths": len(ids), "request_output_len": 1, "runtime_top_k": 1}
-        asked = _tensors(triton_grpc, {**inputs, "return_context_logits": True})
+        """The served model's logits at tokens of a prompt, float32 [rows, vocab]; whether each has its row the caller
+        checks. Withheld if there are none. The engine answers, or where there is none the llmapi target's one model.
+        """
+        inputs = {"input_ids": ids, "return_context_logits": True}
+        if model := self.models.get("engine"):
+            inputs |= {"input_lengths": len(ids), "request_output_len": 1, "runtime_top_k": 1}
+            outputs = ["output_ids", "context_logits"]
+        else:
+            model, inputs = self.models["generate"], {**inputs, "max_tokens": 1, "top_k": 1}
+            outputs = ["text_output", "context_logits"]
+        asked = _tensors(triton_grpc, inputs, names=self.names, batched=self.batched)
         with _errors():  # read to its end: a stream that is left early leaves its request behind
-            answers = [r.as_numpy("context_logits") for r in self._stream(self.models["engine"], asked, list(_LOGITS))]
+            answers = [r.as_numpy("context_logits") for r in self._stream(model, asked, outputs)]
         found = next((logits for logits in answers if logits is not None and logits.size), None)
         if found is None:
-            raise Refused("the answer holds no context_logits")
-        logits: np.ndarray[Any, Any] = found.reshape(-1, found.shape[-1])[: len(ids)].astype(np.float32)
+            raise Withheld("the answer holds no context_logits")
+        # Copied in any case: what a message holds is not writable.
+        logits: np.ndarray[Any, Any] = found.reshape(-1, found.shape[-1]).astype(np.float32)
         return logits
 
     def _inputs(self, module: Any, ask: Ask, **more: Any) -> list[Any]:

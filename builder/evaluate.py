@@ -232,7 +232,7 @@ def show_tables(found: Evaluation, out: Output) -> None:
         out.table("scored", ["data", "texts", "too short", "cut", "tokens", "time"], rows)
         out.table("what quantization cost (95 % intervals)", COLUMNS, _rows(found))
     if found.tasks.rows or found.tasks.not_measured:
-        tasks.show(found.tasks, out)
+        tasks.show(found.tasks, found.path.parent.parent, out)
     if found.verdict:
         asked = ", ".join(f"{metric} {limit:g}" for metric, limit in found.verdict.limits.items())
         out.text(f"gate       {asked}: {'passed' if found.verdict.passed else 'FAILED'}")

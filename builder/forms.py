@@ -134,7 +134,7 @@ def _of(form: Form, models: Models, resolved: Resolved, store: Store) -> tuple[d
 
 def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
     assert repository is not None
-    gathers = False
+    gathers = True  # by the llmapi target, for each request that asks
     if repository.facts["target"] != "llmapi":
         engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
         gathers = bool(engine.get("build_config", {}).get("gather_context_logits"))

@@ -29,6 +29,7 @@ NEED_PAGED_FMHA = {
 }
 # Where Triton's images keep TensorRT-LLM's Python package: a venv of their own since 26.06, the system's before.
 SITES = ("/opt/venv-*/lib/python3*/site-packages", "/usr/local/lib/python3*/dist-packages")
+LLM_ARGUMENTS = "Names, meanings and defaults of the LLM class's arguments differ between versions."
 RENDER = "Or make the repository again: the same `builder build`, with --from render."
 
 
@@ -95,13 +96,12 @@ class Runtime:
 def check(models: Path, runtime: Runtime | None = None) -> None:
     """Raises IntegrityError with everything that does not agree, the most important first.
 
-    `runtime` is this machine unless given. A repository without a TensorRT-LLM engine has nothing to compare.
+    `runtime` is this machine unless given. Of the llmapi target's repository the version is compared; one without
+    TensorRT-LLM has nothing to compare.
     """
     served = read_served(models)
-    if served is None:
-        return
-    found = missing(served)
-    if not found:
+    found = missing(served) if served else list(_llmapi(models, runtime))
+    if served and not found:
         engine = read_engine(served.engine)
         if runtime is None and engine.target == "engine":
             runtime = here()
@@ -201,6 +201,21 @@ def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
             why="A TensorRT engine runs only on the version that built it; Triton would end with a version tag that "
             "does not match.",
             cure="Serve it in the image that built it, or build it again here: the same `builder build`.",
+        )
+
+
+def _llmapi(models: Path, runtime: Runtime | None) -> Iterator[Mismatch]:
+    """The LLM class takes arguments of another version where their names are the same, and heeds them otherwise."""
+    config = _parse(models / ENGINE_MODEL / "config.pbtxt")
+    parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
+    rendered = parameters.get("tensorrt_llm")
+    have = runtime.tensorrt_llm if runtime else installed("tensorrt_llm")
+    if rendered and have and rendered != have:
+        yield Mismatch(
+            what=f"The repository was rendered for TensorRT-LLM {rendered}, and this machine has {have}.",
+            why=LLM_ARGUMENTS,
+            cure=f"Serve it in an image with TensorRT-LLM {rendered}, or render it for this one: the same `builder "
+            f"build`, with --set engine.tensorrt_llm={have}",
         )
 
 

@@ -102,14 +102,11 @@ def check_kept(resolved: Resolved, model: ModelFacts, flags: Settings) -> None:
 def check_gate(resolved: Resolved, flags: Settings) -> None:
     """UsageError, before anything is built, for a gate on a served model that will return no logits to judge by."""
     recipe = resolved.recipe
-    if not recipe.evaluation.limits or "served" not in recipe.evaluation.runners:
-        return
-    what = "The gate asks for the served model's perplexity, and it would return no logits of a prompt."
-    if recipe.target == "llmapi":
-        raise UsageError(what, why="The llmapi target has no input that asks for them.", cure="--runner checkpoint")
+    if not recipe.evaluation.limits or "served" not in recipe.evaluation.runners or recipe.target == "llmapi":
+        return  # the LLM class gives them to each request that asks
     if not any(flag.name == "gather_context_logits" and flag.value in ("enable", "") for flag in flags):
         raise UsageError(
-            what,
+            "The gate asks for the served model's perplexity, and it would return no logits of a prompt.",
             why="trtllm-build leaves them out unless gather_context_logits is on.",
             cure="Add --set engine.flags.gather_context_logits=enable, or judge what is on disk: --runner checkpoint",
         )

@@ -89,6 +89,7 @@ def serve(
     engine_backend: Path | None = None,
     timeout: float = 1800.0,
     exit_timeout: int = 30,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """Serves a model repository until the block ends. Ports default to free ones, the log to a file in TMPDIR.
 
@@ -122,7 +123,7 @@ def serve(
             stop=lambda child: _stop(child, patience),
             death=signal.SIGTERM,
             log=sink,
-            env={**installation.environment, **gpus.cuda_order()},
+            env={**installation.environment, **gpus.cuda_order(), **(environment or {})},
         ) as child,
     ):
         http, grpc, metrics = (f"{host}:{port}" for port in ports)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import containers, process
+from builder import containers, guards, process
 from builder.errors import BuilderError, IntegrityError, ServingError, UnsupportedError, UsageError
 from builder.output import Output, seconds
 from builder.serve import answers_ok, choose_ports, ready_paths, reasons
@@ -136,10 +136,12 @@ def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
             why=f"It has no label {TENSORRT_LLM}.",
             cure="Build one: docker compose build build. Or name another: --image NAME",
         )
+    llmapi = facts["target"] == "llmapi"
     if facts["target"] != "reference" and labels[TENSORRT_LLM] != facts["tensorrt_llm"]:
         raise IntegrityError(
-            f"The image {name} has TensorRT-LLM {labels[TENSORRT_LLM]}, and {facts['tensorrt_llm']} built the engine.",
-            why="An engine runs only on the version that built it.",
+            f"The image {name} has TensorRT-LLM {labels[TENSORRT_LLM]}, and {facts['tensorrt_llm']} "
+            + ("is what the repository was rendered for." if llmapi else "built the engine."),
+            why=guards.LLM_ARGUMENTS if llmapi else "An engine runs only on the version that built it.",
             cure="Build the image on the right base (configs/containers.yaml): BASE_IMAGE=... docker compose build "
             "build. Or name another: --image NAME",
         )

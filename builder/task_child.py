@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lm_eval
 import torch
@@ -31,9 +31,11 @@ from builder.hub_errors import translate
 from builder.output import Output
 from builder.process import do_job, emit
 from builder.runners.child import known, opener
-from builder.runners.triton import Served
 from builder.store import Store
 from builder.task_names import manager_of
+
+if TYPE_CHECKING:
+    from builder.runners.triton import Served
 
 ANSWER_TOKENS = 256  # where a task does not say: lm-eval's own default (HFLM.max_gen_toks)
 CPU_BATCH = 8  # questions; lm-eval's own search for the largest batch would fill a CPU's memory
@@ -50,10 +52,9 @@ def run(job: Mapping[str, Any]) -> None:
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )
     store = Store(Path(job["root"]), Output("quiet"))
+    model_of: Callable[..., LM] = Endpoint if job["runner"] == "served" else _in_transformers
     with torch.inference_mode(), opener(job["runner"])(job) as runner:
-        model = (
-            Endpoint(runner, tokenizer, job) if isinstance(runner, Served) else _in_transformers(runner, tokenizer, job)
-        )
+        model = model_of(runner, tokenizer, job)
         refused: dict[str, str] = {}
         for one, tasks in zip(job["tasks"], loaded, strict=True):
             try:

@@ -25,7 +25,7 @@ from builder.store import Artefact, Store, key_of, library_versions, sources_dig
 
 SOURCES = (*of_model.SOURCES, "builder/task_child.py", "builder/task_names.py")
 LIBRARIES = ("lm_eval", "datasets")
-AT_ONCE = 16  # requests under way at a server, at most: it batches them
+AT_ONCE = 64  # requests under way at a server, at most: it batches them
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """`not_measured`: runner -> task -> why. `of` are the digests of what was measured, `paths` where it all lies."""
+    """`not_measured`: runner -> task -> why. `of` are the digests of what was measured.
+
+    `paths`: runner -> task -> where all that lm-eval returned lies, in the output directory.
+    """
 
     rows: Sequence[Row] = ()
     not_measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -90,7 +93,8 @@ def measure(models: Models, resolved: Resolved, *, store: Store) -> TaskTable:
     rows = tuple(_compared(found))
     of = [artefact.digest for answered in found.values() for artefact in answered.values()]
     paths = {
-        label: {name: str(artefact.path) for name, artefact in answered.items()} for label, answered in found.items()
+        label: {name: str(artefact.path.relative_to(store.root)) for name, artefact in answered.items()}
+        for label, answered in found.items()
     }
     return TaskTable(rows, not_measured, of, paths)
 
@@ -205,8 +209,8 @@ def _files(part: recipe_evaluation.Tasks) -> str | None:
 COLUMNS = ["", "task", "metric", "value", "change", "flips", "questions", "examples"]
 
 
-def show(found: TaskTable, out: Output) -> None:
-    """A table for people, and where all that lm-eval returned lies."""
+def show(found: TaskTable, root: Path, out: Output) -> None:
+    """A table for people, and where in the output directory `root` all that lm-eval returned lies."""
     rows: list[Sequence[str]] = [
         (row.runner, row.task, row.metric, _with_error(row), _signed(row.change), _percent(row.flips),
          str(row.documents), "-" if row.fewshot is None else str(row.fewshot))
@@ -217,7 +221,7 @@ def show(found: TaskTable, out: Output) -> None:
     out.table("tasks, by lm-eval (± standard error)", COLUMNS, rows)
     for runner, tasks in found.paths.items():
         for task, path in tasks.items():
-            out.text(f"kept       {runner}, {task}: {path}/results.json")
+            out.text(f"kept       {runner}, {task}: {root / path / 'results.json'}")
 
 
 def _with_error(row: Row) -> str:

@@ -3,6 +3,9 @@
 What it takes and how it behaves follows NVIDIA/TensorRT-LLM: LLM's arguments configs/trtllm/llmapi.yaml, SamplingParams
 tests/unittest/api_stability/references_committed/sampling_params.yaml@020a7393, generate_async llm.yaml@029c15cb beside
 it; outputs hold all text so far, and stop words are left out (tensorrt_llm/executor/result.py). Greedy only.
+context_logits are float32 [tokens, vocab] (_torch/modules/logits_processor.py, _torch/pyexecutor/llm_request.py),
+without those of a prefix that an earlier request of the same cache_salt left in the KV cache (handle_logits.py@02ed233d
+beside it, NVIDIA/Model-Optimizer #1577), the last token excepted, which is always computed.
 To a prompt that begins with SAY it answers the rest of the prompt, token by token.
 """
 
@@ -13,7 +16,7 @@ import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +26,18 @@ from builder import llmapi_facts
 from builder.reference.model import ReferenceModel
 
 SAY = "Say: "
+MODULE = """# Stands in for TensorRT-LLM: tests/llmapi_stand_in.py
+import sys
+sys.path[:0] = {paths!r}
+from llmapi_stand_in import {llm} as LLM, SamplingParams
+"""
+
+
+def put_stand_in(models: Path, llm: str = "LLM") -> None:
+    """As a module beside model.py, where the stub looks first. `llm` is the class in this file that it takes."""
+    here = Path(__file__).parent
+    code = MODULE.format(paths=[str(here), str(here.parent)], llm=llm)
+    (models / "tensorrt_llm" / "1" / "tensorrt_llm.py").write_text(code)
 
 
 class RequestError(RuntimeError):
@@ -43,6 +58,7 @@ class SamplingParams:
     frequency_penalty: float | None = None
     stop: list[str] | None = None
     logprobs: int | None = None
+    return_context_logits: bool = False
 
     def __post_init__(self):
         if self.temperature is not None and self.temperature < 0:
@@ -63,10 +79,11 @@ class RequestOutput:
 
     def __init__(self, loop):
         self.outputs, self.finished, self.aborted = [CompletionOutput()], False, threading.Event()
+        self.context_logits = None
         self.loop, self.queue = loop, asyncio.Queue()
 
-    def put(self, output, finished=False):
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, (output, finished))
+    def put(self, output, finished=False, context_logits=None):
+        self.loop.call_soon_threadsafe(self.queue.put_nowait, (output, finished, context_logits))
 
     def abort(self):
         self.aborted.set()
@@ -77,7 +94,7 @@ class RequestOutput:
     async def __anext__(self):
         if self.finished:
             raise StopAsyncIteration
-        output, self.finished = await self.queue.get()
+        output, self.finished, self.context_logits = await self.queue.get()
         if isinstance(output, Exception):
             raise output
         self.outputs = [output]
@@ -109,33 +126,51 @@ class LLM:
         ends = generation["eos_token_id"]
         self._ends = ends if isinstance(ends, list) else [ends]
         self._pool = ThreadPoolExecutor(8)
+        self._reuses = kwargs.get("kv_cache_config", {}).get("enable_block_reuse", True)
+        self._cached = []  # (salt, token ids) of what was answered
         print(f"stand-in for TensorRT-LLM: {json.dumps(kwargs)}", file=sys.stderr, flush=True)
 
     def generate_async(
-        self, inputs, sampling_params=None, lora_request=None, prompt_adapter_request=None, streaming=False
+        self,
+        inputs,
+        sampling_params=None,
+        lora_request=None,
+        prompt_adapter_request=None,
+        streaming=False,
+        cache_salt=None,
     ):
         assert lora_request is None
         assert prompt_adapter_request is None
         result = RequestOutput(asyncio.get_running_loop())
         if sampling_params.top_p not in (None, 0) and sampling_params.top_k != 1:
             raise RequestError("the stand-in is greedy")
-        self._pool.submit(self._generate, list(inputs), sampling_params, streaming, result)
+        reused = self._reused(list(inputs), cache_salt)
+        self._pool.submit(self._generate, list(inputs), sampling_params, streaming, result, reused)
         return result
 
     def shutdown(self):
         self._pool.shutdown()
 
-    def _generate(self, ids, wanted, streaming, result):
+    def _reused(self, ids, salt):
+        """Tokens of the prompt that lie in the cache. Whole blocks or not: enable_partial_reuse is on by default."""
+        found = 0
+        for cached in [cached for other, cached in self._cached if other == salt and self._reuses]:
+            same = [ours == theirs for ours, theirs in zip(ids, cached, strict=False)]
+            found = max(found, [*same, False].index(False))
+        self._cached.append((salt, ids))
+        return min(found, len(ids) - 1)
+
+    def _generate(self, ids, wanted, streaming, result, reused):
         try:
-            self._steps(ids, wanted, streaming, result)
+            self._steps(ids, wanted, streaming, result, reused)
         except Exception as error:
             result.put(error, finished=True)
 
-    def _steps(self, ids, wanted, streaming, result):
+    def _steps(self, ids, wanted, streaming, result, reused):
         stops = {
             word: self.tokenizer.tokenizer.encode(word, add_special_tokens=False).ids for word in wanted.stop or ()
         }
-        cache, step, said, logprob = self._model.new_cache(), ids, [], 0.0
+        cache, step, said, logprob, context = self._model.new_cache(), ids, [], 0.0, None
         reason, stopped_by = "length", None
         prompt = self.tokenizer.tokenizer.decode(ids)
         forced = self.tokenizer.encode(prompt.removeprefix(SAY)) if prompt.startswith(SAY) else []
@@ -144,7 +179,10 @@ class LLM:
                 print(f"stand-in: aborted after {n} of {wanted.max_tokens} tokens", file=sys.stderr, flush=True)
                 reason = "cancelled"
                 break
-            logits = self._model.forward(torch.tensor(step), cache)[-1]
+            every = self._model.forward(torch.tensor(step), cache)
+            if n == 0 and wanted.return_context_logits:
+                context = every[reused:].clone()
+            logits = every[-1]
             if n < (wanted.min_tokens or 0):
                 logits[self._ends] = -torch.inf
             token = forced[n] if n < len(forced) else int(logits.argmax())
@@ -159,8 +197,40 @@ class LLM:
                 break
             if streaming:
                 result.put(self._output(said, logprob, None, None))
-        result.put(self._output(said, logprob, reason, stopped_by), finished=True)
+        result.put(self._output(said, logprob, reason, stopped_by), finished=True, context_logits=context)
 
     def _output(self, said, logprob, reason, stopped_by):
         text = self.tokenizer.tokenizer.decode(said)
         return CompletionOutput(text, said, logprob, reason, stopped_by)
+
+
+class WithoutLogits(LLM):
+    """Of a version that gives no logits of a prompt, whatever it is asked."""
+
+    def generate_async(self, inputs, sampling_params=None, **more):
+        return super().generate_async(inputs, replace(sampling_params, return_context_logits=False), **more)
+
+
+class WithoutSalt(LLM):
+    """Of a version that reuses blocks of the KV cache under any salt."""
+
+    def generate_async(self, inputs, sampling_params=None, cache_salt=None, **more):
+        return super().generate_async(inputs, sampling_params, **more)
+
+
+class OutOfMemory(LLM):
+    """On a card whose memory the KV cache has: PyExecutor hands the error of a forward pass on to its requests."""
+
+    def _steps(self, ids, wanted, streaming, result, reused):
+        raise RequestError("CUDA out of memory. Tried to allocate 1.24 GiB.")
+
+
+class Shifted(LLM):
+    """The logits of each token one row too late, which no count of rows would show."""
+
+    def _steps(self, ids, wanted, streaming, result, reused):
+        put = result.put
+        result.put = lambda output, finished=False, context_logits=None: put(
+            output, finished, None if context_logits is None else context_logits.roll(1, 0)
+        )
+        super()._steps(ids, wanted, streaming, result, reused)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from builder import preflight, recipe, record
 from builder.fetch import fetch
 from builder.output import Output
 from builder.store import Artefact, Store
+from builder.tasks import Row
 
 MODEL = "tests/data/tiny-qwen3"
 SAMPLE = {"prompt": "Return the number of", "answer": " bytes written"}
@@ -116,6 +118,31 @@ def evaluate(link: Path, *, score: float = 98.7, limit: float | None = 98.0, dat
     def make(directory: Path) -> Mapping[str, Any]:
         (directory / "evaluation.json").write_text(json.dumps(told))
         return {"verdict": told["verdict"]}
+
+    store.stage("evaluation", ingredients, make)
+
+
+def ask(link: Path, *, task: str = "gsm8k", value: float = 0.512) -> None:
+    """Leaves an evaluation by tasks, without texts, of the repository's checkpoint."""
+    root = link.resolve().parent.parent
+    store = Store(root, Output("quiet"))
+    found = {path.parent.parent.name: json.loads(path.read_text()) for path in root.glob("*/*/manifest.json")}
+    answered = [
+        _stage(store, "tasks", {"of": [found[of]["digest"]], "runner": runner, "task": task, "value": value}, {})
+        for runner, of in (("bf16", "snapshot"), ("checkpoint", "checkpoint"))
+    ]
+    same = {"task": task, "metric": "exact_match (strict-match)", "documents": 1319, "fewshot": 5}
+    rows = [
+        Row(runner="bf16", value=0.531, stderr=0.0137, **same),
+        Row(runner="checkpoint", value=value, stderr=0.0138, change=value - 0.531, flips=0.083, **same),
+        Row(runner="checkpoint", **{**same, "metric": "brier_score"}, value=0.4, stderr=None),
+    ]
+    told = {"measured": {}, "sets": {}, "tasks": {"rows": [asdict(row) for row in rows]}}
+    ingredients = {"of": [one.digest for one in answered], "runners": ["bf16", "checkpoint"]}
+
+    def make(directory: Path) -> Mapping[str, Any]:
+        (directory / "evaluation.json").write_text(json.dumps(told))
+        return {"verdict": None, "texts": False, "tasks": len(rows)}
 
     store.stage("evaluation", ingredients, make)
 

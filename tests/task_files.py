@@ -52,8 +52,11 @@ metadata: {version: 1.0}
 """
 
 
-def write(directory: Path, *, documents: int = 24, words: int = 12) -> Path:
-    """The files; of each text that is long enough the first `words` words, and of others what follows there."""
+def write(directory: Path, *, documents: int = 24, words: int = 12, seen_as: Path | None = None) -> Path:
+    """The files; of each text that is long enough the first `words` words, and of others what follows there.
+
+    `seen_as` is the directory's name where it is read, if that is in a container.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     texts = [json.loads(line)["text"].split() for line in PROSE.read_text(encoding="utf-8").splitlines()]
     usable = [text for text in texts if len(text) > words + 5][:documents]
@@ -65,8 +68,8 @@ def write(directory: Path, *, documents: int = 24, words: int = 12) -> Path:
         choices[0], choices[answer] = choices[answer], choices[0]
         beginning = " ".join(text[:words])
         rows.append({"beginning": beginning, "choices": choices, "answer": answer, "word": text[words].strip(".,")})
-    data = directory / "documents.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (directory / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = (seen_as or directory) / "documents.jsonl"
     (directory / "follows.yaml").write_text(FOLLOWS.format(data=data), encoding="utf-8")
     again = FOLLOWS.format(data=data).replace("task: follows", "task: follows_again")
     (directory / "follows_again.yaml").write_text(again, encoding="utf-8")

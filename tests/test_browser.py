@@ -97,12 +97,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("pages")
     full = report_store.build(root / "full")
     report_store.evaluate(full)
+    report_store.ask(full)
     losses = [Loss(f"model.layers.{n}", 0.001 * (n % 7 + 1)) for n in range(36)]
     whole = replace(gather(full), losses=losses)
     long = "an-endless-name-without-a-space-" * 12
     sample = {"prompt": long, "answer": f"{long}<b>你好</b>"}
     crowded = report_store.build(root / "crowded", gpu="cpu", sample=sample, warnings={long: 1}, link="long")
     report_store.evaluate(crowded, score=91.0, data=long)
+    report_store.ask(crowded, task=long)
     model = replace(gather(crowded).model, id=long, gpu_title=long)
     texts = {"full": html(whole), "crowded": html(replace(gather(crowded), model=model, command=long))}
     for name, text in texts.items():

@@ -247,9 +247,9 @@ def test_a_gate_on_a_served_model_that_gives_no_logits_is_refused_before_the_bui
 
 def test_logits_that_no_answer_can_carry_are_not_measurable() -> None:
     with pytest.raises(NotMeasurable, match="do not fit into one answer") as caught:
-        triton.check({"vocab_size": 151_936}, True, 4000)
+        triton.check({"target": "engine", "vocab_size": 151_936}, True, 4000, free=0)
     assert "evaluation.max_tokens=3531" in caught.value.cure
-    triton.check({"vocab_size": 151_936}, True, 3531)
+    triton.check({"target": "engine", "vocab_size": 151_936}, True, 3531, free=0)
 
 
 # ---- bad input

@@ -75,6 +75,18 @@ def test_what_agrees_passes(models: Path, tmp_path: Path) -> None:
     guards.check(tmp_path, GOOD)  # a repository of other models
 
 
+def test_the_llmapi_targets_repository_is_for_one_version(tmp_path: Path) -> None:
+    """What llmapi_repository.py writes: no engine, and the version among its parameters."""
+    config = tmp_path / "tensorrt_llm" / "config.pbtxt"
+    config.parent.mkdir()
+    config.write_text('backend: "python"\nparameters { key: "tensorrt_llm" value: { string_value: "1.2.1" } }\n')
+    for runtime in (GOOD, Runtime()):
+        guards.check(tmp_path, runtime)
+    said = refused(tmp_path, Runtime(tensorrt_llm="1.3.0rc25"))
+    assert "rendered for TensorRT-LLM 1.2.1, and this machine has 1.3.0rc25" in said.what
+    assert "--set engine.tensorrt_llm=1.3.0rc25" in said.cure
+
+
 @pytest.mark.parametrize(
     ("runtime", "what", "cure"),
     [

@@ -19,12 +19,12 @@ import pytest
 import tritonclient.grpc as grpcclient
 import yaml
 from google.protobuf import text_format
-from llmapi_stand_in import SAY
+from llmapi_stand_in import SAY, put_stand_in
 from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
-from builder import checkpoint, llmapi, llmapi_repository, pipeline, recipe, record, smoke
+from builder import checkpoint, guards, llmapi, llmapi_repository, pipeline, recipe, record, smoke
 from builder.errors import IntegrityError, ServingError, UnsupportedError, UsageError
 from builder.output import Output
 from builder.serve import Server, serve
@@ -34,22 +34,10 @@ SNAPSHOT = Path(__file__).parent / "data" / "tiny-qwen3"
 QUIET = Output("quiet")
 LIMITS = {"engine.max_input_len": 128, "engine.max_seq_len": 256, "engine.max_batch_size": 8}
 CONFIG = json.loads((SNAPSHOT / "config.json").read_text())
-STAND_IN = """# Stands in for TensorRT-LLM: tests/llmapi_stand_in.py
-import sys
-sys.path[:0] = {paths!r}
-from llmapi_stand_in import LLM, SamplingParams
-"""
 
 
 def resolved(**more: Any) -> recipe.Resolved:
     return recipe.resolve({"model.id": str(SNAPSHOT), "gpu": "sm100", "target": "llmapi", **LIMITS, **more})
-
-
-def put_stand_in(models: Path) -> None:
-    """As a module beside model.py, where the stub looks first."""
-    here = Path(__file__).parent
-    code = STAND_IN.format(paths=[str(here), str(here.parent)])
-    (models / "tensorrt_llm" / "1" / "tensorrt_llm.py").write_text(code)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +84,9 @@ def test_the_yaml_holds_the_arguments_and_the_config_says_the_same(unified: Path
     assert (config.backend, config.max_batch_size, config.model_transaction_policy.decoupled) == ("python", 0, True)
     assert {i.name for i in config.input} >= {"text_input", "streaming", *facts["names"].values()}
     assert facts["models"] == {"generate": "tensorrt_llm", "stream": "tensorrt_llm"}
+    guards.check(tmp_path / "models", guards.Runtime(tensorrt_llm="1.2.1"))
+    with pytest.raises(IntegrityError, match=r"rendered for TensorRT-LLM 1\.2\.1, and this machine has 1\.3\.0rc25"):
+        guards.check(tmp_path / "models", guards.Runtime(tensorrt_llm="1.3.0rc25"))
 
 
 def test_without_streaming_it_takes_infer(unified: Path, tmp_path: Path) -> None:

@@ -61,9 +61,10 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def link(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with everything: record, smoke test, evaluation that passed its gate."""
+    """A repository with everything: record, smoke test, evaluation that passed its gate, tasks."""
     made = report_store.build(tmp_path_factory.mktemp("report") / "out")
     report_store.evaluate(made)
+    report_store.ask(made)
     return made
 
 
@@ -123,7 +124,7 @@ def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert page.sections == [
-        "not-measured", "accuracy", "size", "smoke", "warnings", "times", "recipe", "versions", "reproduce",
+        "not-measured", "accuracy", "tasks", "size", "smoke", "warnings", "times", "recipe", "versions", "reproduce",
     ]  # fmt: skip
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
     assert not [name for _, attrs in page.tags for name in attrs if name in ("src", "href") or name.startswith("on")]
@@ -170,6 +171,44 @@ def test_a_repository_outside_any_store_still_gets_a_report(tmp_path: Path) -> N
     assert "repository" in [stage.name for stage in found.stages]
     html(found)
     markdown(found)
+
+
+def test_tasks_stand_beside_the_evaluation_on_texts(link: Path, tmp_path: Path) -> None:
+    """The newest evaluation by tasks; one on texts is not hidden by it. Page, card and a row of the table each."""
+    found = gather(link)
+    assert found.evaluation is not None
+    assert [(row.runner, row.value, row.flips) for row in found.tasks] == [
+        ("bf16", 0.531, None),
+        ("checkpoint", 0.512, 0.083),
+        ("checkpoint", 0.4, None),
+    ]
+    assert found.verdict.status == "passed"
+    page = Page(html(found)).text
+    for text in ("0.5120", "± 0.0138", "-0.0190", "8.3 %", "1,319", "exact_match (strict-match)"):
+        assert text in page, text
+    assert "checkpoint on disk | 0.5120 ± 0.0138 | -0.0190 | 8.3 % | 1,319 | 5 |" in markdown(found)
+    table = tmp_path / "table.csv"
+    for _ in range(2):
+        argv = ["--html", str(tmp_path / "p.html"), "--markdown", str(tmp_path / "c.md"), "--csv", str(table)]
+        assert report(str(link), *argv).returncode == 0
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["data"], row["runner"], row["value"]) for row in rows[4:]] == [
+        ("gsm8k", "bf16", "0.531"),
+        ("gsm8k", "checkpoint", "0.512"),
+        ("gsm8k", "checkpoint", "0.4"),
+    ]
+    assert {row["value"] for row in rows[:4]} == {""}
+
+
+def test_tasks_alone_are_said_to_be_tasks_alone(tmp_path: Path) -> None:
+    link = report_store.build(tmp_path)
+    report_store.ask(link)
+    found = gather(link)
+    assert found.evaluation is None
+    assert found.verdict.headline == "It serves; accuracy was measured by tasks only, no gate was set"
+    assert any("not measured on texts" in text for text in found.unmeasured)
+    assert not any("No task" in text for text in found.unmeasured)
 
 
 def test_what_is_no_repository_is_refused(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from builder.recipe import Resolved
 from builder.recipe_evaluation import Tasks
 from builder.reference.model import ReferenceModel
 from builder.runners import triton
-from builder.store import Artefact, Store
+from builder.store import Artefact, Store, prune
 from builder.tasks import Row
 
 DATA = Path(__file__).parent / "data"
@@ -92,8 +92,8 @@ def found(models: Models, store: Store, directory: Path) -> tasks.TaskTable:
     return measure_here(models, asked, store)
 
 
-def samples(found: tasks.TaskTable, runner: str, task: str) -> list[dict[str, Any]]:
-    path = Path(found.paths[runner][task])
+def samples(store: Store, found: tasks.TaskTable, runner: str, task: str) -> list[dict[str, Any]]:
+    path = store.root / found.paths[runner][task]
     return [json.loads(line) for line in (path / f"samples_{task}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -117,35 +117,39 @@ def test_a_model_answers_better_than_chance(found: tasks.TaskTable) -> None:
     assert row.value > 0.25 + row.stderr
 
 
-def test_the_figures_are_lm_evals_own(found: tasks.TaskTable) -> None:
+def test_the_figures_are_lm_evals_own(store: Store, found: tasks.TaskTable) -> None:
     """Everything that lm-eval returned is kept, and the rows are what stands there."""
     for row in found.rows:
-        whole = json.loads((Path(found.paths[row.runner][row.task]) / "results.json").read_text(encoding="utf-8"))
+        whole = json.loads(
+            (store.root / found.paths[row.runner][row.task] / "results.json").read_text(encoding="utf-8")
+        )
         metric, _, kept = row.metric.partition(" (")
         key = f"{metric},{kept.rstrip(')') or 'none'}"
         assert row.value == whole["results"][row.task][key]
         assert row.stderr == whole["results"][row.task][key.replace(",", "_stderr,")]
         assert whole["lm_eval_version"] == "0.4.13"
         assert whole["config"]["fewshot_seed"] == 1234
-        judged = [sample[metric] for sample in samples(found, row.runner, row.task)]
+        judged = [sample[metric] for sample in samples(store, found, row.runner, row.task)]
         assert row.value == pytest.approx(sum(judged) / len(judged))
 
 
-def test_the_quantized_model_is_asked_and_not_bf16_again(found: tasks.TaskTable) -> None:
+def test_the_quantized_model_is_asked_and_not_bf16_again(store: Store, found: tasks.TaskTable) -> None:
     """The likelihoods of the checkpoint are the simulation's, and others than BF16's."""
     of = {
-        runner: torch.tensor([[choice[0][0] for choice in s["resps"]] for s in samples(found, runner, "follows")])
+        runner: torch.tensor(
+            [[choice[0][0] for choice in s["resps"]] for s in samples(store, found, runner, "follows")]
+        )
         for runner in ("bf16", "simulated", "checkpoint")
     }
     torch.testing.assert_close(of["checkpoint"], of["simulated"], atol=0.05, rtol=0)
     assert (of["checkpoint"] - of["bf16"]).abs().mean() > 0.1
 
 
-def test_what_is_served_answers_as_its_executor_does(found: tasks.TaskTable, models: Models) -> None:
+def test_what_is_served_answers_as_its_executor_does(store: Store, found: tasks.TaskTable, models: Models) -> None:
     """lm-eval's prompts through HTTP, Triton and its stop words, against the executor's own greedy tokens."""
     assert models.checkpoint is not None
     model, tokenizer = ReferenceModel.load(models.checkpoint.tensorrt_llm), AutoTokenizer.from_pretrained(TINY)
-    for sample in samples(found, "served", "next_word")[:6]:
+    for sample in samples(store, found, "served", "next_word")[:6]:
         prompt = sample["arguments"][0][0]
         ids, cache, answer = tokenizer.encode(prompt), model.new_cache(), []
         logits = model.forward(torch.tensor(ids), cache)
@@ -175,12 +179,22 @@ def test_what_was_asked_is_not_asked_again(
     assert again.rows == tuple(row for row in found.rows if row.runner in ("bf16", "checkpoint"))
 
 
+def test_cleaning_keeps_what_was_asked_of_a_kept_model(found: tasks.TaskTable, models: Models, store: Store) -> None:
+    assert models.repository is not None
+    removed, _ = prune(store.root, {models.repository.path}, dry=True)
+    assert not [path for path in removed if path.parent.name == "tasks"]
+    removed, _ = prune(store.root, set(), dry=True)
+    assert {str(path.relative_to(store.root)) for path in removed} >= {
+        p for of in found.paths.values() for p in of.values()
+    }
+
+
 def test_limit_examples_and_seed_are_lm_evals(models: Models, store: Store, directory: Path) -> None:
     def prompts(**more: Any) -> list[str]:
         asked = resolve(directory, evaluation__runners=["bf16"], tasks__names="next_word", tasks__limit=4, **more)
         table = measure_here(models, asked, store)
         assert table.rows[0].documents == 4
-        return [sample["arguments"][0][0] for sample in samples(table, "bf16", "next_word")]
+        return [sample["arguments"][0][0] for sample in samples(store, table, "bf16", "next_word")]
 
     plain = prompts()
     assert all(prompt.count("Text: ") == 2 for prompt in plain), "one example, by the task's file"
@@ -326,7 +340,7 @@ def test_lm_evals_own_gsm8k_with_data_of_the_hub(
         ("exact_match (strict-match)", 3, 5),
         ("exact_match (flexible-extract)", 3, 5),
     ]
-    prompt = samples(table, "bf16", "gsm8k")[0]["arguments"][0][0]
+    prompt = samples(store, table, "bf16", "gsm8k")[0]["arguments"][0][0]
     assert prompt.count("Question: What is") == 6
     assert prompt.endswith("Answer:")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import docker
 import pytest
+import task_files
 
 from builder import repository
 from builder.serve_container import OWNER, TENSORRT_LLM
@@ -146,16 +147,25 @@ def test_the_artefacts_belong_to_the_caller(built: Path, environment: dict[str, 
     assert {(path.lstat().st_uid, path.lstat().st_gid) for path in root.rglob("*")} == {(USER, USER)}
 
 
-def test_what_it_cost_is_measured_on_what_was_built(built: Path, environment: dict[str, str]) -> None:
+def test_what_it_cost_is_measured_on_what_was_built(built: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    """On texts and by tasks: lm-eval is in the image, and writes nowhere but to its volumes."""
+    task_files.write(tmp_path, documents=4, seen_as=Path("/tasks"))
+    for path in (tmp_path, *tmp_path.iterdir()):
+        path.chmod(0o755)
     mounts = [f"{Path(MODEL).resolve()}:/models/tiny-qwen3:ro", f"{Path('tests/data/eval').resolve()}:/texts:ro"]
+    mounts.append(f"{tmp_path}:/tasks:ro")
     done = compose(
         environment, "run", "--rm", "-T", *(word for mount in mounts for word in ("--volume", mount)), "eval",
         "--model", "/models/tiny-qwen3", "--gpu", "cpu", "--calib-samples", "6", "--calib-seq-len", "64",
         "--data", "/texts/prose.jsonl", "--set", "evaluation.texts=4", "--json",
+        "--tasks", "follows,next_word", "--task-dir", "/tasks",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "checkpoint  found" in done.stderr  # nothing is calibrated again
-    assert set(json.loads(done.stdout)["measured"]) == {"bf16", "checkpoint"}
+    told = json.loads(done.stdout)
+    assert set(told["measured"]) == {"bf16", "checkpoint"}
+    asked = [(row["runner"], row["task"]) for row in told["tasks"]["rows"]]
+    assert asked == [(runner, task) for runner in ("bf16", "checkpoint") for task in ("follows", "next_word")]
 
 
 def test_a_gpu_that_is_not_there_is_said_by_the_doctor(environment: dict[str, str], client: Any) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import traceback
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +26,12 @@ SAMPLING = (
 )  # fmt: skip
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # and what has no effect
 EXTRAS = {"finish_reason": np.object_, "stop_reason": np.object_, "cumulative_logprob": np.float32}
+# Whoever starts the server says whether clients may have a prompt's logits; `builder eval` does, of its own server.
+# In a batch that holds such a request TensorRT-LLM's forward pass returns logits of every token of every prompt, and
+# counts one row for a prompt that did not ask (_torch/pyexecutor/py_executor.py of late 2025,
+# num_context_logits_prefix_sum): others would get wrong tokens.
+LOGITS = "context_logits"
+LOGITS_SWITCH = "BUILDER_CONTEXT_LOGITS"
 
 
 class TritonPythonModel:
@@ -34,6 +42,8 @@ class TritonPythonModel:
         self.decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
         self.penalties = parameters["penalties"] == "true"
+        self.vocab_size = int(parameters["vocab_size"])
+        self.gives_logits = os.environ.get(LOGITS_SWITCH) == "1"
         directory = Path(args["model_repository"]) / args["model_version"]
         arguments = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
         check_period = arguments.pop("triton_config").get("cancellation_check_period_ms", 100) / 1000
@@ -90,7 +100,7 @@ class TritonPythonModel:
             traceback.print_exc()
             self.refuse(sender, f"{self.name} failed: {type(error).__name__}; the server's log says more")
         finally:
-            del self.running[task]
+            self.running.pop(task, None)
 
     async def serve(self, request, sender):
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
@@ -101,10 +111,16 @@ class TritonPythonModel:
         if streaming and not self.decoupled:
             raise ValueError("this repository answers once; pieces come from one with decoupled: true")
         prompt, ids = await asyncio.to_thread(self.prompt, inputs)
-        wanted = [name for name in EXTRAS if flag(inputs, f"return_{name}")]
+        wanted = [name for name in (*EXTRAS, LOGITS) if flag(inputs, f"return_{name}")]
+        if LOGITS in wanted and not self.gives_logits:
+            raise ValueError(f"this server gives no logits of a prompt: it was started without {LOGITS_SWITCH}=1")
         parameters = self.sampling_params(**self.sampling(inputs, len(ids), wanted))
         exclude = flag(inputs, "sampling_param_exclude_input_from_output", self.exclude_input)
-        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming)
+        # A prefix that is in the KV cache already is not computed again and has no logits
+        # (_torch/pyexecutor/handle_logits.py@02ed233d). Under a salt of its own a request shares no block with another
+        # (upstream's own test of it: tests/unittest/_torch/sampler/test_return_logits.py@f59aed07).
+        salt = {"cache_salt": uuid.uuid4().hex} if LOGITS in wanted else {}
+        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming, **salt)
         try:
             await self.send(result, sender, "" if exclude else prompt, wanted)
         except asyncio.CancelledError:
@@ -112,16 +128,30 @@ class TritonPythonModel:
             raise
 
     def prompt(self, inputs):
-        """The text and its token ids."""
+        """The text ("" for a prompt of token ids) and its token ids."""
         prompts = words(inputs, "text_input")
-        if prompts is None:
+        if "input_ids" in inputs:
+            prompts, ids = [""], self.given(inputs, prompts)
+        elif prompts is None:
             raise ValueError("text_input is missing")
-        if len(prompts) != 1 or not prompts[0]:
+        elif len(prompts) != 1 or not prompts[0]:
             raise ValueError("text_input is empty" if len(prompts) == 1 else "text_input takes one prompt a request")
-        ids = list(self.llm.tokenizer.encode(prompts[0]))
+        else:
+            ids = list(self.llm.tokenizer.encode(prompts[0]))
         if len(ids) > self.max_input_len:
             raise ValueError(f"the prompt has {len(ids)} tokens; this model takes {self.max_input_len} (max_input_len)")
         return prompts[0], ids
+
+    def given(self, inputs, prompts):
+        """A prompt of token ids. One that the model has no embedding for would end its process, not its request."""
+        ids = inputs["input_ids"].reshape(-1).tolist()
+        if prompts is not None:
+            raise ValueError("text_input and input_ids are both given: one is the prompt")
+        if not ids:
+            raise ValueError("input_ids is empty")
+        if not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"input_ids holds {min(ids)} to {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
+        return ids
 
     def sampling(self, inputs, prompt, wanted):
         """What SamplingParams takes: the client's sampling_param_* inputs, and what the answer's outputs need."""
@@ -142,6 +172,8 @@ class TritonPythonModel:
             )
         if "cumulative_logprob" in wanted:
             found["logprobs"] = 1
+        if LOGITS in wanted:
+            found["return_context_logits"] = True
         return found
 
     async def send(self, result, sender, prefix, wanted):
@@ -158,7 +190,12 @@ class TritonPythonModel:
                     leaving = self.sender.submit(sender.send, response(text[len(given) :], output, ()))
                     given = text
                 continue
-            self.finish(sender, response(text[len(given) :], output, wanted))
+            last = response(text[len(given) :], output, wanted)
+            if LOGITS in wanted:  # large: shared memory may have no room for it, which its client has to hear
+                del self.running[asyncio.current_task()]  # Triton dies of is_cancelled after a last response (24.10)
+                await asyncio.wrap_future(self.finish(sender, last))
+                return
+            self.finish(sender, last)
             return
         raise RuntimeError("the LLM ended a request without its last part")
 
@@ -174,7 +211,7 @@ class TritonPythonModel:
         self.finish(sender, pb_utils.InferenceResponse(error=pb_utils.TritonError(message, *code)))
 
     def finish(self, sender, last):
-        self.sender.submit(sender.send, last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return self.sender.submit(sender.send, last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def scalar(inputs, name):
@@ -204,6 +241,9 @@ def words(inputs, name):
 def response(text, output, wanted):
     tensors = [pb_utils.Tensor("text_output", np.array([text.encode("utf-8")], dtype=np.object_))]
     for name in wanted:
+        if name == LOGITS:
+            tensors += logits(output)
+            continue
         value = getattr(output.outputs[0], name)
         if EXTRAS[name] is np.object_:
             value = str(value).encode("utf-8")
@@ -211,3 +251,10 @@ def response(text, output, wanted):
             value = np.nan
         tensors.append(pb_utils.Tensor(name, np.array([value], dtype=EXTRAS[name])))
     return pb_utils.InferenceResponse(tensors)
+
+
+def logits(output):
+    """Of each token of the prompt [tokens, vocab], those of its successor. None where TensorRT-LLM gave none: whoever
+    asked must tell an answer without them from a bad one."""
+    found = output.context_logits
+    return [] if found is None else [pb_utils.Tensor(LOGITS, found.float().cpu().numpy())]
