@@ -12,6 +12,7 @@ from typing import Any
 
 from builder import __version__
 from builder.commands import (
+    MEASUREMENTS,
     STAGE_NAMES,
     run_build,
     run_clean,
@@ -108,8 +109,7 @@ def _add_chain(subparsers: Any) -> None:
         _add_recipe_flags(command)
         _add_output(command)
         if name != "plan":
-            command.add_argument("--force", metavar="STAGE", action="append", default=[], choices=STAGE_NAMES,
-                                 help=f"make this stage again: {', '.join(STAGE_NAMES)}")  # fmt: skip
+            _add_force(command)
             command.add_argument("--from", metavar="STAGE", dest="start", choices=STAGE_NAMES,
                                  help="make this stage and all after it again")  # fmt: skip
         if name == "engine":
@@ -126,6 +126,7 @@ def _add_measuring(subparsers: Any) -> None:
     _add_recipe_flags(command)
     command.add_argument("--compare-kv", dest="evaluation.compare_kv", action="store_const", const=True,
                          help="the checkpoint also without its FP8 KV cache")  # fmt: skip
+    _add_force(command)
     for option, key, kind, text in TASK_FLAGS:
         command.add_argument(option, dest=key, type=kind, help=text)
     _add_output(command)
@@ -135,6 +136,7 @@ def _add_measuring(subparsers: Any) -> None:
     command.add_argument(
         "--proxy", action="store_true", help="no KL: errors of outputs or, without texts, of weights; for large models"
     )
+    _add_force(command)
     _add_output(command)
 
     command = _command(subparsers, "inspect", "check a checkpoint: NaN, scales, shapes, bits per weight", run_inspect)
@@ -215,6 +217,12 @@ def _add_recipe_flags(command: argparse.ArgumentParser) -> None:
     group.add_argument("--preset", help="latency or throughput")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="a YAML recipe (configs/recipes/)")
     group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any value of the recipe")
+
+
+def _add_force(command: argparse.ArgumentParser) -> None:
+    names = [*STAGE_NAMES, *MEASUREMENTS]
+    command.add_argument("--force", metavar="STAGE", action="append", default=[], choices=names,
+                         help=f"make this stage again: {', '.join(names)}")  # fmt: skip
 
 
 def _add_output(command: argparse.ArgumentParser) -> None:

@@ -34,6 +34,13 @@ STAGE_NAMES = {
     "render": "repository",
     "smoke": "smoke",
 }
+# For --force alone: what measures, and the stages of the store that it fills.
+MEASUREMENTS = {
+    "texts": ["texts"],
+    "scores": ["scores"],
+    "sensitivity": ["sensitivity", "proxy"],
+    "selection": ["selection"],
+}
 
 
 def _resolve(arguments: argparse.Namespace) -> Resolved:
@@ -58,7 +65,7 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     from builder.smoke import SmokeFailed
     from builder.store import STAGES, Store
 
-    force = {STAGE_NAMES[name] for name in arguments.force}
+    force = _forced(arguments)
     if arguments.start:
         force |= set(STAGES[STAGES.index(STAGE_NAMES[arguments.start]) :])
     until = STAGE_NAMES.get(arguments.command, "smoke")
@@ -80,6 +87,11 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     return _judge(built.evaluation)
 
 
+def _forced(arguments: argparse.Namespace) -> set[str]:
+    """The stages of the store that --force names."""
+    return {stage for name in arguments.force for stage in MEASUREMENTS.get(name) or [STAGE_NAMES[name]]}
+
+
 def run_eval(arguments: argparse.Namespace, out: Output) -> int:
     """Builds what is to be measured, as far as the store lacks it, and measures it."""
     resolved = _resolve(arguments)
@@ -87,7 +99,7 @@ def run_eval(arguments: argparse.Namespace, out: Output) -> int:
     from builder.evaluate import show
     from builder.store import Store
 
-    store = Store(arguments.output, out)
+    store = Store(arguments.output, out, force=sorted(_forced(arguments)))
     with store.in_use():
         found = pipeline.measure(resolved, store)
     show(found, out)
@@ -113,7 +125,7 @@ def run_sensitivity(arguments: argparse.Namespace, out: Output) -> int:
     from builder.sensitivity import show
     from builder.store import Store
 
-    store = Store(arguments.output, out)
+    store = Store(arguments.output, out, force=sorted(_forced(arguments)))
     with store.in_use():
         found = pipeline.measure_layers(resolved, store, proxy=arguments.proxy)
     show(found, _again("quantize", arguments), out)

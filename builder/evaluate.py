@@ -24,7 +24,7 @@ from builder.output import Output, seconds
 from builder.quantize import modelopt
 from builder.recipe import Resolved
 from builder.runners.language import knows
-from builder.store import Artefact, Store, key_of, sources_digest
+from builder.store import Artefact, Store, WouldRun, key_of, sources_digest
 from builder.tasks import TaskTable
 
 TABLE_SOURCES = ("builder/evaluate.py", "builder/metrics.py", "builder/gate.py", "builder/tasks.py")
@@ -124,11 +124,14 @@ def _score(
     def stored(one: Mapping[str, Any]) -> Artefact | None:
         return store.find("scores", key_of("scores", one["ingredients"]))
 
-    missing = [one for one in sets if stored(one) is None]
+    missing = [one for one in sets if "scores" in store.force or stored(one) is None]
+    if missing and store.dry:
+        raise WouldRun("scores", f"{form.label} is not measured on {', '.join(str(one['name']) for one in missing)}")
     kept = f", {len(sets) - len(missing)} found in the store" if len(missing) < len(sets) else ""
     store.out.stage("evaluate", f"{form.label} on {len(sets)} data sets{kept}")
     if missing:
-        _run({**opened.job, **asked, "top": part.top, "logits": True, "sets": missing}, store)
+        measuring = {"top": part.top, "logits": True, "sets": missing, "force": sorted(store.force)}
+        _run({**opened.job, **asked, **measuring}, store)
     return [artefact for artefact in map(stored, sets) if artefact]
 
 

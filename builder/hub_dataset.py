@@ -18,7 +18,7 @@ import datasets
 from builder.calibrate import Rows, collect, dump
 from builder.errors import UnsupportedError, UsageError
 from builder.hub import report
-from builder.hub_errors import gated, patiently
+from builder.hub_errors import endpoint, gated, patiently
 from builder.process import emit
 
 
@@ -43,9 +43,16 @@ def _stream(job: dict[str, Any]) -> Any:
     try:
         return datasets.load_dataset(repo, config, split=split, streaming=True, revision=job["commit"], **refuse)
     except datasets.exceptions.DatasetNotFoundError as error:
-        # Its causes are cut off, so the words are all there is. The dataset itself was found when it was resolved.
+        # Its causes are cut off, so the words are all there is. The dataset itself was found when it was resolved; a
+        # commit that the recipe names was not asked for until now.
         if "gated" in str(error):
             raise gated("dataset", repo) from None
+        if "Revision" in str(error):
+            raise UsageError(
+                f"The dataset {repo} has no revision {job['commit']}.",
+                why=f"So says {endpoint()}.",
+                cure="Name another: " + job["cure"].format(key="revision", value="main"),
+            ) from None
         raise
     except (ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())

@@ -23,7 +23,10 @@ PLAIN_PROGRESS_SECONDS = 5.0
 
 
 class Progress:
-    """One bar, or one line now and then where there is no terminal. `update` is cheap enough to call per item."""
+    """One bar, or one line now and then where there is no terminal. `update` is cheap enough to call per item.
+
+    `done` of 0 begins a count anew: its estimate leaves out what came before.
+    """
 
     def __init__(self, output: Output, label: str, total: float | None, unit: str) -> None:
         self._output, self._label, self._total, self._unit = output, label, total, unit
@@ -53,6 +56,8 @@ class Progress:
             self._bar.update(self._task, completed=done, total=self._total, description=self._label, count=count)
             return
         now = time.monotonic()
+        if not done:
+            self._start = now
         if self._output.mode == "human" and now - self._printed >= PLAIN_PROGRESS_SECONDS:
             self._printed = now
             left = ""

@@ -245,6 +245,14 @@ def stages_stored(resolved: Resolved, store: Store) -> list[str]:
     return [artefact.stage for artefact in stored(resolved, store)[0]]
 
 
+def gate_stored(resolved: Resolved, store: Store) -> Evaluation | WouldRun:
+    """What a dry store holds of the gate's evaluation: all of it, with the verdict, or what would run first for it."""
+    try:
+        return _measure(_chain(resolved, store, _needed(resolved)), resolved, store)
+    except WouldRun as would:
+        return would
+
+
 def publish(
     resolved: Resolved, made: Built, repository: Repository, model: ModelFacts, answers: Sequence[Answer], store: Store
 ) -> Path:

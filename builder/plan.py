@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, preflight, probe_answers, trtllm
-from builder.errors import BuilderError
+from builder.errors import BuilderError, EvaluationError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
 from builder.output import Output, size
@@ -63,7 +63,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         blocked = error
     notes = preflight.notes(resolved, model.config, answers)
     done, first = pipeline.stored(resolved, store)
-    stages = _stages(resolved, done, first)
+    stages = _stages(resolved, done, first) + _gate(resolved, store)
     selection = next((artefact for artefact in done if artefact.stage == "selection"), None)
     if selection is not None:
         model = preflight.with_chosen(model, selection.facts["modules"])
@@ -134,10 +134,25 @@ def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
-    if gate := resolved.recipe.evaluation.limits:
-        asked = ", ".join(f"{metric} {limit:g}" for metric, limit in gate.items())
-        rows.append(("evaluation", "will run", f"a gate ({asked}): what was measured before is found then"))
     return rows
+
+
+def _gate(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
+    """The row of the gate's evaluation, if there is a gate."""
+    limits = resolved.recipe.evaluation.limits
+    if not limits:
+        return []
+    gate = "a gate (" + ", ".join(f"{metric} {limit:g}" for metric, limit in limits.items()) + ")"
+    try:
+        found = pipeline.gate_stored(resolved, store)
+    except EvaluationError as error:
+        return [("evaluation", "cached", f"{gate}: {error.what}")]
+    if isinstance(found, WouldRun):
+        why = f"its input comes from {found.stage}"
+        known = {"scores": found.why, "texts": "its texts are not read yet", "evaluation": "all scores are there"}
+        return [("evaluation", "will run", f"{gate}: {known.get(found.stage, why)}")]
+    passed = "passed" if found.verdict and found.verdict.passed else "failed"
+    return [("evaluation", "cached", f"{found.path.name}, {gate}: {passed}")]
 
 
 MEMORY = ["", "memory", "weights", "workspace", "KV cache", "KV tokens", "at full length", "largest batch", ""]

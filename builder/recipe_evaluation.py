@@ -11,10 +11,23 @@ from builder.recipe_part import Part, Positive
 
 RUNNERS = ("bf16", "simulated", "checkpoint", "reference", "served")
 Runner = Literal["bf16", "simulated", "checkpoint", "reference", "served"]
-# What of these is evaluated on, where nothing else is said: published comparisons use the same parts.
+# What of these is evaluated on, where nothing else is said: published comparisons use the same parts. The commits are
+# what `main` has been since 2024, so that figures of different days are of the same texts. Sources: what `datasets`
+# resolved it to on 17 June 2024, huggingface_hub_load_dataset_17Jun2024.py of
+# Mr-Jack-Tung/huggingface-hub-list-datasets-164k@0689af38; "8049631 verified" on the data set's own page
+# (huggingface.co/datasets/HuggingFaceH4/ultrachat_200k/blob/main/README.md) and in full in others' pins.
 KNOWN_SETS: Mapping[str, Mapping[str, str]] = {
-    "Salesforce/wikitext": {"config": "wikitext-2-raw-v1", "split": "test", "column": "text"},
-    "HuggingFaceH4/ultrachat_200k": {"split": "test_sft", "column": "messages"},
+    "Salesforce/wikitext": {
+        "config": "wikitext-2-raw-v1",
+        "split": "test",
+        "column": "text",
+        "revision": "b08601e04326c79dfdd32d625aee71d232d685c3",
+    },
+    "HuggingFaceH4/ultrachat_200k": {
+        "split": "test_sft",
+        "column": "messages",
+        "revision": "8049631c405ae6576f93f445c6b8166f76f5505a",
+    },
 }
 
 
@@ -27,7 +40,9 @@ class DataSet(Part):
     column: Annotated[str | None, Field(description="column with the text; default: the first of the usual names")] = (
         None
     )
-    revision: Annotated[str | None, Field(description="revision of a Hub dataset; the commit is kept")] = None
+    revision: Annotated[
+        str | None, Field(description="revision of a Hub dataset; the commit is kept, and of the default sets pinned")
+    ] = None
 
     @model_validator(mode="before")
     @classmethod

@@ -255,10 +255,13 @@ def _weights(snapshot: Snapshot) -> list[Path]:
 
 
 def _partial(store: Store, stage: str, ingredients: Mapping[str, Any]) -> Path:
-    """Where results lie until the stage is whole. It outlives a killed run; its name holds the stage's key."""
+    """Where results lie until the stage is whole. It outlives a killed run, but for a stage that is forced; its name
+    holds the stage's key."""
     path = store.root / "partial" / f"{stage}-{key_of(stage, ingredients)}.jsonl"
     if not store.dry:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if stage in store.force:
+            path.unlink(missing_ok=True)
     return path
 
 

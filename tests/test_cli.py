@@ -9,10 +9,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from builder import cli, store
+from builder import cli, commands, store
 from builder.output import Output
 
 MODEL = "tests/data/tiny-qwen3"
@@ -220,7 +221,16 @@ def test_the_plan_of_a_gated_build_says_that_it_will_measure(tmp_path: Path) -> 
     plain, gated = (json.loads(run(*argv, *more).stdout)["stages"] for more in ([], ["--min-score", "98"]))
     assert gated[:-1] == plain
     assert gated[-1]["stage"] == "evaluation"
-    assert "score 98" in gated[-1]["why"]
+    assert gated[-1]["why"] == "a gate (score 98): its input comes from snapshot"
+
+
+@pytest.mark.parametrize("command", ["build", "quantize", "eval", "sensitivity"])
+def test_every_measurement_can_be_forced(command: str) -> None:
+    names = [*commands.STAGE_NAMES, *commands.MEASUREMENTS]
+    argv = [word for name in names for word in ("--force", name)]
+    forced = commands._forced(cli.parser().parse_args([command, "--model", MODEL, *argv]))
+    assert forced >= set(store.STAGES) | {"texts", "scores", "sensitivity", "proxy", "selection"}
+    assert forced <= {*store.STAGES, *store.EVALUATION}
 
 
 def test_help_shows_the_exit_codes_and_examples() -> None:
@@ -234,6 +244,19 @@ def test_plain_progress_has_an_estimate(capsys: pytest.CaptureFixture[str], monk
     with Output("human").progress("calibrate", 10, "rows") as bar:
         bar.update(5)
     assert "calibrate: 5/10 rows, about" in capsys.readouterr().err
+
+
+def test_the_estimate_of_a_second_count_leaves_out_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("builder.output.time", SimpleNamespace(monotonic=lambda: clock.now))
+    with Output("human").progress("loading", unit="tokens") as bar:
+        for clock.now, done, label in ((100, 0, "prose"), (110, 50, "prose"), (200, 0, "chat"), (230, 50, "chat")):
+            bar.update(done, 100, label)
+    said = capsys.readouterr().err
+    assert "prose: 50/100 tokens, about 10.0s left" in said
+    assert "chat: 50/100 tokens, about 30.0s left" in said
 
 
 def test_a_cure_names_only_flags_that_exist() -> None:

@@ -21,14 +21,14 @@ from hub_server import Hub
 
 from builder import evaluate, evaluation_data, fetch, forms, kv_safety, pipeline, recipe
 from builder.checkpoint import Checkpoint
-from builder.errors import EvaluationError, IntegrityError, NotMeasurable, ServingError, UsageError
+from builder.errors import BuilderError, EvaluationError, IntegrityError, NotMeasurable, ServingError, UsageError
 from builder.evaluate import Evaluation
 from builder.forms import Models
 from builder.output import Output
 from builder.pipeline import Built
 from builder.quantize import child as quantizer
 from builder.recipe import Resolved
-from builder.recipe_evaluation import RUNNERS
+from builder.recipe_evaluation import KNOWN_SETS, RUNNERS
 from builder.recipe_evaluation import Evaluation as Part
 from builder.runners import child, triton
 from builder.safetensors_io import NewTensor, Tensors
@@ -334,30 +334,58 @@ def test_messages_are_lines_of_role_and_content() -> None:
     assert evaluation_data.text_of({"messages": messages}) == "user: Hi?\nassistant: Hello.\nYou?"
 
 
-def test_a_known_data_set_of_the_hub_at_a_pinned_commit(hub: Hub, tmp_path: Path) -> None:
-    """WikiText-2 by its name: the usual configuration, split and column; empty lines are no texts."""
+def wikitext(hub: Hub, folder: Path, *texts: str) -> str:
+    """A commit of WikiText-2 raw's shape that `main` names from now on."""
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    folder = tmp_path / "hub" / "wikitext-2-raw-v1"
-    folder.mkdir(parents=True)
-    rows = [{"text": text} for text in ("", " = Title = \n", "", "Words.\n", "More.\n")]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "test-00000-of-00001.parquet")
+    (folder / "wikitext-2-raw-v1").mkdir(parents=True)
+    rows = pa.Table.from_pylist([{"text": text} for text in texts])
+    pq.write_table(rows, folder / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet")
     files = "data_files:\n  - split: test\n    path: wikitext-2-raw-v1/test-*"
-    readme = f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  {files}\n---\n"
-    (folder.parent / "README.md").write_text(readme)
-    commit = hub.add("Salesforce/wikitext", folder.parent, repo_type="dataset")
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  {files}\n---\n")
+    return hub.add("Salesforce/wikitext", folder, repo_type="dataset")
+
+
+def texts_of(store: Store, **values: Any) -> tuple[str, list[str]]:
+    """The commit and the first two texts of WikiText-2 under these values of a data set."""
+    one = {"data": "Salesforce/wikitext", **values}
+    [texts] = evaluation_data.read_texts(Part.model_validate({"texts": 2, "data": [one]}), store=store)
+    assert texts.name == "wikitext"
+    kept = [json.loads(line)["text"] for line in texts.path.read_text().splitlines()]
+    return store.done[-1].facts["commit"], kept
+
+
+def test_a_known_data_set_of_the_hub_is_read_at_the_commit_that_is_pinned(hub: Hub, tmp_path: Path) -> None:
+    """WikiText-2 by its name: the usual configuration, split and column, whatever `main` has become since; empty lines
+    are no texts."""
+    pinned = KNOWN_SETS["Salesforce/wikitext"]["revision"]
     store = Store(tmp_path / "artifacts", QUIET)
-    [texts] = evaluation_data.read_texts(Part(texts=2, data=Part().data[:1]), store=store)
-    kept = [json.loads(line) for line in texts.path.read_text().splitlines()]
-    assert (texts.name, kept) == ("wikitext", [{"text": " = Title = \n"}, {"text": "Words.\n"}])
-    assert store.done[-1].facts["commit"] == commit
+    made = wikitext(hub, tmp_path / "then", "", " = Title = \n", "", "Words.\n", "More.\n")
+    repo = hub.repos["dataset", "Salesforce/wikitext"]
+    repo.commits[pinned] = repo.commits.pop(made)
+    newer = wikitext(hub, tmp_path / "now", "Other words.\n", "And more.\n")
+    assert texts_of(store) == (pinned, [" = Title = \n", "Words.\n"])
+    asked = [request.path for request in hub.requests]
+    assert any(pinned in path for path in asked)
+    assert not any(newer in path or path.endswith("/main") for path in asked)
+    assert texts_of(store, revision="main") == (newer, ["Other words.\n", "And more.\n"])
+
+
+def test_a_hub_that_lacks_the_pinned_commit_is_told_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
+    wikitext(hub, tmp_path / "now", "Other words.\n", "And more.\n")
+    with pytest.raises(BuilderError) as refused:
+        texts_of(Store(tmp_path / "artifacts", QUIET))
+    assert KNOWN_SETS["Salesforce/wikitext"]["revision"] in str(refused.value)
+    assert "revision: main" in refused.value.cure
 
 
 def test_what_is_evaluated_on_where_nothing_is_said() -> None:
     wikitext, ultrachat = Part().data
     assert (wikitext.data, wikitext.config, wikitext.split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
     assert (ultrachat.data, ultrachat.split) == ("HuggingFaceH4/ultrachat_200k", "test_sft")
+    for one in (wikitext, ultrachat):  # pinned: a branch could move
+        assert fetch.COMMIT.fullmatch(str(one.revision))
     named = resolve(evaluation__data=["Salesforce/wikitext", {"data": "a/b", "split": "dev"}]).recipe.evaluation.data
     assert [(one.config, one.split) for one in named] == [("wikitext-2-raw-v1", "test"), (None, "dev")]
 

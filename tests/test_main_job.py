@@ -178,6 +178,20 @@ def test_a_gate_ends_a_build_with_4_and_keeps_everything(built: tuple[Path, dict
     manifests = [json.loads(path.read_text()) for path in output.glob("evaluation/*/manifest.json")]
     assert [manifest["facts"]["verdict"]["passed"] for manifest in manifests] == [False]
     assert json.loads(builder("report", told["repository"], "--json").stdout)["verdict"]["status"] == "failed"
+    asked = [*argv[1:], "--max-batch-size", "2"]  # another engine, of the same checkpoint
+    limits = {"101": ("cached", "failed"), "50": ("will run", "all scores are there")}
+    for limit, row in limits.items():
+        stages = json.loads(builder("plan", *asked, "--min-score", limit).stdout)["stages"]
+        states = {one["stage"]: one["state"] for one in stages}
+        assert (states["checkpoint"], states["engine"]) == ("cached", "will run")
+        assert (stages[-1]["stage"], stages[-1]["state"]) == ("evaluation", row[0])
+        assert stages[-1]["why"].endswith(f"a gate (score {limit}): {row[1]}")
+    for more, why in (
+        (["--data", "tests/data/eval/chat.jsonl"], "its texts are not read yet"),
+        (["--runner", "bf16", "--runner", "simulated"], "simulated is not measured on texts"),
+    ):
+        stages = json.loads(builder("plan", *asked, *more, "--min-score", "50").stdout)["stages"]
+        assert (stages[-1]["state"], stages[-1]["why"]) == ("will run", f"a gate (score 50): {why}")
     passed = builder(*argv, "--min-score", "50", "--max-kl", "2")
     assert passed.returncode == 0, passed.stderr
     assert json.loads(builder("report", told["repository"], "--json").stdout)["verdict"]["status"] == "passed"
@@ -188,6 +202,11 @@ def test_a_gate_ends_a_build_with_4_and_keeps_everything(built: tuple[Path, dict
     assert "checkpoint\ttexts\t" in evaluated.stdout
     assert evaluated.stdout.splitlines()[-1].startswith("kept       ")
     assert len(list(output.glob("scores/*"))) == 2
+    made = {path: path.stat().st_mtime_ns for path in output.glob("scores/*/manifest.json")}
+    forced = builder("eval", *argv[1:-1], "--runner", "bf16", "--runner", "checkpoint", "--force", "scores")
+    assert forced.returncode == 0, forced.stderr
+    assert all(path.stat().st_mtime_ns > before for path, before in made.items())
+    assert forced.stdout.splitlines()[1:] == evaluated.stdout.splitlines()[1:], "all but the times"
 
 
 def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str, Any]]) -> None:

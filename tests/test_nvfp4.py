@@ -65,6 +65,23 @@ def test_rounding_is_to_the_nearest_value(x: float) -> None:
     assert code == (nearest[0] if len(nearest) == 1 else next(i for i in nearest if i % 2 == 0))
 
 
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
+def test_a_tensor_is_rounded_to_the_values_of_its_codes(x: list[float]) -> None:
+    ties = torch.tensor(HALVES)
+    beside = [torch.nextafter(ties, torch.tensor(to)) for to in (0.0, 9.0)]
+    values = torch.cat((torch.tensor(x), ties, -ties, *beside))[None]
+    rounded = nvfp4.fake_quantize_static(values, torch.ones(1, 1))
+    expected = torch.tensor(nvfp4.E2M1_VALUES)[nvfp4.round_magnitude(values.abs())]
+    assert torch.equal(rounded, torch.copysign(expected, values))
+
+
+def test_what_is_no_number_stays_none() -> None:
+    x = torch.full((1, 32), torch.nan)
+    x[0, 16:] = 1.0
+    found = nvfp4.fake_quantize(x, nvfp4.scale_of(ONE))[0].isnan()
+    assert found.tolist() == [True] * 16 + [False] * 16
+
+
 def test_signs_zeros_and_saturation() -> None:
     x = torch.tensor([0.0, -0.0, 0.1, -0.1, 5.0001, -5.0001, 1e30, -1e30])
     assert nvfp4.encode(x).tolist() == [0, 0, 0, 8, 7, 15, 7, 15]

@@ -261,6 +261,10 @@ def test_what_was_measured_outlives_a_run_that_died_and_no_other_recipe_takes_it
             pipeline.measure_layers(resolved(LLAMA, **changed), store)
     assert [results.count(path) for path in results] == [2, 2, 1, 1]
     assert results[0].read_text() == "a result\n" * 2
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.measure_layers(resolved(LLAMA), Store(tmp_path, Output("quiet"), force=["sensitivity"]))
+    assert results[-1] == results[0]
+    assert results[0].read_text() == "a result\n", "forced: begun anew"
     assert not list((tmp_path / "sensitivity").iterdir())
     removed, _ = prune(tmp_path, {done.path for done in store.done})
     assert set(removed) >= set(results)
@@ -304,6 +308,8 @@ def test_the_stage_tells_the_losses_and_is_found_again(measured: tuple[sensitivi
     again = Store(store.root, Output("quiet"))
     assert pipeline.measure_layers(resolved(TINY), again) == found
     assert all(done.cached for done in again.done)
+    with pytest.raises(WouldRun, match="sensitivity: forced"):
+        pipeline.measure_layers(resolved(TINY), Store(store.root, Output("quiet"), force=["sensitivity"], dry=True))
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:

@@ -38,7 +38,7 @@ def run(job: Mapping[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )
-    store = Store(Path(job["root"]), Output("quiet"))
+    store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     sets = [(one, sequences(Path(one["rows"]), tokenizer, name=one["name"], **job["lengths"])) for one in job["sets"]]
     with torch.inference_mode(), opener(job["runner"])(job) as runner:
         for one, texts in sets:
@@ -103,6 +103,7 @@ def score_set(
     held = ColumnFiles(reference) if reference else None
     lengths = [len(ids) for ids in texts.ids]
     done = 0
+    progress(done, starts[-1])
     for batch in scoring.batches(lengths, runner.batch_tokens):
 
         def each(index: int, logits: Any, batch: list[int] = batch) -> None:

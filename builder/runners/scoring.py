@@ -36,8 +36,8 @@ class Runner(Protocol):
 def score(logits: Tensor, ids: Ids, *, top: int = 0, reference: Columns | None = None) -> Columns:
     """Columns of one text of n tokens, each of n - 1 rows: nll (natural log), best (token), right (best is the text's).
 
-    With `top` also top_ids and top_logp [n - 1, top], the likeliest tokens, and rest_logp, that of all others; with
-    these of BF16 as `reference` also kl.
+    With `top` also top_ids and top_logp [n - 1, top], the likeliest tokens in any order, and rest_logp, that of all
+    others; with these of BF16 as `reference` also kl.
     """
     parts = []
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)
@@ -57,7 +57,7 @@ def _score(logits: Tensor, targets: Tensor, top: int, reference: Columns | None)
         "right": best == targets,
     }
     if top:
-        likeliest = logits.topk(min(top, logits.shape[-1]), dim=-1)
+        likeliest = logits.topk(min(top, logits.shape[-1]), dim=-1, sorted=False)
         found |= {"top_ids": likeliest.indices.int(), "top_logp": likeliest.values - whole}
         found["rest_logp"] = _rest(logits, likeliest.indices, whole)
     if reference is not None:
