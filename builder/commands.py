@@ -38,6 +38,7 @@ STAGE_NAMES = {
 MEASUREMENTS = {
     "texts": ["texts"],
     "scores": ["scores"],
+    "tasks": ["tasks"],
     "sensitivity": ["sensitivity", "proxy"],
     "selection": ["selection"],
 }

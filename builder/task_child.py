@@ -51,7 +51,7 @@ def run(job: Mapping[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )
-    store = Store(Path(job["root"]), Output("quiet"))
+    store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     model_of: Callable[..., LM] = Endpoint if job["runner"] == "served" else _in_transformers
     with torch.inference_mode(), opener(job["runner"])(job) as runner:
         model = model_of(runner, tokenizer, job)

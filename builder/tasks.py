@@ -125,7 +125,7 @@ def _answers(
         held = {name: store.find("tasks", key_of("tasks", ingredients)) for name, ingredients in wanted.items()}
         return {name: artefact for name, artefact in held.items() if artefact}
 
-    found = stored()
+    found = {} if "tasks" in store.force else stored()
     missing = [{"name": name, "ingredients": wanted[name]} for name in wanted if name not in found]
     kept = f", {len(found)} found in the store" if found else ""
     store.out.stage("tasks", f"{form.label}: {', '.join(part.names)}{kept}")
@@ -138,6 +138,7 @@ def _answers(
             "directory": _directory(part),
             "working_directory": os.getcwd(),
             "logits": False,
+            "force": sorted(store.force),
             "at_once": min(engine.max_batch_size, AT_ONCE),
         }
         told = _run(job, store)

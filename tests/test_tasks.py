@@ -179,6 +179,15 @@ def test_what_was_asked_is_not_asked_again(
     assert again.rows == tuple(row for row in found.rows if row.runner in ("bf16", "checkpoint"))
 
 
+def test_what_is_forced_is_asked_again(models: Models, store: Store, directory: Path) -> None:
+    asked = resolve(directory, evaluation__runners=["bf16"], tasks__names="follows", tasks__limit=3)
+    first = measure_here(models, asked, store)
+    manifest = store.root / first.paths["bf16"]["follows"] / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    assert measure_here(models, asked, Store(store.root, QUIET, force=["tasks"])).rows == first.rows
+    assert manifest.stat().st_mtime_ns > before
+
+
 def test_cleaning_keeps_what_was_asked_of_a_kept_model(found: tasks.TaskTable, models: Models, store: Store) -> None:
     assert models.repository is not None
     removed, _ = prune(store.root, {models.repository.path}, dry=True)
