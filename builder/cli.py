@@ -21,6 +21,7 @@ from builder.commands import (
     run_explain,
     run_gpus,
     run_inspect,
+    run_load,
     run_plan,
     run_probe,
     run_report,
@@ -151,9 +152,26 @@ def _add_serving(subparsers: Any) -> None:
     command.add_argument("--until-eof", action="store_true", help="stop when stdin ends")
     command = _command(subparsers, "smoke", "start a repository's server, test every way to ask it, stop it", run_smoke)
     _add_served(command)
-    command.add_argument("--http", metavar="HOST:PORT", help="test the server that runs there; start none")
-    command.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC port (with --http)")
+    _add_running(command)
     command.add_argument("--junit", type=Path, metavar="FILE", help="results as JUnit XML")
+    command = _command(
+        subparsers, "load", "how soon and how fast a repository answers, asked by many at once", run_load
+    )
+    _add_served(command)
+    _add_running(command)
+    command.add_argument("--clients", type=int, metavar="N", action="append", default=[],
+                         help="so many at once; repeatable (default: 1, 4 and 16)")  # fmt: skip
+    for name, default, text in (
+        ("requests", 32, "of all of them together"),
+        ("input-tokens", 128, "of each prompt"),
+        ("output-tokens", 32, "of each answer"),
+    ):
+        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{text} (default: {default})")
+
+
+def _add_running(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--http", metavar="HOST:PORT", help="ask the server that runs there; start none")
+    command.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC port (with --http)")
 
 
 def _add_keeping(subparsers: Any) -> None:

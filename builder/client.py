@@ -138,9 +138,14 @@ class Client:
 
     def grpc_stream(self, ask: Ask) -> Answer:
         """Piece by piece. A piece that does not come in time is Stalled, not a wait for ever."""
-        results = self._stream(self.models["stream"], self._inputs(triton_grpc, ask, stream=True), ["text_output"])
-        pieces = tuple(_text(result) for result in results)
+        pieces = tuple(self.grpc_pieces(ask))
         return Answer("".join(pieces), pieces)
+
+    def grpc_pieces(self, ask: Ask, sent: Callable[[], None] = lambda: None) -> Iterator[str]:
+        """Each piece when it comes. `sent` is called when the connection stands, before the request goes out."""
+        inputs = self._inputs(triton_grpc, ask, stream=True)
+        for result in self._stream(self.models["stream"], inputs, ["text_output"], sent):
+            yield _text(result)
 
     def engine(self, ids: Sequence[int], max_tokens: int) -> list[int]:
         """The tokens that the engine itself makes of these, without text around it; nothing ends it but max_tokens."""
@@ -178,13 +183,16 @@ class Client:
     def _named(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {self.names.get(name, name): value for name, value in inputs.items()}
 
-    def _stream(self, model: str, inputs: Sequence[Any], outputs: Sequence[str]) -> Iterator[Any]:
+    def _stream(
+        self, model: str, inputs: Sequence[Any], outputs: Sequence[str], sent: Callable[[], None] = lambda: None
+    ) -> Iterator[Any]:
         """The responses that carry outputs, up to the final one."""
         answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
         with self._grpc() as grpc:
             grpc.start_stream(lambda result, error: answers.put((result, error)))
             final = False
             try:
+                sent()
                 grpc.async_stream_infer(
                     model,
                     inputs,

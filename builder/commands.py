@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -277,8 +278,7 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     """A repository served, tested and stopped."""
     from builder.smoke import smoke
 
-    if bool(arguments.http) != bool(arguments.grpc):
-        raise UsageError("A running server is asked on both its ports.", cure="--http HOST:PORT --grpc HOST:PORT")
+    _both_ports(arguments)
     repository = _repository(arguments)
     if arguments.http:
         report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
@@ -291,6 +291,37 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     out.result(report.as_dict())
     report.check()
     return 0
+
+
+def run_load(arguments: argparse.Namespace, out: Output) -> int:
+    """A repository served, asked by many at once, and stopped; kept beside it for the report."""
+    from builder import load
+
+    _both_ports(arguments)
+    asked = load.Asked(
+        tuple(arguments.clients) or load.Asked.clients,
+        arguments.requests,
+        arguments.input_tokens,
+        arguments.output_tokens,
+    )
+    repository = _repository(arguments)
+    load.check(asked, repository.facts)
+    if arguments.http:
+        report = load.load(arguments.http, arguments.grpc, repository, asked, out=out)
+    else:
+        with _server(arguments, repository, out) as server:
+            report = load.load(server.http_url, server.grpc_url, repository, asked, out=out)
+    kept = load.keep(repository, report, out)
+    load.show(report, out)
+    out.result({**asdict(report), "path": str(kept) if kept else None})
+    if kept:
+        out.text(f"next       builder report {arguments.repository or repository.path}")
+    return 0
+
+
+def _both_ports(arguments: argparse.Namespace) -> None:
+    if bool(arguments.http) != bool(arguments.grpc):
+        raise UsageError("A running server is asked on both its ports.", cure="--http HOST:PORT --grpc HOST:PORT")
 
 
 def run_report(arguments: argparse.Namespace, out: Output) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from builder import record as records
 from builder import results
 from builder.errors import UsageError
+from builder.load import LoadReport
 from builder.results import Evaluation, Loss
 from builder.smoke import SmokeReport
 from builder.store import STAGES, Artefact, artefacts, read, tests_of, upstream
@@ -89,6 +90,7 @@ class Report:
     tasks: Sequence[Row]
     losses: Sequence[Loss]
     smoke: SmokeReport | None
+    load: LoadReport | None
     warnings: Sequence[str]
     unmeasured: Sequence[str]
     command: str | None  # that builds it again
@@ -104,6 +106,7 @@ class _Found:
     repository: Artefact
     chain: Mapping[str, Artefact]
     smoke: Artefact | None
+    load: Artefact | None
     evaluation: Evaluation | None
     tasks: Sequence[Row]
     losses: Sequence[Loss]
@@ -135,6 +138,7 @@ def gather(path: Path) -> Report:
         tasks=found.tasks,
         losses=found.losses,
         smoke=smoke,
+        load=LoadReport.from_dict(found.load.facts) if found.load else None,
         warnings=_warnings(found),
         unmeasured=_unmeasured(found, target),
         command=shlex.join(command) if command else None,
@@ -200,12 +204,17 @@ def _find(path: Path) -> _Found:
         path=path,
         repository=repository,
         chain=chain,
-        smoke=max(tests_of([repository], everything), key=lambda a: float(a.manifest["started"]), default=None),
+        smoke=_newest(tests_of([repository], everything, ["smoke"])),
+        load=_newest(tests_of([repository], everything, ["load"])),
         evaluation=results.evaluation_of(chain, everything),
         tasks=results.tasks_of(chain, everything),
         losses=results.losses_of(chain, everything),
         record=record or {},
     )
+
+
+def _newest(found: Sequence[Artefact]) -> Artefact | None:
+    return max(found, key=lambda artefact: float(artefact.manifest["started"]), default=None)
 
 
 def _model(found: _Found) -> Model:
@@ -338,7 +347,8 @@ def _unmeasured(found: _Found, target: str) -> list[str]:
         texts.append("No task was asked: how many questions of a benchmark it answers rightly is not known.")
     if not found.losses:
         texts.append("The loss of each layer by itself was not measured.")
-    texts.append("Load was not measured: no latency and no throughput under many requests is known.")
+    if found.load is None:
+        texts.append("Load was not measured: no latency and no throughput under many requests is known.")
     if found.record.get("memory"):
         texts.append("Memory at run time is an estimate from upstream's formulas, not measured on a card.")
     if not found.record:

@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from builder import charts, paths
 from builder.charts import Mark
 from builder.errors import UsageError
+from builder.load import spread_words
 from builder.output import Output, seconds, size
 from builder.report import Report, gather, root_of
 from builder.results import OVERALL, RUNNERS, Interval, Score, append, rows, task_rows
@@ -140,6 +141,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
         "fenced": fenced,
         "figure": lambda value, digits, scale: f"{value * scale:,.{digits}f}",
         "number": number,
+        "spread": spread_words,
         "signed": lambda value, digits, scale=1: "–" if value is None else f"{value * scale:+.{digits}f}",
         "runner": lambda name: RUNNERS.get(name, name),
         "breakable": lambda text: Markup(re.sub(r"([._/=-])", r"\1<wbr>", str(escape(shown(text))))),
@@ -172,6 +174,7 @@ def _context(report: Report) -> dict[str, Any]:
         "size_chart": _size_chart(report),
         "contents_charts": [_contents_chart(name, kinds) for name, kinds in report.size.contents.items()],
         "time_chart": _time_chart(report),
+        "load_chart": _load_chart(report),
         "set_by_hand": [row for row in report.values if row[2] != "default"],
         "defaults": [row for row in report.values if row[2] == "default"],
     }
@@ -275,6 +278,16 @@ def _time_chart(report: Report) -> Markup | None:
         if score.data == OVERALL and score.seconds
     ]
     return Markup(charts.bars("times", "Time of each stage", _spoken(marks), marks)) if marks else None
+
+
+def _load_chart(report: Report) -> Markup | None:
+    if report.load is None:
+        return None
+    marks = [
+        Mark(f"{level.clients} at once", level.tokens_per_second, f"{level.tokens_per_second:,.1f} tokens a second")
+        for level in report.load.levels
+    ]
+    return Markup(charts.bars("throughput", "Output tokens a second", _spoken(marks), marks))
 
 
 def _spoken(marks: Sequence[Mark]) -> str:

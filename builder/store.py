@@ -32,8 +32,9 @@ FORMAT = 1  # of the manifest; a change makes every older stage unknown
 MANIFEST = "manifest.json"
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
 # Beside the chain: the texts of a data set, what one runner made of them, its answers to a task, and the tables of all
-# of these; what each layer loses, and which are left in BF16 for it.
-EVALUATION = ("texts", "scores", "task_names", "tasks", "evaluation", "sensitivity", "selection", "proxy")
+# of these; what each layer loses, and which are left in BF16 for it; a repository under load.
+EVALUATION = ("texts", "scores", "task_names", "tasks", "evaluation", "sensitivity", "selection", "proxy", "load")
+TESTS = ("smoke", "load")  # of a repository
 _CHUNK = 1 << 20
 
 
@@ -228,7 +229,7 @@ def _wrong_files(directory: Path) -> list[str]:
 def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path], int]:
     """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes).
 
-    What was measured on a kept model stays with it, and the smoke test of a kept repository.
+    What was measured on a kept model stays with it, and the tests of a kept repository.
     """
     everything = artefacts(root)
     kept = upstream([artefact for artefact in everything if artefact.path in keep], everything)
@@ -236,7 +237,7 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
         models = {artefact.digest for artefact in kept}
         measured = [a for a in everything if a.stage == stage and models.issuperset(a.manifest["ingredients"]["of"])]
         kept = upstream([*kept, *measured], everything)
-    needed = {artefact.path for artefact in [*kept, *tests_of(kept, everything)]}
+    needed = {artefact.path for artefact in [*kept, *tests_of(kept, everything, TESTS)]}
     removed, freed = [], 0
     for stage in (*STAGES, *EVALUATION):
         for path in sorted((root / stage).glob("*")):
@@ -266,10 +267,10 @@ def upstream(start: Sequence[Artefact], everything: Sequence[Artefact]) -> list[
     return list(found.values())
 
 
-def tests_of(repositories: Sequence[Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
-    """The smoke tests that these repositories passed."""
+def tests_of(repositories: Sequence[Artefact], everything: Sequence[Artefact], stages: Sequence[str]) -> list[Artefact]:
+    """The smoke tests that these repositories passed, or what they did under load."""
     digests = {artefact.digest for artefact in repositories}
-    return [a for a in everything if a.stage == "smoke" and a.manifest["ingredients"].get("repository") in digests]
+    return [a for a in everything if a.stage in stages and a.manifest["ingredients"].get("repository") in digests]
 
 
 def replace_file(path: Path, text: str) -> None:

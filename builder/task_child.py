@@ -114,8 +114,10 @@ class Asked:
         self._lock = threading.Lock()
 
     def expect(self, count: int) -> None:
+        """From here the time that is left is estimated."""
         with self._lock:
             self._total += count
+            emit(progress={"label": self._label, "done": self._done, "total": self._total})
 
     def add_partial(self, kind: str, question: Any, answer: Any) -> None:
         with self._lock:
