@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,7 @@ def _on_disk(job: Job, entry: Listed) -> int:
     for path in [job.storage / "blobs" / entry.etag, *(job.storage / "blobs").glob(f"{entry.etag}*.incomplete")]:
         try:
             status = path.stat()
-        except FileNotFoundError:
+        except FileNotFoundError:  # not begun, or finished since it was listed: then its other name counts
             continue
         found = max(found, min(status.st_size, status.st_blocks * 512))
     return found
@@ -284,8 +284,9 @@ def _drop_dead_partials(job: Job, chosen: Mapping[str, Listed]) -> None:
     (0.36 writes `<etag>.incomplete` and resumes it: that one stays.)"""
     for entry in chosen.values():
         for path in (job.storage / "blobs").glob(f"{entry.etag}.{'[0-9a-f]' * 8}.incomplete"):
-            if time.time() - path.stat().st_mtime > DEAD_AFTER:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another download of these files removes the same
+                if time.time() - path.stat().st_mtime > DEAD_AFTER:
+                    path.unlink()
 
 
 def _end(code: int) -> None:
@@ -293,7 +294,7 @@ def _end(code: int) -> None:
     for descriptor in os.listdir("/proc/self/fd"):
         try:
             path = os.readlink(f"/proc/self/fd/{descriptor}")
-        except OSError:
+        except OSError:  # closed since it was listed, as the list's own descriptor is
             continue
         if re.search(r"\.[0-9a-f]{8}\.incomplete$", path):
             Path(path).unlink(missing_ok=True)

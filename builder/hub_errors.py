@@ -234,7 +234,7 @@ def _no_revision(kind: str, repo: str, revision: str | None) -> BuilderError:
     try:
         refs = HfApi().list_repo_refs(repo, repo_type=kind)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
-    except Exception:
+    except Exception:  # a hint only, as the names of _similar are: what is wrong is told all the same
         names = []
     near = difflib.get_close_matches(str(revision), names, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""

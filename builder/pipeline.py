@@ -269,15 +269,17 @@ def publish(
 def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
     """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step.
 
-    A model over several GPUs has its sizes in the name, as -tp2-pp2, so that it stands beside the one for one GPU.
+    A model over several GPUs has its sizes in the name, as -tp2-pp2, so that it stands beside the one for one GPU; one
+    with layers left in BF16 has -keep-bf16.
     """
     recipe = resolved.recipe
     directory = local_directory(recipe.model)
     model = directory.name if directory else recipe.model.id.split("/")[-1]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
     parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
-    other = "-llmapi" if recipe.target == "llmapi" else ""
-    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{parallel}{other}"
+    other = "-keep-bf16" if recipe.quantization.keep_bf16 else ""
+    other += parallel + ("-llmapi" if recipe.target == "llmapi" else "")
+    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{other}"
     target = os.path.relpath(repository.path, name.parent)
     name.parent.mkdir(parents=True, exist_ok=True)
     if not (name.is_symlink() and os.readlink(name) == target):

@@ -204,9 +204,10 @@ def _index(directory: Path) -> dict[str, str] | None:
         weight_map: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
         if all(isinstance(v, str) and v == os.path.basename(v) for v in weight_map.values()):
             return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise IntegrityError(f"{path} is no index of safetensors files.", cure="Fetch the file again.")
+        why = "It names something else than files beside it."
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise IntegrityError(f"{path} is no index of safetensors files.", why=why, cure="Fetch the file again.")
 
 
 def _files(directory: Path) -> tuple[Path, ...]:

@@ -270,7 +270,7 @@ def test_the_simulation_that_is_evaluated_keeps_them_too(rows: Path) -> None:
     job = {"model": str(exports.MODELS["llama"]), "trust_remote_code": False, "dtype": "auto", "batch_tokens": 512}
     job |= {"fp8_kv": True, "calibration": {"rows": str(rows), "seq_len": 32, "batch_size": 1, "kept": kept}}
     with local.simulated(job) as runner:
-        first, second = (layer.mlp.down_proj for layer in runner._model.model.layers)
+        first, second = (layer.mlp.down_proj for layer in runner.model.model.layers)
         assert (first.input_quantizer.is_enabled, second.input_quantizer.is_enabled) == (True, False)
         stored = Tensors(exports.MODELS["llama"]).data("model.layers.1.mlp.down_proj.weight")
         assert second.weight.bfloat16().view(torch.uint8).numpy().tobytes() == bytes(stored)

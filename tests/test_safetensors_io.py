@@ -96,8 +96,14 @@ def test_an_index_that_disagrees_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"disagree on 1 tensors[\s\S]*model\.norm\.weight"):
         Tensors(model)
     path.write_text(json.dumps({"weight_map": {"x": "../model-00001-of-00003.safetensors"}}))
-    with pytest.raises(IntegrityError, match="no index"):
+    with pytest.raises(IntegrityError, match="no index") as refused:
         Tensors(model)
+    assert "beside it" in refused.value.why
+    for text, why in (("{", "JSONDecodeError"), ("{}", "KeyError: 'weight_map'"), ("[]", "TypeError")):
+        path.write_text(text)
+        with pytest.raises(IntegrityError, match="no index") as refused:
+            Tensors(model)
+        assert why in refused.value.why
     path.write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
     with pytest.raises(IntegrityError, match=r"absent\.safetensors"):
         Tensors(model)
