@@ -156,9 +156,9 @@ def test_every_rank_is_modelopts_own(tmp_path: Path, tp: int, pp: int, patterns:
 
 def test_stages_that_disagree_are_refused_before_anything_runs() -> None:
     config = {**facts(TINY).config}
-    keep_bf16.check_split(facts(TINY, SECOND).kept, config, Parallel(1, 3))
+    keep_bf16.check_split(facts(TINY, SECOND).kept, (), config, Parallel(1, 3))
     with pytest.raises(UnsupportedError, match="not the same in all 3 pipeline stages"):
-        keep_bf16.check_split(facts(TINY, PATTERNS).kept, config, Parallel(1, 3))
+        keep_bf16.check_split(facts(TINY, PATTERNS).kept, (), config, Parallel(1, 3))
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
@@ -270,7 +270,7 @@ def test_the_simulation_that_is_evaluated_keeps_them_too(rows: Path) -> None:
     job = {"model": str(exports.MODELS["llama"]), "trust_remote_code": False, "dtype": "auto", "batch_tokens": 512}
     job |= {"fp8_kv": True, "calibration": {"rows": str(rows), "seq_len": 32, "batch_size": 1, "kept": kept}}
     with local.simulated(job) as runner:
-        first, second = (layer.mlp.down_proj for layer in runner._model.model.layers)
+        first, second = (layer.mlp.down_proj for layer in runner.model.model.layers)
         assert (first.input_quantizer.is_enabled, second.input_quantizer.is_enabled) == (True, False)
         stored = Tensors(exports.MODELS["llama"]).data("model.layers.1.mlp.down_proj.weight")
         assert second.weight.bfloat16().view(torch.uint8).numpy().tobytes() == bytes(stored)
@@ -314,7 +314,7 @@ def test_attentions_output_is_kept_only_where_the_kernel_can_do_without_its_scal
 
 def test_norm_quant_fusion_takes_every_layer_for_quantized() -> None:
     with pytest.raises(UnsupportedError, match="norm_quant_fusion"):
-        keep_bf16.check_flags(["model.layers.0.mlp.down_proj"], {"norm_quant_fusion": "enable"})
+        keep_bf16.check_flags(["model.layers.0.mlp.down_proj"], (), {"norm_quant_fusion": "enable"})
 
 
 @pytest.mark.parametrize("value", ["''", "[1, 2]", "{a: b}"])
