@@ -2,6 +2,8 @@
 
 `unified/`       what ModelOpt exports: Hugging Face names, `hf_quant_config.json`, one or more shards.
 `tensorrt_llm/`  what trtllm-build reads: `config.json`, `rank0.safetensors`; the same bytes under other names.
+Linear layers are NVFP4, but for those left in BF16 or FP8 (E4M3, one scale for a weight and one for its input). Where
+there are FP8 layers both layouts say MIXED_PRECISION, and name each layer's format in `quant_cfg.json`.
 Standard library only: tensors are streamed, never loaded. Files named in comments are those under `tensorrt_llm/` of
 NVIDIA/TensorRT-LLM 1.x, or under `modelopt/torch/` of ModelOpt, which was measured as 0.37 and 0.47.
 """
@@ -11,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import IntegrityError, UnsupportedError
-from builder.model_directory import GENERATION, tokenizer_files
 from builder.safetensors_io import NewTensor, Tensors, write
 
 RANK_FILE = "rank0.safetensors"
+QUANT_CFG = "quant_cfg.json"  # beside config.json where quant_algo is MIXED_PRECISION
+MIXED = "MIXED_PRECISION"
 
 # TensorRT-LLM's linear layers and the projections they are made of, concatenated in dim 0. GatedMLP computes
 # proj(act(fc(x)) * gate(x)) (layers/mlp.py), so `fc` is the gate_proj (models/model_weights_loader.py says the same).
@@ -33,6 +35,9 @@ LINEARS: Mapping[str, tuple[str, ...]] = {
     "mlp.gate": ("mlp.up_proj",),
     "mlp.proj": ("mlp.down_proj",),
 }
+# The projections that are one matrix when served, and the name that servers have for it.
+FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 NORMS: Mapping[str, str] = {
     "input_layernorm": "input_layernorm",
     "post_layernorm": "post_attention_layernorm",
@@ -42,6 +47,13 @@ NORMS: Mapping[str, str] = {
 # models/modeling_utils.py, preprocess_perlayer_weights, reads these names for NVFP4 and makes `alpha` of the last two.
 BLOCK_SCALES = {"weight_scale": "weights_scaling_factor"}
 SCALARS = {"weight_scale_2": "weights_scaling_factor_2", "input_scale": "activation_scaling_factor"}
+FP8_SCALARS = {"weight_scale": "weights_scaling_factor", "input_scale": "activation_scaling_factor"}
+# A layer's format in quant_cfg.json, by its weight's dtype (ModelOpt's export/quant_utils.py,
+# process_layer_quant_config).
+FORMATS: Mapping[str, Mapping[str, Any]] = {
+    "U8": {"quant_algo": "NVFP4", "group_size": 16},
+    "F8_E4M3": {"quant_algo": "FP8"},
+}
 
 _QWEN = {
     # QWenDecoderLayer reads qwen_type and seq_length as attributes without default; 8192 is what
@@ -131,15 +143,28 @@ def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destinat
     config = _config(source_config, layout, quantization, quant_config.get("producer"))
     destination.mkdir(parents=True, exist_ok=True)
     write(destination / RANK_FILE, layout.made)
+    if layout.mixed:
+        write_quant_cfg(destination, {**config["quantization"], "quantized_layers": layout.formats})
     write_json(destination / "config.json", config)
+
+
+def write_quant_cfg(directory: Path, quantization: Mapping[str, Any]) -> None:
+    """What TensorRT-LLM reads beside config.json where quant_algo is MIXED_PRECISION: for engines models/
+    modeling_utils.py, PretrainedConfig.from_json_file, and for the Hugging Face layout, whose own list of the layers
+    1.2 does not look at, _torch/model_config.py, load_modelopt_quant_config."""
+    keys = ("quant_algo", "kv_cache_quant_algo", "quantized_layers")
+    write_json(directory / QUANT_CFG, {key: quantization.get(key) for key in keys})
 
 
 def _check_formats(quantization: Mapping[str, Any]) -> None:
     algo, kv_algo = quantization.get("quant_algo"), quantization.get("kv_cache_quant_algo")
-    if algo != "NVFP4" or kv_algo not in (None, "FP8"):
+    formats = {layer.get("quant_algo") for layer in (quantization.get("quantized_layers") or {}).values()}
+    unknown = formats - {layer["quant_algo"] for layer in FORMATS.values()}
+    if algo not in ("NVFP4", MIXED) or unknown or kv_algo not in (None, "FP8"):
         raise UnsupportedError(
-            f"Weights in {algo} with a KV cache in {kv_algo} have no TensorRT-LLM layout here.",
-            why="NVFP4 weights with an FP8 or an unquantized KV cache have.",
+            f"Weights in {', '.join(sorted(map(str, unknown))) or algo} with a KV cache in {kv_algo} have no "
+            "TensorRT-LLM layout here.",
+            why="NVFP4 weights, some of them in FP8 or BF16, with an FP8 or an unquantized KV cache have.",
         )
 
 
@@ -150,6 +175,7 @@ class _Layout:
         self.source = source
         self.made: list[NewTensor] = []
         self.unquantized: list[str] = []
+        self.formats: dict[str, Mapping[str, Any]] = {}  # of the quantized layers
         self._used: set[str] = set()
 
     def join(self, name: str, *sources: str) -> None:
@@ -162,8 +188,12 @@ class _Layout:
             shape = (sum(info.shape[0] for info in infos), *shape[1:])
         self.made.append(NewTensor(name, infos[0].dtype, shape, self.source.chunks(*sources)))
 
-    def agree(self, name: str, *sources: str) -> None:
-        """Makes a tensor of several that must be the same: one GEMM has one global scale."""
+    @property
+    def mixed(self) -> bool:
+        return any(layer["quant_algo"] == "FP8" for layer in self.formats.values())
+
+    def agree(self, name: str, *sources: str, shape: tuple[int, ...] | None = None) -> None:
+        """Makes a scalar of several that must be the same: one GEMM has one global scale."""
         if len({bytes(self.source.data(s)) for s in self._take(sources)}) > 1:
             raise IntegrityError(
                 f"{', '.join(sources)} differ.",
@@ -171,7 +201,8 @@ class _Layout:
                 cure="Quantize again with a quantizer that shares the scales of q, k and v, as ModelOpt does.",
             )
         info = self.source[sources[0]]
-        self.made.append(NewTensor(name, info.dtype, info.shape, self.source.chunks(sources[0])))
+        shape = info.shape if shape is None else shape
+        self.made.append(NewTensor(name, info.dtype, shape, self.source.chunks(sources[0])))
 
     def scalar(self, source: str) -> float:
         """A positive F32 scale as a number."""
@@ -223,8 +254,14 @@ def _linear(layout: _Layout, name: str, projections: list[str]) -> None:
     layout.join(f"{name}.weight", *named("weight"))
     if any(bias in layout.source for bias in named("bias")):
         layout.join(f"{name}.bias", *named("bias"))
-    if layout.source[f"{projections[0]}.weight"].dtype != "U8":
+    dtype = layout.source[f"{projections[0]}.weight"].dtype
+    if dtype not in FORMATS:
         layout.unquantized.append(name)
+        return
+    layout.formats[name] = FORMATS[dtype]
+    if dtype == "F8_E4M3":
+        for theirs, ours in FP8_SCALARS.items():
+            layout.agree(f"{name}.{ours}", *named(theirs), shape=(1,))  # as ModelOpt's TensorRT-LLM export writes it
         return
     for theirs, ours in BLOCK_SCALES.items():
         layout.join(f"{name}.{ours}", *named(theirs))
@@ -305,13 +342,16 @@ def _config(
         "moe_top_k": 0,
         **{key: source.get(key, value) for key, value in ARCHITECTURES[name].items()},
         "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1},
-        "quantization": {
-            "quant_algo": "NVFP4",
-            "kv_cache_quant_algo": quantization.get("kv_cache_quant_algo"),
-            "group_size": 16,
-            "exclude_modules": sorted(layout.unquantized),
-        },
+        "quantization": _quantization(layout, quantization.get("kv_cache_quant_algo")),
     }
+
+
+def _quantization(layout: _Layout, kv_algo: str | None) -> dict[str, Any]:
+    """With FP8 layers as ModelOpt says it (export/model_config_export.py): the rest stands in quant_cfg.json."""
+    if layout.mixed:
+        return {"quant_algo": MIXED, "kv_cache_quant_algo": kv_algo}
+    plain = {"quant_algo": "NVFP4", "kv_cache_quant_algo": kv_algo, "group_size": 16}
+    return {**plain, "exclude_modules": sorted(layout.unquantized)}
 
 
 def _biases(made: Mapping[str, NewTensor], name: str) -> dict[str, bool]:
@@ -331,50 +371,6 @@ def _bias(made: Mapping[str, NewTensor], linear: str) -> bool:
     if with_bias and with_bias != weights:
         raise UnsupportedError(f"Only some layers have a bias in {linear}.", why=", ".join(with_bias[:10]))
     return bool(with_bias)
-
-
-def complete_unified(unified: Path, source: Path) -> None:
-    """Makes ModelOpt's export load under transformers 4.57 and 5 alike, and readable for others than its writer.
-
-    The exporter's config.json follows the transformers that ran it: under 5 the rotary base stands in `rope_parameters`
-    alone, and 4.57 then takes 10000 without a word.
-    """
-    config, original = read_json(unified / "config.json"), read_json(source / "config.json")
-    config |= {key: original[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if key in original}
-    config |= _both_rope_spellings(config)
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    write_json(unified / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
-    # Byte for byte: what transformers 5 writes instead, 4.57 can't load ("Tokenizer class TokenizersBackend ...").
-    for file in tokenizer_files(source):
-        shutil.copyfile(file, unified / file.name)
-    if (source / GENERATION).is_file() and not (unified / GENERATION).exists():
-        shutil.copyfile(source / GENERATION, unified / GENERATION)
-    mode = (unified / "config.json").stat().st_mode
-    for path in unified.iterdir():
-        if path.is_file():
-            path.chmod(mode)  # ModelOpt's safetensors have mode 0600
-
-
-def _both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling (transformers 4) and rope_parameters (5), each made from the other where absent."""
-    parameters = dict(config.get("rope_parameters") or {})
-    if any(isinstance(value, dict) for value in parameters.values()):  # per kind of layer: Gemma 3
-        full = parameters.get("full_attention", {})
-        local = parameters.get("sliding_attention", {})
-        made = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}
-        return {key: value for key, value in made.items() if value is not None and config.get(key) is None}
-    theta = config.get("rope_theta") or parameters.pop("rope_theta", None)
-    if theta is None:
-        return {}
-    scaling = {**parameters, **(config.get("rope_scaling") or {})}
-    scaling.pop("rope_theta", None)
-    scaling["rope_type"] = scaling.get("rope_type") or scaling.get("type") or "default"
-    plain = scaling["rope_type"] == "default"
-    return {
-        "rope_theta": theta,
-        "rope_scaling": None if plain else scaling,
-        "rope_parameters": {**scaling, "rope_theta": theta},
-    }
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

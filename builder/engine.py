@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import build_log, paths, process, trtllm
-from builder.checkpoint import Checkpoint
+from builder.checkpoint import QUANT_CFG, Checkpoint
 from builder.errors import IntegrityError, StageError, UnsupportedError, UsageError
 from builder.gpus import Seen, cuda_order, visible
 from builder.guards import BUILT_WITH, installed
@@ -143,6 +143,9 @@ def _write_reference(
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     hashed = {}
+    layers = checkpoint.tensorrt_llm / QUANT_CFG
+    if layers.is_file():  # trtllm-build writes one too (builder.py, 1.2, Engine.save)
+        shutil.copyfile(layers, directory / QUANT_CFG)
     made = read(checkpoint.path)
     for rank in sorted(checkpoint.tensorrt_llm.glob("rank*.safetensors")):
         _link(rank, directory / rank.name)

@@ -33,19 +33,29 @@ _ROW = ("o_proj", "down_proj", "w2")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its headers tell: config.json, {tensor: (dtype, shape)}; and the linear layers that stay in BF16."""
+    """A model as its headers tell: config.json, {tensor: (dtype, shape)}; and the linear layers that stay in BF16 or
+    in FP8."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     kept: tuple[str, ...] = ()
+    fp8: tuple[str, ...] = ()
 
     def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
-        """Whether this tensor becomes NVFP4."""
+        """Whether this tensor becomes NVFP4 or FP8."""
         return is_quantized(tensor, shape) and tensor.removesuffix(".weight") not in self._kept
+
+    def quantized_bytes(self, tensor: str, shape: Sequence[int]) -> int:
+        """Of such a tensor of this shape, which may be a rank's, without the two scalars."""
+        return quantized_bytes(shape, fp8=tensor.removesuffix(".weight") in self._fp8)
 
     @cached_property
     def _kept(self) -> frozenset[str]:
         return frozenset(self.kept)
+
+    @cached_property
+    def _fp8(self) -> frozenset[str]:
+        return frozenset(self.fp8)
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,8 @@ def _unified(model: ModelFacts, fp8_kv: bool) -> int:
     """ModelOpt's Hugging Face layout: each linear layer has two F32 scalars of its own, each layer two KV scales."""
     total = 2 * SCALAR * _layers(model.config) if fp8_kv else 0
     for name, (dtype, shape) in model.tensors.items():
-        total += quantized_bytes(shape) + 2 * SCALAR if model.quantizes(name, shape) else byte_size(dtype, shape)
+        quantized = model.quantizes(name, shape)
+        total += model.quantized_bytes(name, shape) + 2 * SCALAR if quantized else byte_size(dtype, shape)
     return total
 
 
@@ -192,7 +203,7 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
         part = _share(name, shape, model.config, asked.tp)
         if model.quantizes(name, shape):
             fused = name.endswith(("k_proj.weight", "v_proj.weight"))
-            stages[stage] += quantized_bytes(part) + (0 if fused else 2 * SCALAR)
+            stages[stage] += model.quantized_bytes(name, part) + (0 if fused else 2 * SCALAR)
         else:
             stages[stage] += byte_size(dtype, part)
     return [n for n in stages for _ in range(asked.tp)]
@@ -201,6 +212,11 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
 def price_of_kept(model: ModelFacts, asked: Serving) -> int:
     """Bytes that the layers left in BF16 add to the TensorRT-LLM layout, all ranks together."""
     return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, kept=()), asked))
+
+
+def price_of_fp8(model: ModelFacts, asked: Serving) -> int:
+    """The same of the layers left in FP8."""
+    return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, fp8=()), asked))
 
 
 def _share(name: str, shape: Sequence[int], config: Mapping[str, Any], tp: int) -> tuple[int, ...]:

@@ -39,6 +39,7 @@ SOURCES = (
     "builder/model_directory.py",
     "builder/safetensors_io.py",
     "builder/tensor_numbers.py",
+    "builder/unified_layout.py",
 )
 LIBRARIES = (*modelopt.LIBRARIES, "tritonclient", "nvidia-pytriton")
 KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv
@@ -104,7 +105,7 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
         "runner": form.runner,
         "tokenizer": models.snapshot.digest,
         **{key: job[key] for key in ("dtype", "fp8_kv", "trust_remote_code")},
-        "kept": more.get("calibration", {}).get("kept", []),
+        **{key: more.get("calibration", {}).get(key, []) for key in ("kept", "fp8")},
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
         "gpus": modelopt.gpus(),
@@ -120,7 +121,8 @@ def _of(form: Form, models: Models, resolved: Resolved, store: Store) -> tuple[d
     if form.runner == "simulated":
         assert models.calibration is not None
         assert models.checkpoint is not None
-        rows = {"rows": str(models.calibration.path.absolute()), "kept": models.checkpoint.facts["kept"]}
+        rows = {"rows": str(models.calibration.path.absolute())}
+        rows |= {key: models.checkpoint.facts[key] for key in ("kept", "fp8")}
         rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
         return {"calibration": rows}, [models.snapshot.digest, models.calibration.digest]
     if form.runner == "served":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import ranks
-from builder.checkpoint import ARCHITECTURES, LINEARS, NORMS, head_size, read_json
+from builder.checkpoint import ARCHITECTURES, LINEARS, MIXED, NORMS, QUANT_CFG, head_size, read_json
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.safetensors_io import TensorInfo, Tensors
 from builder.tensor_numbers import wrong_blocks, wrong_codes, wrong_floats, wrong_scale
@@ -41,13 +41,15 @@ class Problem:
 class Summary:
     """A layout in numbers: NVFP4 linear layers, their bits per weight with all scales, bytes by kind of tensor.
 
-    `kept_linears` are left as they were; `effective_bits` per weight of all linear layers, those among them.
+    `fp8_linears` are in FP8, `kept_linears` left as they were; `effective_bits` per weight of all linear layers, those
+    among them.
     """
 
     tensors: int
     decoder_layers: int
     nvfp4_linears: int
     bits_per_weight: float
+    fp8_linears: int
     kept_linears: int
     effective_bits: float
     nbytes: Mapping[str, int]
@@ -91,7 +93,8 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor must be. `kind`: weight (packed NVFP4), block, scale, kv_scale, kept (a linear layer) or float."""
+    """What a tensor must be. `kind`: weight (packed NVFP4), block, scale, fp8 (a linear layer), fp8_scale, kv_scale,
+    kept (a linear layer) or float."""
 
     kind: str
     dtypes: tuple[str, ...]
@@ -99,12 +102,15 @@ class Expected:
 
 
 SCALAR = ((), (1,))
-SCALE, KV_SCALE = Expected("scale", ("F32",), SCALAR), Expected("kv_scale", ("F32",), SCALAR)
+SCALE, FP8_SCALE = Expected("scale", ("F32",), SCALAR), Expected("fp8_scale", ("F32",), SCALAR)
+KV_SCALE = Expected("kv_scale", ("F32",), SCALAR)
+SCALARS = ("scale", "fp8_scale", "kv_scale")
 
 
 @dataclass
 class Layout:
-    """One set of files under one naming: what is read, what its configuration says, what was found."""
+    """One set of files under one naming: what is read, what its configuration says, what was found. `formats` has the
+    format of each quantized layer where they are mixed; else all but the excluded ones are NVFP4."""
 
     name: str
     tensors: Tensors
@@ -113,6 +119,7 @@ class Layout:
     kv_fp8: bool
     exact: bool  # whether the configuration says every tensor's shape
     rank: int = 0  # of TensorRT-LLM's, where its configuration says that there are several
+    formats: Mapping[str, str] | None = None
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -154,18 +161,27 @@ def _layouts(folder: Path) -> Iterator[Layout]:
         files = ranks.rank_files(folder, config)
         for rank, file in enumerate(files):
             name = "tensorrt_llm" if len(files) == 1 else f"tensorrt_llm {file.stem}"
-            yield _layout(name, Tensors(folder, [file]), config, config.get("quantization", {}), rank)
+            quantization = dict(config.get("quantization", {}))
+            if quantization.get("quant_algo") == MIXED:
+                quantization |= read_json(folder / QUANT_CFG)
+            yield _layout(name, Tensors(folder, [file]), config, quantization, rank)
 
 
 def _layout(
     name: str, tensors: Tensors, config: Mapping[str, Any], quantization: Mapping[str, Any], rank: int = 0
 ) -> Layout:
-    if quantization.get("quant_algo") != "NVFP4":
-        raise UnsupportedError(f"{name}: quant_algo is {quantization.get('quant_algo')}, this gate knows NVFP4.")
+    algo, formats = quantization.get("quant_algo"), None
+    if algo == MIXED:
+        listed = quantization.get("quantized_layers") or {}
+        formats = {layer: str(said.get("quant_algo")) for layer, said in listed.items()}
+    unknown = {algo} - {"NVFP4"} if formats is None else set(formats.values()) - {"NVFP4", "FP8"}
+    if unknown:
+        found = ", ".join(sorted(map(str, unknown)))
+        raise UnsupportedError(f"{name}: quant_algo is {found}, this gate knows NVFP4, alone and with FP8.")
     known = (config.get("architectures") or [config.get("architecture")])[0] in ARCHITECTURES
     excluded = tuple(quantization.get("exclude_modules") or ())
     kv_fp8 = quantization.get("kv_cache_quant_algo") == "FP8"
-    return Layout(name, tensors, config, excluded, kv_fp8, exact=known, rank=rank)
+    return Layout(name, tensors, config, excluded, kv_fp8, exact=known, rank=rank, formats=formats)
 
 
 def _inspect(layout: Layout) -> Summary:
@@ -174,14 +190,14 @@ def _inspect(layout: Layout) -> Summary:
         if name not in layout.tensors:
             layout.report(name, "is missing")
     nbytes: Counter[str] = Counter()
-    weights = kept_weights = 0
+    weights = other_weights = 0
     for name, info in layout.tensors.items():
         want = expected.get(name) or _by_dtype(layout, name, info)
         if _check_form(layout, name, info, want):
             _check_content(layout, name, info, want)
             layout.tensors.release(name)
         nbytes[_kind(name, want)] += info.nbytes
-        kept_weights += prod(info.shape) if want.kind == "kept" else 0
+        other_weights += prod(info.shape) if want.kind in ("kept", "fp8") else 0
         if want.kind == "weight" and want.shapes:
             weights += 2 * prod(want.shapes[0])
             _check_bits(layout, name, info, 2 * prod(want.shapes[0]))
@@ -189,19 +205,21 @@ def _inspect(layout: Layout) -> Summary:
     if not linears:
         layout.report("every linear layer", "is unquantized, the configuration says NVFP4")
     quantized = sum(nbytes[kind] for kind in ("nvfp4_weights", "block_scales", "scales"))
+    others = sum(nbytes[kind] for kind in ("fp8_linears", "fp8_scales", "kept_linears"))
     return Summary(
         tensors=len(layout.tensors),
         decoder_layers=layout.config["num_hidden_layers"],
         nvfp4_linears=linears,
         bits_per_weight=_rounded(8 * quantized, weights),
+        fp8_linears=sum(want.kind == "fp8" for want in expected.values()),
         kept_linears=sum(want.kind == "kept" for want in expected.values()),
-        effective_bits=_rounded(8 * (quantized + nbytes["kept_linears"]), weights + kept_weights),
+        effective_bits=_rounded(8 * (quantized + others), weights + other_weights),
         nbytes=dict(nbytes),
     )
 
 
 KINDS = {"weight": "nvfp4_weights", "block": "block_scales", "scale": "scales", "kv_scale": "kv_scales"}
-KINDS |= {"kept": "kept_linears"}
+KINDS |= {"fp8": "fp8_linears", "fp8_scale": "fp8_scales", "kept": "kept_linears"}
 
 
 def _rounded(bits: int, weights: int) -> float:
@@ -288,9 +306,13 @@ def _has_bias(layout: Layout, linear: str) -> bool:
 
 
 def _linear(layout: Layout, module: str, out_features: int, in_features: int) -> dict[str, Expected]:
-    if _is_excluded(layout, module):
-        return {f"{module}.weight": Expected("kept", FLOATS, ((out_features, in_features),))}
+    form, shape = _format(layout, module), (out_features, in_features)
     block, *scalars = layout.scales
+    if form is None:
+        return {f"{module}.weight": Expected("kept", FLOATS, (shape,))}
+    if form == "FP8":  # the weight's scale has the name of NVFP4's block scales
+        weight = {f"{module}.weight": Expected("fp8", ("F8_E4M3",), (shape,))}
+        return weight | {f"{module}.{scale}": FP8_SCALE for scale in (block, scalars[1])}
     return {
         f"{module}.weight": Expected("weight", ("U8",), ((out_features, in_features // 2),)),
         f"{module}.{block}": Expected("block", ("F8_E4M3",), ((out_features, in_features // 16),)),
@@ -298,8 +320,11 @@ def _linear(layout: Layout, module: str, out_features: int, in_features: int) ->
     }
 
 
-def _is_excluded(layout: Layout, module: str) -> bool:
-    return any(fnmatchcase(module, pattern) for pattern in layout.excluded)
+def _format(layout: Layout, module: str) -> str | None:
+    """NVFP4, FP8 or, for a layer that is left as it was, None: as the configuration says."""
+    if layout.formats is not None:
+        return layout.formats.get(module)
+    return None if any(fnmatchcase(module, pattern) for pattern in layout.excluded) else "NVFP4"
 
 
 def _kv_scales(layout: Layout, module: str) -> dict[str, Expected]:
@@ -350,13 +375,13 @@ def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> 
         return False
     if want.shapes and info.shape not in want.shapes:
         layout.report(name, f"has the shape {list(info.shape)}, not {list(want.shapes[0])}")
-        return want.kind not in ("scale", "kv_scale")
+        return want.kind not in SCALARS
     return True
 
 
 def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected) -> None:
     data = layout.tensors.data(name)
-    if want.kind in ("scale", "kv_scale"):
+    if want.kind in SCALARS:
         wrong = wrong_scale(struct.unpack("<f", data)[0])
     elif want.kind == "block":
         wrong = wrong_blocks(data)

@@ -1,4 +1,4 @@
-"""Which linear layers stay in BF16: a recipe's patterns -> Hugging Face module names. Pure.
+"""Which linear layers stay in BF16 or FP8: a recipe's patterns -> Hugging Face module names. Pure.
 
 TensorRT-LLM builds what exclude_modules names by fnmatch as plain layers (quantization/quantize.py@89fd9b74,
 quantize_layers). Layers that are multiplied as one are kept together: it has one attention.qkv for q, k and v, and its
@@ -15,13 +15,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from builder import ranks
-from builder.checkpoint import LINEARS
+from builder.checkpoint import FUSED, LINEARS
 from builder.errors import UnsupportedError, UsageError
 from builder.quantize.modelopt import is_quantized
 
-# The projections that are one matrix when served, and the name that servers have for it.
-FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 OUTPUT = ".o_proj"  # its input is what the attention kernel puts out
 
 
@@ -53,25 +50,41 @@ def groups(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {group: tuple(members) for group, members in found.items()}
 
 
-def keep(patterns: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
-    """What the patterns (`model.layers.0.*`, `*.down_proj`) keep of the `known` linear layers, whole groups of them.
-
-    UsageError for a pattern that matches nothing, UnsupportedError where nothing would be left to quantize.
-    """
+def keep(patterns: Sequence[str], known: Sequence[str], flag: str = "--keep-bf16") -> tuple[str, ...]:
+    """What the flag's patterns (`model.layers.0.*`, `*.down_proj`) keep of the `known` linear layers, whole groups of
+    them. UsageError for a pattern that matches nothing, UnsupportedError where nothing would be left for NVFP4."""
     named: set[str] = set()
     for pattern in patterns:
         matching = {module for module in known if fnmatchcase(module, pattern)}
         if not matching:
-            raise _matches_nothing(pattern, known)
+            raise _matches_nothing(pattern, known, flag)
         named |= matching
     together = [members for members in groups(known).values() if named.intersection(members)]
     modules = tuple(module for members in together for module in members)
     if modules and len(modules) == len(known):
-        raise UnsupportedError(
-            f"All {len(known)} linear layers would stay in BF16: nothing is left to quantize.",
-            cure=f"Keep fewer: --keep-bf16 '{known[-1]}'",
-        )
+        raise _nothing_left(known, flag)
     return modules
+
+
+def check_apart(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -> None:
+    """UsageError for a layer that would be both in BF16 and in FP8, UnsupportedError where none is left for NVFP4."""
+    if both := [module for module in kept if module in set(fp8)]:
+        raise UsageError(
+            f"{', '.join(both[:3])}{', ...' * (len(both) > 3)} would be both in BF16 and in FP8.",
+            why="q, k and v are kept together, as are gate and up, so a pattern may mean more than it names.",
+            cure="Take the pattern out of --keep-bf16 or out of --keep-fp8.",
+        )
+    if kept and fp8 and len(kept) + len(fp8) == len(known):
+        raise _nothing_left(known, "--keep-fp8")
+
+
+def _nothing_left(known: Sequence[str], flag: str) -> UnsupportedError:
+    form = "FP8" if flag == "--keep-fp8" else "BF16"
+    return UnsupportedError(
+        f"All {len(known)} linear layers would stay in {form}: nothing is left to quantize.",
+        why="This builder makes NVFP4 checkpoints.",
+        cure=f"Keep fewer: {flag} '{known[-1]}'",
+    )
 
 
 def widened(patterns: Sequence[str], modules: Iterable[str]) -> list[str]:
@@ -79,12 +92,12 @@ def widened(patterns: Sequence[str], modules: Iterable[str]) -> list[str]:
     return [module for module in modules if not any(fnmatchcase(module, pattern) for pattern in patterns)]
 
 
-def _matches_nothing(pattern: str, known: Sequence[str]) -> UsageError:
+def _matches_nothing(pattern: str, known: Sequence[str], flag: str) -> UsageError:
     leaves = list(dict.fromkeys("*." + module.rpartition(".")[2] for module in known))
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
     near += [leaf for leaf in difflib.get_close_matches(f"*.{pattern.rpartition('.')[2]}", leaves, n=2, cutoff=0.6)]
     return UsageError(
-        f"--keep-bf16 {pattern!r} matches no linear layer that would be quantized.",
+        f"{flag} {pattern!r} matches no linear layer that would be quantized.",
         why=f"Names are Hugging Face's, as {known[0]}; embeddings, norms and lm_head are never quantized."
         if known
         else "The model has no linear layer that would be.",
@@ -102,28 +115,57 @@ def engine_name(module: str) -> str:
     return module
 
 
-def check_split(kept: Sequence[str], config: Mapping[str, Any], parallel: ranks.Parallel) -> None:
+def check_split(kept: Sequence[str], fp8: Sequence[str], config: Mapping[str, Any], parallel: ranks.Parallel) -> None:
     """UnsupportedError where the kept layers can't be named in all pipeline stages."""
-    quantization = {"exclude_modules": sorted({engine_name(module) for module in kept})}
-    ranks.local_exclusions({**config, "quantization": quantization}, parallel)
+    layers = {engine_name(module): form for form, modules in (("BF16", kept), ("FP8", fp8)) for module in modules}
+    ranks.local_layers(layers, config, parallel)
 
 
-def check_flags(kept: Sequence[str], flags: Mapping[str, str]) -> None:
-    """UnsupportedError for layers in BF16 that trtllm-build would take for quantized ones under the resolved flags."""
+def check_flags(kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str]) -> None:
+    """UnsupportedError for layers in BF16 or FP8 that trtllm-build would take for NVFP4 under the resolved flags."""
     # models/modeling_utils.py (1.2), DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
-    if kept and flags.get("norm_quant_fusion") == "enable":
+    if (kept or fp8) and flags.get("norm_quant_fusion") == "enable":
         raise UnsupportedError(
-            "norm_quant_fusion takes every layer for quantized, and some would stay in BF16.",
+            "norm_quant_fusion takes every layer for NVFP4, and some would stay in BF16 or FP8.",
             cure="--set engine.flags.norm_quant_fusion=disable",
         )
-    outputs = [module for module in kept if module.endswith(OUTPUT)]
+    outputs = [(module, "BF16") for module in kept] + [(module, "FP8") for module in fp8]
+    outputs = [(module, form) for module, form in outputs if module.endswith(OUTPUT)]
     if outputs and (reason := output_must_be_quantized(flags)):
+        module, form = outputs[0]
         raise UnsupportedError(
-            f"{outputs[0]} can't stay in BF16 in this engine: {reason}.",
-            why="The attention kernel's output is FP8 or FP4 then, by that layer's input scale, which BF16 has not "
+            f"{module} can't stay in {form} in this engine: {reason}.",
+            why="The attention kernel's output is FP8 or FP4 then, by the NVFP4 layer's input scale that follows it "
             "(gptAttentionPlugin.cpp, supportsFormatCombination; models/modeling_utils.py, set_fp8_context_fhma; 1.2).",
             cure="Keep other layers, or take --gpu sm120, whose engines have none of both.",
         )
+
+
+# Formats of q_proj and o_proj that TensorRT-LLM's LLM class does not join where a checkpoint has layers in FP8.
+APART = (("NVFP4", "FP8"), ("BF16", "FP8"), ("BF16", "NVFP4"))
+BY_Q_PROJ = "the attention's output is in q_proj's format there"
+
+
+def check_llm_class(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -> None:
+    """UnsupportedError for layers in FP8 that TensorRT-LLM's LLM class (1.2) would load or feed in another format."""
+    if not fp8:
+        return
+    if fused := [module for module in known if module.endswith(".qkv_proj")]:
+        raise UnsupportedError(
+            f"--target llmapi finds no format for {fused[0]} where formats are mixed.",
+            why="It looks for q_proj's (_torch/models/modeling_utils.py, apply_layerwise_quant_config).",
+            cure="Keep layers in BF16: --keep-bf16",
+        )
+    forms = dict.fromkeys(known, "NVFP4") | dict.fromkeys(kept, "BF16") | dict.fromkeys(fp8, "FP8")
+    for output in (module for module in known if module.endswith(OUTPUT)):
+        q_proj = output.removesuffix(OUTPUT) + ".q_proj"
+        if (forms.get(q_proj), forms[output]) in APART:
+            raise UnsupportedError(
+                f"{output} in {forms[output]} can't follow {q_proj} in {forms[q_proj]} with --target llmapi.",
+                why=f"TensorRT-LLM's LLM class: {BY_Q_PROJ} (_torch/models/modeling_utils.py, "
+                "apply_layerwise_quant_config; _torch/attention_backend/trtllm.py@00bede19, forward).",
+                cure=f"Keep both alike: --keep-fp8 '{output.removesuffix(OUTPUT)}.*', or {output} in BF16.",
+            )
 
 
 def output_must_be_quantized(flags: Mapping[str, str]) -> str:

@@ -142,6 +142,7 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
         recipe.calibration,
         store=store,
         kept=model.kept,
+        fp8=model.fp8,
         trust_remote_code=recipe.model.trust_remote_code,
     )
     made = Built(snapshot, flags, checkpoint, calibration=calibration)
@@ -170,7 +171,7 @@ def _fetched(
 
     def check_all(config: Mapping[str, Any]) -> None:
         flags = check(config)
-        if layouts or recipe.quantization.keep_bf16:
+        if layouts or recipe.quantization.keep_bf16 or recipe.quantization.keep_fp8:
             model = preflight.keep_patterns(resolved, preflight.read_model(recipe.model, store), flags)
             if layouts:
                 preflight.check_fit(resolved, model, flags, store)
@@ -180,9 +181,11 @@ def _fetched(
     model = preflight.keep_patterns(resolved, preflight.headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         preflight.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
-    if more := keep_bf16.widened(recipe.quantization.kept_patterns, model.kept):
-        names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
-        store.out.info(f"{len(more)} more layers stay in BF16, multiplied as one with those named: {names}")
+    part = recipe.quantization
+    for form, patterns, kept in (("BF16", part.kept_patterns, model.kept), ("FP8", part.fp8_patterns, model.fp8)):
+        if more := keep_bf16.widened(patterns, kept):
+            names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
+            store.out.info(f"{len(more)} more layers stay in {form}, multiplied as one with those named: {names}")
     if recipe.target != "llmapi":
         for note in trtllm.window_notes(snapshot.config, trtllm.resolve(resolved, snapshot.config, answers)):
             store.out.warn(note.text)
@@ -219,13 +222,16 @@ def keep_chosen(
     flags: preflight.Settings,
     store: Store,
 ) -> ModelFacts:
-    """The model with as many layers more in BF16 as hold the budget of keep_bf16's auto."""
+    """The model with as many layers more in BF16, or FP8, as hold the budget of auto."""
     from builder import sensitivity  # numpy: only for those who measure
 
     values = {flag.name: flag.value for flag in flags}
-    refused = keep_bf16.output_must_be_quantized(values) if resolved.recipe.target == "engine" else ""
+    recipe = resolved.recipe
+    refused = keep_bf16.output_must_be_quantized(values) if recipe.target == "engine" else ""
+    if recipe.target == "llmapi" and recipe.quantization.kept_format == "fp8":
+        refused = keep_bf16.BY_Q_PROJ
     chosen = sensitivity.select(snapshot, calibration, model, resolved, store=store, refused=refused)
-    model = preflight.with_chosen(model, chosen.modules)
+    model = preflight.with_chosen(resolved, model, chosen.modules)
     preflight.check_kept(resolved, model, flags)
     return model
 
@@ -270,16 +276,17 @@ def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
     """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step.
 
     A model over several GPUs has its sizes in the name, as -tp2-pp2, so that it stands beside the one for one GPU; one
-    with layers left in BF16 has -keep-bf16.
+    with layers left in BF16 or FP8 has -keep-bf16, -keep-fp8.
     """
     recipe = resolved.recipe
+    part = recipe.quantization
     directory = local_directory(recipe.model)
     model = directory.name if directory else recipe.model.id.split("/")[-1]
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
     parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
-    other = "-keep-bf16" if recipe.quantization.keep_bf16 else ""
+    other = "-keep-bf16" * bool(part.keep_bf16) + "-keep-fp8" * bool(part.keep_fp8)
     other += parallel + ("-llmapi" if recipe.target == "llmapi" else "")
-    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{recipe.quantization.format}{other}"
+    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{part.format}{other}"
     target = os.path.relpath(repository.path, name.parent)
     name.parent.mkdir(parents=True, exist_ok=True)
     if not (name.is_symlink() and os.readlink(name) == target):

@@ -29,7 +29,8 @@ class Plan:
 
     `command` is trtllm-build's; `placeholder` is the word in it for a checkpoint that is not made yet.
     `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here;
-    `kept` the linear layers left in BF16, and `price` the bytes that they add; `open_choice`: auto is still to choose.
+    `kept` the linear layers left in BF16, `fp8` those in FP8, `price` and `fp8_price` the bytes that they add;
+    `open_choice`: auto is still to choose.
     """
 
     resolved: Resolved
@@ -47,6 +48,8 @@ class Plan:
     missing: int
     kept: tuple[str, ...] = ()
     price: int = 0
+    fp8: tuple[str, ...] = ()
+    fp8_price: int = 0
     open_choice: bool = False
 
 
@@ -66,10 +69,10 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     stages = _stages(resolved, done, first) + _gate(resolved, store)
     selection = next((artefact for artefact in done if artefact.stage == "selection"), None)
     if selection is not None:
-        model = preflight.with_chosen(model, selection.facts["modules"])
+        model = preflight.with_chosen(resolved, model, selection.facts["modules"])
     asked, host = fit.serving(resolved, settings), fit.machine(store.root)
     sizes = preflight.sizes(resolved, model, settings)
-    price = fit.price_of_kept(model, asked)
+    price, fp8_price = fit.price_of_kept(model, asked), fit.price_of_fp8(model, asked)
     open_choice = resolved.recipe.quantization.kept_budget is not None and selection is None
     command, placeholder = _command(resolved, model.config, answers, store, done)
     launched = command, placeholder, _model_yaml(resolved, model.config)
@@ -93,6 +96,8 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         missing,
         model.kept,
         price,
+        model.fp8,
+        fp8_price,
         open_choice,
     )
 
@@ -178,11 +183,16 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
 
 
 def _kept_rows(found: Plan) -> list[tuple[str, str]]:
-    budget = found.resolved.recipe.quantization.kept_budget
-    text = f"{len(found.kept)} linear layers, {size(found.price)} more" if found.kept or budget is not None else ""
-    if found.open_choice:
-        text += f"; auto:{budget:g} has not chosen yet, so all sizes here are without its layers"
-    return [("left in BF16", text)] if text else []
+    part = found.resolved.recipe.quantization
+    kept = (("bf16", "BF16", found.kept, found.price), ("fp8", "FP8", found.fp8, found.fp8_price))
+    rows = []
+    for name, label, modules, price in kept:
+        auto = part.kept_budget is not None and part.kept_format == name
+        text = f"{len(modules)} linear layers, {size(price)} more"
+        if auto and found.open_choice:
+            text += f"; auto:{part.kept_budget:g} has not chosen yet, so all sizes here are without its layers"
+        rows += [(f"left in {label}", text)] if modules or auto else []
+    return rows
 
 
 def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
@@ -247,6 +257,8 @@ def show(found: Plan, out: Output) -> None:
                 "modules": list(found.kept),
                 "bytes": None if found.open_choice else found.price,
                 "open_choice": found.open_choice,
+                "fp8_modules": list(found.fp8),
+                "fp8_bytes": None if found.open_choice else found.fp8_price,
             },
             "machine": {**asdict(found.host), "missing": found.missing},
             "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},

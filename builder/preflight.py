@@ -78,25 +78,33 @@ def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answe
 
 
 def keep_patterns(resolved: Resolved, model: ModelFacts, flags: Settings) -> ModelFacts:
-    """The model with the layers that the recipe leaves in BF16. UsageError or UnsupportedError where it can't."""
-    patterns = resolved.recipe.quantization.kept_patterns
-    model = replace(model, kept=keep_bf16.keep(patterns, keep_bf16.linears(model.tensors)))
+    """The model with the layers that the recipe leaves in BF16 or FP8. UsageError or UnsupportedError where it
+    can't."""
+    part, known = resolved.recipe.quantization, keep_bf16.linears(model.tensors)
+    kept = keep_bf16.keep(part.kept_patterns, known)
+    fp8 = keep_bf16.keep(part.fp8_patterns, known, "--keep-fp8")
+    keep_bf16.check_apart(kept, fp8, known)
+    model = replace(model, kept=kept, fp8=fp8)
     check_kept(resolved, model, flags)
     return model
 
 
-def with_chosen(model: ModelFacts, modules: Sequence[str]) -> ModelFacts:
-    """The model with these layers kept in BF16 too."""
-    kept = {*model.kept, *modules}
-    return replace(model, kept=tuple(name for name in keep_bf16.linears(model.tensors) if name in kept))
+def with_chosen(resolved: Resolved, model: ModelFacts, modules: Sequence[str]) -> ModelFacts:
+    """The model with these layers kept too, in the format that auto is said for."""
+    fp8 = resolved.recipe.quantization.kept_format == "fp8"
+    kept = {*(model.fp8 if fp8 else model.kept), *modules}
+    ordered = tuple(name for name in keep_bf16.linears(model.tensors) if name in kept)
+    return replace(model, fp8=ordered) if fp8 else replace(model, kept=ordered)
 
 
 def check_kept(resolved: Resolved, model: ModelFacts, flags: Settings) -> None:
-    """UnsupportedError if ranks or engine could not have the kept layers in BF16."""
+    """UnsupportedError if ranks or engine could not have the kept layers in their formats."""
     asked = resolved.recipe
-    keep_bf16.check_split(model.kept, model.config, ranks.Parallel(asked.engine.tp, asked.engine.pp))
+    keep_bf16.check_split(model.kept, model.fp8, model.config, ranks.Parallel(asked.engine.tp, asked.engine.pp))
+    if asked.target == "llmapi":
+        keep_bf16.check_llm_class(model.kept, model.fp8, keep_bf16.linears(model.tensors))
     if asked.target == "engine":
-        keep_bf16.check_flags(model.kept, {flag.name: flag.value for flag in flags})
+        keep_bf16.check_flags(model.kept, model.fp8, {flag.name: flag.value for flag in flags})
 
 
 def check_gate(resolved: Resolved, flags: Settings) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.checkpoint import RANK_FILE, SCALARS, Checkpoint, head_size, read_json, write_json
+from builder.checkpoint import MIXED, QUANT_CFG, RANK_FILE, SCALARS, Checkpoint, head_size, read_json, write_json
 from builder.errors import IntegrityError, UnsupportedError
 from builder.safetensors_io import CHUNK_BYTES, NewTensor, TensorInfo, Tensors, byte_size, write
 from builder.store import Store, sources_digest
@@ -118,7 +118,7 @@ def share(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, t
     module, _, leaf = name.rpartition(".")
     rows = int(whole[0]) if whole else 1
     everything = Share(((0, rows),))
-    if len(whole) < 1 or leaf in SCALARS.values() or leaf.endswith("cache_scaling_factor") or "norm" in module:
+    if _is_scalar(leaf, whole) or leaf.endswith("cache_scaling_factor") or "norm" in module:
         return everything
     if module.endswith(QKV):
         return Share(_qkv_rows(config, tp, tp_rank))
@@ -133,6 +133,11 @@ def share(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, t
     if module == FINAL_NORM:
         return everything
     raise UnsupportedError(f"How to split {name} over several GPUs is not known here.", cure="--tp 1 --pp 1")
+
+
+def _is_scalar(leaf: str, shape: Sequence[int]) -> bool:
+    """One number for the whole layer: an FP8 weight's scale has the name of NVFP4's block scales."""
+    return leaf in SCALARS.values() or tuple(shape) in ((), (1,))
 
 
 def _qkv_rows(config: Mapping[str, Any], tp: int, tp_rank: int) -> tuple[tuple[int, int], ...]:
@@ -169,12 +174,19 @@ def split(source: Path, destination: Path, parallel: Parallel) -> dict[str, Any]
     config = read_json(source / "config.json")
     check(config, parallel.tp, parallel.pp)
     tensors = Tensors(source, [source / RANK_FILE])
-    excluded = local_exclusions(config, parallel)
+    quantization, layers = dict(config["quantization"]), {}
+    if quantization["quant_algo"] == MIXED:
+        listed = read_json(source / QUANT_CFG)
+        layers = {QUANT_CFG: {**listed, "quantized_layers": local_layers(listed["quantized_layers"], config, parallel)}}
+    elif "exclude_modules" in quantization:
+        excluded = dict.fromkeys(quantization["exclude_modules"], "excluded")
+        quantization["exclude_modules"] = sorted(local_layers(excluded, config, parallel))
     destination.mkdir(parents=True, exist_ok=True)
     for rank in range(parallel.world_size):
         write(destination / f"rank{rank}.safetensors", rank_tensors(tensors, config, parallel, rank))
     mapping = {"world_size": parallel.world_size, "tp_size": parallel.tp, "pp_size": parallel.pp}
-    quantization = {**config["quantization"], "exclude_modules": excluded}
+    for name, content in layers.items():
+        write_json(destination / name, content)
     write_json(destination / "config.json", {**config, "mapping": mapping, "quantization": quantization})
     return dict(mapping)
 
@@ -217,28 +229,31 @@ def _columns(row_bytes: int, part: Share) -> slice:
     return slice(row_bytes * index // parts, row_bytes * (index + 1) // parts)
 
 
-def local_exclusions(config: Mapping[str, Any], parallel: Parallel) -> list[str]:
-    """`exclude_modules` in the stages' own layer numbers: one list for all of them, so they must agree.
+def local_layers(layers: Mapping[str, Any], config: Mapping[str, Any], parallel: Parallel) -> dict[str, Any]:
+    """`exclude_modules` or `quantized_layers`, {layer: format}, in the stages' own layer numbers: one for all of them,
+    so they must agree.
 
-    UnsupportedError where a layer's number would exclude another layer of another stage.
+    UnsupportedError where a layer's number would mean another layer, in another format, of another stage.
     """
-    excluded = list(config["quantization"].get("exclude_modules") or ())
     if parallel.pp == 1:
-        return excluded
+        return dict(layers)
     total = config["num_hidden_layers"]
-    stages = [parallel.layers(pp_rank, total) for pp_rank in range(parallel.pp)]
-    own = [{local_name(n, s, parallel, 0) for n in excluded if n.startswith(LAYERS)} - {None} for s in stages]
-    everywhere = {str(name) for names in own for name in names}
-    for names, layers in zip(own, stages, strict=True):
-        apply = {n for n in everywhere if int(n.removeprefix(LAYERS).partition(".")[0]) < len(layers)}
-        if apply != names:
+    own = []
+    for pp_rank in range(parallel.pp):
+        span = parallel.layers(pp_rank, total)
+        names = {n: local_name(n, span, parallel, pp_rank) for n in layers if n.startswith(LAYERS)}
+        own.append(({local: layers[n] for n, local in names.items() if local}, len(span)))
+    everywhere = {name: value for stage, _ in own for name, value in stage.items()}
+    for stage, length in own:
+        here = {n: v for n, v in everywhere.items() if int(n.removeprefix(LAYERS).partition(".")[0]) < length}
+        if here != stage:
+            wrong = sorted(n for n in {*here, *stage} if here.get(n) != stage.get(n))
             raise UnsupportedError(
-                f"The unquantized layers {', '.join(sorted(apply ^ {str(n) for n in names})[:5])} are not the same in "
-                f"all {parallel.pp} pipeline stages.",
-                why="TensorRT-LLM numbers the layers of each stage from 0, and all stages share one exclude_modules.",
+                f"The formats of {', '.join(wrong[:5])} are not the same in all {parallel.pp} pipeline stages.",
+                why="TensorRT-LLM numbers the layers of each stage from 0, and all stages share one configuration.",
                 cure="Split by --tp alone.",
             )
-    return sorted({name for name in excluded if not name.startswith(LAYERS)} | everywhere)
+    return {name: value for name, value in layers.items() if not name.startswith(LAYERS)} | everywhere
 
 
 class Joined:
@@ -313,7 +328,7 @@ def whole_shape(name: str, part: Sequence[int], config: Mapping[str, Any], tp: i
     """The whole tensor's shape from that of a rank's part: the inverse of Share.shape."""
     module, _, leaf = name.rpartition(".")
     heads, kv_heads, size = _heads(config)
-    if leaf in SCALARS.values() or not part:
+    if _is_scalar(leaf, part):
         return tuple(part)
     if module.endswith(QKV) and not leaf.endswith("cache_scaling_factor"):
         return ((heads + 2 * kv_heads) * size, *part[1:])

@@ -63,13 +63,17 @@ class Quantization(Part):
         tuple[str, ...],
         Field(description="linear layers left in BF16: name patterns, as *.down_proj; auto:0.05 chooses by KL"),
     ] = ()
+    keep_fp8: Annotated[
+        tuple[str, ...],
+        Field(description="linear layers in FP8 (E4M3, a scale for the weight and one for its input), named alike"),
+    ] = ()
 
-    @field_validator("keep_bf16", mode="before")
+    @field_validator("keep_bf16", "keep_fp8", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("keep_bf16")
+    @field_validator("keep_bf16", "keep_fp8")
     @classmethod
     def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(value):
@@ -79,15 +83,34 @@ class Quantization(Part):
             raise ValueError("auto is said twice; one budget holds for the whole model")
         return tuple(dict.fromkeys(value))
 
+    @model_validator(mode="after")
+    def _one_auto(self) -> Quantization:
+        if all(any(entry.startswith(AUTO) for entry in entries) for entries in (self.keep_bf16, self.keep_fp8)):
+            raise ValueError(
+                "keep_bf16 and keep_fp8 both say auto, and one budget chooses one format; name the layers of the other"
+            )
+        return self
+
     @property
     def kept_patterns(self) -> tuple[str, ...]:
         """The entries of keep_bf16 that are names."""
         return tuple(entry for entry in self.keep_bf16 if not entry.startswith(AUTO))
 
     @property
+    def fp8_patterns(self) -> tuple[str, ...]:
+        """The entries of keep_fp8 that are names."""
+        return tuple(entry for entry in self.keep_fp8 if not entry.startswith(AUTO))
+
+    @property
     def kept_budget(self) -> float | None:
         """The X of auto:X, the KL to BF16 in nats a token that the layers are chosen for; None without auto."""
-        return next((_budget(entry) for entry in self.keep_bf16 if entry.startswith(AUTO)), None)
+        entries = (*self.keep_bf16, *self.keep_fp8)
+        return next((_budget(entry) for entry in entries if entry.startswith(AUTO)), None)
+
+    @property
+    def kept_format(self) -> Literal["bf16", "fp8"]:
+        """What auto leaves the layers in."""
+        return "fp8" if any(entry.startswith(AUTO) for entry in self.keep_fp8) else "bf16"
 
     @field_validator("kv_cache_dtype", mode="before")
     @classmethod
@@ -212,7 +235,8 @@ class Recipe(Part):
     def _auto_has_texts(self) -> Recipe:
         if self.quantization.kept_budget is not None and self.sensitivity.data is None:
             raise ValueError(
-                "quantization.keep_bf16: auto chooses layers by their loss on texts, and none are named; "
+                f"quantization.keep_{self.quantization.kept_format}: auto chooses layers by their loss on texts, "
+                "and none are named; "
                 "say --sensitivity-data FILE.jsonl, other texts than those of --data"
             )
         return self

@@ -132,7 +132,7 @@ class Tasks(Part):
 
 
 class Sensitivity(Part):
-    """How it is measured which layers lose how much: for `builder sensitivity` and for keep_bf16 auto."""
+    """How it is measured which layers lose how much: for `builder sensitivity` and for auto."""
 
     data: Annotated[
         DataSet | None, Field(description="the texts; better others than those that the result is judged on")

@@ -46,6 +46,12 @@ LIST_FLAGS = (
         "PATTERN",
         "leave these linear layers in BF16: '*.down_proj', or auto:KL; repeatable",
     ),
+    (
+        "--keep-fp8",
+        "quantization.keep_fp8",
+        "PATTERN",
+        "put these linear layers in FP8: '*.down_proj', or auto:KL; repeatable",
+    ),
     ("--data", "evaluation.data", "FILE|ID", "evaluate on this .jsonl file or Hub dataset; repeatable"),
     ("--runner", "evaluation.runners", "RUNNER", "measure bf16, simulated, checkpoint, reference, served, or all"),
 )

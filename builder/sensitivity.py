@@ -134,7 +134,8 @@ def _sensitivity(
 
 @dataclass(frozen=True)
 class Selection:
-    """The modules that `auto` keeps, and the KL of the whole model with all quantized and with these kept."""
+    """The modules that `auto` keeps in BF16 or FP8, and the KL of the whole model with all in NVFP4 and with these
+    kept."""
 
     modules: tuple[str, ...]
     kl: float
@@ -159,9 +160,9 @@ def select(
     order = [loss.name for loss in sorted(found.losses, key=lambda loss: -(loss.kl or 0.0) / loss.bytes)]
     order = [group for group in order if not (refused and group.endswith(keep_bf16.OUTPUT))]
     order = order[: len(job["groups"]) - 1]  # one must be left to quantize
-    budget = resolved.recipe.quantization.kept_budget
-    job |= {"budget": budget, "order": order, "rest": _why_not_less(found, refused)}
-    ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order}
+    budget, form = resolved.recipe.quantization.kept_budget, resolved.recipe.quantization.kept_format
+    job |= {"budget": budget, "order": order, "format": form, "rest": _why_not_less(found, refused)}
+    ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order, "format": form}
     partial = _partial(store, "selection", ingredients)
 
     def make(tmp: Path) -> dict[str, Any]:
@@ -172,7 +173,8 @@ def select(
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         told = _run({**job, "results": str(partial), "scratch": str(tmp)}, store)
         modules = [module for group in told["kept"] for module in job["groups"][group]]
-        store.out.info(f"KL {told['kl_before']:.3g} -> {told['kl']:.3g} with {len(modules)} linear layers in BF16")
+        kept = f"{len(modules)} linear layers in {form.upper()}"
+        store.out.info(f"KL {told['kl_before']:.3g} -> {told['kl']:.3g} with {kept}")
         return {"modules": modules, **told}
 
     facts = store.stage("selection", ingredients, make).facts
@@ -209,6 +211,7 @@ def _job(
         "lengths": {"min_tokens": evaluation.min_tokens, "max_tokens": longest},
         "groups": {name: list(modules) for name, modules in _groups(model).items()},
         "kept": list(model.kept),
+        "fp8": list(model.fp8),
         "fp8_kv": recipe.quantization.kv_cache_dtype == "fp8",
         "trust_remote_code": recipe.model.trust_remote_code,
         **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top")},
@@ -247,7 +250,8 @@ def check_texts(recipe: Recipe) -> DataSet:
 
 def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
     """Of the layers that no pattern keeps."""
-    return keep_bf16.groups(name for name in keep_bf16.linears(model.tensors) if name not in model.kept)
+    named = {*model.kept, *model.fp8}
+    return keep_bf16.groups(name for name in keep_bf16.linears(model.tensors) if name not in named)
 
 
 def _weights(snapshot: Snapshot) -> list[Path]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         meter = Meter(model, texts, Path(scratch), done, job)
         if job["budget"] is None:
             for name in _wanted(job):
-                meter.kl(name, *_quantized(job, name))
+                meter.kl(name, _quantized(job, name))
             return _summary(job, done)
         return select(meter, job)
 
@@ -76,33 +77,46 @@ def _wanted(job: Mapping[str, Any]) -> list[str]:
     return [WHOLE, *([KV_CACHE] if job["fp8_kv"] else []), *job["groups"]]
 
 
-def _quantized(job: Mapping[str, Any], name: str) -> tuple[list[str], bool]:
-    """The groups that are quantized for this result, and whether the KV cache is."""
-    if name in (WHOLE, KV_CACHE):
-        return (list(job["groups"]) if name == WHOLE else []), job["fp8_kv"]
-    return [name], False
+@dataclass(frozen=True)
+class What:
+    """What is quantized: groups in NVFP4, groups in FP8, the KV cache, and the layers that patterns put in FP8."""
+
+    nvfp4: Sequence[str] = ()
+    fp8: Sequence[str] = ()
+    cache: bool = False
+    named: bool = False
+
+
+def _quantized(job: Mapping[str, Any], name: str) -> What:
+    """What is, for this result."""
+    if name == WHOLE:
+        return What(list(job["groups"]), cache=job["fp8_kv"], named=True)
+    return What(cache=job["fp8_kv"]) if name == KV_CACHE else What([name])
 
 
 def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
-    """The fewest of `order`, from its first on, that must stay in BF16 so that the KL is no more than the budget: by
-    bisection, each step measured. UnsupportedError if it is more with all of them."""
-    order, budget = job["order"], job["budget"]
+    """The fewest of `order`, from its first on, that must stay in BF16 or FP8 so that the KL is no more than the
+    budget: by bisection, each step measured. UnsupportedError if it is more with all of them."""
+    order, budget, form = job["order"], job["budget"], job["format"].upper()
+    flag = "--keep-fp8" if form == "FP8" else "--keep-bf16"
 
     def kl(number: int) -> float:
-        kept = set(order[:number])
+        kept = sorted(order[:number])
         rest = [group for group in job["groups"] if group not in kept]
-        name = f"without {', '.join(sorted(kept))}" if kept else WHOLE
-        return meter.kl(name, rest, job["fp8_kv"], label=f"{number} of {len(job['groups'])} in BF16")
+        what = What(rest, kept if form == "FP8" else (), cache=job["fp8_kv"], named=True)
+        name = f"in {form}: {', '.join(kept)}" if kept else WHOLE
+        return meter.kl(name, what, label=f"{number} of {len(job['groups'])} in {form}")
 
     low, high = 0, len(order)
     if kl(0) <= budget:
         high = 0
     elif (least := kl(high)) > budget:
         raise UnsupportedError(
-            f"A KL of {budget:g} can't be held: {least:.3g} are left with all layers in BF16 that can be.",
+            f"A KL of {budget:g} can't be held: {least:.3g} are left with all layers in {form} that can be.",
             why=f"Quantized as a whole the model has {kl(0):.3g}. {job['rest']}",
-            cure="Allow more, as --keep-bf16 auto:"
-            f"{_ceiling(least)}" + (", or leave the cache alone: --kv-cache-dtype auto" if job["fp8_kv"] else ""),
+            cure=f"Allow more, as {flag} auto:{_ceiling(least)}"
+            + (f", or keep layers in BF16: --keep-bf16 auto:{budget:g}" if form == "FP8" else "")
+            + (", or leave the cache alone: --kv-cache-dtype auto" if job["fp8_kv"] else ""),
         )
     while low < high:
         middle = (low + high) // 2
@@ -170,7 +184,7 @@ class Simulated:
         from modelopt.torch.export import unified_export_hf
 
         self.model, rows = child._load({**job, **job["calibration"]})
-        child._calibrate(self.model, rows, job["fp8_kv"], job["kept"])
+        child._calibrate(self.model, rows, job["fp8_kv"], job["kept"], job["fp8"])
         if not torch.cuda.is_available():
             enable_cpu_simulation()
         unified_export_hf.requantize_resmooth_fused_llm_layers(self.model)  # shared ranges, as in the checkpoint
@@ -186,6 +200,7 @@ class Simulated:
                 cure="The proxy needs no modules: builder sensitivity --proxy",
             )
         self.groups = {group: [modules[name] for name in members] for group, members in job["groups"].items()}
+        self.named = [modules[name] for name in job["fp8"]]
         self.cache = [
             module for name, module in modules.items() if name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
         ]
@@ -194,18 +209,29 @@ class Simulated:
                 module.disable()
 
     @contextmanager
-    def quantized(self, groups: Iterable[str], cache: bool) -> Iterator[None]:
-        """Weights are rounded in each forward: little beside the batch's arithmetic, and never two models in memory."""
-        linears = [module for group in groups for module in self.groups[group]]
-        quantizers = [q for module in linears for q in (module.weight_quantizer, module.input_quantizer)]
-        quantizers += self.cache if cache else []
+    def quantized(self, what: What) -> Iterator[None]:
+        """Weights are rounded in each forward: little beside the batch's arithmetic, and never two models in memory.
+
+        A layer that was calibrated for NVFP4 has its largest values, which are all that FP8 needs.
+        """
+        fp8 = self._quantizers(module for group in what.fp8 for module in self.groups[group])
+        quantizers = self._quantizers(module for group in what.nvfp4 for module in self.groups[group])
+        quantizers += fp8 + (self._quantizers(self.named) if what.named else []) + (self.cache if what.cache else [])
+        before = [(quantizer.num_bits, quantizer.block_sizes) for quantizer in fp8]
         try:
+            for quantizer in fp8:
+                quantizer.num_bits, quantizer.block_sizes = (4, 3), None
             for quantizer in quantizers:
                 quantizer.enable()
             yield
         finally:
+            for quantizer, (bits, blocks) in zip(fp8, before, strict=True):
+                quantizer.num_bits, quantizer.block_sizes = bits, blocks
             for quantizer in quantizers:
                 quantizer.disable()
+
+    def _quantizers(self, linears: Iterable[Any]) -> list[Any]:
+        return [q for module in linears for q in (module.weight_quantizer, module.input_quantizer)]
 
     @contextmanager
     def watched(self) -> Iterator[dict[str, float]]:
@@ -223,7 +249,7 @@ class Simulated:
                 return
             busy = True
             for group in groups:
-                with self.quantized([group], cache=False):
+                with self.quantized(What([group])):
                     changed = layer(*inputs, **named)
                 sums[group].append(_relative(_first(changed), _first(output)))
             busy = False
@@ -281,11 +307,11 @@ class Meter:
         if errors:
             done.add(output_errors=errors, tokens=self.tokens)
 
-    def kl(self, name: str, groups: Sequence[str], cache: bool, label: str = "") -> float:
-        """Mean KL(BF16 || these groups quantized) in nats a token, from the results or measured now."""
+    def kl(self, name: str, what: What, label: str = "") -> float:
+        """Mean KL(BF16 || this quantized) in nats a token, from the results or measured now."""
         self._count += 1
         if name not in self._done:
-            with self._model.quantized(groups, cache), tempfile.TemporaryDirectory(dir=self._scratch) as directory:
+            with self._model.quantized(what), tempfile.TemporaryDirectory(dir=self._scratch) as directory:
                 self._score(label or name, Path(directory), reference=self._reference)
                 kl = np.load(f"{directory}/kl.npy").mean(dtype=np.float64)
                 same = np.load(f"{directory}/best.npy") == np.load(self._reference / "best.npy")

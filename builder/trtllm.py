@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import recipe, trtllm_answers, trtllm_rules
-from builder.checkpoint import head_size
+from builder.checkpoint import MIXED, head_size
 from builder.errors import UnsupportedError, UsageError
 from builder.ranks import GEMM_INPUTS, GEMM_OUTPUTS
 from builder.trtllm_answers import KV_CACHE_ALGO, Answer
@@ -129,7 +129,7 @@ def _subject(resolved: recipe.Resolved, config: Mapping[str, Any], answers: Sequ
         version=load(asked.engine.tensorrt_llm),
         sm=gpu.sm,
         architecture=(config.get("architectures") or [None])[0],
-        quant_algo="NVFP4",
+        quant_algo=MIXED if asked.quantization.keep_fp8 else "NVFP4",
         kv_cache_algo=KV_CACHE_ALGO[asked.quantization.kv_cache_dtype],
         tp=tp,
         pp=asked.engine.pp,
@@ -153,7 +153,8 @@ def check_format(resolved: recipe.Resolved) -> None:
     asked, gpu = resolved.recipe, resolved.gpu
     if asked.target == "reference" or gpu.sm is None:
         return
-    wanted = [asked.quantization.format] + ["fp8_kv_cache"] * (asked.quantization.kv_cache_dtype == "fp8")
+    part = asked.quantization
+    wanted = [part.format] + ["fp8_kv_cache"] * (part.kv_cache_dtype == "fp8") + ["fp8"] * bool(part.keep_fp8)
     for name in wanted:
         if name not in gpu.formats:
             raise UnsupportedError(
@@ -168,6 +169,12 @@ def check_format(resolved: recipe.Resolved) -> None:
                 why=gpu.formats[name].source,
                 cure=f"--set engine.tensorrt_llm={versions()[-1]}",
             )
+    if asked.target == "engine" and part.keep_fp8 and "mixed_precision" in load(asked.engine.tensorrt_llm).facts:
+        raise UnsupportedError(
+            f"trtllm-build {asked.engine.tensorrt_llm} is not known to build NVFP4 with layers in FP8.",
+            why=str(load(asked.engine.tensorrt_llm).facts["mixed_precision"]),
+            cure=f"--set engine.tensorrt_llm={versions()[-1]}, or keep these layers in BF16: --keep-bf16",
+        )
 
 
 def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:

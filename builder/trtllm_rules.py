@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from builder.checkpoint import MIXED
 from builder.errors import UnsupportedError, UsageError
 from builder.trtllm_facts import Version
 
-FP8_FAMILY = ("FP8", "W4A8_AWQ", "NVFP4")
+FP8_FAMILY = ("FP8", "W4A8_AWQ", "NVFP4")  # and not MIXED_PRECISION, whatever it mixes (builder.py, 1.2, build)
 INTEGER = ("W8A16", "W4A16", "W8A8_SQ_PER_CHANNEL", "INT8", "FP8_PER_CHANNEL_PER_TOKEN")
 FMHA_ON = "Context FMHA is on with --gpu sm120-fmha, or --set engine.flags.context_fmha=enable (paged FMHA likewise)."
 SWIGLU = ("gemm_swiglu_plugin", "low_latency_gemm_swiglu_plugin")
@@ -55,6 +56,11 @@ class Subject:
     fmha_head_sizes: tuple[int, ...] = ()
     kv_reuse: bool | None = None
     chunked_context: bool | None = None
+
+    @property
+    def has_nvfp4(self) -> bool:
+        """Whether any layer is NVFP4: with others in FP8 the checkpoint says MIXED_PRECISION."""
+        return self.quant_algo in ("NVFP4", MIXED)
 
     def source(self, rule: str) -> str:
         """Where a rule was read."""
@@ -170,8 +176,8 @@ def _attention(s: Settings) -> None:
 
 def _plugins(s: Settings) -> None:
     world = s.subject.tp * s.subject.pp
-    if s.subject.quant_algo == "NVFP4" and s.value("gemm_plugin") != "disable":
-        s.put("gemm_plugin", "nvfp4", "an NVFP4 checkpoint; only `disable` would be kept", "R33")
+    if s.subject.has_nvfp4 and s.value("gemm_plugin") != "disable":
+        s.put("gemm_plugin", "nvfp4", "a checkpoint with NVFP4 layers; only `disable` would be kept", "R33")
     if world == 1 and s.asked("nccl_plugin"):
         s.put("nccl_plugin", "disable", "one GPU has nobody to talk to", "R37")
     if "workers" in s.flags and s.number("workers") > world:
@@ -237,7 +243,7 @@ def _refuse_model(s: Settings) -> None:
         )  # fmt: skip
     if s.on("pp_reduce_scatter") and subject.architecture != "MixtralForCausalLM":
         raise _usage(s, "R06", "pp_reduce_scatter is for MixtralForCausalLM alone.", "Leave it out.")
-    if subject.quant_algo == "NVFP4":
+    if subject.has_nvfp4:
         odd = {name: n for name, n in subject.in_features.items() if n % 16}
         if odd:
             found = ", ".join(f"{name} {n}" for name, n in odd.items())

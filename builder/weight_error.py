@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from builder import nvfp4
-from builder.keep_bf16 import FUSED
+from builder.checkpoint import FUSED
 from builder.safetensors_io import Tensors
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -25,15 +25,17 @@ MODELS = {
 MODELOPT = tuple(int(part) for part in version("nvidia-modelopt").split(".")[:2])
 
 
-def quantized(source: Path, *, kv_cache: bool = True, seed: int = 0, kept: Sequence[str] = ()) -> Any:
-    """The model with ModelOpt's quantizers, calibrated with random tokens: NVFP4, none in the modules `kept`, and FP8
-    for the KV cache if asked."""
+def quantized(
+    source: Path, *, kv_cache: bool = True, seed: int = 0, kept: Sequence[str] = (), fp8: Sequence[str] = ()
+) -> Any:
+    """The model with ModelOpt's quantizers, calibrated with random tokens: NVFP4, none in the modules `kept`, FP8 in
+    those of `fp8`, and FP8 for the KV cache if asked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ModelOpt's own, on import and after
-        return _quantized(source, kv_cache, seed, kept)
+        return _quantized(source, kv_cache, seed, kept, fp8)
 
 
-def _quantized(source: Path, kv_cache: bool, seed: int, kept: Sequence[str]) -> Any:
+def _quantized(source: Path, kv_cache: bool, seed: int, kept: Sequence[str], fp8: Sequence[str]) -> Any:
     import modelopt.torch.quantization as mtq
     import torch
     from transformers import AutoModelForCausalLM
@@ -44,11 +46,14 @@ def _quantized(source: Path, kv_cache: bool, seed: int, kept: Sequence[str]) -> 
         config["quant_cfg"].update(mtq.FP8_KV_CFG["quant_cfg"])
     elif kv_cache:
         config["quant_cfg"] = [*config["quant_cfg"], *mtq.FP8_KV_CFG["quant_cfg"]]
-    for name in kept:
-        if isinstance(config["quant_cfg"], dict):
-            config["quant_cfg"][f"{name}.*_quantizer"] = {"enable": False}
-        else:
-            config["quant_cfg"].append({"quantizer_name": f"{name}.*_quantizer", "enable": False})
+    asked: dict[str, dict[str, Any]] = {f"{name}.*_quantizer": {"enable": False} for name in kept}
+    e4m3 = {"num_bits": (4, 3), "axis": None}
+    if isinstance(config["quant_cfg"], dict):
+        config["quant_cfg"] |= asked | {f"{name}.{x}_quantizer": e4m3 for name in fp8 for x in ("weight", "input")}
+    else:
+        config["quant_cfg"] += [{"quantizer_name": name, **off} for name, off in asked.items()]
+        names = [f"{name}.{x}_quantizer" for name in fp8 for x in ("weight", "input")]
+        config["quant_cfg"] += [{"quantizer_name": name, "cfg": e4m3} for name in names]
     generator = torch.Generator().manual_seed(seed)
     batches = [torch.randint(0, 4000, (2, 64), generator=generator) for _ in range(2)]
 

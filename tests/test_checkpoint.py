@@ -11,7 +11,7 @@ from typing import Any
 import exports
 import pytest
 
-from builder import checkpoint
+from builder import checkpoint, unified_layout
 from builder.errors import IntegrityError, UnsupportedError
 from builder.safetensors_io import NewTensor, Tensors, write
 
@@ -272,7 +272,7 @@ def test_a_complete_config_is_read_alike(tmp_path: Path, spelling: int, scaling:
     for directory, config in (("source", plain | rope), ("unified", plain | {"dtype": "bfloat16"})):
         (tmp_path / directory).mkdir()
         (tmp_path / directory / "config.json").write_text(json.dumps(config))
-    checkpoint.complete_unified(tmp_path / "unified", tmp_path / "source")
+    unified_layout.complete(tmp_path / "unified", tmp_path / "source")
     assert loaded(tmp_path / "unified") == (5e5, "llama3" if scaling else "default", torch.bfloat16)
     written = checkpoint.read_json(tmp_path / "unified" / "config.json")
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
@@ -286,7 +286,7 @@ def test_an_export_becomes_complete(exported: Exports, tmp_path: Path, name: str
 
     unified, source = shutil.copytree(exported[name] / "unified", tmp_path / "u"), exports.MODELS[name]
     (unified / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
-    checkpoint.complete_unified(unified, source)
+    unified_layout.complete(unified, source)
     for file in source.glob("tokenizer*"):
         assert (unified / file.name).read_bytes() == file.read_bytes()
     assert {path.stat().st_mode & 0o777 for path in unified.iterdir()} == {0o644}
@@ -299,7 +299,7 @@ def test_gemma3s_two_rope_bases_survive(tmp_path: Path) -> None:
     original = checkpoint.read_json(source / "config.json")
     del original["rope_theta"], original["rope_local_base_freq"]
     (tmp_path / "config.json").write_text(json.dumps(original))
-    checkpoint.complete_unified(tmp_path, source)
+    unified_layout.complete(tmp_path, source)
     written = checkpoint.read_json(tmp_path / "config.json")
     assert (written["rope_theta"], written["rope_local_base_freq"]) == (1e6, 1e4)
     assert written["rope_parameters"] == original["rope_parameters"]

@@ -156,9 +156,9 @@ def test_every_rank_is_modelopts_own(tmp_path: Path, tp: int, pp: int, patterns:
 
 def test_stages_that_disagree_are_refused_before_anything_runs() -> None:
     config = {**facts(TINY).config}
-    keep_bf16.check_split(facts(TINY, SECOND).kept, config, Parallel(1, 3))
+    keep_bf16.check_split(facts(TINY, SECOND).kept, (), config, Parallel(1, 3))
     with pytest.raises(UnsupportedError, match="not the same in all 3 pipeline stages"):
-        keep_bf16.check_split(facts(TINY, PATTERNS).kept, config, Parallel(1, 3))
+        keep_bf16.check_split(facts(TINY, PATTERNS).kept, (), config, Parallel(1, 3))
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
@@ -314,7 +314,7 @@ def test_attentions_output_is_kept_only_where_the_kernel_can_do_without_its_scal
 
 def test_norm_quant_fusion_takes_every_layer_for_quantized() -> None:
     with pytest.raises(UnsupportedError, match="norm_quant_fusion"):
-        keep_bf16.check_flags(["model.layers.0.mlp.down_proj"], {"norm_quant_fusion": "enable"})
+        keep_bf16.check_flags(["model.layers.0.mlp.down_proj"], (), {"norm_quant_fusion": "enable"})
 
 
 @pytest.mark.parametrize("value", ["''", "[1, 2]", "{a: b}"])

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
-from builder import checkpoint, guards, llmapi, llmapi_repository, pipeline, recipe, record, smoke
+from builder import checkpoint, guards, llmapi, llmapi_repository, pipeline, recipe, record, smoke, unified_layout
 from builder.errors import IntegrityError, ServingError, UnsupportedError, UsageError
 from builder.output import Output
 from builder.serve import Server, serve
@@ -45,7 +45,7 @@ def unified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fixture model's checkpoint in both layouts; the path of the Hugging Face one."""
     root = tmp_path_factory.mktemp("checkpoint")
     exports.export(exports.quantized(SNAPSHOT), root / "unified")
-    checkpoint.complete_unified(root / "unified", SNAPSHOT)
+    unified_layout.complete(root / "unified", SNAPSHOT)
     checkpoint.write_tensorrt_llm(root / "unified", CONFIG, root / "tensorrt_llm")
     return root / "unified"
 

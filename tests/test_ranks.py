@@ -250,8 +250,7 @@ def test_the_gemm_wants_32_inputs_of_a_rank() -> None:
 def test_unquantized_layers_must_be_the_same_in_all_stages() -> None:
     def exclusions(*layers: int) -> list[str]:
         names = ["lm_head", *(f"transformer.layers.{layer}.mlp.proj" for layer in layers)]
-        config = {"num_hidden_layers": 5, "quantization": {"exclude_modules": names}}
-        return ranks.local_exclusions(config, Parallel(1, 2))
+        return list(ranks.local_layers(dict.fromkeys(names, "excluded"), {"num_hidden_layers": 5}, Parallel(1, 2)))
 
     assert exclusions() == ["lm_head"]
     assert exclusions(0, 3) == ["lm_head", "transformer.layers.0.mlp.proj"]

@@ -54,6 +54,7 @@ def job(tmp_path: Path) -> Callable[..., Job]:
             "lengths": {"min_tokens": 2, "max_tokens": 60},
             "groups": GROUPS,
             "kept": [],
+            "fp8": [],
             "fp8_kv": True,
             "trust_remote_code": False,
             "dtype": "auto",
@@ -141,7 +142,7 @@ def test_the_quantizers_are_off_but_for_what_is_measured(job: Callable[..., Job]
     plain = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32).eval()
     with torch.no_grad():
         before = model.model(ids).logits
-        with model.quantized(GROUPS, cache=True):
+        with model.quantized(measuring.What(list(GROUPS), cache=True)):
             assert not torch.equal(model.model(ids).logits, before)
         assert torch.equal(model.model(ids).logits, before)
         assert torch.equal(plain(ids).logits, before)
@@ -171,9 +172,9 @@ class Ledger:
     def __init__(self, losses: dict[str, float], cache: float) -> None:
         self.losses, self.cache, self.asked = losses, cache, 0
 
-    def kl(self, name: str, groups: list[str], cache: bool, label: str = "") -> float:
+    def kl(self, name: str, what: measuring.What, label: str = "") -> float:
         self.asked += 1
-        return sum(self.losses[group] for group in groups) + self.cache * cache
+        return sum(self.losses[group] for group in what.nvfp4) + self.cache * what.cache
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=40), st.floats(0, 1), st.floats(0.001, 30), st.booleans())
@@ -184,9 +185,10 @@ def test_as_few_layers_are_kept_as_hold_the_budget(
     meter = Ledger(named, cache)
     order = sorted(named, key=lambda name: -named[name])[: len(named) - 1]
     asked = {"order": order, "groups": {n: [n] for n in named}, "budget": budget, "fp8_kv": fp8_kv, "rest": "because"}
+    asked["format"] = "bf16"
 
     def kl(number: int) -> float:
-        return meter.kl("", [name for name in named if name not in order[:number]], fp8_kv)
+        return meter.kl("", measuring.What([n for n in named if n not in order[:number]], cache=fp8_kv))
 
     if min(kl(0), kl(len(order))) > budget:
         with pytest.raises(UnsupportedError, match="can't be held") as caught:
@@ -333,7 +335,13 @@ def test_auto_keeps_what_holds_the_budget_and_the_plan_knows_the_price(
         return json.loads(done.stdout)
 
     before = plan()
-    assert before["kept"] == {"modules": [], "bytes": None, "open_choice": True}
+    assert before["kept"] == {
+        "modules": [],
+        "bytes": None,
+        "open_choice": True,
+        "fp8_modules": [],
+        "fp8_bytes": None,
+    }
     states = {stage["stage"]: stage["state"] for stage in before["stages"]}
     assert (states["sensitivity"], states["selection"], states["checkpoint"]) == ("cached", "will run", "will run")
     assert "has not chosen yet" in run("plan", *argv).stdout

@@ -1,8 +1,8 @@
 """The child process of the quantize stage: python -m builder.quantize.child JOB.json
 
 The job names a local model directory, calibration rows, a sequence length, a batch size, the KV cache's type, the
-modules that stay in BF16 and a destination, where it leaves `unified/` and `tensorrt_llm/`. Events go to the parent
-(builder.process.emit).
+modules that stay in BF16 or FP8 and a destination, where it leaves `unified/` and `tensorrt_llm/`. Events go to the
+parent (builder.process.emit).
 ModelOpt 0.37 to 0.47, with transformers 4.57 or 5, with or without CUDA.
 """
 
@@ -22,7 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from builder import checkpoint
+from builder import checkpoint, unified_layout
+from builder.checkpoint import FUSED
 from builder.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.process import emit, emit_error
 from builder.quantize import modelopt
@@ -55,9 +56,9 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     clock.lap("import")
     model, batches = _load(job)
     clock.lap("load")
-    counts = _calibrate(model, batches, job["kv_cache_dtype"] == "fp8", job.get("kept", ()))
+    counts = _calibrate(model, batches, job["kv_cache_dtype"] == "fp8", job.get("kept", ()), job.get("fp8", ()))
     clock.lap("calibrate")
-    _export(model, unified)
+    _export(model, unified, job.get("fp8", ()))
     del model  # the second layout is made from the first, byte by byte: never two models in memory
     gc.collect()
     clock.lap("export")
@@ -122,16 +123,18 @@ def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     return model, batches
 
 
-def _calibrate(model: Any, batches: list[Any], fp8_kv: bool, kept: Sequence[str] = ()) -> dict[str, int]:
-    """Inserts the quantizers, in `kept` none that is on, and runs the batches through (max calibration); returns
-    counts."""
+def _calibrate(
+    model: Any, batches: list[Any], fp8_kv: bool, kept: Sequence[str] = (), fp8: Sequence[str] = ()
+) -> dict[str, int]:
+    """Inserts the quantizers, in `kept` none that is on, in `fp8` those of FP8, and runs the batches through (max
+    calibration); returns counts."""
     import modelopt.torch.quantization as mtq
     import torch
 
     counts: dict[str, int] = {}
 
     def forward(model: Any) -> None:
-        counts.update(_check_quantizers(model, fp8_kv, kept))
+        counts.update(_check_quantizers(model, fp8_kv, kept, fp8))
         body = model.base_model  # without lm_head: it isn't quantized, and its logits are the largest tensor of all
         for done, ids in enumerate(batches):
             emit(progress={"label": "calibrating", "done": done, "total": len(batches)})
@@ -139,26 +142,62 @@ def _calibrate(model: Any, batches: list[Any], fp8_kv: bool, kept: Sequence[str]
         emit(progress={"label": "calibrating", "done": len(batches), "total": len(batches)})
 
     with torch.inference_mode(), _unsupported("quantize"):
-        mtq.quantize(model, _config(mtq, fp8_kv, kept), forward)
+        mtq.quantize(model, _config(mtq, fp8_kv, kept, fp8), forward)
+        _share_ranges(model, fp8)
     return counts
 
 
-def _config(mtq: Any, fp8_kv: bool, kept: Sequence[str] = ()) -> dict[str, Any]:
-    """NVFP4_DEFAULT_CFG, with FP8_KV_CFG's quantizers and none in `kept`: a mapping up to ModelOpt 0.43, a list from
-    0.44 on. In both a later entry wins."""
+# The weight and the input of a layer in FP8: what FP8_DEFAULT_CFG says of both, in all versions of ModelOpt.
+_FP8 = {"num_bits": (4, 3), "axis": None}
+
+
+def _config(mtq: Any, fp8_kv: bool, kept: Sequence[str] = (), fp8: Sequence[str] = ()) -> dict[str, Any]:
+    """NVFP4_DEFAULT_CFG, with FP8_KV_CFG's quantizers, none in `kept` and FP8_DEFAULT_CFG's in `fp8`: a mapping up to
+    ModelOpt 0.43, a list from 0.44 on. In both a later entry wins."""
     config: dict[str, Any] = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
     ours, kv = config["quant_cfg"], copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"]) if fp8_kv else {}
     off = [f"{glob.escape(name)}.*_quantizer" for name in kept]
+    e4m3 = [f"{glob.escape(name)}.{part}_quantizer" for name in fp8 for part in ("weight", "input")]
     if isinstance(ours, dict):
         ours.update({name: cfg for name, cfg in dict(kv).items() if name != "default"})
-        ours.update({name: {"enable": False} for name in off})
+        ours.update({name: {"enable": False} for name in off} | {name: dict(_FP8) for name in e4m3})
     else:
         ours.extend(entry for entry in kv if entry["quantizer_name"] != "*")
         ours.extend({"quantizer_name": name, "enable": False} for name in off)
+        ours.extend({"quantizer_name": name, "cfg": dict(_FP8)} for name in e4m3)
     return config
 
 
-def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = ()) -> dict[str, int]:
+def _share_ranges(model: Any, fp8: Sequence[str]) -> None:
+    """One range for what is served as one layer in FP8: q, k and v; gate and up.
+
+    ModelOpt's exporter does it for all formats but FP8 (export/unified_export_hf.py, 0.37 to 0.47), and TensorRT-LLM
+    then rounds such weights a second time, to the largest scale of the layer.
+    """
+    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+
+    modules = dict(model.named_modules())
+    fused: dict[tuple[str, str], list[Any]] = {}
+    for name in fp8:
+        parent, _, leaf = name.rpartition(".")
+        fused.setdefault((parent, FUSED.get(leaf, leaf)), []).append(modules[name])
+    for members in fused.values():
+        preprocess_linear_fusion(members)
+
+
+def _round_weights(model: Any, fp8: Sequence[str]) -> None:
+    """Makes the weights of these layers what they are in FP8.
+
+    ModelOpt's Hugging Face exporter divides by the scale in BF16, its TensorRT-LLM one in float32 as its simulation
+    does: one weight of fifty gets the neighbouring code. A weight that lies on an FP8 value gets the same in all three.
+    """
+    modules = dict(model.named_modules())
+    for name in fp8:
+        module = modules[name]
+        module.weight.copy_(module.weight_quantizer(module.weight))
+
+
+def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = (), fp8: Sequence[str] = ()) -> dict[str, int]:
     """Counts ModelOpt's quantizers before they see data; UnsupportedError for what would come out wrong in silence."""
     linears = {
         name: module.weight.shape
@@ -171,11 +210,12 @@ def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = ()) -> dic
     modelopt.check_sizes(linears)
     modules = dict(model.named_modules())
     lost = [name for name in kept if name in linears or not hasattr(modules.get(name), "weight_quantizer")]
+    lost += [name for name in fp8 if name not in linears]
     if lost:
         raise UnsupportedError(
-            f"{len(lost)} layers that should stay in BF16 are no layers of their own in {kind}: {', '.join(lost[:5])}.",
+            f"{len(lost)} layers that should be kept are no layers of their own in {kind}: {', '.join(lost[:5])}.",
             why="transformers joins the experts of a mixture in one module, which ModelOpt quantizes as a whole.",
-            cure="Leave them out of --keep-bf16.",
+            cure="Leave them out of --keep-bf16 and --keep-fp8.",
         )
     if not linears:
         raise UnsupportedError(f"ModelOpt finds nothing to quantize in {kind}.", cure="Choose another model.")
@@ -185,10 +225,15 @@ def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = ()) -> dic
             why=f"It put {len(kv)} quantizers into {model.config.num_hidden_layers} layers' attention.",
             cure="Leave the cache in the model's own type: --kv-cache-dtype auto",
         )
-    return {"quantized_linears": len(linears), "kept_linears": len(kept), "kv_scales": len(kv)}
+    return {
+        "quantized_linears": len(linears) - len(fp8),
+        "fp8_linears": len(fp8),
+        "kept_linears": len(kept),
+        "kv_scales": len(kv),
+    }
 
 
-def _export(model: Any, unified: Path) -> None:
+def _export(model: Any, unified: Path, fp8: Sequence[str] = ()) -> None:
     """The unified Hugging Face layout by ModelOpt's exporter; it replaces the weights in place."""
     import torch
     from modelopt.torch.export import export_hf_checkpoint
@@ -199,13 +244,14 @@ def _export(model: Any, unified: Path) -> None:
         # Before 0.45 fp4_compatible() asks CUDA for its capability on any machine, and asserts.
         nvfp4_tensor.fp4_compatible = lambda: False
     with torch.inference_mode(), _unsupported("export"):
+        _round_weights(model, fp8)
         export_hf_checkpoint(model, export_dir=unified)
 
 
 def _second_layout(unified: Path, source: Path, tensorrt_llm: Path) -> str | None:
     """Completes the first layout and makes the second of it; says why not, for an architecture that has none."""
     emit(progress={"label": "writing the TensorRT-LLM layout", "done": 0, "total": None})
-    checkpoint.complete_unified(unified, source)
+    unified_layout.complete(unified, source)
     config = checkpoint.read_json(source / "config.json")
     try:
         checkpoint.architecture(config)

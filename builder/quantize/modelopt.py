@@ -1,4 +1,5 @@
-"""Snapshot and Calibration -> Checkpoint with NVIDIA ModelOpt: NVFP4 weights and activations, FP8 KV cache.
+"""Snapshot and Calibration -> Checkpoint with NVIDIA ModelOpt: NVFP4 weights and activations, FP8 KV cache; single
+layers in BF16 or FP8.
 
 This file runs in the parent and imports nothing heavy; `builder.quantize.child` does the work in a process of its own.
 """
@@ -32,6 +33,7 @@ SOURCES = (
     "builder/ranks.py",
     "builder/safetensors_io.py",
     "builder/tensor_numbers.py",
+    "builder/unified_layout.py",
 )
 # Two-dimensional weights that are never quantized: ModelOpt's NVFP4_DEFAULT_CFG leaves them alone.
 _NEVER = ("embed", "lm_head", "norm", "router", "wte", "wpe", "mlp.gate.weight", "shared_expert_gate")
@@ -55,19 +57,21 @@ def quantize(
     *,
     store: Store,
     kept: Sequence[str] = (),
+    fp8: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Calibrates on the rows and writes both layouts, `unified/` and `tensorrt_llm/`, then inspects them.
 
-    kept: the modules that stay in BF16, which the recipe's patterns mean. UnsupportedError if ModelOpt or the format
-    can't take the model, before any calibration where that can be known; IntegrityError with the tensors' names if the
-    inspection finds a problem. Such a checkpoint is not kept.
+    kept, fp8: the modules that stay in BF16 or FP8, which the recipe's patterns mean. UnsupportedError if ModelOpt or
+    the format can't take the model, before any calibration where that can be known; IntegrityError with the tensors'
+    names if the inspection finds a problem. Such a checkpoint is not kept.
     """
     ingredients = {
         "snapshot": snapshot.digest,
         "calibration": calibration.digest,
-        "quantization": part.model_dump(exclude={"keep_bf16"}),
+        "quantization": part.model_dump(exclude={"keep_bf16", "keep_fp8"}),
         "kept": list(kept),
+        "fp8": list(fp8),
         "seq_len": calibration_part.seq_len,
         "batch_size": calibration_part.batch_size,
         "libraries": library_versions(*LIBRARIES),
@@ -82,6 +86,7 @@ def quantize(
         "batch_size": calibration_part.batch_size,
         "kv_cache_dtype": part.kv_cache_dtype,
         "kept": list(kept),
+        "fp8": list(fp8),
         "trust_remote_code": trust_remote_code,
     }
 
@@ -90,7 +95,7 @@ def quantize(
         facts = _run(job, tmp, store)
         found = inspection.inspect(tmp)
         found.check()
-        return {**facts, "kept": list(kept), "inspection": found.facts()}
+        return {**facts, "kept": list(kept), "fp8": list(fp8), "inspection": found.facts()}
 
     artefact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artefact.path, digest=artefact.digest, facts=artefact.facts)
@@ -121,10 +126,11 @@ def is_quantized(name: str, shape: Sequence[int]) -> bool:
     return name.endswith(".weight") and len(shape) == 2 and not any(word in name for word in _NEVER)
 
 
-def quantized_bytes(shape: Sequence[int]) -> int:
-    """NVFP4: half a byte a value and an E4M3 byte for 16 of them (modelopt: num_bits (2,1), scale_bits (4,3))."""
+def quantized_bytes(shape: Sequence[int], *, fp8: bool = False) -> int:
+    """NVFP4: half a byte a value and an E4M3 byte for 16 of them (modelopt: num_bits (2,1), scale_bits (4,3)). FP8: a
+    byte a value."""
     values = math.prod(shape)
-    return values // 2 + values // BLOCK
+    return values if fp8 else values // 2 + values // BLOCK
 
 
 def check_sizes(weights: Mapping[str, Sequence[int]]) -> None:
@@ -156,7 +162,8 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
 
 def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
     linears, tokens = summary["quantized_linears"], summary["calibration_tokens"]
-    kept = f", {summary['kept_linears']} left in BF16" if summary["kept_linears"] else ""
+    kept = f", {summary['fp8_linears']} in FP8" if summary["fp8_linears"] else ""
+    kept += f", {summary['kept_linears']} left in BF16" if summary["kept_linears"] else ""
     store.out.info(f"{linears} linear layers in NVFP4{kept}, calibrated on {tokens:,} tokens")
     if summary["large_kv"]:
         store.out.warn(

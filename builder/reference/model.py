@@ -1,15 +1,16 @@
 """Runs a TensorRT-LLM NVFP4 checkpoint with torch: what its numbers mean, decided in one place. Imports torch.
 
 Weights are unpacked once at load. Activations are quantized before each linear layer (dynamic blocks of 16 under the
-calibrated `activation_scaling_factor`), keys after RoPE and values before they enter the FP8 cache. Qwen3, Qwen2,
-Llama and Mistral. Read from TensorRT-LLM 1.2: `attention.qkv` is q, k, v in this order, `mlp.fc` the gate_proj
-(layers/mlp.py, GatedMLP: proj(act(fc(x)) * gate(x))).
+calibrated `activation_scaling_factor`; E4M3 under it where the layer is FP8), keys after RoPE and values before they
+enter the FP8 cache. Qwen3, Qwen2, Llama and Mistral. Read from TensorRT-LLM 1.2: `attention.qkv` is q, k, v in this
+order, `mlp.fc` the gate_proj (layers/mlp.py, GatedMLP: proj(act(fc(x)) * gate(x))). There FP8Linear rounds both scales
+to the model's dtype where gemm_plugin is not fp8 (quantization/layers.py); here they are what the checkpoint says.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from builder import nvfp4
+from builder.checkpoint import MIXED
 from builder.errors import IntegrityError, UnsupportedError
 from builder.ranks import Joined
 from builder.reference.rope import frequencies, rotate
@@ -36,15 +38,16 @@ _CACHE_START = 256  # tokens; the cache doubles when it is full
 
 @dataclass(frozen=True)
 class Linear:
-    """y = quantize(x) W^T + b. Without `input_scale` the layer is not quantized."""
+    """y = quantize(x, input_scale) W^T + b. Without `input_scale` the layer is not quantized."""
 
     weight: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
+    quantize: Callable[[Tensor, Tensor], Tensor] = nvfp4.fake_quantize
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
-            x = nvfp4.fake_quantize(x, self.input_scale)
+            x = self.quantize(x, self.input_scale)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -217,12 +220,16 @@ class _Tensors:
         return self.plain(name).to(self.dtype) if name in self._names else None
 
     def linear(self, name: str) -> Linear:
-        weight, scale = self.plain(f"{name}.weight"), None
-        if weight.dtype == torch.uint8:
+        weight, bias = self.plain(f"{name}.weight"), self.maybe(f"{name}.bias")
+        if weight.dtype in (torch.uint8, torch.float8_e4m3fn):
             scale = self.plain(f"{name}.activation_scaling_factor")
+        if weight.dtype == torch.float8_e4m3fn:
+            weight = nvfp4.dequantize_fp8(weight, self.plain(f"{name}.weights_scaling_factor"), self.dtype)
+            return Linear(weight, bias, scale, nvfp4.fake_quantize_fp8)
+        if weight.dtype == torch.uint8:
             block, whole = self.plain(f"{name}.weights_scaling_factor"), self.plain(f"{name}.weights_scaling_factor_2")
-            weight = nvfp4.dequantize(weight, block, whole, self.dtype)
-        return Linear(weight.to(self.dtype), self.maybe(f"{name}.bias"), scale)
+            return Linear(nvfp4.dequantize(weight, block, whole, self.dtype), bias, scale)
+        return Linear(weight.to(self.dtype), bias, None)
 
     def norm(self, name: str) -> Norm:
         return Norm(self.plain(f"{name}.weight").to(self.dtype), self._config["norm_epsilon"])
@@ -263,7 +270,7 @@ def _check(config: Mapping[str, Any]) -> None:
             ("architecture", config["architecture"], ARCHITECTURES),
             ("hidden_act", config["hidden_act"], ("silu", "swiglu")),
             ("position_embedding_type", config["position_embedding_type"], ("rope_gpt_neox", "yarn")),
-            ("quant_algo", quantization["quant_algo"], ("NVFP4",)),
+            ("quant_algo", quantization["quant_algo"], ("NVFP4", MIXED)),
             ("kv_cache_quant_algo", quantization.get("kv_cache_quant_algo"), (None, "FP8")),
         )
         if found not in known
@@ -271,5 +278,5 @@ def _check(config: Mapping[str, Any]) -> None:
     if wrong:
         raise UnsupportedError(
             f"The reference executor can't run this checkpoint: {', '.join(wrong)}.",
-            why=f"It runs NVFP4 checkpoints of {', '.join(ARCHITECTURES)}.",
+            why=f"It runs NVFP4 checkpoints, also with layers in FP8 or BF16, of {', '.join(ARCHITECTURES)}.",
         )

@@ -4,6 +4,7 @@
 | bf16 | the model's | - | - |
 | simulated | NVFP4 by ModelOpt, calibrated as the checkpoint was | NVFP4, dynamic blocks | FP8, its own amax |
 | checkpoint | unpacked from `unified/` | NVFP4 under its input_scale | FP8 under its k_scale, v_scale |
+A layer that was left in FP8 or BF16 is it in both of the last.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
     from builder.quantize.simulation import enable_cpu_simulation
 
     model, rows = child._load({**job, **job["calibration"]})
-    child._calibrate(model, rows, job["fp8_kv"], job["calibration"].get("kept", ()))
+    kept, fp8 = (job["calibration"].get(key, ()) for key in ("kept", "fp8"))
+    child._calibrate(model, rows, job["fp8_kv"], kept, fp8)
     if not torch.cuda.is_available():
         enable_cpu_simulation()
     unified_export_hf.requantize_resmooth_fused_llm_layers(model)  # q, k and v share a range, as in the checkpoint
@@ -137,6 +139,8 @@ def _tensor(stored: Tensors, name: str) -> Tensor:
 
 def _weight(stored: Tensors, name: str, dtype: torch.dtype) -> Tensor:
     tensor = _tensor(stored, name)
+    if tensor.dtype == torch.float8_e4m3fn:
+        return nvfp4.dequantize_fp8(tensor, _tensor(stored, f"{name}_scale"), dtype)
     if tensor.dtype != torch.uint8:
         return tensor.to(dtype)
     return nvfp4.dequantize(tensor, _tensor(stored, f"{name}_scale"), _tensor(stored, f"{name}_scale_2"), dtype)
@@ -154,21 +158,23 @@ def _quantize_inputs(model: Any, stored: Tensors) -> None:
                 why="transformers joins a mixture's experts in one tensor; this runner does not.",
                 cure="Measure ModelOpt's simulation, or what is served: --runner simulated, --runner served",
             )
-        module.register_forward_pre_hook(_Rounded(_tensor(stored, f"{name}.input_scale"), last))
+        fp8 = stored[f"{name}.weight"].dtype == "F8_E4M3"
+        module.register_forward_pre_hook(_Rounded(_tensor(stored, f"{name}.input_scale"), last, fp8=fp8))
 
 
 class _Rounded:
     """A linear layer's input under its scale. Layers that follow one another with the same input (q, k, v; gate, up)
     share `last`: it is rounded once."""
 
-    def __init__(self, scale: Tensor, last: dict[str, Any]) -> None:
-        self._scale, self._value, self._last = scale, float(scale), last
+    def __init__(self, scale: Tensor, last: dict[str, Any], *, fp8: bool = False) -> None:
+        self._scale, self._key, self._last = scale, (float(scale), fp8), last
+        self._quantize = nvfp4.fake_quantize_fp8 if fp8 else nvfp4.fake_quantize
 
     def __call__(self, layer: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         last = self._last
-        if last.get("input") is not inputs[0] or last["scale"] != self._value:
-            rounded = nvfp4.fake_quantize(inputs[0], self._scale.to(inputs[0].device))
-            last.update(input=inputs[0], scale=self._value, rounded=rounded)
+        if last.get("input") is not inputs[0] or last["key"] != self._key:
+            rounded = self._quantize(inputs[0], self._scale.to(inputs[0].device))
+            last.update(input=inputs[0], key=self._key, rounded=rounded)
         return (last["rounded"],)
 
 
