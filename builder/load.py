@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder import paths
-from builder.errors import ServingError, UsageError
+from builder.errors import BuilderError, ServingError, UsageError
 from builder.output import Output
 from builder.store import Artefact, Store
 
@@ -159,8 +159,8 @@ def keep(repository: Repository, report: LoadReport, out: Output) -> Path | None
 
     try:
         made: Artefact = Store(root, Output("quiet")).stage(STAGE, ingredients, make)
-    except PermissionError:  # a store that is mounted read-only, as for the containers that serve
-        out.warn(f"{root} can't be written: what was measured is not kept there.")
+    except (BuilderError, OSError) as error:  # as where it is mounted read-only for those who serve
+        out.warn(f"What was measured is not kept in {root}: {error}")
         return None
     return made.path
 
