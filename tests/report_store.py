@@ -13,6 +13,7 @@ from typing import Any
 
 from builder import preflight, recipe, record
 from builder.fetch import fetch
+from builder.load import Asked, Level, LoadReport, Spread
 from builder.output import Output
 from builder.store import Artefact, Store
 from builder.tasks import Row
@@ -145,6 +146,16 @@ def ask(link: Path, *, task: str = "gsm8k", value: float = 0.512) -> None:
         return {"verdict": None, "texts": False, "tasks": len(rows)}
 
     store.stage("evaluation", ingredients, make)
+
+
+def put_under_load(link: Path, *, clients: tuple[int, ...] = (1, 16, 256)) -> None:
+    """Leaves what `builder load` keeps."""
+    root = link.resolve().parent.parent
+    manifest = json.loads((link.resolve() / "manifest.json").read_text())
+    spread = Spread(0.0123, 0.0456, 12.345)
+    levels = tuple(Level(n, 31, n // 256, 1.5, 70.0 * n, spread, spread, spread) for n in clients)
+    report = LoadReport(Asked(clients), levels)
+    _stage(Store(root, Output("quiet")), "load", {"repository": manifest["digest"]}, asdict(report))
 
 
 def _stage(

@@ -98,6 +98,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     full = report_store.build(root / "full")
     report_store.evaluate(full)
     report_store.ask(full)
+    report_store.put_under_load(full)
     losses = [Loss(f"model.layers.{n}", 0.001 * (n % 7 + 1)) for n in range(36)]
     whole = replace(gather(full), losses=losses)
     long = "an-endless-name-without-a-space-" * 12
@@ -105,6 +106,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     crowded = report_store.build(root / "crowded", gpu="cpu", sample=sample, warnings={long: 1}, link="long")
     report_store.evaluate(crowded, score=91.0, data=long)
     report_store.ask(crowded, task=long)
+    report_store.put_under_load(crowded, clients=tuple(2**n for n in range(12)))
     model = replace(gather(crowded).model, id=long, gpu_title=long)
     texts = {"full": html(whole), "crowded": html(replace(gather(crowded), model=model, command=long))}
     for name, text in texts.items():
@@ -157,7 +159,7 @@ def test_charts_are_drawn_and_their_words_do_not_collide(browser: Browser, pages
     drawn = browser.evaluate(
         "[...document.querySelectorAll('svg.chart')].filter(c => c.getClientRects().length).length"
     )
-    assert drawn == 6
+    assert drawn == 7
     assert browser.evaluate(COLLISIONS) == []
     bar = browser.evaluate("getComputedStyle(document.querySelector('.chart .bar')).fill")
     browser.open(pages["full"], width=width, dark=True)

@@ -65,6 +65,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = report_store.build(tmp_path_factory.mktemp("report") / "out")
     report_store.evaluate(made)
     report_store.ask(made)
+    report_store.put_under_load(made)
     return made
 
 
@@ -124,7 +125,8 @@ def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert page.sections == [
-        "not-measured", "accuracy", "tasks", "size", "smoke", "warnings", "times", "recipe", "versions", "reproduce",
+        "not-measured", "accuracy", "tasks", "size", "smoke", "load",
+        "warnings", "times", "recipe", "versions", "reproduce",
     ]  # fmt: skip
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
     assert not [name for _, attrs in page.tags for name in attrs if name in ("src", "href") or name.startswith("on")]
@@ -137,7 +139,7 @@ def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     assert "&lt;" not in page.text
     assert "<" not in page.text
     assert "Return the number of" in page.text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 5
+    assert sum(tag == "svg" for tag, _ in page.tags) == 6
 
 
 def test_the_same_report_is_the_same_page(link: Path) -> None:
