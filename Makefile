@@ -47,6 +47,7 @@ docker-test: $(VENV)/ready
 bench: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/chain.py
 	$(VENV)/bin/python benchmarks/plan.py
+	$(VENV)/bin/python benchmarks/evaluate.py
 
 clean:
 	rm -rf $(VENV) $(TRTLLM)

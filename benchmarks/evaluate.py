@@ -2,8 +2,8 @@
 
     python benchmarks/evaluate.py [--rounds 3] [--dtype bfloat16]
 
-lm-eval is no part of the project: pip install lm-eval==0.4.13 into a copy of its environment. Same process, same model
-class, same dtype and threads, in turn A B A B; both tokenize texts and score them. Ours keeps nothing of BF16 here
+lm-eval comes with the extra `tasks`. Same process, same model class, same dtype and threads, in turn A B A B; both
+tokenize texts and score them. Ours keeps nothing of BF16 here
 (`top` 0), as lm-eval does. Its batch size is 1 by default; 8 and 32 are measured too.
 """
 
