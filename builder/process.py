@@ -225,22 +225,25 @@ def job_file(log: Path) -> Path:
 
 def do_job(
     argv: Sequence[str],
-    work: Callable[[dict[str, Any]], None],
-    known: Callable[[BaseException], BuilderError | None] = lambda error: None,
+    work: Callable[[dict[str, Any]], dict[str, Any] | None],
+    known: Callable[[BaseException, dict[str, Any]], BuilderError | None] = lambda error, job: None,
 ) -> int:
-    """In a child that `run_job` started: reads its job file and does the work.
+    """In a child that `run_job` started: reads its job file and does the work, whose result it tells as `summary`.
 
     What people can do something about, a BuilderError or what `known` makes one of, the parent learns by an event, and
     the exit code is the error's. Anything else is a fault of ours, and its traceback belongs in the log.
     """
+    job = json.loads(Path(argv[1]).read_text(encoding="utf-8"))
     try:
-        work(json.loads(Path(argv[1]).read_text(encoding="utf-8")))
+        summary = work(job)
     except BaseException as error:
-        told = error if isinstance(error, BuilderError) else known(error)
+        told = error if isinstance(error, BuilderError) else known(error, job)
         if told is None:
             raise
         emit_error(told)
         return told.exit_code
+    if summary is not None:
+        emit(summary=summary)
     return 0
 
 

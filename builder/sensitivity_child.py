@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from builder.errors import IntegrityError, UnsupportedError
+from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Sequences, sequences
-from builder.process import emit, emit_error
+from builder.process import do_job, emit
 from builder.quantize import child
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.runners.child import score_set
@@ -33,20 +33,6 @@ from builder.runners.local import Causal
 from builder.weight_error import weight_errors
 
 WHOLE, KV_CACHE = "whole model", "KV cache"  # the names of two results that are no group's
-
-
-def main(argv: list[str]) -> int:
-    """Does the job; the exit code is that of the error, which the parent learns by an event."""
-    job = json.loads(Path(argv[1]).read_text(encoding="utf-8"))
-    try:
-        emit(summary=run(job))
-    except BaseException as error:
-        known = child._known(error, {**job, "destination": job["results"]})
-        if known is None:
-            raise
-        emit_error(known)
-        return known.exit_code
-    return 0
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,6 +316,11 @@ class Meter:
         return score_set(self._runner, self._texts, directory, progress=tell, **how)
 
 
+def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
+    """As of the child that quantizes."""
+    return child.known(error, {**job, "destination": job["results"]})
+
+
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main(sys.argv))
+    sys.exit(do_job(sys.argv, run, known))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from builder import process
-from builder.errors import StageError, UnsupportedError
+from builder.errors import BuilderError, StageError, UnsupportedError, UsageError
 from builder.output import Output
 
 
@@ -190,3 +190,31 @@ def test_a_job_is_told_by_a_file_and_its_events_are_heard(tmp_path: Path, capsys
     assert "said by the child" in capsys.readouterr().err
     assert process.job_file(tmp_path / "of.log").is_file()
     assert f"-m job_module {process.job_file(tmp_path / 'of.log')}" in (tmp_path / "of.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("failure", "raises", "says"),
+    [
+        ("errors.UsageError('not so', cure='but so')", UsageError, "not so"),
+        ("MemoryError()", UnsupportedError, "too large: 7"),
+        ("ZeroDivisionError()", process.Failed, "ZeroDivisionError"),
+    ],
+)
+def test_what_a_job_fails_with_is_what_its_parent_raises(
+    failure: str, raises: type[BuilderError], says: str, tmp_path: Path
+) -> None:
+    """A fault of ours leaves its traceback in the log; what people can mend has its own message and exit code."""
+    (tmp_path / "failing_module.py").write_text(
+        "import sys\n"
+        "from builder import errors\n"
+        "from builder.process import do_job\n"
+        f"def work(job): raise {failure}\n"
+        "def known(error, job):\n"
+        "    if isinstance(error, MemoryError): return errors.UnsupportedError(f'too large: {job[\"size\"]}')\n"
+        "sys.exit(do_job(sys.argv, work, known))\n"
+    )
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    with pytest.raises(raises, match=says):
+        process.run_job(
+            "failing_module", {"size": 7}, log=tmp_path / "of.log", out=Output("quiet"), label="", env=environment
+        )

@@ -269,7 +269,7 @@ def test_a_crash_of_the_child_shows_the_end_of_its_log(llama: Path, build: Build
     ],
 )
 def test_a_full_disk_and_too_little_memory_are_named(error: Exception, kind: type[Exception], what: str) -> None:
-    known = child._known(error, {"destination": "/somewhere"})
+    known = child.known(error, {"destination": "/somewhere"})
     assert type(known) is kind
     assert what in known.what
-    assert child._known(ZeroDivisionError(), {"destination": ""}) is None
+    assert child.known(ZeroDivisionError(), {"destination": ""}) is None

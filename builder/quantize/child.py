@@ -12,7 +12,6 @@ import copy
 import errno
 import gc
 import glob
-import json
 import logging
 import sys
 import time
@@ -25,25 +24,10 @@ from typing import Any
 from builder import checkpoint, unified_layout
 from builder.checkpoint import FUSED
 from builder.errors import BuilderError, IntegrityError, StageError, UnsupportedError
-from builder.process import emit, emit_error
+from builder.process import do_job, emit
 from builder.quantize import modelopt
 from builder.safetensors_io import Tensors
 from builder.tensor_numbers import wrong_floats
-
-
-def main(argv: list[str]) -> int:
-    """Does the job; the exit code is that of the error, which the parent learns by an event."""
-    job = json.loads(Path(argv[1]).read_text())
-    try:
-        summary = run(job)
-    except BaseException as error:
-        known = _known(error, job)
-        if known is None:
-            raise
-        emit_error(known)
-        return known.exit_code
-    emit(summary=summary)
-    return 0
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,10 +310,8 @@ def _not_finite(model: Path, said: str) -> IntegrityError:
     )
 
 
-def _known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
-    """An error that a user can do something about; None for a fault of ours, whose traceback belongs in the log."""
-    if isinstance(error, BuilderError):
-        return error
+def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
+    """What a user can do something about, in words; None for a fault of ours."""
     text = str(error)
     if isinstance(error, AssertionError) and "in amax" in text:
         return _not_finite(Path(job["model"]), text)
@@ -349,4 +331,4 @@ def _known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(do_job(sys.argv, run, known))

@@ -145,7 +145,7 @@ def _same_texts(reference: Path, starts: Sequence[int]) -> None:
         raise IntegrityError("The texts were tokenized otherwise for BF16.", cure="Run the same command again.")
 
 
-def known(error: BaseException) -> BuilderError | None:
+def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
     """Too little memory, in words; None for a fault of ours."""
     if not scoring.out_of_memory(error):
         return None
