@@ -14,8 +14,10 @@ from torch import Tensor
 
 from builder import nvfp4
 from builder.checkpoint import FUSED
+from builder.errors import IntegrityError
 from builder.safetensors_io import Tensors
 
+_STEP = 1 << 16  # blocks at a time: bounds the float32 copies of a weight
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -24,7 +26,8 @@ def weight_errors(
     groups: Mapping[str, Sequence[str]],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Of each group ||W - quantized W|| / ||W||, in the Frobenius norm over all its modules."""
+    """Of each group ||W - quantized W|| / ||W||, in the Frobenius norm over all its modules. IntegrityError for a
+    weight with NaN or Inf."""
     tensors = Tensors(files[0].parent, files)
     found = {}
     for done, (group, modules) in enumerate(groups.items()):
@@ -44,10 +47,14 @@ def _group_error(tensors: Tensors, modules: Sequence[str]) -> float:
         amax = torch.stack(amaxes).amax() if fused else own
         if amax == 0:
             continue
-        weight = _load(tensors, name)
-        back = nvfp4.dequantize(*nvfp4.quantize(weight, nvfp4.scale_of(amax)), torch.float32)
-        error += float((back - weight.float()).double().pow(2).sum())
-        whole += float(weight.double().pow(2).sum())
+        if not torch.isfinite(own):
+            raise IntegrityError(f"{name} holds NaN or Inf.", cure="Fetch the model again, or take another one.")
+        scale = nvfp4.scale_of(amax)
+        for part in torch.split(_load(tensors, name).view(-1, nvfp4.BLOCK), _STEP):
+            rows = part.float()
+            back = nvfp4.fake_quantize_static(rows, nvfp4.block_scales(rows, scale).float() * scale)
+            error += float((back - rows).double().pow(2).sum())
+            whole += float(rows.double().pow(2).sum())
         tensors.release(name)
     return math.sqrt(error / whole) if whole else 0.0
 

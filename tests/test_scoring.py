@@ -191,7 +191,7 @@ def test_perplexity_is_what_transformers_says(tiny: local.Causal, prose: list[Id
     """Its own loss for the same tokens, one text at a time."""
     for ids in prose[:3]:
         row = torch.from_numpy(ids).long()[None]
-        theirs = float(tiny._model(row, labels=row).loss)
+        theirs = float(tiny.model(row, labels=row).loss)
         [logits] = tiny.logits([ids])
         assert float(scoring.score(logits, ids)["nll"].mean()) == pytest.approx(theirs, abs=1e-5)
 

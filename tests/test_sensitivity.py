@@ -24,7 +24,7 @@ from builder.fit import ModelFacts
 from builder.output import Output
 from builder.quantize import child, modelopt
 from builder.quantize.simulation import enable_cpu_simulation
-from builder.safetensors_io import Tensors
+from builder.safetensors_io import NewTensor, Tensors, write
 from builder.store import Store, WouldRun, prune
 
 LLAMA, TINY = exports.MODELS["llama"], exports.MODELS["qwen3"]
@@ -225,6 +225,19 @@ def test_weight_errors_are_those_of_the_number_format() -> None:
     expected = float((back - weights.double()).norm() / weights.double().norm())
     assert found["model.layers.3.self_attn.qkv_proj"] == pytest.approx(expected, rel=1e-5)
     assert len(found) == 24
+
+
+def test_a_weight_that_is_no_number_has_no_error_but_is_one(tmp_path: Path) -> None:
+    names, whole = ("l.mlp.gate_proj", "l.mlp.up_proj"), torch.ones(4, 32)
+    broken = whole.clone()
+    broken[1, 7] = torch.nan
+    parts = [
+        NewTensor(f"{name}.weight", "F32", (4, 32), [weight.numpy().tobytes()])
+        for name, weight in zip(names, (whole, broken), strict=True)
+    ]
+    write(tmp_path / "model.safetensors", parts)
+    with pytest.raises(IntegrityError, match=r"up_proj\.weight holds NaN"):
+        weight_error.weight_errors([tmp_path / "model.safetensors"], {"gate_up": names})
 
 
 def resolved(model: Path, **flags: Any) -> recipe.Resolved:
