@@ -3,8 +3,8 @@
     python benchmarks/evaluate.py [--rounds 3] [--dtype bfloat16]
 
 lm-eval comes with the extra `tasks`. Same process, same model class, same dtype and threads, in turn A B A B; both
-tokenize texts and score them. Ours keeps nothing of BF16 here
-(`top` 0), as lm-eval does. Its batch size is 1 by default; 8 and 32 are measured too.
+tokenize texts and score them. Ours keeps nothing of BF16 here (`top` 0), as lm-eval does. Its batch size is 1 by
+default; 8 and 32 are measured too.
 """
 
 from __future__ import annotations
