@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder import (
     engine,
-    keep_bf16,
+    kept_layers,
     llmapi,
     llmapi_repository,
     preflight,
@@ -183,7 +183,7 @@ def _fetched(
         preflight.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
     part = recipe.quantization
     for form, patterns, kept in (("BF16", part.kept_patterns, model.kept), ("FP8", part.fp8_patterns, model.fp8)):
-        if more := keep_bf16.widened(patterns, kept):
+        if more := kept_layers.widened(patterns, kept):
             names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
             store.out.info(f"{len(more)} more layers stay in {form}, multiplied as one with those named: {names}")
     if recipe.target != "llmapi":
@@ -227,9 +227,9 @@ def keep_chosen(
 
     values = {flag.name: flag.value for flag in flags}
     recipe = resolved.recipe
-    refused = keep_bf16.output_must_be_quantized(values) if recipe.target == "engine" else ""
+    refused = kept_layers.output_must_be_quantized(values) if recipe.target == "engine" else ""
     if recipe.target == "llmapi" and recipe.quantization.kept_format == "fp8":
-        refused = keep_bf16.BY_Q_PROJ
+        refused = kept_layers.BY_Q_PROJ
     chosen = sensitivity.select(snapshot, calibration, model, resolved, store=store, refused=refused)
     model = preflight.with_chosen(resolved, model, chosen.modules)
     preflight.check_kept(resolved, model, flags)

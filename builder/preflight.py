@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, keep_bf16, kv_safety, llmapi, ranks, trtllm
+from builder import engine, fit, fit_change, kept_layers, kv_safety, llmapi, ranks, trtllm
 from builder.errors import UnsupportedError, UsageError
 from builder.fetch import check_directory, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
@@ -80,10 +80,10 @@ def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answe
 def keep_patterns(resolved: Resolved, model: ModelFacts, flags: Settings) -> ModelFacts:
     """The model with the layers that the recipe leaves in BF16 or FP8. UsageError or UnsupportedError where it
     can't."""
-    part, known = resolved.recipe.quantization, keep_bf16.linears(model.tensors)
-    kept = keep_bf16.keep(part.kept_patterns, known)
-    fp8 = keep_bf16.keep(part.fp8_patterns, known, "--keep-fp8")
-    keep_bf16.check_apart(kept, fp8, known)
+    part, known = resolved.recipe.quantization, kept_layers.linears(model.tensors)
+    kept = kept_layers.keep(part.kept_patterns, known)
+    fp8 = kept_layers.keep(part.fp8_patterns, known, "--keep-fp8")
+    kept_layers.check_apart(kept, fp8, known)
     model = replace(model, kept=kept, fp8=fp8)
     check_kept(resolved, model, flags)
     return model
@@ -93,18 +93,18 @@ def with_chosen(resolved: Resolved, model: ModelFacts, modules: Sequence[str]) -
     """The model with these layers kept too, in the format that auto is said for."""
     fp8 = resolved.recipe.quantization.kept_format == "fp8"
     kept = {*(model.fp8 if fp8 else model.kept), *modules}
-    ordered = tuple(name for name in keep_bf16.linears(model.tensors) if name in kept)
+    ordered = tuple(name for name in kept_layers.linears(model.tensors) if name in kept)
     return replace(model, fp8=ordered) if fp8 else replace(model, kept=ordered)
 
 
 def check_kept(resolved: Resolved, model: ModelFacts, flags: Settings) -> None:
     """UnsupportedError if ranks or engine could not have the kept layers in their formats."""
     asked = resolved.recipe
-    keep_bf16.check_split(model.kept, model.fp8, model.config, ranks.Parallel(asked.engine.tp, asked.engine.pp))
+    kept_layers.check_split(model.kept, model.fp8, model.config, ranks.Parallel(asked.engine.tp, asked.engine.pp))
     if asked.target == "llmapi":
-        keep_bf16.check_llm_class(model.kept, model.fp8, keep_bf16.linears(model.tensors))
+        kept_layers.check_llm_class(model.kept, model.fp8, kept_layers.linears(model.tensors))
     if asked.target == "engine":
-        keep_bf16.check_flags(model.kept, model.fp8, {flag.name: flag.value for flag in flags})
+        kept_layers.check_flags(model.kept, model.fp8, {flag.name: flag.value for flag in flags})
 
 
 def check_gate(resolved: Resolved, flags: Settings) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import keep_bf16, process
+from builder import kept_layers, process
 from builder.calibrate import Calibration, Use, calibrate
 from builder.errors import UsageError
 from builder.fetch import Snapshot
@@ -32,7 +32,7 @@ SOURCES = (
     "builder/sensitivity.py",
     "builder/sensitivity_child.py",
     "builder/weight_error.py",
-    "builder/keep_bf16.py",
+    "builder/kept_layers.py",
     "builder/evaluation_data.py",
     "builder/runners/child.py",
     "builder/runners/language.py",
@@ -158,7 +158,7 @@ def select(
     job, ingredients = _job(snapshot, calibration, model, resolved, store)
     found = _sensitivity(job, ingredients, model, store)
     order = [loss.name for loss in sorted(found.losses, key=lambda loss: -(loss.kl or 0.0) / loss.bytes)]
-    order = [group for group in order if not (refused and group.endswith(keep_bf16.OUTPUT))]
+    order = [group for group in order if not (refused and group.endswith(kept_layers.OUTPUT))]
     order = order[: len(job["groups"]) - 1]  # one must be left to quantize
     budget, form = resolved.recipe.quantization.kept_budget, resolved.recipe.quantization.kept_format
     job |= {"budget": budget, "order": order, "format": form, "rest": _why_not_less(found, refused)}
@@ -251,7 +251,7 @@ def check_texts(recipe: Recipe) -> DataSet:
 def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
     """Of the layers that no pattern keeps."""
     named = {*model.kept, *model.fp8}
-    return keep_bf16.groups(name for name in keep_bf16.linears(model.tensors) if name not in named)
+    return kept_layers.groups(name for name in kept_layers.linears(model.tensors) if name not in named)
 
 
 def _weights(snapshot: Snapshot) -> list[Path]:
@@ -274,7 +274,7 @@ def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], told: Mappin
     for name, modules in groups.items():
         measured, output = told["results"].get(name, {}), told["output_errors"].get(name)
         tensors = [model.tensors[f"{module}.weight"] for module in modules]
-        scalars = 2 * modelopt.SCALAR * len({keep_bf16.engine_name(module) for module in modules})
+        scalars = 2 * modelopt.SCALAR * len({kept_layers.engine_name(module) for module in modules})
         found.append(
             Loss(
                 name=name,

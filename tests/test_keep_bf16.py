@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import checkpoint, fit, inspection, keep_bf16, preflight, ranks, recipe, trtllm
+from builder import checkpoint, fit, inspection, kept_layers, preflight, ranks, recipe, trtllm
 from builder.calibrate import calibrate
 from builder.checkpoint import Checkpoint
 from builder.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
@@ -41,7 +41,7 @@ SECOND = ["model.layers.1.mlp.*", "model.layers.3.mlp.*", "model.layers.5.mlp.*"
 
 def facts(source: Path, patterns: list[str] | None = None) -> ModelFacts:
     tensors = {name: (info.dtype, info.shape) for name, info in Tensors(source).items()}
-    kept = keep_bf16.keep(patterns or [], keep_bf16.linears(tensors))
+    kept = kept_layers.keep(patterns or [], kept_layers.linears(tensors))
     return ModelFacts(checkpoint.read_json(source / "config.json"), tensors, kept)
 
 
@@ -76,7 +76,7 @@ def test_patterns_name_modules_and_take_along_what_is_multiplied_with_them() -> 
     assert {f"model.layers.2.self_attn.{x}_proj" for x in "qkv"} < kept
     assert {f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up")} < kept
     assert len(kept) == 7 + 3 + 2 + 1 + 1
-    assert keep_bf16.widened(PATTERNS, sorted(kept)) == [
+    assert kept_layers.widened(PATTERNS, sorted(kept)) == [
         "model.layers.0.mlp.gate_proj",
         "model.layers.2.self_attn.q_proj",
         "model.layers.2.self_attn.v_proj",
@@ -84,16 +84,16 @@ def test_patterns_name_modules_and_take_along_what_is_multiplied_with_them() -> 
     assert facts(TINY).kept == ()
 
 
-names = st.sets(st.sampled_from(keep_bf16.linears(facts(TINY).tensors)), min_size=1, max_size=8)
+names = st.sets(st.sampled_from(kept_layers.linears(facts(TINY).tensors)), min_size=1, max_size=8)
 
 
 @given(names)
 def test_groups_are_kept_whole_and_nothing_else_is(wanted: set[str]) -> None:
-    known = keep_bf16.linears(facts(TINY).tensors)
-    kept = keep_bf16.keep(sorted(wanted), known)
-    asked = {keep_bf16.group_of(name) for name in wanted}
-    assert set(kept) == {name for name in known if keep_bf16.group_of(name) in asked}
-    assert keep_bf16.keep(kept, known) == kept
+    known = kept_layers.linears(facts(TINY).tensors)
+    kept = kept_layers.keep(sorted(wanted), known)
+    asked = {kept_layers.group_of(name) for name in wanted}
+    assert set(kept) == {name for name in known if kept_layers.group_of(name) in asked}
+    assert kept_layers.keep(kept, known) == kept
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_something_must_be_left_to_quantize() -> None:
 
 def test_layers_are_counted_as_numbers() -> None:
     tensors = {f"model.layers.{n}.mlp.down_proj.weight": ("BF16", (64, 64)) for n in (10, 2, 1)}
-    assert [name.split(".")[2] for name in keep_bf16.linears(tensors)] == ["1", "2", "10"]
+    assert [name.split(".")[2] for name in kept_layers.linears(tensors)] == ["1", "2", "10"]
     experts = [f"model.layers.0.mlp.experts.{n}.{x}_proj" for n in (0, 1) for x in ("gate", "up", "down")]
-    assert list(keep_bf16.groups(experts)) == ["model.layers.0.mlp.experts"]
+    assert list(kept_layers.groups(experts)) == ["model.layers.0.mlp.experts"]
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
@@ -156,9 +156,9 @@ def test_every_rank_is_modelopts_own(tmp_path: Path, tp: int, pp: int, patterns:
 
 def test_stages_that_disagree_are_refused_before_anything_runs() -> None:
     config = {**facts(TINY).config}
-    keep_bf16.check_split(facts(TINY, SECOND).kept, (), config, Parallel(1, 3))
+    kept_layers.check_split(facts(TINY, SECOND).kept, (), config, Parallel(1, 3))
     with pytest.raises(UnsupportedError, match="not the same in all 3 pipeline stages"):
-        keep_bf16.check_split(facts(TINY, PATTERNS).kept, (), config, Parallel(1, 3))
+        kept_layers.check_split(facts(TINY, PATTERNS).kept, (), config, Parallel(1, 3))
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
@@ -187,7 +187,7 @@ def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
     assert 4.5 < unified.bits_per_weight < 4.52
     weights = {
         name: n
-        for name, n in ((k, Tensors(TINY)[f"{k}.weight"].nbytes // 2) for k in keep_bf16.linears(facts(TINY).tensors))
+        for name, n in ((k, Tensors(TINY)[f"{k}.weight"].nbytes // 2) for k in kept_layers.linears(facts(TINY).tensors))
     }
     expected = sum(n * (16 if name in kept else unified.bits_per_weight) for name, n in weights.items())
     assert unified.effective_bits == pytest.approx(expected / sum(weights.values()), abs=1e-3)
@@ -314,7 +314,7 @@ def test_attentions_output_is_kept_only_where_the_kernel_can_do_without_its_scal
 
 def test_norm_quant_fusion_takes_every_layer_for_quantized() -> None:
     with pytest.raises(UnsupportedError, match="norm_quant_fusion"):
-        keep_bf16.check_flags(["model.layers.0.mlp.down_proj"], (), {"norm_quant_fusion": "enable"})
+        kept_layers.check_flags(["model.layers.0.mlp.down_proj"], (), {"norm_quant_fusion": "enable"})
 
 
 @pytest.mark.parametrize("value", ["''", "[1, 2]", "{a: b}"])

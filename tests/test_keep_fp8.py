@@ -17,7 +17,7 @@ import exports
 import pytest
 import torch
 
-from builder import checkpoint, fit, inspection, keep_bf16, pipeline, preflight, ranks, recipe, trtllm
+from builder import checkpoint, fit, inspection, kept_layers, pipeline, preflight, ranks, recipe, trtllm
 from builder import sensitivity_child as measuring
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.fit import ModelFacts, Serving
@@ -41,8 +41,8 @@ SECOND = ["model.layers.1.mlp.*", "model.layers.3.mlp.*", "model.layers.5.mlp.*"
 
 def facts(source: Path, fp8: list[str] | None = None, kept: list[str] | None = None) -> ModelFacts:
     tensors = {name: (info.dtype, info.shape) for name, info in Tensors(source).items()}
-    known = keep_bf16.linears(tensors)
-    names = keep_bf16.keep(kept or [], known), keep_bf16.keep(fp8 or [], known, "--keep-fp8")
+    known = kept_layers.linears(tensors)
+    names = kept_layers.keep(kept or [], known), kept_layers.keep(fp8 or [], known, "--keep-fp8")
     return ModelFacts(checkpoint.read_json(source / "config.json"), tensors, *names)
 
 
@@ -174,7 +174,7 @@ def test_what_is_served_as_one_has_one_scale(made: Path) -> None:
 
 def test_pipeline_stages_share_one_quant_cfg(tmp_path: Path, rows: Path) -> None:
     model = facts(TINY, SECOND)
-    keep_bf16.check_split((), model.fp8, model.config, Parallel(1, 3))
+    kept_layers.check_split((), model.fp8, model.config, Parallel(1, 3))
     write(calibrated(TINY, rows, model), TINY, tmp_path, model)
     ranks.split(tmp_path / "tensorrt_llm", tmp_path / "split", Parallel(2, 3))
     layers = checkpoint.read_json(tmp_path / "split" / "quant_cfg.json")["quantized_layers"]
@@ -188,7 +188,7 @@ def test_pipeline_stages_share_one_quant_cfg(tmp_path: Path, rows: Path) -> None
     for modules in (facts(TINY, ["*.0.mlp.*"]).fp8, facts(TINY, SECOND, ["*.5.self_attn.*"])):
         kept, fp8 = (modules.kept, modules.fp8) if isinstance(modules, ModelFacts) else ((), modules)
         with pytest.raises(UnsupportedError, match="not the same in all 3 pipeline stages"):
-            keep_bf16.check_split(kept, fp8, model.config, Parallel(1, 3))
+            kept_layers.check_split(kept, fp8, model.config, Parallel(1, 3))
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
@@ -221,7 +221,7 @@ def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
     assert (ours.nvfp4_linears, ours.fp8_linears, ours.kept_linears) == (30 - 9 - 1, 5 + 1 + 2 + 1, 1)
     model, weights = facts(TINY, PATTERNS, BF16), {n: i.nbytes // 2 for n, i in Tensors(TINY).items()}
     bits = {**dict.fromkeys(model.fp8, 8.0), **dict.fromkeys(model.kept, 16.0)}
-    linears = {name: weights[f"{name}.weight"] for name in keep_bf16.linears(model.tensors)}
+    linears = {name: weights[f"{name}.weight"] for name in kept_layers.linears(model.tensors)}
     expected = sum(n * bits.get(name, unified.bits_per_weight) for name, n in linears.items()) / sum(linears.values())
     assert unified.effective_bits == pytest.approx(expected, abs=2e-3)
 
@@ -357,10 +357,10 @@ def test_the_llm_class_takes_the_attentions_format_of_q_proj(fp8: str, kept: lis
 
 
 def test_the_llm_class_finds_no_format_for_a_fused_qkv() -> None:
-    known = keep_bf16.linears(facts(exports.DATA / "arch-variants" / "phi3").tensors)
-    keep_bf16.check_llm_class(known[:1], (), known)
+    known = kept_layers.linears(facts(exports.DATA / "arch-variants" / "phi3").tensors)
+    kept_layers.check_llm_class(known[:1], (), known)
     with pytest.raises(UnsupportedError, match=r"finds no format for .*qkv_proj"):
-        keep_bf16.check_llm_class((), known[-1:], known)
+        kept_layers.check_llm_class((), known[-1:], known)
 
 
 def test_a_version_not_known_to_build_the_mix_is_refused_for_engines_alone() -> None:
@@ -373,7 +373,7 @@ def test_a_version_not_known_to_build_the_mix_is_refused_for_engines_alone() -> 
 
 def test_a_group_in_fp8_is_simulated_as_if_calibrated_for_it(rows: Path, tmp_path: Path) -> None:
     """What auto measures is what it then builds."""
-    groups = keep_bf16.groups(keep_bf16.linears(facts(LLAMA).tensors))
+    groups = kept_layers.groups(kept_layers.linears(facts(LLAMA).tensors))
     chosen = ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj", "model.layers.1.mlp.down_proj"]
     asked = {"model": str(LLAMA), "calibration": job(LLAMA, rows), "groups": groups, "kept": [], "fp8": []}
     asked |= {"fp8_kv": True, "trust_remote_code": False, "dtype": "auto"}

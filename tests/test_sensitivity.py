@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import cli, fit, inspection, keep_bf16, nvfp4, pipeline, recipe, sensitivity, weight_error
+from builder import cli, fit, inspection, kept_layers, nvfp4, pipeline, recipe, sensitivity, weight_error
 from builder import sensitivity_child as measuring
 from builder.checkpoint import read_json
 from builder.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
@@ -37,7 +37,9 @@ def facts(source: Path, kept: tuple[str, ...] = ()) -> ModelFacts:
     return ModelFacts(read_json(source / "config.json"), tensors, kept)
 
 
-GROUPS = {name: list(modules) for name, modules in keep_bf16.groups(keep_bf16.linears(facts(LLAMA).tensors)).items()}
+GROUPS = {
+    name: list(modules) for name, modules in kept_layers.groups(kept_layers.linears(facts(LLAMA).tensors)).items()
+}
 
 
 @pytest.fixture
@@ -216,7 +218,7 @@ def test_rank_correlation(x: list[float], y: list[float], expected: float) -> No
 
 def test_weight_errors_are_those_of_the_number_format() -> None:
     """q, k and v under one global scale, as they are exported; each tensor by the formula."""
-    files, groups = sorted(TINY.glob("*.safetensors")), keep_bf16.groups(keep_bf16.linears(facts(TINY).tensors))
+    files, groups = sorted(TINY.glob("*.safetensors")), kept_layers.groups(kept_layers.linears(facts(TINY).tensors))
     found = weight_error.weight_errors(files, groups)
     tensors = Tensors(TINY)
     members = groups["model.layers.3.self_attn.qkv_proj"]
@@ -314,7 +316,7 @@ def test_the_stage_tells_the_losses_and_is_found_again(measured: tuple[sensitivi
     assert found.worst[0].name == "model.layers.0.mlp.gate_up_proj"
     assert found.correlation["output_error"] > 0.7
     for loss in found.losses:
-        members = keep_bf16.groups(keep_bf16.linears(facts(TINY).tensors))[loss.name]
+        members = kept_layers.groups(kept_layers.linears(facts(TINY).tensors))[loss.name]
         asked = fit.Serving(max_batch_size=1, max_input_len=8, max_seq_len=16, max_num_tokens=16)
         assert loss.bytes == fit.price_of_kept(facts(TINY, members), asked)
     told = json.loads(found.path.read_text())
