@@ -1,9 +1,18 @@
-"""Tasks for lm-eval made of the evaluation texts: which words follow (choices), and the next word (an answer)."""
+"""Tasks for lm-eval made of the evaluation texts: which words follow (choices), and the next word (an answer); and the
+child process of tasks run in this one."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder import tasks
+from builder.forms import Models
+from builder.recipe import Resolved
+from builder.store import Store
 
 PROSE = Path(__file__).parent / "data" / "eval" / "prose.jsonl"
 
@@ -76,3 +85,37 @@ def write(directory: Path, *, documents: int = 24, words: int = 12, seen_as: Pat
     (directory / "next_word.yaml").write_text(NEXT_WORD.format(data=data), encoding="utf-8")
     (directory / "both.yaml").write_text(BOTH, encoding="utf-8")
     return directory
+
+
+def measure_here(models: Models, asked: Resolved, store: Store) -> tasks.TaskTable:
+    """The work in this process, which has torch and lm-eval loaded; the job goes through JSON as it does there."""
+
+    from builder import task_child  # lm-eval: not for those who write files only
+
+    def run(job: Any, store: Store) -> dict[str, Any]:
+        told: dict[str, Any] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(task_child, "emit", lambda **event: told.update(event))
+            task_child.run(json.loads(json.dumps(job)))
+        return told
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "_run", run)
+        return tasks.measure(models, asked, store=store)
+
+
+def answers_of(checkpoint: Path, tokenizer: Any, prompts: list[str]) -> list[str]:
+    """What next_word's answer is by the executor's own greedy tokens, in this process."""
+    import torch
+
+    from builder.reference.model import ReferenceModel
+
+    model, found = ReferenceModel.load(checkpoint), []
+    for prompt in prompts:
+        cache, answer = model.new_cache(), []
+        logits = model.forward(torch.tensor(tokenizer.encode(prompt)), cache)
+        while len(answer) < 6 and (token := int(logits[-1].argmax())) != tokenizer.eos_token_id:
+            answer.append(token)
+            logits = model.forward(torch.tensor([token]), cache)
+        found.append(tokenizer.decode(answer).split("\n")[0])
+    return found

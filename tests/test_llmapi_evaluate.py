@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import task_files
 import yaml
 from llmapi_stand_in import put_stand_in
+from transformers import AutoTokenizer
 
 from builder import evaluate, llmapi, llmapi_repository, pipeline, preflight, recipe
 from builder.client import Client, Refused
@@ -122,6 +124,19 @@ def test_it_is_the_same_model_in_this_process_bit_by_bit(
     wrong = evaluate.evaluate(shifted, resolve(evaluation__runners=["served"]), store=store)
     assert wrong.measured["served"]["prose"]["nll"].value > math.log(models.snapshot.config["vocab_size"])
     assert found.measured["served"]["prose"]["nll"].value < 5
+
+
+def test_it_answers_tasks_as_the_engine_target_does(models: Models, store: Store, tmp_path: Path) -> None:
+    """By HTTP, with this target's names of the inputs: stop words, lengths, greedy; the executor's own text."""
+    more = {"tasks__names": "next_word", "tasks__limit": 6, "tasks__directory": str(task_files.write(tmp_path))}
+    table = task_files.measure_here(models, resolve(evaluation__runners=["served"], **more), store)
+    assert [(row.runner, row.documents) for row in table.rows] == [("served", 6)]
+    lines = (store.root / table.paths["served"]["next_word"] / "samples_next_word.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    prompts = [sample["arguments"][0][0] for sample in samples]
+    assert models.checkpoint is not None
+    wanted = task_files.answers_of(models.checkpoint.tensorrt_llm, AutoTokenizer.from_pretrained(TINY), prompts)
+    assert [sample["resps"][0][0] for sample in samples] == wanted
 
 
 def test_it_has_the_tables_of_every_other_form(found: Evaluation) -> None:

@@ -16,6 +16,7 @@ import torch
 from hub_server import Hub
 from hypothesis import given
 from hypothesis import strategies as st
+from task_files import measure_here
 from transformers import AutoTokenizer
 
 from builder import cli, evaluate, pipeline, recipe, task_child, task_names, tasks
@@ -25,7 +26,6 @@ from builder.output import Output
 from builder.pipeline import Built
 from builder.recipe import Resolved
 from builder.recipe_evaluation import Tasks
-from builder.reference.model import ReferenceModel
 from builder.runners import triton
 from builder.store import Artefact, Store, prune
 from builder.tasks import Row
@@ -38,21 +38,6 @@ QUIET = Output("quiet")
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return task_files.write(tmp_path_factory.mktemp("tasks"))
-
-
-def measure_here(models: Models, asked: Resolved, store: Store) -> tasks.TaskTable:
-    """The work in this process, which has torch and lm-eval loaded; the job goes through JSON as it does there."""
-
-    def run(job: Any, store: Store) -> dict[str, Any]:
-        told: dict[str, Any] = {}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(task_child, "emit", lambda **event: told.update(event))
-            task_child.run(json.loads(json.dumps(job)))
-        return told
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks, "_run", run)
-        return tasks.measure(models, asked, store=store)
 
 
 def resolve(directory: Path | None, **more: Any) -> Resolved:
@@ -147,16 +132,11 @@ def test_the_quantized_model_is_asked_and_not_bf16_again(store: Store, found: ta
 
 def test_what_is_served_answers_as_its_executor_does(store: Store, found: tasks.TaskTable, models: Models) -> None:
     """lm-eval's prompts through HTTP, Triton and its stop words, against the executor's own greedy tokens."""
+    some = samples(store, found, "served", "next_word")[:6]
+    prompts = [sample["arguments"][0][0] for sample in some]
     assert models.checkpoint is not None
-    model, tokenizer = ReferenceModel.load(models.checkpoint.tensorrt_llm), AutoTokenizer.from_pretrained(TINY)
-    for sample in samples(store, found, "served", "next_word")[:6]:
-        prompt = sample["arguments"][0][0]
-        ids, cache, answer = tokenizer.encode(prompt), model.new_cache(), []
-        logits = model.forward(torch.tensor(ids), cache)
-        while len(answer) < 6 and (token := int(logits[-1].argmax())) != tokenizer.eos_token_id:
-            answer.append(token)
-            logits = model.forward(torch.tensor([token]), cache)
-        assert sample["resps"] == [[tokenizer.decode(answer).split("\n")[0]]]
+    wanted = task_files.answers_of(models.checkpoint.tensorrt_llm, AutoTokenizer.from_pretrained(TINY), prompts)
+    assert [sample["resps"][0][0] for sample in some] == wanted
 
 
 def test_changes_are_against_bf16(found: tasks.TaskTable) -> None:
