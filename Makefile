@@ -18,8 +18,9 @@ export OMP_WAIT_POLICY := PASSIVE
 demo: $(VENV)/ready
 	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
 
+# Two files at once: half of the time a test waits, for a server or a child that imports torch.
 test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 # Debian's package: a browser that draws what readers will see.
 test-browser: $(VENV)/ready
