@@ -228,18 +228,22 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.until_eof:
         stop_at_eof()
     with _server(arguments, repository, out) as server:
-        out.result({"http": server.http_url, "grpc": server.grpc_url, "metrics": server.metrics_url, "pid": server.pid})
-        out.text(f"http       {server.http_url}")
-        out.text(f"grpc       {server.grpc_url}")
-        out.text(f"metrics    {server.metrics_url}")
-        out.text(f"try        {_curl(server.http_url, repository.facts)}")
-        sys.stdout.flush()
-        try:
+        try:  # told to stop while it says where it listens, it stops as well as later
+            _say_where(server, repository, out)
             code = server.wait()
         except KeyboardInterrupt:
             out.info("stopping; answers that are under way are finished")
             return 0
     raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
+
+
+def _say_where(server: Server | ContainerServer, repository: Repository, out: Output) -> None:
+    out.result({"http": server.http_url, "grpc": server.grpc_url, "metrics": server.metrics_url, "pid": server.pid})
+    out.text(f"http       {server.http_url}")
+    out.text(f"grpc       {server.grpc_url}")
+    out.text(f"metrics    {server.metrics_url}")
+    out.text(f"try        {_curl(server.http_url, repository.facts)}")
+    sys.stdout.flush()
 
 
 def _curl(url: str, facts: Mapping[str, Any]) -> str:
