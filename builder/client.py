@@ -86,6 +86,11 @@ class Client:
     names: Mapping[str, str] = field(default_factory=dict)
     batched: bool = True
 
+    @classmethod
+    def of(cls, http_url: str, grpc_url: str, facts: Mapping[str, Any], timeout: float) -> Client:
+        """Of a server of the repository with these facts."""
+        return cls(http_url, grpc_url, facts["models"], timeout, facts.get("names", {}), facts.get("batched", True))
+
     def ready(self, model: str | None = None) -> bool:
         """The server, or one of its models, by gRPC."""
         with self._grpc() as grpc:

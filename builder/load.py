@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from builder import paths
 from builder.errors import BuilderError, ServingError, UsageError
 from builder.output import Output
-from builder.store import Artefact, Store
+from builder.store import Artefact, Store, root_of
 
 if TYPE_CHECKING:
     from builder.client import Client
@@ -113,42 +113,46 @@ def load(
     """Measures every level on a running server. ServingError where a level got no answer at all."""
     from builder.client import Client
 
-    facts = repository.facts
-    names, batched = facts.get("names", {}), facts.get("batched", True)
-    client = Client(http_url, grpc_url, facts["models"], timeout, names, batched)
+    client = Client.of(http_url, grpc_url, repository.facts, timeout)
     count = asked.requests + max(asked.clients)  # some to warm up with
-    prompts = texts(repository, asked.input_tokens, count * len(asked.clients))
+    # A server that runs on may know the prompts of the last measurement.
+    prompts = texts(repository, asked.input_tokens, count * len(asked.clients), begin=str(time.time_ns()))
     levels: list[Level] = []
     with out.progress("load", total=asked.requests * len(asked.clients), unit="requests") as bar:
         for number, clients in enumerate(asked.clients):
             mine = prompts[number * count : (number + 1) * count]
             bar.update(number * asked.requests, label=f"{clients} at once")
-            levels.append(_level(client, clients, mine, asked, streams=bool(facts["decoupled"])))
+
+            def tell(done: int, before: int = number * asked.requests) -> None:
+                bar.update(before + done)
+
+            levels.append(_level(client, clients, mine, asked, tell, streams=bool(repository.facts["decoupled"])))
     return LoadReport(asked, tuple(levels))
 
 
-def texts(repository: Repository, tokens: int, count: int) -> list[str]:
-    """So many prompts of `tokens` tokens (a few less where a cut makes other tokens), each with another beginning."""
+def texts(repository: Repository, tokens: int, count: int, *, begin: str) -> list[str]:
+    """So many prompts of `tokens` tokens (a few less where a cut makes other tokens), each with another beginning:
+    its number and `begin`."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(_tokenizer(repository)))
     rows = paths.data("configs", "calibration", "python-docs.jsonl").read_text(encoding="utf-8").splitlines()
     words = " ".join(json.loads(row).get("text", "") for row in rows).split()
+    special = len(tokenizer.encode("").ids)
     made = []
     for number in range(count):
         start = number * 97 % len(words)
         turned = words[start:] + words[:start]
-        text = f"{number} " + " ".join(turned[: 2 * tokens])
+        text = f"{number} {begin} " + " ".join(turned[: 2 * tokens])
         ends = tokenizer.encode(text, add_special_tokens=False).offsets
-        special = len(tokenizer.encode("").ids)
         made.append(text[: ends[max(1, tokens - special) - 1][1]] if len(ends) + special > tokens else text)
     return made
 
 
 def keep(repository: Repository, report: LoadReport, out: Output) -> Path | None:
     """Beside the repository in its store, for `builder report`; None where that can't be written or is no store."""
-    root = repository.path.parent.parent
-    if repository.path.parent.name != "repository":
+    root = root_of(repository.path)
+    if root is None:
         return None
     ingredients = {"repository": repository.digest, "asked": asdict(report.asked), "measured": time.time_ns()}
 
@@ -201,7 +205,15 @@ def _tokenizer(repository: Repository) -> Path:
     return Path(facts["checkpoint"]) / "tokenizer.json"
 
 
-def _level(client: Client, clients: int, prompts: Sequence[str], asked: Asked, *, streams: bool) -> Level:
+def _level(
+    client: Client,
+    clients: int,
+    prompts: Sequence[str],
+    asked: Asked,
+    tell: Callable[[int], None],
+    *,
+    streams: bool,
+) -> Level:
     def ask(prompt: str) -> _Answer:
         return _ask(client, prompt, asked.output_tokens, streams=streams)
 
@@ -209,7 +221,10 @@ def _level(client: Client, clients: int, prompts: Sequence[str], asked: Asked, *
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(ask, warm[:clients]))
         start = time.perf_counter()
-        answers = list(pool.map(ask, measured))
+        answers: list[_Answer] = []
+        for answer in pool.map(ask, measured):
+            answers.append(answer)
+            tell(len(answers))
         took = time.perf_counter() - start
     good = [answer for answer in answers if not answer.why]
     why = next((answer.why for answer in answers if answer.why), "")

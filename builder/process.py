@@ -282,7 +282,7 @@ def _stop(child: Child) -> None:
             child.wait(patience)
             return
         except subprocess.TimeoutExpired:
-            continue
+            continue  # to the harder signal
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -14,7 +14,7 @@ from builder.errors import UsageError
 from builder.load import LoadReport
 from builder.results import Evaluation, Loss
 from builder.smoke import SmokeReport
-from builder.store import STAGES, Artefact, artefacts, read, tests_of, upstream
+from builder.store import STAGES, Artefact, artefacts, read, root_of, tests_of, upstream
 from builder.tasks import Row
 
 REFERENCE = (
@@ -145,11 +145,6 @@ def gather(path: Path) -> Report:
         directory=found.record.get("directory") if _model(found).revision is None else None,
         engine_command=shlex.join(engine_command) if engine_command else None,
     )
-
-
-def root_of(repository: Path) -> Path | None:
-    """The output directory that a repository's directory lies in; None if it lies in no store."""
-    return repository.parent.parent if repository.parent.name == "repository" else None
 
 
 def name_of(path: Path) -> str:

@@ -19,9 +19,9 @@ from builder.charts import Mark
 from builder.errors import UsageError
 from builder.load import spread_words
 from builder.output import Output, seconds, size
-from builder.report import Report, gather, root_of
+from builder.report import Report, gather
 from builder.results import OVERALL, RUNNERS, Interval, Score, append, rows, task_rows
-from builder.store import replace_file
+from builder.store import replace_file, root_of
 
 KINDS = {
     "nvfp4_weights": "NVFP4 weights",

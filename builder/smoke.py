@@ -118,8 +118,7 @@ def smoke(
     from builder.client import Client
     from builder.smoke_checks import PROMPT, READY, Checks
 
-    names, batched = facts.get("names", {}), facts.get("batched", True)
-    asked = Checks(Client(http_url, grpc_url, facts["models"], timeout, names, batched), facts)
+    asked = Checks(Client.of(http_url, grpc_url, facts, timeout), facts)
     named = asked.named()
     checks: list[Check] = []
     with out.progress("smoke test", total=len(named), unit="checks") as bar:

@@ -267,6 +267,11 @@ def upstream(start: Sequence[Artefact], everything: Sequence[Artefact]) -> list[
     return list(found.values())
 
 
+def root_of(repository: Path) -> Path | None:
+    """The output directory that a repository's directory lies in; None if it lies in no store."""
+    return repository.parent.parent if repository.parent.name == "repository" else None
+
+
 def tests_of(repositories: Sequence[Artefact], everything: Sequence[Artefact], stages: Sequence[str]) -> list[Artefact]:
     """The smoke tests that these repositories passed, or what they did under load."""
     digests = {artefact.digest for artefact in repositories}

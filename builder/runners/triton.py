@@ -46,8 +46,7 @@ class Served:
 
     def __init__(self, server: Server, facts: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         self._server = server
-        named = {name: facts[name] for name in ("names", "batched") if name in facts}
-        self._client = Client(server.http_url, server.grpc_url, facts["models"], timeout=job["timeout"], **named)
+        self._client = Client.of(server.http_url, server.grpc_url, facts, job["timeout"])
         self._at_once = AT_ONCE_LLMAPI if facts["target"] == "llmapi" else AT_ONCE
         self.vocab_size, self.batch_tokens = int(facts["vocab_size"]), job["batch_tokens"]
 
