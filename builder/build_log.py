@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from builder import paths
 from builder.errors import StageError
+from builder.foreign_text import parse_yaml
 from builder.output import seconds, size
 
 START, NETWORK, FINISH = "starting", "reading the checkpoint and constructing the network", "finishing"
@@ -102,7 +101,7 @@ class BuildLog:
 def known_errors() -> tuple[Known, ...]:
     """The table, in its order: where several match, the first is the cause of the others."""
     file = paths.data("configs", "trtllm", "known_errors.yaml")
-    raw: list[dict[str, Any]] = yaml.safe_load(file.read_text(encoding="utf-8"))["errors"]
+    raw: list[dict[str, Any]] = parse_yaml(file.read_text(encoding="utf-8"))["errors"]
     return tuple(Known(pattern=re.compile("|".join(entry.pop("patterns"))), **entry) for entry in raw)
 
 

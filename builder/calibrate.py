@@ -12,17 +12,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from builder import fetch, paths, recipe
 from builder.errors import UsageError
+from builder.foreign_text import parse_json
+from builder.safe_text import printable_line
 from builder.store import Store, library_versions, sha256, sources_digest
 
 if TYPE_CHECKING:
     import torch
 
 ROWS = "rows.jsonl"
-SOURCES = ("builder/calibrate.py", "builder/hub_dataset.py")
+SOURCES = ("builder/calibrate.py", "builder/foreign_text.py", "builder/hub_dataset.py")
+LONGEST_ROW = 64_000_000  # bytes
 BUILTIN = "builtin:"
 # Where the text is looked for when no column is named: the usual names, the most specific ones first.
 COLUMNS = ("messages", "conversations", "text", "article", "content", "document", "prompt", "question", "instruction")
@@ -111,7 +114,7 @@ def read_jsonl(file: Path, samples: int, column: str | None) -> Rows:
 
     def parsed() -> Iterator[tuple[int, Any]]:
         with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(_bounded(lines), 1):
                 if line.strip():
                     yield number, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
 
@@ -121,13 +124,24 @@ def read_jsonl(file: Path, samples: int, column: str | None) -> Rows:
         raise UsageError(f"Can't read {file}.", why=str(error)) from None
 
 
+def _bounded(lines: IO[bytes]) -> Iterator[bytes]:
+    """Lines of at most LONGEST_ROW bytes and one more: the rest of a longer one is skipped, not read into memory."""
+    while line := lines.readline(LONGEST_ROW + 1):
+        rest = line
+        while len(rest) > LONGEST_ROW and not rest.endswith(b"\n"):
+            rest = lines.readline(LONGEST_ROW + 1)
+        yield line
+
+
 def _parse(line: bytes) -> Any:
     """A JSON value, or the ValueError that says why it is none."""
+    if len(line.rstrip(b"\r\n")) > LONGEST_ROW:
+        return ValueError(f"is longer than {LONGEST_ROW} bytes")
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line)
     except UnicodeDecodeError as error:
         return ValueError(f"is not UTF-8 ({error.reason})")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return ValueError(f"is no JSON ({error})")
 
 
@@ -154,7 +168,8 @@ def canonical(row: Any, column: str | None) -> dict[str, Any]:
     names = [name for name in present if row[name]] or present
     if not names:
         looked_for = repr(column) if column else '"text" or "messages"'
-        raise ValueError(f"has no {looked_for}, only {', '.join(map(str, list(row)[:8])) or 'nothing'}")
+        others = ", ".join(printable_line(str(key)[:80]) for key in list(row)[:8])
+        raise ValueError(f"has no {looked_for}, only {others or 'nothing'}")
     value = row[names[0]]
     if isinstance(value, str):
         if not value.strip():

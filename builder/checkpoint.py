@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import IntegrityError, UnsupportedError
+from builder.foreign_text import parse_json, read_regular
 from builder.safetensors_io import NewTensor, Tensors, write
 
 RANK_FILE = "rank0.safetensors"
@@ -97,7 +98,7 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; IntegrityError where the file is absent or something else."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_regular(path))
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{path} cannot be read as JSON.", why=str(error)) from None
     if not isinstance(content, dict):

@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from builder import __version__
+from builder import __version__, streams
 from builder.commands import (
     MEASUREMENTS,
     STAGE_NAMES,
@@ -34,6 +34,7 @@ from builder.commands import (
 from builder.errors import BuilderError
 from builder.output import Output, print_error
 from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
+from builder.safe_text import safe
 
 EXAMPLES = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120
@@ -50,34 +51,53 @@ exit codes: 0 ok, 1 a stage failed, 2 usage or recipe, 3 does not fit or is not 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs one command, and turns what goes wrong into a message and an exit code."""
-    arguments = parser().parse_args(argv)
+    streams.prepare()
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as ended:  # --help and --version, or a flag that does not exist
+        raise SystemExit(streams.finish(ended.code if isinstance(ended.code, int) else 2)) from None
+    return streams.finish(_run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     out = Output("json" if arguments.json else "quiet" if arguments.quiet else "human")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code: int = arguments.run(arguments, out)
         return code
-    except BuilderError as error:
+    except (BuilderError, OSError) as raised:
         if arguments.traceback:
             raise
+        error = raised if isinstance(raised, BuilderError) else _refused(raised, arguments)
         print_error(error)
         out.result({"error": {"what": error.what, "why": error.why, "cure": error.cure}, "exit_code": error.exit_code})
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept, nothing half-made is", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our stdout went away, as `| head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+
+def _refused(error: OSError, arguments: argparse.Namespace) -> BuilderError:
+    """What the operating system refused, wherever it did: a file system that is full or read-only, a file of others."""
+    from builder.store import disk_error
+
+    return disk_error(error, Path(os.fsdecode(error.filename or getattr(arguments, "output", "."))))
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its messages quote what was typed, or pasted."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(safe(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="builder",
         description="From a Hugging Face model and a GPU name to a tested Triton repository, quantized to NVFP4.",
         epilog=EXAMPLES,

@@ -13,6 +13,7 @@ from typing import Any
 from builder import build_log, paths, process, trtllm
 from builder.checkpoint import QUANT_CFG, Checkpoint
 from builder.errors import IntegrityError, StageError, UnsupportedError, UsageError
+from builder.foreign_text import parse_json, read_regular
 from builder.gpus import Seen, cuda_order, visible
 from builder.guards import BUILT_WITH, installed
 from builder.output import seconds
@@ -34,7 +35,7 @@ class Engine:
     @property
     def config(self) -> Mapping[str, Any]:
         """The engine's config.json."""
-        loaded: Mapping[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        loaded: Mapping[str, Any] = parse_json(read_regular(self.path / "config.json"))
         return loaded
 
 

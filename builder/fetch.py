@@ -17,6 +17,7 @@ from typing import Any
 
 from builder import model_directory, process
 from builder.errors import IntegrityError, StageError, UsageError
+from builder.foreign_text import read_regular
 from builder.output import Output, Progress
 from builder.recipe import Model
 from builder.store import Artefact, Store
@@ -153,8 +154,8 @@ def check_directory(directory: Path, *, trust_remote_code: bool) -> list[str]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_regular(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"Can't read {path}.", why=str(error)) from None
 
 

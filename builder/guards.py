@@ -5,7 +5,6 @@ What Triton's C++ backend would do instead stands beside each check: it fails la
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import IntegrityError
+from builder.foreign_text import parse_json, read_regular
 from builder.gpus import Seen, visible
 
 ENGINE_MODEL, BLS_MODEL = "tensorrt_llm", "tensorrt_llm_bls"
@@ -338,7 +338,7 @@ def _json(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
         return {}
     try:
-        loaded: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        loaded: Mapping[str, Any] = parse_json(read_regular(file))
     except ValueError as error:
         raise IntegrityError(
             f"{file} can't be read.", why=str(error), cure="Build the engine again: --from engine"

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from builder import paths
 from builder.errors import UnsupportedError, UsageError
+from builder.foreign_text import parse_yaml
 from builder.trtllm_facts import order
 
 TYPES: Mapping[str, tuple[type, ...]] = {
@@ -46,7 +45,7 @@ class Facts:
 def read() -> dict[str, Any]:
     """The whole file."""
     file = paths.data("configs", "trtllm", "llmapi.yaml")
-    raw: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    raw: dict[str, Any] = parse_yaml(file.read_text(encoding="utf-8"))
     return raw
 
 

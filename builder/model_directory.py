@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import IntegrityError, UnsupportedError, UsageError
+from builder.foreign_text import parse_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -99,7 +99,7 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
 def parse_config(text: bytes, where: str) -> dict[str, Any]:
     """config.json as a mapping."""
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except ValueError as error:
         raise UsageError(f"{where}/{CONFIG} is no JSON.", why=str(error), cure="Save the model again.") from None
     if not isinstance(config, dict):
@@ -149,7 +149,7 @@ def needs_remote_code(config: Mapping[str, Any]) -> bool:
 def shards_of(index: bytes, names: Collection[str], where: str) -> list[str]:
     """The shard names of model.safetensors.index.json. IntegrityError if one is missing or is no plain file name."""
     try:
-        shards = sorted({str(name) for name in json.loads(index)["weight_map"].values()})
+        shards = sorted({str(name) for name in parse_json(index)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(
             f"{where}/{INDEX} is no index of safetensors.", why=repr(error), cure="Fetch or save the model again."
@@ -190,7 +190,7 @@ def check_safetensors(path: Path) -> None:
         try:
             if len(head) < 8 or length > min(size - 8, MAX_HEADER):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
             ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
             if 8 + length + max(ends, default=0) != size:
                 raise ValueError(f"{8 + length + max(ends, default=0)} bytes announced, {size} found")

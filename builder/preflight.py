@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,8 @@ from builder import engine, fit, fit_change, kept_layers, kv_safety, llmapi, ran
 from builder.errors import UnsupportedError, UsageError
 from builder.fetch import check_directory, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
+from builder.foreign_text import read_regular
+from builder.model_directory import parse_config
 from builder.output import size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Model, Resolved
@@ -168,7 +169,7 @@ def read_model(model: Model, store: Store) -> ModelFacts:
     if directory is None:
         return ModelFacts(*read_headers(model, store=store))
     files = check_directory(directory, trust_remote_code=model.trust_remote_code)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = parse_config(read_regular(directory / "config.json"), str(directory))
     return headers(directory, config, files)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from builder import containers, recipe, trtllm_answers, trtllm_facts
 from builder.errors import IntegrityError
+from builder.foreign_text import parse_json, read_regular
 from builder.store import disk_error, library_versions
 from builder.trtllm_answers import Answer, Probe
 
@@ -72,7 +73,7 @@ def holds(record: Mapping[str, Any], probe: Probe) -> bool:
 def read(file: Path) -> dict[str, dict[str, Any]]:
     """The records of a file by name; none where there is no file. IntegrityError where it is something else."""
     try:
-        kept: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["answers"]
+        kept: dict[str, dict[str, Any]] = parse_json(read_regular(file))["answers"]
         texts = [record[key] for record in kept.values() for key in ("outcome", "reason", "card", "date")]
         if not all(isinstance(text, str) for text in texts) or not all(record["asked"] for record in kept.values()):
             raise ValueError("an answer says something else than what a probe writes")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from builder import gpus, paths
 from builder.errors import UsageError
+from builder.foreign_text import LARGEST_YAML, parse_yaml, read_regular
 from builder.recipe_evaluation import Evaluation, Sensitivity, Tasks
 from builder.recipe_part import Part, Positive
 
@@ -275,6 +275,8 @@ def resolve(
     asked = "auto"
     for _, layer in layers:
         asked = layer.get("gpu", asked)
+    if not isinstance(asked, str):
+        raise UsageError(f"gpu: {asked!r} is no name of a profile.", cure="`builder gpus` lists them; --gpu sm120")
     gpu = gpus.detect() if asked == "auto" else gpus.load(asked)
     layers.insert(0, (f"GPU profile {gpu.name}", {**gpu.recipe, "gpu": gpu.name, "target": gpu.target}))
 
@@ -313,11 +315,13 @@ def load_preset(name: str) -> dict[str, Any]:
 def load_yaml(file: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. UsageError says where it is not one."""
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = parse_yaml(read_regular(file, LARGEST_YAML, pipe=True))
     except OSError as error:
         raise UsageError(f"Can't read the recipe {file}.", why=str(error)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is no YAML.", why=str(error)) from error
+    except ValueError as error:
+        raise UsageError(
+            f"The recipe {file} is no valid YAML.", why=str(error), cure="Examples are in configs/recipes/."
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UsageError(f"{file} holds no mapping of names to values.", cure="Examples are in configs/recipes/.")
     return loaded
@@ -329,8 +333,8 @@ def parse_set(text: str) -> dict[str, Any]:
     if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)*", key):
         raise UsageError(f"--set {text!r} is not of the form a.b=value.", cure="--set engine.max_batch_size=8")
     try:
-        return _nest(key, yaml.safe_load(value))
-    except yaml.YAMLError as error:
+        return _nest(key, parse_yaml(value))
+    except ValueError as error:
         raise UsageError(f"The value of --set {text!r} is no YAML.", why=str(error)) from error
 
 

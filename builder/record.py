@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,14 +20,13 @@ import yaml
 
 from builder import __version__, fit, fit_change, llmapi, trtllm
 from builder.fit import ModelFacts, Sizes
+from builder.foreign_text import parse_json, parse_yaml, read_regular
 from builder.recipe import Resolved
+from builder.safe_text import without_secrets
 from builder.store import Store, replace_file
 
 FORMAT = 1
 DIRECTORY = "builds"
-# Access tokens of the Hub; and the variables that huggingface_hub reads one from.
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def write(
@@ -103,14 +101,6 @@ def command(resolved: Resolved, commits: Mapping[str, str] | None = None) -> lis
     return argv
 
 
-def without_secrets(text: str) -> str:
-    """The text with access tokens taken out: whatever looks like one, and those of this environment."""
-    for variable in _TOKEN_VARIABLES:
-        if len(token := os.environ.get(variable, "").strip()) >= 8:
-            text = text.replace(token, "***")
-    return _TOKEN.sub("hf_***", text)
-
-
 def _commits(store: Store) -> dict[str, str]:
     """What the branches and tags of the Hub were when this was built."""
     facts = {done.stage: done.facts for done in store.done}
@@ -127,15 +117,15 @@ def _plain(value: Any) -> str:
         # A scalar of YAML on its own ends with a line of three dots.
         return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
     try:
-        bare = yaml.safe_load(value) == value
-    except yaml.YAMLError:
+        bare = parse_yaml(value) == value
+    except ValueError:
         bare = False
     return value if bare else yaml.safe_dump(value, default_style='"', width=math.inf).strip()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = parse_json(read_regular(path))
         usable = record["format"] == FORMAT and isinstance(record["repository"], str) and float(record["written"]) >= 0
     except (OSError, ValueError, KeyError, TypeError):
         return None

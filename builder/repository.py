@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder import guards, paths, recipe
 from builder.errors import IntegrityError, UnsupportedError, UsageError
+from builder.foreign_text import parse_json, read_regular
 from builder.guards import LOGITS_TYPES
 from builder.model_directory import tokenizer_files
 from builder.store import MANIFEST, Artefact, Store, library_versions, read, sources_digest
@@ -347,7 +348,12 @@ def _json(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file is absent."""
     if not path.is_file():
         return {}
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        loaded = parse_json(read_regular(path))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} can't be read as JSON.", why=str(error), cure="Fetch the model again.") from None
+    if not isinstance(loaded, dict):
+        raise IntegrityError(f"{path} is a JSON {type(loaded).__name__}, no object.", cure="Fetch the model again.")
     return loaded
 
 

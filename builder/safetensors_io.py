@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import IntegrityError
+from builder.foreign_text import parse_json, read_regular
 
 # Bits per element; safetensors/src/tensor.rs, `Dtype::bitsize`.
 DTYPE_BITS = {
@@ -80,19 +81,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _damaged(path, _what_it_is(start + file.read(len(LFS_POINTER)), size, length))
         header = file.read(length)
     try:
-        entries = json.loads(header, object_pairs_hook=_no_duplicates)
+        entries = parse_json(header, unique=True)
         infos = {name: _info(e, 8 + length) for name, e in entries.items() if name != "__metadata__"}
         _check_layout(infos, 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, f"Its header is wrong: {error}") from None
     return infos
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
 
 
 def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
@@ -201,7 +195,7 @@ def _index(directory: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        weight_map: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        weight_map: dict[str, str] = parse_json(read_regular(path))["weight_map"]
         if all(isinstance(v, str) and v == os.path.basename(v) for v in weight_map.values()):
             return weight_map
         why = "It names something else than files beside it."

@@ -28,6 +28,7 @@ from pathlib import Path
 from builder import gpus, guards, process
 from builder.errors import ServingError
 from builder.output import Output, seconds
+from builder.safe_text import printable_bytes
 
 CONTAINER = Path("/opt/tritonserver")
 SHM = Path("/dev/shm")
@@ -354,8 +355,10 @@ def followed_log() -> Path:
 
     def copy() -> None:
         with open(log, "rb") as file:
+            begun = b""
             while True:
-                process.write_all(2, file.read())
+                lines, newline, begun = (begun + file.read()).rpartition(b"\n")
+                process.write_all(2, printable_bytes(lines + newline))
                 time.sleep(0.1)
 
     threading.Thread(target=copy, daemon=True).start()

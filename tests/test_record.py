@@ -70,13 +70,15 @@ def test_any_text_comes_back_as_it_was(text: str) -> None:
     assert again(record.command(resolved)).recipe.calibration.data == text
 
 
-def test_no_token_gets_into_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_gets_into_a_record_and_paths_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "an-unusual-token-1234")
-    model = shutil.copytree(MODEL, tmp_path / "hf_abcdefghijklmnop-an-unusual-token-1234")
+    token = "hf_" + "abcdefghijklmnopq" * 2
+    model = shutil.copytree(MODEL, tmp_path / "hf_checkpoints" / f"{token}-an-unusual-token-1234")
     report_store.build(tmp_path / "out", model=str(model), link="model")
     text = (tmp_path / "out" / "builds" / "model.json").read_text()
-    assert "hf_abcdefghijklmnop" not in text
+    assert token not in text
     assert "an-unusual-token-1234" not in text
+    assert "/hf_checkpoints/hf_***-***" in text
     assert record.find(tmp_path / "out", (tmp_path / "out" / "models" / "model").resolve())
 
 
