@@ -29,6 +29,8 @@ HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 WAITS: tuple[float, ...] = (1, 2, 4, 8, 15)
 # Seconds without one byte after which a transfer counts as stuck; plain HTTP gives up by itself after 10.
 STALL = 300.0
+# Seconds for all that is asked of the Hub before the download: listings, config.json, headers.
+LIMIT = 600.0
 
 
 Check = Callable[[Mapping[str, Any]], object]
@@ -237,7 +239,7 @@ def _job(job: str, model: Model, commit: str) -> dict[str, Any]:
 def ask_hub(store: Store, *, module: str = "builder.hub", unit: str = "MB", **job: Any) -> dict[str, Any]:
     """Runs one job in a child process. Its errors are raised here as they were there; a stuck one is begun again once,
     without Xet, over plain HTTP."""
-    job = {"waits": list(WAITS), "stall": STALL, **job}
+    job = {"waits": list(WAITS), "stall": STALL, "limit": LIMIT, **job}
     for environment in ({}, {"HF_HUB_DISABLE_XET": "1"}):
         answer = _ask(store, module, unit, job, environment)
         if "stalled" not in answer:

@@ -18,7 +18,8 @@ import datasets
 from builder.calibrate import Rows, collect, dump
 from builder.errors import UnsupportedError, UsageError
 from builder.hub import report
-from builder.hub_errors import endpoint, gated, patiently
+from builder.hub_errors import gated, patiently
+from builder.hub_guard import DEADLINE, endpoint
 from builder.process import emit
 
 
@@ -32,6 +33,7 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
 
 def _numbered(job: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, row in enumerate(_stream(job), 1):
+        DEADLINE.begin(job["limit"])  # for each row: a large file may have to come before the first
         emit(progress={"label": "rows", "done": number - 1, "total": job["samples"]})
         yield number, row
 
@@ -80,7 +82,7 @@ def main(arguments: str) -> int:
     """Runs the job; errors are events too; the exit code is theirs."""
     job = json.loads(arguments)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    return report(lambda: rows(job), "dataset", job["repo"], job["revision"])
+    return report(lambda: rows(job), "dataset", job["repo"], job["revision"], job["limit"])
 
 
 if __name__ == "__main__":

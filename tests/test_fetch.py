@@ -217,12 +217,18 @@ FOREVER = 10**6
         ),
         (MODEL, "", fails(Fault("/resolve/.*/tokenizer.json", "status", FOREVER, status=404)), StageError, "404"),
         (MODEL, "", claims_a_petabyte, StageError, r"needs 1000\.\d* TB|1\d{3}\.\d+ TB|HF_HOME"),
-        (MODEL, "", fails(Fault("/cdn/", "wrong-bytes")), IntegrityError, r"model\.safetensors.*Run the same"),
-        (MODEL, "", fails(Fault("/config.json", "wrong-bytes")), BuilderError, r"config\.json"),
+        (MODEL, "", fails(Fault("/cdn/", "wrong-bytes", FOREVER)), IntegrityError, r"model\.safetensors.*Run the same"),
         (
             MODEL,
             "",
-            fails(Fault("tokenizer.json", "wrong-bytes")),
+            fails(Fault("/config.json", "wrong-bytes", FOREVER)),
+            IntegrityError,
+            r"^config\.json of.*Run the same",
+        ),
+        (
+            MODEL,
+            "",
+            fails(Fault("tokenizer.json", "wrong-bytes", FOREVER)),
             IntegrityError,
             r"^tokenizer\.json of.*Run the same",
         ),
@@ -291,7 +297,7 @@ def test_a_mirrors_password_is_in_no_log(hub: Hub, store: Store, monkeypatch: py
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint.replace("//", "//someone:secret@"))
     hub.add("tiny/qwen2", SMALL)
     hub.fail(Fault("/resolve/.*/tokenizer.json", "cut", after=100))
-    hub.fail(Fault("/cdn/", "wrong-bytes"))
+    hub.fail(Fault("/cdn/", "wrong-bytes", 2))
     with pytest.raises(IntegrityError):
         fetch(MODEL, store=store)
     (log,) = (store.root / "logs").iterdir()
