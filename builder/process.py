@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shlex
@@ -238,6 +239,10 @@ def do_job(
         summary = work(job)
     except BaseException as error:
         told = error if isinstance(error, BuilderError) else known(error, job)
+        if told is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            from builder.store import disk_error
+
+            told = disk_error(error, Path(os.fsdecode(error.filename or ".")))
         if told is None:
             raise
         emit_error(told)

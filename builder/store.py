@@ -388,9 +388,8 @@ def _make_directory(path: Path) -> None:
 def disk_error(error: OSError, path: Path) -> BuilderError:
     """A disk's refusal as a message: full, read-only and not ours are things that a user can mend."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = size(shutil.disk_usage(_existing(path)).free)
         return StageError(
-            f"The disk that holds {path} is full ({free} free).",
+            f"The disk that holds {path} is full ({_free(_existing(path))}).",
             why="Nothing half-made was kept.",
             cure="Free some space (`builder clean` removes what no repository needs) or choose another --output.",
         )
@@ -401,6 +400,14 @@ def disk_error(error: OSError, path: Path) -> BuilderError:
             cure="Choose a writable --output, or change its owner: chown -R $(id -u):$(id -g) DIRECTORY",
         )
     return StageError(f"The operating system refused: {error}.", cure=f"It happened in {path}.")
+
+
+def _free(path: Path) -> str:
+    """What a full file system lacks: bytes, or inodes, which `df -i` shows and `df` does not."""
+    found = os.statvfs(path)
+    if found.f_files and not found.f_favail:
+        return "no inode free: too many files"
+    return f"{size(found.f_bavail * found.f_frsize)} free"
 
 
 def _existing(path: Path) -> Path:
