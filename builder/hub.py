@@ -356,6 +356,20 @@ def _remove(job: Job, path: Path) -> None:
         place.unlink(missing_ok=True)
 
 
+def drop_damaged_cached(job: Job) -> None:
+    """Removes the small files of a cached commit that are no longer what their blob's name says.
+
+    For what other libraries read from the cache without looking: the card and the metadata of a dataset.
+    """
+    found = (path for path in (job.storage / "snapshots" / job.commit).rglob("*") if path.is_symlink())
+    for path in itertools.islice(found, MOST_FILES):
+        etag = Path(os.readlink(path)).name
+        if path.is_file() and path.stat().st_size <= model_directory.LARGEST_BLOB and hub_guard.HASH.fullmatch(etag):
+            hashed = model_directory.hash_files(path.parent, [path.name], lambda _: None)[path.name]
+            if etag not in (hashed.sha256, hashed.git_sha1):
+                _remove(job, path)
+
+
 def _drop_dead_partials(job: Job, chosen: Mapping[str, Listed]) -> None:
     """Removes what a killed huggingface_hub 1.x left and never resumes: `<etag>.<8 hex>.incomplete`.
     (0.36 writes `<etag>.incomplete` and resumes it: that one stays.)"""

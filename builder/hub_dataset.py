@@ -17,7 +17,7 @@ import datasets
 
 from builder.calibrate import Rows, collect, dump
 from builder.errors import UnsupportedError, UsageError
-from builder.hub import report
+from builder.hub import Job, drop_damaged_cached, report
 from builder.hub_errors import gated, patiently
 from builder.hub_guard import DEADLINE, endpoint
 from builder.process import emit
@@ -26,6 +26,7 @@ from builder.process import emit
 def rows(job: dict[str, Any]) -> dict[str, Any]:
     """Writes the first usable rows to job["file"]: {"unusable": {row number: reason}}."""
     datasets.disable_progress_bars()
+    drop_damaged_cached(Job("rows", job["repo"], commit=job["commit"], kind="dataset"))
     found: Rows = patiently(lambda: collect(_numbered(job), job["samples"], job["column"]), job["waits"])
     Path(job["file"]).write_bytes(dump(found.usable))
     return {"unusable": found.unusable}

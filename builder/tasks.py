@@ -17,6 +17,7 @@ from typing import Any
 from builder import forms as of_model
 from builder import process, recipe_evaluation
 from builder.errors import NotMeasurable, UnsupportedError, UsageError
+from builder.foreign_text import LARGEST_YAML, check_yaml, read_regular
 from builder.forms import Form, Models
 from builder.output import Output
 from builder.quantize import modelopt
@@ -70,6 +71,8 @@ def check(part: recipe_evaluation.Tasks, store: Store) -> None:
         raise UsageError(
             f"There is no directory {part.directory}.", cure="Name the one that holds the tasks: --task-dir"
         )
+    if part.directory:
+        _check_files(Path(part.directory))
     job = {"names": part.names, "directory": _directory(part)}
 
     def make(_: Path) -> dict[str, Any]:
@@ -80,6 +83,22 @@ def check(part: recipe_evaluation.Tasks, store: Store) -> None:
 
     ingredients = {"names": part.names, "files": _files(part), "libraries": library_versions(*LIBRARIES)}
     store.stage("task_names", ingredients, make)
+
+
+def _check_files(directory: Path) -> None:
+    """UsageError for what lm-eval would read without end or by its last line: it parses the task files with PyYAML."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir():
+            continue
+        try:
+            if not path.is_file():
+                raise ValueError("not a regular file")
+            if path.suffix in (".yaml", ".yml"):
+                check_yaml(read_regular(path, LARGEST_YAML))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"The task file {path} can't be used.", why=str(error), cure="Mend or remove it."
+            ) from None
 
 
 def measure(models: Models, resolved: Resolved, *, store: Store) -> TaskTable:

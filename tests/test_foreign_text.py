@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import checkpoint, foreign_text, model_directory, recipe, safetensors_io
+from builder import checkpoint, foreign_text, model_directory, recipe, safetensors_io, tasks
 from builder.calibrate import read_jsonl
 from builder.errors import BuilderError, IntegrityError, UsageError
 from builder.foreign_text import check_yaml, parse_json, parse_yaml, read_regular
@@ -226,6 +226,27 @@ def test_every_reader_of_foreign_json_survives_deep_nesting(tmp_path: Path) -> N
     assert rows.usable == [{"text": "good"}]
     assert "nested" in rows.unusable[1]
     assert "twice" in rows.unusable[2]
+
+
+def test_task_files_are_checked_before_lm_eval_reads_them(tmp_path: Path) -> None:
+    tasks._check_files(Path("tests/data"))
+    (tmp_path / "folder").mkdir()
+    good = tmp_path / "folder" / "good.yaml"
+    good.write_text("task: a\nprocess_docs: !function utils.f\n")
+    tasks._check_files(tmp_path)
+    bad = tmp_path / "folder" / "bad.yaml"
+    for text, says in (
+        ("task: a\ntask: b\n", "'task' occurs twice"),
+        ("a: &a [*a]", "contains itself"),
+        (LAUGHS, "aliases"),
+    ):
+        bad.write_text(text)
+        with pytest.raises(UsageError, match=f"(?s)bad.yaml.*{says}"):
+            tasks._check_files(tmp_path)
+    bad.unlink()
+    os.mkfifo(tmp_path / "folder" / "fifo")  # hashing it would wait for ever
+    with pytest.raises(UsageError, match="not a regular file"):
+        tasks._check_files(tmp_path)
 
 
 def test_a_row_without_an_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
