@@ -31,7 +31,7 @@ from builder.commands import (
     run_smoke,
     run_verify,
 )
-from builder.errors import BuilderError
+from builder.errors import BuilderError, UsageError
 from builder.output import Output, print_error
 from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
 from builder.safe_text import safe
@@ -81,7 +81,11 @@ def _refused(error: OSError, arguments: argparse.Namespace) -> BuilderError:
     """What the operating system refused, wherever it did: a file system that is full or read-only, a file of others."""
     from builder.store import disk_error
 
-    return disk_error(error, Path(os.fsdecode(error.filename or getattr(arguments, "output", "."))))
+    named = error.filename if isinstance(error.filename, (str, bytes)) else ""  # it may be a descriptor's number
+    path = Path(os.fsdecode(named) or getattr(arguments, "output", "."))
+    if os.path.exists(path) and not os.access(path, os.R_OK):
+        return UsageError(f"Can't read {path}.", why=str(error), cure="Change its owner or its permissions.")
+    return disk_error(error, path)
 
 
 def _interrupt(*_: object) -> None:

@@ -223,7 +223,7 @@ def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefac
 
 def endpoint() -> str:
     """HF_ENDPOINT without the user and password that a mirror's address may hold; "" is the Hub itself."""
-    return re.sub(r"//[^/@]*@", "//", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
+    return re.sub(r"//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
 
 
 def _job(job: str, model: Model, commit: str) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def do_job(
         if told is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             from builder.store import disk_error
 
-            told = disk_error(error, Path(os.fsdecode(error.filename or ".")))
+            told = disk_error(error, Path(str(error.filename or ".")))
         if told is None:
             raise
         emit_error(told)

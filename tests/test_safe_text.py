@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import cli
+from builder import cli, fetch
 from builder.calibrate import CALIBRATION, Rows, _write, read_jsonl
 from builder.errors import UsageError
 from builder.output import Output, print_error
@@ -122,6 +122,11 @@ def test_no_code_reaches_the_terminal(live: bool, monkeypatch: pytest.MonkeyPatc
         assert not CODES.search(made.getvalue()), made.getvalue()
         assert "[bold]x[/]" in made.getvalue()
         assert ":smile:" in made.getvalue()
+
+
+def test_the_endpoint_of_a_manifest_has_no_part_of_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:p@ss@word@mirror.example/hub/")
+    assert fetch.endpoint() == "https://mirror.example/hub"
 
 
 def test_cells_stay_in_their_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,3 +74,22 @@ def test_what_can_not_be_written(mode: str, tmp_path: Path) -> None:
             assert int(code) in ((0,) if must is False else (0, 1, 2, 3, 6)), (command, said)
             assert int(code) in (0, 3) or "error: " in said, (command, said)
     assert not list(store.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not can_mount(), reason="another user is needed, and root to become one")
+def test_a_file_that_can_not_be_read(tmp_path: Path) -> None:
+    """It is not called unwritable."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gpu: cpu")
+    recipe.chmod(0)
+    for directory in (tmp_path, *tmp_path.parents[:2]):
+        directory.chmod(0o755)
+    become = "import os, sys; from builder import cli, plan, recipe, store; os.setuid(65534); "
+    for call in (
+        f"sys.exit(cli.main(['plan', '--recipe', {str(recipe)!r}]))",
+        f"sys.exit(cli._refused(PermissionError(13, 'no', {str(recipe)!r}), None).what)",
+    ):
+        done = subprocess.run([sys.executable, "-c", become + call], capture_output=True, text=True)
+        assert done.returncode in (1, 2)
+        assert "Can't read" in done.stderr
+        assert "Traceback" not in done.stderr
