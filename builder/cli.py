@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     out = Output("json" if arguments.json else "quiet" if arguments.quiet else "human")
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # ignored under nohup: then a closed terminal is no reason
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         code: int = arguments.run(arguments, out)
         return code

@@ -234,7 +234,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
         except KeyboardInterrupt:
             out.info("stopping; answers that are under way are finished")
             return 0
-    raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
+        raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
 
 
 def _say_where(server: Server | ContainerServer, repository: Repository, out: Output) -> None:
@@ -268,10 +268,10 @@ def _server(
 
         follow = arguments.command == "serve" and not arguments.quiet
         return serve_container(repository, out=out, image=arguments.image, follow_log=follow, **_where(arguments))
-    from builder.serve import followed_log, serve
+    from builder.serve import serve
 
-    log = followed_log() if getattr(arguments, "follow_log", False) else None
-    return serve(repository.models, out=out, log=log, **_where(arguments))
+    follow = getattr(arguments, "follow_log", False)
+    return serve(repository.models, out=out, follow_log=follow, **_where(arguments))
 
 
 def _where(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from builder import containers, gpus, guards
 from builder.containers import Container
+from builder.environment import child_environment
 from builder.errors import UnsupportedError
 from builder.gpus import GpuProfile, Seen
 from builder.output import Output, size
@@ -215,7 +216,9 @@ def _docker_json(*arguments: str) -> Mapping[str, Any] | None:
     if shutil.which("docker") is None:
         return None
     try:
-        done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["docker", *arguments], env=child_environment("docker"), capture_output=True, text=True, timeout=20
+        )
         found: Mapping[str, Any] = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         return None

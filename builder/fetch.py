@@ -276,7 +276,8 @@ def _ask(
                 answer.update(event)
 
         try:
-            process.run(argv, log=log, on_event=hear, env={"HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment})
+            environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+            process.run(argv, log=log, on_event=hear, env=environment, kind="hub")
         except StageError:
             if "stalled" not in answer:
                 raise

@@ -29,6 +29,8 @@ SOURCES = (
     "builder/calibrate.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/serving_directory.py",
+    "builder/triton_server.py",
     "builder/guards.py",
     "builder/reference",
     "builder/nvfp4.py",

@@ -112,13 +112,13 @@ def check(models: Path, runtime: Runtime | None = None) -> None:
 
 def read_served(models: Path) -> Served | None:
     """The engine's config.pbtxt, parsed as Triton does; None where the repository has no engine of TensorRT-LLM's."""
-    config = _parse(models / ENGINE_MODEL / "config.pbtxt")
+    config = parse(models / ENGINE_MODEL / "config.pbtxt")
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     if not parameters.get("gpt_model_path"):
         return None
     from tritonclient.grpc import model_config_pb2
 
-    bls = _parse(models / BLS_MODEL / "config.pbtxt")
+    bls = parse(models / BLS_MODEL / "config.pbtxt")
     tensors = [tensor for tensor in (*config.input, *config.output) if tensor.name in LOGITS]
     return Served(
         file=models / ENGINE_MODEL / "config.pbtxt",
@@ -206,7 +206,7 @@ def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
 
 def _llmapi(models: Path, runtime: Runtime | None) -> Iterator[Mismatch]:
     """The LLM class takes arguments of another version where their names are the same, and heeds them otherwise."""
-    config = _parse(models / ENGINE_MODEL / "config.pbtxt")
+    config = parse(models / ENGINE_MODEL / "config.pbtxt")
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     rendered = parameters.get("tensorrt_llm")
     have = runtime.tensorrt_llm if runtime else installed("tensorrt_llm")
@@ -316,7 +316,7 @@ def _refusal(found: Sequence[Mismatch]) -> IntegrityError:
     )
 
 
-def _parse(file: Path) -> Any:
+def parse(file: Path) -> Any:
     """A config.pbtxt as a ModelConfig; None where there is none."""
     if not file.is_file():
         return None

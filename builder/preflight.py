@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, kept_layers, kv_safety, llmapi, ranks, trtllm
+from builder import (
+    engine,
+    fit,
+    fit_change,
+    kept_layers,
+    kv_safety,
+    llmapi,
+    ranks,
+    serving_directory,
+    serving_limits,
+    trtllm,
+)
 from builder.errors import UnsupportedError, UsageError
 from builder.fetch import check_directory, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
@@ -40,6 +51,9 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
         engine.check_machine(resolved, serving=serving)
     elif serving:
         llmapi.check_machine(resolved)
+    if serving:
+        serving_directory.check_place()
+        serving_limits.check_machine()
 
 
 def check_model(

@@ -7,7 +7,6 @@ sees the end and stops, and the engine removes the container. One created and ne
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from builder import containers, guards, process
 from builder.errors import BuilderError, IntegrityError, ServingError, UnsupportedError, UsageError
 from builder.output import Output, seconds
 from builder.serve import answers_ok, choose_ports, ready_paths, reasons
+from builder.serving_directory import serving_directory
 
 if TYPE_CHECKING:
     from builder.repository import Repository
@@ -57,11 +57,25 @@ class ContainerServer:
 
 
 @contextmanager
-def serve_container(
+def serve_container(repository: Repository, *, out: Output, image: str, **options: Any) -> Iterator[ContainerServer]:
+    """Serves a repository in a container of `image` until the block ends; `options` as in `_serve`.
+
+    The log is a temporary file, which stays only if the server fails.
+    """
+    with (
+        serving_directory(executable=False) as place,
+        _serve(repository, out=out, image=image, log=place.log, **options) as server,
+    ):
+        yield server
+
+
+@contextmanager
+def _serve(
     repository: Repository,
     *,
     out: Output,
     image: str,
+    log: Path,
     http_port: int | None = None,
     grpc_port: int | None = None,
     metrics_port: int | None = None,
@@ -78,7 +92,6 @@ def serve_container(
     remove_orphans(client)
     check_image(client, image, repository.facts)
     ports = choose_ports(host, http_port, grpc_port, metrics_port)
-    log = Path(tempfile.mkdtemp(prefix="triton-")) / "server.log"
     owner = _us()
     start = time.monotonic()
     try:

@@ -25,6 +25,8 @@ SOURCES = (
     "builder/smoke_checks.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/serving_directory.py",
+    "builder/triton_server.py",
     "builder/guards.py",
     "builder/reference",
     "builder/nvfp4.py",

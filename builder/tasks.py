@@ -16,6 +16,7 @@ from typing import Any
 
 from builder import forms as of_model
 from builder import process, recipe_evaluation
+from builder.environment import Kind
 from builder.errors import NotMeasurable, UnsupportedError, UsageError
 from builder.forms import Form, Models
 from builder.output import Output
@@ -146,7 +147,11 @@ def _answers(
 
 
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """The child, which publishes what it measures. The Hub's data sets are not in the snapshot: it may download."""
+    """The child, which publishes what it measures. The Hub's data sets are not in the snapshot: it may download.
+
+    Code that comes with the model must not find the user's token.
+    """
+    kind: Kind = "public" if job["trust_remote_code"] else "hub"
     offline = os.environ.get("HF_HUB_OFFLINE", "0")
     told, _ = process.run_job(
         "builder.task_child",
@@ -156,6 +161,7 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
         label=f"{job['label']}: starting",
         unit="questions",
         env={**modelopt.ENVIRONMENT, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline},
+        kind=kind,
     )
     return told
 

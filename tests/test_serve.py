@@ -18,6 +18,7 @@ from builder import serve as serving
 from builder.errors import ServingError
 from builder.output import Output
 from builder.serve import reasons, serve
+from builder.serving_directory import copy_backends, serving_directory
 
 QUIET = Output("quiet")
 MODEL = """
@@ -182,28 +183,35 @@ def test_an_engine_of_tensorrt_is_served_by_its_own_backend(tmp_path: Path) -> N
 
 
 def test_one_server_for_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's line, word for word where it has one: triton_backend/scripts/launch_triton_server.py@0a2e2c1f."""
+    """As upstream launches them (triton_backend/scripts/launch_triton_server.py@0a2e2c1f), but without a load API."""
     mpirun = tmp_path / "bin" / "mpirun"
     mpirun.parent.mkdir()
     mpirun.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(mpirun.parent))
-    ports, where = [8000, 8001, 8002], tmp_path / "models"
-    servers = [
-        serving._command(Path("/t"), where, Path("/b"), "127.0.0.1", ports, f"prefix{rank}_", 30, rank=rank)
-        for rank in range(2)
-    ]
+    one_model(one_model(tmp_path / "models", name="tensorrt_llm"), name="other")
+    with serving_directory() as place:
+        place.link(tmp_path / "models")
+        servers = [
+            serving._command(
+                Path("/t"), place, Path("/b"), "127.0.0.1", [8000, 8001, 8002], f"prefix{rank}_", 30, rank=rank
+            )
+            for rank in range(2)
+        ]
+        assert sorted(path.name for path in place.models.iterdir()) == ["other", "tensorrt_llm"]
+        assert [path.name for path in place.only("tensorrt_llm").iterdir()] == ["tensorrt_llm"]
+        repositories = f"--model-repository={place.models}", f"--model-repository={place.only('tensorrt_llm')}"
     assert serving.launch_command(servers[:1]) == servers[0]
     argv = serving.launch_command(servers)
     assert argv[:5] == ["mpirun", "--allow-run-as-root", "-n", "1", "/t"]
     middle = argv.index(":")
     first, second = set(argv[4:middle]), set(argv[middle + 3 :])
     assert argv[middle : middle + 4] == [":", "-n", "1", "/t"]
-    common = {"--http-port=8000", "--grpc-port=8001", "--metrics-port=8002", f"--model-repository={where}"}
+    common = {"--http-port=8000", "--grpc-port=8001", "--metrics-port=8002", "--model-control-mode=none"}
     assert common | {"--disable-auto-complete-config"} <= first & second
     assert "--backend-config=python,shm-region-prefix-name=prefix0_" in first
     assert "--backend-config=python,shm-region-prefix-name=prefix1_" in second
-    assert {"--model-control-mode=explicit", "--load-model=tensorrt_llm"} <= second
-    assert "--load-model=*" in first - second
+    assert repositories[0] in first - second
+    assert repositories[1] in second - first
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServingError, match="The engine has 2 ranks, and mpirun") as caught:
         serving.launch_command(servers)
@@ -226,16 +234,15 @@ def test_ranks_are_read_from_the_engine(tmp_path: Path) -> None:
     assert serving._world_size(tmp_path) == 1
 
 
-def test_the_stand_in_is_the_reference_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepared once, as copies (the server refuses links), beside the files of the Python backend."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_stand_in_is_the_reference_executor(tmp_path: Path) -> None:
+    """Copies (the server refuses links), beside the files of the Python backend."""
     installation = serving.find_server()
-    made = serving._backends(installation, tmp_path, None)
+    code = serving._stand_in(installation, tmp_path, None)
+    assert code is not None
+    made = copy_backends(installation, code, tmp_path / "backends")
     assert "builder.reference.backend" in (made / "tensorrtllm" / "model.py").read_text()
     assert not any(path.is_symlink() for path in made.rglob("*"))
     assert os.access(made / "python" / "triton_python_backend_stub", os.X_OK)
-    assert serving._backends(installation, tmp_path, None) == made
-    assert [path.name for path in made.parent.iterdir()] == [made.name]
 
 
 def test_a_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
