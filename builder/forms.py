@@ -29,6 +29,7 @@ SOURCES = (
     "builder/calibrate.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/safe_links.py",
     "builder/serving_directory.py",
     "builder/triton_server.py",
     "builder/guards.py",

@@ -19,6 +19,7 @@ from builder import (
     ranks,
     serving_directory,
     serving_limits,
+    triton_server,
     trtllm,
 )
 from builder.errors import UnsupportedError, UsageError
@@ -52,6 +53,7 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
     elif serving:
         llmapi.check_machine(resolved)
     if serving:
+        triton_server.check_paths()
         serving_directory.check_place()
         serving_limits.check_machine()
 

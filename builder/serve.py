@@ -29,13 +29,11 @@ from builder.serving_directory import ServingDirectory, copy_backends, serving_d
 from builder.triton_server import Installation, find_server
 
 SHM = Path(supervisor.SHM)
-# What clients don't need and others could misuse. The header that would open it has a name that none can have: HTTP ends
-# a name at its first colon, and gRPC refuses a call with such a name. So the command line, which every user of the
+DEAD_SECONDS = 5.0  # Triton notices within three where the model's own code ends its process
+# What clients don't need and others could misuse. The header that would open it has a name that none can have: HTTP
+# ends a name at its first colon, and gRPC refuses a call with such a name. So the command line, which every user of the
 # machine can read, has no secret in it.
 CLOSED = "model-repository,shared-memory,trace,logging:no:body=x"
-
-
-DEAD_SECONDS = 5.0  # Triton notices within three where the model's own code ends its process
 
 
 @dataclass(frozen=True)

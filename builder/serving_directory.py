@@ -20,11 +20,10 @@ from pathlib import Path
 
 from builder import guards
 from builder.errors import BuilderError, IntegrityError, ServingError
+from builder.safe_links import ALLOWED, is_safe, link_model
 from builder.triton_server import Installation
 
 PREFIX = "trtllm-builder-"
-ALLOWED = "letters, digits and _ . / + -"
-_SAFE = re.compile(r"[A-Za-z0-9_./+-]+")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 LOG = "server.log"
 LOG_BYTES = 4 << 20  # of a failed server's log: its end
@@ -55,7 +54,7 @@ class ServingDirectory:
         check_names(models)
         self.models.mkdir()
         for model in _models(models):
-            (self.models / model.name).symlink_to(model.resolve())
+            link_model(model, self.models / model.name, self.path / "paths")
 
     def only(self, model: str) -> Path:
         """A repository of this one of the models."""
@@ -63,7 +62,7 @@ class ServingDirectory:
         directory.mkdir(exist_ok=True)
         link = directory / model
         if not link.is_symlink():
-            link.symlink_to((self.models / model).resolve())
+            link.symlink_to(self.models / model)
         return directory
 
 
@@ -99,7 +98,7 @@ def check_names(models: Path) -> None:
     for model in _models(models):
         names = [model.name, *_configured(model / "config.pbtxt")]
         for name in names:
-            if not _SAFE.fullmatch(name) or (name == model.name and not _NAME.fullmatch(name)):
+            if not is_safe(name) or (name == model.name and not _NAME.fullmatch(name)):
                 raise IntegrityError(
                     f"{model} names {name!r}, which is not served.",
                     why="Triton hands names of models, files and environments to a shell without quoting them.",
@@ -114,9 +113,11 @@ def _configured(config: Path) -> Iterator[str]:
         return
     yield from filter(None, [parsed.name, parsed.default_model_filename])
     yield from (group.name for group in parsed.instance_group if group.name)
-    environment = parsed.parameters.get("EXECUTION_ENV_PATH")
-    if environment and environment.string_value:
-        yield environment.string_value.removeprefix("$$TRITON_MODEL_DIRECTORY")
+    environment = (
+        parsed.parameters["EXECUTION_ENV_PATH"].string_value if "EXECUTION_ENV_PATH" in parsed.parameters else ""
+    )
+    if not Path(environment).exists():  # one that is there is linked to
+        yield environment.removeprefix("$$TRITON_MODEL_DIRECTORY")
 
 
 def _models(models: Path) -> list[Path]:
@@ -155,7 +156,7 @@ def _usable(base: Path, *, executable: bool) -> bool:
     try:
         there = next(path for path in (base, *base.parents) if path.exists())
         runs = not executable or not os.statvfs(there).f_flag & os.ST_NOEXEC
-        return runs and _SAFE.fullmatch(str(base)) is not None and os.access(there, os.W_OK | os.X_OK)
+        return runs and is_safe(str(base)) and os.access(there, os.W_OK | os.X_OK)
     except OSError:
         return False
 

@@ -25,6 +25,7 @@ SOURCES = (
     "builder/smoke_checks.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/safe_links.py",
     "builder/serving_directory.py",
     "builder/triton_server.py",
     "builder/guards.py",

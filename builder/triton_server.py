@@ -6,7 +6,8 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -55,9 +56,8 @@ def _wheel() -> Installation:
             f"nvidia-pytriton {package.version} has no Python backend for Python {version}.",
             cure="Use Python 3.11 or 3.12.",
         )
-    libraries = [site / "nvidia_pytriton.libs", Path(str(sysconfig.get_config_var("LIBDIR")))]
-    programs = Path(sys.executable).parent
-    _check_separators([*libraries, programs])
+    libraries, programs = _paths(package)
+    _check_paths(libraries, programs)
     environment = child_environment() | {
         # The stub runs the first python3 of the PATH: it must be the one whose packages the models need.
         "PATH": f"{programs}:/usr/local/bin:/usr/bin:/bin",
@@ -71,12 +71,25 @@ def _wheel() -> Installation:
     return Installation(home / "bin" / "tritonserver", home / "backends", files, environment)
 
 
-def _check_separators(directories: list[Path]) -> None:
-    """PATH and LD_LIBRARY_PATH can't name a directory that has one of their separators in its name (ld.so(8))."""
-    for directory in directories:
-        if re.search("[:;$]", str(directory)):
+def check_paths() -> None:
+    """Before any work: that the wheel's server can be started from where it is. No error where there is none."""
+    if shutil.which("tritonserver") is None and not (CONTAINER / "bin" / "tritonserver").is_file():
+        with suppress(metadata.PackageNotFoundError):
+            _check_paths(*_paths(metadata.distribution("nvidia-pytriton")))
+
+
+def _paths(package: metadata.Distribution) -> tuple[list[Path], Path]:
+    """Where the wheel's server finds libraries, and Python."""
+    libraries = Path(str(package.locate_file("nvidia_pytriton.libs")))
+    return [libraries, Path(str(sysconfig.get_config_var("LIBDIR")))], Path(sys.executable).parent
+
+
+def _check_paths(libraries: Sequence[Path], programs: Path) -> None:
+    """LD_LIBRARY_PATH can't name a directory with its separators (ld.so(8)), and Triton's Python reads ASCII alone."""
+    for directory in (*libraries, programs, Path(__file__)):
+        if re.search("[:;]", str(directory)) or not str(directory).isascii():
             raise ServingError(
                 f"Triton can't be started from {directory}.",
-                why="LD_LIBRARY_PATH can't name a directory with `:`, `;` or `$` in its path.",
-                cure="Install this project in a directory without them.",
+                why="Its path must have neither `:` nor `;`, and no letters but those of ASCII.",
+                cure="Install this project, and its virtual environment, in another directory.",
             )
