@@ -15,7 +15,7 @@ from typing import Literal
 # "work": quantize, evaluate, build an engine, serve. "hub": talk to the Hub with the user's credentials. "public": talk
 # to the Hub without them. "docker": the docker command.
 Kind = Literal["work", "hub", "public", "docker"]
-PASS = "BUILDER_PASS_ENV"  # names of further variables for every child, separated by commas
+NAMED = "BUILDER_CHILD_ENV"  # names of further variables for every child, separated by commas
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -48,7 +48,7 @@ _USERINFO = re.compile(r"^([a-z][a-z0-9+.-]*://)?[^/]*@", re.IGNORECASE)
 def child_environment(kind: Kind = "work", source: Mapping[str, str] | None = None) -> dict[str, str]:
     """What a child of this kind gets of `source` (default: our own environment)."""
     source = os.environ if source is None else source
-    named = {name.strip() for name in source.get(PASS, "").split(",")}
+    named = {name.strip() for name in source.get(NAMED, "").split(",")}
     kept = {name: value for name, value in source.items() if name in named or _allowed(name, kind)}
     if kind == "public":
         kept = {name: _without_user(value) if name.upper() in _NETWORK else value for name, value in kept.items()}

@@ -59,7 +59,7 @@ def _check_shared_memory(needed: int, instances: int) -> None:
     if free < needed:
         raise ServingError(
             f"{SHM} has {size(free)} free, and Triton needs {size(needed)} for this repository.",
-            why=f"Each of its {instances} Python processes exchanges tensors with the server there.",
+            why=f"Each Python process of its models ({instances} at least) exchanges tensors with the server there.",
             cure="Give it more: SHM_SIZE=8gb with compose, --shm-size 8g with docker run; "
             f"on a machine: mount -o remount,size=8G {SHM}",
         )
