@@ -76,7 +76,7 @@ def started(
         with _interrupts_wait():
             child = subprocess.Popen(
                 [python(), "-I", "-S", supervisor.__file__, shm, removed, *argv],
-                stdin=subprocess.PIPE,  # closed, by us or with us, it tells the supervisor to kill the tree
+                stdin=subprocess.PIPE,  # see `kill`; closed when we end
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # Ctrl-C reaches the child through `stop` alone: one signal, in one order.
@@ -96,7 +96,9 @@ def started(
 
 def kill(child: Child) -> None:
     """Tells the supervisor to kill the whole tree, and does not wait for it."""
-    if child.stdin:
+    if child.stdin and not child.stdin.closed:
+        with suppress(OSError):  # it has ended already
+            os.write(child.stdin.fileno(), supervisor.KILL)
         child.stdin.close()
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+KILL = b"k"  # what the builder writes into the pipe to have the tree killed
 MARK = "BUILDER_TREE"  # a variable in the environment of every process of a tree, with the tree's name
 SHM = "/dev/shm"
 GIVE_UP_SECONDS = 30.0  # a process in an uninterruptible system call does not die before that call returns
@@ -37,11 +38,10 @@ def main(argv: list[str]) -> int:
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     for number in (signal.SIGCHLD, *_FORWARDED):
         signal.signal(number, lambda *_: None)  # only the wake-up matters
+    os.set_blocking(0, False)
     child = _start(command)
-    status = _watch(child, awake)
-    alone = status is None
-    status = _kill_all(child, status)
-    clean_up(shm, directory if alone else "")
+    status = _kill_all(child, _watch(child, awake))
+    clean_up(shm, directory if _builder_is_gone() else "")
     return _end_as(status)
 
 
@@ -56,8 +56,8 @@ def _start(command: list[str]) -> int:
         if os.getppid() != us:  # we died before the line above
             os._exit(1)
         os.setsid()
-        # Python ignores these two at its start, and what is ignored stays so after exec.
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        # Python ignores the last two at its start, and what is ignored stays so after exec.
+        for number in (*_FORWARDED, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.execvpe(command[0], command, os.environ)
@@ -68,7 +68,7 @@ def _start(command: list[str]) -> int:
 
 
 def _watch(child: int, awake: int) -> int | None:
-    """Until the command ends (its wait status) or the builder does (None). Passes signals on meanwhile."""
+    """Until the command ends (its wait status), or the builder does or says so (None). Passes signals on meanwhile."""
     poll = select.poll()
     poll.register(0, select.POLLIN | select.POLLHUP)
     poll.register(awake, select.POLLIN)
@@ -78,12 +78,20 @@ def _watch(child: int, awake: int) -> int | None:
             came = os.read(awake, 4096)
             for number in _FORWARDED:
                 if number in came:
-                    _kill(child, number)
+                    _forward(number, child)
             status = _reap(child)
             if status is not None:
                 return status
-        if 0 in ready and not os.read(0, 4096):
+        if 0 in ready:
             return None
+
+
+def _builder_is_gone() -> bool:
+    """Whether the pipe was closed without a word: a builder that lives says KILL before it closes it."""
+    try:
+        return os.read(0, 1) != KILL
+    except BlockingIOError:
+        return False
 
 
 def _reap(child: int) -> int | None:
@@ -162,6 +170,17 @@ def _environment(pid: int) -> list[bytes]:
 
 def _ids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+def _forward(number: int, child: int) -> None:
+    """SIGINT to all of the command's group, as a terminal sends it; the others to the command alone."""
+    if number == signal.SIGINT:
+        try:
+            os.killpg(child, number)
+            return
+        except ProcessLookupError:
+            pass  # it has no group of its own yet
+    _kill(child, number)
 
 
 def _kill(pid: int, number: int) -> None:

@@ -272,3 +272,17 @@ def test_a_cure_names_only_flags_that_exist() -> None:
                 flags = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+(?![\w-]*_)", " ".join(texts))
                 wrong += [f"{file}: {flag}" for flag in flags if flag not in known]
     assert not wrong
+
+
+@pytest.mark.parametrize(("before", "after"), [("SIG_DFL", "True"), ("SIG_IGN", "False")])
+def test_a_closed_terminal_interrupts_unless_it_is_ignored(before: str, after: str) -> None:
+    """As nohup ignores it."""
+    code = f"""
+import signal
+from builder import cli
+signal.signal(signal.SIGHUP, signal.{before})
+cli.main(["gpus", "--quiet"])
+print(signal.getsignal(signal.SIGHUP) is cli._interrupt)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == after

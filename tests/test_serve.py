@@ -171,6 +171,16 @@ def test_it_waits_no_longer_than_asked(tmp_path: Path) -> None:
     assert not shared_memory(os.getpid())
 
 
+def test_the_log_that_a_failure_names_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    models = one_model(tmp_path / "models", "import time; time.sleep(30)")
+    with pytest.raises(ServingError, match="not ready in time") as caught, serve(models, out=QUIET, timeout=1):
+        pytest.fail("it came up")
+    log = Path(caught.value.cure.removeprefix("The whole log: "))
+    assert "Initialize: lonely" in log.read_text()
+    assert not list(log.parent.glob("*/"))
+
+
 def test_an_engine_of_tensorrt_is_served_by_its_own_backend(tmp_path: Path) -> None:
     models = tmp_path / "models"
     (models / "tensorrt_llm").mkdir(parents=True)

@@ -64,7 +64,7 @@ def test_too_little_shared_memory_is_said(tmp_path: Path) -> None:
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(done.stderr)
     assert done.stdout.startswith("/dev/shm has 4.19 MB free, and Triton needs 5.24 MB for this repository.\n")
-    assert "--shm-size 8g" in done.stdout
+    assert "shm-size 8g" in done.stdout
 
 
 def test_this_machine_is_fit(tmp_path: Path) -> None:
