@@ -124,6 +124,17 @@ def _models(models: Path) -> list[Path]:
     return [path for path in sorted(models.iterdir()) if path.is_dir()]
 
 
+def named_backends(installation: Installation) -> Path:
+    """The installation's own backends, which start programs by their path. ServingError if a shell misreads it."""
+    if not is_safe(str(installation.backends)):
+        raise ServingError(
+            f"Triton's backends can't be used from {installation.backends}.",
+            why=f"Triton hands that path to a shell without quoting it. Allowed: {ALLOWED}",
+            cure="Install Triton in another directory, as NVIDIA's image does: /opt/tritonserver",
+        )
+    return installation.backends
+
+
 def copy_backends(installation: Installation, code: str, directory: Path) -> Path:
     """The Python backend's files, and a stand-in for the C++ backend: copies, for the server refuses symbolic links."""
     try:

@@ -190,3 +190,12 @@ def test_an_installation_that_triton_can_not_name_is_refused(tmp_path: Path) -> 
     for name in ("a:b", "a;b", "ü"):
         with pytest.raises(ServingError, match="can't be started"):
             triton_server._check_paths([tmp_path / name], tmp_path)
+
+
+def test_backends_that_a_shell_would_misread_are_refused(tmp_path: Path) -> None:
+    installation = triton_server.Installation(tmp_path / "b", tmp_path / "two words", (), {})
+    with pytest.raises(ServingError, match="can't be used from") as caught:
+        serving_directory.named_backends(installation)
+    assert "Allowed: letters of ASCII" in caught.value.why
+    fine = triton_server.Installation(tmp_path / "b", tmp_path / "backends", (), {})
+    assert serving_directory.named_backends(fine) == tmp_path / "backends"
