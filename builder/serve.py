@@ -25,7 +25,7 @@ from urllib.parse import quote
 from builder import gpus, guards, process, serving_limits, supervisor
 from builder.errors import ServingError
 from builder.output import Output, seconds
-from builder.serving_directory import ServingDirectory, copy_backends, named_backends, serving_directory
+from builder.serving_directory import ServingDirectory, prepare_backends, serving_directory
 from builder.triton_server import Installation, find_server
 
 SHM = Path(supervisor.SHM)
@@ -90,10 +90,7 @@ def serve(
     patience = 2.0
     with serving_directory(executable=code is not None) as place, _no_compiled_files(models):
         place.link(models)
-        if code is None:
-            backends = named_backends(installation)
-        else:
-            backends = copy_backends(installation, code, place.backends)
+        backends = prepare_backends(installation, code, place.backends)
         argv = launch_command(
             [
                 _command(installation.binary, place, backends, host, ports, f"{shm}{rank}-", exit_timeout, rank=rank)

@@ -124,7 +124,12 @@ def _models(models: Path) -> list[Path]:
     return [path for path in sorted(models.iterdir()) if path.is_dir()]
 
 
-def named_backends(installation: Installation) -> Path:
+def prepare_backends(installation: Installation, code: str | None, directory: Path) -> Path:
+    """Where the server finds its backends: the installation's own, or with `code`, a stand-in's model.py, copies."""
+    return _own_backends(installation) if code is None else _copied_backends(installation, code, directory)
+
+
+def _own_backends(installation: Installation) -> Path:
     """The installation's own backends, which start programs by their path. ServingError if a shell misreads it."""
     if not is_safe(str(installation.backends)):
         raise ServingError(
@@ -135,7 +140,7 @@ def named_backends(installation: Installation) -> Path:
     return installation.backends
 
 
-def copy_backends(installation: Installation, code: str, directory: Path) -> Path:
+def _copied_backends(installation: Installation, code: str, directory: Path) -> Path:
     """The Python backend's files, and a stand-in for the C++ backend: copies, for the server refuses symbolic links."""
     try:
         for name in ("python", "tensorrtllm"):

@@ -21,7 +21,7 @@ from builder import serve as serving
 from builder.errors import ServingError
 from builder.output import Output
 from builder.serve import reasons, serve
-from builder.serving_directory import copy_backends, serving_directory
+from builder.serving_directory import prepare_backends, serving_directory
 
 QUIET = Output("quiet")
 MODEL = """
@@ -252,7 +252,7 @@ def test_the_stand_in_is_the_reference_executor(tmp_path: Path) -> None:
     installation = serving.find_server()
     code = serving._stand_in(installation, tmp_path, None)
     assert code is not None
-    made = copy_backends(installation, code, tmp_path / "backends")
+    made = prepare_backends(installation, code, tmp_path / "backends")
     assert "builder.reference.backend" in (made / "tensorrtllm" / "model.py").read_text()
     assert not any(path.is_symlink() for path in made.rglob("*"))
     assert os.access(made / "python" / "triton_python_backend_stub", os.X_OK)

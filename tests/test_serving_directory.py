@@ -195,7 +195,7 @@ def test_an_installation_that_triton_can_not_name_is_refused(tmp_path: Path) -> 
 def test_backends_that_a_shell_would_misread_are_refused(tmp_path: Path) -> None:
     installation = triton_server.Installation(tmp_path / "b", tmp_path / "two words", (), {})
     with pytest.raises(ServingError, match="can't be used from") as caught:
-        serving_directory.named_backends(installation)
+        serving_directory.prepare_backends(installation, None, tmp_path)
     assert "Allowed: letters of ASCII" in caught.value.why
     fine = triton_server.Installation(tmp_path / "b", tmp_path / "backends", (), {})
-    assert serving_directory.named_backends(fine) == tmp_path / "backends"
+    assert serving_directory.prepare_backends(fine, None, tmp_path) == tmp_path / "backends"
