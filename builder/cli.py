@@ -118,7 +118,7 @@ def _add_chain(subparsers: Any) -> None:
         if name == "build":
             command.add_argument("--dry-run", action="store_true", help="the same as `builder plan`")
             command.add_argument("--no-smoke", action="store_true", help="leave the repository untested")
-            command.add_argument("--junit", type=Path, metavar="FILE", help="smoke results as JUnit XML")
+            command.add_argument("--junit", type=_path, metavar="FILE", help="smoke results as JUnit XML")
 
 
 def _add_measuring(subparsers: Any) -> None:
@@ -141,7 +141,7 @@ def _add_measuring(subparsers: Any) -> None:
     _add_output(command)
 
     command = _command(subparsers, "inspect", "check a checkpoint: NaN, scales, shapes, bits per weight", run_inspect)
-    command.add_argument("path", type=Path, metavar="CHECKPOINT")
+    command.add_argument("path", type=_path, metavar="CHECKPOINT")
 
 
 def _add_serving(subparsers: Any) -> None:
@@ -153,7 +153,7 @@ def _add_serving(subparsers: Any) -> None:
     command = _command(subparsers, "smoke", "start a repository's server, test every way to ask it, stop it", run_smoke)
     _add_served(command)
     _add_running(command)
-    command.add_argument("--junit", type=Path, metavar="FILE", help="results as JUnit XML")
+    command.add_argument("--junit", type=_path, metavar="FILE", help="results as JUnit XML")
     command = _command(
         subparsers, "load", "how soon and how fast a repository answers, asked by many at once", run_load
     )
@@ -179,16 +179,20 @@ def _add_keeping(subparsers: Any) -> None:
     command = _command(
         subparsers, "report", "what is known of a repository: one HTML page, a model card, a table", run_report
     )
-    command.add_argument("repository", type=Path, help="a repository, as in artifacts/models/")
+    command.add_argument("repository", type=_path, help="a repository, as in artifacts/models/")
     for option, text in (("html", "the page"), ("markdown", "the model card"), ("csv", "the table that grows")):
-        command.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
+        command.add_argument(f"--{option}", type=_path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
 
     command = _command(subparsers, "verify", "hash every stored file again", run_verify)
     _add_output(command)
-    command = _command(subparsers, "clean", "remove what no repository in OUTPUT/models was made from", run_clean)
+    command = _command(subparsers, "clean", "remove leftovers, and builds by name or age", run_clean)
+    command.add_argument(
+        "names", metavar="NAME", nargs="*", help="a link in OUTPUT/models or STAGE/KEY: it and what only it needs goes"
+    )
     _add_output(command)
-    command.add_argument("--all", action="store_true", help="remove the repositories too")
-    command.add_argument("--dry-run", action="store_true", help="only say what would go")
+    command.add_argument("--older-than", metavar="AGE", help="also what no link needs and no build used since: 7d, 12h")
+    command.add_argument("--all", action="store_true", help="all builds, with their links")
+    command.add_argument("--dry-run", action="store_true", help="only say what would go, and what stays and why")
 
 
 def _add_machine(subparsers: Any) -> None:
@@ -209,6 +213,13 @@ def _add_machine(subparsers: Any) -> None:
     command = _command(subparsers, "explain", "a flag or LLM argument: meaning, defaults, rules, sources", run_explain)
     command.add_argument("flag", metavar="FLAG", help="as context_fmha, with or without dashes")
     _command(subparsers, "schema", "the JSON Schema of a recipe file", run_schema)
+
+
+def _path(text: str) -> Path:
+    """An empty one, as of an unset variable in a script, would be the current directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; give a name, or leave the option out")
+    return Path(text)
 
 
 def _command(subparsers: Any, name: str, text: str, run: Callable[..., int]) -> argparse.ArgumentParser:
@@ -233,7 +244,7 @@ def _add_recipe_flags(command: argparse.ArgumentParser) -> None:
         help="run Python code that comes with the model",
     )  # fmt: skip
     group.add_argument("--preset", help="latency or throughput")
-    group.add_argument("--recipe", type=Path, metavar="FILE", help="a YAML recipe (configs/recipes/)")
+    group.add_argument("--recipe", type=_path, metavar="FILE", help="a YAML recipe (configs/recipes/)")
     group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any value of the recipe")
 
 
@@ -245,14 +256,14 @@ def _add_force(command: argparse.ArgumentParser) -> None:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--output", type=Path, default=Path(os.environ.get("BUILDER_OUTPUT", "artifacts")),
+        "--output", type=_path, default=os.environ.get("BUILDER_OUTPUT") or "artifacts",
         help="where everything is kept (BUILDER_OUTPUT, default ./artifacts)",
     )  # fmt: skip
 
 
 def _add_served(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "repository", type=Path, nargs="?",
+        "repository", type=_path, nargs="?",
         help="a repository, as in artifacts/models/; default: MODEL_REPOSITORY, or the only one in OUTPUT/models",
     )  # fmt: skip
     _add_output(command)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.errors import EvaluationError, ServingError, UnsupportedError, UsageError
-from builder.output import Output, print_error, seconds, size
+from builder.output import Output, print_error, seconds
 from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
 
 if TYPE_CHECKING:
@@ -223,11 +223,12 @@ def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
 def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     """In the foreground, until it is told to stop (which is no failure) or dies (which is one)."""
     from builder.serve import stop_at_eof
+    from builder.store import serving
 
     repository = _repository(arguments)
     if arguments.until_eof:
         stop_at_eof()
-    with _server(arguments, repository, out) as server:
+    with serving(repository.path), _server(arguments, repository, out) as server:
         try:  # told to stop while it says where it listens, it stops as well as later
             _say_where(server, repository, out)
             code = server.wait()
@@ -256,7 +257,9 @@ def _repository(arguments: argparse.Namespace) -> Repository:
     from builder import repository
 
     named = os.environ.get("MODEL_REPOSITORY")
-    return repository.open_repository(arguments.repository or repository.find(arguments.output, named))
+    found = repository.open_repository(arguments.repository or repository.find(arguments.output, named))
+    repository.check_served(found)
+    return found
 
 
 def _server(
@@ -281,13 +284,14 @@ def _where(arguments: argparse.Namespace) -> dict[str, Any]:
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     """A repository served, tested and stopped."""
     from builder.smoke import smoke
+    from builder.store import serving
 
     _both_ports(arguments)
     repository = _repository(arguments)
     if arguments.http:
         report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
     else:
-        with _server(arguments, repository, out) as server:
+        with serving(repository.path), _server(arguments, repository, out) as server:
             report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
     _write_junit(report, arguments)
     rows = [("ok" if c.passed else "FAILED", c.name, seconds(c.seconds), c.detail) for c in report.checks]
@@ -300,6 +304,7 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
 def run_load(arguments: argparse.Namespace, out: Output) -> int:
     """A repository served, asked by many at once, and stopped; kept beside it for the report."""
     from builder import load
+    from builder.store import serving
 
     _both_ports(arguments)
     asked = load.Asked(
@@ -313,7 +318,7 @@ def run_load(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.http:
         report = load.load(arguments.http, arguments.grpc, repository, asked, out=out)
     else:
-        with _server(arguments, repository, out) as server:
+        with serving(repository.path), _server(arguments, repository, out) as server:
             report = load.load(server.http_url, server.grpc_url, repository, asked, out=out)
     kept = load.keep(repository, report, out)
     load.show(report, out)
@@ -348,23 +353,19 @@ def run_verify(arguments: argparse.Namespace, out: Output) -> int:
 
 
 def run_clean(arguments: argparse.Namespace, out: Output) -> int:
-    """Removes what nothing needs."""
-    from builder import record
-    from builder.store import Store, prune
+    """Removes what was asked, and leftovers; says what stays and why."""
+    from builder import clean
+    from builder.reachability import Request
+    from builder.store import Store
 
-    root = _existing(arguments.output)
-    links = [path for path in sorted((root / "models").glob("*")) if path.is_symlink()]
+    older_than = None if arguments.older_than is None else clean.age(arguments.older_than)
+    root = clean.check_root(arguments.output)
+    request = Request(tuple(arguments.names), older_than, arguments.all)
     with Store(root, out).in_use(exclusive=True):
-        if arguments.all and not arguments.dry_run:
-            for link in links:
-                link.unlink()
-        keep = set() if arguments.all else {link.resolve() for link in links}
-        removed, freed = prune(root, keep, dry=arguments.dry_run)
-        removed += record.prune(root, gone=removed, dry=arguments.dry_run)
-    out.result({"removed": [str(path) for path in removed], "bytes": freed})
-    for path in removed:
-        out.text(str(path))
-    out.info(f"{'would free' if arguments.dry_run else 'freed'} {size(freed)}")
+        made = clean.plan(root, request)
+        failed = [] if arguments.dry_run else clean.carry_out(made)
+    clean.show(made, failed, out, dry=arguments.dry_run)
+    clean.check_failed(failed, root)
     return 0
 
 

@@ -194,6 +194,7 @@ def _judged(
     whole = replace(found, verdict=verdict)
     ingredients = {
         "of": [*(artefact.digest for artefacts in scores.values() for artefact in artefacts), *found.tasks.of],
+        "data": {label: list(sets) for label, sets in found.sets.items()},  # the names in the tables
         "runners": [*dict.fromkeys([*scores, *(row.runner for row in found.tasks.rows)])],
         "not_measured": [found.not_measured, found.tasks.not_measured],
         "limits": part.limits,

@@ -19,7 +19,7 @@ from builder import model_directory, process
 from builder.errors import IntegrityError, StageError, UsageError
 from builder.output import Output, Progress
 from builder.recipe import Model
-from builder.store import Artefact, Store
+from builder.store import Artefact, Store, key_of
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # The Hub's rule for names (huggingface_hub/utils/_validators.py): owner/name of letters, digits, "-", "_" and ".".
@@ -209,6 +209,10 @@ def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefac
         "endpoint": endpoint(),
         "trust_remote_code": model.trust_remote_code,
     }
+    known = None if "snapshot" in store.force else store.find("snapshot", key_of("snapshot", ingredients))
+    if offline() and known is None:
+        # The cache may lack files that the Hub has, as generation_config.json: a key of its own, by what is there.
+        ingredients["offline"] = ask_hub(store, **_job("listing", model, commit))["files"]
 
     def make(_: Path) -> dict[str, Any]:
         check(ask_hub(store, **_job("listing", model, commit))["config"])
@@ -216,6 +220,12 @@ def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefac
         return {"model_id": model.id, "revision": commit, "external": external}
 
     return store.stage("snapshot", ingredients, make)
+
+
+def offline() -> bool:
+    """Whether huggingface_hub asks its cache alone (huggingface_hub/constants.py, HF_HUB_OFFLINE)."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def endpoint() -> str:

@@ -38,6 +38,7 @@ def render(
         "snapshot": snapshot.digest,
         "arguments": llmapi.tree(arguments),
         "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
+        "penalties": llmapi_facts.load(resolved.recipe.engine.tensorrt_llm).penalties,
         "part": resolved.recipe.repository.model_dump(mode="json"),
         "libraries": library_versions("jinja2", "pyyaml"),
         "sources": sources_digest(

@@ -162,7 +162,9 @@ def keep(repository: Repository, report: LoadReport, out: Output) -> Path | None
         return told
 
     try:
-        made: Artefact = Store(root, Output("quiet")).stage(STAGE, ingredients, make)
+        store = Store(root, Output("quiet"))
+        with store.in_use():
+            made: Artefact = store.stage(STAGE, ingredients, make)
     except (BuilderError, OSError) as error:  # as where it is mounted read-only for those who serve
         out.warn(f"What was measured is not kept in {root}: {error}")
         return None

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, preflight, probe_answers, trtllm
+from builder import engine, fit, fit_change, llmapi, llmapi_repository, pipeline, preflight, probe_answers, trtllm
 from builder.errors import BuilderError, EvaluationError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
@@ -112,7 +112,7 @@ def _command(
     stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
     made = next((artefact.path for artefact in done if artefact.stage == stage), None)
     placeholder = None if made else stage.upper()
-    timing = store.root / "timing" / "model.cache"
+    timing = engine.timing_cache(store.root, resolved.recipe.engine.tensorrt_llm)
     layout = (made or Path(stage.upper())) / "tensorrt_llm"
     return trtllm.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
 

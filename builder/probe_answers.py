@@ -8,7 +8,6 @@ A file may be copied from the machine with the card to the one that plans.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from builder import containers, recipe, trtllm_answers, trtllm_facts
 from builder.errors import IntegrityError
-from builder.store import disk_error, library_versions
+from builder.store import library_versions, replace_file
 from builder.trtllm_answers import Answer, Probe
 
 
@@ -78,7 +77,7 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
             raise ValueError("an answer says something else than what a probe writes")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{file} holds no answers of a probe.", why=str(error), cure="Remove it, and ask again: builder probe"
         ) from error
@@ -89,12 +88,4 @@ def keep(root: Path, container: Container, probe: Probe, record: Mapping[str, An
     """Adds an answer to the file: whole or not at all. The caller holds the lock, so that none is lost."""
     path = container.file(root)
     content = {**vars(container), "answers": {**read(path), probe.name: record}}
-    fresh = path.with_suffix(".new")
-    try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+    replace_file(path, json.dumps(content, indent=1))

@@ -12,22 +12,24 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from builder import __version__, fit, fit_change, llmapi, trtllm
+from builder import __version__, fit, fit_change, llmapi, manifest, trtllm
 from builder.fit import ModelFacts, Sizes
 from builder.recipe import Resolved
 from builder.store import Store, replace_file
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal (manifest.py)
 DIRECTORY = "builds"
 # Access tokens of the Hub; and the variables that huggingface_hub reads one from.
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
+_REPOSITORY = re.compile(r"repository/[0-9a-f]{16}")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
@@ -64,28 +66,41 @@ def write(
         ],
     }
     path = store.root / DIRECTORY / f"{link.name}.json"
-    replace_file(path, without_secrets(json.dumps(record, indent=1)))
+    replace_file(path, json.dumps(manifest.sealed(json.loads(without_secrets(json.dumps(record)))), indent=1))
     return path
 
 
 def find(root: Path, repository: Path) -> Mapping[str, Any] | None:
-    """The newest record of this repository, or None. One that can't be read is none."""
+    """The newest record of this repository, or None. One that was changed does not count."""
     records = [record for record in map(_read, sorted((root / DIRECTORY).glob("*.json"))) if record]
     found = [record for record in records if (root / record["repository"]).resolve() == repository]
     return max(found, key=lambda record: float(record["written"]), default=None)
 
 
-def prune(root: Path, *, gone: Sequence[Path] = (), dry: bool = False) -> list[Path]:
-    """Removes the records whose repository is gone, or is in `gone`, and half-written ones: those removed."""
-    removed = sorted((root / DIRECTORY).glob(".*.tmp"))
+def stages(root: Path, repository: Path) -> list[Path]:
+    """The directories of the stages that the record of this repository names."""
+    found = find(root, repository) or {}
+    return [root / stage["path"] for stage in found.get("stages", [])]
+
+
+def unlinked(root: Path) -> dict[str, Path]:
+    """{name: repository} of the records whose link in models/ was removed."""
+    return {path.stem: repository for path, repository in _of(root) if not os.path.lexists(root / "models" / path.stem)}
+
+
+def stale(root: Path, *, gone: Sequence[Path] = ()) -> list[Path]:
+    """The records whose repository is gone, or is in `gone`."""
+    return [path for path, repository in _of(root) if repository in gone or not repository.is_dir()]
+
+
+def _of(root: Path) -> Iterator[tuple[Path, Path]]:
+    """Every record, of format 1 too, with its repository. A file that is none of ours is passed over."""
     for path in sorted((root / DIRECTORY).glob("*.json")):
-        record = _read(path)
-        repository = root / record["repository"] if record else None
-        if repository is None or repository in gone or not repository.is_dir():
-            removed.append(path)
-    for path in removed if not dry else ():
-        path.unlink(missing_ok=True)
-    return removed
+        with suppress(manifest.Damaged):
+            record = _read(path) or manifest.read_object(path)
+            repository = record.get("repository")
+            if isinstance(repository, str) and _REPOSITORY.fullmatch(repository):
+                yield path, root / repository
 
 
 def command(resolved: Resolved, commits: Mapping[str, str] | None = None) -> list[str]:
@@ -134,9 +149,10 @@ def _plain(value: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """None for one that was changed or is of another format."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        usable = record["format"] == FORMAT and isinstance(record["repository"], str) and float(record["written"]) >= 0
-    except (OSError, ValueError, KeyError, TypeError):
+        record = manifest.read_object(path)
+        manifest.check_seal(record)
+    except (manifest.Damaged, RecursionError):
         return None
-    return record if usable else None
+    return record if record.get("format") == FORMAT else None

@@ -12,6 +12,7 @@ from builder import record as records
 from builder import results
 from builder.errors import UsageError
 from builder.load import LoadReport
+from builder.repository import open_repository
 from builder.results import Evaluation, Loss
 from builder.smoke import SmokeReport
 from builder.store import STAGES, Artefact, artefacts, read, root_of, tests_of, upstream
@@ -183,9 +184,10 @@ def judge(smoke: SmokeReport | None, evaluation: Evaluation | None, target: str,
 
 def _find(path: Path) -> _Found:
     directory = Path(path).resolve()
+    open_repository(path)
     repository = read(directory)
-    if repository is None or repository.stage != "repository":
-        raise UsageError(f"{path} is no finished repository.", cure="Build one: builder build --model MODEL --gpu GPU")
+    if repository is None:
+        raise UsageError(f"{path} was just changed or removed.", cure="Run the same command again.")
     root = root_of(directory)
     everything = artefacts(root) if root else [repository]
     record = records.find(root, directory) if root else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder import guards, paths, recipe
+from builder import manifest as manifests
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.guards import LOGITS_TYPES
 from builder.model_directory import tokenizer_files
@@ -66,14 +67,32 @@ def open_repository(path: Path) -> Repository:
     artefact = read(directory)
     if artefact is None and (directory / MANIFEST).is_file():
         guards.check(directory / "models")  # where an edit is at odds with the engine, that is what to say
-        raise IntegrityError(
-            f"{path} is not what was made: files were changed or are missing.",
-            why="`builder verify` names each of them.",
-            cure="Make it again: the same `builder build`, with --from render",
-        )
+        raise _changed(directory, "Make it again: the same `builder build`, with --from render")
     if artefact is None or artefact.stage != "repository":
         raise UsageError(f"{path} is no finished repository.", cure="Build one: builder build --model MODEL --gpu GPU")
     return _repository(artefact)
+
+
+def check_served(repository: Repository) -> None:
+    """IntegrityError if the engine or checkpoint that a repository serves is in a store, and was changed there."""
+    for name, below, stage in (("engine", "", "engine"), ("checkpoint", "unified", "quantize")):
+        served = Path(str(repository.facts.get(name, "")))
+        directory = served.parent if below and served.name == below else served
+        if name in repository.facts and (directory / MANIFEST).is_file() and read(directory) is None:
+            guards.check(repository.models)
+            raise _changed(directory, f"Make it again: the same `builder build`, with --from {stage}")
+
+
+def _changed(directory: Path, hint: str) -> IntegrityError:
+    try:
+        wrong = list(manifests.wrong_files(directory, manifests.load(directory), hashed_up_to=manifests.SMALL))
+    except manifests.Damaged as error:
+        wrong = [f"its {MANIFEST}: {error}"]
+    return IntegrityError(
+        f"{directory} is not what was made: files were changed, added or are missing.",
+        why="\n".join(wrong[:10]),
+        cure=hint,
+    )
 
 
 def find(root: Path, named: str | None = None) -> Path:
@@ -174,6 +193,11 @@ def problems(path: Path, *, max_batch_size: int, decoupled: bool) -> list[str]:
     if config.model_transaction_policy.decoupled != streams:
         found.append(f"decoupled is {config.model_transaction_policy.decoupled} instead of {streams}")
     return found
+
+
+def repository_key(repository: Repository) -> str:
+    """What tests and measurements of a served repository depend on beside its digest: the engine's content too."""
+    return repository.path.name
 
 
 def _repository(artefact: Artefact) -> Repository:

@@ -26,7 +26,7 @@ from builder.recipe import Calibration as Rows
 from builder.recipe import Recipe, Resolved
 from builder.recipe_evaluation import DataSet
 from builder.safetensors_io import byte_size
-from builder.store import Store, key_of, library_versions, sources_digest
+from builder.store import Store, key_of, library_versions, replace_file, sources_digest
 
 SOURCES = (
     "builder/sensitivity.py",
@@ -170,7 +170,7 @@ def select(
             known = {"name": WHOLE, "kl": found.whole, "agreement": 0.0}
             errors = {loss.name: loss.output_error for loss in found.losses}
             lines = [known, {"output_errors": errors, "tokens": found.tokens}]
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            replace_file(partial, "".join(json.dumps(line) + "\n" for line in lines))
         told = _run({**job, "results": str(partial), "scratch": str(tmp)}, store)
         modules = [module for group in told["kept"] for module in job["groups"][group]]
         kept = f"{len(modules)} linear layers in {form.upper()}"
@@ -226,6 +226,7 @@ def _job(
         "libraries": library_versions(*modelopt.LIBRARIES),
         "sources": sources_digest(*SOURCES),
         "gpus": modelopt.gpus(),
+        "environment": modelopt.numerics(),
     }
     paths = {
         "model": str(snapshot.path.absolute()),
@@ -233,7 +234,7 @@ def _job(
         "texts": str(texts.path.absolute()),
         "calibration": {**job["calibration"], "rows": str(calibration.path.absolute())},
     }
-    return {**job, **paths}, ingredients
+    return {**job, **paths, "gpus": ingredients["gpus"]}, ingredients
 
 
 def check_texts(recipe: Recipe) -> DataSet:

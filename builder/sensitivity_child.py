@@ -27,6 +27,7 @@ from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Sequences, sequences
 from builder.process import do_job, emit
 from builder.quantize import child
+from builder.quantize.device import check_device
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.runners.child import score_set
 from builder.runners.local import Causal
@@ -42,6 +43,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     done = Results(Path(job["results"]))
     if job["budget"] is None and done.output_errors and all(name in done for name in _wanted(job)):
         return _summary(job, done)
+    check_device(job["gpus"])
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
@@ -138,7 +140,7 @@ class Results:
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
             try:
                 self._take(json.loads(line))
-            except ValueError:
+            except (ValueError, KeyError, TypeError):
                 continue
 
     def _take(self, line: Mapping[str, Any]) -> None:

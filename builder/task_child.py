@@ -30,6 +30,7 @@ from builder.errors import BuilderError, NotMeasurable, StageError, UnsupportedE
 from builder.hub_errors import translate
 from builder.output import Output
 from builder.process import do_job, emit
+from builder.quantize.device import check_device
 from builder.runners.child import known, opener
 from builder.store import Store
 from builder.task_names import manager_of
@@ -51,6 +52,7 @@ def run(job: Mapping[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )
+    check_device(job["gpus"])
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     model_of: Callable[..., LM] = Endpoint if job["runner"] == "served" else _in_transformers
     with torch.inference_mode(), opener(job["runner"])(job) as runner:

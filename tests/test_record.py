@@ -14,7 +14,7 @@ import report_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import cli, commands, recipe, record
+from builder import cli, commands, manifest, recipe, record
 
 MODEL = report_store.MODEL
 
@@ -90,7 +90,9 @@ def test_an_output_directory_that_was_moved_keeps_its_records(tmp_path: Path) ->
 def test_of_two_records_the_newer_counts_and_a_broken_one_does_not(tmp_path: Path) -> None:
     link = report_store.build(tmp_path)
     [path] = (tmp_path / "builds").glob("*.json")
-    newer = {**read(tmp_path), "name": "second", "written": 9e9}
+    changed = {key: value for key, value in read(tmp_path).items() if key != manifest.SEAL}
+    newer = manifest.sealed({**changed, "name": "second", "written": 9e9})
+    path.with_name("edited.json").write_text(json.dumps({**newer, "name": "edited", "written": 9.5e9}))
     path.with_name("second.json").write_text(json.dumps(newer))
     path.with_name("broken.json").write_text('{"format": 1, "repository')
     path.with_name("odd.json").write_text('["not", "a", "record"]')

@@ -26,6 +26,7 @@ from builder.checkpoint import FUSED
 from builder.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.process import do_job, emit
 from builder.quantize import modelopt
+from builder.quantize.device import check_device
 from builder.safetensors_io import Tensors
 from builder.tensor_numbers import wrong_floats
 
@@ -36,6 +37,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     unified = destination / "unified"
     clock = _Clock()
     _import_all()
+    device = check_device(job.get("gpus", ()))
     said = _count_warnings()
     clock.lap("import")
     model, batches = _load(job)
@@ -52,6 +54,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     large = sum(n for text, n in said.items() if "Large KV activation" in text)
     return {
         **counts,
+        "device": device,
         "calibration_tokens": tokens,
         "large_kv": large,
         "warnings": dict(said),

@@ -17,6 +17,7 @@ from builder.calibrate import Calibration
 from builder.checkpoint import Checkpoint
 from builder.errors import UnsupportedError
 from builder.fetch import Snapshot
+from builder.gpus import cuda_order, visible
 from builder.safetensors_io import read_header
 from builder.store import Store, library_versions, sources_digest
 
@@ -26,6 +27,7 @@ LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokeniz
 SOURCES = (
     "builder/quantize/modelopt.py",
     "builder/quantize/child.py",
+    "builder/quantize/device.py",
     "builder/calibrate.py",
     "builder/checkpoint.py",
     "builder/inspection.py",
@@ -45,8 +47,24 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     # Threads that spin while they wait cost a busy machine most of its time: 21 s instead of 3 for 64 batches, 2 cores.
     "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+    **cuda_order(),  # `gpus` counts them in this order
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats its results with it (its manual, "Reproducibility")
 }
+# What else changes results, passed on to the child as it is: TF32 in place of FP32, the instruction sets and precision
+# of CPU kernels, and threads, over which sums are split (PyTorch, oneDNN and oneMKL manuals, "environment variables").
+NUMERICS = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+)
 
 
 def quantize(
@@ -77,6 +95,7 @@ def quantize(
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
         "gpus": gpus(),
+        "environment": numerics(),
         "trust_remote_code": trust_remote_code,
     }
     job = {
@@ -88,6 +107,7 @@ def quantize(
         "kept": list(kept),
         "fp8": list(fp8),
         "trust_remote_code": trust_remote_code,
+        "gpus": ingredients["gpus"],
     }
 
     def make(tmp: Path) -> dict[str, Any]:
@@ -102,9 +122,24 @@ def quantize(
 
 
 def gpus() -> list[str]:
-    """The names of this machine's NVIDIA GPUs, asked of the driver's files: calibration differs between them."""
+    """The names of the GPUs that PyTorch calibrates on, in its order: the results differ between them.
+
+    Those that CUDA_VISIBLE_DEVICES hides don't count, and none does where PyTorch was built for CPUs. Where NVML does
+    not tell (parts of a GPU, MIG), the variable itself stands beside what the driver's files name.
+    """
+    if library_versions("torch")["torch"].endswith("+cpu"):
+        return []
+    seen = visible()
+    if seen is not None:
+        return [gpu.name for gpu in seen]
     found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    return [line.partition(":")[2].strip() for path in found for line in path.read_text().splitlines()[:1]]
+    names = [line.partition(":")[2].strip() for path in found for line in path.read_text().splitlines()[:1]]
+    return [*names, f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}"]
+
+
+def numerics() -> dict[str, str]:
+    """The variables of this environment that change what libraries calculate, as far as they are set."""
+    return {name: os.environ[name] for name in NUMERICS if name in os.environ}
 
 
 def check(weights: Sequence[Path], kept: Sequence[str] = ()) -> None:

@@ -20,6 +20,7 @@ from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Ids, Sequences, sequences, shuffled
 from builder.output import Output, size
 from builder.process import do_job, emit
+from builder.quantize.device import check_device
 from builder.runners import scoring
 from builder.runners.language import refuse_strangers, refuse_unknown_tokens
 from builder.runners.scoring import ColumnFiles, Runner
@@ -38,6 +39,7 @@ def run(job: Mapping[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )
+    check_device(job["gpus"])
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     sets = [(one, sequences(Path(one["rows"]), tokenizer, name=one["name"], **job["lengths"])) for one in job["sets"]]
     with torch.inference_mode(), opener(job["runner"])(job) as runner:
