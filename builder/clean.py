@@ -38,7 +38,7 @@ class Plan:
 
 def age(text: str) -> float:
     """Seconds of `7d`, `12h`, `30m`, `2w` or plain seconds. UsageError for anything else."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw]?)", text.strip())
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw]?)", text.strip())
     if not found:
         raise UsageError(f"{text[:40]!a} is not an age.", cure="Give a number and a unit: --older-than 7d, or 12h")
     return float(found[1]) * UNITS[found[2]]

@@ -19,15 +19,16 @@ from hypothesis import strategies as st
 from task_files import measure_here
 from transformers import AutoTokenizer
 
-from builder import cli, evaluate, pipeline, recipe, task_child, task_names, tasks
+from builder import clean, cli, evaluate, pipeline, recipe, task_child, task_names, tasks
 from builder.errors import NotMeasurable, ServingError, StageError, UnsupportedError, UsageError
 from builder.forms import Models
 from builder.output import Output
 from builder.pipeline import Built
+from builder.reachability import Request
 from builder.recipe import Resolved
 from builder.recipe_evaluation import Tasks
 from builder.runners import triton
-from builder.store import Artefact, Store, prune
+from builder.store import Artefact, Store
 from builder.tasks import Row
 
 DATA = Path(__file__).parent / "data"
@@ -170,9 +171,11 @@ def test_what_is_forced_is_asked_again(models: Models, store: Store, directory: 
 
 def test_cleaning_keeps_what_was_asked_of_a_kept_model(found: tasks.TaskTable, models: Models, store: Store) -> None:
     assert models.repository is not None
-    removed, _ = prune(store.root, {models.repository.path}, dry=True)
+    (store.root / "models").mkdir()
+    (store.root / "models" / "kept").symlink_to(models.repository.path)
+    removed = [entry.path for entry in clean.plan(store.root, Request(older_than=0)).remove]
     assert not [path for path in removed if path.parent.name == "tasks"]
-    removed, _ = prune(store.root, set(), dry=True)
+    removed = [entry.path for entry in clean.plan(store.root, Request(everything=True)).remove]
     assert {str(path.relative_to(store.root)) for path in removed} >= {
         p for of in found.paths.values() for p in of.values()
     }
