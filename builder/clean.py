@@ -96,7 +96,10 @@ def carry_out(made: Plan) -> list[Entry]:
             try:
                 if entry.path.parent.name == "repository" and not held.enter_context(not_serving(entry.path)):
                     raise BlockingIOError("it is being served")
-                trash.append((entry, _put_aside(entry.path)))
+                if entry.path.is_dir() and not entry.path.is_symlink():
+                    trash.append((entry, _put_aside(entry.path)))
+                else:
+                    entry.path.unlink(missing_ok=True)
             except OSError as error:
                 failed.append(Entry(entry.path, str(error)))
         for entry, path in trash:
@@ -147,7 +150,7 @@ def check_failed(failed: Sequence[Entry], root: Path) -> None:
 
 def _put_aside(path: Path) -> Path:
     """Under a name that nothing takes for a stage; a kill from here on leaves only leftovers for the next clean."""
-    if not KEY.fullmatch(path.name) or path.is_symlink():
+    if not KEY.fullmatch(path.name):
         return path
     aside = path.parent / f".{path.name}.{os.getpid()}.trash"
     path.rename(aside)

@@ -205,7 +205,7 @@ def artefacts(root: Path) -> list[Artefact]:
 
 def _directories(root: Path) -> list[Path]:
     """The published ones, whole or not. A hidden directory is half-made, even if it holds a manifest already."""
-    found = (path for stage in (*STAGES, *EVALUATION) for path in sorted((root / stage).glob("*")))
+    found = (path for stage in (*STAGES, *EVALUATION) for path in sorted((root / stage).glob("[!.]*")))
     return [path for path in found if path.is_dir() and (KEY.fullmatch(path.name) or (path / MANIFEST).is_file())]
 
 
