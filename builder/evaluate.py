@@ -112,7 +112,7 @@ def _score(
     }
     common = {**opened.ingredients, **asked, "top": part.top if form.runner == "bf16" else None}
     theirs: Sequence[Artefact | None] = reference or [None] * len(texts)
-    sets = []
+    sets: list[dict[str, Any]] = []
     for one, bf16 in zip(texts, theirs, strict=True):
         ingredients = {**common, "texts": one.digest, "reference": bf16.digest if bf16 else None}
         sets.append(
@@ -129,7 +129,10 @@ def _score(
 
     missing = [one for one in sets if "scores" in store.force or stored(one) is None]
     if missing and store.dry:
-        raise WouldRun("scores", f"{form.label} is not measured on {', '.join(str(one['name']) for one in missing)}")
+        names = ", ".join(str(one["name"]) for one in missing)
+        raise WouldRun(
+            "scores", f"{form.label} is not measured on {names}", key_of("scores", missing[0]["ingredients"])
+        )
     kept = f", {len(sets) - len(missing)} found in the store" if len(missing) < len(sets) else ""
     store.out.stage("evaluate", f"{form.label} on {len(sets)} data sets{kept}")
     if missing:

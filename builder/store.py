@@ -56,11 +56,11 @@ class Artefact:
 
 
 class WouldRun(Exception):
-    """Raised by a dry store at the first stage that a build would have to run."""
+    """Raised by a dry store at the first stage that a build would have to run, and under which key."""
 
-    def __init__(self, stage: str, why: str) -> None:
+    def __init__(self, stage: str, why: str, key: str = "") -> None:
         super().__init__(f"{stage}: {why}")
-        self.stage, self.why = stage, why
+        self.stage, self.why, self.key = stage, why, key
 
 
 class Store:
@@ -83,7 +83,7 @@ class Store:
         key = key_of(name, ingredients)
         found = None if name in self.force else self.find(name, key)
         if found is None and self.dry:
-            raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store")
+            raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store", key)
         if found is None:
             with self.locked(name, key):
                 atomic.restore(self.root / name / key)

@@ -346,7 +346,7 @@ def test_a_kill_at_any_moment_leaves_no_half_stage_and_the_next_clean_goes_on(tm
     kept = {path.parent for path in (template / "repository").glob("*/manifest.json")}
     assert len(kept) == 2
     killed = 0
-    for number in range(1, 100):
+    for number in (1, 2, 3, 4, *range(5, 100, 4)):
         root = tmp_path / "store"
         shutil.copytree(template, root, symlinks=True)
         for name in ("a", "b"):

@@ -165,13 +165,16 @@ def test_fetch_verify_and_clean(tmp_path: Path) -> None:
     assert "nothing to do: every stage was found" in again.stderr
     assert run("verify", *out).returncode == 0
     manifest = directory / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"model_id"', '"model-id"'))
-    assert run("verify", *out).returncode == 0
-    manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0', 1))
-    assert run("verify", *out).returncode == 6
-    assert run("clean", "--dry-run", *out).returncode == 0
-    assert directory.exists()
+    whole = manifest.read_text()
+    for edited in (whole.replace('"model_id"', '"model-id"'), whole.replace('"sha256": "', '"sha256": "0', 1)):
+        manifest.write_text(edited)
+        assert run("verify", *out).returncode == 6
+    assert "left alone" in run("clean", "--all", *out).stderr
+    manifest.write_text(whole)
     assert run("clean", *out).returncode == 0
+    assert run("clean", "--dry-run", "--older-than", "0", *out).returncode == 0
+    assert directory.exists()
+    assert run("clean", "--older-than", "0", *out).returncode == 0
     assert not directory.exists()
 
 

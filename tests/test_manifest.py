@@ -90,7 +90,7 @@ def test_a_changed_manifest_is_damaged_everywhere(built: Path, stage: str) -> No
                 continue
             tried += 1
             assert stores.read(directory) is None, text[:300]
-            if tried % 10 == 0:
+            if tried % 40 == 0:
                 _open_all(built, directory, stage)
     finally:
         file.write_text(before)
@@ -135,7 +135,7 @@ def test_a_changed_build_record_does_not_count(built: Path) -> None:
             if _is_equal(text, json.loads(before)):
                 continue
             assert record.find(built, link.resolve()) is None, text[:300]
-            assert clean.plan(built, Request()).remove == []
+            assert {entry.path.parent.name for entry in clean.plan(built, Request()).remove} <= {"locks"}
             if number % 25 == 0:
                 assert report.gather(link).command is None
     finally:
