@@ -330,6 +330,44 @@ def test_a_damaged_cache_is_noticed_offline(
         fetch(MODEL, store=Store(tmp_path / "other", Output("quiet")))
 
 
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_a_snapshot_of_an_incomplete_cache_is_not_taken_for_the_whole_model(
+    hub: Hub, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Offline only the cache is listed: what it lacks is not known. Online, and when more is there, it is made anew."""
+    hub.add("tiny/qwen2", SMALL)
+    whole = fetch(MODEL, store=Store(tmp_path / "other", Output("quiet")))
+    generation = whole.path / "generation_config.json"
+    assert generation.name in whole.files
+    target = os.readlink(generation)
+    generation.unlink()
+    monkeypatch.setenv(variable, "1")
+    part = fetch(MODEL, store=store)
+    assert generation.name not in part.files
+    assert fetch(MODEL, store=store).artefact.cached
+    generation.symlink_to(target)
+    assert fetch(MODEL, store=store).digest == whole.digest
+    generation.unlink()
+    assert fetch(MODEL, store=store).digest == part.digest
+    monkeypatch.delenv(variable)
+    online = fetch(MODEL, store=store)
+    assert (online.digest, online.artefact.cached) == (whole.digest, False)
+    monkeypatch.setenv(variable, "1")
+    again = fetch(MODEL, store=store)
+    assert (again.digest, again.artefact.cached) == (whole.digest, True), "what was whole once is found offline too"
+
+
+def test_a_file_of_the_cache_with_other_content_is_noticed(hub: Hub, store: Store) -> None:
+    """Of the same size; the snapshot was found by names and sizes before."""
+    hub.add("tiny/qwen2", SMALL)
+    path = fetch(MODEL, store=store).path / "config.json"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.resolve().write_bytes(content)
+    with pytest.raises(BuilderError):
+        fetch(MODEL, store=store)
+
+
 SHARD = "model-00002-of-00003.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4725600\n"
 FEW = (SMALL / "model.safetensors").read_bytes()

@@ -26,6 +26,7 @@ from builder import (
     recipe,
     sensitivity,
     smoke,
+    trtllm,
 )
 from builder import store as stores
 from builder.calibrate import calibrate
@@ -67,15 +68,13 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
     "calibration.samples": (5, "calibration"),
     "calibration.seq_len": (33, "checkpoint"),
     "calibration.batch_size": (2, "checkpoint"),
-    "engine.tensorrt_llm": ("1.1.0", "engine"),
     "engine.max_batch_size": (3, "engine"),
     "engine.max_input_len": (100, "engine"),
-    "engine.max_seq_len": (300, "engine"),
+    "engine.max_seq_len": (1500, "engine"),
     "engine.max_num_tokens": (4096, "engine"),
     "engine.tp": (2, "ranks"),
     "engine.pp": (2, "ranks"),
     "engine.flags": ({"multiple_profiles": "enable"}, "engine"),
-    "llmapi.args": ({"max_batch_size": 3}, None),
     "repository.decoupled": (False, "repository"),
     "repository.preprocessing_instances": (2, "repository"),
     "repository.postprocessing_instances": (2, "repository"),
@@ -93,6 +92,8 @@ ELSEWHERE = {
     "model.revision": HUB,
     "quantization.format": ONE,
     "calibration.data": "below",
+    "engine.tensorrt_llm": "below",
+    "llmapi.args": "below",
     **{f"evaluation.{name}": MEASURED for name in recipe.Evaluation.model_fields},
     **{f"sensitivity.{name}": MEASURED for name in recipe.Sensitivity.model_fields},
     **{f"tasks.{name}": "test_tasks.py" for name in recipe.Tasks.model_fields},
@@ -296,11 +297,27 @@ def test_penalties_are_an_input_of_the_llmapi_repository(root: Path, monkeypatch
 
     arguments = llmapi.resolve(asked, snapshot.config)
     before, facts = key(arguments), llmapi_facts.load(asked.recipe.engine.tensorrt_llm)
-    smaller = recipe.resolve({**BASE, "gpu": "sm100", "target": "llmapi", "engine.max_batch_size": 3})
+    smaller = recipe.resolve(
+        {**BASE, "gpu": "sm100", "target": "llmapi", "llmapi.args": {"enable_chunked_prefill": True}}
+    )
     other = llmapi.resolve(smaller, snapshot.config)
     assert key(other) != before
     monkeypatch.setattr(llmapi_facts, "load", lambda version: replace(facts, penalties=not facts.penalties))
     assert key(arguments) != before
+
+
+def test_an_engine_is_of_one_version_of_tensorrt_llm(root: Path, models: forms.Models) -> None:
+    """The repository's templates are of one version alone, so that the whole chain can't be asked for another."""
+
+    def key(version: str) -> str:
+        asked = resolved(**{"engine.tensorrt_llm": version, "gpu": "sm120"})
+        flags = trtllm.resolve(resolved(gpu="sm120"), models.snapshot.config)
+        assert models.checkpoint is not None
+        with pytest.raises(WouldRun) as would:
+            engine.build(models.checkpoint, flags, asked, store=Store(root, QUIET, dry=True))
+        return would.value.key
+
+    assert key("1.2.1") != key("1.1.0")
 
 
 def test_timing_caches_are_of_one_version_and_card(tmp_path: Path, card: Callable[..., None]) -> None:
@@ -348,15 +365,13 @@ ALL = {"bf16", "simulated", "checkpoint", "served"}
         ("calibration.batch_size", 2, {"simulated"}),
         ("quantization.kv_cache_dtype", "auto", ALL),
         ("evaluation.min_tokens", 17, ALL),
-        ("evaluation.reserve", 9, ALL),
+        ("evaluation.reserve", 9, ALL - {"served"}),
         ("evaluation.max_tokens", 99, ALL),
         ("evaluation.batch_tokens", 99, ALL),
         ("evaluation.dtype", "float32", ALL),
         ("evaluation.seed", 1, ALL),
         ("evaluation.top", 99, {"bf16"}),
-        ("evaluation.resamples", 99, set()),
-        ("evaluation.min_score", 1.0, set()),
-        ("evaluation.max_kl", 1.0, set()),
+        ("evaluation.resamples", 200, set()),
         ("repository.bls_instances", 2, set()),
     ],
 )
@@ -405,7 +420,7 @@ def loss_key(root: Path, models: forms.Models, **more: Any) -> str:
 )  # fmt: skip
 def test_each_value_that_losses_depend_on(root: Path, models: forms.Models, key: str, value: Any) -> None:
     assert loss_key(root, models, **{key: value}) != loss_key(root, models)
-    assert loss_key(root, models, **{"evaluation.resamples": 99}) == loss_key(root, models)
+    assert loss_key(root, models, **{"evaluation.resamples": 200}) == loss_key(root, models)
 
 
 def test_os_environ_is_as_it_was() -> None:

@@ -98,6 +98,21 @@ def test_plan_finds_it_all_in_the_store(built: tuple[Path, dict[str, Any]]) -> N
     assert (states["checkpoint"], states["engine"], states["smoke"]) == ("cached", "will run", "will run")
 
 
+def test_a_served_repository_is_not_cleaned(built: tuple[Path, dict[str, Any]]) -> None:
+    output, said = built
+    argv = [sys.executable, "-m", "builder", "serve", said["repository"]]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("http")
+        planned = json.loads(builder("clean", "--all", "--dry-run", "--json", "--output", str(output)).stdout)
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
+    stays = {Path(entry["path"]).parent.name for entry in planned["kept"] if "is being served" in entry["why"]}
+    assert stays >= {"snapshot", "calibration", "checkpoint", "engine", "repository", "smoke"}
+    free = json.loads(builder("clean", "--all", "--dry-run", "--json", "--output", str(output)).stdout)
+    assert {Path(path).parent.name for path in free["removed"]} >= stays
+
+
 def test_the_engine_command_names_the_checkpoint_of_the_store(built: tuple[Path, dict[str, Any]]) -> None:
     output, said = built
     checkpoint = next(stage["path"] for stage in said["stages"] if stage["stage"] == "checkpoint")
