@@ -297,9 +297,7 @@ def test_penalties_are_an_input_of_the_llmapi_repository(root: Path, monkeypatch
 
     arguments = llmapi.resolve(asked, snapshot.config)
     before, facts = key(arguments), llmapi_facts.load(asked.recipe.engine.tensorrt_llm)
-    smaller = recipe.resolve(
-        {**BASE, "gpu": "sm100", "target": "llmapi", "llmapi.args": {"enable_chunked_prefill": True}}
-    )
+    smaller = recipe.resolve({**BASE, "gpu": "sm100", "target": "llmapi", "llmapi.args": {"print_iter_log": True}})
     other = llmapi.resolve(smaller, snapshot.config)
     assert key(other) != before
     monkeypatch.setattr(llmapi_facts, "load", lambda version: replace(facts, penalties=not facts.penalties))
