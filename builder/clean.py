@@ -68,14 +68,11 @@ def plan(root: Path, request: Request) -> Plan:
     graph = reachability.read_store(root)
     gone, kept = reachability.removable(graph, request)
     made = Plan(root, alone=list(graph.alone))
-    made.keep += [Entry(path, why, bytes_of(path)) for path, why in kept.items()]
+    for path, why in kept.items():
+        where = made.alone if path in graph.stuck else made.keep
+        where.append(Entry(path, graph.stuck.get(path, why), bytes_of(path)))
     _add_links(graph, request, gone, made)
-    stages = []
-    for path, why in gone.items():
-        if reason := reachability.must_stay(graph.nodes[path]):
-            made.alone.append(Entry(path, reason, bytes_of(path)))
-        else:
-            stages.append(Entry(path, why, bytes_of(path)))
+    stages = [Entry(path, why, bytes_of(path)) for path, why in gone.items()]
     made.remove += sorted(stages, key=_downstream_first)
     for path in record.stale(root, gone=[entry.path for entry in stages]):
         made.remove.append(Entry(path, "the record of a repository that is gone", bytes_of(path)))
@@ -91,8 +88,13 @@ def carry_out(made: Plan) -> list[Entry]:
     """Removes what the plan says, each stage by a rename first; returns what could not be removed, and why."""
     trash: list[tuple[Entry, Path]] = []
     failed: list[Entry] = []
+    stopped = ""
     with ExitStack() as held:
         for entry in made.remove:
+            is_stage = KEY.fullmatch(entry.path.name) is not None
+            if is_stage and stopped:
+                failed.append(Entry(entry.path, f"not tried, for {stopped} stays and may need it"))
+                continue
             try:
                 if entry.path.parent.name == "repository" and not held.enter_context(not_serving(entry.path)):
                     raise BlockingIOError("it is being served")
@@ -102,6 +104,7 @@ def carry_out(made: Plan) -> list[Entry]:
                     entry.path.unlink(missing_ok=True)
             except OSError as error:
                 failed.append(Entry(entry.path, str(error)))
+                stopped = entry.path.name if is_stage else stopped
         for entry, path in trash:
             try:
                 atomic.remove(path)
@@ -131,10 +134,10 @@ def show(made: Plan, failed: Sequence[Entry], out: Output, *, dry: bool) -> None
         first = entries[0].path.relative_to(made.root)
         more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
         out.info(f"kept {first}{more}, {size(sum(entry.nbytes for entry in entries))}: {why}")
-    for entry in made.alone[:20]:
+    for entry in made.alone[:SHOWN]:
         out.warn(f"left alone: {entry.path}: {entry.why}")
-    if len(made.alone) > 20:
-        out.warn(f"left alone: {len(made.alone) - 20} more (--json lists them)")
+    if len(made.alone) > SHOWN:
+        out.warn(f"left alone: {len(made.alone) - SHOWN} more (--json lists them)")
     out.info(f"{'would free' if dry else 'freed'} {size(nbytes)}")
 
 

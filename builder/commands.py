@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import EvaluationError, ServingError, UnsupportedError, UsageError
+from builder.errors import EvaluationError, ServingError, StageError, UnsupportedError, UsageError
 from builder.output import Output, print_error, seconds
 from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
 
@@ -365,7 +365,11 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
         made = clean.plan(root, request)
         failed = [] if arguments.dry_run else clean.carry_out(made)
     clean.show(made, failed, out, dry=arguments.dry_run)
-    clean.check_failed(failed, root)
+    try:
+        clean.check_failed(failed, root)
+    except StageError as error:
+        print_error(error)  # the one object of --json is printed already
+        return error.exit_code
     return 0
 
 

@@ -49,13 +49,17 @@ class Link:
 
 @dataclass
 class Graph:
-    """The stages that are provably this store's, the names in models/, and what lies beside them, with reasons."""
+    """The stages that are provably this store's, the names in models/, and what lies beside them, with reasons.
+
+    `stuck`: stages that can't be removed, for somebody put something there.
+    """
 
     root: Path
     nodes: dict[Path, Artefact] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
     dangling: list[Entry] = field(default_factory=list)
     alone: list[Entry] = field(default_factory=list)
+    stuck: dict[Path, str] = field(default_factory=dict)
 
     @property
     def everything(self) -> list[Artefact]:
@@ -77,6 +81,7 @@ def read_store(root: Path) -> Graph:
                 graph.nodes[path] = _node(path, stage)
             except Damaged as error:
                 graph.alone += [] if reason else [Entry(path, _why_not_ours(path, str(error)))]
+    graph.stuck = {path: reason for path, one in graph.nodes.items() if (reason := _stuck(one))}
     for path in children(root / "models"):
         if not path.name.startswith("."):
             _add_link(path, graph)
@@ -140,6 +145,8 @@ def _protected(graph: Graph, request: Request) -> dict[Path, str]:
             with suppress(OSError), not_serving(path) as free:
                 roots += [] if free else [(repository, f"repository/{path.name} is being served")]
     found: dict[Path, str] = {}
+    for path in graph.stuck:
+        roots.append((graph.nodes[path], f"{path.parent.name}/{path.name} can't be removed, and was made from it"))
     for repository, why in roots:
         recorded = [graph.nodes[path] for path in record.stages(graph.root, repository.path) if path in graph.nodes]
         chain = upstream([repository, *recorded], graph.everything)
@@ -248,8 +255,8 @@ def _why_kept(user: Artefact | None) -> str:
     return "no link needs it; name it to remove it, or give --older-than"
 
 
-def must_stay(artefact: Artefact) -> str:
-    """Why a stage is not removed though nothing needs it: somebody put something there."""
+def _stuck(artefact: Artefact) -> str:
+    """Why a stage can't be removed: somebody put something there."""
     path = artefact.path
     if reason := foreign(path.parent):
         return f"{path.parent}: {reason}"

@@ -178,7 +178,10 @@ def test_a_served_repository_stays_with_all_that_it_needs(tmp_path: Path) -> Non
                 not request.everything
             )
         late = clean.Plan(tmp_path, remove=[clean.Entry(first[2].path, "planned before it was served")])
-        assert [entry.why for entry in clean.carry_out(late)] == ["it is being served"]
+        late.remove.append(clean.Entry(first[1].path, "its engine"))
+        failed = clean.carry_out(late)
+        assert [entry.path for entry in failed] == [first[2].path, first[1].path]
+        assert failed[0].why == "it is being served"
     assert first[2].path.is_dir()
     assert first[2].path in removed(tmp_path, everything=True)
 
@@ -213,6 +216,14 @@ def test_what_is_not_the_stores_is_left_alone_and_named(tmp_path: Path) -> None:
     assert "notes.txt" in named[f"engine/{mine.path.name}"]
     assert (elsewhere / "deep" / "file").read_text() == "precious"
     assert (tmp_path / "builds" / "mine.json").exists()
+
+
+def test_what_can_not_go_keeps_what_it_was_made_from(tmp_path: Path) -> None:
+    """A file of the user's lies in the repository: without its engine the rest of it would be worth nothing."""
+    first = chain(tmp_path, 1)
+    (first[2].path / "notes.txt").write_text("of the user's")
+    for request in (Request(everything=True), Request(older_than=0.0), Request(names=(first[2].path.name,))):
+        assert not {entry.path for entry in clean.plan(tmp_path, request).remove} & {one.path for one in first}
 
 
 def mounted(source: Path, target: Path) -> bool:
