@@ -97,7 +97,7 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
         "model": str(models.snapshot.path.absolute()),
         "trust_remote_code": recipe.model.trust_remote_code,
         "root": str(store.root),
-        "gpus": modelopt.gpus(),
+        "gpus": modelopt.calibrating(),
         **{key: getattr(recipe.evaluation, key) for key in ("dtype", "batch_tokens")},
     }
     more, of = _of(form, models, resolved, store)

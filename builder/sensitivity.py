@@ -225,7 +225,7 @@ def _job(
         **job,
         "libraries": library_versions(*modelopt.LIBRARIES),
         "sources": sources_digest(*SOURCES),
-        "gpus": modelopt.gpus(),
+        "gpus": modelopt.calibrating(),
         "environment": modelopt.numerics(),
     }
     paths = {

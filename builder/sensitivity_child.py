@@ -43,7 +43,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     done = Results(Path(job["results"]))
     if job["budget"] is None and done.output_errors and all(name in done for name in _wanted(job)):
         return _summary(job, done)
-    check_device(job["gpus"])
+    check_device(job.get("gpus", ()))
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]

@@ -52,7 +52,7 @@ def run(job: Mapping[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )
-    check_device(job["gpus"])
+    check_device(job.get("gpus", ()))
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     model_of: Callable[..., LM] = Endpoint if job["runner"] == "served" else _in_transformers
     with torch.inference_mode(), opener(job["runner"])(job) as runner:

@@ -171,7 +171,7 @@ def test_what_is_forced_is_asked_again(models: Models, store: Store, directory: 
 
 def test_cleaning_keeps_what_was_asked_of_a_kept_model(found: tasks.TaskTable, models: Models, store: Store) -> None:
     assert models.repository is not None
-    (store.root / "models").mkdir()
+    (store.root / "models").mkdir(exist_ok=True)
     (store.root / "models" / "kept").symlink_to(models.repository.path)
     removed = [entry.path for entry in clean.plan(store.root, Request(older_than=0)).remove]
     assert not [path for path in removed if path.parent.name == "tasks"]

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from builder.errors import UnsupportedError
 
-UNKNOWN = "CUDA_VISIBLE_DEVICES="  # how modelopt.gpus begins what it could not name
-
 
 def check_device(expected: Sequence[str]) -> str:
     """The device that is used. UnsupportedError where GPUs are expected and PyTorch sees none: what a CPU calculates
@@ -16,10 +14,9 @@ def check_device(expected: Sequence[str]) -> str:
 
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name(0))
-    names = [name for name in expected if not name.startswith(UNKNOWN)]
-    if names:
+    if expected:
         raise UnsupportedError(
-            f"The driver lists {names[0]}, and PyTorch sees no GPU.",
+            f"The driver lists {expected[0]}, and PyTorch sees no GPU.",
             why=f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}; an older driver can't run it.",
             cure="Update the driver, or do it on the CPU: the same command with CUDA_VISIBLE_DEVICES= before it",
         )

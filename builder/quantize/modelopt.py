@@ -94,7 +94,7 @@ def quantize(
         "batch_size": calibration_part.batch_size,
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
-        "gpus": gpus(),
+        "gpus": calibrating(),
         "environment": numerics(),
         "trust_remote_code": trust_remote_code,
     }
@@ -122,24 +122,26 @@ def quantize(
 
 
 def gpus() -> list[str]:
-    """The names of the GPUs that PyTorch calibrates on, in its order: the results differ between them.
+    """The names of the GPUs that CUDA_VISIBLE_DEVICES leaves visible, in CUDA's order.
 
-    Those that CUDA_VISIBLE_DEVICES hides don't count, and none does where PyTorch was built for CPUs. Where NVML does
-    not tell (parts of a GPU, MIG), the variable itself stands beside what the driver's files name.
+    Where NVML does not tell which (parts of a GPU, MIG), those that the driver's files name.
     """
-    if library_versions("torch")["torch"].endswith("+cpu"):
-        return []
     seen = visible()
     if seen is not None:
         return [gpu.name for gpu in seen]
     found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    names = [line.partition(":")[2].strip() for path in found for line in path.read_text().splitlines()[:1]]
-    return [*names, f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}"]
+    return [line.partition(":")[2].strip() for path in found for line in path.read_text().splitlines()[:1]]
+
+
+def calibrating() -> list[str]:
+    """The GPUs that PyTorch calculates on, for keys: the results differ between them. None with a build for CPUs."""
+    return [] if library_versions("torch")["torch"].endswith("+cpu") else gpus()
 
 
 def numerics() -> dict[str, str]:
     """The variables of this environment that change what libraries calculate, as far as they are set."""
-    return {name: os.environ[name] for name in NUMERICS if name in os.environ}
+    names = NUMERICS if visible() is not None else (*NUMERICS, "CUDA_VISIBLE_DEVICES")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def check(weights: Sequence[Path], kept: Sequence[str] = ()) -> None:

@@ -39,7 +39,7 @@ def run(job: Mapping[str, Any]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )
-    check_device(job["gpus"])
+    check_device(job.get("gpus", ()))
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     sets = [(one, sequences(Path(one["rows"]), tokenizer, name=one["name"], **job["lengths"])) for one in job["sets"]]
     with torch.inference_mode(), opener(job["runner"])(job) as runner:
