@@ -234,7 +234,7 @@ def test_versions_come_from_metadata() -> None:
 
 # What any stage stands on, and the stages whose artefacts, not whose code, are another's input.
 NO_INGREDIENTS = {"calibrate", "engine", "errors", "fetch", "gpus", "hub", "hub_errors", "output", "paths", "process"}
-NO_INGREDIENTS |= {"recipe", "recipe_evaluation", "repository", "store"}
+NO_INGREDIENTS |= {"manifest", "recipe", "recipe_evaluation", "repository", "store"}
 
 
 @pytest.mark.parametrize(
