@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import model_directory, process
+from builder import model_directory, process, source_model
 from builder.errors import IntegrityError, StageError, UsageError
 from builder.output import Output, Progress
 from builder.recipe import Model
+from builder.safetensors_io import read_header
+from builder.source_files import SourceFiles, times
+from builder.source_model import Header
 from builder.store import Artefact, Store
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,9 +52,15 @@ class Snapshot:
         """The names that belong to the model; the directory may hold others."""
         return sorted(self.artefact.facts["external"]["files"])
 
+    @property
+    def source(self) -> SourceFiles:
+        """The files as they were hashed, for everyone who loads them or reads them again."""
+        facts = self.artefact.facts
+        return SourceFiles(self.path, facts["external"]["files"], facts.get("times", {}))
+
 
 def fetch(model: Model, *, store: Store, check: Check = lambda config: None) -> Snapshot:
-    """Finds or downloads the model, checks that it can be quantized, hashes each file once.
+    """Finds or downloads the model, checks that it is whole and can be quantized, hashes each file once.
 
     `check` is given its config.json before the first weight is downloaded or hashed, and raises what speaks against it.
     """
@@ -63,8 +72,11 @@ def fetch(model: Model, *, store: Store, check: Check = lambda config: None) -> 
         revision = resolve(model.id, model.revision, store=store)
         artefact = _fetch_hub(model, revision, store, check)
     path = Path(artefact.facts["external"]["root"])
-    config = model_directory.parse_config((path / model_directory.CONFIG).read_bytes(), str(path))
-    return Snapshot(path, artefact.digest, model.id, revision, config, artefact)
+    config = model_directory.parse_config(_read(path / model_directory.CONFIG), str(path))
+    snapshot = Snapshot(path, artefact.digest, model.id, revision, config, artefact)
+    if directory is None and artefact.cached:  # perhaps by a version that checked less
+        check_tensors(path, snapshot.files, config, model.id)
+    return snapshot
 
 
 def local_directory(model: Model) -> Path | None:
@@ -113,15 +125,16 @@ def _no_directory(name: str, path: Path, present: bool) -> UsageError:
 def _fetch_directory(directory: Path, model: Model, store: Store, check: Check) -> Artefact:
     """The key is made of names, sizes and times: an unchanged directory is not hashed again."""
     names = check_directory(directory, trust_remote_code=model.trust_remote_code)
-    before = _times(directory, names)
+    before = times(directory, names)
     ingredients = {"directory": str(directory), "files": before, "trust_remote_code": model.trust_remote_code}
 
     def make(_: Path) -> dict[str, Any]:
         check(model_directory.parse_config(_read(directory / model_directory.CONFIG), str(directory)))
         files = _hash(directory, names, store.out)
-        if _times(directory, names) != before:
+        if times(directory, names) != before:
             raise IntegrityError(f"{directory} changed while it was read.", cure="Run the same command again.")
-        return {"model_id": model.id, "revision": None, "external": {"root": str(directory), "files": files}}
+        external = {"root": str(directory), "files": files}
+        return {"model_id": model.id, "revision": None, "external": external, "times": before}
 
     return store.stage("snapshot", ingredients, make)
 
@@ -144,11 +157,23 @@ def check_directory(directory: Path, *, trust_remote_code: bool) -> list[str]:
     if model_directory.INDEX in names:
         shards = model_directory.shards_of(_read(directory / model_directory.INDEX), names, where)
     wanted = model_directory.wanted(names, shards, remote_code=trust_remote_code)
-    for name in wanted:
-        model_directory.check_no_pointer(directory / name)
-        if name.endswith(".safetensors"):
-            model_directory.check_safetensors(directory / name)
+    try:
+        for name in wanted:
+            model_directory.check_no_pointer(directory / name)
+        check_tensors(directory, wanted, config, where)
+    except OSError as error:
+        raise UsageError(f"Can't read the model in {directory}.", why=str(error)) from None
     return wanted
+
+
+def check_tensors(directory: Path, names: Sequence[str], config: Mapping[str, Any], where: str) -> dict[str, Header]:
+    """The tensors of a model's files, by their headers alone. Raises as source_model.check does."""
+    shards = [name for name in names if name.endswith(".safetensors")]
+    files = {name: {t: (i.dtype, i.shape) for t, i in read_header(directory / name).items()} for name in shards}
+    index = None
+    if model_directory.INDEX in names:
+        index = model_directory.index_of(_read(directory / model_directory.INDEX), where)
+    return source_model.check(config, files, index, where)
 
 
 def _read(path: Path) -> bytes:
@@ -156,12 +181,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"Can't read {path}.", why=str(error)) from None
-
-
-def _times(directory: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    """Size, time of the content and time of the inode: the last one can't be set back by `cp -p` or `touch`."""
-    stats = {name: (directory / name).stat() for name in names}
-    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
 
 
 def _hash(directory: Path, names: Sequence[str], out: Output) -> dict[str, dict[str, Any]]:
@@ -195,11 +214,18 @@ def listing(model: Model, *, store: Store) -> dict[str, Any]:
     return {"commit": commit, **ask_hub(store, **_job("listing", model, commit))}
 
 
-def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
-    """A Hub model's config.json and {tensor: (dtype, shape)}, without its weights."""
-    commit = resolve(model.id, model.revision, store=store)
+def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, Header]]:
+    """A Hub model's config.json and {tensor: (dtype, shape)}, without its weights. Raises what is wrong with it."""
+    return _headers(model, resolve(model.id, model.revision, store=store), store)
+
+
+def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], dict[str, Header]]:
     found = ask_hub(store, **_job("headers", model, commit))
-    return found["config"], {name: (dtype, tuple(shape)) for name, (dtype, shape) in found["tensors"].items()}
+    files = {
+        file: {name: (dtype, tuple(shape)) for name, (dtype, shape) in header.items()}
+        for file, header in found["tensors"].items()
+    }
+    return found["config"], source_model.check(found["config"], files, found["index"], model.id)
 
 
 def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefact:
@@ -212,8 +238,10 @@ def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefac
 
     def make(_: Path) -> dict[str, Any]:
         check(ask_hub(store, **_job("listing", model, commit))["config"])
-        external = ask_hub(store, **_job("download", model, commit))
-        return {"model_id": model.id, "revision": commit, "external": external}
+        _headers(model, commit, store)
+        found = ask_hub(store, **_job("download", model, commit))
+        external = {"root": found["root"], "files": found["files"]}
+        return {"model_id": model.id, "revision": commit, "external": external, "times": found["times"]}
 
     return store.stage("snapshot", ingredients, make)
 

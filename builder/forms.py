@@ -37,7 +37,9 @@ SOURCES = (
     "builder/checkpoint.py",
     "builder/inspection.py",
     "builder/model_directory.py",
+    "builder/model_loading.py",
     "builder/safetensors_io.py",
+    "builder/source_files.py",
     "builder/tensor_numbers.py",
     "builder/unified_layout.py",
 )
@@ -94,7 +96,7 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
         "runner": form.runner,
         "label": form.label,
         "fp8_kv": form.fp8_kv,
-        "model": str(models.snapshot.path.absolute()),
+        **models.snapshot.source.as_job(),
         "trust_remote_code": recipe.model.trust_remote_code,
         "root": str(store.root),
         **{key: getattr(recipe.evaluation, key) for key in ("dtype", "batch_tokens")},

@@ -29,12 +29,12 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 
-from builder import model_directory
+from builder import hub_headers, model_directory
 from builder.errors import BuilderError, IntegrityError, StageError
 from builder.hub_errors import clean, patiently, translate
 from builder.output import size as readable
 from builder.process import emit, emit_error
-from builder.safetensors_io import read_header
+from builder.source_files import times
 
 STALLED = 75  # exit code: bytes stopped coming (EX_TEMPFAIL of sysexits.h)
 # Partial files of huggingface_hub 1.x have names of their own and are never resumed; a live one is written all the
@@ -97,25 +97,31 @@ def listing(job: Job) -> dict[str, Any]:
 
 
 def headers(job: Job) -> dict[str, Any]:
-    """config.json and {tensor: [dtype, shape]}: by ranged reads of the safetensors headers, no weight is downloaded."""
+    """{"config", "index": {tensor: file} or None, "tensors": {file: {tensor: [dtype, shape]}}}: by ranged reads of the
+    safetensors headers, no weight is downloaded."""
     chosen, config, root = _choose(job)
+    shards = {name: entry.size for name, entry in chosen.items() if name.endswith(".safetensors")}
     if constants.HF_HUB_OFFLINE:
-        files = [root / name for name in chosen if name.endswith(".safetensors")]
-        cached = {name: info for file in files for name, info in read_header(file).items()}
-        return {"config": config, "tensors": {name: [info.dtype, list(info.shape)] for name, info in cached.items()}}
-    repo = patiently(lambda: HfApi().get_safetensors_metadata(job.repo, revision=job.commit), job.waits)
-    tensors = {name: t for file in repo.files_metadata.values() for name, t in file.tensors.items()}
-    return {"config": config, "tensors": {name: [t.dtype, list(t.shape)] for name, t in tensors.items()}}
+        found = hub_headers.cached(root, shards)
+    else:
+        found = hub_headers.remote(job.repo, job.commit, shards, job.waits)
+    index = None
+    if model_directory.INDEX in chosen:
+        index = model_directory.index_of(_small(job, model_directory.INDEX).read_bytes(), job.repo)
+    tensors = {file: {name: [info.dtype, list(info.shape)] for name, info in t.items()} for file, t in found.items()}
+    return {"config": config, "index": index, "tensors": tensors}
 
 
 def download(job: Job) -> dict[str, Any]:
-    """Brings the model's files into the Hub's cache and verifies every one: {"root", "files": {name: size, sha256}}."""
+    """Brings the model's files into the Hub's cache and verifies every one: {"root", "files": {name: size, sha256},
+    "times": {name: [size and times]}}."""
     chosen, _, root = _choose(job)
     if not constants.HF_HUB_OFFLINE:
         _drop_dead_partials(job, chosen)
         _check_space(job, chosen)
         root = _download(job, chosen)
-    return {"root": str(root), "files": _verify(job, root, chosen)}
+    before = times(root, list(chosen))  # what changes from here on shows when the model is loaded
+    return {"root": str(root), "files": _verify(job, root, chosen), "times": before}
 
 
 def _choose(job: Job) -> tuple[dict[str, Listed], dict[str, Any], Path]:

@@ -48,6 +48,7 @@ def render(
 
     def make(directory: Path) -> Mapping[str, Any]:
         facts = write(directory / "models", checkpoint.unified.resolve(), snapshot.path, arguments, resolved)
+        snapshot.source.check_unchanged()  # the tokenizer is copied from it
         return {**facts, "arguments": [vars(argument) for argument in arguments]}
 
     artefact = store.stage("repository", ingredients, make)

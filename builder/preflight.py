@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 from builder import checkpoint as checkpoints
 from builder import engine, fit, fit_change, kept_layers, kv_safety, llmapi, ranks, trtllm
 from builder.errors import UnsupportedError, UsageError
-from builder.fetch import check_directory, local_directory, read_headers
+from builder.fetch import check_directory, check_tensors, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
+from builder.model_directory import CONFIG, parse_config
 from builder.output import size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Model, Resolved
-from builder.safetensors_io import read_header
 from builder.store import STAGES, Store
 from builder.trtllm_answers import Answer
 
@@ -168,12 +167,10 @@ def read_model(model: Model, store: Store) -> ModelFacts:
     if directory is None:
         return ModelFacts(*read_headers(model, store=store))
     files = check_directory(directory, trust_remote_code=model.trust_remote_code)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = parse_config((directory / CONFIG).read_bytes(), str(directory))
     return headers(directory, config, files)
 
 
 def headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -> ModelFacts:
     """A model's facts by its config.json and what its safetensors files begin with."""
-    shards = [directory / name for name in files if name.endswith(".safetensors")]
-    tensors = {name: (info.dtype, tuple(info.shape)) for file in shards for name, info in read_header(file).items()}
-    return ModelFacts(config, tensors)
+    return ModelFacts(config, check_tensors(directory, files, config, str(directory)))

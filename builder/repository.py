@@ -55,7 +55,9 @@ def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store
     }
 
     def make(directory: Path) -> Mapping[str, Any]:
-        return write(directory / "models", engine.path.resolve(), snapshot.path, part)
+        facts = write(directory / "models", engine.path.resolve(), snapshot.path, part)
+        snapshot.source.check_unchanged()  # the tokenizer is copied from it
+        return facts
 
     return _repository(store.stage("repository", ingredients, make))
 

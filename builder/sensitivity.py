@@ -194,6 +194,7 @@ def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensit
     groups = _groups(model)
     with store.out.progress("weight errors", unit="layers") as bar:
         found = weight_error.weight_errors(_weights(snapshot), groups, lambda done, total: bar.update(done, total))
+    snapshot.source.check_unchanged()
     losses = _losses(model, groups, {"results": {}, "weight_errors": found, "output_errors": {}})
     return Sensitivity(tuple(losses), None, None, 0, {}, Path(), "")
 
@@ -228,7 +229,7 @@ def _job(
         "gpus": modelopt.gpus(),
     }
     paths = {
-        "model": str(snapshot.path.absolute()),
+        **snapshot.source.as_job(),
         "weights": [str(file.absolute()) for file in _weights(snapshot)],
         "texts": str(texts.path.absolute()),
         "calibration": {**job["calibration"], "rows": str(calibration.path.absolute())},

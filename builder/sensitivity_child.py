@@ -30,6 +30,7 @@ from builder.quantize import child
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.runners.child import score_set
 from builder.runners.local import Causal
+from builder.source_files import SourceFiles
 from builder.weight_error import weight_errors
 
 WHOLE, KV_CACHE = "whole model", "KV cache"  # the names of two results that are no group's
@@ -53,8 +54,18 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         if job["budget"] is None:
             for name in _wanted(job):
                 meter.kl(name, _quantized(job, name))
-            return _summary(job, done)
-        return select(meter, job)
+        found = _summary(job, done) if job["budget"] is None else select(meter, job)
+        _check_source(job)
+        return found
+
+
+def _check_source(job: Mapping[str, Any]) -> None:
+    """IntegrityError if the model changed while it was measured; no result is kept to go on with then."""
+    try:
+        SourceFiles.of_job(job).check_unchanged()
+    except IntegrityError:
+        Path(job["results"]).unlink(missing_ok=True)
+        raise
 
 
 def _wanted(job: Mapping[str, Any]) -> list[str]:

@@ -34,7 +34,8 @@ Kind = Literal["cut", "reset", "status", "wrong-bytes", "short", "hang"]
 
 @dataclass
 class Fault:
-    """What goes wrong on paths that `pattern` matches, the next `times` times."""
+    """What goes wrong on paths that `pattern` matches, the next `times` times; with `headers_too` also where only the
+    header of a safetensors file is read."""
 
     pattern: str
     kind: Kind
@@ -43,6 +44,7 @@ class Fault:
     after: int = 0  # bytes sent before a cut, a reset or a hang
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict)
+    headers_too: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Request:
     range: str | None
     authorization: str | None
     host: str
+
+    @property
+    def header(self) -> bool:
+        """Whether this asks for the beginning of a large file alone: a range with an end, which downloads don't use."""
+        return self.path.startswith("/cdn/") and bool(re.fullmatch(r"bytes=\d+-\d+", self.range or ""))
 
 
 @dataclass(frozen=True)
@@ -129,10 +136,12 @@ class Hub:
     def fail(self, fault: Fault) -> None:
         self.faults.append(fault)
 
-    def fault_for(self, method: str, path: str) -> Fault | None:
+    def fault_for(self, request: Request) -> Fault | None:
         with self._lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.method in (method, "*") and re.search(fault.pattern, path):
+                if request.header and not fault.headers_too:
+                    continue
+                if fault.times > 0 and fault.method in (request.method, "*") and re.search(fault.pattern, request.path):
                     fault.times -= 1
                     return fault
         return None
@@ -142,12 +151,14 @@ class Hub:
             self.requests.append(request)
 
     def downloads(self, name: str) -> list[Request]:
-        """The GETs that asked for the content of `name` (at the CDN for large files)."""
+        """The GETs that asked for the content of `name` (at the CDN for large files), and for more than its header."""
         wanted = {f"/cdn/{f.sha256}" for r in self.repos.values() for c in r.commits.values() if (f := c.get(name))}
         return [
             r
             for r in self.requests
-            if r.method == "GET" and (r.path in wanted or re.search(rf"/resolve/[^/]+/{re.escape(name)}$", r.path))
+            if r.method == "GET"
+            and not r.header
+            and (r.path in wanted or re.search(rf"/resolve/[^/]+/{re.escape(name)}$", r.path))
         ]
 
 
@@ -177,12 +188,13 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         headers = self.headers
-        self.hub.record(
-            Request(self.command, path, url.query, headers.get("Range"), headers.get("Authorization"), headers["Host"])
+        request = Request(
+            self.command, path, url.query, headers.get("Range"), headers.get("Authorization"), headers["Host"]
         )
+        self.hub.record(request)
         length = int(headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else b""
-        fault = self.hub.fault_for(self.command, path)
+        fault = self.hub.fault_for(request)
         if fault and fault.kind == "status":
             self._error(fault.status, "", "a fault on purpose", **fault.headers)
             return

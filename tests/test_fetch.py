@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder import fetch as fetch_module
-from builder import model_directory
+from builder import model_directory, tensor_names
 from builder.errors import BuilderError, IntegrityError, StageError, UnsupportedError, UsageError
 from builder.fetch import Snapshot, fetch, listing, local_directory, read_headers
 from builder.output import Output
 from builder.recipe import Model
-from builder.safetensors_io import read_header
+from builder.safetensors_io import NewTensor, read_header, write
 from builder.store import Store
 
 DATA = Path(__file__).parent / "data"
@@ -51,10 +51,19 @@ def config(**changes: object) -> bytes:
 
 def big_model(target: Path, megabytes: int = 26) -> Path:
     """A model whose weights are larger than huggingface_hub's chunks of 10 MiB, so that a part of them can survive."""
-    n = megabytes * 1_000_000
-    header = json.dumps({"t": {"dtype": "U8", "shape": [n], "data_offsets": [0, n]}}).encode()
-    content = struct.pack("<Q", len(header)) + header + bytes(range(250)) * (n // 250)
-    return copy(SMALL, target, model__safetensors=content)
+    wide = config(
+        intermediate_size=megabytes * 1_000_000 // (3 * 2 * 64 * 2) // 16 * 16
+    )  # gate, up and down of 2 layers
+    model = copy(SMALL, target, config__json=wide, model__safetensors=None)
+    shapes = {name: want.shape for name, want in tensor_names.expected(json.loads(wide)).items()}
+    write(model / "model.safetensors", [NewTensor(name, "BF16", s, [_bytes(s)]) for name, s in shapes.items()])
+    return model
+
+
+def _bytes(shape: tuple[int, ...]) -> bytes:
+    """Content of a BF16 tensor of this shape."""
+    n = 2 * prod(shape)
+    return (bytes(range(250)) * (n // 250 + 1))[:n]
 
 
 def weights(hub: Hub) -> str:
@@ -188,7 +197,7 @@ def gated(hub: Hub) -> None:
 
 
 def claims_a_petabyte(hub: Hub) -> None:
-    hub.repos["model", "tiny/qwen2"].sizes["model.safetensors"] = 10**15
+    hub.repos["model", "tiny/qwen2"].sizes["tokenizer.json"] = 10**15
 
 
 def fails(*faults: Fault) -> Callable[[Hub], None]:
@@ -350,7 +359,7 @@ FEW = (SMALL / "model.safetensors").read_bytes()
         (SMALL, {"model__safetensors": None}, UsageError, "no model.safetensors"),
         (SMALL, {"model__safetensors": None, "pytorch_model__bin": b"x"}, UnsupportedError, "pickles.*save_pretrained"),
         (SMALL, {"model__safetensors": None, "adapter_config__json": b"{}"}, UsageError, "merged into its base"),
-        (SMALL, {"model__safetensors": FEW[:-100]}, IntegrityError, "no whole safetensors.*announced"),
+        (SMALL, {"model__safetensors": FEW[:-100]}, IntegrityError, "no whole safetensors.*truncated"),
         (SMALL, {"model__safetensors": FEW[:5]}, IntegrityError, "no whole safetensors"),
         (SMALL, {"model__safetensors": b""}, IntegrityError, "no whole safetensors"),
         (SMALL, {"model__safetensors": b"\xff" * 100}, IntegrityError, "no whole safetensors"),
@@ -389,7 +398,7 @@ def test_bad_repositories_are_refused_before_their_weights(says: str, hub: Hub, 
     hub.add("tiny/bad", copy(SMALL, tmp_path / "source", **files[says]))
     with pytest.raises((UsageError, UnsupportedError)):
         fetch(Model(id="tiny/bad"), store=store)
-    assert not [r for r in hub.requests if r.path.startswith("/cdn/")]
+    assert not [r for r in hub.requests if r.path.startswith("/cdn/") and not r.header]
 
 
 def test_what_the_caller_checks_is_checked_before_any_weight(hub: Hub, store: Store) -> None:
@@ -401,7 +410,7 @@ def test_what_the_caller_checks_is_checked_before_any_weight(hub: Hub, store: St
 
     with pytest.raises(UnsupportedError, match="too long"):
         fetch(Model(id="tiny/qwen3"), store=store, check=refuse)
-    assert not [r for r in hub.requests if r.path.startswith("/cdn/")]
+    assert not [r for r in hub.requests if r.path.startswith("/cdn/") and not r.header]
     with pytest.raises(UnsupportedError, match="too long"):
         fetch(Model(id=str(SHARDED)), store=store, check=refuse)
 

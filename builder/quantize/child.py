@@ -21,12 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from builder import checkpoint, unified_layout
+from builder import checkpoint, model_loading, unified_layout
 from builder.checkpoint import FUSED
 from builder.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.process import do_job, emit
 from builder.quantize import modelopt
 from builder.safetensors_io import Tensors
+from builder.source_files import SourceFiles
 from builder.tensor_numbers import wrong_floats
 
 
@@ -47,6 +48,8 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     gc.collect()
     clock.lap("export")
     lacking = _second_layout(unified, source, destination / "tensorrt_llm")
+    # Weights in memory are pages of the files until they are touched, and tokenizer files were copied just now.
+    SourceFiles.of_job(job).check_unchanged()
     clock.lap("layouts")
     tokens = sum(batch.numel() for batch in batches)
     large = sum(n for text, n in said.items() if "Large KV activation" in text)
@@ -75,28 +78,13 @@ def _import_all() -> None:
 def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     """The model in its own dtype, on the GPUs if there are any, and the batches of token ids [rows, <= seq_len]."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from builder.calibrate import token_batches
 
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     where: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            job["model"],
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=job["trust_remote_code"],
-            use_safetensors=True,
-            **where,
-        )
-    except (ValueError, KeyError) as error:
-        raise UnsupportedError(
-            f"transformers has no causal language model for {job['model']}.",
-            why=str(error),
-            cure="Choose a decoder that transformers knows; code that comes with a model is not run.",
-        ) from error
-    model.eval()
+    model = model_loading.load(job, dtype="auto", **where)
     tokenizer = AutoTokenizer.from_pretrained(
         job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
     )

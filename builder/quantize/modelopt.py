@@ -30,8 +30,10 @@ SOURCES = (
     "builder/checkpoint.py",
     "builder/inspection.py",
     "builder/model_directory.py",
+    "builder/model_loading.py",
     "builder/ranks.py",
     "builder/safetensors_io.py",
+    "builder/source_files.py",
     "builder/tensor_numbers.py",
     "builder/unified_layout.py",
 )
@@ -80,7 +82,7 @@ def quantize(
         "trust_remote_code": trust_remote_code,
     }
     job = {
-        "model": str(snapshot.path.absolute()),
+        **snapshot.source.as_job(),
         "rows": str(calibration.path.absolute()),
         "seq_len": calibration_part.seq_len,
         "batch_size": calibration_part.batch_size,
