@@ -38,6 +38,8 @@ SIZES: Mapping[str, tuple[int, int]] = {
     "num_nextn_predict_layers": (0, MOST_LAYERS),
     "num_labels": (0, 1 << 26),
 }
+# What every size, and every split over GPUs, is computed from.
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 NUMBERS: Mapping[str, tuple[float, float]] = {
     "rms_norm_eps": (0.0, 1.0),
     "layer_norm_eps": (0.0, 1.0),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, kept_layers, kv_safety, llmapi, ranks, trtllm
+from builder import config_values, engine, fit, fit_change, kept_layers, kv_safety, llmapi, ranks, trtllm
 from builder.errors import UnsupportedError, UsageError
 from builder.fetch import check_directory, check_tensors, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
@@ -51,6 +51,7 @@ def check_model(
     asked = resolved.recipe
     if asked.target == "llmapi":
         if layouts:
+            config_values.require(config, config_values.SHAPE, asked.model.id)
             llmapi.check_model(resolved, config)
         return llmapi.resolve(resolved, config)
     if asked.llmapi.args:
@@ -60,6 +61,7 @@ def check_model(
         )
     if layouts:
         checkpoints.architecture(config)
+        config_values.require(config, config_values.SHAPE, asked.model.id)
         checkpoints.rope(config)
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from builder import gpus, paths
 from builder.errors import UsageError
 from builder.recipe_evaluation import Evaluation, Sensitivity, Tasks
-from builder.recipe_part import Part, Positive
+from builder.recipe_part import Natural, Part, Positive, Processes, Ranks
 
 Target = Literal["engine", "llmapi", "reference"]
 
@@ -158,8 +158,8 @@ class Engine(Part):
     max_input_len: Annotated[Positive, Field(description="tokens of a prompt")] = 2048
     max_seq_len: Annotated[Positive, Field(description="tokens of prompt and answer")] = 4096
     max_num_tokens: Annotated[Positive, Field(description="tokens in one iteration, after padding removal")] = 8192
-    tp: Annotated[Positive, Field(description="tensor parallel size")] = 1
-    pp: Annotated[Positive, Field(description="pipeline parallel size")] = 1
+    tp: Annotated[Ranks, Field(description="tensor parallel size")] = 1
+    pp: Annotated[Ranks, Field(description="pipeline parallel size")] = 1
     flags: dict[str, str] = Field(default={}, description="further trtllm-build flags, by name without dashes")
 
     @field_validator("flags", mode="before")
@@ -179,6 +179,8 @@ class Engine(Part):
             raise ValueError(
                 f"max_input_len {self.max_input_len} leaves no room for an answer in max_seq_len {self.max_seq_len}"
             )
+        if self.world_size > 1024:
+            raise ValueError(f"tp {self.tp} x pp {self.pp} are {self.world_size} GPUs; an engine takes 1024 at most")
         return self
 
 
@@ -192,11 +194,11 @@ class Repository(Part):
     """How Triton serves it."""
 
     decoupled: Annotated[bool, Field(description="stream answers token by token")] = True
-    preprocessing_instances: Annotated[Positive, Field(description="tokenizer processes")] = 1
-    postprocessing_instances: Annotated[Positive, Field(description="detokenizer processes")] = 1
-    bls_instances: Annotated[Positive, Field(description="streams that tensorrt_llm_bls carries at once")] = 4
-    max_queue_delay_microseconds: Annotated[int, Field(ge=0, description="wait for a fuller batch")] = 0
-    max_queue_size: Annotated[int, Field(ge=0, description="waiting requests before refusal; 0: no limit")] = 0
+    preprocessing_instances: Annotated[Processes, Field(description="tokenizer processes")] = 1
+    postprocessing_instances: Annotated[Processes, Field(description="detokenizer processes")] = 1
+    bls_instances: Annotated[Processes, Field(description="streams that tensorrt_llm_bls carries at once")] = 4
+    max_queue_delay_microseconds: Annotated[Natural, Field(description="wait for a fuller batch")] = 0
+    max_queue_size: Annotated[Natural, Field(description="waiting requests before refusal; 0: no limit")] = 0
     kv_cache_free_gpu_mem_fraction: Annotated[
         float, Field(gt=0, le=1, description="of the memory free after the weights")
     ] = 0.9

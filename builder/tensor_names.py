@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.checkpoint import ARCHITECTURES, head_size
+from builder.config_values import SHAPE
 
 # What the table is computed from, and what the layouts need beside it.
-NEEDED = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-    "max_position_embeddings", "hidden_act", "rms_norm_eps",
-)  # fmt: skip
+NEEDED = (*SHAPE, "max_position_embeddings", "hidden_act", "rms_norm_eps")
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 

@@ -58,8 +58,8 @@ class Request:
 
     @property
     def header(self) -> bool:
-        """Whether this asks for the beginning of a large file alone: a range with an end, which downloads don't use."""
-        return self.path.startswith("/cdn/") and bool(re.fullmatch(r"bytes=\d+-\d+", self.range or ""))
+        """Whether this asks for a part of a file alone: a range with an end, which downloads don't use."""
+        return bool(re.fullmatch(r"bytes=\d+-\d+", self.range or ""))
 
 
 @dataclass(frozen=True)
