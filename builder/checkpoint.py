@@ -308,6 +308,7 @@ def _config(
 ) -> dict[str, Any]:
     """Every field that PretrainedConfig and the model's own configuration class read, none left to a default.
 
+    hidden_act and rms_norm_eps have the same defaults in transformers' four configuration classes.
     logits_dtype is PretrainedConfig's default, which Triton's templates expect (TYPE_FP32); ModelOpt writes float16.
     """
     made = {tensor.name: tensor for tensor in layout.made}
@@ -323,8 +324,8 @@ def _config(
         "head_size": head_size(source),
         "qk_layernorm": False,
         "intermediate_size": source["intermediate_size"],
-        "hidden_act": source["hidden_act"],
-        "norm_epsilon": source["rms_norm_eps"],
+        "hidden_act": source.get("hidden_act") or "silu",
+        "norm_epsilon": source.get("rms_norm_eps") or 1e-6,
         **_biases(made, name),
         "position_embedding_type": "rope_gpt_neox",
         "max_position_embeddings": source["max_position_embeddings"],

@@ -175,6 +175,7 @@ def _fetched(
             model = preflight.keep_patterns(resolved, preflight.read_model(recipe.model, store), flags)
             if layouts:
                 preflight.check_fit(resolved, model, flags, store)
+        preflight.check_architecture(recipe.model, config, store)
 
     snapshot = fetch(recipe.model, store=store, check=check_all)
     flags = check(snapshot.config)

@@ -8,15 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from builder import checkpoint as checkpoints
-from builder import config_values, engine, fit, fit_change, kept_layers, kv_safety, llmapi, ranks, trtllm
+from builder import (
+    config_values,
+    engine,
+    fit,
+    fit_change,
+    kept_layers,
+    kv_safety,
+    llmapi,
+    process,
+    ranks,
+    tensor_names,
+    trtllm,
+)
 from builder.errors import UnsupportedError, UsageError
 from builder.fetch import check_directory, check_tensors, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
-from builder.model_directory import CONFIG, parse_config
+from builder.model_directory import CONFIG, needs_remote_code, parse_config
 from builder.output import size
-from builder.quantize.modelopt import gpus
+from builder.quantize.modelopt import ENVIRONMENT, gpus
 from builder.recipe import Model, Resolved
-from builder.store import STAGES, Store
+from builder.store import STAGES, Store, library_versions
 from builder.trtllm_answers import Answer
 
 # trtllm-build's flags, or the LLM arguments of the llmapi target: both have name, value, reason and source.
@@ -171,6 +183,28 @@ def read_model(model: Model, store: Store) -> ModelFacts:
     files = check_directory(directory, trust_remote_code=model.trust_remote_code)
     config = parse_config((directory / CONFIG).read_bytes(), str(directory))
     return headers(directory, config, files)
+
+
+def check_architecture(model: Model, config: Mapping[str, Any], store: Store) -> None:
+    """IntegrityError if the model's tensors are not those that transformers builds from its config.json, for an
+    architecture without a table in tensor_names.py. In a child, by headers: no weight is read. Nothing where
+    transformers is not installed, or where the model's class comes with the model."""
+    installed = "absent" not in library_versions("torch", "transformers").values()
+    if tensor_names.known(config) or needs_remote_code(config) or not installed:
+        return
+    facts = read_model(model, store)
+    log = store.log("architecture")
+    job = {"name": model.id, "config": facts.config, "tensors": facts.tensors}
+    process.run_job(
+        "builder.architecture_child",
+        job,
+        log=log,
+        out=store.out,
+        label="comparing with transformers",
+        env=ENVIRONMENT,
+    )
+    for file in (log, process.job_file(log)):
+        file.unlink(missing_ok=True)
 
 
 def headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -> ModelFacts:

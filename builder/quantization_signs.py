@@ -61,7 +61,7 @@ def check_tensors(tensors: Mapping[str, tuple[str, Sequence[int]]], where: str) 
 
 def _is_packed(name: str, dtype: str, shape: Sequence[int]) -> bool:
     """Weights in a type of a byte or less, or packed in integers."""
-    if dtype.startswith(("F8", "F4", "F6")):
+    if dtype.startswith(("F8_", "F6_")) or dtype == "F4":
         return True
     integer = dtype.startswith(("U", "I")) or dtype == "BOOL"
     return integer and not BUFFERS.search(name) and (len(shape) > 1 or name.endswith("weight"))

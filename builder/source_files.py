@@ -74,19 +74,23 @@ class SourceFiles:
         """A directory with links to exactly these files. Whatever else lies beside them, an adapter or a second set of
         weights, is not loaded by accident. It has the model's name, which code that comes with a model is cached under.
         """
-        _remove_abandoned()
-        with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as parent:
-            directory = Path(parent) / (self.root.name or "model")
+        with private_directory() as parent:
+            directory = parent / (self.root.name or "model")
             directory.mkdir()
             for name in self.files:
                 (directory / name).symlink_to(self.root.absolute() / name)
             yield directory
 
 
-def _remove_abandoned() -> None:
-    """Removes the directories of links that killed processes of this user left."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
-        pid = path.name.removeprefix(PREFIX).partition("-")[0]
+@contextmanager
+def private_directory() -> Iterator[Path]:
+    """A temporary directory of this process; it takes away those that killed processes of this user left."""
+    # A number of ours means nothing in another container that shares /tmp.
+    prefix = f"{PREFIX}{''.join(filter(str.isdecimal, os.readlink('/proc/self/ns/pid')))}-"
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        pid = path.name.removeprefix(prefix).partition("-")[0]
         with suppress(OSError):
             if pid.isdecimal() and not Path("/proc", pid).exists() and path.stat().st_uid == os.getuid():
                 shutil.rmtree(path)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as made:
+        yield Path(made)

@@ -44,9 +44,9 @@ def check(
     something else than the files; UnsupportedError for a quantized model, UsageError for one whose config.json lacks
     what its tensors are judged by.
     """
+    tensors = _merged(files, where)
     if index is not None:
         _check_index(files, index, where)
-    tensors = _merged(files, where)
     quantization_signs.check_tensors(tensors, where)
     _check_wrapper(tensors, where)
     if tensor_names.known(config):

@@ -13,7 +13,7 @@ from builder.checkpoint import ARCHITECTURES, head_size
 from builder.config_values import SHAPE
 
 # What the table is computed from, and what the layouts need beside it.
-NEEDED = (*SHAPE, "max_position_embeddings", "hidden_act", "rms_norm_eps")
+NEEDED = (*SHAPE, "max_position_embeddings")
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 

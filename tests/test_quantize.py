@@ -204,7 +204,9 @@ def test_other_decoders_get_the_unified_layout(
 
 
 def test_sizes_that_are_no_multiples_of_16_are_refused_before_anything_runs(llama: Path, build: Build) -> None:
-    change_weights(llama, lambda name, t: t[:, :120] if "down_proj" in name else t)
+    change_weights(llama, lambda name, t: t[:, :120] if "down_proj" in name else t[:120] if ".mlp." in name else t)
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "intermediate_size": 120}))
     with pytest.raises(UnsupportedError, match="no multiple of 16") as caught:
         build(model=llama)
     assert "model.layers.0.mlp.down_proj.weight [64, 120]" in caught.value.why
