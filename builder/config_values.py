@@ -168,9 +168,10 @@ def _ropes(config: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(value, Mapping):
             yield f"{key} is {shown(value)}; needed: an object"
             continue
-        nested = {f"{key}.{kind}": part for kind, part in value.items() if isinstance(part, Mapping)}
-        for name, part in (nested or {key: value}).items():
-            yield from _rope(name, part)
+        yield from _rope(key, value)
+        for kind, part in value.items():
+            if isinstance(part, Mapping) and kind not in ROPE_NUMBERS:
+                yield from _rope(f"{key}.{ascii(kind)[1:-1][:60]}", part)
 
 
 def _rope(name: str, part: Mapping[str, Any]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from builder.output import Output, seconds
 from builder.quantize import modelopt
 from builder.recipe import Resolved
 from builder.runners.language import knows
+from builder.source_files import SourceFiles
 from builder.store import Artefact, Store, WouldRun, key_of, sources_digest
 from builder.tasks import TaskTable
 
@@ -140,15 +141,16 @@ def _score(
 
 def _run(job: Mapping[str, Any], store: Store) -> None:
     """The child, which publishes what it measures."""
-    process.run_job(
-        "builder.runners.child",
-        job,
-        log=store.log(f"evaluate-{job['runner']}"),
-        out=store.out,
-        label=f"{job['label']}: starting",
-        unit="tokens",
-        env=modelopt.ENVIRONMENT,
-    )
+    with SourceFiles.of_job(job).blamed():
+        process.run_job(
+            "builder.runners.child",
+            job,
+            log=store.log(f"evaluate-{job['runner']}"),
+            out=store.out,
+            label=f"{job['label']}: starting",
+            unit="tokens",
+            env=modelopt.ENVIRONMENT,
+        )
 
 
 def _tables(

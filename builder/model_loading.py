@@ -14,8 +14,10 @@ from typing import Any
 from builder import tensor_names
 from builder.errors import IntegrityError, UnsupportedError
 from builder.model_directory import CONFIG, parse_config
+from builder.safetensors_io import Tensors
 from builder.source_files import SourceFiles
 from builder.source_model import names
+from builder.tensor_names import EMBEDDING, HEAD
 
 
 def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
@@ -34,9 +36,27 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
         model = from_directory(
             directory, source.root, trust_remote_code=job["trust_remote_code"], dtype=dtype, **options
         )
+        check_tied(config, directory, source.root)
     source.check_unchanged()
     model.name_or_path = model.config._name_or_path = str(source.root)  # not the directory of links
     return model.eval()
+
+
+def check_tied(config: Mapping[str, Any], directory: Path, shown: Path) -> None:
+    """IntegrityError if the model's head is its embedding by config.json, and something else in the files: transformers
+    4.57 drops the head that is stored, 5 keeps it, and a TensorRT-LLM engine takes what was exported."""
+    if not config.get("tie_word_embeddings"):
+        return
+    stored = Tensors(directory)
+    if HEAD not in stored or EMBEDDING not in stored:
+        return
+    pairs = zip(stored.chunks(HEAD), stored.chunks(EMBEDDING), strict=False)
+    if stored[HEAD].nbytes != stored[EMBEDDING].nbytes or any(head != embedding for head, embedding in pairs):
+        raise IntegrityError(
+            f"{shown} says tie_word_embeddings, and its {HEAD} differs from its {EMBEDDING}.",
+            why="Either the head was trained by itself, or one of the two is left from another model.",
+            cure="Set tie_word_embeddings to false in config.json if the head that is stored is the right one.",
+        )
 
 
 def check_architecture(directory: Path, shown: Path | str, *, trust_remote_code: bool) -> None:

@@ -26,6 +26,7 @@ from builder.recipe import Calibration as Rows
 from builder.recipe import Recipe, Resolved
 from builder.recipe_evaluation import DataSet
 from builder.safetensors_io import byte_size
+from builder.source_files import SourceFiles
 from builder.store import Store, key_of, library_versions, sources_digest
 
 SOURCES = (
@@ -316,9 +317,15 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     """The child, and its summary."""
     modelopt.check([Path(file) for file in job["weights"]], job["kept"])
     log = store.log("sensitivity")
-    told, _ = process.run_job(
-        "builder.sensitivity_child", job, log=log, out=store.out, label="starting ModelOpt", env=modelopt.ENVIRONMENT
-    )
+    with SourceFiles.of_job(job).blamed():
+        told, _ = process.run_job(
+            "builder.sensitivity_child",
+            job,
+            log=log,
+            out=store.out,
+            label="starting ModelOpt",
+            env=modelopt.ENVIRONMENT,
+        )
     summary: dict[str, Any] = told["summary"]
     return summary
 

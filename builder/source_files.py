@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.errors import IntegrityError
+from builder.errors import IntegrityError, StageError
 from builder.store import sha256
 
 PREFIX = "builder-model-"
@@ -68,6 +68,16 @@ class SourceFiles:
             return bool(path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"])
         except OSError:  # removed, or no longer readable
             return True
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Where a child fails in the block because a file changed, says that: one that is mapped and gets shorter ends
+        its reader by SIGBUS."""
+        try:
+            yield
+        except StageError:
+            self.check_unchanged()
+            raise
 
     @contextmanager
     def alone(self) -> Iterator[Path]:

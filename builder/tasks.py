@@ -21,6 +21,7 @@ from builder.forms import Form, Models
 from builder.output import Output
 from builder.quantize import modelopt
 from builder.recipe import Resolved
+from builder.source_files import SourceFiles
 from builder.store import Artefact, Store, key_of, library_versions, sources_digest
 
 SOURCES = (*of_model.SOURCES, "builder/task_child.py", "builder/task_names.py")
@@ -148,15 +149,16 @@ def _answers(
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     """The child, which publishes what it measures. The Hub's data sets are not in the snapshot: it may download."""
     offline = os.environ.get("HF_HUB_OFFLINE", "0")
-    told, _ = process.run_job(
-        "builder.task_child",
-        job,
-        log=store.log(f"tasks-{job['runner']}"),
-        out=store.out,
-        label=f"{job['label']}: starting",
-        unit="questions",
-        env={**modelopt.ENVIRONMENT, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline},
-    )
+    with SourceFiles.of_job(job).blamed():
+        told, _ = process.run_job(
+            "builder.task_child",
+            job,
+            log=store.log(f"tasks-{job['runner']}"),
+            out=store.out,
+            label=f"{job['label']}: starting",
+            unit="questions",
+            env={**modelopt.ENVIRONMENT, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline},
+        )
     return told
 
 

@@ -94,7 +94,8 @@ def quantize(
 
     def make(tmp: Path) -> dict[str, Any]:
         check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")], kept)
-        facts = _run(job, tmp, store)
+        with snapshot.source.blamed():
+            facts = _run(job, tmp, store)
         found = inspection.inspect(tmp)
         found.check()
         return {**facts, "kept": list(kept), "fp8": list(fp8), "inspection": found.facts()}

@@ -23,6 +23,7 @@ from builder.process import do_job, emit
 from builder.runners import scoring
 from builder.runners.language import refuse_strangers, refuse_unknown_tokens
 from builder.runners.scoring import ColumnFiles, Runner
+from builder.source_files import SourceFiles
 from builder.store import Store
 
 # The check that a model knows the language of the texts: so many texts, so many tokens of each.
@@ -80,6 +81,7 @@ def _maker(
             reference=Path(one["reference"]) if one["reference"] else None,
             progress=lambda done, total: emit(progress={"label": label, "done": done, "total": total}),
         )
+        SourceFiles.of_job(job).check_unchanged()
         facts = {"texts": len(texts.ids), "read": texts.read, "dropped": texts.dropped, "cut": texts.cut}
         return {**facts, **told, **known, "seconds": round(monotonic() - start, 3)}
 
