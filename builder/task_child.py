@@ -31,6 +31,7 @@ from builder.hub_errors import translate
 from builder.output import Output
 from builder.process import do_job, emit
 from builder.runners.child import known, opener
+from builder.source_files import SourceFiles
 from builder.store import Store
 from builder.task_names import manager_of
 
@@ -228,6 +229,7 @@ def _maker(
         )
         if whole is None:
             raise StageError(f"lm-eval gave no results of {name}.")
+        SourceFiles.of_job(job).check_unchanged()
         samples = whole.pop("samples", {})
         for task, answers in samples.items():
             with open(directory / _samples(task), "w", encoding="utf-8") as file:
