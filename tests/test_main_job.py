@@ -398,7 +398,7 @@ def test_sizes_that_nvfp4_cannot_hold_are_refused_before_any_work(tmp_path: Path
     source = Tensors(LLAMA)
     tensors = []
     for name, info in source.items():
-        shape = [120 if size == 128 else size for size in info.shape]
+        shape = [120 if size == 128 and ".mlp." in name else size for size in info.shape]
         size = 2 * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
         tensors.append(NewTensor(name, info.dtype, tuple(shape), [bytes(source.data(name))[:size]]))
     write(model / "model.safetensors", tensors, {"format": "pt"})
