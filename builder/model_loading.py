@@ -133,7 +133,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], shown: Path | str) -> None
 
 
 def _keys(found: Iterable[Any]) -> list[str]:
-    """4.57 lists names, or (name, shape found, shape wanted) of mismatched ones; 5 sets, or a mapping of errors."""
+    """Names; 5 has (name, shape found, shape wanted) of mismatched ones."""
     return [_key(one) for one in found]
 
 

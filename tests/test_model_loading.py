@@ -63,7 +63,7 @@ WRONG = {
     "prefixed": (SHARDED, renamed("", "_orig_mod."), {}, "Missing.*Unexpected.*_orig_mod"),
     "unexpected": (GEMMA2, also(NORM, "model.extra.weight", "BF16", (4, 4)), {}, "Unexpected.*model.extra.weight"),
     "fewer layers": (LLAMA, None, {"num_hidden_layers": 1}, r"Unexpected.*layers\.1"),
-    "misshapen": (QWEN2, None, {"vocab_size": 4098}, r"shape.*embed_tokens.*4096, 64\] instead of \[4098, 64"),
+    "misshapen": (QWEN2, None, {"vocab_size": 4098}, r"shape.*embed_tokens"),
     "misshapen experts": (MOE, None, {"moe_intermediate_size": 32}, "experts"),
 }
 
