@@ -85,8 +85,8 @@ def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: boo
 
 @contextmanager
 def refused(shown: Path | str) -> Iterator[None]:
-    """What transformers raises while it reads a model, as our error. It has no class of its own for it: a wrong value
-    in config.json may end in any exception. What the machine or the user is to blame for is none of it."""
+    """Turns what transformers raises while it reads a model into an error of ours. It has no class for that: a wrong
+    value in config.json may end in any exception. Errors of the machine (memory, disk) pass through."""
     try:
         yield
     except Exception as error:
@@ -111,7 +111,8 @@ def refused(shown: Path | str) -> Iterator[None]:
 def check_loaded(model: Any, info: Mapping[str, Any], shown: Path | str) -> None:
     """IntegrityError unless every tensor of the model came from the files, and every tensor of the files went into it.
 
-    What the class itself leaves out (`_keys_to_ignore_on_load_*`, tied weights) transformers takes from `info` before.
+    transformers has already taken out of `info` what the class declares ignorable (`_keys_to_ignore_on_load_*`) and
+    tied weights.
     """
     why = [
         f"{label}: {names(_keys(info.get(key, ())))}."
