@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import model_directory, process
+from builder import model_directory, process, tokenizer_files
 from builder.errors import IntegrityError, StageError, UsageError
 from builder.output import Output, Progress
 from builder.recipe import Model
@@ -148,6 +148,7 @@ def check_directory(directory: Path, *, trust_remote_code: bool) -> list[str]:
         model_directory.check_no_pointer(directory / name)
         if name.endswith(".safetensors"):
             model_directory.check_safetensors(directory / name)
+    tokenizer_files.check(directory, config, where)
     return wanted
 
 
@@ -195,11 +196,12 @@ def listing(model: Model, *, store: Store) -> dict[str, Any]:
     return {"commit": commit, **ask_hub(store, **_job("listing", model, commit))}
 
 
-def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
-    """A Hub model's config.json and {tensor: (dtype, shape)}, without its weights."""
+def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]], Path]:
+    """A Hub model's config.json, {tensor: (dtype, shape)}, and where its small files are; without its weights."""
     commit = resolve(model.id, model.revision, store=store)
     found = ask_hub(store, **_job("headers", model, commit))
-    return found["config"], {name: (dtype, tuple(shape)) for name, (dtype, shape) in found["tensors"].items()}
+    tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape) in found["tensors"].items()}
+    return found["config"], tensors, Path(found["root"])
 
 
 def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefact:

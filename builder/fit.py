@@ -40,6 +40,7 @@ class ModelFacts:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     kept: tuple[str, ...] = ()
     fp8: tuple[str, ...] = ()
+    directory: Path | None = None  # where config.json and the tokenizer files are
 
     def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
         """Whether this tensor becomes NVFP4 or FP8."""

@@ -29,7 +29,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 
-from builder import model_directory
+from builder import model_directory, tokenizer_files
 from builder.errors import BuilderError, IntegrityError, StageError
 from builder.hub_errors import clean, patiently, translate
 from builder.output import size as readable
@@ -102,10 +102,12 @@ def headers(job: Job) -> dict[str, Any]:
     if constants.HF_HUB_OFFLINE:
         files = [root / name for name in chosen if name.endswith(".safetensors")]
         cached = {name: info for file in files for name, info in read_header(file).items()}
-        return {"config": config, "tensors": {name: [info.dtype, list(info.shape)] for name, info in cached.items()}}
+        found = {name: [info.dtype, list(info.shape)] for name, info in cached.items()}
+        return {"config": config, "root": str(root), "tensors": found}
     repo = patiently(lambda: HfApi().get_safetensors_metadata(job.repo, revision=job.commit), job.waits)
     tensors = {name: t for file in repo.files_metadata.values() for name, t in file.tensors.items()}
-    return {"config": config, "tensors": {name: [t.dtype, list(t.shape)] for name, t in tensors.items()}}
+    shapes = {name: [t.dtype, list(t.shape)] for name, t in tensors.items()}
+    return {"config": config, "root": str(root), "tensors": shapes}
 
 
 def download(job: Job) -> dict[str, Any]:
@@ -129,7 +131,20 @@ def _choose(job: Job) -> tuple[dict[str, Listed], dict[str, Any], Path]:
     if model_directory.INDEX in listed:
         shards = model_directory.shards_of(_small(job, model_directory.INDEX).read_bytes(), listed, job.repo)
     names = model_directory.wanted(listed, shards, remote_code=job.trust_remote_code)
-    return {name: listed[name] for name in names}, config, config_path.parent
+    chosen = {name: listed[name] for name in names}
+    _check_tokenizer(job, config_path.parent, chosen, config)
+    return chosen, config, config_path.parent
+
+
+def _check_tokenizer(job: Job, root: Path, chosen: Mapping[str, Listed], config: Mapping[str, Any]) -> None:
+    """Fetches the tokenizer's files, which are small, and checks that they make one for this model."""
+    names = model_directory.tokenizer_names(chosen)
+    small = {name: chosen[name] for name in (*names, model_directory.GENERATION) if name in chosen}
+    if not constants.HF_HUB_OFFLINE:
+        for name in small:
+            _small(job, name)
+        _verify(job, root, small)
+    tokenizer_files.check(root, config, job.repo)
 
 
 def _tree(job: Job) -> dict[str, Listed]:

@@ -110,7 +110,7 @@ def _facts(
     A decoupled model takes no `infer` (Triton answers 501), one that is not can't stream.
     """
     part = resolved.recipe.repository
-    ids = repository.special_ids(snapshot)
+    ids = repository.special_ids(snapshot, part.end_ids)
     return {
         "target": "llmapi",
         "models": {"generate": MODEL, ("stream" if part.decoupled else "infer"): MODEL},

@@ -52,7 +52,12 @@ def wanted(names: Collection[str], shards: Collection[str] | None, *, remote_cod
 
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of a model directory that its tokenizer is made of."""
-    return [directory / name for name in sorted(_matching([path.name for path in directory.iterdir()], TOKENIZER))]
+    return [directory / name for name in tokenizer_names([path.name for path in directory.iterdir()])]
+
+
+def tokenizer_names(names: Collection[str]) -> list[str]:
+    """Those of these file names that a tokenizer is made of."""
+    return sorted(_matching(names, TOKENIZER))
 
 
 def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from builder import (
     tasks,
     trtllm,
 )
-from builder.calibrate import Calibration, calibrate
+from builder.calibrate import Calibration, calibrate, check_conversations, read_rows
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
 from builder.fetch import Snapshot, fetch, local_directory
@@ -104,6 +104,7 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     if proxy and recipe.sensitivity.data is None:
         return sensitivity.weight_errors(snapshot, model, store)
     calibration = calibrate(recipe.calibration, store=store)
+    check_conversations(read_rows(calibration), snapshot.path)
     return sensitivity.sensitivity(snapshot, calibration, model, resolved, store=store, proxy=proxy)
 
 
@@ -131,6 +132,7 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
     snapshot, flags, model = _fetched(resolved, answers, wanted, store)
 
     calibration = calibrate(recipe.calibration, store=store)
+    check_conversations(read_rows(calibration), snapshot.path)
     if recipe.quantization.kept_budget is not None:
         model = keep_chosen(resolved, snapshot, calibration, model, flags, store)
         if "engine" in wanted and not store.dry:
@@ -171,16 +173,21 @@ def _fetched(
 
     def check_all(config: Mapping[str, Any]) -> None:
         flags = check(config)
-        if layouts or recipe.quantization.keep_bf16 or recipe.quantization.keep_fp8:
-            model = preflight.keep_patterns(resolved, preflight.read_model(recipe.model, store), flags)
-            if layouts:
-                preflight.check_fit(resolved, model, flags, store)
+        model = preflight.read_model(recipe.model, store)
+        if model.directory is not None:
+            preflight.check_tokenizer(resolved, model.directory, config)
+        model = preflight.keep_patterns(resolved, model, flags)
+        if layouts:
+            preflight.check_fit(resolved, model, flags, store)
 
     snapshot = fetch(recipe.model, store=store, check=check_all)
     flags = check(snapshot.config)
+    preflight.check_tokenizer(resolved, snapshot.path, snapshot.config)
     model = preflight.keep_patterns(resolved, preflight.headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         preflight.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
+    for note in preflight.tokenizer_notes(resolved, snapshot.path, snapshot.config):
+        store.out.warn(note.text)
     part = recipe.quantization
     for form, patterns, kept in (("BF16", part.kept_patterns, model.kept), ("FP8", part.fp8_patterns, model.fp8)):
         if more := kept_layers.widened(patterns, kept):
@@ -265,7 +272,7 @@ def publish(
     """The link to the repository, and the record of how it came to be for `builder report`."""
     name = link(resolved, repository, store)
     if not store.dry:
-        known = preflight.notes(resolved, model.config, answers)
+        known = preflight.notes(resolved, model.config, answers, model.directory)
         record.write(
             resolved, made.flags, known, model, preflight.sizes(resolved, model, made.flags), link=name, store=store
         )

@@ -58,13 +58,15 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     model = preflight.read_model(resolved.recipe.model, store)
     answers = probe_answers.answers(resolved, store.root)
     settings = preflight.check_model(resolved, model.config, layouts=True, answers=answers)
+    if model.directory is not None:
+        preflight.check_tokenizer(resolved, model.directory, model.config)
     model = preflight.keep_patterns(resolved, model, settings)
     blocked = refusal = None
     try:
         preflight.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    notes = preflight.notes(resolved, model.config, answers)
+    notes = preflight.notes(resolved, model.config, answers, model.directory)
     done, first = pipeline.stored(resolved, store)
     stages = _stages(resolved, done, first) + _gate(resolved, store)
     selection = next((artefact for artefact in done if artefact.stage == "selection"), None)

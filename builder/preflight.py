@@ -8,8 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from builder import (
+    calibrate,
+    engine,
+    fit,
+    fit_change,
+    kept_layers,
+    kv_safety,
+    llmapi,
+    ranks,
+    repository,
+    tokenizer_files,
+    trtllm,
+)
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, kept_layers, kv_safety, llmapi, ranks, trtllm
 from builder.errors import UnsupportedError, UsageError
 from builder.fetch import check_directory, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
@@ -67,10 +79,35 @@ def check_model(
     return trtllm.resolve(resolved, config, answers)
 
 
-def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[trtllm.Note]:
-    """What a user should know before building this model for this target, and a reader of the report after it."""
+def check_tokenizer(resolved: Resolved, directory: Path, config: Mapping[str, Any]) -> None:
+    """UsageError, by the tokenizer files in `directory`, for end ids that the model does not have, and for calibration
+    rows of messages (in a file here or bundled) that its chat template can't write."""
+    recipe = resolved.recipe
+    size, largest = tokenizer_files.vocab_size(config), tokenizer_files.largest_token_id(directory)
+    known = largest + 1 if size is None else min(size, largest + 1)
+    wrong = [id for id in recipe.repository.end_ids or () if id >= known]
+    if wrong:
+        raise UsageError(
+            f"repository.end_ids has {wrong}, and the model's tokens are 0 to {known - 1}.",
+            cure="tokenizer.json lists the special tokens and their ids under added_tokens.",
+        )
+    calibrate.check_conversations(calibrate.first_rows(recipe.calibration), directory)
+
+
+def tokenizer_notes(resolved: Resolved, directory: Path, config: Mapping[str, Any]) -> list[trtllm.Note]:
+    """What a user should know of the model's tokenizer: above all whether its files agree on what ends an answer."""
+    ids = repository.special_ids(directory, resolved.recipe.repository.end_ids)
+    return [trtllm.Note(rule, text) for rule, text in tokenizer_files.notes(directory, config, ids["end_ids"])]
+
+
+def notes(
+    resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer] = (), directory: Path | None = None
+) -> list[trtllm.Note]:
+    """What a user should know before building this model for this target, and a reader of the report after it.
+    `directory` holds the model's tokenizer files."""
     risk = kv_safety.warning(config, resolved.recipe.quantization.kv_cache_dtype)
     known = [trtllm.Note(FP8_KV, risk)] if risk else []
+    known += tokenizer_notes(resolved, directory, config) if directory else []
     if resolved.recipe.target == "llmapi":
         return known + llmapi.notes(resolved, llmapi.resolve(resolved, config))
     flags = trtllm.resolve(resolved, config, answers)
@@ -166,7 +203,8 @@ def read_model(model: Model, store: Store) -> ModelFacts:
     """config.json and tensor headers: from the directory, or from the Hub by ranged reads."""
     directory = local_directory(model)
     if directory is None:
-        return ModelFacts(*read_headers(model, store=store))
+        config, tensors, root = read_headers(model, store=store)
+        return ModelFacts(config, tensors, directory=root)
     files = check_directory(directory, trust_remote_code=model.trust_remote_code)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return headers(directory, config, files)
@@ -176,4 +214,4 @@ def headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) ->
     """A model's facts by its config.json and what its safetensors files begin with."""
     shards = [directory / name for name in files if name.endswith(".safetensors")]
     tensors = {name: (info.dtype, tuple(info.shape)) for file in shards for name, info in read_header(file).items()}
-    return ModelFacts(config, tensors)
+    return ModelFacts(config, tensors, directory=directory)

@@ -206,6 +206,10 @@ class Repository(Part):
     enable_kv_cache_reuse: Annotated[bool | None, Field(description="default: whatever the engine can")] = None
     enable_chunked_context: Annotated[bool | None, Field(description="default: whatever the engine can")] = None
     exclude_input_in_output: Annotated[bool, Field(description="answers without the prompt")] = True
+    end_ids: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...] | None,
+        Field(min_length=1, description="token ids that end an answer; default: those that the model's files name"),
+    ] = None
 
 
 class Recipe(Part):

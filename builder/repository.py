@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import guards, paths, recipe
+from builder import guards, paths, recipe, tokenizer_files
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.guards import LOGITS_TYPES
-from builder.model_directory import tokenizer_files
 from builder.store import MANIFEST, Artefact, Store, library_versions, read, sources_digest
 
 if TYPE_CHECKING:
@@ -50,7 +49,13 @@ def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store
         "part": part.model_dump(mode="json"),
         "libraries": library_versions("jinja2"),
         "sources": sources_digest(
-            "builder/repository.py", "builder/guards.py", "builder/model_directory.py", templates, MACROS, tensors
+            "builder/repository.py",
+            "builder/guards.py",
+            "builder/model_directory.py",
+            "builder/tokenizer_files.py",
+            templates,
+            MACROS,
+            tensors,
         ),
     }
 
@@ -96,7 +101,7 @@ def find(root: Path, named: str | None = None) -> Path:
 def write(models: Path, engine: Path, snapshot: Path, part: recipe.Repository) -> dict[str, Any]:
     """Renders every model into `models`, checks the whole, and returns the facts. IntegrityError if it can't serve."""
     config = _json(engine / "config.json")
-    ids = special_ids(snapshot)
+    ids = special_ids(snapshot, part.end_ids)
     values = _values(engine, config, ids, part)
     templates, _ = sources(config["version"])
     for source in sorted(path.parent for path in templates.glob("*/config.pbtxt.j2")):
@@ -113,8 +118,9 @@ def write(models: Path, engine: Path, snapshot: Path, part: recipe.Repository) -
     return _facts(engine, config, ids, part)
 
 
-def special_ids(snapshot: Path) -> dict[str, Any]:
-    """{"end_ids": [...], "pad_id": n} as the model's own files say: generation_config, config, tokenizer_config."""
+def special_ids(snapshot: Path, chosen: Sequence[int] | None = None) -> dict[str, Any]:
+    """{"end_ids": [...], "pad_id": n} as the model's own files say: generation_config, config, tokenizer_config. End
+    ids that a recipe chose go before theirs."""
     generation, config = _json(snapshot / "generation_config.json"), _json(snapshot / "config.json")
     text = config.get("text_config", {})
     tokenizer = _json(snapshot / "tokenizer_config.json")
@@ -127,8 +133,8 @@ def special_ids(snapshot: Path) -> dict[str, Any]:
         token = tokenizer.get(f"{kind}_token")
         return named.get(token["content"] if isinstance(token, dict) else token)
 
-    end, pad = find("eos"), find("pad")
-    end_ids = list(end) if isinstance(end, list) else [] if end is None else [end]
+    end, pad = list(chosen) if chosen else find("eos"), find("pad")
+    end_ids = list(dict.fromkeys(end)) if isinstance(end, list) else [] if end is None else [end]
     if pad is None:
         pad = end_ids[0] if end_ids else 0
     return {"end_ids": end_ids, "pad_id": pad}
@@ -339,8 +345,7 @@ def _copy_tokenizer(snapshot: Path, target: Path) -> None:
             cure="Write it with: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
         )
     target.mkdir(parents=True)
-    for file in tokenizer_files(snapshot):
-        shutil.copyfile(file, target / file.name)
+    tokenizer_files.copy(snapshot, target)
 
 
 def _json(path: Path) -> dict[str, Any]:

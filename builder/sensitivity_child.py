@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from builder import tokenizer_loading
 from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Sequences, sequences
 from builder.process import do_job, emit
@@ -37,15 +38,11 @@ WHOLE, KV_CACHE = "whole model", "KV cache"  # the names of two results that are
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """The losses of all groups; with a `budget` the groups to keep and the loss that is left then."""
-    from transformers import AutoTokenizer
-
     done = Results(Path(job["results"]))
     if job["budget"] is None and done.output_errors and all(name in done for name in _wanted(job)):
         return _summary(job, done)
     emit(progress={"label": "loading the model", "done": 0, "total": None})
-    tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
-    )
+    tokenizer = tokenizer_loading.load(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
     texts = sequences(Path(job["texts"]), tokenizer, name="the sensitivity texts", **job["lengths"])
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=job["scratch"]) as scratch:
         model = Simulated(job)

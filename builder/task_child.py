@@ -24,8 +24,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
-from transformers import AutoTokenizer
 
+from builder import tokenizer_loading
 from builder.errors import BuilderError, NotMeasurable, StageError, UnsupportedError
 from builder.hub_errors import translate
 from builder.output import Output
@@ -48,9 +48,7 @@ def run(job: Mapping[str, Any]) -> None:
     manager = manager_of([one["name"] for one in job["tasks"]], job["directory"])
     loaded = [_load(manager, one["name"], job["max_length"]) for one in job["tasks"]]
     emit(progress={"label": f"{job['label']}: loading", "done": 0, "total": None})
-    tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
-    )
+    tokenizer = tokenizer_loading.load(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     model_of: Callable[..., LM] = Endpoint if job["runner"] == "served" else _in_transformers
     with torch.inference_mode(), opener(job["runner"])(job) as runner:

@@ -75,10 +75,9 @@ def _import_all() -> None:
 def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     """The model in its own dtype, on the GPUs if there are any, and the batches of token ids [rows, <= seq_len]."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    from builder.calibrate import token_batches
-
+    batches = _batches(job)  # first: what is wrong with tokenizer, template or rows is known before weights are loaded
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     where: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
     try:
@@ -91,20 +90,37 @@ def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
             **where,
         )
     except (ValueError, KeyError) as error:
-        raise UnsupportedError(
-            f"transformers has no causal language model for {job['model']}.",
-            why=str(error),
-            cure="Choose a decoder that transformers knows; code that comes with a model is not run.",
-        ) from error
+        raise _unknown(job, error) from error
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
+    return model, batches
+
+
+def _unknown(job: Mapping[str, Any], error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        f"transformers has no causal language model for {job['model']}.",
+        why=str(error),
+        cure="Choose a decoder that transformers knows; code that comes with a model is not run.",
     )
-    longest = getattr(model.config, "max_position_embeddings", None) or job["seq_len"]
-    batches = token_batches(
+
+
+def _batches(job: Mapping[str, Any]) -> list[Any]:
+    """The calibration rows as batches of token ids, no longer than the model's own limit."""
+    from transformers import AutoConfig
+
+    from builder import tokenizer_loading
+    from builder.calibrate import token_batches
+
+    emit(progress={"label": "reading the calibration rows", "done": 0, "total": None})
+    source = Path(job["model"])
+    tokenizer = tokenizer_loading.load(source, trust_remote_code=job["trust_remote_code"])
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=job["trust_remote_code"])
+    except (ValueError, KeyError) as error:
+        raise _unknown(job, error) from error
+    longest = getattr(config, "max_position_embeddings", None) or job["seq_len"]
+    return token_batches(
         Path(job["rows"]), tokenizer, seq_len=min(job["seq_len"], longest), batch_size=job["batch_size"]
     )
-    return model, batches
 
 
 def _calibrate(

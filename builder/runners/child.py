@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from builder import tokenizer_loading
 from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Ids, Sequences, sequences, shuffled
 from builder.output import Output, size
@@ -32,12 +33,9 @@ CHECK_TEXTS, CHECK_TOKENS = 8, 256
 def run(job: Mapping[str, Any]) -> None:
     """Opens the runner and scores the data sets of the job that the store lacks."""
     import torch
-    from transformers import AutoTokenizer
 
     emit(progress={"label": f"{job['label']}: loading", "done": 0, "total": None})
-    tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
-    )
+    tokenizer = tokenizer_loading.load(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     sets = [(one, sequences(Path(one["rows"]), tokenizer, name=one["name"], **job["lengths"])) for one in job["sets"]]
     with torch.inference_mode(), opener(job["runner"])(job) as runner:
