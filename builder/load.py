@@ -136,6 +136,8 @@ def texts(repository: Repository, tokens: int, count: int, *, begin: str) -> lis
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(_tokenizer(repository)))
+    tokenizer.no_truncation()  # as the served model does
+    tokenizer.no_padding()
     rows = paths.data("configs", "calibration", "python-docs.jsonl").read_text(encoding="utf-8").splitlines()
     words = " ".join(json.loads(row).get("text", "") for row in rows).split()
     special = len(tokenizer.encode("").ids)

@@ -31,6 +31,7 @@ from builder.hub_errors import translate
 from builder.output import Output
 from builder.process import do_job, emit
 from builder.runners.child import known, opener
+from builder.special_tokens import encoder
 from builder.store import Store
 from builder.task_names import manager_of
 
@@ -145,7 +146,7 @@ class Endpoint(LM):  # type: ignore[misc]
 
     def __init__(self, served: Served, tokenizer: Any, job: Mapping[str, Any]) -> None:
         super().__init__()
-        self._served, self.tokenizer = served, tokenizer
+        self._served, self.tokenizer, self._encode = served, tokenizer, encoder(tokenizer)
         self._max_length, self._max_input = job["max_length"], job["max_input_len"]
         self._at_once = job["at_once"]
         self.cut = 0  # prompts that did not fit
@@ -183,12 +184,12 @@ class Endpoint(LM):  # type: ignore[misc]
     def _fitted(self, prompt: str, tokens: int) -> str:
         """Cut on the left where it is longer than the server takes, as lm-eval cuts for a model in transformers."""
         room = min(self._max_input, self._max_length - tokens)
-        ids = self.tokenizer.encode(prompt)
+        ids = self._encode(prompt)
         if len(ids) <= room:
             return prompt
         self.cut += 1
         kept = ids[-room:]
-        while len(self.tokenizer.encode(text := self.tokenizer.decode(kept))) > room:
+        while len(self._encode(text := self.tokenizer.decode(kept))) > room:
             kept = kept[1:]  # the text's beginning makes other tokens than it did inside the text
         return str(text)
 

@@ -43,6 +43,7 @@ class TritonPythonModel:
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
         self.penalties = parameters["penalties"] == "true"
         self.vocab_size = int(parameters["vocab_size"])
+        self.end_ids = json.loads(parameters.get("end_ids", "[]"))  # only where the recipe names some
         self.gives_logits = os.environ.get(LOGITS_SWITCH) == "1"
         directory = Path(args["model_repository"]) / args["model_version"]
         arguments = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
@@ -53,6 +54,7 @@ class TritonPythonModel:
 
         self.sampling_params = SamplingParams
         self.llm = LLM(**arguments)
+        self.front = added_in_front(self.llm.tokenizer.encode)
         self.running = {}  # task -> (the client's request id, its response sender)
         self.sender = ThreadPoolExecutor(1)
         self.loop = asyncio.new_event_loop()
@@ -137,7 +139,9 @@ class TritonPythonModel:
         elif len(prompts) != 1 or not prompts[0]:
             raise ValueError("text_input is empty" if len(prompts) == 1 else "text_input takes one prompt a request")
         else:
-            ids = list(self.llm.tokenizer.encode(prompts[0]))
+            ids = without_repeat(list(self.llm.tokenizer.encode(prompts[0])), self.front)
+            if max(ids, default=0) >= self.vocab_size:
+                raise ValueError(f"text_input makes token {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
         if len(ids) > self.max_input_len:
             raise ValueError(f"the prompt has {len(ids)} tokens; this model takes {self.max_input_len} (max_input_len)")
         return prompts[0], ids
@@ -170,6 +174,10 @@ class TritonPythonModel:
                 f"{prompt + found['max_tokens']}; this model takes {self.max_seq_len} (max_seq_len): "
                 f"max_tokens can be {room}"
             )
+        if self.end_ids:
+            # end_id alone would leave out the others: TensorRT-LLM takes them from generation_config.json only where
+            # it chooses end_id itself (SamplingParams._setup, sampling_params.py).
+            found |= {"end_id": self.end_ids[0], "stop_token_ids": self.end_ids[1:] or None}
         if "cumulative_logprob" in wanted:
             found["logprobs"] = 1
         if LOGITS in wanted:
@@ -212,6 +220,22 @@ class TritonPythonModel:
 
     def finish(self, sender, last):
         return self.sender.submit(sender.send, last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def added_in_front(encode):
+    """The ids, as that of <s>, that `encode` puts in front of every text."""
+    common = []
+    for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
+        if len(set(ids)) > 1:
+            break
+        common.append(ids[0])
+    return common
+
+
+def without_repeat(ids, front):
+    """A chat template has often written <s> already: it is not added a second time. Calibration does the same."""
+    length = len(front)
+    return ids[length:] if length and ids[length : 2 * length] == front else ids
 
 
 def scalar(inputs, name):
