@@ -20,6 +20,7 @@ from builder.errors import IntegrityError, UsageError
 
 FILE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
+CPU_SECONDS = 3  # for one conversation; a real template takes about a millisecond
 WALL_SECONDS = 60.0  # for one conversation: a stuck child that uses no CPU time is not ended by RLIMIT_CPU
 # What a child needs of the environment. A template sees none of it, but a bug in the sandbox would.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR")
@@ -172,5 +173,5 @@ def answer(child: subprocess.Popen[bytes], wall: float = WALL_SECONDS) -> dict[s
         return {"error": "endless", "why": f"it was stopped after {wall:.0f} s"}
     code = child.wait()
     if code == -signal.SIGXCPU:
-        return {"error": "endless", "why": "it was stopped after 10 s of CPU time"}
+        return {"error": "endless", "why": f"it was stopped after {CPU_SECONDS} s of CPU time"}
     return {"error": "crashed", "why": f"exit code {code}"}

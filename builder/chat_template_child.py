@@ -25,7 +25,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_SECONDS = 10  # for one conversation; a real template takes about a millisecond
+from builder.chat_template import CPU_SECONDS
+
 MEMORY = 1 << 30  # bytes beyond what the process has when it starts
 LONGEST = 1 << 24  # characters of a conversation's text
 TODAY = datetime(2025, 1, 1)

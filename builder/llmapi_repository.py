@@ -67,8 +67,7 @@ def write(
     switches = {"exclude_input_in_output": part.exclude_input_in_output, "penalties": facts.penalties}
     parameters = {name: str(value).lower() for name, value in switches.items()}
     parameters["vocab_size"] = str(read_json(unified / "config.json")["vocab_size"])
-    if part.end_ids:
-        parameters["end_ids"] = json.dumps(list(part.end_ids))
+    parameters["end_ids"] = json.dumps(repository.special_ids(snapshot, part.end_ids)["end_ids"])
     parameters["tensorrt_llm"] = resolved.recipe.engine.tensorrt_llm  # guards.py compares it
     values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
     directory = models / MODEL / "1"

@@ -50,6 +50,8 @@ class SamplingParams:
     max_tokens: int = 32
     min_tokens: int | None = None
     seed: int | None = None
+    end_id: int | None = None
+    stop_token_ids: list[int] | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -172,6 +174,7 @@ class LLM:
         }
         cache, step, said, logprob, context = self._model.new_cache(), ids, [], 0.0, None
         reason, stopped_by = "length", None
+        ends = self._ends if wanted.end_id is None else [wanted.end_id, *(wanted.stop_token_ids or ())]
         prompt = self.tokenizer.tokenizer.decode(ids)
         forced = self.tokenizer.encode(prompt.removeprefix(SAY)) if prompt.startswith(SAY) else []
         for n in range(wanted.max_tokens):
@@ -184,9 +187,9 @@ class LLM:
                 context = every[reused:].clone()
             logits = every[-1]
             if n < (wanted.min_tokens or 0):
-                logits[self._ends] = -torch.inf
+                logits[ends] = -torch.inf
             token = forced[n] if n < len(forced) else int(logits.argmax())
-            if token in self._ends:
+            if token in ends:
                 reason = "stop"
                 break
             logprob += float(logits.log_softmax(-1)[token])

@@ -409,7 +409,7 @@ def test_what_the_caller_checks_is_checked_before_any_weight(hub: Hub, store: St
 def test_a_plan_reads_headers_and_no_weights(hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes of every tensor for a few kilobytes: what `builder plan` is made of."""
     hub.add("tiny/qwen3", SHARDED)
-    config, tensors = read_headers(Model(id="tiny/qwen3"), store=store)
+    config, tensors, root = read_headers(Model(id="tiny/qwen3"), store=store)
     assert config["num_hidden_layers"] == 6
     local = {
         name: (i.dtype, i.shape) for file in SHARDED.glob("*.safetensors") for name, i in read_header(file).items()
@@ -421,7 +421,7 @@ def test_a_plan_reads_headers_and_no_weights(hub: Hub, store: Store, monkeypatch
     assert not list((Path(os.environ["HF_HOME"]) / "hub").rglob("*.safetensors"))
     fetch(Model(id="tiny/qwen3"), store=store)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert read_headers(Model(id="tiny/qwen3"), store=store) == (config, tensors)
+    assert read_headers(Model(id="tiny/qwen3"), store=store) == (config, tensors, root)
 
 
 def test_a_known_model_type_needs_no_code_of_the_model(store: Store, tmp_path: Path) -> None:

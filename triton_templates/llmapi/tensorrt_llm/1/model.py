@@ -43,7 +43,7 @@ class TritonPythonModel:
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
         self.penalties = parameters["penalties"] == "true"
         self.vocab_size = int(parameters["vocab_size"])
-        self.end_ids = json.loads(parameters.get("end_ids", "[]"))  # only where the recipe names some
+        self.end_ids = json.loads(parameters["end_ids"])
         self.gives_logits = os.environ.get(LOGITS_SWITCH) == "1"
         directory = Path(args["model_repository"]) / args["model_version"]
         arguments = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
@@ -175,8 +175,8 @@ class TritonPythonModel:
                 f"max_tokens can be {room}"
             )
         if self.end_ids:
-            # end_id alone would leave out the others: TensorRT-LLM takes them from generation_config.json only where
-            # it chooses end_id itself (SamplingParams._setup, sampling_params.py).
+            # By itself TensorRT-LLM ends at the tokenizer's eos_token alone (SamplingParams._setup,
+            # sampling_params.py@000a01de): a model with several ends would run past the others.
             found |= {"end_id": self.end_ids[0], "stop_token_ids": self.end_ids[1:] or None}
         if "cumulative_logprob" in wanted:
             found["logprobs"] = 1
