@@ -24,6 +24,7 @@ CPU_SECONDS = 3  # for one conversation; a real template takes about a milliseco
 WALL_SECONDS = 60.0  # for one conversation: a stuck child that uses no CPU time is not ended by RLIMIT_CPU
 # What a child needs of the environment. A template sees none of it, but a bug in the sandbox would.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR")
+OPEN = "CONTINUE_FINAL_MESSAGE_TAG "  # the word that transformers looks for (utils/chat_template_utils.py)
 SAYS = {
     "syntax": "can't be parsed",
     "refused": "rejects the conversation",
@@ -127,9 +128,18 @@ class Renderer:
         self._child.kill()
         self._child.communicate()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation. TemplateProblem if there is none."""
-        return self._ask({"messages": list(messages), "add_generation_prompt": add_generation_prompt})
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **more: Any) -> str:
+        """The text of a conversation; `more` are variables that the template sees. TemplateProblem if there is none."""
+        return self._ask({**more, "messages": list(messages), "add_generation_prompt": add_generation_prompt})
+
+    def render_open(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
+        """The text up to the end of the last message, which goes on: `continue_final_message` of transformers."""
+        *before, last = messages
+        text = self.render([*before, {**last, "content": last["content"] + OPEN}], **more)
+        cut, found, rest = text.rpartition(OPEN.strip())
+        if not found:
+            raise TemplateProblem("refused", "it leaves out the end of the last message, which is to go on")
+        return cut if rest.startswith(OPEN[len(OPEN.strip()) :]) else cut.rstrip()
 
     def _ask(self, asked: Mapping[str, Any]) -> str:
         assert self._child.stdin is not None

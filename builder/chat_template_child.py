@@ -73,10 +73,10 @@ class Template:
         self._variables = dict(variables)
         self._template = environment().from_string(text)
 
-    def render(self, messages: Any, *, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation."""
-        with_all = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return self._template.render(messages=messages, **{**self._variables, **with_all})
+    def render(self, messages: Any, *, add_generation_prompt: bool = False, **more: Any) -> str:
+        """The text of a conversation; `more` are variables that this one rendering sees."""
+        always = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return self._template.render(messages=messages, **{**self._variables, **always, **more})
 
 
 def limit_memory(more: int = MEMORY) -> None:

@@ -13,12 +13,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import lm_eval
 import torch
+from jinja2.exceptions import TemplateError
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -26,7 +28,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from builder import tokenizer_loading
-from builder.errors import BuilderError, NotMeasurable, StageError, UnsupportedError
+from builder.chat_template import ChatTemplate, Renderer, TemplateProblem
+from builder.errors import BuilderError, NotMeasurable, StageError, UnsupportedError, UsageError
 from builder.hub_errors import translate
 from builder.output import Output
 from builder.process import do_job, emit
@@ -52,7 +55,11 @@ def run(job: Mapping[str, Any]) -> None:
     tokenizer = tokenizer_loading.load(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     model_of: Callable[..., LM] = Endpoint if job["runner"] == "served" else _in_transformers
-    with torch.inference_mode(), opener(job["runner"])(job) as runner:
+    with (
+        _limited_template(tokenizer, wanted=job["chat_template"]),
+        torch.inference_mode(),
+        opener(job["runner"])(job) as runner,
+    ):
         model = model_of(runner, tokenizer, job)
         refused: dict[str, str] = {}
         for one, tasks in zip(job["tasks"], loaded, strict=True):
@@ -61,6 +68,34 @@ def run(job: Mapping[str, Any]) -> None:
             except NotMeasurable as error:
                 refused[one["name"]] = str(error)
         emit(not_measured=refused)
+
+
+@contextmanager
+def _limited_template(tokenizer: Any, *, wanted: bool) -> Iterator[None]:
+    """Lets lm-eval render the model's chat template in a process with limits. UsageError where there is none, before a
+    model is loaded, and for a template that does not end."""
+    if not wanted or type(tokenizer).__module__.startswith("transformers_modules"):
+        yield
+        return
+    cure = "Ask without it: --set tasks.chat_template=false"
+    if not tokenizer.chat_template:
+        raise UsageError("The tasks are to be asked by the chat template, and this model has none.", cure=cure)
+    template = ChatTemplate(tokenizer.get_chat_template(), "chat_template", tokenizer.special_tokens_map)
+
+    def apply(messages: Any, *, tokenize: bool = False, continue_final_message: bool = False, **more: Any) -> str:
+        try:
+            return (renderer.render_open if continue_final_message else renderer.render)(messages, **more)
+        except TemplateProblem as problem:
+            if problem.kind != "refused":
+                raise
+            raise TemplateError(problem.why) from None  # lm-eval leaves the system message out, and tries again
+
+    try:
+        with Renderer(template) as renderer:
+            tokenizer.apply_chat_template = apply
+            yield
+    except TemplateProblem as problem:
+        raise problem.error(template.file, cure=cure) from None
 
 
 def _load(manager: TaskManager, name: str, max_length: int) -> list[Any]:

@@ -204,3 +204,22 @@ def test_the_bundled_text_set_is_the_half_of_the_other() -> None:
     whole = paths.data("configs", "calibration", "python-docs.jsonl").read_text(encoding="utf-8").splitlines()
     text = paths.data("configs", "calibration", "python-docs-text.jsonl").read_text(encoding="utf-8").splitlines()
     assert text == [line for line in whole if line.startswith('{"text"')]
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3", "llama", "gemma"])
+@pytest.mark.parametrize("ending", ["Grüße 🙂", "Grüße "])
+def test_a_last_message_that_goes_on(name: str, ending: str) -> None:
+    """As lm-eval asks with a beginning of the answer."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    messages = [DIALOGUE[0], {"role": "assistant", "content": ending}]
+    expected = tokenizer.apply_chat_template(
+        messages, chat_template=REAL[name], tokenize=False, continue_final_message=True
+    )
+    with Renderer(ChatTemplate(REAL[name], "", {"bos_token": ""})) as renderer:
+        assert renderer.render_open(messages) == expected
+    with (
+        Renderer(ChatTemplate("{{ messages[0].content }}", "")) as renderer,
+        pytest.raises(TemplateProblem, match="leaves out the end"),
+    ):
+        renderer.render_open(messages)
