@@ -42,7 +42,7 @@ def describe(tokenizer: Tokenizer, file: dict[str, Any], tokens: list[str]) -> d
         "largest": max([*vocabulary.values(), *added], default=-1),
         "largest_base": max((id for id in vocabulary.values() if id not in added), default=-1),
         "beyond": sorted((id, token.content) for id, token in added.items())[-20:],
-        "moved": [[content, id] for content, id in listed if tokenizer.token_to_id(content) != id][:5],
+        "moved": [[content, id] for content, id in listed if tokenizer.token_to_id(content) != id][:1000],
         "front": front,
         "behind": tokenizer.encode("a").ids[len(front) + len(bare) :],
         "sample": tokenizer.encode(SAMPLE).ids,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +38,7 @@ class Tokenizer:
 
     `largest` is the largest token id, `largest_base` that of the vocabulary without added tokens, `used` the largest
     in a sample text and a conversation. `front` and `behind` are the ids that the post-processor adds to a text.
+    `unknown` are named special tokens that tokenizer.json lacks, `moved` added tokens that get another id than it says.
     `end_of_turn` is the special token that the chat template writes after an answer, `end` the tokenizer's own end.
     `template_problem` says why the template can't be rendered, None if it can or there is none.
     """
@@ -51,6 +52,7 @@ class Tokenizer:
     end: tuple[int, str] | None
     end_of_turn: tuple[int, str] | None
     unknown: tuple[str, ...]
+    moved: tuple[str, ...]
     template: ChatTemplate | None
     template_problem: TemplateProblem | None = None
     front_in_template: bool = False
@@ -130,7 +132,7 @@ def _read(directory: Path, where: str, seen: tuple[object, ...]) -> Tokenizer:
     told, rendered = _ask(directory, job)
     if "error" in told:
         raise _unreadable(where, str(told["why"]))
-    _check_described(told, where)
+    _check_described(told, named.values(), template, where)
     ids: dict[str, int | None] = told["ids"]
     eos = named.get("eos_token")
     end = ids.get(eos) if eos is not None else None
@@ -146,6 +148,7 @@ def _read(directory: Path, where: str, seen: tuple[object, ...]) -> Tokenizer:
         end=(end, eos) if end is not None and eos is not None else None,
         end_of_turn=(ends[0][0], ends[0][1]) if ends[0] else None,
         unknown=tuple(f"{kind} {name!r}" for kind, name in sorted(named.items()) if ids[name] is None),
+        moved=tuple(content for content, _ in told["moved"]),
         template=template,
         template_problem=TemplateProblem(rendered["error"], rendered["why"]) if "error" in rendered else None,
         front_in_template=bool(told["front"]) and rendered.get("ids", [])[: len(told["front"])] == told["front"],
@@ -176,13 +179,19 @@ def _unreadable(where: str, why: str) -> IntegrityError:
     return IntegrityError(f"{where}/{TOKENIZER} is no tokenizer that can be loaded.", why=why, cure=SAVE_AGAIN)
 
 
-def _check_described(told: Mapping[str, Any], where: str) -> None:
-    """IntegrityError for a tokenizer that loads and can't be meant."""
+def _check_described(
+    told: Mapping[str, Any], named: Collection[str], template: ChatTemplate | None, where: str
+) -> None:
+    """IntegrityError for a tokenizer that loads and can't be meant. The library gives an added token the id after the
+    vocabulary's last, whatever the file says; one that nobody uses is only worth a note."""
     if not told["sample"]:
         raise _unreadable(where, "It makes no token of a text.")
-    if told["moved"]:
-        listed = ", ".join(f"{content!r} as {id}" for content, id in told["moved"])
-        raise _unreadable(where, f"Its added_tokens have other ids than the file says: {listed}.")
+    moved = [
+        (content, id) for content, id in told["moved"] if content in named or (template and content in template.text)
+    ]
+    if moved:
+        listed = ", ".join(f"{content!r} as {id}" for content, id in moved[:4])
+        raise _unreadable(where, f"Its added_tokens get other ids than the file says: {listed}.")
 
 
 def _check_files(directory: Path, where: str) -> dict[str, str]:
@@ -276,6 +285,11 @@ def notes(directory: Path, config: Mapping[str, Any], end_ids: Sequence[int]) ->
         known.append(
             ("tokens without embedding", f"The model has no embedding for {', '.join(beyond[:4])}"
              f"{', ...' if len(beyond) > 4 else ''}: a prompt with one of them is rejected.")
+        )  # fmt: skip
+    if found.moved:
+        known.append(
+            ("special tokens", f"{', '.join(map(repr, found.moved[:4]))}{', ...' if len(found.moved) > 4 else ''} of "
+             f"{TOKENIZER} get other ids than the file says; a text with one of them is misread.")
         )  # fmt: skip
     if found.behind:
         known.append(("special tokens", f"The tokenizer puts {list(found.behind)} behind every prompt."))

@@ -395,3 +395,23 @@ def test_where_nothing_could_be_asked_the_command_fails() -> None:
         evaluate.Evaluation({}, {}, {}, {}, tasks=refused).check()
     answered = tasks.TaskTable((Row("served", "gsm8k", "exact_match", 0.5, None, 2, 5),), refused.not_measured)
     evaluate.Evaluation({}, {}, {}, {}, tasks=answered).check()
+
+
+def test_a_chat_template_that_is_absent_or_never_ends() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ours = tokenizer.chat_template
+    asked = [{"role": "user", "content": "Grüße?"}]
+    expected = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    with task_child._limited_template(tokenizer, wanted=True):
+        found = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert found == expected
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match="this model has none"), task_child._limited_template(tokenizer, wanted=True):
+        pytest.fail("a model would be loaded")
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = ours + endless
+    with (
+        pytest.raises(UsageError, match=r"does not end(.|\n)*tasks\.chat_template=false"),
+        task_child._limited_template(tokenizer, wanted=True),
+    ):
+        tokenizer.apply_chat_template(asked, tokenize=False)

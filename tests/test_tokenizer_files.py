@@ -90,7 +90,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
         "tokenizer.json",
         {"added_tokens": [{"id": 7, "content": "<|endoftext|>", "single_word": False, "lstrip": False,
                            "rstrip": False, "normalized": False, "special": True}]},
-        "other ids than the file says: '<.endoftext.>' as 7",
+        "get other ids than the file says: '<.endoftext.>' as 7",
     ),
     "config empty": ("tokenizer_config.json", "", "tokenizer_config.json is no JSON.*the file is empty"),
     "config a list": ("tokenizer_config.json", "[1]", "tokenizer_config.json is a JSON list"),
@@ -180,6 +180,15 @@ def test_an_added_token_without_an_embedding_is_a_note_unless_a_text_uses_it(mod
     (model / "chat_template.jinja").write_text("{% for m in messages %}<image_soft_token>{{ m.content }}{% endfor %}")
     with pytest.raises(IntegrityError, match="do not belong together"):
         check(model)
+
+
+def test_an_added_token_under_another_id_that_nobody_uses_is_a_note(model: Path) -> None:
+    tokenizer = json.loads(text_of(model, "tokenizer.json"))
+    tokenizer["added_tokens"][-1]["id"] += 50  # </think>
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    check(model)
+    ((rule, text),) = tokenizer_files.notes(model, read_json(model / "config.json"), [IM_END, ENDOFTEXT])
+    assert (rule, "'</think>' of tokenizer.json get other ids" in text) == ("special tokens", True)
 
 
 # ---- what ends an answer
