@@ -71,7 +71,7 @@ def find(directory: Path) -> ChatTemplate | None:
     if path.is_file():
         try:
             return _template(path.read_text(encoding="utf-8"), FILE, variables)
-        except UnicodeDecodeError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise _not_text(path, str(error)) from None
     found = config.get("chat_template")
     if isinstance(found, list):

@@ -122,22 +122,33 @@ def special_ids(snapshot: Path, chosen: Sequence[int] | None = None) -> dict[str
     """{"end_ids": [...], "pad_id": n} as the model's own files say: generation_config, config, tokenizer_config. End
     ids that a recipe chose go before theirs."""
     generation, config = _json(snapshot / "generation_config.json"), _json(snapshot / "config.json")
-    text = config.get("text_config", {})
-    tokenizer = _json(snapshot / "tokenizer_config.json")
-    named = {token["content"]: token["id"] for token in _json(snapshot / "tokenizer.json").get("added_tokens", [])}
+    text = config.get("text_config") or {}
 
     def find(kind: str) -> Any:
         for source in (generation, config, text):
             if source.get(f"{kind}_token_id") is not None:
                 return source[f"{kind}_token_id"]
-        token = tokenizer.get(f"{kind}_token")
-        return named.get(token["content"] if isinstance(token, dict) else token)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = _json(snapshot / name).get(f"{kind}_token")
+            if token is not None:
+                return _token_id(snapshot, token["content"] if isinstance(token, dict) else token)
+        return None
 
     end, pad = list(chosen) if chosen else find("eos"), find("pad")
     end_ids = list(dict.fromkeys(end)) if isinstance(end, list) else [] if end is None else [end]
     if pad is None:
         pad = end_ids[0] if end_ids else 0
     return {"end_ids": end_ids, "pad_id": pad}
+
+
+def _token_id(snapshot: Path, token: str) -> int | None:
+    """The id of a token in tokenizer.json: an added one or, as Llama 2's </s> in some conversions, of the vocabulary
+    alone, which a Unigram model lists in the order of its ids."""
+    tokenizer = _json(snapshot / "tokenizer.json")
+    added = {one["content"]: int(one["id"]) for one in tokenizer.get("added_tokens", [])}
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    ids = vocab if isinstance(vocab, dict) else {piece[0]: id for id, piece in enumerate(vocab)}
+    return added.get(token, ids.get(token))
 
 
 def check(models: Path, *, max_batch_size: int, decoupled: bool) -> None:
