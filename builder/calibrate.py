@@ -62,7 +62,7 @@ class Rows:
 def calibrate(calibration: recipe.Calibration, *, store: Store, use: Use = CALIBRATION) -> Calibration:
     """The calibration rows of a recipe. UsageError if there is no usable one."""
     part = calibration
-    file = _file(part.data, use)
+    file = local_file(part.data, use)
     ingredients: dict[str, Any] = {"samples": part.samples, "column": part.column, "code": sources_digest(*SOURCES)}
     if file is not None:
         ingredients |= {"file": sha256(file)}
@@ -80,7 +80,7 @@ def calibrate(calibration: recipe.Calibration, *, store: Store, use: Use = CALIB
     return Calibration(artefact.path / ROWS, facts["rows"], facts["text_sha256"], artefact.digest)
 
 
-def _file(data: str, use: Use) -> Path | None:
+def local_file(data: str, use: Use) -> Path | None:
     """The local file that `data` names, or None for a Hub dataset."""
     if data.startswith(BUILTIN):
         known = {path.stem: path for path in paths.data("configs", "calibration").glob("*.jsonl")}

@@ -33,7 +33,7 @@ from builder.commands import (
 )
 from builder.errors import BuilderError
 from builder.output import Output, print_error
-from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
+from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, SWITCHES, TASK_FLAGS
 
 EXAMPLES = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120
@@ -43,8 +43,8 @@ EXAMPLES = """examples:
   builder eval  --model tests/data/tiny-qwen3 --gpu cpu --data tests/data/eval/prose.jsonl
 
 exit codes: 0 ok, 1 a stage failed, 2 usage or recipe, 3 does not fit or is not supported,
-            4 the accuracy gate failed, or what was asked can't be measured, 5 serving or smoke test,
-            6 integrity or version, 130 interrupted
+            4 the quality check or an accuracy gate failed, or what was asked can't be measured,
+            5 serving or smoke test, 6 integrity or version, 130 interrupted
 """
 
 
@@ -228,10 +228,8 @@ def _add_recipe_flags(command: argparse.ArgumentParser) -> None:
         group.add_argument(option, dest=key, type=kind, help=text)
     for option, key, placeholder, text in LIST_FLAGS:
         group.add_argument(option, dest=key, action="append", metavar=placeholder, help=text)
-    group.add_argument(
-        "--trust-remote-code", dest="model.trust_remote_code", action="store_const", const=True,
-        help="run Python code that comes with the model",
-    )  # fmt: skip
+    for option, key, value, text in SWITCHES:
+        group.add_argument(option, dest=key, action="store_const", const=value, help=text)
     group.add_argument("--preset", help="latency or throughput")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="a YAML recipe (configs/recipes/)")
     group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any value of the recipe")
@@ -256,6 +254,8 @@ def _add_served(command: argparse.ArgumentParser) -> None:
         help="a repository, as in artifacts/models/; default: MODEL_REPOSITORY, or the only one in OUTPUT/models",
     )  # fmt: skip
     _add_output(command)
+    command.add_argument("--ungated", action="store_true", default=os.environ.get("UNGATED", "") not in ("", "0"),
+                         help="serve it although it failed a gate (UNGATED)")  # fmt: skip
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     for name in ("http", "grpc", "metrics"):
         command.add_argument(f"--{name}-port", type=int, help="default: a free one")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from builder.errors import EvaluationError, ServingError, UnsupportedError, UsageError
 from builder.output import Output, print_error, seconds, size
-from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
+from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, SWITCHES, TASK_FLAGS
 
 if TYPE_CHECKING:
     from builder.evaluate import Evaluation
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from builder.serve import Server
     from builder.serve_container import ContainerServer
     from builder.smoke import SmokeReport
-    from builder.store import Store
 
 # The stages by the names that people use for --force and --from; the values are the store's.
 STAGE_NAMES = {
@@ -37,6 +36,7 @@ STAGE_NAMES = {
 }
 # For --force alone: what measures, and the stages of the store that it fills.
 MEASUREMENTS = {
+    "quality": ["quality"],
     "texts": ["texts"],
     "scores": ["scores"],
     "tasks": ["tasks"],
@@ -50,7 +50,7 @@ def _resolve(arguments: argparse.Namespace) -> Resolved:
     from builder.recipe_evaluation import RUNNERS
 
     values = vars(arguments)
-    keys = ["model.trust_remote_code", "evaluation.compare_kv"]
+    keys = ["evaluation.compare_kv", *(key for _, key, _, _ in SWITCHES)]
     keys += [key for _, key, _, _ in (*RECIPE_FLAGS, *LIST_FLAGS, *TASK_FLAGS)]
     flags = {key: values[key] for key in keys if values.get(key) is not None}
     if "all" in flags.get("evaluation.runners", ()):
@@ -63,7 +63,7 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     if getattr(arguments, "dry_run", False):
         return run_plan(arguments, out)
     resolved = _resolve(arguments)
-    from builder import doctor, pipeline
+    from builder import doctor, pipeline, summary
     from builder.smoke import SmokeFailed
     from builder.store import STAGES, Store
 
@@ -85,8 +85,20 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
         raise
     if built.smoke:
         _write_junit(built.smoke, arguments)
-    _print_built(built, store, until, out)
-    return _judge(built.evaluation)
+    summary.show(built, resolved, store, until, out)
+    return _judge_quality(built, resolved, arguments) or _judge(built.evaluation)
+
+
+def _judge_quality(built: Built, resolved: Resolved, arguments: argparse.Namespace) -> int:
+    """The exit code; what failed goes to stderr, with the commands to try next."""
+    if built.quality is None:
+        return 0
+    from builder.quality_summary import error
+
+    found = error(built.quality, resolved.recipe.quality.min_score, _again("build", arguments))
+    if found:
+        print_error(found)
+    return found.exit_code if found else 0
 
 
 def _forced(arguments: argparse.Namespace) -> set[str]:
@@ -148,7 +160,7 @@ def _again(name: str, arguments: argparse.Namespace) -> list[str]:
         ("--output", arguments.output),
     ):
         words += [option, str(value)] if value is not None else []
-    return [*words, "--trust-remote-code"] if values["model.trust_remote_code"] else words
+    return words + [option for option, key, value, _ in SWITCHES if values[key] is value]
 
 
 def _write_junit(report: SmokeReport, arguments: argparse.Namespace) -> None:
@@ -156,42 +168,6 @@ def _write_junit(report: SmokeReport, arguments: argparse.Namespace) -> None:
 
     if getattr(arguments, "junit", None):
         write_junit(report, arguments.junit)
-
-
-def _print_built(built: Built, store: Store, until: str, out: Output) -> None:
-    last = store.done[-1]
-    out.result(
-        {
-            "path": str(last.path),
-            "repository": str(built.link) if built.link else None,
-            "stages": [
-                {
-                    "stage": done.stage,
-                    "key": done.manifest["key"],
-                    "path": str(done.path),
-                    "cached": done.cached,
-                    "seconds": done.manifest["seconds"],
-                }
-                for done in store.done
-            ],
-            "smoke": built.smoke.as_dict() if built.smoke else None,
-            "evaluation": built.evaluation.as_dict() if built.evaluation else None,
-        }
-    )
-    if all(done.cached for done in store.done):
-        out.info("nothing to do: every stage was found in the store")
-    if built.evaluation:
-        from builder.evaluate import show_tables
-
-        show_tables(built.evaluation, out)
-    if built.smoke and built.smoke.sample:
-        out.text(f"prompt     {built.smoke.sample.prompt!r}")
-        out.text(f"answer     {built.smoke.sample.answer!r}")
-    if built.link is None:
-        out.text(str(last.path))
-        return
-    out.text(f"repository {built.link}" + ("" if until == "smoke" else "  (not served, not tested)"))
-    out.text(f"next       builder serve {built.link}")
 
 
 def run_plan(arguments: argparse.Namespace, out: Output) -> int:
@@ -262,7 +238,11 @@ def _repository(arguments: argparse.Namespace) -> Repository:
 def _server(
     arguments: argparse.Namespace, repository: Repository, out: Output
 ) -> AbstractContextManager[Server | ContainerServer]:
-    """A server for it, here or in a container."""
+    """A server for it, here or in a container. EvaluationError for one that failed its gate, without --ungated."""
+    from builder import verdict
+
+    if not arguments.ungated:
+        verdict.check(arguments.repository or repository.path)
     if arguments.container:
         from builder.serve_container import serve_container
 

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from builder import gpus, paths
 from builder.errors import UsageError
-from builder.recipe_evaluation import Evaluation, Sensitivity, Tasks
+from builder.recipe_evaluation import Evaluation, Quality, Sensitivity, Tasks
 from builder.recipe_part import Part, Positive
 
 Target = Literal["engine", "llmapi", "reference"]
@@ -212,6 +212,13 @@ class Recipe(Part):
     """Everything that decides what is built."""
 
     model: Model
+    name: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+            description="of the link in models/, moved to this build whatever it named; default: from model and recipe",
+        ),
+    ] = None
     gpu: Annotated[str, Field(description="a profile of configs/gpus, or auto")] = "auto"
     target: Annotated[
         Target, Field(description="what serves it: a TensorRT engine, the LLM API or the reference executor")
@@ -221,6 +228,7 @@ class Recipe(Part):
     engine: Engine = Engine()
     llmapi: LlmApi = LlmApi()
     repository: Repository = Repository()
+    quality: Quality = Quality()
     evaluation: Evaluation = Evaluation()
     tasks: Tasks = Tasks()
     sensitivity: Sensitivity = Sensitivity()

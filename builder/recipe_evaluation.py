@@ -101,6 +101,18 @@ class Evaluation(Part):
         return self
 
 
+class Quality(Part):
+    """The check that every build makes: some texts by the BF16 model and by the checkpoint. A gate of `evaluation`
+    replaces it."""
+
+    check: Annotated[bool, Field(description="measure the checkpoint's quality before it is published")] = True
+    min_score: Annotated[float, Field(gt=0, description="PPL of BF16 / PPL x 100 must reach it")] = 90
+    texts: Annotated[Positive, Field(description="texts; up to half of them held-out rows of the calibration data")] = (
+        32
+    )
+    max_tokens: Annotated[int, Field(ge=16, description="a text is cut here")] = 256
+
+
 class Tasks(Part):
     """Questions whose answers can be judged, asked through lm-eval by `builder eval`; no gate looks at them."""
 

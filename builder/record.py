@@ -22,7 +22,7 @@ import yaml
 from builder import __version__, fit, fit_change, llmapi, trtllm
 from builder.fit import ModelFacts, Sizes
 from builder.recipe import Resolved
-from builder.store import Store, replace_file
+from builder.store import Store, digest_of, replace_file
 
 FORMAT = 1
 DIRECTORY = "builds"
@@ -39,9 +39,13 @@ def write(
     sizes: Sizes,
     *,
     link: Path,
+    source: str,
     store: Store,
 ) -> Path:
-    """Writes the record of the build that `link` now names, whose stages are in `store.done`."""
+    """Writes the record of the build that `link` names, whose stages are in `store.done`.
+
+    `source` is where the model came from: a link is moved only by builds of the same one (publish.py).
+    """
     stages = {done.stage: done for done in store.done}  # of a store that built twice, the last
     memory = fit_change.judge(model, fit.serving(resolved, settings), resolved, fit.machine(store.root)).memory
     record = {
@@ -52,6 +56,8 @@ def write(
         "versions": {"trtllm-builder": __version__, "python": platform.python_version()},
         "command": command(resolved, _commits(store)),
         "directory": os.getcwd(),
+        "source": source,
+        "source_digest": digest_of(source),
         "gpu": {"name": resolved.gpu.name, "title": resolved.gpu.title, "sm": resolved.gpu.sm},
         "values": [list(row) for row in resolved.explained()],
         "flags": [vars(setting) for setting in settings],
@@ -73,6 +79,12 @@ def find(root: Path, repository: Path) -> Mapping[str, Any] | None:
     records = [record for record in map(_read, sorted((root / DIRECTORY).glob("*.json"))) if record]
     found = [record for record in records if (root / record["repository"]).resolve() == repository]
     return max(found, key=lambda record: float(record["written"]), default=None)
+
+
+def by_name(root: Path) -> dict[str, Mapping[str, Any]]:
+    """The records that can be read, by the name of their link."""
+    found = {path.stem: _read(path) for path in sorted((root / DIRECTORY).glob("*.json"))}
+    return {name: record for name, record in found.items() if record}
 
 
 def prune(root: Path, *, gone: Sequence[Path] = (), dry: bool = False) -> list[Path]:

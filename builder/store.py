@@ -32,8 +32,10 @@ FORMAT = 1  # of the manifest; a change makes every older stage unknown
 MANIFEST = "manifest.json"
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
 # Beside the chain: the texts of a data set, what one runner made of them, its answers to a task, and the tables of all
-# of these; what each layer loses, and which are left in BF16 for it; a repository under load.
-EVALUATION = ("texts", "scores", "task_names", "tasks", "evaluation", "sensitivity", "selection", "proxy", "load")
+# of these; what each layer loses, and which are left in BF16 for it; a repository under load; the quality check of a
+# build, and whether it was accepted.
+_MEASURED = ("scores", "tasks", "evaluation", "sensitivity", "selection", "proxy", "quality", "verdict")
+EVALUATION = ("texts", "task_names", *_MEASURED, "load")
 TESTS = ("smoke", "load")  # of a repository
 _CHUNK = 1 << 20
 
@@ -233,7 +235,7 @@ def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path]
     """
     everything = artefacts(root)
     kept = upstream([artefact for artefact in everything if artefact.path in keep], everything)
-    for stage in ("scores", "tasks", "evaluation", "sensitivity", "selection", "proxy"):
+    for stage in _MEASURED:
         models = {artefact.digest for artefact in kept}
         measured = [a for a in everything if a.stage == stage and models.issuperset(a.manifest["ingredients"]["of"])]
         kept = upstream([*kept, *measured], everything)

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer
 
 from builder.errors import BuilderError, NotMeasurable, StageError, UnsupportedError
 from builder.hub_errors import translate
+from builder.naming import shortened
 from builder.output import Output
 from builder.process import do_job, emit
 from builder.runners.child import known, opener
@@ -267,7 +268,7 @@ def _rows(whole: Mapping[str, Any], name: str, samples: Mapping[str, Any]) -> It
 
 def _samples(task: str) -> str:
     """The file with its questions and answers."""
-    return f"samples_{task.replace('/', '_')}.jsonl"
+    return f"samples_{shortened(task.replace('/', '_'))}.jsonl"
 
 
 def _json(value: Any, **options: Any) -> str:

@@ -23,7 +23,7 @@ from builder.quantize import modelopt
 from builder.recipe import Resolved
 from builder.store import Artefact, Store, key_of, library_versions, sources_digest
 
-SOURCES = (*of_model.SOURCES, "builder/task_child.py", "builder/task_names.py")
+SOURCES = (*of_model.SOURCES, "builder/task_child.py", "builder/task_names.py", "builder/naming.py")
 LIBRARIES = ("lm_eval", "datasets")
 AT_ONCE = 64  # requests under way at a server, at most: it batches them
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,11 +49,17 @@ def test_plan_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     assert "will run" in done.stdout
 
 
+def with_check(stages: Sequence[str]) -> list[str]:
+    """The quality check comes after the checkpoint, before what takes long."""
+    at = [*stages].index("checkpoint") + 1
+    return [*stages[:at], "quality", *stages[at:]]
+
+
 def test_plan_as_json_tells_stages_sizes_values_and_flags(tmp_path: Path) -> None:
     done = run("plan", "--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json")
     plan = json.loads(done.stdout)
     assert done.returncode == 0
-    assert [row["stage"] for row in plan["stages"]] == [stage for stage in store.STAGES if stage != "ranks"]
+    assert [row["stage"] for row in plan["stages"]] == with_check([s for s in store.STAGES if s != "ranks"])
     assert {row["state"] for row in plan["stages"]} == {"will run"}
     assert plan["values"]["model.id"] == {"value": MODEL, "from": "command line"}
     assert {flag["name"]: flag["value"] for flag in plan["flags"]}["context_fmha"] == "disable"
@@ -63,7 +70,7 @@ def test_plan_as_json_tells_stages_sizes_values_and_flags(tmp_path: Path) -> Non
 def test_the_plan_of_a_split_model_has_one_stage_more(tmp_path: Path) -> None:
     argv = ["--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json"]
     whole, split = (json.loads(run("plan", *argv, *more).stdout) for more in ([], ["--tp", "2", "--pp", "2"]))
-    assert [row["stage"] for row in split["stages"]] == list(store.STAGES)
+    assert [row["stage"] for row in split["stages"]] == with_check(store.STAGES)
     command = split["command"]
     assert command[command.index("--workers") + 1] == "4"
     assert command[command.index("--checkpoint_dir") + 1] == "RANKS/tensorrt_llm"
@@ -219,7 +226,7 @@ def test_the_plan_warns_of_an_fp8_cache_for_an_attention_bias_without_qk_norm(tm
 def test_the_plan_of_a_gated_build_says_that_it_will_measure(tmp_path: Path) -> None:
     argv = ["plan", "--model", MODEL, "--gpu", "cpu", "--output", str(tmp_path), "--json"]
     plain, gated = (json.loads(run(*argv, *more).stdout)["stages"] for more in ([], ["--min-score", "98"]))
-    assert gated[:-1] == plain
+    assert gated[:-1] == [row for row in plain if row["stage"] != "quality"], "the gate takes the check's place"
     assert gated[-1]["stage"] == "evaluation"
     assert gated[-1]["why"] == "a gate (score 98): its input comes from snapshot"
 

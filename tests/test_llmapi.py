@@ -410,7 +410,8 @@ def planned(model: Path, output: Path, *argv: str, code: int = 0) -> dict[str, A
 
 def test_the_plan_shows_arguments_and_yaml_and_makes_no_engine(qwen3_8b: Path, tmp_path: Path) -> None:
     plan = planned(qwen3_8b, tmp_path, "--gpu", "sm120")
-    assert [row["stage"] for row in plan["stages"]] == ["snapshot", "calibration", "checkpoint", "repository", "smoke"]
+    stages = ["snapshot", "calibration", "checkpoint", "quality", "repository", "smoke"]
+    assert [row["stage"] for row in plan["stages"]] == stages
     found = {argument["name"]: argument["value"] for argument in plan["arguments"]}
     content = yaml.safe_load(plan["model_yaml"])
     assert content["model"] == "CHECKPOINT/unified"

@@ -328,7 +328,8 @@ def test_one_build_leaves_a_tested_repository(
     monkeypatch.setattr(llmapi_repository, "write", with_stand_in)
     monkeypatch.setattr(llmapi, "check_machine", lambda resolved: None)
     built = pipeline.build(asked, store)
-    assert [done.stage for done in store.done] == ["snapshot", "calibration", "checkpoint", "repository", "smoke"]
+    chain = ["snapshot", "calibration", "checkpoint", "quality", "repository", "smoke", "verdict"]
+    assert [done.stage for done in store.done] == chain
     assert built.smoke is not None
     built.smoke.check()
     assert built.link is not None
@@ -344,4 +345,5 @@ def test_one_build_leaves_a_tested_repository(
     assert prune(again.root, {built.link.resolve()}, dry=True)[0] == []
     other = Store(tmp_path / "out", QUIET)
     pipeline.build(resolved(**small, **{"repository.kv_cache_free_gpu_mem_fraction": 0.5}), other, until="repository")
-    assert [done.cached for done in other.done] == [True, True, True, False]
+    made = [done.stage for done in other.done if not done.cached]
+    assert made == ["repository", "verdict"]

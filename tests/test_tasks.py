@@ -82,6 +82,11 @@ def samples(store: Store, found: tasks.TaskTable, runner: str, task: str) -> lis
     return [json.loads(line) for line in (path / f"samples_{task}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def test_a_task_of_any_name_has_a_file_for_its_samples() -> None:
+    assert task_child._samples("mmlu/anatomy") == "samples_mmlu_anatomy.jsonl"
+    assert len(task_child._samples("t" * 250)) < 255
+
+
 def test_each_form_has_its_rows_and_what_can_not_be_asked_is_said(found: tasks.TaskTable) -> None:
     kinds = {(row.runner, row.task): row for row in found.rows}
     local = ["bf16", "simulated", "checkpoint"]

@@ -126,11 +126,13 @@ def check_language(runner: Runner, ids: Sequence[Ids], seed: int) -> dict[str, f
     """Mean NLL of the beginnings of some texts, and of the same tokens shuffled."""
     step = max(1, len(ids) // CHECK_TEXTS)
     some = sorted((one[:CHECK_TOKENS] for one in ids[::step][:CHECK_TEXTS]), key=lambda one: -len(one))
-    return {"checked_nll": _mean_nll(runner, some), "shuffled_nll": _mean_nll(runner, shuffled(some, seed))}
+    return {"checked_nll": mean_nll(runner, some), "shuffled_nll": mean_nll(runner, shuffled(some, seed))}
 
 
-def _mean_nll(runner: Runner, ids: Sequence[Ids]) -> float:
+def mean_nll(runner: Runner, ids: Sequence[Ids]) -> float:
+    """Of a token of these texts, in nats."""
     found: dict[int, float] = {}
+    ids = sorted(ids, key=lambda one: -len(one))  # scoring.run takes the longest first
 
     def each(index: int, logits: Any) -> None:
         found[index] = float(scoring.score(logits, ids[index])["nll"].sum(dtype=np.float64))
