@@ -46,7 +46,8 @@ def link(resolved: Resolved, repository: Path, store: Store) -> Path:
         return models / resolved.recipe.name
     mine = identity(resolved)
     target = os.path.relpath(repository, models)
-    records = {name: _identity_of(found) for name, found in record.by_name(store.root).items()}
+    read = {name: _identity_of(found) for name, found in record.by_name(store.root).items()}
+    records = {name: theirs for name, theirs in read.items() if theirs}
     for name, theirs in records.items():  # the name that it got last time
         if not _differing(mine, theirs) and (models / name).is_symlink():
             return models / name
@@ -97,9 +98,13 @@ def identity(resolved: Resolved) -> dict[str, Any]:
 
 
 def _identity_of(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a build record. Older ones have no `source`; their relative paths began in `directory`."""
-    values = {str(key): value for key, value, _ in found.get("values", [])}
-    local = Path(found.get("directory", "/")) / str(values.get("model.id", ""))
+    """The same of a build record; empty for one that is damaged. Older ones have no `source`; their relative paths
+    began in `directory`."""
+    try:
+        values = {str(key): value for key, value, _ in found.get("values", [])}
+        local = Path(found.get("directory", "/")) / str(values.get("model.id", ""))
+    except (TypeError, ValueError):
+        return {}
     older = digest_of(str(local.resolve()) if local.is_dir() else values.get("model.id"))
     return _select(found.get("source_digest") or older, values)
 

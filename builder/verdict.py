@@ -61,7 +61,7 @@ def check(repository: Path) -> None:
 
 def _of(chain: Sequence[str], everything: Sequence[Artefact]) -> list[Artefact]:
     verdicts = [one for one in everything if one.stage == STAGE]
-    return [one for one in verdicts if set(one.manifest["ingredients"]["of"]) & set(chain)]
+    return [one for one in verdicts if {*map(str, one.manifest["ingredients"].get("of", ()))} & set(chain)]
 
 
 def _verdict(artefact: Artefact) -> Verdict:

@@ -145,6 +145,15 @@ def test_a_record_of_an_older_version_knows_whose_link_it_is(store: Store, tmp_p
     assert published(store, resolve("other/Qwen3-8B"), "three") != name
 
 
+@pytest.mark.parametrize("values", [[1, 2], "x", None, [["a"]], {"model.id": 1}])
+def test_a_damaged_record_is_nobodys(store: Store, values: Any) -> None:
+    name = published(store, resolve(), "one")
+    path = store.root / "builds" / f"{name}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "values": values}))
+    assert published(store, resolve(), "two").startswith(f"{name}-")
+    assert models(store)[name] == "one"
+
+
 def test_a_given_name_takes_the_link_whatever_it_named(store: Store) -> None:
     assert published(store, resolve(name="prod"), "one") == "prod"
     assert published(store, resolve("other/Qwen3-8B", name="prod"), "two") == "prod"
