@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from hub_server import Hub
 
 from chaos import processes, trials
 from chaos.trials import Skipped, Trial
-from chaos.world import World, isolate
+from chaos.world import BrokenReference, World, isolate
 
 
 def main() -> int:
@@ -28,8 +30,9 @@ def main() -> int:
     with Hub() as hub:
         world = World(hub, isolated=isolated)
         try:
-            wanted = _given(arguments.trial) if arguments.trial else _drawn(world, seed, arguments.minutes * 60)
-            return _perform_all(wanted, world)
+            if arguments.trial:
+                return _perform_all([(text, partial(Trial.parse, text)) for text in arguments.trial], world)
+            return _perform_all(_drawn(world, seed, arguments.minutes * 60), world)
         finally:
             processes.kill(processes.left_after(0))
             world.close()
@@ -43,39 +46,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _given(texts: list[str]) -> Iterator[Trial]:
-    return map(Trial.parse, texts)
-
-
-def _drawn(world: World, seed: int, budget: float) -> Iterator[Trial]:
-    """Each kind once, in an order by the seed, and then more until the time is over."""
-    chance = random.Random(seed)
+def _drawn(world: World, seed: int, budget: float) -> Iterator[tuple[str, Callable[[], Trial]]]:
+    """Each kind once, in an order by the seed, then more until the time is over: a name, and the trial on request."""
     kinds = trials.all_kinds()
-    chance.shuffle(kinds)
+    random.Random(seed).shuffle(kinds)
     deadline = time.monotonic() + budget
-    for kind, about in kinds:
-        yield trials.draw(kind, about, world, chance)
-    while time.monotonic() < deadline:
-        kind, about = chance.choice(kinds)
-        yield trials.draw(kind, about, world, chance)
+    for number in itertools.count():
+        if number >= len(kinds) and time.monotonic() > deadline:
+            return
+        # Its own generator: how many numbers one trial draws must not change the next.
+        chance = random.Random(f"{seed} {number}")
+        kind, about = kinds[number] if number < len(kinds) else chance.choice(kinds)
+        yield f"{kind} {about}", partial(trials.draw, kind, about, world, chance)
 
 
-def _perform_all(wanted: Iterator[Trial], world: World) -> int:
+def _perform_all(wanted: Iterable[tuple[str, Callable[[], Trial]]], world: World) -> int:
     count = {"ok": 0, "FAILED": 0, "skipped": 0}
-    for trial in wanted:
+    for name, draw in wanted:
         start = time.monotonic()
+        wrong: list[str] = []
         try:
+            trial = draw()
+            name = str(trial)
             wrong = trials.perform(trial, world)
             verdict = "FAILED" if wrong else "ok"
+            wrong += [f"repeat it: make chaos TRIAL={shlex.quote(name)}"] if wrong else []
         except Skipped as reason:
-            verdict, wrong = "skipped", []
-            trial = Trial(trial.kind, {**trial.options, "because": f"({reason})"})
+            verdict, wrong = "skipped", [str(reason)]
+        except BrokenReference as broken:
+            verdict, wrong = "FAILED", [str(broken)]
         count[verdict] += 1
-        print(f"{verdict:<8} {time.monotonic() - start:5.1f} s  {trial}", flush=True)
+        print(f"{verdict:<8} {time.monotonic() - start:5.1f} s  {name}", flush=True)
         for what in wrong:
             print(f"  {what}", flush=True)
-        if wrong:
-            print(f"  repeat it: make chaos TRIAL={shlex.quote(str(trial))}", flush=True)
     print(f"chaos: {count['ok']} trials held, {count['FAILED']} failed, {count['skipped']} skipped", flush=True)
     return 1 if count["FAILED"] else 0
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from chaos.running import Finished
 
-# Their bytes hold times and ports, so two runs differ.
-TIMED = ("smoke", "load")
+# Their bytes, and the key of the second, hold times and ports, so two runs differ.
+_TIMED = ("smoke", "load")
 # Directories of the store whose files are named by time and process, or made anew at each command.
 _UNCOMPARED = ("logs", "locks", "reports", "builds")
 _TRACEBACK = re.compile(r"^(Traceback \(most recent call last\)|Exception ignored |Fatal Python error)", re.MULTILINE)
@@ -43,24 +43,39 @@ def contents(output: Path) -> dict[str, Any]:
     """What a store holds, without times: artefacts by stage/key with their files' hashes, links with their targets."""
     found: dict[str, Any] = {}
     for manifest in sorted(output.glob("*/*/manifest.json")):
-        directory = manifest.parent
-        if not directory.is_symlink() and not directory.name.startswith("."):
-            told = json.loads(manifest.read_text())
-            name = f"{directory.parent.name}/{directory.name}"
-            files = {p.relative_to(directory).as_posix(): sha256(p) for p in directory.rglob("*") if p.is_file()}
-            del files["manifest.json"]
-            timed = directory.parent.name in TIMED
-            found[name] = sorted(files) if timed else {"digest": told["digest"], "files": files}
+        directory, stage = manifest.parent, manifest.parent.parent.name
+        if directory.is_symlink() or directory.name.startswith("."):
+            continue
+        if stage in _TIMED:
+            found.setdefault(stage, []).append(sorted(path.name for path in directory.iterdir()))
+        else:
+            found[f"{stage}/{directory.name}"] = _hashes(directory, manifest)
     for link in sorted((output / "models").glob("*")):
         if link.is_symlink():
             found[f"models/{link.name}"] = str(link.readlink())
     return found
 
 
+def _hashes(directory: Path, manifest: Path) -> dict[str, str]:
+    """Of an artefact's files, and of those elsewhere that its manifest names."""
+    elsewhere = json.loads(manifest.read_text())["facts"].get("external", {"files": {}})["files"]
+    found = {name: entry["sha256"] for name, entry in elsewhere.items()}
+    for path in directory.rglob("*"):
+        if path.is_file() and path != manifest:
+            found[path.relative_to(directory).as_posix()] = _timeless(path) if path.suffix == ".json" else sha256(path)
+    return found
+
+
+def _timeless(path: Path) -> str:
+    """The hash of a JSON file without its `seconds`, which some tables hold."""
+    told = json.loads(path.read_text(), object_hook=lambda found: {k: v for k, v in found.items() if k != "seconds"})
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def listing(output: Path) -> set[str]:
     """Names in a store, two levels deep, without those that every run makes anew."""
     found = {path.relative_to(output).as_posix() for pattern in ("*", "*/*") for path in output.glob(pattern)}
-    return {name for name in found if name.partition("/")[0] not in _UNCOMPARED}
+    return {name for name in found if name.partition("/")[0] not in (*_UNCOMPARED, *_TIMED)}
 
 
 def same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
@@ -119,11 +134,6 @@ def temporary_files(directory: Path, *, failed: bool) -> list[str]:
         if not log_of_a_failure and not path.name.startswith("torchinductor_"):
             found.append(f"left in TMPDIR: {path.name} ({', '.join(inside[:3]) or 'empty'})")
     return found
-
-
-def shared_memory(directory: Path, before: Iterable[str]) -> list[str]:
-    """Names that are new in /dev/shm."""
-    return [f"left in /dev/shm: {path.name}" for path in directory.iterdir() if path.name not in set(before)]
 
 
 def names_the_disk(ended: Finished, place: Path) -> list[str]:

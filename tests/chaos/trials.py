@@ -73,15 +73,16 @@ def draw(kind: str, about: str, world: World, chance: random.Random) -> Trial:
 
 
 def perform(trial: Trial, world: World) -> list[str]:
-    """Runs a trial; what is wrong, with the messages of the commands at the end."""
-    shared_before = {path.name for path in SHM.iterdir()}
+    """Runs a trial; what is wrong, each with the messages of the command that it is about."""
+    before = {path.name for path in SHM.iterdir()}
     wrong = KINDS[trial.kind].perform(trial.options, world)
-    left = processes.left_after(0)
-    processes.kill(left)  # so that the next trial begins without them
+    # What was reported goes, so that the next trial begins without it.
+    processes.kill(processes.left_after(0))
     processes.left_after(GRACE)
-    wrong += invariants.shared_memory(SHM, shared_before)
-    for name in {path.name for path in SHM.iterdir()} - shared_before:
-        (SHM / name).unlink(missing_ok=True)
+    for path in SHM.iterdir():
+        if path.name not in before and world.owns(path):
+            wrong.append(f"left in /dev/shm: {path.name}")
+            path.unlink(missing_ok=True)
     return wrong
 
 
@@ -221,7 +222,7 @@ def _again(command: str, world: World, *, failed: bool = False) -> list[str]:
     """The same command without a disturbance: it ends well, and cleans up what the disturbed one left."""
     if COMMANDS[command].argv(world)[-1] == str(world.output / "models" / "none"):
         return []
-    ended = world.run(command)
+    ended = world.run(COMMANDS[command].again or command)
     wrong = [f"process {process.pid} is left: {process.command[:200]}" for process in processes.left_after(GRACE)]
     wrong += invariants.exit_code(ended, {0}) + invariants.no_traceback(ended)
     wrong = _told([f"when it ran again: {what}" for what in wrong], ended)

@@ -29,11 +29,19 @@ _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000  # linux/sched.h
 
 @dataclass(frozen=True)
 class Command:
-    """A command line of `builder`, and the state that it starts from. `until` as for `Run`."""
+    """A command line of `builder`, and the state that it starts from.
+
+    `until` as for `Run`. `again`: a shorter command that shows as well that all works after a disturbance.
+    """
 
     state: str
     argv: Callable[[World], Sequence[str]]
     until: str = ""
+    again: str = ""
+
+
+class BrokenReference(Exception):
+    """A command fails although nothing disturbs it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ def _recipe(world: World, *more: str) -> list[str]:
 
 
 _FORCED = [word for stage in ("fetch", "calibrate", "engine", "render") for word in ("--force", stage)]
-_LOAD = ["--clients", "2", "--requests", "2", "--input-tokens", "8", "--output-tokens", "4"]
+_LOAD = ["--clients", "2", "--requests", "2", "--input-tokens", "8", "--output-tokens", "2"]
 COMMANDS = {
     "fetch": Command("empty", lambda w: ["fetch", "--model", HUB_MODEL, "--gpu", "cpu"]),
     "quantize": Command("empty", lambda w: ["quantize", *_recipe(w)]),
@@ -65,7 +73,7 @@ COMMANDS = {
     ),
     "sensitivity": Command("built", lambda w: ["sensitivity", *_recipe(w), "--proxy"]),
     "serve": Command("built", lambda w: ["serve", str(w.link)], until="try "),
-    "smoke": Command("built", lambda w: ["smoke", str(w.link)]),
+    "smoke": Command("built", lambda w: ["smoke", str(w.link)], again="serve"),
     "load": Command("built", lambda w: ["load", str(w.link), *_LOAD]),
     "report": Command("built", lambda w: ["report", str(w.link)]),
     "verify": Command("built", lambda w: ["verify"]),
@@ -94,6 +102,7 @@ class World:
         self.states.mkdir()
         hub.add(HUB_MODEL, self.model)
         self._hub = hub
+        self._pids: set[int] = set()
         self._references: dict[str, Reference] = {}
         self._make_empty()
 
@@ -127,7 +136,13 @@ class World:
     def start(self, command: str, sent: Signal | None = None) -> Run:
         """Starts a command in the trial's directory."""
         told = COMMANDS[command]
-        return Run(told.argv(self), env=self.env, logs=self.logs, sent=sent, until=told.until)
+        run = Run(told.argv(self), env=self.env, logs=self.logs, sent=sent, until=told.until)
+        self._pids.add(run.process.pid)
+        return run
+
+    def owns(self, path: Path) -> bool:
+        """Whether a file of /dev/shm comes from a trial: all in ours; in the machine's those named by a pid of ours."""
+        return self.isolated or any(f"-{pid}-" in path.name for pid in self._pids)
 
     def run(self, command: str, sent: Signal | None = None) -> Finished:
         """Runs a command to its end."""
@@ -147,7 +162,7 @@ class World:
             before = {name: usage(path) for name, path in self.places.items()}
             ended = self.run(command)
             if ended.code != 0:
-                raise RuntimeError(f"`builder {command}` fails without any disturbance:\n{ended.stderr}")
+                raise BrokenReference(f"`builder {command}` fails without any disturbance:\n{ended.stderr}")
             used = {}
             for name, path in self.places.items():
                 size, files = usage(path)
@@ -209,7 +224,7 @@ class World:
         self.restore("built")
         argv = ["render", *_recipe(self, "--max-batch-size", "2")]
         if Run(argv, env=self.env, logs=self.logs).wait().code != 0:
-            raise RuntimeError("a second repository can't be rendered")
+            raise BrokenReference("a second repository can't be rendered")
         _copy(self.trial, self.states / "littered")
 
     def _make_empty(self) -> None:
