@@ -49,6 +49,12 @@ class Finished:
     hung: bool
 
 
+def _heed_signals() -> None:
+    """A shell's background job ignores SIGINT, and `nohup` SIGHUP; what we start would inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Run:
     """A command that is running. `until`: text on stdout at which it gets SIGTERM, for `serve`, which never ends."""
 
@@ -66,7 +72,7 @@ class Run:
             self.process = subprocess.Popen(
                 [sys.executable, str(LAUNCH), str(write), operation, str(number), to, "--", *argv],
                 stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=dict(env), pass_fds=[write],
-                start_new_session=True, cwd=env["HOME"],
+                start_new_session=True, cwd=env["HOME"], preexec_fn=_heed_signals,
             )  # fmt: skip
         os.close(write)
         self._start = time.monotonic()
