@@ -2,6 +2,7 @@
 # make test    every test that needs neither a GPU nor Docker
 # make test-browser    the report's page in Chromium
 # make docker-test    the containers, with a Docker engine: the one that runs, or one of its own (root, Debian)
+# make chaos   kills, full disks and racing commands, then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')
 # make lint    ruff and mypy, hadolint, shellcheck, the compose schema;  make bench: the measured ratios
 # make test-trtllm    the tests that depend on them with the TensorRT-LLM image's versions
 SHELL := /bin/bash
@@ -13,7 +14,7 @@ OUTPUT ?= artifacts
 # A second process per core fights over two cores; spinning OpenMP threads make it worse.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-browser test-trtllm docker-test lint bench clean
+.PHONY: demo test test-browser test-trtllm chaos docker-test lint bench clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
@@ -28,6 +29,10 @@ test-browser: $(VENV)/ready
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; \
 	  else echo "Install first: sudo apt-get install chromium" >&2; exit 1; fi; }
 	$(VENV)/bin/python -m pytest -m browser tests/test_browser.py
+
+# Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
+chaos: $(VENV)/ready
+	cd tests && ../$(VENV)/bin/python -m chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
 
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready
