@@ -92,7 +92,7 @@ def same_where_both(found: Mapping[str, Any], expected: Mapping[str, Any]) -> li
 
 
 def links_are_whole(output: Path) -> list[str]:
-    """Each link in models/ leads to a repository whose manifest lists exactly its files, with their hashes."""
+    """Each link in models/ leads to a repository with all files of its manifest and with the engine that it names."""
     wrong = []
     for link in sorted((output / "models").glob("*")):
         if link.is_symlink():
@@ -110,6 +110,9 @@ def _damage(repository: Path) -> list[str]:
         path = repository / name
         if not path.is_file() or sha256(path) != entry["sha256"]:
             wrong.append(f"{name} is missing or damaged")
+    for config in repository.glob("models/*/config.pbtxt"):
+        for engine in re.findall(r'key: "gpt_model_path" value: \{ string_value: "([^"]+)"', config.read_text()):
+            wrong += [] if (Path(engine) / "manifest.json").is_file() else [f"its engine {engine} is missing"]
     return wrong
 
 
@@ -138,8 +141,9 @@ def temporary_files(directory: Path, *, failed: bool) -> list[str]:
 
 def names_the_disk(ended: Finished, place: Path) -> list[str]:
     """The message of a command that a disk stopped: which directory, and that it is full or read-only."""
-    reason = re.search(r"full|No space|space left|inode|[Rr]ead-only|[Cc]an't write|writable", ended.stderr)
-    wrong = [] if str(place) in ended.stderr else [f"the message does not name {place}"]
+    reason = re.search(r"full|No space|space left|inode| free|[Rr]ead-only|[Cc]an't write|writable", ended.stderr)
+    named = str(place) in ended.stderr or "disk of the output directory" in ended.stderr
+    wrong = [] if named else [f"the message does not name {place}"]
     return wrong if reason else [*wrong, "the message does not say that a disk is full or read-only"]
 
 
