@@ -199,7 +199,7 @@ class World:
         return (found.f_blocks - found.f_bfree) * found.f_frsize, found.f_files - found.f_ffree
 
     def remount(self, place: str, options: str) -> None:
-        """Changes that disk: size=BYTES, nr_inodes=N, ro, rw. A limit of 0 is none, but then it reports 0 bytes free."""
+        """Changes that disk: size=BYTES, nr_inodes=N, ro, rw. Without a limit (0) it would report 0 bytes free."""
         _command("mount", "-o", f"remount,{options}", str(self.places[place]))
 
     def unmount(self) -> None:
