@@ -35,6 +35,8 @@ def main() -> int:
                 return
         elif event not in _CHANGES:
             return
+        if arguments and "__pycache__" in str(arguments[0]):
+            return  # the first run after a change compiles modules, the next one does not
         names.append(event)
         if len(names) == operation:
             os.kill(0 if to == "group" else os.getpid(), number)  # pid 0: our process group
