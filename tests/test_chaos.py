@@ -163,7 +163,7 @@ def test_a_signal_comes_just_before_the_operation_that_is_named(world: World) ->
     world.restore("empty")
     rename = whole.operations.index("os.rename") + 1
     killed = Run(argv, env=world.env, logs=world.logs, sent=Signal("KILL", "process", f"operation:{rename}")).wait()
-    assert (killed.code, killed.hit) == (-9, "running")
+    assert (killed.code, killed.hit) == (-9, "running"), (whole.operations, killed.operations)
     assert [path.parent.name[0] for path in world.output.glob("snapshot/*/manifest.json")] == ["."]
 
 

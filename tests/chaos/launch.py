@@ -30,9 +30,9 @@ def main() -> int:
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
         if event == "open":
-            flags = arguments[2]
-            if not isinstance(flags, int) or not flags & _WRITES:
-                return
+            path, _, flags = arguments
+            if isinstance(path, int) or not isinstance(flags, int) or not flags & _WRITES:
+                return  # read, or open already
         elif event not in _CHANGES:
             return
         if arguments and "__pycache__" in str(arguments[0]):
