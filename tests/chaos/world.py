@@ -55,7 +55,7 @@ class Reference:
 
 
 def _recipe(world: World, *more: str) -> list[str]:
-    return ["--model", str(world.model), "--gpu", "cpu", "--calib-samples", "2", "--calib-seq-len", "32", *more]
+    return ["--model", str(world.model), "--gpu", "cpu", "--calib-samples", "6", "--calib-seq-len", "64", *more]
 
 
 _FORCED = [word for stage in ("fetch", "calibrate", "engine", "render") for word in ("--force", stage)]
