@@ -34,7 +34,8 @@ def main() -> int:
                 return _perform_all([(text, partial(Trial.parse, text)) for text in arguments.trial], world)
             return _perform_all(_drawn(world, seed, arguments.minutes * 60), world)
         finally:
-            processes.kill(processes.left_after(0))
+            while left := processes.left_after(0):  # a killed one's children may only now become ours
+                processes.kill(left)
             world.close()
 
 
