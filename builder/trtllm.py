@@ -28,7 +28,7 @@ R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
 SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
 # _init_max_seq_len (tensorrt_llm/builder.py): these kinds of rotary scaling do not lengthen max_position_embeddings.
 UNSCALED = ("su", "longrope", "llama3")
-# Fields of BuildConfig that EngineConfig.to_dict removes: they describe a run of the builder, not the engine (rule R51).
+# Fields of BuildConfig that EngineConfig.to_dict removes: they describe a run of the builder (rule R51).
 NOT_THE_ENGINES = ("dry_run", "visualize_network")
 
 
