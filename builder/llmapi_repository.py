@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from builder import llmapi, llmapi_facts, paths, repository
+from builder import llmapi, llmapi_facts, llmapi_lora, paths, repository
 from builder.checkpoint import Checkpoint, read_json
 from builder.errors import IntegrityError
 from builder.fetch import Snapshot
@@ -31,12 +31,14 @@ def render(
     checkpoint: Checkpoint, snapshot: Snapshot, arguments: Sequence[Argument], resolved: Resolved, *, store: Store
 ) -> Repository:
     """The model repository that serves this checkpoint's Hugging Face layout."""
+    adapters = llmapi_lora.digests({argument.name: argument.value for argument in arguments})
     ingredients = {
         "target": "llmapi",
         "checkpoint": checkpoint.digest,
         "checkpoint_path": str(checkpoint.unified.resolve()),
         "snapshot": snapshot.digest,
         "arguments": llmapi.tree(arguments),
+        **({"adapters": adapters} if adapters else {}),
         "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
         "part": resolved.recipe.repository.model_dump(mode="json"),
         "libraries": library_versions("jinja2", "pyyaml"),

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from builder import gpus, guards, process
+from builder import build_log, gpus, guards, llmapi_launch, process
 from builder.errors import ServingError
 from builder.output import Output, seconds
 
@@ -106,7 +106,11 @@ def serve(
     log = log or Path(tempfile.mkdtemp(prefix="triton-")) / "server.log"
     shm = f"builder-{os.getpid()}-{secrets.token_hex(4)}-"
     world_size = 1 if engine_backend else _world_size(models)
-    argv = launch_command(
+    variables = llmapi_launch.environment(
+        models, {**installation.environment, **gpus.cuda_order(), **(environment or {})}
+    )
+    launched = launch_command if llmapi_launch.arguments(models) is None else llmapi_launch.command
+    argv = launched(
         [
             _command(installation.binary, models, backends, host, ports, f"{shm}{rank}-", exit_timeout, rank=rank)
             for rank in range(world_size)
@@ -123,7 +127,7 @@ def serve(
             stop=lambda child: _stop(child, patience),
             death=signal.SIGTERM,
             log=sink,
-            env={**installation.environment, **gpus.cuda_order(), **(environment or {})},
+            env=variables,
         ) as child,
     ):
         http, grpc, metrics = (f"{host}:{port}" for port in ports)
@@ -210,10 +214,10 @@ def _engine_directory(models: Path) -> Path | None:
 
 
 def _world_size(models: Path) -> int:
-    """How many servers an engine of TensorRT's needs, one for each rank; the reference executor is one process."""
+    """How many ranks an engine of TensorRT's or the llmapi target has; the reference executor is one process."""
     directory = _engine_directory(models)
     if directory is None or not _has_engine(models):
-        return 1
+        return llmapi_launch.world_size(models)
     return guards.read_engine(directory).world_size
 
 
@@ -378,7 +382,11 @@ def _how(code: int) -> str:
 
 
 def _failure(what: str, log: Path) -> ServingError:
-    why = "\n".join(reasons(log.read_text(encoding="utf-8", errors="replace"))) or process.tail(log)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    why = "\n".join(reasons(text)) or process.tail(log)
+    if known := build_log.diagnose(text, "serving"):
+        cure = f"{known.cure}\nThe whole log: {log}"
+        return ServingError(what, why=f"{known.why} ({known.source})\n{why}", cure=cure)
     return ServingError(what, why=why, cure=f"The whole log: {log}")
 
 

@@ -215,6 +215,7 @@ def test_a_character_of_several_tokens_comes_whole(server: Server) -> None:
         ({"text_input": "A", "sampling_param_temperature": -1.0}, "require temperature >= 0"),
         ({"text_input": "A", "sampling_param_top_p": 0.5}, "the stand-in is greedy"),
         ({"text_input": "A", "sampling_param_repetition_penalty": 1.2}, "repetition_penalty would be ignored"),
+        ({"text_input": "A", "lora_name": "one"}, "lora_name is one; this model has no adapters"),
         ({"text_input": "A", "stop": True}, "stop needs the id"),
         (b'{"text_input": "caf\xe9"}', "not valid UTF-8 at byte 3"),
     ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import threading
 import traceback
 import uuid
@@ -32,6 +33,18 @@ EXTRAS = {"finish_reason": np.object_, "stop_reason": np.object_, "cumulative_lo
 # num_context_logits_prefix_sum): others would get wrong tokens.
 LOGITS = "context_logits"
 LOGITS_SWITCH = "BUILDER_CONTEXT_LOGITS"
+# A directory of packages that this model's processes take before the installed ones: `builder serve` sets it.
+OVERLAY = "BUILDER_LLMAPI_OVERLAY"
+# What tells a process that it is a rank of some MPI job: with it the LLM class starts no ranks of its own
+# (triton_backend/all_models/llmapi/tensorrt_llm/1/model.py@044a90d2). MPI's own settings stay: OMPI_MCA_*, PMIX_MCA_*.
+JOB = {
+    "OMPI_": ("UNIVERSE_SIZE", "FIRST_RANKS", "APP_CTX_NUM_PROCS", "COMM_WORLD_SIZE", "COMM_WORLD_RANK",
+              "COMM_WORLD_LOCAL_SIZE", "COMM_WORLD_LOCAL_RANK", "COMM_WORLD_NODE_RANK"),
+    "PMIX_": ("RANK", "NAMESPACE", "SERVER_URI", "SERVER_URI2", "SERVER_URI21", "SERVER_URI3", "SERVER_TMPDIR",
+              "SYSTEM_TMPDIR", "SECURITY_MODE", "GDS_MODULE", "BFROPS_MODULE", "PTL_MODULE", "VERSION", "HOSTNAME"),
+    "PMI_": ("RANK", "SIZE", "FD", "SPAWNED", "APPNUM", "ID"),
+}  # fmt: skip
+JOB_PREFIXES = ("OMPI_MCA_orte_", "ORTE_")
 
 
 class TritonPythonModel:
@@ -48,11 +61,13 @@ class TritonPythonModel:
         arguments = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
         check_period = arguments.pop("triton_config").get("cancellation_check_period_ms", 100) / 1000
         self.max_input_len, self.max_seq_len = arguments["max_input_len"], arguments["max_seq_len"]
+        self.lora = arguments.get("lora_config", {})
+        prepare_environment()
         # Here and not above: importing it starts CUDA and MPI.
         from tensorrt_llm import LLM, SamplingParams
 
         self.sampling_params = SamplingParams
-        self.llm = LLM(**arguments)
+        self.llm = LLM(**built(arguments))
         self.running = {}  # task -> (the client's request id, its response sender)
         self.sender = ThreadPoolExecutor(1)
         self.loop = asyncio.new_event_loop()
@@ -119,8 +134,9 @@ class TritonPythonModel:
         # A prefix that is in the KV cache already is not computed again and has no logits
         # (_torch/pyexecutor/handle_logits.py@02ed233d). Under a salt of its own a request shares no block with another
         # (upstream's own test of it: tests/unittest/_torch/sampler/test_return_logits.py@f59aed07).
-        salt = {"cache_salt": uuid.uuid4().hex} if LOGITS in wanted else {}
-        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming, **salt)
+        more = {"cache_salt": uuid.uuid4().hex} if LOGITS in wanted else {}
+        more |= self.adapter(words(inputs, "lora_name"))
+        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming, **more)
         try:
             await self.send(result, sender, "" if exclude else prompt, wanted)
         except asyncio.CancelledError:
@@ -152,6 +168,20 @@ class TritonPythonModel:
         if not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"input_ids holds {min(ids)} to {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
         return ids
+
+    def adapter(self, names):
+        """The LoRA adapter of this name, which is its directory's; none for no name."""
+        if not names:
+            return {}
+        paths = self.lora.get("lora_dir", [])
+        known = [Path(path).name for path in paths]
+        if len(names) != 1 or names[0] not in known:
+            raise ValueError(f"lora_name is {', '.join(names)}; this model has {', '.join(known) or 'no adapters'}")
+        from tensorrt_llm.executor.request import LoRARequest
+
+        index = known.index(names[0])
+        kind = [self.lora["lora_ckpt_source"]] if "lora_ckpt_source" in self.lora else []
+        return {"lora_request": LoRARequest(names[0], index + 1, paths[index], *kind)}
 
     def sampling(self, inputs, prompt, wanted):
         """What SamplingParams takes: the client's sampling_param_* inputs, and what the answer's outputs need."""
@@ -212,6 +242,27 @@ class TritonPythonModel:
 
     def finish(self, sender, last):
         return self.sender.submit(sender.send, last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def prepare_environment():
+    """Before TensorRT-LLM is imported: this process is no rank of a job, and finds the overlay's packages first."""
+    for name in list(os.environ):
+        if name in {prefix + rest for prefix, ends in JOB.items() for rest in ends} or name.startswith(JOB_PREFIXES):
+            del os.environ[name]
+    overlay = os.environ.get(OVERLAY)
+    if overlay and os.path.isdir(overlay):
+        sys.path.insert(0, overlay)
+        path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != overlay]
+        os.environ["PYTHONPATH"] = os.pathsep.join([overlay, *path])  # for the ranks that the class starts
+
+
+def built(arguments):
+    """What the LLM class takes: the class of 2025 takes no mapping for these two."""
+    if not arguments.keys() & {"speculative_config", "lora_config"}:
+        return arguments
+    from tensorrt_llm.llmapi.llm_utils import update_llm_args_with_extra_dict
+
+    return update_llm_args_with_extra_dict({}, arguments)
 
 
 def scalar(inputs, name):
