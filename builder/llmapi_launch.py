@@ -35,6 +35,10 @@ JOB = frozenset(
     + ["SLURM_PROCID", "SLURM_NTASKS"]
 )  # fmt: skip
 JOB_PREFIXES = ("OMPI_MCA_orte_", "ORTE_")
+CURE = (
+    "Build our image again (docker compose build build), which has a newer openai beside the image's own, or: "
+    f"pip install --no-deps --target DIRECTORY openai==1.109.1, and {OVERLAY}=DIRECTORY"
+)
 # 0: nothing is wrong, or there is no TensorRT-LLM here. Only what TensorRT-LLM names itself is asked of openai.
 CHECK = """
 import importlib.util, pathlib, sys
@@ -119,20 +123,25 @@ def environment(models: Path, given: Mapping[str, str]) -> dict[str, str]:
     made.pop(OVERLAY, None)
     wrong = import_error(made)
     if wrong and overlay and Path(overlay).is_dir():
-        made |= {OVERLAY: overlay, "PYTHONPATH": _first(overlay, made.get("PYTHONPATH", ""))}
+        made = with_overlay(made, overlay)
         wrong = import_error(made)
     if wrong:
         raise ServingError(
             "TensorRT-LLM can't be imported here: the installed openai package is too old for it.",
             why=f"{wrong}. NVIDIA's Triton images 26.03 to 26.07 ship openai 1.107.3; the name came with 1.108.1.",
-            cure="Build our image again (docker compose build build), which has a newer one beside it, or: "
-            f"pip install --no-deps --target DIRECTORY openai==1.109.1, and {OVERLAY}=DIRECTORY",
+            cure=CURE,
         )
     return made
 
 
 def without_job(variables: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in variables.items() if k not in JOB and not k.startswith(JOB_PREFIXES)}
+
+
+def with_overlay(variables: Mapping[str, str], overlay: str) -> dict[str, str]:
+    """The same, with the packages in this directory before the installed ones."""
+    path = os.pathsep.join([overlay, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))])
+    return {**variables, OVERLAY: overlay, "PYTHONPATH": path}
 
 
 def import_error(variables: Mapping[str, str]) -> str:
@@ -143,7 +152,3 @@ def import_error(variables: Mapping[str, str]) -> str:
     # Not where we are: Python looks for packages there first.
     done = subprocess.run([python, "-c", CHECK], env=dict(variables), cwd="/", capture_output=True, text=True)
     return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
-
-
-def _first(directory: str, path: str) -> str:
-    return os.pathsep.join([directory, *filter(None, path.split(os.pathsep))])

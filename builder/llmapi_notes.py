@@ -10,6 +10,11 @@ from builder.llmapi_facts import Facts
 from builder.llmapi_settle import ARGS, ASKED, EXECUTOR, Argument
 from builder.trtllm import Note
 
+STARTED = "one: tritonserver alone; several: mpirun, and trtllm-llmapi-launch once per rank (as upstream's CI)"
+DISPUTED = (
+    "upstream's guides contradict that: one rank by trtllm-llmapi-launch (else MPI_ERR_SPAWN; BUILDER_LLMAPI_LAUNCH=1 "
+    "does so), several by one server below mpirun -n 1"
+)
 CI = "tests/integration/defs/triton_server/test_triton_llmapi.py@222982db"
 LAUNCH = "mpirun, once per rank `trtllm-llmapi-launch tritonserver`"
 ONE_RANK = (
