@@ -16,6 +16,7 @@ from builder.fit import Machine, ModelFacts, Sizes
 from builder.output import size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Model, Resolved
+from builder.reference import supported
 from builder.safetensors_io import read_header
 from builder.store import STAGES, Store
 from builder.trtllm_answers import Answer
@@ -62,6 +63,8 @@ def check_model(
     if layouts:
         checkpoints.architecture(config)
         checkpoints.rope(config)
+        if asked.target == "reference" or "reference" in asked.evaluation.runners:
+            supported.check_model(config)
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
     return trtllm.resolve(resolved, config, answers)

@@ -247,11 +247,17 @@ def sizes(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Fl
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:
-    """max_position_embeddings times the rotary factor, as trtllm-build deduces max_seq_len (rules R15, R16)."""
+    """max_position_embeddings times the rotary factor, as trtllm-build deduces max_seq_len (rules R15, R16).
+
+    Not where max_position_embeddings is scaled already, which a smaller original_max_position_embeddings shows
+    (Qwen2.5-14B-Instruct-1M and many fine-tunes with YaRN): trtllm-build multiplies once more there, and accepts
+    positions that no rotary table of the model was made for.
+    """
     longest = config.get("max_position_embeddings")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("type", scaling.get("rope_type"))
-    factor = 1 if kind in UNSCALED else scaling.get("factor") or 1
+    original = scaling.get("original_max_position_embeddings") or longest
+    factor = 1 if kind in UNSCALED or original != longest else scaling.get("factor") or 1
     return math.ceil(longest * factor) if longest else None
 
 

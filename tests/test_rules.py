@@ -224,6 +224,17 @@ def test_rotary_scaling_lengthens_a_model_as_upstream_counts_it(kind: str, longe
     is_refused("R16", UnsupportedError, f"{longest} positions", lambda: flags_of(config=config, **too_long))
 
 
+@covers("R15", "R16")
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
+def test_a_length_that_is_scaled_already_is_not_scaled_again(kind: str) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 1024}
+    config = {**QWEN3_8B, "max_position_embeddings": 4096, "rope_scaling": scaling}
+    fits = {"engine.max_seq_len": 4096, "engine.max_input_len": 512}
+    assert flags_of(config=config, **fits)["max_seq_len"].value == "4096"
+    too_long = {**fits, "engine.max_seq_len": 4097}
+    is_refused("R16", UnsupportedError, "4096 positions", lambda: flags_of(config=config, **too_long))
+
+
 @covers("R17")
 def test_a_prompt_is_no_longer_than_prompt_and_answer() -> None:
     was_rewritten(rewritten(subject(), max_input_len="9999")["max_input_len"], "4096", "R17")
