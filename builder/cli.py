@@ -162,11 +162,12 @@ def _add_serving(subparsers: Any) -> None:
     command.add_argument("--clients", type=int, metavar="N", action="append", default=[],
                          help="so many at once; repeatable (default: 1, 4 and 16)")  # fmt: skip
     for name, default, text in (
-        ("requests", 32, "of all of them together"),
+        ("requests", None, "of all of them together (default: 32, or two for each client)"),
         ("input-tokens", 128, "of each prompt"),
         ("output-tokens", 32, "of each answer"),
     ):
-        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{text} (default: {default})")
+        shown = f"{text} (default: {default})" if default else text
+        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=shown)
 
 
 def _add_running(command: argparse.ArgumentParser) -> None:

@@ -302,9 +302,10 @@ def run_load(arguments: argparse.Namespace, out: Output) -> int:
     from builder import load
 
     _both_ports(arguments)
+    clients = tuple(arguments.clients) or load.Asked.clients
     asked = load.Asked(
-        tuple(arguments.clients) or load.Asked.clients,
-        arguments.requests,
+        clients,
+        load.enough(clients) if arguments.requests is None else arguments.requests,
         arguments.input_tokens,
         arguments.output_tokens,
     )
