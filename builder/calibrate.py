@@ -9,20 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from builder import fetch, paths, recipe
+from builder import chat_template, fetch, paths, recipe, tokenizer_files
 from builder.errors import UsageError
+from builder.foreign_text import parse_json
+from builder.safe_text import printable_line
+from builder.special_tokens import encoder
 from builder.store import Store, library_versions, sha256, sources_digest
 
 if TYPE_CHECKING:
     import torch
 
 ROWS = "rows.jsonl"
-SOURCES = ("builder/calibrate.py", "builder/hub_dataset.py")
+SOURCES = ("builder/calibrate.py", "builder/foreign_text.py", "builder/hub_dataset.py")
+LONGEST_ROW = 64_000_000  # bytes
 BUILTIN = "builtin:"
 # Where the text is looked for when no column is named: the usual names, the most specific ones first.
 COLUMNS = ("messages", "conversations", "text", "article", "content", "document", "prompt", "question", "instruction")
@@ -38,6 +43,8 @@ class Use:
     cure: str
 
 
+# Half of builtin:python-docs is messages: this is its other half.
+TEXT_INSTEAD = 'Choose rows with "text": --calib-data builtin:python-docs-text, or a file or dataset of plain text.'
 CALIBRATION = Use("calibration", "--calib-data", "--set calibration.{key}={value}")
 
 
@@ -62,7 +69,7 @@ class Rows:
 def calibrate(calibration: recipe.Calibration, *, store: Store, use: Use = CALIBRATION) -> Calibration:
     """The calibration rows of a recipe. UsageError if there is no usable one."""
     part = calibration
-    file = _file(part.data, use)
+    file = local_file(part.data, use)
     ingredients: dict[str, Any] = {"samples": part.samples, "column": part.column, "code": sources_digest(*SOURCES)}
     if file is not None:
         ingredients |= {"file": sha256(file)}
@@ -80,7 +87,7 @@ def calibrate(calibration: recipe.Calibration, *, store: Store, use: Use = CALIB
     return Calibration(artefact.path / ROWS, facts["rows"], facts["text_sha256"], artefact.digest)
 
 
-def _file(data: str, use: Use) -> Path | None:
+def local_file(data: str, use: Use) -> Path | None:
     """The local file that `data` names, or None for a Hub dataset."""
     if data.startswith(BUILTIN):
         known = {path.stem: path for path in paths.data("configs", "calibration").glob("*.jsonl")}
@@ -111,7 +118,7 @@ def read_jsonl(file: Path, samples: int, column: str | None) -> Rows:
 
     def parsed() -> Iterator[tuple[int, Any]]:
         with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(_bounded(lines), 1):
                 if line.strip():
                     yield number, _parse(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
 
@@ -121,13 +128,24 @@ def read_jsonl(file: Path, samples: int, column: str | None) -> Rows:
         raise UsageError(f"Can't read {file}.", why=str(error)) from None
 
 
+def _bounded(lines: IO[bytes]) -> Iterator[bytes]:
+    """Lines of at most LONGEST_ROW bytes and one more: the rest of a longer one is skipped, not read into memory."""
+    while line := lines.readline(LONGEST_ROW + 1):
+        rest = line
+        while len(rest) > LONGEST_ROW and not rest.endswith(b"\n"):
+            rest = lines.readline(LONGEST_ROW + 1)
+        yield line
+
+
 def _parse(line: bytes) -> Any:
     """A JSON value, or the ValueError that says why it is none."""
+    if len(line.rstrip(b"\r\n")) > LONGEST_ROW:
+        return ValueError(f"is longer than {LONGEST_ROW} bytes")
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line)
     except UnicodeDecodeError as error:
         return ValueError(f"is not UTF-8 ({error.reason})")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return ValueError(f"is no JSON ({error})")
 
 
@@ -154,7 +172,8 @@ def canonical(row: Any, column: str | None) -> dict[str, Any]:
     names = [name for name in present if row[name]] or present
     if not names:
         looked_for = repr(column) if column else '"text" or "messages"'
-        raise ValueError(f"has no {looked_for}, only {', '.join(map(str, list(row)[:8])) or 'nothing'}")
+        others = ", ".join(printable_line(str(key)[:80]) for key in list(row)[:8])
+        raise ValueError(f"has no {looked_for}, only {others or 'nothing'}")
     value = row[names[0]]
     if isinstance(value, str):
         if not value.strip():
@@ -230,37 +249,96 @@ def token_batches(rows_path: Path, tokenizer: Any, *, seq_len: int, batch_size: 
     waiting: dict[int, list[list[int]]] = defaultdict(list)
     batches: list[tuple[int, list[list[int]]]] = []
     with open(rows_path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines):
-            ids = _token_ids(json.loads(line), tokenizer, number + 1)[:seq_len]
-            if not ids:
-                continue
-            alike = waiting[len(ids)]
-            if not alike:
-                batches.append((number, alike))
-            alike.append(ids)
-            if len(alike) == batch_size:
-                waiting[len(ids)] = []
+        rows = [json.loads(line) for line in lines]
+    for number, found in enumerate(_token_ids(rows, tokenizer)):
+        ids = found[:seq_len]
+        if not ids:
+            continue
+        alike = waiting[len(ids)]
+        if not alike:
+            batches.append((number, alike))
+        alike.append(ids)
+        if len(alike) == batch_size:
+            waiting[len(ids)] = []
     if not batches:
         raise UsageError("The tokenizer makes no token of the calibration text.", cure="Choose another --calib-data.")
     return [torch.tensor(rows, dtype=torch.int64) for _, rows in batches]
 
 
-def _token_ids(row: Mapping[str, Any], tokenizer: Any, number: int) -> list[int]:
-    if "text" in row:
-        return list(tokenizer(row["text"], verbose=False)["input_ids"])
+def _token_ids(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> Iterator[list[int]]:
+    """The ids of each row. A chat template has written its special tokens itself: none are added to its text."""
+    encode = encoder(tokenizer)
+    with ExitStack() as stack:
+        render: Callable[[int, Any], str] | None = None
+        for number, row in enumerate(rows, 1):
+            if "text" in row:
+                yield encode(row["text"])
+                continue
+            render = render or stack.enter_context(_conversations(tokenizer))
+            text = render(number, row["messages"])
+            yield list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@contextmanager
+def _conversations(tokenizer: Any) -> Iterator[Callable[[int, Any], str]]:
+    """Renders conversations by the tokenizer's chat template, in a process with limits; by the model's own code, which
+    the user trusts, where that does it. UsageError, with the row's number, for one that can't be rendered."""
+    if type(tokenizer).__module__.startswith("transformers_modules"):
+        yield lambda number, messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return
     if not tokenizer.chat_template:
-        raise UsageError(
-            "The calibration rows are messages, and this model's tokenizer has no chat template.",
-            why="A base model has never seen dialogue, so none is made up here.",
-            cure='Choose a --calib-data with "text", like builtin:python-docs or a plain corpus.',
-        )
+        raise no_chat_template()
     try:
-        text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
-    except Exception as error:
-        raise UsageError(
-            f"The chat template of this model refuses calibration row {number}.",
-            why=f"{type(error).__name__}: {error}",
-            cure='Remove such rows, or choose a --calib-data with "text".',
-        ) from None
-    # The template has written the special tokens already.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        text = tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, and none of them is called default
+        raise no_chat_template(str(error)) from None
+    number = 1
+    try:
+        with chat_template.Renderer(chat_template.ChatTemplate(text, "", tokenizer.special_tokens_map)) as renderer:
+
+            def render(row: int, messages: Any) -> str:
+                nonlocal number
+                number = row
+                return renderer.render(messages)
+
+            yield render
+    except chat_template.TemplateProblem as problem:
+        raise problem.error(_template_file(tokenizer), cure=TEXT_INSTEAD, row=number) from None
+
+
+def _template_file(tokenizer: Any) -> str:
+    found = chat_template.find(Path(tokenizer.name_or_path))
+    return found.file if found else "its chat template"
+
+
+def no_chat_template(why: str = "A base model has never seen dialogue, so none is made up here.") -> UsageError:
+    """For rows of messages and a model that has no way to write them."""
+    return UsageError(
+        "The calibration rows are messages, and this model's tokenizer has no chat template.",
+        why=why,
+        cure=TEXT_INSTEAD,
+    )
+
+
+def first_rows(part: recipe.Calibration, use: Use = CALIBRATION) -> list[dict[str, Any]]:
+    """The rows of a local or bundled file, before any work; none of a Hub dataset. UsageError if there is no file."""
+    file = local_file(part.data, use)
+    return read_jsonl(file, part.samples, part.column).usable if file else []
+
+
+def check_conversations(rows: Iterable[Mapping[str, Any]], directory: Path) -> None:
+    """UsageError, before any weight is read, for rows of messages that the model has no usable chat template for."""
+    if not any("messages" in row for row in rows):
+        return
+    found = tokenizer_files.read(directory)
+    if found.template is None:
+        raise no_chat_template()
+    if found.template_problem is not None and found.template_problem.kind != "refused":
+        raise found.template_problem.error(found.template.file, cure=TEXT_INSTEAD)
+
+
+def read_rows(calibration: Calibration) -> Iterator[dict[str, Any]]:
+    """The rows of a finished calibration."""
+    with open(calibration.path, encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

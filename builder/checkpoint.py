@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import IntegrityError, UnsupportedError
+from builder.foreign_text import parse_json, read_regular
 from builder.safetensors_io import NewTensor, Tensors, write
 
 RANK_FILE = "rank0.safetensors"
@@ -97,7 +98,7 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; IntegrityError where the file is absent or something else."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_regular(path))
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{path} cannot be read as JSON.", why=str(error)) from None
     if not isinstance(content, dict):
@@ -308,6 +309,7 @@ def _config(
 ) -> dict[str, Any]:
     """Every field that PretrainedConfig and the model's own configuration class read, none left to a default.
 
+    hidden_act and rms_norm_eps have the same defaults in transformers' four configuration classes.
     logits_dtype is PretrainedConfig's default, which Triton's templates expect (TYPE_FP32); ModelOpt writes float16.
     """
     made = {tensor.name: tensor for tensor in layout.made}
@@ -323,8 +325,8 @@ def _config(
         "head_size": head_size(source),
         "qk_layernorm": False,
         "intermediate_size": source["intermediate_size"],
-        "hidden_act": source["hidden_act"],
-        "norm_epsilon": source["rms_norm_eps"],
+        "hidden_act": source.get("hidden_act") or "silu",
+        "norm_epsilon": source.get("rms_norm_eps") or 1e-6,
         **_biases(made, name),
         "position_embedding_type": "rope_gpt_neox",
         "max_position_embeddings": source["max_position_embeddings"],

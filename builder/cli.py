@@ -8,9 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from builder import __version__
+from builder import __version__, streams
 from builder.commands import (
     MEASUREMENTS,
     STAGE_NAMES,
@@ -31,9 +31,10 @@ from builder.commands import (
     run_smoke,
     run_verify,
 )
-from builder.errors import BuilderError
+from builder.errors import BuilderError, UsageError
 from builder.output import Output, print_error
-from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
+from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, SWITCHES, TASK_FLAGS
+from builder.safe_text import safe
 
 EXAMPLES = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120
@@ -43,41 +44,66 @@ EXAMPLES = """examples:
   builder eval  --model tests/data/tiny-qwen3 --gpu cpu --data tests/data/eval/prose.jsonl
 
 exit codes: 0 ok, 1 a stage failed, 2 usage or recipe, 3 does not fit or is not supported,
-            4 the accuracy gate failed, or what was asked can't be measured, 5 serving or smoke test,
-            6 integrity or version, 130 interrupted
+            4 the quality check or an accuracy gate failed, or what was asked can't be measured,
+            5 serving or smoke test, 6 integrity or version, 130 interrupted
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs one command, and turns what goes wrong into a message and an exit code."""
-    arguments = parser().parse_args(argv)
+    streams.prepare()
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as ended:  # --help and --version, or a flag that does not exist
+        raise SystemExit(streams.finish(ended.code if isinstance(ended.code, int) else 2)) from None
+    return streams.finish(_run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     out = Output("json" if arguments.json else "quiet" if arguments.quiet else "human")
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # ignored under nohup: then a closed terminal is no reason
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         code: int = arguments.run(arguments, out)
         return code
-    except BuilderError as error:
+    except (BuilderError, OSError) as raised:
         if arguments.traceback:
             raise
+        error = raised if isinstance(raised, BuilderError) else _refused(raised, arguments)
         print_error(error)
         out.result({"error": {"what": error.what, "why": error.why, "cure": error.cure}, "exit_code": error.exit_code})
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept, nothing half-made is", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader of our stdout went away, as `| head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+
+
+def _refused(error: OSError, arguments: argparse.Namespace) -> BuilderError:
+    """What the operating system refused, wherever it did: a file system that is full or read-only, a file of others."""
+    from builder.store import disk_error
+
+    named = error.filename if isinstance(error.filename, (str, bytes)) else ""  # it may be a descriptor's number
+    path = Path(os.fsdecode(named) or getattr(arguments, "output", "."))
+    if os.path.exists(path) and not os.access(path, os.R_OK):
+        return UsageError(f"Can't read {path}.", why=str(error), cure="Change its owner or its permissions.")
+    return disk_error(error, path)
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its messages quote what was typed, or pasted."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(safe(message))
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="builder",
         description="From a Hugging Face model and a GPU name to a tested Triton repository, quantized to NVFP4.",
         epilog=EXAMPLES,
@@ -118,7 +144,7 @@ def _add_chain(subparsers: Any) -> None:
         if name == "build":
             command.add_argument("--dry-run", action="store_true", help="the same as `builder plan`")
             command.add_argument("--no-smoke", action="store_true", help="leave the repository untested")
-            command.add_argument("--junit", type=Path, metavar="FILE", help="smoke results as JUnit XML")
+            command.add_argument("--junit", type=_path, metavar="FILE", help="smoke results as JUnit XML")
 
 
 def _add_measuring(subparsers: Any) -> None:
@@ -141,7 +167,7 @@ def _add_measuring(subparsers: Any) -> None:
     _add_output(command)
 
     command = _command(subparsers, "inspect", "check a checkpoint: NaN, scales, shapes, bits per weight", run_inspect)
-    command.add_argument("path", type=Path, metavar="CHECKPOINT")
+    command.add_argument("path", type=_path, metavar="CHECKPOINT")
 
 
 def _add_serving(subparsers: Any) -> None:
@@ -153,7 +179,7 @@ def _add_serving(subparsers: Any) -> None:
     command = _command(subparsers, "smoke", "start a repository's server, test every way to ask it, stop it", run_smoke)
     _add_served(command)
     _add_running(command)
-    command.add_argument("--junit", type=Path, metavar="FILE", help="results as JUnit XML")
+    command.add_argument("--junit", type=_path, metavar="FILE", help="results as JUnit XML")
     command = _command(
         subparsers, "load", "how soon and how fast a repository answers, asked by many at once", run_load
     )
@@ -162,11 +188,12 @@ def _add_serving(subparsers: Any) -> None:
     command.add_argument("--clients", type=int, metavar="N", action="append", default=[],
                          help="so many at once; repeatable (default: 1, 4 and 16)")  # fmt: skip
     for name, default, text in (
-        ("requests", 32, "of all of them together"),
+        ("requests", None, "of all of them together (default: 32, or two for each client)"),
         ("input-tokens", 128, "of each prompt"),
         ("output-tokens", 32, "of each answer"),
     ):
-        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{text} (default: {default})")
+        shown = f"{text} (default: {default})" if default else text
+        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=shown)
 
 
 def _add_running(command: argparse.ArgumentParser) -> None:
@@ -179,16 +206,20 @@ def _add_keeping(subparsers: Any) -> None:
     command = _command(
         subparsers, "report", "what is known of a repository: one HTML page, a model card, a table", run_report
     )
-    command.add_argument("repository", type=Path, help="a repository, as in artifacts/models/")
+    command.add_argument("repository", type=_path, help="a repository, as in artifacts/models/")
     for option, text in (("html", "the page"), ("markdown", "the model card"), ("csv", "the table that grows")):
-        command.add_argument(f"--{option}", type=Path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
+        command.add_argument(f"--{option}", type=_path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
 
     command = _command(subparsers, "verify", "hash every stored file again", run_verify)
     _add_output(command)
-    command = _command(subparsers, "clean", "remove what no repository in OUTPUT/models was made from", run_clean)
+    command = _command(subparsers, "clean", "remove leftovers, and builds by name or age", run_clean)
+    command.add_argument(
+        "names", metavar="NAME", nargs="*", help="a link in OUTPUT/models or STAGE/KEY: it and what only it needs goes"
+    )
     _add_output(command)
-    command.add_argument("--all", action="store_true", help="remove the repositories too")
-    command.add_argument("--dry-run", action="store_true", help="only say what would go")
+    command.add_argument("--older-than", metavar="AGE", help="also what no link needs and no build used since: 7d, 12h")
+    command.add_argument("--all", action="store_true", help="all builds, with their links")
+    command.add_argument("--dry-run", action="store_true", help="only say what would go, and what stays and why")
 
 
 def _add_machine(subparsers: Any) -> None:
@@ -211,6 +242,13 @@ def _add_machine(subparsers: Any) -> None:
     _command(subparsers, "schema", "the JSON Schema of a recipe file", run_schema)
 
 
+def _path(text: str) -> Path:
+    """An empty one, as of an unset variable in a script, would be the current directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path; give a name, or leave the option out")
+    return Path(text)
+
+
 def _command(subparsers: Any, name: str, text: str, run: Callable[..., int]) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = subparsers.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
@@ -228,12 +266,10 @@ def _add_recipe_flags(command: argparse.ArgumentParser) -> None:
         group.add_argument(option, dest=key, type=kind, help=text)
     for option, key, placeholder, text in LIST_FLAGS:
         group.add_argument(option, dest=key, action="append", metavar=placeholder, help=text)
-    group.add_argument(
-        "--trust-remote-code", dest="model.trust_remote_code", action="store_const", const=True,
-        help="run Python code that comes with the model",
-    )  # fmt: skip
+    for option, key, value, text in SWITCHES:
+        group.add_argument(option, dest=key, action="store_const", const=value, help=text)
     group.add_argument("--preset", help="latency or throughput")
-    group.add_argument("--recipe", type=Path, metavar="FILE", help="a YAML recipe (configs/recipes/)")
+    group.add_argument("--recipe", type=_path, metavar="FILE", help="a YAML recipe (configs/recipes/)")
     group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="any value of the recipe")
 
 
@@ -245,17 +281,19 @@ def _add_force(command: argparse.ArgumentParser) -> None:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--output", type=Path, default=Path(os.environ.get("BUILDER_OUTPUT", "artifacts")),
+        "--output", type=_path, default=os.environ.get("BUILDER_OUTPUT") or "artifacts",
         help="where everything is kept (BUILDER_OUTPUT, default ./artifacts)",
     )  # fmt: skip
 
 
 def _add_served(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "repository", type=Path, nargs="?",
+        "repository", type=_path, nargs="?",
         help="a repository, as in artifacts/models/; default: MODEL_REPOSITORY, or the only one in OUTPUT/models",
     )  # fmt: skip
     _add_output(command)
+    command.add_argument("--ungated", action="store_true", default=os.environ.get("UNGATED", "") not in ("", "0"),
+                         help="serve it although it failed a gate (UNGATED)")  # fmt: skip
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     for name in ("http", "grpc", "metrics"):
         command.add_argument(f"--{name}-port", type=int, help="default: a free one")

@@ -39,6 +39,16 @@ _TYPES = {
 }  # the others are INT32
 
 
+# A proxy of the environment is for the world outside: the server is addressed directly, by HTTP and by gRPC.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+_DIRECT_GRPC = [
+    ("grpc.enable_http_proxy", 0),
+    # These two are tritonclient's own, which it leaves out where arguments are given: a prompt's logits are large.
+    ("grpc.max_send_message_length", triton_grpc.MAX_GRPC_MESSAGE_SIZE),
+    ("grpc.max_receive_message_length", triton_grpc.MAX_GRPC_MESSAGE_SIZE),
+]
+
+
 class Refused(Exception):
     """The server answered with an error: its text, as a client sees it."""
 
@@ -118,7 +128,7 @@ class Client:
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with _DIRECT.open(request, timeout=self.timeout) as response:
                 body = json.loads(response.read())
         except urllib.error.HTTPError as error:
             with error:  # an open connection keeps the server from ending
@@ -228,7 +238,7 @@ class Client:
 
     @contextmanager
     def _grpc(self) -> Iterator[Any]:
-        client = triton_grpc.InferenceServerClient(_address(self.grpc_url))
+        client = triton_grpc.InferenceServerClient(_address(self.grpc_url), channel_args=_DIRECT_GRPC)
         try:
             yield client
         finally:

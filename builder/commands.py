@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import EvaluationError, ServingError, UnsupportedError, UsageError
-from builder.output import Output, print_error, seconds, size
-from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, TASK_FLAGS
+from builder.errors import EvaluationError, ServingError, StageError, UnsupportedError, UsageError
+from builder.output import Output, print_error, seconds
+from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, SWITCHES, TASK_FLAGS
 
 if TYPE_CHECKING:
     from builder.evaluate import Evaluation
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from builder.serve import Server
     from builder.serve_container import ContainerServer
     from builder.smoke import SmokeReport
-    from builder.store import Store
 
 # The stages by the names that people use for --force and --from; the values are the store's.
 STAGE_NAMES = {
@@ -37,6 +36,7 @@ STAGE_NAMES = {
 }
 # For --force alone: what measures, and the stages of the store that it fills.
 MEASUREMENTS = {
+    "quality": ["quality"],
     "texts": ["texts"],
     "scores": ["scores"],
     "tasks": ["tasks"],
@@ -50,7 +50,7 @@ def _resolve(arguments: argparse.Namespace) -> Resolved:
     from builder.recipe_evaluation import RUNNERS
 
     values = vars(arguments)
-    keys = ["model.trust_remote_code", "evaluation.compare_kv"]
+    keys = ["evaluation.compare_kv", *(key for _, key, _, _ in SWITCHES)]
     keys += [key for _, key, _, _ in (*RECIPE_FLAGS, *LIST_FLAGS, *TASK_FLAGS)]
     flags = {key: values[key] for key in keys if values.get(key) is not None}
     if "all" in flags.get("evaluation.runners", ()):
@@ -63,7 +63,7 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     if getattr(arguments, "dry_run", False):
         return run_plan(arguments, out)
     resolved = _resolve(arguments)
-    from builder import doctor, pipeline
+    from builder import doctor, pipeline, summary
     from builder.smoke import SmokeFailed
     from builder.store import STAGES, Store
 
@@ -85,8 +85,20 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
         raise
     if built.smoke:
         _write_junit(built.smoke, arguments)
-    _print_built(built, store, until, out)
-    return _judge(built.evaluation)
+    summary.show(built, resolved, store, until, out)
+    return _judge_quality(built, resolved, arguments) or _judge(built.evaluation)
+
+
+def _judge_quality(built: Built, resolved: Resolved, arguments: argparse.Namespace) -> int:
+    """The exit code; what failed goes to stderr, with the commands to try next."""
+    if built.quality is None:
+        return 0
+    from builder.quality_summary import error
+
+    found = error(built.quality, resolved.recipe.quality.min_score, _again("build", arguments))
+    if found:
+        print_error(found)
+    return found.exit_code if found else 0
 
 
 def _forced(arguments: argparse.Namespace) -> set[str]:
@@ -148,7 +160,7 @@ def _again(name: str, arguments: argparse.Namespace) -> list[str]:
         ("--output", arguments.output),
     ):
         words += [option, str(value)] if value is not None else []
-    return [*words, "--trust-remote-code"] if values["model.trust_remote_code"] else words
+    return words + [option for option, key, value, _ in SWITCHES if values[key] is value]
 
 
 def _write_junit(report: SmokeReport, arguments: argparse.Namespace) -> None:
@@ -156,42 +168,6 @@ def _write_junit(report: SmokeReport, arguments: argparse.Namespace) -> None:
 
     if getattr(arguments, "junit", None):
         write_junit(report, arguments.junit)
-
-
-def _print_built(built: Built, store: Store, until: str, out: Output) -> None:
-    last = store.done[-1]
-    out.result(
-        {
-            "path": str(last.path),
-            "repository": str(built.link) if built.link else None,
-            "stages": [
-                {
-                    "stage": done.stage,
-                    "key": done.manifest["key"],
-                    "path": str(done.path),
-                    "cached": done.cached,
-                    "seconds": done.manifest["seconds"],
-                }
-                for done in store.done
-            ],
-            "smoke": built.smoke.as_dict() if built.smoke else None,
-            "evaluation": built.evaluation.as_dict() if built.evaluation else None,
-        }
-    )
-    if all(done.cached for done in store.done):
-        out.info("nothing to do: every stage was found in the store")
-    if built.evaluation:
-        from builder.evaluate import show_tables
-
-        show_tables(built.evaluation, out)
-    if built.smoke and built.smoke.sample:
-        out.text(f"prompt     {built.smoke.sample.prompt!r}")
-        out.text(f"answer     {built.smoke.sample.answer!r}")
-    if built.link is None:
-        out.text(str(last.path))
-        return
-    out.text(f"repository {built.link}" + ("" if until == "smoke" else "  (not served, not tested)"))
-    out.text(f"next       builder serve {built.link}")
 
 
 def run_plan(arguments: argparse.Namespace, out: Output) -> int:
@@ -223,18 +199,19 @@ def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
 def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     """In the foreground, until it is told to stop (which is no failure) or dies (which is one)."""
     from builder.serve import stop_at_eof
+    from builder.store import serving
 
     repository = _repository(arguments)
     if arguments.until_eof:
         stop_at_eof()
-    with _server(arguments, repository, out) as server:
+    with serving(repository.path), _server(arguments, repository, out) as server:
         try:  # told to stop while it says where it listens, it stops as well as later
             _say_where(server, repository, out)
             code = server.wait()
         except KeyboardInterrupt:
             out.info("stopping; answers that are under way are finished")
             return 0
-    raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
+        raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
 
 
 def _say_where(server: Server | ContainerServer, repository: Repository, out: Output) -> None:
@@ -256,22 +233,28 @@ def _repository(arguments: argparse.Namespace) -> Repository:
     from builder import repository
 
     named = os.environ.get("MODEL_REPOSITORY")
-    return repository.open_repository(arguments.repository or repository.find(arguments.output, named))
+    found = repository.open_repository(arguments.repository or repository.find(arguments.output, named))
+    repository.check_served(found)
+    return found
 
 
 def _server(
     arguments: argparse.Namespace, repository: Repository, out: Output
 ) -> AbstractContextManager[Server | ContainerServer]:
-    """A server for it, here or in a container."""
+    """A server for it, here or in a container. EvaluationError for one that failed its gate, without --ungated."""
+    from builder import verdict
+
+    if not arguments.ungated:
+        verdict.check(arguments.repository or repository.path)
     if arguments.container:
         from builder.serve_container import serve_container
 
         follow = arguments.command == "serve" and not arguments.quiet
         return serve_container(repository, out=out, image=arguments.image, follow_log=follow, **_where(arguments))
-    from builder.serve import followed_log, serve
+    from builder.serve import serve
 
-    log = followed_log() if getattr(arguments, "follow_log", False) else None
-    return serve(repository.models, out=out, log=log, **_where(arguments))
+    follow = getattr(arguments, "follow_log", False)
+    return serve(repository.models, out=out, follow_log=follow, **_where(arguments))
 
 
 def _where(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -281,13 +264,14 @@ def _where(arguments: argparse.Namespace) -> dict[str, Any]:
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     """A repository served, tested and stopped."""
     from builder.smoke import smoke
+    from builder.store import serving
 
     _both_ports(arguments)
     repository = _repository(arguments)
     if arguments.http:
         report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
     else:
-        with _server(arguments, repository, out) as server:
+        with serving(repository.path), _server(arguments, repository, out) as server:
             report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
     _write_junit(report, arguments)
     rows = [("ok" if c.passed else "FAILED", c.name, seconds(c.seconds), c.detail) for c in report.checks]
@@ -300,11 +284,13 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
 def run_load(arguments: argparse.Namespace, out: Output) -> int:
     """A repository served, asked by many at once, and stopped; kept beside it for the report."""
     from builder import load
+    from builder.store import serving
 
     _both_ports(arguments)
+    clients = tuple(arguments.clients) or load.Asked.clients
     asked = load.Asked(
-        tuple(arguments.clients) or load.Asked.clients,
-        arguments.requests,
+        clients,
+        load.enough(clients) if arguments.requests is None else arguments.requests,
         arguments.input_tokens,
         arguments.output_tokens,
     )
@@ -313,7 +299,7 @@ def run_load(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.http:
         report = load.load(arguments.http, arguments.grpc, repository, asked, out=out)
     else:
-        with _server(arguments, repository, out) as server:
+        with serving(repository.path), _server(arguments, repository, out) as server:
             report = load.load(server.http_url, server.grpc_url, repository, asked, out=out)
     kept = load.keep(repository, report, out)
     load.show(report, out)
@@ -348,23 +334,23 @@ def run_verify(arguments: argparse.Namespace, out: Output) -> int:
 
 
 def run_clean(arguments: argparse.Namespace, out: Output) -> int:
-    """Removes what nothing needs."""
-    from builder import record
-    from builder.store import Store, prune
+    """Removes what was asked, and leftovers; says what stays and why."""
+    from builder import clean
+    from builder.reachability import Request
+    from builder.store import Store
 
-    root = _existing(arguments.output)
-    links = [path for path in sorted((root / "models").glob("*")) if path.is_symlink()]
+    older_than = None if arguments.older_than is None else clean.age(arguments.older_than)
+    root = clean.check_root(arguments.output)
+    request = Request(tuple(arguments.names), older_than, arguments.all)
     with Store(root, out).in_use(exclusive=True):
-        if arguments.all and not arguments.dry_run:
-            for link in links:
-                link.unlink()
-        keep = set() if arguments.all else {link.resolve() for link in links}
-        removed, freed = prune(root, keep, dry=arguments.dry_run)
-        removed += record.prune(root, gone=removed, dry=arguments.dry_run)
-    out.result({"removed": [str(path) for path in removed], "bytes": freed})
-    for path in removed:
-        out.text(str(path))
-    out.info(f"{'would free' if arguments.dry_run else 'freed'} {size(freed)}")
+        made = clean.plan(root, request)
+        failed = [] if arguments.dry_run else clean.carry_out(made)
+    clean.show(made, failed, out, dry=arguments.dry_run)
+    try:
+        clean.check_failed(failed, root)
+    except StageError as error:
+        print_error(error)  # the one object of --json is printed already
+        return error.exit_code
     return 0
 
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from builder import paths
 from builder.errors import UnsupportedError
+from builder.foreign_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -79,5 +78,5 @@ def numbers(version: str) -> tuple[int, ...]:
 
 @functools.cache
 def _raw() -> Mapping[str, Any]:
-    loaded: Mapping[str, Any] = yaml.safe_load(paths.data("configs", "containers.yaml").read_text(encoding="utf-8"))
+    loaded: Mapping[str, Any] = parse_yaml(paths.data("configs", "containers.yaml").read_text(encoding="utf-8"))
     return loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -13,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from builder import containers, gpus, guards
+from builder import containers, gpus, guards, llmapi_facts, llmapi_launch, llmapi_notes
 from builder.containers import Container
+from builder.environment import child_environment
 from builder.errors import UnsupportedError
 from builder.gpus import GpuProfile, Seen
 from builder.output import Output, size
@@ -57,8 +59,11 @@ def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: 
             found += _driver(row, cards[0].driver)
         if inside or shutil.which("trtllm-build"):
             found += [*(_versions(row, target) if row else ()), _shm(), *_limits()]
+            found += [_openai(), *_mpi()] if target == "llmapi" else []
         else:
             found += _docker(row)
+        if target == "llmapi":
+            found.append(Check("ranks", "ok", llmapi_notes.STARTED, llmapi_notes.DISPUTED))
     return [*found, _disk(output), *_writable(output, inside)]
 
 
@@ -142,6 +147,44 @@ def _versions(row: Container, target: str) -> Iterator[Check]:
         yield Check("trtllm-build", "ok" if path else "failed", path or "not on the PATH", "on the PATH", cure)
 
 
+def _openai() -> Check:
+    """Whether TensorRT-LLM can be imported with the openai that a server's processes would take."""
+    overlay, variables = os.environ.get(llmapi_launch.OVERLAY, ""), dict(os.environ)
+    seen = guards.installed("openai") or "absent"
+    wrong = llmapi_launch.import_error(variables)
+    if wrong and overlay:
+        seen += f", and a newer one for the llmapi target in {overlay}"
+        wrong = llmapi_launch.import_error(llmapi_launch.with_overlay(variables, overlay))
+    cure = llmapi_launch.CURE if wrong else ""
+    return Check("openai", "failed" if wrong else "ok", wrong or seen, "what TensorRT-LLM imports of it", cure)
+
+
+def _mpi() -> Iterator[Check]:
+    """What starts several ranks, and an Open MPI that starts none."""
+    for name in ("mpirun", llmapi_launch.WRAPPER):
+        path = shutil.which(name)
+        cure = "Serve in NVIDIA's Triton image with TensorRT-LLM, which brings it; one rank is served without."
+        yield Check(
+            name, "ok" if path else "warning", path or "not on the PATH", "for --tp and --pp", "" if path else cure
+        )
+    version, bad = _open_mpi(), llmapi_facts.read()["open_mpi_without_spawn"]
+    if version in bad:
+        cure = f"Take an image with another Open MPI, or try {llmapi_launch.ALWAYS}=1 builder serve"
+        yield Check("Open MPI", "warning", f"{version}, which can't spawn processes", f"not {', '.join(bad)}", cure)
+    elif version:
+        yield Check("Open MPI", "ok", version)
+
+
+def _open_mpi() -> str:
+    """The version of mpirun's Open MPI, "" where there is none."""
+    try:
+        done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"\(Open MPI\) (\S+)", done.stdout)
+    return found[1] if found else ""
+
+
 def _shm() -> Check:
     needed = containers.needs().shm_bytes
     seen = shutil.disk_usage(SHM).total if SHM.is_dir() else 0
@@ -215,7 +258,9 @@ def _docker_json(*arguments: str) -> Mapping[str, Any] | None:
     if shutil.which("docker") is None:
         return None
     try:
-        done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["docker", *arguments], env=child_environment("docker"), capture_output=True, text=True, timeout=20
+        )
         found: Mapping[str, Any] = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
         return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from builder import build_log, paths, process, trtllm
 from builder.checkpoint import QUANT_CFG, Checkpoint
 from builder.errors import IntegrityError, StageError, UnsupportedError, UsageError
+from builder.foreign_text import parse_json, read_regular
 from builder.gpus import Seen, cuda_order, visible
 from builder.guards import BUILT_WITH, installed
 from builder.output import seconds
@@ -34,7 +37,7 @@ class Engine:
     @property
     def config(self) -> Mapping[str, Any]:
         """The engine's config.json."""
-        loaded: Mapping[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        loaded: Mapping[str, Any] = parse_json(read_regular(self.path / "config.json"))
         return loaded
 
 
@@ -165,18 +168,51 @@ def _link(source: Path, target: Path) -> None:
 def _run_trtllm_build(
     checkpoint: Checkpoint, flags: Sequence[trtllm.Flag], version: str, directory: Path, store: Store
 ) -> Mapping[str, Any]:
-    timing_cache = store.root / "timing" / "model.cache"
-    timing_cache.parent.mkdir(parents=True, exist_ok=True)
-    with open(timing_cache, "ab"):  # trtllm-build writes it at its very end, and fails there; an empty one is a new one
-        pass
-    argv = trtllm.command(flags, checkpoint=checkpoint.tensorrt_llm, output=directory, timing_cache=timing_cache)
+    kept = timing_cache(store.root, version)
+    with _own_timing_cache(kept) as own:
+        return _built(checkpoint, flags, version, directory, store, own, kept)
+
+
+def timing_cache(root: Path, version: str) -> Path:
+    """The kernel timings that builds of one kind share: TensorRT takes them on its own version and card alone."""
+    tensorrt, gpu = library_versions("tensorrt")["tensorrt"], next(iter(visible() or []), None)
+    words = [f"tensorrt_llm-{version}"]
+    words += [f"tensorrt-{tensorrt}"] if tensorrt != "absent" else []
+    words += [f"sm{gpu.sm}", re.sub(r"[^A-Za-z0-9]+", "-", gpu.name).strip("-")] if gpu else []
+    return root / "timing" / ("-".join(words) + ".cache")
+
+
+@contextmanager
+def _own_timing_cache(kept: Path) -> Iterator[Path]:
+    """A copy for one build, which takes the place of the kept one when the build was good: trtllm-build writes the file
+    at its very end, in place, so that a kill or a second build would leave half of it to all later ones."""
+    own = kept.parent / f".{kept.stem}.{os.getpid()}.tmp"
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        own.write_bytes(kept.read_bytes() if kept.exists() else b"")  # an empty one is a new one
+        yield own
+        own.replace(kept)
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _built(
+    checkpoint: Checkpoint,
+    flags: Sequence[trtllm.Flag],
+    version: str,
+    directory: Path,
+    store: Store,
+    own: Path,
+    kept: Path,
+) -> Mapping[str, Any]:
+    argv = trtllm.command(flags, checkpoint=checkpoint.tensorrt_llm, output=directory, timing_cache=own)
     log = store.log("trtllm-build")
     store.out.info(f"trtllm-build works; what it says: {log}")
     pretrained = json.loads((checkpoint.tensorrt_llm / "config.json").read_text(encoding="utf-8"))
     world_size = pretrained["mapping"]["world_size"]
-    finished, said = _watched(argv, log, timing_cache.parent, world_size, store)
+    finished, said = _watched(argv, log, kept.parent, world_size, store)
     built = check_built(directory, version, world_size)
-    paste = trtllm.command(flags, checkpoint=checkpoint.tensorrt_llm, output=Path("ENGINE"), timing_cache=timing_cache)
+    paste = trtllm.command(flags, checkpoint=checkpoint.tensorrt_llm, output=Path("ENGINE"), timing_cache=kept)
     return {
         "command": paste,
         "log": str(log),

@@ -24,6 +24,7 @@ from builder.output import Output, seconds
 from builder.quantize import modelopt
 from builder.recipe import Resolved
 from builder.runners.language import knows
+from builder.source_files import SourceFiles
 from builder.store import Artefact, Store, WouldRun, key_of, sources_digest
 from builder.tasks import TaskTable
 
@@ -112,7 +113,7 @@ def _score(
     }
     common = {**opened.ingredients, **asked, "top": part.top if form.runner == "bf16" else None}
     theirs: Sequence[Artefact | None] = reference or [None] * len(texts)
-    sets = []
+    sets: list[dict[str, Any]] = []
     for one, bf16 in zip(texts, theirs, strict=True):
         ingredients = {**common, "texts": one.digest, "reference": bf16.digest if bf16 else None}
         sets.append(
@@ -129,7 +130,10 @@ def _score(
 
     missing = [one for one in sets if "scores" in store.force or stored(one) is None]
     if missing and store.dry:
-        raise WouldRun("scores", f"{form.label} is not measured on {', '.join(str(one['name']) for one in missing)}")
+        names = ", ".join(str(one["name"]) for one in missing)
+        raise WouldRun(
+            "scores", f"{form.label} is not measured on {names}", key_of("scores", missing[0]["ingredients"])
+        )
     kept = f", {len(sets) - len(missing)} found in the store" if len(missing) < len(sets) else ""
     store.out.stage("evaluate", f"{form.label} on {len(sets)} data sets{kept}")
     if missing:
@@ -140,15 +144,16 @@ def _score(
 
 def _run(job: Mapping[str, Any], store: Store) -> None:
     """The child, which publishes what it measures."""
-    process.run_job(
-        "builder.runners.child",
-        job,
-        log=store.log(f"evaluate-{job['runner']}"),
-        out=store.out,
-        label=f"{job['label']}: starting",
-        unit="tokens",
-        env=modelopt.ENVIRONMENT,
-    )
+    with SourceFiles.of_job(job).blamed():
+        process.run_job(
+            "builder.runners.child",
+            job,
+            log=store.log(f"evaluate-{job['runner']}"),
+            out=store.out,
+            label=f"{job['label']}: starting",
+            unit="tokens",
+            env=modelopt.ENVIRONMENT,
+        )
 
 
 def _tables(
@@ -194,6 +199,7 @@ def _judged(
     whole = replace(found, verdict=verdict)
     ingredients = {
         "of": [*(artefact.digest for artefacts in scores.values() for artefact in artefacts), *found.tasks.of],
+        "data": {label: list(sets) for label, sets in found.sets.items()},  # the names in the tables
         "runners": [*dict.fromkeys([*scores, *(row.runner for row in found.tasks.rows)])],
         "not_measured": [found.not_measured, found.tasks.not_measured],
         "limits": part.limits,

@@ -18,6 +18,7 @@ from builder import recipe
 from builder.calibrate import Use, calibrate
 from builder.errors import UsageError
 from builder.recipe_evaluation import Evaluation
+from builder.special_tokens import encoder
 from builder.store import Store
 
 USE = Use("texts", "--data", "--set 'evaluation.data=[{{data: ID, {key}: {value}}}]'")
@@ -86,8 +87,9 @@ def sequences(texts: Path, tokenizer: Any, *, name: str, min_tokens: int, max_to
     """The kept texts as token ids. UsageError if none has `min_tokens`."""
     ids: list[Ids] = []
     read = dropped = cut = most = 0
+    encode = encoder(tokenizer)
     for text in _lines(texts):
-        found = tokenizer(text, verbose=False)["input_ids"]
+        found = encode(text)
         read, most = read + 1, max(most, len(found))
         if len(found) < min_tokens:
             dropped += 1

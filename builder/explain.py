@@ -50,24 +50,32 @@ def _argument(name: str) -> dict[str, Any] | None:
     raw = llmapi_facts.read()
     if name not in raw["arguments"] and name not in raw["refused"]:
         return None
-    spec = raw["arguments"].get(name, {})
-    takes = spec.get("choices") or spec.get("of") or spec.get("type")
-    versions = {}
+    versions, notes = {}, []
     for row in raw["versions"]:
-        here = name in llmapi_facts.load(row["first"]).arguments
+        facts = llmapi_facts.load(row["first"])
         label = row["first"] if row["first"] == row["last"] else f"{row['first']} to {row['last']}"
-        default = "unset" if spec.get("default") is None else spec["default"]
-        versions[label] = {"default": default, "takes": takes} if here else None
+        spec = facts.arguments.get(name)
+        versions[label] = _taken(spec) if spec else None
+        note = (spec or facts.others.get(name, {})).get("no_effect" if spec else "gone")
+        notes += [f"{label}: {note}"] if note else []
     return {
         "flag": f"llmapi.args.{name}",
         "meaning": "an argument of TensorRT-LLM's LLM class, which the llmapi target calls",
-        "note": f"not taken here: {raw['refused'][name]}" if name in raw["refused"] else spec.get("gone", ""),
+        "note": f"not taken here: {raw['refused'][name]}" if name in raw["refused"] else "; ".join(notes),
         "versions": versions,
         "removed": None,
         "rules": [],
         "profiles": {},
         "sources": list(raw["states"].values()),
     }
+
+
+def _taken(spec: Mapping[str, Any]) -> dict[str, Any]:
+    of = spec.get("of")
+    takes = spec.get("choices") or (f"a list of {of}s" if isinstance(of, str) else of) or spec["type"]
+    if "or" in spec:
+        takes = f"{takes} or {spec['or']}"
+    return {"default": "unset" if spec["default"] is None else spec["default"], "takes": takes}
 
 
 def _canonical(name: str, known: list[Version]) -> str:

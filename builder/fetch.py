@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import model_directory, process
+from builder import model_directory, process, source_model, tokenizer_files
 from builder.errors import IntegrityError, StageError, UsageError
+from builder.foreign_text import read_regular
 from builder.output import Output, Progress
 from builder.recipe import Model
-from builder.store import Artefact, Store
+from builder.safetensors_io import read_header
+from builder.source_files import SourceFiles, times
+from builder.source_model import Header
+from builder.store import Artefact, Store, key_of
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # The Hub's rule for names (huggingface_hub/utils/_validators.py): owner/name of letters, digits, "-", "_" and ".".
@@ -28,6 +32,8 @@ HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 WAITS: tuple[float, ...] = (1, 2, 4, 8, 15)
 # Seconds without one byte after which a transfer counts as stuck; plain HTTP gives up by itself after 10.
 STALL = 300.0
+# Seconds for all that is asked of the Hub before the download: listings, config.json, headers.
+LIMIT = 600.0
 
 
 Check = Callable[[Mapping[str, Any]], object]
@@ -49,9 +55,15 @@ class Snapshot:
         """The names that belong to the model; the directory may hold others."""
         return sorted(self.artefact.facts["external"]["files"])
 
+    @property
+    def source(self) -> SourceFiles:
+        """The files as they were hashed, for everyone who loads them or reads them again."""
+        facts = self.artefact.facts
+        return SourceFiles(self.path, facts["external"]["files"], facts.get("times", {}))
+
 
 def fetch(model: Model, *, store: Store, check: Check = lambda config: None) -> Snapshot:
-    """Finds or downloads the model, checks that it can be quantized, hashes each file once.
+    """Finds or downloads the model, checks that it is whole and can be quantized, hashes each file once.
 
     `check` is given its config.json before the first weight is downloaded or hashed, and raises what speaks against it.
     """
@@ -63,8 +75,11 @@ def fetch(model: Model, *, store: Store, check: Check = lambda config: None) -> 
         revision = resolve(model.id, model.revision, store=store)
         artefact = _fetch_hub(model, revision, store, check)
     path = Path(artefact.facts["external"]["root"])
-    config = model_directory.parse_config((path / model_directory.CONFIG).read_bytes(), str(path))
-    return Snapshot(path, artefact.digest, model.id, revision, config, artefact)
+    config = model_directory.parse_config(_read(path / model_directory.CONFIG), str(path))
+    snapshot = Snapshot(path, artefact.digest, model.id, revision, config, artefact)
+    if directory is None and artefact.cached:  # perhaps by a version that checked less
+        check_tensors(path, snapshot.files, config, model.id)
+    return snapshot
 
 
 def local_directory(model: Model) -> Path | None:
@@ -113,15 +128,16 @@ def _no_directory(name: str, path: Path, present: bool) -> UsageError:
 def _fetch_directory(directory: Path, model: Model, store: Store, check: Check) -> Artefact:
     """The key is made of names, sizes and times: an unchanged directory is not hashed again."""
     names = check_directory(directory, trust_remote_code=model.trust_remote_code)
-    before = _times(directory, names)
+    before = times(directory, names)
     ingredients = {"directory": str(directory), "files": before, "trust_remote_code": model.trust_remote_code}
 
     def make(_: Path) -> dict[str, Any]:
         check(model_directory.parse_config(_read(directory / model_directory.CONFIG), str(directory)))
         files = _hash(directory, names, store.out)
-        if _times(directory, names) != before:
+        if times(directory, names) != before:
             raise IntegrityError(f"{directory} changed while it was read.", cure="Run the same command again.")
-        return {"model_id": model.id, "revision": None, "external": {"root": str(directory), "files": files}}
+        external = {"root": str(directory), "files": files}
+        return {"model_id": model.id, "revision": None, "external": external, "times": before}
 
     return store.stage("snapshot", ingredients, make)
 
@@ -144,24 +160,31 @@ def check_directory(directory: Path, *, trust_remote_code: bool) -> list[str]:
     if model_directory.INDEX in names:
         shards = model_directory.shards_of(_read(directory / model_directory.INDEX), names, where)
     wanted = model_directory.wanted(names, shards, remote_code=trust_remote_code)
-    for name in wanted:
-        model_directory.check_no_pointer(directory / name)
-        if name.endswith(".safetensors"):
-            model_directory.check_safetensors(directory / name)
+    try:
+        for name in wanted:
+            model_directory.check_no_pointer(directory / name)
+        check_tensors(directory, wanted, config, where)
+    except OSError as error:
+        raise UsageError(f"Can't read the model in {directory}.", why=str(error)) from None
+    tokenizer_files.check(directory, config, where)
     return wanted
+
+
+def check_tensors(directory: Path, names: Sequence[str], config: Mapping[str, Any], where: str) -> dict[str, Header]:
+    """The tensors of a model's files, by their headers alone. Raises as source_model.check does."""
+    shards = [name for name in names if name.endswith(".safetensors")]
+    files = {name: {t: (i.dtype, i.shape) for t, i in read_header(directory / name).items()} for name in shards}
+    index = None
+    if model_directory.INDEX in names:
+        index = model_directory.index_of(_read(directory / model_directory.INDEX), where)
+    return source_model.check(config, files, index, where)
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_regular(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"Can't read {path}.", why=str(error)) from None
-
-
-def _times(directory: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    """Size, time of the content and time of the inode: the last one can't be set back by `cp -p` or `touch`."""
-    stats = {name: (directory / name).stat() for name in names}
-    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
 
 
 def _hash(directory: Path, names: Sequence[str], out: Output) -> dict[str, dict[str, Any]]:
@@ -195,11 +218,20 @@ def listing(model: Model, *, store: Store) -> dict[str, Any]:
     return {"commit": commit, **ask_hub(store, **_job("listing", model, commit))}
 
 
-def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, tuple[str, tuple[int, ...]]]]:
-    """A Hub model's config.json and {tensor: (dtype, shape)}, without its weights."""
-    commit = resolve(model.id, model.revision, store=store)
+def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path]:
+    """A Hub model's config.json, {tensor: (dtype, shape)}, and where its small files are; without its weights. Raises
+    what is wrong with it."""
+    return _headers(model, resolve(model.id, model.revision, store=store), store)
+
+
+def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path]:
     found = ask_hub(store, **_job("headers", model, commit))
-    return found["config"], {name: (dtype, tuple(shape)) for name, (dtype, shape) in found["tensors"].items()}
+    files = {
+        file: {name: (dtype, tuple(shape)) for name, (dtype, shape) in header.items()}
+        for file, header in found["tensors"].items()
+    }
+    tensors = source_model.check(found["config"], files, found["index"], model.id)
+    return found["config"], tensors, Path(found["root"])
 
 
 def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefact:
@@ -209,18 +241,30 @@ def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefac
         "endpoint": endpoint(),
         "trust_remote_code": model.trust_remote_code,
     }
+    known = None if "snapshot" in store.force else store.find("snapshot", key_of("snapshot", ingredients))
+    if offline() and known is None:
+        # The cache may lack files that the Hub has, as generation_config.json: a key of its own, by what is there.
+        ingredients["offline"] = ask_hub(store, **_job("listing", model, commit))["files"]
 
     def make(_: Path) -> dict[str, Any]:
         check(ask_hub(store, **_job("listing", model, commit))["config"])
-        external = ask_hub(store, **_job("download", model, commit))
-        return {"model_id": model.id, "revision": commit, "external": external}
+        _headers(model, commit, store)
+        found = ask_hub(store, **_job("download", model, commit))
+        external = {"root": found["root"], "files": found["files"]}
+        return {"model_id": model.id, "revision": commit, "external": external, "times": found["times"]}
 
     return store.stage("snapshot", ingredients, make)
 
 
+def offline() -> bool:
+    """Whether huggingface_hub asks its cache alone (huggingface_hub/constants.py, HF_HUB_OFFLINE)."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in ("1", "ON", "YES", "TRUE")
+
+
 def endpoint() -> str:
     """HF_ENDPOINT without the user and password that a mirror's address may hold; "" is the Hub itself."""
-    return re.sub(r"//[^/@]*@", "//", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
+    return re.sub(r"//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
 
 
 def _job(job: str, model: Model, commit: str) -> dict[str, Any]:
@@ -236,7 +280,7 @@ def _job(job: str, model: Model, commit: str) -> dict[str, Any]:
 def ask_hub(store: Store, *, module: str = "builder.hub", unit: str = "MB", **job: Any) -> dict[str, Any]:
     """Runs one job in a child process. Its errors are raised here as they were there; a stuck one is begun again once,
     without Xet, over plain HTTP."""
-    job = {"waits": list(WAITS), "stall": STALL, **job}
+    job = {"waits": list(WAITS), "stall": STALL, "limit": LIMIT, **job}
     for environment in ({}, {"HF_HUB_DISABLE_XET": "1"}):
         answer = _ask(store, module, unit, job, environment)
         if "stalled" not in answer:
@@ -276,7 +320,8 @@ def _ask(
                 answer.update(event)
 
         try:
-            process.run(argv, log=log, on_event=hear, env={"HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment})
+            environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+            process.run(argv, log=log, on_event=hear, env=environment, kind="hub")
         except StageError:
             if "stalled" not in answer:
                 raise

@@ -40,6 +40,7 @@ class ModelFacts:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     kept: tuple[str, ...] = ()
     fp8: tuple[str, ...] = ()
+    directory: Path | None = None  # where config.json and the tokenizer files are
 
     def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
         """Whether this tensor becomes NVFP4 or FP8."""
@@ -152,7 +153,7 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
     unified = _unified(model, asked.fp8_kv)
     architecture = (model.config.get("architectures") or [None])[0]
     layout = asked.target != "llmapi" or architecture in ARCHITECTURES  # llmapi needs none of TensorRT-LLM's own
-    whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1))) if layout else 0
+    whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1, target="engine"))) if layout else 0
     ranks = rank_bytes(model, asked)
     split = len(ranks) > 1 and asked.target != "llmapi"
     download = sum(byte_size(dtype, shape) for dtype, shape in model.tensors.values())
@@ -187,14 +188,19 @@ def _unified(model: ModelFacts, fp8_kv: bool) -> int:
 def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     """Tensor bytes of each rank's file in the TensorRT-LLM layout, as ranks.py splits it; an engine holds the same.
 
-    q, k and v are one layer with one pair of scalars; each layer has three KV scales; tied embeddings are held twice.
+    q, k and v are one layer with one pair of scalars; each layer has three KV scales. Tied embeddings are held twice,
+    except by the LLM API where one rank has both ends of the model: its lm_head is the embedding's own tensor
+    (_torch/models/modeling_utils.py, DecoderModelForCausalLM).
     """
     parallel, layers = Parallel(asked.tp, asked.pp), _layers(model.config)
     spans = [parallel.layers(stage, layers) for stage in range(asked.pp)]
     stage_of = {layer: stage for stage, span in enumerate(spans) for layer in span}
     stages = [3 * SCALAR * len(span) if asked.fp8_kv else 0 for span in spans]
     tensors = dict(model.tensors)
-    if model.config.get("tie_word_embeddings") and "lm_head.weight" not in tensors:
+    shared = asked.target == "llmapi" and asked.pp == 1
+    if shared and model.config.get("tie_word_embeddings"):
+        tensors.pop("lm_head.weight", None)
+    elif model.config.get("tie_word_embeddings") and "lm_head.weight" not in tensors:
         tied = next((info for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
         tensors |= {"lm_head.weight": tied} if tied else {}
     for name, (dtype, shape) in tensors.items():
@@ -283,21 +289,23 @@ def workspace(config: Mapping[str, Any], asked: Serving) -> int:
 
 
 def attention_workspace(config: Mapping[str, Any], asked: Serving, tokens: int) -> int:
-    """attentionOp.cpp (1.2), getWorkspaceSizeForContext, for B = max_batch_size, L = max_input_len, T tokens.
+    """attentionOp.cpp@00dbe288 (1.2), getWorkspaceSizeForContext, for B = max_batch_size, L = max_input_len, T tokens.
 
-    Without context FMHA: qk_buf and qk_buf_float (2 + 4 bytes) x B x heads x L x L, the mask 2 x T x L, q and the
-    output 2 x 2 x T x q width, k and v 2 x 2 x B x L x kv width, padding offsets 2 x 4 x T. With it: q once more if
-    paged, else the packed FP8 q, k and v. B is the plugin's max_num_seq (gptAttentionPlugin.cpp, getWorkspaceSize).
+    Without context FMHA (all but the last two in the model's 16-bit type): q_buf_2 B x L x q width, k and v
+    B x L x kv width each, qk_buf and qk_buf_float (float32) B x heads x L x L, the mask T x L, qkv_buf_2 T x q width,
+    two padding offsets 4 x T. With it: q once more (T x q width) if paged, else the packed FP8 q, k and v. Both:
+    8 x T for the tokens' places. B is the plugin's max_num_seq (gptAttentionPlugin.cpp, getWorkspaceSize).
     """
     heads, size = int(config["num_attention_heads"]) // asked.tp, head_size(config)
     q, kv = heads * size, max(_kv_heads(config) // asked.tp, 1) * size
     batch, length = asked.max_batch_size, asked.max_input_len
+    common = CUBLAS_WORKSPACE + 8 * tokens
     if asked.context_fmha:
         paged = tokens * q * (1 if asked.fp8_kv else 2)
-        return CUBLAS_WORKSPACE + (paged if asked.paged_fmha else tokens * (q + 2 * kv))
+        return common + (paged if asked.paged_fmha else tokens * (q + 2 * kv))
     quadratic = 6 * batch * heads * length**2
-    linear = 2 * tokens * length + 4 * tokens * q + 4 * batch * length * kv + 8 * tokens
-    return CUBLAS_WORKSPACE + quadratic + linear
+    linear = 2 * batch * length * (q + 2 * kv) + 2 * tokens * (length + q) + 8 * tokens
+    return common + quadratic + linear
 
 
 def weights(model: ModelFacts, asked: Serving) -> int:

@@ -19,7 +19,7 @@ from builder.fetch import Snapshot
 from builder.quantize import modelopt
 from builder.recipe import Resolved
 from builder.recipe_evaluation import RUNNERS
-from builder.repository import Repository
+from builder.repository import Repository, repository_key
 from builder.store import Store, library_versions, sources_digest
 
 SOURCES = (
@@ -27,8 +27,17 @@ SOURCES = (
     "builder/runners",
     "builder/evaluation_data.py",
     "builder/calibrate.py",
+    "builder/chat_template.py",
+    "builder/chat_template_child.py",
+    "builder/special_tokens.py",
+    "builder/tokenizer_files.py",
+    "builder/tokenizer_loading.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/llmapi_launch.py",
+    "builder/safe_links.py",
+    "builder/serving_directory.py",
+    "builder/triton_server.py",
     "builder/guards.py",
     "builder/reference",
     "builder/nvfp4.py",
@@ -37,11 +46,13 @@ SOURCES = (
     "builder/checkpoint.py",
     "builder/inspection.py",
     "builder/model_directory.py",
+    "builder/model_loading.py",
     "builder/safetensors_io.py",
+    "builder/source_files.py",
     "builder/tensor_numbers.py",
     "builder/unified_layout.py",
 )
-LIBRARIES = (*modelopt.LIBRARIES, "tritonclient", "nvidia-pytriton")
+LIBRARIES = (*modelopt.LIBRARIES, "tritonclient", "nvidia-pytriton", "tensorrt_llm", "tensorrt")
 KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv
 
 
@@ -94,9 +105,10 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
         "runner": form.runner,
         "label": form.label,
         "fp8_kv": form.fp8_kv,
-        "model": str(models.snapshot.path.absolute()),
+        **models.snapshot.source.as_job(),
         "trust_remote_code": recipe.model.trust_remote_code,
         "root": str(store.root),
+        "gpus": modelopt.calibrating(),
         **{key: getattr(recipe.evaluation, key) for key in ("dtype", "batch_tokens")},
     }
     more, of = _of(form, models, resolved, store)
@@ -106,9 +118,13 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
         "tokenizer": models.snapshot.digest,
         **{key: job[key] for key in ("dtype", "fp8_kv", "trust_remote_code")},
         **{key: more.get("calibration", {}).get(key, []) for key in ("kept", "fp8")},
+        **{key: more.get("calibration", {}).get(key) for key in ("seq_len", "batch_size")},
+        # The repository's files name its engine and do not hold it: an engine made again leaves their digest as it was.
+        "repository": repository_key(models.repository) if form.runner == "served" and models.repository else None,
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
-        "gpus": modelopt.gpus(),
+        "gpus": job["gpus"],
+        "environment": modelopt.numerics(),
     }
     return Opening({**job, **more}, ingredients)
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import yaml
-
 from builder import paths
 from builder.errors import UnsupportedError
+from builder.foreign_text import parse_yaml
 from builder.output import Output
 
 
@@ -122,7 +121,7 @@ def _meant(name: str) -> list[str]:
 
 
 def _read(name: str) -> dict[str, Any]:
-    raw: dict[str, Any] = yaml.safe_load(paths.data("configs", "gpus", f"{name}.yaml").read_text(encoding="utf-8"))
+    raw: dict[str, Any] = parse_yaml(paths.data("configs", "gpus", f"{name}.yaml").read_text(encoding="utf-8"))
     return raw
 
 

@@ -5,7 +5,6 @@ What Triton's C++ backend would do instead stands beside each check: it fails la
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from builder import manifest
 from builder.errors import IntegrityError
 from builder.gpus import Seen, visible
 
@@ -29,6 +29,14 @@ NEED_PAGED_FMHA = {
 }
 # Where Triton's images keep TensorRT-LLM's Python package: a venv of their own since 26.06, the system's before.
 SITES = ("/opt/venv-*/lib/python3*/site-packages", "/usr/local/lib/python3*/dist-packages")
+# What is read of an engine's config.json and of built_with.json, with its type; the rest is upstream's.
+CONFIG_TYPES: Mapping[str, Any] = {
+    "version": str,
+    "pretrained_config": {"logits_dtype": str, "mapping": {"world_size": int}},
+    "build_config": {"max_batch_size": int, "max_beam_width": int, "plugin_config": {}},
+}
+MOST_RANKS = 4096  # of an engine; a damaged number would be a list of as many file names
+BUILT_WITH_TYPES: Mapping[str, Any] = {"target": str, "tensorrt": str, "sm": int, "gpu": str}
 LLM_ARGUMENTS = "Names, meanings and defaults of the LLM class's arguments differ between versions."
 RENDER = "Or make the repository again: the same `builder build`, with --from render."
 
@@ -72,11 +80,12 @@ class EngineFacts:
 
     @property
     def world_size(self) -> int:
-        return int(self.config.get("pretrained_config", {}).get("mapping", {}).get("world_size", 1))
+        pretrained = self.config.get("pretrained_config") or {}
+        return int((pretrained.get("mapping") or {}).get("world_size") or 1)
 
     @property
     def build(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.config.get("build_config", {})
+        found: Mapping[str, Any] = self.config.get("build_config") or {}
         return found
 
 
@@ -112,13 +121,13 @@ def check(models: Path, runtime: Runtime | None = None) -> None:
 
 def read_served(models: Path) -> Served | None:
     """The engine's config.pbtxt, parsed as Triton does; None where the repository has no engine of TensorRT-LLM's."""
-    config = _parse(models / ENGINE_MODEL / "config.pbtxt")
+    config = parse(models / ENGINE_MODEL / "config.pbtxt")
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     if not parameters.get("gpt_model_path"):
         return None
     from tritonclient.grpc import model_config_pb2
 
-    bls = _parse(models / BLS_MODEL / "config.pbtxt")
+    bls = parse(models / BLS_MODEL / "config.pbtxt")
     tensors = [tensor for tensor in (*config.input, *config.output) if tensor.name in LOGITS]
     return Served(
         file=models / ENGINE_MODEL / "config.pbtxt",
@@ -135,7 +144,8 @@ def read_served(models: Path) -> Served | None:
 
 def read_engine(directory: Path) -> EngineFacts:
     """An engine's facts from its directory, wherever that lies now. Files that are absent count as empty."""
-    return EngineFacts(directory, _json(directory / "config.json"), _json(directory / BUILT_WITH))
+    config = _json(directory / "config.json", CONFIG_TYPES)
+    return EngineFacts(directory, config, _json(directory / BUILT_WITH, BUILT_WITH_TYPES))
 
 
 def here() -> Runtime:
@@ -151,7 +161,7 @@ def lacking_paged_fmha(build_config: Mapping[str, Any], asked: Sequence[str]) ->
 
 def has_paged_fmha(build_config: Mapping[str, Any]) -> bool:
     """Whether the engine was built with paged context FMHA."""
-    return build_config.get("plugin_config", {}).get("use_paged_context_fmha") in (True, "enable", "true")
+    return (build_config.get("plugin_config") or {}).get("use_paged_context_fmha") in (True, "enable", "true")
 
 
 def missing(served: Served) -> list[Mismatch]:
@@ -206,7 +216,7 @@ def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
 
 def _llmapi(models: Path, runtime: Runtime | None) -> Iterator[Mismatch]:
     """The LLM class takes arguments of another version where their names are the same, and heeds them otherwise."""
-    config = _parse(models / ENGINE_MODEL / "config.pbtxt")
+    config = parse(models / ENGINE_MODEL / "config.pbtxt")
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     rendered = parameters.get("tensorrt_llm")
     have = runtime.tensorrt_llm if runtime else installed("tensorrt_llm")
@@ -269,7 +279,7 @@ def _sizes(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
             why="The C++ backend never reads it: the engine goes on with its own, and requests wait without a word.",
             cure=f"Set it to {batch} at most, or build with --max-batch-size {asked}. {RENDER}",
         )
-    beams, asked = engine.build.get("max_beam_width", 1), served.max_beam_width
+    beams, asked = engine.build.get("max_beam_width") or 1, served.max_beam_width
     if asked > beams:
         yield Mismatch(
             what=f"max_beam_width is {asked} in {served.file}, and the engine was built for {beams}.",
@@ -282,8 +292,8 @@ def _sizes(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
 def _logits(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
     """TLLM_CHECK(contextLogitsType == model_state_->getLogitsDataType()), when it answers
     (model_instance_state.cc@c8c6df08)."""
-    dtype = engine.config.get("pretrained_config", {}).get("logits_dtype")
-    wanted = LOGITS_TYPES.get(dtype)
+    dtype = (engine.config.get("pretrained_config") or {}).get("logits_dtype")
+    wanted = LOGITS_TYPES.get(dtype or "")
     wrong = [f"{name} {kind}" for name, kind in served.logits.items() if wanted and kind != wanted]
     if wrong:
         yield Mismatch(
@@ -316,7 +326,7 @@ def _refusal(found: Sequence[Mismatch]) -> IntegrityError:
     )
 
 
-def _parse(file: Path) -> Any:
+def parse(file: Path) -> Any:
     """A config.pbtxt as a ModelConfig; None where there is none."""
     if not file.is_file():
         return None
@@ -334,16 +344,33 @@ def _number(text: str | None, default: int) -> int:
     return int(text) if text and text.strip().isdecimal() else default
 
 
-def _json(file: Path) -> Mapping[str, Any]:
+def _json(file: Path, types: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A JSON object whose values are of these types where they are there; an empty one where the file is absent."""
     if not file.is_file():
         return {}
     try:
-        loaded: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        loaded = manifest.read_object(file)
+        _check_types(loaded, types)
+    except manifest.Damaged as error:
         raise IntegrityError(
             f"{file} can't be read.", why=str(error), cure="Build the engine again: --from engine"
         ) from error
     return loaded
+
+
+def _check_types(value: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    for name, kind in types.items():
+        found = value.get(name)
+        if found is None:
+            continue
+        if isinstance(kind, Mapping):
+            if not isinstance(found, Mapping):
+                raise manifest.Damaged(f"{name} is {ascii(found)[:80]}")
+            _check_types(found, kind)
+        elif type(found) is not kind or (kind is int and not 0 < found < 1 << 31):
+            raise manifest.Damaged(f"{name} is {ascii(found)[:80]}")
+    if types.get("world_size") and (value.get("world_size") or 1) > MOST_RANKS:
+        raise manifest.Damaged(f"world_size is {value['world_size']}")
 
 
 def installed(name: str) -> str | None:

@@ -8,6 +8,7 @@ again. Works with huggingface_hub 0.36 and 1.x. It answers with events (`process
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import logging
 import os
@@ -29,17 +30,23 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 
-from builder import model_directory
+from builder import hub_guard, hub_headers, model_directory, tokenizer_files
 from builder.errors import BuilderError, IntegrityError, StageError
+from builder.foreign_text import read_regular
 from builder.hub_errors import clean, patiently, translate
+from builder.hub_guard import DEADLINE
 from builder.output import size as readable
 from builder.process import emit, emit_error
-from builder.safetensors_io import read_header
+from builder.source_files import times
 
 STALLED = 75  # exit code: bytes stopped coming (EX_TEMPFAIL of sysexits.h)
 # Partial files of huggingface_hub 1.x have names of their own and are never resumed; a live one is written all the
 # time (its read timeout is 10 s), so an hour of silence means that its process is dead.
 DEAD_AFTER = 3600.0
+MOST_FILES = 100_000  # at the top of a repository; real ones have some 200
+LARGEST_CONFIG = 256_000_000  # bytes: what is parsed before the download; the largest index known has some 30 MB
+# A name that is one file in a directory on every system, and that a terminal shows as it is.
+PLAIN = re.compile(r"(?!\.\.?\Z)[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,255}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Listed:
 
 @dataclass(frozen=True)
 class Job:
-    """What the parent asks. `waits`: seconds between repetitions; `stall`: seconds without a byte before giving up."""
+    """What the parent asks. `waits`: seconds between repetitions; `stall`: seconds without a byte before giving up;
+    `limit`: seconds for everything but the download itself."""
 
     job: str
     repo: str
@@ -67,6 +75,7 @@ class Job:
     trust_remote_code: bool = False
     waits: tuple[float, ...] = ()
     stall: float = 300.0
+    limit: float = 600.0
 
     @property
     def storage(self) -> Path:
@@ -79,7 +88,7 @@ def resolve(job: Job) -> dict[str, Any]:
         ref = job.storage / "refs" / (job.revision or "main")
         if not ref.is_file():
             raise OfflineModeIsEnabled(str(ref))
-        return {"commit": ref.read_text(errors="replace").strip()}
+        return {"commit": read_regular(ref, 1000).decode("utf-8", "replace").strip()}
     info = patiently(lambda: HfApi().repo_info(job.repo, repo_type=job.kind, revision=job.revision), job.waits)
     return {"commit": info.sha}
 
@@ -97,48 +106,100 @@ def listing(job: Job) -> dict[str, Any]:
 
 
 def headers(job: Job) -> dict[str, Any]:
-    """config.json and {tensor: [dtype, shape]}: by ranged reads of the safetensors headers, no weight is downloaded."""
+    """{"config", "index": {tensor: file} or None, "tensors": {file: {tensor: [dtype, shape]}}, "root": directory with
+    the small files}: by ranged reads of the safetensors headers, no weight is downloaded."""
     chosen, config, root = _choose(job)
+    shards = {name: entry.size for name, entry in chosen.items() if name.endswith(".safetensors")}
     if constants.HF_HUB_OFFLINE:
-        files = [root / name for name in chosen if name.endswith(".safetensors")]
-        cached = {name: info for file in files for name, info in read_header(file).items()}
-        return {"config": config, "tensors": {name: [info.dtype, list(info.shape)] for name, info in cached.items()}}
-    repo = patiently(lambda: HfApi().get_safetensors_metadata(job.repo, revision=job.commit), job.waits)
-    tensors = {name: t for file in repo.files_metadata.values() for name, t in file.tensors.items()}
-    return {"config": config, "tensors": {name: [t.dtype, list(t.shape)] for name, t in tensors.items()}}
+        found = hub_headers.cached(root, shards)
+    else:
+        found = hub_headers.remote(job.repo, job.commit, shards, job.waits)
+    index = None
+    if model_directory.INDEX in chosen:
+        index = model_directory.index_of(read_regular(root / model_directory.INDEX), job.repo)
+    tensors = {file: {name: [info.dtype, list(info.shape)] for name, info in t.items()} for file, t in found.items()}
+    return {"config": config, "index": index, "root": str(root), "tensors": tensors}
 
 
 def download(job: Job) -> dict[str, Any]:
-    """Brings the model's files into the Hub's cache and verifies every one: {"root", "files": {name: size, sha256}}."""
+    """Brings the model's files into the Hub's cache and verifies every one: {"root", "files": {name: size, sha256},
+    "times": {name: [size and times]}}."""
     chosen, _, root = _choose(job)
+    DEADLINE.end()  # a download has a watch of its own
     if not constants.HF_HUB_OFFLINE:
         _drop_dead_partials(job, chosen)
         _check_space(job, chosen)
         root = _download(job, chosen)
-    return {"root": str(root), "files": _verify(job, root, chosen)}
+    before = times(root, list(chosen))  # what changes from here on shows when the model is loaded
+    hashes = _hash(root, chosen)
+    if damaged := _drop_damaged(job, root, chosen, hashes, repairable=not constants.HF_HUB_OFFLINE):
+        _download(job, damaged)
+        before |= times(root, list(damaged))
+        hashes |= _hash(root, damaged)
+        _drop_damaged(job, root, damaged, hashes, repairable=False)
+    return {
+        "root": str(root),
+        "files": {name: {"size": found.size, "sha256": found.sha256} for name, found in hashes.items()},
+        "times": before,
+    }
 
 
 def _choose(job: Job) -> tuple[dict[str, Listed], dict[str, Any], Path]:
     """The model's files as the Hub (offline: the cache) lists them. Checked before any weight is downloaded."""
     listed = _cached(job) if constants.HF_HUB_OFFLINE else _tree(job)
     model_directory.check_names(listed, job.repo)
-    config_path = _small(job, model_directory.CONFIG)
+    config_path = _small(job, model_directory.CONFIG, listed)
     config = model_directory.parse_config(config_path.read_bytes(), job.repo)
     model_directory.check_config(config, job.repo, trust_remote_code=job.trust_remote_code)
     shards = None
     if model_directory.INDEX in listed:
-        shards = model_directory.shards_of(_small(job, model_directory.INDEX).read_bytes(), listed, job.repo)
+        shards = model_directory.shards_of(_small(job, model_directory.INDEX, listed).read_bytes(), listed, job.repo)
     names = model_directory.wanted(listed, shards, remote_code=job.trust_remote_code)
-    return {name: listed[name] for name in names}, config, config_path.parent
+    chosen = {name: listed[name] for name in names}
+    _check_tokenizer(job, config_path.parent, chosen, config)
+    return chosen, config, config_path.parent
+
+
+def _check_tokenizer(job: Job, root: Path, chosen: Mapping[str, Listed], config: Mapping[str, Any]) -> None:
+    """Fetches the tokenizer's files, which are small, and checks that they make one for this model."""
+    names = model_directory.tokenizer_names(chosen)
+    small = {name: chosen[name] for name in (*names, model_directory.GENERATION) if name in chosen}
+    if not constants.HF_HUB_OFFLINE:
+        for name in small:
+            _small(job, name, chosen)
+    tokenizer_files.check(root, config, job.repo)
 
 
 def _tree(job: Job) -> dict[str, Listed]:
-    entries = patiently(lambda: list(HfApi().list_repo_tree(job.repo, recursive=False, revision=job.commit)), job.waits)
+    """The files at the top of the repository. Names that are no plain ones belong to no model, and are left out."""
+
+    def listed() -> list[Any]:
+        entries = HfApi().list_repo_tree(job.repo, recursive=False, revision=job.commit)
+        return list(itertools.islice(entries, MOST_FILES + 1))
+
+    entries = patiently(listed, job.waits)
+    if len(entries) > MOST_FILES:
+        raise IntegrityError(f"The Hub lists more than {MOST_FILES} files of {job.repo}.", cure=hub_guard.CURE)
     return {
-        entry.path: Listed(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+        entry.path: _listed(entry)
         for entry in entries
-        if isinstance(entry, huggingface_hub.hf_api.RepoFile)
+        if isinstance(entry, huggingface_hub.hf_api.RepoFile) and _is_plain(entry.path)
     }
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and bool(PLAIN.fullmatch(name)) and len(name.encode()) <= 255
+
+
+def _listed(entry: Any) -> Listed:
+    """An entry of a listing, whose hashes become names of files."""
+    sha256 = entry.lfs.sha256 if entry.lfs else None
+    for found in (sha256, entry.blob_id):
+        if found is not None:
+            hub_guard.check_hash(found, "the hash")
+    if type(entry.size) is not int or not 0 <= entry.size < 1 << 60:
+        raise IntegrityError(f"The Hub lists a size of {str(entry.size)[:40]} for a file.", cure=hub_guard.CURE)
+    return Listed(entry.size, sha256, entry.blob_id)
 
 
 def _cached(job: Job) -> dict[str, Listed]:
@@ -148,7 +209,7 @@ def _cached(job: Job) -> dict[str, Listed]:
         raise OfflineModeIsEnabled(str(root))
     listed = {}
     for path in sorted(root.iterdir()):
-        if path.is_file():
+        if path.is_file() and _is_plain(path.name):
             etag = Path(os.readlink(path)).name if path.is_symlink() else ""
             sha256 = etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
             git_sha1 = etag if re.fullmatch(r"[0-9a-f]{40}", etag) else None
@@ -156,14 +217,28 @@ def _cached(job: Job) -> dict[str, Listed]:
     return listed
 
 
-def _small(job: Job, name: str) -> Path:
-    return Path(patiently(lambda: hf_hub_download(job.repo, name, revision=job.commit), job.waits))
+def _small(job: Job, name: str, listed: Mapping[str, Listed]) -> Path:
+    """A file that is parsed before the download: hashed when it has come, and fetched once more if it is damaged."""
+    chosen = {name: listed[name]}
+    if listed[name].size > LARGEST_CONFIG:
+        raise IntegrityError(
+            f"{name} of {job.repo} has {readable(listed[name].size)}, and at most {readable(LARGEST_CONFIG)} are read.",
+            cure="Do not use this model.",
+        )
+    for repairable in (not constants.HF_HUB_OFFLINE, False):
+        path = Path(patiently(lambda: hf_hub_download(job.repo, name, revision=job.commit), job.waits))
+        found = model_directory.hash_files(path.parent, [name], lambda _: None)
+        if not _drop_damaged(job, path.parent, chosen, found, repairable=repairable):
+            break
+    return path
 
 
 def _download(job: Job, chosen: Mapping[str, Listed]) -> Path:
     names = [glob.escape(name) for name in chosen]
 
     def transfer() -> Path:
+        # huggingface_hub 1.33 keeps listings: a wrong one would come back at every run.
+        (job.storage / "trees" / f"{job.commit}.json").unlink(missing_ok=True)
         root = Path(snapshot_download(job.repo, revision=job.commit, allow_patterns=names))
         absent = [name for name in chosen if not (root / name).is_file()]
         if absent:
@@ -246,22 +321,39 @@ def _check_space(job: Job, chosen: Mapping[str, Listed]) -> None:
         )
 
 
-def _verify(job: Job, root: Path, chosen: Mapping[str, Listed]) -> dict[str, dict[str, Any]]:
-    """Hashes each file once. What is not what was listed leaves the cache, so that the next run downloads it again."""
+def _hash(root: Path, chosen: Mapping[str, Listed]) -> dict[str, model_directory.Hashed]:
     total = _total(chosen)
-    hashes = model_directory.hash_files(
+    return model_directory.hash_files(
         root, list(chosen), lambda done: emit(progress={"label": "verify", "done": done, "total": total})
     )
-    bad = [name for name, entry in chosen.items() if not _as_listed(entry, hashes[name])]
-    for name in bad:
-        _remove(root / name)
-    if bad:
+
+
+def _drop_damaged(
+    job: Job,
+    root: Path,
+    chosen: Mapping[str, Listed],
+    hashes: Mapping[str, model_directory.Hashed],
+    *,
+    repairable: bool,
+) -> dict[str, Listed]:
+    """Removes from the cache what is not what was listed. Returns it, or raises IntegrityError.
+
+    With `repairable`, small files are returned, to be fetched again at once; weights are left to the next run.
+    """
+    damaged = {name: entry for name, entry in chosen.items() if not _as_listed(entry, hashes[name])}
+    for name in damaged:
+        _remove(job, root / name)
+    if repairable and all(entry.size <= model_directory.LARGEST_BLOB for entry in damaged.values()):
+        for name in damaged:
+            emit(info=f"{name} was damaged and is fetched again")
+        return damaged
+    if damaged:
         raise IntegrityError(
-            f"{', '.join(bad[:5])} of {job.repo} did not have the size or hash that the Hub lists.",
+            f"{', '.join(list(damaged)[:5])} of {job.repo} did not have the size or hash that the Hub lists.",
             why="It was damaged on the way or on the disk, and was removed from the cache.",
             cure="Run the same command again: it is downloaded anew, the rest is kept.",
         )
-    return {name: {"size": found.size, "sha256": found.sha256} for name, found in hashes.items()}
+    return {}
 
 
 def _as_listed(entry: Listed, found: model_directory.Hashed) -> bool:
@@ -272,18 +364,37 @@ def _as_listed(entry: Listed, found: model_directory.Hashed) -> bool:
     return entry.git_sha1 is None or found.git_sha1 == entry.git_sha1
 
 
-def _remove(path: Path) -> None:
-    """Both the name in the snapshot and the blob that it points to."""
-    if path.is_symlink():
-        (path.parent / os.readlink(path)).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+def _remove(job: Job, path: Path) -> None:
+    """A name in the snapshot, the blob that it points to, and so on; nothing that lies outside the cache."""
+    inside = (Path(constants.HF_HUB_CACHE).resolve(), job.storage.resolve())
+    following: Path | None = path
+    while following is not None:
+        place = following.parent.resolve() / following.name
+        if not any(place.is_relative_to(directory) for directory in inside):
+            return
+        following = place.parent / os.readlink(place) if place.is_symlink() else None
+        place.unlink(missing_ok=True)
+
+
+def drop_damaged_cached(job: Job) -> None:
+    """Removes the small files of a cached commit that are no longer what their blob's name says.
+
+    For what other libraries read from the cache without looking: the card and the metadata of a dataset.
+    """
+    found = (path for path in (job.storage / "snapshots" / job.commit).rglob("*") if path.is_symlink())
+    for path in itertools.islice(found, MOST_FILES):
+        etag = Path(os.readlink(path)).name
+        if path.is_file() and path.stat().st_size <= model_directory.LARGEST_BLOB and hub_guard.HASH.fullmatch(etag):
+            hashed = model_directory.hash_files(path.parent, [path.name], lambda _: None)[path.name]
+            if etag not in (hashed.sha256, hashed.git_sha1):
+                _remove(job, path)
 
 
 def _drop_dead_partials(job: Job, chosen: Mapping[str, Listed]) -> None:
     """Removes what a killed huggingface_hub 1.x left and never resumes: `<etag>.<8 hex>.incomplete`.
     (0.36 writes `<etag>.incomplete` and resumes it: that one stays.)"""
-    for entry in chosen.values():
-        for path in (job.storage / "blobs").glob(f"{entry.etag}.{'[0-9a-f]' * 8}.incomplete"):
+    for etag in {entry.etag for entry in chosen.values()} - {""}:
+        for path in (job.storage / "blobs").glob(f"{etag}.{'[0-9a-f]' * 8}.incomplete"):
             with suppress(FileNotFoundError):  # another download of these files removes the same
                 if time.time() - path.stat().st_mtime > DEAD_AFTER:
                     path.unlink()
@@ -307,39 +418,6 @@ def _total(chosen: Mapping[str, Listed]) -> int:
 
 def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _resume_after_reset() -> None:
-    """huggingface_hub 1.x resumes a body that ends too early (httpx.RemoteProtocolError) but not one whose connection
-    is reset (httpx.ReadError): `http_get` in file_download.py of 1.33. Make the second look like the first."""
-    if not hasattr(huggingface_hub, "set_client_factory"):
-        return
-    import httpx
-    from huggingface_hub.utils._http import default_client_factory
-
-    class Body(httpx.SyncByteStream):
-        def __init__(self, body: httpx.SyncByteStream) -> None:
-            self._body = body
-
-        def __iter__(self) -> Iterator[bytes]:
-            try:
-                yield from self._body
-            except httpx.ReadError as error:
-                raise httpx.RemoteProtocolError(str(error)) from error
-
-        def close(self) -> None:
-            self._body.close()
-
-    def wrap(response: httpx.Response) -> None:
-        if isinstance(response.stream, httpx.SyncByteStream):
-            response.stream = Body(response.stream)
-
-    def client() -> httpx.Client:
-        made = default_client_factory()
-        made.event_hooks["response"].append(wrap)
-        return made
-
-    huggingface_hub.set_client_factory(client)
 
 
 def _clean_logs() -> None:
@@ -368,21 +446,31 @@ def main(arguments: str) -> int:
     job = Job(**{**asked, "waits": tuple(asked.get("waits", ()))})
     # Threads of huggingface_hub can't be stopped, so an interrupt ends the process at once.
     signal.signal(signal.SIGINT, lambda *_: _end(130))
-    return report(lambda: JOBS[job.job](job), job.kind, job.repo, job.revision)
+    return report(lambda: JOBS[job.job](job), job.kind, job.repo, job.revision, job.limit)
 
 
-def report(work: Callable[[], dict[str, Any]], kind: str, repo: str, revision: str | None) -> int:
-    """Emits the result of `work` or its error, translated. The traceback goes to the log, without secrets."""
+def report(
+    work: Callable[[], dict[str, Any]], kind: str, repo: str, revision: str | None, limit: float = Job.limit
+) -> int:
+    """Emits the result of `work` or its error, translated. The traceback goes to the log, without secrets.
+
+    `limit`: seconds that `work` may take as long as it does not begin or end the deadline itself.
+    """
     _clean_logs()
-    _resume_after_reset()
+    hub_guard.install()
+    DEADLINE.begin(limit, stop=_end)
     try:
         emit(result=work())
         return 0
     except Exception as error:
-        print(clean(traceback.format_exc()), file=sys.stderr)
+        DEADLINE.begin(limit)  # for the questions that a good message needs
+        with suppress(OSError):  # a disk that is full
+            print(clean(traceback.format_exc()), file=sys.stderr)
         told: BuilderError = translate(error, kind, repo, revision)
         emit_error(type(told)(clean(told.what), why=clean(told.why), cure=clean(told.cure)))
         return told.exit_code
+    finally:
+        DEADLINE.end()
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ import datasets
 
 from builder.calibrate import Rows, collect, dump
 from builder.errors import UnsupportedError, UsageError
-from builder.hub import report
-from builder.hub_errors import endpoint, gated, patiently
+from builder.hub import Job, drop_damaged_cached, report
+from builder.hub_errors import gated, patiently
+from builder.hub_guard import DEADLINE, endpoint
 from builder.process import emit
 
 
 def rows(job: dict[str, Any]) -> dict[str, Any]:
     """Writes the first usable rows to job["file"]: {"unusable": {row number: reason}}."""
     datasets.disable_progress_bars()
+    drop_damaged_cached(Job("rows", job["repo"], commit=job["commit"], kind="dataset"))
     found: Rows = patiently(lambda: collect(_numbered(job), job["samples"], job["column"]), job["waits"])
     Path(job["file"]).write_bytes(dump(found.usable))
     return {"unusable": found.unusable}
@@ -32,6 +34,7 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
 
 def _numbered(job: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, row in enumerate(_stream(job), 1):
+        DEADLINE.begin(job["limit"])  # for each row: a large file may have to come before the first
         emit(progress={"label": "rows", "done": number - 1, "total": job["samples"]})
         yield number, row
 
@@ -80,7 +83,7 @@ def main(arguments: str) -> int:
     """Runs the job; errors are events too; the exit code is theirs."""
     job = json.loads(arguments)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    return report(lambda: rows(job), "dataset", job["repo"], job["revision"])
+    return report(lambda: rows(job), "dataset", job["repo"], job["revision"], job["limit"])
 
 
 if __name__ == "__main__":

@@ -9,20 +9,25 @@ from __future__ import annotations
 import difflib
 import email.utils
 import errno
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, errors, get_token
 
 from builder.errors import BuilderError, IntegrityError, StageError, UsageError
+from builder.hub_guard import DEADLINE, endpoint
 from builder.process import emit
+from builder.safe_text import SHORTEST_SECRET, without_secrets
 
 T = TypeVar("T")
 PASSING = (408, 429, 500, 502, 503, 504)
 # Seconds in all that a rate limit may make us wait; the Hub's windows are five minutes long.
 RATE_LIMIT_PATIENCE = 900.0
+RATE_LIMIT_TRIES = 20  # in a row, however short the waits are that it asks for
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3")
 
@@ -32,18 +37,18 @@ def patiently(call: Callable[[], T], waits: Sequence[float], progress: Callable[
 
     `waits`: seconds before each repetition in a row; bytes that `progress` counts begin a new row.
     """
-    left, limited, before = list(waits), 0.0, progress()
+    left, limited, tries, before = list(waits), 0.0, 0, progress()
     while True:
         try:
             return call()
         except Exception as error:
             if (now := progress()) > before:
-                left, before = list(waits), now
+                left, tries, before = list(waits), 0, now
             status = status_of(error)
-            if status == 429:
-                pause = _retry_after(error)
-                limited += pause
-                if limited > RATE_LIMIT_PATIENCE:
+            if status == 429 and (asked := _retry_after(error)) is not None:
+                pause = asked
+                limited, tries = limited + pause, tries + 1
+                if limited > RATE_LIMIT_PATIENCE or tries > RATE_LIMIT_TRIES:
                     raise
                 why = "The Hub limits the rate"
             elif left and _passes(error, status):
@@ -52,6 +57,7 @@ def patiently(call: Callable[[], T], waits: Sequence[float], progress: Callable[
             else:
                 raise
         emit(info=clean(f"{why}; trying again in {pause:g} s."))
+        DEADLINE.extend(pause)
         time.sleep(pause)
 
 
@@ -90,8 +96,9 @@ def _by_status(error: BaseException, kind: str, repo: str) -> BuilderError:
     if status in (401, 403):
         return _refused(kind, repo, status)
     if status == 429:
+        asked = _retry_after(error)
         return StageError(
-            f"The Hub limits the rate and asks to wait {_retry_after(error):.0f} s more.",
+            "The Hub limits the rate" + (f" and asks to wait {asked:.0f} s more." if asked else "."),
             why="Requests without a token have the smallest allowance." if not _token() else "",
             cure="Try again later" + ("." if _token() else ", or export HF_TOKEN=... of any account."),
         )
@@ -109,6 +116,12 @@ def _by_status(error: BaseException, kind: str, repo: str) -> BuilderError:
             why=_last(error),
             cure="Check the network and HF_ENDPOINT; with the files cached already, export HF_HUB_OFFLINE=1",
         )
+    if isinstance(error, (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError)):
+        return StageError(
+            f"The answer of the Hub at {endpoint()} for {kind} {repo} can't be understood.",
+            why=f"{_last(error)} (huggingface_hub reading it)",
+            cure="Check HF_ENDPOINT and the proxy; if it is the Hub itself, try again later.",
+        )
     return StageError(f"Reading {kind} {repo} from the Hub failed.", why=clean(f"{type(error).__name__}: {error}"))
 
 
@@ -116,11 +129,6 @@ def status_of(error: BaseException) -> int | None:
     """The HTTP status at the bottom of it, if there was an answer at all."""
     response = _response(error)
     return None if response is None else int(response.status_code)
-
-
-def endpoint() -> str:
-    """The Hub's address without the user and password that a mirror's address may hold."""
-    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
 
 
 def _token() -> str | None:
@@ -131,10 +139,10 @@ def _token() -> str | None:
 
 
 def clean(text: str) -> str:
-    """`text` without the token and without addresses' passwords, whatever it quotes."""
-    token = _token()
-    text = text.replace(token, "[token]") if token else text
-    return re.sub(r"//[^/@\s]*@", "//", text)
+    """`text` without the token and other secrets, whatever it quotes."""
+    token = _token()  # which may come from a file
+    text = text.replace(token, "***") if token and len(token) >= SHORTEST_SECRET else text
+    return without_secrets(text)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -151,23 +159,28 @@ def _response(error: BaseException) -> Any:
 def _passes(error: BaseException, status: int | None) -> bool:
     if status is not None:
         return status in PASSING
-    if any(isinstance(e, errors.OfflineModeIsEnabled) for e in _chain(error)):
+    # What came is no JSON; requests' error for that is one of its connection errors.
+    if any(isinstance(e, (errors.OfflineModeIsEnabled, json.JSONDecodeError, BuilderError)) for e in _chain(error)):
         return False
     broken = (isinstance(e, ConnectionError) or type(e).__module__.split(".")[0] in _TRANSPORTS for e in _chain(error))
     return any(broken) or "Consistency check failed" in str(error)
 
 
-def _retry_after(error: BaseException) -> float:
-    """Seconds that a 429 asks for: Retry-After as seconds or a date (RFC 9110), or the Hub's `ratelimit: ...;t=55`."""
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds that a 429 asks for: Retry-After as seconds or a date (RFC 9110), or the Hub's `ratelimit: ...;t=55`.
+    None where it asks for nothing that can be understood."""
     headers = _response(error).headers
-    asked = headers.get("Retry-After", "")
-    if asked.strip().isdigit():
-        return max(1.0, float(asked))
-    if asked:
-        date = email.utils.parsedate_to_datetime(asked)
-        return max(1.0, date.timestamp() - time.time())
-    window = re.search(r"\bt=(\d+)", headers.get("ratelimit", ""))
-    return max(1.0, float(window[1])) if window else 30.0
+    asked = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"[0-9]+", asked):
+        return _bounded(float(asked))
+    with suppress(ValueError, TypeError, OverflowError):
+        return _bounded(email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+    window = re.search(r"\bt=([0-9]+)", headers.get("ratelimit", ""))
+    return _bounded(float(window[1])) if window else None
+
+
+def _bounded(seconds: float) -> float:
+    return min(max(1.0, seconds), 1e7)
 
 
 def _last(error: BaseException) -> str:
@@ -222,12 +235,12 @@ def _similar(kind: str, repo: str) -> list[str]:
     api = HfApi()
     search = api.list_models if kind == "model" else api.list_datasets
     try:
-        found = [r.id for r in search(search=name, limit=20)]
+        found = [str(r.id) for r in search(search=name, limit=20)]
         if not found and owner:
-            found = [r.id for r in search(author=owner, limit=200)]
+            found = [str(r.id) for r in search(author=owner, limit=200)]
     except Exception:
         return []
-    return difflib.get_close_matches(repo, found, n=3, cutoff=0.3)
+    return difflib.get_close_matches(repo, [i for i in found if len(i) <= 96], n=3, cutoff=0.3)
 
 
 def _no_revision(kind: str, repo: str, revision: str | None) -> BuilderError:

@@ -1,29 +1,26 @@
 """The LLM arguments that a recipe comes to for Triton's llmapi model, each with its reason and source. Pure.
 
-Version facts are data (llmapi_facts.py). What the LLM class would silently rewrite, filter or ignore is settled here.
-Files named in sources are NVIDIA/TensorRT-LLM's.
+Version facts are data (llmapi_facts.py). What the LLM class would silently rewrite, filter or ignore is settled in
+llmapi_settle.py; what a user should know of it is in llmapi_notes.py. Files named in sources are NVIDIA/TensorRT-LLM's.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from builder import llmapi_facts, ranks, recipe, trtllm
+from builder import llmapi_facts, llmapi_lora, ranks, recipe, trtllm
 from builder.checkpoint import head_size
 from builder.errors import IntegrityError, UnsupportedError, UsageError
-from builder.llmapi_facts import Facts
+from builder.llmapi_notes import notes
+from builder.llmapi_settle import ARGS, ASKED, EXECUTOR, Argument, Subject, settle
 from builder.quantize.modelopt import gpus
 from builder.store import library_versions
-from builder.trtllm import Note
 
+__all__ = ["Argument", "Subject", "check_machine", "check_model", "notes", "resolve", "settle", "tree"]
 TOKENS_PER_BLOCK = 32
-ARGS = "tensorrt_llm/llmapi/llm_args.py"
-EXECUTOR = "tensorrt_llm/_torch/pyexecutor"
 DTYPES = ("bfloat16", "float16")
 # Arguments that have a key of their own in the recipe.
 SAID = {
@@ -50,28 +47,6 @@ UNUSED = (
 )
 
 
-@dataclass(frozen=True)
-class Argument:
-    """One LLM argument by its dotted name, its value as YAML holds it, why, and who says so."""
-
-    name: str
-    value: Any
-    reason: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What the rules look at besides the arguments."""
-
-    facts: Facts
-    sm: int | None
-    experts: int = 0
-    fp8_kv: bool = True
-    head_size: int | None = None
-    fmha_head_sizes: tuple[int, ...] = field(default=())
-
-
 def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Argument]:
     """The arguments for this recipe, GPU and model (its config.json). UsageError, UnsupportedError as in trtllm.py."""
     asked = resolved.recipe
@@ -85,47 +60,8 @@ def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[
     arguments = {argument.name: argument for argument in _derived(subject, resolved, model_config)}
     for name, value in own.items():
         if name not in SAID:
-            arguments[name] = Argument(name, value, "asked for", "recipe")
+            arguments[name] = Argument(name, value, ASKED, "recipe")
     return list(settle(subject, arguments).values())
-
-
-def settle(subject: Subject, arguments: Mapping[str, Argument]) -> dict[str, Argument]:
-    """The arguments as the LLM class would end up with them, each change with its source. Idempotent.
-
-    UsageError, UnsupportedError for what it would refuse late, or would take and not heed.
-    """
-    settled = dict(arguments)
-    _refuse(subject, settled)
-    _graphs(settled)
-    _sizes(settled)
-    _scheduler(settled)
-    return settled
-
-
-def notes(resolved: recipe.Resolved, arguments: Sequence[Argument]) -> list[Note]:
-    """What is left to know about them."""
-    values = {argument.name: argument.value for argument in arguments}
-    facts = llmapi_facts.load(resolved.recipe.engine.tensorrt_llm)
-    found = [
-        Note("llmapi", f"No release of TensorRT-LLM could be read, only states of its main branch: {facts.source}."),
-        Note("llmapi", "A prompt is refused by the served model when it is longer than max_input_len; the PyTorch "
-             "backend itself looks at max_num_tokens and max_seq_len alone."),
-        Note("llmapi", "Code that comes with a model would be loaded by the PyTorch backend without being asked "
-             f"({EXECUTOR}/model_loader.py); the checkpoint holds none unless --trust-remote-code put it there."),
-    ]  # fmt: skip
-    if not facts.penalties:
-        found.append(Note("llmapi", f"The sampler of TensorRT-LLM {facts.version} heeds no repetition, presence or "
-                          "frequency penalty; the served model refuses them."))  # fmt: skip
-    if facts.images is None:
-        text = f"No Triton image with TensorRT-LLM {facts.version} is known: it must be installed for Triton's Python."
-        found.append(Note("llmapi", text))
-    graphs = "CUDA graphs (up to 200 MB each), " if "cuda_graph_config" not in values else ""
-    found.append(
-        Note("llmapi", f"The estimate of memory leaves out {graphs}the autotuner's and NCCL's buffers ({ARGS}).")
-    )
-    if (world := resolved.recipe.engine.world_size) > 1:
-        found.append(Note("llmapi", f"One server starts {world} ranks by MPI_Comm_spawn: no mpirun around it."))
-    return [*found, *(Note("GPU profile", text) for text in resolved.gpu.notes if "engine.flags" not in text)]
 
 
 def tree(arguments: Sequence[Argument]) -> dict[str, Any]:
@@ -211,11 +147,13 @@ def check_model(resolved: recipe.Resolved, config: Mapping[str, Any]) -> None:
         )
     engine = resolved.recipe.engine
     ranks.check(config, engine.tp, engine.pp, inputs=ranks.GEMM_INPUTS)
+    llmapi_lora.check(_flatten(resolved.recipe.llmapi.args))
     if subject.fp8_kv and subject.fmha_head_sizes and subject.head_size not in subject.fmha_head_sizes:
         raise UnsupportedError(
-            f"sm{subject.sm} has no attention kernel for heads of {subject.head_size} with an FP8 KV cache, only for "
-            f"{', '.join(map(str, subject.fmha_head_sizes))} (NVIDIA/TensorRT-LLM #17911).",
-            why="The PyTorch backend calls the attention operator that engines call, with context FMHA always on.",
+            f"sm{subject.sm} has no fused attention kernel for heads of {subject.head_size} with an FP8 KV cache, only "
+            f"for {', '.join(map(str, subject.fmha_head_sizes))}.",
+            why="TensorRT-LLM would not refuse it: it falls back to unfused attention over the whole context, which "
+            "asked for a workspace of about 626 GB on an RTX 5090 (NVIDIA/TensorRT-LLM #17911, 1.3.0rc23; closed).",
             cure="--kv-cache-dtype auto, or a card of another architecture.",
         )
 
@@ -226,6 +164,13 @@ def _check_said_once(resolved: recipe.Resolved, own: Mapping[str, Any]) -> None:
     for name in own.keys() & SAID.keys():
         said = values[SAID[name]]
         same = str(said).lower() == str(own[name]).lower() if isinstance(own[name], str) else said == own[name]
+        if not same and name == "kv_cache_config.dtype" and own[name] not in ("auto", "fp8"):
+            raise UnsupportedError(
+                f"kv_cache_config.dtype {own[name]} does not agree with the checkpoint, whose KV cache is {said}.",
+                why=f"{EXECUTOR}/model_loader.py, validate_and_set_kv_cache_quant, ends in a RuntimeError; the "
+                "checkpoints made here have an FP8 cache or the model's own type.",
+                cure="Leave it out. --kv-cache-dtype chooses between the two.",
+            )
         if not same:
             value = str(own[name]).lower() if isinstance(own[name], (bool, str)) else own[name]
             raise UsageError(
@@ -264,6 +209,10 @@ def _derived(subject: Subject, resolved: recipe.Resolved, config: Mapping[str, A
                  f"{ARGS}: usually a net win; off by default"),
         Argument("trust_remote_code", asked.model.trust_remote_code, *_from(resolved, "model.trust_remote_code")),
     ]  # fmt: skip
+    if subject.facts.takes("telemetry_config.disabled"):
+        reason = "off here: the class sends NVIDIA usage data by default (GPU, CPU, architecture, these values)"
+        source = "tensorrt_llm/usage/usage_lib.py@03fa4799; PR #12384"
+        found.append(Argument("telemetry_config.disabled", True, reason, source))
     if subject.experts:
         found.append(Argument("moe_config.backend", "CUTLASS", "the one that runs NVFP4 experts on every card; "
                               "its default changed from CUTLASS to AUTO", f"{ARGS}, MoeConfig"))  # fmt: skip
@@ -305,87 +254,3 @@ def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _put(settled: dict[str, Argument], name: str, value: Any, reason: str, source: str) -> None:
-    if name not in settled or settled[name].value != value:
-        settled[name] = Argument(name, value, reason, source)
-
-
-def _refuse(subject: Subject, settled: Mapping[str, Argument]) -> None:
-    values = {name: argument.value for name, argument in settled.items()}
-    if values["max_batch_size"] > values["max_num_tokens"]:
-        raise UsageError(
-            f"max_batch_size {values['max_batch_size']} is more than max_num_tokens {values['max_num_tokens']}: each "
-            "sequence takes a token of an iteration.",
-            why=f"Upstream only warns ({ARGS}, validate_runtime_args).",
-            cure=f"--max-batch-size {values['max_num_tokens']}, or a larger --max-num-tokens.",
-        )
-    cache = values.get("kv_cache_config.max_tokens")
-    if cache is not None and cache < values["max_seq_len"]:
-        raise UsageError(
-            f"kv_cache_config.max_tokens {cache} has no room for one sequence of max_seq_len {values['max_seq_len']}.",
-            cure=f"--max-seq-len {cache}, or a larger cache.",
-        )
-    graphs = values.get("cuda_graph_config.batch_sizes"), settled.get("cuda_graph_config.max_batch_size")
-    if graphs[0] and graphs[1] and graphs[1].reason == "asked for" and graphs[1].value != max(graphs[0]):
-        raise UsageError(
-            "cuda_graph_config.batch_sizes and max_batch_size contradict each other.",
-            why=f"{ARGS}, CudaGraphConfig: given both, they must agree.",
-            cure="Leave out one of the two.",
-        )
-    _refuse_moe(subject, values)
-
-
-def _refuse_moe(subject: Subject, values: Mapping[str, Any]) -> None:
-    asked = [name for name in values if name.startswith(("moe_config.", "moe_"))]
-    if asked and not subject.experts:
-        raise UsageError(
-            f"{asked[0]} is for models with experts, and this one has none.", cure=f"Leave {asked[0]} out."
-        )
-    limit = subject.facts.trtllm_moe_below_sm
-    if values.get("moe_config.backend") == "TRTLLM" and subject.sm is not None and subject.sm >= limit:
-        raise UnsupportedError(
-            f"The TRTLLM backend for experts does not run on sm{subject.sm}.",
-            why="TRTLLMGenFusedMoE refuses SM120 and above (NVIDIA/TensorRT-LLM #8474).",
-            cure="Leave moe_config.backend out: CUTLASS.",
-        )
-    parts = [values.get(f"moe_{kind}_parallel_size") for kind in ("tensor", "expert")]
-    given = [part for part in parts if part]
-    whole = values["tensor_parallel_size"]
-    if given and (whole % math.prod(given) if len(given) == 1 else math.prod(given) != whole):
-        raise UsageError(
-            f"moe_tensor_parallel_size times moe_expert_parallel_size must be {whole}, the tensor parallel size.",
-            why="tensorrt_llm/mapping.py refuses any other product.",
-            cure="Leave out one of the two.",
-        )
-
-
-def _graphs(settled: dict[str, Argument]) -> None:
-    """cuda_graph_config: null turns them off; sizes beyond the largest batch are dropped upstream without a word."""
-    if "cuda_graph_config" in settled:
-        for name in [name for name in settled if name.startswith("cuda_graph_config.")]:
-            del settled[name]
-        return
-    source = f"{EXECUTOR}/model_engine.py, _filter_cuda_graph_batch_sizes"
-    most = settled["max_batch_size"].value
-    sizes, largest = "cuda_graph_config.batch_sizes", "cuda_graph_config.max_batch_size"
-    if settled.get(sizes) and settled[sizes].value:
-        settled.pop(largest, None)
-        kept = sorted({n for n in settled[sizes].value if n <= most}) or [most]
-        _put(settled, sizes, kept, f"sorted; no batch is larger than {most}", source)
-    elif not 0 < settled[largest].value <= most:
-        _put(settled, largest, most, "every batch that can come, and none is larger", source)
-
-
-def _sizes(settled: dict[str, Argument]) -> None:
-    prompt = settled["max_input_len"].value
-    if not settled["enable_chunked_prefill"].value and settled["max_num_tokens"].value < prompt:
-        source = "tensorrt_llm/llmapi/llm.py: a longer prompt is refused when it comes"
-        _put(settled, "max_num_tokens", prompt, "without chunked prefill a prompt goes in at once", source)
-
-
-def _scheduler(settled: dict[str, Argument]) -> None:
-    if settled["pipeline_parallel_size"].value > 1:
-        reason = "pipeline stages have a loop of their own, whatever is asked"
-        _put(settled, "disable_overlap_scheduler", True, reason, f"{EXECUTOR}/py_executor.py, _executor_loop_pp")

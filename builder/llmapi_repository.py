@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from builder import llmapi, llmapi_facts, paths, repository
+from builder import llmapi, llmapi_facts, llmapi_lora, paths, repository
 from builder.checkpoint import Checkpoint, read_json
 from builder.errors import IntegrityError
 from builder.fetch import Snapshot
@@ -31,13 +31,16 @@ def render(
     checkpoint: Checkpoint, snapshot: Snapshot, arguments: Sequence[Argument], resolved: Resolved, *, store: Store
 ) -> Repository:
     """The model repository that serves this checkpoint's Hugging Face layout."""
+    adapters = llmapi_lora.digests({argument.name: argument.value for argument in arguments})
     ingredients = {
         "target": "llmapi",
         "checkpoint": checkpoint.digest,
         "checkpoint_path": str(checkpoint.unified.resolve()),
         "snapshot": snapshot.digest,
         "arguments": llmapi.tree(arguments),
+        **({"adapters": adapters} if adapters else {}),
         "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
+        "penalties": llmapi_facts.load(resolved.recipe.engine.tensorrt_llm).penalties,
         "part": resolved.recipe.repository.model_dump(mode="json"),
         "libraries": library_versions("jinja2", "pyyaml"),
         "sources": sources_digest(
@@ -48,6 +51,7 @@ def render(
 
     def make(directory: Path) -> Mapping[str, Any]:
         facts = write(directory / "models", checkpoint.unified.resolve(), snapshot.path, arguments, resolved)
+        snapshot.source.check_unchanged()  # the tokenizer is copied from it
         return {**facts, "arguments": [vars(argument) for argument in arguments]}
 
     artefact = store.stage("repository", ingredients, make)
@@ -67,6 +71,7 @@ def write(
     switches = {"exclude_input_in_output": part.exclude_input_in_output, "penalties": facts.penalties}
     parameters = {name: str(value).lower() for name, value in switches.items()}
     parameters["vocab_size"] = str(read_json(unified / "config.json")["vocab_size"])
+    parameters["end_ids"] = json.dumps(repository.special_ids(snapshot, part.end_ids)["end_ids"])
     parameters["tensorrt_llm"] = resolved.recipe.engine.tensorrt_llm  # guards.py compares it
     values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
     directory = models / MODEL / "1"
@@ -110,7 +115,7 @@ def _facts(
     A decoupled model takes no `infer` (Triton answers 501), one that is not can't stream.
     """
     part = resolved.recipe.repository
-    ids = repository.special_ids(snapshot)
+    ids = repository.special_ids(snapshot, part.end_ids)
     return {
         "target": "llmapi",
         "models": {"generate": MODEL, ("stream" if part.decoupled else "infer"): MODEL},

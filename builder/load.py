@@ -21,10 +21,13 @@ from builder.output import Output
 from builder.store import Artefact, Store, root_of
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from builder.client import Client
     from builder.repository import Repository
 
 STAGE = "load"
+REQUESTS = 32  # of a level, where --requests does not say so
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Asked:
     """What is measured: `clients` are the levels; each asks `requests` in all, of so many tokens in and out."""
 
     clients: tuple[int, ...] = (1, 4, 16)
-    requests: int = 32
+    requests: int = REQUESTS
     input_tokens: int = 128
     output_tokens: int = 32
 
@@ -50,6 +53,8 @@ class Spread:
 class Level:
     """What so many `clients` saw together: answered and failed requests, output tokens a second of them all.
 
+    Tokens are counted: the answers, encoded by the served tokenizer. That may be a few less than were generated, where
+    the tokenizer has one token for what came as two. `shortest` and `longest` are the answers' tokens.
     Of what streams: `first` is the time to the first piece, `token` that of each token after it. `whole` is to the end.
     """
 
@@ -62,6 +67,8 @@ class Level:
     first: Spread | None = None
     token: Spread | None = None
     why: str = ""
+    shortest: int = 0
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,10 +92,16 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class _Answer:
-    """Seconds since the request was sent, of each piece; or why there is none."""
+    """Seconds since the request was sent, of each piece, and the text of them all; or why there is none."""
 
     pieces: Sequence[float] = ()
+    text: str = ""
     why: str = ""
+
+
+def enough(clients: Sequence[int]) -> int:
+    """Requests of each level that keep its clients busy: 32, or two for each client of the largest."""
+    return max(REQUESTS, *(2 * number for number in clients))
 
 
 def check(asked: Asked, facts: Mapping[str, Any]) -> None:
@@ -96,6 +109,12 @@ def check(asked: Asked, facts: Mapping[str, Any]) -> None:
     for name, value in (("requests", asked.requests), *(("clients", clients) for clients in asked.clients)):
         if value < 1:
             raise UsageError(f"{value} {name} are none.", cure=f"Say at least one: --{name} 1")
+    idle = [clients for clients in asked.clients if clients > asked.requests]
+    if idle:
+        raise UsageError(
+            f"{asked.requests} requests can't keep {max(idle)} clients busy: there are never more at once.",
+            cure=f"--requests {2 * max(idle)}, so that each client has some.",
+        )
     if asked.input_tokens < 1 or asked.output_tokens < 1:
         raise UsageError("A prompt and an answer have a token at least.", cure="--input-tokens 128 --output-tokens 32")
     room = min(facts["max_input_len"], facts["max_seq_len"] - asked.output_tokens)
@@ -116,6 +135,11 @@ def load(
     client = Client.of(http_url, grpc_url, repository.facts, timeout)
     count = asked.requests + max(asked.clients)  # some to warm up with
     # A server that runs on may know the prompts of the last measurement.
+    tokenizer = _tokenizer(repository)
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
     prompts = texts(repository, asked.input_tokens, count * len(asked.clients), begin=str(time.time_ns()))
     levels: list[Level] = []
     with out.progress("load", total=asked.requests * len(asked.clients), unit="requests") as bar:
@@ -126,16 +150,15 @@ def load(
             def tell(done: int, before: int = number * asked.requests) -> None:
                 bar.update(before + done)
 
-            levels.append(_level(client, clients, mine, asked, tell, streams=bool(repository.facts["decoupled"])))
+            streams = bool(repository.facts["decoupled"])
+            levels.append(_level(client, clients, mine, asked, tell, count_tokens, streams=streams))
     return LoadReport(asked, tuple(levels))
 
 
 def texts(repository: Repository, tokens: int, count: int, *, begin: str) -> list[str]:
     """So many prompts of `tokens` tokens (a few less where a cut makes other tokens), each with another beginning:
     its number and `begin`."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(_tokenizer(repository)))
+    tokenizer = _tokenizer(repository)
     rows = paths.data("configs", "calibration", "python-docs.jsonl").read_text(encoding="utf-8").splitlines()
     words = " ".join(json.loads(row).get("text", "") for row in rows).split()
     special = len(tokenizer.encode("").ids)
@@ -162,7 +185,9 @@ def keep(repository: Repository, report: LoadReport, out: Output) -> Path | None
         return told
 
     try:
-        made: Artefact = Store(root, Output("quiet")).stage(STAGE, ingredients, make)
+        store = Store(root, Output("quiet"))
+        with store.in_use():
+            made: Artefact = store.stage(STAGE, ingredients, make)
     except (BuilderError, OSError) as error:  # as where it is mounted read-only for those who serve
         out.warn(f"What was measured is not kept in {root}: {error}")
         return None
@@ -189,6 +214,10 @@ def show(report: LoadReport, out: Output) -> None:
     for level in report.levels:
         if level.failed:
             out.warn(f"{level.failed} of {level.clients} at once failed; the first: {level.why}")
+        if level.shortest < asked.output_tokens // 2:
+            out.warn(
+                f"{level.clients} at once: the shortest answer has {level.shortest} tokens, not {asked.output_tokens}"
+            )
 
 
 def spread_words(spread: Spread | None) -> str:
@@ -198,11 +227,16 @@ def spread_words(spread: Spread | None) -> str:
     return " / ".join(f"{1000 * value:,.1f}" for value in (spread.p50, spread.p90, spread.p99)) + " ms"
 
 
-def _tokenizer(repository: Repository) -> Path:
+def _tokenizer(repository: Repository) -> Tokenizer:
+    from tokenizers import Tokenizer
+
     facts = repository.facts
-    if "tokenizer_dir" in facts:
-        return repository.models / str(facts["tokenizer_dir"]) / "tokenizer.json"
-    return Path(facts["checkpoint"]) / "tokenizer.json"
+    inside = "tokenizer_dir" in facts
+    directory = repository.models / str(facts["tokenizer_dir"]) if inside else Path(facts["checkpoint"])
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_truncation()  # as the served model does
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _level(
@@ -211,6 +245,7 @@ def _level(
     prompts: Sequence[str],
     asked: Asked,
     tell: Callable[[int], None],
+    count_tokens: Callable[[str], int],
     *,
     streams: bool,
 ) -> Level:
@@ -232,17 +267,20 @@ def _level(
         raise ServingError(
             f"With {clients} requests at once none was answered.", why=why, cure="builder smoke REPOSITORY"
         )
-    after = asked.output_tokens - 1
+    counts = [count_tokens(answer.text) for answer in good]
+    after = [(a.pieces[-1] - a.pieces[0]) / (n - 1) for a, n in zip(good, counts, strict=True) if n > 1]
     return Level(
         clients=clients,
         answered=len(good),
         failed=len(answers) - len(good),
         seconds=round(took, 4),
-        tokens_per_second=round(len(good) * asked.output_tokens / took, 3),
+        tokens_per_second=round(sum(counts) / took, 3),
         whole=_spread([answer.pieces[-1] for answer in good]),
         first=_spread([answer.pieces[0] for answer in good]) if streams else None,
-        token=_spread([(a.pieces[-1] - a.pieces[0]) / after for a in good]) if streams and after else None,
+        token=_spread(after) if streams and after else None,
         why=why,
+        shortest=min(counts),
+        longest=max(counts),
     )
 
 
@@ -251,22 +289,26 @@ def _ask(client: Client, prompt: str, tokens: int, *, streams: bool) -> _Answer:
 
     ask = Ask(prompt, tokens, {"min_tokens": tokens})  # the end token is forbidden until then
     times: list[float] = []
+    texts: list[str] = []
 
     def now() -> None:
         times.append(time.perf_counter())
 
     try:
         if streams:
-            for _ in client.grpc_pieces(ask, sent=now):
+            for piece in client.grpc_pieces(ask, sent=now):
                 now()
+                texts.append(piece)
         else:
             now()
-            client.http_generate(ask)
+            texts.append(client.http_generate(ask).text)
             now()
     except (Refused, Stalled) as error:
         return _Answer(why=str(error).splitlines()[0])
     sent, *pieces = times
-    return _Answer([piece - sent for piece in pieces]) if pieces else _Answer(why="an answer without a piece")
+    if not pieces:
+        return _Answer(why="an answer without a piece")
+    return _Answer([piece - sent for piece in pieces], "".join(texts))
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from builder import config_values, quantization_signs
 from builder.errors import IntegrityError, UnsupportedError, UsageError
+from builder.foreign_text import parse_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -40,7 +41,6 @@ CAUSAL = ("ForCausalLM", "LMHeadModel")
 LFS_POINTER = b"version https://git-lfs"
 HASH_CHUNK = 1 << 23  # bytes
 LARGEST_BLOB = 1 << 24  # bytes; the Hub takes at most 10 MB outside LFS
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 
 def wanted(names: Collection[str], shards: Collection[str] | None, *, remote_code: bool) -> list[str]:
@@ -52,7 +52,12 @@ def wanted(names: Collection[str], shards: Collection[str] | None, *, remote_cod
 
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of a model directory that its tokenizer is made of."""
-    return [directory / name for name in sorted(_matching([path.name for path in directory.iterdir()], TOKENIZER))]
+    return [directory / name for name in tokenizer_names([path.name for path in directory.iterdir()])]
+
+
+def tokenizer_names(names: Collection[str]) -> list[str]:
+    """Those of these file names that a tokenizer is made of."""
+    return sorted(_matching(names, TOKENIZER))
 
 
 def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
@@ -60,7 +65,8 @@ def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
 
 
 def check_names(names: Collection[str], where: str) -> None:
-    """UsageError or UnsupportedError unless config.json, safetensors weights and tokenizer.json are among `names`."""
+    """UsageError or UnsupportedError unless config.json, safetensors weights and tokenizer.json are among `names`, or
+    if a quantizer's file is."""
     if CONFIG not in names:
         raise UsageError(
             f"{where} has no config.json.",
@@ -69,6 +75,7 @@ def check_names(names: Collection[str], where: str) -> None:
         )
     if WEIGHTS not in names and INDEX not in names:
         raise _no_weights(names, where)
+    quantization_signs.check_names(names, where)
     if "tokenizer.json" not in names:
         raise UnsupportedError(
             f"{where} has no tokenizer.json.",
@@ -99,7 +106,7 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
 def parse_config(text: bytes, where: str) -> dict[str, Any]:
     """config.json as a mapping."""
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except ValueError as error:
         raise UsageError(f"{where}/{CONFIG} is no JSON.", why=str(error), cure="Save the model again.") from None
     if not isinstance(config, dict):
@@ -108,9 +115,10 @@ def parse_config(text: bytes, where: str) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
-    """Raises UnsupportedError unless this is an unquantized causal LM whose code transformers brings itself."""
-    architectures = config.get("architectures") or []
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    """Raises UnsupportedError unless this is an unquantized causal LM whose code transformers brings itself, UsageError
+    for values that no model can have."""
+    config_values.check(config, where)
+    name = (config.get("architectures") or [""])[0]
     if not name.endswith(CAUSAL) or config.get("is_encoder_decoder"):
         raise UnsupportedError(
             f"{where} is no causal language model.",
@@ -118,14 +126,7 @@ def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bo
             f"{' or '.join(CAUSAL)} and has no encoder.",
             cure="Give a decoder-only text model, like Qwen/Qwen3-8B.",
         )
-    quantized = config.get("quantization_config") or config.get("compression_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else "unknown"
-        raise UnsupportedError(
-            f"{where} is quantized already ({method}).",
-            why="NVFP4 values are computed from the original weights; a second rounding on top would only lose more.",
-            cure="Give the BF16 model that it was made from.",
-        )
+    quantization_signs.check_config(config, where)
     if needs_remote_code(config) and not trust_remote_code:
         raise UnsupportedError(
             f"{where} needs its own Python code (auto_map in config.json).",
@@ -146,17 +147,32 @@ def needs_remote_code(config: Mapping[str, Any]) -> bool:
     return not (Path(spec.origin).parent / "models" / model_type).is_dir()
 
 
-def shards_of(index: bytes, names: Collection[str], where: str) -> list[str]:
-    """The shard names of model.safetensors.index.json. IntegrityError if one is missing or is no plain file name."""
+def index_of(index: bytes, where: str) -> dict[str, str]:
+    """{tensor: file} of model.safetensors.index.json. IntegrityError if it is no such index."""
     try:
-        shards = sorted({str(name) for name in json.loads(index)["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = parse_json(index)["weight_map"]
+        if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError("weight_map is no mapping of tensors to files")
+    except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
             f"{where}/{INDEX} is no index of safetensors.", why=repr(error), cure="Fetch or save the model again."
         ) from None
-    strange = [name for name in shards if "/" in name or "\\" in name or not name.endswith(".safetensors")]
-    if strange or not shards:
-        raise IntegrityError(f"{where}/{INDEX} names strange files: {strange[:3]}.", cure="Do not use this model.")
+    strange = sorted({n for n in found.values() if "/" in n or "\\" in n or not n.endswith(".safetensors")})
+    if strange:
+        raise IntegrityError(f"{where}/{INDEX} names strange files: {strange[:3]!a}.", cure="Do not use this model.")
+    return found
+
+
+def shards_of(index: bytes, names: Collection[str], where: str) -> list[str]:
+    """The shard names of model.safetensors.index.json. IntegrityError if one is missing or is no plain file name, or
+    if there is a whole model.safetensors beside them."""
+    shards = sorted(set(index_of(index, where).values()))
+    if WEIGHTS in names and WEIGHTS not in shards:
+        raise IntegrityError(
+            f"{where} has two sets of weights: {WEIGHTS}, and {len(shards)} files that {INDEX} names.",
+            why=f"transformers loads {WEIGHTS} and ignores the others; other programs do it the other way round.",
+            cure=f"Remove the set that is not meant: {WEIGHTS}, or {INDEX} and its files.",
+        )
     missing = [name for name in shards if name not in names]
     if missing:
         raise IntegrityError(
@@ -176,28 +192,6 @@ def check_no_pointer(path: Path) -> None:
                 why="The repository was cloned without its large files.",
                 cure=f"git -C {path.parent} lfs pull",
             )
-
-
-def check_safetensors(path: Path) -> None:
-    """IntegrityError unless the last byte that the header announces is the file's last: a cut copy is found at once.
-
-    The format: 8 bytes little-endian length, that much JSON, then the data (safetensors README, "Format").
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        try:
-            if len(head) < 8 or length > min(size - 8, MAX_HEADER):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            if 8 + length + max(ends, default=0) != size:
-                raise ValueError(f"{8 + length + max(ends, default=0)} bytes announced, {size} found")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise IntegrityError(
-                f"{path} is no whole safetensors file.", why=str(error), cure="Copy or download it again."
-            ) from None
 
 
 @dataclass(frozen=True)

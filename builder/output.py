@@ -1,4 +1,4 @@
-"""One sink for what people and machines read: data on stdout, talk on stderr.
+"""One sink for what people and machines read: data on stdout, talk on stderr. All of it passes through `safe_text`.
 
 `human` draws on a terminal with rich; the same mode prints one line per event when stderr is no terminal.
 `json` keeps stdout for one object. `quiet` says nothing but errors.
@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
+
+from builder.safe_text import printable_line, safe, without_secrets
 
 if TYPE_CHECKING:
     from builder.errors import BuilderError
@@ -37,15 +39,15 @@ class Progress:
             from rich.progress import Progress as RichProgress
 
             self._bar = RichProgress(
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[count]}"),
+                TextColumn("{task.fields[count]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=output.console,
                 transient=True,
             )
-            self._task = self._bar.add_task(label, total=total, count="")
+            self._task = self._bar.add_task(printable_line(label), total=total, count="")
             self._bar.start()
 
     def update(self, done: float, total: float | None = None, label: str | None = None) -> None:
@@ -53,7 +55,8 @@ class Progress:
         self._label = label or self._label
         count = f"{done:,.0f}/{self._total:,.0f} {self._unit}" if self._total else ""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=self._total, description=self._label, count=count)
+            shown = printable_line(self._label)
+            self._bar.update(self._task, completed=done, total=self._total, description=shown, count=count)
             return
         now = time.monotonic()
         if not done:
@@ -90,8 +93,9 @@ class Output:
     def _say(self, text: str, style: str = "") -> None:
         if self.mode == "quiet":
             return
+        text = safe(text)
         if self.live:
-            self.console.print(text, style=style or None, markup=False)
+            self.console.print(text, style=style or None, markup=False, emoji=False)
         else:
             print(text, file=sys.stderr, flush=True)
 
@@ -118,39 +122,40 @@ class Output:
         """Data for people on stdout: drawn on a terminal, tab-separated in a pipe. Silent with --json and -q."""
         if self.mode != "human":
             return
+        cells = [[printable_line(without_secrets(str(cell))) for cell in row] for row in rows]
         if not sys.stdout.isatty():
-            for row in rows:
-                print("\t".join(str(cell) for cell in row))
+            for row in cells:
+                print("\t".join(row))
             return
         from rich import box
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left", box=box.SIMPLE)
+        table = Table(title=Text(safe(title)), title_justify="left", box=box.SIMPLE)  # Text: no markup
         for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
+            table.add_column(Text(safe(column)), overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
         Console().print(table)
 
     def text(self, text: str) -> None:
         """Plain data for people on stdout. Silent with --json and -q."""
         if self.mode == "human":
-            print(text)
+            print(safe(text))
 
     def result(self, data: dict[str, Any]) -> None:
         """The one object of --json."""
         if self.mode == "json":
-            print(json.dumps(data, indent=2, sort_keys=False, default=str))
+            print(without_secrets(json.dumps(data, indent=2, sort_keys=False, default=str)))
 
 
 def print_error(error: BuilderError) -> None:
     """What, why and what to type next, on stderr; in every mode."""
-    print(f"error: {error.what}", file=sys.stderr)
-    for part in (error.why, error.cure):
-        for line in part.splitlines():
-            print(f"  {line}", file=sys.stderr)
+    first, *more = safe(error.what).splitlines() or [""]
+    print(f"error: {first}", file=sys.stderr)
+    for line in (*more, *(line for part in (error.why, error.cure) for line in safe(part).splitlines())):
+        print(f"  {line}", file=sys.stderr)
 
 
 def size(n: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,20 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from builder import (
     engine,
+    fit,
     kept_layers,
     llmapi,
     llmapi_repository,
     preflight,
     probe_answers,
+    publish,
     ranks,
     record,
     tasks,
     trtllm,
+    verdict,
 )
-from builder.calibrate import Calibration, calibrate
+from builder.calibrate import Calibration, calibrate, check_conversations, read_rows
 from builder.checkpoint import Checkpoint
 from builder.engine import Engine
-from builder.fetch import Snapshot, fetch, local_directory
+from builder.fetch import Snapshot, fetch
 from builder.fit import ModelFacts
 from builder.output import Output
 from builder.quantize.modelopt import quantize
@@ -32,19 +34,25 @@ from builder.recipe import Resolved
 from builder.repository import Repository, render
 from builder.repository import sources as triton_sources
 from builder.smoke import SmokeReport, smoke_test
-from builder.store import STAGES, Artefact, Store, WouldRun
+from builder.store import STAGES, Artefact, Store, WouldRun, read
 from builder.trtllm_answers import Answer
+from builder.verdict import Verdict
 
 if TYPE_CHECKING:
     from builder.evaluate import Evaluation
+    from builder.quality import Quality
     from builder.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a build left; a part is None when it was asked to stop before it."""
+    """What a build left; a part is None when it was asked to stop before it.
+
+    `link` is None too where the verdict is "failed"; `repository` where the quality check already failed.
+    """
 
     snapshot: Snapshot
+    model: ModelFacts | None = None
     flags: preflight.Settings = field(default=())
     checkpoint: Checkpoint | None = None
     engine: Engine | None = None
@@ -52,7 +60,9 @@ class Built:
     smoke: SmokeReport | None = None
     link: Path | None = None
     calibration: Calibration | None = None
+    quality: Quality | None = None
     evaluation: Evaluation | None = None
+    verdict: Verdict | None = None
 
 
 # How far the chain must have come for a runner.
@@ -68,14 +78,62 @@ NEEDS = {
 def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     """Runs the stages up to `until` (a name of store.STAGES), each found in the store or made now.
 
-    With a gate, what was built is measured too, if it is all that the runners need; `evaluation` holds the verdict,
-    and everything is kept.
+    A repository is published, which is to say linked, if it passes the gate of the recipe, or without one the quality
+    check, which comes before the engine. The verdict is kept; so is everything that was made.
     """
-    built = _chain(resolved, store, until)
+    built = _chain(resolved, store, until, check=True)
     enough = STAGES.index(until) >= STAGES.index(_needed(resolved))
-    if resolved.recipe.evaluation.limits and enough and not store.dry:
-        return replace(built, evaluation=_measure(built, resolved, store))
-    return built
+    if store.dry or built.verdict:
+        return built
+    if resolved.recipe.evaluation.limits and enough:
+        built = replace(built, evaluation=_measure(built, resolved, store))
+    if built.repository is None:
+        return built
+    repository, found = built.repository, _judge(built, built.repository, resolved, store)
+    link = None if found.status == "failed" else _publish(resolved, built, repository, store)
+    return replace(built, verdict=found, link=link)
+
+
+def _judge(built: Built, repository: Repository, resolved: Resolved, store: Store) -> Verdict:
+    """The verdict on a repository, by the gate or else by the quality check, kept in the store."""
+    part, evaluation, quality = resolved.recipe, built.evaluation, built.quality
+    if evaluation and evaluation.verdict:
+        limits = ", ".join(f"{metric} {limit:g}" for metric, limit in evaluation.verdict.limits.items())
+        passed = evaluation.verdict.passed
+        reasons = (f"the gate: {limits}",) if passed else tuple(evaluation.verdict.failed)
+        found = Verdict("passed" if passed else "failed", reasons, "accuracy gate")
+        measured = read(evaluation.path)
+        asked: dict[str, Any] = {"limits": part.evaluation.limits, "evaluation": measured.digest if measured else None}
+    elif quality and not quality.unmeasured:
+        found = Verdict("passed", (f"a score of {quality.score:.2f}, at least {part.quality.min_score:g} was asked",))
+        asked = {"min_score": part.quality.min_score, "quality": quality.digest}
+    else:
+        found = Verdict("not checked", (quality.unmeasured if quality else "--no-quality-check",))
+        asked = {}
+    verdict.keep(found, [repository.digest], asked, store=store)
+    return found
+
+
+def _check_quality(
+    made: Built, calibration: Calibration, checkpoint: Checkpoint, resolved: Resolved, store: Store
+) -> Built:
+    """With its quality; where that is too low with the verdict too, which is kept for any repository made of it."""
+    from builder.quality import check_quality  # numpy: only for those who measure
+
+    assert made.model is not None
+    host = fit.machine(store.root)
+    quality = check_quality(made.snapshot, calibration, checkpoint, made.model, resolved, host, store=store)
+    made, limit = replace(made, quality=quality), resolved.recipe.quality.min_score
+    if not (failed := quality.failure(limit)):
+        return made
+    found = Verdict("failed", (failed,))
+    verdict.keep(found, [checkpoint.digest], {"min_score": limit, "quality": quality.digest}, store=store)
+    return replace(made, verdict=found)
+
+
+def _is_checked(resolved: Resolved) -> bool:
+    """Whether a build measures quality by itself: a gate of the recipe takes its place."""
+    return resolved.recipe.quality.check and not resolved.recipe.evaluation.limits
 
 
 def measure(resolved: Resolved, store: Store) -> Evaluation:
@@ -104,6 +162,7 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     if proxy and recipe.sensitivity.data is None:
         return sensitivity.weight_errors(snapshot, model, store)
     calibration = calibrate(recipe.calibration, store=store)
+    check_conversations(read_rows(calibration), snapshot.path)
     return sensitivity.sensitivity(snapshot, calibration, model, resolved, store=store, proxy=proxy)
 
 
@@ -115,7 +174,8 @@ def _measure(built: Built, resolved: Resolved, store: Store, *, ask: bool = Fals
     return evaluate(models, resolved, store=store, ask=ask)
 
 
-def _chain(resolved: Resolved, store: Store, until: str) -> Built:
+def _chain(resolved: Resolved, store: Store, until: str, *, check: bool = False) -> Built:
+    """With `check` it ends after the checkpoint if the quality check fails."""
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
     if until in ("ranks", "engine") and recipe.target == "llmapi":
@@ -131,6 +191,7 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
     snapshot, flags, model = _fetched(resolved, answers, wanted, store)
 
     calibration = calibrate(recipe.calibration, store=store)
+    check_conversations(read_rows(calibration), snapshot.path)
     if recipe.quantization.kept_budget is not None:
         model = keep_chosen(resolved, snapshot, calibration, model, flags, store)
         if "engine" in wanted and not store.dry:
@@ -145,17 +206,17 @@ def _chain(resolved: Resolved, store: Store, until: str) -> Built:
         fp8=model.fp8,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    made = Built(snapshot, flags, checkpoint, calibration=calibration)
-    if "ranks" not in wanted:
+    made = Built(snapshot, model, flags, checkpoint, calibration=calibration)
+    if check and "repository" in wanted and _is_checked(resolved) and not store.dry:
+        made = _check_quality(made, calibration, checkpoint, resolved, store)
+    if "ranks" not in wanted or made.verdict:
         return made
 
     built, repository = _served(checkpoint, snapshot, resolved, answers, wanted, store)
     made = replace(made, engine=built, repository=repository)
-    if repository is None:
-        return made
-    if "smoke" in wanted:
+    if repository is not None and "smoke" in wanted:
         made = replace(made, smoke=smoke_test(repository, store=store))
-    return replace(made, link=publish(resolved, made, repository, model, answers, store))
+    return made
 
 
 def _fetched(
@@ -171,16 +232,22 @@ def _fetched(
 
     def check_all(config: Mapping[str, Any]) -> None:
         flags = check(config)
-        if layouts or recipe.quantization.keep_bf16 or recipe.quantization.keep_fp8:
-            model = preflight.keep_patterns(resolved, preflight.read_model(recipe.model, store), flags)
-            if layouts:
-                preflight.check_fit(resolved, model, flags, store)
+        model = preflight.read_model(recipe.model, store)
+        if model.directory is not None:
+            preflight.check_tokenizer(resolved, model.directory, config)
+        model = preflight.keep_patterns(resolved, model, flags)
+        if layouts:
+            preflight.check_fit(resolved, model, flags, store)
+        preflight.check_architecture(recipe.model, model, store)
 
     snapshot = fetch(recipe.model, store=store, check=check_all)
     flags = check(snapshot.config)
+    preflight.check_tokenizer(resolved, snapshot.path, snapshot.config)
     model = preflight.keep_patterns(resolved, preflight.headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
         preflight.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
+    for note in preflight.tokenizer_notes(resolved, snapshot.path, snapshot.config):
+        store.out.warn(note.text)
     part = recipe.quantization
     for form, patterns, kept in (("BF16", part.kept_patterns, model.kept), ("FP8", part.fp8_patterns, model.fp8)):
         if more := kept_layers.widened(patterns, kept):
@@ -259,38 +326,36 @@ def gate_stored(resolved: Resolved, store: Store) -> Evaluation | WouldRun:
         return would
 
 
-def publish(
-    resolved: Resolved, made: Built, repository: Repository, model: ModelFacts, answers: Sequence[Answer], store: Store
-) -> Path:
+def quality_stored(resolved: Resolved, store: Store) -> Quality | WouldRun | None:
+    """What a dry store holds of the quality check, or what would run first for it; None where there is none."""
+    from builder.quality import check_quality
+
+    if not _is_checked(resolved):
+        return None
+    try:
+        made = _chain(resolved, store, "checkpoint")
+        assert made.calibration is not None
+        assert made.checkpoint is not None
+        assert made.model is not None
+        host = fit.machine(store.root)
+        return check_quality(made.snapshot, made.calibration, made.checkpoint, made.model, resolved, host, store=store)
+    except WouldRun as would:
+        return would
+
+
+def _publish(resolved: Resolved, made: Built, repository: Repository, store: Store) -> Path:
     """The link to the repository, and the record of how it came to be for `builder report`."""
-    name = link(resolved, repository, store)
-    if not store.dry:
-        known = preflight.notes(resolved, model.config, answers)
-        record.write(
-            resolved, made.flags, known, model, preflight.sizes(resolved, model, made.flags), link=name, store=store
-        )
-    return name
-
-
-def link(resolved: Resolved, repository: Repository, store: Store) -> Path:
-    """The name that people use: <output>/models/<model>-<gpu>-<format> -> the repository. Replaced in one step.
-
-    A model over several GPUs has its sizes in the name, as -tp2-pp2, so that it stands beside the one for one GPU; one
-    with layers left in BF16 or FP8 has -keep-bf16, -keep-fp8.
-    """
-    recipe = resolved.recipe
-    part = recipe.quantization
-    directory = local_directory(recipe.model)
-    model = directory.name if directory else recipe.model.id.split("/")[-1]
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
-    parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
-    other = "-keep-bf16" * bool(part.keep_bf16) + "-keep-fp8" * bool(part.keep_fp8)
-    other += parallel + ("-llmapi" if recipe.target == "llmapi" else "")
-    name = store.root / "models" / f"{plain}-{resolved.gpu.name}-{part.format}{other}"
-    target = os.path.relpath(repository.path, name.parent)
-    name.parent.mkdir(parents=True, exist_ok=True)
-    if not (name.is_symlink() and os.readlink(name) == target):
-        fresh = name.parent / f".{name.name}.{os.getpid()}"
-        fresh.symlink_to(target)
-        fresh.replace(name)
+    assert made.model is not None
+    answers = probe_answers.answers(resolved, store.root)
+    known = preflight.notes(resolved, made.model.config, answers, made.model.directory)
+    sizes = preflight.sizes(resolved, made.model, made.flags)
+    with store.locked("publish", "models"):  # of two builds that want the same name one goes first
+        name = publish.link(resolved, repository.path, store)
+        source = publish.source_of(resolved)
+        if not os.path.lexists(name):  # a record whose link is missing tells `clean` that the user removed the link
+            publish.move(name, repository.path)
+        record.write(resolved, made.flags, known, made.model, sizes, link=name, source=source, store=store)
+        publish.move(name, repository.path)
+    if name.name != (short := publish.base_name(resolved)) and not resolved.recipe.name:
+        store.out.info(f"models/{short} belongs to another build, so this one is models/{name.name}")
     return name

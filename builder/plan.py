@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import fit, fit_change, llmapi, llmapi_repository, pipeline, preflight, probe_answers, trtllm
+from builder import engine, fit, fit_change, llmapi, llmapi_repository, pipeline, preflight, probe_answers, trtllm
 from builder.errors import BuilderError, EvaluationError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
-from builder.output import Output, size
+from builder.output import Output, seconds, size
 from builder.quantize.modelopt import gpus
 from builder.recipe import Resolved
 from builder.store import STAGES, Artefact, Store, WouldRun
@@ -24,7 +24,7 @@ from builder.trtllm_answers import Answer
 
 @dataclass(frozen=True)
 class Plan:
-    """`stages` are (stage, "cached" | "will run", why); `blocked` says why this machine can't build it, if so;
+    """`stages` are (stage, "cached" | "will run" | "skipped", why); `blocked` says why this machine can't build it;
     `refusal` what does not fit, on the card or on this machine, where a build would end with it.
 
     `command` is trtllm-build's; `placeholder` is the word in it for a checkpoint that is not made yet.
@@ -58,15 +58,20 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     model = preflight.read_model(resolved.recipe.model, store)
     answers = probe_answers.answers(resolved, store.root)
     settings = preflight.check_model(resolved, model.config, layouts=True, answers=answers)
+    if model.directory is not None:
+        preflight.check_tokenizer(resolved, model.directory, model.config)
     model = preflight.keep_patterns(resolved, model, settings)
     blocked = refusal = None
     try:
         preflight.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    notes = preflight.notes(resolved, model.config, answers)
+    notes = preflight.notes(resolved, model.config, answers, model.directory)
     done, first = pipeline.stored(resolved, store)
     stages = _stages(resolved, done, first) + _gate(resolved, store)
+    check = _quality(resolved, model, store)
+    at = 1 + max((n for n, (stage, *_) in enumerate(stages) if stage == "checkpoint"), default=0)
+    stages[at:at] = check
     selection = next((artefact for artefact in done if artefact.stage == "selection"), None)
     if selection is not None:
         model = preflight.with_chosen(resolved, model, selection.facts["modules"])
@@ -112,7 +117,7 @@ def _command(
     stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
     made = next((artefact.path for artefact in done if artefact.stage == stage), None)
     placeholder = None if made else stage.upper()
-    timing = store.root / "timing" / "model.cache"
+    timing = engine.timing_cache(store.root, resolved.recipe.engine.tensorrt_llm)
     layout = (made or Path(stage.upper())) / "tensorrt_llm"
     return trtllm.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
 
@@ -140,6 +145,27 @@ def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))
     return rows
+
+
+def _quality(resolved: Resolved, model: fit.ModelFacts, store: Store) -> list[tuple[str, str, str]]:
+    """The row of the quality check: what it found, or what it will cost. None where a gate takes its place."""
+    part = resolved.recipe.quality
+    if resolved.recipe.evaluation.limits:
+        return []
+    if not part.check:
+        return [("quality", "skipped", "--no-quality-check: what quantization costs will not be known")]
+    found = pipeline.quality_stored(resolved, store)
+    if found is None or isinstance(found, WouldRun):
+        from builder.quality import cost  # numpy
+
+        took, needs = cost(model, resolved, fit.machine(store.root))
+        asked = f"{part.texts} texts, BF16 against the checkpoint, must score {part.min_score:g}"
+        return [("quality", "will run", f"{asked}; about {seconds(took)}, {size(needs)} of memory")]
+    if found.unmeasured:
+        return [("quality", "skipped", f"not checked: {found.unmeasured}")]
+    failed = found.failure(part.min_score)
+    said = f"FAILED: {failed}" if failed else f"score {found.score:.2f}, at least {part.min_score:g} asked: passed"
+    return [("quality", "cached", f"{found.path.name if found.path else ''}, {said}")]
 
 
 def _gate(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from builder import (
+    calibrate,
+    config_values,
+    engine,
+    fit,
+    fit_change,
+    kept_layers,
+    kv_safety,
+    llmapi,
+    process,
+    ranks,
+    repository,
+    serving_directory,
+    serving_limits,
+    tensor_names,
+    tokenizer_files,
+    triton_server,
+    trtllm,
+)
 from builder import checkpoint as checkpoints
-from builder import engine, fit, fit_change, kept_layers, kv_safety, llmapi, ranks, trtllm
 from builder.errors import UnsupportedError, UsageError
-from builder.fetch import check_directory, local_directory, read_headers
+from builder.fetch import check_directory, check_tensors, local_directory, read_headers
 from builder.fit import Machine, ModelFacts, Sizes
+from builder.foreign_text import read_regular
+from builder.model_directory import CONFIG, needs_remote_code, parse_config
 from builder.output import size
-from builder.quantize.modelopt import gpus
+from builder.quantize.modelopt import ENVIRONMENT, gpus
 from builder.recipe import Model, Resolved
-from builder.safetensors_io import read_header
-from builder.store import STAGES, Store
+from builder.reference import supported
+from builder.store import STAGES, Store, library_versions
 from builder.trtllm_answers import Answer
 
 # trtllm-build's flags, or the LLM arguments of the llmapi target: both have name, value, reason and source.
@@ -40,6 +59,10 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
         engine.check_machine(resolved, serving=serving)
     elif serving:
         llmapi.check_machine(resolved)
+    if serving:
+        triton_server.check_paths()
+        serving_directory.check_place()
+        serving_limits.check_machine()
 
 
 def check_model(
@@ -52,6 +75,7 @@ def check_model(
     asked = resolved.recipe
     if asked.target == "llmapi":
         if layouts:
+            config_values.require(config, config_values.SHAPE, asked.model.id)
             llmapi.check_model(resolved, config)
         return llmapi.resolve(resolved, config)
     if asked.llmapi.args:
@@ -61,16 +85,44 @@ def check_model(
         )
     if layouts:
         checkpoints.architecture(config)
+        config_values.require(config, config_values.SHAPE, asked.model.id)
         checkpoints.rope(config)
+        if asked.target == "reference" or "reference" in asked.evaluation.runners:
+            supported.check_model(config)
         inputs = ranks.GEMM_INPUTS if asked.target == "engine" else ranks.BLOCK
         ranks.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
     return trtllm.resolve(resolved, config, answers)
 
 
-def notes(resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[trtllm.Note]:
-    """What a user should know before building this model for this target, and a reader of the report after it."""
+def check_tokenizer(resolved: Resolved, directory: Path, config: Mapping[str, Any]) -> None:
+    """UsageError, by the tokenizer files in `directory`, for end ids that the model does not have, and for calibration
+    rows of messages (in a file here or bundled) that its chat template can't write."""
+    recipe = resolved.recipe
+    size, largest = tokenizer_files.vocab_size(config), tokenizer_files.largest_token_id(directory)
+    known = largest + 1 if size is None else min(size, largest + 1)
+    wrong = [id for id in recipe.repository.end_ids or () if id >= known]
+    if wrong:
+        raise UsageError(
+            f"repository.end_ids has {wrong}, and the model's tokens are 0 to {known - 1}.",
+            cure="tokenizer.json lists the special tokens and their ids under added_tokens.",
+        )
+    calibrate.check_conversations(calibrate.first_rows(recipe.calibration), directory)
+
+
+def tokenizer_notes(resolved: Resolved, directory: Path, config: Mapping[str, Any]) -> list[trtllm.Note]:
+    """What a user should know of the model's tokenizer: above all whether its files agree on what ends an answer."""
+    ids = repository.special_ids(directory, resolved.recipe.repository.end_ids)
+    return [trtllm.Note(rule, text) for rule, text in tokenizer_files.notes(directory, config, ids["end_ids"])]
+
+
+def notes(
+    resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer] = (), directory: Path | None = None
+) -> list[trtllm.Note]:
+    """What a user should know before building this model for this target, and a reader of the report after it.
+    `directory` holds the model's tokenizer files."""
     risk = kv_safety.warning(config, resolved.recipe.quantization.kv_cache_dtype)
     known = [trtllm.Note(FP8_KV, risk)] if risk else []
+    known += tokenizer_notes(resolved, directory, config) if directory else []
     if resolved.recipe.target == "llmapi":
         return known + llmapi.notes(resolved, llmapi.resolve(resolved, config))
     flags = trtllm.resolve(resolved, config, answers)
@@ -166,14 +218,35 @@ def read_model(model: Model, store: Store) -> ModelFacts:
     """config.json and tensor headers: from the directory, or from the Hub by ranged reads."""
     directory = local_directory(model)
     if directory is None:
-        return ModelFacts(*read_headers(model, store=store))
+        config, tensors, root = read_headers(model, store=store)
+        return ModelFacts(config, tensors, directory=root)
     files = check_directory(directory, trust_remote_code=model.trust_remote_code)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = parse_config(read_regular(directory / CONFIG), str(directory))
     return headers(directory, config, files)
+
+
+def check_architecture(model: Model, facts: ModelFacts, store: Store) -> None:
+    """IntegrityError if the model's tensors are not those that transformers builds from its config.json, for an
+    architecture without a table in tensor_names.py. In a child, by headers: no weight is read. Nothing where
+    transformers is not installed, or where the model's class comes with the model."""
+    installed = "absent" not in library_versions("torch", "transformers").values()
+    if tensor_names.known(facts.config) or needs_remote_code(facts.config) or not installed:
+        return
+    log = store.log("architecture")
+    job = {"name": model.id, "config": facts.config, "tensors": facts.tensors}
+    process.run_job(
+        "builder.architecture_child",
+        job,
+        log=log,
+        out=store.out,
+        label="comparing with transformers",
+        env=ENVIRONMENT,
+    )
+    for file in (log, process.job_file(log)):
+        file.unlink(missing_ok=True)
 
 
 def headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -> ModelFacts:
     """A model's facts by its config.json and what its safetensors files begin with."""
-    shards = [directory / name for name in files if name.endswith(".safetensors")]
-    tensors = {name: (info.dtype, tuple(info.shape)) for file in shards for name, info in read_header(file).items()}
-    return ModelFacts(config, tensors)
+    tensors = check_tensors(directory, files, config, str(directory))
+    return ModelFacts(config, tensors, directory=directory)

@@ -8,7 +8,6 @@ A file may be copied from the machine with the card to the one that plans.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 
 from builder import containers, recipe, trtllm_answers, trtllm_facts
 from builder.errors import IntegrityError
-from builder.store import disk_error, library_versions
+from builder.foreign_text import parse_json, read_regular
+from builder.store import library_versions, replace_file
 from builder.trtllm_answers import Answer, Probe
 
 
@@ -72,13 +72,13 @@ def holds(record: Mapping[str, Any], probe: Probe) -> bool:
 def read(file: Path) -> dict[str, dict[str, Any]]:
     """The records of a file by name; none where there is no file. IntegrityError where it is something else."""
     try:
-        kept: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["answers"]
+        kept: dict[str, dict[str, Any]] = parse_json(read_regular(file))["answers"]
         texts = [record[key] for record in kept.values() for key in ("outcome", "reason", "card", "date")]
         if not all(isinstance(text, str) for text in texts) or not all(record["asked"] for record in kept.values()):
             raise ValueError("an answer says something else than what a probe writes")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
             f"{file} holds no answers of a probe.", why=str(error), cure="Remove it, and ask again: builder probe"
         ) from error
@@ -89,12 +89,4 @@ def keep(root: Path, container: Container, probe: Probe, record: Mapping[str, An
     """Adds an answer to the file: whole or not at all. The caller holds the lock, so that none is lost."""
     path = container.file(root)
     content = {**vars(container), "answers": {**read(path), probe.name: record}}
-    fresh = path.with_suffix(".new")
-    try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        raise disk_error(error, path) from error
+    replace_file(path, json.dumps(content, indent=1))

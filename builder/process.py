@@ -1,11 +1,16 @@
-"""Child processes: memory comes back, the log is its own file, the exit code is read, and none outlives its parent."""
+"""Child processes: memory comes back, the log is its own file, the exit code is read, and none outlives its parent.
+
+Each child runs below a supervisor (supervisor.py), whose process id and exit code stand for the child's.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import json
 import os
+import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from builder import errors
+from builder import errors, supervisor
+from builder.environment import Kind, child_environment
 from builder.errors import BuilderError, StageError
 
 if TYPE_CHECKING:
@@ -25,8 +31,7 @@ if TYPE_CHECKING:
 
 PROGRESS_FD = "BUILDER_PROGRESS_FD"
 FOLLOW_SECONDS = 0.2  # between two looks at a child's log
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_libc = ctypes.CDLL(None)
+SUPERVISOR_SECONDS = 40.0  # for a supervisor to kill its tree; it gives up itself after 30
 Child: TypeAlias = "subprocess.Popen[bytes]"
 
 
@@ -48,43 +53,81 @@ class Failed(StageError):
 
 @contextmanager
 def started(
-    argv: Sequence[str], *, stop: Callable[[Child], None], death: signal.Signals, log: IO[bytes], **popen: Any
+    argv: Sequence[str],
+    *,
+    stop: Callable[[Child], None],
+    log: IO[bytes],
+    env: Mapping[str, str],
+    shm: str = "",
+    directory: Path | None = None,
+    **popen: Any,
 ) -> Iterator[Child]:
-    """A process in a session of its own, which `stop` ends when the block is left, however it is left.
+    """A process in a session of its own, which `stop` asks to end when the block is left, however it is left.
 
-    The kernel sends it `death` when we die, however we die.
+    Then every process that it started is killed, and the shared memory whose names begin with `shm` is removed. The
+    same happens when we are killed, and then the directory, otherwise the caller's to remove, goes too.
+    FileNotFoundError if there is no such program.
     """
+    if shutil.which(argv[0], path=env.get("PATH")) is None:
+        raise FileNotFoundError(f"There is no program {argv[0]}.")
+    tree = f"{os.getpid()}-{secrets.token_hex(8)}"
+    removed = str(directory) if directory else ""
     child: Child | None = None
     try:
         with _interrupts_wait():
             child = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
+                [python(), "-I", "-S", supervisor.__file__, shm, removed, *argv],
+                stdin=subprocess.PIPE,  # see `kill`; closed when we end
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # Ctrl-C reaches the child through `stop` alone: one signal, in one order.
                 start_new_session=True,
-                preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, death),
+                env={**env, supervisor.MARK: tree},
                 **popen,
             )
         yield child
     finally:
         if child is not None:
-            stop(child)
+            try:
+                stop(child)
+            finally:
+                _end(child, tree)
+                supervisor.clean_up(shm)
+
+
+def kill(child: Child) -> None:
+    """Tells the supervisor to kill the whole tree, and does not wait for it."""
+    if child.stdin and not child.stdin.closed:
+        with suppress(OSError):  # it has ended already
+            os.write(child.stdin.fileno(), supervisor.KILL)
+        child.stdin.close()
+
+
+def _end(child: Child, tree: str) -> None:
+    """Until nothing is left of the tree, also where its supervisor was killed."""
+    kill(child)
+    if child.returncode is None:
+        try:
+            child.wait(SUPERVISOR_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+    if child.returncode < 0:  # as its command did, or in its place
+        supervisor.kill_marked(tree)
 
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Until the block is left, SIGINT and SIGTERM are only noted.
+    """Until the block is left, SIGINT, SIGTERM and SIGHUP are only noted.
 
-    Python ignores what their handlers raise while it forks ("Exception ignored in ..."; PyOS_AfterFork_Parent runs
-    hooks that can't raise). A signal mask would not do: another thread takes the signal, and the main thread runs its
-    handler all the same (docs.python.org/3/library/signal.html, "Signals and threads").
+    What their handlers raise inside Popen would leave us without the process that it has just started. A signal mask
+    would not do: another thread takes the signal, and the main thread runs its handler all the same
+    (docs.python.org/3/library/signal.html, "Signals and threads").
     """
     came: list[int] = []
     ours = {}
     if threading.current_thread() is threading.main_thread():  # handlers run, and are set, nowhere else
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if callable(signal.getsignal(number)):
                 ours[number] = signal.signal(number, lambda number, frame: came.append(number))
     try:
@@ -105,8 +148,11 @@ def run(
     cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
     limit: float | None = None,
+    kind: Kind = "work",
 ) -> Finished:
     """Runs `argv` with its stdout and stderr in `log`; events that the child `emit`s go to `on_event`.
+
+    Of our environment the child gets what its kind may have, and `env`.
 
     `on_line` hears each line of the log while the child runs, all of them before this returns or raises.
     When it ends with anything but 0, raises the error that the child `emit_error`ed, or Failed with the log's last
@@ -124,14 +170,13 @@ def run(
 
     reader = threading.Thread(target=_read_events, args=(read_fd, hear), daemon=True)
     reader.start()
-    environment = {**os.environ, **(env or {}), PROGRESS_FD: str(write_fd)}
+    environment = {**child_environment(kind), **(env or {}), PROGRESS_FD: str(write_fd)}
     with open(log, "ab") as sink, os.fdopen(write_fd, "wb") as ours:
         sink.write(f"$ {shlex.join(argv)}\n".encode())
         sink.flush()
-        popen = {"env": environment, "cwd": cwd, "pass_fds": [write_fd]}
         with (
             _followed(log, sink.tell(), on_line),
-            started(argv, stop=_stop, death=signal.SIGKILL, log=sink, **popen) as child,
+            started(argv, stop=_stop, log=sink, env=environment, cwd=cwd, pass_fds=[write_fd]) as child,
         ):
             ours.close()  # so that the reader ends with the child
             with _limited(child, limit) as overdue:
@@ -152,8 +197,7 @@ def _limited(child: Child, limit: float | None) -> Iterator[threading.Event]:
 
     def end() -> None:
         overdue.set()
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        kill(child)
 
     timer = threading.Timer(limit or 0, end)
     if limit:
@@ -194,7 +238,15 @@ def _follow(log: Path, start: int, on_line: Callable[[str], None], ended: thread
 
 
 def run_job(
-    module: str, job: Mapping[str, Any], *, log: Path, out: Output, label: str, unit: str = "", env: Mapping[str, str]
+    module: str,
+    job: Mapping[str, Any],
+    *,
+    log: Path,
+    out: Output,
+    label: str,
+    unit: str = "",
+    env: Mapping[str, str],
+    kind: Kind = "work",
 ) -> tuple[dict[str, Any], Finished]:
     """Runs `python -m module JOB.json`, with a progress bar that begins as `label`; returns what the child told, too.
 
@@ -214,7 +266,7 @@ def run_job(
                 told.update(event)
 
         argv = [python(), "-m", module, str(job_file(log))]
-        finished = run(argv, log=log, on_event=hear, env=env, cwd=Path(__file__).resolve().parents[1])
+        finished = run(argv, log=log, on_event=hear, env=env, kind=kind, cwd=Path(__file__).resolve().parents[1])
     return told, finished
 
 
@@ -238,6 +290,10 @@ def do_job(
         summary = work(job)
     except BaseException as error:
         told = error if isinstance(error, BuilderError) else known(error, job)
+        if told is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            from builder.store import disk_error
+
+            told = disk_error(error, Path(str(error.filename or ".")))
         if told is None:
             raise
         emit_error(told)
@@ -271,18 +327,11 @@ def _read_events(fd: int, on_event: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _stop(child: Child) -> None:
-    if child.returncode is not None:
-        return
-    for sig, patience in ((signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
-        try:
-            os.killpg(child.pid, sig)
-        except ProcessLookupError:
-            return
-        try:
-            child.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue  # to the harder signal
+    """SIGINT, and ten seconds to end; what is left then is killed by the caller."""
+    if child.returncode is None:
+        child.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(10.0)
 
 
 def write_all(fd: int, data: bytes) -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from builder import gpus, paths
 from builder.errors import UsageError
-from builder.recipe_evaluation import Evaluation, Sensitivity, Tasks
-from builder.recipe_part import Part, Positive
+from builder.foreign_text import LARGEST_YAML, parse_yaml, read_regular
+from builder.recipe_evaluation import Evaluation, Quality, Sensitivity, Tasks
+from builder.recipe_part import Natural, Part, Positive, Processes, Ranks
 
 Target = Literal["engine", "llmapi", "reference"]
 
@@ -158,8 +158,8 @@ class Engine(Part):
     max_input_len: Annotated[Positive, Field(description="tokens of a prompt")] = 2048
     max_seq_len: Annotated[Positive, Field(description="tokens of prompt and answer")] = 4096
     max_num_tokens: Annotated[Positive, Field(description="tokens in one iteration, after padding removal")] = 8192
-    tp: Annotated[Positive, Field(description="tensor parallel size")] = 1
-    pp: Annotated[Positive, Field(description="pipeline parallel size")] = 1
+    tp: Annotated[Ranks, Field(description="tensor parallel size")] = 1
+    pp: Annotated[Ranks, Field(description="pipeline parallel size")] = 1
     flags: dict[str, str] = Field(default={}, description="further trtllm-build flags, by name without dashes")
 
     @field_validator("flags", mode="before")
@@ -179,6 +179,8 @@ class Engine(Part):
             raise ValueError(
                 f"max_input_len {self.max_input_len} leaves no room for an answer in max_seq_len {self.max_seq_len}"
             )
+        if self.world_size > 1024:
+            raise ValueError(f"tp {self.tp} x pp {self.pp} are {self.world_size} GPUs; an engine takes 1024 at most")
         return self
 
 
@@ -192,11 +194,11 @@ class Repository(Part):
     """How Triton serves it."""
 
     decoupled: Annotated[bool, Field(description="stream answers token by token")] = True
-    preprocessing_instances: Annotated[Positive, Field(description="tokenizer processes")] = 1
-    postprocessing_instances: Annotated[Positive, Field(description="detokenizer processes")] = 1
-    bls_instances: Annotated[Positive, Field(description="streams that tensorrt_llm_bls carries at once")] = 4
-    max_queue_delay_microseconds: Annotated[int, Field(ge=0, description="wait for a fuller batch")] = 0
-    max_queue_size: Annotated[int, Field(ge=0, description="waiting requests before refusal; 0: no limit")] = 0
+    preprocessing_instances: Annotated[Processes, Field(description="tokenizer processes")] = 1
+    postprocessing_instances: Annotated[Processes, Field(description="detokenizer processes")] = 1
+    bls_instances: Annotated[Processes, Field(description="streams that tensorrt_llm_bls carries at once")] = 4
+    max_queue_delay_microseconds: Annotated[Natural, Field(description="wait for a fuller batch")] = 0
+    max_queue_size: Annotated[Natural, Field(description="waiting requests before refusal; 0: no limit")] = 0
     kv_cache_free_gpu_mem_fraction: Annotated[
         float, Field(gt=0, le=1, description="of the memory free after the weights")
     ] = 0.9
@@ -206,12 +208,23 @@ class Repository(Part):
     enable_kv_cache_reuse: Annotated[bool | None, Field(description="default: whatever the engine can")] = None
     enable_chunked_context: Annotated[bool | None, Field(description="default: whatever the engine can")] = None
     exclude_input_in_output: Annotated[bool, Field(description="answers without the prompt")] = True
+    end_ids: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...] | None,
+        Field(min_length=1, description="token ids that end an answer; default: those that the model's files name"),
+    ] = None
 
 
 class Recipe(Part):
     """Everything that decides what is built."""
 
     model: Model
+    name: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+            description="of the link in models/, moved to this build whatever it named; default: from model and recipe",
+        ),
+    ] = None
     gpu: Annotated[str, Field(description="a profile of configs/gpus, or auto")] = "auto"
     target: Annotated[
         Target, Field(description="what serves it: a TensorRT engine, the LLM API or the reference executor")
@@ -221,6 +234,7 @@ class Recipe(Part):
     engine: Engine = Engine()
     llmapi: LlmApi = LlmApi()
     repository: Repository = Repository()
+    quality: Quality = Quality()
     evaluation: Evaluation = Evaluation()
     tasks: Tasks = Tasks()
     sensitivity: Sensitivity = Sensitivity()
@@ -275,6 +289,8 @@ def resolve(
     asked = "auto"
     for _, layer in layers:
         asked = layer.get("gpu", asked)
+    if not isinstance(asked, str):
+        raise UsageError(f"gpu: {asked!r} is no name of a profile.", cure="`builder gpus` lists them; --gpu sm120")
     gpu = gpus.detect() if asked == "auto" else gpus.load(asked)
     layers.insert(0, (f"GPU profile {gpu.name}", {**gpu.recipe, "gpu": gpu.name, "target": gpu.target}))
 
@@ -313,11 +329,13 @@ def load_preset(name: str) -> dict[str, Any]:
 def load_yaml(file: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping. UsageError says where it is not one."""
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = parse_yaml(read_regular(file, LARGEST_YAML, pipe=True))
     except OSError as error:
         raise UsageError(f"Can't read the recipe {file}.", why=str(error)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is no YAML.", why=str(error)) from error
+    except ValueError as error:
+        raise UsageError(
+            f"The recipe {file} is no valid YAML.", why=str(error), cure="Examples are in configs/recipes/."
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise UsageError(f"{file} holds no mapping of names to values.", cure="Examples are in configs/recipes/.")
     return loaded
@@ -329,8 +347,8 @@ def parse_set(text: str) -> dict[str, Any]:
     if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)*", key):
         raise UsageError(f"--set {text!r} is not of the form a.b=value.", cure="--set engine.max_batch_size=8")
     try:
-        return _nest(key, yaml.safe_load(value))
-    except yaml.YAMLError as error:
+        return _nest(key, parse_yaml(value))
+    except ValueError as error:
         raise UsageError(f"The value of --set {text!r} is no YAML.", why=str(error)) from error
 
 

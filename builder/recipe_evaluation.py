@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from builder.recipe_part import Part, Positive
+from builder.recipe_part import MOST, Natural, Part, Positive
 
 RUNNERS = ("bf16", "simulated", "checkpoint", "reference", "served")
 Runner = Literal["bf16", "simulated", "checkpoint", "reference", "served"]
@@ -64,9 +64,11 @@ class Evaluation(Part):
         False
     )
     texts: Annotated[Positive, Field(description="texts of a data set, from the first that is not empty on")] = 200
-    min_tokens: Annotated[int, Field(ge=2, description="shorter texts are dropped")] = 16
-    reserve: Annotated[int, Field(ge=0, description="a text is cut at max_seq_len less these tokens")] = 8
-    max_tokens: Annotated[int | None, Field(ge=2, description="a text is cut here; default: see reserve")] = None
+    min_tokens: Annotated[int, Field(ge=2, le=MOST, description="shorter texts are dropped")] = 16
+    reserve: Annotated[Natural, Field(description="a text is cut at max_seq_len less these tokens")] = 8
+    max_tokens: Annotated[int | None, Field(ge=2, le=MOST, description="a text is cut here; default: see reserve")] = (
+        None
+    )
     # On the fixture the KL of 64, 1024 and all 4096 tokens is 0.0235, 0.0296 and 0.0303; 8 bytes each on disk.
     top: Annotated[Positive, Field(description="likeliest tokens of a position that are kept of BF16, for the KL")] = (
         1024
@@ -78,8 +80,8 @@ class Evaluation(Part):
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(description="of the arithmetic; auto: the model's own on a GPU, float32 on a CPU"),
     ] = "auto"
-    resamples: Annotated[int, Field(ge=100, description="bootstrap resamples of the texts")] = 1000
-    seed: Annotated[int, Field(ge=0, description="of the resamples and of the shuffled texts")] = 0
+    resamples: Annotated[int, Field(ge=100, le=1_000_000, description="bootstrap resamples of the texts")] = 1000
+    seed: Annotated[Natural, Field(description="of the resamples and of the shuffled texts")] = 0
     min_score: Annotated[float | None, Field(gt=0, description="gate: PPL of BF16 / PPL x 100 must reach it")] = None
     max_kl: Annotated[float | None, Field(gt=0, description="gate: mean KL(BF16 || model) must not pass it")] = None
 
@@ -101,18 +103,30 @@ class Evaluation(Part):
         return self
 
 
+class Quality(Part):
+    """The check that every build makes: some texts by the BF16 model and by the checkpoint. A gate of `evaluation`
+    replaces it."""
+
+    check: Annotated[bool, Field(description="measure the checkpoint's quality before it is published")] = True
+    min_score: Annotated[float, Field(gt=0, description="PPL of BF16 / PPL x 100 must reach it")] = 90
+    texts: Annotated[Positive, Field(description="texts; up to half of them held-out rows of the calibration data")] = (
+        32
+    )
+    max_tokens: Annotated[int, Field(ge=16, description="a text is cut here")] = 256
+
+
 class Tasks(Part):
     """Questions whose answers can be judged, asked through lm-eval by `builder eval`; no gate looks at them."""
 
     names: Annotated[tuple[str, ...], Field(description="lm-eval's tasks, groups and tags")] = ()
     directory: Annotated[str | None, Field(description="a directory of more task files (YAML)")] = None
     limit: Annotated[Positive | None, Field(description="questions of each task; for trying out")] = None
-    fewshot: Annotated[int | None, Field(ge=0, description="examples before a question; default: the task's own")] = (
-        None
-    )
-    seed: Annotated[int | None, Field(ge=0, description="of all that lm-eval draws; default: lm-eval's own seeds")] = (
-        None
-    )
+    fewshot: Annotated[
+        int | None, Field(ge=0, le=10_000, description="examples before a question; default: the task's own")
+    ] = None
+    seed: Annotated[
+        int | None, Field(ge=0, le=MOST, description="of all that lm-eval draws; default: lm-eval's own seeds")
+    ] = None
     batch_size: Annotated[
         Positive | None, Field(description="questions; default: found by trying on a GPU, 8 without")
     ] = None
@@ -138,4 +152,4 @@ class Sensitivity(Part):
         DataSet | None, Field(description="the texts; better others than those that the result is judged on")
     ] = None
     texts: Annotated[Positive, Field(description="texts, from the first that is not empty on")] = 32
-    max_tokens: Annotated[int, Field(ge=16, description="a text is cut here")] = 512
+    max_tokens: Annotated[int, Field(ge=16, le=MOST, description="a text is cut here")] = 512

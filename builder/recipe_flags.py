@@ -9,6 +9,7 @@ from typing import Any
 RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--model", "model.id", str, "Hub id (Qwen/Qwen3-8B) or a local directory"),
     ("--revision", "model.revision", str, "branch, tag or commit on the Hub"),
+    ("--name", "name", str, "name of the link in OUTPUT/models, moved to this build (default: from the recipe)"),
     ("--gpu", "gpu", str, "GPU profile: sm120, cpu, ... or auto (`builder gpus`)"),
     ("--target", "target", str, "engine (trtllm-build), llmapi (no engine) or reference (no GPU)"),
     ("--calib-data", "calibration.data", str, "a .jsonl file, a Hub dataset id, or builtin:python-docs"),
@@ -30,6 +31,11 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--pp", "engine.pp", int, "pipeline parallel size: GPUs that follow one another"),
     ("--min-score", "evaluation.min_score", float, "gate: PPL of BF16 / PPL x 100 must reach it, as 98"),
     ("--max-kl", "evaluation.max_kl", float, "gate: the mean KL(BF16 || model) must not pass it, in nats"),
+)
+# Those without a value: option, dotted key, the value that it sets, help.
+SWITCHES: tuple[tuple[str, str, bool, str], ...] = (
+    ("--no-quality-check", "quality.check", False, "do not measure what quantization cost before publishing"),
+    ("--trust-remote-code", "model.trust_remote_code", True, "run Python code that comes with the model"),
 )
 # Of `eval` alone.
 TASK_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (

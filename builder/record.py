@@ -12,23 +12,24 @@ import os
 import platform
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from builder import __version__, fit, fit_change, llmapi, trtllm
+from builder import __version__, fit, fit_change, llmapi, manifest, trtllm
 from builder.fit import ModelFacts, Sizes
+from builder.foreign_text import parse_yaml
 from builder.recipe import Resolved
-from builder.store import Store, replace_file
+from builder.safe_text import without_secrets
+from builder.store import Store, digest_of, replace_file
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal (manifest.py)
 DIRECTORY = "builds"
-# Access tokens of the Hub; and the variables that huggingface_hub reads one from.
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
-_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_REPOSITORY = re.compile(r"repository/[0-9a-f]{16}")
 
 
 def write(
@@ -39,9 +40,13 @@ def write(
     sizes: Sizes,
     *,
     link: Path,
+    source: str,
     store: Store,
 ) -> Path:
-    """Writes the record of the build that `link` now names, whose stages are in `store.done`."""
+    """Writes the record of the build that `link` names, whose stages are in `store.done`.
+
+    `source` is where the model came from: a link is moved only by builds of the same one (publish.py).
+    """
     stages = {done.stage: done for done in store.done}  # of a store that built twice, the last
     memory = fit_change.judge(model, fit.serving(resolved, settings), resolved, fit.machine(store.root)).memory
     record = {
@@ -52,6 +57,8 @@ def write(
         "versions": {"trtllm-builder": __version__, "python": platform.python_version()},
         "command": command(resolved, _commits(store)),
         "directory": os.getcwd(),
+        "source": source,
+        "source_digest": digest_of(source),
         "gpu": {"name": resolved.gpu.name, "title": resolved.gpu.title, "sm": resolved.gpu.sm},
         "values": [list(row) for row in resolved.explained()],
         "flags": [vars(setting) for setting in settings],
@@ -64,28 +71,47 @@ def write(
         ],
     }
     path = store.root / DIRECTORY / f"{link.name}.json"
-    replace_file(path, without_secrets(json.dumps(record, indent=1)))
+    replace_file(path, json.dumps(manifest.sealed(json.loads(without_secrets(json.dumps(record)))), indent=1))
     return path
 
 
 def find(root: Path, repository: Path) -> Mapping[str, Any] | None:
-    """The newest record of this repository, or None. One that can't be read is none."""
+    """The newest record of this repository, or None. One that was changed does not count."""
     records = [record for record in map(_read, sorted((root / DIRECTORY).glob("*.json"))) if record]
     found = [record for record in records if (root / record["repository"]).resolve() == repository]
     return max(found, key=lambda record: float(record["written"]), default=None)
 
 
-def prune(root: Path, *, gone: Sequence[Path] = (), dry: bool = False) -> list[Path]:
-    """Removes the records whose repository is gone, or is in `gone`, and half-written ones: those removed."""
-    removed = sorted((root / DIRECTORY).glob(".*.tmp"))
+def by_name(root: Path) -> dict[str, Mapping[str, Any]]:
+    """The records that can be read, by the name of their link."""
+    found = {path.stem: _read(path) or _read_older(path) for path in sorted((root / DIRECTORY).glob("*.json"))}
+    return {name: record for name, record in found.items() if record}
+
+
+def stages(root: Path, repository: Path) -> list[Path]:
+    """The directories of the stages that the record of this repository names."""
+    found = find(root, repository) or {}
+    return [root / stage["path"] for stage in found.get("stages", [])]
+
+
+def unlinked(root: Path) -> dict[str, Path]:
+    """{name: repository} of the records whose link in models/ was removed."""
+    return {path.stem: repository for path, repository in _of(root) if not os.path.lexists(root / "models" / path.stem)}
+
+
+def stale(root: Path, *, gone: Sequence[Path] = ()) -> list[Path]:
+    """The records whose repository is gone, or is in `gone`."""
+    return [path for path, repository in _of(root) if repository in gone or not repository.is_dir()]
+
+
+def _of(root: Path) -> Iterator[tuple[Path, Path]]:
+    """Every record, of format 1 too, with its repository. A file that is none of ours is passed over."""
     for path in sorted((root / DIRECTORY).glob("*.json")):
-        record = _read(path)
-        repository = root / record["repository"] if record else None
-        if repository is None or repository in gone or not repository.is_dir():
-            removed.append(path)
-    for path in removed if not dry else ():
-        path.unlink(missing_ok=True)
-    return removed
+        with suppress(manifest.Damaged):
+            record = _read(path) or manifest.read_object(path)
+            repository = record.get("repository")
+            if isinstance(repository, str) and _REPOSITORY.fullmatch(repository):
+                yield path, root / repository
 
 
 def command(resolved: Resolved, commits: Mapping[str, str] | None = None) -> list[str]:
@@ -101,14 +127,6 @@ def command(resolved: Resolved, commits: Mapping[str, str] | None = None) -> lis
         if key not in said and (asked or key in commits):
             argv += ["--set", f"{key}={_plain(commits.get(key, value))}"]
     return argv
-
-
-def without_secrets(text: str) -> str:
-    """The text with access tokens taken out: whatever looks like one, and those of this environment."""
-    for variable in _TOKEN_VARIABLES:
-        if len(token := os.environ.get(variable, "").strip()) >= 8:
-            text = text.replace(token, "***")
-    return _TOKEN.sub("hf_***", text)
 
 
 def _commits(store: Store) -> dict[str, str]:
@@ -127,16 +145,25 @@ def _plain(value: Any) -> str:
         # A scalar of YAML on its own ends with a line of three dots.
         return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
     try:
-        bare = yaml.safe_load(value) == value
-    except yaml.YAMLError:
+        bare = parse_yaml(value) == value
+    except ValueError:
         bare = False
     return value if bare else yaml.safe_dump(value, default_style='"', width=math.inf).strip()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """None for one that was changed or is of another format."""
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        usable = record["format"] == FORMAT and isinstance(record["repository"], str) and float(record["written"]) >= 0
-    except (OSError, ValueError, KeyError, TypeError):
+        record = manifest.read_object(path)
+        manifest.check_seal(record)
+    except (manifest.Damaged, RecursionError):
         return None
-    return record if usable else None
+    return record if record.get("format") == FORMAT else None
+
+
+def _read_older(path: Path) -> dict[str, Any] | None:
+    """A record of format 1, which still says whose link it is; None for anything else."""
+    with suppress(manifest.Damaged):
+        record = manifest.read_object(path)
+        return record if record.get("format") == 1 else None
+    return None

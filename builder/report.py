@@ -6,12 +6,16 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from builder import quality as qualities
 from builder import record as records
-from builder import results
+from builder import results, verdict
 from builder.errors import UsageError
 from builder.load import LoadReport
+from builder.quality import Quality
+from builder.report_verdict import Verdict, judge
+from builder.repository import open_repository
 from builder.results import Evaluation, Loss
 from builder.smoke import SmokeReport
 from builder.store import STAGES, Artefact, artefacts, read, root_of, tests_of, upstream
@@ -21,16 +25,6 @@ REFERENCE = (
     "It was not run on a GPU: the reference executor served it on a CPU. That shows what the numbers in the "
     "checkpoint mean, and nothing about speed, GPU memory or the kernels of a TensorRT engine."
 )
-Status = Literal["passed", "failed", "incomplete"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`headline` for a manager, `reasons` for everybody else."""
-
-    status: Status
-    headline: str
-    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -86,6 +80,7 @@ class Report:
     versions: Mapping[str, str]
     stages: Sequence[Stage]
     size: Size
+    quality: Quality | None
     evaluation: Evaluation | None
     tasks: Sequence[Row]
     losses: Sequence[Loss]
@@ -107,6 +102,8 @@ class _Found:
     chain: Mapping[str, Artefact]
     smoke: Artefact | None
     load: Artefact | None
+    quality: Quality | None
+    judged: verdict.Verdict | None  # by the build
     evaluation: Evaluation | None
     tasks: Sequence[Row]
     losses: Sequence[Loss]
@@ -128,11 +125,12 @@ def gather(path: Path) -> Report:
     engine_command = found.facts("engine").get("command")
     return Report(
         model=_model(found),
-        verdict=judge(smoke, found.evaluation, target, found.tasks),
+        verdict=judge(smoke, found.evaluation, target, found.tasks, quality=found.quality, judged=found.judged),
         values=_values(found),
         flags=found.record.get("flags") or [dict(zip(("name", "value"), flag, strict=True)) for flag in _flags(found)],
         versions=_versions(found),
         stages=_stages(found),
+        quality=found.quality,
         size=_size(found),
         evaluation=found.evaluation,
         tasks=found.tasks,
@@ -155,37 +153,12 @@ def name_of(path: Path) -> str:
     return next((link.name for link in links if link.resolve() == directory), f"repository-{directory.name}")
 
 
-def judge(smoke: SmokeReport | None, evaluation: Evaluation | None, target: str, tasks: Sequence[Row] = ()) -> Verdict:
-    """One verdict of the tests. What was not tested leaves it incomplete; it never passes unseen."""
-    failed = list(evaluation.failed) if evaluation and evaluation.passed is False else []
-    if smoke and smoke.failed:
-        failed += [f"Smoke test: {check.name}: {check.detail}" for check in smoke.failed]
-    where = "by the reference executor, not on a GPU" if target == "reference" else "by its TensorRT engine"
-    served = f"The smoke test passed ({len(smoke.checks)} checks), served {where}." if smoke else ""
-    if failed:
-        gate = evaluation and evaluation.passed is False
-        return Verdict("failed", "It failed the accuracy gate" if gate else "It failed the smoke test", tuple(failed))
-    if smoke is None:
-        accurate = evaluation and evaluation.passed
-        headline = "Accuracy passed; not served, not tested" if accurate else "Built, but not served and not tested"
-        return Verdict("incomplete", headline, ("No smoke test of this repository is in the store.",))
-    if evaluation is None:
-        what = "accuracy was measured by tasks only, no gate was set" if tasks else "accuracy was not measured"
-        return Verdict("incomplete", f"It serves; {what}", (served,))
-    limits = {"score": "a score of at least {:g}", "kl": "a KL of at most {:g}"}
-    gate_text = " and ".join(limits.get(name, name + " {:g}").format(n) for name, n in evaluation.limits.items())
-    reasons = (served, f"The gate: {gate_text}.") if gate_text else (served,)
-    if evaluation.passed is None:
-        why = "the accuracy gate could not be judged" if gate_text else "accuracy was measured, no gate was set"
-        return Verdict("incomplete", f"It serves; {why}", reasons)
-    return Verdict("passed", "It serves, and passed the accuracy gate", reasons)
-
-
 def _find(path: Path) -> _Found:
     directory = Path(path).resolve()
+    open_repository(path)
     repository = read(directory)
-    if repository is None or repository.stage != "repository":
-        raise UsageError(f"{path} is no finished repository.", cure="Build one: builder build --model MODEL --gpu GPU")
+    if repository is None:
+        raise UsageError(f"{path} was just changed or removed.", cure="Run the same command again.")
     root = root_of(directory)
     everything = artefacts(root) if root else [repository]
     record = records.find(root, directory) if root else None
@@ -201,11 +174,22 @@ def _find(path: Path) -> _Found:
         chain=chain,
         smoke=_newest(tests_of([repository], everything, ["smoke"])),
         load=_newest(tests_of([repository], everything, ["load"])),
+        quality=_quality(chain, everything),
+        judged=verdict.latest(repository.digest, [artefact.digest for artefact in chain.values()], everything),
         evaluation=results.evaluation_of(chain, everything),
         tasks=results.tasks_of(chain, everything),
         losses=results.losses_of(chain, everything),
         record=record or {},
     )
+
+
+def _quality(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> Quality | None:
+    """The newest quality check of this checkpoint."""
+    ours = {artefact.digest for artefact in chain.values()}
+    of = [a for a in everything if a.stage == "quality" and set(a.manifest["ingredients"]["of"]) <= ours]
+    found = _newest(of)
+    measured = qualities.read_quality(found.facts, found.digest, found.path) if found else None
+    return None if measured and measured.unmeasured else measured
 
 
 def _newest(found: Sequence[Artefact]) -> Artefact | None:
@@ -335,8 +319,12 @@ def _unmeasured(found: _Found, target: str) -> list[str]:
     texts = [REFERENCE] if target == "reference" else []
     if found.smoke is None:
         texts.append("It was not served: no smoke test of this repository is in the store.")
-    if found.evaluation is None:
+    if found.evaluation is None and found.quality is None:
         texts.append("Accuracy was not measured on texts: what quantization cost in perplexity and KL is not known.")
+    elif found.evaluation is None and found.quality:
+        texts.append(
+            f"Accuracy was measured on {found.quality.tokens:,} tokens only, by the quality check of the build."
+        )
     texts += _unmeasured_runners(found.evaluation) if found.evaluation else []
     if not found.tasks:
         texts.append("No task was asked: how many questions of a benchmark it answers rightly is not known.")

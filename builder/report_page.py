@@ -18,6 +18,8 @@ from builder import charts, paths
 from builder.charts import Mark
 from builder.errors import UsageError
 from builder.load import spread_words
+from builder.metrics import Estimate
+from builder.naming import shortened
 from builder.output import Output, seconds, size
 from builder.report import Report, gather
 from builder.results import OVERALL, RUNNERS, Interval, Score, append, rows, task_rows
@@ -68,8 +70,9 @@ def publish(
     """Writes page and card, each in one step, adds the evaluation to the table, and says where they are."""
     report = gather(repository)
     directory = (root_of(repository.resolve()) or Path()) / "reports"
-    page = page or directory / f"{report.model.name}.html"
-    card, table = card or directory / f"{report.model.name}.md", table or directory / "results.csv"
+    name = shortened(report.model.name)
+    page = page or directory / f"{name}.html"
+    card, table = card or directory / f"{name}.md", table or directory / "results.csv"
     for path in (page, card, table):
         if path.is_dir():
             raise UsageError(f"{path} is a directory.", cure="Name files: --html FILE --markdown FILE --csv FILE")
@@ -144,6 +147,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
         "fenced": fenced,
         "figure": lambda value, digits, scale: f"{value * scale:,.{digits}f}",
         "number": number,
+        "thousands": lambda value: f"{value:,}",
         "spread": spread_words,
         "signed": lambda value, digits, scale=1: "–" if value is None else f"{value * scale:+.{digits}f}",
         "runner": lambda name: RUNNERS.get(name, name),
@@ -157,7 +161,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
     return environment
 
 
-def number(interval: Interval | None, digits: int = 2, scale: float = 1.0) -> str:
+def number(interval: Interval | Estimate | None, digits: int = 2, scale: float = 1.0) -> str:
     """`98.71 (98.20 to 99.12)`; a dash for what was not measured."""
     if interval is None:
         return "–"
@@ -204,6 +208,8 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     best = _headline_score(report)
     if best and best.score:
         tiles.append(("Quality against BF16", f"{best.score.value:.2f}", "BF16 = 100"))
+    elif report.quality and report.quality.score is not None:
+        tiles.append(("Quality against BF16", f"{report.quality.score:.2f}", "BF16 = 100, by the quality check"))
     if report.size.weights:
         before, after = report.size.weights
         tiles.append(("Weights", size(after), f"{before / after:.1f} times smaller than {size(before)}"))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import guards, paths, recipe
+from builder import guards, paths, recipe, tokenizer_files
+from builder import manifest as manifests
 from builder.errors import IntegrityError, UnsupportedError, UsageError
+from builder.foreign_text import parse_json, read_regular
 from builder.guards import LOGITS_TYPES
-from builder.model_directory import tokenizer_files
 from builder.store import MANIFEST, Artefact, Store, library_versions, read, sources_digest
 
 if TYPE_CHECKING:
@@ -50,12 +51,20 @@ def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store
         "part": part.model_dump(mode="json"),
         "libraries": library_versions("jinja2"),
         "sources": sources_digest(
-            "builder/repository.py", "builder/guards.py", "builder/model_directory.py", templates, MACROS, tensors
+            "builder/repository.py",
+            "builder/guards.py",
+            "builder/model_directory.py",
+            "builder/tokenizer_files.py",
+            templates,
+            MACROS,
+            tensors,
         ),
     }
 
     def make(directory: Path) -> Mapping[str, Any]:
-        return write(directory / "models", engine.path.resolve(), snapshot.path, part)
+        facts = write(directory / "models", engine.path.resolve(), snapshot.path, part)
+        snapshot.source.check_unchanged()  # the tokenizer is copied from it
+        return facts
 
     return _repository(store.stage("repository", ingredients, make))
 
@@ -66,14 +75,32 @@ def open_repository(path: Path) -> Repository:
     artefact = read(directory)
     if artefact is None and (directory / MANIFEST).is_file():
         guards.check(directory / "models")  # where an edit is at odds with the engine, that is what to say
-        raise IntegrityError(
-            f"{path} is not what was made: files were changed or are missing.",
-            why="`builder verify` names each of them.",
-            cure="Make it again: the same `builder build`, with --from render",
-        )
+        raise _changed(directory, "Make it again: the same `builder build`, with --from render")
     if artefact is None or artefact.stage != "repository":
         raise UsageError(f"{path} is no finished repository.", cure="Build one: builder build --model MODEL --gpu GPU")
     return _repository(artefact)
+
+
+def check_served(repository: Repository) -> None:
+    """IntegrityError if the engine or checkpoint that a repository serves is in a store, and was changed there."""
+    for name, below, stage in (("engine", "", "engine"), ("checkpoint", "unified", "quantize")):
+        served = Path(str(repository.facts.get(name, "")))
+        directory = served.parent if below and served.name == below else served
+        if name in repository.facts and (directory / MANIFEST).is_file() and read(directory) is None:
+            guards.check(repository.models)
+            raise _changed(directory, f"Make it again: the same `builder build`, with --from {stage}")
+
+
+def _changed(directory: Path, hint: str) -> IntegrityError:
+    try:
+        wrong = list(manifests.wrong_files(directory, manifests.load(directory), hashed_up_to=manifests.SMALL))
+    except manifests.Damaged as error:
+        wrong = [f"its {MANIFEST}: {error}"]
+    return IntegrityError(
+        f"{directory} is not what was made: files were changed, added or are missing.",
+        why="\n".join(wrong[:10]),
+        cure=hint,
+    )
 
 
 def find(root: Path, named: str | None = None) -> Path:
@@ -96,7 +123,7 @@ def find(root: Path, named: str | None = None) -> Path:
 def write(models: Path, engine: Path, snapshot: Path, part: recipe.Repository) -> dict[str, Any]:
     """Renders every model into `models`, checks the whole, and returns the facts. IntegrityError if it can't serve."""
     config = _json(engine / "config.json")
-    ids = special_ids(snapshot)
+    ids = special_ids(snapshot, part.end_ids)
     values = _values(engine, config, ids, part)
     templates, _ = sources(config["version"])
     for source in sorted(path.parent for path in templates.glob("*/config.pbtxt.j2")):
@@ -113,25 +140,37 @@ def write(models: Path, engine: Path, snapshot: Path, part: recipe.Repository) -
     return _facts(engine, config, ids, part)
 
 
-def special_ids(snapshot: Path) -> dict[str, Any]:
-    """{"end_ids": [...], "pad_id": n} as the model's own files say: generation_config, config, tokenizer_config."""
+def special_ids(snapshot: Path, chosen: Sequence[int] | None = None) -> dict[str, Any]:
+    """{"end_ids": [...], "pad_id": n} as the model's own files say: generation_config, config, tokenizer_config. End
+    ids that a recipe chose go before theirs."""
     generation, config = _json(snapshot / "generation_config.json"), _json(snapshot / "config.json")
-    text = config.get("text_config", {})
-    tokenizer = _json(snapshot / "tokenizer_config.json")
-    named = {token["content"]: token["id"] for token in _json(snapshot / "tokenizer.json").get("added_tokens", [])}
+    text = config.get("text_config") or {}
 
     def find(kind: str) -> Any:
         for source in (generation, config, text):
             if source.get(f"{kind}_token_id") is not None:
                 return source[f"{kind}_token_id"]
-        token = tokenizer.get(f"{kind}_token")
-        return named.get(token["content"] if isinstance(token, dict) else token)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            token = _json(snapshot / name).get(f"{kind}_token")
+            if token is not None:
+                return _token_id(snapshot, token["content"] if isinstance(token, dict) else token)
+        return None
 
-    end, pad = find("eos"), find("pad")
-    end_ids = list(end) if isinstance(end, list) else [] if end is None else [end]
+    end, pad = list(chosen) if chosen else find("eos"), find("pad")
+    end_ids = list(dict.fromkeys(end)) if isinstance(end, list) else [] if end is None else [end]
     if pad is None:
         pad = end_ids[0] if end_ids else 0
     return {"end_ids": end_ids, "pad_id": pad}
+
+
+def _token_id(snapshot: Path, token: str) -> int | None:
+    """The id of a token in tokenizer.json: an added one or, as Llama 2's </s> in some conversions, of the vocabulary
+    alone, which a Unigram model lists in the order of its ids."""
+    tokenizer = _json(snapshot / "tokenizer.json")
+    added = {one["content"]: int(one["id"]) for one in tokenizer.get("added_tokens", [])}
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    ids = vocab if isinstance(vocab, dict) else {piece[0]: id for id, piece in enumerate(vocab)}
+    return added.get(token, ids.get(token))
 
 
 def check(models: Path, *, max_batch_size: int, decoupled: bool) -> None:
@@ -174,6 +213,11 @@ def problems(path: Path, *, max_batch_size: int, decoupled: bool) -> list[str]:
     if config.model_transaction_policy.decoupled != streams:
         found.append(f"decoupled is {config.model_transaction_policy.decoupled} instead of {streams}")
     return found
+
+
+def repository_key(repository: Repository) -> str:
+    """What tests and measurements of a served repository depend on beside its digest: the engine's content too."""
+    return repository.path.name
 
 
 def _repository(artefact: Artefact) -> Repository:
@@ -339,15 +383,19 @@ def _copy_tokenizer(snapshot: Path, target: Path) -> None:
             cure="Write it with: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
         )
     target.mkdir(parents=True)
-    for file in tokenizer_files(snapshot):
-        shutil.copyfile(file, target / file.name)
+    tokenizer_files.copy(snapshot, target)
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where the file is absent."""
     if not path.is_file():
         return {}
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        loaded = parse_json(read_regular(path))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} can't be read as JSON.", why=str(error), cure="Fetch the model again.") from None
+    if not isinstance(loaded, dict):
+        raise IntegrityError(f"{path} is a JSON {type(loaded).__name__}, no object.", cure="Fetch the model again.")
     return loaded
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.errors import IntegrityError
+from builder.foreign_text import parse_json, read_regular
 
 # Bits per element; safetensors/src/tensor.rs, `Dtype::bitsize`.
 DTYPE_BITS = {
@@ -32,6 +33,7 @@ DTYPE_BITS = {
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs, MAX_HEADER_SIZE
 CHUNK_BYTES = 16 * 1024 * 1024
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+HEAD_BYTES = len(LFS_POINTER)  # of a file's beginning: they hold the header's length, or show what else it is
 
 Buffer = bytes | bytearray | memoryview
 
@@ -74,25 +76,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names, dtypes, shapes and offsets in the file of its tensors; IntegrityError says what the file is otherwise."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise _damaged(path, _what_it_is(start + file.read(len(LFS_POINTER)), size, length))
-        header = file.read(length)
+        start = file.read(HEAD_BYTES)
+        length = header_length(start, size, str(path))
+        return parse_header((start + file.read(max(0, 8 + length - len(start))))[8 : 8 + length], size, str(path))
+
+
+def header_length(start: bytes, size: int, where: str) -> int:
+    """Bytes of the JSON header of a file of `size` bytes that begins so. IntegrityError if it can't have one."""
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise _damaged(where, _what_it_is(start, size, length))
+    return length
+
+
+def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
+    """A JSON header as tensors: wherever it was read, the same is wrong with it. `size` is the whole file's."""
+    data_start = 8 + len(header)
     try:
-        entries = json.loads(header, object_pairs_hook=_no_duplicates)
-        infos = {name: _info(e, 8 + length) for name, e in entries.items() if name != "__metadata__"}
-        _check_layout(infos, 8 + length, size)
+        entries = parse_json(header, unique=True)
+        infos = {name: _info(e, data_start) for name, e in entries.items() if name != "__metadata__"}
+        _check_layout(infos, data_start, size)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(path, f"Its header is wrong: {error}") from None
+        raise _damaged(where, f"Its header is wrong: {error}") from None
     return infos
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
 
 
 def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
@@ -124,7 +130,7 @@ def _what_it_is(head: bytes, size: int, length: int) -> str:
     return f"Its header should be {length} bytes long, the file has {size}: it is truncated or no safetensors file."
 
 
-def _damaged(path: Path, why: str) -> IntegrityError:
+def _damaged(path: str, why: str) -> IntegrityError:
     return IntegrityError(f"{path} is no whole safetensors file.", why=why, cure="Fetch or write the file again.")
 
 
@@ -201,7 +207,7 @@ def _index(directory: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     try:
-        weight_map: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        weight_map: dict[str, str] = parse_json(read_regular(path))["weight_map"]
         if all(isinstance(v, str) and v == os.path.basename(v) for v in weight_map.values()):
             return weight_map
         why = "It names something else than files beside it."

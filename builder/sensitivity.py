@@ -26,7 +26,8 @@ from builder.recipe import Calibration as Rows
 from builder.recipe import Recipe, Resolved
 from builder.recipe_evaluation import DataSet
 from builder.safetensors_io import byte_size
-from builder.store import Store, key_of, library_versions, sources_digest
+from builder.source_files import SourceFiles
+from builder.store import Store, key_of, library_versions, replace_file, sources_digest
 
 SOURCES = (
     "builder/sensitivity.py",
@@ -170,7 +171,7 @@ def select(
             known = {"name": WHOLE, "kl": found.whole, "agreement": 0.0}
             errors = {loss.name: loss.output_error for loss in found.losses}
             lines = [known, {"output_errors": errors, "tokens": found.tokens}]
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            replace_file(partial, "".join(json.dumps(line) + "\n" for line in lines))
         told = _run({**job, "results": str(partial), "scratch": str(tmp)}, store)
         modules = [module for group in told["kept"] for module in job["groups"][group]]
         kept = f"{len(modules)} linear layers in {form.upper()}"
@@ -194,6 +195,7 @@ def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensit
     groups = _groups(model)
     with store.out.progress("weight errors", unit="layers") as bar:
         found = weight_error.weight_errors(_weights(snapshot), groups, lambda done, total: bar.update(done, total))
+    snapshot.source.check_unchanged()
     losses = _losses(model, groups, {"results": {}, "weight_errors": found, "output_errors": {}})
     return Sensitivity(tuple(losses), None, None, 0, {}, Path(), "")
 
@@ -225,15 +227,16 @@ def _job(
         **job,
         "libraries": library_versions(*modelopt.LIBRARIES),
         "sources": sources_digest(*SOURCES),
-        "gpus": modelopt.gpus(),
+        "gpus": modelopt.calibrating(),
+        "environment": modelopt.numerics(),
     }
     paths = {
-        "model": str(snapshot.path.absolute()),
+        **snapshot.source.as_job(),
         "weights": [str(file.absolute()) for file in _weights(snapshot)],
         "texts": str(texts.path.absolute()),
         "calibration": {**job["calibration"], "rows": str(calibration.path.absolute())},
     }
-    return {**job, **paths}, ingredients
+    return {**job, **paths, "gpus": ingredients["gpus"]}, ingredients
 
 
 def check_texts(recipe: Recipe) -> DataSet:
@@ -315,9 +318,15 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     """The child, and its summary."""
     modelopt.check([Path(file) for file in job["weights"]], job["kept"])
     log = store.log("sensitivity")
-    told, _ = process.run_job(
-        "builder.sensitivity_child", job, log=log, out=store.out, label="starting ModelOpt", env=modelopt.ENVIRONMENT
-    )
+    with SourceFiles.of_job(job).blamed():
+        told, _ = process.run_job(
+            "builder.sensitivity_child",
+            job,
+            log=log,
+            out=store.out,
+            label="starting ModelOpt",
+            env=modelopt.ENVIRONMENT,
+        )
     summary: dict[str, Any] = told["summary"]
     return summary
 

@@ -23,13 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from builder import tokenizer_loading
 from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Sequences, sequences
 from builder.process import do_job, emit
 from builder.quantize import child
+from builder.quantize.device import check_device
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.runners.child import score_set
 from builder.runners.local import Causal
+from builder.source_files import SourceFiles
 from builder.weight_error import weight_errors
 
 WHOLE, KV_CACHE = "whole model", "KV cache"  # the names of two results that are no group's
@@ -37,15 +40,12 @@ WHOLE, KV_CACHE = "whole model", "KV cache"  # the names of two results that are
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """The losses of all groups; with a `budget` the groups to keep and the loss that is left then."""
-    from transformers import AutoTokenizer
-
     done = Results(Path(job["results"]))
     if job["budget"] is None and done.output_errors and all(name in done for name in _wanted(job)):
         return _summary(job, done)
+    check_device(job.get("gpus", ()))
     emit(progress={"label": "loading the model", "done": 0, "total": None})
-    tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
-    )
+    tokenizer = tokenizer_loading.load(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
     texts = sequences(Path(job["texts"]), tokenizer, name="the sensitivity texts", **job["lengths"])
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=job["scratch"]) as scratch:
         model = Simulated(job)
@@ -53,8 +53,18 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         if job["budget"] is None:
             for name in _wanted(job):
                 meter.kl(name, _quantized(job, name))
-            return _summary(job, done)
-        return select(meter, job)
+        found = _summary(job, done) if job["budget"] is None else select(meter, job)
+        _check_source(job)
+        return found
+
+
+def _check_source(job: Mapping[str, Any]) -> None:
+    """IntegrityError if the model changed while it was measured; no result is kept to go on with then."""
+    try:
+        SourceFiles.of_job(job).check_unchanged()
+    except IntegrityError:
+        Path(job["results"]).unlink(missing_ok=True)
+        raise
 
 
 def _wanted(job: Mapping[str, Any]) -> list[str]:
@@ -138,7 +148,7 @@ class Results:
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
             try:
                 self._take(json.loads(line))
-            except ValueError:
+            except (ValueError, KeyError, TypeError):
                 continue
 
     def _take(self, line: Mapping[str, Any]) -> None:

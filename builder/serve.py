@@ -1,11 +1,11 @@
 """Start, wait for and stop Triton: the container's, or the one inside the nvidia-pytriton wheel.
 
-The server gets a session of its own, an environment without tokens, and a SIGTERM from the kernel when we die.
+The server runs below a supervisor (supervisor.py), from a directory of its own (serving_directory.py), in an
+environment without secrets (environment.py). It has no API that loads models or changes what it logs.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import re
@@ -14,36 +14,27 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from urllib.parse import quote
 
-from builder import gpus, guards, process
+from builder import build_log, gpus, guards, llmapi_launch, process, serving_limits, supervisor
 from builder.errors import ServingError
 from builder.output import Output, seconds
+from builder.safe_text import printable_bytes
+from builder.serving_directory import ServingDirectory, prepare_backends, serving_directory
+from builder.triton_server import Installation, find_server
 
-CONTAINER = Path("/opt/tritonserver")
-SHM = Path("/dev/shm")
-SECRETS = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|CREDENTIALS?|API_?KEY)(_|$)", re.IGNORECASE)
-# Settings of ours that the models may need; the wheel's server gets nothing else of our environment.
-PASSED_ON = ("HOME", "TMPDIR", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES")
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A Triton server on this machine: its binary, where its backends lie, the files of its Python backend."""
-
-    binary: Path
-    backends: Path
-    python_backend: tuple[Path, ...]
-    environment: Mapping[str, str]
+SHM = Path(supervisor.SHM)
+DEAD_SECONDS = 5.0  # Triton notices within three where the model's own code ends its process
+# What clients don't need and others could misuse. The header that would open it has a name that none can have: HTTP
+# ends a name at its first colon, and gRPC refuses a call with such a name. So the command line, which every user of the
+# machine can read, has no secret in it.
+CLOSED = "model-repository,shared-memory,trace,logging:no:body=x"
 
 
 @dataclass(frozen=True)
@@ -54,26 +45,16 @@ class Server:
     grpc_url: str
     metrics_url: str
     log: Path
-    child: subprocess.Popen[bytes]
+    child: process.Child
 
     @property
     def pid(self) -> int:
+        """Of the server's supervisor, which passes SIGTERM on."""
         return self.child.pid
 
     def wait(self) -> int:
         """Until the server ends by itself; its exit code."""
         return self.child.wait()
-
-
-def find_server() -> Installation:
-    """The server on the PATH or in NVIDIA's container; else the one in the nvidia-pytriton wheel."""
-    on_path = shutil.which("tritonserver")
-    binary = Path(on_path) if on_path else CONTAINER / "bin" / "tritonserver"
-    if binary.is_file():
-        backends = binary.resolve().parent.parent / "backends"
-        environment = {name: value for name, value in os.environ.items() if not SECRETS.search(name)}
-        return Installation(binary, backends, tuple(sorted((backends / "python").glob("*"))), environment)
-    return _wheel()
 
 
 @contextmanager
@@ -86,109 +67,82 @@ def serve(
     metrics_port: int | None = None,
     host: str = "127.0.0.1",
     log: Path | None = None,
+    follow_log: bool = False,
     engine_backend: Path | None = None,
     timeout: float = 1800.0,
     exit_timeout: int = 30,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Serves a model repository until the block ends. Ports default to free ones, the log to a file in TMPDIR.
+    """Serves a model repository until the block ends. Ports default to free ones, the log to a temporary file.
 
     `engine_backend` is the model.py that stands in for the C++ backend; default: the reference executor's where the
-    repository's engine directory holds no *.engine. IntegrityError when engine, repository and machine do not agree,
-    ServingError when the server does not come up in `timeout` seconds.
-    Call it in the main thread: the kernel stops the server when the thread that started it ends.
+    repository's engine directory holds no *.engine. `follow_log` copies the log to stderr. IntegrityError when engine,
+    repository and machine do not agree, ServingError when the server does not come up in `timeout` seconds.
     """
     if engine_backend is None:
         guards.check(models)
+    serving_limits.check(models)
     installation = find_server()
-    backends = _backends(installation, models, engine_backend)
     ports = choose_ports(host, http_port, grpc_port, metrics_port)
-    log = log or Path(tempfile.mkdtemp(prefix="triton-")) / "server.log"
     shm = f"builder-{os.getpid()}-{secrets.token_hex(4)}-"
     world_size = 1 if engine_backend else _world_size(models)
-    argv = launch_command(
-        [
-            _command(installation.binary, models, backends, host, ports, f"{shm}{rank}-", exit_timeout, rank=rank)
-            for rank in range(world_size)
-        ]
+    variables = llmapi_launch.environment(
+        models, {**installation.environment, **gpus.cuda_order(), **(environment or {})}
     )
+    launched = launch_command if llmapi_launch.arguments(models) is None else llmapi_launch.command
+    code = _stand_in(installation, models, engine_backend)
     start = time.monotonic()
     patience = 2.0
-    # SIGTERM if we die, not SIGKILL: the server ends its stubs and removes its shared memory.
-    with (
-        _cleaned(models, shm),
-        open(log, "wb") as sink,
-        process.started(
-            argv,
-            stop=lambda child: _stop(child, patience),
-            death=signal.SIGTERM,
-            log=sink,
-            env={**installation.environment, **gpus.cuda_order(), **(environment or {})},
-        ) as child,
-    ):
-        http, grpc, metrics = (f"{host}:{port}" for port in ports)
-        server = Server(http, grpc, metrics, log, child)
-        _wait_until_ready(server, models, start + timeout)
-        patience = exit_timeout + 10.0
-        out.info(f"Triton is ready after {seconds(time.monotonic() - start)}: {server.http_url}, log {log}")
-        yield server
+    with serving_directory(executable=code is not None) as place, _no_compiled_files(models):
+        place.link(models)
+        backends = prepare_backends(installation, code, place.backends)
+        argv = launched(
+            [
+                _command(installation.binary, place, backends, host, ports, f"{shm}{rank}-", exit_timeout, rank=rank)
+                for rank in range(world_size)
+            ]
+        )
+        log = log or place.log
+        with (
+            open(log, "wb") as sink,
+            process.started(
+                argv,
+                stop=lambda child: _stop(child, patience),
+                log=sink,
+                env=variables,
+                shm=shm,
+                directory=place.path,
+            ) as child,
+        ):
+            if follow_log:
+                _follow(log)
+            http, grpc, metrics = (f"{host}:{port}" for port in ports)
+            server = Server(http, grpc, metrics, log, child)
+            _wait_until_ready(server, models, start + timeout)
+            patience = exit_timeout + 10.0
+            out.info(f"Triton is ready after {seconds(time.monotonic() - start)}: {server.http_url}, log {log}")
+            yield server
 
 
 @contextmanager
-def _cleaned(models: Path, shm: str) -> Iterator[None]:
-    """Removes what a server leaves: its shared memory, and compiled files in the repository, a finished artefact (the
-    stub heeds no PYTHONDONTWRITEBYTECODE)."""
+def _no_compiled_files(models: Path) -> Iterator[None]:
+    """Removes compiled files from the repository, a finished artefact (the stub heeds no PYTHONDONTWRITEBYTECODE)."""
     try:
         yield
     finally:
-        for leftover in SHM.glob(f"{shm}*"):
-            leftover.unlink(missing_ok=True)
         for leftover in models.glob("*/1/__pycache__"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _wheel() -> Installation:
-    try:
-        package = metadata.distribution("nvidia-pytriton")
-    except metadata.PackageNotFoundError:
-        raise ServingError(
-            "There is no Triton server on this machine.",
-            why=f"No tritonserver on the PATH, none in {CONTAINER}, and nvidia-pytriton is not installed.",
-            cure="pip install --no-deps nvidia-pytriton==0.7.0, or run in NVIDIA's Triton image.",
-        ) from None
-    site = Path(str(package.locate_file("")))
-    home = site / "pytriton" / "tritonserver"
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = home / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        raise ServingError(
-            f"nvidia-pytriton {package.version} has no Python backend for Python {version}.",
-            cure="Use Python 3.11 or 3.12.",
-        )
-    # The stub runs the first python3 of the PATH: it must be the one whose packages the models need.
-    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {
-        "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
-        "LD_LIBRARY_PATH": f"{site / 'nvidia_pytriton.libs'}:{sysconfig.get_config_var('LIBDIR')}",
-        "LANG": "C.UTF-8",
-        "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads must not spin while a tokenizer wants the core
-        "PYTHONUNBUFFERED": "1",
-    }
-    backend = home / "backends" / "python"
-    files = (backend / "libtriton_python.so", backend / "triton_python_backend_utils.py", stub)
-    return Installation(home / "bin" / "tritonserver", home / "backends", files, environment)
-
-
-def _backends(installation: Installation, models: Path, engine_backend: Path | None) -> Path:
-    """The backend directory. For a stand-in of the engine: the Python backend's files and the stand-in's model.py."""
-    if engine_backend is None and (_has_engine(models) or _complete(installation, models)):
-        return installation.backends
-    if engine_backend is None:
-        root = str(Path(__file__).resolve().parent.parent)
-        # The stub ignores PYTHONPATH, and a checkout may not be installed.
-        code = f"import sys; sys.path.append({root!r})\nfrom builder.reference.backend import TritonPythonModel\n"
-    else:
-        code = engine_backend.read_text(encoding="utf-8")
-    return _prepare(installation.python_backend, code)
+def _stand_in(installation: Installation, models: Path, engine_backend: Path | None) -> str | None:
+    """The model.py that stands in for the C++ backend; None where the installation's own backends serve."""
+    if engine_backend is not None:
+        return engine_backend.read_text(encoding="utf-8")
+    if _has_engine(models) or _complete(installation, models):
+        return None
+    root = str(Path(__file__).resolve().parent.parent)
+    # The stub ignores PYTHONPATH, and a checkout may not be installed.
+    return f"import sys; sys.path.append({root!r})\nfrom builder.reference.backend import TritonPythonModel\n"
 
 
 def _complete(installation: Installation, models: Path) -> bool:
@@ -210,10 +164,10 @@ def _engine_directory(models: Path) -> Path | None:
 
 
 def _world_size(models: Path) -> int:
-    """How many servers an engine of TensorRT's needs, one for each rank; the reference executor is one process."""
+    """How many ranks an engine of TensorRT's or the llmapi target has; the reference executor is one process."""
     directory = _engine_directory(models)
     if directory is None or not _has_engine(models):
-        return 1
+        return llmapi_launch.world_size(models)
     return guards.read_engine(directory).world_size
 
 
@@ -234,36 +188,6 @@ def launch_command(servers: Sequence[list[str]]) -> list[str]:
     ranks = [["-n", "1", *server] for server in servers]
     rest = [word for rank in ranks[1:] for word in (":", *rank)]
     return ["mpirun", "--allow-run-as-root", *ranks[0], *rest]
-
-
-def _prepare(files: tuple[Path, ...], code: str) -> Path:
-    """Copies, for the server refuses symbolic links; made once, under a name that says what is in it."""
-    described = "".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files) + code
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtllm-builder" / "triton-backends"
-    final = cache / hashlib.sha256(described.encode()).hexdigest()[:16]
-    if final.is_dir():
-        return final
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=".", dir=cache))
-        for name in ("python", "tensorrtllm"):
-            (made / name).mkdir()
-        for file in files:
-            if file.is_file():
-                shutil.copy(file, made / "python" / file.name)
-        stub = made / "python" / "triton_python_backend_stub"
-        stub.chmod(0o755)
-        (made / "tensorrtllm" / "model.py").write_text(code, encoding="utf-8")
-        with suppress(OSError):  # another process was faster
-            made.rename(final)
-        shutil.rmtree(made, ignore_errors=True)
-    except OSError as error:
-        raise ServingError(
-            f"Triton's backends can't be prepared in {cache}.",
-            why=str(error),
-            cure="Name a writable directory: XDG_CACHE_HOME=DIR",
-        ) from error
-    return final
 
 
 def choose_ports(host: str, *given: int | None) -> list[int]:
@@ -288,7 +212,7 @@ def choose_ports(host: str, *given: int | None) -> list[int]:
 
 def _command(
     binary: Path,
-    models: Path,
+    place: ServingDirectory,
     backends: Path,
     host: str,
     ports: list[int],
@@ -299,40 +223,55 @@ def _command(
 ) -> list[str]:
     """One server's. Rank 0 loads everything and answers; the others load the engine's model alone and open no port."""
     listening = zip(("http", "grpc", "metrics"), ports, strict=True)
-    # The load API runs whatever code it is sent; nobody has this key.
-    locked = f"model-repository:{secrets.token_hex(8)}={secrets.token_hex(16)}"
+    models = place.models if rank == 0 else place.only(guards.ENGINE_MODEL)
     return [
         str(binary),
-        f"--model-repository={models.resolve()}",
+        f"--model-repository={models}",
         f"--backend-directory={backends}",
         *(f"--{name}-{what}" for name, port in listening for what in (f"address={host}", f"port={port}")),
         "--disable-auto-complete-config",
-        "--model-control-mode=explicit",
-        "--load-model=*" if rank == 0 else f"--load-model={guards.ENGINE_MODEL}",
+        "--model-control-mode=none",  # loads what is there; the API that loads, and runs what it is sent, is off
         *(f"--backend-config={backend},shm-region-prefix-name={shm}" for backend in ("python", "tensorrtllm")),
         f"--exit-timeout-secs={exit_timeout}",
-        f"--http-restricted-api={locked}",
-        f"--grpc-restricted-protocol={locked}",
+        f"--http-restricted-api={CLOSED}",
+        f"--grpc-restricted-protocol={CLOSED}",
     ]
 
 
 def _wait_until_ready(server: Server, models: Path, deadline: float) -> None:
     """Until the server and each of its models say that they are ready, and its metrics port, opened last, answers."""
     asked = [*((server.http_url, path) for path in ready_paths(models)), (server.metrics_url, "/metrics")]
+    look, dead_since = time.monotonic() + 1.0, None
     while asked:
+        now = time.monotonic()
         if server.child.poll() is not None:
             raise _failure(f"Triton ended with {_how(server.child.returncode)} before it was ready.", server.log)
-        if time.monotonic() > deadline:
+        if now > deadline:
             raise _failure("Triton is not ready in time.", server.log)
+        if now > look:
+            look = now + 1.0
+            dead_since = (dead_since or now) if _lost_a_model(server) else None
+            if dead_since and now - dead_since > DEAD_SECONDS:
+                raise _failure(
+                    "The process of a model ended while it was loading, and Triton waits for it.", server.log
+                )
         if answers_ok(*asked[0]):
             asked.pop(0)
         else:
             time.sleep(0.05)
 
 
+def _lost_a_model(server: Server) -> bool:
+    """Whether a process that the server started has ended, and the server has not noticed."""
+    ours, found = set(supervisor.descendants(server.pid)), list(supervisor.processes())
+    servers = {pid for pid, name, _, _ in found if name == "tritonserver" and pid in ours}
+    return any(state == "Z" and parent in servers for _, _, state, parent in found)
+
+
 def ready_paths(models: Path) -> list[str]:
     """What to ask the server and each of its models until all are ready."""
-    return ["/v2/health/ready", *(f"/v2/models/{path.name}/ready" for path in sorted(models.iterdir()))]
+    names = [path.name for path in sorted(models.iterdir()) if path.is_dir()]
+    return ["/v2/health/ready", *(f"/v2/models/{quote(name)}/ready" for name in names)]
 
 
 def answers_ok(url: str, path: str) -> bool:
@@ -347,19 +286,18 @@ def answers_ok(url: str, path: str) -> bool:
         connection.close()
 
 
-def followed_log() -> Path:
-    """A new log for a server, copied to stderr as it grows, until we end: what `docker logs` shows."""
-    log = Path(tempfile.mkdtemp(prefix="triton-")) / "server.log"
-    log.touch()
+def _follow(log: Path) -> None:
+    """Copies a server's log to stderr as it grows, until we end: what `docker logs` shows."""
 
     def copy() -> None:
         with open(log, "rb") as file:
+            begun = b""
             while True:
-                process.write_all(2, file.read())
+                lines, newline, begun = (begun + file.read()).rpartition(b"\n")
+                process.write_all(2, printable_bytes(lines + newline))
                 time.sleep(0.1)
 
     threading.Thread(target=copy, daemon=True).start()
-    return log
 
 
 def stop_at_eof() -> None:
@@ -378,7 +316,11 @@ def _how(code: int) -> str:
 
 
 def _failure(what: str, log: Path) -> ServingError:
-    why = "\n".join(reasons(log.read_text(encoding="utf-8", errors="replace"))) or process.tail(log)
+    text = log.read_text(encoding="utf-8", errors="replace")
+    why = "\n".join(reasons(text)) or process.tail(log)
+    if known := build_log.diagnose(text, "serving"):
+        cure = f"{known.cure}\nThe whole log: {log}"
+        return ServingError(what, why=f"{known.why} ({known.source})\n{why}", cure=cure)
     return ServingError(what, why=why, cure=f"The whole log: {log}")
 
 
@@ -391,14 +333,9 @@ def reasons(log: str) -> list[str]:
     return list(dict.fromkeys(line.split(r"\n\nAt:")[0].strip(' "') for line in found))
 
 
-def _stop(child: subprocess.Popen[bytes], patience: float) -> None:
-    """SIGTERM, the patience, then SIGKILL to whatever is left of the server's process group."""
-    try:
-        if child.poll() is None:
-            child.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(patience)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+def _stop(child: process.Child, patience: float) -> None:
+    """SIGTERM, and the patience for what is under way; what is left then is killed by the caller."""
+    if child.poll() is None:
+        child.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(patience)

@@ -7,7 +7,7 @@ sees the end and stops, and the engine removes the container. One created and ne
 from __future__ import annotations
 
 import os
-import tempfile
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 from builder import containers, guards, process
 from builder.errors import BuilderError, IntegrityError, ServingError, UnsupportedError, UsageError
 from builder.output import Output, seconds
+from builder.safe_text import printable_bytes
 from builder.serve import answers_ok, choose_ports, ready_paths, reasons
+from builder.serving_directory import serving_directory
 
 if TYPE_CHECKING:
     from builder.repository import Repository
 
-OWNER = "trtllm-builder.owner"  # container label: whose it is
+OWNER = "trtllm-builder.owner"  # container label: which process it belongs to
 TENSORRT_LLM = "trtllm-builder.tensorrt-llm"  # image label: what the Dockerfile found in its base image
 # Compose marks the images that it builds, and what runs from one would count as a part of its project.
 UNMARKED = {f"com.docker.compose.{what}": "" for what in ("project", "service", "version")}
@@ -57,11 +59,25 @@ class ContainerServer:
 
 
 @contextmanager
-def serve_container(
+def serve_container(repository: Repository, *, out: Output, image: str, **options: Any) -> Iterator[ContainerServer]:
+    """Serves a repository in a container of `image` until the block ends; `options` as in `_serve`.
+
+    The log is a temporary file, which stays only if the server fails.
+    """
+    with (
+        serving_directory(executable=False) as place,
+        _serve(repository, out=out, image=image, log=place.log, **options) as server,
+    ):
+        yield server
+
+
+@contextmanager
+def _serve(
     repository: Repository,
     *,
     out: Output,
     image: str,
+    log: Path,
     http_port: int | None = None,
     grpc_port: int | None = None,
     metrics_port: int | None = None,
@@ -78,8 +94,7 @@ def serve_container(
     remove_orphans(client)
     check_image(client, image, repository.facts)
     ports = choose_ports(host, http_port, grpc_port, metrics_port)
-    log = Path(tempfile.mkdtemp(prefix="triton-")) / "server.log"
-    owner = _us()
+    owner = _owner()
     start = time.monotonic()
     try:
         container = _create(client, repository, image, host, ports, owner)
@@ -148,27 +163,54 @@ def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
 
 
 def remove_orphans(client: Any) -> None:
-    """Containers of builders that are gone: of one killed between the container's creation and its start."""
+    """Removes containers of builders that are gone: of one killed between the container's creation and its start."""
     for container in client.containers.list(all=True, filters={"label": OWNER}, ignore_removed=True):
-        pid, started, namespace = container.labels[OWNER].split(".")
-        if namespace == _namespace() and _start_time(int(pid)) != started:
+        if _is_orphan(container.labels[OWNER]):
             _remove(container)
 
 
-def _us() -> str:
-    return f"{os.getpid()}.{_start_time(os.getpid())}.{_namespace()}"
+def _is_orphan(owner: str) -> bool:
+    """Whether an owner label names a process of this machine, boot and namespace that has ended.
+
+    Several hosts can share an engine (DOCKER_HOST), and the initial process namespace has the same inode on all of
+    them; the boot id is drawn anew by each kernel. A label that we did not write, or one of an earlier boot, is never
+    judged: the machine id may be a clone's.
+    """
+    place, _, process_id = owner.rpartition("/")
+    pid, _, started = process_id.partition(".")
+    if not _boot_id() or place != _place() or not (pid.isascii() and pid.isdigit() and started):
+        return False
+    return _start_time(int(pid)) != started
 
 
-def _namespace() -> str:
-    """Of process ids: those of another container are not ours to judge."""
-    return str(os.stat("/proc/self/ns/pid").st_ino)
+def _owner() -> str:
+    """The label of our own containers: MACHINE/BOOT/NAMESPACE/PID.START."""
+    return f"{_place()}/{os.getpid()}.{_start_time(os.getpid())}"
+
+
+def _place() -> str:
+    """Where our process ids hold: this machine, since it was started, in this process namespace."""
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    return f"{_read_id('/etc/machine-id')}/{_boot_id()}/{namespace}"
+
+
+def _boot_id() -> str:
+    return _read_id("/proc/sys/kernel/random/boot_id")
+
+
+def _read_id(path: str) -> str:
+    """An id in a file, without anything but letters, digits and dashes; "" where there is none."""
+    try:
+        return re.sub(r"[^0-9A-Za-z-]", "", Path(path).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return ""
 
 
 def _start_time(pid: int) -> str:
     """In clock ticks since boot, which tells a process from a later one of the same id; "" where there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()[19]
-    except OSError:
+    except (OSError, ValueError):
         return ""
 
 
@@ -247,7 +289,7 @@ def _copy(lines: Iterator[bytes], log: Path, follow: bool) -> None:
             for line in lines:
                 file.write(line)
                 if follow:
-                    process.write_all(2, line)
+                    process.write_all(2, printable_bytes(line))
 
     log.touch()
     threading.Thread(target=copy, daemon=True).start()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.errors import ServingError
+from builder.gpus import visible
 from builder.output import Output, seconds
 from builder.store import Store, library_versions, sources_digest
 
@@ -25,6 +26,10 @@ SOURCES = (
     "builder/smoke_checks.py",
     "builder/client.py",
     "builder/serve.py",
+    "builder/llmapi_launch.py",
+    "builder/safe_links.py",
+    "builder/serving_directory.py",
+    "builder/triton_server.py",
     "builder/guards.py",
     "builder/reference",
     "builder/nvfp4.py",
@@ -32,6 +37,18 @@ SOURCES = (
     "builder/checkpoint.py",
     "builder/safetensors_io.py",
     "builder/model_directory.py",
+)
+
+LIBRARIES = (
+    "tritonclient",
+    "nvidia-pytriton",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "tensorrt_llm",
+    "tensorrt",
 )
 
 
@@ -94,9 +111,13 @@ def smoke_test(repository: Repository, *, store: Store) -> SmokeReport:
     """Serves the repository, tests it and stops it. A repository that passed is not tested again."""
     from builder.serve import serve
 
+    on_gpu = repository.facts["target"] != "reference"
     ingredients = {
         "repository": repository.digest,
-        "libraries": library_versions("tritonclient", "nvidia-pytriton", "torch", "tokenizers", "tensorrt_llm"),
+        # The repository's files name its engine and do not hold it; its key follows from the engine's content.
+        "key": repository.path.name,
+        "libraries": library_versions(*LIBRARIES),
+        "gpus": [asdict(gpu) for gpu in visible() or []] if on_gpu else [],
         "sources": sources_digest(*SOURCES),
     }
 

@@ -10,32 +10,39 @@ that was killed blocks nobody.
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
 import json
 import os
-import shutil
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from builder.errors import BuilderError, IntegrityError, StageError, UsageError
-from builder.output import Output, seconds, size
+from builder import atomic
+from builder import manifest as manifests
+from builder.atomic import disk_error, make_directory, replace_file, replace_link
+from builder.errors import IntegrityError, UsageError
+from builder.manifest import FORMAT, KEY, MANIFEST, SMALL, Damaged, digest_of, key_of, sha256
+from builder.output import Output, seconds
 
-FORMAT = 1  # of the manifest; a change makes every older stage unknown
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "digest_of", "disk_error", "key_of", "replace_file", "replace_link", "sha256"]
+
+MARKER = ".trtllm-builder-store"  # in the root: `builder clean` touches no directory without it
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
 # Beside the chain: the texts of a data set, what one runner made of them, its answers to a task, and the tables of all
-# of these; what each layer loses, and which are left in BF16 for it; a repository under load.
-EVALUATION = ("texts", "scores", "task_names", "tasks", "evaluation", "sensitivity", "selection", "proxy", "load")
+# of these; what each layer loses, and which are left in BF16 for it; a repository under load; the quality check of a
+# build, and whether it was accepted.
+_MEASURED = ("scores", "tasks", "evaluation", "sensitivity", "selection", "proxy", "quality", "verdict")
+EVALUATION = ("texts", "task_names", *_MEASURED, "load")
 TESTS = ("smoke", "load")  # of a repository
-_CHUNK = 1 << 20
+# Names that `log` gives, and the job file beside a log (process.job_file).
+LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")
+LOGS_KEPT, LOGS_YOUNG = 200, 24 * 3600.0  # files; seconds: a log of that age may be one that is being written
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,11 @@ class Artefact:
 
 
 class WouldRun(Exception):
-    """Raised by a dry store at the first stage that a build would have to run."""
+    """Raised by a dry store at the first stage that a build would have to run, and under which key."""
 
-    def __init__(self, stage: str, why: str) -> None:
+    def __init__(self, stage: str, why: str, key: str = "") -> None:
         super().__init__(f"{stage}: {why}")
-        self.stage, self.why = stage, why
+        self.stage, self.why, self.key = stage, why, key
 
 
 class Store:
@@ -78,109 +85,116 @@ class Store:
         key = key_of(name, ingredients)
         found = None if name in self.force else self.find(name, key)
         if found is None and self.dry:
-            raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store")
+            raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store", key)
         if found is None:
             with self.locked(name, key):
+                atomic.restore(self.root / name / key)
                 found = None if name in self.force else self.find(name, key)
                 if found is None:
                     found = self._make(name, key, ingredients, make)
         if found.cached:
             self.out.stage(name, f"found {key}, nothing to do")
+            if not self.dry:
+                with suppress(OSError):  # where the store can't be written, nothing is cleaned either
+                    os.utime(found.path)  # when it was last used: `builder clean --older-than`
         self.done.append(found)
         return found
 
     def find(self, name: str, key: str) -> Artefact | None:
-        """The artefact if it is there and every file has the size that its manifest says."""
+        """The artefact if it is there and nothing of it was changed, as far as `read` looks."""
         return read(self.root / name / key)
 
     def log(self, name: str) -> Path:
         """A new file for what a child process says. It is no part of the artefact: times would change its digest."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = (Path(tempfile.gettempdir()) if self.dry else self.root / "logs") / f"{stamp}-{name}-{os.getpid()}.log"
-        _make_directory(path.parent)
-        return path
+        directory = Path(tempfile.gettempdir()) if self.dry else self.root / "logs"
+        make_directory(directory)
+        if not self.dry:
+            mark(self.root)
+            for old in old_logs(directory, keep=LOGS_KEPT, older_than=LOGS_YOUNG):
+                with suppress(OSError):
+                    old.unlink()
+        return directory / f"{stamp}-{name}-{os.getpid()}.log"
 
     @contextmanager
     def in_use(self, *, exclusive: bool = False) -> Iterator[None]:
         """Held by a build (shared) so that `clean` (exclusive) removes nothing under its feet."""
-        lock = self.root / "locks" / "store.lock"
-        _make_directory(lock.parent)
-        with open(lock, "ab") as handle:
-            try:
-                fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with _lock_file(self.root / "locks" / "store.lock") as handle:
+            if not _flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, wait=False):
                 if exclusive:
-                    raise UsageError(
-                        f"A build is working in {self.root}.", cure="Let it end, then clean again."
-                    ) from None
-                fcntl.flock(handle, fcntl.LOCK_SH)
+                    raise UsageError(f"A build is working in {self.root}.", cure="Let it end, then clean again.")
+                _flock(handle, fcntl.LOCK_SH)
             yield
 
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:
         """One process at a time makes `key`; the others wait, and say so."""
-        lock = self.root / "locks" / f"{name}-{key}.lock"
-        _make_directory(lock.parent)
-        with open(lock, "ab") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.out.stage(name, f"another build is making {key}; waiting for it")
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+        path = self.root / "locks" / f"{name}-{key}.lock"
+        while True:
+            with _lock_file(path) as handle:
+                if not _flock(handle, fcntl.LOCK_EX, wait=False):
+                    self.out.stage(name, f"another build is making {key}; waiting for it")
+                    _flock(handle, fcntl.LOCK_EX)
+                if not _is_at(handle, path):  # `clean` removed the file before it was locked
+                    continue
+                yield
+                return
 
     def _make(
         self, name: str, key: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
     ) -> Artefact:
         final = self.root / name / key
         tmp = final.parent / f".{key}.{os.getpid()}.tmp"
-        _make_directory(final.parent)
-        for stale in final.parent.glob(f".{key}.*.tmp"):
-            shutil.rmtree(stale)
-        tmp.mkdir()
-        self.out.stage(name, f"making {key}")
-        start, started = time.monotonic(), time.time()
+        mark(self.root)
         try:
-            facts = dict(make(tmp))
-            hashed = facts.pop("hashed", {})
-            took = time.monotonic() - start
-            manifest: dict[str, Any] = {
-                "format": FORMAT,
-                "stage": name,
-                "key": key,
-                "ingredients": ingredients,
-                "files": _hash_files(tmp, hashed),
-                "facts": facts,
-                "started": started,
-                "seconds": round(took, 3),
-            }
-            manifest["digest"] = _content_digest(manifest)
+            make_directory(final.parent)
+            for stale in final.parent.glob(f".{key}.*.tmp"):
+                atomic.remove(stale)
+            tmp.mkdir()
+            self.out.stage(name, f"making {key}")
+            manifest = self._filled(name, key, ingredients, make, tmp)
             _publish(tmp, final, manifest)
         except OSError as error:
-            shutil.rmtree(tmp, ignore_errors=True)
+            _discard(tmp)
             raise disk_error(error, self.root) from error
         except BaseException:
-            shutil.rmtree(tmp, ignore_errors=True)
+            _discard(tmp)
             raise
-        self.out.stage(name, f"done in {seconds(took)}")
+        self.out.stage(name, f"done in {seconds(manifest['seconds'])}")
         return Artefact(name, final, manifest["digest"], manifest["facts"], False, manifest)
 
-
-def key_of(name: str, ingredients: Mapping[str, Any]) -> str:
-    """The name of a stage's directory."""
-    return digest_of({"format": FORMAT, "stage": name, "ingredients": ingredients})[:16]
+    def _filled(
+        self, name: str, key: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]], tmp: Path
+    ) -> dict[str, Any]:
+        """Has `make` fill the directory; returns the manifest of what it made."""
+        start, started = time.monotonic(), time.time()
+        facts = dict(make(tmp))
+        hashed = facts.pop("hashed", {})
+        took = time.monotonic() - start
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "stage": name,
+            "key": key,
+            "ingredients": ingredients,
+            "files": _hash_files(tmp, hashed),
+            "facts": facts,
+            "started": started,
+            "seconds": round(took, 3),
+        }
+        manifest["digest"] = manifests.content_digest(manifest)
+        return manifests.sealed(manifest)
 
 
 def read(path: Path) -> Artefact | None:
-    """A stage directory as an artefact, or None if it is absent, damaged, or of another format."""
+    """A stage directory as an artefact, or None if it is absent, changed, or of another format.
+
+    Small files are hashed, of large ones the size must be right: `verify` hashes them too.
+    """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            return None
-        for file, entry in _located(path, manifest):
-            if file.stat().st_size != entry["size"]:
-                return None
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = manifests.load(path)
+    except Damaged:
+        return None
+    if next(manifests.wrong_files(path, manifest, hashed_up_to=SMALL), None):
         return None
     return Artefact(manifest["stage"], path, manifest["digest"], manifest["facts"], True, manifest)
 
@@ -192,9 +206,9 @@ def artefacts(root: Path) -> list[Artefact]:
 
 
 def _directories(root: Path) -> list[Path]:
-    """The published ones: a hidden directory is half-made, even if it holds a manifest already."""
-    found = (path.parent for stage in (*STAGES, *EVALUATION) for path in sorted((root / stage).glob(f"*/{MANIFEST}")))
-    return [directory for directory in found if not directory.name.startswith(".")]
+    """The published ones, whole or not. A hidden directory is half-made, even if it holds a manifest already."""
+    found = (path for stage in (*STAGES, *EVALUATION) for path in sorted((root / stage).glob("[!.]*")))
+    return [path for path in found if path.is_dir() and (KEY.fullmatch(path.name) or (path / MANIFEST).is_file())]
 
 
 def verify(root: Path, out: Output) -> dict[str, list[str]]:
@@ -203,67 +217,25 @@ def verify(root: Path, out: Output) -> dict[str, list[str]]:
     for directory in _directories(root):
         name = f"{directory.parent.name}/{directory.name}"
         out.stage("verify", name)
-        found[name] = _wrong_files(directory)
+        try:
+            found[name] = list(manifests.wrong_files(directory, manifests.load(directory)))
+        except Damaged as error:
+            found[name] = [f"{MANIFEST} is damaged: {error}"]
     return found
-
-
-def _wrong_files(directory: Path) -> list[str]:
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        located = _located(directory, manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST} can't be read: {error}"]
-    wrong = []
-    for file, entry in located:
-        if not file.is_file():
-            wrong.append(f"{file} is missing")
-        elif (found := file.stat().st_size) != entry["size"]:
-            wrong.append(f"{file} has {found} bytes instead of {entry['size']}")
-        elif sha256(file) != entry["sha256"]:
-            wrong.append(f"{file} has another content than when it was made")
-    if _content_digest(manifest) != manifest.get("digest"):
-        wrong.append(f"{MANIFEST} was changed")
-    return wrong
-
-
-def prune(root: Path, keep: set[Path], *, dry: bool = False) -> tuple[list[Path], int]:
-    """Removes every artefact that no directory in `keep` was made from, and all leftovers: (removed, bytes).
-
-    What was measured on a kept model stays with it, and the tests of a kept repository.
-    """
-    everything = artefacts(root)
-    kept = upstream([artefact for artefact in everything if artefact.path in keep], everything)
-    for stage in ("scores", "tasks", "evaluation", "sensitivity", "selection", "proxy"):
-        models = {artefact.digest for artefact in kept}
-        measured = [a for a in everything if a.stage == stage and models.issuperset(a.manifest["ingredients"]["of"])]
-        kept = upstream([*kept, *measured], everything)
-    needed = {artefact.path for artefact in [*kept, *tests_of(kept, everything, TESTS)]}
-    removed, freed = [], 0
-    for stage in (*STAGES, *EVALUATION):
-        for path in sorted((root / stage).glob("*")):
-            if path not in needed:
-                freed += sum(f.lstat().st_size for f in path.rglob("*") if f.is_file())
-                removed.append(path)
-                if not dry:
-                    shutil.rmtree(path)
-    for path in sorted((root / "partial").glob("*")):  # results of runs that were killed (sensitivity.py)
-        freed += path.lstat().st_size
-        removed.append(path)
-        if not dry:
-            path.unlink()
-    return removed, freed
 
 
 def upstream(start: Sequence[Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
     """`start` and all that it was made from, as far as the digests among the ingredients lead."""
-    by_digest = {artefact.digest: artefact for artefact in everything}
+    by_digest: dict[str, list[Artefact]] = {}
+    for one in everything:  # the code changed and its output did not: two keys, one digest, and either may be needed
+        by_digest.setdefault(one.digest, []).append(one)
     found: dict[Path, Artefact] = {}
     queue = list(start)
     while queue:
         artefact = queue.pop()
         if artefact.path not in found:
             found[artefact.path] = artefact
-            queue.extend(by_digest[d] for d in _strings(artefact.manifest["ingredients"]) if d in by_digest)
+            queue.extend(a for d in strings(artefact.manifest["ingredients"]) for a in by_digest.get(d, ()))
     return list(found.values())
 
 
@@ -276,34 +248,6 @@ def tests_of(repositories: Sequence[Artefact], everything: Sequence[Artefact], s
     """The smoke tests that these repositories passed, or what they did under load."""
     digests = {artefact.digest for artefact in repositories}
     return [a for a in everything if a.stage in stages and a.manifest["ingredients"].get("repository") in digests]
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: readers see the old text or the new one."""
-    _make_directory(path.parent)
-    fresh = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        fresh.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
-        _fsync(fresh)
-        fresh.replace(path)
-    except OSError as error:
-        raise disk_error(error, path.parent) from error
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def digest_of(value: Any) -> str:
-    """sha256 of a value's canonical JSON: sorted keys, no spaces. A value that JSON can't hold is an error."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def library_versions(*names: str) -> dict[str, str]:
@@ -332,79 +276,109 @@ def _hash_files(directory: Path, hashed: Mapping[str, str]) -> dict[str, dict[st
     }
 
 
-def _located(directory: Path, manifest: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
-    """Every file of an artefact, those elsewhere too, with its entry in the manifest."""
-    own = [(directory / name, entry) for name, entry in manifest["files"].items()]
-    external = manifest["facts"].get("external", {"files": {}})
-    return own + [(Path(external["root"]) / name, entry) for name, entry in external["files"].items()]
+def mark(root: Path) -> None:
+    """Says that this directory is a store, for `builder clean`."""
+    if not (root / MARKER).is_file():
+        replace_file(root / MARKER, "An output directory of trtllm-builder: `builder clean` may remove stages here.\n")
 
 
-def _content_digest(manifest: Mapping[str, Any]) -> str:
-    external = manifest["facts"].get("external", {"files": {}})["files"]
-    return digest_of([[name, entry["sha256"]] for name, entry in sorted({**external, **manifest["files"]}.items())])
+@contextmanager
+def serving(directory: Path) -> Iterator[None]:
+    """Held while a repository is served, so that `clean` does not remove it. It works in a read-only store, too.
 
-
-def _publish(tmp: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    """Bytes reach the disk before the name does: a power cut leaves the old state or the new one."""
-    (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*tmp.rglob("*"), tmp]:
-        if path.is_file() or path.is_dir():
-            _fsync(path)
-    old = final.parent / f".{final.name}.old.tmp"
-    if final.exists():
-        final.rename(old)
-    tmp.rename(final)
-    _fsync(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    The lock is on the directory itself: no file is needed, and a container that mounts it shares the lock.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # a file system without locks on directories, as NFS
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if not directory.is_dir() or directory.stat().st_ino != os.fstat(descriptor).st_ino:
+            raise UsageError(f"{directory} was just removed or made again.", cure="Run the same command again.")
+        yield
     finally:
         os.close(descriptor)
 
 
-def _strings(value: Any) -> Iterator[str]:
+@contextmanager
+def not_serving(directory: Path) -> Iterator[bool]:
+    """Whether nobody serves this repository; nobody begins to until the block ends."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    except OSError:
+        yield True
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def old_logs(directory: Path, *, keep: int, older_than: float) -> list[Path]:
+    """Log and job files of ours, oldest first: all but the `keep` newest, if they are older than so many seconds."""
+    found = []
+    with suppress(OSError):
+        for path in directory.iterdir():
+            if LOG.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                found.append((path.stat().st_mtime, path))
+    found.sort()
+    return [path for written, path in found[: max(0, len(found) - keep)] if time.time() - written >= older_than]
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[int]:
+    make_directory(path.parent)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise disk_error(error, path.parent) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, how: int, *, wait: bool = True) -> bool:
+    try:
+        fcntl.flock(descriptor, how if wait else how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _publish(tmp: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    """Bytes reach the disk before the name does: a power cut leaves the old state or the new one."""
+    (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*tmp.rglob("*"), tmp]:
+        if path.is_file() or path.is_dir():
+            atomic.fsync(path)
+    atomic.replace_directory(tmp, final)
+
+
+def _discard(tmp: Path) -> None:
+    with suppress(OSError):
+        atomic.remove(tmp)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings in a value of JSON, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _strings(item)
+            yield from strings(item)
     elif isinstance(value, Sequence):
         for item in value:
-            yield from _strings(item)
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, path) from error
-
-
-def disk_error(error: OSError, path: Path) -> BuilderError:
-    """A disk's refusal as a message: full, read-only and not ours are things that a user can mend."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = size(shutil.disk_usage(_existing(path)).free)
-        return StageError(
-            f"The disk that holds {path} is full ({free} free).",
-            why="Nothing half-made was kept.",
-            cure="Free some space (`builder clean` removes what no repository needs) or choose another --output.",
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return UsageError(
-            f"Can't write to {path}.",
-            why=str(error),
-            cure="Choose a writable --output, or change its owner: chown -R $(id -u):$(id -g) DIRECTORY",
-        )
-    return StageError(f"The operating system refused: {error}.", cure=f"It happened in {path}.")
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+            yield from strings(item)
 
 
 def check_integrity(found: Mapping[str, list[str]]) -> None:

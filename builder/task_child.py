@@ -13,24 +13,31 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import lm_eval
 import torch
+from jinja2.exceptions import TemplateError
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
-from transformers import AutoTokenizer
 
-from builder.errors import BuilderError, NotMeasurable, StageError, UnsupportedError
+from builder import tokenizer_loading
+from builder.chat_template import ChatTemplate, Renderer, TemplateProblem
+from builder.errors import BuilderError, NotMeasurable, StageError, UnsupportedError, UsageError
 from builder.hub_errors import translate
+from builder.naming import shortened
 from builder.output import Output
 from builder.process import do_job, emit
+from builder.quantize.device import check_device
 from builder.runners.child import known, opener
+from builder.source_files import SourceFiles
+from builder.special_tokens import encoder
 from builder.store import Store
 from builder.task_names import manager_of
 
@@ -48,12 +55,15 @@ def run(job: Mapping[str, Any]) -> None:
     manager = manager_of([one["name"] for one in job["tasks"]], job["directory"])
     loaded = [_load(manager, one["name"], job["max_length"]) for one in job["tasks"]]
     emit(progress={"label": f"{job['label']}: loading", "done": 0, "total": None})
-    tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
-    )
+    tokenizer = tokenizer_loading.load(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
+    check_device(job.get("gpus", ()))
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     model_of: Callable[..., LM] = Endpoint if job["runner"] == "served" else _in_transformers
-    with torch.inference_mode(), opener(job["runner"])(job) as runner:
+    with (
+        _limited_template(tokenizer, wanted=job["chat_template"]),
+        torch.inference_mode(),
+        opener(job["runner"])(job) as runner,
+    ):
         model = model_of(runner, tokenizer, job)
         refused: dict[str, str] = {}
         for one, tasks in zip(job["tasks"], loaded, strict=True):
@@ -62,6 +72,34 @@ def run(job: Mapping[str, Any]) -> None:
             except NotMeasurable as error:
                 refused[one["name"]] = str(error)
         emit(not_measured=refused)
+
+
+@contextmanager
+def _limited_template(tokenizer: Any, *, wanted: bool) -> Iterator[None]:
+    """Lets lm-eval render the model's chat template in a process with limits. UsageError where there is none, before a
+    model is loaded, and for a template that does not end."""
+    if not wanted or type(tokenizer).__module__.startswith("transformers_modules"):
+        yield
+        return
+    cure = "Ask without it: --set tasks.chat_template=false"
+    if not tokenizer.chat_template:
+        raise UsageError("The tasks are to be asked by the chat template, and this model has none.", cure=cure)
+    template = ChatTemplate(tokenizer.get_chat_template(), "chat_template", tokenizer.special_tokens_map)
+
+    def apply(messages: Any, *, tokenize: bool = False, continue_final_message: bool = False, **more: Any) -> str:
+        try:
+            return (renderer.render_open if continue_final_message else renderer.render)(messages, **more)
+        except TemplateProblem as problem:
+            if problem.kind != "refused":
+                raise
+            raise TemplateError(problem.why) from None  # lm-eval leaves the system message out, and tries again
+
+    try:
+        with Renderer(template) as renderer:
+            tokenizer.apply_chat_template = apply
+            yield
+    except TemplateProblem as problem:
+        raise problem.error(template.file, cure=cure) from None
 
 
 def _load(manager: TaskManager, name: str, max_length: int) -> list[Any]:
@@ -147,7 +185,7 @@ class Endpoint(LM):  # type: ignore[misc]
 
     def __init__(self, served: Served, tokenizer: Any, job: Mapping[str, Any]) -> None:
         super().__init__()
-        self._served, self.tokenizer = served, tokenizer
+        self._served, self.tokenizer, self._encode = served, tokenizer, encoder(tokenizer)
         self._max_length, self._max_input = job["max_length"], job["max_input_len"]
         self._at_once = job["at_once"]
         self.cut = 0  # prompts that did not fit
@@ -185,12 +223,12 @@ class Endpoint(LM):  # type: ignore[misc]
     def _fitted(self, prompt: str, tokens: int) -> str:
         """Cut on the left where it is longer than the server takes, as lm-eval cuts for a model in transformers."""
         room = min(self._max_input, self._max_length - tokens)
-        ids = self.tokenizer.encode(prompt)
+        ids = self._encode(prompt)
         if len(ids) <= room:
             return prompt
         self.cut += 1
         kept = ids[-room:]
-        while len(self.tokenizer.encode(text := self.tokenizer.decode(kept))) > room:
+        while len(self._encode(text := self.tokenizer.decode(kept))) > room:
             kept = kept[1:]  # the text's beginning makes other tokens than it did inside the text
         return str(text)
 
@@ -228,6 +266,7 @@ def _maker(
         )
         if whole is None:
             raise StageError(f"lm-eval gave no results of {name}.")
+        SourceFiles.of_job(job).check_unchanged()
         samples = whole.pop("samples", {})
         for task, answers in samples.items():
             with open(directory / _samples(task), "w", encoding="utf-8") as file:
@@ -267,7 +306,7 @@ def _rows(whole: Mapping[str, Any], name: str, samples: Mapping[str, Any]) -> It
 
 def _samples(task: str) -> str:
     """The file with its questions and answers."""
-    return f"samples_{task.replace('/', '_')}.jsonl"
+    return f"samples_{shortened(task.replace('/', '_'))}.jsonl"
 
 
 def _json(value: Any, **options: Any) -> str:

@@ -16,14 +16,17 @@ from typing import Any
 
 from builder import forms as of_model
 from builder import process, recipe_evaluation
+from builder.environment import Kind
 from builder.errors import NotMeasurable, UnsupportedError, UsageError
+from builder.foreign_text import LARGEST_YAML, check_yaml, read_regular
 from builder.forms import Form, Models
 from builder.output import Output
 from builder.quantize import modelopt
 from builder.recipe import Resolved
+from builder.source_files import SourceFiles
 from builder.store import Artefact, Store, key_of, library_versions, sources_digest
 
-SOURCES = (*of_model.SOURCES, "builder/task_child.py", "builder/task_names.py")
+SOURCES = (*of_model.SOURCES, "builder/task_child.py", "builder/task_names.py", "builder/naming.py")
 LIBRARIES = ("lm_eval", "datasets")
 AT_ONCE = 64  # requests under way at a server, at most: it batches them
 
@@ -70,6 +73,8 @@ def check(part: recipe_evaluation.Tasks, store: Store) -> None:
         raise UsageError(
             f"There is no directory {part.directory}.", cure="Name the one that holds the tasks: --task-dir"
         )
+    if part.directory:
+        _check_files(Path(part.directory))
     job = {"names": part.names, "directory": _directory(part)}
 
     def make(_: Path) -> dict[str, Any]:
@@ -80,6 +85,22 @@ def check(part: recipe_evaluation.Tasks, store: Store) -> None:
 
     ingredients = {"names": part.names, "files": _files(part), "libraries": library_versions(*LIBRARIES)}
     store.stage("task_names", ingredients, make)
+
+
+def _check_files(directory: Path) -> None:
+    """UsageError for what lm-eval would read without end or by its last line: it parses the task files with PyYAML."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir():
+            continue
+        try:
+            if not path.is_file():
+                raise ValueError("not a regular file")
+            if path.suffix in (".yaml", ".yml"):
+                check_yaml(read_regular(path, LARGEST_YAML))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"The task file {path} can't be used.", why=str(error), cure="Mend or remove it."
+            ) from None
 
 
 def measure(models: Models, resolved: Resolved, *, store: Store) -> TaskTable:
@@ -146,17 +167,23 @@ def _answers(
 
 
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """The child, which publishes what it measures. The Hub's data sets are not in the snapshot: it may download."""
+    """The child, which publishes what it measures. The Hub's data sets are not in the snapshot: it may download.
+
+    Code that comes with the model must not find the user's token.
+    """
+    kind: Kind = "public" if job["trust_remote_code"] else "hub"
     offline = os.environ.get("HF_HUB_OFFLINE", "0")
-    told, _ = process.run_job(
-        "builder.task_child",
-        job,
-        log=store.log(f"tasks-{job['runner']}"),
-        out=store.out,
-        label=f"{job['label']}: starting",
-        unit="questions",
-        env={**modelopt.ENVIRONMENT, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline},
-    )
+    with SourceFiles.of_job(job).blamed():
+        told, _ = process.run_job(
+            "builder.task_child",
+            job,
+            log=store.log(f"tasks-{job['runner']}"),
+            out=store.out,
+            label=f"{job['label']}: starting",
+            unit="questions",
+            env={**modelopt.ENVIRONMENT, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline},
+            kind=kind,
+        )
     return told
 
 

@@ -28,6 +28,8 @@ R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
 SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
 # _init_max_seq_len (tensorrt_llm/builder.py): these kinds of rotary scaling do not lengthen max_position_embeddings.
 UNSCALED = ("su", "longrope", "llama3")
+# Fields of BuildConfig that EngineConfig.to_dict removes: they describe a run of the builder (rule R51).
+NOT_THE_ENGINES = ("dry_run", "visualize_network")
 
 
 def resolve(resolved: recipe.Resolved, model_config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[Flag]:
@@ -247,11 +249,17 @@ def sizes(resolved: recipe.Resolved, model_config: Mapping[str, Any]) -> list[Fl
 
 
 def _positions(config: Mapping[str, Any]) -> int | None:
-    """max_position_embeddings times the rotary factor, as trtllm-build deduces max_seq_len (rules R15, R16)."""
+    """max_position_embeddings times the rotary factor, as trtllm-build deduces max_seq_len (rules R15, R16).
+
+    Not where max_position_embeddings is scaled already, which a smaller original_max_position_embeddings shows
+    (Qwen2.5-14B-Instruct-1M and many fine-tunes with YaRN): trtllm-build multiplies once more there, and accepts
+    positions that no rotary table of the model was made for.
+    """
     longest = config.get("max_position_embeddings")
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("type", scaling.get("rope_type"))
-    factor = 1 if kind in UNSCALED else scaling.get("factor") or 1
+    original = scaling.get("original_max_position_embeddings") or longest
+    factor = 1 if kind in UNSCALED or original != longest else scaling.get("factor") or 1
     return math.ceil(longest * factor) if longest else None
 
 
@@ -276,37 +284,45 @@ def build_config(version: Version, flags: Sequence[Flag], pretrained: Mapping[st
     `pretrained` is the checkpoint's config.json. Source: BuildConfig.to_dict, EngineConfig.to_dict (builder.py, 1.2).
     """
     values = {flag.name: flag.value for flag in flags}
-    config: dict[str, Any] = dict(version.build_config_defaults)
-    for name in ("dry_run", "visualize_network"):  # the builder leaves them out: they are nothing of the engine's
-        del config[name]
-    plugins: dict[str, Any] = {**version.facts["plugin_fields"], "dtype": pretrained["dtype"]}
+    config = {name: value for name, value in version.build_config_defaults.items() if name not in NOT_THE_ENGINES}
     for name, spec in version.flags.items():
-        raw = values.get(name, spec["default"])
-        if spec["group"] == "plugin":
-            plugins[name] = _plugin_value(spec, raw, pretrained["dtype"])
-        elif name in values and spec.get("build_config_field"):
-            config[spec["build_config_field"]] = _config_value(spec, raw)
-    plugins["paged_kv_cache"] = values.get("kv_cache_type", "paged") == "paged"
-    plugins["paged_state"] = False  # rule R14: these models have no recurrent state
-    if pretrained["mapping"]["world_size"] == 1:
-        plugins["nccl_plugin"] = None  # rule R37
+        field = spec.get("build_config_field")
+        if spec["group"] != "plugin" and field and name in values and field not in NOT_THE_ENGINES:
+            config[field] = _config_value(spec, values[name])
+    plugins = _plugin_config(version, values, pretrained)
     config["kv_cache_type"] = str(config["kv_cache_type"] or "paged").upper()
-    if not plugins["multiple_profiles"]:  # rule R24
+    if plugins["remove_input_padding"] and not plugins["multiple_profiles"]:  # rules R19, R24
         batch = config["max_batch_size"] * config["max_beam_width"]
         config["opt_num_tokens"] = config["opt_num_tokens"] or min(batch, config["max_num_tokens"])
     config["plugin_config"] = plugins
     return config
 
 
+def _plugin_config(version: Version, values: Mapping[str, str], pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """PluginConfig as build() leaves it. "auto" stays "auto": only reading the attribute resolves it, not dumping it
+    (plugin.py@c20322ff, PluginConfig.__getattribute__; in 1.0 and 1.1 PluginConfig.to_dict)."""
+    plugins: dict[str, Any] = {**version.facts["plugin_fields"], "dtype": pretrained["dtype"]}
+    for name, spec in version.flags.items():
+        if spec["group"] == "plugin":
+            plugins[name] = _plugin_value(spec, values.get(name, spec["default"]))
+    plugins["paged_kv_cache"] = values.get("kv_cache_type", "paged") == "paged"
+    plugins["paged_state"] = False  # rule R14: these models have no recurrent state
+    plugins["nccl_plugin"] = pretrained["dtype"] if pretrained["mapping"]["world_size"] > 1 else None  # rule R37
+    plugins["manage_weights"] = "fast_build" in values  # rule R50
+    return plugins
+
+
 def _config_value(spec: Mapping[str, Any], raw: Any) -> Any:
     if spec["kind"] == "store_true":
         return raw == ""
-    return int(raw) if spec["kind"] == "int" else raw
+    if spec["kind"] == "int":
+        return int(raw)
+    return spec.get("config_values", {}).get(raw, raw)
 
 
-def _plugin_value(spec: Mapping[str, Any], raw: Any, dtype: str) -> Any:
+def _plugin_value(spec: Mapping[str, Any], raw: Any) -> Any:
     if spec["kind"] == "bool_str":
         return raw == "enable"
     if spec["kind"] == "int":
         return int(raw)
-    return {"auto": dtype, "disable": None}.get(raw, raw)
+    return None if raw == "disable" else raw

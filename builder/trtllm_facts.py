@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from builder import paths
 from builder.errors import UnsupportedError, UsageError
+from builder.foreign_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -63,19 +62,19 @@ def load(version: str) -> Version:
     raw, doubts = read("flags.json"), directory / "probes.yaml"
     return Version(
         version=version,
-        facts=yaml.safe_load((directory / "version.yaml").read_text(encoding="utf-8")),
+        facts=parse_yaml((directory / "version.yaml").read_text(encoding="utf-8")),
         flags={flag["name"].removeprefix("--"): flag for flag in raw["flags"]},
         build_config_defaults=raw["build_config_defaults"],
         rules={rule["id"]: rule for rule in read("rules.json")["rules"]},
         removed={entry["flag"]: entry for entry in read("removed.json")["removed"]},
-        probes=yaml.safe_load(doubts.read_text(encoding="utf-8")) if doubts.is_file() else {},
+        probes=parse_yaml(doubts.read_text(encoding="utf-8")) if doubts.is_file() else {},
         sources=raw["sources"],
         has_triton_templates=(directory / "triton-tensors.json").is_file(),
     )
 
 
 def _unknown_version(version: str) -> UnsupportedError:
-    end = yaml.safe_load(paths.data("configs", "trtllm", "engine_path.yaml").read_text(encoding="utf-8"))
+    end = parse_yaml(paths.data("configs", "trtllm", "engine_path.yaml").read_text(encoding="utf-8"))
     build_with = f"--set engine.tensorrt_llm={end['last']}"
     if order(version) >= order(end["gone_from"]):
         return UnsupportedError(

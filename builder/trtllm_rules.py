@@ -101,6 +101,7 @@ def rewrite(subject: Subject, flags: Mapping[str, Flag]) -> dict[str, Flag]:
     _fusions(settings)
     _attention(settings)
     _plugins(settings)
+    _logits(settings)
     return settings.flags
 
 
@@ -178,10 +179,21 @@ def _plugins(s: Settings) -> None:
     world = s.subject.tp * s.subject.pp
     if s.subject.has_nvfp4 and s.value("gemm_plugin") != "disable":
         s.put("gemm_plugin", "nvfp4", "a checkpoint with NVFP4 layers; only `disable` would be kept", "R33")
+    dtype = s.subject.dtype or "auto"
     if world == 1 and s.asked("nccl_plugin"):
         s.put("nccl_plugin", "disable", "one GPU has nobody to talk to", "R37")
+    elif world > 1 and s.value("nccl_plugin") not in (dtype, "auto"):
+        s.put("nccl_plugin", dtype, "several GPUs always use NCCL, in the model's type, whatever is asked", "R37")
     if "workers" in s.flags and s.number("workers") > world:
         s.put("workers", str(world), "one worker a rank; more than there are GPUs is capped", "R08")
+
+
+def _logits(s: Settings) -> None:
+    """gather_all_token_logits is a shorthand, and no field of the engine: the two that it stands for are passed."""
+    asked = s.flags.pop("gather_all_token_logits", None)
+    if asked is not None and asked.value not in ("disable", "0"):
+        for name in ("gather_context_logits", "gather_generation_logits"):
+            s.put(name, "", "gather_all_token_logits stands for it", "R49")
 
 
 def refuse(subject: Subject, flags: Mapping[str, Flag]) -> None:
@@ -189,6 +201,7 @@ def refuse(subject: Subject, flags: Mapping[str, Flag]) -> None:
     s = Settings(subject, flags)
     _refuse_ours(s)
     _refuse_combinations(s)
+    _refuse_unserved(s)
     _refuse_model(s)
     _refuse_formats(s)
     _refuse_eagle(s)
@@ -231,6 +244,19 @@ def _refuse_combinations(s: Settings) -> None:
     swiglu = [name for name in SWIGLU if s.asked(name)]
     if swiglu and not (s.on("use_fused_mlp") and s.subject.quant_algo == "FP8"):
         raise _usage(s, "R39", f"--{swiglu[0]} needs use_fused_mlp and an FP8 model.", f"Leave {swiglu[0]} out.")
+
+
+def _refuse_unserved(s: Settings) -> None:
+    """Engines that build, and that the C++ backend refuses to load or that generate nothing."""
+    for name in ("remove_input_padding", "gpt_attention_plugin"):
+        if s.value(name) == "disable":
+            raise _usage(
+                s, "R52", f"--{name} disable makes an engine that Triton's backend can't load.", f"Leave {name} out."
+            )
+    kind = s.value("kv_cache_type") if "kv_cache_type" in s.flags else "paged"
+    if kind != "paged":
+        what = "makes an engine that Triton's backend can't load" if kind == "continuous" else "generates no tokens"
+        raise _usage(s, "R52", f"--kv_cache_type {kind} {what}.", "Leave kv_cache_type out: it is paged.")
 
 
 def _refuse_model(s: Settings) -> None:
@@ -337,6 +363,13 @@ def notes(subject: Subject, flags: Mapping[str, Flag]) -> list[Note]:
     if "opt_num_tokens" not in s.flags and not s.on("multiple_profiles") and s.on("remove_input_padding"):
         best = min(s.number("max_batch_size") * s.number("max_beam_width"), s.number("max_num_tokens"))
         found.append(Note("R24", f"kernels are tuned for {best} tokens (opt_num_tokens, chosen by trtllm-build)."))
+    if "fast_build" in s.flags:
+        text = "fast_build moves the weights into rank*_managed_weights.safetensors beside the engine (manage_weights)."
+        found.append(Note("R50", f"{text} Upstream's help warns of some loss of performance."))
+    if "visualize_network" in s.flags:
+        where = s.value("visualize_network")
+        text = f"visualize_network writes the network as ONNX into {where} when the engine is built, and only then:"
+        found.append(Note("R51", f"{text} a cached engine writes nothing, and its config.json does not record it."))
     found.append(Note("R10", "trtllm-build warns of gather_generation_logits in every run; it means nothing."))
     return found
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from builder import tokenizer_files
 from builder.checkpoint import MIXED, read_json, write_json, write_quant_cfg
-from builder.model_directory import GENERATION, tokenizer_files
+from builder.model_directory import GENERATION
 
 
 def complete(unified: Path, source: Path) -> None:
@@ -26,9 +27,8 @@ def complete(unified: Path, source: Path) -> None:
     quantization = read_json(said).get("quantization") or {} if said.is_file() else {}
     if quantization.get("quant_algo") == MIXED:
         write_quant_cfg(unified, quantization)
-    # Byte for byte: what transformers 5 writes instead, 4.57 can't load ("Tokenizer class TokenizersBackend ...").
-    for file in tokenizer_files(source):
-        shutil.copyfile(file, unified / file.name)
+    # The source's own: what transformers 5 writes instead, 4.57 can't load ("Tokenizer class TokenizersBackend ...").
+    tokenizer_files.copy(source, unified)
     if (source / GENERATION).is_file() and not (unified / GENERATION).exists():
         shutil.copyfile(source / GENERATION, unified / GENERATION)
     mode = (unified / "config.json").stat().st_mode

@@ -17,6 +17,8 @@ from builder.store import Store
 
 # Set before torch is imported: OpenMP threads that spin while they wait fight over the cores of a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What our stand-ins for trtllm-build read (children get a list of variables only).
+os.environ.setdefault("BUILDER_CHILD_ENV", "STAND_IN,STAND_IN_SAYS,CALLS,CARD")
 # A busy machine is no failure. What else hypothesis sets (derandomize where CI is true) stays.
 settings.register_profile("patient", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")

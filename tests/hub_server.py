@@ -19,6 +19,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,12 +30,17 @@ LFS = (".safetensors", ".parquet", ".bin")
 # The address that stands for the CDN: another host name than the endpoint's, on the same machine.
 CDN_ADDRESS = "127.0.0.2"
 API = r"/api/(model|dataset)s/([^/]+(?:/[^/]+)??)(?:/(revision|tree|refs|paths-info)(/.*)?)?"
-Kind = Literal["cut", "reset", "status", "wrong-bytes", "short", "hang"]
+Kind = Literal["cut", "reset", "status", "wrong-bytes", "short", "hang", "headers", "body", "entry", "pages", "drip"]
 
 
 @dataclass
 class Fault:
-    """What goes wrong on paths that `pattern` matches, the next `times` times."""
+    """What goes wrong on paths that `pattern` matches, the next `times` times; with `headers_too` also where only the
+    header of a safetensors file is read.
+
+    "headers" replaces headers of the right answer (None removes one), "body" all of it, "entry" fields of a listing's
+    files; "pages" links each page of a listing to another one, "drip" sends a byte now and then.
+    """
 
     pattern: str
     kind: Kind
@@ -42,7 +48,10 @@ class Fault:
     method: str = "GET"
     after: int = 0  # bytes sent before a cut, a reset or a hang
     status: int = 500
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, Any] = field(default_factory=dict)
+    body: bytes = b""
+    entry: dict[str, Any] = field(default_factory=dict)
+    headers_too: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,11 @@ class Request:
     range: str | None
     authorization: str | None
     host: str
+
+    @property
+    def header(self) -> bool:
+        """Whether this asks for a part of a file alone: a range with an end, which downloads don't use."""
+        return bool(re.fullmatch(r"bytes=\d+-\d+", self.range or ""))
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,13 @@ class Repo:
     sizes: dict[str, int] = field(default_factory=dict)  # what the listing claims instead of the truth
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that break the connection are no news here."""
+
+
 class Hub:
     """The server, its repositories, its faults and what it was asked."""
 
@@ -95,9 +116,7 @@ class Hub:
             pass
 
         BoundHandler.hub = hub
-        self._servers = [ThreadingHTTPServer((host, 0), BoundHandler) for host in ("127.0.0.1", CDN_ADDRESS)]
-        for server in self._servers:
-            server.daemon_threads = True
+        self._servers = [Server((host, 0), BoundHandler) for host in ("127.0.0.1", CDN_ADDRESS)]
 
     def __enter__(self) -> Hub:
         for server in self._servers:
@@ -129,10 +148,12 @@ class Hub:
     def fail(self, fault: Fault) -> None:
         self.faults.append(fault)
 
-    def fault_for(self, method: str, path: str) -> Fault | None:
+    def fault_for(self, request: Request) -> Fault | None:
         with self._lock:
             for fault in self.faults:
-                if fault.times > 0 and fault.method in (method, "*") and re.search(fault.pattern, path):
+                if request.header and not fault.headers_too:
+                    continue
+                if fault.times > 0 and fault.method in (request.method, "*") and re.search(fault.pattern, request.path):
                     fault.times -= 1
                     return fault
         return None
@@ -142,12 +163,14 @@ class Hub:
             self.requests.append(request)
 
     def downloads(self, name: str) -> list[Request]:
-        """The GETs that asked for the content of `name` (at the CDN for large files)."""
+        """The GETs that asked for the content of `name` (at the CDN for large files), and for more than its header."""
         wanted = {f"/cdn/{f.sha256}" for r in self.repos.values() for c in r.commits.values() if (f := c.get(name))}
         return [
             r
             for r in self.requests
-            if r.method == "GET" and (r.path in wanted or re.search(rf"/resolve/[^/]+/{re.escape(name)}$", r.path))
+            if r.method == "GET"
+            and not r.header
+            and (r.path in wanted or re.search(rf"/resolve/[^/]+/{re.escape(name)}$", r.path))
         ]
 
 
@@ -159,6 +182,7 @@ def _file(path: Path) -> File:
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
+    _fault: Fault | None = None
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -177,14 +201,19 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = unquote(url.path)
         headers = self.headers
-        self.hub.record(
-            Request(self.command, path, url.query, headers.get("Range"), headers.get("Authorization"), headers["Host"])
+        request = Request(
+            self.command, path, url.query, headers.get("Range"), headers.get("Authorization"), headers["Host"]
         )
+        self.hub.record(request)
         length = int(headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else b""
-        fault = self.hub.fault_for(self.command, path)
+        fault = self.hub.fault_for(request)
+        self._fault = fault
         if fault and fault.kind == "status":
             self._error(fault.status, "", "a fault on purpose", **fault.headers)
+            return
+        if fault and fault.kind == "body":
+            self._send(fault.status, fault.body, {})
             return
         if found := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
             self._cdn(found[1], fault)
@@ -215,7 +244,10 @@ class Handler(BaseHTTPRequestHandler):
             if below and not inside:
                 self._error(404, "EntryNotFound", f"{below} does not exist on {revision}")
                 return
-            self._json(_tree(repo, inside, below))
+            changes = self._fault.entry if self._fault else {}
+            self._json(
+                [{**entry, **changes} if entry["type"] == "file" else entry for entry in _tree(repo, inside, below)]
+            )
             return
         if what == "paths-info":
             self._json(_paths(repo, files, body))
@@ -291,12 +323,27 @@ class Handler(BaseHTTPRequestHandler):
         self._send(status, content[begin:end], head, fault)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], fault: Fault | None = None) -> None:
+        fault = fault or self._fault
+        sent: dict[str, Any] = {"Content-Length": str(len(body)), **headers}
+        if fault:
+            sent |= fault.headers
+            if fault.kind == "pages":
+                sent["Link"] = (
+                    f'<{self.hub.endpoint}{self.path.partition("?")[0]}?cursor={time.monotonic_ns()}>; rel="next"'
+                )
         self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
+        for key, value in sent.items():
+            if value is not None:
+                self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if fault and fault.kind == "drip":
+            with suppress(OSError):
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(0.1)
             return
         if fault and fault.kind in ("cut", "reset", "hang"):
             self.wfile.write(body[: fault.after])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,13 @@ SAY = "Say: "
 MODULE = """# Stands in for TensorRT-LLM: tests/llmapi_stand_in.py
 import sys
 sys.path[:0] = {paths!r}
+import llmapi_stand_in
 from llmapi_stand_in import {llm} as LLM, SamplingParams
+sys.modules |= {{name: llmapi_stand_in for name in llmapi_stand_in.MODULES}}
 """
+SHOWN = ("OMPI_", "PMIX_", "PMI_", "TRTLLM_", "BUILDER_", "PYTHONPATH")  # variables in the log
+# Where model.py takes more names from.
+MODULES = ("tensorrt_llm.executor.request", "tensorrt_llm.llmapi.llm_utils")
 
 
 def put_stand_in(models: Path, llm: str = "LLM") -> None:
@@ -38,6 +44,30 @@ def put_stand_in(models: Path, llm: str = "LLM") -> None:
     here = Path(__file__).parent
     code = MODULE.format(paths=[str(here), str(here.parent)], llm=llm)
     (models / "tensorrt_llm" / "1" / "tensorrt_llm.py").write_text(code)
+
+
+class Built(dict):
+    """Stands for an object of one of the configuration classes."""
+
+
+def update_llm_args_with_extra_dict(llm_args, llm_args_dict, extra_llm_api_options=None):
+    """tensorrt_llm/llmapi/llm_args.py: makes objects of mappings that the class of 2025 does not take."""
+    made = {name: Built(llm_args_dict[name]) for name in ("speculative_config", "lora_config") if name in llm_args_dict}
+    return {**llm_args, **llm_args_dict, **made}
+
+
+@dataclass
+class LoRARequest:
+    """tensorrt_llm.executor.request.LoRARequest."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = ""
+    lora_ckpt_source: str = "hf"
+
+    def __post_init__(self):
+        if not Path(self.lora_path).exists():
+            raise ValueError(f"lora_path ({self.lora_path}) does not exist.")
 
 
 class RequestError(RuntimeError):
@@ -50,6 +80,8 @@ class SamplingParams:
     max_tokens: int = 32
     min_tokens: int | None = None
     seed: int | None = None
+    end_id: int | None = None
+    stop_token_ids: list[int] | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -116,6 +148,8 @@ class LLM:
         for key in kwargs:
             if key not in known:
                 raise ValueError(f"LLM got invalid argument: {key}")
+            if key in ("speculative_config", "lora_config") and not isinstance(kwargs[key], Built):
+                raise ValueError(f"{key} is a mapping")
         directory = Path(model)
         if not (directory / "hf_quant_config.json").is_file():
             raise ValueError(f"{model} is no checkpoint of ModelOpt's")
@@ -129,6 +163,8 @@ class LLM:
         self._reuses = kwargs.get("kv_cache_config", {}).get("enable_block_reuse", True)
         self._cached = []  # (salt, token ids) of what was answered
         print(f"stand-in for TensorRT-LLM: {json.dumps(kwargs)}", file=sys.stderr, flush=True)
+        environment = {name: value for name, value in os.environ.items() if name.startswith(SHOWN)}
+        print(f"stand-in: environment {json.dumps(environment)}", file=sys.stderr, flush=True)
 
     def generate_async(
         self,
@@ -139,8 +175,9 @@ class LLM:
         streaming=False,
         cache_salt=None,
     ):
-        assert lora_request is None
         assert prompt_adapter_request is None
+        if lora_request:
+            print(f"stand-in: adapter {json.dumps(vars(lora_request))}", file=sys.stderr, flush=True)
         result = RequestOutput(asyncio.get_running_loop())
         if sampling_params.top_p not in (None, 0) and sampling_params.top_k != 1:
             raise RequestError("the stand-in is greedy")
@@ -172,6 +209,7 @@ class LLM:
         }
         cache, step, said, logprob, context = self._model.new_cache(), ids, [], 0.0, None
         reason, stopped_by = "length", None
+        ends = self._ends if wanted.end_id is None else [wanted.end_id, *(wanted.stop_token_ids or ())]
         prompt = self.tokenizer.tokenizer.decode(ids)
         forced = self.tokenizer.encode(prompt.removeprefix(SAY)) if prompt.startswith(SAY) else []
         for n in range(wanted.max_tokens):
@@ -184,9 +222,9 @@ class LLM:
                 context = every[reused:].clone()
             logits = every[-1]
             if n < (wanted.min_tokens or 0):
-                logits[self._ends] = -torch.inf
+                logits[ends] = -torch.inf
             token = forced[n] if n < len(forced) else int(logits.argmax())
-            if token in self._ends:
+            if token in ends:
                 reason = "stop"
                 break
             logprob += float(logits.log_softmax(-1)[token])

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from builder import preflight, recipe, record
+from builder import preflight, publish, recipe, record
 from builder.fetch import fetch
 from builder.load import Asked, Level, LoadReport, Spread
 from builder.output import Output
@@ -81,7 +81,8 @@ def build(
         facts_of_model = preflight.read_model(resolved.recipe.model, store)
         sizes = preflight.sizes(resolved, facts_of_model, flags)
         known = preflight.notes(resolved, facts_of_model.config)
-        record.write(resolved, flags, known, facts_of_model, sizes, link=name, store=store)
+        source = publish.source_of(resolved)
+        record.write(resolved, flags, known, facts_of_model, sizes, link=name, source=source, store=store)
     return name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from hypothesis import strategies as st
 
 from builder import paths
 from builder.calibrate import Calibration, calibrate, dump, read_jsonl, token_batches
-from builder.errors import BuilderError, UnsupportedError, UsageError
+from builder.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
+from builder.output import Output
 from builder.recipe import Calibration as Part
 from builder.store import Store
 
@@ -225,6 +227,33 @@ def test_a_hub_dataset(parquet: bool, hub: Hub, store: Store, tmp_path: Path, mo
     with pytest.raises(UsageError, match=r"calibration\.revision=COMMIT"):
         calibrate(Part(data="news/articles", samples=7), store=store)
     assert len(hub.requests) == before
+
+
+def test_a_hub_dataset_s_damaged_card_is_fetched_again(hub: Hub, store: Store, tmp_path: Path) -> None:
+    """`datasets` parses the YAML at its head, and takes it from the cache without looking."""
+    dataset(hub, tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\nNews.\n")
+    hub.add("news/articles", tmp_path / "source", repo_type="dataset")
+    part = Part(data="news/articles", samples=3)
+    first = calibrate(part, store=store)
+    (card,) = (Path(os.environ["HF_HOME"]) / "hub").rglob("README.md")
+    card.resolve().write_bytes(b"---\nlicense: [[[\n\xff")
+    again = calibrate(part, store=Store(tmp_path / "other", Output("quiet")))
+    assert again.text_sha256 == first.text_sha256
+    assert card.read_text().startswith("---\nlicense: mit")
+
+
+def test_a_hub_dataset_s_etag_is_no_path(hub: Hub, store: Store, tmp_path: Path) -> None:
+    dataset(hub, tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub.add("news/articles", tmp_path / "source", repo_type="dataset")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    hub.fail(Fault("README.md", "headers", 10**6, "HEAD", headers={"ETag": f'"{victim}"'}))
+    with pytest.raises(IntegrityError, match="is no hash"):
+        calibrate(Part(data="news/articles", samples=3), store=store)
+    assert victim.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "source", "store", "victim"]
 
 
 @pytest.mark.parametrize(

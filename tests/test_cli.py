@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,11 +49,17 @@ def test_plan_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     assert "will run" in done.stdout
 
 
+def with_check(stages: Sequence[str]) -> list[str]:
+    """The quality check comes after the checkpoint, before what takes long."""
+    at = [*stages].index("checkpoint") + 1
+    return [*stages[:at], "quality", *stages[at:]]
+
+
 def test_plan_as_json_tells_stages_sizes_values_and_flags(tmp_path: Path) -> None:
     done = run("plan", "--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json")
     plan = json.loads(done.stdout)
     assert done.returncode == 0
-    assert [row["stage"] for row in plan["stages"]] == [stage for stage in store.STAGES if stage != "ranks"]
+    assert [row["stage"] for row in plan["stages"]] == with_check([s for s in store.STAGES if s != "ranks"])
     assert {row["state"] for row in plan["stages"]} == {"will run"}
     assert plan["values"]["model.id"] == {"value": MODEL, "from": "command line"}
     assert {flag["name"]: flag["value"] for flag in plan["flags"]}["context_fmha"] == "disable"
@@ -63,7 +70,7 @@ def test_plan_as_json_tells_stages_sizes_values_and_flags(tmp_path: Path) -> Non
 def test_the_plan_of_a_split_model_has_one_stage_more(tmp_path: Path) -> None:
     argv = ["--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json"]
     whole, split = (json.loads(run("plan", *argv, *more).stdout) for more in ([], ["--tp", "2", "--pp", "2"]))
-    assert [row["stage"] for row in split["stages"]] == list(store.STAGES)
+    assert [row["stage"] for row in split["stages"]] == with_check(store.STAGES)
     command = split["command"]
     assert command[command.index("--workers") + 1] == "4"
     assert command[command.index("--checkpoint_dir") + 1] == "RANKS/tensorrt_llm"
@@ -165,13 +172,16 @@ def test_fetch_verify_and_clean(tmp_path: Path) -> None:
     assert "nothing to do: every stage was found" in again.stderr
     assert run("verify", *out).returncode == 0
     manifest = directory / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"model_id"', '"model-id"'))
-    assert run("verify", *out).returncode == 0
-    manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0', 1))
-    assert run("verify", *out).returncode == 6
-    assert run("clean", "--dry-run", *out).returncode == 0
-    assert directory.exists()
+    whole = manifest.read_text()
+    for edited in (whole.replace('"model_id"', '"model-id"'), whole.replace('"sha256": "', '"sha256": "0', 1)):
+        manifest.write_text(edited)
+        assert run("verify", *out).returncode == 6
+    assert "left alone" in run("clean", "--all", *out).stderr
+    manifest.write_text(whole)
     assert run("clean", *out).returncode == 0
+    assert run("clean", "--dry-run", "--older-than", "0", *out).returncode == 0
+    assert directory.exists()
+    assert run("clean", "--older-than", "0", *out).returncode == 0
     assert not directory.exists()
 
 
@@ -219,7 +229,7 @@ def test_the_plan_warns_of_an_fp8_cache_for_an_attention_bias_without_qk_norm(tm
 def test_the_plan_of_a_gated_build_says_that_it_will_measure(tmp_path: Path) -> None:
     argv = ["plan", "--model", MODEL, "--gpu", "cpu", "--output", str(tmp_path), "--json"]
     plain, gated = (json.loads(run(*argv, *more).stdout)["stages"] for more in ([], ["--min-score", "98"]))
-    assert gated[:-1] == plain
+    assert gated[:-1] == [row for row in plain if row["stage"] != "quality"], "the gate takes the check's place"
     assert gated[-1]["stage"] == "evaluation"
     assert gated[-1]["why"] == "a gate (score 98): its input comes from snapshot"
 
@@ -272,3 +282,17 @@ def test_a_cure_names_only_flags_that_exist() -> None:
                 flags = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+(?![\w-]*_)", " ".join(texts))
                 wrong += [f"{file}: {flag}" for flag in flags if flag not in known]
     assert not wrong
+
+
+@pytest.mark.parametrize(("before", "after"), [("SIG_DFL", "True"), ("SIG_IGN", "False")])
+def test_a_closed_terminal_interrupts_unless_it_is_ignored(before: str, after: str) -> None:
+    """As nohup ignores it."""
+    code = f"""
+import signal
+from builder import cli
+signal.signal(signal.SIGHUP, signal.{before})
+cli.main(["gpus", "--quiet"])
+print(signal.getsignal(signal.SIGHUP) is cli._interrupt)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == after

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from test_serve import one_model
 
-from builder import cli, containers, recipe
+from builder import cli, containers, llmapi_launch, recipe
 from builder.output import Output
 from builder.serve import serve
 
@@ -80,6 +80,24 @@ def test_no_token_comes_near_the_image() -> None:
     assert "TOKEN" not in DOCKERFILE
     assert {name for name in SERVICES if SERVICES[name].get("secrets") == ["hf_token"]} == {"build", "eval"}
     assert COMPOSE["secrets"] == {"hf_token": {"file": "${HF_TOKEN_FILE:-/dev/null}"}}
+
+
+def test_usage_data_is_off_unless_somebody_asks_for_it() -> None:
+    for name in ("build", "eval", "triton"):
+        assert SERVICES[name]["environment"]["TRTLLM_NO_USAGE_STATS"] == "${TRTLLM_NO_USAGE_STATS:-1}"
+        assert SERVICES[name]["environment"]["BUILDER_LLMAPI_LAUNCH"] is None  # from outside, where it is set
+    assert "\n    TRTLLM_NO_USAGE_STATS=1 \\\n" in DOCKERFILE
+
+
+def test_the_images_openai_stays_and_the_llmapi_target_gets_another() -> None:
+    [install] = [line for line in DOCKERFILE.split("\nRUN ") if "openai==" in line]
+    directory = re.findall(r"--target (\S+) openai==1\.109\.1;", install)
+    assert directory == re.findall(rf"{llmapi_launch.OVERLAY}=(\S+)", DOCKERFILE)
+    assert "--no-deps" in install
+    # Only where the image has one, and one without the name that TensorRT-LLM takes from it.
+    assert install.startswith("if python3 -c 'import openai'")
+    assert "import PartReasoningText' 2>/dev/null; then" in install
+    assert "openai" not in Path("pyproject.toml").read_text()
 
 
 def test_the_image_gets_nothing_but_what_it_needs() -> None:

@@ -80,6 +80,53 @@ def test_the_target_counts_not_the_profile(monkeypatch: pytest.MonkeyPatch, tmp_
         assert ("tensorrt_llm" in found) == (version != "1.4.0")
 
 
+MPIRUN = """#!/bin/sh
+echo 'mpirun (Open MPI) {version}'
+"""
+
+
+@pytest.mark.parametrize(("version", "state"), [("4.1.9a1", "ok"), ("5.0.10rc2", "warning")])
+def test_an_open_mpi_that_spawns_nothing_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, state: str
+) -> None:
+    (tmp_path / "mpirun").write_text(MPIRUN.format(version=version))
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = by_name(list(doctor._mpi()))
+    assert (found["mpirun"].state, found["mpirun"].seen) == ("ok", str(tmp_path / "mpirun"))
+    assert found["trtllm-llmapi-launch"].state == "warning"
+    assert (found["Open MPI"].state, version in found["Open MPI"].seen) == (state, True)
+    assert ("BUILDER_LLMAPI_LAUNCH=1" in found["Open MPI"].cure) == (state == "warning")
+
+
+def test_it_says_where_upstreams_documents_contradict_each_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(doctor.INSIDE, "1")
+    with_cards(monkeypatch, RTX5090)
+    ranks = by_name(doctor.examine(gpus.load("sm120"), VERSION, tmp_path, target="llmapi"))["ranks"]
+    assert "mpirun" in ranks.seen
+    assert "contradict" in ranks.needed
+    assert "MPI_ERR_SPAWN" in ranks.needed
+    engine = by_name(doctor.examine(gpus.load("sm120"), VERSION, tmp_path))
+    assert not {"ranks", "openai", "mpirun"} & engine.keys()
+
+
+def test_an_openai_that_tensorrt_llm_cannot_import_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    monkeypatch.setattr(
+        doctor.llmapi_launch,
+        "import_error",
+        lambda v: "" if str(overlay) in v.get("PYTHONPATH", "") else "ImportError: X",
+    )
+    monkeypatch.delenv("BUILDER_LLMAPI_OVERLAY", raising=False)
+    found = doctor._openai()
+    assert (found.state, found.seen) == ("failed", "ImportError: X")
+    assert "openai==1.109.1" in found.cure
+    monkeypatch.setenv("BUILDER_LLMAPI_OVERLAY", str(overlay))
+    assert (doctor._openai().state, str(overlay) in doctor._openai().seen) == ("ok", True)
+
+
 def test_a_cpu_build_needs_no_gpu_and_no_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert {c.state for c in doctor.examine(gpus.load("cpu"), VERSION, tmp_path)} == {"ok"}

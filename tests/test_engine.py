@@ -64,7 +64,7 @@ def test_trtllm_build_takes_the_resolved_command_line(stand_in: None, checkpoint
     assert built.config["build_config"]["plugin_config"]["use_paged_context_fmha"] is False
     assert built.config["pretrained_config"] == PRETRAINED
     assert (built.path / "rank0.engine").is_file()
-    assert (tmp_path / "out" / "timing" / "model.cache").read_bytes() == b"timing"
+    assert engine.timing_cache(tmp_path / "out", "1.2.1").read_bytes() == b"timing"
     command = built.artefact.facts["command"]
     assert command[command.index("--gemm_plugin") + 1] == "nvfp4"
     assert Path(built.artefact.facts["log"]).read_text().startswith("$ trtllm-build")
@@ -239,14 +239,14 @@ def test_a_timing_cache_that_can_not_be_written_is_seen_before_the_build(
     stand_in: None, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """In upstream's order it would be the last thing to fail."""
-    (tmp_path / "out" / "timing" / "model.cache").mkdir(parents=True)
-    with pytest.raises(StageError, match=r"model\.cache"):
+    engine.timing_cache(tmp_path / "out", "1.2.1").mkdir(parents=True)
+    with pytest.raises(StageError, match=r"timing/.*\.cache"):
         build(checkpoint, "sm120", tmp_path / "out")
     assert not list((tmp_path / "out" / "logs").glob("*trtllm-build*"))
 
 
 def test_the_timing_cache_is_kept_between_builds(stand_in: None, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    cache = tmp_path / "out" / "timing" / "model.cache"
+    cache = engine.timing_cache(tmp_path / "out", "1.2.1")
     for batch in ("4", "5"):
         facts = build(checkpoint, "sm120", tmp_path / "out", f"engine.max_batch_size={batch}").artefact.facts
         for flag in ("--input_timing_cache", "--output_timing_cache"):

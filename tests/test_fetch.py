@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder import fetch as fetch_module
-from builder import model_directory
+from builder import model_directory, tensor_names
 from builder.errors import BuilderError, IntegrityError, StageError, UnsupportedError, UsageError
 from builder.fetch import Snapshot, fetch, listing, local_directory, read_headers
 from builder.output import Output
 from builder.recipe import Model
-from builder.safetensors_io import read_header
+from builder.safetensors_io import NewTensor, read_header, write
 from builder.store import Store
 
 DATA = Path(__file__).parent / "data"
@@ -51,10 +51,19 @@ def config(**changes: object) -> bytes:
 
 def big_model(target: Path, megabytes: int = 26) -> Path:
     """A model whose weights are larger than huggingface_hub's chunks of 10 MiB, so that a part of them can survive."""
-    n = megabytes * 1_000_000
-    header = json.dumps({"t": {"dtype": "U8", "shape": [n], "data_offsets": [0, n]}}).encode()
-    content = struct.pack("<Q", len(header)) + header + bytes(range(250)) * (n // 250)
-    return copy(SMALL, target, model__safetensors=content)
+    wide = config(
+        intermediate_size=megabytes * 1_000_000 // (3 * 2 * 64 * 2) // 16 * 16
+    )  # gate, up and down of 2 layers
+    model = copy(SMALL, target, config__json=wide, model__safetensors=None)
+    shapes = {name: want.shape for name, want in tensor_names.expected(json.loads(wide)).items()}
+    write(model / "model.safetensors", [NewTensor(name, "BF16", s, [_bytes(s)]) for name, s in shapes.items()])
+    return model
+
+
+def _bytes(shape: tuple[int, ...]) -> bytes:
+    """Content of a BF16 tensor of this shape."""
+    n = 2 * prod(shape)
+    return (bytes(range(250)) * (n // 250 + 1))[:n]
 
 
 def weights(hub: Hub) -> str:
@@ -88,7 +97,7 @@ def test_downloads_only_the_model_and_then_nothing(
 
     plan = listing(model, store=store)
     assert plan["commit"] == commit
-    assert plan["missing"] > sum(p.stat().st_size for p in SHARDED.glob("*.safetensors"))
+    assert plan["missing"] == sum(p.stat().st_size for p in SHARDED.glob("*.safetensors"))  # the rest was checked
     assert not hub.downloads("model-00001-of-00003.safetensors")
 
     snapshot = fetch(model, store=store)
@@ -188,7 +197,7 @@ def gated(hub: Hub) -> None:
 
 
 def claims_a_petabyte(hub: Hub) -> None:
-    hub.repos["model", "tiny/qwen2"].sizes["model.safetensors"] = 10**15
+    hub.repos["model", "tiny/qwen2"].sizes["tokenizer.json"] = 10**15
 
 
 def fails(*faults: Fault) -> Callable[[Hub], None]:
@@ -217,12 +226,18 @@ FOREVER = 10**6
         ),
         (MODEL, "", fails(Fault("/resolve/.*/tokenizer.json", "status", FOREVER, status=404)), StageError, "404"),
         (MODEL, "", claims_a_petabyte, StageError, r"needs 1000\.\d* TB|1\d{3}\.\d+ TB|HF_HOME"),
-        (MODEL, "", fails(Fault("/cdn/", "wrong-bytes")), IntegrityError, r"model\.safetensors.*Run the same"),
-        (MODEL, "", fails(Fault("/config.json", "wrong-bytes")), BuilderError, r"config\.json"),
+        (MODEL, "", fails(Fault("/cdn/", "wrong-bytes", FOREVER)), IntegrityError, r"model\.safetensors.*Run the same"),
         (
             MODEL,
             "",
-            fails(Fault("tokenizer.json", "wrong-bytes")),
+            fails(Fault("/config.json", "wrong-bytes", FOREVER)),
+            IntegrityError,
+            r"^config\.json of.*Run the same",
+        ),
+        (
+            MODEL,
+            "",
+            fails(Fault("tokenizer.json", "wrong-bytes", FOREVER)),
             IntegrityError,
             r"^tokenizer\.json of.*Run the same",
         ),
@@ -291,7 +306,7 @@ def test_a_mirrors_password_is_in_no_log(hub: Hub, store: Store, monkeypatch: py
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint.replace("//", "//someone:secret@"))
     hub.add("tiny/qwen2", SMALL)
     hub.fail(Fault("/resolve/.*/tokenizer.json", "cut", after=100))
-    hub.fail(Fault("/cdn/", "wrong-bytes"))
+    hub.fail(Fault("/cdn/", "wrong-bytes", 2))
     with pytest.raises(IntegrityError):
         fetch(MODEL, store=store)
     (log,) = (store.root / "logs").iterdir()
@@ -330,6 +345,44 @@ def test_a_damaged_cache_is_noticed_offline(
         fetch(MODEL, store=Store(tmp_path / "other", Output("quiet")))
 
 
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_a_snapshot_of_an_incomplete_cache_is_not_taken_for_the_whole_model(
+    hub: Hub, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Offline only the cache is listed: what it lacks is not known. Online, and when more is there, it is made anew."""
+    hub.add("tiny/qwen2", SMALL)
+    whole = fetch(MODEL, store=Store(tmp_path / "other", Output("quiet")))
+    generation = whole.path / "generation_config.json"
+    assert generation.name in whole.files
+    target = os.readlink(generation)
+    generation.unlink()
+    monkeypatch.setenv(variable, "1")
+    part = fetch(MODEL, store=store)
+    assert generation.name not in part.files
+    assert fetch(MODEL, store=store).artefact.cached
+    generation.symlink_to(target)
+    assert fetch(MODEL, store=store).digest == whole.digest
+    generation.unlink()
+    assert fetch(MODEL, store=store).digest == part.digest
+    monkeypatch.delenv(variable)
+    online = fetch(MODEL, store=store)
+    assert (online.digest, online.artefact.cached) == (whole.digest, False)
+    monkeypatch.setenv(variable, "1")
+    again = fetch(MODEL, store=store)
+    assert (again.digest, again.artefact.cached) == (whole.digest, True), "what was whole once is found offline too"
+
+
+def test_a_file_of_the_cache_with_other_content_is_noticed(hub: Hub, store: Store) -> None:
+    """Of the same size; the snapshot was found by names and sizes before."""
+    hub.add("tiny/qwen2", SMALL)
+    path = fetch(MODEL, store=store).path / "config.json"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.resolve().write_bytes(content)
+    with pytest.raises(BuilderError):
+        fetch(MODEL, store=store)
+
+
 SHARD = "model-00002-of-00003.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4725600\n"
 FEW = (SMALL / "model.safetensors").read_bytes()
@@ -350,7 +403,7 @@ FEW = (SMALL / "model.safetensors").read_bytes()
         (SMALL, {"model__safetensors": None}, UsageError, "no model.safetensors"),
         (SMALL, {"model__safetensors": None, "pytorch_model__bin": b"x"}, UnsupportedError, "pickles.*save_pretrained"),
         (SMALL, {"model__safetensors": None, "adapter_config__json": b"{}"}, UsageError, "merged into its base"),
-        (SMALL, {"model__safetensors": FEW[:-100]}, IntegrityError, "no whole safetensors.*announced"),
+        (SMALL, {"model__safetensors": FEW[:-100]}, IntegrityError, "no whole safetensors.*truncated"),
         (SMALL, {"model__safetensors": FEW[:5]}, IntegrityError, "no whole safetensors"),
         (SMALL, {"model__safetensors": b""}, IntegrityError, "no whole safetensors"),
         (SMALL, {"model__safetensors": b"\xff" * 100}, IntegrityError, "no whole safetensors"),
@@ -389,7 +442,7 @@ def test_bad_repositories_are_refused_before_their_weights(says: str, hub: Hub, 
     hub.add("tiny/bad", copy(SMALL, tmp_path / "source", **files[says]))
     with pytest.raises((UsageError, UnsupportedError)):
         fetch(Model(id="tiny/bad"), store=store)
-    assert not [r for r in hub.requests if r.path.startswith("/cdn/")]
+    assert not [r for r in hub.requests if r.path.startswith("/cdn/") and not r.header]
 
 
 def test_what_the_caller_checks_is_checked_before_any_weight(hub: Hub, store: Store) -> None:
@@ -401,7 +454,7 @@ def test_what_the_caller_checks_is_checked_before_any_weight(hub: Hub, store: St
 
     with pytest.raises(UnsupportedError, match="too long"):
         fetch(Model(id="tiny/qwen3"), store=store, check=refuse)
-    assert not [r for r in hub.requests if r.path.startswith("/cdn/")]
+    assert not [r for r in hub.requests if r.path.startswith("/cdn/") and not r.header]
     with pytest.raises(UnsupportedError, match="too long"):
         fetch(Model(id=str(SHARDED)), store=store, check=refuse)
 
@@ -409,7 +462,7 @@ def test_what_the_caller_checks_is_checked_before_any_weight(hub: Hub, store: St
 def test_a_plan_reads_headers_and_no_weights(hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes of every tensor for a few kilobytes: what `builder plan` is made of."""
     hub.add("tiny/qwen3", SHARDED)
-    config, tensors = read_headers(Model(id="tiny/qwen3"), store=store)
+    config, tensors, root = read_headers(Model(id="tiny/qwen3"), store=store)
     assert config["num_hidden_layers"] == 6
     local = {
         name: (i.dtype, i.shape) for file in SHARDED.glob("*.safetensors") for name, i in read_header(file).items()
@@ -421,7 +474,7 @@ def test_a_plan_reads_headers_and_no_weights(hub: Hub, store: Store, monkeypatch
     assert not list((Path(os.environ["HF_HOME"]) / "hub").rglob("*.safetensors"))
     fetch(Model(id="tiny/qwen3"), store=store)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert read_headers(Model(id="tiny/qwen3"), store=store) == (config, tensors)
+    assert read_headers(Model(id="tiny/qwen3"), store=store) == (config, tensors, root)
 
 
 def test_a_known_model_type_needs_no_code_of_the_model(store: Store, tmp_path: Path) -> None:

@@ -24,11 +24,23 @@ from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
-from builder import checkpoint, guards, llmapi, llmapi_repository, pipeline, recipe, record, smoke, unified_layout
+from builder import (
+    checkpoint,
+    clean,
+    guards,
+    llmapi,
+    llmapi_repository,
+    pipeline,
+    recipe,
+    record,
+    smoke,
+    unified_layout,
+)
 from builder.errors import IntegrityError, ServingError, UnsupportedError, UsageError
 from builder.output import Output
+from builder.reachability import Request
 from builder.serve import Server, serve
-from builder.store import Store, prune, verify
+from builder.store import Store, verify
 
 SNAPSHOT = Path(__file__).parent / "data" / "tiny-qwen3"
 QUIET = Output("quiet")
@@ -215,6 +227,7 @@ def test_a_character_of_several_tokens_comes_whole(server: Server) -> None:
         ({"text_input": "A", "sampling_param_temperature": -1.0}, "require temperature >= 0"),
         ({"text_input": "A", "sampling_param_top_p": 0.5}, "the stand-in is greedy"),
         ({"text_input": "A", "sampling_param_repetition_penalty": 1.2}, "repetition_penalty would be ignored"),
+        ({"text_input": "A", "lora_name": "one"}, "lora_name is one; this model has no adapters"),
         ({"text_input": "A", "stop": True}, "stop needs the id"),
         (b'{"text_input": "caf\xe9"}', "not valid UTF-8 at byte 3"),
     ],
@@ -328,7 +341,8 @@ def test_one_build_leaves_a_tested_repository(
     monkeypatch.setattr(llmapi_repository, "write", with_stand_in)
     monkeypatch.setattr(llmapi, "check_machine", lambda resolved: None)
     built = pipeline.build(asked, store)
-    assert [done.stage for done in store.done] == ["snapshot", "calibration", "checkpoint", "repository", "smoke"]
+    chain = ["snapshot", "calibration", "checkpoint", "quality", "repository", "smoke", "verdict"]
+    assert [done.stage for done in store.done] == chain
     assert built.smoke is not None
     built.smoke.check()
     assert built.link is not None
@@ -341,7 +355,9 @@ def test_one_build_leaves_a_tested_repository(
     pipeline.build(asked, again)
     assert all(done.cached for done in again.done)
     assert not any(verify(again.root, QUIET).values())
-    assert prune(again.root, {built.link.resolve()}, dry=True)[0] == []
+    removed = [entry.path for entry in clean.plan(again.root, Request(older_than=0)).remove]
+    assert not [path for path in removed if path.parent.name not in ("logs", "locks")]
     other = Store(tmp_path / "out", QUIET)
     pipeline.build(resolved(**small, **{"repository.kv_cache_free_gpu_mem_fraction": 0.5}), other, until="repository")
-    assert [done.cached for done in other.done] == [True, True, True, False]
+    made = [done.stage for done in other.done if not done.cached]
+    assert made == ["repository", "verdict"]

@@ -58,7 +58,8 @@ def test_every_level_is_answered_and_its_figures_hang_together(report: LoadRepor
         for spread in (level.first, level.token, level.whole):
             assert 0 < spread.p50 <= spread.p90 <= spread.p99
         assert level.first.p99 <= level.whole.p99
-        assert level.tokens_per_second == pytest.approx(6 * 5 / level.seconds, rel=0.01)
+        assert 4 <= level.shortest <= level.longest <= 5  # two tokens may be one when encoded again
+        assert level.tokens_per_second == pytest.approx(6 * 5 / level.seconds, rel=0.2)
         # All together take as long as the slowest one at least, and one after the other no longer than their sum.
         assert level.whole.p99 <= level.seconds <= 6 * level.whole.p99 + 1
 
@@ -107,7 +108,7 @@ def test_what_fails_is_counted_and_where_all_fails_it_is_an_error(
     asked = replace(SMALL, clients=(1,))
     [level] = load.load(served.http_url, served.grpc_url, repository, asked, out=QUIET).levels
     assert (level.answered, level.failed, level.why) == (4, 2, "Exceeds maximum queue size")
-    assert level.tokens_per_second == pytest.approx(4 * 5 / level.seconds, rel=0.01), "of what was answered"
+    assert level.tokens_per_second == pytest.approx(4 * 5 / level.seconds, rel=0.2), "of what was answered"
 
     def none(self: Client, *more: Any, **options: Any) -> Iterator[str]:
         raise Refused("no")
@@ -115,6 +116,37 @@ def test_what_fails_is_counted_and_where_all_fails_it_is_an_error(
     monkeypatch.setattr(Client, "grpc_pieces", none)
     with pytest.raises(ServingError, match="none was answered"):
         load.load(served.http_url, served.grpc_url, repository, asked, out=QUIET)
+
+
+def test_tokens_are_counted_not_assumed(
+    served: Server, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that ends its answers early, whatever it is told, makes no more tokens a second by that."""
+    whole = Client.grpc_pieces
+
+    def short(self: Client, ask: Any, **options: Any) -> Iterator[str]:
+        yield from whole(self, replace(ask, max_tokens=2, options={"min_tokens": 2}), **options)
+
+    monkeypatch.setattr(Client, "grpc_pieces", short)
+    asked = replace(SMALL, clients=(2,), output_tokens=20)
+    [level] = load.load(served.http_url, served.grpc_url, repository, asked, out=QUIET).levels
+    assert (level.answered, level.longest) == (6, 2)
+    assert level.tokens_per_second <= 6 * 2 / level.seconds * 1.01
+
+
+def test_no_proxy_stands_between_us_and_our_server(
+    served: Server, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: nobody listens there
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    client = Client(served.http_url, served.grpc_url, repository.facts["models"], 60)
+    ask = load_ask(3)
+    ways = [client.http_infer, client.http_generate, client.grpc_infer, client.grpc_stream]
+    assert len({way(ask).text for way in ways}) == 1
+    assert client.ready()
 
 
 def test_a_repository_that_does_not_stream_has_whole_answers_only(served: Server, repository: Repository) -> None:
@@ -165,6 +197,7 @@ def test_outside_of_a_store_and_where_none_can_be_written_nothing_is_kept(
     [
         (Asked(clients=(0,)), "0 clients are none"),
         (Asked(requests=0), "0 requests are none"),
+        (Asked(clients=(1, 64), requests=32), "32 requests can't keep 64 clients busy"),
         (Asked(output_tokens=0), "a token at least"),
         (Asked(input_tokens=2000), "Prompts of 2000 tokens and answers of 32"),
         (Asked(input_tokens=500, output_tokens=1900), "Prompts of 500 tokens and answers of 1900"),
@@ -173,6 +206,11 @@ def test_outside_of_a_store_and_where_none_can_be_written_nothing_is_kept(
 def test_what_would_not_be_served_is_refused_first(asked: Asked, says: str, repository: Repository) -> None:
     with pytest.raises(UsageError, match=says):
         load.check(asked, repository.facts)
+
+
+def test_without_requests_given_every_client_has_two() -> None:
+    assert load.enough((1, 4, 16)) == 32
+    assert load.enough((64,)) == 128
 
 
 @given(st.lists(st.floats(0.001, 100), min_size=1, max_size=300))

@@ -90,6 +90,25 @@ def test_without_fmha_the_workspace_is_quadratic_for_every_sequence_of_the_batch
     assert fit.memory(QWEN3_8B, ASKED, "RTX 5090", 34_200_000_000).fits
 
 
+def test_the_attention_workspace_is_the_sum_of_upstreams_buffers() -> None:
+    """getWorkspaceSizeForContext, buffer by buffer, for Qwen3-8B: 64 prompts of 2048 tokens, 8192 tokens a step."""
+    batch, length, tokens, heads, q, kv = 64, 2048, 8192, 32, 32 * 128, 8 * 128
+    unfused = {
+        "cuBLAS": 33_554_432,
+        "attention_mask": 2 * tokens * length,
+        "q_buf_2": 2 * batch * length * q,
+        "k_buf_2 and v_buf_2": 2 * 2 * batch * length * kv,
+        "qk_buf": 2 * batch * heads * length**2,
+        "qk_buf_float": 4 * batch * heads * length**2,
+        "qkv_buf_2": 2 * tokens * q,
+        "padding_offset and encoder_padding_offset": 2 * 4 * tokens,
+        "tokens_info": 8 * tokens,
+    }
+    asked = replace(ASKED, context_fmha=False, paged_fmha=False)
+    assert fit.attention_workspace(QWEN3_8B.config, asked, tokens) == sum(unfused.values())
+    assert fit.attention_workspace(QWEN3_8B.config, ASKED, tokens) == 33_554_432 + tokens * q + 8 * tokens
+
+
 def test_what_is_left_goes_to_the_kv_cache_in_whole_blocks() -> None:
     found = fit.memory(QWEN3_8B, ASKED, "card", 34_200_000_000)
     left = found.memory - found.weights - found.workspace
@@ -113,6 +132,20 @@ def test_ranks_are_to_the_byte_what_splitting_writes(tmp_path: Path, name: str, 
     assert fit.rank_bytes(model, replace(ASKED, tp=tp, pp=pp)) == written
     unified = sum(info.nbytes for info in Tensors(tmp_path / "unified").values())
     assert fit.sizes(model, ASKED).unified == unified
+
+
+def test_the_llm_api_holds_tied_embeddings_once() -> None:
+    """The layout on disk has both, as an engine does; so have the ranks where the model's ends are on two GPUs."""
+    tied = replace(QWEN3_8B, config={**QWEN3_8B.config, "tie_word_embeddings": True})
+    tied = replace(tied, tensors={name: info for name, info in tied.tensors.items() if name != "lm_head.weight"})
+    llm, embedding = replace(ASKED, target="llmapi"), 2 * 151936 * 4096
+    [engine_rank], [llm_rank] = fit.rank_bytes(tied, ASKED), fit.rank_bytes(tied, llm)
+    assert engine_rank - llm_rank == embedding
+    assert fit.weights(tied, llm) == llm_rank
+    stored_twice = replace(tied, tensors={**QWEN3_8B.tensors})
+    assert fit.rank_bytes(stored_twice, llm) == [llm_rank]
+    assert sum(fit.rank_bytes(tied, replace(llm, pp=2))) - llm_rank == embedding
+    assert fit.sizes(tied, llm).checkpoint == fit.sizes(tied, ASKED).checkpoint == engine_rank
 
 
 servings = st.builds(
@@ -382,3 +415,25 @@ def test_what_is_said_to_fit_while_calibrating_fits(batch: int, length: int, mem
         assert fit.calibration_memory(SMALL, tokens) <= memory
     else:
         assert fit.calibration_memory(SMALL, min(length, fit_change.SHORTEST)) > memory
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+    ],
+)
+@pytest.mark.parametrize("more", [["--gpu", "cpu"], ["--gpu", "sm120", "--runner", "bf16", "--runner", "reference"]])
+def test_what_the_reference_executor_cannot_run_is_refused_in_the_plan(
+    tmp_path: Path, change: dict[str, object], named: str, more: list[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree("tests/data/arch-variants/mistral", model)
+    config = json.loads((model / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    refused = run("plan", "--model", str(model), "--output", str(tmp_path / "out"), *more)
+    assert refused.returncode == 3
+    assert f"The reference executor can't run this model: {named}" in refused.stderr
+    assert run("plan", "--model", str(model), "--gpu", "sm120", "--output", str(tmp_path / "out")).returncode == 0

@@ -136,8 +136,12 @@ from pathlib import Path
 from builder import process
 def interrupt(*_):
     raise KeyboardInterrupt
-signal.signal(signal.SIGTERM, interrupt)
-os.register_at_fork(before=lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.3)))
+signal.signal(getattr(signal, sys.argv[2]), interrupt)
+def in_popen(event, arguments):
+    if event == "subprocess.Popen":
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+        time.sleep(0.3)
+sys.addaudithook(in_popen)
 try:
     process.run([sys.executable, "-c", "import time; time.sleep(60)"], log=Path(sys.argv[1]))
 except KeyboardInterrupt:
@@ -145,9 +149,10 @@ except KeyboardInterrupt:
 """
 
 
-def test_an_interrupt_while_a_child_is_forked_is_not_lost(tmp_path: Path) -> None:
-    """Python ignores what a signal's handler raises in its hooks after a fork."""
-    done = subprocess.run([*python(INTERRUPTED), str(tmp_path / "log")], capture_output=True, text=True, timeout=30)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_an_interrupt_while_a_child_is_started_is_not_lost(tmp_path: Path, name: str) -> None:
+    argv = [*python(INTERRUPTED), str(tmp_path / "log"), name]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (1, "interrupted\n")
 
 

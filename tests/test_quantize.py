@@ -20,7 +20,7 @@ from builder.checkpoint import Checkpoint
 from builder.errors import StageError, UnsupportedError
 from builder.fetch import Snapshot, fetch
 from builder.output import Output
-from builder.quantize import child
+from builder.quantize import child, modelopt
 from builder.quantize.modelopt import check, quantize
 from builder.store import Store
 
@@ -204,7 +204,9 @@ def test_other_decoders_get_the_unified_layout(
 
 
 def test_sizes_that_are_no_multiples_of_16_are_refused_before_anything_runs(llama: Path, build: Build) -> None:
-    change_weights(llama, lambda name, t: t[:, :120] if "down_proj" in name else t)
+    change_weights(llama, lambda name, t: t[:, :120] if "down_proj" in name else t[:120] if ".mlp." in name else t)
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**config, "intermediate_size": 120}))
     with pytest.raises(UnsupportedError, match="no multiple of 16") as caught:
         build(model=llama)
     assert "model.layers.0.mlp.down_proj.weight [64, 120]" in caught.value.why
@@ -248,8 +250,13 @@ def test_the_childs_errors_keep_their_kind(llama: Path, build: Build, tmp_path: 
     assert not list((store.root / "checkpoint").iterdir())
 
 
-def test_a_crash_of_the_child_shows_the_end_of_its_log(llama: Path, build: Build, tmp_path: Path) -> None:
-    (llama / "tokenizer.json").write_text("{}")
+def test_a_crash_of_the_child_shows_the_end_of_its_log(
+    llama: Path, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken installation: another package lies where ModelOpt should."""
+    (tmp_path / "broken" / "modelopt").mkdir(parents=True)
+    (tmp_path / "broken" / "modelopt" / "__init__.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.setitem(modelopt.ENVIRONMENT, "PYTHONPATH", str(tmp_path / "broken"))
     store = Store(tmp_path / "store", Output("quiet"))
     with pytest.raises(StageError) as caught:
         build(store, model=llama)

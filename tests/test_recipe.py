@@ -86,7 +86,7 @@ def test_the_committed_schema_is_the_generated_one() -> None:
         ("quantization: {format: int3}", "nvfp4"),
         ("engine: 8", "is a value"),
         ("- a list", "no mapping"),
-        ("a: [", "no YAML"),
+        ("a: [", "no valid YAML"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_a_hint(tmp_path: Path, text: str, message: str) -> None:

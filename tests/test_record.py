@@ -14,7 +14,7 @@ import report_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import cli, commands, recipe, record
+from builder import cli, commands, manifest, recipe, record
 
 MODEL = report_store.MODEL
 
@@ -70,13 +70,15 @@ def test_any_text_comes_back_as_it_was(text: str) -> None:
     assert again(record.command(resolved)).recipe.calibration.data == text
 
 
-def test_no_token_gets_into_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_gets_into_a_record_and_paths_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "an-unusual-token-1234")
-    model = shutil.copytree(MODEL, tmp_path / "hf_abcdefghijklmnop-an-unusual-token-1234")
+    token = "hf_" + "abcdefghijklmnopq" * 2
+    model = shutil.copytree(MODEL, tmp_path / "hf_checkpoints" / f"{token}-an-unusual-token-1234")
     report_store.build(tmp_path / "out", model=str(model), link="model")
     text = (tmp_path / "out" / "builds" / "model.json").read_text()
-    assert "hf_abcdefghijklmnop" not in text
+    assert token not in text
     assert "an-unusual-token-1234" not in text
+    assert "/hf_checkpoints/hf_***-***" in text
     assert record.find(tmp_path / "out", (tmp_path / "out" / "models" / "model").resolve())
 
 
@@ -90,7 +92,9 @@ def test_an_output_directory_that_was_moved_keeps_its_records(tmp_path: Path) ->
 def test_of_two_records_the_newer_counts_and_a_broken_one_does_not(tmp_path: Path) -> None:
     link = report_store.build(tmp_path)
     [path] = (tmp_path / "builds").glob("*.json")
-    newer = {**read(tmp_path), "name": "second", "written": 9e9}
+    changed = {key: value for key, value in read(tmp_path).items() if key != manifest.SEAL}
+    newer = manifest.sealed({**changed, "name": "second", "written": 9e9})
+    path.with_name("edited.json").write_text(json.dumps({**newer, "name": "edited", "written": 9.5e9}))
     path.with_name("second.json").write_text(json.dumps(newer))
     path.with_name("broken.json").write_text('{"format": 1, "repository')
     path.with_name("odd.json").write_text('["not", "a", "record"]')

@@ -241,6 +241,12 @@ def test_special_ids_from_the_tokenizer_where_no_config_has_them(tmp_path: Path)
     tokenizer = {"added_tokens": [{"id": 3, "content": "</s>"}, {"id": 4, "content": "<pad>"}]}
     named = {"eos_token": {"content": "</s>"}, "pad_token": "<pad>"}
     assert ids_of(tmp_path, config={}, tokenizer=tokenizer, tokenizer_config=named) == {"end_ids": [3], "pad_id": 4}
+    for vocab in ({"a": 0, "</s>": 2}, [["a", -1.0], ["b", -1.0], ["</s>", -2.0]]):
+        plain = {"added_tokens": [], "model": {"vocab": vocab}}
+        found = ids_of(tmp_path, config={}, tokenizer=plain, tokenizer_config={"eos_token": "</s>"})
+        assert found == {"end_ids": [2], "pad_id": 2}
+    named_elsewhere = {"tokenizer_config": {}, "special_tokens_map": {"eos_token": "</s>"}}
+    assert ids_of(tmp_path, config={}, tokenizer=tokenizer, **named_elsewhere)["end_ids"] == [3]
     assert repository.special_ids(tmp_path / "nothing") == {"end_ids": [], "pad_id": 0}
 
 

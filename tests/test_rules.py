@@ -90,7 +90,7 @@ def test_the_checkpoint_is_always_named_and_only_by_us(flag: str) -> None:
 @pytest.mark.parametrize("flag", ["gather_context_logits=enable", "gather_all_token_logits=true"])
 def test_context_logits_and_draft_tokens(flag: str) -> None:
     is_refused("R02", UsageError, "draft tokens", lambda: flags_of(flag, "max_draft_len=4"))
-    assert flags_of(flag)[flag.partition("=")[0]].value == ""
+    assert flags_of(flag)["gather_context_logits"].value == ""
     assert "gather_context_logits" not in flags_of("gather_context_logits=disable", "max_draft_len=4")
 
 
@@ -224,6 +224,17 @@ def test_rotary_scaling_lengthens_a_model_as_upstream_counts_it(kind: str, longe
     is_refused("R16", UnsupportedError, f"{longest} positions", lambda: flags_of(config=config, **too_long))
 
 
+@covers("R15", "R16")
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic"])
+def test_a_length_that_is_scaled_already_is_not_scaled_again(kind: str) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 1024}
+    config = {**QWEN3_8B, "max_position_embeddings": 4096, "rope_scaling": scaling}
+    fits = {"engine.max_seq_len": 4096, "engine.max_input_len": 512}
+    assert flags_of(config=config, **fits)["max_seq_len"].value == "4096"
+    too_long = {**fits, "engine.max_seq_len": 4097}
+    is_refused("R16", UnsupportedError, "4096 positions", lambda: flags_of(config=config, **too_long))
+
+
 @covers("R17")
 def test_a_prompt_is_no_longer_than_prompt_and_answer() -> None:
     was_rewritten(rewritten(subject(), max_input_len="9999")["max_input_len"], "4096", "R17")
@@ -233,7 +244,8 @@ def test_a_prompt_is_no_longer_than_prompt_and_answer() -> None:
 
 @covers("R19")
 def test_padded_batches_take_all_tokens() -> None:
-    was_rewritten(flags_of("remove_input_padding=disable")["max_num_tokens"], str(64 * 4096), "R19")
+    found = rewritten(subject(), remove_input_padding="disable")
+    was_rewritten(found["max_num_tokens"], str(64 * 4096), "R19")
 
 
 @covers("R20")
@@ -341,7 +353,62 @@ def test_user_buffer_needs_reduce_fusion() -> None:
 @covers("R37")
 def test_one_gpu_has_no_nccl() -> None:
     was_rewritten(flags_of("nccl_plugin=bfloat16")["nccl_plugin"], "disable", "R37")
-    assert rewritten(subject(tp=2), nccl_plugin="bfloat16")["nccl_plugin"].value == "bfloat16"
+    kept = rewritten(subject(tp=2, dtype="bfloat16"), nccl_plugin="bfloat16")["nccl_plugin"]
+    assert (kept.value, kept.reason) == ("bfloat16", "asked for")
+
+
+@covers("R37")
+@pytest.mark.parametrize("asked", ["disable", "float32", "float16"])
+def test_several_gpus_use_nccl_whatever_is_asked(asked: str) -> None:
+    model = {**QWEN3_8B, "dtype": "bfloat16"}
+    was_rewritten(flags_of(f"nccl_plugin={asked}", config=model, **{"engine.tp": 2})["nccl_plugin"], "bfloat16", "R37")
+    was_rewritten(rewritten(subject(pp=2), nccl_plugin=asked)["nccl_plugin"], "auto", "R37")
+    assert "nccl_plugin" not in flags_of(**{"engine.tp": 2})
+    assert flags_of("nccl_plugin=auto", **{"engine.tp": 2})["nccl_plugin"].reason == "asked for"
+
+
+@covers("R49")
+def test_all_token_logits_are_those_of_context_and_generation() -> None:
+    found = flags_of("gather_all_token_logits=enable")
+    assert "gather_all_token_logits" not in found
+    for name in ("gather_context_logits", "gather_generation_logits"):
+        was_rewritten(found[name], "", "R49")
+    assert not {name for name in flags_of("gather_all_token_logits=disable") if name.startswith("gather_")}
+    reuse = {"repository.enable_kv_cache_reuse": True}
+    is_refused("R47", UsageError, "KV cache reuse", lambda: flags_of("gather_all_token_logits=enable", **reuse))
+
+
+@covers("R49")
+def test_a_gate_on_what_is_served_accepts_all_token_logits() -> None:
+    gate = {"evaluation.min_score": 90.0, "evaluation.runners": ["bf16", "served"]}
+    asked = resolved("gather_all_token_logits=enable", **gate)
+    preflight.check_gate(asked, trtllm.resolve(asked, QWEN3_8B))
+    with pytest.raises(BuilderError, match="gather_context_logits"):
+        preflight.check_gate(resolved(**gate), trtllm.resolve(resolved(**gate), QWEN3_8B))
+
+
+@covers("R50", "R51")
+def test_what_fast_build_and_visualize_network_leave_is_said() -> None:
+    said = notes_of("fast_build=enable", "visualize_network=/onnx")
+    assert "managed_weights.safetensors" in said["R50"]
+    assert "/onnx" in said["R51"]
+    assert not {"R50", "R51"} & set(notes_of())
+
+
+@covers("R52")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("remove_input_padding=disable",), "remove_input_padding disable makes an engine"),
+        (("gpt_attention_plugin=disable",), "gpt_attention_plugin disable makes an engine"),
+        (("kv_cache_type=continuous",), "kv_cache_type continuous makes an engine"),
+        (("kv_cache_type=continuous", "paged_kv_cache=disable"), "kv_cache_type continuous makes an engine"),
+        (("kv_cache_type=disabled",), "generates no tokens"),
+    ],
+)
+def test_engines_that_in_flight_batching_does_not_serve_are_refused(flags: tuple[str, ...], message: str) -> None:
+    for gpu in ("sm120-fmha", "sm120", "cpu"):
+        is_refused("R52", UsageError, message, lambda gpu=gpu: flags_of(*flags, gpu=gpu))  # type: ignore[misc]
 
 
 @covers("R40")

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder import cli, fit, inspection, kept_layers, nvfp4, pipeline, recipe, sensitivity, weight_error
+from builder import clean, cli, fit, inspection, kept_layers, nvfp4, pipeline, recipe, sensitivity, weight_error
 from builder import sensitivity_child as measuring
 from builder.checkpoint import read_json
 from builder.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
@@ -24,8 +24,9 @@ from builder.fit import ModelFacts
 from builder.output import Output
 from builder.quantize import child, modelopt
 from builder.quantize.simulation import enable_cpu_simulation
+from builder.reachability import Request
 from builder.safetensors_io import NewTensor, Tensors, write
-from builder.store import Store, WouldRun, prune
+from builder.store import Store, WouldRun
 
 LLAMA, TINY = exports.MODELS["llama"], exports.MODELS["qwen3"]
 PROSE = exports.DATA / "eval" / "prose.jsonl"
@@ -283,8 +284,9 @@ def test_what_was_measured_outlives_a_run_that_died_and_no_other_recipe_takes_it
     assert results[-1] == results[0]
     assert results[0].read_text() == "a result\n", "forced: begun anew"
     assert not list((tmp_path / "sensitivity").iterdir())
-    removed, _ = prune(tmp_path, {done.path for done in store.done})
-    assert set(removed) >= set(results)
+    kept = clean.plan(tmp_path, Request())
+    assert {entry.path for entry in kept.keep} >= set(results), "hours of work: they stay until they are old"
+    assert not clean.carry_out(clean.plan(tmp_path, Request(older_than=0)))
     assert not list((tmp_path / "partial").iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,6 +11,8 @@ import sys
 import textwrap
 import time
 import urllib.request
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from builder import serve as serving
 from builder.errors import ServingError
 from builder.output import Output
 from builder.serve import reasons, serve
+from builder.serving_directory import prepare_backends, serving_directory
 
 QUIET = Output("quiet")
 MODEL = """
@@ -167,6 +171,16 @@ def test_it_waits_no_longer_than_asked(tmp_path: Path) -> None:
     assert not shared_memory(os.getpid())
 
 
+def test_the_log_that_a_failure_names_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    models = one_model(tmp_path / "models", "import time; time.sleep(30)")
+    with pytest.raises(ServingError, match="not ready in time") as caught, serve(models, out=QUIET, timeout=1):
+        pytest.fail("it came up")
+    log = Path(caught.value.cure.removeprefix("The whole log: "))
+    assert "Initialize: lonely" in log.read_text()
+    assert not list(log.parent.glob("*/"))
+
+
 def test_an_engine_of_tensorrt_is_served_by_its_own_backend(tmp_path: Path) -> None:
     models = tmp_path / "models"
     (models / "tensorrt_llm").mkdir(parents=True)
@@ -182,28 +196,35 @@ def test_an_engine_of_tensorrt_is_served_by_its_own_backend(tmp_path: Path) -> N
 
 
 def test_one_server_for_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upstream's line, word for word where it has one: triton_backend/scripts/launch_triton_server.py@0a2e2c1f."""
+    """As upstream launches them (triton_backend/scripts/launch_triton_server.py@0a2e2c1f), but without a load API."""
     mpirun = tmp_path / "bin" / "mpirun"
     mpirun.parent.mkdir()
     mpirun.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(mpirun.parent))
-    ports, where = [8000, 8001, 8002], tmp_path / "models"
-    servers = [
-        serving._command(Path("/t"), where, Path("/b"), "127.0.0.1", ports, f"prefix{rank}_", 30, rank=rank)
-        for rank in range(2)
-    ]
+    one_model(one_model(tmp_path / "models", name="tensorrt_llm"), name="other")
+    with serving_directory() as place:
+        place.link(tmp_path / "models")
+        servers = [
+            serving._command(
+                Path("/t"), place, Path("/b"), "127.0.0.1", [8000, 8001, 8002], f"prefix{rank}_", 30, rank=rank
+            )
+            for rank in range(2)
+        ]
+        assert sorted(path.name for path in place.models.iterdir()) == ["other", "tensorrt_llm"]
+        assert [path.name for path in place.only("tensorrt_llm").iterdir()] == ["tensorrt_llm"]
+        repositories = f"--model-repository={place.models}", f"--model-repository={place.only('tensorrt_llm')}"
     assert serving.launch_command(servers[:1]) == servers[0]
     argv = serving.launch_command(servers)
     assert argv[:5] == ["mpirun", "--allow-run-as-root", "-n", "1", "/t"]
     middle = argv.index(":")
     first, second = set(argv[4:middle]), set(argv[middle + 3 :])
     assert argv[middle : middle + 4] == [":", "-n", "1", "/t"]
-    common = {"--http-port=8000", "--grpc-port=8001", "--metrics-port=8002", f"--model-repository={where}"}
+    common = {"--http-port=8000", "--grpc-port=8001", "--metrics-port=8002", "--model-control-mode=none"}
     assert common | {"--disable-auto-complete-config"} <= first & second
     assert "--backend-config=python,shm-region-prefix-name=prefix0_" in first
     assert "--backend-config=python,shm-region-prefix-name=prefix1_" in second
-    assert {"--model-control-mode=explicit", "--load-model=tensorrt_llm"} <= second
-    assert "--load-model=*" in first - second
+    assert repositories[0] in first - second
+    assert repositories[1] in second - first
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServingError, match="The engine has 2 ranks, and mpirun") as caught:
         serving.launch_command(servers)
@@ -226,16 +247,15 @@ def test_ranks_are_read_from_the_engine(tmp_path: Path) -> None:
     assert serving._world_size(tmp_path) == 1
 
 
-def test_the_stand_in_is_the_reference_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prepared once, as copies (the server refuses links), beside the files of the Python backend."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_stand_in_is_the_reference_executor(tmp_path: Path) -> None:
+    """Copies (the server refuses links), beside the files of the Python backend."""
     installation = serving.find_server()
-    made = serving._backends(installation, tmp_path, None)
+    code = serving._stand_in(installation, tmp_path, None)
+    assert code is not None
+    made = prepare_backends(installation, code, tmp_path / "backends")
     assert "builder.reference.backend" in (made / "tensorrtllm" / "model.py").read_text()
     assert not any(path.is_symlink() for path in made.rglob("*"))
     assert os.access(made / "python" / "triton_python_backend_stub", os.X_OK)
-    assert serving._backends(installation, tmp_path, None) == made
-    assert [path.name for path in made.parent.iterdir()] == [made.name]
 
 
 def test_a_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +272,96 @@ def test_a_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.Mo
     assert (found.binary, found.backends, found.python_backend) == (binary, tmp_path / "backends", (utils,))
     assert found.environment.keys() & {"OMPI_X", "TOKENIZERS_PARALLELISM"} == {"OMPI_X", "TOKENIZERS_PARALLELISM"}
     assert not found.environment.keys() & {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"}
+
+
+def http_status(url: str, path: str, header: str = "any: x", body: str | None = None) -> int:
+    """Of a request written by hand: clients refuse to send the header that an attacker would try."""
+    host, port = url.split(":")
+    method, length = ("GET", 0) if body is None else ("POST", len(body))
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\nContent-Length: {length}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall((head + (body or "")).encode())
+        return int(connection.recv(4096).split()[1])
+
+
+def raw_grpc(url: str, method: str, header: tuple[str, str]) -> bytes:
+    """One call by hand, with literal HPACK headers: clients of gRPC refuse to send what an attacker could."""
+    headers = [(":method", "POST"), (":scheme", "http"), (":path", f"/inference.GRPCInferenceService/{method}"),
+               (":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers"), header]  # fmt: skip
+    block = b"".join(b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in headers)
+
+    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+    host, port = url.split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        start = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
+        connection.sendall(start + frame(1, 4, 1, block) + frame(0, 1, 1, bytes(5)))
+        with suppress(TimeoutError):
+            while b"grpc-status" not in answer and (more := connection.recv(65536)):
+                answer += more
+    return answer
+
+
+CLOSED_CALLS = {
+    "RepositoryModelLoad": {"model_name": "lonely"},
+    "RepositoryModelUnload": {"model_name": "lonely"},
+    "RepositoryIndex": {},
+    "LogSettings": {},
+    "TraceSetting": {},
+    "SystemSharedMemoryStatus": {},
+    "SystemSharedMemoryRegister": {"name": "x", "key": "/x", "byte_size": 1},
+}
+CLOSED_PATHS = ("/v2/logging", "/v2/trace/setting", "/v2/models/lonely/trace/setting", "/v2/systemsharedmemory/status",
+                "/v2/cudasharedmemory/status")  # fmt: skip
+CLOSED_POSTS = ("/v2/repository/models/lonely/load", "/v2/repository/models/lonely/unload", "/v2/repository/index",
+                "/v2/logging", "/v2/systemsharedmemory/region/x/register")  # fmt: skip
+
+
+def test_nobody_loads_models_or_changes_the_log(tmp_path: Path) -> None:
+    """Whoever reads the command line finds no key in it, and what stands there opens nothing."""
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    with serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log") as server:
+        argv = [word for pid in children(server.pid) for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")]
+        [header, value] = next(word for word in argv if "restricted-api" in word).rpartition("logging:")[2].split("=")
+        assert not [word for word in argv if re.search("restricted.*[0-9a-f]{16}", word)]
+        for given in ("any: x", f"{header}: {value}"):
+            for path in CLOSED_PATHS:
+                assert http_status(server.http_url, path, given) == 403
+            for path in CLOSED_POSTS:
+                assert http_status(server.http_url, path, given, "{}") == 403
+        with grpc.insecure_channel(server.grpc_url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for name, fields in CLOSED_CALLS.items():
+                with pytest.raises(grpc.RpcError, match="restricted"):
+                    getattr(stub, name)(getattr(service_pb2, f"{name}Request")(**fields))
+            assert stub.ServerReady(service_pb2.ServerReadyRequest()).ready
+        prefix = "triton-grpc-protocol-"
+        for name in CLOSED_CALLS:
+            answer = raw_grpc(server.grpc_url, name, (prefix + header, value))
+            assert b"grpc-status\x010" not in answer
+            assert b"grpc-status" in answer
+        assert b"grpc-status\x010" in raw_grpc(server.grpc_url, "ServerLive", ("any", "x"))
+        assert http_status(server.http_url, "/v2/models/lonely/config") == 200
+
+
+def test_a_model_that_never_starts_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton waits for it half an hour; here its program is one that only says why."""
+    found = serving.find_server()
+    stub = tmp_path / "triton_python_backend_stub"
+    stub.write_text("#!/bin/sh\necho error while loading shared libraries: libpython >&2\nexit 127\n")
+    broken = replace(found, python_backend=(*found.python_backend[:2], stub))
+    monkeypatch.setattr(serving, "find_server", lambda: broken)
+    monkeypatch.setattr(serving, "DEAD_SECONDS", 1.0)
+    with (
+        pytest.raises(ServingError, match="ended while it was loading") as caught,
+        serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log", timeout=60),
+    ):
+        pytest.fail("it came up")
+    assert "error while loading shared libraries: libpython" in caught.value.why
 
 
 def test_reasons_are_the_errors_alone() -> None:

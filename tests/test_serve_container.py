@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -56,13 +58,72 @@ def test_the_store_lies_where_the_repository_says() -> None:
     assert serve_container._inside({"checkpoint": "/artifacts/checkpoint/abc/unified"}) == Path("/artifacts")
 
 
-def test_a_process_is_told_from_a_later_one_of_the_same_id() -> None:
+def test_only_an_ended_process_of_this_boot_and_namespace_leaves_orphans() -> None:
     child = subprocess.Popen(["sleep", "100"])
+    place, _, _ = serve_container._owner().rpartition("/")
     started = serve_container._start_time(child.pid)
+    label = f"{place}/{child.pid}.{started}"
+    assert started.isdigit()
+    assert not serve_container._is_orphan(label)
+    assert not serve_container._is_orphan(serve_container._owner())
+    assert serve_container._is_orphan(f"{place}/{child.pid}.{int(started) - 1}"), "a reused process id"
     child.kill()
     child.wait()
-    assert started.isdigit()
-    assert serve_container._start_time(child.pid) != started
-    pid, own, namespace = serve_container._us().split(".")
-    assert (int(pid), own) == (os.getpid(), serve_container._start_time(os.getpid()))
+    assert serve_container._is_orphan(label)
+    assert serve_container._is_orphan(f"{place}/99999999.1")
+
+    machine, boot, namespace = place.split("/")
+    assert boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     assert namespace.isdigit()
+    elsewhere = [
+        f"{machine}/11111111-2222-3333-4444-555555555555/{namespace}",  # another host, or before a restart
+        f"other/{boot}/{namespace}",
+        f"{machine}/{boot}/{int(namespace) + 1}",
+    ]
+    for other in elsewhere:
+        assert not serve_container._is_orphan(f"{other}/{child.pid}.{started}")
+
+
+@pytest.mark.parametrize("label", ["", "x", "1.2.3", "99999999.1.4026531836", "////", "a/b/c/1.2", "/1.2"])
+def test_labels_of_others_and_of_older_versions_are_left_alone(label: str) -> None:
+    assert not serve_container._is_orphan(label)
+
+
+def test_without_a_boot_id_nothing_is_an_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = serve_container._owner().rpartition("/")[0] + "/99999999.1"
+    assert serve_container._is_orphan(label)
+    monkeypatch.setattr(serve_container, "_boot_id", lambda: "")
+    assert not serve_container._is_orphan(serve_container._place() + "/99999999.1")
+
+
+@dataclass
+class Listed:
+    """What the SDK's list gives of a container, as far as remove_orphans reads it."""
+
+    labels: dict[str, str]
+    removed: bool = False
+    status: str = "created"
+
+    def reload(self) -> None:
+        if self.removed:
+            import docker.errors
+
+            raise docker.errors.NotFound("gone")
+
+    def remove(self, force: bool) -> None:
+        self.reload()
+        self.removed = True
+
+
+def test_remove_orphans_takes_ours_and_leaves_the_others() -> None:
+    pytest.importorskip("docker")
+    place, _, _ = serve_container._owner().rpartition("/")
+    machine, _, namespace = place.split("/")
+    ours = Listed({serve_container.OWNER: f"{place}/99999999.1"})
+    alive = Listed({serve_container.OWNER: serve_container._owner()})
+    other = Listed({serve_container.OWNER: f"{machine}/11111111-2222-3333-4444-555555555555/{namespace}/99999999.1"})
+    strange = Listed({serve_container.OWNER: "nonsense"})
+    everything = [ours, alive, other, strange]
+    client = SimpleNamespace(containers=SimpleNamespace(list=lambda **_: everything))
+    serve_container.remove_orphans(client)
+    assert [container.removed for container in everything] == [True, False, False, False]

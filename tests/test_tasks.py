@@ -19,15 +19,16 @@ from hypothesis import strategies as st
 from task_files import measure_here
 from transformers import AutoTokenizer
 
-from builder import cli, evaluate, pipeline, recipe, task_child, task_names, tasks
+from builder import clean, cli, evaluate, pipeline, recipe, task_child, task_names, tasks
 from builder.errors import NotMeasurable, ServingError, StageError, UnsupportedError, UsageError
 from builder.forms import Models
 from builder.output import Output
 from builder.pipeline import Built
+from builder.reachability import Request
 from builder.recipe import Resolved
 from builder.recipe_evaluation import Tasks
 from builder.runners import triton
-from builder.store import Artefact, Store, prune
+from builder.store import Artefact, Store
 from builder.tasks import Row
 
 DATA = Path(__file__).parent / "data"
@@ -80,6 +81,11 @@ def found(models: Models, store: Store, directory: Path) -> tasks.TaskTable:
 def samples(store: Store, found: tasks.TaskTable, runner: str, task: str) -> list[dict[str, Any]]:
     path = store.root / found.paths[runner][task]
     return [json.loads(line) for line in (path / f"samples_{task}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_task_of_any_name_has_a_file_for_its_samples() -> None:
+    assert task_child._samples("mmlu/anatomy") == "samples_mmlu_anatomy.jsonl"
+    assert len(task_child._samples("t" * 250)) < 255
 
 
 def test_each_form_has_its_rows_and_what_can_not_be_asked_is_said(found: tasks.TaskTable) -> None:
@@ -170,9 +176,11 @@ def test_what_is_forced_is_asked_again(models: Models, store: Store, directory: 
 
 def test_cleaning_keeps_what_was_asked_of_a_kept_model(found: tasks.TaskTable, models: Models, store: Store) -> None:
     assert models.repository is not None
-    removed, _ = prune(store.root, {models.repository.path}, dry=True)
+    (store.root / "models").mkdir(exist_ok=True)
+    (store.root / "models" / "kept").symlink_to(models.repository.path)
+    removed = [entry.path for entry in clean.plan(store.root, Request(older_than=0)).remove]
     assert not [path for path in removed if path.parent.name == "tasks"]
-    removed, _ = prune(store.root, set(), dry=True)
+    removed = [entry.path for entry in clean.plan(store.root, Request(everything=True)).remove]
     assert {str(path.relative_to(store.root)) for path in removed} >= {
         p for of in found.paths.values() for p in of.values()
     }
@@ -395,3 +403,23 @@ def test_where_nothing_could_be_asked_the_command_fails() -> None:
         evaluate.Evaluation({}, {}, {}, {}, tasks=refused).check()
     answered = tasks.TaskTable((Row("served", "gsm8k", "exact_match", 0.5, None, 2, 5),), refused.not_measured)
     evaluate.Evaluation({}, {}, {}, {}, tasks=answered).check()
+
+
+def test_a_chat_template_that_is_absent_or_never_ends() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ours = tokenizer.chat_template
+    asked = [{"role": "user", "content": "Grüße?"}]
+    expected = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    with task_child._limited_template(tokenizer, wanted=True):
+        found = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert found == expected
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match="this model has none"), task_child._limited_template(tokenizer, wanted=True):
+        pytest.fail("a model would be loaded")
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = ours + endless
+    with (
+        pytest.raises(UsageError, match=r"does not end(.|\n)*tasks\.chat_template=false"),
+        task_child._limited_template(tokenizer, wanted=True),
+    ):
+        tokenizer.apply_chat_template(asked, tokenize=False)

@@ -134,8 +134,56 @@ def test_build_config_is_what_the_builder_would_write() -> None:
         True,
     )
     assert plugins["tokens_per_block"] == 32
-    assert plugins["bert_attention_plugin"] == "bfloat16"
     assert plugins["lora_plugin"] is None
+
+
+def built_config(*sets: str, world_size: int = 1) -> dict[str, object]:
+    flags = trtllm.resolve(resolved(*sets), QWEN3_8B)
+    pretrained = {"dtype": "bfloat16", "mapping": {"world_size": world_size}}
+    return trtllm.build_config(trtllm.load("1.2.1"), flags, pretrained)
+
+
+def test_a_plugin_that_follows_the_models_type_is_spelled_auto() -> None:
+    """Upstream dumps what was given; only PluginConfig's attributes resolve "auto" (plugin.py@c20322ff)."""
+    plugins = built_config()["plugin_config"]
+    assert isinstance(plugins, dict)
+    auto = ("bert_attention_plugin", "moe_plugin", "mamba_conv1d_plugin")
+    assert [plugins[name] for name in auto] == ["auto"] * 3
+    assert (plugins["gpt_attention_plugin"], plugins["dtype"], plugins["fp8_rowwise_gemm_plugin"]) == (
+        "bfloat16", "bfloat16", None,
+    )  # fmt: skip
+    given = built_config("engine.flags.gpt_attention_plugin=auto")["plugin_config"]
+    assert isinstance(given, dict)
+    assert given["gpt_attention_plugin"] == "auto"
+
+
+def test_several_ranks_have_the_nccl_plugin_in_the_models_type() -> None:
+    for asked in ((), ("engine.flags.nccl_plugin=disable",)):
+        plugins = built_config("engine.tp=2", *asked, world_size=2)["plugin_config"]
+        assert isinstance(plugins, dict)
+        assert plugins["nccl_plugin"] == "bfloat16"
+
+
+def test_the_engines_config_holds_upstreams_values() -> None:
+    config = built_config()
+    assert config["speculative_decoding_mode"] == 1  # SpeculativeDecodingMode.NONE
+    assert config["lora_config"] == {
+        "lora_dir": [], "lora_ckpt_source": "hf", "max_lora_rank": 64, "lora_target_modules": [],
+        "trtllm_modules_to_hf_modules": {}, "max_loras": None, "max_cpu_loras": None,
+        "swap_gate_up_proj_lora_b_weight": True,
+    }  # fmt: skip
+    mode = "engine.flags.speculative_decoding_mode=lookahead_decoding"
+    assert built_config(mode)["speculative_decoding_mode"] == 8
+
+
+def test_the_flags_of_one_run_are_not_the_engines() -> None:
+    config = built_config("engine.flags.visualize_network=/onnx", "engine.flags.fast_build=enable")
+    plugins = config["plugin_config"]
+    assert isinstance(plugins, dict)
+    assert not {"visualize_network", "dry_run"} & set(config)
+    assert plugins["manage_weights"] is True
+    gathered = built_config("engine.flags.gather_all_token_logits=enable")
+    assert (gathered["gather_context_logits"], gathered["gather_generation_logits"]) == (True, True)
 
 
 # ---- versions, removed flags, explain
@@ -146,7 +194,7 @@ def test_a_version_has_all_its_facts(version: str) -> None:
     known = trtllm.load(version)
     assert known.facts["version"] == version
     assert known.facts["engine"] is True
-    assert len(known.rules) == 48
+    assert len(known.rules) == 52
     assert not set(known.flags) & set(known.removed)
     flags = trtllm.resolve(resolved(f"engine.tensorrt_llm={version}"), QWEN3_8B)
     config = trtllm.build_config(known, flags, {"dtype": "bfloat16", "mapping": {"world_size": 1}})

@@ -21,12 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from builder import checkpoint, unified_layout
+from builder import checkpoint, model_loading, unified_layout
 from builder.checkpoint import FUSED
 from builder.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.process import do_job, emit
 from builder.quantize import modelopt
+from builder.quantize.device import check_device
 from builder.safetensors_io import Tensors
+from builder.source_files import SourceFiles
 from builder.tensor_numbers import wrong_floats
 
 
@@ -36,6 +38,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     unified = destination / "unified"
     clock = _Clock()
     _import_all()
+    device = check_device(job.get("gpus", ()))
     said = _count_warnings()
     clock.lap("import")
     model, batches = _load(job)
@@ -47,11 +50,14 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     gc.collect()
     clock.lap("export")
     lacking = _second_layout(unified, source, destination / "tensorrt_llm")
+    # Weights in memory are pages of the files until they are touched, and tokenizer files were copied just now.
+    SourceFiles.of_job(job).check_unchanged()
     clock.lap("layouts")
     tokens = sum(batch.numel() for batch in batches)
     large = sum(n for text, n in said.items() if "Large KV activation" in text)
     return {
         **counts,
+        "device": device,
         "calibration_tokens": tokens,
         "large_kv": large,
         "warnings": dict(said),
@@ -75,36 +81,29 @@ def _import_all() -> None:
 def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     """The model in its own dtype, on the GPUs if there are any, and the batches of token ids [rows, <= seq_len]."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from builder.calibrate import token_batches
-
+    batches = _batches(job)  # first: what is wrong with tokenizer, template or rows is known before weights are loaded
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     where: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            job["model"],
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=job["trust_remote_code"],
-            use_safetensors=True,
-            **where,
-        )
-    except (ValueError, KeyError) as error:
-        raise UnsupportedError(
-            f"transformers has no causal language model for {job['model']}.",
-            why=str(error),
-            cure="Choose a decoder that transformers knows; code that comes with a model is not run.",
-        ) from error
-    model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
-    )
-    longest = getattr(model.config, "max_position_embeddings", None) or job["seq_len"]
-    batches = token_batches(
+    return model_loading.load(job, dtype="auto", **where), batches
+
+
+def _batches(job: Mapping[str, Any]) -> list[Any]:
+    """The calibration rows as batches of token ids, no longer than the model's own limit."""
+    from transformers import AutoConfig
+
+    from builder import tokenizer_loading
+    from builder.calibrate import token_batches
+
+    emit(progress={"label": "reading the calibration rows", "done": 0, "total": None})
+    source, trust = Path(job["model"]), job["trust_remote_code"]
+    tokenizer = tokenizer_loading.load(source, trust_remote_code=trust)
+    with model_loading.refused(source):
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=trust)
+    longest = getattr(config, "max_position_embeddings", None) or job["seq_len"]
+    return token_batches(
         Path(job["rows"]), tokenizer, seq_len=min(job["seq_len"], longest), batch_size=job["batch_size"]
     )
-    return model, batches
 
 
 def _calibrate(

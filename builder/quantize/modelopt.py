@@ -17,6 +17,7 @@ from builder.calibrate import Calibration
 from builder.checkpoint import Checkpoint
 from builder.errors import UnsupportedError
 from builder.fetch import Snapshot
+from builder.gpus import cuda_order, visible
 from builder.safetensors_io import read_header
 from builder.store import Store, library_versions, sources_digest
 
@@ -26,17 +27,29 @@ LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokeniz
 SOURCES = (
     "builder/quantize/modelopt.py",
     "builder/quantize/child.py",
+    "builder/quantize/device.py",
     "builder/calibrate.py",
+    "builder/chat_template.py",
+    "builder/chat_template_child.py",
+    "builder/special_tokens.py",
+    "builder/tokenizer_files.py",
+    "builder/tokenizer_loading.py",
     "builder/checkpoint.py",
     "builder/inspection.py",
     "builder/model_directory.py",
+    "builder/model_loading.py",
     "builder/ranks.py",
     "builder/safetensors_io.py",
+    "builder/source_files.py",
     "builder/tensor_numbers.py",
     "builder/unified_layout.py",
 )
-# Two-dimensional weights that are never quantized: ModelOpt's NVFP4_DEFAULT_CFG leaves them alone.
-_NEVER = ("embed", "lm_head", "norm", "router", "wte", "wpe", "mlp.gate.weight", "shared_expert_gate")
+# Two-dimensional weights that are never quantized: embeddings and norms are no linear layers, and ModelOpt's NVFP4
+# configuration leaves the others alone (configs/ptq/units/default_disabled_quantizers of 0.47, a subset in 0.37).
+_NEVER = (
+    "embed", "norm", "wte", "wpe", "lm_head", "output_layer", "proj_out.", "router", "mlp.gate.weight",
+    "block_sparse_moe.gate.", "shared_expert_gate",
+)  # fmt: skip
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # everything it needs is in the snapshot
     "TRANSFORMERS_OFFLINE": "1",
@@ -45,8 +58,24 @@ ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     # Threads that spin while they wait cost a busy machine most of its time: 21 s instead of 3 for 64 batches, 2 cores.
     "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+    **cuda_order(),  # `gpus` counts them in this order
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats its results with it (its manual, "Reproducibility")
 }
+# What else changes results, passed on to the child as it is: TF32 in place of FP32, the instruction sets and precision
+# of CPU kernels, and threads, over which sums are split (PyTorch, oneDNN and oneMKL manuals, "environment variables").
+NUMERICS = (
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "OMP_NUM_THREADS",
+)
 
 
 def quantize(
@@ -76,11 +105,12 @@ def quantize(
         "batch_size": calibration_part.batch_size,
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
-        "gpus": gpus(),
+        "gpus": calibrating(),
+        "environment": numerics(),
         "trust_remote_code": trust_remote_code,
     }
     job = {
-        "model": str(snapshot.path.absolute()),
+        **snapshot.source.as_job(),
         "rows": str(calibration.path.absolute()),
         "seq_len": calibration_part.seq_len,
         "batch_size": calibration_part.batch_size,
@@ -88,11 +118,13 @@ def quantize(
         "kept": list(kept),
         "fp8": list(fp8),
         "trust_remote_code": trust_remote_code,
+        "gpus": ingredients["gpus"],
     }
 
     def make(tmp: Path) -> dict[str, Any]:
         check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")], kept)
-        facts = _run(job, tmp, store)
+        with snapshot.source.blamed():
+            facts = _run(job, tmp, store)
         found = inspection.inspect(tmp)
         found.check()
         return {**facts, "kept": list(kept), "fp8": list(fp8), "inspection": found.facts()}
@@ -102,9 +134,26 @@ def quantize(
 
 
 def gpus() -> list[str]:
-    """The names of this machine's NVIDIA GPUs, asked of the driver's files: calibration differs between them."""
+    """The names of the GPUs that CUDA_VISIBLE_DEVICES leaves visible, in CUDA's order.
+
+    Where NVML does not tell which (parts of a GPU, MIG), those that the driver's files name.
+    """
+    seen = visible()
+    if seen is not None:
+        return [gpu.name for gpu in seen]
     found = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     return [line.partition(":")[2].strip() for path in found for line in path.read_text().splitlines()[:1]]
+
+
+def calibrating() -> list[str]:
+    """The GPUs that PyTorch calculates on, for keys: the results differ between them. None with a build for CPUs."""
+    return [] if library_versions("torch")["torch"].endswith("+cpu") else gpus()
+
+
+def numerics() -> dict[str, str]:
+    """The variables of this environment that change what libraries calculate, as far as they are set."""
+    names = NUMERICS if visible() is not None else (*NUMERICS, "CUDA_VISIBLE_DEVICES")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def check(weights: Sequence[Path], kept: Sequence[str] = ()) -> None:

@@ -24,8 +24,8 @@ from builder.checkpoint import MIXED
 from builder.errors import IntegrityError, UnsupportedError
 from builder.ranks import Joined
 from builder.reference.rope import frequencies, rotate
+from builder.reference.supported import ACTIVATIONS, ARCHITECTURES
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 _DTYPES = {
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
@@ -268,7 +268,7 @@ def _check(config: Mapping[str, Any]) -> None:
         f"{name} {found!r}"
         for name, found, known in (
             ("architecture", config["architecture"], ARCHITECTURES),
-            ("hidden_act", config["hidden_act"], ("silu", "swiglu")),
+            ("hidden_act", config["hidden_act"], ACTIVATIONS),
             ("position_embedding_type", config["position_embedding_type"], ("rope_gpt_neox", "yarn")),
             ("quant_algo", quantization["quant_algo"], ("NVFP4", MIXED)),
             ("kv_cache_quant_algo", quantization.get("kv_cache_quant_algo"), (None, "FP8")),

@@ -16,13 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from builder import tokenizer_loading
 from builder.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.evaluation_data import Ids, Sequences, sequences, shuffled
 from builder.output import Output, size
 from builder.process import do_job, emit
+from builder.quantize.device import check_device
 from builder.runners import scoring
 from builder.runners.language import refuse_strangers, refuse_unknown_tokens
 from builder.runners.scoring import ColumnFiles, Runner
+from builder.source_files import SourceFiles
 from builder.store import Store
 
 # The check that a model knows the language of the texts: so many texts, so many tokens of each.
@@ -32,12 +35,10 @@ CHECK_TEXTS, CHECK_TOKENS = 8, 256
 def run(job: Mapping[str, Any]) -> None:
     """Opens the runner and scores the data sets of the job that the store lacks."""
     import torch
-    from transformers import AutoTokenizer
 
     emit(progress={"label": f"{job['label']}: loading", "done": 0, "total": None})
-    tokenizer = AutoTokenizer.from_pretrained(
-        job["model"], local_files_only=True, trust_remote_code=job["trust_remote_code"]
-    )
+    tokenizer = tokenizer_loading.load(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
+    check_device(job.get("gpus", ()))
     store = Store(Path(job["root"]), Output("quiet"), force=job["force"])
     sets = [(one, sequences(Path(one["rows"]), tokenizer, name=one["name"], **job["lengths"])) for one in job["sets"]]
     with torch.inference_mode(), opener(job["runner"])(job) as runner:
@@ -80,6 +81,7 @@ def _maker(
             reference=Path(one["reference"]) if one["reference"] else None,
             progress=lambda done, total: emit(progress={"label": label, "done": done, "total": total}),
         )
+        SourceFiles.of_job(job).check_unchanged()
         facts = {"texts": len(texts.ids), "read": texts.read, "dropped": texts.dropped, "cut": texts.cut}
         return {**facts, **told, **known, "seconds": round(monotonic() - start, 3)}
 
@@ -126,11 +128,13 @@ def check_language(runner: Runner, ids: Sequence[Ids], seed: int) -> dict[str, f
     """Mean NLL of the beginnings of some texts, and of the same tokens shuffled."""
     step = max(1, len(ids) // CHECK_TEXTS)
     some = sorted((one[:CHECK_TOKENS] for one in ids[::step][:CHECK_TEXTS]), key=lambda one: -len(one))
-    return {"checked_nll": _mean_nll(runner, some), "shuffled_nll": _mean_nll(runner, shuffled(some, seed))}
+    return {"checked_nll": mean_nll(runner, some), "shuffled_nll": mean_nll(runner, shuffled(some, seed))}
 
 
-def _mean_nll(runner: Runner, ids: Sequence[Ids]) -> float:
+def mean_nll(runner: Runner, ids: Sequence[Ids]) -> float:
+    """Of a token of these texts, in nats."""
     found: dict[int, float] = {}
+    ids = sorted(ids, key=lambda one: -len(one))  # scoring.run takes the longest first
 
     def each(index: int, logits: Any) -> None:
         found[index] = float(scoring.score(logits, ids[index])["nll"].sum(dtype=np.float64))

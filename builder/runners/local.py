@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder import nvfp4
+from builder import model_loading, nvfp4
 from builder.errors import NotMeasurable, UnsupportedError
 from builder.evaluation_data import Ids
 from builder.model_directory import parse_config
 from builder.safetensors_io import Tensors
+from builder.source_files import SourceFiles
 
 ATTENTION = "builder_fp8_kv"  # the name of our attention function in transformers
 SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
@@ -53,17 +54,8 @@ class Causal:
 @contextmanager
 def bf16(job: Mapping[str, Any]) -> Iterator[Causal]:
     """The model as it came. With CUDA accelerate spreads it over the GPUs and, if it must, memory (not run)."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        job["model"],
-        dtype=_dtype(job, "auto"),
-        local_files_only=True,
-        trust_remote_code=job["trust_remote_code"],
-        use_safetensors=True,
-        **_where(),
-    )
-    yield Causal(model, job["batch_tokens"])
+    yield Causal(model_loading.load(job, dtype=_dtype(job, "auto"), **_where()), job["batch_tokens"])
+    SourceFiles.of_job(job).check_unchanged()
 
 
 @contextmanager
@@ -85,6 +77,7 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
     model = model if dtype is None else model.to(dtype)
     mtq.fold_weight(model)  # quantized once, not in each forward
     yield Causal(model, job["batch_tokens"])
+    SourceFiles.of_job(job).check_unchanged()
 
 
 @contextmanager
@@ -104,14 +97,17 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
     stored = Tensors(unified)
     dtype = _dtype(job, None) or torch.bfloat16
-    model = getattr(transformers, name).from_pretrained(
+    model, info = getattr(transformers, name).from_pretrained(
         None,
         config=config,
         state_dict={key: _weight(stored, key, dtype) for key in stored if key.rpartition(".")[2] not in SCALES},
         dtype=dtype,
         attn_implementation=ATTENTION,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `info` lists them
         **_where(),
     )
+    model_loading.check_loaded(model, info, unified)
     _quantize_inputs(model, stored)
     if job["fp8_kv"]:
         _quantize_cache(model, stored)

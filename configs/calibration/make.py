@@ -1,7 +1,8 @@
-"""Writes python-docs.jsonl again: python3.11 configs/calibration/make.py [FILE]
+"""Writes python-docs.jsonl and python-docs-text.jsonl again: python3.11 configs/calibration/make.py [FILE]
 
 64 rows for the demo, half {"text"}, half {"messages"}: docstrings of CPython's standard library, two rows for each of
-32 modules. Needs nothing but that library; another patch release of it changes a word here and there.
+32 modules. The second file has the texts alone, for models without a chat template. Needs nothing but that library;
+another patch release of it changes a word here and there.
 """
 
 from __future__ import annotations
@@ -88,6 +89,11 @@ def main(target: Path) -> None:
             rows += rows_of(module, source, len(rows) // 2)
     if len(rows) != ROWS:
         raise SystemExit(f"only {len(rows)} rows found")
+    write(target, rows)
+    write(target.with_name(f"{target.stem}-text.jsonl"), [row for row in rows if "text" in row])
+
+
+def write(target: Path, rows: list[dict[str, object]]) -> None:
     with open(target, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 

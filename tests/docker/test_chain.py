@@ -19,7 +19,7 @@ import docker
 import pytest
 import task_files
 
-from builder import repository
+from builder import repository, serve_container
 from builder.serve_container import OWNER, TENSORRT_LLM
 
 pytestmark = pytest.mark.docker
@@ -270,8 +270,7 @@ def test_a_stop_signal_leaves_no_container_nor_one_of_a_builder_that_is_gone(bui
     """The signal comes while the server starts."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    namespace = os.stat("/proc/self/ns/pid").st_ino
-    client.containers.create(IMAGE, labels={OWNER: f"{gone.pid}.1.{namespace}"})
+    client.containers.create(IMAGE, labels={OWNER: f"{serve_container._place()}/{gone.pid}.1"})
     child = start(built)
     wait_until(lambda: [container.status for container in containers(client, OWNER)] == ["running"])
     child.send_signal(signal.SIGTERM)

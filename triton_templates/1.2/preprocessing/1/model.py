@@ -22,6 +22,7 @@ class TritonPythonModel:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.add_special_tokens = parameters["add_special_tokens"] == "true"
+        self.front = added_in_front(self.encode)
         self.end_ids = json.loads(parameters["end_ids"])
         self.pad_id = int(parameters["pad_id"])
         self.vocab_size = int(parameters["vocab_size"])
@@ -87,6 +88,15 @@ class TritonPythonModel:
                 f"the prompt has {len(prompt)} characters, too many for the {self.max_input_len} tokens (max_input_len)"
                 " that this engine takes"
             )
+        ids = without_repeat(self.encode(prompt), self.front)
+        largest = max(ids, default=0)
+        if largest >= self.vocab_size:  # the engine would read past the end of its embeddings
+            raise ValueError(
+                f"text_input holds {self.tokenizer.id_to_token(largest)!r}, which this model does not know"
+            )
+        return ids
+
+    def encode(self, prompt):
         return self.tokenizer.encode(prompt, add_special_tokens=self.add_special_tokens).ids
 
     def check_lengths(self, prompt, max_tokens):
@@ -122,6 +132,22 @@ class TritonPythonModel:
             for word, value in zip(tokens, values, strict=True):
                 row[word] += value
         return bias
+
+
+def added_in_front(encode):
+    """The ids, as that of <s>, that `encode` puts in front of every text."""
+    common = []
+    for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
+        if len(set(ids)) > 1:
+            break
+        common.append(ids[0])
+    return common
+
+
+def without_repeat(ids, front):
+    """A chat template has often written <s> already: it is not added a second time. Calibration does the same."""
+    length = len(front)
+    return ids[length:] if length and ids[length : 2 * length] == front else ids
 
 
 def array(request, name):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import threading
 import traceback
 import uuid
@@ -32,6 +33,18 @@ EXTRAS = {"finish_reason": np.object_, "stop_reason": np.object_, "cumulative_lo
 # num_context_logits_prefix_sum): others would get wrong tokens.
 LOGITS = "context_logits"
 LOGITS_SWITCH = "BUILDER_CONTEXT_LOGITS"
+# A directory of packages that this model's processes take before the installed ones: `builder serve` sets it.
+OVERLAY = "BUILDER_LLMAPI_OVERLAY"
+# What tells a process that it is a rank of some MPI job: with it the LLM class starts no ranks of its own
+# (triton_backend/all_models/llmapi/tensorrt_llm/1/model.py@044a90d2). MPI's own settings stay: OMPI_MCA_*, PMIX_MCA_*.
+JOB = {
+    "OMPI_": ("UNIVERSE_SIZE", "FIRST_RANKS", "APP_CTX_NUM_PROCS", "COMM_WORLD_SIZE", "COMM_WORLD_RANK",
+              "COMM_WORLD_LOCAL_SIZE", "COMM_WORLD_LOCAL_RANK", "COMM_WORLD_NODE_RANK"),
+    "PMIX_": ("RANK", "NAMESPACE", "SERVER_URI", "SERVER_URI2", "SERVER_URI21", "SERVER_URI3", "SERVER_TMPDIR",
+              "SYSTEM_TMPDIR", "SECURITY_MODE", "GDS_MODULE", "BFROPS_MODULE", "PTL_MODULE", "VERSION", "HOSTNAME"),
+    "PMI_": ("RANK", "SIZE", "FD", "SPAWNED", "APPNUM", "ID"),
+}  # fmt: skip
+JOB_PREFIXES = ("OMPI_MCA_orte_", "ORTE_")
 
 
 class TritonPythonModel:
@@ -43,16 +56,20 @@ class TritonPythonModel:
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
         self.penalties = parameters["penalties"] == "true"
         self.vocab_size = int(parameters["vocab_size"])
+        self.end_ids = json.loads(parameters["end_ids"])
         self.gives_logits = os.environ.get(LOGITS_SWITCH) == "1"
         directory = Path(args["model_repository"]) / args["model_version"]
         arguments = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
         check_period = arguments.pop("triton_config").get("cancellation_check_period_ms", 100) / 1000
         self.max_input_len, self.max_seq_len = arguments["max_input_len"], arguments["max_seq_len"]
+        self.lora = arguments.get("lora_config", {})
+        prepare_environment()
         # Here and not above: importing it starts CUDA and MPI.
         from tensorrt_llm import LLM, SamplingParams
 
         self.sampling_params = SamplingParams
-        self.llm = LLM(**arguments)
+        self.llm = LLM(**built(arguments))
+        self.front = added_in_front(self.llm.tokenizer.encode)
         self.running = {}  # task -> (the client's request id, its response sender)
         self.sender = ThreadPoolExecutor(1)
         self.loop = asyncio.new_event_loop()
@@ -119,8 +136,9 @@ class TritonPythonModel:
         # A prefix that is in the KV cache already is not computed again and has no logits
         # (_torch/pyexecutor/handle_logits.py@02ed233d). Under a salt of its own a request shares no block with another
         # (upstream's own test of it: tests/unittest/_torch/sampler/test_return_logits.py@f59aed07).
-        salt = {"cache_salt": uuid.uuid4().hex} if LOGITS in wanted else {}
-        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming, **salt)
+        more = {"cache_salt": uuid.uuid4().hex} if LOGITS in wanted else {}
+        more |= self.adapter(words(inputs, "lora_name"))
+        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming, **more)
         try:
             await self.send(result, sender, "" if exclude else prompt, wanted)
         except asyncio.CancelledError:
@@ -137,7 +155,9 @@ class TritonPythonModel:
         elif len(prompts) != 1 or not prompts[0]:
             raise ValueError("text_input is empty" if len(prompts) == 1 else "text_input takes one prompt a request")
         else:
-            ids = list(self.llm.tokenizer.encode(prompts[0]))
+            ids = without_repeat(list(self.llm.tokenizer.encode(prompts[0])), self.front)
+            if max(ids, default=0) >= self.vocab_size:
+                raise ValueError(f"text_input makes token {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
         if len(ids) > self.max_input_len:
             raise ValueError(f"the prompt has {len(ids)} tokens; this model takes {self.max_input_len} (max_input_len)")
         return prompts[0], ids
@@ -152,6 +172,20 @@ class TritonPythonModel:
         if not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"input_ids holds {min(ids)} to {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
         return ids
+
+    def adapter(self, names):
+        """The LoRA adapter of this name, which is its directory's; none for no name."""
+        if not names:
+            return {}
+        paths = self.lora.get("lora_dir", [])
+        known = [Path(path).name for path in paths]
+        if len(names) != 1 or names[0] not in known:
+            raise ValueError(f"lora_name is {', '.join(names)}; this model has {', '.join(known) or 'no adapters'}")
+        from tensorrt_llm.executor.request import LoRARequest
+
+        index = known.index(names[0])
+        kind = [self.lora["lora_ckpt_source"]] if "lora_ckpt_source" in self.lora else []
+        return {"lora_request": LoRARequest(names[0], index + 1, paths[index], *kind)}
 
     def sampling(self, inputs, prompt, wanted):
         """What SamplingParams takes: the client's sampling_param_* inputs, and what the answer's outputs need."""
@@ -170,6 +204,10 @@ class TritonPythonModel:
                 f"{prompt + found['max_tokens']}; this model takes {self.max_seq_len} (max_seq_len): "
                 f"max_tokens can be {room}"
             )
+        if self.end_ids:
+            # By itself TensorRT-LLM ends at the tokenizer's eos_token alone (SamplingParams._setup,
+            # sampling_params.py@000a01de): a model with several ends would run past the others.
+            found |= {"end_id": self.end_ids[0], "stop_token_ids": self.end_ids[1:] or None}
         if "cumulative_logprob" in wanted:
             found["logprobs"] = 1
         if LOGITS in wanted:
@@ -212,6 +250,43 @@ class TritonPythonModel:
 
     def finish(self, sender, last):
         return self.sender.submit(sender.send, last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def added_in_front(encode):
+    """The ids, as that of <s>, that `encode` puts in front of every text."""
+    common = []
+    for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
+        if len(set(ids)) > 1:
+            break
+        common.append(ids[0])
+    return common
+
+
+def without_repeat(ids, front):
+    """A chat template has often written <s> already: it is not added a second time. Calibration does the same."""
+    length = len(front)
+    return ids[length:] if length and ids[length : 2 * length] == front else ids
+
+
+def prepare_environment():
+    """Before TensorRT-LLM is imported: this process is no rank of a job, and finds the overlay's packages first."""
+    for name in list(os.environ):
+        if name in {prefix + rest for prefix, ends in JOB.items() for rest in ends} or name.startswith(JOB_PREFIXES):
+            del os.environ[name]
+    overlay = os.environ.get(OVERLAY)
+    if overlay and os.path.isdir(overlay):
+        sys.path.insert(0, overlay)
+        path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != overlay]
+        os.environ["PYTHONPATH"] = os.pathsep.join([overlay, *path])  # for the ranks that the class starts
+
+
+def built(arguments):
+    """What the LLM class takes: the class of 2025 takes no mapping for these two."""
+    if not arguments.keys() & {"speculative_config", "lora_config"}:
+        return arguments
+    from tensorrt_llm.llmapi.llm_utils import update_llm_args_with_extra_dict
+
+    return update_llm_args_with_extra_dict({}, arguments)
 
 
 def scalar(inputs, name):

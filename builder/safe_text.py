@@ -1,0 +1,69 @@
+"""What text may carry when it leaves this program: no secrets, and nothing that a terminal would obey.
+
+Messages quote file names, configuration values, rows of data sets and answers of servers, so all of it may be hostile.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from urllib.parse import unquote
+
+# Access tokens of the Hub have one of two prefixes and 34 letters or digits (the "Hugging Face" detectors of
+# trufflehog and of GitHub's secret scanning). Anything shorter may be part of a path, like ./hf_checkpoints.
+_TOKEN = re.compile(r"(?<![A-Za-z0-9_])(hf|api_org)_[A-Za-z0-9]{34}(?![A-Za-z0-9_])")
+_USERINFO = re.compile(r"""(\b[A-Za-z][A-Za-z0-9+.-]*://)[^/?#\s"'<>]*@""")
+_AUTHORIZATION = re.compile(r"""(authorization["']?\s*[:=]\s*["']?(?:bearer|basic)\s+)[^\s"',]+""", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY|ACCESS_KEY|SECRET_KEY)\Z", re.IGNORECASE)
+_URL_NAME = re.compile(r"(ENDPOINT|PROXY|URL)\Z", re.IGNORECASE)
+# A short value is replaced only as a word of its own, and a very short one ("1", "none", "checkpoint") never.
+SHORTEST_SECRET, SURE_SECRET = 8, 20
+# Control characters but line feed and tab, line separators, and what reorders text on the screen (Unicode TR 36, 2.8).
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def safe(text: str) -> str:
+    """`text` for a terminal: without secrets, and with control characters escaped."""
+    return printable(without_secrets(text))
+
+
+def printable(text: str) -> str:
+    r"""Control characters as escapes: a terminal shows `\x1b[2J` instead of obeying it. Line feeds and tabs stay."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def printable_line(text: str) -> str:
+    """The same on one line: for cells of a table, and for values that must not look like a line of ours."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def printable_bytes(data: bytes) -> bytes:
+    """The same for a server's log as it grows; invalid UTF-8 is escaped as well."""
+    return printable(data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")).encode()
+
+
+def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """`text` without access tokens, without users and passwords of URLs, and without the secrets of the environment."""
+    for secret in sorted(set(_secrets(environment)), key=len, reverse=True):
+        if len(secret) >= SURE_SECRET:
+            text = text.replace(secret, "***")
+        elif secret in text:
+            text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", "***", text)
+    text = _USERINFO.sub(r"\1", text)
+    text = _AUTHORIZATION.sub(r"\1***", text)
+    return _TOKEN.sub(r"\1_***", text)
+
+
+def _secrets(environment: Mapping[str, str]) -> Iterator[str]:
+    for name, value in environment.items():
+        found = []
+        if _SECRET_NAME.search(name):
+            found = [value.strip()]
+        elif _URL_NAME.search(name) and "@" in value:
+            user = value.partition("://")[2].rpartition("@")[0]
+            password = user.partition(":")[2]
+            found = [user, password, unquote(user), unquote(password)]
+        yield from (secret for secret in found if len(secret) >= SHORTEST_SECRET)
