@@ -253,7 +253,7 @@ def test_a_hub_dataset_s_etag_is_no_path(hub: Hub, store: Store, tmp_path: Path)
     with pytest.raises(IntegrityError, match="is no hash"):
         calibrate(Part(data="news/articles", samples=3), store=store)
     assert victim.read_text() == "precious"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "source", "store", "victim"]
+    assert {p.name for p in tmp_path.iterdir()} <= {"hf", "source", "store", "victim"}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import source_models
 from card_stand_in import machine
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +20,7 @@ from test_rules import FREE, LLAMA, MODELS, QWEN3_8B, notes_of
 
 from builder import checkpoint, fit, probe, probe_answers, probe_model, recipe, trtllm, trtllm_answers
 from builder.errors import BuilderError, IntegrityError, UnsupportedError
+from builder.safetensors_io import NewTensor
 from builder.trtllm_answers import FAILS, UNKNOWN, WORKS, Answer, Probe
 
 VERSION = trtllm.load("1.2.1")
@@ -425,10 +426,13 @@ def test_the_plan_says_what_was_proved_and_what_was_not() -> None:
 
 
 def test_plan_and_build_go_by_the_kept_answers(card: Card) -> None:
-    directory = card.directory / "model"
-    shutil.copytree(TINY, directory)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**config, "head_dim": 128}))
+    shapes = {"q_proj": (512, 64), "k_proj": (256, 64), "v_proj": (256, 64), "o_proj": (64, 512)}
+
+    def of_heads_of_128(t: NewTensor) -> list[NewTensor]:
+        shape = shapes.get(t.name.split(".")[-2], t.shape)
+        return [NewTensor(t.name, t.dtype, shape, [source_models.zeros(t.dtype, shape)])]
+
+    directory = source_models.copy(source_models.LLAMA, card.directory / "model", of_heads_of_128, head_dim=128)
     argv = ["plan", "--model", str(directory), "--gpu", "sm120", "--json"]
     before = json.loads(card.run(*argv).stdout)
     card.probe("--only", "paged_context_fmha-128")

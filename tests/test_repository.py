@@ -20,6 +20,7 @@ from tritonclient.grpc import model_config_pb2
 from builder import paths, recipe, repository
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.output import Output
+from builder.source_files import SourceFiles
 from builder.store import Store
 
 SNAPSHOT = Path(__file__).parent / "data" / "tiny-qwen3"
@@ -255,7 +256,7 @@ def stage(tmp_path: Path, engine: Path, snapshot: Path = SNAPSHOT) -> repository
     store = Store(tmp_path / "store", Output("quiet"))
     return repository.render(
         SimpleNamespace(path=engine, digest="engine", config=config),  # type: ignore[arg-type]
-        SimpleNamespace(path=snapshot, digest="snapshot"),  # type: ignore[arg-type]
+        SimpleNamespace(path=snapshot, digest="snapshot", source=SourceFiles(snapshot, {}, {})),  # type: ignore[arg-type]
         recipe.Repository(),
         store=store,
     )

@@ -48,9 +48,10 @@ from builder.serve import serve
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, cli._interrupt)
 try:
-    with serve(Path(sys.argv[1]), out=Output("quiet")):
+    with serve(Path(sys.argv[1]), out=Output("quiet")) as server:
         print("up", flush=True)
-        time.sleep(60)
+        server.wait()
+        sys.exit(1)
 except KeyboardInterrupt:
     sys.exit(130)
 """

@@ -132,7 +132,9 @@ def test_the_quantized_model_is_asked_and_not_bf16_again(store: Store, found: ta
         )
         for runner in ("bf16", "simulated", "checkpoint")
     }
-    torch.testing.assert_close(of["checkpoint"], of["simulated"], atol=0.05, rtol=0)
+    # A sum over some eight tokens. On some processors one of the 96 is 0.052 away, most are within 0.01.
+    torch.testing.assert_close(of["checkpoint"], of["simulated"], atol=0.1, rtol=0)
+    assert float((of["checkpoint"] - of["simulated"]).abs().median()) < 0.02
     assert (of["checkpoint"] - of["bf16"]).abs().mean() > 0.1
 
 

@@ -106,7 +106,6 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     "added_tokens.json": ("added_tokens.json", '{"<x>": "seven"}', "'<x>' has the id 'seven'"),
     "generation": ("generation_config.json", "{", "generation_config.json is no JSON"),
     "generation's eos": ("generation_config.json", {"eos_token_id": ["a"]}, r"generation_config.json has \['a'\]"),
-    "config.json's eos": ("config.json", {"eos_token_id": True}, "config.json has True as eos_token_id"),
 }  # fmt: skip
 
 
@@ -330,10 +329,9 @@ def test_a_broken_tokenizer_on_the_hub_costs_no_weight(model: Path, hub: Hub, st
 def test_a_tokenizer_damaged_on_its_way_is_fetched_again(hub: Hub, store: Store) -> None:
     hub.add("tiny/qwen3", TINY)
     hub.fail(Fault("tokenizer_config.json", "wrong-bytes"))
-    with pytest.raises(IntegrityError, match=r"(?s)tokenizer_config\.json of.*Run the same"):
-        plan_of("tiny/qwen3", store)
-    assert not list((Path(os.environ["HF_HOME"]) / "hub").rglob("tokenizer_config.json"))
     assert plan_of("tiny/qwen3", store).notes == []
+    [found] = (Path(os.environ["HF_HOME"]) / "hub").rglob("tokenizer_config.json")
+    assert found.read_bytes() == (TINY / "tokenizer_config.json").read_bytes()
 
 
 def test_the_notes_of_a_hub_model(model: Path, hub: Hub, store: Store) -> None:

@@ -51,8 +51,9 @@ def test_what_can_not_be_written(mode: str, tmp_path: Path) -> None:
         capture_output=True,
     )
     assert fetched.returncode == 0
-    for directory in (tmp_path, *tmp_path.parents[:2]):
-        directory.chmod(0o755)
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.stat().st_uid == os.getuid() and not directory.stat().st_mode & 0o001:
+            directory.chmod(0o755)
     mount, user = MODES[mode]
     script = [mount]
     for command in COMMANDS:
