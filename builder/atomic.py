@@ -8,12 +8,10 @@ import glob
 import os
 import re
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
+from builder import interrupts
 from builder.errors import BuilderError, StageError, UsageError
 from builder.output import size
 
@@ -79,7 +77,7 @@ def replace_directory(new: Path, final: Path) -> None:
     elif _exchange(new, final):
         old = new
     else:
-        with _interrupts_deferred():
+        with interrupts.deferred():
             final.rename(old)
             new.rename(final)
     fsync(final.parent)
@@ -174,21 +172,3 @@ def _exchange(one: Path, other: Path) -> bool:
     if number in _CAN_NOT_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(other))
-
-
-@contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Until the block ends, SIGINT, SIGTERM and SIGHUP are only noted. Handlers run in the main thread alone."""
-    came: list[int] = []
-    ours = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if callable(signal.getsignal(number)):
-                ours[number] = signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
-    for caught in came:
-        signal.raise_signal(caught)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from builder import errors, supervisor
+from builder import errors, interrupts, supervisor
 from builder.environment import Kind, child_environment
 from builder.errors import BuilderError, StageError
 
@@ -74,7 +74,8 @@ def started(
     removed = str(directory) if directory else ""
     child: Child | None = None
     try:
-        with _interrupts_wait():
+        # What a handler raises inside Popen would leave us without the process that it has just started.
+        with interrupts.deferred():
             child = subprocess.Popen(
                 [python(), "-I", "-S", supervisor.__file__, shm, removed, *argv],
                 stdin=subprocess.PIPE,  # see `kill`; closed when we end
@@ -114,29 +115,6 @@ def _end(child: Child, tree: str) -> None:
             child.wait()
     if child.returncode < 0:  # as its command did, or in its place
         supervisor.kill_marked(tree)
-
-
-@contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Until the block is left, SIGINT, SIGTERM and SIGHUP are only noted.
-
-    What their handlers raise inside Popen would leave us without the process that it has just started. A signal mask
-    would not do: another thread takes the signal, and the main thread runs its handler all the same
-    (docs.python.org/3/library/signal.html, "Signals and threads").
-    """
-    came: list[int] = []
-    ours = {}
-    if threading.current_thread() is threading.main_thread():  # handlers run, and are set, nowhere else
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if callable(signal.getsignal(number)):
-                ours[number] = signal.signal(number, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
-    for caught in came:
-        signal.raise_signal(caught)
 
 
 def run(
