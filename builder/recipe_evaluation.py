@@ -10,6 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from builder.recipe_part import MOST, Natural, Part, Positive
 
 RUNNERS = ("bf16", "simulated", "checkpoint", "reference", "served")
+# Of 100. A fraction such as 0.95 would pass everything.
+Score = Annotated[float, Field(ge=1, le=200)]
 Runner = Literal["bf16", "simulated", "checkpoint", "reference", "served"]
 # What of these is evaluated on, where nothing else is said: published comparisons use the same parts. The commits are
 # what `main` has been since 2024, so that figures of different days are of the same texts. Sources: what `datasets`
@@ -82,7 +84,7 @@ class Evaluation(Part):
     ] = "auto"
     resamples: Annotated[int, Field(ge=100, le=1_000_000, description="bootstrap resamples of the texts")] = 1000
     seed: Annotated[Natural, Field(description="of the resamples and of the shuffled texts")] = 0
-    min_score: Annotated[float | None, Field(gt=0, description="gate: PPL of BF16 / PPL x 100 must reach it")] = None
+    min_score: Annotated[Score | None, Field(description="gate: PPL of BF16 / PPL x 100 must reach it")] = None
     max_kl: Annotated[float | None, Field(gt=0, description="gate: mean KL(BF16 || model) must not pass it")] = None
 
     @property
@@ -108,7 +110,7 @@ class Quality(Part):
     replaces it."""
 
     check: Annotated[bool, Field(description="measure the checkpoint's quality before it is published")] = True
-    min_score: Annotated[float, Field(gt=0, description="PPL of BF16 / PPL x 100 must reach it")] = 90
+    min_score: Annotated[Score, Field(description="PPL of BF16 / PPL x 100 must reach it")] = 90
     texts: Annotated[Positive, Field(description="texts; up to half of them held-out rows of the calibration data")] = (
         32
     )

@@ -152,3 +152,10 @@ def test_engine_sizes_leave_room_for_an_answer(longest_input: int, longest: int)
     else:
         with pytest.raises(UsageError):
             recipe.resolve({**MODEL, "gpu": "cpu"}, sets=sets)
+
+
+@pytest.mark.parametrize("key", ["quality.min_score", "evaluation.min_score"])
+@pytest.mark.parametrize("value", ["0.95", "-1", "1000", "nan"])
+def test_a_score_is_of_a_hundred(key: str, value: str) -> None:
+    with pytest.raises(UsageError, match=rf"{key}.*(greater|less) than or equal"):
+        recipe.resolve({"model.id": "a/b", "gpu": "cpu"}, sets=[f"{key}={value}"])
