@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import model_directory, process, source_model, tokenizer_files
+from builder import model_directory, process, source_model, tokenizer_files, weight_types
 from builder.errors import IntegrityError, StageError, UsageError
 from builder.foreign_text import read_regular
 from builder.output import Output, Progress
@@ -76,6 +76,9 @@ def fetch(model: Model, *, store: Store, check: Check = lambda config: None) -> 
         artefact = _fetch_hub(model, revision, store, check)
     path = Path(artefact.facts["external"]["root"])
     config = model_directory.parse_config(_read(path / model_directory.CONFIG), str(path))
+    if not weight_types.stated(config):
+        files = sorted(artefact.facts["external"]["files"])
+        config = weight_types.with_type(config, check_tensors(path, files, config, model.id))
     snapshot = Snapshot(path, artefact.digest, model.id, revision, config, artefact)
     if directory is None and artefact.cached:  # perhaps by a version that checked less
         check_tensors(path, snapshot.files, config, model.id)

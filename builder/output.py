@@ -1,7 +1,7 @@
 """One sink for what people and machines read: data on stdout, talk on stderr. All of it passes through `safe_text`.
 
 `human` draws on a terminal with rich; the same mode prints one line per event when stderr is no terminal.
-`json` keeps stdout for one object, whatever happens: the result, and the error if the command fails after it. `quiet` says nothing but errors.
+`json` keeps stdout for one object: the result, with the error where the command fails. `quiet` says nothing but errors.
 """
 
 from __future__ import annotations

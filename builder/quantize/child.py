@@ -79,13 +79,14 @@ def _import_all() -> None:
 
 
 def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    """The model in its own dtype, on the GPUs if there are any, and the batches of token ids [rows, <= seq_len]."""
+    """The model in the type that it is served in, on the GPUs if there are any, and the batches of token ids, each
+    [rows, <= seq_len]."""
     import torch
 
     batches = _batches(job)  # first: what is wrong with tokenizer, template or rows is known before weights are loaded
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     where: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    return model_loading.load(job, dtype="auto", **where), batches
+    return model_loading.to_quantize(job, **where), batches
 
 
 def _batches(job: Mapping[str, Any]) -> list[Any]:

@@ -43,6 +43,7 @@ SOURCES = (
     "builder/source_files.py",
     "builder/tensor_numbers.py",
     "builder/unified_layout.py",
+    "builder/weight_types.py",
 )
 # Two-dimensional weights that are never quantized: embeddings and norms are no linear layers, and ModelOpt's NVFP4
 # configuration leaves the others alone (configs/ptq/units/default_disabled_quantizers of 0.47, a subset in 0.37).
