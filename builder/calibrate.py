@@ -74,9 +74,11 @@ def calibrate(calibration: recipe.Calibration, *, store: Store, use: Use = CALIB
     if file is not None:
         ingredients |= {"file": sha256(file)}
     else:
-        commit = fetch.resolve(part.data, part.revision, store=store, kind="dataset")
-        ingredients |= {"dataset": part.data, "commit": commit, "endpoint": fetch.endpoint(), "config": part.config}
+        ingredients |= {"dataset": part.data, "endpoint": fetch.endpoint(), "config": part.config}
         ingredients |= {"split": part.split, "versions": library_versions("datasets", "pyarrow")}
+        planned = use.stage, dict(ingredients)
+        commit = fetch.resolve(part.data, part.revision, store=store, kind="dataset", planned=planned)
+        ingredients["commit"] = commit
 
     def make(tmp: Path) -> dict[str, Any]:
         rows = read_jsonl(file, part.samples, part.column) if file else _rows_of_hub(part, commit, tmp, store, use)

@@ -82,6 +82,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     command, placeholder = _command(resolved, model.config, answers, store, done)
     launched = command, placeholder, _model_yaml(resolved, model.config)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
+    notes += [trtllm.Note("offline", text) for text in store.assumed]
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         remaining = [stage for stage, state, _ in stages if state != "cached"]
