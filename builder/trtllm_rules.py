@@ -221,7 +221,8 @@ def _unsupported(s: Settings, rule: str, what: str, cure: str) -> UnsupportedErr
 
 
 def _reason(s: Settings, rule: str) -> str:
-    """A rule's effect as a sentence for users: what would happen, without upstream's class names, and where."""
+    """A rule's effect as a sentence for users: what would happen, without upstream's class names, and
+    where; `builder explain` lists the rules by these ids."""
     entry = s.subject.version.rules[rule]
     effect = IN_WORDS.get(entry["effect"], entry["effect"])
     effect = re.sub(r"\b(an? )?[A-Z]\w*Error\b( \([^)]*\))?", "an error", effect)
@@ -229,7 +230,7 @@ def _reason(s: Settings, rule: str) -> str:
         effect = f"trtllm-build would stop with {effect}"
     first = effect.split()[0]
     effect = effect.replace(first, first.capitalize(), 1) if first.isalpha() and first.islower() else effect
-    return f"{effect} ({entry['where']})."
+    return f"{effect} ({s.subject.source(rule)})."
 
 
 def _refuse_ours(s: Settings) -> None:

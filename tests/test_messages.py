@@ -167,7 +167,7 @@ def test_refusals_of_flags_hold_no_class_names(rule: str, version: str) -> None:
     flags = {"engine.flags": FLAGS[rule], "engine.tensorrt_llm": version}
     with pytest.raises((UsageError, UnsupportedError)) as caught:
         trtllm.resolve(recipe.resolve({"model.id": "m", "gpu": "sm100", **flags}), CONFIG)
-    assert not re.search(r"[A-Z]\w*Error\b|rule R\d", str(caught.value)), str(caught.value)
+    assert not re.search(r"[A-Z]\w*Error\b", str(caught.value)), str(caught.value)
 
 
 @pytest.mark.parametrize("version", versions())
@@ -176,4 +176,4 @@ def test_no_rule_reads_as_an_exception(version: str) -> None:
     settings = trtllm_rules.Settings(trtllm_rules.Subject(loaded, 120), {})
     for rule in loaded.rules:
         text = trtllm_rules._reason(settings, rule)
-        assert not re.search(r"\b\w+Error\b|rule R\d", text), text
+        assert not re.search(r"\b\w+Error\b", text), text
