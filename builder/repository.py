@@ -272,6 +272,7 @@ def _values(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], par
         "tensors": tensors,
         "steps": _steps(tensors),
         "tokenizer": {"tokenizer_dir": TOKENIZER_DIR, "skip_special_tokens": "true"},
+        "answers": {"exclude_input_in_output": _lower(part.exclude_input_in_output)},
         "limits": {
             "add_special_tokens": "true",
             "end_ids": json.dumps(ids["end_ids"]),
@@ -279,10 +280,13 @@ def _values(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], par
             "vocab_size": pretrained["vocab_size"],
             "max_input_len": build["max_input_len"],
             "max_seq_len": build["max_seq_len"],
+            "max_beam_width": build.get("max_beam_width", 1),
+            "context_logits": _lower(bool(build.get("gather_context_logits"))),
         },
         "engine": _engine_parameters(engine, build, part),
         "bls": {
             "engine_decoupled": _lower(part.decoupled),
+            "exclude_input_in_output": _lower(part.exclude_input_in_output),
             **{name: json.dumps(entries) for name, entries in tensors["maps"].items()},
         },
     }
