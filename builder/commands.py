@@ -198,6 +198,7 @@ def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     """In the foreground, until it is told to stop (which is no failure) or dies (which is one)."""
+    from builder import exit_status, health
     from builder.serve import stop_at_eof
     from builder.store import serving
 
@@ -207,11 +208,11 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     with serving(repository.path), _server(arguments, repository, out) as server:
         try:  # told to stop while it says where it listens, it stops as well as later
             _say_where(server, repository, out)
-            code = server.wait()
+            code = health.watch(server.http_url, server.wait, server.lost_a_model)
         except KeyboardInterrupt:
             out.info("stopping; answers that are under way are finished")
             return 0
-        raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
+        raise ServingError(f"The server {exit_status.describe(code)}.", cure=f"Its log: {server.log}")
 
 
 def _say_where(server: Server | ContainerServer, repository: Repository, out: Output) -> None:
