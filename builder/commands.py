@@ -275,7 +275,8 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
         with serving(repository.path), _server(arguments, repository, out) as server:
             report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
     _write_junit(report, arguments)
-    rows = [("ok" if c.passed else "FAILED", c.name, seconds(c.seconds), c.detail) for c in report.checks]
+    outcomes = {True: "ok", False: "FAILED", None: "not checked"}
+    rows = [(outcomes[c.passed], c.name, seconds(c.seconds), c.detail) for c in report.checks]
     out.table("smoke test", ["", "check", "time", "detail"], rows)
     out.result(report.as_dict())
     report.check()

@@ -1,7 +1,8 @@
 """Whether a server still answers: one token from each model that takes text. python -m builder.health HOST:PORT
 
 Triton's own health says too little. After a model has lost its process, Triton 24.10 still reports it as ready, does
-not start it again, and answers every request with an error. Standard library only: a container's health check runs this.
+not start it again, and answers every request with an error. A container's health check runs this file too, so it
+imports the standard library only.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def judge(
     if smoke and smoke.failed:
         failed += [f"Smoke test: {check.name}: {check.detail}" for check in smoke.failed]
     where = "by the reference executor, not on a GPU" if target == "reference" else "by its TensorRT engine"
-    served = f"The smoke test passed ({len(smoke.checks)} checks), served {where}." if smoke else ""
+    checks = "" if smoke is None else smoke.counts if smoke.unchecked else f"{len(smoke.checks)} checks"
+    served = f"The smoke test passed ({checks}), served {where}." if smoke else ""
     if failed:
         checked = judged.by if judged and judged.status == "failed" else "smoke test"
         return Verdict("failed", f"It failed the {'accuracy gate' if gate else checked}", tuple(failed))
