@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import guards, paths, recipe, tokenizer_files
+from builder import guards, paths, recipe, stream_capacity, tokenizer_files
 from builder import manifest as manifests
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.foreign_text import parse_json, read_regular
@@ -52,6 +52,7 @@ def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store
         "libraries": library_versions("jinja2"),
         "sources": sources_digest(
             "builder/repository.py",
+            "builder/stream_capacity.py",
             "builder/guards.py",
             "builder/model_directory.py",
             "builder/tokenizer_files.py",
@@ -267,7 +268,7 @@ def _values(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], par
         "instances": {
             "preprocessing": part.preprocessing_instances,
             "postprocessing": part.postprocessing_instances,
-            "bls": part.bls_instances,
+            "bls": stream_capacity.at_once(part, build["max_batch_size"]),
         },
         "tensors": tensors,
         "steps": _steps(tensors),
@@ -372,7 +373,7 @@ def _facts(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], part
         "vocab_size": config["pretrained_config"]["vocab_size"],
         "end_id": ids["end_ids"][0] if ids["end_ids"] else None,
         **ids,
-        "bls_instances": part.bls_instances,
+        "bls_instances": stream_capacity.at_once(part, build["max_batch_size"]),
         "tokenizer_dir": TOKENIZER_DIR,
         "engine": str(engine),
         "tensorrt_llm": config["version"],
