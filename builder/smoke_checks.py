@@ -63,7 +63,7 @@ class Checks:
         """The main prompt and the model's own answer to it, as far as one came."""
         if not self.first or self.asks.options:
             return None
-        return self.asks.prompt, self.first
+        return self.asks.prompt, self.asks.sample()
 
     def named(self) -> dict[str, Callable[[], str]]:
         """By name, in the order in which they run."""
@@ -110,7 +110,7 @@ class Checks:
         return self.client.grpc_infer(ask) if self.infers else self.client.http_generate(ask)
 
     def same_everywhere(self) -> str:
-        prompts = [self.asks.prompt, *self.asks.fitting(PROMPTS[:2])]
+        prompts = [self.asks.prompt, *self.asks.fitting(PROMPTS[: min(self.asks.examples, 2)], self.asks.tokens)]
         for prompt in prompts:
             found = {way: ask(self.asks.ask(prompt)).text for way, ask in self.ways.items() if way not in self.answered}
             if prompt == prompts[0]:
@@ -218,14 +218,15 @@ class Checks:
 
     def concurrent(self) -> str:
         """Eight at once, over all ways; each must get its own answer."""
-        prompts = self.asks.fitting(PROMPTS) or [self.asks.prompt]
+        tokens = self.asks.tokens_of_many
+        prompts = self.asks.fitting(PROMPTS, tokens) or [self.asks.prompt]
         prompts = [prompts[i % len(prompts)] for i in range(len(PROMPTS))]
         ways = [list(self.ways.values())[i % len(self.ways)] for i in range(len(prompts))]
-        together = self.at_once([(way, self.asks.ask(p)) for way, p in zip(ways, prompts, strict=True)])
+        together = self.at_once([(way, self.asks.ask(p, tokens)) for way, p in zip(ways, prompts, strict=True)])
         for prompt, answer in zip(prompts, together, strict=True):
             if isinstance(answer, Exception):
                 raise Wrong(f"{prompt!r}: {type(answer).__name__}: {answer}")
-            alone = self.asks.answer(self.asks.ask(prompt))
+            alone = self.asks.answer(self.asks.ask(prompt, tokens))
             if not self.equal_enough(alone, answer.text):
                 raise Wrong(f"{prompt!r}: {short(answer.text)!r} among others, {short(alone)!r} alone")
         return f"{len(prompts)} answers as when asked alone"

@@ -60,7 +60,7 @@ class Questions:
 
     @cached_property
     def _size(self) -> tuple[str, int, bool]:
-        """The main prompt, the tokens of an answer, and whether the server is slow."""
+        """The main prompt, the room for its answer up to TOKENS tokens, and whether the server is slow."""
         for prompt in (PROMPT, *SHORTER_PROMPTS):
             room = self._room(prompt)
             if room < 1:
@@ -70,7 +70,7 @@ class Questions:
             start = time.monotonic()
             self.whole(Ask(prompt, few))  # again: the first one waits for what a server prepares once
             slow = (time.monotonic() - start) / few > SLOW_SECONDS
-            return prompt, min(room, FEWER_TOKENS if slow else TOKENS), slow
+            return prompt, room, slow
         raise NotChecked("no prompt fits this engine (max_input_len, max_seq_len)")
 
     def _room(self, prompt: str) -> int:
@@ -90,7 +90,17 @@ class Questions:
 
     @property
     def tokens(self) -> int:
-        return self._size[1]
+        """Of an answer."""
+        return min(self._size[1], FEWER_TOKENS if self._size[2] else TOKENS)
+
+    @property
+    def tokens_of_many(self) -> int:
+        """Of an answer where many are needed."""
+        return min(self.tokens, FEW_TOKENS) if self._size[2] else self.tokens
+
+    def sample(self) -> str:
+        """The model's own answer, as long on a slow server as on a fast one."""
+        return self.answer(Ask(self.prompt, self._size[1]))
 
     @property
     def examples(self) -> int:
@@ -139,9 +149,9 @@ class Questions:
                 self._known[key] = ""
         return self._known[key]
 
-    def fitting(self, prompts: Sequence[str]) -> list[str]:
-        """Those whose answers of the usual length fit."""
-        return [prompt for prompt in prompts if self.fits(self.ask(prompt))]
+    def fitting(self, prompts: Sequence[str], tokens: int) -> list[str]:
+        """Those whose answers of so many tokens fit."""
+        return [prompt for prompt in prompts if self.fits(self.ask(prompt, tokens))]
 
     def fits(self, ask: Ask) -> bool:
         try:
