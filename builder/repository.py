@@ -24,6 +24,8 @@ TOKENIZER_DIR = "preprocessing/1/tokenizer"  # below the model repository
 SAME_CODE = {"ensemble_infer": "tensorrt_llm_bls"}
 MACROS = paths.data("triton_templates", "macros.j2")
 LEFTOVERS = ("${", "{{", "}}", "{%", "==SUPPRESS==")
+# Of the request's inputs, by the models that look after them themselves (the note in triton-tensors.json).
+REQUIRED = ("text_input", "max_tokens")
 # They take one prompt a request; the engine does the batching.
 ONE_AT_A_TIME = ("tensorrt_llm_bls", "ensemble_infer")
 
@@ -271,6 +273,10 @@ def _values(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], par
             "bls": stream_capacity.at_once(part, build["max_batch_size"]),
         },
         "tensors": tensors,
+        "required_inputs": [
+            {key: value for key, value in entry.items() if key != "optional" or entry["name"] not in REQUIRED}
+            for entry in tensors["request"]["input"]
+        ],
         "steps": _steps(tensors),
         "tokenizer": {"tokenizer_dir": TOKENIZER_DIR, "skip_special_tokens": "true"},
         "answers": {"exclude_input_in_output": _lower(part.exclude_input_in_output)},

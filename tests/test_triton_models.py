@@ -255,6 +255,16 @@ def test_a_bad_sampling_value_is_the_clients_error_every_way(server: Server, bad
         assert message in caught.value.message()
 
 
+@pytest.mark.parametrize("model", ["ensemble_infer", "tensorrt_llm_bls", "ensemble"])
+def test_required_inputs_are_declared(server: Server, model: str) -> None:
+    """Not by the ensemble, for which Triton would then answer nothing (triton-tensors.json)."""
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        config = client.get_model_config(model).config
+    optional = {entry.name for entry in config.input if entry.optional}
+    assert ({"text_input", "max_tokens"} <= optional) == (model == "ensemble")
+    assert {"stop_words", "temperature"} <= optional
+
+
 def test_sampling_values_that_mean_default_are_taken(server: Server) -> None:
     neutral = {
         "temperature": 0.0,
@@ -271,10 +281,13 @@ def test_sampling_values_that_mean_default_are_taken(server: Server) -> None:
 @pytest.mark.parametrize("model", ["ensemble", "ensemble_infer", "tensorrt_llm_bls"])
 def test_a_missing_input_is_named(server: Server, model: str) -> None:
     others: dict[str, Any] = {"stop_words": ["a"], "end_id": 1, "pad_id": 1}
-    for more in ({}, others):
-        assert "text_input is missing" in refusal(server, model, max_tokens=3, **more)
-        assert "max_tokens is missing" in refusal(server, model, text_input="Hello", **more)
-    assert "request has 0 inputs" in refusal(server, model, unknown=1)
+    assert "text_input is missing" in refusal(server, model, max_tokens=3, **others)
+    assert "max_tokens is missing" in refusal(server, model, text_input="Hello", **others)
+    # Where they are declared as required, Triton says so itself if the count is too low.
+    for name, asked in (("text_input", {"max_tokens": 3}), ("max_tokens", {"text_input": "Hello"})):
+        said = f"{name} is missing" if model == "ensemble" else f"missing required input(s) ['{name}']"
+        assert said in refusal(server, model, **asked)
+    assert "0 inputs" in refusal(server, model, unknown=1)
     with pytest.raises(InferenceServerException, match="text_input is missing"):
         stream(server, model, max_tokens=3, end_id=1)
 
