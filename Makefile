@@ -47,7 +47,7 @@ chaos: $(VENV)/ready
 
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready
-	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/test_nvfp4.py tests/test_quantize.py tests/test_keep_bf16.py tests/test_keep_fp8.py tests/test_reference_model.py tests/test_calibrate.py tests/test_fetch.py tests/test_hub_faults.py tests/test_tokenizer_files.py tests/test_chat_template.py tests/test_model_loading.py
+	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/test_nvfp4.py tests/test_quantize.py tests/test_keep_bf16.py tests/test_keep_fp8.py tests/test_reference_model.py tests/test_calibrate.py tests/test_fetch.py tests/test_hub_faults.py tests/test_tokenizer_files.py tests/test_chat_template.py tests/test_model_loading.py tests/test_weight_types.py tests/test_before_calibrating.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from builder import process
+from builder import exit_status, process
 from builder.errors import IntegrityError, UsageError
 from builder.foreign_text import parse_json, read_regular
 
@@ -185,4 +185,4 @@ def answer(child: subprocess.Popen[bytes], wall: float = WALL_SECONDS) -> dict[s
     code = child.wait()
     if code == -signal.SIGXCPU:
         return {"error": "endless", "why": f"it was stopped after {CPU_SECONDS} s of CPU time"}
-    return {"error": "crashed", "why": f"exit code {code}"}
+    return {"error": "crashed", "why": f"it {exit_status.describe(code)}"}

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from builder import llmapi_facts
 from builder.errors import IntegrityError, UnsupportedError
 from builder.foreign_text import parse_json, read_regular
 from builder.safetensors_io import NewTensor, Tensors, write
@@ -113,10 +114,23 @@ def architecture(config: Mapping[str, Any]) -> str:
         raise UnsupportedError(
             f"{name} has no TensorRT-LLM layout here.",
             why=f"The known ones: {', '.join(ARCHITECTURES)}.",
-            cure="Take one of these models, or serve the Hugging Face layout, on a GPU and without an engine: "
-            "--target llmapi.",
+            cure=_without_engine(name),
+        )
+    if name == "Qwen3ForCausalLM" and config.get("attention_bias"):
+        raise UnsupportedError(
+            f"{name} with attention_bias has no TensorRT-LLM layout.",
+            why="With it every attention projection has a bias, and TensorRT-LLM's Qwen has none in the output "
+            "projection (tensorrt_llm/models/qwen/model.py, dense_bias=False).",
+            cure=_without_engine(name),
         )
     return str(name)
+
+
+def _without_engine(name: str) -> str:
+    """The hint for a model that has no engine: the LLM API where it serves the architecture."""
+    if name in llmapi_facts.read()["architectures"]:
+        return "Serve the Hugging Face layout, on a GPU and without an engine: --target llmapi. Or take another model."
+    return "Take one of these models, or stop at the checkpoint in the Hugging Face layout: `builder quantize`."
 
 
 def head_size(config: Mapping[str, Any]) -> int:

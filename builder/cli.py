@@ -65,6 +65,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # ignored under nohup: then a closed terminal is no reason
         signal.signal(signal.SIGHUP, _interrupt)
     try:
+        return _run_command(arguments, out)
+    finally:
+        out.finish()
+
+
+def _run_command(arguments: argparse.Namespace, out: Output) -> int:
+    try:
         code: int = arguments.run(arguments, out)
         return code
     except (BuilderError, OSError) as raised:
@@ -249,6 +256,13 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _port(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 6 else 0
+    if not 0 < number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: give a number from 1 to 65535")
+    return number
+
+
 def _command(subparsers: Any, name: str, text: str, run: Callable[..., int]) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = subparsers.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
@@ -296,7 +310,7 @@ def _add_served(command: argparse.ArgumentParser) -> None:
                          help="serve it although it failed a gate (UNGATED)")  # fmt: skip
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     for name in ("http", "grpc", "metrics"):
-        command.add_argument(f"--{name}-port", type=int, help="default: a free one")
+        command.add_argument(f"--{name}-port", type=_port, metavar="PORT", help="default: a free one")
     command.add_argument("--container", action="store_true", help="in a Docker container, which goes when we go")
     command.add_argument("--image", default=os.environ.get("BUILDER_IMAGE", "trtllm-builder"),
                          help="for --container (BUILDER_IMAGE, default trtllm-builder)")  # fmt: skip

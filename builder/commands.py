@@ -11,12 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.errors import EvaluationError, ServingError, StageError, UnsupportedError, UsageError
-from builder.output import Output, print_error, seconds
+from builder.errors import ServingError, UnsupportedError, UsageError
+from builder.output import Output, seconds
 from builder.recipe_flags import LIST_FLAGS, RECIPE_FLAGS, SWITCHES, TASK_FLAGS
 
 if TYPE_CHECKING:
-    from builder.evaluate import Evaluation
     from builder.pipeline import Built
     from builder.recipe import Resolved
     from builder.repository import Repository
@@ -82,23 +81,26 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
             built = pipeline.build(resolved, store, until=until)
     except SmokeFailed as failed:
         _write_junit(failed.report, arguments)
+        out.result({"smoke": failed.report.as_dict()})
         raise
     if built.smoke:
         _write_junit(built.smoke, arguments)
     summary.show(built, resolved, store, until, out)
-    return _judge_quality(built, resolved, arguments) or _judge(built.evaluation)
+    _check_quality(built, resolved, arguments)
+    if built.evaluation:
+        built.evaluation.check()
+    return 0
 
 
-def _judge_quality(built: Built, resolved: Resolved, arguments: argparse.Namespace) -> int:
-    """The exit code; what failed goes to stderr, with the commands to try next."""
+def _check_quality(built: Built, resolved: Resolved, arguments: argparse.Namespace) -> None:
+    """Raises if the build failed its quality check; the error lists the commands to try next."""
     if built.quality is None:
-        return 0
+        return
     from builder.quality_summary import error
 
     found = error(built.quality, resolved.recipe.quality.min_score, _again("build", arguments))
     if found:
-        print_error(found)
-    return found.exit_code if found else 0
+        raise found
 
 
 def _forced(arguments: argparse.Namespace) -> set[str]:
@@ -118,17 +120,7 @@ def run_eval(arguments: argparse.Namespace, out: Output) -> int:
         found = pipeline.measure(resolved, store)
     show(found, out)
     out.text(f"kept       {found.path / 'evaluation.json'}")
-    return _judge(found)
-
-
-def _judge(found: Evaluation | None) -> int:
-    """The exit code; what failed goes to stderr, for the one object of --json is printed already."""
-    try:
-        if found:
-            found.check()
-    except EvaluationError as error:
-        print_error(error)
-        return error.exit_code
+    found.check()
     return 0
 
 
@@ -179,8 +171,7 @@ def run_plan(arguments: argparse.Namespace, out: Output) -> int:
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
     (plan.show_command if arguments.command == "engine" else plan.show)(found, out)
     if found.refusal:
-        print_error(found.refusal)
-        return found.refusal.exit_code
+        raise found.refusal
     return 0
 
 
@@ -198,6 +189,7 @@ def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     """In the foreground, until it is told to stop (which is no failure) or dies (which is one)."""
+    from builder import exit_status, health
     from builder.serve import stop_at_eof
     from builder.store import serving
 
@@ -207,11 +199,11 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     with serving(repository.path), _server(arguments, repository, out) as server:
         try:  # told to stop while it says where it listens, it stops as well as later
             _say_where(server, repository, out)
-            code = server.wait()
+            code = health.watch(server.http_url, server.wait, server.lost_a_model)
         except KeyboardInterrupt:
             out.info("stopping; answers that are under way are finished")
             return 0
-        raise ServingError(f"The server ended by itself with exit code {code}.", cure=f"Its log: {server.log}")
+        raise ServingError(f"The server {exit_status.describe(code)}.", cure=f"Its log: {server.log}")
 
 
 def _say_where(server: Server | ContainerServer, repository: Repository, out: Output) -> None:
@@ -220,6 +212,7 @@ def _say_where(server: Server | ContainerServer, repository: Repository, out: Ou
     out.text(f"grpc       {server.grpc_url}")
     out.text(f"metrics    {server.metrics_url}")
     out.text(f"try        {_curl(server.http_url, repository.facts)}")
+    out.finish()  # now: whoever reads it wants to talk to the server
     sys.stdout.flush()
 
 
@@ -274,7 +267,8 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
         with serving(repository.path), _server(arguments, repository, out) as server:
             report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
     _write_junit(report, arguments)
-    rows = [("ok" if c.passed else "FAILED", c.name, seconds(c.seconds), c.detail) for c in report.checks]
+    outcomes = {True: "ok", False: "FAILED", None: "not checked"}
+    rows = [(outcomes[c.passed], c.name, seconds(c.seconds), c.detail) for c in report.checks]
     out.table("smoke test", ["", "check", "time", "detail"], rows)
     out.result(report.as_dict())
     report.check()
@@ -346,11 +340,7 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
         made = clean.plan(root, request)
         failed = [] if arguments.dry_run else clean.carry_out(made)
     clean.show(made, failed, out, dry=arguments.dry_run)
-    try:
-        clean.check_failed(failed, root)
-    except StageError as error:
-        print_error(error)  # the one object of --json is printed already
-        return error.exit_code
+    clean.check_failed(failed, root)
     return 0
 
 
@@ -372,8 +362,7 @@ def run_probe(arguments: argparse.Namespace, out: Output) -> int:
         found = probe.run(asking, probe.questions(asking, arguments.only))
     probe.show(asking, found)
     if open_ones := probe.unanswered(found):
-        print_error(open_ones)
-        return open_ones.exit_code
+        raise open_ones
     return 0
 
 

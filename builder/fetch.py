@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import model_directory, process, source_model, tokenizer_files
+from builder import model_directory, process, source_model, stored_commits, tokenizer_files, weight_types
 from builder.errors import IntegrityError, StageError, UsageError
 from builder.foreign_text import read_regular
 from builder.output import Output, Progress
@@ -72,10 +72,13 @@ def fetch(model: Model, *, store: Store, check: Check = lambda config: None) -> 
     if directory is not None:
         artefact = _fetch_directory(directory, model, store, check)
     else:
-        revision = resolve(model.id, model.revision, store=store)
+        revision = _commit(model, store)
         artefact = _fetch_hub(model, revision, store, check)
     path = Path(artefact.facts["external"]["root"])
     config = model_directory.parse_config(_read(path / model_directory.CONFIG), str(path))
+    if not weight_types.stated(config):
+        files = sorted(artefact.facts["external"]["files"])
+        config = weight_types.with_type(config, check_tensors(path, files, config, model.id))
     snapshot = Snapshot(path, artefact.digest, model.id, revision, config, artefact)
     if directory is None and artefact.cached:  # perhaps by a version that checked less
         check_tensors(path, snapshot.files, config, model.id)
@@ -194,13 +197,35 @@ def _hash(directory: Path, names: Sequence[str], out: Output) -> dict[str, dict[
     return {name: {"size": found.size, "sha256": found.sha256} for name, found in hashes.items()}
 
 
-def resolve(repo: str, revision: str | None, *, store: Store, kind: str = "model") -> str:
-    """The commit of a branch or tag of the Hub. No process and no network for what is a commit already."""
+def resolve(
+    repo: str,
+    revision: str | None,
+    *,
+    store: Store,
+    kind: str = "model",
+    planned: tuple[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """The commit of a branch or tag of the Hub. No process and no network for what is a commit already.
+
+    planned: the stage that the commit is for, with its ingredients so far. A dry store takes the newest commit among
+    its artefacts with them if the Hub can't be reached.
+    """
     if revision and COMMIT.fullmatch(revision):
         return revision
     if revision is not None and (not re.fullmatch(r"\w[\w./+-]{0,200}", revision) or ".." in revision):
         raise UsageError(f"{shown(revision)} is no revision.", cure="Give a branch, a tag or a commit.")
-    commit = str(ask_hub(store, job="resolve", repo=repo, revision=revision, kind=kind)["commit"])
+    known, waits = None, list(WAITS)
+    if store.dry and planned:
+        known = stored_commits.newest(store, *planned) if revision is None else None
+        waits = [] if known or planned[0] != "snapshot" else waits
+    try:
+        answer = ask_hub(store, job="resolve", repo=repo, revision=revision, kind=kind, waits=waits)
+    except (StageError, UsageError) as error:
+        unreachable = isinstance(error, StageError) or offline()
+        if not (store.dry and planned and unreachable):
+            raise
+        return stored_commits.instead(error, known, repo, store=store, stage=planned[0])
+    commit = str(answer["commit"])
     if not COMMIT.fullmatch(commit):
         raise IntegrityError(
             f"{shown(commit)} is no commit, but what {repo} at {revision or 'main'} is said to be.",
@@ -221,7 +246,22 @@ def listing(model: Model, *, store: Store) -> dict[str, Any]:
 def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path]:
     """A Hub model's config.json, {tensor: (dtype, shape)}, and where its small files are; without its weights. Raises
     what is wrong with it."""
-    return _headers(model, resolve(model.id, model.revision, store=store), store)
+    commit = _commit(model, store)
+    known = stored_commits.newest(store, "snapshot", {**_repository(model), "commit": commit}) if store.dry else None
+    if known is None or not Path(known.facts["external"]["root"]).is_dir():
+        return _headers(model, commit, store)
+    root, files = Path(known.facts["external"]["root"]), sorted(known.facts["external"]["files"])
+    config = model_directory.parse_config(_read(root / model_directory.CONFIG), str(root))
+    return config, check_tensors(root, files, config, model.id), root
+
+
+def _commit(model: Model, store: Store) -> str:
+    return resolve(model.id, model.revision, store=store, planned=("snapshot", _repository(model)))
+
+
+def _repository(model: Model) -> dict[str, Any]:
+    """What a snapshot's key has beside its commit."""
+    return {"repository": model.id, "endpoint": endpoint(), "trust_remote_code": model.trust_remote_code}
 
 
 def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path]:
@@ -235,12 +275,7 @@ def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], d
 
 
 def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefact:
-    ingredients = {
-        "repository": model.id,
-        "commit": commit,
-        "endpoint": endpoint(),
-        "trust_remote_code": model.trust_remote_code,
-    }
+    ingredients: dict[str, Any] = {**_repository(model), "commit": commit}
     known = None if "snapshot" in store.force else store.find("snapshot", key_of("snapshot", ingredients))
     if offline() and known is None:
         # The cache may lack files that the Hub has, as generation_config.json: a key of its own, by what is there.

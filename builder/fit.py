@@ -23,6 +23,7 @@ from builder.ranks import Parallel
 from builder.recipe import Resolved
 from builder.safetensors_io import byte_size
 from builder.trtllm_rules import Flag
+from builder.weight_types import NOT_WRITTEN, written_bytes
 
 TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.py@c20322ff, tokens_per_block)
 CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE, the first part of every workspace
@@ -49,6 +50,12 @@ class ModelFacts:
     def quantized_bytes(self, tensor: str, shape: Sequence[int]) -> int:
         """Of such a tensor of this shape, which may be a rank's, without the two scalars."""
         return quantized_bytes(shape, fp8=tensor.removesuffix(".weight") in self._fp8)
+
+    @cached_property
+    def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """The tensors that transformers loads and saves: a head that is the embedding is not one of its own."""
+        tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
+        return {name: info for name, info in self.tensors.items() if name not in tied and not NOT_WRITTEN.search(name)}
 
     @cached_property
     def _kept(self) -> frozenset[str]:
@@ -179,9 +186,9 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
 def _unified(model: ModelFacts, fp8_kv: bool) -> int:
     """ModelOpt's Hugging Face layout: each linear layer has two F32 scalars of its own, each layer two KV scales."""
     total = 2 * SCALAR * _layers(model.config) if fp8_kv else 0
-    for name, (dtype, shape) in model.tensors.items():
+    for name, (dtype, shape) in model.written.items():
         quantized = model.quantizes(name, shape)
-        total += model.quantized_bytes(name, shape) + 2 * SCALAR if quantized else byte_size(dtype, shape)
+        total += model.quantized_bytes(name, shape) + 2 * SCALAR if quantized else written_bytes(dtype, shape)
     return total
 
 
@@ -196,11 +203,9 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     spans = [parallel.layers(stage, layers) for stage in range(asked.pp)]
     stage_of = {layer: stage for stage, span in enumerate(spans) for layer in span}
     stages = [3 * SCALAR * len(span) if asked.fp8_kv else 0 for span in spans]
-    tensors = dict(model.tensors)
+    tensors = dict(model.written)
     shared = asked.target == "llmapi" and asked.pp == 1
-    if shared and model.config.get("tie_word_embeddings"):
-        tensors.pop("lm_head.weight", None)
-    elif model.config.get("tie_word_embeddings") and "lm_head.weight" not in tensors:
+    if model.config.get("tie_word_embeddings") and not shared:
         tied = next((info for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
         tensors |= {"lm_head.weight": tied} if tied else {}
     for name, (dtype, shape) in tensors.items():
@@ -211,7 +216,7 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
             fused = name.endswith(("k_proj.weight", "v_proj.weight"))
             stages[stage] += model.quantized_bytes(name, part) + (0 if fused else 2 * SCALAR)
         else:
-            stages[stage] += byte_size(dtype, part)
+            stages[stage] += written_bytes(dtype, part)
     return [n for n in stages for _ in range(asked.tp)]
 
 
@@ -243,12 +248,12 @@ def _share(name: str, shape: Sequence[int], config: Mapping[str, Any], tp: int) 
 
 
 def calibration_memory(model: ModelFacts, tokens: int) -> int:
-    """While calibrating, on the GPUs if there are any, else in host memory: weights in their own type, one tensor in
+    """While calibrating, on the GPUs if there are any, else in host memory: weights in 16 bits, one tensor in
     float32 (the largest that is quantized, while it is scaled and packed), and a forward pass's largest activations.
 
     An estimate: ModelOpt was measured on small models only. No gradients: inference_mode.
     """
-    weights = sum(byte_size(dtype, shape) for dtype, shape in model.tensors.values())
+    weights = sum(written_bytes(dtype, shape) for dtype, shape in model.written.values())
     largest = max((math.prod(s) for n, (_, s) in model.tensors.items() if model.quantizes(n, s)), default=0)
     return weights + 4 * largest + tokens * activation_width(model.config, 1) * 2
 

@@ -22,6 +22,8 @@ from builder.safetensors_io import TensorInfo, Tensors
 from builder.tensor_numbers import wrong_blocks, wrong_codes, wrong_floats, wrong_scale
 
 FLOATS = ("BF16", "F16", "F32")
+# Scales that calibration reads from the rows; all other numbers come from the model's weights.
+ACTIVATIONS = ("input_scale", "activation_scaling_factor", "k_scale", "v_scale", "cache_scaling_factor")
 BITS_PER_WEIGHT = 4.5  # 4 per element, 8 for every 16
 
 
@@ -77,10 +79,14 @@ class Inspection:
         """IntegrityError with the names of the tensors, if there is any problem."""
         if self.problems:
             listed = "\n".join(f"  {problem}" for problem in self.problems[:10])
+            read_from_rows = all(problem.tensor.endswith(ACTIVATIONS) for problem in self.problems)
+            cause = (
+                "the rows: try other --calib-data" if read_from_rows else "the model: fetch it again, or another one"
+            )
             raise IntegrityError(
                 f"The quantized checkpoint has {len(self.problems)} problems.",
                 why=listed + ("\n  ..." if len(self.problems) > 10 else ""),
-                cure="Quantize again (`--force quantize`); if it stays, calibrate with other data.",
+                cure=f"Quantize again (`--force quantize`). If they stay, it is {cause}.",
             )
 
     def facts(self) -> dict[str, Any]:
@@ -388,7 +394,7 @@ def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected) 
     elif want.kind == "weight":
         wrong = wrong_codes(data)
     else:
-        wrong = wrong_floats(info, data)
+        wrong = wrong_floats(info, data, zeros=want.kind == "kept")
     if wrong:
         layout.report(name, wrong)
 

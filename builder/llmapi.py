@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from builder import llmapi_facts, llmapi_lora, ranks, recipe, trtllm
+from builder import llmapi_facts, llmapi_lora, ranks, recipe, trtllm, weight_types
 from builder.checkpoint import head_size
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.llmapi_notes import notes
@@ -21,7 +21,6 @@ from builder.store import library_versions
 
 __all__ = ["Argument", "Subject", "check_machine", "check_model", "notes", "resolve", "settle", "tree"]
 TOKENS_PER_BLOCK = 32
-DTYPES = ("bfloat16", "float16")
 # Arguments that have a key of their own in the recipe.
 SAID = {
     "tensor_parallel_size": "engine.tp",
@@ -182,9 +181,11 @@ def _check_said_once(resolved: recipe.Resolved, own: Mapping[str, Any]) -> None:
 def _derived(subject: Subject, resolved: recipe.Resolved, config: Mapping[str, Any]) -> list[Argument]:
     asked, part = resolved.recipe, resolved.recipe.repository
     chunked, reuse = part.enable_chunked_context, part.enable_kv_cache_reuse
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = weight_types.served(config)
+    own = weight_types.stated(config) in (dtype, None)
+    reason = "the model's own" if own else "NVFP4 layers take 16-bit types alone"
     found = [
-        Argument("dtype", dtype if dtype in DTYPES else "auto", "the model's own", "config.json"),
+        Argument("dtype", dtype, reason, "config.json" if own else "builder/weight_types.py"),
         Argument("tensor_parallel_size", asked.engine.tp, *_from(resolved, "engine.tp")),
         Argument("pipeline_parallel_size", asked.engine.pp, *_from(resolved, "engine.pp")),
         *_asked_sizes(resolved, config),

@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from builder import config_values, quantization_signs
+from builder import config_values, llmapi_facts, model_kinds, quantization_signs
+from builder.checkpoint import ARCHITECTURES
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.foreign_text import parse_json
 
@@ -36,8 +37,6 @@ TOKENIZER = (
     "chat_template*",
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# transformers names what it can decode token by token so; its encoder-decoders and multimodal models otherwise.
-CAUSAL = ("ForCausalLM", "LMHeadModel")
 LFS_POINTER = b"version https://git-lfs"
 HASH_CHUNK = 1 << 23  # bytes
 LARGEST_BLOB = 1 << 24  # bytes; the Hub takes at most 10 MB outside LFS
@@ -52,7 +51,7 @@ def wanted(names: Collection[str], shards: Collection[str] | None, *, remote_cod
 
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of a model directory that its tokenizer is made of."""
-    return [directory / name for name in tokenizer_names([path.name for path in directory.iterdir()])]
+    return [directory / name for name in tokenizer_names([path.name for path in directory.iterdir() if path.is_file()])]
 
 
 def tokenizer_names(names: Collection[str]) -> list[str]:
@@ -68,6 +67,7 @@ def check_names(names: Collection[str], where: str) -> None:
     """UsageError or UnsupportedError unless config.json, safetensors weights and tokenizer.json are among `names`, or
     if a quantizer's file is."""
     if CONFIG not in names:
+        model_kinds.check_names(names, where)
         raise UsageError(
             f"{where} has no config.json.",
             why=_contents(names),
@@ -93,12 +93,13 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
             cure="Convert it once where you trust it, with transformers: "
             'AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").save_pretrained(DIRECTORY)',
         )
+    if model_kinds.ADAPTER in names:
+        return model_kinds.adapter(where)
     others = sorted(n for n in names if n.endswith(".safetensors"))
-    adapter = "An adapter must first be merged into its base model." if "adapter_config.json" in names else ""
     found = f"Found {', '.join(others[:3])}." if others else _contents(names)
     return UsageError(
         f"{where} has no {WEIGHTS} and no {INDEX}.",
-        why=f"{found} {adapter}".strip(),
+        why=found,
         cure="Give a model saved by transformers' save_pretrained.",
     )
 
@@ -118,21 +119,24 @@ def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bo
     """Raises UnsupportedError unless this is an unquantized causal LM whose code transformers brings itself, UsageError
     for values that no model can have."""
     config_values.check(config, where)
-    name = (config.get("architectures") or [""])[0]
-    if not name.endswith(CAUSAL) or config.get("is_encoder_decoder"):
-        raise UnsupportedError(
-            f"{where} is no causal language model.",
-            why=f"Its config.json names the architecture {name or '(none)'}; needed is one that ends in "
-            f"{' or '.join(CAUSAL)} and has no encoder.",
-            cure="Give a decoder-only text model, like Qwen/Qwen3-8B.",
-        )
+    model_kinds.check_config(config, where)
     quantization_signs.check_config(config, where)
     if needs_remote_code(config) and not trust_remote_code:
         raise UnsupportedError(
             f"{where} needs its own Python code (auto_map in config.json).",
             why=f"transformers has no model type {config.get('model_type')!r}, and a model's code is not run unasked.",
-            cure="Read that code, then add --trust-remote-code.",
+            cure=_with_remote_code(config["architectures"][0]),
         )
+
+
+def _with_remote_code(architecture: str) -> str:
+    """The hint for a model that brings its own code: how far --trust-remote-code gets it."""
+    if architecture in ARCHITECTURES or architecture in llmapi_facts.read()["architectures"]:
+        return "Read that code, then add --trust-remote-code."
+    return (
+        f"Choose another model: no target serves {architecture}, with or without its code. Only a checkpoint can be "
+        "made: read that code, then `builder quantize` with --trust-remote-code."
+    )
 
 
 def needs_remote_code(config: Mapping[str, Any]) -> bool:

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from builder import tensor_names
+from builder import tensor_names, weight_types
 from builder.errors import IntegrityError, UnsupportedError
-from builder.model_directory import CONFIG, parse_config
+from builder.model_directory import CONFIG, GENERATION, parse_config
 from builder.safetensors_io import Tensors
 from builder.source_files import SourceFiles
 from builder.source_model import names
 from builder.tensor_names import EMBEDDING, HEAD
+from builder.tokenizer_files import json_object
 
 
 def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
@@ -29,7 +30,8 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
     """
     source = SourceFiles.of_job(job)
     source.check_unchanged()
-    with source.alone() as directory:
+    # transformers rejects sampling values that do not fit together, some only when it saves the quantized model.
+    with source.alone(without=[GENERATION]) as directory:
         config = parse_config((directory / CONFIG).read_bytes(), str(source.root))
         if not tensor_names.known(config):
             check_architecture(directory, source.root, trust_remote_code=job["trust_remote_code"])
@@ -37,9 +39,30 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
             directory, source.root, trust_remote_code=job["trust_remote_code"], dtype=dtype, **options
         )
         check_tied(config, directory, source.root)
+    _set_end_ids(model, source.root)
     source.check_unchanged()
     model.name_or_path = model.config._name_or_path = str(source.root)  # not the directory of links
     return model.eval()
+
+
+def to_quantize(job: Mapping[str, Any], **options: Any) -> Any:
+    """The source model in the 16-bit type that it is served in (weight_types.py)."""
+    import torch
+
+    source = SourceFiles.of_job(job)
+    config = parse_config((source.root / CONFIG).read_bytes(), str(source.root))
+    if not weight_types.stated(config):
+        files = [source.root / name for name in sorted(source.files) if name.endswith(".safetensors")]
+        headers = {name: (info.dtype, info.shape) for name, info in Tensors(source.root, files).items()}
+        config = weight_types.with_type(config, headers)
+    return load(job, dtype=getattr(torch, weight_types.served(config)), **options)
+
+
+def _set_end_ids(model: Any, directory: Path) -> None:
+    """The end ids of generation_config.json, all that is read of it here."""
+    ends = json_object(directory / GENERATION).get("eos_token_id")
+    if ends is not None and getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = ends
 
 
 def check_tied(config: Mapping[str, Any], directory: Path, shown: Path) -> None:

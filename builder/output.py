@@ -1,7 +1,7 @@
 """One sink for what people and machines read: data on stdout, talk on stderr. All of it passes through `safe_text`.
 
 `human` draws on a terminal with rich; the same mode prints one line per event when stderr is no terminal.
-`json` keeps stdout for one object. `quiet` says nothing but errors.
+`json` keeps stdout for one object: the result, with the error where the command fails. `quiet` says nothing but errors.
 """
 
 from __future__ import annotations
@@ -74,12 +74,14 @@ class Progress:
 
 
 class Output:
-    """The sink that every stage is handed. It holds no state but its mode and its console."""
+    """The sink that every stage is handed. Its state: mode, console, and with --json the object to print at the end."""
 
     def __init__(self, mode: Mode = "human") -> None:
         self.mode = mode
         self.live = mode == "human" and sys.stderr.isatty()
         self._console: Any = None
+        self._result: dict[str, Any] | None = None
+        self._printed = False
 
     @property
     def console(self) -> Any:
@@ -145,9 +147,14 @@ class Output:
             print(safe(text))
 
     def result(self, data: dict[str, Any]) -> None:
-        """The one object of --json."""
-        if self.mode == "json":
-            print(without_secrets(json.dumps(data, indent=2, sort_keys=False, default=str)))
+        """Adds to the one object of --json, which `finish` prints."""
+        self._result = {**(self._result or {}), **data}
+
+    def finish(self) -> None:
+        """Prints the object of --json: once, at the end of a command, or earlier for one that keeps running."""
+        if self.mode == "json" and self._result is not None and not self._printed:
+            self._printed = True
+            print(without_secrets(json.dumps(self._result, indent=2, sort_keys=False, default=str)))
 
 
 def print_error(error: BuilderError) -> None:

@@ -306,6 +306,7 @@ def keep_chosen(
 def stored(resolved: Resolved, store: Store) -> tuple[list[Artefact], WouldRun | None]:
     """What is in the store already, and the first stage that would run: the chain, on a store that makes none."""
     dry = Store(store.root, Output("quiet"), force=sorted(store.force), dry=True)
+    dry.assumed = store.assumed
     try:
         build(resolved, dry)
     except WouldRun as would:

@@ -11,7 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import engine, fit, fit_change, llmapi, llmapi_repository, pipeline, preflight, probe_answers, trtllm
+from builder import (
+    engine,
+    fit,
+    fit_change,
+    llmapi,
+    llmapi_repository,
+    pipeline,
+    preflight,
+    probe_answers,
+    stream_capacity,
+    trtllm,
+)
 from builder.errors import BuilderError, EvaluationError
 from builder.fit import Machine, Sizes
 from builder.fit_change import Verdict
@@ -30,7 +41,8 @@ class Plan:
     `command` is trtllm-build's; `placeholder` is the word in it for a checkpoint that is not made yet.
     `verdict` holds what each card of the profile has room for; `missing` the bytes that are still to be kept here;
     `kept` the linear layers left in BF16, `fp8` those in FP8, `price` and `fp8_price` the bytes that they add;
-    `open_choice`: auto is still to choose.
+    `open_choice`: auto is still to choose. `streams`: how many at once, their bytes of host memory, why that many; None
+    where the LLM API's server carries them itself.
     """
 
     resolved: Resolved
@@ -51,6 +63,7 @@ class Plan:
     fp8: tuple[str, ...] = ()
     fp8_price: int = 0
     open_choice: bool = False
+    streams: tuple[int, int, str] | None = None
 
 
 def plan(resolved: Resolved, store: Store) -> Plan:
@@ -82,6 +95,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     command, placeholder = _command(resolved, model.config, answers, store, done)
     launched = command, placeholder, _model_yaml(resolved, model.config)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
+    notes += [trtllm.Note("offline", text) for text in store.assumed]
     verdict = fit_change.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         remaining = [stage for stage, state, _ in stages if state != "cached"]
@@ -104,7 +118,17 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         model.fp8,
         fp8_price,
         open_choice,
+        _streams(resolved, model.config, asked.max_batch_size),
     )
+
+
+def _streams(resolved: Resolved, config: Mapping[str, Any], max_batch_size: int) -> tuple[int, int, str] | None:
+    if resolved.recipe.target == "llmapi":
+        return None
+    part = resolved.recipe.repository
+    instances = stream_capacity.at_once(part, max_batch_size)
+    needs = stream_capacity.memory(instances, int(config.get("vocab_size") or 0))
+    return instances, needs, stream_capacity.explain(part, max_batch_size)
 
 
 def _command(
@@ -204,8 +228,16 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
         ("still to be made there", f"{size(found.missing)} ({size(host.disk)} free)"),
         ("memory while calibrating", f"{size(s.calibration_memory)} (this machine: {size(host.available)} available)"),
         *_kept_rows(found),
+        *_stream_rows(found),
         ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB a token, on each GPU"),
     ]
+
+
+def _stream_rows(found: Plan) -> list[tuple[str, str]]:
+    if found.streams is None:
+        return []
+    instances, needs, why = found.streams
+    return [("streams at once", f"{instances} ({why}), a process each: {size(needs)} of host memory; others wait")]
 
 
 def _kept_rows(found: Plan) -> list[tuple[str, str]]:
@@ -286,6 +318,9 @@ def show(found: Plan, out: Output) -> None:
                 "fp8_modules": list(found.fp8),
                 "fp8_bytes": None if found.open_choice else found.fp8_price,
             },
+            "streams": None
+            if found.streams is None
+            else dict(zip(("at_once", "bytes", "why"), found.streams, strict=True)),
             "machine": {**asdict(found.host), "missing": found.missing},
             "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
             "arguments" if found.model_yaml else "flags": [vars(setting) for setting in found.settings],

@@ -25,6 +25,7 @@ from builder import (
     tokenizer_files,
     triton_server,
     trtllm,
+    weight_types,
 )
 from builder import checkpoint as checkpoints
 from builder.errors import UnsupportedError, UsageError
@@ -219,7 +220,7 @@ def read_model(model: Model, store: Store) -> ModelFacts:
     directory = local_directory(model)
     if directory is None:
         config, tensors, root = read_headers(model, store=store)
-        return ModelFacts(config, tensors, directory=root)
+        return ModelFacts(weight_types.with_type(config, tensors), tensors, directory=root)
     files = check_directory(directory, trust_remote_code=model.trust_remote_code)
     config = parse_config(read_regular(directory / CONFIG), str(directory))
     return headers(directory, config, files)
@@ -249,4 +250,4 @@ def check_architecture(model: Model, facts: ModelFacts, store: Store) -> None:
 def headers(directory: Path, config: Mapping[str, Any], files: Sequence[str]) -> ModelFacts:
     """A model's facts by its config.json and what its safetensors files begin with."""
     tensors = check_tensors(directory, files, config, str(directory))
-    return ModelFacts(config, tensors, directory=directory)
+    return ModelFacts(weight_types.with_type(config, tensors), tensors, directory=directory)

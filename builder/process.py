@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from builder import errors, interrupts, supervisor
+from builder import errors, exit_status, interrupts, supervisor
 from builder.environment import Kind, child_environment
 from builder.errors import BuilderError, StageError
 
@@ -328,9 +328,10 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def _failure(argv: Sequence[str], code: int, log: Path) -> Failed:
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     memory = "SIGKILL usually means that the machine ran out of memory (`dmesg` tells). "
-    return Failed(f"{Path(argv[0]).name} {how}.", log=log, code=code, cure=memory if code == -signal.SIGKILL else "")
+    killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    what = f"{Path(argv[0]).name} {exit_status.describe(code)}."
+    return Failed(what, log=log, code=code, cure=memory if killed else "")
 
 
 def python() -> str:

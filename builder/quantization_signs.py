@@ -23,6 +23,9 @@ LEAVES = frozenset({
 # TensorRT Model Optimizer's own checkpoints, bitsandbytes; gpt-oss in MXFP4.
 PARTS = re.compile(r"(^|\.)((weight|input|output|[kv]_bmm)_quantizer|quant_state)(\.|$)|(_amax|_blocks|_scales)$")
 FLOATS = ("BF16", "F16", "F32")
+# Formats that makers publish their models in without a BF16 version: DeepSeek-V3 in FP8, gpt-oss in MXFP4.
+NATIVE = ("fp8", "mxfp4")
+NATIVE_TENSORS = re.compile(r"\.weight_scale_inv$|_(blocks|scales)$")
 # Buffers that some architectures save: they hold positions or masks, no weights.
 BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias|causal_mask|bias_mask|num_batches_tracked)$")
 
@@ -39,7 +42,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     for key, value in _keys(config, 8):
         method = value.get("quant_method") or value.get("quant_algo") if isinstance(value, Mapping) else None
         label = f" ({ascii(str(method))[1:-1][:60]})" if method else ""
-        raise quantized(where, f"{key} in its config.json says so.", label)
+        native = str(method).lower() in NATIVE
+        raise quantized(where, f"{key} in its config.json says so.", label, native=native)
 
 
 def _keys(config: Mapping[str, Any], depth: int, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -56,7 +60,8 @@ def check_tensors(tensors: Mapping[str, tuple[str, Sequence[int]]], where: str) 
     packed = [f"{name} ({kind})" for name, (kind, shape) in tensors.items() if _is_packed(name, kind, shape)]
     if found := scales or packed:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise quantized(where, f"Only a quantized checkpoint has tensors like {', '.join(found[:3])}{more}.")
+        why = f"Only a quantized checkpoint has tensors like {', '.join(found[:3])}{more}."
+        raise quantized(where, why, native=any(map(NATIVE_TENSORS.search, found)))
 
 
 def _is_packed(name: str, dtype: str, shape: Sequence[int]) -> bool:
@@ -67,10 +72,16 @@ def _is_packed(name: str, dtype: str, shape: Sequence[int]) -> bool:
     return integer and not BUFFERS.search(name) and (len(shape) > 1 or name.endswith("weight"))
 
 
-def quantized(where: str, why: str, label: str = "") -> UnsupportedError:
-    """The refusal of a model that is quantized already."""
+def quantized(where: str, why: str, label: str = "", *, native: bool = False) -> UnsupportedError:
+    """The refusal of a model that is quantized already. native: in a format that its maker may have released alone."""
+    cure = "Give the BF16 model that it was made from."
+    if native:
+        cure = (
+            "If its maker also released it in BF16, give that. Some did not (DeepSeek-V3 is FP8 alone, gpt-oss MXFP4 "
+            "alone): then take another model."
+        )
     return UnsupportedError(
         f"{where} is quantized already{label}.",
         why=f"{why} NVFP4 values are computed from the original weights; rounding twice would only lose more.",
-        cure="Give the BF16 model that it was made from.",
+        cure=cure,
     )

@@ -196,7 +196,10 @@ class Repository(Part):
     decoupled: Annotated[bool, Field(description="stream answers token by token")] = True
     preprocessing_instances: Annotated[Processes, Field(description="tokenizer processes")] = 1
     postprocessing_instances: Annotated[Processes, Field(description="detokenizer processes")] = 1
-    bls_instances: Annotated[Processes, Field(description="streams that tensorrt_llm_bls carries at once")] = 4
+    bls_instances: Annotated[
+        Processes | None,
+        Field(description="streams that tensorrt_llm_bls carries at once; default: max_batch_size, at most 32"),
+    ] = None
     max_queue_delay_microseconds: Annotated[Natural, Field(description="wait for a fuller batch")] = 0
     max_queue_size: Annotated[Natural, Field(description="waiting requests before refusal; 0: no limit")] = 0
     kv_cache_free_gpu_mem_fraction: Annotated[

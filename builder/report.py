@@ -14,7 +14,7 @@ from builder import results, verdict
 from builder.errors import UsageError
 from builder.load import LoadReport
 from builder.quality import Quality
-from builder.report_verdict import Verdict, judge
+from builder.report_verdict import SERVER, Verdict, judge
 from builder.repository import open_repository
 from builder.results import Evaluation, Loss
 from builder.smoke import SmokeReport
@@ -50,6 +50,11 @@ class Model:
     format: str
     built: float
     repository: str  # the key of its directory
+
+    @property
+    def server(self) -> str:
+        """What serves it, in words."""
+        return SERVER.get(self.target, self.target)
 
 
 @dataclass(frozen=True)
@@ -245,7 +250,8 @@ def _flags(found: _Found) -> list[tuple[str, str]]:
 def _versions(found: _Found) -> dict[str, str]:
     versions = dict(found.record.get("versions", {}))
     if found.repository.facts.get("tensorrt_llm"):
-        key = "TensorRT-LLM" if found.repository.facts["target"] == "engine" else "TensorRT-LLM (format of the engine)"
+        reference = found.repository.facts["target"] == "reference"
+        key = "TensorRT-LLM (format of the engine)" if reference else "TensorRT-LLM"
         versions[key] = str(found.repository.facts["tensorrt_llm"])
     smoke = found.smoke.manifest["ingredients"] if found.smoke else {}
     for part in (*(found.ingredients(stage) for stage in found.chain), smoke):

@@ -13,6 +13,13 @@ from builder.tasks import Row
 from builder.verdict import Verdict as Judged
 
 Status = Literal["passed", "failed", "incomplete"]
+# What serves a repository, by its target: for a sentence, and for a table.
+SERVED_BY = {
+    "engine": "its TensorRT engine",
+    "llmapi": "TensorRT-LLM's LLM API, without an engine",
+    "reference": "the reference executor, not on a GPU",
+}
+SERVER = {"engine": "TensorRT engine", "llmapi": "TensorRT-LLM LLM API", "reference": "reference executor, on a CPU"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,9 @@ def judge(
         failed += judged.reasons
     if smoke and smoke.failed:
         failed += [f"Smoke test: {check.name}: {check.detail}" for check in smoke.failed]
-    where = "by the reference executor, not on a GPU" if target == "reference" else "by its TensorRT engine"
-    served = f"The smoke test passed ({len(smoke.checks)} checks), served {where}." if smoke else ""
+    server = SERVED_BY.get(target, target)
+    checks = "" if smoke is None else smoke.counts if smoke.unchecked else f"{len(smoke.checks)} checks"
+    served = f"The smoke test passed ({checks}), served by {server}." if smoke else ""
     if failed:
         checked = judged.by if judged and judged.status == "failed" else "smoke test"
         return Verdict("failed", f"It failed the {'accuracy gate' if gate else checked}", tuple(failed))

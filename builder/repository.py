@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import guards, paths, recipe, tokenizer_files
+from builder import guards, paths, recipe, stream_capacity, tokenizer_files
 from builder import manifest as manifests
 from builder.errors import IntegrityError, UnsupportedError, UsageError
 from builder.foreign_text import parse_json, read_regular
@@ -24,6 +24,8 @@ TOKENIZER_DIR = "preprocessing/1/tokenizer"  # below the model repository
 SAME_CODE = {"ensemble_infer": "tensorrt_llm_bls"}
 MACROS = paths.data("triton_templates", "macros.j2")
 LEFTOVERS = ("${", "{{", "}}", "{%", "==SUPPRESS==")
+# Of the request's inputs, by the models that look after them themselves (the note in triton-tensors.json).
+REQUIRED = ("text_input", "max_tokens")
 # They take one prompt a request; the engine does the batching.
 ONE_AT_A_TIME = ("tensorrt_llm_bls", "ensemble_infer")
 
@@ -52,6 +54,7 @@ def render(engine: Engine, snapshot: Snapshot, part: recipe.Repository, *, store
         "libraries": library_versions("jinja2"),
         "sources": sources_digest(
             "builder/repository.py",
+            "builder/stream_capacity.py",
             "builder/guards.py",
             "builder/model_directory.py",
             "builder/tokenizer_files.py",
@@ -267,11 +270,16 @@ def _values(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], par
         "instances": {
             "preprocessing": part.preprocessing_instances,
             "postprocessing": part.postprocessing_instances,
-            "bls": part.bls_instances,
+            "bls": stream_capacity.at_once(part, build["max_batch_size"]),
         },
         "tensors": tensors,
+        "required_inputs": [
+            {key: value for key, value in entry.items() if key != "optional" or entry["name"] not in REQUIRED}
+            for entry in tensors["request"]["input"]
+        ],
         "steps": _steps(tensors),
         "tokenizer": {"tokenizer_dir": TOKENIZER_DIR, "skip_special_tokens": "true"},
+        "answers": {"exclude_input_in_output": _lower(part.exclude_input_in_output)},
         "limits": {
             "add_special_tokens": "true",
             "end_ids": json.dumps(ids["end_ids"]),
@@ -279,10 +287,13 @@ def _values(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], par
             "vocab_size": pretrained["vocab_size"],
             "max_input_len": build["max_input_len"],
             "max_seq_len": build["max_seq_len"],
+            "max_beam_width": build.get("max_beam_width", 1),
+            "context_logits": _lower(bool(build.get("gather_context_logits"))),
         },
         "engine": _engine_parameters(engine, build, part),
         "bls": {
             "engine_decoupled": _lower(part.decoupled),
+            "exclude_input_in_output": _lower(part.exclude_input_in_output),
             **{name: json.dumps(entries) for name, entries in tensors["maps"].items()},
         },
     }
@@ -368,7 +379,7 @@ def _facts(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], part
         "vocab_size": config["pretrained_config"]["vocab_size"],
         "end_id": ids["end_ids"][0] if ids["end_ids"] else None,
         **ids,
-        "bls_instances": part.bls_instances,
+        "bls_instances": stream_capacity.at_once(part, build["max_batch_size"]),
         "tokenizer_dir": TOKENIZER_DIR,
         "engine": str(engine),
         "tensorrt_llm": config["version"],

@@ -25,9 +25,9 @@ from builder.quantize import modelopt
 from builder.recipe import Calibration as Rows
 from builder.recipe import Recipe, Resolved
 from builder.recipe_evaluation import DataSet
-from builder.safetensors_io import byte_size
 from builder.source_files import SourceFiles
 from builder.store import Store, key_of, library_versions, replace_file, sources_digest
+from builder.weight_types import written_bytes
 
 SOURCES = (
     "builder/sensitivity.py",
@@ -287,7 +287,7 @@ def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], told: Mappin
                 proxy=told["weight_errors"][name] if output is None else output,
                 weight_error=told["weight_errors"][name],
                 output_error=output,
-                bytes=sum(byte_size(dtype, shape) - modelopt.quantized_bytes(shape) for dtype, shape in tensors)
+                bytes=sum(written_bytes(dtype, shape) - modelopt.quantized_bytes(shape) for dtype, shape in tensors)
                 - scalars,
             )
         )

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from builder import build_log, gpus, guards, llmapi_launch, process, serving_limits, supervisor
+from builder import build_log, exit_status, gpus, guards, llmapi_launch, process, serving_limits, supervisor
 from builder.errors import ServingError
 from builder.output import Output, seconds
 from builder.safe_text import printable_bytes
@@ -52,9 +52,18 @@ class Server:
         """Of the server's supervisor, which passes SIGTERM on."""
         return self.child.pid
 
-    def wait(self) -> int:
-        """Until the server ends by itself; its exit code."""
-        return self.child.wait()
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Until the server ends by itself: its exit code. None where it still runs after `timeout` seconds."""
+        try:
+            return self.child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def lost_a_model(self) -> bool:
+        """Whether a process that the server started has ended, and the server has not noticed."""
+        ours, found = set(supervisor.descendants(self.pid)), list(supervisor.processes())
+        servers = {pid for pid, name, _, _ in found if name == "tritonserver" and pid in ours}
+        return any(state == "Z" and parent in servers for _, _, state, parent in found)
 
 
 @contextmanager
@@ -245,12 +254,13 @@ def _wait_until_ready(server: Server, models: Path, deadline: float) -> None:
     while asked:
         now = time.monotonic()
         if server.child.poll() is not None:
-            raise _failure(f"Triton ended with {_how(server.child.returncode)} before it was ready.", server.log)
+            how = exit_status.describe(server.child.returncode)
+            raise _failure(f"Triton {how} before it was ready.", server.log)
         if now > deadline:
             raise _failure("Triton is not ready in time.", server.log)
         if now > look:
             look = now + 1.0
-            dead_since = (dead_since or now) if _lost_a_model(server) else None
+            dead_since = (dead_since or now) if server.lost_a_model() else None
             if dead_since and now - dead_since > DEAD_SECONDS:
                 raise _failure(
                     "The process of a model ended while it was loading, and Triton waits for it.", server.log
@@ -259,13 +269,6 @@ def _wait_until_ready(server: Server, models: Path, deadline: float) -> None:
             asked.pop(0)
         else:
             time.sleep(0.05)
-
-
-def _lost_a_model(server: Server) -> bool:
-    """Whether a process that the server started has ended, and the server has not noticed."""
-    ours, found = set(supervisor.descendants(server.pid)), list(supervisor.processes())
-    servers = {pid for pid, name, _, _ in found if name == "tritonserver" and pid in ours}
-    return any(state == "Z" and parent in servers for _, _, state, parent in found)
 
 
 def ready_paths(models: Path) -> list[str]:
@@ -309,10 +312,6 @@ def stop_at_eof() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _how(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _failure(what: str, log: Path) -> ServingError:

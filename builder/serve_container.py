@@ -48,14 +48,24 @@ class ContainerServer:
         """What the engine calls it."""
         return str(self.container.short_id)
 
-    def wait(self) -> int:
-        """Until the server ends by itself; its exit code (1 where the engine has forgotten it already)."""
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Until the server ends by itself: its exit code (1 where the engine has forgotten it already). None where it
+        still runs after `timeout` seconds."""
         import docker.errors
+        import requests.exceptions
 
         try:
-            return int(self.container.wait()["StatusCode"])
+            return int(self.container.wait(timeout=timeout)["StatusCode"])
         except docker.errors.NotFound:
             return 1
+        except (requests.exceptions.ReadTimeout, requests.exceptions.ConnectionError):
+            if timeout is None:
+                raise
+            return None
+
+    def lost_a_model(self) -> bool:
+        """Not seen from outside: the `builder serve` in the container looks."""
+        return False
 
 
 @contextmanager

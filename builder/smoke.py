@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SOURCES = (
     "builder/smoke.py",
     "builder/smoke_checks.py",
+    "builder/smoke_questions.py",
     "builder/client.py",
     "builder/serve.py",
     "builder/llmapi_launch.py",
@@ -52,12 +53,15 @@ LIBRARIES = (
 )
 
 
+DETAIL = 400  # characters of a check's detail: enough to see what is wrong
+
+
 @dataclass(frozen=True)
 class Check:
-    """One assertion: `detail` says what was seen, or what is wrong."""
+    """One assertion: `detail` says what was seen, what is wrong, or (`passed` None) why it could not be checked."""
 
     name: str
-    passed: bool
+    passed: bool | None
     detail: str
     seconds: float
 
@@ -79,7 +83,19 @@ class SmokeReport:
 
     @property
     def failed(self) -> list[Check]:
-        return [check for check in self.checks if not check.passed]
+        return [check for check in self.checks if check.passed is False]
+
+    @property
+    def unchecked(self) -> list[Check]:
+        """What this model gave no occasion to check."""
+        return [check for check in self.checks if check.passed is None]
+
+    @property
+    def counts(self) -> str:
+        """ "14 of 16 passed, 2 not checked"."""
+        passed = len(self.checks) - len(self.failed) - len(self.unchecked)
+        rest = [(self.failed, "failed"), (self.unchecked, "not checked")]
+        return ", ".join([f"{passed} of {len(self.checks)} passed", *(f"{len(c)} {what}" for c, what in rest if c)])
 
     def check(self) -> None:
         """Raises SmokeFailed naming the failed checks."""
@@ -137,7 +153,7 @@ def smoke(
 ) -> SmokeReport:
     """Every check on a running server, in order. `timeout` is for one answer, or one piece of a stream."""
     from builder.client import Client
-    from builder.smoke_checks import PROMPT, READY, Checks
+    from builder.smoke_checks import READY, Checks
 
     asked = Checks(Client.of(http_url, grpc_url, facts, timeout), facts)
     named = asked.named()
@@ -146,13 +162,14 @@ def smoke(
         for name, function in named.items():
             checks.append(_run(name, function))
             bar.update(len(checks), label=name)
-            if not checks[-1].passed:
+            if checks[-1].passed is None:
+                out.info(f"not checked: {name}: {checks[-1].detail}")
+            elif not checks[-1].passed:
                 out.warn(f"smoke check failed: {name}: {checks[-1].detail}")
                 if name == READY:
                     break  # nobody is there to ask
-    report = SmokeReport(tuple(checks), Sample(PROMPT, asked.first) if asked.first else None)
-    passed = len(checks) - len(report.failed)
-    out.info(f"{passed} of {len(named)} smoke checks passed in {seconds(sum(c.seconds for c in checks))}")
+    report = SmokeReport(tuple(checks), Sample(*asked.sample) if asked.sample else None)
+    out.info(f"smoke checks: {report.counts}, in {seconds(sum(c.seconds for c in checks))}")
     return report
 
 
@@ -166,6 +183,7 @@ def write_junit(report: SmokeReport, path: Path) -> None:
         tests=str(len(report.checks)),
         failures=str(len(report.failed)),
         errors="0",
+        skipped=str(len(report.unchecked)),
         time=f"{sum(check.seconds for check in report.checks):.3f}",
     )
     for check in report.checks:
@@ -173,7 +191,7 @@ def write_junit(report: SmokeReport, path: Path) -> None:
             suite, "testcase", classname="builder.smoke", name=check.name, time=f"{check.seconds:.3f}"
         )
         detail = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in check.detail)
-        kind = "system-out" if check.passed else "failure"
+        kind = {True: "system-out", False: "failure", None: "skipped"}[check.passed]
         element = ElementTree.SubElement(case, kind)
         element.text = detail
         if not check.passed:
@@ -184,13 +202,16 @@ def write_junit(report: SmokeReport, path: Path) -> None:
 
 def _run(name: str, function: Callable[[], str]) -> Check:
     """A check that breaks has failed: the others still run."""
-    from builder.smoke_checks import Wrong
+    from builder.smoke_questions import NotChecked, Wrong, short
 
     start = time.monotonic()
+    passed: bool | None
     try:
         detail, passed = function(), True
+    except NotChecked as unchecked:
+        detail, passed = str(unchecked), None
     except Wrong as wrong:
         detail, passed = str(wrong), False
     except Exception as error:
         detail, passed = f"{type(error).__name__}: {error}", False
-    return Check(name, passed, detail, round(time.monotonic() - start, 3))
+    return Check(name, passed, short(detail, DETAIL), round(time.monotonic() - start, 3))

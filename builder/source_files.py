@@ -80,14 +80,14 @@ class SourceFiles:
             raise
 
     @contextmanager
-    def alone(self) -> Iterator[Path]:
-        """A directory with links to exactly these files. Whatever else lies beside them, an adapter or a second set of
-        weights, is not loaded by accident. It has the model's name, which code that comes with a model is cached under.
-        """
+    def alone(self, without: Sequence[str] = ()) -> Iterator[Path]:
+        """A directory with links to exactly these files, but for those in `without`. Whatever else lies beside them, an
+        adapter or a second set of weights, is not loaded by accident. It has the model's name, which code that comes
+        with a model is cached under."""
         with private_directory() as parent:
             directory = parent / (self.root.name or "model")
             directory.mkdir()
-            for name in self.files:
+            for name in self.files.keys() - without:
                 (directory / name).symlink_to(self.root.absolute() / name)
             yield directory
 

@@ -74,6 +74,12 @@ class Store:
         self.force = frozenset(force)
         self.dry = dry
         self.done: list[Artefact] = []
+        self.assumed: list[str] = []
+
+    def assume(self, text: str) -> None:
+        """Notes once what a dry run took for granted."""
+        if text not in self.assumed:
+            self.assumed.append(text)
 
     def stage(self, name: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Artefact:
         """Finds the artefact with these ingredients, or has `make` fill a temporary directory and publishes it.

@@ -48,8 +48,9 @@ def wrong_codes(data: memoryview) -> str:
     return "" if _peak(data, "u1", 0x77, stop=True) else "is all zero"
 
 
-def wrong_floats(info: TensorInfo, data: memoryview) -> str:
-    """What is wrong with a tensor of floats: NaN, Inf, or a matrix of nothing but zeros. "" if nothing is."""
+def wrong_floats(info: TensorInfo, data: memoryview, *, zeros: bool = False) -> str:
+    """What is wrong with a tensor of floats: NaN, Inf, or unless `zeros` are fine (a layer that was kept as it came) a
+    matrix of nothing but zeros. "" if nothing is."""
     if info.dtype not in BITS or not info.nbytes:
         return ""
     form, magnitude, limit = BITS[info.dtype]
@@ -57,7 +58,7 @@ def wrong_floats(info: TensorInfo, data: memoryview) -> str:
     if peak >= limit:
         bad = np.frombuffer(data, form) & magnitude
         return f"has {int((bad > limit).sum())} NaN and {int((bad == limit).sum())} Inf of {bad.size} values"
-    return "is all zero" if peak == 0 and len(info.shape) == 2 else ""
+    return "is all zero" if peak == 0 and len(info.shape) == 2 and not zeros else ""
 
 
 def _peak(data: memoryview, form: str, mask: int, *, stop: bool = False) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from builder import recipe, trtllm_answers, trtllm_rules
+from builder import recipe, trtllm_answers, trtllm_rules, weight_types
 from builder.checkpoint import MIXED, head_size
 from builder.errors import UnsupportedError, UsageError
 from builder.ranks import GEMM_INPUTS, GEMM_OUTPUTS
@@ -137,7 +137,7 @@ def _subject(resolved: recipe.Resolved, config: Mapping[str, Any], answers: Sequ
         pp=asked.engine.pp,
         heads=heads,
         head_size=size,
-        dtype=config.get("dtype") or config.get("torch_dtype"),
+        dtype=weight_types.served(config),
         in_features={name: width for name, width in widths.items() if width},
         fmha_head_sizes=tuple(gpu.fmha_head_sizes),
         kv_reuse=asked.repository.enable_kv_cache_reuse,

@@ -6,6 +6,7 @@ looks at the outcome as the C++ side will, and `notes` says what is left to know
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,10 @@ from builder.trtllm_facts import Version
 FP8_FAMILY = ("FP8", "W4A8_AWQ", "NVFP4")  # and not MIXED_PRECISION, whatever it mixes (builder.py, 1.2, build)
 INTEGER = ("W8A16", "W4A16", "W8A8_SQ_PER_CHANNEL", "INT8", "FP8_PER_CHANNEL_PER_TOKEN")
 FMHA_ON = "Context FMHA is on with --gpu sm120-fmha, or --set engine.flags.context_fmha=enable (paged FMHA likewise)."
+IN_WORDS = {
+    "C++ check fails": "TensorRT-LLM's C++ runtime would not load the engine",
+    "unsupported": "TensorRT-LLM does not support it",
+}
 SWIGLU = ("gemm_swiglu_plugin", "low_latency_gemm_swiglu_plugin")
 
 
@@ -208,13 +213,24 @@ def refuse(subject: Subject, flags: Mapping[str, Flag]) -> None:
 
 
 def _usage(s: Settings, rule: str, what: str, cure: str) -> UsageError:
-    return UsageError(what, why=f"{s.subject.version.rules[rule]['effect']} ({s.subject.source(rule)}).", cure=cure)
+    return UsageError(what, why=_reason(s, rule), cure=cure)
 
 
 def _unsupported(s: Settings, rule: str, what: str, cure: str) -> UnsupportedError:
-    return UnsupportedError(
-        what, why=f"{s.subject.version.rules[rule]['effect']} ({s.subject.source(rule)}).", cure=cure
-    )
+    return UnsupportedError(what, why=_reason(s, rule), cure=cure)
+
+
+def _reason(s: Settings, rule: str) -> str:
+    """A rule's effect as a sentence for users: what would happen, without upstream's class names, and
+    where; `builder explain` lists the rules by these ids."""
+    entry = s.subject.version.rules[rule]
+    effect = IN_WORDS.get(entry["effect"], entry["effect"])
+    effect = re.sub(r"\b(an? )?[A-Z]\w*Error\b( \([^)]*\))?", "an error", effect)
+    if effect.startswith("an error"):
+        effect = f"trtllm-build would stop with {effect}"
+    first = effect.split()[0]
+    effect = effect.replace(first, first.capitalize(), 1) if first.isalpha() and first.islower() else effect
+    return f"{effect} ({s.subject.source(rule)})."
 
 
 def _refuse_ours(s: Settings) -> None:

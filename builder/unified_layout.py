@@ -29,7 +29,7 @@ def complete(unified: Path, source: Path) -> None:
         write_quant_cfg(unified, quantization)
     # The source's own: what transformers 5 writes instead, 4.57 can't load ("Tokenizer class TokenizersBackend ...").
     tokenizer_files.copy(source, unified)
-    if (source / GENERATION).is_file() and not (unified / GENERATION).exists():
+    if (source / GENERATION).is_file():  # ModelOpt's export turns do_sample on in its own
         shutil.copyfile(source / GENERATION, unified / GENERATION)
     mode = (unified / "config.json").stat().st_mode
     for path in unified.iterdir():

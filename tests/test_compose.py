@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -74,6 +75,15 @@ def test_the_commands_in_it_parse() -> None:
         assert cli.parser().parse_args(SERVICES[name]["command"]).run
     for name in ("build", "eval"):
         assert SERVICES[name]["entrypoint"] == ["builder", name]
+
+
+def test_what_serves_starts_again_and_is_healthy_only_if_it_answers() -> None:
+    assert {name for name in SERVICES if "restart" in SERVICES[name]} == {"triton", "prometheus", "grafana"}
+    assert {SERVICES[name].get("restart") for name in ("triton", "prometheus", "grafana")} == {"unless-stopped"}
+    command, check = SERVICES["triton"]["command"], SERVICES["triton"]["healthcheck"]
+    port = command[command.index("--http-port") + 1]
+    assert check["test"] == ["CMD", "python3", "-m", "builder.health", f"127.0.0.1:{port}"]
+    assert importlib.util.find_spec("builder.health")
 
 
 def test_no_token_comes_near_the_image() -> None:

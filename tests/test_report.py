@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from builder import results
 from builder.errors import UsageError
 from builder.report import REFERENCE, gather, judge
 from builder.report_page import code, escaped, fenced, html, markdown, shown
+from builder.report_verdict import SERVED_BY
 from builder.results import Evaluation, Interval, Score
 from builder.smoke import Check, SmokeReport
 from builder.store import Artefact
@@ -163,6 +165,22 @@ def test_what_is_not_known_is_absent_and_said(tmp_path: Path) -> None:
 def test_a_gpu_engine_is_not_said_to_be_the_reference_executor(link: Path) -> None:
     assert REFERENCE not in gather(link).unmeasured
     assert "Accuracy was not measured on the served model, only here: checkpoint on disk." in gather(link).unmeasured
+
+
+@pytest.mark.parametrize(
+    ("target", "server"),
+    [("engine", "TensorRT engine"), ("llmapi", "LLM API"), ("reference", "reference executor")],
+)
+def test_the_report_names_what_serves(link: Path, target: str, server: str) -> None:
+    found = gather(link)
+    found = replace(found, model=replace(found.model, target=target), verdict=judge(GOOD, None, target))
+    assert f"served by {SERVED_BY[target]}." in found.verdict.reasons[0]
+    assert server in SERVED_BY[target]
+    others = {"TensorRT engine", "LLM API", "reference executor"} - {server}
+    for text in (Page(html(found)).text, markdown(found)):
+        top = text.partition("What was not measured")[0]
+        assert server in top
+        assert not [other for other in others if other in top]
 
 
 def test_a_repository_outside_any_store_still_gets_a_report(tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_no_code_reaches_the_terminal(live: bool, monkeypatch: pytest.MonkeyPatc
     with out.progress(nasty, 10, nasty) as bar:
         bar.update(5, 10, nasty)
     print_error(UsageError(nasty, why=f"{nasty}\n{nasty}", cure=nasty))
-    Output("json").result({nasty: nasty})
+    out = Output("json")
+    out.result({nasty: nasty})
+    out.finish()
     for made in texts:
         assert not CODES.search(made.getvalue()), made.getvalue()
         assert "[bold]x[/]" in made.getvalue()
@@ -141,7 +143,9 @@ def test_secrets_reach_neither_messages_nor_json(
     text = "http://someone:mirrorpassword@127.0.0.1:9/a and 'mirrorpassword'"
     Output("human").info(text)
     Output("human").table("t", ["a"], [[text]])
-    Output("json").result({"url": text})
+    out = Output("json")
+    out.result({"url": text})
+    out.finish()
     print_error(UsageError(text, why=text, cure=text))
     said = capsys.readouterr()
     assert "mirrorpassword" not in said.out + said.err

@@ -72,13 +72,20 @@ def text(value, name):
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The fixture model's repository, as a build renders it, and its facts."""
-    root = tmp_path_factory.mktemp("served")
-    exports.export(exports.quantized(SNAPSHOT), root / "unified")
+    return render(tmp_path_factory.mktemp("served"), SNAPSHOT)
+
+
+def render(root: Path, snapshot: Path, **limits: int) -> tuple[Path, dict[str, Any]]:
+    exports.export(exports.quantized(snapshot), root / "unified")
+    return render_checkpoint(root, snapshot, root / "unified", **limits)
+
+
+def render_checkpoint(root: Path, snapshot: Path, unified: Path, **limits: int) -> tuple[Path, dict[str, Any]]:
     engine = root / "engine"
-    checkpoint.write_tensorrt_llm(root / "unified", checkpoint.read_json(SNAPSHOT / "config.json"), engine)
+    checkpoint.write_tensorrt_llm(unified, checkpoint.read_json(snapshot / "config.json"), engine)
     version = trtllm.load("1.2.1")
     pretrained = checkpoint.read_json(engine / "config.json")
-    flags = [trtllm.Flag(name, str(value), "", "") for name, value in BUILD.items()]
+    flags = [trtllm.Flag(name, str(value), "", "") for name, value in (BUILD | limits).items()]
     flags += [trtllm.Flag("context_fmha", "disable", "", ""), trtllm.Flag("use_paged_context_fmha", "disable", "", "")]
     config = {
         "version": "1.2.1",
@@ -86,7 +93,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         "build_config": trtllm.build_config(version, flags, pretrained),
     }
     (engine / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    facts = repository.write(root / "models", engine, SNAPSHOT, recipe.Repository())
+    facts = repository.write(root / "models", engine, snapshot, recipe.Repository(bls_instances=4))
     return root / "models", facts
 
 
@@ -290,12 +297,19 @@ def test_a_server_that_is_not_there_fails_at_once(rendered: tuple[Path, dict[str
 
 def test_junit_names_every_check(tmp_path: Path) -> None:
     report = smoke.SmokeReport(
-        (smoke.Check("good", True, "seen", 0.5), smoke.Check("bad", False, "it said <é> \x00\ufffd", 1.25))
+        (
+            smoke.Check("good", True, "seen", 0.5),
+            smoke.Check("bad", False, "it said <é> \x00\ufffd", 1.25),
+            smoke.Check("no occasion", None, "no prompt drew it", 0.0),
+        )
     )
     smoke.write_junit(report, tmp_path / "new" / "junit.xml")
     suite = ElementTree.parse(tmp_path / "new" / "junit.xml").getroot()
-    assert suite.attrib == {"name": "smoke", "tests": "2", "failures": "1", "errors": "0", "time": "1.750"}
-    good, bad = suite.findall("testcase")
+    counts = {"tests": "3", "failures": "1", "errors": "0", "skipped": "1"}
+    assert suite.attrib == {"name": "smoke", "time": "1.750", **counts}
+    good, bad, unchecked = suite.findall("testcase")
+    assert unchecked.find("skipped").attrib["message"] == "no prompt drew it"
+    assert unchecked.find("failure") is None
     assert good.find("failure") is None
     assert bad.find("failure").attrib["message"] == r"it said <é> \x00" + "\ufffd"
 

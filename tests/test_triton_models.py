@@ -80,14 +80,17 @@ def refusal(server: Server, model: str, verb: str = "generate", **body: Any) -> 
 
 
 TYPES = {"text_input": "BYTES", "stop_words": "BYTES", "stream": "BOOL", "end_id": "INT32", "max_tokens": "INT32",
-         "beam_width": "INT32"}  # fmt: skip
+         "beam_width": "INT32", "temperature": "FP32", "top_p": "FP32", "length_penalty": "FP32",
+         "repetition_penalty": "FP32", "presence_penalty": "FP32", "frequency_penalty": "FP32", "top_k": "INT32",
+         "min_tokens": "INT32", "pad_id": "INT32", "num_return_sequences": "INT32", "return_context_logits": "BOOL",
+         "embedding_bias_words": "BYTES", "embedding_bias_weights": "FP32"}  # fmt: skip
 
 
 def inputs(**values: Any) -> list[grpcclient.InferInput]:
     made = []
     for name, value in values.items():
         rows = value if isinstance(value, list) else [[value]]
-        kind = {"BYTES": object, "BOOL": bool, "INT32": np.int32}[TYPES[name]]
+        kind = {"BYTES": object, "BOOL": bool, "INT32": np.int32, "FP32": np.float32}[TYPES[name]]
         array = np.array([[v.encode() if isinstance(v, str) else v for v in row] for row in rows], dtype=kind)
         made.append(grpcclient.InferInput(name, array.shape, TYPES[name]))
         made[-1].set_data_from_numpy(array)
@@ -210,13 +213,81 @@ def test_infer_gets_the_error_code_of_a_bad_request(server: Server) -> None:
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
+BAD_SAMPLING = [
+    ({"temperature": -1.0}, "temperature is -1; it must be a finite number of 0 or more"),
+    ({"temperature": float("nan")}, "temperature is nan; it must be a finite number of 0 or more"),
+    ({"temperature": float("inf")}, "temperature is inf"),
+    ({"top_p": 1.5}, "top_p is 1.5; it must be from 0 to 1"),
+    ({"top_p": -0.5}, "top_p is -0.5; it must be from 0 to 1"),
+    ({"top_p": float("nan")}, "top_p is nan"),
+    ({"top_k": -3}, "top_k is -3; it must be 0 or more"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty is 0; it must be a finite number above 0"),
+    ({"presence_penalty": float("inf")}, "presence_penalty is inf; it must be a finite number"),
+    ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+    ({"length_penalty": float("nan")}, "length_penalty is nan"),
+    ({"min_tokens": -1}, "min_tokens is -1; it must be 0 or more"),
+    ({"num_return_sequences": 0}, "num_return_sequences is 0; it must be 1 or more"),
+    ({"beam_width": 0}, "beam_width is 0; this engine takes 1 to 1 (max_beam_width)"),
+    ({"beam_width": 2}, "beam_width is 2; "),
+    ({"end_id": 4096}, "end_id is 4096; it must be a token id below 4096, or -1 for none"),
+    ({"pad_id": -2}, "pad_id is -2; it must be a token id below 4096"),
+    ({"return_context_logits": True}, "return_context_logits needs an engine built with gather_context_logits"),
+    ({"embedding_bias_words": "a", "embedding_bias_weights": float("nan")}, "weights must be finite numbers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_SAMPLING)
+def test_a_bad_sampling_value_is_the_clients_error_every_way(server: Server, bad: dict[str, Any], message: str) -> None:
+    asked = {"text_input": "Hello", "max_tokens": 2, **bad}
+    if all(not isinstance(value, float) or np.isfinite(value) for value in bad.values()):  # JSON has no NaN
+        for model in ("ensemble", "ensemble_infer", "tensorrt_llm_bls"):
+            assert message in refusal(server, model, **asked)
+        body = {"inputs": [{"name": name, "datatype": TYPES[name], "shape": [1, 1], "data": [value]}
+                           for name, value in asked.items()]}  # fmt: skip
+        assert post(server, "ensemble_infer", "infer", body)[0] == 400
+    with pytest.raises(InferenceServerException) as caught:
+        infer(server, "ensemble_infer", **asked)
+    assert message in caught.value.message()
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        with pytest.raises(InferenceServerException) as caught:
+            stream(server, model, **asked)
+        assert message in caught.value.message()
+
+
+@pytest.mark.parametrize("model", ["ensemble_infer", "tensorrt_llm_bls", "ensemble"])
+def test_required_inputs_are_declared(server: Server, model: str) -> None:
+    """Not by the ensemble, for which Triton would then answer nothing (triton-tensors.json)."""
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        config = client.get_model_config(model).config
+    optional = {entry.name for entry in config.input if entry.optional}
+    assert ({"text_input", "max_tokens"} <= optional) == (model == "ensemble")
+    assert {"stop_words", "temperature"} <= optional
+
+
+def test_sampling_values_that_mean_default_are_taken(server: Server) -> None:
+    neutral = {
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "beam_width": 1,
+    }
+    assert infer(server, "ensemble_infer", text_input="Hello", max_tokens=3, **neutral) == echo("Hello", 3)
+    assert generate(server, "ensemble", text_input="Hello", max_tokens=3, **neutral) == echo("Hello", 3)
+
+
 @pytest.mark.parametrize("model", ["ensemble", "ensemble_infer", "tensorrt_llm_bls"])
 def test_a_missing_input_is_named(server: Server, model: str) -> None:
     others: dict[str, Any] = {"stop_words": ["a"], "end_id": 1, "pad_id": 1}
-    for more in ({}, others):
-        assert "text_input is missing" in refusal(server, model, max_tokens=3, **more)
-        assert "max_tokens is missing" in refusal(server, model, text_input="Hello", **more)
-    assert "request has 0 inputs" in refusal(server, model, unknown=1)
+    assert "text_input is missing" in refusal(server, model, max_tokens=3, **others)
+    assert "max_tokens is missing" in refusal(server, model, text_input="Hello", **others)
+    # Where they are declared as required, Triton says so itself if the count is too low.
+    for name, asked in (("text_input", {"max_tokens": 3}), ("max_tokens", {"text_input": "Hello"})):
+        said = f"{name} is missing" if model == "ensemble" else f"missing required input(s) ['{name}']"
+        assert said in refusal(server, model, **asked)
+    assert "0 inputs" in refusal(server, model, unknown=1)
     with pytest.raises(InferenceServerException, match="text_input is missing"):
         stream(server, model, max_tokens=3, end_id=1)
 
@@ -292,6 +363,24 @@ def load(model: str) -> ModuleType:
 PREPROCESSING, BLS = load("preprocessing"), load("tensorrt_llm_bls")
 
 
+CPP = """Encountered an error when fetching new request: [TensorRT-LLM][ERROR] Assertion failed: beamWidth > 0 \
+(/src/tensorrt_llm/cpp/tensorrt_llm/executor/samplingConfig.cpp:131)
+1       0x7f1234567890 tensorrt_llm::common::throwRuntimeError(char const*, int, std::string const&) + 82
+2       0x7f1234567abc /opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so(+0x1234)"""
+
+
+def test_an_engines_error_keeps_the_servers_insides_to_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    told = BLS.plain(CPP)
+    assert told == (
+        "Encountered an error when fetching new request: Assertion failed: beamWidth > 0; the server's log says more"
+    )
+    assert CPP in capfd.readouterr().err
+    for message in ("/opt/x/y.so", "[TensorRT-LLM][ERROR]", "0x7f1234567890"):
+        assert BLS.plain(message) == "the engine failed on this request; the server's log says more"
+    for message in ("Prompt length (300) exceeds maximum input length (256).", "and/or 3/4 of it", "see http://a/b"):
+        assert BLS.plain(message) == message
+
+
 def read_word_lists(packed: np.ndarray) -> list[list[int]]:
     """As TensorRT-LLM reads one row of a word list (convertWordList in utils.cc)."""
     ids, offsets = packed.tolist()
@@ -330,7 +419,8 @@ def test_pieces_add_up_to_the_whole(kind: str, skip: bool, data: st.DataObject) 
     highest = tokenizer.get_vocab_size() - 1
     token = st.integers(0, highest) | st.integers(max(0, highest - 9), highest) | st.integers(94, 260)
     chunks = data.draw(st.lists(st.lists(token, max_size=4), max_size=12))
-    detokenizer = BLS.Detokenizer(tokenizer, skip, BLS.waiting_ids(tokenizer, skip))
+    context = BLS.context_ids(tokenizer)
+    detokenizer = BLS.Detokenizer(tokenizer, skip, BLS.waiting_ids(tokenizer, skip), context)
     pieces = [detokenizer.add(list(chunk)) for chunk in chunks]
-    whole = tokenizer.decode([id for chunk in chunks for id in chunk], skip_special_tokens=skip)
+    whole = BLS.decode_after(tokenizer, context, [id for chunk in chunks for id in chunk], skip)
     assert "".join(pieces) + detokenizer.rest() == whole

@@ -79,13 +79,14 @@ def _import_all() -> None:
 
 
 def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    """The model in its own dtype, on the GPUs if there are any, and the batches of token ids [rows, <= seq_len]."""
+    """The model in the type that it is served in, on the GPUs if there are any, and the batches of token ids, each
+    [rows, <= seq_len]."""
     import torch
 
     batches = _batches(job)  # first: what is wrong with tokenizer, template or rows is known before weights are loaded
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     where: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    return model_loading.load(job, dtype="auto", **where), batches
+    return model_loading.to_quantize(job, **where), batches
 
 
 def _batches(job: Mapping[str, Any]) -> list[Any]:
@@ -93,7 +94,7 @@ def _batches(job: Mapping[str, Any]) -> list[Any]:
     from transformers import AutoConfig
 
     from builder import tokenizer_loading
-    from builder.calibrate import token_batches
+    from builder.calibrate import check_tokens, token_batches
 
     emit(progress={"label": "reading the calibration rows", "done": 0, "total": None})
     source, trust = Path(job["model"]), job["trust_remote_code"]
@@ -101,9 +102,11 @@ def _batches(job: Mapping[str, Any]) -> list[Any]:
     with model_loading.refused(source):
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=trust)
     longest = getattr(config, "max_position_embeddings", None) or job["seq_len"]
-    return token_batches(
+    batches = token_batches(
         Path(job["rows"]), tokenizer, seq_len=min(job["seq_len"], longest), batch_size=job["batch_size"]
     )
+    check_tokens(sum(batch.numel() for batch in batches), sum(map(len, batches)), job.get("least_tokens", 0))
+    return batches
 
 
 def _calibrate(
@@ -180,6 +183,21 @@ def _round_weights(model: Any, fp8: Sequence[str]) -> None:
         module.weight.copy_(module.weight_quantizer(module.weight))
 
 
+def _check_not_zero(weights: Mapping[str, Any]) -> None:
+    """UnsupportedError for weights of nothing but zeros, as in blocks that were added to a model and not trained: their
+    scale would be 0. The first row tells for almost every other weight."""
+    zero = [name for name, weight in weights.items() if not (bool(weight[:1].any()) or bool(weight.any()))]
+    if zero:
+        raise UnsupportedError(
+            f"{len(zero)} linear layers of the model have weights of nothing but zeros: {', '.join(zero[:5])}"
+            f"{', ...' * (len(zero) > 5)}.",
+            why="NVFP4 and FP8 divide by the largest weight. They are zero in the model's own files.",
+            cure="If that is meant, keep these layers as they are: "
+            + " ".join(f"--keep-bf16 '{name}'" for name in zero[:5])
+            + ". If not, fetch the model again or choose another revision.",
+        )
+
+
 def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = (), fp8: Sequence[str] = ()) -> dict[str, int]:
     """Counts ModelOpt's quantizers before they see data; UnsupportedError for what would come out wrong in silence."""
     linears = {
@@ -192,6 +210,7 @@ def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = (), fp8: S
     kind = type(model).__name__
     modelopt.check_sizes(linears)
     modules = dict(model.named_modules())
+    _check_not_zero({name: modules[name].weight for name in linears})
     lost = [name for name in kept if name in linears or not hasattr(modules.get(name), "weight_quantizer")]
     lost += [name for name in fp8 if name not in linears]
     if lost:

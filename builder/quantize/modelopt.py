@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import inspection, process, recipe
-from builder.calibrate import Calibration
+from builder.calibrate import Calibration, least_tokens
 from builder.checkpoint import Checkpoint
 from builder.errors import UnsupportedError
 from builder.fetch import Snapshot
@@ -43,6 +43,7 @@ SOURCES = (
     "builder/source_files.py",
     "builder/tensor_numbers.py",
     "builder/unified_layout.py",
+    "builder/weight_types.py",
 )
 # Two-dimensional weights that are never quantized: embeddings and norms are no linear layers, and ModelOpt's NVFP4
 # configuration leaves the others alone (configs/ptq/units/default_disabled_quantizers of 0.47, a subset in 0.37).
@@ -103,6 +104,7 @@ def quantize(
         "fp8": list(fp8),
         "seq_len": calibration_part.seq_len,
         "batch_size": calibration_part.batch_size,
+        "least_tokens": least_tokens(calibration_part),
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
         "gpus": calibrating(),
@@ -114,6 +116,7 @@ def quantize(
         "rows": str(calibration.path.absolute()),
         "seq_len": calibration_part.seq_len,
         "batch_size": calibration_part.batch_size,
+        "least_tokens": ingredients["least_tokens"],
         "kv_cache_dtype": part.kv_cache_dtype,
         "kept": list(kept),
         "fp8": list(fp8),

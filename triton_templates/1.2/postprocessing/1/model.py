@@ -20,6 +20,9 @@ class TritonPythonModel:
         root = Path(args["model_repository"]).parent
         self.tokenizer = Tokenizer.from_file(str(root / parameters["tokenizer_dir"] / "tokenizer.json"))
         self.skip_special_tokens = parameters["skip_special_tokens"] == "true"
+        self.exclude_input = parameters["exclude_input_in_output"] == "true"
+        self.front = added_in_front(lambda text: self.tokenizer.encode(text).ids)
+        self.context = context_ids(self.tokenizer)
 
     def execute(self, requests):
         return [self.answer(request) for request in requests]
@@ -45,5 +48,48 @@ class TritonPythonModel:
             ids = tokens[index][:length].tolist()
             if any(id < 0 for id in ids):
                 raise ValueError("the engine gave a negative token id inside a sequence")
-            texts[index] = self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens).encode("utf-8")
+            texts[index] = self.text(ids).encode("utf-8")
         return texts
+
+    def text(self, ids):
+        """Of an answer, or of a prompt and its answer.
+
+        Triton lets no step after a decoupled engine see the request, so that which of the two it is shows in <s>, or
+        where the tokenizer has none, in what the repository was made for.
+        """
+        has_prompt = ids[: len(self.front)] == self.front if self.front else not self.exclude_input
+        context = [] if has_prompt else self.context
+        return decode_after(self.tokenizer, context, ids, self.skip_special_tokens)
+
+
+def added_in_front(encode):
+    """The ids, as that of <s>, that `encode` puts in front of every text."""
+    common = []
+    for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
+        if len(set(ids)) > 1:
+            break
+        common.append(ids[0])
+    return common
+
+
+def context_ids(tokenizer):
+    """An ordinary token, after which answers are decoded; empty where there is none.
+
+    At the start of a text, tokenizers of the Llama 2 kind drop the space that the first token begins with, and the
+    prompt and its answer would run together.
+    """
+    byte_ids = {id for token, id in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")}
+    for text in ("a", "b", "1", "."):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[-1:]
+        if ids and ids[0] not in byte_ids and tokenizer.decode(ids):
+            return ids
+    return []
+
+
+def decode_after(tokenizer, context, ids, skip_special_tokens):
+    """The text of the ids as it continues a text."""
+    front = tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
+    whole = tokenizer.decode([*context, *ids], skip_special_tokens=skip_special_tokens)
+    if not whole.startswith(front):
+        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    return whole[len(front) :]

@@ -6,12 +6,37 @@ Needs numpy and tokenizers. Runs as it is in Triton's container and with the ref
 from __future__ import annotations
 
 import json
+import math
 import traceback
+import unicodedata
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
+
+# What may stand before and after a word in an answer. A tokenizer may write a word differently at the start of a text,
+# after a space, inside a line, and together with the line break that follows it.
+BEFORE = ("a", "1", ".", ")", "\n", "")
+AFTER = ("", "\n", "\n\n", " ")
+MAX_WORD = 1000  # characters
+BEFORE_LINE_BREAK = (*".,:;!?)]}'\"`>", "\n")  # many vocabularies have each of these and a line break as one token
+MAX_VARIANTS = 32  # of one word; the engine compares each with the end of the answer at every token
+
+# Sampling values that TensorRT-LLM accepts (cpp/tensorrt_llm/executor/samplingConfig.cpp): (input, the client's name,
+# test, rule). They are checked here because the engine's own refusal shows clients its C++ source files.
+SAMPLING = (
+    ("TEMPERATURE", "temperature", lambda x: 0 <= x < math.inf, "a finite number of 0 or more"),
+    ("TOP_K", "top_k", lambda x: x >= 0, "0 or more"),
+    ("TOP_P", "top_p", lambda x: 0 <= x <= 1, "from 0 to 1"),
+    ("LENGTH_PENALTY", "length_penalty", math.isfinite, "a finite number"),
+    ("REPETITION_PENALTY", "repetition_penalty", lambda x: 0 < x < math.inf, "a finite number above 0"),
+    ("PRESENCE_PENALTY", "presence_penalty", math.isfinite, "a finite number"),
+    ("FREQUENCY_PENALTY", "frequency_penalty", math.isfinite, "a finite number"),
+    ("MIN_TOKENS", "min_tokens", lambda x: x >= 0, "0 or more"),
+    ("NUM_RETURN_SEQUENCES", "num_return_sequences", lambda x: x >= 1, "1 or more"),
+)
 
 
 class TritonPythonModel:
@@ -28,6 +53,9 @@ class TritonPythonModel:
         self.vocab_size = int(parameters["vocab_size"])
         self.max_input_len = int(parameters["max_input_len"])
         self.max_seq_len = int(parameters["max_seq_len"])
+        self.max_beam_width = int(parameters["max_beam_width"])
+        self.has_context_logits = parameters["context_logits"] == "true"
+        self.variants = lru_cache(1024)(self.variants)
         # No prompt of more characters can fit, so nobody has to wait while it is tokenized to find out.
         longest = max(len(token) for token in self.tokenizer.get_vocab())
         self.max_characters = self.max_input_len * longest
@@ -57,7 +85,8 @@ class TritonPythonModel:
         for row, wanted in zip(ids, max_tokens[:, 0].tolist(), strict=True):
             self.check_lengths(len(row), wanted)
         stop_words = self.words(array(request, "STOP_WORDS_DICT"), "stop_words", rows)
-        end_id, pad_id = array(request, "END_ID"), array(request, "PAD_ID")
+        self.check_sampling(request)
+        end_id, pad_id = self.token_id(request, "END_ID", "end_id"), self.token_id(request, "PAD_ID", "pad_id")
         if end_id is None:
             # The engine knows one end; a model with more (Qwen3 has two) ends at the others as at stop words.
             stop_words = [words + [[end] for end in self.end_ids[1:]] for words in stop_words]
@@ -112,12 +141,66 @@ class TritonPythonModel:
                 f" this engine takes {self.max_seq_len} (max_seq_len): max_tokens can be {self.max_seq_len - prompt}"
             )
 
+    def check_sampling(self, request):
+        for name, client_name, valid, rule in SAMPLING:
+            values = array(request, name)
+            for value in [] if values is None else values.reshape(-1).tolist():
+                if not valid(value):
+                    raise ValueError(f"{client_name} is {value:g}; it must be {rule}")
+        beams = array(request, "BEAM_WIDTH")
+        for width in [] if beams is None else beams.reshape(-1).tolist():
+            if not 1 <= width <= self.max_beam_width:
+                raise ValueError(
+                    f"beam_width is {width}; this engine takes 1 to {self.max_beam_width} (max_beam_width)"
+                )
+        logits = array(request, "RETURN_CONTEXT_LOGITS")
+        if logits is not None and logits.any() and not self.has_context_logits:
+            raise ValueError("return_context_logits needs an engine built with gather_context_logits")
+
+    def token_id(self, request, name, client_name):
+        ids = array(request, name)
+        for id in [] if ids is None else ids.reshape(-1).tolist():
+            if not -1 <= id < self.vocab_size:
+                raise ValueError(
+                    f"{client_name} is {id}; it must be a token id below {self.vocab_size}, or -1 for none"
+                )
+        return ids
+
     def words(self, values, name, rows):
-        """For each row the token ids of each of its words."""
-        if values is None:
-            return [[] for _ in range(rows)]
-        texts = [[text(value, name) for value in row] for row in values.reshape(rows, -1)]
-        return [[self.tokenizer.encode(word, add_special_tokens=False).ids for word in row] for row in texts]
+        """For each row the token ids of each of its words, in every way in which an answer can contain them."""
+        return [[ids for word in row for ids in self.variants(word)] for row in texts(values, name, rows)]
+
+    def variants(self, word):
+        """The token sequences that hold the word, none of which contains another: such a one is found anyway."""
+        if not word:
+            return []
+        leads = ("",) if word[0].isspace() else ("", " ")
+        found = [self.in_context(x, lead + word, after) for lead in leads for x in BEFORE for after in AFTER]
+        if word[0] == "\n":
+            found += [self.merged(before, word) for before in BEFORE_LINE_BREAK]
+        kept = []
+        for ids in sorted(filter(None, found), key=len):
+            if max(ids) < self.vocab_size and not any(contains(ids, one) for one in kept):
+                kept.append(ids)
+        return kept[:MAX_VARIANTS]
+
+    def merged(self, before, word):
+        """The ids of `before` and the word where its first character is in one token with `before`; else None."""
+        front, whole = self.word_ids(before), self.word_ids(before + word)
+        return whole if len(front) == 1 and whole[:1] != front else None
+
+    def in_context(self, before, word, after=""):
+        """The ids of the word after `before`; None where the tokenizer merges the two or loses the word."""
+        front = self.word_ids(before)
+        whole = self.word_ids(before + word + after)
+        ids = whole[len(front) :]
+        if not word or whole[: len(front)] != front or not ids:
+            return None
+        readable = self.tokenizer.decode(whole, skip_special_tokens=False)
+        return ids if normalized(word) in normalized(readable) else None
+
+    def word_ids(self, word):
+        return self.tokenizer.encode(word, add_special_tokens=False).ids
 
     def bias(self, request, rows):
         """[rows, vocab_size], or [rows, 0] where the request has no bias."""
@@ -127,11 +210,24 @@ class TritonPythonModel:
         if words is None or weights is None or words.shape != weights.shape:
             raise ValueError("embedding_bias_words and embedding_bias_weights come together, as many of each")
         bias = np.zeros((rows, self.vocab_size), np.float32)
-        ids = self.words(words, "embedding_bias_words", rows)
-        for row, tokens, values in zip(bias, ids, weights.reshape(rows, -1), strict=True):
-            for word, value in zip(tokens, values, strict=True):
-                row[word] += value
+        if not np.isfinite(weights).all():
+            raise ValueError("embedding_bias_weights must be finite numbers")
+        found = texts(words, "embedding_bias_words", rows)
+        for row, line, values in zip(bias, found, weights.reshape(rows, -1), strict=True):
+            for word, value in zip(line, values, strict=True):
+                row[self.biased_ids(word)] += value
         return bias
+
+    def biased_ids(self, word):
+        """The ids of the word at the start of a text and inside one, without a space that the tokenizer adds."""
+        inside = next((ids for before in BEFORE if (ids := self.in_context(before, word))), [])
+        start = (not word[:1].isspace() and self.in_context("", word)) or []
+        while len(start) > 1 and not self.tokenizer.decode(start[:1]).strip():
+            start = start[1:]
+        ids = sorted({*inside, *start})
+        if word and (not ids or ids[-1] >= self.vocab_size):
+            raise ValueError(f"embedding_bias_words holds {word!r}, which this model does not know")
+        return ids
 
 
 def added_in_front(encode):
@@ -169,6 +265,27 @@ def text(value, name):
         return value if isinstance(value, str) else value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not valid UTF-8 at byte {error.start}") from None
+
+
+def texts(values, name, rows):
+    """The words of each row; none where the request has none."""
+    if values is None:
+        return [[] for _ in range(rows)]
+    found = [[text(value, name) for value in row] for row in values.reshape(rows, -1)]
+    longest = max((len(word) for row in found for word in row), default=0)
+    if longest > MAX_WORD:
+        raise ValueError(f"{name} holds a text of {longest} characters; each can have {MAX_WORD}")
+    return found
+
+
+def normalized(word):
+    """For comparison: tokenizers replace composed and compatible characters."""
+    return unicodedata.normalize("NFKC", word)
+
+
+def contains(ids, part):
+    """Whether the ids of `part` stand in `ids` one after another."""
+    return any(ids[i : i + len(part)] == part for i in range(len(ids) - len(part) + 1))
 
 
 def word_lists(rows):

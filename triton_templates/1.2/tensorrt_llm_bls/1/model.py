@@ -7,6 +7,8 @@ Needs numpy and tokenizers. Runs as it is in Triton's container and with the ref
 from __future__ import annotations
 
 import json
+import re
+import sys
 import threading
 import time
 import traceback
@@ -25,6 +27,11 @@ OWN_OUTPUTS = ("output_ids", "sequence_length")
 # hold it, it frees Python objects there and crashes: at once on Python 3.12, now and then on 3.11 (python_backend
 # r24.10, Stub::SendCleanupId). So each is held here for longer than the stub needs: milliseconds, more under load.
 HELD_SECONDS = 2.0
+# Source files, stack frames and the log's own prefix in TensorRT-LLM's C++ errors. They are the server's business.
+INSIDES = re.compile(
+    r"\s*\(?(?<![\w:/])/(?:[\w.+-]+/)*[\w.+-]+(?::\d+)?\)?"
+    r"|\s*\b[\w-]+\.(?:cpp|cc|cu|h|py)(?::\d+)?|\[TensorRT-LLM\](?:\[\w+\])?\s*|\b0x[0-9a-f]{6,}"
+)
 
 
 class TritonPythonModel:
@@ -36,6 +43,8 @@ class TritonPythonModel:
         self.tokenizer = Tokenizer.from_file(str(root / parameters["tokenizer_dir"] / "tokenizer.json"))
         self.skip_special_tokens = parameters["skip_special_tokens"] == "true"
         self.waiting_ids = waiting_ids(self.tokenizer, self.skip_special_tokens)
+        self.context = context_ids(self.tokenizer)
+        self.exclude_input = parameters["exclude_input_in_output"] == "true"
         self.can_stream = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.engine_streams = parameters["engine_decoupled"] == "true"
         self.maps = {key: json.loads(value) for key, value in parameters.items() if "_from_" in key}
@@ -62,7 +71,7 @@ class TritonPythonModel:
         except Refused as refused:
             refuse(sender, refused.error)
         except pb_utils.TritonModelException as error:
-            refuse(sender, pb_utils.TritonError(str(error)))
+            refuse(sender, pb_utils.TritonError(plain(str(error))))
         except Exception as error:
             traceback.print_exc()
             message = f"{self.name} failed: {type(error).__name__}; the server's log says more"
@@ -84,7 +93,9 @@ class TritonPythonModel:
         if streaming:
             self.stream(engine_request, request, sender)
         else:
-            self.answer_once(engine_request, sender)
+            exclude = inputs.get("exclude_input_in_output")
+            has_prompt = not (self.exclude_input if exclude is None else exclude.any())
+            self.answer_once(engine_request, sender, [] if has_prompt else self.context)
 
     def check(self, inputs, streaming):
         for name in ("text_input", "max_tokens"):
@@ -133,16 +144,16 @@ class TritonPythonModel:
             while self.held[0][0] < now - HELD_SECONDS:
                 self.held.popleft()
 
-    def answer_once(self, engine_request, sender):
+    def answer_once(self, engine_request, sender, context):
         answers = list(self.ask(engine_request))
         if len(answers) != 1:
             invalid(f"the engine gave {len(answers)} answers to one request")
         beams, others = read(answers[0])
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens) for ids in beams]
+        texts = [decode_after(self.tokenizer, context, ids, self.skip_special_tokens) for ids in beams]
         sender.send(piece(texts, others), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def stream(self, engine_request, request, sender):
-        text = Detokenizer(self.tokenizer, self.skip_special_tokens, self.waiting_ids)
+        text = Detokenizer(self.tokenizer, self.skip_special_tokens, self.waiting_ids, self.context)
         sent = stopped = False
         for response in self.ask(engine_request):
             if stopped or request.is_cancelled():
@@ -179,9 +190,11 @@ class TritonPythonModel:
 class Detokenizer:
     """Token ids in, text out: nothing is given out before later ids can no longer change it."""
 
-    def __init__(self, tokenizer, skip_special_tokens, waiting_ids):
+    def __init__(self, tokenizer, skip_special_tokens, waiting_ids, context):
         self.tokenizer, self.skip_special_tokens, self.waiting_ids = tokenizer, skip_special_tokens, waiting_ids
-        self.decoder = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self.decoder, self.context = DecodeStream(skip_special_tokens=skip_special_tokens), context
+        for id in context:
+            self.decoder.step(tokenizer, id)
         self.ids, self.pending, self.given = [], [], 0
 
     def add(self, ids):
@@ -198,7 +211,7 @@ class Detokenizer:
 
     def rest(self):
         """What a decoding of the whole has beyond what was given out: of a character that never became complete."""
-        return self.tokenizer.decode(self.ids, skip_special_tokens=self.skip_special_tokens)[self.given :]
+        return decode_after(self.tokenizer, self.context, self.ids, self.skip_special_tokens)[self.given :]
 
 
 def waiting_ids(tokenizer, skip_special_tokens):
@@ -208,6 +221,29 @@ def waiting_ids(tokenizer, skip_special_tokens):
     if skip_special_tokens:
         ids |= {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return ids
+
+
+def context_ids(tokenizer):
+    """An ordinary token, after which answers are decoded; empty where there is none.
+
+    At the start of a text, tokenizers of the Llama 2 kind drop the space that the first token begins with, and the
+    prompt and its answer would run together.
+    """
+    byte_ids = {id for token, id in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")}
+    for text in ("a", "b", "1", "."):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[-1:]
+        if ids and ids[0] not in byte_ids and tokenizer.decode(ids):
+            return ids
+    return []
+
+
+def decode_after(tokenizer, context, ids, skip_special_tokens):
+    """The text of the ids as it continues a text."""
+    front = tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
+    whole = tokenizer.decode([*context, *ids], skip_special_tokens=skip_special_tokens)
+    if not whole.startswith(front):
+        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    return whole[len(front) :]
 
 
 class Refused(Exception):
@@ -222,8 +258,19 @@ def invalid(message):
 
 def checked(response):
     if response.has_error():
-        raise Refused(response.error())
+        error = response.error()
+        raise Refused(pb_utils.TritonError(plain(error.message()), error.code()))
     return response
+
+
+def plain(message):
+    """An engine's error without the insides of the server, which go to its log."""
+    first = message.strip().partition("\n")[0]
+    said = INSIDES.sub("", first).strip()
+    if said == message.strip():
+        return said
+    print(f"The engine's error: {message}", file=sys.stderr, flush=True)
+    return f"{said or 'the engine failed on this request'}; the server's log says more"
 
 
 def refuse(sender, error):
