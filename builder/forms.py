@@ -51,6 +51,7 @@ SOURCES = (
     "builder/source_files.py",
     "builder/tensor_numbers.py",
     "builder/unified_layout.py",
+    "builder/weight_types.py",
 )
 LIBRARIES = (*modelopt.LIBRARIES, "tritonclient", "nvidia-pytriton", "tensorrt_llm", "tensorrt")
 KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv

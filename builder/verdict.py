@@ -60,7 +60,8 @@ def check(repository: Path) -> None:
 
 
 def _of(chain: Sequence[str], everything: Sequence[Artefact]) -> list[Artefact]:
-    verdicts = [one for one in everything if one.stage == STAGE]
+    """Oldest first."""
+    verdicts = sorted((a for a in everything if a.stage == STAGE), key=lambda a: float(a.manifest["started"]))
     return [one for one in verdicts if {*map(str, one.manifest["ingredients"].get("of", ()))} & set(chain)]
 
 

@@ -47,6 +47,7 @@ def resolve(**more: Any) -> Resolved:
         "gpu": "cpu",
         "calibration.samples": 6,
         "calibration.seq_len": 128,
+        "quality.check": False,  # of builds whose quality is not what is tested
         "evaluation.data": SETS,
         "evaluation.texts": 10,
         "evaluation.max_tokens": 80,

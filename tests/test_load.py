@@ -32,7 +32,7 @@ SMALL = Asked(clients=(1, 3), requests=6, input_tokens=24, output_tokens=5)
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """As a build leaves it, in its store."""
     store = Store(tmp_path_factory.mktemp("load") / "artifacts", QUIET)
-    asked = recipe.resolve({"model.id": str(SNAPSHOT), "gpu": "cpu", "calibration.samples": 4})
+    asked = recipe.resolve({"model.id": str(SNAPSHOT), "gpu": "cpu", "calibration.samples": 4, "quality.check": False})
     found = pipeline.build(asked, store, until="repository").repository
     assert found is not None
     return found

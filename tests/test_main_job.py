@@ -233,7 +233,8 @@ def test_a_gate_ends_a_build_with_4_publishes_nothing_and_keeps_everything(
 def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str, Any]]) -> None:
     """The same checkpoint, split; the reference executor puts the ranks together, and the answers are the same."""
     output, said = built
-    done = builder("build", "--model", MODEL, *SMALL, "--tp", "2", "--pp", "2", "--output", str(output), "--json")
+    argv = ["build", "--model", MODEL, *SMALL, "--output", str(output), "--json", "--no-quality-check"]
+    done = builder(*argv, "--tp", "2", "--pp", "2")
     assert done.returncode == 0, done.stderr
     split = json.loads(done.stdout)
     cached = {stage["stage"]: stage["cached"] for stage in split["stages"]}
@@ -242,7 +243,7 @@ def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str
     assert sorted(path.name for path in engine.glob("rank*")) == [f"rank{rank}.safetensors" for rank in range(4)]
     assert split["smoke"]["passed"]
     assert split["smoke"]["sample"] == said["smoke"]["sample"]
-    again = builder("build", "--model", MODEL, *SMALL, "--output", str(output), "--json")
+    again = builder(*argv)
     assert json.loads(again.stdout)["stages"][-1]["path"] == said["stages"][-1]["path"]
 
 
@@ -402,14 +403,16 @@ def damaged_llama(directory: Path, tensor: str, data: bytes) -> Path:
 NAN, ZEROS = b"\xc0\x7f", bytes(64 * 128 * 2)
 
 
-@pytest.mark.parametrize(("data", "what"), [(NAN, "has 1 NaN"), (ZEROS, "has 512 NaN")])
-def test_broken_weights_end_the_build_with_6_and_their_names(tmp_path: Path, data: bytes, what: str) -> None:
-    """A NaN stops ModelOpt's calibrator; zeros it quantizes without a word, to scales of NaN. Nothing is kept."""
+@pytest.mark.parametrize(
+    ("data", "code", "what"), [(NAN, 6, "has 1 NaN"), (ZEROS, 3, "weights of nothing but zeros")], ids=["NaN", "zeros"]
+)
+def test_broken_weights_end_the_build_and_are_named(tmp_path: Path, data: bytes, code: int, what: str) -> None:
+    """A NaN stops ModelOpt's calibrator; zeros it would quantize without a word, to scales of NaN. Nothing is kept."""
     model = damaged_llama(tmp_path / "llama", "model.layers.1.self_attn.o_proj.weight", data)
     argv = ["--model", str(model), *SMALL, "--max-seq-len", "256", "--max-input-len", "128"]
     done = builder("build", *argv, "--output", str(tmp_path / "out"))
-    assert done.returncode == 6, done.stderr
-    assert "model.layers.1.self_attn.o_proj.weight" in done.stderr
+    assert done.returncode == code, done.stderr
+    assert "model.layers.1.self_attn.o_proj" in done.stderr
     assert what in done.stderr, done.stderr
     assert not list((tmp_path / "out" / "checkpoint").iterdir())
 

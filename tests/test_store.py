@@ -237,7 +237,7 @@ NO_INGREDIENTS = {"calibrate", "engine", "errors", "fetch", "gpus", "hub", "hub_
 NO_INGREDIENTS |= {"manifest", "recipe", "recipe_evaluation", "repository", "store"}
 # What only rejects, names or protects: it changes whether something is made, not what.
 NO_INGREDIENTS |= {"atomic", "build_log", "config_values", "environment", "foreign_text", "hub_guard", "interrupts"}
-NO_INGREDIENTS |= {"naming"}
+NO_INGREDIENTS |= {"exit_status", "llmapi_facts", "model_kinds", "naming"}
 NO_INGREDIENTS |= {"quantization_signs", "safe_text", "serving_limits", "source_model", "supervisor", "tensor_names"}
 NO_INGREDIENTS |= {"tokenizer_child"}
 # calibrate.py also makes tokens of the rows, but in the stage that quantizes; its own stage keeps text.

@@ -47,6 +47,7 @@ def resolve(directory: Path | None, **more: Any) -> Resolved:
         "gpu": "cpu",
         "calibration.samples": 6,
         "calibration.seq_len": 128,
+        "quality.check": False,  # of builds whose quality is not what is tested
         "evaluation.data": [],
         "evaluation.runners": ["bf16", "checkpoint"],
         "tasks.names": "follows,next_word",
