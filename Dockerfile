@@ -33,7 +33,7 @@ RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml \
     && rm /needed.txt \
     && install -d -m 1777 /artifacts /cache
 # TensorRT-LLM can't be imported with the openai that NVIDIA's images 26.03 to 26.07 ship (1.107.3, without
-# PartReasoningText). That one stays; the llmapi target's processes alone take this one first (builder/llmapi_launch.py).
+# PartReasoningText). That one stays; the llmapi target's processes alone take this one first (builder/llmapi/launch.py).
 RUN if python3 -c 'import openai' 2>/dev/null && ! python3 -c \
         'from openai.types.responses.response_content_part_added_event import PartReasoningText' 2>/dev/null; then \
         python3 -m pip install -q --no-cache-dir --no-deps --root-user-action ignore \

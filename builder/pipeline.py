@@ -8,40 +8,34 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder import (
-    engine,
-    fit,
-    kept_layers,
-    llmapi,
-    llmapi_repository,
-    preflight,
-    probe_answers,
-    publish,
-    ranks,
-    record,
-    tasks,
-    trtllm,
-    verdict,
-)
-from builder.calibrate import Calibration, calibrate, check_conversations, read_rows
-from builder.checkpoint import Checkpoint
-from builder.engine import Engine
-from builder.fetch import Snapshot, fetch
-from builder.fit import ModelFacts
-from builder.output import Output
+from builder.calibration.rows import Calibration, calibrate, check_conversations, read_rows
+from builder.checkpoint import sharding
+from builder.checkpoint.layouts import Checkpoint
+from builder.core.output import Output
+from builder.core.store import STAGES, Artefact, Store, WouldRun, read
+from builder.evaluate import tasks
+from builder.hub.snapshot import Snapshot, fetch
+from builder.llmapi import arguments as llmapi_arguments
+from builder.llmapi import repository as llmapi_repository
+from builder.preflight import checks, memory
+from builder.preflight.memory import ModelFacts
+from builder.publish import build_record, links, verdict
+from builder.publish.verdict import Verdict
+from builder.quantize import exclude
 from builder.quantize.modelopt import quantize
-from builder.recipe import Resolved
-from builder.repository import Repository, render
-from builder.repository import sources as triton_sources
-from builder.smoke import SmokeReport, smoke_test
-from builder.store import STAGES, Artefact, Store, WouldRun, read
-from builder.trtllm_answers import Answer
-from builder.verdict import Verdict
+from builder.recipe.schema import Resolved
+from builder.serving.smoke import SmokeReport, smoke_test
+from builder.triton.repository import Repository, render
+from builder.triton.repository import sources as triton_sources
+from builder.trtllm import engine, probe_store
+from builder.trtllm import flags as trtllm_flags
+from builder.trtllm.engine import Engine
+from builder.trtllm.probe_results import Answer
 
 if TYPE_CHECKING:
-    from builder.evaluate import Evaluation
-    from builder.quality import Quality
-    from builder.sensitivity import Sensitivity
+    from builder.evaluate.sensitivity.stage import Sensitivity
+    from builder.evaluate.stage import Evaluation
+    from builder.quality.check import Quality
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Built:
 
     snapshot: Snapshot
     model: ModelFacts | None = None
-    flags: preflight.Settings = field(default=())
+    flags: checks.Settings = field(default=())
     checkpoint: Checkpoint | None = None
     engine: Engine | None = None
     repository: Repository | None = None
@@ -118,10 +112,10 @@ def _check_quality(
     made: Built, calibration: Calibration, checkpoint: Checkpoint, resolved: Resolved, store: Store
 ) -> Built:
     """With its quality; where that is too low with the verdict too, which is kept for any repository made of it."""
-    from builder.quality import check_quality  # numpy: only for those who measure
+    from builder.quality.check import check_quality  # numpy: only for those who measure
 
     assert made.model is not None
-    host = fit.machine(store.root)
+    host = memory.machine(store.root)
     quality = check_quality(made.snapshot, calibration, checkpoint, made.model, resolved, host, store=store)
     made, limit = replace(made, quality=quality), resolved.recipe.quality.min_score
     if not (failed := quality.failure(limit)):
@@ -151,24 +145,24 @@ def _needed(resolved: Resolved) -> str:
 
 def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> Sensitivity:
     """What each group of linear layers loses; with `proxy` by errors of outputs or, without texts, of weights alone."""
-    from builder import sensitivity
+    from builder.evaluate.sensitivity import stage as sensitivity_stage
 
     recipe = resolved.recipe
     if not proxy:
-        sensitivity.check_texts(recipe)
+        sensitivity_stage.check_texts(recipe)
     snapshot = fetch(recipe.model, store=store, check=lambda config: None)
-    flags = preflight.check_model(resolved, snapshot.config, layouts=False)
-    model = preflight.keep_patterns(resolved, preflight.headers(snapshot.path, snapshot.config, snapshot.files), flags)
+    flags = checks.check_model(resolved, snapshot.config, layouts=False)
+    model = checks.keep_patterns(resolved, checks.headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if proxy and recipe.sensitivity.data is None:
-        return sensitivity.weight_errors(snapshot, model, store)
+        return sensitivity_stage.weight_errors(snapshot, model, store)
     calibration = calibrate(recipe.calibration, store=store)
     check_conversations(read_rows(calibration), snapshot.path)
-    return sensitivity.sensitivity(snapshot, calibration, model, resolved, store=store, proxy=proxy)
+    return sensitivity_stage.sensitivity(snapshot, calibration, model, resolved, store=store, proxy=proxy)
 
 
 def _measure(built: Built, resolved: Resolved, store: Store, *, ask: bool = False) -> Evaluation:
-    from builder.evaluate import evaluate  # numpy: only for those who measure
-    from builder.forms import Models
+    from builder.evaluate.stage import evaluate  # numpy: only for those who measure
+    from builder.evaluate.variants import Models
 
     models = Models(built.snapshot, built.calibration, built.checkpoint, built.repository)
     return evaluate(models, resolved, store=store, ask=ask)
@@ -179,15 +173,15 @@ def _chain(resolved: Resolved, store: Store, until: str, *, check: bool = False)
     recipe = resolved.recipe
     wanted = STAGES[: STAGES.index(until) + 1]
     if until in ("ranks", "engine") and recipe.target == "llmapi":
-        raise preflight.no_engine()
+        raise checks.no_engine()
     if "engine" in wanted and not store.dry:
-        preflight.check_machine(resolved, serving="smoke" in wanted)
+        checks.check_machine(resolved, serving="smoke" in wanted)
     if "repository" in wanted and recipe.target != "llmapi":
         triton_sources(recipe.engine.tensorrt_llm)  # refused before any work where there are none
 
     if "checkpoint" not in wanted:
         return Built(fetch(recipe.model, store=store))
-    answers = probe_answers.answers(resolved, store.root)
+    answers = probe_store.answers(resolved, store.root)
     snapshot, flags, model = _fetched(resolved, answers, wanted, store)
 
     calibration = calibrate(recipe.calibration, store=store)
@@ -195,7 +189,7 @@ def _chain(resolved: Resolved, store: Store, until: str, *, check: bool = False)
     if recipe.quantization.kept_budget is not None:
         model = keep_chosen(resolved, snapshot, calibration, model, flags, store)
         if "engine" in wanted and not store.dry:
-            preflight.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
+            checks.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
     checkpoint = quantize(
         snapshot,
         calibration,
@@ -221,40 +215,42 @@ def _chain(resolved: Resolved, store: Store, until: str, *, check: bool = False)
 
 def _fetched(
     resolved: Resolved, answers: Sequence[Answer], wanted: Sequence[str], store: Store
-) -> tuple[Snapshot, preflight.Settings, ModelFacts]:
+) -> tuple[Snapshot, checks.Settings, ModelFacts]:
     """The model, refused by its config.json and tensor headers before a weight is read; with its settings and facts."""
     recipe, layouts = resolved.recipe, "engine" in wanted
 
-    def check(config: Mapping[str, Any]) -> preflight.Settings:
-        flags = preflight.check_model(resolved, config, layouts=layouts, answers=answers)
-        preflight.check_gate(resolved, flags)
+    def check(config: Mapping[str, Any]) -> checks.Settings:
+        flags = checks.check_model(resolved, config, layouts=layouts, answers=answers)
+        checks.check_gate(resolved, flags)
         return flags
 
     def check_all(config: Mapping[str, Any]) -> None:
         flags = check(config)
-        model = preflight.read_model(recipe.model, store)
+        model = checks.read_model(recipe.model, store)
         if model.directory is not None:
-            preflight.check_tokenizer(resolved, model.directory, config)
-        model = preflight.keep_patterns(resolved, model, flags)
+            checks.check_tokenizer(resolved, model.directory, config)
+        model = checks.keep_patterns(resolved, model, flags)
         if layouts:
-            preflight.check_fit(resolved, model, flags, store)
-        preflight.check_architecture(recipe.model, model, store)
+            checks.check_fit(resolved, model, flags, store)
+        checks.check_architecture(recipe.model, model, store)
 
     snapshot = fetch(recipe.model, store=store, check=check_all)
     flags = check(snapshot.config)
-    preflight.check_tokenizer(resolved, snapshot.path, snapshot.config)
-    model = preflight.keep_patterns(resolved, preflight.headers(snapshot.path, snapshot.config, snapshot.files), flags)
+    checks.check_tokenizer(resolved, snapshot.path, snapshot.config)
+    model = checks.keep_patterns(resolved, checks.headers(snapshot.path, snapshot.config, snapshot.files), flags)
     if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
-        preflight.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
-    for note in preflight.tokenizer_notes(resolved, snapshot.path, snapshot.config):
+        checks.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
+    for note in checks.tokenizer_notes(resolved, snapshot.path, snapshot.config):
         store.out.warn(note.text)
     part = recipe.quantization
     for form, patterns, kept in (("BF16", part.kept_patterns, model.kept), ("FP8", part.fp8_patterns, model.fp8)):
-        if more := kept_layers.widened(patterns, kept):
+        if more := exclude.widened(patterns, kept):
             names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
             store.out.info(f"{len(more)} more layers stay in {form}, multiplied as one with those named: {names}")
     if recipe.target != "llmapi":
-        for note in trtllm.window_notes(snapshot.config, trtllm.resolve(resolved, snapshot.config, answers)):
+        for note in trtllm_flags.window_notes(
+            snapshot.config, trtllm_flags.resolve(resolved, snapshot.config, answers)
+        ):
             store.out.warn(note.text)
     return snapshot, flags, model
 
@@ -270,12 +266,12 @@ def _served(
     """The repository around an engine made of the checkpoint's ranks, or with llmapi around the checkpoint itself."""
     recipe = resolved.recipe
     if recipe.target == "llmapi":
-        arguments = llmapi.resolve(resolved, snapshot.config)
+        arguments = llmapi_arguments.resolve(resolved, snapshot.config)
         return None, llmapi_repository.render(checkpoint, snapshot, arguments, resolved, store=store)
-    split = ranks.split_checkpoint(checkpoint, ranks.Parallel(recipe.engine.tp, recipe.engine.pp), store=store)
+    split = sharding.split_checkpoint(checkpoint, sharding.Parallel(recipe.engine.tp, recipe.engine.pp), store=store)
     if "engine" not in wanted:
         return None, None
-    built = engine.build(split, trtllm.resolve(resolved, snapshot.config, answers), resolved, store=store)
+    built = engine.build(split, trtllm_flags.resolve(resolved, snapshot.config, answers), resolved, store=store)
     if "repository" not in wanted:
         return built, None
     return built, render(built, snapshot, recipe.repository, store=store)
@@ -286,20 +282,20 @@ def keep_chosen(
     snapshot: Snapshot,
     calibration: Calibration,
     model: ModelFacts,
-    flags: preflight.Settings,
+    flags: checks.Settings,
     store: Store,
 ) -> ModelFacts:
     """The model with as many layers more in BF16, or FP8, as hold the budget of auto."""
-    from builder import sensitivity  # numpy: only for those who measure
+    from builder.evaluate.sensitivity import stage as sensitivity_stage  # numpy: only for those who measure
 
     values = {flag.name: flag.value for flag in flags}
     recipe = resolved.recipe
-    refused = kept_layers.output_must_be_quantized(values) if recipe.target == "engine" else ""
+    refused = exclude.output_must_be_quantized(values) if recipe.target == "engine" else ""
     if recipe.target == "llmapi" and recipe.quantization.kept_format == "fp8":
-        refused = kept_layers.BY_Q_PROJ
-    chosen = sensitivity.select(snapshot, calibration, model, resolved, store=store, refused=refused)
-    model = preflight.with_chosen(resolved, model, chosen.modules)
-    preflight.check_kept(resolved, model, flags)
+        refused = exclude.BY_Q_PROJ
+    chosen = sensitivity_stage.select(snapshot, calibration, model, resolved, store=store, refused=refused)
+    model = checks.with_chosen(resolved, model, chosen.modules)
+    checks.check_kept(resolved, model, flags)
     return model
 
 
@@ -329,7 +325,7 @@ def gate_stored(resolved: Resolved, store: Store) -> Evaluation | WouldRun:
 
 def quality_stored(resolved: Resolved, store: Store) -> Quality | WouldRun | None:
     """What a dry store holds of the quality check, or what would run first for it; None where there is none."""
-    from builder.quality import check_quality
+    from builder.quality.check import check_quality
 
     if not _is_checked(resolved):
         return None
@@ -338,7 +334,7 @@ def quality_stored(resolved: Resolved, store: Store) -> Quality | WouldRun | Non
         assert made.calibration is not None
         assert made.checkpoint is not None
         assert made.model is not None
-        host = fit.machine(store.root)
+        host = memory.machine(store.root)
         return check_quality(made.snapshot, made.calibration, made.checkpoint, made.model, resolved, host, store=store)
     except WouldRun as would:
         return would
@@ -347,16 +343,16 @@ def quality_stored(resolved: Resolved, store: Store) -> Quality | WouldRun | Non
 def _publish(resolved: Resolved, made: Built, repository: Repository, store: Store) -> Path:
     """The link to the repository, and the record of how it came to be for `builder report`."""
     assert made.model is not None
-    answers = probe_answers.answers(resolved, store.root)
-    known = preflight.notes(resolved, made.model.config, answers, made.model.directory)
-    sizes = preflight.sizes(resolved, made.model, made.flags)
+    answers = probe_store.answers(resolved, store.root)
+    known = checks.notes(resolved, made.model.config, answers, made.model.directory)
+    sizes = checks.sizes(resolved, made.model, made.flags)
     with store.locked("publish", "models"):  # of two builds that want the same name one goes first
-        name = publish.link(resolved, repository.path, store)
-        source = publish.source_of(resolved)
+        name = links.link(resolved, repository.path, store)
+        source = links.source_of(resolved)
         if not os.path.lexists(name):  # a record whose link is missing tells `clean` that the user removed the link
-            publish.move(name, repository.path)
-        record.write(resolved, made.flags, known, made.model, sizes, link=name, source=source, store=store)
-        publish.move(name, repository.path)
-    if name.name != (short := publish.base_name(resolved)) and not resolved.recipe.name:
+            links.move(name, repository.path)
+        build_record.write(resolved, made.flags, known, made.model, sizes, link=name, source=source, store=store)
+        links.move(name, repository.path)
+    if name.name != (short := links.base_name(resolved)) and not resolved.recipe.name:
         store.out.info(f"models/{short} belongs to another build, so this one is models/{name.name}")
     return name

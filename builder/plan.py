@@ -11,26 +11,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from builder import (
-    engine,
-    fit,
-    fit_change,
-    llmapi,
-    llmapi_repository,
-    pipeline,
-    preflight,
-    probe_answers,
-    stream_capacity,
-    trtllm,
-)
-from builder.errors import BuilderError, EvaluationError
-from builder.fit import Machine, Sizes
-from builder.fit_change import Verdict
-from builder.output import Output, seconds, size
+from builder import pipeline
+from builder.core.errors import BuilderError, EvaluationError
+from builder.core.output import Output, seconds, size
+from builder.core.store import STAGES, Artefact, Store, WouldRun
+from builder.llmapi import arguments as llmapi_arguments
+from builder.llmapi import repository as llmapi_repository
+from builder.preflight import checks, memory, suggestions
+from builder.preflight.memory import Machine, Sizes
+from builder.preflight.suggestions import Verdict
 from builder.quantize.modelopt import gpus
-from builder.recipe import Resolved
-from builder.store import STAGES, Artefact, Store, WouldRun
-from builder.trtllm_answers import Answer
+from builder.recipe.schema import Resolved
+from builder.triton import stream_capacity
+from builder.trtllm import engine, probe_store
+from builder.trtllm import flags as trtllm_flags
+from builder.trtllm.probe_results import Answer
 
 
 @dataclass(frozen=True)
@@ -48,8 +43,8 @@ class Plan:
     resolved: Resolved
     stages: list[tuple[str, str, str]]
     sizes: Sizes
-    settings: preflight.Settings
-    notes: list[trtllm.Note]
+    settings: checks.Settings
+    notes: list[trtllm_flags.Note]
     command: list[str] | None
     placeholder: str | None
     model_yaml: str | None
@@ -68,18 +63,18 @@ class Plan:
 
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
-    model = preflight.read_model(resolved.recipe.model, store)
-    answers = probe_answers.answers(resolved, store.root)
-    settings = preflight.check_model(resolved, model.config, layouts=True, answers=answers)
+    model = checks.read_model(resolved.recipe.model, store)
+    answers = probe_store.answers(resolved, store.root)
+    settings = checks.check_model(resolved, model.config, layouts=True, answers=answers)
     if model.directory is not None:
-        preflight.check_tokenizer(resolved, model.directory, model.config)
-    model = preflight.keep_patterns(resolved, model, settings)
+        checks.check_tokenizer(resolved, model.directory, model.config)
+    model = checks.keep_patterns(resolved, model, settings)
     blocked = refusal = None
     try:
-        preflight.check_machine(resolved)
+        checks.check_machine(resolved)
     except BuilderError as error:
         blocked = error
-    notes = preflight.notes(resolved, model.config, answers, model.directory)
+    notes = checks.notes(resolved, model.config, answers, model.directory)
     done, first = pipeline.stored(resolved, store)
     stages = _stages(resolved, done, first) + _gate(resolved, store)
     check = _quality(resolved, model, store)
@@ -87,19 +82,19 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     stages[at:at] = check
     selection = next((artefact for artefact in done if artefact.stage == "selection"), None)
     if selection is not None:
-        model = preflight.with_chosen(resolved, model, selection.facts["modules"])
-    asked, host = fit.serving(resolved, settings), fit.machine(store.root)
-    sizes = preflight.sizes(resolved, model, settings)
-    price, fp8_price = fit.price_of_kept(model, asked), fit.price_of_fp8(model, asked)
+        model = checks.with_chosen(resolved, model, selection.facts["modules"])
+    asked, host = memory.serving(resolved, settings), memory.machine(store.root)
+    sizes = checks.sizes(resolved, model, settings)
+    price, fp8_price = memory.price_of_kept(model, asked), memory.price_of_fp8(model, asked)
     open_choice = resolved.recipe.quantization.kept_budget is not None and selection is None
     command, placeholder = _command(resolved, model.config, answers, store, done)
     launched = command, placeholder, _model_yaml(resolved, model.config)
     missing = sum(sizes.disk.get(stage, 0) for stage, state, _ in stages if state != "cached" and stage != "snapshot")
-    notes += [trtllm.Note("offline", text) for text in store.assumed]
-    verdict = fit_change.judge(model, asked, resolved, host, gpus())
+    notes += [trtllm_flags.Note("offline", text) for text in store.assumed]
+    verdict = suggestions.judge(model, asked, resolved, host, gpus())
     if blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         remaining = [stage for stage, state, _ in stages if state != "cached"]
-        refusal = preflight.host_refusal(resolved, model, sizes, host, remaining)
+        refusal = checks.host_refusal(resolved, model, sizes, host, remaining)
     refusal = verdict.refusal or refusal
     return Plan(
         resolved,
@@ -137,13 +132,13 @@ def _command(
     """trtllm-build's for the checkpoint in the store, else for one named by a word, with that word."""
     if resolved.recipe.target != "engine":
         return None, None
-    flags = trtllm.resolve(resolved, config, answers)
+    flags = trtllm_flags.resolve(resolved, config, answers)
     stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
     made = next((artefact.path for artefact in done if artefact.stage == stage), None)
     placeholder = None if made else stage.upper()
     timing = engine.timing_cache(store.root, resolved.recipe.engine.tensorrt_llm)
     layout = (made or Path(stage.upper())) / "tensorrt_llm"
-    return trtllm.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
+    return trtllm_flags.command(flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=timing), placeholder
 
 
 def _model_yaml(resolved: Resolved, config: Mapping[str, Any]) -> str | None:
@@ -152,7 +147,7 @@ def _model_yaml(resolved: Resolved, config: Mapping[str, Any]) -> str | None:
         return None
     decoupled = resolved.recipe.repository.decoupled
     return llmapi_repository.model_yaml(
-        Path("CHECKPOINT/unified"), llmapi.resolve(resolved, config), decoupled=decoupled
+        Path("CHECKPOINT/unified"), llmapi_arguments.resolve(resolved, config), decoupled=decoupled
     )
 
 
@@ -171,7 +166,7 @@ def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None
     return rows
 
 
-def _quality(resolved: Resolved, model: fit.ModelFacts, store: Store) -> list[tuple[str, str, str]]:
+def _quality(resolved: Resolved, model: memory.ModelFacts, store: Store) -> list[tuple[str, str, str]]:
     """The row of the quality check: what it found, or what it will cost. None where a gate takes its place."""
     part = resolved.recipe.quality
     if resolved.recipe.evaluation.limits:
@@ -180,9 +175,9 @@ def _quality(resolved: Resolved, model: fit.ModelFacts, store: Store) -> list[tu
         return [("quality", "skipped", "--no-quality-check: what quantization costs will not be known")]
     found = pipeline.quality_stored(resolved, store)
     if found is None or isinstance(found, WouldRun):
-        from builder.quality import cost  # numpy
+        from builder.quality.check import cost  # numpy
 
-        took, needs = cost(model, resolved, fit.machine(store.root))
+        took, needs = cost(model, resolved, memory.machine(store.root))
         asked = f"{part.texts} texts, BF16 against the checkpoint, must score {part.min_score:g}"
         return [("quality", "will run", f"{asked}; about {seconds(took)}, {size(needs)} of memory")]
     if found.unmeasured:
@@ -298,7 +293,7 @@ def show(found: Plan, out: Output) -> None:
     if found.model_yaml:
         out.text(found.model_yaml.rstrip())
     for note in found.notes:
-        if note.rule == preflight.FP8_KV:
+        if note.rule == checks.FP8_KV:
             out.warn(note.text)
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
@@ -336,7 +331,7 @@ def show(found: Plan, out: Output) -> None:
 def show_command(found: Plan, out: Output) -> None:
     """The trtllm-build command alone, ready to paste. With --json also as words, and the word still to be filled in."""
     if found.model_yaml:
-        raise preflight.no_engine()
+        raise checks.no_engine()
     none = None if found.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
     shell = []
     if found.command:

@@ -11,9 +11,10 @@ import pytest
 from hub_server import Hub
 from hypothesis import HealthCheck, settings
 
-from builder import checkpoint, fetch
-from builder.output import Output
-from builder.store import Store
+from builder.checkpoint import layouts
+from builder.core.output import Output
+from builder.core.store import Store
+from builder.hub import snapshot
 
 # Set before torch is imported: OpenMP threads that spin while they wait fight over the cores of a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -33,7 +34,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("NO_PROXY", "*")
-        monkeypatch.setattr(fetch, "WAITS", (0.05, 0.05))
+        monkeypatch.setattr(snapshot, "WAITS", (0.05, 0.05))
         yield server
 
 
@@ -49,6 +50,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, source in exports.MODELS.items():
         made[name] = tmp_path_factory.mktemp(name)
         exports.export(exports.quantized(source), made[name] / "unified")
-        config = checkpoint.read_json(source / "config.json")
-        checkpoint.write_tensorrt_llm(made[name] / "unified", config, made[name] / "tensorrt_llm")
+        config = layouts.read_json(source / "config.json")
+        layouts.write_tensorrt_llm(made[name] / "unified", config, made[name] / "tensorrt_llm")
     return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from builder.errors import UnsupportedError
+from builder.core.errors import UnsupportedError
 
 
 def check_device(expected: Sequence[str]) -> str:

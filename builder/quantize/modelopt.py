@@ -1,7 +1,7 @@
 """Snapshot and Calibration -> Checkpoint with NVIDIA ModelOpt: NVFP4 weights and activations, FP8 KV cache; single
 layers in BF16 or FP8.
 
-This file runs in the parent and imports nothing heavy; `builder.quantize.child` does the work in a process of its own.
+This file runs in the parent and imports nothing heavy; `builder.quantize.worker` does the work in a process of its own.
 """
 
 from __future__ import annotations
@@ -12,38 +12,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from builder import inspection, process, recipe
-from builder.calibrate import Calibration, least_tokens
-from builder.checkpoint import Checkpoint
-from builder.errors import UnsupportedError
-from builder.fetch import Snapshot
-from builder.gpus import cuda_order, visible
-from builder.safetensors_io import read_header
-from builder.store import Store, library_versions, sources_digest
+from builder.calibration.rows import Calibration, least_tokens
+from builder.checkpoint import validate
+from builder.checkpoint.layouts import Checkpoint
+from builder.core import process
+from builder.core.errors import UnsupportedError
+from builder.core.safetensors_io import read_header
+from builder.core.store import Store, library_versions, sources_digest
+from builder.hub.snapshot import Snapshot
+from builder.machine.gpus import cuda_order, visible
+from builder.recipe import schema
 
-BLOCK = 16  # of NVFP4; builder.nvfp4 imports torch
+BLOCK = 16  # of NVFP4; builder.quantize.nvfp4 imports torch
 SCALAR = 4  # bytes of an F32 scale
 LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokenizers", "numpy", "accelerate")
 SOURCES = (
     "builder/quantize/modelopt.py",
-    "builder/quantize/child.py",
+    "builder/quantize/worker.py",
     "builder/quantize/device.py",
-    "builder/calibrate.py",
-    "builder/chat_template.py",
-    "builder/chat_template_child.py",
-    "builder/special_tokens.py",
-    "builder/tokenizer_files.py",
-    "builder/tokenizer_loading.py",
-    "builder/checkpoint.py",
-    "builder/inspection.py",
-    "builder/model_directory.py",
-    "builder/model_loading.py",
-    "builder/ranks.py",
-    "builder/safetensors_io.py",
-    "builder/source_files.py",
-    "builder/tensor_numbers.py",
-    "builder/unified_layout.py",
-    "builder/weight_types.py",
+    "builder/calibration/rows.py",
+    "builder/tokenizer/chat_template.py",
+    "builder/tokenizer/chat_template_worker.py",
+    "builder/tokenizer/special_tokens.py",
+    "builder/tokenizer/files.py",
+    "builder/tokenizer/loading.py",
+    "builder/checkpoint/layouts.py",
+    "builder/checkpoint/validate.py",
+    "builder/model/files.py",
+    "builder/model/loading.py",
+    "builder/checkpoint/sharding.py",
+    "builder/core/safetensors_io.py",
+    "builder/model/hashed_files.py",
+    "builder/checkpoint/tensor_checks.py",
+    "builder/checkpoint/huggingface.py",
+    "builder/model/dtypes.py",
 )
 # Two-dimensional weights that are never quantized: embeddings and norms are no linear layers, and ModelOpt's NVFP4
 # configuration leaves the others alone (configs/ptq/units/default_disabled_quantizers of 0.47, a subset in 0.37).
@@ -82,8 +84,8 @@ NUMERICS = (
 def quantize(
     snapshot: Snapshot,
     calibration: Calibration,
-    part: recipe.Quantization,
-    calibration_part: recipe.Calibration,
+    part: schema.Quantization,
+    calibration_part: schema.Calibration,
     *,
     store: Store,
     kept: Sequence[str] = (),
@@ -128,7 +130,7 @@ def quantize(
         check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")], kept)
         with snapshot.source.blamed():
             facts = _run(job, tmp, store)
-        found = inspection.inspect(tmp)
+        found = validate.inspect(tmp)
         found.check()
         return {**facts, "kept": list(kept), "fp8": list(fp8), "inspection": found.facts()}
 
@@ -200,7 +202,7 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
     """Runs the child; returns the facts."""
     log = store.log("quantize")
     told, finished = process.run_job(
-        "builder.quantize.child",
+        "builder.quantize.worker",
         {**job, "destination": str(tmp.absolute())},
         log=log,
         out=store.out,

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from builder import nvfp4
-from builder.checkpoint import MIXED
-from builder.errors import IntegrityError, UnsupportedError
-from builder.ranks import Joined
+from builder.checkpoint.layouts import MIXED
+from builder.checkpoint.sharding import Joined
+from builder.core.errors import IntegrityError, UnsupportedError
+from builder.quantize import nvfp4
 from builder.reference.rope import frequencies, rotate
 from builder.reference.supported import ACTIVATIONS, ARCHITECTURES
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.errors import UnsupportedError
+from builder.core.errors import UnsupportedError
 
 
 def frequencies(head_size: int, base: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:

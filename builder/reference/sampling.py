@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from builder.errors import UsageError
+from builder.core.errors import UsageError
 
 Words = tuple[tuple[int, ...], ...]  # several words, each a row of token ids
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from builder.checkpoint import rope
-from builder.errors import UnsupportedError
+from builder.checkpoint.layouts import rope
+from builder.core.errors import UnsupportedError
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 ACTIVATIONS = ("silu", "swiglu")

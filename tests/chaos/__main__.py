@@ -14,9 +14,9 @@ from functools import partial
 
 from hub_server import Hub
 
-from chaos import processes, trials
-from chaos.trials import Skipped, Trial
-from chaos.world import BrokenReference, World, isolate
+from tests.chaos import processes, trials
+from tests.chaos.trials import Skipped, Trial
+from tests.chaos.world import BrokenReference, World, isolate
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from chaos.running import Finished
+from tests.chaos.running import Finished
 
 # Their bytes, and the key of the second, hold times and ports, so two runs differ.
 _TIMED = ("smoke", "load")

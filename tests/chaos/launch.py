@@ -24,7 +24,7 @@ def main() -> int:
     fd, operation, number, to = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     sys.argv = ["builder", *sys.argv[6:]]
     sys.path.pop(0)  # the directory of this file, which no console script has there
-    from builder.cli import main as builder
+    from builder.cli.main import main as builder
 
     names: list[str] = []
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos import processes
+from tests.chaos import processes
 
 LAUNCH = Path(__file__).with_name("launch.py")
 TIMEOUT = 420.0  # seconds after which a command hangs, also on a machine that is very busy

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chaos import invariants, processes
-from chaos.invariants import ERRORS
-from chaos.running import Finished, Signal
-from chaos.world import COMMANDS, World
+from tests.chaos import invariants, processes
+from tests.chaos.invariants import ERRORS
+from tests.chaos.running import Finished, Signal
+from tests.chaos.world import COMMANDS, World
 
 GRACE = 60.0  # seconds that processes have to end after their command: Triton drains for up to 30
 SHM = Path("/dev/shm")

@@ -19,8 +19,8 @@ from typing import Any
 
 from hub_server import Hub
 
-from chaos import invariants
-from chaos.running import Finished, Run, Signal
+from tests.chaos import invariants
+from tests.chaos.running import Finished, Run, Signal
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 HUB_MODEL = "chaos/tiny"

@@ -19,8 +19,10 @@ import docker
 import pytest
 import task_files
 
-from builder import manifest, repository, serve_container
-from builder.serve_container import OWNER, TENSORRT_LLM
+from builder.core import manifest
+from builder.serving import container as serving_container
+from builder.serving.container import OWNER, TENSORRT_LLM
+from builder.triton import repository
 
 pytestmark = pytest.mark.docker
 MODEL = "tests/data/tiny-qwen3"
@@ -271,7 +273,7 @@ def test_a_stop_signal_leaves_no_container_nor_one_of_a_builder_that_is_gone(bui
     """The signal comes while the server starts."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    client.containers.create(IMAGE, labels={OWNER: f"{serve_container._place()}/{gone.pid}.1"})
+    client.containers.create(IMAGE, labels={OWNER: f"{serving_container._place()}/{gone.pid}.1"})
     child = start(built)
     wait_until(lambda: [container.status for container in containers(client, OWNER)] == ["running"])
     child.send_signal(signal.SIGTERM)

@@ -1,0 +1,1 @@
+"""Calibration texts: a file, a bundled set or a Hub dataset becomes rows."""

@@ -1,0 +1,1 @@
+"""The quantized checkpoint: its layouts, sharding and validation."""

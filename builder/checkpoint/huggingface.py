@@ -1,0 +1,59 @@
+"""What ModelOpt's export lacks before everyone can load it. Standard library only."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.checkpoint.layouts import MIXED, read_json, write_json, write_quant_cfg
+from builder.model.files import GENERATION
+from builder.tokenizer import files as tokenizer_files
+
+
+def complete(unified: Path, source: Path) -> None:
+    """Makes ModelOpt's export load under transformers 4.57 and 5 alike, and readable for others than its writer.
+
+    The exporter's config.json follows the transformers that ran it: under 5 the rotary base stands in `rope_parameters`
+    alone, and 4.57 then takes 10000 without a word.
+    """
+    config, original = read_json(unified / "config.json"), read_json(source / "config.json")
+    config |= {key: original[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if key in original}
+    config |= _both_rope_spellings(config)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    write_json(unified / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
+    said = unified / "hf_quant_config.json"
+    quantization = read_json(said).get("quantization") or {} if said.is_file() else {}
+    if quantization.get("quant_algo") == MIXED:
+        write_quant_cfg(unified, quantization)
+    # The source's own: what transformers 5 writes instead, 4.57 can't load ("Tokenizer class TokenizersBackend ...").
+    tokenizer_files.copy(source, unified)
+    if (source / GENERATION).is_file():  # ModelOpt's export turns do_sample on in its own
+        shutil.copyfile(source / GENERATION, unified / GENERATION)
+    mode = (unified / "config.json").stat().st_mode
+    for path in unified.iterdir():
+        if path.is_file():
+            path.chmod(mode)  # ModelOpt's safetensors have mode 0600
+
+
+def _both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and rope_scaling (transformers 4) and rope_parameters (5), each made from the other where absent."""
+    parameters = dict(config.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in parameters.values()):  # per kind of layer: Gemma 3
+        full = parameters.get("full_attention", {})
+        local = parameters.get("sliding_attention", {})
+        made = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}
+        return {key: value for key, value in made.items() if value is not None and config.get(key) is None}
+    theta = config.get("rope_theta") or parameters.pop("rope_theta", None)
+    if theta is None:
+        return {}
+    scaling = {**parameters, **(config.get("rope_scaling") or {})}
+    scaling.pop("rope_theta", None)
+    scaling["rope_type"] = scaling.get("rope_type") or scaling.get("type") or "default"
+    plain = scaling["rope_type"] == "default"
+    return {
+        "rope_theta": theta,
+        "rope_scaling": None if plain else scaling,
+        "rope_parameters": {**scaling, "rope_theta": theta},
+    }

@@ -1,0 +1,391 @@
+"""One whole TensorRT-LLM layout <-> one file for each rank of tensor and pipeline parallelism. Lossless both ways.
+
+What goes where is TensorRT-LLM's own (models/convert_utils.py@03961722: split_matrix_tp, dup_kv_weight;
+mapping.py@b35ac1b6: rank = pp_rank * tp_size + tp_rank) and, byte for byte, ModelOpt's (export/postprocess.py).
+Tensors are mapped and written by chunks, never held: a column split is a range of bytes, a row split a strided view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builder.checkpoint.layouts import (
+    MIXED,
+    QUANT_CFG,
+    RANK_FILE,
+    SCALARS,
+    Checkpoint,
+    head_size,
+    read_json,
+    write_json,
+)
+from builder.core.errors import IntegrityError, UnsupportedError
+from builder.core.safetensors_io import CHUNK_BYTES, NewTensor, TensorInfo, Tensors, byte_size, write
+from builder.core.store import Store, sources_digest
+
+BLOCK = 16  # of NVFP4: a row split must not cut a block, whose scale could not be cut with it
+# The NVFP4 GEMM refuses other inputs and outputs (in half precision) of a rank, when it first runs: "K dim should be
+# aligned to 16 Bytes" (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).
+GEMM_INPUTS, GEMM_OUTPUTS = 32, 8
+LAYERS = "transformer.layers."
+EMBEDDING, FINAL_NORM, HEAD = "transformer.vocab_embedding", "transformer.ln_f", "lm_head"
+# How tensor parallelism takes a layer apart. Column parallel: the output, dim 0. Row parallel: the input, dim 1, with a
+# whole bias, added after the all-reduce (layers/linear.py@03961722, RowLinear). The embedding is sharded because
+# the configuration says use_parallel_embedding with embedding_sharding_dim 0, as ModelOpt writes it
+# (models/modeling_utils.py, parallelize_embedding; layers/embedding.py@0f02b7af: ceil(vocab / tp) rows each).
+COLUMN, ROW, VOCAB, QKV = ("mlp.fc", "mlp.gate"), ("attention.dense", "mlp.proj"), (EMBEDDING, HEAD), "attention.qkv"
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Tensor and pipeline parallel sizes."""
+
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp
+
+    def layers(self, pp_rank: int, layers: int) -> range:
+        """The decoder layers of a pipeline stage; the first ones get one more where the division leaves a rest.
+
+        Mapping.pp_layers (mapping.py, torch.tensor_split); the runtime counts alike (cpp/include/tensorrt_llm/runtime/
+        modelConfig.h@012f8ad2, getFirstLocalLayer).
+        """
+        base, rest = divmod(layers, self.pp)
+        first = pp_rank * base + min(pp_rank, rest)
+        return range(first, first + base + (pp_rank < rest))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds of a matrix: row ranges, one column range in parts of the width, and zero rows at the end."""
+
+    rows: tuple[tuple[int, int], ...]
+    column: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts
+    padding: int = 0
+
+    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """The rank's shape of a tensor with this whole shape."""
+        rows = sum(end - start for start, end in self.rows) + self.padding
+        return (rows, *(size // self.column[1] for size in whole[1:]))
+
+
+def check(config: Mapping[str, Any], tp: int, pp: int, *, inputs: int = BLOCK) -> None:
+    """UnsupportedError where a model, by its config.json in either layout, can't be split so. Reads no weight.
+
+    inputs: what a rank's part of a row parallel layer's inputs must be a multiple of.
+    """
+    if tp * pp == 1:
+        return
+    wrong = _wrong(config, tp, inputs) if tp > 1 else []
+    if wrong:
+        fits = [1, *(n for n in range(2, tp) if not _wrong(config, n, inputs))]
+        raise UnsupportedError(
+            f"This model can't be split over --tp {tp}.",
+            why="\n".join(wrong),
+            cure=f"--tp {fits[-1]} is the largest smaller one that can be."
+            + (" The layers can be split too: --pp." if config["num_hidden_layers"] >= 2 * pp else ""),
+        )
+    layers = config["num_hidden_layers"]
+    if pp > layers:
+        raise UnsupportedError(f"--pp {pp} is more than this model's {layers} layers.", cure=f"--pp {layers} or less.")
+
+
+def _wrong(config: Mapping[str, Any], tp: int, inputs: int) -> list[str]:
+    heads, kv_heads, size = _heads(config)
+    wrong = []
+    if heads % tp:
+        wrong.append(f"{heads} attention heads can't be divided by {tp}.")
+    if kv_heads % tp and tp % kv_heads:
+        wrong.append(f"{kv_heads} KV heads can neither be divided by {tp} nor repeated to {tp}.")
+    # The hidden size is not cut, but ModelOpt asks it of all (export/postprocess.py, check_weight_shape_valid).
+    widths = [("hidden_size", config["hidden_size"], BLOCK), ("intermediate_size", config["intermediate_size"], inputs)]
+    for name, width, unit in [*widths, ("heads x head size", heads * size, inputs)]:
+        if width % (unit * tp):
+            why = (
+                f"NVFP4 has one scale for {BLOCK} inputs" if unit == BLOCK else f"its GEMM takes {unit} inputs at once"
+            )
+            wrong.append(f"{name} {width} is no multiple of {unit} x {tp}: {why}.")
+    return wrong
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    heads = int(config["num_attention_heads"])
+    return heads, int(config.get("num_key_value_heads") or heads), head_size(config)
+
+
+def share(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, tp_rank: int) -> Share:
+    """What one tensor-parallel rank holds of the tensor `name` (by its TensorRT-LLM name) of this whole shape."""
+    module, _, leaf = name.rpartition(".")
+    rows = int(whole[0]) if whole else 1
+    everything = Share(((0, rows),))
+    if _is_scalar(leaf, whole) or leaf.endswith("cache_scaling_factor") or "norm" in module:
+        return everything
+    if module.endswith(QKV):
+        return Share(_qkv_rows(config, tp, tp_rank))
+    if module in VOCAB:
+        each = math.ceil(rows / tp)
+        start, end = min(each * tp_rank, rows), min(each * (tp_rank + 1), rows)
+        return Share(((start, end),), padding=each - (end - start))
+    if module.endswith(COLUMN):
+        return Share(((tp_rank * rows // tp, (tp_rank + 1) * rows // tp),))
+    if module.endswith(ROW):
+        return everything if leaf == "bias" else Share(((0, rows),), column=(tp_rank, tp))
+    if module == FINAL_NORM:
+        return everything
+    raise UnsupportedError(f"How to split {name} over several GPUs is not known here.", cure="--tp 1 --pp 1")
+
+
+def _is_scalar(leaf: str, shape: Sequence[int]) -> bool:
+    """One number for the whole layer: an FP8 weight's scale has the name of NVFP4's block scales."""
+    return leaf in SCALARS.values() or tuple(shape) in ((), (1,))
+
+
+def _qkv_rows(config: Mapping[str, Any], tp: int, tp_rank: int) -> tuple[tuple[int, int], ...]:
+    """q, k and v are split each by itself, in whole heads; with fewer KV heads than ranks neighbours hold the same."""
+    heads, kv_heads, size = _heads(config)
+    q, kv = heads // tp, max(kv_heads // tp, 1)
+    first = tp_rank * kv_heads // tp
+    k_start = (heads + first) * size
+    v_start = k_start + kv_heads * size
+    return (
+        (tp_rank * q * size, (tp_rank + 1) * q * size),
+        (k_start, k_start + kv * size),
+        (v_start, v_start + kv * size),
+    )
+
+
+def local_name(name: str, layers: range, parallel: Parallel, pp_rank: int) -> str | None:
+    """The tensor's name in the files of a pipeline stage, which count their layers from 0; None if it isn't there.
+
+    layers: the stage's. TensorRT-LLM's modules are numbered in their list (models/modeling_utils.py, DecoderLayerList).
+    """
+    if name.startswith(LAYERS):
+        index, _, rest = name.removeprefix(LAYERS).partition(".")
+        return f"{LAYERS}{int(index) - layers[0]}.{rest}" if int(index) in layers else None
+    here = pp_rank == 0 if name.startswith(EMBEDDING) else pp_rank == parallel.pp - 1
+    return name if here else None
+
+
+def split(source: Path, destination: Path, parallel: Parallel) -> dict[str, Any]:
+    """Writes rank*.safetensors and config.json for these sizes from a whole layout; returns the facts.
+
+    UnsupportedError where the model can't be split so.
+    """
+    config = read_json(source / "config.json")
+    check(config, parallel.tp, parallel.pp)
+    tensors = Tensors(source, [source / RANK_FILE])
+    quantization, layers = dict(config["quantization"]), {}
+    if quantization["quant_algo"] == MIXED:
+        listed = read_json(source / QUANT_CFG)
+        layers = {QUANT_CFG: {**listed, "quantized_layers": local_layers(listed["quantized_layers"], config, parallel)}}
+    elif "exclude_modules" in quantization:
+        excluded = dict.fromkeys(quantization["exclude_modules"], "excluded")
+        quantization["exclude_modules"] = sorted(local_layers(excluded, config, parallel))
+    destination.mkdir(parents=True, exist_ok=True)
+    for rank in range(parallel.world_size):
+        write(destination / f"rank{rank}.safetensors", rank_tensors(tensors, config, parallel, rank))
+    mapping = {"world_size": parallel.world_size, "tp_size": parallel.tp, "pp_size": parallel.pp}
+    for name, content in layers.items():
+        write_json(destination / name, content)
+    write_json(destination / "config.json", {**config, "mapping": mapping, "quantization": quantization})
+    return dict(mapping)
+
+
+def rank_tensors(tensors: Tensors, config: Mapping[str, Any], parallel: Parallel, rank: int) -> list[NewTensor]:
+    """The tensors of one rank, whose bytes are read from the whole ones when they are written."""
+    pp_rank, tp_rank = divmod(rank, parallel.tp)
+    layers = parallel.layers(pp_rank, config["num_hidden_layers"])
+    made = []
+    for name, info in tensors.items():
+        local = local_name(name, layers, parallel, pp_rank)
+        if local is not None:
+            part = share(name, info.shape, config, parallel.tp, tp_rank)
+            shape = part.shape(info.shape) if info.shape else ()
+            made.append(NewTensor(local, info.dtype, shape, _chunks(tensors, name, info, part)))
+    return made
+
+
+def _chunks(tensors: Tensors, name: str, info: TensorInfo, part: Share) -> Iterator[bytes | memoryview]:
+    table = _table(tensors.data(name), info)
+    columns = _columns(table.shape[1], part)
+    step = max(1, CHUNK_BYTES // max(table.shape[1], 1))
+    for start, end in part.rows:
+        for at in range(start, end, step):
+            yield table[at : min(at + step, end), columns].tobytes()
+            tensors.release(name)
+    if part.padding:
+        yield bytes(part.padding * (columns.stop - columns.start))
+
+
+def _table(data: memoryview | bytearray, info: TensorInfo) -> np.ndarray[Any, Any]:
+    """A tensor's bytes as [dim 0, bytes of a row]. Two FP4 values are one byte and stored as U8: nothing is cut."""
+    return np.frombuffer(data, np.uint8).reshape(info.shape[0] if info.shape else 1, -1)
+
+
+def _columns(row_bytes: int, part: Share) -> slice:
+    index, parts = part.column
+    if row_bytes % parts:
+        raise IntegrityError(f"A row of {row_bytes} bytes can't be cut into {parts} equal parts.")
+    return slice(row_bytes * index // parts, row_bytes * (index + 1) // parts)
+
+
+def local_layers(layers: Mapping[str, Any], config: Mapping[str, Any], parallel: Parallel) -> dict[str, Any]:
+    """`exclude_modules` or `quantized_layers`, {layer: format}, in the stages' own layer numbers: one for all of them,
+    so they must agree.
+
+    UnsupportedError where a layer's number would mean another layer, in another format, of another stage.
+    """
+    if parallel.pp == 1:
+        return dict(layers)
+    total = config["num_hidden_layers"]
+    own = []
+    for pp_rank in range(parallel.pp):
+        span = parallel.layers(pp_rank, total)
+        names = {n: local_name(n, span, parallel, pp_rank) for n in layers if n.startswith(LAYERS)}
+        own.append(({local: layers[n] for n, local in names.items() if local}, len(span)))
+    everywhere = {name: value for stage, _ in own for name, value in stage.items()}
+    for stage, length in own:
+        here = {n: v for n, v in everywhere.items() if int(n.removeprefix(LAYERS).partition(".")[0]) < length}
+        if here != stage:
+            wrong = sorted(n for n in {*here, *stage} if here.get(n) != stage.get(n))
+            raise UnsupportedError(
+                f"The formats of {', '.join(wrong[:5])} are not the same in all {parallel.pp} pipeline stages.",
+                why="TensorRT-LLM numbers the layers of each stage from 0, and all stages share one configuration.",
+                cure="Split by --tp alone.",
+            )
+    return {name: value for name, value in layers.items() if not name.startswith(LAYERS)} | everywhere
+
+
+class Joined:
+    """The rank files of a directory as one whole model: `names`, and `data(name)` with the whole tensor's bytes.
+
+    IntegrityError where files are missing, or where ranks differ in what they must share.
+    """
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        self.config, self.parallel = config, parallel_of(config)
+        self._ranks = [Tensors(directory, [file]) for file in rank_files(directory, config)]
+        self._where: dict[str, tuple[int, str]] = {}  # whole name -> pipeline stage, name there
+        for pp_rank in range(self.parallel.pp):
+            first = self.parallel.layers(pp_rank, config["num_hidden_layers"])[0]
+            for local in self._ranks[pp_rank * self.parallel.tp]:
+                self._where[_global_name(local, first)] = pp_rank, local
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of the whole tensor; its offsets are those in a file of its own."""
+        pp_rank, local = self._where[name]
+        part = self._ranks[pp_rank * self.parallel.tp][local]
+        shape = whole_shape(name, part.shape, self.config, self.parallel.tp)
+        return TensorInfo(part.dtype, shape, 0, byte_size(part.dtype, shape))
+
+    def data(self, name: str) -> bytearray:
+        """The whole tensor, put together from the ranks of its pipeline stage."""
+        pp_rank, local = self._where[name]
+        info, tp = self.info(name), self.parallel.tp
+        whole = bytearray(info.nbytes)
+        table = _table(whole, info)
+        filled: set[tuple[int, int, int]] = set()
+        for tp_rank in range(tp):
+            tensors = self._ranks[pp_rank * tp + tp_rank]
+            part = share(name, info.shape, self.config, tp, tp_rank)
+            if local not in tensors or tensors[local].shape != (part.shape(info.shape) if info.shape else ()):
+                raise IntegrityError(f"rank{pp_rank * tp + tp_rank}.safetensors: {local} is missing or misshapen.")
+            _put(table, _table(tensors.data(local), tensors[local]), part, filled, local)
+        return whole
+
+
+def _put(
+    table: np.ndarray[Any, Any],
+    held: np.ndarray[Any, Any],
+    part: Share,
+    filled: set[tuple[int, int, int]],
+    name: str,
+) -> None:
+    """Lays a rank's rows into the whole table; what lies there already must be the same."""
+    columns, at = _columns(table.shape[1], part), 0
+    for start, end in part.rows:
+        rows = held[at : at + end - start]
+        place, key = table[start:end, columns], (start, end, columns.start)
+        if key in filled and not np.array_equal(place, rows):
+            raise IntegrityError(f"{name} differs between the ranks, which must hold the same of it.")
+        place[:] = rows
+        filled.add(key)
+        at += end - start
+
+
+def _global_name(local: str, first: int) -> str:
+    if not local.startswith(LAYERS):
+        return local
+    index, _, rest = local.removeprefix(LAYERS).partition(".")
+    return f"{LAYERS}{int(index) + first}.{rest}"
+
+
+def whole_shape(name: str, part: Sequence[int], config: Mapping[str, Any], tp: int) -> tuple[int, ...]:
+    """The whole tensor's shape from that of a rank's part: the inverse of Share.shape."""
+    module, _, leaf = name.rpartition(".")
+    heads, kv_heads, size = _heads(config)
+    if _is_scalar(leaf, part):
+        return tuple(part)
+    if module.endswith(QKV) and not leaf.endswith("cache_scaling_factor"):
+        return ((heads + 2 * kv_heads) * size, *part[1:])
+    if module in VOCAB:
+        return (config["vocab_size"], *part[1:])
+    if module.endswith(COLUMN):
+        return (part[0] * tp, *part[1:])
+    if module.endswith(ROW) and leaf != "bias":
+        return (part[0], *(n * tp for n in part[1:]))
+    return tuple(part)
+
+
+def parallel_of(config: Mapping[str, Any]) -> Parallel:
+    """The sizes that a checkpoint's config.json says."""
+    mapping = config.get("mapping") or {}
+    return Parallel(mapping.get("tp_size", 1), mapping.get("pp_size", 1))
+
+
+def rank_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
+    """rank0 to rankN-1 of a layout, or IntegrityError if they are not as many as its config.json says."""
+    world_size, parallel = (config.get("mapping") or {}).get("world_size", 1), parallel_of(config)
+    found = {file.name for file in directory.glob("rank*.safetensors")}
+    names = [f"rank{rank}.safetensors" for rank in range(world_size)]
+    if found != set(names):
+        raise IntegrityError(f"{directory} holds {len(found)} rank files, its config.json says {world_size}.")
+    if parallel.world_size != world_size:
+        raise IntegrityError(
+            f"{directory}/config.json: tp_size {parallel.tp} x pp_size {parallel.pp} ranks, not {world_size}."
+        )
+    return [directory / name for name in names]
+
+
+def split_checkpoint(checkpoint: Checkpoint, parallel: Parallel, *, store: Store) -> Checkpoint:
+    """The checkpoint as the engine wants it: itself for one GPU, else a stage of its own with the split layout.
+
+    So one calibration feeds every tp and pp: the checkpoint's key knows nothing of them, this one's does.
+    """
+    if parallel.world_size == 1:
+        return checkpoint
+    ingredients = {
+        "checkpoint": checkpoint.digest,
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "sources": sources_digest(
+            "builder/checkpoint/sharding.py", "builder/checkpoint/layouts.py", "builder/core/safetensors_io.py"
+        ),
+    }
+    artefact = store.stage(
+        "ranks", ingredients, lambda tmp: split(checkpoint.tensorrt_llm, tmp / "tensorrt_llm", parallel)
+    )
+    return Checkpoint(path=artefact.path, digest=artefact.digest, facts=artefact.facts)

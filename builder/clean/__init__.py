@@ -1,0 +1,1 @@
+"""Removing what nothing needs from a store."""

@@ -1,0 +1,131 @@
+"""What kills and time leave in a store: half-made directories, half-written files, old logs, unused locks.
+
+Only names that this program gives count. The caller holds the store's lock exclusively, so that nothing is being made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from builder.core import atomic
+from builder.core.store import EVALUATION, MARKER, STAGES, old_logs
+
+DAY = 86400.0
+LOGS_KEPT, LOGS_YOUNG = 50, 7 * DAY  # the newest ones stay, and all of a week
+PARTIAL_YOUNG = 30 * DAY  # results of a killed run: the next one goes on with them
+# <stage>/.<key>.<pid>.tmp and .trash; .<key>.old.tmp until format 1
+HALF_MADE = re.compile(r"\.[0-9a-f]{16}\.(?:\d+|old)\.(?:tmp|trash)")
+WAITING = re.compile(r"\.([0-9a-f]{16})\.old")  # atomic.waiting
+HALF_WRITTEN = re.compile(r"\..+\.\d+(?:\.tmp)?")  # a file or link that a kill left before its rename
+LOCK = re.compile(r"[a-z_]+-[\w.-]+\.lock")
+PARTIAL = re.compile(r"([a-z_]+)-([0-9a-f]{16})\.jsonl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A path and why it goes, stays or is left alone."""
+
+    path: Path
+    why: str
+    nbytes: int = 0
+
+
+def bytes_of(path: Path) -> int:
+    """What removing a path frees at most; hard links may keep some of it."""
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size if os.path.lexists(path) else 0
+    return sum(bytes_of(child) for child in children(path))
+
+
+def children(directory: Path) -> list[Path]:
+    """What lies in a directory, sorted; nothing where it can't be read."""
+    try:
+        return sorted(directory.iterdir())
+    except OSError:
+        return []
+
+
+def foreign(path: Path) -> str:
+    """Why a directory is not to be entered or removed: a link, or a mount."""
+    if path.is_symlink():
+        return "it is a symbolic link"
+    if path.exists() and path.resolve() in atomic.mounts_under(path):
+        return "something is mounted there"
+    return ""
+
+
+def find(root: Path, older_than: float | None) -> Iterator[tuple[str, Entry]]:
+    """("remove", "keep" or "alone", entry) of each. `older_than`: seconds, in place of the ages above."""
+    for stage in (*STAGES, *EVALUATION):
+        for path in _inside(root / stage):
+            if HALF_MADE.fullmatch(path.name):
+                yield _unless_mounted(path, "half-made or half-removed")
+            elif found := WAITING.fullmatch(path.name):
+                yield _waiting(path, path.parent / found[1])
+    for name in ("models", "builds", "probes", "timing", "reports"):
+        for path in _inside(root / name):
+            if HALF_WRITTEN.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+                yield _unless_mounted(path, "half-written")
+    for path in root.glob(f".{MARKER}.*.tmp"):
+        yield _unless_mounted(path, "half-written")
+    for path in _inside(root / "partial"):
+        yield _partial(path, root, PARTIAL_YOUNG if older_than is None else older_than)
+    keep, young = (LOGS_KEPT, LOGS_YOUNG) if older_than is None else (0, older_than)
+    for path in [] if foreign(root / "logs") else old_logs(root / "logs", keep=keep, older_than=young):
+        yield _unless_mounted(path, "an old log")
+    for path in _inside(root / "locks"):
+        if LOCK.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_free(path):
+            yield _unless_mounted(path, "a lock that nobody holds")
+
+
+def readable(length: float) -> str:
+    """Seconds in the largest unit that fits: `3 days`."""
+    for unit, worth in (("days", DAY), ("hours", 3600.0), ("minutes", 60.0)):
+        if length >= worth:
+            return f"{length / worth:.0f} {unit}"
+    return f"{length:.0f} s"
+
+
+def _inside(directory: Path) -> list[Path]:
+    return [] if foreign(directory) else children(directory)
+
+
+def _unless_mounted(path: Path, why: str) -> tuple[str, Entry]:
+    if path.is_dir() and not path.is_symlink() and atomic.mounts_under(path):
+        return "alone", Entry(path, "something is mounted there")
+    return "remove", Entry(path, why, bytes_of(path))
+
+
+def _waiting(path: Path, final: Path) -> tuple[str, Entry]:
+    """A stage whose rebuild was killed between two renames: the next build of it brings it back."""
+    if os.path.lexists(final):
+        return _unless_mounted(path, "it was replaced")
+    return "keep", Entry(path, "a rebuild of it was interrupted; the next build restores it", bytes_of(path))
+
+
+def _partial(path: Path, root: Path, young: float) -> tuple[str, Entry]:
+    found = PARTIAL.fullmatch(path.name)
+    if not found or not path.is_file() or path.is_symlink():
+        return "alone", Entry(path, "not written by this program")
+    unused = max(0.0, time.time() - path.stat().st_mtime)
+    if (root / found[1] / found[2]).is_dir() or unused >= young:
+        return "remove", Entry(path, f"results of a killed run, unused for {readable(unused)}", bytes_of(path))
+    return "keep", Entry(path, "results of a killed run; the next run goes on with them", bytes_of(path))
+
+
+def _is_free(lock: Path) -> bool:
+    """Nobody holds it. The store's own lock is the caller's, and stays."""
+    if lock.name == "store.lock":
+        return False
+    try:
+        with open(lock, "rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,60 @@
+"""What a build says at its end: what it made, how good it is, and the next command."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from builder.core.output import Output
+from builder.core.store import Store
+from builder.pipeline import Built
+from builder.recipe.schema import Resolved
+
+
+def show(built: Built, resolved: Resolved, store: Store, until: str, out: Output) -> None:
+    """Tables for people; with --json one object."""
+    done_here = [done for done in store.done if done.stage not in ("quality", "verdict")]
+    last = done_here[-1]
+    out.result(
+        {
+            "path": str(last.path),
+            "repository": str(built.link) if built.link else None,
+            "unpublished": str(built.repository.path) if built.repository and not built.link else None,
+            "stages": [
+                {
+                    "stage": done.stage,
+                    "key": done.manifest["key"],
+                    "path": str(done.path),
+                    "cached": done.cached,
+                    "seconds": done.manifest["seconds"],
+                }
+                for done in done_here
+            ],
+            "quality": built.quality.as_dict() if built.quality else None,
+            "verdict": asdict(built.verdict) if built.verdict else None,
+            "smoke": built.smoke.as_dict() if built.smoke else None,
+            "evaluation": built.evaluation.as_dict() if built.evaluation else None,
+        }
+    )
+    if all(done.cached for done in store.done):
+        out.info("nothing to do: every stage was found in the store")
+    if built.quality:
+        from builder.report.quality_summary import show as show_quality
+
+        show_quality(built.quality, resolved.recipe.quality.min_score, out)
+    if built.evaluation:
+        from builder.evaluate.stage import show_tables
+
+        show_tables(built.evaluation, out)
+    if built.smoke and built.smoke.sample:
+        out.text(f"prompt     {built.smoke.sample.prompt!r}")
+        out.text(f"answer     {built.smoke.sample.answer!r}")
+    if built.link is None:
+        made = built.repository.path if built.repository else last.path
+        out.text(f"{made}  (not published: it failed the {built.verdict.by})" if built.verdict else str(last.path))
+        return
+    out.text(f"repository {built.link}" + ("" if until == "smoke" else "  (not served, not tested)"))
+    if built.verdict and built.verdict.status == "not checked":
+        if not built.quality:
+            out.text(f"quality    not checked: {built.verdict.reasons[0]}")
+        out.warn(f"quality not checked: {built.verdict.reasons[0]}")
+    out.text(f"next       builder serve {built.link}")

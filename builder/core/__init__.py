@@ -1,0 +1,1 @@
+"""What every package stands on: the store, processes, files, output, errors. Imports nothing else of ours."""

@@ -1,0 +1,183 @@
+"""One sink for what people and machines read: data on stdout, talk on stderr. All of it passes through `safe_text`.
+
+`human` draws on a terminal with rich; the same mode prints one line per event when stderr is no terminal.
+`json` keeps stdout for one object: the result, with the error where the command fails. `quiet` says nothing but errors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from builder.core.safe_text import printable_line, safe, without_secrets
+
+if TYPE_CHECKING:
+    from builder.core.errors import BuilderError
+
+Mode = Literal["human", "json", "quiet"]
+
+# A line of plain progress at most every so many seconds: a log file is read by people, later.
+PLAIN_PROGRESS_SECONDS = 5.0
+
+
+class Progress:
+    """One bar, or one line now and then where there is no terminal. `update` is cheap enough to call per item.
+
+    `done` of 0 begins a count anew: its estimate leaves out what came before.
+    """
+
+    def __init__(self, output: Output, label: str, total: float | None, unit: str) -> None:
+        self._output, self._label, self._total, self._unit = output, label, total, unit
+        self._start = self._printed = time.monotonic()
+        self._bar: Any = None
+        if output.live:
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("  {task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[count]}", markup=False),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=output.console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(printable_line(label), total=total, count="")
+            self._bar.start()
+
+    def update(self, done: float, total: float | None = None, label: str | None = None) -> None:
+        self._total = total or self._total
+        self._label = label or self._label
+        count = f"{done:,.0f}/{self._total:,.0f} {self._unit}" if self._total else ""
+        if self._bar is not None:
+            shown = printable_line(self._label)
+            self._bar.update(self._task, completed=done, total=self._total, description=shown, count=count)
+            return
+        now = time.monotonic()
+        if not done:
+            self._start = now
+        if self._output.mode == "human" and now - self._printed >= PLAIN_PROGRESS_SECONDS:
+            self._printed = now
+            left = ""
+            if self._total and done:
+                left = f", about {seconds((now - self._start) * (self._total - done) / done)} left"
+            self._output.info(f"{self._label}: {count}{left}" if count else self._label)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Output:
+    """The sink that every stage is handed. Its state: mode, console, and with --json the object to print at the end."""
+
+    def __init__(self, mode: Mode = "human") -> None:
+        self.mode = mode
+        self.live = mode == "human" and sys.stderr.isatty()
+        self._console: Any = None
+        self._result: dict[str, Any] | None = None
+        self._printed = False
+
+    @property
+    def console(self) -> Any:
+        """The rich console on stderr, made on first use: `--help` never pays for rich."""
+        if self._console is None:
+            from rich.console import Console
+
+            self._console = Console(stderr=True, highlight=False)
+        return self._console
+
+    def _say(self, text: str, style: str = "") -> None:
+        if self.mode == "quiet":
+            return
+        text = safe(text)
+        if self.live:
+            self.console.print(text, style=style or None, markup=False, emoji=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def stage(self, name: str, text: str) -> None:
+        """A stage began, was found in the store, or ended."""
+        self._say(f"{name:<11} {text}", "bold" if self.live else "")
+
+    def info(self, text: str) -> None:
+        self._say(f"{'':<11} {text}")
+
+    def warn(self, text: str) -> None:
+        self._say(f"{'warning':<11} {text}", "yellow")
+
+    @contextmanager
+    def progress(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Progress]:
+        """A bar with an estimate for the work inside the block."""
+        bar = Progress(self, label, total, unit)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Data for people on stdout: drawn on a terminal, tab-separated in a pipe. Silent with --json and -q."""
+        if self.mode != "human":
+            return
+        cells = [[printable_line(without_secrets(str(cell))) for cell in row] for row in rows]
+        if not sys.stdout.isatty():
+            for row in cells:
+                print("\t".join(row))
+            return
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(safe(title)), title_justify="left", box=box.SIMPLE)  # Text: no markup
+        for column in columns:
+            table.add_column(Text(safe(column)), overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        Console().print(table)
+
+    def text(self, text: str) -> None:
+        """Plain data for people on stdout. Silent with --json and -q."""
+        if self.mode == "human":
+            print(safe(text))
+
+    def result(self, data: dict[str, Any]) -> None:
+        """Adds to the one object of --json, which `finish` prints."""
+        self._result = {**(self._result or {}), **data}
+
+    def finish(self) -> None:
+        """Prints the object of --json: once, at the end of a command, or earlier for one that keeps running."""
+        if self.mode == "json" and self._result is not None and not self._printed:
+            self._printed = True
+            print(without_secrets(json.dumps(self._result, indent=2, sort_keys=False, default=str)))
+
+
+def print_error(error: BuilderError) -> None:
+    """What, why and what to type next, on stderr; in every mode."""
+    first, *more = safe(error.what).splitlines() or [""]
+    print(f"error: {first}", file=sys.stderr)
+    for line in (*more, *(line for part in (error.why, error.cure) for line in safe(part).splitlines())):
+        print(f"  {line}", file=sys.stderr)
+
+
+def size(n: float) -> str:
+    """Bytes in decimal units, as disks and downloads are sold: 6_400_000_000 -> '6.40 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"
+
+
+def seconds(s: float) -> str:
+    """A duration people can read: 3725 -> '1h02m', 75 -> '1m15s', 0.412 -> '0.4s'."""
+    if s >= 3600:
+        return f"{int(s // 3600)}h{int(s % 3600 // 60):02d}m"
+    if s >= 60:
+        return f"{int(s // 60)}m{int(s % 60):02d}s"
+    return f"{s:.1f}s"

@@ -1,0 +1,255 @@
+"""Reads and writes safetensors files as bytes: headers checked, tensors mapped, nothing loaded whole.
+
+Own code because safetensors' Python writer takes every tensor's bytes at once (huggingface/safetensors,
+bindings/python/src/lib.rs, `serialize_file`), and numpy has neither BF16 nor F8 (safetensors/numpy.py, `_TYPES`).
+Standard library only.
+The format: 8 bytes little-endian header length, a JSON header, then the tensors without gap or overlap
+(safetensors' documentation, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from builder.core.errors import IntegrityError
+from builder.core.untrusted_text import parse_json, read_regular
+
+# Bits per element; safetensors/src/tensor.rs, `Dtype::bitsize`.
+DTYPE_BITS = {
+    "F4": 4,
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs, MAX_HEADER_SIZE
+CHUNK_BYTES = 16 * 1024 * 1024
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+HEAD_BYTES = len(LFS_POINTER)  # of a file's beginning: they hold the header's length, or show what else it is
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of one file: its bytes are file[begin:end]."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write. `chunks` is consumed once, when its turn comes, and must give exactly its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Iterable[Buffer]
+
+
+def byte_size(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor; ValueError for an unknown dtype or a size that is no whole number of bytes."""
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"dtype {dtype!r} is unknown")
+    bits = DTYPE_BITS[dtype] * prod(shape)
+    if bits % 8:
+        raise ValueError(f"{dtype} {list(shape)} is no whole number of bytes")
+    return bits // 8
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes, shapes and offsets in the file of its tensors; IntegrityError says what the file is otherwise."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(HEAD_BYTES)
+        length = header_length(start, size, str(path))
+        return parse_header((start + file.read(max(0, 8 + length - len(start))))[8 : 8 + length], size, str(path))
+
+
+def header_length(start: bytes, size: int, where: str) -> int:
+    """Bytes of the JSON header of a file of `size` bytes that begins so. IntegrityError if it can't have one."""
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        raise _damaged(where, _what_it_is(start, size, length))
+    return length
+
+
+def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
+    """A JSON header as tensors: wherever it was read, the same is wrong with it. `size` is the whole file's."""
+    data_start = 8 + len(header)
+    try:
+        entries = parse_json(header, unique=True)
+        infos = {name: _info(e, data_start) for name, e in entries.items() if name != "__metadata__"}
+        _check_layout(infos, data_start, size)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(where, f"Its header is wrong: {error}") from None
+    return infos
+
+
+def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
+    dtype, shape = entry["dtype"], entry["shape"]
+    begin, end = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError("a shape or an offset is no natural number")
+    if end - begin != byte_size(dtype, shape):
+        raise ValueError(f"{dtype} {shape} needs {byte_size(dtype, shape)} bytes but has {end - begin}")
+    return TensorInfo(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _check_layout(infos: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+    position = data_start
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise ValueError(f"{name} begins at {info.begin} where {position} was due: tensors overlap or leave a gap")
+        position = info.end
+    if position != size:
+        state = "is truncated" if position > size else "has bytes after its last tensor"
+        raise ValueError(f"the file {state}: {size} bytes where the header says {position}")
+
+
+def _what_it_is(head: bytes, size: int, length: int) -> str:
+    if head.startswith(LFS_POINTER):
+        return "It is a Git LFS pointer of a few lines, not the weights: the repository was cloned without git-lfs."
+    if size < 8:
+        return f"It has {size} bytes and not even a header length."
+    return f"Its header should be {length} bytes long, the file has {size}: it is truncated or no safetensors file."
+
+
+def _damaged(path: str, why: str) -> IntegrityError:
+    return IntegrityError(f"{path} is no whole safetensors file.", why=why, cure="Fetch or write the file again.")
+
+
+class Tensors(Mapping[str, TensorInfo]):
+    """All tensors of a directory (or of the given files), mapped read-only: names to TensorInfo, `data(name)` to bytes.
+
+    An index (`model.safetensors.index.json`) decides which files count, and must agree with them tensor by tensor.
+    """
+
+    def __init__(self, directory: Path, files: Sequence[Path] | None = None) -> None:
+        self.files = tuple(files) if files is not None else _files(directory)
+        if not self.files:
+            raise IntegrityError(f"{directory} holds no *.safetensors file.", cure="Check the path.")
+        self._infos: dict[str, TensorInfo] = {}
+        self._file: dict[str, Path] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
+        for file in self.files:
+            for name, info in read_header(file).items():
+                if name in self._infos:
+                    raise IntegrityError(f"The tensor {name} is in {self._file[name].name} and in {file.name}.")
+                self._infos[name], self._file[name] = info, file
+        if files is None:
+            self._check_index(directory)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def data(self, name: str) -> memoryview:
+        """The tensor's bytes, read from disk when touched."""
+        info, file = self._infos[name], self._file[name]
+        if file not in self._maps:
+            with open(file, "rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return memoryview(self._maps[file])[info.begin : info.end]
+
+    def release(self, name: str) -> None:
+        """Gives the tensor's pages back, so that a walk over all of them keeps one in memory. `data` stays valid."""
+        info, mapped = self._infos[name], self._maps.get(self._file[name])
+        if mapped is not None:
+            start = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
+
+    def chunks(self, *names: str) -> Iterator[memoryview]:
+        """The bytes of the tensors one after the other: concatenated in dim 0, never more than a chunk at a time."""
+        for name in names:
+            data = self.data(name)
+            for start in range(0, len(data), CHUNK_BYTES):
+                yield data[start : start + CHUNK_BYTES]
+            self.release(name)
+
+    def _check_index(self, directory: Path) -> None:
+        index = _index(directory)
+        if index is None:
+            return
+        wrong = sorted(
+            n for n in index.keys() | self._file.keys() if index.get(n) != getattr(self._file.get(n), "name", 0)
+        )
+        if wrong:
+            raise IntegrityError(
+                f"{directory}: the index and the files disagree on {len(wrong)} tensors.",
+                why=f"The first: {', '.join(wrong[:10])}",
+                cure="Fetch the model again.",
+            )
+
+
+def _index(directory: Path) -> dict[str, str] | None:
+    path = directory / "model.safetensors.index.json"
+    if not path.exists():
+        return None
+    try:
+        weight_map: dict[str, str] = parse_json(read_regular(path))["weight_map"]
+        if all(isinstance(v, str) and v == os.path.basename(v) for v in weight_map.values()):
+            return weight_map
+        why = "It names something else than files beside it."
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+    raise IntegrityError(f"{path} is no index of safetensors files.", why=why, cure="Fetch the file again.")
+
+
+def _files(directory: Path) -> tuple[Path, ...]:
+    """The files that count. Others may lie beside them: Mistral's repositories hold `consolidated.safetensors` too."""
+    index = _index(directory)
+    if index is not None:
+        files = tuple(directory / name for name in sorted(set(index.values())))
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise IntegrityError(f"{directory}: the index names {', '.join(missing[:10])}, which are not there.")
+        return files
+    if (directory / "model.safetensors").exists():
+        return (directory / "model.safetensors",)
+    return tuple(sorted(directory.glob("*.safetensors")))
+
+
+def write(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file chunk by chunk; a failure leaves no file. Largest dtypes first, so that each tensor is aligned."""
+    ordered = sorted(tensors, key=lambda t: (-DTYPE_BITS.get(t.dtype, 0), t.name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for tensor in ordered:
+        if tensor.name in header or tensor.name == "__metadata__":
+            raise ValueError(f"{tensor.name} cannot be written twice")
+        end = position + byte_size(tensor.dtype, tensor.shape)
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in ordered:
+                written = sum(file.write(chunk) for chunk in tensor.chunks)
+                if written != byte_size(tensor.dtype, tensor.shape):
+                    raise ValueError(f"{tensor.name}: {written} bytes for {tensor.dtype} {list(tensor.shape)}")
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

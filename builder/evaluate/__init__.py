@@ -1,0 +1,1 @@
+"""What quantization costs, measured on each variant of a model."""

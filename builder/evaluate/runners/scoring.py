@@ -1,0 +1,180 @@
+"""Logits -> numbers of each token: negative log-likelihood, likeliest token, KL to BF16. Imports torch.
+
+The likelihood is that of the token which really stands in the text, never that of the likeliest one: the latter is a
+model's confidence in itself, and lower the worse a confused model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from builder.core.errors import UnsupportedError
+from builder.evaluate.datasets import Ids
+
+Columns = dict[str, np.ndarray[Any, Any]]
+_NPY: Any = np.lib.format  # its functions have no types
+REFERENCE = ("top_ids", "top_logp", "rest_logp")  # the columns that a KL needs of BF16
+_STEP = 512  # positions at a time: bounds the float32 copies of the logits
+
+
+class Runner(Protocol):
+    """A model in one of its forms. `batch_tokens` is what it would take at once, padding included."""
+
+    vocab_size: int
+    batch_tokens: int
+
+    def logits(self, batch: Sequence[Ids]) -> Iterator[Tensor]:
+        """For each sequence its logits [tokens, vocab], in any float dtype, on any device."""
+
+
+def score(logits: Tensor, ids: Ids, *, top: int = 0, reference: Columns | None = None) -> Columns:
+    """Columns of one text of n tokens, each of n - 1 rows: nll (natural log), best (token), right (best is the text's).
+
+    With `top` also top_ids and top_logp [n - 1, top], the likeliest tokens in any order, and rest_logp, that of all
+    others; with these of BF16 as `reference` also kl.
+    """
+    parts = []
+    targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)
+    for start in range(0, len(targets), _STEP):
+        rows = slice(start, min(start + _STEP, len(targets)))
+        held = None if reference is None else {name: column[rows] for name, column in reference.items()}
+        parts.append(_score(logits[rows].float(), targets[rows], top, held))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _score(logits: Tensor, targets: Tensor, top: int, reference: Columns | None) -> Columns:
+    whole = logits.logsumexp(-1, keepdim=True)
+    best = logits.argmax(-1)
+    found = {
+        "nll": (whole - logits.gather(-1, targets[:, None]))[:, 0],
+        "best": best.int(),
+        "right": best == targets,
+    }
+    if top:
+        likeliest = logits.topk(min(top, logits.shape[-1]), dim=-1, sorted=False)
+        found |= {"top_ids": likeliest.indices.int(), "top_logp": likeliest.values - whole}
+        found["rest_logp"] = _rest(logits, likeliest.indices, whole)
+    if reference is not None:
+        p = {name: torch.from_numpy(column).to(logits.device) for name, column in reference.items()}
+        ids = p["top_ids"].long()
+        found["kl"] = divergence(
+            p["top_logp"], p["rest_logp"], logits.gather(-1, ids) - whole, _rest(logits, ids, whole)
+        )
+    return {name: column.cpu().numpy() for name, column in found.items()}
+
+
+def _rest(logits: Tensor, ids: Tensor, whole: Tensor) -> Tensor:
+    """Log-probability [n] of all tokens but these; -inf where there are no others. A sum, not 1 less a sum: that would
+    be nothing but rounding where little is left."""
+    return logits.scatter(-1, ids, -torch.inf).logsumexp(-1) - whole[:, 0]
+
+
+def divergence(p: Tensor, rest_p: Tensor, q: Tensor, rest_q: Tensor) -> Tensor:
+    """KL(P || Q) [n] in nats, from log-probabilities [n, k] of P's k likeliest tokens under P and Q, and of the rest.
+
+    All other tokens count as one. That can only lessen a divergence (the log sum inequality; Cover and Thomas, Elements
+    of Information Theory, theorem 2.7.1), so it is a lower bound, and exact where k is the vocabulary.
+    """
+    p, rest_p, q, rest_q = (x.double() for x in (p, rest_p, q, rest_q))
+    rest = torch.where(rest_p > -torch.inf, rest_p.exp() * (rest_p - rest_q), 0.0)
+    return ((p.exp() * (p - q)).sum(-1) + rest).clamp(min=0).float()
+
+
+class ColumnFiles:
+    """Columns on disk, `<name>.npy`, written and read piece by piece: memory does not grow with the number of texts.
+
+    Mapped files would count as ours once touched; these are read and written by offset.
+    """
+
+    def __init__(self, directory: Path, rows: int | None = None) -> None:
+        self._directory, self._rows = directory, rows
+        self._files: dict[str, tuple[Any, int, np.dtype[Any], tuple[int, ...]]] = {}
+
+    def write(self, start: int, columns: Columns) -> None:
+        """Rows from `start` on."""
+        for name, column in columns.items():
+            if name not in self._files:
+                self._files[name] = self._create(name, column)
+            file, offset, dtype, shape = self._files[name]
+            file.seek(offset + start * dtype.itemsize * int(np.prod(shape[1:])))
+            file.write(np.ascontiguousarray(column).data)
+
+    def read(self, start: int, rows: int, *names: str) -> Columns:
+        """These rows of these columns."""
+        found = {}
+        for name in names:
+            if name not in self._files:
+                self._files[name] = self._open(name)
+            file, offset, dtype, shape = self._files[name]
+            width = int(np.prod(shape[1:]))
+            file.seek(offset + start * dtype.itemsize * width)
+            raw = file.read(rows * width * dtype.itemsize)
+            found[name] = np.frombuffer(bytearray(raw), dtype).reshape(rows, *shape[1:])
+        return found
+
+    def close(self) -> None:
+        for file, *_ in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _create(self, name: str, column: np.ndarray[Any, Any]) -> tuple[Any, int, np.dtype[Any], tuple[int, ...]]:
+        file = open(self._directory / f"{name}.npy", "wb")  # noqa: SIM115
+        shape = (self._rows or len(column), *column.shape[1:])
+        header = {"descr": column.dtype.str, "fortran_order": False, "shape": shape}
+        _NPY.write_array_header_1_0(file, header)
+        return file, file.tell(), column.dtype, shape
+
+    def _open(self, name: str) -> tuple[Any, int, np.dtype[Any], tuple[int, ...]]:
+        file = open(self._directory / f"{name}.npy", "rb")  # noqa: SIM115
+        _NPY.read_magic(file)
+        shape, _, dtype = _NPY.read_array_header_1_0(file)
+        return file, file.tell(), dtype, shape
+
+
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indexes of texts of like length, the longest first, at most `tokens` with padding (one text may have more)."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        count = max(1, tokens // lengths[order[start]])
+        yield order[start : start + count]
+        start += count
+
+
+def run(runner: Runner, batch: Sequence[Ids], each: Callable[[int, Tensor], None]) -> None:
+    """Hands (index in the batch, logits) to `each`, for all of a batch, the longest text first.
+
+    Where memory is short, in the model or in `each`, `runner.batch_tokens` is halved and that part begun again.
+    UnsupportedError where a single text does not fit.
+    """
+    done = 0
+    while done < len(batch):
+        part = batch[done : done + max(1, runner.batch_tokens // len(batch[done]))]
+        try:
+            for index, logits in enumerate(runner.logits(part)):
+                each(done + index, logits)
+            done += len(part)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(part) == 1:
+                raise UnsupportedError(
+                    f"A text of {len(part[0])} tokens does not fit into memory.",
+                    why=(str(error).splitlines() or [type(error).__name__])[0],
+                    cure=f"Cut the texts: --set evaluation.max_tokens={max(2, len(part[0]) // 2)}",
+                ) from None
+            runner.batch_tokens = max(1, len(part) // 2) * len(part[0])
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Torch has several ways to say it, on a GPU and on a CPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text

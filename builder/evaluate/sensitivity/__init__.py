@@ -1,0 +1,1 @@
+"""What each linear layer loses when it is quantized, and which to exclude."""

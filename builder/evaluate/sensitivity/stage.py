@@ -1,0 +1,357 @@
+"""Snapshot, Calibration -> Sensitivity: what each linear layer loses in NVFP4, and which to keep for a KL budget.
+
+The unit is what a server multiplies as one and can leave in BF16: q, k and v; gate and up; the output projection; down.
+Everything is measured by a child process (sensitivity_child.py), against BF16, on texts of the recipe's.
+Why not ModelOpt's AutoQuantize (0.47.0, quantization/algorithms.py): it solves for a size (`effective_bits`), not for a
+loss, and never measures the mixture that it chose; its gradient method needs gradients of all weights and its KL method
+is this measurement, cut at a threshold without regard to bytes, with lm_head searched too and nothing kept when killed.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.calibration.rows import Calibration, Use, calibrate
+from builder.core import process
+from builder.core.errors import UsageError
+from builder.core.output import Output, size
+from builder.core.store import Store, key_of, library_versions, replace_file, sources_digest
+from builder.hub.snapshot import Snapshot
+from builder.model.dtypes import written_bytes
+from builder.model.hashed_files import SourceFiles
+from builder.quantize import exclude, modelopt
+from builder.recipe.evaluation import DataSet
+from builder.recipe.schema import Calibration as Rows
+from builder.recipe.schema import Recipe, Resolved
+
+SOURCES = (
+    "builder/evaluate/sensitivity/stage.py",
+    "builder/evaluate/sensitivity/worker.py",
+    "builder/evaluate/sensitivity/weight_error.py",
+    "builder/quantize/exclude.py",
+    "builder/evaluate/datasets.py",
+    "builder/evaluate/runners/worker.py",
+    "builder/evaluate/runners/language.py",
+    "builder/evaluate/runners/local.py",
+    "builder/evaluate/runners/scoring.py",
+    "builder/quantize/nvfp4.py",
+    "builder/quantize/simulation.py",
+    *modelopt.SOURCES,
+)
+if TYPE_CHECKING:
+    from builder.preflight.memory import ModelFacts
+
+USE = Use("texts", "--sensitivity-data", "--set sensitivity.data='{{data: ID, {key}: {value}}}'")
+WHOLE, KV_CACHE = "whole model", "KV cache"  # as sensitivity_child.py names them
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One group of layers in NVFP4 and all else in BF16. `kl` is to BF16 at the output, nats a token; `agreement` the
+    share of positions with the same likeliest token; `bytes` what keeping it in BF16 adds to the TensorRT-LLM layout.
+
+    Relative errors, of the weights and of what the decoder layer puts out: ||y - y in NVFP4|| / ||y||. `proxy` is the
+    latter where it was measured. None: not measured.
+    """
+
+    name: str
+    layer: str
+    kl: float | None
+    agreement: float | None
+    proxy: float
+    weight_error: float
+    output_error: float | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """`losses` in the order of the layers; `whole` and `kv_cache` are KLs of everything, and of the FP8 cache alone.
+
+    `correlation`: Spearman's, of each proxy with the KL.
+    """
+
+    losses: tuple[Loss, ...]
+    whole: float | None
+    kv_cache: float | None
+    tokens: int
+    correlation: Mapping[str, float]
+    path: Path
+    digest: str
+
+    @property
+    def worst(self) -> list[Loss]:
+        """Worst first."""
+        return sorted(self.losses, key=lambda loss: -(loss.proxy if loss.kl is None else loss.kl))
+
+
+def sensitivity(
+    snapshot: Snapshot,
+    calibration: Calibration,
+    model: ModelFacts,
+    resolved: Resolved,
+    *,
+    store: Store,
+    proxy: bool = False,
+) -> Sensitivity:
+    """Measures every group by itself; a run that was killed goes on where it was. UsageError without texts.
+
+    With `proxy` no KL is measured: one pass over the texts, in which each decoder layer runs once more for each group.
+    """
+    job, ingredients = _job(snapshot, calibration, model, resolved, store)
+    return _sensitivity(job, ingredients, model, store, proxy)
+
+
+def _sensitivity(
+    job: Mapping[str, Any], ingredients: Mapping[str, Any], model: ModelFacts, store: Store, proxy: bool = False
+) -> Sensitivity:
+    stage = "proxy" if proxy else "sensitivity"
+    partial = _partial(store, stage, ingredients)
+
+    def make(tmp: Path) -> dict[str, Any]:
+        told = _run({**job, "proxy": proxy, "results": str(partial), "scratch": str(tmp)}, store)
+        rows = [asdict(loss) for loss in _losses(model, job["groups"], told)]
+        whole, cache = (told["results"].get(name, {}).get("kl") for name in (WHOLE, KV_CACHE))
+        facts = {"layers": rows, "whole": whole, "kv_cache": cache, "tokens": told["tokens"]}
+        facts["correlation"] = {} if proxy else _correlation(rows)
+        (tmp / "sensitivity.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        return facts
+
+    artefact = store.stage(stage, ingredients, make)
+    partial.unlink(missing_ok=True)
+    facts = artefact.facts
+    return Sensitivity(
+        losses=tuple(Loss(**row) for row in facts["layers"]),
+        **{name: facts[name] for name in ("whole", "kv_cache", "tokens", "correlation")},
+        path=artefact.path / "sensitivity.json",
+        digest=artefact.digest,
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The modules that `auto` keeps in BF16 or FP8, and the KL of the whole model with all in NVFP4 and with these
+    kept."""
+
+    modules: tuple[str, ...]
+    kl: float
+    kl_before: float
+
+
+def select(
+    snapshot: Snapshot,
+    calibration: Calibration,
+    model: ModelFacts,
+    resolved: Resolved,
+    *,
+    store: Store,
+    refused: str = "",
+) -> Selection:
+    """The layers with the most KL for their bytes, as few as hold the budget beside `model.kept`: measured, not summed.
+
+    refused: why attention's output projections can't be kept, if so. UnsupportedError where the budget can't be held.
+    """
+    job, ingredients = _job(snapshot, calibration, model, resolved, store)
+    found = _sensitivity(job, ingredients, model, store)
+    order = [loss.name for loss in sorted(found.losses, key=lambda loss: -(loss.kl or 0.0) / loss.bytes)]
+    order = [group for group in order if not (refused and group.endswith(exclude.OUTPUT))]
+    order = order[: len(job["groups"]) - 1]  # one must be left to quantize
+    budget, form = resolved.recipe.quantization.kept_budget, resolved.recipe.quantization.kept_format
+    job |= {"budget": budget, "order": order, "format": form, "rest": _why_not_less(found, refused)}
+    ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order, "format": form}
+    partial = _partial(store, "selection", ingredients)
+
+    def make(tmp: Path) -> dict[str, Any]:
+        if not partial.exists():
+            known = {"name": WHOLE, "kl": found.whole, "agreement": 0.0}
+            errors = {loss.name: loss.output_error for loss in found.losses}
+            lines = [known, {"output_errors": errors, "tokens": found.tokens}]
+            replace_file(partial, "".join(json.dumps(line) + "\n" for line in lines))
+        told = _run({**job, "results": str(partial), "scratch": str(tmp)}, store)
+        modules = [module for group in told["kept"] for module in job["groups"][group]]
+        kept = f"{len(modules)} linear layers in {form.upper()}"
+        store.out.info(f"KL {told['kl_before']:.3g} -> {told['kl']:.3g} with {kept}")
+        return {"modules": modules, **told}
+
+    facts = store.stage("selection", ingredients, make).facts
+    partial.unlink(missing_ok=True)
+    return Selection(tuple(facts["modules"]), facts["kl"], facts["kl_before"])
+
+
+def _why_not_less(found: Sensitivity, refused: str) -> str:
+    cache = f"The FP8 KV cache alone has {found.kv_cache:.3g}. " if found.kv_cache is not None else ""
+    return cache + (f"Output projections can't be kept: {refused}." if refused else "")
+
+
+def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensitivity:
+    """The proxy of weights alone: from the files, tensor by tensor. Nothing is kept of it."""
+    from builder.evaluate.sensitivity import weight_error
+
+    groups = _groups(model)
+    with store.out.progress("weight errors", unit="layers") as bar:
+        found = weight_error.weight_errors(_weights(snapshot), groups, lambda done, total: bar.update(done, total))
+    snapshot.source.check_unchanged()
+    losses = _losses(model, groups, {"results": {}, "weight_errors": found, "output_errors": {}})
+    return Sensitivity(tuple(losses), None, None, 0, {}, Path(), "")
+
+
+def _job(
+    snapshot: Snapshot, calibration: Calibration, model: ModelFacts, resolved: Resolved, store: Store
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the child is told, and the ingredients of the stage's key."""
+    recipe = resolved.recipe
+    part, evaluation, rows = recipe.sensitivity, recipe.evaluation, recipe.calibration
+    data = check_texts(recipe)
+    texts = calibrate(Rows(**data.model_dump(), samples=part.texts), store=store, use=USE)
+    longest = min(part.max_tokens, int(model.config.get("max_position_embeddings") or part.max_tokens))
+    job: dict[str, Any] = {
+        "lengths": {"min_tokens": evaluation.min_tokens, "max_tokens": longest},
+        "groups": {name: list(modules) for name, modules in _groups(model).items()},
+        "kept": list(model.kept),
+        "fp8": list(model.fp8),
+        "fp8_kv": recipe.quantization.kv_cache_dtype == "fp8",
+        "trust_remote_code": recipe.model.trust_remote_code,
+        **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top")},
+        "calibration": {"seq_len": rows.seq_len, "batch_size": rows.batch_size},
+        "budget": None,
+        "proxy": False,
+    }
+    ingredients = {
+        "of": [snapshot.digest, calibration.digest],
+        "texts": texts.digest,
+        **job,
+        "libraries": library_versions(*modelopt.LIBRARIES),
+        "sources": sources_digest(*SOURCES),
+        "gpus": modelopt.calibrating(),
+        "environment": modelopt.numerics(),
+    }
+    paths = {
+        **snapshot.source.as_job(),
+        "weights": [str(file.absolute()) for file in _weights(snapshot)],
+        "texts": str(texts.path.absolute()),
+        "calibration": {**job["calibration"], "rows": str(calibration.path.absolute())},
+    }
+    return {**job, **paths, "gpus": ingredients["gpus"]}, ingredients
+
+
+def check_texts(recipe: Recipe) -> DataSet:
+    """The texts of the recipe, or UsageError where it names none."""
+    if recipe.sensitivity.data is None:
+        raise UsageError(
+            "There are no texts to measure the loss of each layer on.",
+            why="The layers that are kept are fitted to them, so you choose them.",
+            cure="--sensitivity-data FILE.jsonl or a dataset of the Hub, other texts than those of --data; or --proxy, "
+            "the errors of the weights alone",
+        )
+    return recipe.sensitivity.data
+
+
+def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
+    """Of the layers that no pattern keeps."""
+    named = {*model.kept, *model.fp8}
+    return exclude.groups(name for name in exclude.linears(model.tensors) if name not in named)
+
+
+def _weights(snapshot: Snapshot) -> list[Path]:
+    return [snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")]
+
+
+def _partial(store: Store, stage: str, ingredients: Mapping[str, Any]) -> Path:
+    """Where results lie until the stage is whole. It outlives a killed run, but for a stage that is forced; its name
+    holds the stage's key."""
+    path = store.root / "partial" / f"{stage}-{key_of(stage, ingredients)}.jsonl"
+    if not store.dry:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if stage in store.force:
+            path.unlink(missing_ok=True)
+    return path
+
+
+def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], told: Mapping[str, Any]) -> list[Loss]:
+    found = []
+    for name, modules in groups.items():
+        measured, output = told["results"].get(name, {}), told["output_errors"].get(name)
+        tensors = [model.tensors[f"{module}.weight"] for module in modules]
+        scalars = 2 * modelopt.SCALAR * len({exclude.engine_name(module) for module in modules})
+        found.append(
+            Loss(
+                name=name,
+                layer=name.removeprefix("model."),
+                kl=measured.get("kl"),
+                agreement=measured.get("agreement"),
+                proxy=told["weight_errors"][name] if output is None else output,
+                weight_error=told["weight_errors"][name],
+                output_error=output,
+                bytes=sum(written_bytes(dtype, shape) - modelopt.quantized_bytes(shape) for dtype, shape in tensors)
+                - scalars,
+            )
+        )
+    return found
+
+
+def _correlation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {
+        proxy: spearman([row[proxy] for row in rows], [row["kl"] for row in rows])
+        for proxy in ("weight_error", "output_error")
+        if all(row[proxy] is not None for row in rows)
+    }
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Rank correlation, -1 to 1; 0 where one side does not vary. Ties get the mean of their ranks."""
+    import numpy as np
+
+    def ranks(values: Sequence[float]) -> Any:
+        _, which, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+    a, b = ranks(x), ranks(y)
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
+
+
+def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """The child, and its summary."""
+    modelopt.check([Path(file) for file in job["weights"]], job["kept"])
+    log = store.log("sensitivity")
+    with SourceFiles.of_job(job).blamed():
+        told, _ = process.run_job(
+            "builder.evaluate.sensitivity.worker",
+            job,
+            log=log,
+            out=store.out,
+            label="starting ModelOpt",
+            env=modelopt.ENVIRONMENT,
+        )
+    summary: dict[str, Any] = told["summary"]
+    return summary
+
+
+def show(found: Sensitivity, command: Sequence[str], out: Output) -> None:
+    """A table, worst first, and what the whole model loses. `command` quantizes by the same recipe."""
+    columns = ["layer", "KL", "same token", "output error", "weight error", "bytes to keep"]
+    rows = [
+        (
+            loss.name,
+            "-" if loss.kl is None else f"{loss.kl:.2e}",
+            "-" if loss.agreement is None else f"{100 * loss.agreement:.1f} %",
+            "-" if loss.output_error is None else f"{loss.output_error:.4f}",
+            f"{loss.weight_error:.4f}",
+            size(loss.bytes),
+        )
+        for loss in found.worst
+    ]
+    out.table("loss by layer, alone in NVFP4", columns, rows)
+    if found.whole is not None:
+        cache = "" if found.kv_cache is None else f", {found.kv_cache:.2e} with an FP8 KV cache alone"
+        out.text(f"whole      KL {found.whole:.3g} nats a token over {found.tokens:,} tokens{cache}")
+        ranks = ", ".join(f"{name} {value:.2f}" for name, value in found.correlation.items())
+        out.text(f"proxies    rank correlation with the KL: {ranks.replace('_', ' ')}")
+        out.text(f"kept       {found.path}")
+        out.text(f"next       {shlex.join([*command, '--keep-bf16', f'auto:{found.whole / 2:.2g}'])}")
+    facts = {name: getattr(found, name) for name in ("whole", "kv_cache", "tokens", "correlation")}
+    out.result({"layers": [asdict(loss) for loss in found.losses], **facts, "path": str(found.path)})

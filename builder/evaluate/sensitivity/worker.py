@@ -1,0 +1,336 @@
+"""The child process that measures what each layer loses: python -m builder.evaluate.sensitivity.worker JOB.json
+
+One group of linear layers at a time goes through ModelOpt's quantizers, all others stay as they came; the KL to BF16 at
+the output is the group's loss. With a budget it looks for the layers to keep instead. Each result is a line of its own
+in the job's results file before the next is measured, so that a run which died goes on where it was. With `proxy` only
+BF16 is run, and each decoder layer some times more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from builder.core.errors import BuilderError, IntegrityError, UnsupportedError
+from builder.core.process import do_job, emit
+from builder.evaluate.datasets import Sequences, sequences
+from builder.evaluate.runners.local import Causal
+from builder.evaluate.runners.worker import score_set
+from builder.evaluate.sensitivity.weight_error import weight_errors
+from builder.model.hashed_files import SourceFiles
+from builder.quantize import worker
+from builder.quantize.device import check_device
+from builder.quantize.simulation import enable_cpu_simulation
+from builder.tokenizer import loading as tokenizer_loading
+
+WHOLE, KV_CACHE = "whole model", "KV cache"  # the names of two results that are no group's
+
+
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The losses of all groups; with a `budget` the groups to keep and the loss that is left then."""
+    done = Results(Path(job["results"]))
+    if job["budget"] is None and done.output_errors and all(name in done for name in _wanted(job)):
+        return _summary(job, done)
+    check_device(job.get("gpus", ()))
+    emit(progress={"label": "loading the model", "done": 0, "total": None})
+    tokenizer = tokenizer_loading.load(Path(job["model"]), trust_remote_code=job["trust_remote_code"])
+    texts = sequences(Path(job["texts"]), tokenizer, name="the sensitivity texts", **job["lengths"])
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=job["scratch"]) as scratch:
+        model = Simulated(job)
+        meter = Meter(model, texts, Path(scratch), done, job)
+        if job["budget"] is None:
+            for name in _wanted(job):
+                meter.kl(name, _quantized(job, name))
+        found = _summary(job, done) if job["budget"] is None else select(meter, job)
+        _check_source(job)
+        return found
+
+
+def _check_source(job: Mapping[str, Any]) -> None:
+    """IntegrityError if the model changed while it was measured; no result is kept to go on with then."""
+    try:
+        SourceFiles.of_job(job).check_unchanged()
+    except IntegrityError:
+        Path(job["results"]).unlink(missing_ok=True)
+        raise
+
+
+def _wanted(job: Mapping[str, Any]) -> list[str]:
+    if job["proxy"]:
+        return []
+    return [WHOLE, *([KV_CACHE] if job["fp8_kv"] else []), *job["groups"]]
+
+
+@dataclass(frozen=True)
+class What:
+    """What is quantized: groups in NVFP4, groups in FP8, the KV cache, and the layers that patterns put in FP8."""
+
+    nvfp4: Sequence[str] = ()
+    fp8: Sequence[str] = ()
+    cache: bool = False
+    named: bool = False
+
+
+def _quantized(job: Mapping[str, Any], name: str) -> What:
+    """What is, for this result."""
+    if name == WHOLE:
+        return What(list(job["groups"]), cache=job["fp8_kv"], named=True)
+    return What(cache=job["fp8_kv"]) if name == KV_CACHE else What([name])
+
+
+def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The fewest of `order`, from its first on, that must stay in BF16 or FP8 so that the KL is no more than the
+    budget: by bisection, each step measured. UnsupportedError if it is more with all of them."""
+    order, budget, form = job["order"], job["budget"], job["format"].upper()
+    flag = "--keep-fp8" if form == "FP8" else "--keep-bf16"
+
+    def kl(number: int) -> float:
+        kept = sorted(order[:number])
+        rest = [group for group in job["groups"] if group not in kept]
+        what = What(rest, kept if form == "FP8" else (), cache=job["fp8_kv"], named=True)
+        name = f"in {form}: {', '.join(kept)}" if kept else WHOLE
+        return meter.kl(name, what, label=f"{number} of {len(job['groups'])} in {form}")
+
+    low, high = 0, len(order)
+    if kl(0) <= budget:
+        high = 0
+    elif (least := kl(high)) > budget:
+        raise UnsupportedError(
+            f"A KL of {budget:g} can't be held: {least:.3g} are left with all layers in {form} that can be.",
+            why=f"Quantized as a whole the model has {kl(0):.3g}. {job['rest']}",
+            cure=f"Allow more, as {flag} auto:{_ceiling(least)}"
+            + (f", or keep layers in BF16: --keep-bf16 auto:{budget:g}" if form == "FP8" else "")
+            + (", or leave the cache alone: --kv-cache-dtype auto" if job["fp8_kv"] else ""),
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if kl(middle) <= budget else (middle + 1, high)
+    return {"kept": order[:high], "kl": kl(high), "kl_before": kl(0), "tokens": meter.tokens}
+
+
+def _ceiling(kl: float) -> str:
+    """Two digits, not less."""
+    step = 10 ** (math.floor(math.log10(kl)) - 1)
+    return f"{math.ceil(kl / step) * step:.6g}"
+
+
+def _summary(job: Mapping[str, Any], done: Results) -> dict[str, Any]:
+    files = [Path(file) for file in job["weights"]]
+    emit(progress={"label": "weight errors", "done": 0, "total": None})
+    return {
+        "results": {name: done[name] for name in _wanted(job)},
+        "output_errors": done.output_errors,
+        "weight_errors": weight_errors(files, job["groups"]),
+        "tokens": done.tokens,
+    }
+
+
+class Results:
+    """Lines of JSON, one for each result. What a killed run left half-written is passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: dict[str, dict[str, float]] = {}
+        self.output_errors: dict[str, float] = {}
+        self.tokens = 0
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+            try:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def _take(self, line: Mapping[str, Any]) -> None:
+        if "output_errors" in line:
+            self.output_errors, self.tokens = dict(line["output_errors"]), line["tokens"]
+        else:
+            self._found[line["name"]] = {"kl": line["kl"], "agreement": line["agreement"]}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def __getitem__(self, name: str) -> dict[str, float]:
+        return self._found[name]
+
+    def add(self, **line: Any) -> None:
+        """One line, on the disk when this returns."""
+        self._take(line)
+        with open(self._path, "ab") as file:
+            # The first newline ends what a killed run may have left.
+            file.write(f"\n{json.dumps(line)}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class Simulated:
+    """The calibrated model with ModelOpt's quantizers, all off; `quantized` turns some on for a while."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        from modelopt.torch.export import unified_export_hf
+
+        self.model, rows = worker._load({**job, **job["calibration"]})
+        worker._calibrate(self.model, rows, job["fp8_kv"], job["kept"], job["fp8"])
+        if not torch.cuda.is_available():
+            enable_cpu_simulation()
+        unified_export_hf.requantize_resmooth_fused_llm_layers(self.model)  # shared ranges, as in the checkpoint
+        cpu = None if torch.cuda.is_available() else torch.float32
+        dtype = cpu if job["dtype"] == "auto" else getattr(torch, job["dtype"])
+        self.model = self.model.eval() if dtype is None else self.model.eval().to(dtype)
+        modules = dict(self.model.named_modules())
+        lost = [name for members in job["groups"].values() for name in members if name not in modules]
+        if lost:
+            raise UnsupportedError(
+                f"{len(lost)} linear layers are no modules of their own in {type(self.model).__name__}: {lost[0]}, ...",
+                why="transformers joins the experts of a mixture in one module.",
+                cure="The proxy needs no modules: builder sensitivity --proxy",
+            )
+        self.groups = {group: [modules[name] for name in members] for group, members in job["groups"].items()}
+        self.named = [modules[name] for name in job["fp8"]]
+        self.cache = [
+            module for name, module in modules.items() if name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
+        ]
+        for module in modules.values():
+            if hasattr(module, "is_enabled") and hasattr(module, "disable"):
+                module.disable()
+
+    @contextmanager
+    def quantized(self, what: What) -> Iterator[None]:
+        """Weights are rounded in each forward: little beside the batch's arithmetic, and never two models in memory.
+
+        A layer that was calibrated for NVFP4 has its largest values, which are all that FP8 needs.
+        """
+        fp8 = self._quantizers(module for group in what.fp8 for module in self.groups[group])
+        quantizers = self._quantizers(module for group in what.nvfp4 for module in self.groups[group])
+        quantizers += fp8 + (self._quantizers(self.named) if what.named else []) + (self.cache if what.cache else [])
+        before = [(quantizer.num_bits, quantizer.block_sizes) for quantizer in fp8]
+        try:
+            for quantizer in fp8:
+                quantizer.num_bits, quantizer.block_sizes = (4, 3), None
+            for quantizer in quantizers:
+                quantizer.enable()
+            yield
+        finally:
+            for quantizer, (bits, blocks) in zip(fp8, before, strict=True):
+                quantizer.num_bits, quantizer.block_sizes = bits, blocks
+            for quantizer in quantizers:
+                quantizer.disable()
+
+    def _quantizers(self, linears: Iterable[Any]) -> list[Any]:
+        return [q for module in linears for q in (module.weight_quantizer, module.input_quantizer)]
+
+    @contextmanager
+    def watched(self) -> Iterator[dict[str, float]]:
+        """Errors of the groups, filled when the block ends: what a group in NVFP4 changes in the output of its decoder
+        layer, relative to that, the root mean square over all tokens that run in the block. Each layer runs once more
+        for each of its groups, on inputs in BF16: the whole costs some five forward passes, however many layers.
+        """
+        sums: dict[str, list[float]] = {group: [] for group in self.groups}
+        found: dict[str, float] = {}
+        busy = False
+
+        def hook(layer: Any, groups: Sequence[str], inputs: Any, named: Any, output: Any) -> None:
+            nonlocal busy
+            if busy:
+                return
+            busy = True
+            for group in groups:
+                with self.quantized(What([group])):
+                    changed = layer(*inputs, **named)
+                sums[group].append(_relative(_first(changed), _first(output)))
+            busy = False
+
+        hooks = [
+            layer.register_forward_hook(
+                lambda module, inputs, named, output, groups=groups: hook(module, groups, inputs, named, output),
+                with_kwargs=True,
+            )
+            for layer, groups in self._layers()
+        ]
+        try:
+            yield found
+        finally:
+            for one in hooks:
+                one.remove()
+        found |= {group: math.sqrt(sum(parts) / len(parts)) for group, parts in sums.items() if parts}
+
+    def _layers(self) -> list[tuple[Any, list[str]]]:
+        """The decoder layers with their groups."""
+        found: dict[str, list[str]] = {}
+        for group in self.groups:
+            if inside := re.match(r"(.*?\blayers\.\d+)\.", group):
+                found.setdefault(inside[1], []).append(group)
+        return [(self.model.get_submodule(name), groups) for name, groups in found.items()]
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The hidden states: transformers 4 has layers that return a tuple."""
+    tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def _relative(changed: torch.Tensor, output: torch.Tensor) -> float:
+    """Mean over tokens of the squared relative error: a few tokens have outputs a hundred times as large."""
+    error = (changed - output).double().pow(2).sum(-1)
+    return float((error / output.double().pow(2).sum(-1).clamp(min=1e-30)).mean())
+
+
+class Meter:
+    """Measures KL to BF16 on the texts. BF16's likeliest tokens are computed once and read back batch by batch."""
+
+    def __init__(
+        self, model: Simulated, texts: Sequences, scratch: Path, done: Results, job: Mapping[str, Any]
+    ) -> None:
+        self._model, self._texts, self._scratch, self._done = model, texts, scratch, done
+        self._runner = Causal(model.model, job["batch_tokens"])
+        self._count, self._total = 0, len(_wanted(job)) + 1 if job["budget"] is None else None
+        reference = scratch / "bf16"
+        reference.mkdir()
+        watched: AbstractContextManager[dict[str, float]] = nullcontext({}) if done.output_errors else model.watched()
+        with watched as errors:
+            told = self._score("BF16", reference, top=0 if job["proxy"] else job["top"])
+        self._reference, self.tokens = reference, told["tokens"]
+        if errors:
+            done.add(output_errors=errors, tokens=self.tokens)
+
+    def kl(self, name: str, what: What, label: str = "") -> float:
+        """Mean KL(BF16 || this quantized) in nats a token, from the results or measured now."""
+        self._count += 1
+        if name not in self._done:
+            with self._model.quantized(what), tempfile.TemporaryDirectory(dir=self._scratch) as directory:
+                self._score(label or name, Path(directory), reference=self._reference)
+                kl = np.load(f"{directory}/kl.npy").mean(dtype=np.float64)
+                same = np.load(f"{directory}/best.npy") == np.load(self._reference / "best.npy")
+            if not math.isfinite(kl):
+                raise IntegrityError(f"NaN or Inf came up with {name} quantized.", cure="Calibrate on other texts.")
+            self._done.add(name=name, kl=float(kl), agreement=float(same.mean()))
+        return self._done[name]["kl"]
+
+    def _score(self, label: str, directory: Path, **how: Any) -> dict[str, Any]:
+        step = self._count
+
+        def tell(done: int, total: int) -> None:
+            of = None if self._total is None else self._total * total
+            emit(progress={"label": label, "done": step * total + done if of else done, "total": of or total})
+
+        return score_set(self._runner, self._texts, directory, progress=tell, **how)
+
+
+def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
+    """As of the child that quantizes."""
+    return worker.known(error, {**job, "destination": job["results"]})
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(do_job(sys.argv, run, known))

@@ -1,0 +1,278 @@
+"""Snapshot, Checkpoint, Repository -> Evaluation: what quantization cost, measured on each of its forms.
+
+Every runner scores the same tokens, in a process of its own, so that memory comes back; BF16 goes first and keeps the
+likeliest tokens of each position, which the others are compared with. Each data set of each runner is a stage of the
+store: what was finished is never measured again. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from builder.core import process
+from builder.core.errors import EvaluationError, NotMeasurable
+from builder.core.output import Output, seconds
+from builder.core.store import Artefact, Store, WouldRun, key_of, sources_digest
+from builder.evaluate import datasets, gate, metrics, tasks
+from builder.evaluate.datasets import Texts
+from builder.evaluate.gate import OVERALL, Verdict
+from builder.evaluate.metrics import Estimate
+from builder.evaluate.runners.language import knows
+from builder.evaluate.tasks import TaskTable
+from builder.evaluate.variants import Form, Models, forms, opening
+from builder.model.hashed_files import SourceFiles
+from builder.quantize import modelopt
+from builder.recipe.schema import Resolved
+
+TABLE_SOURCES = (
+    "builder/evaluate/stage.py",
+    "builder/evaluate/metrics.py",
+    "builder/evaluate/gate.py",
+    "builder/evaluate/tasks.py",
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`measured`: runner -> data set, or of several "overall" -> metric; `sets`: runner -> data set -> counts, seconds.
+
+    `collapsed`: runner -> data sets on which it finds shuffled tokens as likely as text; `not_measured`: runner -> why.
+    """
+
+    measured: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
+    sets: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    collapsed: Mapping[str, Sequence[str]]
+    not_measured: Mapping[str, str]
+    tasks: TaskTable = field(default_factory=TaskTable)
+    verdict: Verdict | None = None
+    path: Path = Path()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON. A figure that is no number is None there."""
+        figures = {
+            runner: {
+                name: {metric: _plain(estimate) for metric, estimate in found.items()} for name, found in sets.items()
+            }
+            for runner, sets in self.measured.items()
+        }
+        verdict = {"passed": self.verdict.passed, **asdict(self.verdict)} if self.verdict else None
+        rest = {"sets": self.sets, "collapsed": self.collapsed, "not_measured": self.not_measured}
+        return {"measured": figures, **rest, "tasks": asdict(self.tasks), "verdict": verdict}
+
+    def check(self) -> None:
+        """EvaluationError where the gate failed, NotMeasurable where none but BF16 could be measured."""
+        if self.verdict:
+            self.verdict.check(str(self.path / "evaluation.json"))
+        answered = {row.runner for row in self.tasks.rows}
+        refused = {
+            **self.not_measured,
+            **{name: next(iter(why.values())) for name, why in self.tasks.not_measured.items()},
+        }
+        if refused and not (set(self.measured) | answered) - {"bf16"}:
+            runner, why = next(iter(refused.items()))
+            raise NotMeasurable(f"{runner} can't be measured.", why=why)
+
+
+def evaluate(models: Models, resolved: Resolved, *, store: Store, ask: bool = False) -> Evaluation:
+    """Measures every runner of the recipe on every data set, and judges by the gate, if there is one.
+
+    With `ask` also on the recipe's tasks.
+
+    IntegrityError if model and tokenizer don't belong together, EvaluationError if the gate needs what could not be
+    measured. A gate that failed is told by the verdict; `check` raises it.
+    """
+    part = resolved.recipe.evaluation
+    texts = datasets.read_texts(part, store=store)
+    scores: dict[str, list[Artefact]] = {}
+    not_measured: dict[str, str] = {}
+    for form in forms(resolved) if texts else ():
+        try:
+            scores[form.label] = _score(form, models, texts, scores.get("bf16"), resolved, store)
+        except NotMeasurable as error:
+            not_measured[form.label] = str(error)
+    found = _tables(scores, texts, part.resamples, part.seed, not_measured)
+    if ask and resolved.recipe.tasks.names:
+        found = replace(found, tasks=tasks.measure(models, resolved, store=store))
+    return _judged(found, scores, resolved, store)
+
+
+def _score(
+    form: Form,
+    models: Models,
+    texts: Sequence[Texts],
+    reference: Sequence[Artefact] | None,
+    resolved: Resolved,
+    store: Store,
+) -> list[Artefact]:
+    """The scores of each data set, from the store or by a child process."""
+    opened, part = opening(form, models, resolved, store), resolved.recipe.evaluation
+    positions = int(models.snapshot.config.get("max_position_embeddings") or resolved.recipe.engine.max_seq_len)
+    longest = datasets.longest(part, positions, resolved.recipe.engine)
+    asked = {
+        "lengths": {"min_tokens": part.min_tokens, "max_tokens": longest},
+        **{key: getattr(part, key) for key in ("batch_tokens", "seed")},
+    }
+    common = {**opened.ingredients, **asked, "top": part.top if form.runner == "bf16" else None}
+    theirs: Sequence[Artefact | None] = reference or [None] * len(texts)
+    sets: list[dict[str, Any]] = []
+    for one, bf16 in zip(texts, theirs, strict=True):
+        ingredients = {**common, "texts": one.digest, "reference": bf16.digest if bf16 else None}
+        sets.append(
+            {
+                "name": one.name,
+                "rows": str(one.path),
+                "reference": str(bf16.path) if bf16 else None,
+                "ingredients": ingredients,
+            }
+        )
+
+    def stored(one: Mapping[str, Any]) -> Artefact | None:
+        return store.find("scores", key_of("scores", one["ingredients"]))
+
+    missing = [one for one in sets if "scores" in store.force or stored(one) is None]
+    if missing and store.dry:
+        names = ", ".join(str(one["name"]) for one in missing)
+        raise WouldRun(
+            "scores", f"{form.label} is not measured on {names}", key_of("scores", missing[0]["ingredients"])
+        )
+    kept = f", {len(sets) - len(missing)} found in the store" if len(missing) < len(sets) else ""
+    store.out.stage("evaluate", f"{form.label} on {len(sets)} data sets{kept}")
+    if missing:
+        measuring = {"top": part.top, "logits": True, "sets": missing, "force": sorted(store.force)}
+        _run({**opened.job, **asked, **measuring}, store)
+    return [artefact for artefact in map(stored, sets) if artefact]
+
+
+def _run(job: Mapping[str, Any], store: Store) -> None:
+    """The child, which publishes what it measures."""
+    with SourceFiles.of_job(job).blamed():
+        process.run_job(
+            "builder.evaluate.runners.worker",
+            job,
+            log=store.log(f"evaluate-{job['runner']}"),
+            out=store.out,
+            label=f"{job['label']}: starting",
+            unit="tokens",
+            env=modelopt.ENVIRONMENT,
+        )
+
+
+def _tables(
+    scores: Mapping[str, Sequence[Artefact]],
+    texts: Sequence[Texts],
+    resamples: int,
+    seed: int,
+    not_measured: Mapping[str, str],
+) -> Evaluation:
+    measured: dict[str, dict[str, dict[str, Estimate]]] = {}
+    for label, artefacts in scores.items():
+        theirs: Sequence[Artefact | None] = [None] * len(texts)
+        if "bf16" in scores and label != "bf16":
+            theirs = scores["bf16"]
+        sums = [metrics.read(a.path, t.path if t else None) for a, t in zip(artefacts, theirs, strict=True)]
+        rows = {
+            one.name: metrics.measure([s], resamples=resamples, seed=seed + n)
+            for n, (one, s) in enumerate(zip(texts, sums, strict=True))
+        }
+        overall = {OVERALL: metrics.measure(sums, resamples=resamples, seed=seed)} if len(sums) > 1 else {}
+        measured[label] = {**rows, **overall}
+    named = {
+        label: {one.name: dict(a.facts) for one, a in zip(texts, found, strict=True)} for label, found in scores.items()
+    }
+    collapsed = {
+        label: [name for name, facts in sets.items() if not knows(facts)]
+        for label, sets in named.items()
+        if not all(map(knows, sets.values()))
+    }
+    return Evaluation(measured, named, collapsed, not_measured)
+
+
+def _judged(
+    found: Evaluation, scores: Mapping[str, Sequence[Artefact]], resolved: Resolved, store: Store
+) -> Evaluation:
+    """With its verdict, kept in the store. What the gate can't judge is an error after the tables are kept."""
+    part = resolved.recipe.evaluation
+    unjudged: EvaluationError | None = None
+    try:
+        verdict = gate.judge(part, found.measured, found.collapsed, found.not_measured)
+    except EvaluationError as error:
+        verdict, unjudged = None, error
+    whole = replace(found, verdict=verdict)
+    ingredients = {
+        "of": [*(artefact.digest for artefacts in scores.values() for artefact in artefacts), *found.tasks.of],
+        "data": {label: list(sets) for label, sets in found.sets.items()},  # the names in the tables
+        "runners": [*dict.fromkeys([*scores, *(row.runner for row in found.tasks.rows)])],
+        "not_measured": [found.not_measured, found.tasks.not_measured],
+        "limits": part.limits,
+        "resamples": part.resamples,
+        "seed": part.seed,
+        "sources": sources_digest(*TABLE_SOURCES),
+    }
+
+    def make(directory: Path) -> dict[str, Any]:
+        told = whole.as_dict()
+        (directory / "evaluation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
+        rest = {name: told[name] for name in ("verdict", "not_measured", "collapsed")}
+        return {**rest, "texts": bool(scores), "tasks": len(found.tasks.rows)}
+
+    artefact = store.stage("evaluation", ingredients, make)
+    if unjudged:
+        raise unjudged
+    return replace(whole, path=artefact.path)
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in asdict(estimate).items()}
+
+
+COLUMNS = ["", "data", "PPL", "score", "KL to BF16", "same top token", "flips"]
+
+
+def show(found: Evaluation, out: Output) -> None:
+    """Tables for people; with --json one object."""
+    show_tables(found, out)
+    out.result(found.as_dict() | {"path": str(found.path)})
+
+
+def show_tables(found: Evaluation, out: Output) -> None:
+    """What was scored, then the figures of every runner on every data set, then the gate's verdict."""
+    first = next(iter(found.sets.values()), {})
+    rows = [
+        (name, *(facts[key] for key in ("texts", "dropped", "cut", "tokens")), _times(found, name))
+        for name, facts in first.items()
+    ]
+    if found.sets or found.not_measured:
+        out.table("scored", ["data", "texts", "too short", "cut", "tokens", "time"], rows)
+        out.table("what quantization cost (95 % intervals)", COLUMNS, _rows(found))
+    if found.tasks.rows or found.tasks.not_measured:
+        tasks.show(found.tasks, found.path.parent.parent, out)
+    if found.verdict:
+        asked = ", ".join(f"{metric} {limit:g}" for metric, limit in found.verdict.limits.items())
+        out.text(f"gate       {asked}: {'passed' if found.verdict.passed else 'FAILED'}")
+        for text in found.verdict.failed:
+            out.text(f"           {text}")
+
+
+def _rows(found: Evaluation) -> list[tuple[str, ...]]:
+    rows = []
+    for runner, sets in found.measured.items():
+        for name, figures in sets.items():
+            told = [str(figures[metric]) if metric in figures else "-" for metric in ("ppl", "score", "kl")]
+            told += [_percent(figures.get(metric)) for metric in ("agreement", "flips")]
+            mark = " (collapsed)" if name in found.collapsed.get(runner, ()) else ""
+            rows.append((runner + mark, name, *told))
+    rows += [(runner, "", "not measurable: " + why.splitlines()[0]) for runner, why in found.not_measured.items()]
+    return [(*row, *[""] * (len(COLUMNS) - len(row))) for row in rows]
+
+
+def _percent(estimate: Estimate | None) -> str:
+    return f"{100 * estimate.value:.2f} %" if estimate else "-"
+
+
+def _times(found: Evaluation, name: str) -> str:
+    return ", ".join(f"{runner} {seconds(sets[name]['seconds'])}" for runner, sets in found.sets.items())

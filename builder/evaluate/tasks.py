@@ -1,0 +1,275 @@
+"""Snapshot, Checkpoint, Repository -> TaskTable: how many questions each form of the model answers rightly.
+
+The questions, the judging and the statistics are lm-eval's (task_child.py); each task of each form is a stage of the
+store, which holds all that lm-eval returned. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from builder.core import process
+from builder.core.environment import Kind
+from builder.core.errors import NotMeasurable, UnsupportedError, UsageError
+from builder.core.output import Output
+from builder.core.store import Artefact, Store, key_of, library_versions, sources_digest
+from builder.core.untrusted_text import LARGEST_YAML, check_yaml, read_regular
+from builder.evaluate import variants as of_model
+from builder.evaluate.variants import Form, Models
+from builder.model.hashed_files import SourceFiles
+from builder.quantize import modelopt
+from builder.recipe import evaluation as recipe_evaluation
+from builder.recipe.schema import Resolved
+
+SOURCES = (
+    *of_model.SOURCES,
+    "builder/evaluate/tasks_worker.py",
+    "builder/evaluate/task_names.py",
+    "builder/core/file_names.py",
+)
+LIBRARIES = ("lm_eval", "datasets")
+AT_ONCE = 64  # requests under way at a server, at most: it batches them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of a task for one form: `value` and its standard error, over so many `documents`.
+
+    `change` is the value less that of BF16; `flips` the share of documents that only one of the two has right
+    (arXiv 2407.09141, section 3): a change of zero may hide many. None where there is nothing to compare.
+    """
+
+    runner: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    documents: int
+    fewshot: int | None
+    change: float | None = None
+    flips: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """`not_measured`: runner -> task -> why. `of` are the digests of what was measured.
+
+    `paths`: runner -> task -> where all that lm-eval returned lies, in the output directory.
+    """
+
+    rows: Sequence[Row] = ()
+    not_measured: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    of: Sequence[str] = ()
+    paths: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def check(part: recipe_evaluation.Tasks, store: Store) -> None:
+    """Before any work: that lm-eval is here, and has tasks of these names. Kept in the store: it takes ten seconds."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UnsupportedError(
+            "Tasks are asked by lm-eval, which is not installed.", cure="pip install 'trtllm-builder[tasks]'"
+        )
+    if part.directory and not Path(part.directory).is_dir():
+        raise UsageError(
+            f"There is no directory {part.directory}.", cure="Name the one that holds the tasks: --task-dir"
+        )
+    if part.directory:
+        _check_files(Path(part.directory))
+    job = {"names": part.names, "directory": _directory(part)}
+
+    def make(_: Path) -> dict[str, Any]:
+        process.run_job(
+            "builder.evaluate.task_names",
+            job,
+            log=store.log("task-names"),
+            out=store.out,
+            label="looking for the tasks",
+            env={},
+        )
+        return {"names": part.names}
+
+    ingredients = {"names": part.names, "files": _files(part), "libraries": library_versions(*LIBRARIES)}
+    store.stage("task_names", ingredients, make)
+
+
+def _check_files(directory: Path) -> None:
+    """UsageError for what lm-eval would read without end or by its last line: it parses the task files with PyYAML."""
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir():
+            continue
+        try:
+            if not path.is_file():
+                raise ValueError("not a regular file")
+            if path.suffix in (".yaml", ".yml"):
+                check_yaml(read_regular(path, LARGEST_YAML))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"The task file {path} can't be used.", why=str(error), cure="Mend or remove it."
+            ) from None
+
+
+def measure(models: Models, resolved: Resolved, *, store: Store) -> TaskTable:
+    """Asks every form of the recipe the questions of every task, and compares each with BF16."""
+    found: dict[str, dict[str, Artefact]] = {}
+    not_measured: dict[str, dict[str, str]] = {}
+    for form in of_model.forms(resolved):
+        answered, refused = _answers(form, models, resolved, store)
+        found[form.label] = answered
+        not_measured |= {form.label: refused} if refused else {}
+    rows = tuple(_compared(found))
+    of = [artefact.digest for answered in found.values() for artefact in answered.values()]
+    paths = {
+        label: {name: str(artefact.path.relative_to(store.root)) for name, artefact in answered.items()}
+        for label, answered in found.items()
+    }
+    return TaskTable(rows, not_measured, of, paths)
+
+
+def _answers(
+    form: Form, models: Models, resolved: Resolved, store: Store
+) -> tuple[dict[str, Artefact], dict[str, str]]:
+    """By task what the store holds or a child measured, and why it could not."""
+    part, engine = resolved.recipe.tasks, resolved.recipe.engine
+    if form.runner == "reference":
+        why = "Tasks are asked of local weights and of what is served; the executor answers there: --runner served"
+        return {}, dict.fromkeys(part.names, why)
+    try:
+        opened = of_model.opening(form, models, resolved, store)
+    except NotMeasurable as error:
+        return {}, dict.fromkeys(part.names, str(error))
+    positions = int(models.snapshot.config.get("max_position_embeddings") or engine.max_seq_len)
+    asked = {
+        **{key: getattr(part, key) for key in ("limit", "fewshot", "seed", "batch_size", "chat_template")},
+        "max_length": min(engine.max_seq_len, positions),
+        "max_input_len": engine.max_input_len,
+    }
+    libraries = {**opened.ingredients["libraries"], **library_versions(*LIBRARIES)}
+    common = {**opened.ingredients, **asked, "libraries": libraries, "sources": sources_digest(*SOURCES)}
+    wanted = {name: {**common, "task": name, "files": _files(part)} for name in part.names}
+
+    def stored() -> dict[str, Artefact]:
+        held = {name: store.find("tasks", key_of("tasks", ingredients)) for name, ingredients in wanted.items()}
+        return {name: artefact for name, artefact in held.items() if artefact}
+
+    found = {} if "tasks" in store.force else stored()
+    missing = [{"name": name, "ingredients": wanted[name]} for name in wanted if name not in found]
+    kept = f", {len(found)} found in the store" if found else ""
+    store.out.stage("tasks", f"{form.label}: {', '.join(part.names)}{kept}")
+    told: dict[str, Any] = {}
+    if missing:
+        job = {
+            **opened.job,
+            **asked,
+            "tasks": missing,
+            "directory": _directory(part),
+            "working_directory": os.getcwd(),
+            "logits": False,
+            "force": sorted(store.force),
+            "at_once": min(engine.max_batch_size, AT_ONCE),
+        }
+        told = _run(job, store)
+    return stored(), told.get("not_measured", {})
+
+
+def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """The child, which publishes what it measures. The Hub's data sets are not in the snapshot: it may download.
+
+    Code that comes with the model must not find the user's token.
+    """
+    kind: Kind = "public" if job["trust_remote_code"] else "hub"
+    offline = os.environ.get("HF_HUB_OFFLINE", "0")
+    with SourceFiles.of_job(job).blamed():
+        told, _ = process.run_job(
+            "builder.evaluate.tasks_worker",
+            job,
+            log=store.log(f"tasks-{job['runner']}"),
+            out=store.out,
+            label=f"{job['label']}: starting",
+            unit="questions",
+            env={**modelopt.ENVIRONMENT, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline},
+            kind=kind,
+        )
+    return told
+
+
+def _compared(found: Mapping[str, Mapping[str, Artefact]]) -> Iterator[Row]:
+    """The figures of each form, task by task in the order of the names, beside BF16's."""
+    theirs = {
+        (name, one["task"], one["metric"], one["filter"]): (artefact, one)
+        for name, artefact in found.get("bf16", {}).items()
+        for one in artefact.facts["rows"]
+    }
+    for label, answered in found.items():
+        for name, artefact in answered.items():
+            for one in artefact.facts["rows"]:
+                metric = one["metric"] if one["filter"] == "none" else f"{one['metric']} ({one['filter']})"
+                same = {key: one[key] for key in ("task", "value", "stderr", "documents", "fewshot")}
+                row = Row(runner=label, metric=metric, **same)
+                bf16 = theirs.get((name, one["task"], one["metric"], one["filter"]))
+                if label != "bf16" and bf16:
+                    row = replace(row, change=row.value - bf16[1]["value"], flips=_flips(artefact, bf16[0], one))
+                yield row
+
+
+def _flips(ours: Artefact, theirs: Artefact, row: Mapping[str, Any]) -> float | None:
+    """The share of documents that one form has right and the other wrong; None where answers are not right or wrong."""
+    right, other = (dict(_judged(artefact.path, row)) for artefact in (ours, theirs))
+    if not right or right.keys() != other.keys() or not {*right.values(), *other.values()} <= {0.0, 1.0}:
+        return None
+    return sum(right[document] != other[document] for document in right) / len(right)
+
+
+def _judged(path: Path, row: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int], float]]:
+    """Of each document of the row's tasks what lm-eval's metric made of the answer."""
+    for task, file in row["samples"].items():
+        with open(path / file, encoding="utf-8") as lines:
+            for line in lines:
+                sample = json.loads(line)
+                value = sample.get(row["metric"])
+                if sample["filter"] == row["filter"] and isinstance(value, (int, float)):
+                    yield (task, sample["doc_id"]), float(value)
+
+
+def _directory(part: recipe_evaluation.Tasks) -> str | None:
+    return str(Path(part.directory).absolute()) if part.directory else None
+
+
+def _files(part: recipe_evaluation.Tasks) -> str | None:
+    """What lies in the directory of task files: their data is there too, or the store does not see it change."""
+    return sources_digest(Path(part.directory).absolute()) if part.directory else None
+
+
+COLUMNS = ["", "task", "metric", "value", "change", "flips", "questions", "examples"]
+
+
+def show(found: TaskTable, root: Path, out: Output) -> None:
+    """A table for people, and where in the output directory `root` all that lm-eval returned lies."""
+    rows: list[Sequence[str]] = [
+        (row.runner, row.task, row.metric, _with_error(row), _signed(row.change), _percent(row.flips),
+         str(row.documents), "-" if row.fewshot is None else str(row.fewshot))
+        for row in found.rows
+    ]  # fmt: skip
+    for runner, tasks in found.not_measured.items():
+        rows += [(runner, task, "not measurable: " + why.splitlines()[0], *[""] * 5) for task, why in tasks.items()]
+    out.table("tasks, by lm-eval (± standard error)", COLUMNS, rows)
+    for runner, tasks in found.paths.items():
+        for task, path in tasks.items():
+            out.text(f"kept       {runner}, {task}: {root / path / 'results.json'}")
+
+
+def _with_error(row: Row) -> str:
+    return f"{row.value:.4f} ± {row.stderr:.4f}" if row.stderr is not None else f"{row.value:.4f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"

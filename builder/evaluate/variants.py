@@ -1,0 +1,166 @@
+"""The forms of a model that are measured (BF16, simulated, on disk, in the executor, served), and what opens each.
+
+Whoever measures adds to a form's job what it measures, and hands it to a child process (builder.runners opens it
+there). Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.calibration.rows import Calibration
+from builder.checkpoint.layouts import Checkpoint
+from builder.core.errors import NotMeasurable, UsageError
+from builder.core.store import Store, library_versions, sources_digest
+from builder.hub.snapshot import Snapshot
+from builder.quantize import modelopt
+from builder.recipe.evaluation import RUNNERS
+from builder.recipe.schema import Resolved
+from builder.triton.repository import Repository, repository_key
+
+SOURCES = (
+    "builder/evaluate/variants.py",
+    "builder/runners",
+    "builder/evaluate/datasets.py",
+    "builder/calibration/rows.py",
+    "builder/tokenizer/chat_template.py",
+    "builder/tokenizer/chat_template_worker.py",
+    "builder/tokenizer/special_tokens.py",
+    "builder/tokenizer/files.py",
+    "builder/tokenizer/loading.py",
+    "builder/serving/client.py",
+    "builder/serving/server.py",
+    "builder/llmapi/launch.py",
+    "builder/serving/safe_links.py",
+    "builder/serving/private_directory.py",
+    "builder/serving/installation.py",
+    "builder/trtllm/compatibility.py",
+    "builder/reference",
+    "builder/quantize/nvfp4.py",
+    "builder/checkpoint/sharding.py",
+    "builder/quantize",
+    "builder/checkpoint/layouts.py",
+    "builder/checkpoint/validate.py",
+    "builder/model/files.py",
+    "builder/model/loading.py",
+    "builder/core/safetensors_io.py",
+    "builder/model/hashed_files.py",
+    "builder/checkpoint/tensor_checks.py",
+    "builder/checkpoint/huggingface.py",
+    "builder/model/dtypes.py",
+)
+LIBRARIES = (*modelopt.LIBRARIES, "tritonclient", "nvidia-pytriton", "tensorrt_llm", "tensorrt")
+KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv
+
+
+@dataclass(frozen=True)
+class Models:
+    """What there is to measure; a part that no runner of the recipe needs may be None."""
+
+    snapshot: Snapshot
+    calibration: Calibration | None = None
+    checkpoint: Checkpoint | None = None
+    repository: Repository | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """`label` names its row; `runner` is what opens it; `fp8_kv` whether the cache is quantized."""
+
+    label: str
+    runner: str
+    fp8_kv: bool
+
+
+def forms(resolved: Resolved) -> list[Form]:
+    """In the order of RUNNERS: BF16 first."""
+    part, fp8 = resolved.recipe.evaluation, resolved.recipe.quantization.kv_cache_dtype == "fp8"
+    found = [Form(name, name, fp8) for name in RUNNERS if name in part.runners]
+    if part.compare_kv and not fp8:
+        raise UsageError(
+            "There is no FP8 KV cache to compare: the recipe leaves it in the model's own type.",
+            cure="Compare with --kv-cache-dtype fp8",
+        )
+    if part.compare_kv:
+        fp8_rows = [] if "checkpoint" in part.runners else [Form("checkpoint", "checkpoint", True)]
+        found += [*fp8_rows, Form(KV_AUTO, "checkpoint", False)]
+    return found
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the child is told, and what a stored measurement depends on: the ingredients of its stage."""
+
+    job: Mapping[str, Any]
+    ingredients: Mapping[str, Any]
+
+
+def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Opening:
+    """How a form is opened. NotMeasurable where it has no such form."""
+    recipe = resolved.recipe
+    job = {
+        "runner": form.runner,
+        "label": form.label,
+        "fp8_kv": form.fp8_kv,
+        **models.snapshot.source.as_job(),
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "root": str(store.root),
+        "gpus": modelopt.calibrating(),
+        **{key: getattr(recipe.evaluation, key) for key in ("dtype", "batch_tokens")},
+    }
+    more, of = _of(form, models, resolved, store)
+    ingredients = {
+        "of": of,
+        "runner": form.runner,
+        "tokenizer": models.snapshot.digest,
+        **{key: job[key] for key in ("dtype", "fp8_kv", "trust_remote_code")},
+        **{key: more.get("calibration", {}).get(key, []) for key in ("kept", "fp8")},
+        **{key: more.get("calibration", {}).get(key) for key in ("seq_len", "batch_size")},
+        # The repository's files name its engine and do not hold it: an engine made again leaves their digest as it was.
+        "repository": repository_key(models.repository) if form.runner == "served" and models.repository else None,
+        "libraries": library_versions(*LIBRARIES),
+        "sources": sources_digest(*SOURCES),
+        "gpus": job["gpus"],
+        "environment": modelopt.numerics(),
+    }
+    return Opening({**job, **more}, ingredients)
+
+
+def _of(form: Form, models: Models, resolved: Resolved, store: Store) -> tuple[dict[str, Any], list[str]]:
+    """What this form needs beside the snapshot, and the digests of the artefacts that it is."""
+    recipe = resolved.recipe
+    if form.runner == "bf16":
+        return {}, [models.snapshot.digest]
+    if form.runner == "simulated":
+        assert models.calibration is not None
+        assert models.checkpoint is not None
+        rows = {"rows": str(models.calibration.path.absolute())}
+        rows |= {key: models.checkpoint.facts[key] for key in ("kept", "fp8")}
+        rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
+        return {"calibration": rows}, [models.snapshot.digest, models.calibration.digest]
+    if form.runner == "served":
+        return _served(models.repository, store), [models.repository.digest if models.repository else ""]
+    assert models.checkpoint is not None
+    if form.runner == "reference" and not models.checkpoint.tensorrt_llm.is_dir():
+        raise NotMeasurable("The checkpoint has no TensorRT-LLM layout, which the reference executor reads.")
+    layouts = {"unified": str(models.checkpoint.unified), "tensorrt_llm": str(models.checkpoint.tensorrt_llm)}
+    return layouts, [models.checkpoint.digest]
+
+
+def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
+    assert repository is not None
+    gathers = True  # by the llmapi target, for each request that asks
+    if repository.facts["target"] != "llmapi":
+        engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
+        gathers = bool(engine.get("build_config", {}).get("gather_context_logits"))
+    return {
+        "models": str(repository.models.absolute()),
+        "facts": dict(repository.facts),
+        "gathers": gathers,
+        "server_log": str(store.log("triton")),
+        "timeout": 600.0,
+    }

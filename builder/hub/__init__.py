@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: a model id becomes a verified snapshot."""

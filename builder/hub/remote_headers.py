@@ -1,0 +1,60 @@
+"""The headers of a Hub model's safetensors files, read as strictly as those of local files.
+
+huggingface_hub's own `get_safetensors_metadata` accepts headers that no file can have, and looks at the index only
+where there is no model.safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+from builder.core.safetensors_io import TensorInfo, header_length, parse_header, read_header
+from builder.hub.errors import patiently
+
+FIRST = 100_000  # bytes: 97 % of the headers are shorter (huggingface_hub, parse_safetensors_file_metadata)
+TIMEOUT = 10.0  # seconds without a byte
+AT_ONCE = 8
+
+Headers = dict[str, dict[str, TensorInfo]]
+
+
+def cached(root: Path, shards: Mapping[str, int]) -> Headers:
+    """Of the files in the cache."""
+    return {name: read_header(root / name) for name in shards}
+
+
+def remote(repo: str, commit: str, shards: Mapping[str, int], waits: Sequence[float]) -> Headers:
+    """By ranged reads; `shards` holds the files' sizes as the Hub lists them."""
+
+    def read(name: str) -> dict[str, TensorInfo]:
+        return patiently(lambda: _read(repo, commit, name, shards[name]), waits)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(shards, pool.map(read, shards), strict=True))
+
+
+def _read(repo: str, commit: str, name: str, size: int) -> dict[str, TensorInfo]:
+    url, where = hf_hub_url(repo, name, revision=commit), f"{repo}/{name}"
+    start = _range(url, 0, min(FIRST, size))
+    length = header_length(start, size, where)
+    if 8 + length > len(start):
+        start += _range(url, len(start), 8 + length)
+    return parse_header(start[8 : 8 + length], size, where)
+
+
+def _range(url: str, begin: int, end: int) -> bytes:
+    """Bytes begin..end of a file; fewer where the server sends fewer."""
+    if begin >= end:
+        return b""
+    asked = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    response = get_session().get(url, headers=asked, timeout=TIMEOUT)
+    hf_raise_for_status(response)
+    content = bytes(response.content)
+    whole = response.status_code == 200  # the server sent the file from its beginning: it knows no ranges
+    return content[begin:end] if whole else content[: end - begin]

@@ -1,0 +1,262 @@
+"""The LLM arguments that a recipe comes to for Triton's llmapi model, each with its reason and source. Pure.
+
+Version facts are data (llmapi_facts.py). What the LLM class would silently rewrite, filter or ignore is settled in
+llmapi_settle.py; what a user should know of it is in llmapi_notes.py. Files named in sources are NVIDIA/TensorRT-LLM's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from builder.checkpoint import sharding
+from builder.checkpoint.layouts import head_size
+from builder.core.errors import IntegrityError, UnsupportedError, UsageError
+from builder.core.store import library_versions
+from builder.llmapi import lora
+from builder.llmapi import versions as llmapi_versions
+from builder.llmapi.normalize import ARGS, ASKED, EXECUTOR, Argument, Subject, settle
+from builder.llmapi.notes import notes
+from builder.model import dtypes
+from builder.quantize.modelopt import gpus
+from builder.recipe import schema
+from builder.trtllm import flags as trtllm_flags
+
+__all__ = ["Argument", "Subject", "check_machine", "check_model", "notes", "resolve", "settle", "tree"]
+TOKENS_PER_BLOCK = 32
+# Arguments that have a key of their own in the recipe.
+SAID = {
+    "tensor_parallel_size": "engine.tp",
+    "pipeline_parallel_size": "engine.pp",
+    "max_batch_size": "engine.max_batch_size",
+    "max_input_len": "engine.max_input_len",
+    "max_seq_len": "engine.max_seq_len",
+    "max_num_tokens": "engine.max_num_tokens",
+    "trust_remote_code": "model.trust_remote_code",
+    "enable_chunked_prefill": "repository.enable_chunked_context",
+    "kv_cache_config.dtype": "quantization.kv_cache_dtype",
+    "kv_cache_config.free_gpu_memory_fraction": "repository.kv_cache_free_gpu_mem_fraction",
+    "kv_cache_config.enable_block_reuse": "repository.enable_kv_cache_reuse",
+    "scheduler_config.capacity_scheduler_policy": "repository.batch_scheduler_policy",
+}
+# What other targets' recipes hold and nothing here reads.
+UNUSED = (
+    "repository.preprocessing_instances",
+    "repository.postprocessing_instances",
+    "repository.bls_instances",
+    "repository.max_queue_delay_microseconds",
+    "repository.max_queue_size",
+)
+
+
+def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[Argument]:
+    """The arguments for this recipe, GPU and model (its config.json). UsageError, UnsupportedError as in trtllm.py."""
+    asked = resolved.recipe
+    subject = _subject(resolved, model_config)
+    _check_target(resolved)
+    trtllm_flags.check_format(resolved)
+    own = {name: value for name, value in _flatten(asked.llmapi.args).items()}
+    for name, value in own.items():
+        llmapi_versions.check(subject.facts, name, value)
+    _check_said_once(resolved, own)
+    arguments = {argument.name: argument for argument in _derived(subject, resolved, model_config)}
+    for name, value in own.items():
+        if name not in SAID:
+            arguments[name] = Argument(name, value, ASKED, "recipe")
+    return list(settle(subject, arguments).values())
+
+
+def tree(arguments: Sequence[Argument]) -> dict[str, Any]:
+    """Dotted names as the nested mapping that a model.yaml holds."""
+    made: dict[str, Any] = {}
+    for argument in arguments:
+        *parents, last = argument.name.split(".")
+        below = made
+        for parent in parents:
+            below = below.setdefault(parent, {})
+        below[last] = argument.value
+    return made
+
+
+def check_machine(resolved: schema.Resolved) -> None:
+    """Before the first expensive byte: can this machine serve it? UnsupportedError if not, IntegrityError for another
+    version of TensorRT-LLM."""
+    wanted = resolved.recipe.engine.tensorrt_llm
+    installed, images = library_versions("tensorrt_llm")["tensorrt_llm"], llmapi_versions.load(wanted).images
+    if shutil.which("trtllm-serve") is None and importlib.util.find_spec("tensorrt_llm") is None:
+        raise UnsupportedError(
+            "TensorRT-LLM is not installed on this machine, so its LLM API can't be served or tested here.",
+            why=f"The recipe's version is {wanted}. "
+            + (f"It comes in NVIDIA's images {images}." if images else "No image of Triton's with it is known."),
+            cure="Run where it is, or stop at the repository: `builder render`. `builder plan` works everywhere.",
+        )
+    if installed not in ("absent", wanted):
+        raise IntegrityError(
+            f"TensorRT-LLM {installed} is installed here, and the arguments are for {wanted}.",
+            why="Names and defaults of LLM arguments differ between versions.",
+            cure=f"--set engine.tensorrt_llm={installed}",
+        )
+    world_size, have = resolved.recipe.engine.world_size, len(gpus())
+    if 0 < have < world_size:
+        raise UnsupportedError(
+            f"{world_size} GPUs are needed to serve and test it, and this machine has {have}.",
+            why="--tp times --pp is the number of ranks, and each takes a GPU of its own.",
+            cure="Stop at the repository: `builder render`. Or split it less.",
+        )
+
+
+def _subject(resolved: schema.Resolved, config: Mapping[str, Any]) -> Subject:
+    return Subject(
+        facts=llmapi_versions.load(resolved.recipe.engine.tensorrt_llm),
+        sm=resolved.gpu.sm,
+        experts=int(config.get("num_experts") or config.get("num_local_experts") or 0),
+        fp8_kv=resolved.recipe.quantization.kv_cache_dtype == "fp8",
+        head_size=head_size(config) if "num_attention_heads" in config else None,
+        fmha_head_sizes=tuple(resolved.gpu.fmha_head_sizes),
+    )
+
+
+def _check_target(resolved: schema.Resolved) -> None:
+    if resolved.gpu.sm is None:
+        raise UnsupportedError(
+            f"The llmapi target needs a GPU, and the profile {resolved.gpu.name!r} has none.",
+            why="TensorRT-LLM's PyTorch backend does not run on a CPU.",
+            cure="Name the card's profile, as --gpu sm120, or leave --target out.",
+        )
+    if resolved.recipe.engine.flags:
+        raise UsageError(
+            "engine.flags are trtllm-build's, and the llmapi target does not run it.",
+            cure="Arguments of the LLM class are set by --set llmapi.args.NAME=VALUE.",
+        )
+    for key in UNUSED:
+        origin = resolved.origins.get(key, "default")
+        if trtllm_flags.asked_for(origin) and not origin.startswith("preset"):  # a preset speaks to every target
+            raise UsageError(
+                f"{key} has no meaning for the llmapi target: one model answers, and the LLM API batches and waits.",
+                cure=f"Leave {key} out.",
+            )
+
+
+def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
+    """UnsupportedError for a model (its config.json) that the PyTorch backend can't serve, split so, on this card."""
+    subject = _subject(resolved, config)
+    name = (config.get("architectures") or ["unknown"])[0]
+    if name not in subject.facts.architectures:
+        raise UnsupportedError(
+            f"{name} is no architecture that the llmapi target is known to serve.",
+            why=f"Known: {', '.join(subject.facts.architectures)} (tensorrt_llm/_torch/models).",
+            cure="Take one of these models, or stop at the checkpoint: `builder quantize`.",
+        )
+    engine = resolved.recipe.engine
+    sharding.check(config, engine.tp, engine.pp, inputs=sharding.GEMM_INPUTS)
+    lora.check(_flatten(resolved.recipe.llmapi.args))
+    if subject.fp8_kv and subject.fmha_head_sizes and subject.head_size not in subject.fmha_head_sizes:
+        raise UnsupportedError(
+            f"sm{subject.sm} has no fused attention kernel for heads of {subject.head_size} with an FP8 KV cache, only "
+            f"for {', '.join(map(str, subject.fmha_head_sizes))}.",
+            why="TensorRT-LLM would not refuse it: it falls back to unfused attention over the whole context, which "
+            "asked for a workspace of about 626 GB on an RTX 5090 (NVIDIA/TensorRT-LLM #17911, 1.3.0rc23; closed).",
+            cure="--kv-cache-dtype auto, or a card of another architecture.",
+        )
+
+
+def _check_said_once(resolved: schema.Resolved, own: Mapping[str, Any]) -> None:
+    """A value with a key of its own in the recipe; llmapi.args may repeat it but not contradict it."""
+    values = {key: value for key, value, _ in resolved.explained()}
+    for name in own.keys() & SAID.keys():
+        said = values[SAID[name]]
+        same = str(said).lower() == str(own[name]).lower() if isinstance(own[name], str) else said == own[name]
+        if not same and name == "kv_cache_config.dtype" and own[name] not in ("auto", "fp8"):
+            raise UnsupportedError(
+                f"kv_cache_config.dtype {own[name]} does not agree with the checkpoint, whose KV cache is {said}.",
+                why=f"{EXECUTOR}/model_loader.py, validate_and_set_kv_cache_quant, ends in a RuntimeError; the "
+                "checkpoints made here have an FP8 cache or the model's own type.",
+                cure="Leave it out. --kv-cache-dtype chooses between the two.",
+            )
+        if not same:
+            value = str(own[name]).lower() if isinstance(own[name], (bool, str)) else own[name]
+            raise UsageError(
+                f"{name} is said twice: {SAID[name]} is {said}, llmapi.args.{name} {own[name]}.",
+                cure=f"Say it once: --set {SAID[name]}={value}",
+            )
+
+
+def _derived(subject: Subject, resolved: schema.Resolved, config: Mapping[str, Any]) -> list[Argument]:
+    asked, part = resolved.recipe, resolved.recipe.repository
+    chunked, reuse = part.enable_chunked_context, part.enable_kv_cache_reuse
+    dtype = dtypes.served(config)
+    own = dtypes.stated(config) in (dtype, None)
+    reason = "the model's own" if own else "NVFP4 layers take 16-bit types alone"
+    found = [
+        Argument("dtype", dtype, reason, "config.json" if own else "builder/model/dtypes.py"),
+        Argument("tensor_parallel_size", asked.engine.tp, *_from(resolved, "engine.tp")),
+        Argument("pipeline_parallel_size", asked.engine.pp, *_from(resolved, "engine.pp")),
+        *_asked_sizes(resolved, config),
+        Argument("enable_chunked_prefill", chunked is not False, "a prompt longer than max_num_tokens goes in pieces"
+                 if chunked is None else "asked for", f"{ARGS} (off by default)" if chunked is None else "recipe"),
+        Argument("attn_backend", "TRTLLM", "the default; the one with an FP8 KV cache and paged context FMHA on every "
+                 "card", f"{ARGS}; cpp/tensorrt_llm/common/attentionOp.cpp"),
+        Argument("disable_overlap_scheduler", False, "the default: the next step is prepared while this one runs",
+                 f"{EXECUTOR}/py_executor.py"),
+        _kv_dtype(subject),
+        Argument("kv_cache_config.free_gpu_memory_fraction", part.kv_cache_free_gpu_mem_fraction,
+                 "of what is free after weights and activations",
+                 _from(resolved, "repository.kv_cache_free_gpu_mem_fraction")[1]),
+        Argument("kv_cache_config.tokens_per_block", TOKENS_PER_BLOCK, "the default, written down", ARGS),
+        Argument("kv_cache_config.enable_block_reuse", reuse is not False,
+                 "the default: prompts that begin alike share blocks" if reuse is None else "asked for",
+                 ARGS if reuse is None else "recipe"),
+        Argument("scheduler_config.capacity_scheduler_policy", part.batch_scheduler_policy.upper(),
+                 *_from(resolved, "repository.batch_scheduler_policy")),
+        Argument("cuda_graph_config.max_batch_size", 0, "every batch that can come", ARGS),
+        Argument("cuda_graph_config.enable_padding", True, "a batch between two graphs takes the larger one",
+                 f"{ARGS}: usually a net win; off by default"),
+        Argument("trust_remote_code", asked.model.trust_remote_code, *_from(resolved, "model.trust_remote_code")),
+    ]  # fmt: skip
+    if subject.facts.takes("telemetry_config.disabled"):
+        reason = "off here: the class sends NVIDIA usage data by default (GPU, CPU, architecture, these values)"
+        source = "tensorrt_llm/usage/usage_lib.py@03fa4799; PR #12384"
+        found.append(Argument("telemetry_config.disabled", True, reason, source))
+    if subject.experts:
+        found.append(Argument("moe_config.backend", "CUTLASS", "the one that runs NVFP4 experts on every card; "
+                              "its default changed from CUTLASS to AUTO", f"{ARGS}, MoeConfig"))  # fmt: skip
+    return found
+
+
+def _kv_dtype(subject: Subject) -> Argument:
+    source = f"{EXECUTOR}/model_loader.py, validate_and_set_kv_cache_quant"
+    name = "kv_cache_config.dtype"
+    if subject.fp8_kv:
+        return Argument(name, "fp8", "what the checkpoint says (hf_quant_config.json), which auto would take", source)
+    return Argument(name, "auto", "the checkpoint has no KV scales, so the cache is in the model's own type", source)
+
+
+def _asked_sizes(resolved: schema.Resolved, config: Mapping[str, Any]) -> list[Argument]:
+    """The four sizes. A profile's small batch pays for engines without context FMHA, which this backend always has."""
+    found = []
+    for flag in trtllm_flags.sizes(resolved, config):
+        value, reason, source = int(flag.value), flag.reason, flag.source
+        if flag.name == "max_batch_size" and reason.startswith("GPU profile"):
+            default = int(schema.Engine.model_fields["max_batch_size"].default)
+            value, reason, source = default, "the default; the profile's is for engines without context FMHA", "recipe"
+        found.append(Argument(flag.name, value, reason, source))
+    return found
+
+
+def _from(resolved: schema.Resolved, key: str) -> tuple[str, str]:
+    return resolved.origins.get(key, "default"), "recipe"
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}; below a name that takes a mapping nothing is taken apart."""
+    whole = {name for name, spec in llmapi_versions.read()["arguments"].items() if spec["type"] == "mapping"}
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in whole:
+            flat |= _flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,76 @@
+"""LoRA adapters that the llmapi target serves beside the model: what their directories must hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.core.errors import UsageError
+from builder.core.untrusted_text import parse_json, read_regular
+
+DIRECTORIES = "lora_config.lora_dir"
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+DEFAULT_RANK = 64  # lora_helper.py@585c7567, LoraConfig.max_lora_rank
+
+
+def directories(arguments: Mapping[str, Any]) -> list[Path]:
+    """The adapters of these arguments (by dotted name), in order."""
+    return [Path(path) for path in arguments.get(DIRECTORIES) or ()]
+
+
+def check(arguments: Mapping[str, Any]) -> None:
+    """UsageError for an adapter that is not there, that the class can't load, or whose name another one has too."""
+    names: dict[str, Path] = {}
+    for directory in directories(arguments):
+        if not directory.is_absolute():
+            raise UsageError(
+                f"The LoRA adapter {directory} must be named by its whole path: the server has another directory.",
+                cure=f"--set llmapi.args.{DIRECTORIES}=[{directory.absolute()}]",
+            )
+        if directory.name in names:
+            raise UsageError(
+                f"Two LoRA adapters are called {directory.name}: {names[directory.name]} and {directory}.",
+                why="Requests name an adapter by the last part of its path.",
+                cure="Rename one of the two directories.",
+            )
+        names[directory.name] = directory
+        if arguments.get("lora_config.lora_ckpt_source", "hf") == "hf":
+            _check_adapter(directory, arguments.get("lora_config.max_lora_rank", DEFAULT_RANK))
+
+
+def _check_adapter(directory: Path, most: int) -> None:
+    missing = [CONFIG] if not (directory / CONFIG).is_file() else []
+    if not any((directory / name).is_file() for name in WEIGHTS):
+        missing.append(WEIGHTS[0])
+    if missing:
+        raise UsageError(
+            f"{directory} is no LoRA adapter: it has no {' and no '.join(missing)}.",
+            cure="Name the directory that PEFT's save_pretrained wrote.",
+        )
+    try:
+        rank = parse_json(read_regular(directory / CONFIG)).get("r")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"{directory / CONFIG} can't be read.", why=str(error), cure="Save the adapter again."
+        ) from error
+    if isinstance(rank, int) and rank > most:
+        raise UsageError(
+            f"The LoRA adapter {directory} has rank {rank}, and max_lora_rank is {most}.",
+            cure=f"--set llmapi.args.lora_config.max_lora_rank={rank}",
+        )
+
+
+def digests(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of each adapter's files, for the key of the repository that serves them."""
+    found = {}
+    for directory in directories(arguments):
+        digest = hashlib.sha256()
+        for file in sorted(path for path in directory.glob("adapter_*") if path.is_file()):
+            digest.update(file.name.encode())
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        found[directory.name] = digest.hexdigest()
+    return found

@@ -1,0 +1,137 @@
+"""Checkpoint -> Repository for the llmapi target: a python model around TensorRT-LLM's LLM, and its model.yaml."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from builder.checkpoint.layouts import Checkpoint, read_json
+from builder.core import paths
+from builder.core.errors import IntegrityError
+from builder.core.store import Store, library_versions, sources_digest
+from builder.hub.snapshot import Snapshot
+from builder.llmapi import arguments as llmapi_arguments
+from builder.llmapi import lora
+from builder.llmapi import versions as llmapi_versions
+from builder.llmapi.arguments import Argument
+from builder.recipe.schema import Resolved
+from builder.triton import repository
+from builder.triton.repository import Repository
+
+MODEL = "tensorrt_llm"  # upstream's name of it, which clients know
+TEMPLATE = paths.data("triton_templates", "llmapi", MODEL)
+TENSORS = paths.data("configs", "trtllm", "llmapi-tensors.json")
+HEADER = (
+    "# Arguments of tensorrt_llm.LLM, and what Triton's side reads (triton_config). `builder plan` tells why each.\n"
+)
+
+
+def render(
+    checkpoint: Checkpoint, snapshot: Snapshot, arguments: Sequence[Argument], resolved: Resolved, *, store: Store
+) -> Repository:
+    """The model repository that serves this checkpoint's Hugging Face layout."""
+    adapters = lora.digests({argument.name: argument.value for argument in arguments})
+    ingredients = {
+        "target": "llmapi",
+        "checkpoint": checkpoint.digest,
+        "checkpoint_path": str(checkpoint.unified.resolve()),
+        "snapshot": snapshot.digest,
+        "arguments": llmapi_arguments.tree(arguments),
+        **({"adapters": adapters} if adapters else {}),
+        "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
+        "penalties": llmapi_versions.load(resolved.recipe.engine.tensorrt_llm).penalties,
+        "part": resolved.recipe.repository.model_dump(mode="json"),
+        "libraries": library_versions("jinja2", "pyyaml"),
+        "sources": sources_digest(
+            "builder/llmapi/repository.py", "builder/triton/repository.py", "builder/model/files.py",
+            TEMPLATE, repository.MACROS, TENSORS,
+        ),
+    }  # fmt: skip
+
+    def make(directory: Path) -> Mapping[str, Any]:
+        facts = write(directory / "models", checkpoint.unified.resolve(), snapshot.path, arguments, resolved)
+        snapshot.source.check_unchanged()  # the tokenizer is copied from it
+        return {**facts, "arguments": [vars(argument) for argument in arguments]}
+
+    artefact = store.stage("repository", ingredients, make)
+    return Repository(artefact.path, artefact.digest, artefact.facts)
+
+
+def write(
+    models: Path, unified: Path, snapshot: Path, arguments: Sequence[Argument], resolved: Resolved
+) -> dict[str, Any]:
+    """Renders the model into `models`, checks it, and returns what a client has to know.
+
+    IntegrityError for a checkpoint that says something else than the arguments.
+    """
+    check_checkpoint(unified, arguments)
+    part, tensors = resolved.recipe.repository, json.loads(TENSORS.read_text(encoding="utf-8"))
+    facts = llmapi_versions.load(resolved.recipe.engine.tensorrt_llm)
+    switches = {"exclude_input_in_output": part.exclude_input_in_output, "penalties": facts.penalties}
+    parameters = {name: str(value).lower() for name, value in switches.items()}
+    parameters["vocab_size"] = str(read_json(unified / "config.json")["vocab_size"])
+    parameters["end_ids"] = json.dumps(repository.special_ids(snapshot, part.end_ids)["end_ids"])
+    parameters["tensorrt_llm"] = resolved.recipe.engine.tensorrt_llm  # guards.py compares it
+    values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
+    directory = models / MODEL / "1"
+    directory.mkdir(parents=True)
+    (models / MODEL / "config.pbtxt").write_text(repository.rendered(TEMPLATE, values), encoding="utf-8")
+    shutil.copyfile(TEMPLATE / "1" / "model.py", directory / "model.py")
+    (directory / "model.yaml").write_text(model_yaml(unified, arguments, decoupled=part.decoupled), encoding="utf-8")
+    repository.check(models, max_batch_size=0, decoupled=part.decoupled)
+    return _facts(unified, snapshot, llmapi_arguments.tree(arguments), resolved, tensors["names"])
+
+
+def model_yaml(unified: Path, arguments: Sequence[Argument], *, decoupled: bool) -> str:
+    """The file's text. triton_config is as upstream's own model.py wants it, so that either may read it."""
+    content = {
+        "model": str(unified),
+        "backend": "pytorch",
+        **llmapi_arguments.tree(arguments),
+        "triton_config": {"max_batch_size": 0, "decoupled": decoupled},
+    }
+    return HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1 << 16)
+
+
+def check_checkpoint(unified: Path, arguments: Sequence[Argument]) -> None:
+    """kv_cache_config.dtype against hf_quant_config.json: upstream stops at a difference, when weights are loaded."""
+    quantization = read_json(unified / "hf_quant_config.json").get("quantization") or {}
+    said = quantization.get("kv_cache_quant_algo")
+    asked = next(argument.value for argument in arguments if argument.name == "kv_cache_config.dtype")
+    if (asked == "fp8") != (said == "FP8"):
+        raise IntegrityError(
+            f"The checkpoint's KV cache is in {said}, and kv_cache_config.dtype is {asked}.",
+            why=f"{unified / 'hf_quant_config.json'}",
+            cure="Quantize again: --force quantize",
+        )
+
+
+def _facts(
+    unified: Path, snapshot: Path, arguments: Mapping[str, Any], resolved: Resolved, names: Mapping[str, str]
+) -> dict[str, Any]:
+    """As repository.py's. `names` are this model's for the other targets' inputs; no tensor has a batch dimension.
+
+    A decoupled model takes no `infer` (Triton answers 501), one that is not can't stream.
+    """
+    part = resolved.recipe.repository
+    ids = repository.special_ids(snapshot, part.end_ids)
+    return {
+        "target": "llmapi",
+        "models": {"generate": MODEL, ("stream" if part.decoupled else "infer"): MODEL},
+        "names": names,
+        "batched": False,
+        "required": ["text_input"],
+        "decoupled": part.decoupled,
+        **{name: arguments[name] for name in ("max_batch_size", "max_input_len", "max_seq_len")},
+        "vocab_size": read_json(unified / "config.json").get("vocab_size"),
+        "end_id": ids["end_ids"][0] if ids["end_ids"] else None,
+        **ids,
+        "checkpoint": str(unified),
+        "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
+        "world_size": resolved.recipe.engine.world_size,
+    }

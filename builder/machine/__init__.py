@@ -1,0 +1,1 @@
+"""Facts about hardware: GPU profiles and the container images for them."""

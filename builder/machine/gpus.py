@@ -1,0 +1,234 @@
+"""GPU profiles: an architecture's facts and the engine flags that suit it, from configs/gpus/*.yaml."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from builder.core import paths
+from builder.core.errors import UnsupportedError
+from builder.core.output import Output
+from builder.core.untrusted_text import parse_yaml
+
+
+@dataclass(frozen=True)
+class ProfileFlag:
+    """A trtllm-build flag's value on this architecture, why, and who says so."""
+
+    value: str
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card that can be bought. GB are 10^9 bytes, rates are dense TFLOPS; None where no source was found."""
+
+    name: str
+    source: str
+    memory_gb: float | None = None
+    bandwidth_gb_s: float | None = None
+    fp8_tflops: float | None = None
+    fp4_tflops: float | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format that the architecture computes in or stores KV in, and the TensorRT-LLM version it needs."""
+
+    since: str
+    source: str
+
+
+@dataclass(frozen=True)
+class GpuProfile:
+    """`sm` is the compute capability times ten (120 = 12.0), None for the CPU; `recipe` overrides the defaults.
+
+    `fmha_head_sizes` are those that context FMHA has kernels for; empty where no limit is known.
+    """
+
+    name: str
+    title: str
+    sm: int | None
+    target: str
+    flags: Mapping[str, ProfileFlag]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    cards: Sequence[Card] = ()
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    fmha_head_sizes: Sequence[int] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A GPU of this machine: its name, compute capability and driver."""
+
+    name: str
+    major: int
+    minor: int
+    driver: str
+
+    @property
+    def sm(self) -> int:
+        return self.major * 10 + self.minor
+
+
+def names() -> list[str]:
+    """The profiles that exist."""
+    return sorted(path.stem for path in paths.data("configs", "gpus").glob("*.yaml"))
+
+
+@functools.cache
+def load(name: str) -> GpuProfile:
+    """A profile by name. An unknown one is an error with the nearest names, never a silent default."""
+    if name not in names():
+        near = [repr(n) for n in _meant(name)]
+        raise UnsupportedError(
+            f"There is no profile for GPU {name!r}.",
+            why=f"Profiles: {', '.join(names())}." + (f" Did you mean {' or '.join(near)}?" if near else ""),
+            cure="`builder gpus` lists the cards behind each profile.",
+        )
+    raw = _read(name)
+    # The same silicon under other flags: cards, formats, kernels and notes are those of the named profile.
+    card_facts = _read(raw["card_facts_of"]) if "card_facts_of" in raw else raw
+    inherited = load(raw["flags_of"]).flags if "flags_of" in raw else {}
+    own = {key: ProfileFlag(**value) for key, value in raw.get("flags", {}).items()}
+    return GpuProfile(
+        name=name,
+        title=raw["title"],
+        sm=raw["sm"],
+        target=raw["target"],
+        flags={**inherited, **own},
+        recipe=raw.get("recipe", {}),
+        cards=[Card(**card) for card in card_facts.get("cards", [])],
+        formats={key: Format(**value) for key, value in card_facts.get("formats", {}).items()},
+        fmha_head_sizes=card_facts.get("fmha_head_sizes", []),
+        notes=card_facts.get("notes", []),
+    )
+
+
+def _meant(name: str) -> list[str]:
+    """The profiles that someone who typed this may mean: by card, by the beginning of the name, by likeness."""
+    plain = "".join(c for c in name.lower() if c.isalnum())
+    cards = {p: " ".join(c.name for c in load(p).cards).lower().replace(" ", "") for p in names()}
+    by_card = [p for p, text in cards.items() if len(plain) > 2 and plain in text]
+    starts = [p for p in names() if plain and p.startswith(plain)]
+    return by_card or starts or sorted(difflib.get_close_matches(name.lower(), names(), cutoff=0.6))
+
+
+def _read(name: str) -> dict[str, Any]:
+    raw: dict[str, Any] = parse_yaml(paths.data("configs", "gpus", f"{name}.yaml").read_text(encoding="utf-8"))
+    return raw
+
+
+def detect() -> GpuProfile:
+    """The profile of the first GPU that NVML sees. UnsupportedError where there is none, or none we know."""
+    try:
+        found = first()
+    except UnsupportedError as error:
+        cure = "Name a profile: --gpu sm120, or --gpu cpu to quantize and serve without a GPU."
+        raise UnsupportedError("No GPU was named, and none is seen here.", why=error.why, cure=cure) from error
+    return for_capability(found.major, found.minor, found.name)
+
+
+def first() -> Seen:
+    """The first of the visible GPUs. UnsupportedError where there is none, or NVML does not tell."""
+    found = visible()
+    if not found:
+        why = "NVML finds no NVIDIA driver." if found == [] else "NVML does not tell which GPUs this process sees."
+        raise UnsupportedError("No GPU is seen here.", why=why, cure="Run it on a machine with a GPU.")
+    return found[0]
+
+
+def for_capability(major: int, minor: int, card: str) -> GpuProfile:
+    """The profile of a compute capability; an unknown one is an error with the nearest profiles named."""
+    name = f"sm{major}{minor}"
+    if name in names():
+        return load(name)
+    raise UnsupportedError(
+        f"This machine's {card} is {name}, and there is no profile for it.",
+        why=f"The nearest: {'; '.join(f'{p.name} ({p.title})' for p in nearest(major * 10 + minor))}.",
+        cure="An engine runs only on the architecture that it was built for. To quantize and serve without a GPU: "
+        "--gpu cpu.",
+    )
+
+
+def nearest(sm: int) -> list[GpuProfile]:
+    """The profiles just below and just above an architecture that has none."""
+    known = [p for p in map(load, names()) if p.sm is not None]
+    below = [p for p in known if p.sm is not None and p.sm < sm]
+    above = [p for p in known if p.sm is not None and p.sm > sm]
+    found = []
+    if below:
+        found += [p for p in below if p.sm == max(q.sm or 0 for q in below)]
+    if above:
+        found += [p for p in above if p.sm == min(q.sm or 0 for q in above)]
+    return found
+
+
+def show(out: Output) -> None:
+    """For people: the profiles with what runs on them, and the cards. With --json: all of it."""
+    profiles = [load(name) for name in names()]
+    rows = [(p.name, p.target, ", ".join(p.formats) or "-", p.title) for p in profiles]
+    out.table("GPU profiles", ["profile", "target", "runs", "for"], rows)
+    cards = []
+    for profile in profiles:
+        for card in profile.cards:
+            figures = (card.memory_gb, card.bandwidth_gb_s, card.fp8_tflops, card.fp4_tflops)
+            cards.append((profile.name, card.name, *("-" if n is None else n for n in figures)))
+    out.table("cards", ["profile", "card", "GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS"], cards)
+    out.result({p.name: {key: value for key, value in asdict(p).items() if key != "name"} for p in profiles})
+
+
+def cuda_order() -> dict[str, str]:
+    """The environment in which CUDA counts a machine's GPUs as NVML does; left to itself it begins with the fastest."""
+    return {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
+
+
+def visible() -> list[Seen] | None:
+    """The GPUs that a child with cuda_order() sees, in its order; none without a driver. Heeds CUDA_VISIBLE_DEVICES.
+
+    None where that is not known: NVML refuses, parts of a GPU (MIG) are named, or unlike cards are counted otherwise.
+    """
+    import pynvml
+
+    absent = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [] if error.value in absent else None
+    try:
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        found = []
+        for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            seen = Seen(pynvml.nvmlDeviceGetName(handle), major, minor, driver)
+            found.append((pynvml.nvmlDeviceGetUUID(handle), seen))
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    alike = len({seen for _, seen in found}) < 2
+    if not alike and cuda_order()["CUDA_DEVICE_ORDER"] != "PCI_BUS_ID":
+        return None
+    return _chosen(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _chosen(found: Sequence[tuple[str, Seen]], asked: str | None) -> list[Seen] | None:
+    """Indices or beginnings of UUIDs, up to the first that is none (CUDA C Programming Guide, CUDA_VISIBLE_DEVICES)."""
+    if asked is None:
+        return [seen for _, seen in found]
+    chosen: list[Seen] = []
+    for word in (word.strip() for word in asked.split(",")):
+        if word.startswith("MIG-"):
+            return None
+        by_uuid = [seen for uuid, seen in found if word.startswith("GPU-") and uuid.startswith(word)]
+        by_index = [found[int(word)][1]] if word.isdecimal() and int(word) < len(found) else []
+        if not (by_uuid or by_index):
+            break
+        chosen += (by_uuid or by_index)[:1]
+    return chosen

@@ -1,0 +1,215 @@
+"""Whether a source model is whole: its tensors against its index and its config.json, from headers alone. Pure.
+
+transformers fills what is missing with random numbers and only logs it, so nothing after this notices. Used alike for
+a local directory and, before any weight is downloaded, for a model on the Hub.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from builder.core.errors import IntegrityError, UnsupportedError
+from builder.model import config_values, quantization_signs, tensor_names
+from builder.model.tensor_names import EMBEDDING, HEAD, NORM, Want
+
+Header = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
+SHOWN = 10  # names in a message
+# Wrappers that leave their name in front of every tensor, and what saves the model itself.
+WRAPPERS: Mapping[str, str] = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel or DistributedDataParallel",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel",
+    "_forward_module.": "Lightning or DeepSpeed",
+    "base_model.model.": "PEFT",
+    "pretrained_model.": "TRL",
+}
+# transformers takes these for what they are: copies of a buffer that it computes itself.
+IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+EXPERT = re.compile(r"(.*\.experts)\.(\d{1,6})\.(.+)")
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def check(
+    config: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Header]],
+    index: Mapping[str, str] | None,
+    where: str,
+) -> dict[str, Header]:
+    """The model's tensors, {name: (dtype, shape)}. `files` is what each safetensors file's header holds.
+
+    IntegrityError with names where tensors are missing, unexpected, misshapen or stored twice, or where the index says
+    something else than the files; UnsupportedError for a quantized model, UsageError for one whose config.json lacks
+    what its tensors are judged by.
+    """
+    tensors = _merged(files, where)
+    if index is not None:
+        _check_index(files, index, where)
+    quantization_signs.check_tensors(tensors, where)
+    _check_wrapper(tensors, where)
+    if tensor_names.known(config):
+        config_values.require(config, tensor_names.NEEDED, where)
+        _check_table(config, tensors, where)
+    else:
+        _check_layers(config, tensors, where)
+        _check_embedding(config, tensors, where)
+        _check_experts(config, tensors, where)
+    _check_floats(tensors, where)
+    return tensors
+
+
+def names(found: Iterable[str]) -> str:
+    """The first of these names, for a message."""
+    listed = sorted(found)
+    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+
+
+def _merged(files: Mapping[str, Mapping[str, Header]], where: str) -> dict[str, Header]:
+    counts = Counter(name for header in files.values() for name in header)
+    twice = sorted(name for name, count in counts.items() if count > 1)
+    if twice:
+        holders = [file for file, header in sorted(files.items()) if twice[0] in header]
+        raise IntegrityError(
+            f"{where} stores {len(twice)} tensor{'s' * (len(twice) > 1)} in more than one file.",
+            why=f"{names(twice)}. {twice[0]} is in {' and in '.join(holders)}, and only one of them would be loaded.",
+            cure="Save the model again with transformers' save_pretrained, into an empty directory.",
+        )
+    return {name: info for header in files.values() for name, info in header.items()}
+
+
+def _check_index(files: Mapping[str, Mapping[str, Header]], index: Mapping[str, str], where: str) -> None:
+    absent = sorted(f"{name} (not in {file})" for name, file in index.items() if name not in files.get(file, {}))
+    unlisted = sorted(f"{name} (in {file})" for file, h in files.items() for name in h if index.get(name) != file)
+    if absent or unlisted:
+        why = [f"Named by the index, but not in that file: {names(absent)}."] * bool(absent)
+        why += [f"In a file, but not in the index: {names(unlisted)}."] * bool(unlisted)
+        raise IntegrityError(
+            f"{where}: model.safetensors.index.json and the files disagree on {len(absent) + len(unlisted)} tensors.",
+            why="\n".join(why),
+            cure="Copy or download the whole model again, all files of one version.",
+        )
+
+
+def _check_wrapper(tensors: Mapping[str, Header], where: str) -> None:
+    for prefix, wrapper in WRAPPERS.items():
+        found = [name for name in tensors if name.startswith(prefix) or f".{prefix}" in name]
+        if found:
+            raise IntegrityError(
+                f"{where} was saved inside a wrapper: {len(found)} of its {len(tensors)} tensors are named {prefix}...",
+                why=f"{wrapper} puts that before every name, as in {found[0]}. transformers would not find these "
+                "weights, and would take random ones.",
+                cure="Save the model without its wrapper (model._orig_mod, model.module or merge_and_unload()), with "
+                "save_pretrained.",
+            )
+
+
+def _check_table(config: Mapping[str, Any], tensors: Mapping[str, Header], where: str) -> None:
+    """Against the architecture's own table."""
+    found = {name: shape for name, (_, shape) in tensors.items() if not IGNORED.search(name)}
+    if NORM not in found and NORM.removeprefix("model.") in found:
+        raise IntegrityError(
+            f"{where} holds the tensors of a base model: their names lack the prefix model., and there is no head.",
+            why=f"It has {NORM.removeprefix('model.')} where {config['architectures'][0]} has {NORM}.",
+            cure="Load it once with transformers' AutoModelForCausalLM, and save that with save_pretrained.",
+        )
+    _check_layers(config, found, where)
+    want = tensor_names.expected(config)
+    if config.get("tie_word_embeddings") and HEAD in found:  # stored although it is the embedding: many savers do
+        want[HEAD] = want[EMBEDDING]
+    missing, unexpected = sorted(want.keys() - found.keys()), sorted(found.keys() - want.keys())
+    misshapen = {name: found[name] for name in sorted(found.keys() & want.keys()) if found[name] != want[name].shape}
+    if missing or unexpected or misshapen:
+        raise _not_whole(config, missing, unexpected, misshapen, want, where)
+
+
+def _not_whole(
+    config: Mapping[str, Any],
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    misshapen: Mapping[str, Sequence[int]],
+    want: Mapping[str, Want],
+    where: str,
+) -> IntegrityError:
+    counts = {"missing": len(missing), "unexpected": len(unexpected), "misshapen": len(misshapen)}
+    why = [f"Missing: {names(missing)}."] * bool(missing) + [f"Unexpected: {names(unexpected)}."] * bool(unexpected)
+    why += [
+        f"{name} is {list(shape)}, and config.json makes it {list(want[name].shape)} ({want[name].by})."
+        for name, shape in list(misshapen.items())[:SHOWN]
+    ]
+    cure = "Copy or download the whole model again, with the config.json that belongs to it."
+    if list(missing) == [HEAD] and not unexpected:
+        cure = f"If the head is the embedding, config.json must say tie_word_embeddings: true. Else: {cure}"
+    elif list(misshapen) and set(misshapen) <= {EMBEDDING, HEAD}:
+        cure = (
+            "Set vocab_size in config.json to the number of rows that are stored, or save the model again after "
+            "model.resize_token_embeddings(ROWS)."
+        )
+    return IntegrityError(
+        f"{where} is not the {config['architectures'][0]} that its config.json describes: "
+        f"{', '.join(f'{count} tensors {what}' for what, count in counts.items() if count)}.",
+        why="\n".join(why),
+        cure=cure,
+    )
+
+
+def _check_layers(config: Mapping[str, Any], tensors: Iterable[str], where: str) -> None:
+    """As many decoder layers as config.json says; DeepSeek's and GLM's extra ones predict further tokens."""
+    layers, extra = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers") or 0
+    numbers = {int(match[1][:9]) for match in map(LAYER.search, tensors) if match}
+    if not layers or not numbers:
+        return
+    if (absent := next((n for n in range(layers) if n not in numbers), None)) is not None:
+        problem = f"nothing of layer {absent} is in its files"
+    elif max(numbers) >= layers + extra:
+        problem = f"its files hold layers up to {max(numbers)}"
+    else:
+        return
+    raise IntegrityError(
+        f"{where} is not whole: config.json says num_hidden_layers {layers}, and {problem}.",
+        why=f"Layers are numbered from 0, and {len(numbers)} are in the files. transformers would fill missing ones "
+        "with random numbers, and leave out those that are too many.",
+        cure="Copy or download the whole model again, with the config.json that belongs to it.",
+    )
+
+
+def _check_embedding(config: Mapping[str, Any], tensors: Mapping[str, Header], where: str) -> None:
+    """For architectures without a table: embedding and head have vocab_size rows."""
+    rows = config.get("vocab_size")
+    shapes = {name: shape for name, (_, shape) in sorted(tensors.items()) if _is_embedding(name)}
+    wrong = {name: shape for name, shape in shapes.items() if shape[:1] != (rows,)}
+    if rows and wrong:
+        want = {name: Want((rows, *shape[1:]), "vocab_size rows") for name, shape in wrong.items()}
+        raise _not_whole(config, (), (), wrong, want, where)
+
+
+def _is_embedding(name: str) -> bool:
+    embeddings = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_out.weight")
+    return name.endswith(embeddings) and ".layers." not in name
+
+
+def _check_experts(config: Mapping[str, Any], tensors: Iterable[str], where: str) -> None:
+    """Where experts have tensors of their own, all have the same, and they are as many as config.json says."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for match in map(EXPERT.match, tensors):
+        if match:
+            found.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    stated = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
+    count = stated or 1 + max((max(numbers) for numbers in found.values()), default=-1)
+    numbers = range(count)
+    missing = [f"{parent}.{n}.{leaf}" for (parent, leaf), there in found.items() for n in numbers if n not in there]
+    extra = [f"{parent}.{n}.{leaf}" for (parent, leaf), there in found.items() for n in there if n not in numbers]
+    if missing or extra:
+        raise _not_whole(config, missing, extra, {}, {}, where)
+
+
+def _check_floats(tensors: Mapping[str, Header], where: str) -> None:
+    odd = [f"{name} ({dtype})" for name, (dtype, _) in tensors.items() if dtype not in quantization_signs.FLOATS]
+    odd = [text for text in odd if not quantization_signs.BUFFERS.search(text.partition(" ")[0])]
+    if odd:
+        raise UnsupportedError(
+            f"{where} has {len(odd)} tensors of a type that no weights are quantized from here.",
+            why=f"{names(odd)}; taken are {', '.join(quantization_signs.FLOATS)}.",
+            cure="Load the model with transformers, model.to(torch.bfloat16), and save it with save_pretrained.",
+        )

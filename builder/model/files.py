@@ -1,0 +1,244 @@
+"""Which files make a causal LM that can be quantized here, and what is wrong with a directory or a listing of them.
+
+Names, a parsed config.json, file headers in; the wanted names and their hashes, or an error that says what to do, out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from builder.checkpoint.layouts import ARCHITECTURES
+from builder.core.errors import IntegrityError, UnsupportedError, UsageError
+from builder.core.untrusted_text import parse_json
+from builder.llmapi import versions as llmapi_versions
+from builder.model import config_values, kinds, quantization_signs
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+GENERATION = "generation_config.json"
+# What transformers' AutoTokenizer reads, all at the top of the directory.
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+LFS_POINTER = b"version https://git-lfs"
+HASH_CHUNK = 1 << 23  # bytes
+LARGEST_BLOB = 1 << 24  # bytes; the Hub takes at most 10 MB outside LFS
+
+
+def wanted(names: Collection[str], shards: Collection[str] | None, *, remote_code: bool) -> list[str]:
+    """The files of a model among `names`: config, tokenizer, the index's shards (None: no index), code if asked."""
+    companions = _matching(names, [GENERATION, *TOKENIZER, *(["*.py"] if remote_code else [])])
+    weights = [WEIGHTS] if shards is None else [INDEX, *shards]
+    return sorted({CONFIG, *companions, *weights})
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a model directory that its tokenizer is made of."""
+    return [directory / name for name in tokenizer_names([path.name for path in directory.iterdir() if path.is_file()])]
+
+
+def tokenizer_names(names: Collection[str]) -> list[str]:
+    """Those of these file names that a tokenizer is made of."""
+    return sorted(_matching(names, TOKENIZER))
+
+
+def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
+    return [n for n in names if "/" not in n and any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+
+
+def check_names(names: Collection[str], where: str) -> None:
+    """UsageError or UnsupportedError unless config.json, safetensors weights and tokenizer.json are among `names`, or
+    if a quantizer's file is."""
+    if CONFIG not in names:
+        kinds.check_names(names, where)
+        raise UsageError(
+            f"{where} has no config.json.",
+            why=_contents(names),
+            cure="Give the directory (or Hub id) of a transformers model: config.json, *.safetensors, tokenizer.json.",
+        )
+    if WEIGHTS not in names and INDEX not in names:
+        raise _no_weights(names, where)
+    quantization_signs.check_names(names, where)
+    if "tokenizer.json" not in names:
+        raise UnsupportedError(
+            f"{where} has no tokenizer.json.",
+            why="The served repository tokenizes with the fast tokenizer, whose file that is.",
+            cure="Write one with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
+        )
+
+
+def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedError:
+    pickles = sorted(n for n in names if any(fnmatch.fnmatchcase(n, p) for p in PICKLES))
+    if pickles:
+        return UnsupportedError(
+            f"{where} has its weights only as pickles ({', '.join(pickles[:3])}).",
+            why="Loading a pickle runs whatever code is inside it, so none is ever opened here.",
+            cure="Convert it once where you trust it, with transformers: "
+            'AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").save_pretrained(DIRECTORY)',
+        )
+    if kinds.ADAPTER in names:
+        return kinds.adapter(where)
+    others = sorted(n for n in names if n.endswith(".safetensors"))
+    found = f"Found {', '.join(others[:3])}." if others else _contents(names)
+    return UsageError(
+        f"{where} has no {WEIGHTS} and no {INDEX}.",
+        why=found,
+        cure="Give a model saved by transformers' save_pretrained.",
+    )
+
+
+def parse_config(text: bytes, where: str) -> dict[str, Any]:
+    """config.json as a mapping."""
+    try:
+        config = parse_json(text)
+    except ValueError as error:
+        raise UsageError(f"{where}/{CONFIG} is no JSON.", why=str(error), cure="Save the model again.") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{where}/{CONFIG} is a {type(config).__name__}, not an object.", cure="Save the model again.")
+    return config
+
+
+def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
+    """Raises UnsupportedError unless this is an unquantized causal LM whose code transformers brings itself, UsageError
+    for values that no model can have."""
+    config_values.check(config, where)
+    kinds.check_config(config, where)
+    quantization_signs.check_config(config, where)
+    if needs_remote_code(config) and not trust_remote_code:
+        raise UnsupportedError(
+            f"{where} needs its own Python code (auto_map in config.json).",
+            why=f"transformers has no model type {config.get('model_type')!r}, and a model's code is not run unasked.",
+            cure=_with_remote_code(config["architectures"][0]),
+        )
+
+
+def _with_remote_code(architecture: str) -> str:
+    """The hint for a model that brings its own code: how far --trust-remote-code gets it."""
+    if architecture in ARCHITECTURES or architecture in llmapi_versions.read()["architectures"]:
+        return "Read that code, then add --trust-remote-code."
+    return (
+        f"Choose another model: no target serves {architecture}, with or without its code. Only a checkpoint can be "
+        "made: read that code, then `builder quantize` with --trust-remote-code."
+    )
+
+
+def needs_remote_code(config: Mapping[str, Any]) -> bool:
+    """Whether `auto_map` is the only way to the model's class. transformers prefers its own class where it has one
+    (`has_local_code` in transformers/dynamic_module_utils.py), so a known model type needs no code of the model's."""
+    if not config.get("auto_map"):
+        return False
+    spec = find_spec("transformers")
+    model_type = str(config.get("model_type", "")).replace("-", "_")
+    if spec is None or spec.origin is None or not model_type.isidentifier():
+        return True
+    return not (Path(spec.origin).parent / "models" / model_type).is_dir()
+
+
+def index_of(index: bytes, where: str) -> dict[str, str]:
+    """{tensor: file} of model.safetensors.index.json. IntegrityError if it is no such index."""
+    try:
+        found = parse_json(index)["weight_map"]
+        if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+            raise ValueError("weight_map is no mapping of tensors to files")
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"{where}/{INDEX} is no index of safetensors.", why=repr(error), cure="Fetch or save the model again."
+        ) from None
+    strange = sorted({n for n in found.values() if "/" in n or "\\" in n or not n.endswith(".safetensors")})
+    if strange:
+        raise IntegrityError(f"{where}/{INDEX} names strange files: {strange[:3]!a}.", cure="Do not use this model.")
+    return found
+
+
+def shards_of(index: bytes, names: Collection[str], where: str) -> list[str]:
+    """The shard names of model.safetensors.index.json. IntegrityError if one is missing or is no plain file name, or
+    if there is a whole model.safetensors beside them."""
+    shards = sorted(set(index_of(index, where).values()))
+    if WEIGHTS in names and WEIGHTS not in shards:
+        raise IntegrityError(
+            f"{where} has two sets of weights: {WEIGHTS}, and {len(shards)} files that {INDEX} names.",
+            why=f"transformers loads {WEIGHTS} and ignores the others; other programs do it the other way round.",
+            cure=f"Remove the set that is not meant: {WEIGHTS}, or {INDEX} and its files.",
+        )
+    missing = [name for name in shards if name not in names]
+    if missing:
+        raise IntegrityError(
+            f"{where} lacks {len(missing)} of the {len(shards)} files that its index names.",
+            why=f"Missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.",
+            cure="Copy or download the rest of the model.",
+        )
+    return shards
+
+
+def check_no_pointer(path: Path) -> None:
+    """IntegrityError if this is what `git clone` leaves without Git LFS: a pointer of some 130 bytes."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise IntegrityError(
+                f"{path} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself.",
+                why="The repository was cloned without its large files.",
+                cure=f"git -C {path.parent} lfs pull",
+            )
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """What a file's content is: sha256, sha1 as of a git blob (small files only), bytes."""
+
+    sha256: str
+    git_sha1: str
+    size: int
+
+
+def hash_files(root: Path, names: Sequence[str], told: Callable[[int], None]) -> dict[str, Hashed]:
+    """Hashes a few files at a time: one core hashes slower than a disk reads. `told` hears the bytes done so far."""
+    done, lock = 0, threading.Lock()
+
+    def count(n: int) -> None:
+        nonlocal done
+        with lock:
+            done += n
+            told(done)
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(lambda name: _hash_file(root / name, count), names), strict=True))
+
+
+def _hash_file(path: Path, count: Callable[[int], None]) -> Hashed:
+    size = path.stat().st_size
+    sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    small = size <= LARGEST_BLOB
+    read = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            sha256.update(chunk)
+            if small:
+                sha1.update(chunk)
+            read += len(chunk)
+            count(len(chunk))
+    return Hashed(sha256.hexdigest(), sha1.hexdigest() if small else "", read)
+
+
+def _contents(names: Collection[str]) -> str:
+    shown = sorted(names)
+    if not shown:
+        return "It is empty."
+    return f"It has {', '.join(shown[:6])}{f' and {len(shown) - 6} more' if len(shown) > 6 else ''}."

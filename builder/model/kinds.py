@@ -1,0 +1,93 @@
+"""What a directory or a config.json holds instead of a text decoder with all its weights: named in the user's words.
+
+Called before anything else is judged, so that a multimodal model or an adapter is called what it is. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from builder.core.errors import UnsupportedError, UsageError
+
+# transformers names what it can decode token by token so; its encoder-decoders and multimodal models otherwise.
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+ADAPTER = "adapter_config.json"  # PEFT's save_pretrained
+# Files of other formats, with what they are and what to do. Only asked where config.json is missing.
+OTHER_FORMATS = (
+    ("model_index.json", "a diffusers pipeline", "Give a text model, such as Qwen/Qwen3-8B."),
+    ("*.gguf", "a GGUF model", "Give the model that it was converted from, as saved by transformers."),
+    ("params.json", "a model in its maker's own format", "Give the version of it that is made for transformers."),
+    ("model_config.yaml", "a NeMo model", "Export it to the Hugging Face format first."),
+    ("*.onnx", "an ONNX model", "Give the model that it was exported from, as saved by transformers."),
+)
+# Keys of config.json that only models with more than text have: of transformers' multimodal classes, and of the code
+# that comes with others (LLaVA, Phi-4 multimodal, InternVL, MiniCPM-V, Qwen-VL).
+MULTIMODAL = (
+    "vision_config", "audio_config", "video_config", "image_token_id", "image_token_index", "audio_token_id",
+    "vision_start_token_id", "mm_vision_tower", "vision_tower", "mm_projector_type", "audio_processor", "embd_layer",
+    "img_processor", "visual", "visual_tokenizer_config", "thinker_config", "perceiver_config", "speech_config",
+)  # fmt: skip
+OTHER_TASKS: Mapping[str, str] = {
+    "ForSequenceClassification": "it classifies texts",
+    "ForTokenClassification": "it classifies tokens",
+    "ForQuestionAnswering": "it marks answers in a text",
+    "ForMaskedLM": "it fills gaps in a text",
+    "ForRewardModel": "it scores texts",
+    "Model": "it has no language model head, as embedding models",
+}
+TEXT_MODEL = "Give a decoder-only text model, such as Qwen/Qwen3-8B."
+
+
+def check_names(names: Collection[str], where: str) -> None:
+    """UsageError or UnsupportedError for a directory without config.json whose files show what it is."""
+    if ADAPTER in names:
+        raise adapter(where)
+    for pattern, kind, hint in OTHER_FORMATS:
+        found = sorted(name for name in names if fnmatchcase(name, pattern))
+        if found:
+            raise UnsupportedError(
+                f"{where} is {kind}, and only models saved by transformers are read.",
+                why=f"It has {', '.join(found[:3])} and no config.json.",
+                cure=hint,
+            )
+
+
+def adapter(where: str) -> UsageError:
+    """The refusal of a LoRA or other PEFT adapter, with or without a config.json beside it."""
+    return UsageError(
+        f"{where} is an adapter (LoRA), not a whole model.",
+        why=f"{ADAPTER} belongs to PEFT: the directory holds only what training changed, and its base model is "
+        "needed too.",
+        cure="Merge it into its base model and give that directory: with peft, "
+        "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIRECTORY); copy the "
+        "tokenizer files there too.",
+    )
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """UnsupportedError unless config.json describes a text-only causal language model."""
+    name = (config.get("architectures") or [""])[0]
+    found = [key for key in MULTIMODAL if config.get(key) not in (None, False, {}, [])]
+    if found or (name.endswith("ForConditionalGeneration") and "text_config" in config):
+        sign = f"its config.json has {', '.join(found[:3])}" if found else "its config.json has a text_config"
+        raise UnsupportedError(
+            f"{where} is a multimodal model ({name or 'no architecture named'}): only text models are built here.",
+            why=f"It reads more than text: {sign}. Its other parts would be neither quantized nor served.",
+            cure=TEXT_MODEL,
+        )
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedError(
+            f"{where} is an encoder-decoder model ({name or 'no architecture named'}), not a decoder-only one.",
+            why="is_encoder_decoder is true in its config.json.",
+            cure=TEXT_MODEL,
+        )
+    if not name.endswith(CAUSAL):
+        task = next((text for end, text in OTHER_TASKS.items() if name.endswith(end)), "")
+        raise UnsupportedError(
+            f"{where} is not a causal language model.",
+            why=f"Its config.json names the architecture {name or '(none)'}{': ' + task if task else ''}; needed is "
+            f"one that ends in {' or '.join(CAUSAL)}.",
+            cure=TEXT_MODEL,
+        )

@@ -1,0 +1,319 @@
+"""Says before anything starts whether this machine, or this container, fits: each check with what it saw and a cure."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from builder.core.environment import child_environment
+from builder.core.errors import UnsupportedError
+from builder.core.output import Output, size
+from builder.llmapi import launch as llmapi_launch
+from builder.llmapi import notes as llmapi_notes
+from builder.llmapi import versions as llmapi_versions
+from builder.machine import containers, gpus
+from builder.machine.containers import Container
+from builder.machine.gpus import GpuProfile, Seen
+from builder.trtllm import compatibility
+
+INSIDE = "BUILDER_CONTAINER"  # set by our Dockerfile
+SHM = Path("/dev/shm")
+TOOLKIT = "https://docs.nvidia.com/datacenter/cloud-native/container-toolkit"
+
+
+@dataclass(frozen=True)
+class Check:
+    """`cure` is what to type or install where the state is not ok; a `failed` one ends a build before it begins."""
+
+    name: str
+    state: Literal["ok", "warning", "failed"]
+    seen: str
+    needed: str = ""
+    cure: str = ""
+
+
+def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: str | None = None) -> list[Check]:
+    """Every check that makes sense here. `gpu` is the profile to build for, None for whatever card is there; `target`
+    is its own unless another is asked for."""
+    target = target or (gpu.target if gpu else "engine")
+    inside = bool(os.environ.get(INSIDE))
+    found = [Check("place", "ok", "in a container" if inside else "on the host")]
+    if target != "reference":
+        # The LLM API also runs on versions that no Triton image has.
+        known = [row for row in containers.rows() if row.tensorrt_llm == tensorrt_llm]
+        row = (
+            known[0]
+            if known and target == "llmapi"
+            else containers.newest(tensorrt_llm)
+            if target == "engine"
+            else None
+        )
+        cards = gpus.visible()
+        found.append(_gpu(gpu, cards, inside))
+        if row and cards:
+            found += _driver(row, cards[0].driver)
+        if inside or shutil.which("trtllm-build"):
+            found += [*(_versions(row, target) if row else ()), _shm(), *_limits()]
+            found += [_openai(), *_mpi()] if target == "llmapi" else []
+        else:
+            found += _docker(row)
+        if target == "llmapi":
+            found.append(Check("ranks", "ok", llmapi_notes.STARTED, llmapi_notes.DISPUTED))
+    return [*found, _disk(output), *_writable(output, inside)]
+
+
+def require(gpu: GpuProfile, tensorrt_llm: str, output: Path, *, target: str | None = None) -> None:
+    """UnsupportedError with every failed check and its cure."""
+    failed = [check for check in examine(gpu, tensorrt_llm, output, target=target) if check.state == "failed"]
+    if failed:
+        where = "container" if os.environ.get(INSIDE) else "machine"
+        raise UnsupportedError(
+            f"This {where} can't build for {gpu.name}; nothing was started.",
+            why="\n".join(f"{c.name}: {c.seen}" + (f" (needed: {c.needed})" if c.needed else "") for c in failed),
+            cure="\n".join(dict.fromkeys(check.cure for check in failed)),
+        )
+
+
+def show(checks: Sequence[Check], row: Container, out: Output) -> bool:
+    """A table, or one object with --json. True if nothing failed."""
+    passed = all(check.state != "failed" for check in checks)
+    out.table("doctor", ["", "check", "seen", "needed"], [(c.state, c.name, c.seen, c.needed) for c in checks])
+    out.result({"passed": passed, "image": asdict(row), "checks": [asdict(check) for check in checks]})
+    for check in checks:
+        if check.state == "warning":
+            out.warn(f"{check.name}: {check.cure}")
+        elif check.state == "failed":
+            out.stage("failed", f"{check.name}: {check.cure}")
+    return passed
+
+
+def _gpu(gpu: GpuProfile | None, cards: Sequence[Seen] | None, inside: bool) -> Check:
+    """The first GPU counts: the engine is built on it, for it."""
+    needed = f"a card of {gpu.name}: {gpu.title}" if gpu else "an NVIDIA GPU"
+    if cards is None:
+        cure = "Name the one to build on: CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=INDEX"
+        return Check("GPU", "warning", "several unlike ones, or parts of one", needed, cure)
+    if not cards:
+        cure = "Install NVIDIA's driver, so that `nvidia-smi` lists the card; or build for the CPU: --gpu cpu"
+        if inside:
+            cure = (
+                "Give the container the GPU: docker-compose.yml without compose.cpu.yml, on a machine with NVIDIA's "
+                f"container toolkit ({TOOLKIT}); or build for the CPU: --gpu cpu"
+            )
+        return Check("GPU", "failed", "no NVIDIA GPU is visible", needed, cure)
+    seen = ", ".join(f"{card.name} (sm{card.sm})" for card in cards)
+    if gpu and gpu.sm != cards[0].sm:
+        return Check("GPU", "failed", seen, needed, f"Build for the card that is here: --gpu sm{cards[0].sm}")
+    return Check("GPU", "ok", seen, needed)
+
+
+def _driver(row: Container, seen: str) -> Iterator[Check]:
+    if row.driver is None or row.cuda is None:
+        return
+    wanted, floor = row.driver, containers.driver_floor(row.cuda)
+    needed = f"{wanted} (CUDA {row.cuda})"
+    older = next((r for r in containers.rows() if r.driver and _fits(seen, r.driver)), None)
+    other = f" Or take an image for this driver: TensorRT-LLM {older.tensorrt_llm}, {older.image}." if older else ""
+    if _fits(seen, wanted):
+        yield Check("driver", "ok", seen, needed)
+    elif floor and _fits(seen, floor):
+        cure = f"A driver from {floor} on runs this CUDA, but not all of it. Install {wanted} or later.{other}"
+        yield Check("driver", "warning", seen, needed, cure)
+    else:
+        yield Check("driver", "failed", seen, needed, f"Install NVIDIA's driver {wanted} or later.{other}")
+
+
+def _fits(driver: str, wanted: str) -> bool:
+    return containers.numbers(driver) >= containers.numbers(wanted)
+
+
+def _versions(row: Container, target: str) -> Iterator[Check]:
+    """What the image holds against its row. An engine runs only on the version that built it."""
+    wanted = {"tensorrt_llm": row.tensorrt_llm, "tensorrt": row.tensorrt, "nvidia-modelopt": row.modelopt}
+    cure = f"Build the image on {row.image} (docker compose build build)"
+    for name, version in wanted.items():
+        seen = compatibility.installed(name) or "absent"
+        state: Literal["ok", "warning", "failed"] = "ok"
+        if version and seen != version:
+            state = "failed" if name == "tensorrt_llm" else "warning"
+        yield Check(name, state, seen, version or "", cure if state != "ok" else "")
+    if target == "engine":
+        path = shutil.which("trtllm-build")
+        yield Check("trtllm-build", "ok" if path else "failed", path or "not on the PATH", "on the PATH", cure)
+
+
+def _openai() -> Check:
+    """Whether TensorRT-LLM can be imported with the openai that a server's processes would take."""
+    overlay, variables = os.environ.get(llmapi_launch.OVERLAY, ""), dict(os.environ)
+    seen = compatibility.installed("openai") or "absent"
+    wrong = llmapi_launch.import_error(variables)
+    if wrong and overlay:
+        seen += f", and a newer one for the llmapi target in {overlay}"
+        wrong = llmapi_launch.import_error(llmapi_launch.with_overlay(variables, overlay))
+    cure = llmapi_launch.CURE if wrong else ""
+    return Check("openai", "failed" if wrong else "ok", wrong or seen, "what TensorRT-LLM imports of it", cure)
+
+
+def _mpi() -> Iterator[Check]:
+    """What starts several ranks, and an Open MPI that starts none."""
+    for name in ("mpirun", llmapi_launch.WRAPPER):
+        path = shutil.which(name)
+        cure = "Serve in NVIDIA's Triton image with TensorRT-LLM, which brings it; one rank is served without."
+        yield Check(
+            name, "ok" if path else "warning", path or "not on the PATH", "for --tp and --pp", "" if path else cure
+        )
+    version, bad = _open_mpi(), llmapi_versions.read()["open_mpi_without_spawn"]
+    if version in bad:
+        cure = f"Take an image with another Open MPI, or try {llmapi_launch.ALWAYS}=1 builder serve"
+        yield Check("Open MPI", "warning", f"{version}, which can't spawn processes", f"not {', '.join(bad)}", cure)
+    elif version:
+        yield Check("Open MPI", "ok", version)
+
+
+def _open_mpi() -> str:
+    """The version of mpirun's Open MPI, "" where there is none."""
+    try:
+        done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"\(Open MPI\) (\S+)", done.stdout)
+    return found[1] if found else ""
+
+
+def _shm() -> Check:
+    needed = containers.needs().shm_bytes
+    seen = shutil.disk_usage(SHM).total if SHM.is_dir() else 0
+    cure = (
+        "Give the container more shared memory: SHM_SIZE=8gb with compose, --shm-size 8g or --ipc host with docker run"
+    )
+    return Check("shared memory", "ok" if seen >= needed else "failed", size(seen), f"{size(needed)} in {SHM}", cure)
+
+
+def _limits() -> Iterator[Check]:
+    """NVIDIA asks for both; memory can be pinned, and engines built, with less in most cases."""
+    wanted = {
+        "memlock": (resource.RLIMIT_MEMLOCK, None),
+        "stack": (resource.RLIMIT_STACK, containers.needs().stack_bytes),
+    }
+    for name, (which, needed) in wanted.items():
+        soft, _ = resource.getrlimit(which)
+        unlimited = soft == resource.RLIM_INFINITY
+        fits = unlimited or (needed is not None and soft >= needed)
+        yield Check(
+            f"ulimit {name}",
+            "ok" if fits else "warning",
+            "unlimited" if unlimited else size(soft),
+            size(needed) if needed else "unlimited",
+            "" if fits else f"docker run --ulimit {name}={needed or -1}; docker-compose.yml sets it (MEMLOCK)",
+        )
+
+
+def _docker(row: Container | None) -> Iterator[Check]:
+    """On a host without trtllm-build: the engine, compose, and the toolkit that hands GPUs to containers."""
+    info = _docker_json("info", "--format", "{{json .}}")
+    needed = f"a running engine, for {row.image}" if row else "a running engine"
+    if not info or not info.get("ServerVersion"):
+        cure = "Install Docker and start it (systemctl start docker), as a user of the group docker"
+        yield Check("Docker", "failed", "no engine answers", needed, cure)
+        return
+    yield Check("Docker", "ok", str(info["ServerVersion"]), needed)
+    compose = _docker_json("compose", "version", "--format", "json") or {}
+    version = compose.get("version", "")
+    cure = "Install the plugin: docker-compose-plugin"
+    yield Check("docker compose", "ok" if version else "failed", version or "absent", "2.24 or later", cure)
+    yield from _room(info, row)
+    runtimes, cdi = info.get("Runtimes") or {}, info.get("DiscoveredDevices") or []
+    there = "nvidia" in runtimes or any("nvidia" in str(device) for device in cdi) or _hook()
+    yield Check(
+        "container toolkit",
+        "ok" if there else "failed",
+        "known to the engine" if there else "the engine knows no way to a GPU",
+        "nvidia runtime, hook or CDI devices",
+        f"Install NVIDIA's container toolkit ({TOOLKIT}): nvidia-ctk runtime configure --runtime docker, "
+        "then restart the engine",
+    )
+
+
+def _room(info: Mapping[str, Any], row: Container | None) -> Iterator[Check]:
+    """For the image, where the engine's directory is one of this machine's. It may have been pulled already."""
+    root = Path(info.get("DockerRootDir") or "/nowhere")
+    if row and row.gb and root.is_dir():
+        free = shutil.disk_usage(root).free
+        state: Literal["ok", "warning"] = "ok" if free >= row.gb * 1e9 else "warning"
+        cure = "Free some space (docker system prune), or give the engine another data-root"
+        yield Check("Docker's disk", state, f"{size(free)} free", f"{size(row.gb * 1e9)} for {row.image}", cure)
+
+
+def _hook() -> bool:
+    """The engine takes GPU requests where this is on its PATH, without any runtime of that name."""
+    return shutil.which("nvidia-container-runtime-hook") is not None
+
+
+def _docker_json(*arguments: str) -> Mapping[str, Any] | None:
+    if shutil.which("docker") is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["docker", *arguments], env=child_environment("docker"), capture_output=True, text=True, timeout=20
+        )
+        found: Mapping[str, Any] = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        return None
+    return found
+
+
+def _disk(output: Path) -> Check:
+    needed = containers.needs().disk_bytes
+    there = _nearest(output)
+    free = shutil.disk_usage(there).free
+    cure = "Free some space, or choose another --output. `builder plan` says what a model needs"
+    return Check("disk", "ok" if free >= needed else "failed", f"{size(free)} free", f"{size(needed)} at least", cure)
+
+
+def _writable(output: Path, inside: bool) -> Iterator[Check]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
+    uid, gid = os.getuid(), os.getgid()
+    for name, path in {"artefacts": output, "Hub's cache": hub, "cache": cache, "temporary": _tmp()}.items():
+        why = _refusal(path)
+        cure = f"chown -R {uid}:{gid} {path}, or choose another directory"
+        if inside:
+            cure = f"On the host give it to uid {uid} (chown -R {uid}:{gid} DIRECTORY), or run as its owner: PUID, PGID"
+        yield Check(name, "failed" if why else "ok", f"{path}: {why}" if why else str(path), "writable", cure)
+
+
+def _tmp() -> Path:
+    return Path(os.environ.get("TMPDIR") or "/tmp")
+
+
+def _refusal(directory: Path) -> str:
+    """Why nothing can be written there: by trying, in the nearest directory that exists."""
+    try:
+        with tempfile.TemporaryFile(dir=_nearest(directory)):
+            return ""
+    except OSError as error:
+        return f"{error.strerror} for uid {os.getuid()}"
+
+
+def _nearest(path: Path) -> Path:
+    """Itself or the parent that exists. Not Path.exists: that raises below a directory that we may not enter."""
+    return next(there for there in (path.absolute(), *path.absolute().parents) if os.path.exists(there))
+
+
+def profile(name: str | None) -> GpuProfile | None:
+    """The named profile; for `auto` or nothing the one of the card here, None where NVML sees none that we know."""
+    if name not in (None, "auto"):
+        return gpus.load(str(name))
+    try:
+        return gpus.detect()
+    except UnsupportedError:
+        return None

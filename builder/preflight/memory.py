@@ -1,0 +1,411 @@
+"""Whether a model fits, in bytes, from config.json and safetensors headers alone. Pure, but for `machine`.
+
+Weights and KV cache are exact. Workspace is the attention operator's own formula plus the largest layer's activations,
+which is an estimate: no engine was measured here. CUDA's context and the driver's share are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from builder.checkpoint.layouts import ARCHITECTURES, head_size
+from builder.checkpoint.sharding import Parallel
+from builder.core.safetensors_io import byte_size
+from builder.llmapi.arguments import Argument
+from builder.model.dtypes import NOT_WRITTEN, written_bytes
+from builder.quantize.modelopt import SCALAR, is_quantized, quantized_bytes
+from builder.recipe.schema import Resolved
+from builder.trtllm.rules import Flag
+
+TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.py@c20322ff, tokens_per_block)
+CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE, the first part of every workspace
+
+_COLUMN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
+_ROW = ("o_proj", "down_proj", "w2")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model as its headers tell: config.json, {tensor: (dtype, shape)}; and the linear layers that stay in BF16 or
+    in FP8."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    kept: tuple[str, ...] = ()
+    fp8: tuple[str, ...] = ()
+    directory: Path | None = None  # where config.json and the tokenizer files are
+
+    def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
+        """Whether this tensor becomes NVFP4 or FP8."""
+        return is_quantized(tensor, shape) and tensor.removesuffix(".weight") not in self._kept
+
+    def quantized_bytes(self, tensor: str, shape: Sequence[int]) -> int:
+        """Of such a tensor of this shape, which may be a rank's, without the two scalars."""
+        return quantized_bytes(shape, fp8=tensor.removesuffix(".weight") in self._fp8)
+
+    @cached_property
+    def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """The tensors that transformers loads and saves: a head that is the embedding is not one of its own."""
+        tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
+        return {name: info for name, info in self.tensors.items() if name not in tied and not NOT_WRITTEN.search(name)}
+
+    @cached_property
+    def _kept(self) -> frozenset[str]:
+        return frozenset(self.kept)
+
+    @cached_property
+    def _fp8(self) -> frozenset[str]:
+        return frozenset(self.fp8)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What memory hangs on at run time. `target` is that of the recipe, `fraction` kv_cache_free_gpu_mem_fraction.
+
+    `most_kv_tokens` is a limit of the cache that was asked for (llmapi), None where memory alone sets it.
+    """
+
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    max_num_tokens: int
+    fp8_kv: bool = True
+    context_fmha: bool = True
+    paged_fmha: bool = True
+    tp: int = 1
+    pp: int = 1
+    fraction: Fraction = Fraction(9, 10)
+    target: str = "engine"
+    most_kv_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes, but for `parameters` and `kv_bytes_per_token` (of a rank). `ranks` is one rank after the other."""
+
+    parameters: int
+    download: int
+    unified: int
+    checkpoint: int
+    ranks: tuple[int, ...]
+    disk: Mapping[str, int]
+    artefacts: int
+    calibration_memory: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A card (or this machine, for the reference executor) at run time: bytes of its fullest rank.
+
+    `needed` is what one sequence of max_seq_len takes with everything else, `lacking` how much less the card has.
+    `largest_batch` sequences of max_seq_len fit in KV cache and workspace at once.
+    """
+
+    card: str
+    memory: int
+    weights: int
+    workspace: int
+    kv_cache: int
+    kv_tokens: int
+    sequences: int
+    largest_batch: int
+    needed: int
+    lacking: int
+
+    @property
+    def fits(self) -> bool:
+        return self.lacking == 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine: free disk where the output goes, host memory in all and now, in bytes."""
+
+    disk: int
+    memory: int
+    available: int
+
+
+def serving(resolved: Resolved, flags: Sequence[Flag] | Sequence[Argument]) -> Serving:
+    """From the resolved flags, in which the rules have had their say already."""
+    values: dict[str, Any] = {flag.name: flag.value for flag in flags}
+    asked = resolved.recipe
+    return Serving(
+        max_batch_size=int(values["max_batch_size"]),
+        max_input_len=int(values["max_input_len"]),
+        max_seq_len=int(values["max_seq_len"]),
+        max_num_tokens=int(values["max_num_tokens"]),
+        fp8_kv=asked.quantization.kv_cache_dtype == "fp8",
+        context_fmha=values.get("context_fmha", "enable") == "enable",
+        paged_fmha=values.get("use_paged_context_fmha", "enable") == "enable",
+        tp=asked.engine.tp,
+        pp=asked.engine.pp,
+        fraction=Fraction(str(asked.repository.kv_cache_free_gpu_mem_fraction)),
+        target=asked.target,
+        most_kv_tokens=values.get("kv_cache_config.max_tokens"),
+    )
+
+
+def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, local: bool = False) -> Sizes:
+    """What is downloaded, kept and held while calibrating. `local`: the model is a directory and is not copied."""
+    unified = _unified(model, asked.fp8_kv)
+    architecture = (model.config.get("architectures") or [None])[0]
+    layout = asked.target != "llmapi" or architecture in ARCHITECTURES  # llmapi needs none of TensorRT-LLM's own
+    whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1, target="engine"))) if layout else 0
+    ranks = rank_bytes(model, asked)
+    split = len(ranks) > 1 and asked.target != "llmapi"
+    download = sum(byte_size(dtype, shape) for dtype, shape in model.tensors.values())
+    disk = {
+        "snapshot": 0 if local else download,
+        "checkpoint": unified + whole,
+        "ranks": sum(ranks) if split else 0,
+        "engine": sum(ranks) if asked.target == "engine" else 0,  # the reference engine is hard links
+    }
+    return Sizes(
+        parameters=sum(math.prod(shape) for _, shape in model.tensors.values()),
+        download=download,
+        unified=unified,
+        checkpoint=whole,
+        ranks=tuple(ranks),
+        disk=disk,
+        artefacts=sum(disk.values()) - disk["snapshot"],
+        calibration_memory=calibration_memory(model, calibration_tokens),
+        kv_bytes_per_token=kv_bytes_per_token(model.config, asked),
+    )
+
+
+def _unified(model: ModelFacts, fp8_kv: bool) -> int:
+    """ModelOpt's Hugging Face layout: each linear layer has two F32 scalars of its own, each layer two KV scales."""
+    total = 2 * SCALAR * _layers(model.config) if fp8_kv else 0
+    for name, (dtype, shape) in model.written.items():
+        quantized = model.quantizes(name, shape)
+        total += model.quantized_bytes(name, shape) + 2 * SCALAR if quantized else written_bytes(dtype, shape)
+    return total
+
+
+def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
+    """Tensor bytes of each rank's file in the TensorRT-LLM layout, as ranks.py splits it; an engine holds the same.
+
+    q, k and v are one layer with one pair of scalars; each layer has three KV scales. Tied embeddings are held twice,
+    except by the LLM API where one rank has both ends of the model: its lm_head is the embedding's own tensor
+    (_torch/models/modeling_utils.py, DecoderModelForCausalLM).
+    """
+    parallel, layers = Parallel(asked.tp, asked.pp), _layers(model.config)
+    spans = [parallel.layers(stage, layers) for stage in range(asked.pp)]
+    stage_of = {layer: stage for stage, span in enumerate(spans) for layer in span}
+    stages = [3 * SCALAR * len(span) if asked.fp8_kv else 0 for span in spans]
+    tensors = dict(model.written)
+    shared = asked.target == "llmapi" and asked.pp == 1
+    if model.config.get("tie_word_embeddings") and not shared:
+        tied = next((info for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
+        tensors |= {"lm_head.weight": tied} if tied else {}
+    for name, (dtype, shape) in tensors.items():
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        stage = stage_of.get(int(layer[1]), asked.pp - 1) if layer else 0 if "embed_tokens" in name else asked.pp - 1
+        part = _share(name, shape, model.config, asked.tp)
+        if model.quantizes(name, shape):
+            fused = name.endswith(("k_proj.weight", "v_proj.weight"))
+            stages[stage] += model.quantized_bytes(name, part) + (0 if fused else 2 * SCALAR)
+        else:
+            stages[stage] += written_bytes(dtype, part)
+    return [n for n in stages for _ in range(asked.tp)]
+
+
+def price_of_kept(model: ModelFacts, asked: Serving) -> int:
+    """Bytes that the layers left in BF16 add to the TensorRT-LLM layout, all ranks together."""
+    return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, kept=()), asked))
+
+
+def price_of_fp8(model: ModelFacts, asked: Serving) -> int:
+    """The same of the layers left in FP8."""
+    return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, fp8=()), asked))
+
+
+def _share(name: str, shape: Sequence[int], config: Mapping[str, Any], tp: int) -> tuple[int, ...]:
+    """A rank's shape of a Hugging Face tensor; all ranks of a stage have the same (ranks.py, `share`)."""
+    *_, module, leaf = ["", *name.split(".")] if "." in name else ("", "", name)
+    if tp == 1 or not shape:
+        return tuple(shape)
+    if module in ("k_proj", "v_proj"):
+        kv_heads = _kv_heads(config)
+        return (shape[0] * max(kv_heads // tp, 1) // kv_heads, *shape[1:])
+    if module in _COLUMN:
+        return (shape[0] // tp, *shape[1:])
+    if module in _ROW and leaf == "weight":
+        return (shape[0], shape[1] // tp)
+    if module in ("embed_tokens", "lm_head"):
+        return (math.ceil(shape[0] / tp), *shape[1:])
+    return tuple(shape)
+
+
+def calibration_memory(model: ModelFacts, tokens: int) -> int:
+    """While calibrating, on the GPUs if there are any, else in host memory: weights in 16 bits, one tensor in
+    float32 (the largest that is quantized, while it is scaled and packed), and a forward pass's largest activations.
+
+    An estimate: ModelOpt was measured on small models only. No gradients: inference_mode.
+    """
+    weights = sum(written_bytes(dtype, shape) for dtype, shape in model.written.values())
+    largest = max((math.prod(s) for n, (_, s) in model.tensors.items() if model.quantizes(n, s)), default=0)
+    return weights + 4 * largest + tokens * activation_width(model.config, 1) * 2
+
+
+def activation_width(config: Mapping[str, Any], tp: int) -> int:
+    """Values for a token that live at once: residual and normed input, and of the larger half of a layer its tensors.
+
+    Attention: q, k, v and the heads' output. MLP: gate, up and their product, of each expert that a token goes to.
+    """
+    heads, size = int(config["num_attention_heads"]), head_size(config)
+    attention = (2 * heads // tp + 2 * max(_kv_heads(config) // tp, 1)) * size
+    mlp = 3 * int(config.get("intermediate_size") or 0) // tp
+    if config.get("moe_intermediate_size"):
+        mlp = 3 * int(config["moe_intermediate_size"]) * int(config.get("num_experts_per_tok") or 1) // tp
+    return 2 * int(config["hidden_size"]) + max(attention, mlp)
+
+
+def kv_bytes_per_token(config: Mapping[str, Any], asked: Serving) -> int:
+    """Keys and values of a rank's layers for one token; Qwen3-8B: 36 x 2 x 8 x 128 = 72 KiB in FP8.
+
+    The rank with the most layers; KV heads are repeated where there are fewer than ranks.
+    """
+    layers = math.ceil(_layers(config) / asked.pp)
+    heads = max(_kv_heads(config) // asked.tp, 1)
+    if asked.target == "reference":  # the executor computes and caches in float32 (reference/model.py, `load`)
+        return 2 * _layers(config) * _kv_heads(config) * head_size(config) * 4
+    return 2 * layers * heads * head_size(config) * (1 if asked.fp8_kv else 2)
+
+
+def workspace(config: Mapping[str, Any], asked: Serving) -> int:
+    """Activations of max_num_tokens, logits in float32, and the attention operator's workspace for a full batch."""
+    width, reference = activation_width(config, asked.tp), asked.target == "reference"
+    tokens = min(asked.max_num_tokens, asked.max_batch_size * asked.max_seq_len)
+    logits = 4 * asked.max_batch_size * int(config.get("vocab_size") or 0)
+    if reference:  # one sequence after the other, in float32, with the scores of all heads
+        return tokens * width * 4 + logits + 4 * int(config["num_attention_heads"]) * asked.max_input_len**2
+    return tokens * width * 2 + logits + attention_workspace(config, asked, tokens)
+
+
+def attention_workspace(config: Mapping[str, Any], asked: Serving, tokens: int) -> int:
+    """attentionOp.cpp@00dbe288 (1.2), getWorkspaceSizeForContext, for B = max_batch_size, L = max_input_len, T tokens.
+
+    Without context FMHA (all but the last two in the model's 16-bit type): q_buf_2 B x L x q width, k and v
+    B x L x kv width each, qk_buf and qk_buf_float (float32) B x heads x L x L, the mask T x L, qkv_buf_2 T x q width,
+    two padding offsets 4 x T. With it: q once more (T x q width) if paged, else the packed FP8 q, k and v. Both:
+    8 x T for the tokens' places. B is the plugin's max_num_seq (gptAttentionPlugin.cpp, getWorkspaceSize).
+    """
+    heads, size = int(config["num_attention_heads"]) // asked.tp, head_size(config)
+    q, kv = heads * size, max(_kv_heads(config) // asked.tp, 1) * size
+    batch, length = asked.max_batch_size, asked.max_input_len
+    common = CUBLAS_WORKSPACE + 8 * tokens
+    if asked.context_fmha:
+        paged = tokens * q * (1 if asked.fp8_kv else 2)
+        return common + (paged if asked.paged_fmha else tokens * (q + 2 * kv))
+    quadratic = 6 * batch * heads * length**2
+    linear = 2 * batch * length * (q + 2 * kv) + 2 * tokens * (length + q) + 8 * tokens
+    return common + quadratic + linear
+
+
+def weights(model: ModelFacts, asked: Serving) -> int:
+    """The fullest rank's; for the reference executor all weights in float32, as it unpacks them."""
+    if asked.target != "reference":
+        return max(rank_bytes(model, asked))
+    tied = int(bool(model.config.get("tie_word_embeddings")) and "lm_head.weight" not in model.tensors)
+    embedding = next((math.prod(s) for n, (_, s) in model.tensors.items() if n.endswith("embed_tokens.weight")), 0)
+    return 4 * (sum(math.prod(shape) for _, shape in model.tensors.values()) + tied * embedding)
+
+
+def needed(model: ModelFacts, asked: Serving, *, held: int | None = None) -> int:
+    """Bytes for weights, workspace and one sequence of max_seq_len, whose KV blocks get `fraction` of what is left."""
+    held = weights(model, asked) if held is None else held
+    sequence = _blocks(asked.max_seq_len) * kv_bytes_per_token(model.config, asked)
+    return held + workspace(model.config, asked) + math.ceil(sequence / _fraction(asked))
+
+
+def memory(model: ModelFacts, asked: Serving, card: str, available: int) -> Memory:
+    """What a card of `available` bytes holds at run time: KV gets kv_cache_free_gpu_mem_fraction of what is left."""
+    held, work = weights(model, asked), workspace(model.config, asked)
+    per_token = kv_bytes_per_token(model.config, asked)
+    pool = max(0, math.floor((available - held - work) * _fraction(asked)))
+    pool = pool if asked.most_kv_tokens is None else min(pool, asked.most_kv_tokens * per_token)
+    tokens = pool // (per_token * TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
+    least = needed(model, asked, held=held)
+    return Memory(
+        card=card,
+        memory=available,
+        weights=held,
+        workspace=work,
+        kv_cache=tokens * per_token,
+        kv_tokens=tokens,
+        sequences=tokens // _blocks(asked.max_seq_len),
+        largest_batch=largest_batch(model, asked, available),
+        needed=least,
+        lacking=max(0, least - available),
+    )
+
+
+def largest_batch(model: ModelFacts, asked: Serving, available: int) -> int:
+    """The most sequences of max_seq_len whose KV cache and, as max_batch_size, whose workspace fit together."""
+    held = weights(model, asked)
+    sequence = _blocks(asked.max_seq_len) * kv_bytes_per_token(model.config, asked)
+
+    def fits(batch: int) -> bool:
+        work = workspace(model.config, replace(asked, max_batch_size=batch))
+        return held + work + math.ceil(batch * sequence / _fraction(asked)) <= available
+
+    most = max(0, available - held) // sequence
+    if asked.most_kv_tokens is not None:
+        most = min(most, asked.most_kv_tokens // _blocks(asked.max_seq_len))
+    return largest(fits, 0, most)
+
+
+def largest(fits: Any, low: int, high: int) -> int:
+    """The largest n of low..high with fits(n), which is monotone; `low` if there is none above it."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def machine(output: Path) -> Machine:
+    """Free disk at (the nearest existing parent of) the output directory, and /proc/meminfo."""
+    existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return Machine(shutil.disk_usage(existing).free, info["MemTotal"], info.get("MemAvailable", info["MemTotal"]))
+
+
+def cards(resolved: Resolved, host: Machine, here: Iterable[str] = ()) -> tuple[list[tuple[str, int]], str]:
+    """[(card, bytes)] of the profile with known memory, smallest first, and which of them the verdict is for.
+
+    The card that is in this machine (`here`: its GPUs' names), else the largest. The reference target's is the host.
+    """
+    if resolved.recipe.target == "reference":
+        return [("this machine", host.memory)], "this machine"
+    known = sorted((c for c in resolved.gpu.cards if c.memory_gb), key=lambda c: c.memory_gb or 0)
+    named = [c.name for c in known for gpu in here if gpu.endswith(c.name)]
+    found = [(c.name, int(Fraction(str(c.memory_gb)) * 10**9)) for c in known]
+    return found, (named or [name for name, _ in found[-1:]] or [""])[0]
+
+
+def _blocks(tokens: int) -> int:
+    return math.ceil(tokens / TOKENS_PER_BLOCK) * TOKENS_PER_BLOCK
+
+
+def _fraction(asked: Serving) -> Fraction:
+    return Fraction(1) if asked.target == "reference" else asked.fraction
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    return int(config["num_hidden_layers"])
+
+
+def _kv_heads(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])

@@ -1,0 +1,176 @@
+"""The smallest change of a recipe that would fit, and the refusal that names it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from builder.checkpoint import sharding
+from builder.core.errors import UnsupportedError
+from builder.core.output import size
+from builder.preflight import memory as preflight_memory
+from builder.preflight.memory import Machine, Memory, ModelFacts, Serving, Sizes
+from builder.recipe.schema import Calibration, Resolved
+
+SHORTEST = 256  # tokens: a shorter max_seq_len is no use to anybody
+MOST_GPUS = 16  # on one machine
+
+
+@dataclass(frozen=True)
+class Change:
+    """Other settings that fit, and the command line's flags for them."""
+
+    serving: Serving
+    flags: tuple[str, ...]
+
+
+def smallest(model: ModelFacts, asked: Serving, available: int, *, fp8_kv: bool = True) -> Change | None:
+    """The first that fits of: a smaller iteration or batch, shorter sequences, FP8 KV, more GPUs; each as large as it
+    can be. `fp8_kv`: whether the card has it. None where nothing here helps.
+    """
+    for changed in _candidates(model, asked, available, fp8_kv):
+        if preflight_memory.needed(model, changed) <= available:
+            return Change(changed, _flags(asked, changed))
+    return None
+
+
+def _candidates(model: ModelFacts, asked: Serving, available: int, fp8_kv: bool) -> Iterator[Serving]:
+    yield from _smaller(model, asked, available)
+    if not asked.fp8_kv and fp8_kv and asked.target != "reference":
+        yield replace(asked, fp8_kv=True)
+        yield from _smaller(model, replace(asked, fp8_kv=True), available)
+    if asked.target != "reference":
+        parallel = _more_gpus(model, asked)
+        yield from parallel
+        for more in parallel:
+            yield from _smaller(model, replace(more, fp8_kv=asked.fp8_kv or fp8_kv), available)
+
+
+def _more_gpus(model: ModelFacts, asked: Serving) -> list[Serving]:
+    """The fewest GPUs first; of as many, tensor parallel before pipeline parallel, which shortens no answer's wait."""
+    sizes = [
+        (tp, pp)
+        for tp in range(asked.tp, MOST_GPUS + 1)
+        for pp in range(asked.pp, MOST_GPUS // tp + 1)
+        if (tp, pp) != (asked.tp, asked.pp) and _divides(model, tp, pp)
+    ]
+    return [replace(asked, tp=tp, pp=pp) for tp, pp in sorted(sizes, key=lambda size: (size[0] * size[1], size[1]))]
+
+
+def _smaller(model: ModelFacts, asked: Serving, available: int) -> Iterator[Serving]:
+    """One size at a time, as large as it may be; then the batch and the length together."""
+
+    held = preflight_memory.weights(model, asked)
+
+    def best(make: Callable[[int], Serving], low: int, high: int) -> Serving:
+        return make(
+            preflight_memory.largest(
+                lambda n: preflight_memory.needed(model, make(n), held=held) <= available, low, high
+            )
+        )
+
+    least_tokens = min(asked.max_input_len, asked.max_num_tokens)  # so that a prompt still fits in one iteration
+    yield best(lambda n: replace(asked, max_num_tokens=n), least_tokens, asked.max_num_tokens)
+    yield best(lambda n: replace(asked, max_batch_size=n), 1, asked.max_batch_size)
+    if asked.max_seq_len > SHORTEST:
+        yield best(lambda n: _shorter(asked, n), SHORTEST, asked.max_seq_len)
+        yield best(lambda n: _shorter(replace(asked, max_batch_size=1), n), SHORTEST, asked.max_seq_len)
+
+
+def _shorter(asked: Serving, length: int) -> Serving:
+    """max_seq_len with a prompt of three quarters of it at most, and an iteration that holds such a prompt."""
+    prompt = min(asked.max_input_len, length - length // 4)
+    return replace(asked, max_seq_len=length, max_input_len=prompt)
+
+
+def _divides(model: ModelFacts, tp: int, pp: int) -> bool:
+    try:
+        sharding.check(model.config, tp, pp, inputs=sharding.GEMM_INPUTS)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _flags(asked: Serving, changed: Serving) -> tuple[str, ...]:
+    names = ("max_num_tokens", "max_batch_size", "max_input_len", "max_seq_len", "tp", "pp")
+    flags = [
+        f"--{name.replace('_', '-')} {getattr(changed, name)}"
+        for name in names
+        if getattr(changed, name) != getattr(asked, name)
+    ]
+    return (*flags, *(["--kv-cache-dtype fp8"] if changed.fp8_kv != asked.fp8_kv else []))
+
+
+def refusal(
+    model: ModelFacts, asked: Serving, found: Memory, *, fp8_kv: bool = True
+) -> tuple[UnsupportedError, Change | None]:
+    """What does not fit, by how much, and what would."""
+    change = smallest(model, asked, found.memory, fp8_kv=fp8_kv)
+    where = "each of the GPUs" if asked.tp * asked.pp > 1 else "it"
+    needs = found.needed - found.weights - found.workspace
+    cure = f"The smallest change that fits: {' '.join(change.flags)}" if change else "Take a smaller model."
+    error = UnsupportedError(
+        f"It does not fit on {found.card}: {size(found.needed)} are needed, {size(found.lacking)} more than "
+        f"{where} has ({size(found.memory)}).",
+        why=f"weights {size(found.weights)} + workspace {size(found.workspace)} + KV cache {size(needs)} for one "
+        f"sequence of {asked.max_seq_len} tokens (kv_cache_free_gpu_mem_fraction counted).",
+        cure=cure,
+    )
+    return error, change
+
+
+def disk_refusal(sizes: Sizes, host: Machine, missing: int) -> UnsupportedError | None:
+    """`missing` bytes of artefacts are to be made; None if they fit on the disk."""
+    if missing <= host.disk:
+        return None
+    parts = ", ".join(f"{stage} {size(n)}" for stage, n in sizes.disk.items() if n and stage != "snapshot")
+    return UnsupportedError(
+        f"The disk of the output directory has {size(host.disk)} free, and the artefacts need {size(missing)}.",
+        why=f"By stage: {parts}.",
+        cure=f"Free {size(missing - host.disk)} (`builder clean` removes what no repository needs), or choose another "
+        "--output.",
+    )
+
+
+def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> UnsupportedError | None:
+    """None if calibrating fits into the memory that this machine has in all; what is free now is another question."""
+    needed = preflight_memory.calibration_memory(model, rows.batch_size * rows.seq_len)
+    if needed <= host.memory:
+        return None
+    batch = preflight_memory.largest(
+        lambda n: preflight_memory.calibration_memory(model, n * rows.seq_len) <= host.memory, 0, rows.batch_size
+    )
+    length = preflight_memory.largest(
+        lambda n: preflight_memory.calibration_memory(model, n) <= host.memory, 0, rows.seq_len
+    )
+    elsewhere = f"Calibrate on a machine with {size(needed)} of memory, or with GPUs"
+    cure = f"{elsewhere}; or take a smaller model."
+    if batch:
+        cure = f"Fewer rows at once: --set calibration.batch_size={batch}. Or: {elsewhere}."
+    elif length >= SHORTEST:
+        cure = f"Shorter rows: --calib-seq-len {length} --set calibration.batch_size=1. Or: {elsewhere}."
+    return UnsupportedError(
+        f"Calibrating takes about {size(needed)} of memory, and this machine has {size(host.memory)}.",
+        why=f"The weights in their own type, activations of {rows.batch_size} x {rows.seq_len} tokens: an estimate.",
+        cure=cure,
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What each card holds, which one it is about, and the refusal with the change that would fit, if it does not."""
+
+    memory: tuple[Memory, ...]
+    card: str
+    refusal: UnsupportedError | None
+    change: Change | None
+
+
+def judge(model: ModelFacts, asked: Serving, resolved: Resolved, host: Machine, here: Sequence[str] = ()) -> Verdict:
+    """For the card that is here, else the profile's largest. A profile without any known memory refuses nothing."""
+    known, name = preflight_memory.cards(resolved, host, here)
+    found = tuple(preflight_memory.memory(model, asked, card, available) for card, available in known)
+    about = next((m for m in found if m.card == name), None)
+    if about is None or about.fits:
+        return Verdict(found, name, None, None)
+    return Verdict(found, name, *refusal(model, asked, about, fp8_kv="fp8_kv_cache" in resolved.gpu.formats))

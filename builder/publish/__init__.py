@@ -1,0 +1,1 @@
+"""The verdict on a build, the link that people serve by, and the build record."""

@@ -1,0 +1,1 @@
+"""The quick quality check that every build makes before it publishes."""

@@ -1,0 +1,296 @@
+"""Snapshot, Checkpoint -> Quality: the small check that every build makes before it publishes.
+
+Some 32 texts of at most 256 tokens, half of them held-out rows of the calibration data where there are any, by the
+BF16 model and by the checkpoint on disk: perplexity, KL, agreement, and a few greedy answers side by side. One child
+process measures both. Where the score is low it also tries what would help, on fewer texts, so that the message can
+name the next command. `builder eval` measures more, and more precisely. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.calibration.rows import Calibration, Use, calibrate, dump, local_file, read_jsonl
+from builder.checkpoint.layouts import Checkpoint
+from builder.core import paths, process
+from builder.core.errors import NotMeasurable
+from builder.core.output import size
+from builder.core.store import Store, digest_of, sources_digest
+from builder.evaluate.metrics import Estimate, measure, read
+from builder.evaluate.variants import Form, Models, opening
+from builder.hub.snapshot import Snapshot
+from builder.preflight.memory import Machine, ModelFacts, calibration_memory
+from builder.quantize import exclude, modelopt
+from builder.recipe.evaluation import Quality as Settings
+from builder.recipe.schema import Resolved
+
+SOURCES = (
+    "builder/quality/check.py",
+    "builder/quality/worker.py",
+    "builder/quality/remedies.py",
+    "builder/evaluate/metrics.py",
+)
+USE = Use("texts", "--calib-data", "--set calibration.{key}={value}")
+BUNDLED = "bundled"
+HELD_OUT = "held-out"
+MIN_TOKENS = 8
+RESAMPLES, SEED = 300, 0
+TOP = 1024  # as evaluation.top
+# What is continued where the model has no chat template, and asked where it has one.
+PROMPTS = (
+    {"ask": "What is the capital of France?", "continue": "The capital of France is"},
+    {"ask": "Name three primary colors.", "continue": "The three primary colors are"},
+    {"ask": "What does len() return in Python?", "continue": "Return the number of"},
+)
+ANSWER_TOKENS = 32
+LIBRARIES = 600_000_000  # bytes of a process that has torch and transformers
+# Layers that are tried in FP8 where the score is low, by what they cost.
+KEPT = (("*.down_proj",), ("*.self_attn.*",), ("*.mlp.*",), ("*.mlp.*", "*.q_proj"))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Greedy answers to one prompt."""
+
+    prompt: str
+    bf16: str
+    quantized: str
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Flags that would help, the score that they were estimated to reach, and the bytes that they would add."""
+
+    flags: tuple[str, ...]
+    score: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """`figures` of the quantized model by metric (metrics.measure), over all texts; `runner` is what measured it.
+
+    `unmeasured` says why there are none. `remedies` are empty where the score is high. `collapsed`: the quantized model
+    finds shuffled tokens as likely as text.
+    """
+
+    runner: str = ""
+    figures: Mapping[str, Estimate] | None = None
+    bf16: Mapping[str, Estimate] | None = None
+    texts: Mapping[str, int] | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+    answers: tuple[Answer, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
+    collapsed: bool = False
+    notes: tuple[str, ...] = ()
+    unmeasured: str = ""
+    digest: str = ""
+    path: Path | None = None
+
+    @property
+    def score(self) -> float | None:
+        return self.figures["score"].value if self.figures else None
+
+    def failure(self, min_score: float) -> str:
+        """What is too low, or nothing. A score that is no number fails."""
+        if self.score is None:
+            return ""
+        if self.collapsed:
+            return "the checkpoint finds shuffled tokens as likely as text"
+        return "" if self.score >= min_score else f"its score is {self.score:.2f}, below {min_score:g} (BF16 = 100)"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "path": str(self.path) if self.path else None}
+
+
+def read_quality(facts: Mapping[str, Any], digest: str = "", path: Path | None = None) -> Quality:
+    """A stored one."""
+
+    def estimates(found: Mapping[str, Mapping[str, float]]) -> dict[str, Estimate]:
+        return {name: Estimate(**one) for name, one in found.items()}
+
+    if "unmeasured" in facts:
+        return Quality(unmeasured=facts["unmeasured"], digest=digest, path=path)
+    known = {**facts, "figures": estimates(facts["figures"]), "bf16": estimates(facts["bf16"])}
+    known["answers"] = tuple(Answer(**one) for one in facts["answers"])
+    known["remedies"] = tuple(Remedy(tuple(r["flags"]), r["score"], r["nbytes"]) for r in facts["remedies"])
+    return Quality(**{**known, "notes": tuple(facts["notes"]), "digest": digest, "path": path})
+
+
+def check_quality(
+    snapshot: Snapshot,
+    calibration: Calibration,
+    checkpoint: Checkpoint,
+    model: ModelFacts,
+    resolved: Resolved,
+    host: Machine,
+    *,
+    store: Store,
+) -> Quality:
+    """Measured now or found in the store.
+
+    Where it can't be measured (memory, a model that no runner opens or that knows no text) `unmeasured` says why.
+    """
+    part = resolved.recipe.quality
+    if not modelopt.gpus() and (least := memory(model, part)) > host.memory:
+        return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
+    models = Models(snapshot, calibration, checkpoint)
+    texts = _texts(resolved, store)
+    fp8_kv = resolved.recipe.quantization.kv_cache_dtype == "fp8"
+    forms = [opening(Form(name, name, fp8_kv), models, resolved, store) for name in ("bf16", "checkpoint", "simulated")]
+    dtype = _dtype(model, part, host)
+    jobs = [{**form.job, "dtype": dtype} for form in forms]
+    positions = int(snapshot.config.get("max_position_embeddings") or part.max_tokens)
+    asked = {
+        "lengths": {"min_tokens": MIN_TOKENS, "max_tokens": min(part.max_tokens, positions)},
+        "top": TOP,
+        "seed": SEED,
+        "answer_tokens": ANSWER_TOKENS,
+        "prompts": PROMPTS,
+        "remedies": _candidates(model, fp8_kv),
+    }
+    ingredients = {
+        "of": [snapshot.digest, checkpoint.digest],
+        "texts": {name: digest_of(rows) for name, rows in texts.items()},
+        "asked": asked,
+        "forms": [{**form.ingredients, "dtype": dtype} for form in forms],
+        "sources": sources_digest(*SOURCES),
+    }
+
+    needs = size(memory(model, part))
+
+    def make(directory: Path) -> dict[str, Any]:
+        return _measure(directory, {"forms": jobs, "needs": needs, **asked}, texts, store)
+
+    try:
+        made = store.stage("quality", ingredients, make)
+    except NotMeasurable as error:
+        return Quality(unmeasured=" ".join(f"{error.what} {error.why}".split()))
+    except process.Failed as error:
+        if error.code != -signal.SIGKILL:
+            error.cure += "\nTo build without this check: --no-quality-check"
+            raise
+        return Quality(unmeasured=f"its process was killed, probably for want of memory: it needs about {needs}")
+    return read_quality(made.facts, made.digest, made.path)
+
+
+def memory(model: ModelFacts, part: Settings, *, float32: bool = False) -> int:
+    """Bytes for one of the two models at a time: in BF16 no more than calibrating takes, and the logits of a batch.
+
+    In host memory where there is no GPU; on the GPUs and in host memory together where there is one (accelerate). The
+    process of SmolLM2-135M had 2.4 GB in float32: libraries 0.6, weights 0.6, and thrice the logits.
+    """
+    vocab = int(model.config.get("vocab_size") or 0)
+    weights = calibration_memory(model, part.max_tokens) * (2 if float32 else 1)
+    return LIBRARIES + weights + 3 * min(1 << 30, 4 * 2048 * vocab)  # a batch on a CPU: runners/local.py
+
+
+def cost(model: ModelFacts, resolved: Resolved, host: Machine) -> tuple[float, int]:
+    """About how many seconds it takes on this machine, and how many bytes of memory.
+
+    SmolLM2-135M took some 100 s of CPU time for 6,460 tokens by both models: 7e10 operations a second on two cores. A
+    GPU's time is that of reading the weights twice (not measured). What would help is not in it: about as much again.
+    """
+    part, gpu = resolved.recipe.quality, bool(modelopt.gpus())
+    weights = sum(math.prod(shape) for _, shape in model.tensors.values())
+    tokens = part.texts * part.max_tokens
+    rate = 2e14 if gpu else 7e10
+    loading = 2 * 2 * weights / 1e9
+    needs = memory(model, part, float32=not gpu and _dtype(model, part, host) == "auto")
+    return 10 + loading + 2 * 2 * weights * tokens / rate, needs
+
+
+def _dtype(model: ModelFacts, part: Settings, host: Machine) -> str:
+    """float32 on a CPU (evaluation's auto), unless only BF16 fits."""
+    roomy = bool(modelopt.gpus()) or memory(model, part, float32=True) <= host.memory
+    return "auto" if roomy else "bfloat16"
+
+
+def _texts(resolved: Resolved, store: Store) -> dict[str, list[dict[str, Any]]]:
+    """Rows by set: the calibration data's first rows after those calibrated on, and bundled ones for the rest."""
+    rows, part = resolved.recipe.calibration, resolved.recipe.quality
+    wanted = part.texts // 2
+    file = local_file(rows.data, USE)
+    if wanted and file is not None:
+        held_out = read_jsonl(file, rows.samples + wanted, rows.column).usable[rows.samples :]
+    elif wanted:
+        more = rows.model_copy(update={"samples": rows.samples + wanted})
+        lines = calibrate(more, store=store, use=USE).path.read_text(encoding="utf-8").splitlines()
+        held_out = [json.loads(line) for line in lines[rows.samples :]]
+    else:
+        held_out = []
+    bundled = read_jsonl(paths.data("configs", "quality", "texts.jsonl"), part.texts - len(held_out), None).usable
+    return {name: found for name, found in ((BUNDLED, bundled), (HELD_OUT, held_out)) if found}
+
+
+def _candidates(model: ModelFacts, fp8_kv: bool) -> list[dict[str, Any]]:
+    """What could be changed: flags, the linear layers in FP8, whether the KV cache stays FP8, bytes added."""
+    known = [name for name in exclude.linears(model.tensors) if name not in {*model.kept, *model.fp8}]
+    found: list[dict[str, Any]] = []
+    if fp8_kv:
+        found.append({"flags": ["--kv-cache-dtype", "auto"], "modules": [], "fp8_kv": False, "nbytes": 0})
+    for patterns in KEPT:
+        if not all(fnmatch.filter(known, pattern) for pattern in patterns):
+            continue
+        members = {name for pattern in patterns for name in fnmatch.filter(known, pattern)}
+        together = [group for group in exclude.groups(known).values() if members.intersection(group)]
+        modules = [name for group in together for name in group]
+        if len(modules) < len(known):
+            flags = [word for pattern in patterns for word in ("--keep-fp8", pattern)]
+            more = sum(_price(model, name) for name in modules)
+            found.append({"flags": flags, "modules": modules, "fp8_kv": fp8_kv, "nbytes": more})
+    if fp8_kv and len(found) > 1:  # the most that can be done
+        flags = [*found[-1]["flags"], "--kv-cache-dtype", "auto"]
+        found.append({**found[-1], "flags": flags, "fp8_kv": False})
+    return found
+
+
+def _price(model: ModelFacts, name: str) -> int:
+    shape = model.tensors[f"{name}.weight"][1]
+    return modelopt.quantized_bytes(shape, fp8=True) - modelopt.quantized_bytes(shape)
+
+
+def _measure(
+    directory: Path, job: Mapping[str, Any], texts: Mapping[str, Sequence[Mapping[str, Any]]], store: Store
+) -> dict[str, Any]:
+    """Has the child score, and makes figures of its columns, which are not kept."""
+    work = directory / "work"
+    work.mkdir()
+    sets = {}
+    for name, rows in texts.items():
+        sets[name] = str(work / f"{name}.jsonl")
+        (work / f"{name}.jsonl").write_bytes(dump(rows))
+    told, finished = process.run_job(
+        "builder.quality.worker",
+        {**job, "sets": sets, "work": str(work)},
+        log=store.log("quality"),
+        out=store.out,
+        label="quality: starting",
+        unit="tokens",
+        env=modelopt.ENVIRONMENT,
+    )
+    summary: dict[str, Any] = told["summary"]
+    if "unmeasured" in summary:
+        shutil.rmtree(work)
+        return summary
+    bf16 = [read(work / "bf16" / name, None) for name in summary["texts"]]
+    ours = [read(work / "quantized" / name, work / "bf16" / name) for name in summary["texts"]]
+    figures = {name: measure(sums, resamples=RESAMPLES, seed=SEED) for name, sums in (("bf16", bf16), ("ours", ours))}
+    shutil.rmtree(work)
+    facts = {
+        **summary,
+        "figures": {name: asdict(one) for name, one in figures["ours"].items()},
+        "bf16": {name: asdict(one) for name, one in figures["bf16"].items()},
+    }
+    (directory / "quality.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return {**facts, "seconds": round(finished.seconds, 3)}

@@ -1,0 +1,99 @@
+"""What would make a bad checkpoint better, estimated on some texts: other layers in FP8, the KV cache left as it is.
+
+Works on the runner `checkpoint` as it is open: weights of the BF16 model, rounded to FP8, take the place of NVFP4 ones,
+and are taken out again. FP8 inputs are rounded under their own largest value, where a build takes a calibrated one, so
+the scores are estimates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from builder.core.process import emit
+from builder.core.safetensors_io import Tensors
+from builder.evaluate.datasets import Sequences
+from builder.evaluate.runners.worker import mean_nll
+from builder.quantize import nvfp4
+
+TEXTS = 8  # of all sets together: with five candidates about as long as the check itself
+
+
+def estimate(
+    runner: Any, sets: Mapping[str, Sequences], work: Path, candidates: Sequence[Mapping[str, Any]], snapshot: Path
+) -> list[dict[str, Any]]:
+    """[{"flags", "score", "nbytes"}] in the order of the candidates. `work` holds the scores of both models.
+
+    On some of the texts it is measured which share of the loss stays, and the loss on all texts is taken times that.
+    """
+    names = list(sets)
+    loss = _mean(work / "quantized", names) - _mean(work / "bf16", names)
+    step = max(1, sum(len(one.ids) for one in sets.values()) // TEXTS)
+    texts = [ids for one in sets.values() for ids in one.ids[::step]]
+    original, before = (_mean(work / form, names, sets, step) for form in ("bf16", "quantized"))
+    stored, found = Tensors(snapshot), []
+    for number, candidate in enumerate(candidates):
+        emit(progress={"label": "quality: what would help", "done": number, "total": len(candidates)})
+        with _kept(runner.model, candidate["modules"], stored), _cache(runner.model, candidate["fp8_kv"]):
+            share = (mean_nll(runner, texts) - original) / max(before - original, 1e-6)
+        score = round(100 * math.exp(-loss * share), 3)
+        found.append({"flags": list(candidate["flags"]), "score": score, "nbytes": int(candidate["nbytes"])})
+    return found
+
+
+def _mean(scores: Path, names: Sequence[str], sets: Mapping[str, Sequences] | None = None, step: int = 1) -> float:
+    """Mean NLL of a token of all texts, or of every so many of each set."""
+    columns = []
+    for name in names:
+        nll = np.load(scores / name / "nll.npy")
+        starts = sets[name].starts if sets else [0, len(nll)]
+        columns += [nll[starts[index] : starts[index + 1]] for index in range(0, len(starts) - 1, step)]
+    return float(np.concatenate(columns).mean(dtype=np.float64))
+
+
+@contextmanager
+def _kept(model: Any, modules: Sequence[str], stored: Tensors) -> Iterator[None]:
+    """These linear layers in FP8 while the block runs."""
+    from builder.evaluate.runners.local import _tensor
+
+    before = []
+    for name in modules:
+        module = model.get_submodule(name)
+        before.append((module, module.weight.data, dict(module._forward_pre_hooks)))
+        weight = _tensor(stored, f"{name}.weight").to(module.weight.device)
+        module._forward_pre_hooks.clear()
+        module.weight.data = _through_fp8(weight.float()).to(module.weight.dtype)
+        module.register_forward_pre_hook(lambda layer, inputs: (_through_fp8(inputs[0]),))
+    try:
+        yield
+    finally:
+        for module, weight, hooks in before:
+            module.weight.data = weight
+            module._forward_pre_hooks.clear()
+            module._forward_pre_hooks.update(hooks)
+
+
+def _through_fp8(x: Tensor) -> Tensor:
+    largest = x.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
+    return nvfp4.fake_quantize_fp8(x, largest / nvfp4.E4M3_MAX)
+
+
+@contextmanager
+def _cache(model: Any, fp8: bool) -> Iterator[None]:
+    """The KV cache as it is, or in the type of the arithmetic while the block runs."""
+    scaled = [] if fp8 else [one for one in model.modules() if getattr(one, "k_scale", None) is not None]
+    before = [(one, one.k_scale, one.v_scale) for one in scaled]
+    for one in scaled:
+        one.k_scale = one.v_scale = None
+    try:
+        yield
+    finally:
+        for one, key, value in before:
+            one.k_scale, one.v_scale = key, value

@@ -1,0 +1,230 @@
+"""The child process of the quality check: python -m builder.quality.worker JOB.json
+
+Opens BF16, then the checkpoint (or where that has no runner ModelOpt's simulation), one after the other in one process,
+so that torch is imported once. Scores go into files that the parent reads (runners.worker.score_set); the rest
+is the summary.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builder.core.errors import BuilderError, IntegrityError, NotMeasurable, UsageError
+from builder.core.process import do_job, emit
+from builder.evaluate.datasets import Sequences, sequences, shuffled
+from builder.evaluate.runners import scoring, worker
+from builder.evaluate.runners.language import knows, refuse_strangers, refuse_unknown_tokens
+from builder.evaluate.runners.scoring import Runner
+
+CHECK_TEXTS = 4  # of each set, shuffled to see whether the model knows their language
+REMEDIES_BELOW = 93.0  # a score above it needs no advice
+
+
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of the check, but for the figures, which are in the column files; or why it can't be made."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            return _compared(job)
+    except Unknown as error:
+        return {"unmeasured": str(error)}
+    except NotMeasurable as error:
+        return {"unmeasured": " ".join(f"{error.what} {error.why}".split())}
+
+
+def _compared(job: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers import AutoTokenizer
+
+    bf16, *others = job["forms"]
+    tokenizer = AutoTokenizer.from_pretrained(
+        bf16["model"], local_files_only=True, trust_remote_code=bf16["trust_remote_code"]
+    )
+    sets = dict(_sequences(job, tokenizer))
+    prompts = [_prompt(tokenizer, one) for one in job["prompts"]]
+    with _open(bf16) as runner:
+        _score(runner, sets, job, "bf16")
+        sets, notes = _known_sets(runner, sets, job)
+        original = _answers(runner, tokenizer, prompts, job["answer_tokens"])
+    del runner  # one model at a time
+    gc.collect()
+    with _first(others) as (label, runner):
+        _score(runner, sets, job, "quantized")
+        collapsed = not all(knows(_checked(runner, name, one, job, "quantized")) for name, one in sets.items())
+        ours = _answers(runner, tokenizer, prompts, job["answer_tokens"])
+        remedies = _remedies(runner, sets, job, label)
+    answers = zip(prompts, original, ours, strict=False)  # none by some runners
+    return {
+        "runner": label,
+        "texts": {name: len(one.ids) for name, one in sets.items()},
+        "tokens": sum(one.starts[-1] for one in sets.values()),
+        "answers": [{"prompt": shown, "bf16": theirs, "quantized": mine} for (shown, _), theirs, mine in answers],
+        "remedies": remedies,
+        "collapsed": collapsed,
+        "notes": notes,
+    }
+
+
+class Unknown(Exception):
+    """The BF16 model knows none of the texts: no figure of it would mean anything."""
+
+
+def _sequences(job: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[str, Sequences]]:
+    """Token ids by set. A set whose texts are all too short is left out; UsageError where that leaves none."""
+    errors = []
+    for name, rows in job["sets"].items():
+        try:
+            yield name, sequences(Path(rows), tokenizer, name=name, **job["lengths"])
+        except UsageError as error:
+            errors.append(error)
+    if len(errors) == len(job["sets"]):
+        raise errors[0]
+
+
+@contextmanager
+def _open(form: Mapping[str, Any]) -> Iterator[Runner]:
+    emit(progress={"label": f"quality, {form['label']}: loading", "done": 0, "total": None})
+    with worker.opener(form["runner"])(form) as runner:
+        yield runner
+
+
+@contextmanager
+def _first(forms: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Runner]]:
+    """The first form that can be opened. NotMeasurable with the first one's reason where none can."""
+    refused: NotMeasurable | None = None
+    for form in forms:
+        opened = _open(form)
+        try:
+            runner = opened.__enter__()
+        except NotMeasurable as error:
+            refused = refused or error
+            continue
+        try:
+            yield form["label"], runner
+        finally:
+            opened.__exit__(None, None, None)
+        return
+    assert refused is not None
+    raise refused
+
+
+def _known_sets(
+    runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any]
+) -> tuple[dict[str, Sequences], list[str]]:
+    """The sets whose language BF16 knows: no figure on another means anything. Unknown if it knows none."""
+    found, notes, refused = {}, [], ""
+    for name, texts in sets.items():
+        try:
+            refuse_strangers(_checked(runner, name, texts, job, "bf16"), name, runner.vocab_size)
+            found[name] = texts
+        except IntegrityError as error:
+            refused = error.why
+            notes.append(f"the {name} texts were left out: they are in no language that the model knows")
+    if not found:
+        raise Unknown(
+            f"the BF16 model finds text no likelier than the same tokens shuffled ({refused}) Its weights may be "
+            "random or damaged, its tokenizer another model's, or its language none of the texts'; calibration rows "
+            "beyond --calib-samples are used too, where there are any"
+        )
+    return found, notes
+
+
+def _checked(runner: Runner, name: str, texts: Sequences, job: Mapping[str, Any], form: str) -> dict[str, float]:
+    """Mean NLL of some texts, which are scored already, and of the same tokens shuffled."""
+    nll, starts = np.load(Path(job["work"]) / form / name / "nll.npy"), texts.starts
+    some = range(0, len(texts.ids), max(1, len(texts.ids) // CHECK_TEXTS))[:CHECK_TEXTS]
+    text = np.concatenate([nll[starts[index] : starts[index + 1]] for index in some])
+    return {
+        "checked_nll": float(text.mean(dtype=np.float64)),
+        "shuffled_nll": worker.mean_nll(runner, shuffled([texts.ids[index] for index in some], job["seed"])),
+    }
+
+
+def _score(runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any], form: str) -> None:
+    for name, texts in sets.items():
+        refuse_unknown_tokens(max(int(ids.max()) for ids in texts.ids), runner.vocab_size)
+        directory = Path(job["work"]) / form / name
+        directory.mkdir(parents=True)
+        bf16 = form == "bf16"
+        worker.score_set(
+            runner,
+            texts,
+            directory,
+            top=job["top"] if bf16 else 0,
+            reference=None if bf16 else Path(job["work"]) / "bf16" / name,
+            progress=lambda done, total, name=name: emit(  # type: ignore[misc]
+                progress={"label": f"quality, {form}: {name}", "done": done, "total": total}
+            ),
+        )
+
+
+def _prompt(tokenizer: Any, prompt: Mapping[str, str]) -> tuple[str, list[int]]:
+    """What is shown, and its tokens: a question by the chat template, or without one a text to continue."""
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt["ask"]}]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return prompt["ask"], list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception:  # any template, any fault: its author's code
+            emit(info="the chat template refuses a plain question, so texts are continued instead")
+    return prompt["continue"], list(tokenizer(prompt["continue"])["input_ids"])
+
+
+def _answers(runner: Any, tokenizer: Any, prompts: Sequence[tuple[str, list[int]]], most: int) -> list[str]:
+    """Greedy answers; none by a runner that has no transformers model."""
+    import torch
+    from transformers import GenerationConfig
+
+    model = getattr(runner, "model", None)
+    if model is None:
+        return []
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = [*dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])]
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=most, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+    )
+    found = []
+    for _, ids in prompts:
+        batch = torch.tensor([ids], device=model.device)
+        answer = model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=greedy)
+        found.append(tokenizer.decode(answer[0][len(ids) :], skip_special_tokens=True).strip())
+    return found
+
+
+def _remedies(runner: Any, sets: Mapping[str, Sequences], job: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
+    """What was tried, where the score is low and the checkpoint itself is what was measured."""
+    work = Path(job["work"])
+
+    def mean(form: str) -> float:
+        return float(np.concatenate([np.load(work / form / name / "nll.npy") for name in sets]).mean(dtype=np.float64))
+
+    if label != "checkpoint" or 100 * np.exp(mean("bf16") - mean("quantized")) >= REMEDIES_BELOW:
+        return []
+    from builder.quality import remedies
+
+    return remedies.estimate(runner, sets, work, job["remedies"], Path(job["forms"][0]["model"]))
+
+
+def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
+    """Too little memory is no fault of the model; None for a fault of ours.
+
+    accelerate puts what neither GPUs nor host memory hold on the disk, and refuses without a folder to offload to.
+    """
+    if not (scoring.out_of_memory(error) or "offload" in str(error)):
+        return None
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    return NotMeasurable(f"it needs about {job['needs']} of memory, and this machine has less:", why=why)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(do_job(sys.argv, run, known))

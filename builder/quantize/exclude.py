@@ -1,0 +1,178 @@
+"""Which linear layers stay in BF16 or FP8: a recipe's patterns -> Hugging Face module names. Pure.
+
+TensorRT-LLM builds what exclude_modules names by fnmatch as plain layers (quantization/quantize.py@89fd9b74,
+quantize_layers). Layers that are multiplied as one are kept together: it has one attention.qkv for q, k and v, and its
+fuse_gate_mlp concatenates a kept mlp.fc with mlp.gate, whatever the latter is in (models/modeling_utils.py, 1.2).
+ModelOpt gives both sets one scale each (0.47.0, export/unified_export_hf.py, requantize_resmooth_fused_llm_layers).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from builder.checkpoint import sharding
+from builder.checkpoint.layouts import FUSED, LINEARS
+from builder.core.errors import UnsupportedError, UsageError
+from builder.quantize.modelopt import is_quantized
+
+OUTPUT = ".o_proj"  # its input is what the attention kernel puts out
+
+
+def linears(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> list[str]:
+    """The modules that would be quantized, by a model's headers {tensor: (dtype, shape)}, in the layers' order."""
+    names = [name.removesuffix(".weight") for name, (_, shape) in tensors.items() if is_quantized(name, shape)]
+    return sorted(names, key=_in_order)
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Numbers as numbers: layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def group_of(module: str) -> str:
+    """The layer that is served: `...qkv_proj` of q_proj; a mixture's experts are one."""
+    experts = re.match(r"(.*\.experts)\.\d+\.", module)
+    if experts:
+        return experts[1]
+    parent, _, name = module.rpartition(".")
+    return f"{parent}.{FUSED[name]}" if name in FUSED else module
+
+
+def groups(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Modules that are kept or quantized together, by group_of, in their order."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(group_of(module), []).append(module)
+    return {group: tuple(members) for group, members in found.items()}
+
+
+def keep(patterns: Sequence[str], known: Sequence[str], flag: str = "--keep-bf16") -> tuple[str, ...]:
+    """What the flag's patterns (`model.layers.0.*`, `*.down_proj`) keep of the `known` linear layers, whole groups of
+    them. UsageError for a pattern that matches nothing, UnsupportedError where nothing would be left for NVFP4."""
+    named: set[str] = set()
+    for pattern in patterns:
+        matching = {module for module in known if fnmatchcase(module, pattern)}
+        if not matching:
+            raise _matches_nothing(pattern, known, flag)
+        named |= matching
+    together = [members for members in groups(known).values() if named.intersection(members)]
+    modules = tuple(module for members in together for module in members)
+    if modules and len(modules) == len(known):
+        raise _nothing_left(known, flag)
+    return modules
+
+
+def check_apart(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -> None:
+    """UsageError for a layer that would be both in BF16 and in FP8, UnsupportedError where none is left for NVFP4."""
+    if both := [module for module in kept if module in set(fp8)]:
+        raise UsageError(
+            f"{', '.join(both[:3])}{', ...' * (len(both) > 3)} would be both in BF16 and in FP8.",
+            why="q, k and v are kept together, as are gate and up, so a pattern may mean more than it names.",
+            cure="Take the pattern out of --keep-bf16 or out of --keep-fp8.",
+        )
+    if kept and fp8 and len(kept) + len(fp8) == len(known):
+        raise _nothing_left(known, "--keep-fp8")
+
+
+def _nothing_left(known: Sequence[str], flag: str) -> UnsupportedError:
+    form = "FP8" if flag == "--keep-fp8" else "BF16"
+    return UnsupportedError(
+        f"All {len(known)} linear layers would stay in {form}: nothing is left to quantize.",
+        why="This builder makes NVFP4 checkpoints.",
+        cure=f"Keep fewer: {flag} '{known[-1]}'",
+    )
+
+
+def widened(patterns: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """Those of the kept modules that no pattern names: they are multiplied together with one that is named."""
+    return [module for module in modules if not any(fnmatchcase(module, pattern) for pattern in patterns)]
+
+
+def _matches_nothing(pattern: str, known: Sequence[str], flag: str) -> UsageError:
+    leaves = list(dict.fromkeys("*." + module.rpartition(".")[2] for module in known))
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.5)
+    near += [leaf for leaf in difflib.get_close_matches(f"*.{pattern.rpartition('.')[2]}", leaves, n=2, cutoff=0.6)]
+    return UsageError(
+        f"{flag} {pattern!r} matches no linear layer that would be quantized.",
+        why=f"Names are Hugging Face's, as {known[0]}; embeddings, norms and lm_head are never quantized."
+        if known
+        else "The model has no linear layer that would be.",
+        cure=f"Near: {', '.join(near or [*known[:1], *leaves])}",
+    )
+
+
+def engine_name(module: str) -> str:
+    """TensorRT-LLM's name of the layer that a module is, or is a part of: model.layers.0.self_attn.q_proj is
+    transformer.layers.0.attention.qkv."""
+    for name, parts in LINEARS.items():
+        for part in parts:
+            if module.endswith(f".{part}"):
+                return "transformer." + module.removeprefix("model.").removesuffix(part) + name
+    return module
+
+
+def check_split(
+    kept: Sequence[str], fp8: Sequence[str], config: Mapping[str, Any], parallel: sharding.Parallel
+) -> None:
+    """UnsupportedError where the kept layers can't be named in all pipeline stages."""
+    layers = {engine_name(module): form for form, modules in (("BF16", kept), ("FP8", fp8)) for module in modules}
+    sharding.local_layers(layers, config, parallel)
+
+
+def check_flags(kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str]) -> None:
+    """UnsupportedError for layers in BF16 or FP8 that trtllm-build would take for NVFP4 under the resolved flags."""
+    # models/modeling_utils.py (1.2), DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
+    if (kept or fp8) and flags.get("norm_quant_fusion") == "enable":
+        raise UnsupportedError(
+            "norm_quant_fusion takes every layer for NVFP4, and some would stay in BF16 or FP8.",
+            cure="--set engine.flags.norm_quant_fusion=disable",
+        )
+    outputs = [(module, "BF16") for module in kept] + [(module, "FP8") for module in fp8]
+    outputs = [(module, form) for module, form in outputs if module.endswith(OUTPUT)]
+    if outputs and (reason := output_must_be_quantized(flags)):
+        module, form = outputs[0]
+        raise UnsupportedError(
+            f"{module} can't stay in {form} in this engine: {reason}.",
+            why="The attention kernel's output is FP8 or FP4 then, by the NVFP4 layer's input scale that follows it "
+            "(gptAttentionPlugin.cpp, supportsFormatCombination; models/modeling_utils.py, set_fp8_context_fhma; 1.2).",
+            cure="Keep other layers, or take --gpu sm120, whose engines have none of both.",
+        )
+
+
+# Formats of q_proj and o_proj that TensorRT-LLM's LLM class does not join where a checkpoint has layers in FP8.
+APART = (("NVFP4", "FP8"), ("BF16", "FP8"), ("BF16", "NVFP4"))
+BY_Q_PROJ = "the attention's output is in q_proj's format there"
+
+
+def check_llm_class(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -> None:
+    """UnsupportedError for layers in FP8 that TensorRT-LLM's LLM class (1.2) would load or feed in another format."""
+    if not fp8:
+        return
+    if fused := [module for module in known if module.endswith(".qkv_proj")]:
+        raise UnsupportedError(
+            f"--target llmapi finds no format for {fused[0]} where formats are mixed.",
+            why="It looks for q_proj's (_torch/models/modeling_utils.py, apply_layerwise_quant_config).",
+            cure="Keep layers in BF16: --keep-bf16",
+        )
+    forms = dict.fromkeys(known, "NVFP4") | dict.fromkeys(kept, "BF16") | dict.fromkeys(fp8, "FP8")
+    for output in (module for module in known if module.endswith(OUTPUT)):
+        q_proj = output.removesuffix(OUTPUT) + ".q_proj"
+        if (forms.get(q_proj), forms[output]) in APART:
+            raise UnsupportedError(
+                f"{output} in {forms[output]} can't follow {q_proj} in {forms[q_proj]} with --target llmapi.",
+                why=f"TensorRT-LLM's LLM class: {BY_Q_PROJ} (_torch/models/modeling_utils.py, "
+                "apply_layerwise_quant_config; _torch/attention_backend/trtllm.py@00bede19, forward).",
+                cure=f"Keep both alike: --keep-fp8 '{output.removesuffix(OUTPUT)}.*', or {output} in BF16.",
+            )
+
+
+def output_must_be_quantized(flags: Mapping[str, str]) -> str:
+    """Why attention's output projection must be quantized under these flags; "" if it need not."""
+    on = [name for name in ("use_fp8_context_fmha", "context_fmha") if flags.get(name, "enable") == "enable"]
+    if len(on) == 2:
+        return "FP8 context FMHA is on"
+    return "fuse_fp4_quant is on" if flags.get("fuse_fp4_quant") == "enable" else ""

@@ -1,0 +1,359 @@
+"""What is known about a finished repository, gathered from manifests and the build record: what a report shows."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.core.errors import UsageError
+from builder.core.store import STAGES, Artefact, artefacts, read, root_of, tests_of, upstream
+from builder.evaluate.tasks import Row
+from builder.publish import build_record as records
+from builder.publish import verdict
+from builder.quality import check as qualities
+from builder.quality.check import Quality
+from builder.report import results
+from builder.report.results import Evaluation, Loss
+from builder.report.verdict import SERVER, Verdict, judge
+from builder.serving.load_test import LoadReport
+from builder.serving.smoke import SmokeReport
+from builder.triton.repository import open_repository
+
+REFERENCE = (
+    "It was not run on a GPU: the reference executor served it on a CPU. That shows what the numbers in the "
+    "checkpoint mean, and nothing about speed, GPU memory or the kernels of a TensorRT engine."
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that led to the repository: how long it took when it was made, and its parts where they are known."""
+
+    name: str
+    key: str
+    seconds: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model for which card, and what serves it. `built` is in seconds since 1970."""
+
+    name: str
+    id: str
+    revision: str | None
+    gpu: str
+    gpu_title: str
+    target: str
+    format: str
+    built: float
+    repository: str  # the key of its directory
+
+    @property
+    def server(self) -> str:
+        """What serves it, in words."""
+        return SERVER.get(self.target, self.target)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes on disk and in memory. `contents` is the checkpoint's: layout -> kind of tensor -> bytes.
+
+    `weights` are the bytes of the model's safetensors and of the quantized ones; `memory` is the estimate for each card
+    (fit.Memory as a dict), `peaks` the measured host memory of the stages' processes.
+    """
+
+    parameters: int | None
+    disk: Sequence[tuple[str, int]]
+    contents: Mapping[str, Mapping[str, int]]
+    bits_per_weight: float | None
+    weights: tuple[int, int] | None
+    memory: Sequence[Mapping[str, Any]]
+    peaks: Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a page or a card says. What is empty or None is not known, and its section is absent."""
+
+    model: Model
+    verdict: Verdict
+    values: Sequence[tuple[str, Any, str]]  # key of the recipe, value, where it came from
+    flags: Sequence[Mapping[str, Any]]  # of trtllm-build: name, value, and where recorded reason and source
+    versions: Mapping[str, str]
+    stages: Sequence[Stage]
+    size: Size
+    quality: Quality | None
+    evaluation: Evaluation | None
+    tasks: Sequence[Row]
+    losses: Sequence[Loss]
+    smoke: SmokeReport | None
+    load: LoadReport | None
+    warnings: Sequence[str]
+    unmeasured: Sequence[str]
+    command: str | None  # that builds it again
+    directory: str | None  # where it is typed, if it names a relative path
+    engine_command: str | None  # of trtllm-build
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a report is made from: the artefacts upstream by stage, and what was measured on the repository."""
+
+    path: Path
+    repository: Artefact
+    chain: Mapping[str, Artefact]
+    smoke: Artefact | None
+    load: Artefact | None
+    quality: Quality | None
+    judged: verdict.Verdict | None  # by the build
+    evaluation: Evaluation | None
+    tasks: Sequence[Row]
+    losses: Sequence[Loss]
+    record: Mapping[str, Any]
+
+    def facts(self, stage: str) -> Mapping[str, Any]:
+        return self.chain[stage].facts if stage in self.chain else {}
+
+    def ingredients(self, stage: str) -> Mapping[str, Any]:
+        return self.chain[stage].manifest["ingredients"] if stage in self.chain else {}
+
+
+def gather(path: Path) -> Report:
+    """The report of a repository, named by its directory or a link to it. UsageError if it is none."""
+    found = _find(path)
+    smoke = SmokeReport.from_dict(found.smoke.facts) if found.smoke else None
+    target = str(found.repository.facts["target"])
+    command = found.record.get("command")
+    engine_command = found.facts("engine").get("command")
+    return Report(
+        model=_model(found),
+        verdict=judge(smoke, found.evaluation, target, found.tasks, quality=found.quality, judged=found.judged),
+        values=_values(found),
+        flags=found.record.get("flags") or [dict(zip(("name", "value"), flag, strict=True)) for flag in _flags(found)],
+        versions=_versions(found),
+        stages=_stages(found),
+        quality=found.quality,
+        size=_size(found),
+        evaluation=found.evaluation,
+        tasks=found.tasks,
+        losses=found.losses,
+        smoke=smoke,
+        load=LoadReport.from_dict(found.load.facts) if found.load else None,
+        warnings=_warnings(found),
+        unmeasured=_unmeasured(found, target),
+        command=shlex.join(command) if command else None,
+        directory=found.record.get("directory") if _model(found).revision is None else None,
+        engine_command=shlex.join(engine_command) if engine_command else None,
+    )
+
+
+def name_of(path: Path) -> str:
+    """The name that people know a repository by: of the link given, else of the first link to it, else its key."""
+    directory = Path(path).resolve()
+    root = root_of(directory)
+    links = [path] if path.is_symlink() else sorted((root / "models").glob("*")) if root else []
+    return next((link.name for link in links if link.resolve() == directory), f"repository-{directory.name}")
+
+
+def _find(path: Path) -> _Found:
+    directory = Path(path).resolve()
+    open_repository(path)
+    repository = read(directory)
+    if repository is None:
+        raise UsageError(f"{path} was just changed or removed.", cure="Run the same command again.")
+    root = root_of(directory)
+    everything = artefacts(root) if root else [repository]
+    record = records.find(root, directory) if root else None
+    chain = {artefact.stage: artefact for artefact in upstream([repository], everything)}
+    for stage in record["stages"] if record and root else ():  # which of two artefacts with the same content it was
+        artefact = read(root / stage["path"]) if root else None
+        if artefact and artefact.stage in chain and artefact.digest == chain[artefact.stage].digest:
+            chain[artefact.stage] = artefact
+    chain = {stage: chain[stage] for stage in STAGES if stage in chain}
+    return _Found(
+        path=path,
+        repository=repository,
+        chain=chain,
+        smoke=_newest(tests_of([repository], everything, ["smoke"])),
+        load=_newest(tests_of([repository], everything, ["load"])),
+        quality=_quality(chain, everything),
+        judged=verdict.latest(repository.digest, [artefact.digest for artefact in chain.values()], everything),
+        evaluation=results.evaluation_of(chain, everything),
+        tasks=results.tasks_of(chain, everything),
+        losses=results.losses_of(chain, everything),
+        record=record or {},
+    )
+
+
+def _quality(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> Quality | None:
+    """The newest quality check of this checkpoint."""
+    ours = {artefact.digest for artefact in chain.values()}
+    of = [a for a in everything if a.stage == "quality" and set(a.manifest["ingredients"]["of"]) <= ours]
+    found = _newest(of)
+    measured = qualities.read_quality(found.facts, found.digest, found.path) if found else None
+    return None if measured and measured.unmeasured else measured
+
+
+def _newest(found: Sequence[Artefact]) -> Artefact | None:
+    return max(found, key=lambda artefact: float(artefact.manifest["started"]), default=None)
+
+
+def _model(found: _Found) -> Model:
+    snapshot, gpu = found.facts("snapshot"), found.record.get("gpu", {})
+    sm = found.ingredients("engine").get("sm")
+    target = str(found.repository.facts["target"])
+    return Model(
+        name=name_of(found.path),
+        id=str(snapshot.get("model_id", "unknown")),
+        revision=snapshot.get("revision"),
+        gpu=str(gpu.get("name") or (f"sm{sm}" if sm else "cpu" if target == "reference" else "unknown")),
+        gpu_title=str(gpu.get("title", "")),
+        target=target,
+        format=_format(found.ingredients("checkpoint").get("quantization", {})),
+        built=float(found.repository.manifest["started"]),
+        repository=str(found.repository.manifest["key"]),
+    )
+
+
+def _format(quantization: Mapping[str, Any]) -> str:
+    weights = {"nvfp4": "NVFP4"}.get(quantization.get("format", ""), str(quantization.get("format", "unknown")))
+    kv = {"fp8": "FP8 KV cache", "auto": "KV cache in the model's type"}.get(quantization.get("kv_cache_dtype", ""))
+    return f"{weights}, {kv}" if kv else weights
+
+
+def _values(found: _Found) -> list[tuple[str, Any, str]]:
+    """The recorded recipe; without a record what the manifests know of it."""
+    if "values" in found.record:
+        return [(str(key), value, str(origin)) for key, value, origin in found.record["values"]]
+    checkpoint = found.ingredients("checkpoint")
+    known = {
+        "model.id": found.facts("snapshot").get("model_id"),
+        "target": found.repository.facts["target"],
+        **{f"quantization.{key}": value for key, value in checkpoint.get("quantization", {}).items()},
+        "calibration.data": found.facts("calibration").get("data"),
+        "calibration.samples": found.ingredients("calibration").get("samples"),
+        "calibration.seq_len": checkpoint.get("seq_len"),
+        "engine.tensorrt_llm": found.repository.facts.get("tensorrt_llm"),
+        **{f"engine.{name}": value for name, value in _flags(found) if name.startswith("max_")},
+        **{f"repository.{key}": value for key, value in found.ingredients("repository").get("part", {}).items()},
+    }
+    return [(key, value, "manifest") for key, value in known.items() if value is not None]
+
+
+def _flags(found: _Found) -> list[tuple[str, str]]:
+    return [(str(name), str(value)) for name, value in found.ingredients("engine").get("flags", [])]
+
+
+def _versions(found: _Found) -> dict[str, str]:
+    versions = dict(found.record.get("versions", {}))
+    if found.repository.facts.get("tensorrt_llm"):
+        reference = found.repository.facts["target"] == "reference"
+        key = "TensorRT-LLM (format of the engine)" if reference else "TensorRT-LLM"
+        versions[key] = str(found.repository.facts["tensorrt_llm"])
+    smoke = found.smoke.manifest["ingredients"] if found.smoke else {}
+    for part in (*(found.ingredients(stage) for stage in found.chain), smoke):
+        versions |= {name: str(version) for name, version in part.get("libraries", {}).items()}
+    return versions
+
+
+def _stages(found: _Found) -> list[Stage]:
+    return [
+        Stage(artefact.stage, artefact.manifest["key"], float(artefact.manifest["seconds"]), _parts(artefact.facts))
+        for artefact in (*found.chain.values(), *([found.smoke] if found.smoke else []))
+    ]
+
+
+def _parts(facts: Mapping[str, Any]) -> Mapping[str, float]:
+    parts = facts.get("seconds")
+    return parts if isinstance(parts, Mapping) else {}
+
+
+def _size(found: _Found) -> Size:
+    layouts = found.facts("checkpoint").get("inspection", {}).get("layouts", {})
+    model, checkpoint = _files(found, "snapshot"), _files(found, "checkpoint")
+    disk = [
+        ("Model as downloaded", sum(model.values())),
+        ("Checkpoint, Hugging Face layout", _total(checkpoint, "unified/")),
+        ("Checkpoint, TensorRT-LLM layout", _total(checkpoint, "tensorrt_llm/")),
+        ("Checkpoint, split by rank", sum(_files(found, "ranks").values())),
+        (
+            "Engine",
+            _total(_files(found, "engine")),
+        ),
+        ("Triton repository", _total(_files(found, "repository"))),
+    ]
+    before, after = _total(model, end=".safetensors"), _total(checkpoint, "unified/", ".safetensors")
+    return Size(
+        parameters=found.record.get("sizes", {}).get("parameters"),
+        disk=[(what, nbytes) for what, nbytes in disk if nbytes],
+        contents={name: layout["nbytes"] for name, layout in layouts.items()},
+        bits_per_weight=next((layout["bits_per_weight"] for layout in layouts.values()), None),
+        weights=(before, after) if before and after else None,
+        memory=found.record.get("memory", []),
+        peaks=[(stage, a.facts["max_rss"]) for stage, a in found.chain.items() if a.facts.get("max_rss")],
+    )
+
+
+def _files(found: _Found, stage: str) -> dict[str, int]:
+    """Names and bytes of a stage's files, those elsewhere too."""
+    if stage not in found.chain:
+        return {}
+    external = found.facts(stage).get("external", {}).get("files", {})
+    return {name: entry["size"] for name, entry in {**external, **found.chain[stage].manifest["files"]}.items()}
+
+
+def _total(files: Mapping[str, int], start: str = "", end: str = "") -> int:
+    return sum(n for name, n in files.items() if name.startswith(start) and name.endswith(end))
+
+
+def _warnings(found: _Found) -> list[str]:
+    facts = found.facts("checkpoint")
+    texts = [f"{text} (said {times} times)" if times > 1 else text for text, times in facts.get("warnings", {}).items()]
+    texts += [f"{p['layout']}: {p['tensor']} {p['what']}" for p in facts.get("inspection", {}).get("problems", [])]
+    if facts.get("no_tensorrt_llm"):
+        texts.append(f"There is no TensorRT-LLM layout: {facts['no_tensorrt_llm']}")
+    for runner, sets in found.evaluation.collapsed.items() if found.evaluation else ():
+        texts.append(f"{runner} finds shuffled tokens as likely as text ({', '.join(sets)}): it is no language model.")
+    return texts + [f"{note['rule']}: {note['text']}" for note in found.record.get("notes", [])]
+
+
+def _unmeasured(found: _Found, target: str) -> list[str]:
+    """What a reader might take for granted, and nobody has measured."""
+    texts = [REFERENCE] if target == "reference" else []
+    if found.smoke is None:
+        texts.append("It was not served: no smoke test of this repository is in the store.")
+    if found.evaluation is None and found.quality is None:
+        texts.append("Accuracy was not measured on texts: what quantization cost in perplexity and KL is not known.")
+    elif found.evaluation is None and found.quality:
+        texts.append(
+            f"Accuracy was measured on {found.quality.tokens:,} tokens only, by the quality check of the build."
+        )
+    texts += _unmeasured_runners(found.evaluation) if found.evaluation else []
+    if not found.tasks:
+        texts.append("No task was asked: how many questions of a benchmark it answers rightly is not known.")
+    if not found.losses:
+        texts.append("The loss of each layer by itself was not measured.")
+    if found.load is None:
+        texts.append("Load was not measured: no latency and no throughput under many requests is known.")
+    if found.record.get("memory"):
+        texts.append("Memory at run time is an estimate from upstream's formulas, not measured on a card.")
+    if not found.record:
+        texts.append(
+            "There is no build record: values that no manifest holds, and where each came from, are not known."
+        )
+    return texts
+
+
+def _unmeasured_runners(evaluation: Evaluation) -> list[str]:
+    def words(runner: str) -> str:
+        return results.RUNNERS.get(runner, runner)
+
+    texts = [f"Accuracy, {words(name)}: not measured. {why}" for name, why in evaluation.not_measured.items()]
+    measured = list(dict.fromkeys(score.runner for score in evaluation.scores if score.runner != results.BF16))
+    if "served" not in (*measured, *evaluation.not_measured):
+        texts.append(f"Accuracy was not measured on the served model, only here: {', '.join(map(words, measured))}.")
+    return texts

@@ -1,0 +1,318 @@
+"""A Report as one self-contained HTML page and as a Markdown model card: configs/report/*.j2 with charts.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from builder.core import paths
+from builder.core.errors import UsageError
+from builder.core.file_names import shortened
+from builder.core.output import Output, seconds, size
+from builder.core.store import replace_file, root_of
+from builder.evaluate.metrics import Estimate
+from builder.report import charts
+from builder.report.charts import Mark
+from builder.report.gather import Report, gather
+from builder.report.results import OVERALL, RUNNERS, Interval, Score, append, rows, task_rows
+from builder.serving.load_test import spread_words
+
+KINDS = {
+    "nvfp4_weights": "NVFP4 weights",
+    "block_scales": "Scales of blocks",
+    "scales": "Scales of tensors",
+    "kv_scales": "KV cache scales",
+    "fp8_linears": "Layers kept in FP8",
+    "fp8_scales": "Scales of FP8 layers",
+    "kept_linears": "Layers kept in BF16",
+    "embedding": "Embedding",
+    "lm_head": "Output head",
+    "other": "Norms and the rest",
+}
+LAYOUTS = {"unified": "Hugging Face layout", "tensorrt_llm": "TensorRT-LLM layout"}
+STAGE_VERBS = {
+    "snapshot": "fetch and hash the model",
+    "calibration": "take calibration rows",
+    "checkpoint": "quantize and inspect",
+    "ranks": "split by rank",
+    "engine": "build the engine",
+    "repository": "render the repository",
+    "smoke": "serve and smoke-test",
+}
+VISIBLE = "\n\t\u200c\u200d"  # besides printable characters: joiners belong to scripts and emoji
+# What is markup anywhere in a line, what is only at its start, and what GitHub makes links of.
+MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$@]|^[#+=-]|(?<=^\d)[.)]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
+
+
+def html(report: Report) -> str:
+    """The page. Nothing in it comes from outside, and nothing in the report can become markup."""
+    environment = _environment(autoescape=True, finalize=lambda value: value if _safe(value) else shown(value))
+    return environment.get_template("page.html.j2").render(_context(report))
+
+
+def markdown(report: Report) -> str:
+    """The model card, with the front matter that the Hub reads."""
+    environment = _environment(autoescape=False, finalize=None)
+    return environment.get_template("card.md.j2").render(_context(report), front=_front(report))
+
+
+def publish(
+    repository: Path, out: Output, *, page: Path | None = None, card: Path | None = None, table: Path | None = None
+) -> None:
+    """Writes page and card, each in one step, adds the evaluation to the table, and says where they are."""
+    report = gather(repository)
+    directory = (root_of(repository.resolve()) or Path()) / "reports"
+    name = shortened(report.model.name)
+    page = page or directory / f"{name}.html"
+    card, table = card or directory / f"{name}.md", table or directory / "results.csv"
+    for path in (page, card, table):
+        if path.is_dir():
+            raise UsageError(f"{path} is a directory.", cure="Name files: --html FILE --markdown FILE --csv FILE")
+    replace_file(page, html(report))
+    replace_file(card, markdown(report))
+    identity = _identity(report)
+    fresh = rows(identity, report.evaluation) if report.evaluation else []
+    fresh += task_rows(identity, report.tasks)
+    added = append(table, fresh) if fresh else 0
+    files = {"html": str(page), "markdown": str(card), "csv": str(table)}
+    out.result({**asdict(report), "files": files, "rows": added})
+    out.text(f"verdict    {report.verdict.status}: {report.verdict.headline}")
+    out.text(f"page       {page}")
+    out.text(f"card       {card}")
+    out.text(f"table      {table}, {added} new rows" if fresh else "table      no evaluation, no row")
+    out.text(f"next       python3 -m webbrowser {page.resolve().as_uri()}")
+
+
+def _identity(report: Report) -> dict[str, Any]:
+    """Which model a row of the table is about."""
+    model = report.model
+    built = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.built))
+    columns = ("revision", "gpu", "target", "format", "name", "repository")
+    return {"built": built, "model": model.id, **{name: getattr(model, name) for name in columns}}
+
+
+def shown(value: object) -> str:
+    """Text in which control characters, bidirectional overrides and lone surrogates are seen, not obeyed."""
+    return "".join(c if c.isprintable() or c in VISIBLE else ascii(c)[1:-1] for c in str(value))
+
+
+def escaped(value: object) -> str:
+    """Text for a line of Markdown or a cell of a table: no character of it is markup."""
+    return MARKDOWN.sub(r"\\\1", " ".join(shown(value).split()))
+
+
+def code(value: object) -> str:
+    """Inline code for a cell of a table."""
+    text = " ".join(shown(value).split()).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}" if text else ""
+
+
+def fenced(value: object) -> str:
+    """A code block that its content can't close."""
+    text = shown(value)
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _safe(value: object) -> bool:
+    return isinstance(value, Markup)
+
+
+def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(paths.data("configs", "report")),
+        undefined=jinja2.StrictUndefined,
+        autoescape=autoescape,
+        finalize=finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "size": size,
+        "seconds": seconds,
+        "md": escaped,
+        "code": code,
+        "fenced": fenced,
+        "figure": lambda value, digits, scale: f"{value * scale:,.{digits}f}",
+        "number": number,
+        "thousands": lambda value: f"{value:,}",
+        "spread": spread_words,
+        "signed": lambda value, digits, scale=1: "–" if value is None else f"{value * scale:+.{digits}f}",
+        "runner": lambda name: RUNNERS.get(name, name),
+        "breakable": lambda text: Markup(re.sub(r"([._/=-])", r"\1<wbr>", str(escape(shown(text))))),
+        "verb": lambda name: STAGE_VERBS.get(name, name),
+        "kind": lambda name: KINDS.get(name, name),
+        "layout": lambda name: LAYOUTS.get(name, name),
+        "value": lambda value: "–" if value is None else value if isinstance(value, str) else json.dumps(value),
+        "date": lambda stamp: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(stamp)),
+    }
+    return environment
+
+
+def number(interval: Interval | Estimate | None, digits: int = 2, scale: float = 1.0) -> str:
+    """`98.71 (98.20 to 99.12)`; a dash for what was not measured."""
+    if interval is None:
+        return "–"
+    text = f"{interval.value * scale:,.{digits}f}"
+    if interval.low is None or interval.high is None:
+        return text
+    return f"{text} ({interval.low * scale:,.{digits}f} to {interval.high * scale:,.{digits}f})"
+
+
+def _context(report: Report) -> dict[str, Any]:
+    return {
+        "report": report,
+        "scores": _scores(report),
+        "tiles": _tiles(report),
+        "score_chart": _score_chart(report),
+        "loss_chart": _loss_chart(report),
+        "size_chart": _size_chart(report),
+        "contents_charts": [_contents_chart(name, kinds) for name, kinds in report.size.contents.items()],
+        "time_chart": _time_chart(report),
+        "load_chart": _load_chart(report),
+        "set_by_hand": [row for row in report.values if row[2] != "default"],
+        "defaults": [row for row in report.values if row[2] == "default"],
+    }
+
+
+def _scores(report: Report) -> list[Score]:
+    """The rows of the evaluation; of a single data set `overall` would only say the same again."""
+    scores = report.evaluation.scores if report.evaluation else ()
+    single = len({score.data for score in scores} - {OVERALL}) == 1
+    return [score for score in scores if not (single and score.data == OVERALL)]
+
+
+def _headline_score(report: Report) -> Score | None:
+    """The score that a manager asks for: over all data sets, of what is nearest to the user."""
+    scores = [score for score in _scores(report) if score.score]
+    overall = [score for score in scores if score.data == OVERALL] or scores
+    nearest = ("served", "reference", "checkpoint", "simulated")
+    return min(overall, key=lambda s: nearest.index(s.runner) if s.runner in nearest else 9, default=None)
+
+
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    """(what, the figure, a word to it): the few numbers at the top."""
+    tiles: list[tuple[str, str, str]] = []
+    best = _headline_score(report)
+    if best and best.score:
+        tiles.append(("Quality against BF16", f"{best.score.value:.2f}", "BF16 = 100"))
+    elif report.quality and report.quality.score is not None:
+        tiles.append(("Quality against BF16", f"{report.quality.score:.2f}", "BF16 = 100, by the quality check"))
+    if report.size.weights:
+        before, after = report.size.weights
+        tiles.append(("Weights", size(after), f"{before / after:.1f} times smaller than {size(before)}"))
+    if report.size.bits_per_weight:
+        tiles.append(("Bits a weight", f"{report.size.bits_per_weight:.2f}", "in the quantized layers, with scales"))
+    if report.smoke:
+        unchecked = len(report.smoke.unchecked)
+        passed = len(report.smoke.checks) - len(report.smoke.failed) - unchecked
+        more = f", {unchecked} not checked" if unchecked else ""
+        tiles.append(
+            ("Smoke test", f"{passed} of {len(report.smoke.checks)}", f"checks passed on the served model{more}")
+        )
+    tiles.append(("Made in", seconds(sum(stage.seconds for stage in report.stages)), "all stages together"))
+    return tiles
+
+
+def _score_chart(report: Report) -> Markup | None:
+    scores = [score for score in _scores(report) if score.score]
+    if not scores or not report.evaluation:
+        return None
+    marks = [
+        Mark(
+            shown(f"{score.data}, {RUNNERS.get(score.runner, score.runner)}"),
+            score.score.value,
+            f"{score.score.value:.2f}",
+            score.score.low,
+            score.score.high,
+            "overall" if score.data == OVERALL else "",
+        )
+        for score in scores
+        if score.score
+    ]
+    lines = [(100.0, "BF16 = 100", "base")]
+    if gate := report.evaluation.limits.get("score"):
+        lines.append((gate, f"gate {gate:g}", "gate"))
+    text = "Perplexity of BF16 over perplexity of the model, times 100, with 95% confidence intervals. " + _spoken(
+        marks
+    )
+    return Markup(charts.dots("score", "Relative score, BF16 = 100", text, marks, lines))
+
+
+def _loss_chart(report: Report) -> Markup | None:
+    if not report.losses:
+        return None
+    marks = [Mark(shown(loss.layer), loss.kl, f"{loss.kl:.3g}", tick=_number_in(loss.layer)) for loss in report.losses]
+    worst = max(report.losses, key=lambda loss: loss.kl)
+    text = f"KL divergence to BF16 with one layer quantized at a time. The worst: {shown(worst.layer)}, {worst.kl:.3g}."
+    return Markup(charts.columns("loss", "Loss by layer", text, marks))
+
+
+def _number_in(layer: str) -> str:
+    """`model.layers.12.mlp` -> `12`"""
+    found = re.search(r"\d+", layer)
+    return found.group() if found else ""
+
+
+def _size_chart(report: Report) -> Markup | None:
+    marks = [Mark(what, nbytes, size(nbytes)) for what, nbytes in report.size.disk]
+    return Markup(charts.bars("sizes", "Bytes on disk", _spoken(marks), marks)) if marks else None
+
+
+def _contents_chart(layout: str, kinds: Any) -> tuple[str, Markup]:
+    whole = sum(kinds.values()) or 1
+    ordered = sorted(kinds.items(), key=lambda item: -item[1])
+    marks = [Mark(shown(KINDS.get(kind, kind)), n, f"{size(n)}, {100 * n / whole:.1f} %") for kind, n in ordered if n]
+    name = LAYOUTS.get(layout, layout)
+    slug = re.sub(r"[^a-z0-9]+", "-", layout.lower())
+    return name, Markup(charts.bars(f"contents-{slug}", f"Checkpoint by kind, {shown(name)}", _spoken(marks), marks))
+
+
+def _time_chart(report: Report) -> Markup | None:
+    marks = [
+        Mark(STAGE_VERBS.get(stage.name, stage.name).capitalize(), stage.seconds, seconds(stage.seconds))
+        for stage in report.stages
+    ]
+    marks += [
+        Mark(shown(f"Accuracy, {RUNNERS.get(score.runner, score.runner)}"), score.seconds, seconds(score.seconds))
+        for score in (report.evaluation.scores if report.evaluation else ())
+        if score.data == OVERALL and score.seconds
+    ]
+    return Markup(charts.bars("times", "Time of each stage", _spoken(marks), marks)) if marks else None
+
+
+def _load_chart(report: Report) -> Markup | None:
+    if report.load is None:
+        return None
+    marks = [
+        Mark(f"{level.clients} at once", level.tokens_per_second, f"{level.tokens_per_second:,.1f} tokens a second")
+        for level in report.load.levels
+    ]
+    return Markup(charts.bars("throughput", "Output tokens a second", _spoken(marks), marks))
+
+
+def _spoken(marks: Sequence[Mark]) -> str:
+    return "; ".join(f"{mark.label}: {mark.text}" for mark in marks) + "."
+
+
+def _front(report: Report) -> str:
+    """YAML for the Hub. A local model has no id that another could fetch."""
+    front: dict[str, Any] = {"library_name": "tensorrt-llm", "pipeline_tag": "text-generation"}
+    if report.model.revision:
+        front["base_model"] = report.model.id
+        front["base_model_relation"] = "quantized"
+    front["tags"] = [*report.model.format.lower().replace(",", "").split()[:1], "modelopt", "triton", report.model.gpu]
+    return yaml.safe_dump(front, sort_keys=False, allow_unicode=False)

@@ -1,0 +1,77 @@
+"""Models, as links in another directory, whose configuration names no path that a shell or a C locale misreads.
+
+The Python that Triton's backend embeds takes file names for ASCII, and Triton's JSON of a configuration escapes a `"`
+twice. Where a model's configuration names such a path, its copy names a link to the same place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from builder.core.untrusted_text import parse_yaml
+from builder.trtllm import compatibility
+
+ALLOWED = "letters of ASCII, digits and _ . / + -"
+_SAFE = re.compile(r"[A-Za-z0-9_./+-]+")
+_MODEL_YAML = "1/model.yaml"  # of the llmapi target
+
+
+def is_safe(path: str) -> bool:
+    return _SAFE.fullmatch(path) is not None
+
+
+def link_model(model: Path, target: Path, links: Path) -> None:
+    """Makes `target` the model: a link to it, or a directory of links and of files that name links in `links`."""
+    rewritten = _rewritten(model, lambda path: _link(path, links))
+    if rewritten:
+        _mirror(model, target, rewritten)
+    else:
+        target.symlink_to(model.resolve())
+
+
+def _link(path: str, links: Path) -> str:
+    """The path itself where it is safe or names nothing here; else a new link to it."""
+    if is_safe(path) or not path.startswith("/") or not Path(path).exists():
+        return path
+    links.mkdir(exist_ok=True)
+    link = links / str(len(list(links.iterdir())))
+    link.symlink_to(path)
+    return str(link)
+
+
+def _rewritten(model: Path, linked: Callable[[str], str]) -> dict[str, str]:
+    """The files of a model that name an unsafe path, by their names, as they must be."""
+    found = {}
+    config = compatibility.parse(model / "config.pbtxt")
+    if config is not None:
+        from google.protobuf import text_format
+
+        before = config.SerializeToString(deterministic=True)
+        for parameter in config.parameters.values():
+            parameter.string_value = linked(parameter.string_value)
+        if config.SerializeToString(deterministic=True) != before:
+            found["config.pbtxt"] = text_format.MessageToString(config)
+    if (model / _MODEL_YAML).is_file():
+        arguments: Any = parse_yaml((model / _MODEL_YAML).read_bytes())
+        safe = {key: linked(value) if isinstance(value, str) else value for key, value in arguments.items()}
+        if safe != arguments:
+            found[_MODEL_YAML] = yaml.safe_dump(safe, sort_keys=False)
+    return found
+
+
+def _mirror(source: Path, target: Path, files: Mapping[str, str]) -> None:
+    """A directory of links to what is in `source`, but for the files."""
+    target.mkdir()
+    for path in source.iterdir():
+        below = {name.partition("/")[2]: text for name, text in files.items() if name.startswith(f"{path.name}/")}
+        if path.name in files:
+            (target / path.name).write_text(files[path.name], encoding="utf-8")
+        elif below:
+            _mirror(path, target / path.name, below)
+        else:
+            (target / path.name).symlink_to(path.resolve())

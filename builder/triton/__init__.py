@@ -1,0 +1,1 @@
+"""The Triton model repository of the engine and reference targets."""

@@ -1,0 +1,1 @@
+"""The engine target: trtllm-build's flags, versions, rules, probes, and the engine itself."""

@@ -1,0 +1,380 @@
+"""Before a server starts: do the engine, the repository that names it and this machine agree? IntegrityError if not.
+
+What Triton's C++ backend would do instead stands beside each check: it fails late, or goes on and says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from builder.core import manifest
+from builder.core.errors import IntegrityError
+from builder.machine.gpus import Seen, visible
+
+ENGINE_MODEL, BLS_MODEL = "tensorrt_llm", "tensorrt_llm_bls"
+BUILT_WITH = "built_with.json"  # in the engine's directory, so that a copy of it tells too
+LOGITS_TYPES = {"float16": "TYPE_FP16", "float32": "TYPE_FP32", "bfloat16": "TYPE_BF16"}
+LOGITS = ("context_logits", "generation_logits", "draft_logits")
+# Parameters of the C++ backend that need an engine with paged context FMHA, and what it does with them without one
+# (cpp/tensorrt_llm/batch_manager/trtGptModelInflightBatching.cpp@00825c4e: fixExecutorConfig, the constructor).
+NEED_PAGED_FMHA = {
+    "enable_kv_cache_reuse": "The C++ backend would switch it off, with a line in its log.",
+    "enable_chunked_context": "The C++ backend would not load the engine.",
+}
+# Where Triton's images keep TensorRT-LLM's Python package: a venv of their own since 26.06, the system's before.
+SITES = ("/opt/venv-*/lib/python3*/site-packages", "/usr/local/lib/python3*/dist-packages")
+# What is read of an engine's config.json and of built_with.json, with its type; the rest is upstream's.
+CONFIG_TYPES: Mapping[str, Any] = {
+    "version": str,
+    "pretrained_config": {"logits_dtype": str, "mapping": {"world_size": int}},
+    "build_config": {"max_batch_size": int, "max_beam_width": int, "plugin_config": {}},
+}
+MOST_RANKS = 4096  # of an engine; a damaged number would be a list of as many file names
+BUILT_WITH_TYPES: Mapping[str, Any] = {"target": str, "tensorrt": str, "sm": int, "gpu": str}
+LLM_ARGUMENTS = "Names, meanings and defaults of the LLM class's arguments differ between versions."
+RENDER = "Or make the repository again: the same `builder build`, with --from render."
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One thing that does not agree: what, why it matters, what to do."""
+
+    what: str
+    why: str
+    cure: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a repository's config.pbtxt files say of its engine. `logits`: tensor name -> data type."""
+
+    file: Path
+    engine: Path
+    max_batch_size: int
+    max_beam_width: int
+    on: frozenset[str]
+    logits: Mapping[str, str]
+    decoupled: bool
+    bls_decoupled: bool | None
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """An engine's config.json, which is upstream's, and what it was built with, which is ours ({} where unknown)."""
+
+    path: Path
+    config: Mapping[str, Any]
+    built_with: Mapping[str, Any]
+
+    @property
+    def target(self) -> str:
+        """engine or reference."""
+        known = self.built_with.get("target")
+        return str(known or ("engine" if any(self.path.glob("*.engine")) else "reference"))
+
+    @property
+    def world_size(self) -> int:
+        pretrained = self.config.get("pretrained_config") or {}
+        return int((pretrained.get("mapping") or {}).get("world_size") or 1)
+
+    @property
+    def build(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.config.get("build_config") or {}
+        return found
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What would run the engine: GPUs and installed libraries, None where it is not known.
+
+    `chosen`: CUDA_VISIBLE_DEVICES picked the GPUs, so that their numbers here are not the machine's.
+    """
+
+    gpus: Sequence[Seen] | None = None
+    tensorrt_llm: str | None = None
+    tensorrt: str | None = None
+    chosen: bool = False
+
+
+def check(models: Path, runtime: Runtime | None = None) -> None:
+    """Raises IntegrityError with everything that does not agree, the most important first.
+
+    `runtime` is this machine unless given. Of the llmapi target's repository the version is compared; one without
+    TensorRT-LLM has nothing to compare.
+    """
+    served = read_served(models)
+    found = missing(served) if served else list(_llmapi(models, runtime))
+    if served and not found:
+        engine = read_engine(served.engine)
+        if runtime is None and engine.target == "engine":
+            runtime = here()
+        found = mismatches(served, engine, runtime or Runtime())
+    if found:
+        raise _refusal(found)
+
+
+def read_served(models: Path) -> Served | None:
+    """The engine's config.pbtxt, parsed as Triton does; None where the repository has no engine of TensorRT-LLM's."""
+    config = parse(models / ENGINE_MODEL / "config.pbtxt")
+    parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
+    if not parameters.get("gpt_model_path"):
+        return None
+    from tritonclient.grpc import model_config_pb2
+
+    bls = parse(models / BLS_MODEL / "config.pbtxt")
+    tensors = [tensor for tensor in (*config.input, *config.output) if tensor.name in LOGITS]
+    return Served(
+        file=models / ENGINE_MODEL / "config.pbtxt",
+        engine=Path(parameters["gpt_model_path"]),
+        max_batch_size=config.max_batch_size,
+        max_beam_width=_number(parameters.get("max_beam_width"), 1),
+        # What the backend takes for true (GetParameter<bool>, model_state.cc@5cdd6921).
+        on=frozenset(n for n in NEED_PAGED_FMHA if parameters.get(n) in ("True", "true", "TRUE", "1")),
+        logits={tensor.name: model_config_pb2.DataType.Name(tensor.data_type) for tensor in tensors},
+        decoupled=config.model_transaction_policy.decoupled,
+        bls_decoupled=bls.model_transaction_policy.decoupled if bls else None,
+    )
+
+
+def read_engine(directory: Path) -> EngineFacts:
+    """An engine's facts from its directory, wherever that lies now. Files that are absent count as empty."""
+    config = _json(directory / "config.json", CONFIG_TYPES)
+    return EngineFacts(directory, config, _json(directory / BUILT_WITH, BUILT_WITH_TYPES))
+
+
+def here() -> Runtime:
+    """This machine: its GPUs by NVML, the libraries that are installed for this Python or in Triton's image."""
+    chosen = "CUDA_VISIBLE_DEVICES" in os.environ
+    return Runtime(visible(), installed("tensorrt_llm"), installed("tensorrt"), chosen)
+
+
+def lacking_paged_fmha(build_config: Mapping[str, Any], asked: Sequence[str]) -> list[str]:
+    """Those of `asked` (names in NEED_PAGED_FMHA) that an engine with this build_config can't do."""
+    return [] if has_paged_fmha(build_config) else [name for name in NEED_PAGED_FMHA if name in asked]
+
+
+def has_paged_fmha(build_config: Mapping[str, Any]) -> bool:
+    """Whether the engine was built with paged context FMHA."""
+    return (build_config.get("plugin_config") or {}).get("use_paged_context_fmha") in (True, "enable", "true")
+
+
+def missing(served: Served) -> list[Mismatch]:
+    """The engine's directory or files that are not where the repository says.
+
+    A missing directory makes the backend say that both model paths are empty: it takes it for an unset parameter
+    (model_instance_state.cc@c8c6df08, the constructor).
+    """
+    if not served.engine.is_dir():
+        what = f"There is no engine at {served.engine}, where {served.file} looks for it."
+        why = "It was moved, removed, or lies under another path in this container."
+    else:
+        engine = read_engine(served.engine)
+        suffix = "engine" if engine.target == "engine" else "safetensors"
+        files = ["config.json", *(f"rank{rank}.{suffix}" for rank in range(engine.world_size))]
+        absent = [name for name in files if not (served.engine / name).is_file()]
+        if not absent:
+            return []
+        what, why = f"The engine at {served.engine} lacks {', '.join(absent)}.", "Not all of it was copied, or built."
+    cure = "Put it back there, or run the same `builder build` again: it makes what is missing and points to it."
+    return [Mismatch(what=what, why=why, cure=cure)]
+
+
+def mismatches(served: Served, engine: EngineFacts, runtime: Runtime) -> list[Mismatch]:
+    """Everything that does not agree, the most important first. The reference executor needs no GPU and no version."""
+    found: list[Mismatch] = []
+    if engine.target == "engine":
+        found += [*_versions(engine, runtime), *_cards(engine, runtime)]
+    return [*found, *_paged(served, engine), *_sizes(served, engine), *_logits(served, engine), *_streaming(served)]
+
+
+def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
+    """The backend logs the engine's version and compares nothing (gptJsonConfig.cpp, parseJson): TensorRT's own check
+    fails when the engine is loaded (triton-inference-server/tensorrtllm_backend #531), or nothing does."""
+    built, have = engine.config.get("version"), runtime.tensorrt_llm
+    if built and have and built != have:
+        yield Mismatch(
+            what=f"The engine was built by TensorRT-LLM {built}, and this machine has {have}.",
+            why="An engine runs only on the version that built it.",
+            cure=f"Serve it in an image with TensorRT-LLM {built}, or build here: --set engine.tensorrt_llm={have}",
+        )
+    # docs.nvidia.com/deeplearning/tensorrt, Version Compatibility; trtllm-build sets no VERSION_COMPATIBLE.
+    built, have = engine.built_with.get("tensorrt"), runtime.tensorrt
+    if built and have and built != have:
+        yield Mismatch(
+            what=f"The engine was built by TensorRT {built}, and this machine has {have}.",
+            why="A TensorRT engine runs only on the version that built it; Triton would end with a version tag that "
+            "does not match.",
+            cure="Serve it in the image that built it, or build it again here: the same `builder build`.",
+        )
+
+
+def _llmapi(models: Path, runtime: Runtime | None) -> Iterator[Mismatch]:
+    """The LLM class takes arguments of another version where their names are the same, and heeds them otherwise."""
+    config = parse(models / ENGINE_MODEL / "config.pbtxt")
+    parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
+    rendered = parameters.get("tensorrt_llm")
+    have = runtime.tensorrt_llm if runtime else installed("tensorrt_llm")
+    if rendered and have and rendered != have:
+        yield Mismatch(
+            what=f"The repository was rendered for TensorRT-LLM {rendered}, and this machine has {have}.",
+            why=LLM_ARGUMENTS,
+            cure=f"Serve it in an image with TensorRT-LLM {rendered}, or render it for this one: the same `builder "
+            f"build`, with --set engine.tensorrt_llm={have}",
+        )
+
+
+def _cards(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
+    """As many GPUs as ranks, and of the engine's architecture. Rank n takes GPU n (worldConfig.cpp)."""
+    sm, ranks, gpus = engine.built_with.get("sm"), engine.world_size, runtime.gpus
+    if gpus is None:
+        return
+    card = f"sm{sm} ({engine.built_with.get('gpu')})" if sm else "its architecture"
+    if len(gpus) < ranks:
+        yield Mismatch(
+            what=f"The engine has {ranks} rank{'s' * (ranks > 1)}, and "
+            f"{len(gpus) or 'no'} GPU{' is' if len(gpus) < 2 else 's are'} seen here.",
+            why="Each rank takes a GPU of its own; with fewer TensorRT-LLM warns, and puts several on one.",
+            cure=f"Serve it on a machine that shows {ranks} of {card}; a container must be given its GPUs, and "
+            "CUDA_VISIBLE_DEVICES may hide some. Without a GPU: build for the reference executor, --gpu cpu.",
+        )
+        return
+    wrong = [(index, gpu) for index, gpu in enumerate(gpus[:ranks]) if sm and gpu.sm != sm]
+    fitting = [str(number) for number, gpu in enumerate(gpus) if gpu.sm == sm]
+    cure = f"Serve it on {card}, or build for this machine: the same `builder build` with --gpu auto."
+    if len(fitting) >= ranks and not runtime.chosen:
+        cure = f"Choose the GPUs that it was built for: CUDA_VISIBLE_DEVICES={','.join(fitting[:ranks])}"
+    # docs.nvidia.com/deeplearning/tensorrt, Engine Compatibility: trtllm-build does not use the hardware compatibility
+    # mode; TensorRT-LLM #3031 is what it looks like.
+    for index, gpu in wrong[:1]:
+        yield Mismatch(
+            what=f"The engine was built for {card}, and GPU {index} here, {gpu.name}, is sm{gpu.sm}.",
+            why="A TensorRT engine runs only on the architecture that it was built for; Triton would end with an "
+            "incompatible device.",
+            cure=cure,
+        )
+
+
+def _paged(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
+    for name in lacking_paged_fmha(engine.build, tuple(served.on)):
+        yield Mismatch(
+            what=f"{name} is true in {served.file}, and the engine has no paged context FMHA.",
+            why=NEED_PAGED_FMHA[name],
+            cure=f"Set {name} to false there, or build with --set engine.flags.use_paged_context_fmha=enable on a "
+            f"profile with context FMHA. {RENDER}",
+        )
+
+
+def _sizes(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
+    batch, asked = engine.build.get("max_batch_size"), served.max_batch_size
+    if batch and asked > batch:
+        yield Mismatch(
+            what=f"max_batch_size is {asked} in {served.file}, and the engine was built for {batch}.",
+            # ExecutorConfig{... maxBatchSize = std::nullopt ...}: model_instance_state.cc@c8c6df08.
+            why="The C++ backend never reads it: the engine goes on with its own, and requests wait without a word.",
+            cure=f"Set it to {batch} at most, or build with --max-batch-size {asked}. {RENDER}",
+        )
+    beams, asked = engine.build.get("max_beam_width") or 1, served.max_beam_width
+    if asked > beams:
+        yield Mismatch(
+            what=f"max_beam_width is {asked} in {served.file}, and the engine was built for {beams}.",
+            # trtGptModel.h@2e2327b9: "Runtime configured max beam width (%d) must not exceed ..."
+            why="The C++ backend would not load the engine.",
+            cure=f"Set it to {beams}, or build with --set engine.flags.max_beam_width={asked}. {RENDER}",
+        )
+
+
+def _logits(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
+    """TLLM_CHECK(contextLogitsType == model_state_->getLogitsDataType()), when it answers
+    (model_instance_state.cc@c8c6df08)."""
+    dtype = (engine.config.get("pretrained_config") or {}).get("logits_dtype")
+    wanted = LOGITS_TYPES.get(dtype or "")
+    wrong = [f"{name} {kind}" for name, kind in served.logits.items() if wanted and kind != wanted]
+    if wrong:
+        yield Mismatch(
+            what=f"{served.file} declares {', '.join(wrong)}, and the engine's logits are {dtype}: {wanted}.",
+            why="The C++ backend loads it, and fails each request that asks for logits.",
+            cure=f"Set the type there to {wanted}. {RENDER}",
+        )
+
+
+def _streaming(served: Served) -> Iterator[Mismatch]:
+    """Pieces come only from a decoupled model, and every model on their way must be one."""
+    engine, bls = served.decoupled, served.bls_decoupled
+    if bls is not None and bls != engine:
+        yield Mismatch(
+            what=f"decoupled is {str(engine).lower()} for {ENGINE_MODEL} and {str(bls).lower()} for {BLS_MODEL}.",
+            why="Streaming needs both; with one of them requests that stream fail.",
+            cure=f"Set model_transaction_policy of both config.pbtxt files to the same. {RENDER}",
+        )
+
+
+def _refusal(found: Sequence[Mismatch]) -> IntegrityError:
+    first = found[0]
+    if len(found) == 1:
+        return IntegrityError(first.what, why=first.why, cure=first.cure)
+    why = [f"{number}. {one.what} {one.why}" for number, one in enumerate(found, 1)]
+    return IntegrityError(
+        f"Engine, repository and machine disagree in {len(found)} things; nothing was started.",
+        why="\n".join(why),
+        cure="\n".join(f"{number}. {one.cure}" for number, one in enumerate(found, 1)),
+    )
+
+
+def parse(file: Path) -> Any:
+    """A config.pbtxt as a ModelConfig; None where there is none."""
+    if not file.is_file():
+        return None
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    try:
+        return text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"{file} does not parse.", why=str(error), cure=f"Mend it. {RENDER}") from error
+
+
+def _number(text: str | None, default: int) -> int:
+    """As the backend reads it: what is no number counts as unset (std::stoi throws, and the default is kept)."""
+    return int(text) if text and text.strip().isdecimal() else default
+
+
+def _json(file: Path, types: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A JSON object whose values are of these types where they are there; an empty one where the file is absent."""
+    if not file.is_file():
+        return {}
+    try:
+        loaded = manifest.read_object(file)
+        _check_types(loaded, types)
+    except manifest.Damaged as error:
+        raise IntegrityError(
+            f"{file} can't be read.", why=str(error), cure="Build the engine again: --from engine"
+        ) from error
+    return loaded
+
+
+def _check_types(value: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    for name, kind in types.items():
+        found = value.get(name)
+        if found is None:
+            continue
+        if isinstance(kind, Mapping):
+            if not isinstance(found, Mapping):
+                raise manifest.Damaged(f"{name} is {ascii(found)[:80]}")
+            _check_types(found, kind)
+        elif type(found) is not kind or (kind is int and not 0 < found < 1 << 31):
+            raise manifest.Damaged(f"{name} is {ascii(found)[:80]}")
+    if types.get("world_size") and (value.get("world_size") or 1) > MOST_RANKS:
+        raise manifest.Damaged(f"world_size is {value['world_size']}")
+
+
+def installed(name: str) -> str | None:
+    """A distribution's version, for this Python or in Triton's image; None where it is not installed."""
+    sites = [str(site) for pattern in SITES for site in Path("/").glob(pattern.lstrip("/"))]
+    found = next(iter(metadata.distributions(name=name, path=[*sys.path, *sites])), None)
+    return found.version if found else None

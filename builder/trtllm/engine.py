@@ -1,0 +1,268 @@
+"""Checkpoint -> Engine: runs trtllm-build where it exists; for the reference target writes what stands in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.checkpoint.layouts import QUANT_CFG, Checkpoint
+from builder.core import paths, process
+from builder.core.errors import IntegrityError, StageError, UnsupportedError, UsageError
+from builder.core.output import seconds
+from builder.core.store import Artefact, Store, library_versions, read, sources_digest
+from builder.core.untrusted_text import parse_json, read_regular
+from builder.machine.gpus import Seen, cuda_order, visible
+from builder.recipe.schema import Resolved
+from builder.trtllm import build_log
+from builder.trtllm import flags as trtllm_flags
+from builder.trtllm.compatibility import BUILT_WITH, installed
+
+
+@dataclass(frozen=True)
+class Engine:
+    """config.json {version, pretrained_config, build_config} beside rank*.engine, or rank*.safetensors (reference).
+
+    built_with.json beside them tells what upstream's config.json does not: target, SM, GPU, driver, TensorRT.
+    """
+
+    path: Path
+    digest: str
+    artefact: Artefact
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The engine's config.json."""
+        loaded: Mapping[str, Any] = parse_json(read_regular(self.path / "config.json"))
+        return loaded
+
+
+def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
+    """Before the first expensive byte: can this machine build the target, and serve it? UnsupportedError if not."""
+    if resolved.recipe.target == "engine" and os.environ.get("BUILDER_FORCE_NUM_PROFILES"):
+        raise UsageError(
+            "BUILDER_FORCE_NUM_PROFILES is set: trtllm-build would make another engine than the recipe says.",
+            why="A debug override of TensorRT-LLM (rule R48); no stage's key would know of it.",
+            cure="unset BUILDER_FORCE_NUM_PROFILES",
+        )
+    if resolved.recipe.target == "engine" and shutil.which("trtllm-build") is None:
+        raise UnsupportedError(
+            "trtllm-build is not on this machine's PATH, so no TensorRT engine can be built here.",
+            why=f"The {resolved.gpu.name} profile's target is `engine`; trtllm-build comes in NVIDIA's "
+            f"Triton images with TensorRT-LLM {resolved.recipe.engine.tensorrt_llm}.",
+            cure="Run inside that image, or build for the reference executor: --gpu cpu. "
+            "`builder plan` works everywhere.",
+        )
+    if resolved.recipe.target == "engine" and (seen := visible()) is not None:
+        _check_gpus(resolved, seen, serving=serving)
+
+
+def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> None:
+    """trtllm-build times kernels on GPU 0, for GPU 0: without one it crashes (rule R08), on another it builds another
+    engine than the profile says."""
+    sm, world_size = resolved.gpu.sm, resolved.recipe.engine.world_size
+    if not seen:
+        raise UnsupportedError(
+            "trtllm-build is here, but no GPU is seen, so no TensorRT engine can be built.",
+            why="It measures its kernels on the GPU that will run them (rule R08).",
+            cure="Give the container its GPUs; CUDA_VISIBLE_DEVICES may hide them. Or build for the reference "
+            "executor: --gpu cpu. `builder plan` works everywhere.",
+        )
+    wrong = [gpu for gpu in seen[:world_size] if gpu.sm != sm]
+    if wrong:
+        raise UnsupportedError(
+            f"The {resolved.gpu.name} profile was asked for, and this machine's {wrong[0].name} is sm{wrong[0].sm}.",
+            why="trtllm-build builds for the GPU that it runs on, and the engine would run on no other architecture.",
+            cure="Build on the card that will serve it, or for this one: --gpu auto",
+        )
+    if serving and len(seen) < world_size:
+        raise UnsupportedError(
+            f"The engine needs {world_size} GPUs to be served and tested, and this machine has {len(seen)}.",
+            why="--tp times --pp is the number of its ranks, and each takes a GPU of its own.",
+            cure="Only build it here, rank by rank: --no-smoke. Or split it less.",
+        )
+
+
+def build(checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], resolved: Resolved, *, store: Store) -> Engine:
+    """The engine for these flags: by trtllm-build, or for the reference target the checkpoint and the same config."""
+    recipe = resolved.recipe
+    ingredients = {
+        "checkpoint": checkpoint.digest,
+        "target": recipe.target,
+        "sm": resolved.gpu.sm,
+        "flags": [[flag.name, flag.value] for flag in flags],
+        "tensorrt_llm": recipe.engine.tensorrt_llm,
+        "libraries": library_versions("tensorrt_llm", "tensorrt") if recipe.target == "engine" else {},
+        "sources": sources_digest(
+            "builder/trtllm/engine.py",
+            "builder/trtllm/flags.py",
+            "builder/trtllm/probe_results.py",
+            "builder/trtllm/versions.py",
+            "builder/trtllm/rules.py",
+            # The reference engine's build_config is made of the version's defaults.
+            paths.data("configs", "trtllm", recipe.engine.tensorrt_llm),
+        ),
+    }
+    work = _run_trtllm_build if recipe.target == "engine" else _write_reference
+    version = recipe.engine.tensorrt_llm
+
+    def make(directory: Path) -> Mapping[str, Any]:
+        facts = work(checkpoint, flags, version, directory, store)
+        _write_built_with(directory, recipe.target, flags, facts)
+        return facts
+
+    artefact = store.stage("engine", ingredients, make)
+    return Engine(artefact.path, artefact.digest, artefact)
+
+
+def _write_built_with(
+    directory: Path, target: str, flags: Sequence[trtllm_flags.Flag], facts: Mapping[str, Any]
+) -> None:
+    """What guards.py compares before the engine is served, in its directory: a copy of it elsewhere tells too."""
+    gpu = next(iter(visible() or []), None) if target == "engine" else None
+    record = {
+        "target": target,
+        "tensorrt_llm": facts["version"],
+        "tensorrt": installed("tensorrt") if target == "engine" else None,
+        "sm": gpu.sm if gpu else None,
+        "gpu": gpu.name if gpu else None,
+        "driver": gpu.driver if gpu else None,
+        "world_size": facts["world_size"],
+        "flags": {flag.name: flag.value for flag in flags},
+    }
+    (directory / BUILT_WITH).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def _write_reference(
+    checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], version: str, directory: Path, store: Store
+) -> Mapping[str, Any]:
+    pretrained = json.loads((checkpoint.tensorrt_llm / "config.json").read_text(encoding="utf-8"))
+    config = {
+        "version": version,
+        "pretrained_config": pretrained,
+        "build_config": trtllm_flags.build_config(trtllm_flags.load(version), flags, pretrained),
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    hashed = {}
+    layers = checkpoint.tensorrt_llm / QUANT_CFG
+    if layers.is_file():  # trtllm-build writes one too (builder.py, 1.2, Engine.save)
+        shutil.copyfile(layers, directory / QUANT_CFG)
+    made = read(checkpoint.path)
+    for rank in sorted(checkpoint.tensorrt_llm.glob("rank*.safetensors")):
+        _link(rank, directory / rank.name)
+        if made:
+            hashed[rank.name] = made.manifest["files"][f"tensorrt_llm/{rank.name}"]["sha256"]
+    return {"hashed": hashed, "command": None, "version": version, "world_size": pretrained["mapping"]["world_size"]}
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for the same bytes; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _run_trtllm_build(
+    checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], version: str, directory: Path, store: Store
+) -> Mapping[str, Any]:
+    kept = timing_cache(store.root, version)
+    with _own_timing_cache(kept) as own:
+        return _built(checkpoint, flags, version, directory, store, own, kept)
+
+
+def timing_cache(root: Path, version: str) -> Path:
+    """The kernel timings that builds of one kind share: TensorRT takes them on its own version and card alone."""
+    tensorrt, gpu = library_versions("tensorrt")["tensorrt"], next(iter(visible() or []), None)
+    words = [f"tensorrt_llm-{version}"]
+    words += [f"tensorrt-{tensorrt}"] if tensorrt != "absent" else []
+    words += [f"sm{gpu.sm}", re.sub(r"[^A-Za-z0-9]+", "-", gpu.name).strip("-")] if gpu else []
+    return root / "timing" / ("-".join(words) + ".cache")
+
+
+@contextmanager
+def _own_timing_cache(kept: Path) -> Iterator[Path]:
+    """A copy for one build, which takes the place of the kept one when the build was good: trtllm-build writes the file
+    at its very end, in place, so that a kill or a second build would leave half of it to all later ones."""
+    own = kept.parent / f".{kept.stem}.{os.getpid()}.tmp"
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        own.write_bytes(kept.read_bytes() if kept.exists() else b"")  # an empty one is a new one
+        yield own
+        own.replace(kept)
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _built(
+    checkpoint: Checkpoint,
+    flags: Sequence[trtllm_flags.Flag],
+    version: str,
+    directory: Path,
+    store: Store,
+    own: Path,
+    kept: Path,
+) -> Mapping[str, Any]:
+    argv = trtllm_flags.command(flags, checkpoint=checkpoint.tensorrt_llm, output=directory, timing_cache=own)
+    log = store.log("trtllm-build")
+    store.out.info(f"trtllm-build works; what it says: {log}")
+    pretrained = json.loads((checkpoint.tensorrt_llm / "config.json").read_text(encoding="utf-8"))
+    world_size = pretrained["mapping"]["world_size"]
+    finished, said = _watched(argv, log, kept.parent, world_size, store)
+    built = check_built(directory, version, world_size)
+    paste = trtllm_flags.command(flags, checkpoint=checkpoint.tensorrt_llm, output=Path("ENGINE"), timing_cache=kept)
+    return {
+        "command": paste,
+        "log": str(log),
+        "version": built["version"],
+        "world_size": world_size,
+        "seconds": round(finished.seconds, 1),
+        "max_rss": finished.max_rss,
+        "phases": said.rounded(),
+        "peak_gpu_memory": said.peak_gpu_memory,
+    }
+
+
+def _watched(
+    argv: Sequence[str], log: Path, cwd: Path, world_size: int, store: Store
+) -> tuple[process.Finished, build_log.BuildLog]:
+    """Runs trtllm-build; its phases are shown as its log tells them, a known failure with its cure."""
+    with store.out.progress("trtllm-build: starting") as bar:
+
+        def show(phase: str, after: float) -> None:
+            if store.out.live:
+                bar.update(0, label=f"trtllm-build: {phase}")
+            else:
+                store.out.info(f"trtllm-build: {phase}, after {seconds(after)}")
+
+        said = build_log.BuildLog(world_size, show)
+        try:
+            finished = process.run(argv, log=log, cwd=cwd, env=cuda_order(), on_line=said.hear)
+        except StageError as error:
+            raise build_log.explained(error, log) from error
+        said.end()
+    store.out.info(f"trtllm-build took {seconds(finished.seconds)}: {said.summary()}")
+    return finished, said
+
+
+def check_built(directory: Path, version: str, world_size: int) -> Mapping[str, Any]:
+    """trtllm-build can end with 0 and half an engine; and the engine must be of the version that will serve it."""
+    ranks = [directory / f"rank{rank}.engine" for rank in range(world_size)]
+    if not all(file.is_file() and file.stat().st_size for file in (directory / "config.json", *ranks)):
+        wanted = "rank0.engine" if world_size == 1 else f"rank0.engine to rank{world_size - 1}.engine"
+        raise StageError(f"trtllm-build ended well but left no config.json with {wanted}.")
+    built: Mapping[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if built.get("version") != version:
+        raise IntegrityError(
+            f"The engine was built by TensorRT-LLM {built.get('version')}, and {version} was asked for.",
+            why="An engine runs only on the version that built it.",
+            cure=f"Build in an image with {version}, or ask for this one: "
+            f"--set engine.tensorrt_llm={built.get('version')}",
+        )
+    return built

@@ -1,0 +1,330 @@
+"""The trtllm-build flags that a recipe comes to, each with its reason and source. Pure: no GPU, no import.
+
+Version facts are data in configs/trtllm/<version>/ (trtllm_facts.py), its rules are in trtllm_rules.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from builder.checkpoint.layouts import MIXED, head_size
+from builder.checkpoint.sharding import GEMM_INPUTS, GEMM_OUTPUTS
+from builder.core.errors import UnsupportedError, UsageError
+from builder.model import dtypes
+from builder.recipe import schema
+from builder.trtllm import probe_results, rules
+from builder.trtllm.probe_results import KV_CACHE_ALGO, Answer
+from builder.trtllm.rules import Flag, Note, Subject
+from builder.trtllm.versions import Version, check, load, order, versions
+
+__all__ = [
+    "Flag", "Note", "Version", "asked_for", "build_config", "check", "check_format", "command", "load", "notes",
+    "resolve", "sizes", "versions", "window_notes",
+]  # fmt: skip
+R08 = "tensorrt_llm/commands/build.py (1.2), rule R08"
+
+SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+# _init_max_seq_len (tensorrt_llm/builder.py): these kinds of rotary scaling do not lengthen max_position_embeddings.
+UNSCALED = ("su", "longrope", "llama3")
+# Fields of BuildConfig that EngineConfig.to_dict removes: they describe a run of the builder (rule R51).
+NOT_THE_ENGINES = ("dry_run", "visualize_network")
+
+
+def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[Flag]:
+    """The flags for this recipe, GPU and model (its config.json), in the order of the command line.
+
+    What a card answered to a probe goes before the profile and the tables; what trtllm-build would silently rewrite is
+    resolved here first. Raises UsageError for flags that this version does not have or take together,
+    UnsupportedError for what it, the card or the model can't do.
+    """
+    asked, gpu = resolved.recipe, resolved.gpu
+    subject = _subject(resolved, model_config, answers)
+    check_format(resolved)
+    _check_said_once(resolved)
+    flags = {flag.name: flag for flag in sizes(resolved, model_config)}
+    if (world_size := asked.engine.world_size) > 1:  # whether it can be split so: ranks.check
+        flags["workers"] = Flag("workers", str(world_size), "one for each rank; capped at the machine's GPUs", R08)
+    ours = _asked_flags(subject.version, asked.engine.flags)
+    profile = {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
+    flags |= probe_results.upgrade(profile, ours, subject, answers) | ours
+    dtype = subject.dtype
+    if dtype == "float16" and "gpt_attention_plugin" not in asked.engine.flags:
+        flags["gpt_attention_plugin"] = Flag("gpt_attention_plugin", dtype, "the model computes in it", "config.json")
+    for flag in flags.values():
+        check(subject.version, flag.name, flag.value)
+    rules.refuse(subject, flags)
+    flags = rules.rewrite(subject, flags)
+    probe_results.refuse(subject, flags, answers)
+    if asked.target == "engine" and flags["gemm_plugin"].value == "nvfp4":
+        _check_gemm(subject, _out_features(model_config, asked.engine.tp))
+    rules.check_kernels(subject, flags)
+    return list(flags.values())
+
+
+def notes(
+    resolved: schema.Resolved,
+    model_config: Mapping[str, Any],
+    flags: Sequence[Flag],
+    answers: Sequence[Answer] = (),
+) -> list[Note]:
+    """What is left to know about these flags: what they cost, what trtllm-build will choose or warn of."""
+    if resolved.recipe.target != "engine":
+        return []
+    subject = _subject(resolved, model_config, answers)
+    if probe_results.without_fmha(subject, answers):
+        subject = replace(subject, fmha_head_sizes=())
+    found = rules.notes(subject, {flag.name: flag for flag in flags})
+    if not subject.version.has_triton_templates:
+        text = f"There are no Triton templates for TensorRT-LLM {subject.version.version}: stop at `builder engine`."
+        found.append(Note("version", text))
+    found += probe_results.notes(subject, flags, answers)
+    return [*found, *(Note("GPU profile", text) for text in resolved.gpu.notes)]
+
+
+def window_notes(model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list[Note]:
+    """What to know of a model that was trained to attend to its last tokens alone, if sequences may be longer.
+
+    LLaMAConfig and QWenConfig.from_hugging_face (tensorrt_llm/models, 1.2) read no sliding_window, so an engine knows
+    none; upstream sets it where the engine is run (examples/models/core/llama/README.md, Mistral v0.1:
+    max_attention_window_size). The reference executor attends to all tokens too.
+    """
+    window = sliding_window(model_config)
+    longest = next(int(flag.value) for flag in flags if flag.name == "max_seq_len")
+    if window is None or longest <= window:
+        return []
+    text = (
+        f"The model attends to its last {window} tokens (sliding_window), what is served here to all of up to "
+        f"{longest}: longer sequences get other answers than transformers gives. --max-seq-len {window} keeps them out."
+    )
+    return [Note("model", text)]
+
+
+def sliding_window(config: Mapping[str, Any]) -> int | None:
+    """Tokens that some layer's attention is limited to; None where no layer's is.
+
+    Mistral's is on wherever sliding_window is a number, Qwen's only with use_sliding_window and from layer
+    max_window_layers on (transformers, MistralConfig and Qwen2Config); layer_types, where given, names each layer's.
+    """
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    qwen = "Qwen" in (config.get("architectures") or [""])[0]
+    if not isinstance(window, int) or window < 1 or not config.get("use_sliding_window", not qwen):
+        return None
+    if kinds is not None:
+        return window if "sliding_attention" in kinds else None
+    first = config.get("max_window_layers", 0) if qwen else 0
+    return window if first < config.get("num_hidden_layers", first + 1) else None
+
+
+def _subject(resolved: schema.Resolved, config: Mapping[str, Any], answers: Sequence[Answer]) -> Subject:
+    asked, gpu = resolved.recipe, resolved.gpu
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    size = config.get("head_dim") or (hidden // heads if hidden and heads else None)
+    tp = asked.engine.tp
+    widths = {
+        "hidden_size": hidden,
+        "intermediate_size (into mlp.down_proj)": _share(config.get("intermediate_size"), tp),
+        "heads x head size (into self_attn.o_proj)": _share(heads * size if heads and size else None, tp),
+    }
+    subject = Subject(
+        version=load(asked.engine.tensorrt_llm),
+        sm=gpu.sm,
+        architecture=(config.get("architectures") or [None])[0],
+        quant_algo=MIXED if asked.quantization.keep_fp8 else "NVFP4",
+        kv_cache_algo=KV_CACHE_ALGO[asked.quantization.kv_cache_dtype],
+        tp=tp,
+        pp=asked.engine.pp,
+        heads=heads,
+        head_size=size,
+        dtype=dtypes.served(config),
+        in_features={name: width for name, width in widths.items() if width},
+        fmha_head_sizes=tuple(gpu.fmha_head_sizes),
+        kv_reuse=asked.repository.enable_kv_cache_reuse,
+        chunked_context=asked.repository.enable_chunked_context,
+    )
+    return replace(subject, fmha_head_sizes=probe_results.head_sizes(subject, answers))
+
+
+def _share(width: int | None, tp: int) -> int | None:
+    return width // tp if width else None
+
+
+def check_format(resolved: schema.Resolved) -> None:
+    """The card computes in the recipe's formats, and this version of TensorRT-LLM lets it."""
+    asked, gpu = resolved.recipe, resolved.gpu
+    if asked.target == "reference" or gpu.sm is None:
+        return
+    part = asked.quantization
+    wanted = [part.format] + ["fp8_kv_cache"] * (part.kv_cache_dtype == "fp8") + ["fp8"] * bool(part.keep_fp8)
+    for name in wanted:
+        if name not in gpu.formats:
+            raise UnsupportedError(
+                f"{gpu.name} can't run {name}: it is no format of {gpu.title}.",
+                why=f"{gpu.name} runs {', '.join(gpu.formats)}; this builder makes NVFP4, which needs sm100 or later.",
+                cure="A Blackwell card (`builder gpus`), or the reference executor on this machine's CPU: --gpu cpu",
+            )
+        since = gpu.formats[name].since
+        if order(asked.engine.tensorrt_llm) < order(since):
+            raise UnsupportedError(
+                f"{gpu.name} runs {name} since TensorRT-LLM {since}, and {asked.engine.tensorrt_llm} was asked for.",
+                why=gpu.formats[name].source,
+                cure=f"--set engine.tensorrt_llm={versions()[-1]}",
+            )
+    if asked.target == "engine" and part.keep_fp8 and "mixed_precision" in load(asked.engine.tensorrt_llm).facts:
+        raise UnsupportedError(
+            f"trtllm-build {asked.engine.tensorrt_llm} is not known to build NVFP4 with layers in FP8.",
+            why=str(load(asked.engine.tensorrt_llm).facts["mixed_precision"]),
+            cure=f"--set engine.tensorrt_llm={versions()[-1]}, or keep these layers in BF16: --keep-bf16",
+        )
+
+
+def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:
+    """Outputs of a rank's linear layers, as far as config.json tells; those of o_proj and down_proj are hidden_size."""
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    found = {"hidden_size": hidden, "intermediate_size": _share(config.get("intermediate_size"), tp)}
+    if hidden and heads:
+        kv = int(config.get("num_key_value_heads") or heads)
+        found["q, k and v together"] = (heads // tp + 2 * max(kv // tp, 1)) * head_size(config)
+    return {name: width for name, width in found.items() if width}
+
+
+def _check_gemm(subject: Subject, outputs: Mapping[str, int]) -> None:
+    """What the NVFP4 GEMM would refuse when it first runs, which is after everything was built."""
+    wrong = [f"{n} inputs ({name})" for name, n in subject.in_features.items() if n % GEMM_INPUTS]
+    wrong += [f"{n} outputs ({name})" for name, n in outputs.items() if n % GEMM_OUTPUTS]
+    if wrong:
+        raise UnsupportedError(
+            f"The NVFP4 GEMM plugin can't multiply this model's layers: {', '.join(wrong)}.",
+            why=f"On each GPU it takes inputs by {GEMM_INPUTS} and outputs by {GEMM_OUTPUTS} "
+            "(cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).",
+            cure="TensorRT's own kernels may take them: --set engine.flags.gemm_plugin=disable. Or another model.",
+        )
+
+
+def _check_said_once(resolved: schema.Resolved) -> None:
+    """A size has its own key in the recipe; engine.flags may repeat it but not contradict it."""
+    engine = resolved.recipe.engine
+    for name in SIZES:
+        if name in engine.flags and engine.flags[name] != str(getattr(engine, name)):
+            raise UsageError(
+                f"{name} is said twice: engine.{name} is {getattr(engine, name)}, engine.flags.{name} "
+                f"{engine.flags[name]}.",
+                cure=f"Say it once: --set engine.{name}={engine.flags[name]}",
+            )
+
+
+def _asked_flags(version: Version, asked: Mapping[str, str]) -> dict[str, Flag]:
+    """engine.flags as Flags. A switch that is `enable` or `true` has the value ""; one that is off is left out."""
+    found = {}
+    for name, value in asked.items():
+        if name in SIZES:  # said with the same value in its own place
+            continue
+        if name in version.flags and version.flags[name]["kind"] == "store_true":
+            if value.lower() in ("disable", "false"):
+                continue
+            value = "" if value.lower() in ("enable", "true") else value
+        found[name] = Flag(name, value, "asked for", "recipe")
+    return found
+
+
+def sizes(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
+    """The four sizes. One that nobody asked for shrinks to what the model was trained for; an asked one is refused."""
+    engine = resolved.recipe.engine
+    found = {name: getattr(engine, name) for name in SIZES}
+    reasons = {name: resolved.origins.get(f"engine.{name}", "default") for name in found}
+    longest = _positions(model_config)
+    if longest and found["max_seq_len"] > longest:
+        if asked_for(reasons["max_seq_len"]):
+            raise UnsupportedError(
+                f"--max-seq-len {found['max_seq_len']} is more than this model's {longest} positions.",
+                why="max_position_embeddings (and rope_scaling) in its config.json; TensorRT-LLM would only warn "
+                "(rule R16).",
+                cure=f"--max-seq-len {longest}",
+            )
+        found["max_seq_len"], reasons["max_seq_len"] = longest, "the model's max_position_embeddings"
+        if found["max_input_len"] >= longest:
+            found["max_input_len"], reasons["max_input_len"] = longest - longest // 4, "three quarters of max_seq_len"
+    return [Flag(name, str(value), reasons[name], "recipe") for name, value in found.items()]
+
+
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """max_position_embeddings times the rotary factor, as trtllm-build deduces max_seq_len (rules R15, R16).
+
+    Not where max_position_embeddings is scaled already, which a smaller original_max_position_embeddings shows
+    (Qwen2.5-14B-Instruct-1M and many fine-tunes with YaRN): trtllm-build multiplies once more there, and accepts
+    positions that no rotary table of the model was made for.
+    """
+    longest = config.get("max_position_embeddings")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("type", scaling.get("rope_type"))
+    original = scaling.get("original_max_position_embeddings") or longest
+    factor = 1 if kind in UNSCALED or original != longest else scaling.get("factor") or 1
+    return math.ceil(longest * factor) if longest else None
+
+
+def asked_for(origin: str) -> bool:
+    """Whether a user set the value, not the default or the GPU's profile."""
+    return origin != "default" and not origin.startswith("GPU profile")
+
+
+def command(flags: Sequence[Flag], *, checkpoint: Path, output: Path, timing_cache: Path) -> list[str]:
+    """The trtllm-build command line. Paths come last: the flags before them are the same on every machine."""
+    argv = ["trtllm-build"]
+    for flag in flags:
+        argv += [f"--{flag.name}", *([flag.value] if flag.value else [])]
+    # The default is model.cache in the working directory: a PermissionError for most users of containers.
+    timing = ["--input_timing_cache", str(timing_cache), "--output_timing_cache", str(timing_cache)]
+    return [*argv, "--checkpoint_dir", str(checkpoint), "--output_dir", str(output), *timing]
+
+
+def build_config(version: Version, flags: Sequence[Flag], pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """What trtllm-build would write as build_config into the engine's config.json for these flags.
+
+    `pretrained` is the checkpoint's config.json. Source: BuildConfig.to_dict, EngineConfig.to_dict (builder.py, 1.2).
+    """
+    values = {flag.name: flag.value for flag in flags}
+    config = {name: value for name, value in version.build_config_defaults.items() if name not in NOT_THE_ENGINES}
+    for name, spec in version.flags.items():
+        field = spec.get("build_config_field")
+        if spec["group"] != "plugin" and field and name in values and field not in NOT_THE_ENGINES:
+            config[field] = _config_value(spec, values[name])
+    plugins = _plugin_config(version, values, pretrained)
+    config["kv_cache_type"] = str(config["kv_cache_type"] or "paged").upper()
+    if plugins["remove_input_padding"] and not plugins["multiple_profiles"]:  # rules R19, R24
+        batch = config["max_batch_size"] * config["max_beam_width"]
+        config["opt_num_tokens"] = config["opt_num_tokens"] or min(batch, config["max_num_tokens"])
+    config["plugin_config"] = plugins
+    return config
+
+
+def _plugin_config(version: Version, values: Mapping[str, str], pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """PluginConfig as build() leaves it. "auto" stays "auto": only reading the attribute resolves it, not dumping it
+    (plugin.py@c20322ff, PluginConfig.__getattribute__; in 1.0 and 1.1 PluginConfig.to_dict)."""
+    plugins: dict[str, Any] = {**version.facts["plugin_fields"], "dtype": pretrained["dtype"]}
+    for name, spec in version.flags.items():
+        if spec["group"] == "plugin":
+            plugins[name] = _plugin_value(spec, values.get(name, spec["default"]))
+    plugins["paged_kv_cache"] = values.get("kv_cache_type", "paged") == "paged"
+    plugins["paged_state"] = False  # rule R14: these models have no recurrent state
+    plugins["nccl_plugin"] = pretrained["dtype"] if pretrained["mapping"]["world_size"] > 1 else None  # rule R37
+    plugins["manage_weights"] = "fast_build" in values  # rule R50
+    return plugins
+
+
+def _config_value(spec: Mapping[str, Any], raw: Any) -> Any:
+    if spec["kind"] == "store_true":
+        return raw == ""
+    if spec["kind"] == "int":
+        return int(raw)
+    return spec.get("config_values", {}).get(raw, raw)
+
+
+def _plugin_value(spec: Mapping[str, Any], raw: Any) -> Any:
+    if spec["kind"] == "bool_str":
+        return raw == "enable"
+    if spec["kind"] == "int":
+        return int(raw)
+    return None if raw == "disable" else raw

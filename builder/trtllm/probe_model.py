@@ -1,0 +1,96 @@
+"""A two-layer model in NVFP4 to build engines of: real shapes and names, random weights of a sane size."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from builder.checkpoint import layouts
+from builder.core.safetensors_io import NewTensor, write
+
+HIDDEN, INNER, WORDS, HEADS, KV_HEADS, LAYERS = 512, 1024, 512, 4, 2, 2
+POSITIONS = 2048
+_ONE = 0x38  # 1.0 in E4M3
+# The deviation of a random E2M1 code: the mean square of 0, 0.5, 1, 1.5, 2, 3, 4, 6 is 8.56.
+_DEVIATION = 2.93
+_INPUT_SCALE = 8 / (6 * 448)  # activations of 8 at most: normed ones are near 1
+
+
+def config(*, architecture: str = "Qwen3ForCausalLM", head_size: int = 128) -> dict[str, Any]:
+    """Its config.json, as Hugging Face spells it."""
+    return {
+        "architectures": [architecture],
+        "dtype": "bfloat16",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": head_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "vocab_size": WORDS,
+        "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": False,
+    }
+
+
+def write_checkpoint(model: Mapping[str, Any], destination: Path, *, fp8_kv: bool) -> Path:
+    """Both layouts of it under `destination`; returns TensorRT-LLM's, written by the code that real models take."""
+    unified = destination / "unified"
+    unified.mkdir(parents=True)
+    write(unified / "model.safetensors", _tensors(model, fp8_kv))
+    quantization = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8" if fp8_kv else None, "group_size": 16}
+    producer = {"name": "trtllm-builder probe"}
+    layouts.write_json(unified / "hf_quant_config.json", {"producer": producer, "quantization": quantization})
+    layouts.write_tensorrt_llm(unified, model, destination / "tensorrt_llm")
+    return destination / "tensorrt_llm"
+
+
+def _tensors(model: Mapping[str, Any], fp8_kv: bool) -> Iterator[NewTensor]:
+    random, size = np.random.default_rng(0), model["head_dim"]
+    q, kv = HEADS * size, KV_HEADS * size
+    linears = {
+        "self_attn.q_proj": (q, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, q),
+        "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
+    }  # fmt: skip
+    norms = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
+    if model["architectures"] == ["Qwen3ForCausalLM"]:
+        norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size}
+    for layer in range(LAYERS):
+        start = f"model.layers.{layer}."
+        for name, shape in linears.items():
+            yield from _linear(start + name, shape, random)
+        for name, width in norms.items():
+            yield _bf16(f"{start}{name}.weight", np.ones(width))
+        for part in "kv" if fp8_kv else "":
+            yield _scalar(f"{start}self_attn.{part}_proj.{part}_scale", 1.0)
+    yield _bf16("model.norm.weight", np.ones(HIDDEN))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        yield _bf16(name, random.standard_normal((WORDS, HIDDEN)) / HIDDEN**0.5)
+
+
+def _linear(name: str, shape: tuple[int, int], random: np.random.Generator) -> Iterator[NewTensor]:
+    """Any byte is two E2M1 codes; the global scale makes the deviation of a weight 1 / sqrt(inputs)."""
+    out, inputs = shape
+    packed = random.integers(0, 256, out * inputs // 2, dtype=np.uint8)
+    yield NewTensor(f"{name}.weight", "U8", (out, inputs // 2), [packed.tobytes()])
+    yield NewTensor(f"{name}.weight_scale", "F8_E4M3", (out, inputs // 16), [bytes([_ONE]) * (out * inputs // 16)])
+    yield _scalar(f"{name}.weight_scale_2", 1 / (_DEVIATION * inputs**0.5))
+    yield _scalar(f"{name}.input_scale", _INPUT_SCALE)
+
+
+def _scalar(name: str, value: float) -> NewTensor:
+    return NewTensor(name, "F32", (), [struct.pack("<f", value)])
+
+
+def _bf16(name: str, values: np.ndarray[Any, Any]) -> NewTensor:
+    """BF16 is the upper half of a float32."""
+    halves = values.astype("<f4").view("<u2").reshape(*values.shape, 2)[..., 1]
+    return NewTensor(name, "BF16", values.shape, [halves.tobytes()])

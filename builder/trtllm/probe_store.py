@@ -1,0 +1,95 @@
+"""What cards answered to probes, as files. Reading them asks nothing of a card.
+
+    <root>/probes/tensorrt_llm-1.2.1-tensorrt-10.14.1.48-sm120.json    one a container and architecture
+
+A file may be copied from the machine with the card to the one that plans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from builder.core.errors import IntegrityError
+from builder.core.store import library_versions, replace_file
+from builder.core.untrusted_text import parse_json, read_regular
+from builder.machine import containers
+from builder.recipe import schema
+from builder.trtllm import probe_results
+from builder.trtllm import versions as trtllm_versions
+from builder.trtllm.probe_results import Answer, Probe
+
+
+@dataclass(frozen=True)
+class Container:
+    """What an answer holds for: versions and architecture."""
+
+    tensorrt_llm: str
+    tensorrt: str
+    sm: int
+
+    @property
+    def name(self) -> str:
+        return f"tensorrt_llm-{self.tensorrt_llm}-tensorrt-{self.tensorrt}-sm{self.sm}"
+
+    def file(self, root: Path) -> Path:
+        """Where its answers are kept."""
+        return root / "probes" / f"{self.name}.json"
+
+
+def answers(resolved: schema.Resolved, root: Path) -> list[Answer]:
+    """What this kind of card answered in the recipe's container, in the order of the questions.
+
+    The container is the one at hand; where none is, the one that configs/containers.yaml names for the version.
+    """
+    sm, wanted = resolved.gpu.sm, resolved.recipe.engine.tensorrt_llm
+    if resolved.recipe.target != "engine" or sm is None:
+        return []
+    version = trtllm_versions.load(wanted)
+    tensorrt = library_versions("tensorrt")["tensorrt"]
+    if tensorrt != "absent":
+        files = [Container(wanted, tensorrt, sm).file(root)]
+    else:
+        tensorrt = next((row.tensorrt for row in containers.rows() if row.tensorrt_llm == wanted and row.tensorrt), "")
+        files = sorted((root / "probes").glob(f"tensorrt_llm-{wanted}-tensorrt-{tensorrt}*-sm{sm}.json"))
+    found = []
+    for file in files[-1:]:
+        kept = read(file)
+        for probe in probe_results.probes(version, sm):
+            record = kept.get(probe.name)
+            if record and holds(record, probe):
+                container = file.stem.partition("-tensorrt-")[2].rpartition("-sm")[0]
+                built = f"{record['card']} with TensorRT-LLM {wanted}, TensorRT {container}, on {record['date']}"
+                found.append(Answer(probe, sm, record["outcome"], record["reason"], built, str(file)))
+    return found
+
+
+def holds(record: Mapping[str, Any], probe: Probe) -> bool:
+    """Whether it answers the question as probes.yaml asks it today."""
+    return bool(record["asked"] == probe.asked())
+
+
+def read(file: Path) -> dict[str, dict[str, Any]]:
+    """The records of a file by name; none where there is no file. IntegrityError where it is something else."""
+    try:
+        kept: dict[str, dict[str, Any]] = parse_json(read_regular(file))["answers"]
+        texts = [record[key] for record in kept.values() for key in ("outcome", "reason", "card", "date")]
+        if not all(isinstance(text, str) for text in texts) or not all(record["asked"] for record in kept.values()):
+            raise ValueError("an answer says something else than what a probe writes")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(
+            f"{file} holds no answers of a probe.", why=str(error), cure="Remove it, and ask again: builder probe"
+        ) from error
+    return kept
+
+
+def keep(root: Path, container: Container, probe: Probe, record: Mapping[str, Any]) -> None:
+    """Adds an answer to the file: whole or not at all. The caller holds the lock, so that none is lost."""
+    path = container.file(root)
+    content = {**vars(container), "answers": {**read(path), probe.name: record}}
+    replace_file(path, json.dumps(content, indent=1))

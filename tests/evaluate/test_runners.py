@@ -1,0 +1,56 @@
+"""The checkpoint on disk, read by us, against ModelOpt's simulation of the same calibration."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from builder.core.errors import NotMeasurable
+from builder.evaluate.runners import local
+from builder.quantize import worker as quantizer
+
+DATA = Path(__file__).parents[1] / "data"
+IDS = [np.random.default_rng(0).integers(0, 4000, n).astype(np.int32) for n in (60, 41)]
+
+
+@pytest.fixture
+def job(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """What a runner is told of a model quantized just now."""
+    model = DATA / "arch-variants" / request.param
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((DATA / "eval" / "prose.jsonl").read_text().splitlines(keepends=True)[:4]))
+    calibration = {"rows": str(rows), "seq_len": 64, "batch_size": 1}
+    common = {"model": str(model), "trust_remote_code": False}
+    made = {"kv_cache_dtype": "fp8", "destination": str(tmp_path / "made")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantizer.run({**common, **calibration, **made})
+    layouts = {"unified": str(tmp_path / "made" / "unified"), "calibration": calibration}
+    return {**common, **layouts, "dtype": "float32", "batch_tokens": 4096, "fp8_kv": True}
+
+
+def logits(name: str, job: dict[str, Any]) -> torch.Tensor:
+    with torch.inference_mode(), getattr(local, name)(job) as runner:
+        return torch.cat([row.clone() for row in runner.logits(IDS)])
+
+
+@pytest.mark.parametrize("job", ["qwen2", "phi3", "gemma3_text"], indirect=True)
+def test_the_checkpoint_on_disk_has_the_simulations_logits(job: dict[str, Any]) -> None:
+    """Equal to the bit where it was measured: the same roundings of the same numbers, in float32. Another order of
+    sums may make a rounding fall otherwise; leaving the cache or the inputs unquantized does far more."""
+    simulated, ours = logits("simulated", job), logits("checkpoint", job)
+    loss = (logits("bf16", job) - simulated).pow(2).mean().sqrt()
+    assert (ours - simulated).pow(2).mean().sqrt() < 0.1 * loss
+    without = logits("checkpoint", {**job, "fp8_kv": False})
+    assert (without - simulated).pow(2).mean().sqrt() > 0.1 * loss
+
+
+@pytest.mark.parametrize("job", ["qwen3_moe"], indirect=True)
+def test_experts_that_transformers_joins_are_not_measured_wrongly(job: dict[str, Any]) -> None:
+    with pytest.raises(NotMeasurable, match=r"experts.0.* is no linear layer"):
+        logits("checkpoint", job)

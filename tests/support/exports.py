@@ -1,0 +1,104 @@
+"""Real ModelOpt exports of the fixture models, for tests: quantized here, on the CPU, in well under a second each.
+
+Works with ModelOpt 0.37 (transformers 4.57) and 0.47 (transformers 5). Imports torch and ModelOpt when called.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from builder.core.safetensors_io import NewTensor, Tensors, write
+
+DATA = Path(__file__).parents[1] / "data"
+MODELS = {
+    "qwen3": DATA / "tiny-qwen3",
+    "llama": DATA / "arch-variants" / "llama",
+    "mistral": DATA / "arch-variants" / "mistral",
+    "qwen2": DATA / "arch-variants" / "qwen2",
+}
+MODELOPT = tuple(int(part) for part in version("nvidia-modelopt").split(".")[:2])
+
+
+def quantized(
+    source: Path, *, kv_cache: bool = True, seed: int = 0, kept: Sequence[str] = (), fp8: Sequence[str] = ()
+) -> Any:
+    """The model with ModelOpt's quantizers, calibrated with random tokens: NVFP4, none in the modules `kept`, FP8 in
+    those of `fp8`, and FP8 for the KV cache if asked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ModelOpt's own, on import and after
+        return _quantized(source, kv_cache, seed, kept, fp8)
+
+
+def _quantized(source: Path, kv_cache: bool, seed: int, kept: Sequence[str], fp8: Sequence[str]) -> Any:
+    import modelopt.torch.quantization as mtq
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
+    if kv_cache and isinstance(config["quant_cfg"], dict):  # up to 0.43
+        config["quant_cfg"].update(mtq.FP8_KV_CFG["quant_cfg"])
+    elif kv_cache:
+        config["quant_cfg"] = [*config["quant_cfg"], *mtq.FP8_KV_CFG["quant_cfg"]]
+    asked: dict[str, dict[str, Any]] = {f"{name}.*_quantizer": {"enable": False} for name in kept}
+    e4m3 = {"num_bits": (4, 3), "axis": None}
+    if isinstance(config["quant_cfg"], dict):
+        config["quant_cfg"] |= asked | {f"{name}.{x}_quantizer": e4m3 for name in fp8 for x in ("weight", "input")}
+    else:
+        config["quant_cfg"] += [{"quantizer_name": name, **off} for name, off in asked.items()]
+        names = [f"{name}.{x}_quantizer" for name in fp8 for x in ("weight", "input")]
+        config["quant_cfg"] += [{"quantizer_name": name, "cfg": e4m3} for name in names]
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randint(0, 4000, (2, 64), generator=generator) for _ in range(2)]
+
+    def calibrate(model: Any) -> None:
+        for batch in batches:
+            model(batch, use_cache=False)
+
+    with torch.no_grad():
+        mtq.quantize(model, config, calibrate)
+    return model
+
+
+def export(model: Any, unified: Path, tensorrt_llm: Path | None = None, *, tp: int = 1, pp: int = 1) -> None:
+    """ModelOpt's exports of one quantized model, in one layout or in both. Exporting changes the model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _export(model, unified, tensorrt_llm, tp, pp)
+
+
+def _export(model: Any, unified: Path, tensorrt_llm: Path | None, tp: int, pp: int) -> None:
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint, export_tensorrt_llm_checkpoint
+    from modelopt.torch.quantization.qtensor import nvfp4_tensor
+
+    if MODELOPT < (0, 45):  # it asks CUDA for its version on a CPU too
+        nvfp4_tensor.fp4_compatible = lambda: False
+    if tensorrt_llm is not None:
+        # Without tensorrt_llm 0.37 refuses "qwen". The decoder's name changes nothing but config["decoder"].
+        qwen = "Qwen" in type(model).__name__ and MODELOPT >= (0, 44)
+        decoder = "qwen" if qwen else "llama"
+        export_tensorrt_llm_checkpoint(
+            copy.deepcopy(model),
+            decoder,
+            torch.bfloat16,
+            export_dir=str(tensorrt_llm),
+            inference_tensor_parallel=tp,
+            inference_pipeline_parallel=pp,
+        )
+    export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=str(unified))
+
+
+def rewrite(checkpoint: Path, destination: Path, changes: Mapping[str, NewTensor | None]) -> Path:
+    """A copy of a checkpoint of one file, in either layout, with tensors replaced, added or (None) left out."""
+    tensors = Tensors(checkpoint)
+    shutil.copytree(checkpoint, destination, ignore=shutil.ignore_patterns("*.safetensors"))
+    kept = [NewTensor(n, i.dtype, i.shape, tensors.chunks(n)) for n, i in tensors.items() if n not in changes]
+    write(destination / tensors.files[0].name, [*kept, *(t for t in changes.values() if t)], {"format": "pt"})
+    return destination

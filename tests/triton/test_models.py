@@ -1,0 +1,428 @@
+"""The models of a rendered repository on a real Triton server, with a stand-in for the engine (echo_backend.py).
+
+The stand-in says the prompt's tokens over and over, so every answer is known beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpcclient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from tritonclient.utils import InferenceServerException
+
+from builder.core import paths
+from builder.core.output import Output
+from builder.recipe import schema
+from builder.serving.server import Server, find_server, serve
+from builder.triton import repository
+from tests.triton.test_repository import SNAPSHOT, write_engine
+
+ECHO = Path(__file__).parents[1] / "support" / "echo_backend.py"
+TINY = Tokenizer.from_file(str(SNAPSHOT / "tokenizer.json"))
+EMOJI = "Grüße, 世界 🎉 "
+MAX_INPUT_LEN, MAX_SEQ_LEN = 128, 256
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    tmp = tmp_path_factory.mktemp("served")
+    part = schema.Repository(bls_instances=1, max_queue_delay_microseconds=2000)
+    repository.write(tmp / "models", write_engine(tmp / "engine"), SNAPSHOT, part)
+    with serve(tmp / "models", out=Output("quiet"), log=tmp / "log", engine_backend=ECHO) as server:
+        yield server
+
+
+def echo(prompt: str, tokens: int) -> str:
+    """What the stand-in answers: the prompt's ids, repeated."""
+    ids = TINY.encode(prompt).ids
+    return TINY.decode((ids * tokens)[:tokens], skip_special_tokens=True)
+
+
+def post(server: Server, model: str, verb: str, body: Any) -> tuple[int, Any]:
+    url = f"http://{server.http_url}/v2/models/{model}/{verb}"
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Connection": "close", "Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def generate(server: Server, model: str, **body: Any) -> str:
+    status, text = post(server, model, "generate", body)
+    assert status == 200, text
+    answer: str = json.loads(text)["text_output"]
+    return answer
+
+
+def refusal(server: Server, model: str, verb: str = "generate", **body: Any) -> str:
+    status, text = post(server, model, verb, body)
+    assert status == 400, text
+    message: str = json.loads(text.removeprefix("data: "))["error"]
+    assert "Traceback" not in message
+    assert "model.py" not in message
+    return message
+
+
+TYPES = {"text_input": "BYTES", "stop_words": "BYTES", "stream": "BOOL", "end_id": "INT32", "max_tokens": "INT32",
+         "beam_width": "INT32", "temperature": "FP32", "top_p": "FP32", "length_penalty": "FP32",
+         "repetition_penalty": "FP32", "presence_penalty": "FP32", "frequency_penalty": "FP32", "top_k": "INT32",
+         "min_tokens": "INT32", "pad_id": "INT32", "num_return_sequences": "INT32", "return_context_logits": "BOOL",
+         "embedding_bias_words": "BYTES", "embedding_bias_weights": "FP32"}  # fmt: skip
+
+
+def inputs(**values: Any) -> list[grpcclient.InferInput]:
+    made = []
+    for name, value in values.items():
+        rows = value if isinstance(value, list) else [[value]]
+        kind = {"BYTES": object, "BOOL": bool, "INT32": np.int32, "FP32": np.float32}[TYPES[name]]
+        array = np.array([[v.encode() if isinstance(v, str) else v for v in row] for row in rows], dtype=kind)
+        made.append(grpcclient.InferInput(name, array.shape, TYPES[name]))
+        made[-1].set_data_from_numpy(array)
+    return made
+
+
+def infer(server: Server, model: str, **values: Any) -> str:
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        output = client.infer(model, inputs(**values), client_timeout=30).as_numpy("text_output")
+    assert output.shape == (1, 1)
+    text: str = output[0, 0].decode()
+    return text
+
+
+def stream(server: Server, model: str = "tensorrt_llm_bls", **values: Any) -> list[str]:
+    """The pieces of one gRPC stream."""
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        client.start_stream(lambda result, error: answers.put((result, error)))
+        client.async_stream_infer(model, inputs(**values), enable_empty_final_response=True)
+        pieces: list[str] = []
+        while True:
+            result, error = answers.get(timeout=30)
+            if error:
+                raise error
+            if (array := result.as_numpy("text_output")) is not None:
+                pieces += [text.decode() for text in array.reshape(-1)]
+            if result.get_response().parameters["triton_final_response"].bool_param:
+                return pieces
+
+
+@pytest.mark.parametrize(("prompt", "tokens"), [("Hello there", 20), (EMOJI, 31), ("def f(x):\n    return x", 1)])
+def test_one_answer_over_every_way_in(server: Server, prompt: str, tokens: int) -> None:
+    expected = echo(prompt, tokens)
+    asked = {"text_input": prompt, "max_tokens": tokens}
+    assert generate(server, "ensemble", **asked) == expected
+    assert generate(server, "ensemble_infer", **asked) == expected
+    assert generate(server, "tensorrt_llm_bls", **asked) == expected
+    assert infer(server, "ensemble_infer", **asked) == expected
+    assert stream(server, **asked) == [expected]
+    assert stream(server, "ensemble", **asked) == [expected]
+    pieces = stream(server, **asked, stream=True)
+    assert "".join(pieces) == expected
+    assert len(pieces) > 1 or tokens == 1
+
+
+def test_http_infer(server: Server) -> None:
+    body = {
+        "inputs": [
+            {"name": "text_input", "datatype": "BYTES", "shape": [1, 1], "data": [EMOJI]},
+            {"name": "max_tokens", "datatype": "INT32", "shape": [1, 1], "data": [9]},
+        ]
+    }
+    status, text = post(server, "ensemble_infer", "infer", body)
+    assert (status, json.loads(text)["outputs"][0]["data"]) == (200, [echo(EMOJI, 9)])
+    # This is why ensemble_infer exists; when Triton learns it, ensemble_infer can go.
+    assert post(server, "ensemble", "infer", body)[0] == 501
+
+
+def test_generate_stream(server: Server) -> None:
+    body = {"text_input": EMOJI, "max_tokens": 12, "stream": True}
+    status, text = post(server, "tensorrt_llm_bls", "generate_stream", body)
+    events = [json.loads(line[6:])["text_output"] for line in text.splitlines() if line.startswith("data: ")]
+    assert status == 200
+    assert "".join(events) == echo(EMOJI, 12)
+    assert len(events) > 1
+
+
+def test_an_answer_that_ends_inside_a_character(server: Server) -> None:
+    ids = TINY.encode("🎉").ids
+    assert len(ids) > 1
+    expected = echo("🎉", len(ids) + 1)
+    assert expected.endswith("�")
+    assert stream(server, text_input="🎉", max_tokens=len(ids) + 1, stream=True) == ["🎉", expected[1:]]
+
+
+def test_it_ends_at_each_end_of_the_model(server: Server) -> None:
+    """The engine knows one end id; the model has two, and the second comes in as a stop word."""
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        assert generate(server, "ensemble", text_input=f"Hello{end} there", max_tokens=20) == "Hello"
+        assert "".join(stream(server, text_input=f"Hello{end} there", max_tokens=20, stream=True)) == "Hello"
+    # A client that names an end itself means that one alone.
+    assert generate(server, "ensemble", text_input="a<|endoftext|>b<|im_end|>", max_tokens=7, end_id=-1) == "abab"
+
+
+def test_nothing_to_say_is_one_empty_answer(server: Server) -> None:
+    assert stream(server, text_input="<|im_end|>", max_tokens=5, stream=True) == [""]
+    assert generate(server, "ensemble", text_input="<|im_end|>", max_tokens=5) == ""
+
+
+def test_stop_words(server: Server) -> None:
+    asked = {"text_input": "one two three", "max_tokens": 30}
+    assert generate(server, "ensemble", **asked, stop_words=[" two"]) == "one two"
+    assert "".join(stream(server, **asked, stop_words=[["", " three", " four"]], stream=True)) == "one two three"
+    assert generate(server, "ensemble", **asked, stop_words="", bad_words="") == echo("one two three", 30)
+
+
+REFUSED = [
+    ({"text_input": "", "max_tokens": 1}, "text_input is empty"),
+    ({"text_input": "Hello", "max_tokens": 0}, "max_tokens is 0; it must be 1 or more"),
+    ({"text_input": "Hello", "max_tokens": -5}, "max_tokens is -5; it must be 1 or more"),
+    ({"text_input": "7" * 200, "max_tokens": 1}, "has 200 tokens; this engine takes 128 (max_input_len)"),
+    ({"text_input": "x" * 100_000, "max_tokens": 1}, "has 100000 characters, too many for the 128 tokens"),
+    ({"text_input": "7" * 100, "max_tokens": 200}, "has 100 tokens and max_tokens is 200, together 300; this engine"
+     " takes 256 (max_seq_len): max_tokens can be 156"),
+    ({"text_input": "Hello", "max_tokens": 1, "embedding_bias_words": ["a"]}, "embedding_bias_words and embedd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "message"), REFUSED)
+def test_what_a_client_can_mend_is_said(server: Server, body: dict[str, Any], message: str) -> None:
+    assert message in refusal(server, "ensemble", **body)
+    assert message in refusal(server, "tensorrt_llm_bls", **body)
+    assert message in refusal(server, "tensorrt_llm_bls", "generate_stream", **body, stream=True)
+
+
+def test_infer_gets_the_error_code_of_a_bad_request(server: Server) -> None:
+    with pytest.raises(InferenceServerException, match="max_tokens is 0") as caught:
+        infer(server, "ensemble_infer", text_input="Hello", max_tokens=0)
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+BAD_SAMPLING = [
+    ({"temperature": -1.0}, "temperature is -1; it must be a finite number of 0 or more"),
+    ({"temperature": float("nan")}, "temperature is nan; it must be a finite number of 0 or more"),
+    ({"temperature": float("inf")}, "temperature is inf"),
+    ({"top_p": 1.5}, "top_p is 1.5; it must be from 0 to 1"),
+    ({"top_p": -0.5}, "top_p is -0.5; it must be from 0 to 1"),
+    ({"top_p": float("nan")}, "top_p is nan"),
+    ({"top_k": -3}, "top_k is -3; it must be 0 or more"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty is 0; it must be a finite number above 0"),
+    ({"presence_penalty": float("inf")}, "presence_penalty is inf; it must be a finite number"),
+    ({"frequency_penalty": float("nan")}, "frequency_penalty is nan"),
+    ({"length_penalty": float("nan")}, "length_penalty is nan"),
+    ({"min_tokens": -1}, "min_tokens is -1; it must be 0 or more"),
+    ({"num_return_sequences": 0}, "num_return_sequences is 0; it must be 1 or more"),
+    ({"beam_width": 0}, "beam_width is 0; this engine takes 1 to 1 (max_beam_width)"),
+    ({"beam_width": 2}, "beam_width is 2; "),
+    ({"end_id": 4096}, "end_id is 4096; it must be a token id below 4096, or -1 for none"),
+    ({"pad_id": -2}, "pad_id is -2; it must be a token id below 4096"),
+    ({"return_context_logits": True}, "return_context_logits needs an engine built with gather_context_logits"),
+    ({"embedding_bias_words": "a", "embedding_bias_weights": float("nan")}, "weights must be finite numbers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_SAMPLING)
+def test_a_bad_sampling_value_is_the_clients_error_every_way(server: Server, bad: dict[str, Any], message: str) -> None:
+    asked = {"text_input": "Hello", "max_tokens": 2, **bad}
+    if all(not isinstance(value, float) or np.isfinite(value) for value in bad.values()):  # JSON has no NaN
+        for model in ("ensemble", "ensemble_infer", "tensorrt_llm_bls"):
+            assert message in refusal(server, model, **asked)
+        body = {"inputs": [{"name": name, "datatype": TYPES[name], "shape": [1, 1], "data": [value]}
+                           for name, value in asked.items()]}  # fmt: skip
+        assert post(server, "ensemble_infer", "infer", body)[0] == 400
+    with pytest.raises(InferenceServerException) as caught:
+        infer(server, "ensemble_infer", **asked)
+    assert message in caught.value.message()
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        with pytest.raises(InferenceServerException) as caught:
+            stream(server, model, **asked)
+        assert message in caught.value.message()
+
+
+@pytest.mark.parametrize("model", ["ensemble_infer", "tensorrt_llm_bls", "ensemble"])
+def test_required_inputs_are_declared(server: Server, model: str) -> None:
+    """Not by the ensemble, for which Triton would then answer nothing (triton-tensors.json)."""
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        config = client.get_model_config(model).config
+    optional = {entry.name for entry in config.input if entry.optional}
+    assert ({"text_input", "max_tokens"} <= optional) == (model == "ensemble")
+    assert {"stop_words", "temperature"} <= optional
+
+
+def test_sampling_values_that_mean_default_are_taken(server: Server) -> None:
+    neutral = {
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "beam_width": 1,
+    }
+    assert infer(server, "ensemble_infer", text_input="Hello", max_tokens=3, **neutral) == echo("Hello", 3)
+    assert generate(server, "ensemble", text_input="Hello", max_tokens=3, **neutral) == echo("Hello", 3)
+
+
+@pytest.mark.parametrize("model", ["ensemble", "ensemble_infer", "tensorrt_llm_bls"])
+def test_a_missing_input_is_named(server: Server, model: str) -> None:
+    others: dict[str, Any] = {"stop_words": ["a"], "end_id": 1, "pad_id": 1}
+    assert "text_input is missing" in refusal(server, model, max_tokens=3, **others)
+    assert "max_tokens is missing" in refusal(server, model, text_input="Hello", **others)
+    # Where they are declared as required, Triton says so itself if the count is too low.
+    for name, asked in (("text_input", {"max_tokens": 3}), ("max_tokens", {"text_input": "Hello"})):
+        said = f"{name} is missing" if model == "ensemble" else f"missing required input(s) ['{name}']"
+        assert said in refusal(server, model, **asked)
+    assert "0 inputs" in refusal(server, model, unknown=1)
+    with pytest.raises(InferenceServerException, match="text_input is missing"):
+        stream(server, model, max_tokens=3, end_id=1)
+
+
+def test_what_can_not_be_streamed_is_refused(server: Server) -> None:
+    asked = {"text_input": "Hello", "max_tokens": 3, "stream": True}
+    assert "ask tensorrt_llm_bls" in refusal(server, "ensemble", **asked)
+    assert "answers once" in refusal(server, "ensemble_infer", **asked)
+    assert "beam_width is 2" in refusal(server, "tensorrt_llm_bls", "generate_stream", **asked, beam_width=2)
+
+
+def test_bad_requests_leave_their_neighbours_alone(server: Server) -> None:
+    """All at once, so that they share batches: each gets its own answer or its own error."""
+    cases: list[tuple[bytes | str, int]] = [(f"request {i} 🎉", 8) for i in range(12)]
+    cases[1::4] = [(b"\xff\xfe caf\xe9", 8), ("7" * 200, 8), ("", 8)]
+    found: list[str] = [""] * len(cases)
+
+    def ask(i: int) -> None:
+        try:
+            found[i] = infer(server, "ensemble_infer", text_input=cases[i][0], max_tokens=cases[i][1])
+        except InferenceServerException as error:
+            found[i] = error.message()
+
+    for _ in range(5):
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(cases))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[1] == "text_input is not valid UTF-8 at byte 0"
+        assert found[5].startswith("the prompt has 200 tokens")
+        assert found[9] == "text_input is empty"
+        assert [found[i] for i in range(12) if i % 4 != 1] == [echo(*cases[i]) for i in range(12) if i % 4 != 1]  # type: ignore[arg-type]
+
+
+def test_a_cancelled_stream_frees_its_instance(server: Server) -> None:
+    """The stand-in needs 0.05 s a token of this prompt, 10 s for all; the one bls instance is free long before."""
+    first = threading.Event()
+    client = grpcclient.InferenceServerClient(server.grpc_url)
+    client.start_stream(lambda result, error: first.set())
+    client.async_stream_infer("tensorrt_llm_bls", inputs(text_input="! wait", max_tokens=200, stream=True))
+    assert first.wait(10)
+    client.stop_stream(cancel_requests=True)
+    start = time.monotonic()
+    assert "".join(stream(server, text_input="Hello", max_tokens=3, stream=True)) == echo("Hello", 3)
+    assert time.monotonic() - start < 5
+    client.close()
+
+
+def test_without_streaming_the_ensemble_itself_takes_infer(tmp_path: Path) -> None:
+    part = schema.Repository(bls_instances=1, decoupled=False)
+    repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, part)
+    with serve(tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", engine_backend=ECHO) as server:
+        asked = {"text_input": EMOJI, "max_tokens": 9}
+        assert infer(server, "ensemble", **asked) == echo(EMOJI, 9)
+        assert infer(server, "tensorrt_llm_bls", **asked) == echo(EMOJI, 9)
+        assert "decoupled: true" in refusal(server, "tensorrt_llm_bls", **asked, stream=True)
+
+
+def load(model: str) -> ModuleType:
+    """A model.py outside of the server. pb_utils is Triton's own; what its C++ side adds is not touched here."""
+    utils = next(file for file in find_server().python_backend if file.name == "triton_python_backend_utils.py")
+    source = paths.data("triton_templates", "1.2", model, "1", "model.py")
+    module = ModuleType(f"{model}_model")
+    sys.path.insert(0, str(utils.parent))
+    try:
+        exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), module.__dict__)
+    finally:
+        sys.path.remove(str(utils.parent))
+    return module
+
+
+PREPROCESSING, BLS = load("preprocessing"), load("tensorrt_llm_bls")
+
+
+CPP = """Encountered an error when fetching new request: [TensorRT-LLM][ERROR] Assertion failed: beamWidth > 0 \
+(/src/tensorrt_llm/cpp/tensorrt_llm/executor/samplingConfig.cpp:131)
+1       0x7f1234567890 tensorrt_llm::common::throwRuntimeError(char const*, int, std::string const&) + 82
+2       0x7f1234567abc /opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so(+0x1234)"""
+
+
+def test_an_engines_error_keeps_the_servers_insides_to_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    told = BLS.plain(CPP)
+    assert told == (
+        "Encountered an error when fetching new request: Assertion failed: beamWidth > 0; the server's log says more"
+    )
+    assert CPP in capfd.readouterr().err
+    for message in ("/opt/x/y.so", "[TensorRT-LLM][ERROR]", "0x7f1234567890"):
+        assert BLS.plain(message) == "the engine failed on this request; the server's log says more"
+    for message in ("Prompt length (300) exceeds maximum input length (256).", "and/or 3/4 of it", "see http://a/b"):
+        assert BLS.plain(message) == message
+
+
+def read_word_lists(packed: np.ndarray) -> list[list[int]]:
+    """As TensorRT-LLM reads one row of a word list (convertWordList in utils.cc)."""
+    ids, offsets = packed.tolist()
+    ends = offsets[: offsets.index(-1)] if -1 in offsets else offsets
+    assert all(offset == -1 for offset in offsets[len(ends) :])
+    assert ends == sorted(set(ends))
+    return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+@given(st.lists(st.lists(st.lists(st.integers(0, 50), max_size=5), max_size=5), min_size=1, max_size=4))
+def test_word_lists_are_read_back(rows: list[list[list[int]]]) -> None:
+    packed = PREPROCESSING.word_lists(rows)
+    assert packed.dtype == np.int32
+    assert [read_word_lists(row) for row in packed] == [[word for word in words if word] for words in rows]
+
+
+def byte_fallback() -> Tokenizer:
+    """The kind of Llama 2 and Mistral: spaces as U+2581, unknown characters as single bytes."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁the", "▁▁", "�", "é"]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return tokenizer
+
+
+KINDS = {"byte-level": TINY, "byte-fallback": byte_fallback()}
+
+
+@settings(max_examples=300)
+@given(kind=st.sampled_from(sorted(KINDS)), skip=st.booleans(), data=st.data())
+def test_pieces_add_up_to_the_whole(kind: str, skip: bool, data: st.DataObject) -> None:
+    """Random ids make invalid UTF-8, special tokens in the middle and characters that never end."""
+    tokenizer = KINDS[kind]
+    highest = tokenizer.get_vocab_size() - 1
+    token = st.integers(0, highest) | st.integers(max(0, highest - 9), highest) | st.integers(94, 260)
+    chunks = data.draw(st.lists(st.lists(token, max_size=4), max_size=12))
+    context = BLS.context_ids(tokenizer)
+    detokenizer = BLS.Detokenizer(tokenizer, skip, BLS.waiting_ids(tokenizer, skip), context)
+    pieces = [detokenizer.add(list(chunk)) for chunk in chunks]
+    whole = BLS.decode_after(tokenizer, context, [id for chunk in chunks for id in chunk], skip)
+    assert "".join(pieces) + detokenizer.rest() == whole

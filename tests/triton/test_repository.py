@@ -1,0 +1,307 @@
+"""The rendered Triton repository: what is in it, that it fits together, and that a faulty one is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from google.protobuf import text_format
+from hypothesis import given
+from hypothesis import strategies as st
+from tritonclient.grpc import model_config_pb2
+
+from builder.core import paths
+from builder.core.errors import IntegrityError, UnsupportedError, UsageError
+from builder.core.output import Output
+from builder.core.store import Store
+from builder.model.hashed_files import SourceFiles
+from builder.recipe import schema
+from builder.triton import repository
+
+SNAPSHOT = Path(__file__).parents[1] / "data" / "tiny-qwen3"
+TENSORS = json.loads(paths.data("configs", "trtllm", "1.2.1", "triton-tensors.json").read_text())
+
+
+def write_engine(directory: Path, *, paged: bool = False, **changes: Any) -> Path:
+    """An engine directory as far as the repository reads it."""
+    pretrained = {"logits_dtype": "float16", "vocab_size": 4096} | changes.pop("pretrained", {})
+    build = {"max_batch_size": 8, "max_input_len": 128, "max_seq_len": 256, "max_beam_width": 1}
+    config = {
+        "version": "1.2.1",
+        "pretrained_config": pretrained,
+        "build_config": build | {"plugin_config": {"use_paged_context_fmha": paged}},
+    } | changes
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def configs(models: Path) -> dict[str, Any]:
+    return {
+        path.parent.name: text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        for path in models.glob("*/config.pbtxt")
+    }
+
+
+def parameters(config: Any) -> dict[str, str]:
+    return {key: value.string_value for key, value in config.parameters.items()}
+
+
+def written(tmp_path: Path, engine: Path | None = None, **part: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    models = tmp_path / "models"
+    facts = repository.write(models, engine or write_engine(tmp_path / "engine"), SNAPSHOT, schema.Repository(**part))
+    return configs(models), facts
+
+
+def test_the_five_models_and_the_one_for_infer(tmp_path: Path) -> None:
+    found, facts = written(tmp_path)
+    assert sorted(found) == [
+        "ensemble", "ensemble_infer", "postprocessing", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls",
+    ]  # fmt: skip
+    assert facts["models"]["infer"] == "ensemble_infer"
+    assert facts["end_ids"] == [4089, 4087]
+    assert (facts["end_id"], facts["pad_id"], facts["vocab_size"]) == (4089, 4087, 4096)
+    assert {name for name, config in found.items() if config.model_transaction_policy.decoupled} == {
+        "tensorrt_llm", "tensorrt_llm_bls",
+    }  # fmt: skip
+    models = tmp_path / "models"
+    assert (models / "preprocessing/1/tokenizer/tokenizer.json").read_bytes() == (
+        SNAPSHOT / "tokenizer.json"
+    ).read_bytes()
+    assert all((models / name / "1").is_dir() for name in found)
+    assert parameters(found["tensorrt_llm"])["gpt_model_path"] == str(tmp_path / "engine")
+
+
+def test_without_streaming_the_ensemble_itself_takes_infer(tmp_path: Path) -> None:
+    found, facts = written(tmp_path, decoupled=False)
+    assert "ensemble_infer" not in found
+    assert facts["models"]["infer"] == "ensemble"
+    assert not any(config.model_transaction_policy.decoupled for config in found.values())
+
+
+def test_the_engine_model_has_every_tensor_of_the_c_backend(tmp_path: Path) -> None:
+    engine = written(tmp_path)[0]["tensorrt_llm"]
+    assert engine.backend == "tensorrtllm"
+    for kind in ("input", "output"):
+        assert [entry.name for entry in getattr(engine, kind)] == [
+            entry["name"] for entry in TENSORS["tensorrt_llm"][kind]
+        ]
+    by_name = {entry.name: entry for entry in engine.input}
+    assert by_name["input_lengths"].HasField("reshape")
+    assert list(by_name["stop_words_list"].dims) == [2, -1]
+    assert by_name["draft_logits"].data_type == model_config_pb2.TYPE_FP16
+
+
+def ends(config: Any, kind: str) -> dict[str, tuple[int, tuple[int, ...]]]:
+    return {entry.name: (entry.data_type, tuple(entry.dims)) for entry in getattr(config, kind)}
+
+
+def test_every_wire_of_the_ensemble_joins_two_tensors_of_one_type(tmp_path: Path) -> None:
+    found, _ = written(tmp_path)
+    ensemble = found["ensemble"]
+    wires, used = ends(ensemble, "input"), set()
+    for step in ensemble.ensemble_scheduling.step:
+        model = found[step.model_name]
+        inputs, outputs = ends(model, "input"), ends(model, "output")
+        required = {entry.name for entry in model.input if not entry.optional}
+        assert required <= set(step.input_map)
+        for name, wire in step.input_map.items():
+            assert inputs[name] == wires[wire], (step.model_name, name)
+            used.add(wire)
+        wires |= {wire: outputs[name] for name, wire in step.output_map.items()}
+    assert set(ends(ensemble, "input")) <= used
+    assert all(wires[name] == end for name, end in ends(ensemble, "output").items())
+
+
+def test_the_bls_maps_name_tensors_that_exist(tmp_path: Path) -> None:
+    found, _ = written(tmp_path)
+    values = parameters(found["tensorrt_llm_bls"])
+    request, engine = ends(found["tensorrt_llm_bls"], "input"), ends(found["tensorrt_llm"], "input")
+    made = ends(found["preprocessing"], "output")
+    for name, source in json.loads(values["tensorrt_llm_from_request"]).items():
+        assert engine[name] == request[source]
+    for name, source in json.loads(values["tensorrt_llm_from_preprocessing"]).items():
+        assert engine[name] == made[source]
+    assert ends(found["ensemble_infer"], "input") == request == ends(found["ensemble"], "input")
+
+
+def test_parameters_that_the_c_backend_reads_without_a_default_are_there(tmp_path: Path) -> None:
+    values = parameters(written(tmp_path)[0]["tensorrt_llm"])
+    for name in ("tokenizer_dir", "guided_decoding_backend", "xgrammar_tokenizer_info_path"):
+        assert values[name] == ""
+    assert values["gpt_model_type"] == "inflight_fused_batching"
+    assert values["exclude_input_in_output"] == "true"
+    assert values["FORCE_CPU_ONLY_INPUT_TENSORS"] == "no"
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_kv_reuse_and_chunked_context_follow_the_engine(tmp_path: Path, paged: bool) -> None:
+    found, _ = written(tmp_path, write_engine(tmp_path / "engine", paged=paged))
+    values = parameters(found["tensorrt_llm"])
+    assert values["enable_kv_cache_reuse"] == values["enable_chunked_context"] == str(paged).lower()
+
+
+def test_kv_reuse_without_paged_fmha_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="enable_kv_cache_reuse needs an engine with paged context FMHA"):
+        written(tmp_path, enable_kv_cache_reuse=True)
+
+
+def test_reuse_can_be_switched_off_and_queues_limited(tmp_path: Path) -> None:
+    engine = write_engine(tmp_path / "engine", paged=True)
+    found, _ = written(tmp_path, engine, enable_kv_cache_reuse=False, max_queue_size=7, bls_instances=3)
+    assert parameters(found["tensorrt_llm"])["enable_kv_cache_reuse"] == "false"
+    assert found["tensorrt_llm"].dynamic_batching.default_queue_policy.max_queue_size == 7
+    assert found["tensorrt_llm_bls"].instance_group[0].count == 3
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "TYPE_FP32"), ("bfloat16", "TYPE_BF16")])
+def test_logits_type_follows_the_engine(tmp_path: Path, dtype: str, expected: str) -> None:
+    found, _ = written(tmp_path, write_engine(tmp_path / "engine", pretrained={"logits_dtype": dtype}))
+    for name in ("tensorrt_llm", "ensemble", "tensorrt_llm_bls"):
+        assert ends(found[name], "output")["context_logits"][0] == model_config_pb2.DataType.Value(expected)
+
+
+def test_logits_without_a_type_and_versions_without_templates(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="logits are float8"):
+        written(tmp_path, write_engine(tmp_path / "engine", pretrained={"logits_dtype": "float8"}))
+    with pytest.raises(UnsupportedError, match=r"no Triton templates for TensorRT-LLM 1\.3\.0"):
+        written(tmp_path, write_engine(tmp_path / "engine", version="1.3.0"))
+
+
+@given(st.text())
+def test_any_text_survives_as_a_parameter(text: str) -> None:
+    text = text.encode("utf-8", "ignore").decode()
+    config = text_format.Parse(f"name: {repository.quote(text)}", model_config_pb2.ModelConfig())
+    assert config.name == text
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    tmp = tmp_path_factory.mktemp("rendered")
+    written(tmp)
+    return tmp / "models"
+
+
+@pytest.mark.parametrize(
+    ("model", "old", "new", "message"),
+    [
+        ("ensemble", "max_batch_size: 8", "max_batch_size: 4", "max_batch_size is 4 instead of 8"),
+        ("tensorrt_llm_bls", "max_batch_size: 1", "max_batch_size: 8", "max_batch_size is 8 instead of 1"),
+        ("tensorrt_llm", "decoupled: true", "decoupled: false", "decoupled is False instead of True"),
+        ("tensorrt_llm", '"beam_width"', '"end_id"', "input end_id is declared twice"),
+        ("postprocessing", "count: 1", "count: 0", "it has no instance"),
+        ("postprocessing", '"postprocessing"', '"post"', "its name is 'post'"),
+        ("preprocessing", "TYPE_INT32", "TYPE_INT31", "it does not parse: 17:"),
+        ("preprocessing", "TYPE_INT32", "${type}", "${ was left in it"),
+        ("preprocessing", '"true"', '"{{ add }}"', "{{ was left in it"),
+        ("ensemble", "ensemble_scheduling", "scheduling", "no field named"),
+    ],
+)
+def test_a_faulty_model_is_refused(
+    rendered: Path, tmp_path: Path, model: str, old: str, new: str, message: str
+) -> None:
+    shutil.copytree(rendered, tmp_path / "models")
+    repository.check(tmp_path / "models", max_batch_size=8, decoupled=True)
+    path = tmp_path / "models" / model / "config.pbtxt"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(IntegrityError) as caught:
+        repository.check(tmp_path / "models", max_batch_size=8, decoupled=True)
+    assert message in caught.value.why
+    assert caught.value.why.startswith(f"{model}: ")
+
+
+def test_a_value_that_a_template_names_and_nobody_gives_is_an_error() -> None:
+    from jinja2 import UndefinedError
+
+    with pytest.raises(UndefinedError, match="max_batch_size"):
+        repository.rendered(paths.data("triton_templates", "1.2", "postprocessing"), {})
+
+
+def ids_of(tmp_path: Path, **files: Any) -> dict[str, Any]:
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return repository.special_ids(tmp_path)
+
+
+def test_special_ids_come_from_the_models_own_files(tmp_path: Path) -> None:
+    assert ids_of(tmp_path, config={"eos_token_id": 5}) == {"end_ids": [5], "pad_id": 5}
+    assert ids_of(tmp_path, generation_config={"eos_token_id": [7, 8], "pad_token_id": 0}) == {
+        "end_ids": [7, 8],
+        "pad_id": 0,
+    }
+
+
+def test_special_ids_from_the_tokenizer_where_no_config_has_them(tmp_path: Path) -> None:
+    tokenizer = {"added_tokens": [{"id": 3, "content": "</s>"}, {"id": 4, "content": "<pad>"}]}
+    named = {"eos_token": {"content": "</s>"}, "pad_token": "<pad>"}
+    assert ids_of(tmp_path, config={}, tokenizer=tokenizer, tokenizer_config=named) == {"end_ids": [3], "pad_id": 4}
+    for vocab in ({"a": 0, "</s>": 2}, [["a", -1.0], ["b", -1.0], ["</s>", -2.0]]):
+        plain = {"added_tokens": [], "model": {"vocab": vocab}}
+        found = ids_of(tmp_path, config={}, tokenizer=plain, tokenizer_config={"eos_token": "</s>"})
+        assert found == {"end_ids": [2], "pad_id": 2}
+    named_elsewhere = {"tokenizer_config": {}, "special_tokens_map": {"eos_token": "</s>"}}
+    assert ids_of(tmp_path, config={}, tokenizer=tokenizer, **named_elsewhere)["end_ids"] == [3]
+    assert repository.special_ids(tmp_path / "nothing") == {"end_ids": [], "pad_id": 0}
+
+
+def stage(tmp_path: Path, engine: Path, snapshot: Path = SNAPSHOT) -> repository.Repository:
+    config = json.loads((engine / "config.json").read_text())
+    store = Store(tmp_path / "store", Output("quiet"))
+    return repository.render(
+        SimpleNamespace(path=engine, digest="engine", config=config),  # type: ignore[arg-type]
+        SimpleNamespace(path=snapshot, digest="snapshot", source=SourceFiles(snapshot, {}, {})),  # type: ignore[arg-type]
+        schema.Repository(),
+        store=store,
+    )
+
+
+def test_rendered_once_and_again_only_for_another_engine(tmp_path: Path) -> None:
+    first = stage(tmp_path, write_engine(tmp_path / "engine"))
+    again = stage(tmp_path, tmp_path / "engine")
+    moved = stage(tmp_path, write_engine(tmp_path / "moved"))
+    assert first == again
+    assert moved.path != first.path
+    assert (first.models / "ensemble" / "1").is_dir()
+    link = tmp_path / "link"
+    link.symlink_to(first.path)
+    assert repository.open_repository(link) == first
+    with pytest.raises(UsageError, match="no finished repository"):
+        repository.open_repository(first.models)
+
+
+def test_a_snapshot_without_a_tokenizer_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "snapshot").mkdir()
+    with pytest.raises(UnsupportedError, match=r"no tokenizer\.json"):
+        stage(tmp_path, write_engine(tmp_path / "engine"), tmp_path / "snapshot")
+    assert not list((tmp_path / "store" / "repository").iterdir())
+
+
+def test_the_only_repository_is_found_and_one_of_several_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is nothing"):
+        repository.find(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a").symlink_to("../repository/1")
+    (tmp_path / "models" / ".a.123").symlink_to("../repository/2")  # a link that is being replaced
+    for named in (None, "", "a"):
+        assert repository.find(tmp_path, named) == tmp_path / "models" / "a"
+    (tmp_path / "models" / "b").symlink_to("../repository/2")
+    assert repository.find(tmp_path, "b").name == "b"
+    for named in (None, "c"):
+        with pytest.raises(UsageError, match="There is a, b") as caught:
+            repository.find(tmp_path, named)
+        assert "MODEL_REPOSITORY=a" in caught.value.cure
+
+
+def test_importing_it_is_light() -> None:
+    heavy = "{'torch', 'transformers', 'jinja2', 'tritonclient', 'numpy'}"
+    code = f"import sys, builder.triton.repository, builder.serving.server; print({heavy} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
