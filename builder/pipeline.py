@@ -12,7 +12,7 @@ from builder.calibration.rows import Calibration, calibrate, check_conversations
 from builder.checkpoint import sharding
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.output import Output
-from builder.core.store import STAGES, Artefact, Store, WouldRun, read
+from builder.core.store import STAGES, Artifact, Store, WouldRun, read
 from builder.evaluate import tasks
 from builder.hub.snapshot import Snapshot, fetch
 from builder.llmapi import arguments as llmapi_arguments
@@ -238,7 +238,7 @@ def _fetched(
     flags = check(snapshot.config)
     checks.check_tokenizer(resolved, snapshot.path, snapshot.config)
     model = checks.keep_patterns(resolved, checks.headers(snapshot.path, snapshot.config, snapshot.files), flags)
-    if layouts and not store.dry and snapshot.artefact.cached:  # checked above where it is not, before the download
+    if layouts and not store.dry and snapshot.artifact.cached:  # checked above where it is not, before the download
         checks.check_fit(resolved, model, flags, store, made=lambda: stages_stored(resolved, store))
     for note in checks.tokenizer_notes(resolved, snapshot.path, snapshot.config):
         store.out.warn(note.text)
@@ -299,7 +299,7 @@ def keep_chosen(
     return model
 
 
-def stored(resolved: Resolved, store: Store) -> tuple[list[Artefact], WouldRun | None]:
+def stored(resolved: Resolved, store: Store) -> tuple[list[Artifact], WouldRun | None]:
     """What is in the store already, and the first stage that would run: the chain, on a store that makes none."""
     dry = Store(store.root, Output("quiet"), force=sorted(store.force), dry=True)
     dry.assumed = store.assumed
@@ -312,7 +312,7 @@ def stored(resolved: Resolved, store: Store) -> tuple[list[Artefact], WouldRun |
 
 def stages_stored(resolved: Resolved, store: Store) -> list[str]:
     """The stages of this recipe that are in the store."""
-    return [artefact.stage for artefact in stored(resolved, store)[0]]
+    return [artifact.stage for artifact in stored(resolved, store)[0]]
 
 
 def gate_stored(resolved: Resolved, store: Store) -> Evaluation | WouldRun:

@@ -14,7 +14,7 @@ from typing import Any
 from builder import pipeline
 from builder.core.errors import BuilderError, EvaluationError
 from builder.core.output import Output, seconds, size
-from builder.core.store import STAGES, Artefact, Store, WouldRun
+from builder.core.store import STAGES, Artifact, Store, WouldRun
 from builder.llmapi import arguments as llmapi_arguments
 from builder.llmapi import repository as llmapi_repository
 from builder.preflight import checks, memory, suggestions
@@ -62,7 +62,7 @@ class Plan:
 
 
 def plan(resolved: Resolved, store: Store) -> Plan:
-    """The plan for a recipe. `store` is a dry one: it finds artefacts and makes none."""
+    """The plan for a recipe. `store` is a dry one: it finds artifacts and makes none."""
     model = checks.read_model(resolved.recipe.model, store)
     answers = probe_store.answers(resolved, store.root)
     settings = checks.check_model(resolved, model.config, layouts=True, answers=answers)
@@ -80,7 +80,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     check = _quality(resolved, model, store)
     at = 1 + max((n for n, (stage, *_) in enumerate(stages) if stage == "checkpoint"), default=0)
     stages[at:at] = check
-    selection = next((artefact for artefact in done if artefact.stage == "selection"), None)
+    selection = next((artifact for artifact in done if artifact.stage == "selection"), None)
     if selection is not None:
         model = checks.with_chosen(resolved, model, selection.facts["modules"])
     asked, host = memory.serving(resolved, settings), memory.machine(store.root)
@@ -127,14 +127,14 @@ def _streams(resolved: Resolved, config: Mapping[str, Any], max_batch_size: int)
 
 
 def _command(
-    resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer], store: Store, done: Sequence[Artefact]
+    resolved: Resolved, config: Mapping[str, Any], answers: Sequence[Answer], store: Store, done: Sequence[Artifact]
 ) -> tuple[list[str] | None, str | None]:
     """trtllm-build's for the checkpoint in the store, else for one named by a word, with that word."""
     if resolved.recipe.target != "engine":
         return None, None
     flags = trtllm_flags.resolve(resolved, config, answers)
     stage = "ranks" if resolved.recipe.engine.world_size > 1 else "checkpoint"
-    made = next((artefact.path for artefact in done if artefact.stage == stage), None)
+    made = next((artifact.path for artifact in done if artifact.stage == stage), None)
     placeholder = None if made else stage.upper()
     timing = engine.timing_cache(store.root, resolved.recipe.engine.tensorrt_llm)
     layout = (made or Path(stage.upper())) / "tensorrt_llm"
@@ -151,9 +151,9 @@ def _model_yaml(resolved: Resolved, config: Mapping[str, Any]) -> str | None:
     )
 
 
-def _stages(resolved: Resolved, done: Sequence[Artefact], first: WouldRun | None) -> list[tuple[str, str, str]]:
+def _stages(resolved: Resolved, done: Sequence[Artifact], first: WouldRun | None) -> list[tuple[str, str, str]]:
     """(stage, state, why) of the whole chain, of which `done` is in the store and `first` would run first."""
-    rows = [(artefact.stage, "cached", artefact.path.name) for artefact in done]
+    rows = [(artifact.stage, "cached", artifact.path.name) for artifact in done]
     skipped = {"ranks", "engine"} if resolved.recipe.target == "llmapi" else set()
     skipped |= set() if resolved.recipe.engine.world_size > 1 else {"ranks"}
     stages = [stage for stage in STAGES if stage not in skipped]
@@ -296,7 +296,7 @@ def show(found: Plan, out: Output) -> None:
         if note.rule == checks.FP8_KV:
             out.warn(note.text)
     if found.blocked:
-        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
+        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.hint}")
     out.result(
         {
             "model": recipe.model.id,
@@ -347,7 +347,7 @@ def show_command(found: Plan, out: Output) -> None:
         made = "`builder quantize`" if found.placeholder == "CHECKPOINT" else "`builder engine`, before the engine,"
         out.warn(f"{found.placeholder} stands for a directory that is not made yet: {made} makes it in the store.")
     if found.blocked and found.command:
-        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.cure}")
+        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.hint}")
     out.result(
         {
             "target": found.resolved.recipe.target,

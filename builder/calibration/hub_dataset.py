@@ -54,7 +54,7 @@ def _stream(job: dict[str, Any]) -> Any:
             raise UsageError(
                 f"The dataset {repo} has no revision {job['commit']}.",
                 why=f"So says {endpoint()}.",
-                cure="Name another: " + job["cure"].format(key="revision", value="main"),
+                hint="Name another: " + job["hint"].format(key="revision", value="main"),
             ) from None
         raise
     except (ValueError, RuntimeError) as error:
@@ -63,16 +63,16 @@ def _stream(job: dict[str, Any]) -> Any:
             raise UnsupportedError(
                 f"The dataset {repo} is a Python script, and a dataset's code is not run.",
                 why=said[:300],
-                cure="Many have a converted branch: "
-                + job["cure"].format(key="revision", value="refs/convert/parquet"),
+                hint="Many have a converted branch: "
+                + job["hint"].format(key="revision", value="refs/convert/parquet"),
             ) from None
         if "onfig" in said:
-            cure = "Name one: " + job["cure"].format(key="config", value="NAME")
+            hint = "Name one: " + job["hint"].format(key="config", value="NAME")
         elif "split" in said:
-            cure = "Name one: " + job["cure"].format(key="split", value="NAME")
+            hint = "Name one: " + job["hint"].format(key="split", value="NAME")
         else:
             raise
-        raise UsageError(f"The dataset {repo} can't be read like this.", why=said[:400], cure=cure) from None
+        raise UsageError(f"The dataset {repo} can't be read like this.", why=said[:400], hint=hint) from None
     except (datasets.exceptions.DataFilesNotFoundError, datasets.data_files.EmptyDatasetError) as error:
         raise UsageError(
             f"The dataset {repo} has no files that can be read.", why=" ".join(str(error).split())

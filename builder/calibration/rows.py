@@ -49,7 +49,7 @@ class Use:
 
     stage: str
     flag: str
-    cure: str
+    hint: str
 
 
 # Half of builtin:python-docs is messages: this is its other half.
@@ -93,9 +93,9 @@ def calibrate(calibration: schema.Calibration, *, store: Store, use: Use = CALIB
         rows = read_jsonl(file, part.samples, part.column) if file else _rows_of_hub(part, commit, tmp, store, use)
         return {"data": part.data, "commit": None if file else commit, **_write(rows, tmp / ROWS, part, store, use)}
 
-    artefact = store.stage(use.stage, ingredients, make)
-    facts = artefact.facts
-    return Calibration(artefact.path / ROWS, facts["rows"], facts["text_sha256"], artefact.digest)
+    artifact = store.stage(use.stage, ingredients, make)
+    facts = artifact.facts
+    return Calibration(artifact.path / ROWS, facts["rows"], facts["text_sha256"], artifact.digest)
 
 
 def local_file(data: str, use: Use) -> Path | None:
@@ -106,7 +106,7 @@ def local_file(data: str, use: Use) -> Path | None:
         if name not in known:
             bundled = ", ".join(f"{BUILTIN}{stem}" for stem in sorted(known))
             raise UsageError(
-                f"There is no bundled calibration set {snapshot.shown(name)}.", cure=f"Bundled: {bundled}."
+                f"There is no bundled calibration set {snapshot.shown(name)}.", hint=f"Bundled: {bundled}."
             )
         return known[name]
     try:
@@ -121,7 +121,7 @@ def local_file(data: str, use: Use) -> Path | None:
         raise UsageError(
             f"{snapshot.shown(data)} is no JSONL file{'' if exists else ' (nothing is there)'}.",
             why='One JSON object per line is read, with "text" or "messages".',
-            cure=f"{use.flag} FILE.jsonl, a dataset of the Hub, or {use.flag} builtin:python-docs",
+            hint=f"{use.flag} FILE.jsonl, a dataset of the Hub, or {use.flag} builtin:python-docs",
         )
     return None
 
@@ -217,7 +217,7 @@ def _encodable(text: str) -> str:
 def _rows_of_hub(part: schema.Calibration, commit: str, tmp: Path, store: Store, use: Use) -> Rows:
     job: dict[str, Any] = {"job": "rows", "repo": part.data, "revision": part.revision, "commit": commit}
     job |= {"config": part.config, "split": part.split, "samples": part.samples, "column": part.column}
-    job |= {"file": str(tmp / ROWS), "cure": use.cure}
+    job |= {"file": str(tmp / ROWS), "hint": use.hint}
     answer = snapshot.ask_hub(store, module="builder.calibration.hub_dataset", unit="rows", **job)
     lines = (tmp / ROWS).read_bytes().splitlines()  # of bytes: text would also be split at U+2028 and U+0085
     return Rows([json.loads(line) for line in lines], {int(k): v for k, v in answer["unusable"].items()})
@@ -230,7 +230,7 @@ def _write(rows: Rows, file: Path, part: schema.Calibration, store: Store, use: 
         raise UsageError(
             f"{part.data} has no usable row.",
             why="; ".join(reasons) or "It is empty.",
-            cure='Rows need "text" or "messages"; or name the column: ' + use.cure.format(key="column", value="NAME"),
+            hint='Rows need "text" or "messages"; or name the column: ' + use.hint.format(key="column", value="NAME"),
         )
     if rows.unusable:
         more = ", ..." if len(rows.unusable) > 5 else ""
@@ -274,7 +274,7 @@ def token_batches(rows_path: Path, tokenizer: Any, *, seq_len: int, batch_size: 
         if len(alike) == batch_size:
             waiting[len(ids)] = []
     if not batches:
-        raise UsageError("The tokenizer makes no token of the calibration text.", cure="Choose another --calib-data.")
+        raise UsageError("The tokenizer makes no token of the calibration text.", hint="Choose another --calib-data.")
     return [torch.tensor(rows, dtype=torch.int64) for _, rows in batches]
 
 
@@ -290,7 +290,7 @@ def check_tokens(tokens: int, rows: int, least: int) -> None:
         raise UsageError(
             f"The calibration rows ({rows}) have {tokens} tokens, too few: at least {least:,} are needed.",
             why="The ranges of the activations are read from them, and what lies outside is clipped when served.",
-            cure="Give more text, or take the bundled one: --calib-data builtin:python-docs. To calibrate on these "
+            hint="Give more text, or take the bundled one: --calib-data builtin:python-docs. To calibrate on these "
             f"rows all the same, ask for no more: --calib-samples {min(rows, FEW_ROWS - 1)}",
         )
 
@@ -333,7 +333,7 @@ def _conversations(tokenizer: Any) -> Iterator[Callable[[int, Any], str]]:
 
             yield render
     except chat_template.TemplateProblem as problem:
-        raise problem.error(_template_file(tokenizer), cure=TEXT_INSTEAD, row=number) from None
+        raise problem.error(_template_file(tokenizer), hint=TEXT_INSTEAD, row=number) from None
 
 
 def _template_file(tokenizer: Any) -> str:
@@ -346,7 +346,7 @@ def no_chat_template(why: str = "A base model has never seen dialogue, so none i
     return UsageError(
         "The calibration rows are messages, and this model's tokenizer has no chat template.",
         why=why,
-        cure=TEXT_INSTEAD,
+        hint=TEXT_INSTEAD,
     )
 
 
@@ -364,7 +364,7 @@ def check_conversations(rows: Iterable[Mapping[str, Any]], directory: Path) -> N
     if found.template is None:
         raise no_chat_template()
     if found.template_problem is not None and found.template_problem.kind != "refused":
-        raise found.template_problem.error(found.template.file, cure=TEXT_INSTEAD)
+        raise found.template_problem.error(found.template.file, hint=TEXT_INSTEAD)
 
 
 def read_rows(calibration: Calibration) -> Iterator[dict[str, Any]]:

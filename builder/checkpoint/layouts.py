@@ -114,14 +114,14 @@ def architecture(config: Mapping[str, Any]) -> str:
         raise UnsupportedError(
             f"{name} has no TensorRT-LLM layout here.",
             why=f"The known ones: {', '.join(ARCHITECTURES)}.",
-            cure=_without_engine(name),
+            hint=_without_engine(name),
         )
     if name == "Qwen3ForCausalLM" and config.get("attention_bias"):
         raise UnsupportedError(
             f"{name} with attention_bias has no TensorRT-LLM layout.",
             why="With it every attention projection has a bias, and TensorRT-LLM's Qwen has none in the output "
             "projection (tensorrt_llm/models/qwen/model.py, dense_bias=False).",
-            cure=_without_engine(name),
+            hint=_without_engine(name),
         )
     return str(name)
 
@@ -213,7 +213,7 @@ class _Layout:
             raise IntegrityError(
                 f"{', '.join(sources)} differ.",
                 why=f"TensorRT-LLM multiplies them as one layer, which has one {name.rsplit('.', 1)[-1]}.",
-                cure="Quantize again with a quantizer that shares the scales of q, k and v, as ModelOpt does.",
+                hint="Quantize again with a quantizer that shares the scales of q, k and v, as ModelOpt does.",
             )
         info = self.source[sources[0]]
         shape = info.shape if shape is None else shape
@@ -231,7 +231,7 @@ class _Layout:
     def _take(self, names: Iterable[str]) -> Iterable[str]:
         missing = [name for name in names if name not in self.source]
         if missing:
-            raise IntegrityError(f"The quantized checkpoint lacks {', '.join(missing)}.", cure="Quantize again.")
+            raise IntegrityError(f"The quantized checkpoint lacks {', '.join(missing)}.", hint="Quantize again.")
         self._used.update(names)
         return names
 

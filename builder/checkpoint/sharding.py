@@ -91,12 +91,12 @@ def check(config: Mapping[str, Any], tp: int, pp: int, *, inputs: int = BLOCK) -
         raise UnsupportedError(
             f"This model can't be split over --tp {tp}.",
             why="\n".join(wrong),
-            cure=f"--tp {fits[-1]} is the largest smaller one that can be."
+            hint=f"--tp {fits[-1]} is the largest smaller one that can be."
             + (" The layers can be split too: --pp." if config["num_hidden_layers"] >= 2 * pp else ""),
         )
     layers = config["num_hidden_layers"]
     if pp > layers:
-        raise UnsupportedError(f"--pp {pp} is more than this model's {layers} layers.", cure=f"--pp {layers} or less.")
+        raise UnsupportedError(f"--pp {pp} is more than this model's {layers} layers.", hint=f"--pp {layers} or less.")
 
 
 def _wrong(config: Mapping[str, Any], tp: int, inputs: int) -> list[str]:
@@ -141,7 +141,7 @@ def share(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, t
         return everything if leaf == "bias" else Share(((0, rows),), column=(tp_rank, tp))
     if module == FINAL_NORM:
         return everything
-    raise UnsupportedError(f"How to split {name} over several GPUs is not known here.", cure="--tp 1 --pp 1")
+    raise UnsupportedError(f"How to split {name} over several GPUs is not known here.", hint="--tp 1 --pp 1")
 
 
 def _is_scalar(leaf: str, shape: Sequence[int]) -> bool:
@@ -260,7 +260,7 @@ def local_layers(layers: Mapping[str, Any], config: Mapping[str, Any], parallel:
             raise UnsupportedError(
                 f"The formats of {', '.join(wrong[:5])} are not the same in all {parallel.pp} pipeline stages.",
                 why="TensorRT-LLM numbers the layers of each stage from 0, and all stages share one configuration.",
-                cure="Split by --tp alone.",
+                hint="Split by --tp alone.",
             )
     return {name: value for name, value in layers.items() if not name.startswith(LAYERS)} | everywhere
 
@@ -385,7 +385,7 @@ def split_checkpoint(checkpoint: Checkpoint, parallel: Parallel, *, store: Store
             "builder/checkpoint/sharding.py", "builder/checkpoint/layouts.py", "builder/core/safetensors_io.py"
         ),
     }
-    artefact = store.stage(
+    artifact = store.stage(
         "ranks", ingredients, lambda tmp: split(checkpoint.tensorrt_llm, tmp / "tensorrt_llm", parallel)
     )
-    return Checkpoint(path=artefact.path, digest=artefact.digest, facts=artefact.facts)
+    return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)

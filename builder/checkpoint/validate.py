@@ -86,7 +86,7 @@ class Inspection:
             raise IntegrityError(
                 f"The quantized checkpoint has {len(self.problems)} problems.",
                 why=listed + ("\n  ..." if len(self.problems) > 10 else ""),
-                cure=f"Quantize again (`--force quantize`). If they stay, it is {cause}.",
+                hint=f"Quantize again (`--force quantize`). If they stay, it is {cause}.",
             )
 
     def facts(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def inspect(path: Path) -> Inspection:
         raise UsageError(
             f"{path} holds no quantized checkpoint.",
             why="Neither hf_quant_config.json nor config.json with rank*.safetensors is there.",
-            cure="Give a directory that `builder quantize` or ModelOpt wrote.",
+            hint="Give a directory that `builder quantize` or ModelOpt wrote.",
         )
     summaries = {layout.name: _inspect(layout) for layout in layouts}
     return Inspection(path, tuple(problem for layout in layouts for problem in layout.problems), summaries)

@@ -18,7 +18,7 @@ from builder.core import atomic
 from builder.core import manifest as manifests
 from builder.core.errors import UsageError
 from builder.core.manifest import KEY, MANIFEST, Damaged
-from builder.core.store import EVALUATION, STAGES, Artefact, not_serving, strings, upstream
+from builder.core.store import EVALUATION, STAGES, Artifact, not_serving, strings, upstream
 from builder.publish import build_record
 
 ANY_FORMAT = tuple(range(1, manifests.FORMAT + 1))
@@ -40,7 +40,7 @@ class Link:
     """A name in models/ and the repository that it leads to. `ours`: a link into this store, which may be removed."""
 
     path: Path
-    repository: Artefact
+    repository: Artifact
     ours: bool
 
     def is_asked(self, request: Request) -> bool:
@@ -56,14 +56,14 @@ class Graph:
     """
 
     root: Path
-    nodes: dict[Path, Artefact] = field(default_factory=dict)
+    nodes: dict[Path, Artifact] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
     dangling: list[Entry] = field(default_factory=list)
     alone: list[Entry] = field(default_factory=list)
     stuck: dict[Path, str] = field(default_factory=dict)
 
     @property
-    def everything(self) -> list[Artefact]:
+    def everything(self) -> list[Artifact]:
         return list(self.nodes.values())
 
 
@@ -101,13 +101,13 @@ def removable(graph: Graph, request: Request) -> tuple[dict[Path, str], dict[Pat
     return gone, {one.path: protected.get(one.path) or _why_kept(users.get(one.digest)) for one in stays}
 
 
-def _node(path: Path, stage: str) -> Artefact:
+def _node(path: Path, stage: str) -> Artifact:
     if path.is_symlink():
         raise Damaged("it is a symbolic link")
     found = manifests.load(path, formats=ANY_FORMAT)
     if (found["stage"], found["key"]) != (stage, path.name):
         raise Damaged(f"it is not {stage}/{path.name}")
-    return Artefact(stage, path, found["digest"], found["facts"], True, found)
+    return Artifact(stage, path, found["digest"], found["facts"], True, found)
 
 
 def _why_not_ours(path: Path, error: str) -> str:
@@ -131,7 +131,7 @@ def _add_link(path: Path, graph: Graph) -> None:
         return
     with suppress(Damaged):
         found = manifests.load(path, formats=ANY_FORMAT)
-        copied = Artefact(found["stage"], path, found["digest"], found["facts"], True, found)
+        copied = Artifact(found["stage"], path, found["digest"], found["facts"], True, found)
         graph.links.append(Link(path, copied, ours=False))
     graph.alone.append(
         Entry(path, "it leads out of this store" if path.is_symlink() else "not a link; what it was made from stays")
@@ -159,22 +159,22 @@ def _protected(graph: Graph, request: Request) -> dict[Path, str]:
     return found
 
 
-def _measured(chain: Sequence[Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
+def _measured(chain: Sequence[Artifact], everything: Sequence[Artifact]) -> list[Artifact]:
     """The chain, the tests of its repository, and what was measured on its models and no others."""
-    kept = {artefact.path: artefact for artefact in chain}
+    kept = {artifact.path: artifact for artifact in chain}
     while True:
-        digests = {artefact.digest for artefact in kept.values()}
+        digests = {artifact.digest for artifact in kept.values()}
         more = [a for a in everything if a.path not in kept and subjects(a) and set(subjects(a)) <= digests]
         if not more:
             return list(kept.values())
-        kept |= {artefact.path: artefact for artefact in upstream(more, everything)}
+        kept |= {artifact.path: artifact for artifact in upstream(more, everything)}
 
 
-def subjects(artefact: Artefact) -> list[str]:
+def subjects(artifact: Artifact) -> list[str]:
     """Digests of what a test or a measurement is of; none for other stages."""
-    if artefact.stage not in MEASUREMENTS:
+    if artifact.stage not in MEASUREMENTS:
         return []
-    ingredients = artefact.manifest["ingredients"]
+    ingredients = artifact.manifest["ingredients"]
     of = next((ingredients[name] for name in ("of", "repository", "checkpoint") if name in ingredients), None)
     return list(strings(of))
 
@@ -228,17 +228,17 @@ def _old(graph: Graph, limit: float, gone: Collection[Path], protected: Collecti
     return {path: f"unused for {readable(seconds)}" for path, seconds in unused.items() if path not in kept}
 
 
-def _unused(artefact: Artefact) -> float:
+def _unused(artifact: Artifact) -> float:
     """Seconds since a stage was made, or last found by a build, which touches its directory (Store.stage)."""
-    used = float(artefact.manifest["started"])
+    used = float(artifact.manifest["started"])
     with suppress(OSError):
-        used = max(used, artefact.path.stat().st_mtime)
+        used = max(used, artifact.path.stat().st_mtime)
     return max(0.0, time.time() - used)
 
 
-def _is_named(artefact: Artefact, names: Sequence[str], link: str = "") -> bool:
-    key = artefact.manifest["key"]
-    return any(name in (key, f"{artefact.stage}/{key}", link) for name in names)
+def _is_named(artifact: Artifact, names: Sequence[str], link: str = "") -> bool:
+    key = artifact.manifest["key"]
+    return any(name in (key, f"{artifact.stage}/{key}", link) for name in names)
 
 
 def _check_names(graph: Graph, names: Sequence[str], links: Collection[str]) -> None:
@@ -248,23 +248,23 @@ def _check_names(graph: Graph, names: Sequence[str], links: Collection[str]) -> 
         raise UsageError(
             f"There is no {unknown[0]!a} to remove.",
             why=f"In models/: {', '.join(sorted(links)) or 'nothing'}.",
-            cure="Name a link in models/, or a stage as repository/KEY.",
+            hint="Name a link in models/, or a stage as repository/KEY.",
         )
 
 
-def _why_kept(user: Artefact | None) -> str:
+def _why_kept(user: Artifact | None) -> str:
     if user is not None:
         return f"{user.stage}/{user.path.name} was made from it"
     return "no link needs it; name it to remove it, or give --older-than"
 
 
-def _stuck(artefact: Artefact) -> str:
+def _stuck(artifact: Artifact) -> str:
     """Why a stage can't be removed: somebody put something there."""
-    path = artefact.path
+    path = artifact.path
     if reason := foreign(path.parent):
         return f"{path.parent}: {reason}"
     if atomic.mounts_under(path):
         return "something is mounted there"
-    if added := manifests.foreign_files(path, artefact.manifest):
+    if added := manifests.foreign_files(path, artifact.manifest):
         return f"it holds files that were added: {', '.join(added[:3])}"
     return ""

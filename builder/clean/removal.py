@@ -42,25 +42,25 @@ def age(text: str) -> float:
     """Seconds of `7d`, `12h`, `30m`, `2w` or plain seconds. UsageError for anything else."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw]?)", text.strip())
     if not found:
-        raise UsageError(f"{text[:40]!a} is not an age.", cure="Give a number and a unit: --older-than 7d, or 12h")
+        raise UsageError(f"{text[:40]!a} is not an age.", hint="Give a number and a unit: --older-than 7d, or 12h")
     return float(found[1]) * UNITS[found[2]]
 
 
 def check_root(root: Path) -> Path:
     """The store's directory, resolved. UsageError for what is not a store."""
     if not root.is_dir():
-        raise UsageError(f"There is nothing at {root}.", cure="Name the directory that a build wrote: --output DIR")
+        raise UsageError(f"There is nothing at {root}.", hint="Name the directory that a build wrote: --output DIR")
     resolved = root.resolve()
     if resolved in (Path("/"), Path.home().resolve()):
         raise UsageError(
             f"{resolved} is not cleaned: no output directory should be there.",
-            cure="Name the directory that a build wrote: --output DIR",
+            hint="Name the directory that a build wrote: --output DIR",
         )
     if not (resolved / MARKER).is_file() and not reachability.read_store(resolved).nodes:
         raise UsageError(
             f"{resolved} is not an output directory of this program; nothing was touched.",
             why=f"It has no {MARKER}, which every build writes, and no stage with a manifest.",
-            cure="Name the directory that a build wrote: --output DIR",
+            hint="Name the directory that a build wrote: --output DIR",
         )
     return resolved
 
@@ -149,7 +149,7 @@ def check_failed(failed: Sequence[Entry], root: Path) -> None:
         raise StageError(
             f"{len(failed)} of the paths in {root} could not be removed.",
             why="\n".join(f"{entry.path}: {entry.why}" for entry in failed[:10]),
-            cure="Check their owner and whether the disk is read-only, then clean again: it goes on from here.",
+            hint="Check their owner and whether the disk is read-only, then clean again: it goes on from here.",
         )
 
 

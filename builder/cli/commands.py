@@ -206,7 +206,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
         except KeyboardInterrupt:
             out.info("stopping; answers that are under way are finished")
             return 0
-        raise ServingError(f"The server {exit_status.describe(code)}.", cure=f"Its log: {server.log}")
+        raise ServingError(f"The server {exit_status.describe(code)}.", hint=f"Its log: {server.log}")
 
 
 def _say_where(server: Server | ContainerServer, repository: Repository, out: Output) -> None:
@@ -308,7 +308,7 @@ def run_load(arguments: argparse.Namespace, out: Output) -> int:
 
 def _both_ports(arguments: argparse.Namespace) -> None:
     if bool(arguments.http) != bool(arguments.grpc):
-        raise UsageError("A running server is asked on both its ports.", cure="--http HOST:PORT --grpc HOST:PORT")
+        raise UsageError("A running server is asked on both its ports.", hint="--http HOST:PORT --grpc HOST:PORT")
 
 
 def run_report(arguments: argparse.Namespace, out: Output) -> int:
@@ -324,9 +324,9 @@ def run_verify(arguments: argparse.Namespace, out: Output) -> int:
     from builder.core import store
 
     found = store.verify(_existing(arguments.output), out)
-    out.result({"artefacts": found})
+    out.result({"artifacts": found})
     store.check_integrity(found)
-    out.text(f"{len(found)} artefacts are what was made")
+    out.text(f"{len(found)} artifacts are what was made")
     return 0
 
 
@@ -349,7 +349,7 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
 
 def _existing(root: Path) -> Path:
     if not root.is_dir():
-        raise UsageError(f"There is nothing at {root}.", cure="Name the directory that a build wrote: --output DIR")
+        raise UsageError(f"There is nothing at {root}.", hint="Name the directory that a build wrote: --output DIR")
     return root.resolve()
 
 

@@ -109,7 +109,7 @@ def _unknown(flag: str, name: str, known: list[Version]) -> UsageError:
     return UsageError(
         f"No version of trtllm-build that is known here has a flag {flag!r}, and no LLM class such an argument.",
         why=f"Did you mean {', '.join(n if '.' in n else f'--{n}' for n in near)}?" if near else "",
-        cure=f"Known versions: {', '.join(v.version for v in known)}.",
+        hint=f"Known versions: {', '.join(v.version for v in known)}.",
     )
 
 

@@ -80,7 +80,12 @@ def _run_command(arguments: argparse.Namespace, out: Output) -> int:
             raise
         error = raised if isinstance(raised, BuilderError) else _refused(raised, arguments)
         print_error(error)
-        out.result({"error": {"what": error.what, "why": error.why, "cure": error.cure}, "exit_code": error.exit_code})
+        out.result(
+            {
+                "error": {"what": error.what, "why": error.why, "hint": error.hint, "cure": error.hint},
+                "exit_code": error.exit_code,
+            }
+        )
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept, nothing half-made is", file=sys.stderr)
@@ -94,7 +99,7 @@ def _refused(error: OSError, arguments: argparse.Namespace) -> BuilderError:
     named = error.filename if isinstance(error.filename, (str, bytes)) else ""  # it may be a descriptor's number
     path = Path(os.fsdecode(named) or getattr(arguments, "output", "."))
     if os.path.exists(path) and not os.access(path, os.R_OK):
-        return UsageError(f"Can't read {path}.", why=str(error), cure="Change its owner or its permissions.")
+        return UsageError(f"Can't read {path}.", why=str(error), hint="Change its owner or its permissions.")
     return disk_error(error, path)
 
 

@@ -138,16 +138,16 @@ def disk_error(error: OSError, path: Path) -> BuilderError:
         return StageError(
             f"The disk that holds {path} is full ({_free(_existing(path))}).",
             why="Nothing half-made was kept.",
-            cure="Free some space (`builder clean --older-than 7d` removes old builds that no link needs) or choose "
+            hint="Free some space (`builder clean --older-than 7d` removes old builds that no link needs) or choose "
             "another --output.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return UsageError(
             f"Can't write to {path}.",
             why=str(error),
-            cure="Choose a writable --output, or change its owner: chown -R $(id -u):$(id -g) DIRECTORY",
+            hint="Choose a writable --output, or change its owner: chown -R $(id -u):$(id -g) DIRECTORY",
         )
-    return StageError(f"The operating system refused: {error}.", cure=f"It happened in {path}.")
+    return StageError(f"The operating system refused: {error}.", hint=f"It happened in {path}.")
 
 
 def _free(path: Path) -> str:

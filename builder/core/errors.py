@@ -20,14 +20,14 @@ class BuilderError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, *, why: str = "", cure: str = "") -> None:
+    def __init__(self, what: str, *, why: str = "", hint: str = "") -> None:
         super().__init__(what)
         self.what = what
         self.why = why
-        self.cure = cure
+        self.hint = hint
 
     def __str__(self) -> str:
-        return "\n".join(part for part in (self.what, self.why, self.cure) if part)
+        return "\n".join(part for part in (self.what, self.why, self.hint) if part)
 
 
 class StageError(BuilderError):

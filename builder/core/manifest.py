@@ -102,14 +102,14 @@ def content_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def located(directory: Path, manifest: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
-    """Every file of an artefact, those elsewhere too, with its entry in the manifest."""
+    """Every file of an artifact, those elsewhere too, with its entry in the manifest."""
     own = [(directory / name, entry) for name, entry in manifest["files"].items()]
     external = manifest["facts"].get("external", {"root": "", "files": {}})
     return own + [(Path(external["root"]) / name, entry) for name, entry in external["files"].items()]
 
 
 def wrong_files(directory: Path, manifest: Mapping[str, Any], *, hashed_up_to: float = math.inf) -> Iterator[str]:
-    """What is wrong with an artefact's files; those of more bytes than `hashed_up_to` are judged by size alone."""
+    """What is wrong with an artifact's files; those of more bytes than `hashed_up_to` are judged by size alone."""
     for file, entry in located(directory, manifest):
         try:
             found = file.stat()

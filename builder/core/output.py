@@ -161,7 +161,7 @@ def print_error(error: BuilderError) -> None:
     """What, why and what to type next, on stderr; in every mode."""
     first, *more = safe(error.what).splitlines() or [""]
     print(f"error: {first}", file=sys.stderr)
-    for line in (*more, *(line for part in (error.why, error.cure) for line in safe(part).splitlines())):
+    for line in (*more, *(line for part in (error.why, error.hint) for line in safe(part).splitlines())):
         print(f"  {line}", file=sys.stderr)
 
 

@@ -46,8 +46,8 @@ class Finished:
 class Failed(StageError):
     """A child that did not end with 0: its exit code, minus the signal's number, or None where it took too long."""
 
-    def __init__(self, what: str, *, log: Path, code: int | None = None, cure: str = "") -> None:
-        super().__init__(what, why=tail(log), cure=f"{cure}The whole log: {log}")
+    def __init__(self, what: str, *, log: Path, code: int | None = None, hint: str = "") -> None:
+        super().__init__(what, why=tail(log), hint=f"{hint}The whole log: {log}")
         self.code = code
 
 
@@ -290,12 +290,12 @@ def emit(**event: Any) -> None:
 
 def emit_error(error: BuilderError) -> None:
     """In a child, before it ends: `run` raises this error in the parent, so that message and exit code are its own."""
-    emit(error={"class": type(error).__name__, "what": error.what, "why": error.why, "cure": error.cure})
+    emit(error={"class": type(error).__name__, "what": error.what, "why": error.why, "hint": error.hint})
 
 
 def _told(told: Mapping[str, str]) -> BuilderError:
     kind: type[BuilderError] = getattr(errors, told["class"])
-    return kind(told["what"], why=told["why"], cure=told["cure"])
+    return kind(told["what"], why=told["why"], hint=told["hint"])
 
 
 def _read_events(fd: int, on_event: Callable[[dict[str, Any]], None]) -> None:
@@ -331,7 +331,7 @@ def _failure(argv: Sequence[str], code: int, log: Path) -> Failed:
     memory = "SIGKILL usually means that the machine ran out of memory (`dmesg` tells). "
     killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
     what = f"{Path(argv[0]).name} {exit_status.describe(code)}."
-    return Failed(what, log=log, code=code, cure=memory if killed else "")
+    return Failed(what, log=log, code=code, hint=memory if killed else "")
 
 
 def python() -> str:

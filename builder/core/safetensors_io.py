@@ -131,7 +131,7 @@ def _what_it_is(head: bytes, size: int, length: int) -> str:
 
 
 def _damaged(path: str, why: str) -> IntegrityError:
-    return IntegrityError(f"{path} is no whole safetensors file.", why=why, cure="Fetch or write the file again.")
+    return IntegrityError(f"{path} is no whole safetensors file.", why=why, hint="Fetch or write the file again.")
 
 
 class Tensors(Mapping[str, TensorInfo]):
@@ -143,7 +143,7 @@ class Tensors(Mapping[str, TensorInfo]):
     def __init__(self, directory: Path, files: Sequence[Path] | None = None) -> None:
         self.files = tuple(files) if files is not None else _files(directory)
         if not self.files:
-            raise IntegrityError(f"{directory} holds no *.safetensors file.", cure="Check the path.")
+            raise IntegrityError(f"{directory} holds no *.safetensors file.", hint="Check the path.")
         self._infos: dict[str, TensorInfo] = {}
         self._file: dict[str, Path] = {}
         self._maps: dict[Path, mmap.mmap] = {}
@@ -198,7 +198,7 @@ class Tensors(Mapping[str, TensorInfo]):
             raise IntegrityError(
                 f"{directory}: the index and the files disagree on {len(wrong)} tensors.",
                 why=f"The first: {', '.join(wrong[:10])}",
-                cure="Fetch the model again.",
+                hint="Fetch the model again.",
             )
 
 
@@ -213,7 +213,7 @@ def _index(directory: Path) -> dict[str, str] | None:
         why = "It names something else than files beside it."
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
-    raise IntegrityError(f"{path} is no index of safetensors files.", why=why, cure="Fetch the file again.")
+    raise IntegrityError(f"{path} is no index of safetensors files.", why=why, hint="Fetch the file again.")
 
 
 def _files(directory: Path) -> tuple[Path, ...]:

@@ -46,7 +46,7 @@ LOGS_KEPT, LOGS_YOUNG = 200, 24 * 3600.0  # files; seconds: a log of that age ma
 
 
 @dataclass(frozen=True)
-class Artefact:
+class Artifact:
     """A finished stage directory. `digest` is its content: equal digests, equal bytes under equal names."""
 
     stage: str
@@ -66,14 +66,14 @@ class WouldRun(Exception):
 
 
 class Store:
-    """The artefacts under one root. `force` names the stages to make again; `dry` makes none."""
+    """The artifacts under one root. `force` names the stages to make again; `dry` makes none."""
 
     def __init__(self, root: Path, out: Output, *, force: Sequence[str] = (), dry: bool = False) -> None:
         self.root = Path(root).absolute()
         self.out = out
         self.force = frozenset(force)
         self.dry = dry
-        self.done: list[Artefact] = []
+        self.done: list[Artifact] = []
         self.assumed: list[str] = []
 
     def assume(self, text: str) -> None:
@@ -81,11 +81,11 @@ class Store:
         if text not in self.assumed:
             self.assumed.append(text)
 
-    def stage(self, name: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Artefact:
-        """Finds the artefact with these ingredients, or has `make` fill a temporary directory and publishes it.
+    def stage(self, name: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+        """Finds the artifact with these ingredients, or has `make` fill a temporary directory and publishes it.
 
         `make` returns the facts to remember. Whatever it raises, nothing of it stays. Files elsewhere that belong to
-        the artefact are named by facts["external"] = {"root", "files": {name: {"size", "sha256"}}}; hard links whose
+        the artifact are named by facts["external"] = {"root", "files": {name: {"size", "sha256"}}}; hard links whose
         sha256 is known already by facts["hashed"] = {name: sha256}, which is not kept.
         """
         key = key_of(name, ingredients)
@@ -106,12 +106,12 @@ class Store:
         self.done.append(found)
         return found
 
-    def find(self, name: str, key: str) -> Artefact | None:
-        """The artefact if it is there and nothing of it was changed, as far as `read` looks."""
+    def find(self, name: str, key: str) -> Artifact | None:
+        """The artifact if it is there and nothing of it was changed, as far as `read` looks."""
         return read(self.root / name / key)
 
     def log(self, name: str) -> Path:
-        """A new file for what a child process says. It is no part of the artefact: times would change its digest."""
+        """A new file for what a child process says. It is no part of the artifact: times would change its digest."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         directory = Path(tempfile.gettempdir()) if self.dry else self.root / "logs"
         make_directory(directory)
@@ -128,7 +128,7 @@ class Store:
         with _lock_file(self.root / "locks" / "store.lock") as handle:
             if not _flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, wait=False):
                 if exclusive:
-                    raise UsageError(f"A build is working in {self.root}.", cure="Let it end, then clean again.")
+                    raise UsageError(f"A build is working in {self.root}.", hint="Let it end, then clean again.")
                 _flock(handle, fcntl.LOCK_SH)
             yield
 
@@ -148,7 +148,7 @@ class Store:
 
     def _make(
         self, name: str, key: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
-    ) -> Artefact:
+    ) -> Artifact:
         final = self.root / name / key
         tmp = final.parent / f".{key}.{os.getpid()}.tmp"
         mark(self.root)
@@ -167,7 +167,7 @@ class Store:
             _discard(tmp)
             raise
         self.out.stage(name, f"done in {seconds(manifest['seconds'])}")
-        return Artefact(name, final, manifest["digest"], manifest["facts"], False, manifest)
+        return Artifact(name, final, manifest["digest"], manifest["facts"], False, manifest)
 
     def _filled(
         self, name: str, key: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]], tmp: Path
@@ -191,8 +191,8 @@ class Store:
         return manifests.sealed(manifest)
 
 
-def read(path: Path) -> Artefact | None:
-    """A stage directory as an artefact, or None if it is absent, changed, or of another format.
+def read(path: Path) -> Artifact | None:
+    """A stage directory as an artifact, or None if it is absent, changed, or of another format.
 
     Small files are hashed, of large ones the size must be right: `verify` hashes them too.
     """
@@ -202,13 +202,13 @@ def read(path: Path) -> Artefact | None:
         return None
     if next(manifests.wrong_files(path, manifest, hashed_up_to=SMALL), None):
         return None
-    return Artefact(manifest["stage"], path, manifest["digest"], manifest["facts"], True, manifest)
+    return Artifact(manifest["stage"], path, manifest["digest"], manifest["facts"], True, manifest)
 
 
-def artefacts(root: Path) -> list[Artefact]:
-    """Every finished artefact under a store's root, in the order of the stages."""
+def artifacts(root: Path) -> list[Artifact]:
+    """Every finished artifact under a store's root, in the order of the stages."""
     found = (read(directory) for directory in _directories(root))
-    return [artefact for artefact in found if artefact is not None]
+    return [artifact for artifact in found if artifact is not None]
 
 
 def _directories(root: Path) -> list[Path]:
@@ -218,7 +218,7 @@ def _directories(root: Path) -> list[Path]:
 
 
 def verify(root: Path, out: Output) -> dict[str, list[str]]:
-    """Re-hashes every file of every artefact: {"stage/key": [what is wrong]}, empty lists where all is well."""
+    """Re-hashes every file of every artifact: {"stage/key": [what is wrong]}, empty lists where all is well."""
     found: dict[str, list[str]] = {}
     for directory in _directories(root):
         name = f"{directory.parent.name}/{directory.name}"
@@ -230,18 +230,18 @@ def verify(root: Path, out: Output) -> dict[str, list[str]]:
     return found
 
 
-def upstream(start: Sequence[Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
+def upstream(start: Sequence[Artifact], everything: Sequence[Artifact]) -> list[Artifact]:
     """`start` and all that it was made from, as far as the digests among the ingredients lead."""
-    by_digest: dict[str, list[Artefact]] = {}
+    by_digest: dict[str, list[Artifact]] = {}
     for one in everything:  # the code changed and its output did not: two keys, one digest, and either may be needed
         by_digest.setdefault(one.digest, []).append(one)
-    found: dict[Path, Artefact] = {}
+    found: dict[Path, Artifact] = {}
     queue = list(start)
     while queue:
-        artefact = queue.pop()
-        if artefact.path not in found:
-            found[artefact.path] = artefact
-            queue.extend(a for d in strings(artefact.manifest["ingredients"]) for a in by_digest.get(d, ()))
+        artifact = queue.pop()
+        if artifact.path not in found:
+            found[artifact.path] = artifact
+            queue.extend(a for d in strings(artifact.manifest["ingredients"]) for a in by_digest.get(d, ()))
     return list(found.values())
 
 
@@ -250,9 +250,9 @@ def root_of(repository: Path) -> Path | None:
     return repository.parent.parent if repository.parent.name == "repository" else None
 
 
-def tests_of(repositories: Sequence[Artefact], everything: Sequence[Artefact], stages: Sequence[str]) -> list[Artefact]:
+def tests_of(repositories: Sequence[Artifact], everything: Sequence[Artifact], stages: Sequence[str]) -> list[Artifact]:
     """The smoke tests that these repositories passed, or what they did under load."""
-    digests = {artefact.digest for artefact in repositories}
+    digests = {artifact.digest for artifact in repositories}
     return [a for a in everything if a.stage in stages and a.manifest["ingredients"].get("repository") in digests]
 
 
@@ -299,7 +299,7 @@ def serving(directory: Path) -> Iterator[None]:
         with suppress(OSError):  # a file system without locks on directories, as NFS
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         if not directory.is_dir() or directory.stat().st_ino != os.fstat(descriptor).st_ino:
-            raise UsageError(f"{directory} was just removed or made again.", cure="Run the same command again.")
+            raise UsageError(f"{directory} was just removed or made again.", hint="Run the same command again.")
         yield
     finally:
         os.close(descriptor)
@@ -394,5 +394,5 @@ def check_integrity(found: Mapping[str, list[str]]) -> None:
         raise IntegrityError(
             f"{len(wrong)} of the store's files are not what was made.",
             why="\n".join(wrong[:20]),
-            cure="Build again with --from STAGE of the first one named; what is whole is reused.",
+            hint="Build again with --from STAGE of the first one named; what is whole is reused.",
         )

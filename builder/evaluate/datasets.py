@@ -71,7 +71,7 @@ def longest(part: Evaluation, positions: int, engine: schema.Engine) -> int:
     if limit < part.min_tokens:
         raise UsageError(
             f"Texts would be cut at {limit} tokens, and shorter ones than {part.min_tokens} are dropped: none is left.",
-            cure="Leave more room: --max-seq-len, --set evaluation.reserve=0 or --set evaluation.min_tokens=2",
+            hint="Leave more room: --max-seq-len, --set evaluation.reserve=0 or --set evaluation.min_tokens=2",
         )
     return limit
 
@@ -100,7 +100,7 @@ def sequences(texts: Path, tokenizer: Any, *, name: str, min_tokens: int, max_to
         raise UsageError(
             f"All {read} texts of {name} are too short.",
             why=f"The longest has {most} tokens, and texts with less than {min_tokens} are dropped.",
-            cure="Take longer texts with --data, or --set evaluation.min_tokens=2",
+            hint="Take longer texts with --data, or --set evaluation.min_tokens=2",
         )
     return Sequences(ids, read, dropped, cut)
 

@@ -31,7 +31,7 @@ class Verdict:
             raise EvaluationError(
                 f"The model fails the gate: {self.failed[0]}.",
                 why="\n".join(self.failed),
-                cure=f"Everything is kept; the tables: {where}\n"
+                hint=f"Everything is kept; the tables: {where}\n"
                 "Keep more of the model (--kv-cache-dtype auto), or ask for less: --min-score, --max-kl",
             )
 
@@ -53,7 +53,7 @@ def judge(
         raise EvaluationError(
             f"The gate can't be judged: {' and '.join(asked)} of {runner} was not measured.",
             why=why,
-            cure="Measure it, or leave it out: --runner bf16 --runner checkpoint",
+            hint="Measure it, or leave it out: --runner bf16 --runner checkpoint",
         )
     failed = []
     for runner, sets in measured.items():

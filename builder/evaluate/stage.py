@@ -17,7 +17,7 @@ from typing import Any
 from builder.core import process
 from builder.core.errors import EvaluationError, NotMeasurable
 from builder.core.output import Output, seconds
-from builder.core.store import Artefact, Store, WouldRun, key_of, sources_digest
+from builder.core.store import Artifact, Store, WouldRun, key_of, sources_digest
 from builder.evaluate import datasets, gate, metrics, tasks
 from builder.evaluate.datasets import Texts
 from builder.evaluate.gate import OVERALL, Verdict
@@ -88,7 +88,7 @@ def evaluate(models: Models, resolved: Resolved, *, store: Store, ask: bool = Fa
     """
     part = resolved.recipe.evaluation
     texts = datasets.read_texts(part, store=store)
-    scores: dict[str, list[Artefact]] = {}
+    scores: dict[str, list[Artifact]] = {}
     not_measured: dict[str, str] = {}
     for form in forms(resolved) if texts else ():
         try:
@@ -105,10 +105,10 @@ def _score(
     form: Form,
     models: Models,
     texts: Sequence[Texts],
-    reference: Sequence[Artefact] | None,
+    reference: Sequence[Artifact] | None,
     resolved: Resolved,
     store: Store,
-) -> list[Artefact]:
+) -> list[Artifact]:
     """The scores of each data set, from the store or by a child process."""
     opened, part = opening(form, models, resolved, store), resolved.recipe.evaluation
     positions = int(models.snapshot.config.get("max_position_embeddings") or resolved.recipe.engine.max_seq_len)
@@ -118,7 +118,7 @@ def _score(
         **{key: getattr(part, key) for key in ("batch_tokens", "seed")},
     }
     common = {**opened.ingredients, **asked, "top": part.top if form.runner == "bf16" else None}
-    theirs: Sequence[Artefact | None] = reference or [None] * len(texts)
+    theirs: Sequence[Artifact | None] = reference or [None] * len(texts)
     sets: list[dict[str, Any]] = []
     for one, bf16 in zip(texts, theirs, strict=True):
         ingredients = {**common, "texts": one.digest, "reference": bf16.digest if bf16 else None}
@@ -131,7 +131,7 @@ def _score(
             }
         )
 
-    def stored(one: Mapping[str, Any]) -> Artefact | None:
+    def stored(one: Mapping[str, Any]) -> Artifact | None:
         return store.find("scores", key_of("scores", one["ingredients"]))
 
     missing = [one for one in sets if "scores" in store.force or stored(one) is None]
@@ -145,7 +145,7 @@ def _score(
     if missing:
         measuring = {"top": part.top, "logits": True, "sets": missing, "force": sorted(store.force)}
         _run({**opened.job, **asked, **measuring}, store)
-    return [artefact for artefact in map(stored, sets) if artefact]
+    return [artifact for artifact in map(stored, sets) if artifact]
 
 
 def _run(job: Mapping[str, Any], store: Store) -> None:
@@ -163,18 +163,18 @@ def _run(job: Mapping[str, Any], store: Store) -> None:
 
 
 def _tables(
-    scores: Mapping[str, Sequence[Artefact]],
+    scores: Mapping[str, Sequence[Artifact]],
     texts: Sequence[Texts],
     resamples: int,
     seed: int,
     not_measured: Mapping[str, str],
 ) -> Evaluation:
     measured: dict[str, dict[str, dict[str, Estimate]]] = {}
-    for label, artefacts in scores.items():
-        theirs: Sequence[Artefact | None] = [None] * len(texts)
+    for label, artifacts in scores.items():
+        theirs: Sequence[Artifact | None] = [None] * len(texts)
         if "bf16" in scores and label != "bf16":
             theirs = scores["bf16"]
-        sums = [metrics.read(a.path, t.path if t else None) for a, t in zip(artefacts, theirs, strict=True)]
+        sums = [metrics.read(a.path, t.path if t else None) for a, t in zip(artifacts, theirs, strict=True)]
         rows = {
             one.name: metrics.measure([s], resamples=resamples, seed=seed + n)
             for n, (one, s) in enumerate(zip(texts, sums, strict=True))
@@ -193,7 +193,7 @@ def _tables(
 
 
 def _judged(
-    found: Evaluation, scores: Mapping[str, Sequence[Artefact]], resolved: Resolved, store: Store
+    found: Evaluation, scores: Mapping[str, Sequence[Artifact]], resolved: Resolved, store: Store
 ) -> Evaluation:
     """With its verdict, kept in the store. What the gate can't judge is an error after the tables are kept."""
     part = resolved.recipe.evaluation
@@ -204,7 +204,7 @@ def _judged(
         verdict, unjudged = None, error
     whole = replace(found, verdict=verdict)
     ingredients = {
-        "of": [*(artefact.digest for artefacts in scores.values() for artefact in artefacts), *found.tasks.of],
+        "of": [*(artifact.digest for artifacts in scores.values() for artifact in artifacts), *found.tasks.of],
         "data": {label: list(sets) for label, sets in found.sets.items()},  # the names in the tables
         "runners": [*dict.fromkeys([*scores, *(row.runner for row in found.tasks.rows)])],
         "not_measured": [found.not_measured, found.tasks.not_measured],
@@ -220,10 +220,10 @@ def _judged(
         rest = {name: told[name] for name in ("verdict", "not_measured", "collapsed")}
         return {**rest, "texts": bool(scores), "tasks": len(found.tasks.rows)}
 
-    artefact = store.stage("evaluation", ingredients, make)
+    artifact = store.stage("evaluation", ingredients, make)
     if unjudged:
         raise unjudged
-    return replace(whole, path=artefact.path)
+    return replace(whole, path=artifact.path)
 
 
 def _plain(estimate: Estimate) -> dict[str, float | None]:

@@ -37,7 +37,7 @@ def check(job: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"lm-eval has no task {name!r}.",
                 why="" if job["directory"] else "Tasks of your own are read from --task-dir DIRECTORY.",
-                cure=f"Did you mean {', '.join(near)}?" if near else "All of them: lm-eval ls tasks",
+                hint=f"Did you mean {', '.join(near)}?" if near else "All of them: lm-eval ls tasks",
             )
 
 

@@ -18,7 +18,7 @@ from builder.core import process
 from builder.core.environment import Kind
 from builder.core.errors import NotMeasurable, UnsupportedError, UsageError
 from builder.core.output import Output
-from builder.core.store import Artefact, Store, key_of, library_versions, sources_digest
+from builder.core.store import Artifact, Store, key_of, library_versions, sources_digest
 from builder.core.untrusted_text import LARGEST_YAML, check_yaml, read_regular
 from builder.evaluate import variants as of_model
 from builder.evaluate.variants import Form, Models
@@ -73,11 +73,11 @@ def check(part: recipe_evaluation.Tasks, store: Store) -> None:
     """Before any work: that lm-eval is here, and has tasks of these names. Kept in the store: it takes ten seconds."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UnsupportedError(
-            "Tasks are asked by lm-eval, which is not installed.", cure="pip install 'trtllm-builder[tasks]'"
+            "Tasks are asked by lm-eval, which is not installed.", hint="pip install 'trtllm-builder[tasks]'"
         )
     if part.directory and not Path(part.directory).is_dir():
         raise UsageError(
-            f"There is no directory {part.directory}.", cure="Name the one that holds the tasks: --task-dir"
+            f"There is no directory {part.directory}.", hint="Name the one that holds the tasks: --task-dir"
         )
     if part.directory:
         _check_files(Path(part.directory))
@@ -110,22 +110,22 @@ def _check_files(directory: Path) -> None:
                 check_yaml(read_regular(path, LARGEST_YAML))
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"The task file {path} can't be used.", why=str(error), cure="Mend or remove it."
+                f"The task file {path} can't be used.", why=str(error), hint="Mend or remove it."
             ) from None
 
 
 def measure(models: Models, resolved: Resolved, *, store: Store) -> TaskTable:
     """Asks every form of the recipe the questions of every task, and compares each with BF16."""
-    found: dict[str, dict[str, Artefact]] = {}
+    found: dict[str, dict[str, Artifact]] = {}
     not_measured: dict[str, dict[str, str]] = {}
     for form in of_model.forms(resolved):
         answered, refused = _answers(form, models, resolved, store)
         found[form.label] = answered
         not_measured |= {form.label: refused} if refused else {}
     rows = tuple(_compared(found))
-    of = [artefact.digest for answered in found.values() for artefact in answered.values()]
+    of = [artifact.digest for answered in found.values() for artifact in answered.values()]
     paths = {
-        label: {name: str(artefact.path.relative_to(store.root)) for name, artefact in answered.items()}
+        label: {name: str(artifact.path.relative_to(store.root)) for name, artifact in answered.items()}
         for label, answered in found.items()
     }
     return TaskTable(rows, not_measured, of, paths)
@@ -133,7 +133,7 @@ def measure(models: Models, resolved: Resolved, *, store: Store) -> TaskTable:
 
 def _answers(
     form: Form, models: Models, resolved: Resolved, store: Store
-) -> tuple[dict[str, Artefact], dict[str, str]]:
+) -> tuple[dict[str, Artifact], dict[str, str]]:
     """By task what the store holds or a child measured, and why it could not."""
     part, engine = resolved.recipe.tasks, resolved.recipe.engine
     if form.runner == "reference":
@@ -153,9 +153,9 @@ def _answers(
     common = {**opened.ingredients, **asked, "libraries": libraries, "sources": sources_digest(*SOURCES)}
     wanted = {name: {**common, "task": name, "files": _files(part)} for name in part.names}
 
-    def stored() -> dict[str, Artefact]:
+    def stored() -> dict[str, Artifact]:
         held = {name: store.find("tasks", key_of("tasks", ingredients)) for name, ingredients in wanted.items()}
-        return {name: artefact for name, artefact in held.items() if artefact}
+        return {name: artifact for name, artifact in held.items() if artifact}
 
     found = {} if "tasks" in store.force else stored()
     missing = [{"name": name, "ingredients": wanted[name]} for name in wanted if name not in found]
@@ -198,28 +198,28 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     return told
 
 
-def _compared(found: Mapping[str, Mapping[str, Artefact]]) -> Iterator[Row]:
+def _compared(found: Mapping[str, Mapping[str, Artifact]]) -> Iterator[Row]:
     """The figures of each form, task by task in the order of the names, beside BF16's."""
     theirs = {
-        (name, one["task"], one["metric"], one["filter"]): (artefact, one)
-        for name, artefact in found.get("bf16", {}).items()
-        for one in artefact.facts["rows"]
+        (name, one["task"], one["metric"], one["filter"]): (artifact, one)
+        for name, artifact in found.get("bf16", {}).items()
+        for one in artifact.facts["rows"]
     }
     for label, answered in found.items():
-        for name, artefact in answered.items():
-            for one in artefact.facts["rows"]:
+        for name, artifact in answered.items():
+            for one in artifact.facts["rows"]:
                 metric = one["metric"] if one["filter"] == "none" else f"{one['metric']} ({one['filter']})"
                 same = {key: one[key] for key in ("task", "value", "stderr", "documents", "fewshot")}
                 row = Row(runner=label, metric=metric, **same)
                 bf16 = theirs.get((name, one["task"], one["metric"], one["filter"]))
                 if label != "bf16" and bf16:
-                    row = replace(row, change=row.value - bf16[1]["value"], flips=_flips(artefact, bf16[0], one))
+                    row = replace(row, change=row.value - bf16[1]["value"], flips=_flips(artifact, bf16[0], one))
                 yield row
 
 
-def _flips(ours: Artefact, theirs: Artefact, row: Mapping[str, Any]) -> float | None:
+def _flips(ours: Artifact, theirs: Artifact, row: Mapping[str, Any]) -> float | None:
     """The share of documents that one form has right and the other wrong; None where answers are not right or wrong."""
-    right, other = (dict(_judged(artefact.path, row)) for artefact in (ours, theirs))
+    right, other = (dict(_judged(artifact.path, row)) for artifact in (ours, theirs))
     if not right or right.keys() != other.keys() or not {*right.values(), *other.values()} <= {0.0, 1.0}:
         return None
     return sum(right[document] != other[document] for document in right) / len(right)

@@ -81,9 +81,9 @@ def _limited_template(tokenizer: Any, *, wanted: bool) -> Iterator[None]:
     if not wanted or type(tokenizer).__module__.startswith("transformers_modules"):
         yield
         return
-    cure = "Ask without it: --set tasks.chat_template=false"
+    hint = "Ask without it: --set tasks.chat_template=false"
     if not tokenizer.chat_template:
-        raise UsageError("The tasks are to be asked by the chat template, and this model has none.", cure=cure)
+        raise UsageError("The tasks are to be asked by the chat template, and this model has none.", hint=hint)
     template = ChatTemplate(tokenizer.get_chat_template(), "chat_template", tokenizer.special_tokens_map)
 
     def apply(messages: Any, *, tokenize: bool = False, continue_final_message: bool = False, **more: Any) -> str:
@@ -99,7 +99,7 @@ def _limited_template(tokenizer: Any, *, wanted: bool) -> Iterator[None]:
             tokenizer.apply_chat_template = apply
             yield
     except TemplateProblem as problem:
-        raise problem.error(template.file, cure=cure) from None
+        raise problem.error(template.file, hint=hint) from None
 
 
 def _load(manager: TaskManager, name: str, max_length: int) -> list[Any]:
@@ -122,7 +122,7 @@ def _check(task: Any, name: str, max_length: int) -> None:
         raise UnsupportedError(
             f"The task {name} runs programs that the model writes, and that is not done here.",
             why="A model's program may do anything that you may.",
-            cure="Run that task with lm-eval itself, in a container that can be thrown away.",
+            hint="Run that task with lm-eval itself, in a container that can be thrown away.",
         )
     if task.get_config("output_type") != "generate_until":
         return
@@ -130,13 +130,13 @@ def _check(task: Any, name: str, max_length: int) -> None:
     if tokens >= max_length:
         raise UnsupportedError(
             f"The task {name} asks for answers of {tokens} tokens, and {max_length} are all for prompt and answer.",
-            cure=f"Build for longer ones: --max-seq-len {2 * tokens}",
+            hint=f"Build for longer ones: --max-seq-len {2 * tokens}",
         )
 
 
 def _no_data(error: Exception, name: str) -> BuilderError:
     found = translate(error, "dataset", f"of the task {name}", None)
-    return type(found)(f"The task {name} can't be read.", why=f"{found.what} {found.why}".strip(), cure=found.cure)
+    return type(found)(f"The task {name} can't be read.", why=f"{found.what} {found.why}".strip(), hint=found.hint)
 
 
 def _in_transformers(runner: Any, tokenizer: Any, job: Mapping[str, Any]) -> Local:
@@ -193,7 +193,7 @@ class Endpoint(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Any], *more: Any, **options: Any) -> Any:
         raise NotMeasurable(
             "The task compares how likely given answers are, and a served model is asked for its own answer only.",
-            cure="Measure it on local weights: --runner checkpoint. Of a served model, tasks like gsm8k.",
+            hint="Measure it on local weights: --runner checkpoint. Of a served model, tasks like gsm8k.",
         )
 
     loglikelihood_rolling = loglikelihood

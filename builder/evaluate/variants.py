@@ -83,7 +83,7 @@ def forms(resolved: Resolved) -> list[Form]:
     if part.compare_kv and not fp8:
         raise UsageError(
             "There is no FP8 KV cache to compare: the recipe leaves it in the model's own type.",
-            cure="Compare with --kv-cache-dtype fp8",
+            hint="Compare with --kv-cache-dtype fp8",
         )
     if part.compare_kv:
         fp8_rows = [] if "checkpoint" in part.runners else [Form("checkpoint", "checkpoint", True)]
@@ -131,7 +131,7 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
 
 
 def _of(form: Form, models: Models, resolved: Resolved, store: Store) -> tuple[dict[str, Any], list[str]]:
-    """What this form needs beside the snapshot, and the digests of the artefacts that it is."""
+    """What this form needs beside the snapshot, and the digests of the artifacts that it is."""
     recipe = resolved.recipe
     if form.runner == "bf16":
         return {}, [models.snapshot.digest]

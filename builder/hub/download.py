@@ -181,7 +181,7 @@ def _tree(job: Job) -> dict[str, Listed]:
 
     entries = patiently(listed, job.waits)
     if len(entries) > MOST_FILES:
-        raise IntegrityError(f"The Hub lists more than {MOST_FILES} files of {job.repo}.", cure=guard.CURE)
+        raise IntegrityError(f"The Hub lists more than {MOST_FILES} files of {job.repo}.", hint=guard.CURE)
     return {
         entry.path: _listed(entry)
         for entry in entries
@@ -200,7 +200,7 @@ def _listed(entry: Any) -> Listed:
         if found is not None:
             guard.check_hash(found, "the hash")
     if type(entry.size) is not int or not 0 <= entry.size < 1 << 60:
-        raise IntegrityError(f"The Hub lists a size of {str(entry.size)[:40]} for a file.", cure=guard.CURE)
+        raise IntegrityError(f"The Hub lists a size of {str(entry.size)[:40]} for a file.", hint=guard.CURE)
     return Listed(entry.size, sha256, entry.blob_id)
 
 
@@ -225,7 +225,7 @@ def _small(job: Job, name: str, listed: Mapping[str, Listed]) -> Path:
     if listed[name].size > LARGEST_CONFIG:
         raise IntegrityError(
             f"{name} of {job.repo} has {readable(listed[name].size)}, and at most {readable(LARGEST_CONFIG)} are read.",
-            cure="Do not use this model.",
+            hint="Do not use this model.",
         )
     for repairable in (not constants.HF_HUB_OFFLINE, False):
         path = Path(patiently(lambda: hf_hub_download(job.repo, name, revision=job.commit), job.waits))
@@ -319,7 +319,7 @@ def _check_space(job: Job, chosen: Mapping[str, Listed]) -> None:
         raise StageError(
             f"{job.repo} needs {readable(needed)} more on the disk, and {readable(free)} are free.",
             why=f"The Hub's cache is {cache}.",
-            cure="Free some space (`hf cache` shows what lies there), or export HF_HOME=/a/larger/disk",
+            hint="Free some space (`hf cache` shows what lies there), or export HF_HOME=/a/larger/disk",
         )
 
 
@@ -353,7 +353,7 @@ def _drop_damaged(
         raise IntegrityError(
             f"{', '.join(list(damaged)[:5])} of {job.repo} did not have the size or hash that the Hub lists.",
             why="It was damaged on the way or on the disk, and was removed from the cache.",
-            cure="Run the same command again: it is downloaded anew, the rest is kept.",
+            hint="Run the same command again: it is downloaded anew, the rest is kept.",
         )
     return {}
 
@@ -469,7 +469,7 @@ def report(
         with suppress(OSError):  # a disk that is full
             print(clean(traceback.format_exc()), file=sys.stderr)
         told: BuilderError = translate(error, kind, repo, revision)
-        emit_error(type(told)(clean(told.what), why=clean(told.why), cure=clean(told.cure)))
+        emit_error(type(told)(clean(told.what), why=clean(told.why), hint=clean(told.hint)))
         return told.exit_code
     finally:
         DEADLINE.end()

@@ -73,20 +73,20 @@ def translate(error: BaseException, kind: str, repo: str, revision: str | None) 
         if isinstance(cause, errors.RepositoryNotFoundError):
             return _no_repository(kind, repo)
         if isinstance(cause, errors.HFValidationError):
-            return UsageError(f"{repo!r} is no id of a {kind}.", why=str(cause), cure="Qwen/Qwen3-8B is one.")
+            return UsageError(f"{repo!r} is no id of a {kind}.", why=str(cause), hint="Qwen/Qwen3-8B is one.")
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return _offline(kind, repo, revision)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return StageError(
                 f"The disk that holds the Hub's cache is full ({constants.HF_HUB_CACHE}).",
                 why="What was downloaded whole stays there and is not downloaded again.",
-                cure="Free some space, or export HF_HOME=/a/larger/disk",
+                hint="Free some space, or export HF_HOME=/a/larger/disk",
             )
         if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
             return UsageError(
                 f"Can't write to the Hub's cache {constants.HF_HUB_CACHE}.",
                 why=str(cause),
-                cure="export HF_HOME=/a/writable/directory",
+                hint="export HF_HOME=/a/writable/directory",
             )
     return _by_status(error, kind, repo)
 
@@ -100,27 +100,27 @@ def _by_status(error: BaseException, kind: str, repo: str) -> BuilderError:
         return StageError(
             "The Hub limits the rate" + (f" and asks to wait {asked:.0f} s more." if asked else "."),
             why="Requests without a token have the smallest allowance." if not _token() else "",
-            cure="Try again later" + ("." if _token() else ", or export HF_TOKEN=... of any account."),
+            hint="Try again later" + ("." if _token() else ", or export HF_TOKEN=... of any account."),
         )
     if status == 416 or "Consistency check failed" in str(error):
         return IntegrityError(
             f"The Hub sends a file of {repo} with another size than it lists.",
             why=_last(error),
-            cure="Run the same command again; if it stays, the repository or a mirror in between is damaged.",
+            hint="Run the same command again; if it stays, the repository or a mirror in between is damaged.",
         )
     if status is not None:
-        return StageError(f"The Hub answered {status} for {kind} {repo}.", why=_last(error), cure="Try again later.")
+        return StageError(f"The Hub answered {status} for {kind} {repo}.", why=_last(error), hint="Try again later.")
     if _passes(error, None):
         return StageError(
             f"Can't reach the Hub at {endpoint()}.",
             why=_last(error),
-            cure="Check the network and HF_ENDPOINT; with the files cached already, export HF_HUB_OFFLINE=1",
+            hint="Check the network and HF_ENDPOINT; with the files cached already, export HF_HUB_OFFLINE=1",
         )
     if isinstance(error, (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError)):
         return StageError(
             f"The answer of the Hub at {endpoint()} for {kind} {repo} can't be understood.",
             why=f"{_last(error)} (huggingface_hub reading it)",
-            cure="Check HF_ENDPOINT and the proxy; if it is the Hub itself, try again later.",
+            hint="Check HF_ENDPOINT and the proxy; if it is the Hub itself, try again later.",
         )
     return StageError(f"Reading {kind} {repo} from the Hub failed.", why=clean(f"{type(error).__name__}: {error}"))
 
@@ -199,12 +199,12 @@ def gated(kind: str, repo: str) -> BuilderError:
             f"The {kind} {repo} is gated, and the account of this HF_TOKEN has no access to it.",
             why="Its owner gives access to those who accept the licence; fine-grained tokens need the right to read "
             "gated repositories as well.",
-            cure=f"Accept the licence at {_page(kind, repo)} with that account, then run the same command.",
+            hint=f"Accept the licence at {_page(kind, repo)} with that account, then run the same command.",
         )
     return UsageError(
         f"The {kind} {repo} is gated.",
         why="Its owner gives access to accounts that accept the licence, and no token was given.",
-        cure=f"Accept the licence at {_page(kind, repo)}, then export HF_TOKEN=... of that account.",
+        hint=f"Accept the licence at {_page(kind, repo)}, then export HF_TOKEN=... of that account.",
     )
 
 
@@ -213,9 +213,9 @@ def _refused(kind: str, repo: str, status: int) -> BuilderError:
         return UsageError(
             f"The Hub refused the token ({status}) for {kind} {repo}.",
             why="It is wrong, expired, or lacks the right to read this repository.",
-            cure="Make a new token in the settings of your account, then export HF_TOKEN=...",
+            hint="Make a new token in the settings of your account, then export HF_TOKEN=...",
         )
-    return UsageError(f"The Hub refused access to {kind} {repo} ({status}).", cure="export HF_TOKEN=...")
+    return UsageError(f"The Hub refused access to {kind} {repo} ({status}).", hint="export HF_TOKEN=...")
 
 
 def _no_repository(kind: str, repo: str) -> BuilderError:
@@ -225,7 +225,7 @@ def _no_repository(kind: str, repo: str) -> BuilderError:
     return UsageError(
         f"The Hub has no {kind} {repo}, or it is private.",
         why="There is no directory of that name here either." if kind == "model" else "",
-        cure=" ".join(part for part in (hint, private) if part),
+        hint=" ".join(part for part in (hint, private) if part),
     )
 
 
@@ -253,7 +253,7 @@ def _no_revision(kind: str, repo: str, revision: str | None) -> BuilderError:
     hint = f"Did you mean {near[0]}? " if near else ""
     known = f"It has {', '.join(names[:8])}." if names else ""
     return UsageError(
-        f"The {kind} {repo} has no revision {revision}.", cure=f"{hint}{known}" or "Give a branch, a tag or a commit."
+        f"The {kind} {repo} has no revision {revision}.", hint=f"{hint}{known}" or "Give a branch, a tag or a commit."
     )
 
 
@@ -261,11 +261,11 @@ def _offline(kind: str, repo: str, revision: str | None) -> BuilderError:
     if kind == "dataset":
         return UsageError(
             f"Which commit {revision or 'main'} of the dataset {repo} is can't be asked: HF_HUB_OFFLINE is set.",
-            cure="Name the commit of an earlier build (--set calibration.revision=COMMIT, or `revision` of a data set "
+            hint="Name the commit of an earlier build (--set calibration.revision=COMMIT, or `revision` of a data set "
             "to evaluate on), or give a .jsonl file.",
         )
     return UsageError(
         f"The {kind} {repo} at {revision or 'main'} is not in the cache, and HF_HUB_OFFLINE forbids to download it.",
         why=f"The cache is {constants.HF_HUB_CACHE}.",
-        cure="unset HF_HUB_OFFLINE once with a network, or give a local directory.",
+        hint="unset HF_HUB_OFFLINE once with a network, or give a local directory.",
     )

@@ -68,7 +68,7 @@ class Deadline:
                 error = StageError(
                     f"The Hub at {endpoint()} took more than {self._seconds:.0f} s to answer.",
                     why="It sends slowly or without end; listings and small files take seconds.",
-                    cure="Try again later, or check HF_ENDPOINT and the proxy.",
+                    hint="Try again later, or check HF_ENDPOINT and the proxy.",
                 )
                 emit_error(error)
                 self._stop(error.exit_code)
@@ -108,7 +108,7 @@ def check_commit(commit: object, asked: str | None = None) -> None:
 
 
 def _untrusted(what: str, why: str) -> IntegrityError:
-    return IntegrityError(f"The Hub at {endpoint()} answers with {what}.", why=why, cure=CURE)
+    return IntegrityError(f"The Hub at {endpoint()} answers with {what}.", why=why, hint=CURE)
 
 
 def _shown(value: object) -> str:
@@ -122,7 +122,7 @@ def _check_metadata() -> None:
     if upstream is None:
         raise StageError(
             f"huggingface_hub {huggingface_hub.__version__} is not known here: its downloads can't be checked.",
-            cure="Install a version that is: pip install 'huggingface_hub>=0.36,<1.34'",
+            hint="Install a version that is: pip install 'huggingface_hub>=0.36,<1.34'",
         )
 
     def checked(**asked: Any) -> Any:
@@ -152,7 +152,7 @@ def _check_answer(method: str, url: str, status: int, headers: Mapping[str, str]
         raise StageError(
             f"What answers at {urlsplit(url).hostname} is a web page, not the Hub.",
             why="That is how the log-in page of a network (a captive portal), a proxy or a wrong HF_ENDPOINT looks.",
-            cure="Open a browser and log in to the network, or check HF_ENDPOINT and the proxy.",
+            hint="Open a browser and log in to the network, or check HF_ENDPOINT and the proxy.",
         )
     if "/api/" not in path:
         return

@@ -1,6 +1,6 @@
 """Model -> Snapshot: a Hub id or a local directory becomes a verified list of files. Nothing is copied.
 
-Hub files stay in the Hub's own cache, local files where they are; the artefact names each with size and sha256.
+Hub files stay in the Hub's own cache, local files where they are; the artifact names each with size and sha256.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from builder.core import process
 from builder.core.errors import IntegrityError, StageError, UsageError
 from builder.core.output import Output, Progress
 from builder.core.safetensors_io import read_header
-from builder.core.store import Artefact, Store, key_of
+from builder.core.store import Artifact, Store, key_of
 from builder.core.untrusted_text import read_regular
 from builder.hub import stored_commits
 from builder.model import completeness, dtypes
@@ -52,17 +52,17 @@ class Snapshot:
     model_id: str
     revision: str | None
     config: Mapping[str, Any]
-    artefact: Artefact
+    artifact: Artifact
 
     @property
     def files(self) -> list[str]:
         """The names that belong to the model; the directory may hold others."""
-        return sorted(self.artefact.facts["external"]["files"])
+        return sorted(self.artifact.facts["external"]["files"])
 
     @property
     def source(self) -> SourceFiles:
         """The files as they were hashed, for everyone who loads them or reads them again."""
-        facts = self.artefact.facts
+        facts = self.artifact.facts
         return SourceFiles(self.path, facts["external"]["files"], facts.get("times", {}))
 
 
@@ -74,17 +74,17 @@ def fetch(model: Model, *, store: Store, check: Check = lambda config: None) -> 
     directory = local_directory(model)
     revision = None
     if directory is not None:
-        artefact = _fetch_directory(directory, model, store, check)
+        artifact = _fetch_directory(directory, model, store, check)
     else:
         revision = _commit(model, store)
-        artefact = _fetch_hub(model, revision, store, check)
-    path = Path(artefact.facts["external"]["root"])
+        artifact = _fetch_hub(model, revision, store, check)
+    path = Path(artifact.facts["external"]["root"])
     config = model_files.parse_config(_read(path / model_files.CONFIG), str(path))
     if not dtypes.stated(config):
-        files = sorted(artefact.facts["external"]["files"])
+        files = sorted(artifact.facts["external"]["files"])
         config = dtypes.with_type(config, check_tensors(path, files, config, model.id))
-    snapshot = Snapshot(path, artefact.digest, model.id, revision, config, artefact)
-    if directory is None and artefact.cached:  # perhaps by a version that checked less
+    snapshot = Snapshot(path, artifact.digest, model.id, revision, config, artifact)
+    if directory is None and artifact.cached:  # perhaps by a version that checked less
         check_tensors(path, snapshot.files, config, model.id)
     return snapshot
 
@@ -96,7 +96,7 @@ def local_directory(model: Model) -> Path | None:
         if path.is_dir():
             if model.revision:
                 raise UsageError(
-                    f"{model.id} is a directory and has no revisions.", cure="Leave --revision away, or give a Hub id."
+                    f"{model.id} is a directory and has no revisions.", hint="Leave --revision away, or give a Hub id."
                 )
             return path.resolve(strict=True)
         present = os.path.lexists(path)
@@ -104,7 +104,7 @@ def local_directory(model: Model) -> Path | None:
         raise UsageError(
             f"{shown(model.id)} can't be opened as a directory.",
             why=ascii(str(error))[1:200],
-            cure="--model Qwen/Qwen3-8B, or --model ./a/directory",
+            hint="--model Qwen/Qwen3-8B, or --model ./a/directory",
         ) from None
     if present or model.id.startswith((".", "/", "~")):
         raise _no_directory(model.id, path, present)
@@ -112,7 +112,7 @@ def local_directory(model: Model) -> Path | None:
         raise UsageError(
             f"{shown(model.id)} is neither a directory nor an id of the Hub.",
             why="Ids are owner/name, of letters, digits, '-', '_' and '.'.",
-            cure="--model Qwen/Qwen3-8B, or --model ./a/directory",
+            hint="--model Qwen/Qwen3-8B, or --model ./a/directory",
         )
     return None
 
@@ -125,14 +125,14 @@ def shown(text: str) -> str:
 def _no_directory(name: str, path: Path, present: bool) -> UsageError:
     if present:
         what = "is a link that leads nowhere" if path.is_symlink() else "is no directory"
-        return UsageError(f"{shown(name)} {what}.", cure="Give the directory that holds config.json.")
+        return UsageError(f"{shown(name)} {what}.", hint="Give the directory that holds config.json.")
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
     hint = f"Did you mean {path.parent / near[0]}?" if near else "Give the directory that holds config.json."
-    return UsageError(f"There is no directory {shown(name)}.", cure=hint)
+    return UsageError(f"There is no directory {shown(name)}.", hint=hint)
 
 
-def _fetch_directory(directory: Path, model: Model, store: Store, check: Check) -> Artefact:
+def _fetch_directory(directory: Path, model: Model, store: Store, check: Check) -> Artifact:
     """The key is made of names, sizes and times: an unchanged directory is not hashed again."""
     names = check_directory(directory, trust_remote_code=model.trust_remote_code)
     before = times(directory, names)
@@ -142,7 +142,7 @@ def _fetch_directory(directory: Path, model: Model, store: Store, check: Check) 
         check(model_files.parse_config(_read(directory / model_files.CONFIG), str(directory)))
         files = _hash(directory, names, store.out)
         if times(directory, names) != before:
-            raise IntegrityError(f"{directory} changed while it was read.", cure="Run the same command again.")
+            raise IntegrityError(f"{directory} changed while it was read.", hint="Run the same command again.")
         external = {"root": str(directory), "files": files}
         return {"model_id": model.id, "revision": None, "external": external, "times": before}
 
@@ -159,7 +159,7 @@ def check_directory(directory: Path, *, trust_remote_code: bool) -> list[str]:
     broken = [path.name for path in entries if path.is_symlink() and not path.exists()]
     where = str(directory)
     if model_files.CONFIG in broken:
-        raise UsageError(f"{where}/config.json is a link that leads nowhere.", cure="Copy or fetch the model again.")
+        raise UsageError(f"{where}/config.json is a link that leads nowhere.", hint="Copy or fetch the model again.")
     model_files.check_names(names, where)
     config = model_files.parse_config(_read(directory / model_files.CONFIG), where)
     model_files.check_config(config, where, trust_remote_code=trust_remote_code)
@@ -212,12 +212,12 @@ def resolve(
     """The commit of a branch or tag of the Hub. No process and no network for what is a commit already.
 
     planned: the stage that the commit is for, with its ingredients so far. A dry store takes the newest commit among
-    its artefacts with them if the Hub can't be reached.
+    its artifacts with them if the Hub can't be reached.
     """
     if revision and COMMIT.fullmatch(revision):
         return revision
     if revision is not None and (not re.fullmatch(r"\w[\w./+-]{0,200}", revision) or ".." in revision):
-        raise UsageError(f"{shown(revision)} is no revision.", cure="Give a branch, a tag or a commit.")
+        raise UsageError(f"{shown(revision)} is no revision.", hint="Give a branch, a tag or a commit.")
     known, waits = None, list(WAITS)
     if store.dry and planned:
         known = stored_commits.newest(store, *planned) if revision is None else None
@@ -234,7 +234,7 @@ def resolve(
         raise IntegrityError(
             f"{shown(commit)} is no commit, but what {repo} at {revision or 'main'} is said to be.",
             why="It comes from the Hub (HF_ENDPOINT), or offline from refs/ in its cache.",
-            cure="Check HF_ENDPOINT, or remove that file from the cache.",
+            hint="Check HF_ENDPOINT, or remove that file from the cache.",
         )
     store.out.info(f"{repo} at {revision or 'main'} is commit {commit}")
     return commit
@@ -278,7 +278,7 @@ def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], d
     return found["config"], tensors, Path(found["root"])
 
 
-def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artefact:
+def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artifact:
     ingredients: dict[str, Any] = {**_repository(model), "commit": commit}
     known = None if "snapshot" in store.force else store.find("snapshot", key_of("snapshot", ingredients))
     if offline() and known is None:
@@ -329,7 +329,7 @@ def ask_hub(store: Store, *, module: str = "builder.hub.download", unit: str = "
     raise StageError(
         f"The transfer of {job['repo']} is stuck.",
         why=f"No byte came for {STALL:.0f} s, twice.",
-        cure="Check the network and HF_ENDPOINT, then run the same command: whole files are kept.",
+        hint="Check the network and HF_ENDPOINT, then run the same command: whole files are kept.",
     )
 
 

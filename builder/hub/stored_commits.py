@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from builder.core.errors import BuilderError
-from builder.core.store import Artefact, Store, WouldRun, read
+from builder.core.store import Artifact, Store, WouldRun, read
 
 
-def newest(store: Store, stage: str, same: Mapping[str, Any]) -> Artefact | None:
-    """The newest artefact of a stage with these ingredients, whatever its others are."""
+def newest(store: Store, stage: str, same: Mapping[str, Any]) -> Artifact | None:
+    """The newest artifact of a stage with these ingredients, whatever its others are."""
     found = [read(path) for path in (store.root / stage).glob("[!.]*")]
     alike = [a for a in found if a and all(a.manifest["ingredients"].get(key) == same[key] for key in same)]
-    return max(alike, key=lambda artefact: float(artefact.manifest["started"]), default=None)
+    return max(alike, key=lambda artifact: float(artifact.manifest["started"]), default=None)
 
 
-def instead(error: BuilderError, known: Artefact | None, repo: str, *, store: Store, stage: str) -> str:
+def instead(error: BuilderError, known: Artifact | None, repo: str, *, store: Store, stage: str) -> str:
     """The commit of `known`, noted as an assumption of the plan.
 
     Without it: WouldRun for a stage that the plan does not look into; for a model the error itself, because a plan

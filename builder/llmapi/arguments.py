@@ -90,20 +90,20 @@ def check_machine(resolved: schema.Resolved) -> None:
             "TensorRT-LLM is not installed on this machine, so its LLM API can't be served or tested here.",
             why=f"The recipe's version is {wanted}. "
             + (f"It comes in NVIDIA's images {images}." if images else "No image of Triton's with it is known."),
-            cure="Run where it is, or stop at the repository: `builder render`. `builder plan` works everywhere.",
+            hint="Run where it is, or stop at the repository: `builder render`. `builder plan` works everywhere.",
         )
     if installed not in ("absent", wanted):
         raise IntegrityError(
             f"TensorRT-LLM {installed} is installed here, and the arguments are for {wanted}.",
             why="Names and defaults of LLM arguments differ between versions.",
-            cure=f"--set engine.tensorrt_llm={installed}",
+            hint=f"--set engine.tensorrt_llm={installed}",
         )
     world_size, have = resolved.recipe.engine.world_size, len(gpus())
     if 0 < have < world_size:
         raise UnsupportedError(
             f"{world_size} GPUs are needed to serve and test it, and this machine has {have}.",
             why="--tp times --pp is the number of ranks, and each takes a GPU of its own.",
-            cure="Stop at the repository: `builder render`. Or split it less.",
+            hint="Stop at the repository: `builder render`. Or split it less.",
         )
 
 
@@ -123,19 +123,19 @@ def _check_target(resolved: schema.Resolved) -> None:
         raise UnsupportedError(
             f"The llmapi target needs a GPU, and the profile {resolved.gpu.name!r} has none.",
             why="TensorRT-LLM's PyTorch backend does not run on a CPU.",
-            cure="Name the card's profile, as --gpu sm120, or leave --target out.",
+            hint="Name the card's profile, as --gpu sm120, or leave --target out.",
         )
     if resolved.recipe.engine.flags:
         raise UsageError(
             "engine.flags are trtllm-build's, and the llmapi target does not run it.",
-            cure="Arguments of the LLM class are set by --set llmapi.args.NAME=VALUE.",
+            hint="Arguments of the LLM class are set by --set llmapi.args.NAME=VALUE.",
         )
     for key in UNUSED:
         origin = resolved.origins.get(key, "default")
         if trtllm_flags.asked_for(origin) and not origin.startswith("preset"):  # a preset speaks to every target
             raise UsageError(
                 f"{key} has no meaning for the llmapi target: one model answers, and the LLM API batches and waits.",
-                cure=f"Leave {key} out.",
+                hint=f"Leave {key} out.",
             )
 
 
@@ -147,7 +147,7 @@ def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             f"{name} is no architecture that the llmapi target is known to serve.",
             why=f"Known: {', '.join(subject.facts.architectures)} (tensorrt_llm/_torch/models).",
-            cure="Take one of these models, or stop at the checkpoint: `builder quantize`.",
+            hint="Take one of these models, or stop at the checkpoint: `builder quantize`.",
         )
     engine = resolved.recipe.engine
     sharding.check(config, engine.tp, engine.pp, inputs=sharding.GEMM_INPUTS)
@@ -158,7 +158,7 @@ def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
             f"for {', '.join(map(str, subject.fmha_head_sizes))}.",
             why="TensorRT-LLM would not refuse it: it falls back to unfused attention over the whole context, which "
             "asked for a workspace of about 626 GB on an RTX 5090 (NVIDIA/TensorRT-LLM #17911, 1.3.0rc23; closed).",
-            cure="--kv-cache-dtype auto, or a card of another architecture.",
+            hint="--kv-cache-dtype auto, or a card of another architecture.",
         )
 
 
@@ -173,13 +173,13 @@ def _check_said_once(resolved: schema.Resolved, own: Mapping[str, Any]) -> None:
                 f"kv_cache_config.dtype {own[name]} does not agree with the checkpoint, whose KV cache is {said}.",
                 why=f"{EXECUTOR}/model_loader.py, validate_and_set_kv_cache_quant, ends in a RuntimeError; the "
                 "checkpoints made here have an FP8 cache or the model's own type.",
-                cure="Leave it out. --kv-cache-dtype chooses between the two.",
+                hint="Leave it out. --kv-cache-dtype chooses between the two.",
             )
         if not same:
             value = str(own[name]).lower() if isinstance(own[name], (bool, str)) else own[name]
             raise UsageError(
                 f"{name} is said twice: {SAID[name]} is {said}, llmapi.args.{name} {own[name]}.",
-                cure=f"Say it once: --set {SAID[name]}={value}",
+                hint=f"Say it once: --set {SAID[name]}={value}",
             )
 
 

@@ -81,7 +81,7 @@ def command(servers: Sequence[list[str]]) -> list[str]:
     if spaced is not None:
         raise ServingError(
             f"{spaced!r} has a space, and {WRAPPER} takes a command line apart at spaces.",
-            cure="Serve a copy of the repository whose path has none.",
+            hint="Serve a copy of the repository whose path has none.",
         )
     ranks = [[wrapper, *server] for server in servers]
     if len(ranks) == 1:
@@ -100,7 +100,7 @@ def _programs(ranks: int) -> tuple[str, str]:
         raise ServingError(
             f"{what} started by {' and '.join(needed)}, and {' and '.join(missing)} "
             f"{'are' if len(missing) > 1 else 'is'} not on the PATH.",
-            cure="Serve it in NVIDIA's Triton image with TensorRT-LLM, which brings both.",
+            hint="Serve it in NVIDIA's Triton image with TensorRT-LLM, which brings both.",
         )
     return str(found[WRAPPER]), str(found.get("mpirun"))
 
@@ -128,7 +128,7 @@ def environment(models: Path, given: Mapping[str, str]) -> dict[str, str]:
         raise ServingError(
             "TensorRT-LLM can't be imported here: the installed openai package is too old for it.",
             why=f"{wrong}. NVIDIA's Triton images 26.03 to 26.07 ship openai 1.107.3; the name came with 1.108.1.",
-            cure=CURE,
+            hint=CURE,
         )
     return made
 

@@ -28,13 +28,13 @@ def check(arguments: Mapping[str, Any]) -> None:
         if not directory.is_absolute():
             raise UsageError(
                 f"The LoRA adapter {directory} must be named by its whole path: the server has another directory.",
-                cure=f"--set llmapi.args.{DIRECTORIES}=[{directory.absolute()}]",
+                hint=f"--set llmapi.args.{DIRECTORIES}=[{directory.absolute()}]",
             )
         if directory.name in names:
             raise UsageError(
                 f"Two LoRA adapters are called {directory.name}: {names[directory.name]} and {directory}.",
                 why="Requests name an adapter by the last part of its path.",
-                cure="Rename one of the two directories.",
+                hint="Rename one of the two directories.",
             )
         names[directory.name] = directory
         if arguments.get("lora_config.lora_ckpt_source", "hf") == "hf":
@@ -48,18 +48,18 @@ def _check_adapter(directory: Path, most: int) -> None:
     if missing:
         raise UsageError(
             f"{directory} is no LoRA adapter: it has no {' and no '.join(missing)}.",
-            cure="Name the directory that PEFT's save_pretrained wrote.",
+            hint="Name the directory that PEFT's save_pretrained wrote.",
         )
     try:
         rank = parse_json(read_regular(directory / CONFIG)).get("r")
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(
-            f"{directory / CONFIG} can't be read.", why=str(error), cure="Save the adapter again."
+            f"{directory / CONFIG} can't be read.", why=str(error), hint="Save the adapter again."
         ) from error
     if isinstance(rank, int) and rank > most:
         raise UsageError(
             f"The LoRA adapter {directory} has rank {rank}, and max_lora_rank is {most}.",
-            cure=f"--set llmapi.args.lora_config.max_lora_rank={rank}",
+            hint=f"--set llmapi.args.lora_config.max_lora_rank={rank}",
         )
 
 

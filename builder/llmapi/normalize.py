@@ -83,20 +83,20 @@ def _refuse(subject: Subject, settled: Mapping[str, Argument]) -> None:
             f"max_batch_size {values['max_batch_size']} is more than max_num_tokens {values['max_num_tokens']}: each "
             "sequence takes a token of an iteration.",
             why=f"Upstream only warns ({ARGS}, validate_runtime_args).",
-            cure=f"--max-batch-size {values['max_num_tokens']}, or a larger --max-num-tokens.",
+            hint=f"--max-batch-size {values['max_num_tokens']}, or a larger --max-num-tokens.",
         )
     cache = values.get("kv_cache_config.max_tokens")
     if cache is not None and cache < values["max_seq_len"]:
         raise UsageError(
             f"kv_cache_config.max_tokens {cache} has no room for one sequence of max_seq_len {values['max_seq_len']}.",
-            cure=f"--max-seq-len {cache}, or a larger cache.",
+            hint=f"--max-seq-len {cache}, or a larger cache.",
         )
     graphs = values.get("cuda_graph_config.batch_sizes"), settled.get("cuda_graph_config.max_batch_size")
     if graphs[0] and graphs[1] and graphs[1].reason == ASKED and graphs[1].value != max(graphs[0]):
         raise UsageError(
             "cuda_graph_config.batch_sizes and max_batch_size contradict each other.",
             why=f"{ARGS}, CudaGraphConfig: given both, they must agree.",
-            cure="Leave out one of the two.",
+            hint="Leave out one of the two.",
         )
     _refuse_without_effect(subject, values)
     _refuse_moe(subject, values)
@@ -115,14 +115,14 @@ def _refuse_without_effect(subject: Subject, values: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"llmapi.args.{name} has no effect unless {needed} is true.",
                 why=f"{ARGS}, KvCacheConfig: only KV cache manager v2 heeds it.",
-                cure=f"--set llmapi.args.{needed}=true, or leave {name} out.",
+                hint=f"--set llmapi.args.{needed}=true, or leave {name} out.",
             )
     size, path = (values.get(f"kv_cache_config.disk_cache_{what}") for what in ("size", "path"))
     if (size or 0) > 0 and not path:
         raise UsageError(
             "kv_cache_config.disk_cache_size needs a directory on the machine that serves.",
             why=f"{ARGS}, validate_disk_cache_config.",
-            cure="--set llmapi.args.kv_cache_config.disk_cache_path=DIRECTORY",
+            hint="--set llmapi.args.kv_cache_config.disk_cache_path=DIRECTORY",
         )
 
 
@@ -130,7 +130,7 @@ def _refuse_moe(subject: Subject, values: Mapping[str, Any]) -> None:
     asked = [name for name in values if name.startswith(("moe_config.", "moe_"))]
     if asked and not subject.experts:
         raise UsageError(
-            f"{asked[0]} is for models with experts, and this one has none.", cure=f"Leave {asked[0]} out."
+            f"{asked[0]} is for models with experts, and this one has none.", hint=f"Leave {asked[0]} out."
         )
     backend = values.get("moe_config.backend")
     if backend is not None and subject.sm is not None and subject.sm not in subject.facts.moe_sms[backend]:
@@ -140,7 +140,7 @@ def _refuse_moe(subject: Subject, values: Mapping[str, Any]) -> None:
             f"The {backend} backend for experts does not run NVFP4 experts on sm{subject.sm}.",
             why=f"{on[0].upper()}{on[1:]} (tensorrt_llm/_torch/modules/fused_moe/MOE_DEVELOPER_GUIDE.md"
             + ("; NVIDIA/TensorRT-LLM #8474)." if backend == "TRTLLM" else ")."),
-            cure="Leave moe_config.backend out: CUTLASS.",
+            hint="Leave moe_config.backend out: CUTLASS.",
         )
     parts = [values.get(f"moe_{kind}_parallel_size") for kind in ("tensor", "expert")]
     given = [part for part in parts if part]
@@ -149,7 +149,7 @@ def _refuse_moe(subject: Subject, values: Mapping[str, Any]) -> None:
         raise UsageError(
             f"moe_tensor_parallel_size times moe_expert_parallel_size must be {whole}, the tensor parallel size.",
             why="tensorrt_llm/mapping.py refuses any other product.",
-            cure="Leave out one of the two.",
+            hint="Leave out one of the two.",
         )
 
 
@@ -163,20 +163,20 @@ def _refuse_compiled(values: Mapping[str, Any]) -> None:
         raise UsageError(
             f"prefill_cuda_graph_backend=breakable does not work with {other}.",
             why=f"{ARGS}, normalize_prefill_cuda_graph_config.",
-            cure="--set llmapi.args.prefill_cuda_graph_backend=piecewise, or leave out one of the two.",
+            hint="--set llmapi.args.prefill_cuda_graph_backend=piecewise, or leave out one of the two.",
         )
     if old and backend not in (None, "piecewise"):
         raise UsageError(
             f"torch_compile_config.enable_piecewise_cuda_graph contradicts prefill_cuda_graph_backend={backend}.",
             why=f"{ARGS}, normalize_prefill_cuda_graph_config: the first is the deprecated name of piecewise.",
-            cure="Leave torch_compile_config.enable_piecewise_cuda_graph out.",
+            hint="Leave torch_compile_config.enable_piecewise_cuda_graph out.",
         )
     sizes = [values.get(name) for name in ("torch_compile_config.capture_num_tokens", "prefill_capture_num_tokens")]
     if backend is not None and sizes[0] and sizes[1] and set(sizes[0]) != set(sizes[1]):
         raise UsageError(
             "torch_compile_config.capture_num_tokens contradicts prefill_capture_num_tokens.",
             why=f"{ARGS}, normalize_prefill_cuda_graph_config: the first is the deprecated name.",
-            cure="Leave torch_compile_config.capture_num_tokens out.",
+            hint="Leave torch_compile_config.capture_num_tokens out.",
         )
 
 
@@ -188,7 +188,7 @@ def _refuse_speculation(values: Mapping[str, Any]) -> None:
     if kind is None:
         raise UsageError(
             "speculative_config.decoding_type is missing.",
-            cure="--set llmapi.args.speculative_config.decoding_type=NGram",
+            hint="--set llmapi.args.speculative_config.decoding_type=NGram",
         )
     _refuse_of_the_other_kind(kind, config)
     most = config.get("max_matching_ngram_size")
@@ -199,12 +199,12 @@ def _refuse_speculation(values: Mapping[str, Any]) -> None:
         raise UsageError(f"With enable_global_pool max_matching_ngram_size is 64 at most, not {most} ({ARGS}).")
     pool = config.get("global_pool_size")
     if pool is not None and not config.get("enable_global_pool"):
-        raise UsageError("speculative_config.global_pool_size needs enable_global_pool.", cure="Leave it out.")
+        raise UsageError("speculative_config.global_pool_size needs enable_global_pool.", hint="Leave it out.")
     if pool is not None and pool < values["max_batch_size"]:
         raise UsageError(
             f"speculative_config.global_pool_size {pool} is less than max_batch_size {values['max_batch_size']}.",
             why=f"{ARGS}, validate_speculative_config.",
-            cure=f"--set llmapi.args.speculative_config.global_pool_size={values['max_batch_size']}",
+            hint=f"--set llmapi.args.speculative_config.global_pool_size={values['max_batch_size']}",
         )
 
 
@@ -214,7 +214,7 @@ def _refuse_of_the_other_kind(kind: str, config: Mapping[str, Any]) -> None:
     )
     wrong = [name for name in theirs if name in config]
     if wrong:
-        raise UsageError(f"speculative_config.{wrong[0]} is no field of {kind}.", cure=f"Leave {wrong[0]} out.")
+        raise UsageError(f"speculative_config.{wrong[0]} is no field of {kind}.", hint=f"Leave {wrong[0]} out.")
 
 
 def _refuse_lora(values: Mapping[str, Any]) -> None:
@@ -222,7 +222,7 @@ def _refuse_lora(values: Mapping[str, Any]) -> None:
         raise UsageError(
             "LoRA needs the adapters' directories: requests name one of them.",
             why=f"{ARGS}, validate_lora_config_consistency: without them room for every module is reserved.",
-            cure="--set llmapi.args.lora_config.lora_dir=[DIRECTORY]",
+            hint="--set llmapi.args.lora_config.lora_dir=[DIRECTORY]",
         )
 
 
@@ -279,7 +279,7 @@ def _attention(settled: dict[str, Argument]) -> None:
             raise UsageError(
                 "The FLASHINFER backend reuses no KV cache blocks, and repository.enable_kv_cache_reuse asks for it.",
                 why=f"{CREATOR} turns it off with a warning.",
-                cure="Leave out one of the two.",
+                hint="Leave out one of the two.",
             )
         put(settled, reuse, False, "the FLASHINFER backend turns it off, with a warning in the log", CREATOR)
     if backend == "VANILLA":

@@ -58,8 +58,8 @@ def render(
         snapshot.source.check_unchanged()  # the tokenizer is copied from it
         return {**facts, "arguments": [vars(argument) for argument in arguments]}
 
-    artefact = store.stage("repository", ingredients, make)
-    return Repository(artefact.path, artefact.digest, artefact.facts)
+    artifact = store.stage("repository", ingredients, make)
+    return Repository(artifact.path, artifact.digest, artifact.facts)
 
 
 def write(
@@ -107,7 +107,7 @@ def check_checkpoint(unified: Path, arguments: Sequence[Argument]) -> None:
         raise IntegrityError(
             f"The checkpoint's KV cache is in {said}, and kv_cache_config.dtype is {asked}.",
             why=f"{unified / 'hf_quant_config.json'}",
-            cure="Quantize again: --force quantize",
+            hint="Quantize again: --force quantize",
         )
 
 

@@ -151,11 +151,11 @@ def _unknown_version(version: str, ranges: list[dict[str, Any]]) -> UnsupportedE
     first = ranges[0]["first"]
     if order(version) < order(first):
         what = f"The llmapi target needs TensorRT-LLM {first} or later, and {version} was asked for."
-        return UnsupportedError(what, why=f"Known: {', '.join(known)}.", cure=f"--set engine.tensorrt_llm={first}")
+        return UnsupportedError(what, why=f"Known: {', '.join(known)}.", hint=f"--set engine.tensorrt_llm={first}")
     return UnsupportedError(
         f"The LLM arguments of TensorRT-LLM {version} are not known here.",
         why=f"Known: {', '.join(known)}.",
-        cure=f"--set engine.tensorrt_llm={first}",
+        hint=f"--set engine.tensorrt_llm={first}",
     )
 
 
@@ -163,7 +163,7 @@ def check(facts: Facts, name: str, value: Any) -> None:
     """UsageError unless this version's LLM class takes `name` (dotted below a config) with this value."""
     refused = next((reason for key, reason in facts.refused.items() if name == key or name.startswith(f"{key}.")), None)
     if refused:
-        raise UsageError(f"llmapi.args.{name} is not taken here: {refused}.", cure=f"Leave {name} out.")
+        raise UsageError(f"llmapi.args.{name} is not taken here: {refused}.", hint=f"Leave {name} out.")
     if name == "cuda_graph_config" and value is None:
         return  # upstream's way to turn CUDA graphs off
     if name not in facts.arguments:
@@ -216,11 +216,11 @@ def _unknown_argument(facts: Facts, name: str) -> UsageError:
     if name in facts.others:
         gone = facts.others[name].get("gone")
         why = f"It was removed: {gone}." if gone else "It came later, or is not certain for this version."
-        return UsageError(what, why=f"{why} Read in: {facts.source}.", cure=f"Leave {name} out.")
+        return UsageError(what, why=f"{why} Read in: {facts.source}.", hint=f"Leave {name} out.")
     if inside := [key for key in facts.arguments if key.startswith(f"{name}.")]:
         return UsageError(
             f"llmapi.args.{name} holds arguments, and is none itself.",
-            cure=f"--set llmapi.{_example(facts, inside[0])}",
+            hint=f"--set llmapi.{_example(facts, inside[0])}",
         )
     # A key on the wrong level is the likeliest slip: free_gpu_memory_fraction without kv_cache_config.
     last = name.rpartition(".")[2]
@@ -229,7 +229,7 @@ def _unknown_argument(facts: Facts, name: str) -> UsageError:
     return UsageError(
         what,
         why=f"Did you mean {' or '.join(near)}?" if near else f"Read in: {facts.source}.",
-        cure=f"`builder explain {near[0]}`." if near else "All that are known: configs/trtllm/llmapi.yaml.",
+        hint=f"`builder explain {near[0]}`." if near else "All that are known: configs/trtllm/llmapi.yaml.",
     )
 
 

@@ -57,7 +57,7 @@ def newest(tensorrt_llm: str) -> Container:
     raise UnsupportedError(
         f"No Triton image with TensorRT-LLM {tensorrt_llm} is known.",
         why=f"configs/containers.yaml has {', '.join(known)}.",
-        cure=f"Ask for one of those: --set engine.tensorrt_llm={next(iter(known))}",
+        hint=f"Ask for one of those: --set engine.tensorrt_llm={next(iter(known))}",
     )
 
 

@@ -90,7 +90,7 @@ def load(name: str) -> GpuProfile:
         raise UnsupportedError(
             f"There is no profile for GPU {name!r}.",
             why=f"Profiles: {', '.join(names())}." + (f" Did you mean {' or '.join(near)}?" if near else ""),
-            cure="`builder gpus` lists the cards behind each profile.",
+            hint="`builder gpus` lists the cards behind each profile.",
         )
     raw = _read(name)
     # The same silicon under other flags: cards, formats, kernels and notes are those of the named profile.
@@ -130,8 +130,8 @@ def detect() -> GpuProfile:
     try:
         found = first()
     except UnsupportedError as error:
-        cure = "Name a profile: --gpu sm120, or --gpu cpu to quantize and serve without a GPU."
-        raise UnsupportedError("No GPU was named, and none is seen here.", why=error.why, cure=cure) from error
+        hint = "Name a profile: --gpu sm120, or --gpu cpu to quantize and serve without a GPU."
+        raise UnsupportedError("No GPU was named, and none is seen here.", why=error.why, hint=hint) from error
     return for_capability(found.major, found.minor, found.name)
 
 
@@ -140,7 +140,7 @@ def first() -> Seen:
     found = visible()
     if not found:
         why = "NVML finds no NVIDIA driver." if found == [] else "NVML does not tell which GPUs this process sees."
-        raise UnsupportedError("No GPU is seen here.", why=why, cure="Run it on a machine with a GPU.")
+        raise UnsupportedError("No GPU is seen here.", why=why, hint="Run it on a machine with a GPU.")
     return found[0]
 
 
@@ -152,7 +152,7 @@ def for_capability(major: int, minor: int, card: str) -> GpuProfile:
     raise UnsupportedError(
         f"This machine's {card} is {name}, and there is no profile for it.",
         why=f"The nearest: {'; '.join(f'{p.name} ({p.title})' for p in nearest(major * 10 + minor))}.",
-        cure="An engine runs only on the architecture that it was built for. To quantize and serve without a GPU: "
+        hint="An engine runs only on the architecture that it was built for. To quantize and serve without a GPU: "
         "--gpu cpu.",
     )
 

@@ -74,7 +74,7 @@ def _merged(files: Mapping[str, Mapping[str, Header]], where: str) -> dict[str, 
         raise IntegrityError(
             f"{where} stores {len(twice)} tensor{'s' * (len(twice) > 1)} in more than one file.",
             why=f"{names(twice)}. {twice[0]} is in {' and in '.join(holders)}, and only one of them would be loaded.",
-            cure="Save the model again with transformers' save_pretrained, into an empty directory.",
+            hint="Save the model again with transformers' save_pretrained, into an empty directory.",
         )
     return {name: info for header in files.values() for name, info in header.items()}
 
@@ -88,7 +88,7 @@ def _check_index(files: Mapping[str, Mapping[str, Header]], index: Mapping[str, 
         raise IntegrityError(
             f"{where}: model.safetensors.index.json and the files disagree on {len(absent) + len(unlisted)} tensors.",
             why="\n".join(why),
-            cure="Copy or download the whole model again, all files of one version.",
+            hint="Copy or download the whole model again, all files of one version.",
         )
 
 
@@ -100,7 +100,7 @@ def _check_wrapper(tensors: Mapping[str, Header], where: str) -> None:
                 f"{where} was saved inside a wrapper: {len(found)} of its {len(tensors)} tensors are named {prefix}...",
                 why=f"{wrapper} puts that before every name, as in {found[0]}. transformers would not find these "
                 "weights, and would take random ones.",
-                cure="Save the model without its wrapper (model._orig_mod, model.module or merge_and_unload()), with "
+                hint="Save the model without its wrapper (model._orig_mod, model.module or merge_and_unload()), with "
                 "save_pretrained.",
             )
 
@@ -112,7 +112,7 @@ def _check_table(config: Mapping[str, Any], tensors: Mapping[str, Header], where
         raise IntegrityError(
             f"{where} holds the tensors of a base model: their names lack the prefix model., and there is no head.",
             why=f"It has {NORM.removeprefix('model.')} where {config['architectures'][0]} has {NORM}.",
-            cure="Load it once with transformers' AutoModelForCausalLM, and save that with save_pretrained.",
+            hint="Load it once with transformers' AutoModelForCausalLM, and save that with save_pretrained.",
         )
     _check_layers(config, found, where)
     want = tensor_names.expected(config)
@@ -138,11 +138,11 @@ def _not_whole(
         f"{name} is {list(shape)}, and config.json makes it {list(want[name].shape)} ({want[name].by})."
         for name, shape in list(misshapen.items())[:SHOWN]
     ]
-    cure = "Copy or download the whole model again, with the config.json that belongs to it."
+    hint = "Copy or download the whole model again, with the config.json that belongs to it."
     if list(missing) == [HEAD] and not unexpected:
-        cure = f"If the head is the embedding, config.json must say tie_word_embeddings: true. Else: {cure}"
+        hint = f"If the head is the embedding, config.json must say tie_word_embeddings: true. Else: {hint}"
     elif list(misshapen) and set(misshapen) <= {EMBEDDING, HEAD}:
-        cure = (
+        hint = (
             "Set vocab_size in config.json to the number of rows that are stored, or save the model again after "
             "model.resize_token_embeddings(ROWS)."
         )
@@ -150,7 +150,7 @@ def _not_whole(
         f"{where} is not the {config['architectures'][0]} that its config.json describes: "
         f"{', '.join(f'{count} tensors {what}' for what, count in counts.items() if count)}.",
         why="\n".join(why),
-        cure=cure,
+        hint=hint,
     )
 
 
@@ -170,7 +170,7 @@ def _check_layers(config: Mapping[str, Any], tensors: Iterable[str], where: str)
         f"{where} is not whole: config.json says num_hidden_layers {layers}, and {problem}.",
         why=f"Layers are numbered from 0, and {len(numbers)} are in the files. transformers would fill missing ones "
         "with random numbers, and leave out those that are too many.",
-        cure="Copy or download the whole model again, with the config.json that belongs to it.",
+        hint="Copy or download the whole model again, with the config.json that belongs to it.",
     )
 
 
@@ -211,5 +211,5 @@ def _check_floats(tensors: Mapping[str, Header], where: str) -> None:
         raise UnsupportedError(
             f"{where} has {len(odd)} tensors of a type that no weights are quantized from here.",
             why=f"{names(odd)}; taken are {', '.join(quantization_signs.FLOATS)}.",
-            cure="Load the model with transformers, model.to(torch.bfloat16), and save it with save_pretrained.",
+            hint="Load the model with transformers, model.to(torch.bfloat16), and save it with save_pretrained.",
         )

@@ -98,7 +98,7 @@ def refuse(wrong: Sequence[str], where: str) -> None:
         raise UsageError(
             f"{where}/config.json has {len(wrong)} value{'s' * (len(wrong) > 1)} that can't be right.",
             why="\n".join([*wrong[:10], *["..."] * (len(wrong) > 10)]),
-            cure="Correct them, or copy config.json again from where the model came from.",
+            hint="Correct them, or copy config.json again from where the model came from.",
         )
 
 

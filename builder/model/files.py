@@ -72,7 +72,7 @@ def check_names(names: Collection[str], where: str) -> None:
         raise UsageError(
             f"{where} has no config.json.",
             why=_contents(names),
-            cure="Give the directory (or Hub id) of a transformers model: config.json, *.safetensors, tokenizer.json.",
+            hint="Give the directory (or Hub id) of a transformers model: config.json, *.safetensors, tokenizer.json.",
         )
     if WEIGHTS not in names and INDEX not in names:
         raise _no_weights(names, where)
@@ -81,7 +81,7 @@ def check_names(names: Collection[str], where: str) -> None:
         raise UnsupportedError(
             f"{where} has no tokenizer.json.",
             why="The served repository tokenizes with the fast tokenizer, whose file that is.",
-            cure="Write one with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
+            hint="Write one with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
         )
 
 
@@ -91,7 +91,7 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
         return UnsupportedError(
             f"{where} has its weights only as pickles ({', '.join(pickles[:3])}).",
             why="Loading a pickle runs whatever code is inside it, so none is ever opened here.",
-            cure="Convert it once where you trust it, with transformers: "
+            hint="Convert it once where you trust it, with transformers: "
             'AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").save_pretrained(DIRECTORY)',
         )
     if kinds.ADAPTER in names:
@@ -101,7 +101,7 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
     return UsageError(
         f"{where} has no {WEIGHTS} and no {INDEX}.",
         why=found,
-        cure="Give a model saved by transformers' save_pretrained.",
+        hint="Give a model saved by transformers' save_pretrained.",
     )
 
 
@@ -110,9 +110,9 @@ def parse_config(text: bytes, where: str) -> dict[str, Any]:
     try:
         config = parse_json(text)
     except ValueError as error:
-        raise UsageError(f"{where}/{CONFIG} is no JSON.", why=str(error), cure="Save the model again.") from None
+        raise UsageError(f"{where}/{CONFIG} is no JSON.", why=str(error), hint="Save the model again.") from None
     if not isinstance(config, dict):
-        raise UsageError(f"{where}/{CONFIG} is a {type(config).__name__}, not an object.", cure="Save the model again.")
+        raise UsageError(f"{where}/{CONFIG} is a {type(config).__name__}, not an object.", hint="Save the model again.")
     return config
 
 
@@ -126,7 +126,7 @@ def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bo
         raise UnsupportedError(
             f"{where} needs its own Python code (auto_map in config.json).",
             why=f"transformers has no model type {config.get('model_type')!r}, and a model's code is not run unasked.",
-            cure=_with_remote_code(config["architectures"][0]),
+            hint=_with_remote_code(config["architectures"][0]),
         )
 
 
@@ -160,11 +160,11 @@ def index_of(index: bytes, where: str) -> dict[str, str]:
             raise ValueError("weight_map is no mapping of tensors to files")
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
-            f"{where}/{INDEX} is no index of safetensors.", why=repr(error), cure="Fetch or save the model again."
+            f"{where}/{INDEX} is no index of safetensors.", why=repr(error), hint="Fetch or save the model again."
         ) from None
     strange = sorted({n for n in found.values() if "/" in n or "\\" in n or not n.endswith(".safetensors")})
     if strange:
-        raise IntegrityError(f"{where}/{INDEX} names strange files: {strange[:3]!a}.", cure="Do not use this model.")
+        raise IntegrityError(f"{where}/{INDEX} names strange files: {strange[:3]!a}.", hint="Do not use this model.")
     return found
 
 
@@ -176,14 +176,14 @@ def shards_of(index: bytes, names: Collection[str], where: str) -> list[str]:
         raise IntegrityError(
             f"{where} has two sets of weights: {WEIGHTS}, and {len(shards)} files that {INDEX} names.",
             why=f"transformers loads {WEIGHTS} and ignores the others; other programs do it the other way round.",
-            cure=f"Remove the set that is not meant: {WEIGHTS}, or {INDEX} and its files.",
+            hint=f"Remove the set that is not meant: {WEIGHTS}, or {INDEX} and its files.",
         )
     missing = [name for name in shards if name not in names]
     if missing:
         raise IntegrityError(
             f"{where} lacks {len(missing)} of the {len(shards)} files that its index names.",
             why=f"Missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}.",
-            cure="Copy or download the rest of the model.",
+            hint="Copy or download the rest of the model.",
         )
     return shards
 
@@ -195,7 +195,7 @@ def check_no_pointer(path: Path) -> None:
             raise IntegrityError(
                 f"{path} is a Git LFS pointer of {path.stat().st_size} bytes, not the file itself.",
                 why="The repository was cloned without its large files.",
-                cure=f"git -C {path.parent} lfs pull",
+                hint=f"git -C {path.parent} lfs pull",
             )
 
 

@@ -56,7 +56,7 @@ class SourceFiles:
             raise IntegrityError(
                 f"{self.root} changed after its files were hashed: {', '.join(sorted(changed)[:10])}.",
                 why="What was made of them would be stored under the key of the files that were there before.",
-                cure="Wait until nothing writes to the model any more (a copy, a download, a training run), then run "
+                hint="Wait until nothing writes to the model any more (a copy, a download, a training run), then run "
                 "the same command again.",
             )
 

@@ -50,7 +50,7 @@ def check_names(names: Collection[str], where: str) -> None:
             raise UnsupportedError(
                 f"{where} is {kind}, and only models saved by transformers are read.",
                 why=f"It has {', '.join(found[:3])} and no config.json.",
-                cure=hint,
+                hint=hint,
             )
 
 
@@ -60,7 +60,7 @@ def adapter(where: str) -> UsageError:
         f"{where} is an adapter (LoRA), not a whole model.",
         why=f"{ADAPTER} belongs to PEFT: the directory holds only what training changed, and its base model is "
         "needed too.",
-        cure="Merge it into its base model and give that directory: with peft, "
+        hint="Merge it into its base model and give that directory: with peft, "
         "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIRECTORY); copy the "
         "tokenizer files there too.",
     )
@@ -75,13 +75,13 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise UnsupportedError(
             f"{where} is a multimodal model ({name or 'no architecture named'}): only text models are built here.",
             why=f"It reads more than text: {sign}. Its other parts would be neither quantized nor served.",
-            cure=TEXT_MODEL,
+            hint=TEXT_MODEL,
         )
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(
             f"{where} is an encoder-decoder model ({name or 'no architecture named'}), not a decoder-only one.",
             why="is_encoder_decoder is true in its config.json.",
-            cure=TEXT_MODEL,
+            hint=TEXT_MODEL,
         )
     if not name.endswith(CAUSAL):
         task = next((text for end, text in OTHER_TASKS.items() if name.endswith(end)), "")
@@ -89,5 +89,5 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             f"{where} is not a causal language model.",
             why=f"Its config.json names the architecture {name or '(none)'}{': ' + task if task else ''}; needed is "
             f"one that ends in {' or '.join(CAUSAL)}.",
-            cure=TEXT_MODEL,
+            hint=TEXT_MODEL,
         )

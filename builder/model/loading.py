@@ -78,7 +78,7 @@ def check_tied(config: Mapping[str, Any], directory: Path, shown: Path) -> None:
         raise IntegrityError(
             f"{shown} says tie_word_embeddings, and its {HEAD} differs from its {EMBEDDING}.",
             why="Either the head was trained by itself, or one of the two is left from another model.",
-            cure="Set tie_word_embeddings to false in config.json if the head that is stored is the right one.",
+            hint="Set tie_word_embeddings to false in config.json if the head that is stored is the right one.",
         )
 
 
@@ -121,12 +121,12 @@ def refused(shown: Path | str) -> Iterator[None]:
             raise IntegrityError(
                 f"{shown} is not whole: transformers can't join its experts' tensors.",
                 why=f"{text} The log shows which.",
-                cure="Copy or download the whole model again, with the config.json that belongs to it.",
+                hint="Copy or download the whole model again, with the config.json that belongs to it.",
             ) from error
         raise UnsupportedError(
             f"transformers has no causal language model for {shown}.",
             why=f"{type(error).__name__}: {text}",
-            cure="Choose a decoder that transformers knows, with the config.json that belongs to it; code that comes "
+            hint="Choose a decoder that transformers knows, with the config.json that belongs to it; code that comes "
             "with a model is run with --trust-remote-code alone.",
         ) from error
 
@@ -152,7 +152,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], shown: Path | str) -> None
         raise IntegrityError(
             f"{shown} is not the whole {type(model).__name__} that its config.json describes.",
             why="\n".join(why),
-            cure="Copy or download the whole model again, with the config.json that belongs to it.",
+            hint="Copy or download the whole model again, with the config.json that belongs to it.",
         )
 
 

@@ -74,14 +74,14 @@ def _is_packed(name: str, dtype: str, shape: Sequence[int]) -> bool:
 
 def quantized(where: str, why: str, label: str = "", *, native: bool = False) -> UnsupportedError:
     """The refusal of a model that is quantized already. native: in a format that its maker may have released alone."""
-    cure = "Give the BF16 model that it was made from."
+    hint = "Give the BF16 model that it was made from."
     if native:
-        cure = (
+        hint = (
             "If its maker also released it in BF16, give that. Some did not (DeepSeek-V3 is FP8 alone, gpt-oss MXFP4 "
             "alone): then take another model."
         )
     return UnsupportedError(
         f"{where} is quantized already{label}.",
         why=f"{why} NVFP4 values are computed from the original weights; rounding twice would only lose more.",
-        cure=cure,
+        hint=hint,
     )

@@ -42,7 +42,7 @@ def no_engine() -> UsageError:
     """Where an engine, or the command that builds it, was asked of the llmapi target."""
     return UsageError(
         "The llmapi target has no engine: the checkpoint is loaded as it is.",
-        cure="As far as the repository: `builder render`.",
+        hint="As far as the repository: `builder render`.",
     )
 
 
@@ -74,7 +74,7 @@ def check_model(
     if asked.llmapi.args:
         raise UsageError(
             f"llmapi.args are arguments of TensorRT-LLM's LLM class, which the {asked.target} target does not use.",
-            cure="--target llmapi, or leave them out.",
+            hint="--target llmapi, or leave them out.",
         )
     if layouts:
         checkpoints.architecture(config)
@@ -97,7 +97,7 @@ def check_tokenizer(resolved: Resolved, directory: Path, config: Mapping[str, An
     if wrong:
         raise UsageError(
             f"repository.end_ids has {wrong}, and the model's tokens are 0 to {known - 1}.",
-            cure="tokenizer.json lists the special tokens and their ids under added_tokens.",
+            hint="tokenizer.json lists the special tokens and their ids under added_tokens.",
         )
     calibration_rows.check_conversations(calibration_rows.first_rows(recipe.calibration), directory)
 
@@ -161,7 +161,7 @@ def check_gate(resolved: Resolved, flags: Settings) -> None:
         raise UsageError(
             "The gate asks for the served model's perplexity, and it would return no logits of a prompt.",
             why="trtllm-build leaves them out unless gather_context_logits is on.",
-            cure="Add --set engine.flags.gather_context_logits=enable, or judge what is on disk: --runner checkpoint",
+            hint="Add --set engine.flags.gather_context_logits=enable, or judge what is on disk: --runner checkpoint",
         )
 
 
@@ -176,7 +176,7 @@ def check_fit(
         raise verdict.refusal
     found = sizes(resolved, model, flags)
     tight = not here and found.calibration_memory > host.available
-    if not tight and found.artefacts <= host.disk:
+    if not tight and found.artifacts <= host.disk:
         return
     there = made()
     remaining = [stage for stage in STAGES if stage not in there]

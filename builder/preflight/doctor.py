@@ -1,4 +1,4 @@
-"""Says before anything starts whether this machine, or this container, fits: each check with what it saw and a cure."""
+"""Says before anything starts whether this machine, or this container, fits: each check with what it saw and a hint."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ TOOLKIT = "https://docs.nvidia.com/datacenter/cloud-native/container-toolkit"
 
 @dataclass(frozen=True)
 class Check:
-    """`cure` is what to type or install where the state is not ok; a `failed` one ends a build before it begins."""
+    """`hint` is what to type or install where the state is not ok; a `failed` one ends a build before it begins."""
 
     name: str
     state: Literal["ok", "warning", "failed"]
     seen: str
     needed: str = ""
-    cure: str = ""
+    hint: str = ""
 
 
 def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: str | None = None) -> list[Check]:
@@ -72,14 +72,14 @@ def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: 
 
 
 def require(gpu: GpuProfile, tensorrt_llm: str, output: Path, *, target: str | None = None) -> None:
-    """UnsupportedError with every failed check and its cure."""
+    """UnsupportedError with every failed check and its hint."""
     failed = [check for check in examine(gpu, tensorrt_llm, output, target=target) if check.state == "failed"]
     if failed:
         where = "container" if os.environ.get(INSIDE) else "machine"
         raise UnsupportedError(
             f"This {where} can't build for {gpu.name}; nothing was started.",
             why="\n".join(f"{c.name}: {c.seen}" + (f" (needed: {c.needed})" if c.needed else "") for c in failed),
-            cure="\n".join(dict.fromkeys(check.cure for check in failed)),
+            hint="\n".join(dict.fromkeys(check.hint for check in failed)),
         )
 
 
@@ -90,9 +90,9 @@ def show(checks: Sequence[Check], row: Container, out: Output) -> bool:
     out.result({"passed": passed, "image": asdict(row), "checks": [asdict(check) for check in checks]})
     for check in checks:
         if check.state == "warning":
-            out.warn(f"{check.name}: {check.cure}")
+            out.warn(f"{check.name}: {check.hint}")
         elif check.state == "failed":
-            out.stage("failed", f"{check.name}: {check.cure}")
+            out.stage("failed", f"{check.name}: {check.hint}")
     return passed
 
 
@@ -100,16 +100,16 @@ def _gpu(gpu: GpuProfile | None, cards: Sequence[Seen] | None, inside: bool) -> 
     """The first GPU counts: the engine is built on it, for it."""
     needed = f"a card of {gpu.name}: {gpu.title}" if gpu else "an NVIDIA GPU"
     if cards is None:
-        cure = "Name the one to build on: CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=INDEX"
-        return Check("GPU", "warning", "several unlike ones, or parts of one", needed, cure)
+        hint = "Name the one to build on: CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=INDEX"
+        return Check("GPU", "warning", "several unlike ones, or parts of one", needed, hint)
     if not cards:
-        cure = "Install NVIDIA's driver, so that `nvidia-smi` lists the card; or build for the CPU: --gpu cpu"
+        hint = "Install NVIDIA's driver, so that `nvidia-smi` lists the card; or build for the CPU: --gpu cpu"
         if inside:
-            cure = (
+            hint = (
                 "Give the container the GPU: docker-compose.yml without compose.cpu.yml, on a machine with NVIDIA's "
                 f"container toolkit ({TOOLKIT}); or build for the CPU: --gpu cpu"
             )
-        return Check("GPU", "failed", "no NVIDIA GPU is visible", needed, cure)
+        return Check("GPU", "failed", "no NVIDIA GPU is visible", needed, hint)
     seen = ", ".join(f"{card.name} (sm{card.sm})" for card in cards)
     if gpu and gpu.sm != cards[0].sm:
         return Check("GPU", "failed", seen, needed, f"Build for the card that is here: --gpu sm{cards[0].sm}")
@@ -126,8 +126,8 @@ def _driver(row: Container, seen: str) -> Iterator[Check]:
     if _fits(seen, wanted):
         yield Check("driver", "ok", seen, needed)
     elif floor and _fits(seen, floor):
-        cure = f"A driver from {floor} on runs this CUDA, but not all of it. Install {wanted} or later.{other}"
-        yield Check("driver", "warning", seen, needed, cure)
+        hint = f"A driver from {floor} on runs this CUDA, but not all of it. Install {wanted} or later.{other}"
+        yield Check("driver", "warning", seen, needed, hint)
     else:
         yield Check("driver", "failed", seen, needed, f"Install NVIDIA's driver {wanted} or later.{other}")
 
@@ -139,16 +139,16 @@ def _fits(driver: str, wanted: str) -> bool:
 def _versions(row: Container, target: str) -> Iterator[Check]:
     """What the image holds against its row. An engine runs only on the version that built it."""
     wanted = {"tensorrt_llm": row.tensorrt_llm, "tensorrt": row.tensorrt, "nvidia-modelopt": row.modelopt}
-    cure = f"Build the image on {row.image} (docker compose build build)"
+    hint = f"Build the image on {row.image} (docker compose build build)"
     for name, version in wanted.items():
         seen = compatibility.installed(name) or "absent"
         state: Literal["ok", "warning", "failed"] = "ok"
         if version and seen != version:
             state = "failed" if name == "tensorrt_llm" else "warning"
-        yield Check(name, state, seen, version or "", cure if state != "ok" else "")
+        yield Check(name, state, seen, version or "", hint if state != "ok" else "")
     if target == "engine":
         path = shutil.which("trtllm-build")
-        yield Check("trtllm-build", "ok" if path else "failed", path or "not on the PATH", "on the PATH", cure)
+        yield Check("trtllm-build", "ok" if path else "failed", path or "not on the PATH", "on the PATH", hint)
 
 
 def _openai() -> Check:
@@ -159,22 +159,22 @@ def _openai() -> Check:
     if wrong and overlay:
         seen += f", and a newer one for the llmapi target in {overlay}"
         wrong = llmapi_launch.import_error(llmapi_launch.with_overlay(variables, overlay))
-    cure = llmapi_launch.CURE if wrong else ""
-    return Check("openai", "failed" if wrong else "ok", wrong or seen, "what TensorRT-LLM imports of it", cure)
+    hint = llmapi_launch.CURE if wrong else ""
+    return Check("openai", "failed" if wrong else "ok", wrong or seen, "what TensorRT-LLM imports of it", hint)
 
 
 def _mpi() -> Iterator[Check]:
     """What starts several ranks, and an Open MPI that starts none."""
     for name in ("mpirun", llmapi_launch.WRAPPER):
         path = shutil.which(name)
-        cure = "Serve in NVIDIA's Triton image with TensorRT-LLM, which brings it; one rank is served without."
+        hint = "Serve in NVIDIA's Triton image with TensorRT-LLM, which brings it; one rank is served without."
         yield Check(
-            name, "ok" if path else "warning", path or "not on the PATH", "for --tp and --pp", "" if path else cure
+            name, "ok" if path else "warning", path or "not on the PATH", "for --tp and --pp", "" if path else hint
         )
     version, bad = _open_mpi(), llmapi_versions.read()["open_mpi_without_spawn"]
     if version in bad:
-        cure = f"Take an image with another Open MPI, or try {llmapi_launch.ALWAYS}=1 builder serve"
-        yield Check("Open MPI", "warning", f"{version}, which can't spawn processes", f"not {', '.join(bad)}", cure)
+        hint = f"Take an image with another Open MPI, or try {llmapi_launch.ALWAYS}=1 builder serve"
+        yield Check("Open MPI", "warning", f"{version}, which can't spawn processes", f"not {', '.join(bad)}", hint)
     elif version:
         yield Check("Open MPI", "ok", version)
 
@@ -192,10 +192,10 @@ def _open_mpi() -> str:
 def _shm() -> Check:
     needed = containers.needs().shm_bytes
     seen = shutil.disk_usage(SHM).total if SHM.is_dir() else 0
-    cure = (
+    hint = (
         "Give the container more shared memory: SHM_SIZE=8gb with compose, --shm-size 8g or --ipc host with docker run"
     )
-    return Check("shared memory", "ok" if seen >= needed else "failed", size(seen), f"{size(needed)} in {SHM}", cure)
+    return Check("shared memory", "ok" if seen >= needed else "failed", size(seen), f"{size(needed)} in {SHM}", hint)
 
 
 def _limits() -> Iterator[Check]:
@@ -222,14 +222,14 @@ def _docker(row: Container | None) -> Iterator[Check]:
     info = _docker_json("info", "--format", "{{json .}}")
     needed = f"a running engine, for {row.image}" if row else "a running engine"
     if not info or not info.get("ServerVersion"):
-        cure = "Install Docker and start it (systemctl start docker), as a user of the group docker"
-        yield Check("Docker", "failed", "no engine answers", needed, cure)
+        hint = "Install Docker and start it (systemctl start docker), as a user of the group docker"
+        yield Check("Docker", "failed", "no engine answers", needed, hint)
         return
     yield Check("Docker", "ok", str(info["ServerVersion"]), needed)
     compose = _docker_json("compose", "version", "--format", "json") or {}
     version = compose.get("version", "")
-    cure = "Install the plugin: docker-compose-plugin"
-    yield Check("docker compose", "ok" if version else "failed", version or "absent", "2.24 or later", cure)
+    hint = "Install the plugin: docker-compose-plugin"
+    yield Check("docker compose", "ok" if version else "failed", version or "absent", "2.24 or later", hint)
     yield from _room(info, row)
     runtimes, cdi = info.get("Runtimes") or {}, info.get("DiscoveredDevices") or []
     there = "nvidia" in runtimes or any("nvidia" in str(device) for device in cdi) or _hook()
@@ -249,8 +249,8 @@ def _room(info: Mapping[str, Any], row: Container | None) -> Iterator[Check]:
     if row and row.gb and root.is_dir():
         free = shutil.disk_usage(root).free
         state: Literal["ok", "warning"] = "ok" if free >= row.gb * 1e9 else "warning"
-        cure = "Free some space (docker system prune), or give the engine another data-root"
-        yield Check("Docker's disk", state, f"{size(free)} free", f"{size(row.gb * 1e9)} for {row.image}", cure)
+        hint = "Free some space (docker system prune), or give the engine another data-root"
+        yield Check("Docker's disk", state, f"{size(free)} free", f"{size(row.gb * 1e9)} for {row.image}", hint)
 
 
 def _hook() -> bool:
@@ -275,20 +275,20 @@ def _disk(output: Path) -> Check:
     needed = containers.needs().disk_bytes
     there = _nearest(output)
     free = shutil.disk_usage(there).free
-    cure = "Free some space, or choose another --output. `builder plan` says what a model needs"
-    return Check("disk", "ok" if free >= needed else "failed", f"{size(free)} free", f"{size(needed)} at least", cure)
+    hint = "Free some space, or choose another --output. `builder plan` says what a model needs"
+    return Check("disk", "ok" if free >= needed else "failed", f"{size(free)} free", f"{size(needed)} at least", hint)
 
 
 def _writable(output: Path, inside: bool) -> Iterator[Check]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     uid, gid = os.getuid(), os.getgid()
-    for name, path in {"artefacts": output, "Hub's cache": hub, "cache": cache, "temporary": _tmp()}.items():
+    for name, path in {"artifacts": output, "Hub's cache": hub, "cache": cache, "temporary": _tmp()}.items():
         why = _refusal(path)
-        cure = f"chown -R {uid}:{gid} {path}, or choose another directory"
+        hint = f"chown -R {uid}:{gid} {path}, or choose another directory"
         if inside:
-            cure = f"On the host give it to uid {uid} (chown -R {uid}:{gid} DIRECTORY), or run as its owner: PUID, PGID"
-        yield Check(name, "failed" if why else "ok", f"{path}: {why}" if why else str(path), "writable", cure)
+            hint = f"On the host give it to uid {uid} (chown -R {uid}:{gid} DIRECTORY), or run as its owner: PUID, PGID"
+        yield Check(name, "failed" if why else "ok", f"{path}: {why}" if why else str(path), "writable", hint)
 
 
 def _tmp() -> Path:

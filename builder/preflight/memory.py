@@ -97,7 +97,7 @@ class Sizes:
     checkpoint: int
     ranks: tuple[int, ...]
     disk: Mapping[str, int]
-    artefacts: int
+    artifacts: int
     calibration_memory: int
     kv_bytes_per_token: int
 
@@ -177,7 +177,7 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
         checkpoint=whole,
         ranks=tuple(ranks),
         disk=disk,
-        artefacts=sum(disk.values()) - disk["snapshot"],
+        artifacts=sum(disk.values()) - disk["snapshot"],
         calibration_memory=calibration_memory(model, calibration_tokens),
         kv_bytes_per_token=kv_bytes_per_token(model.config, asked),
     )

@@ -108,26 +108,26 @@ def refusal(
     change = smallest(model, asked, found.memory, fp8_kv=fp8_kv)
     where = "each of the GPUs" if asked.tp * asked.pp > 1 else "it"
     needs = found.needed - found.weights - found.workspace
-    cure = f"The smallest change that fits: {' '.join(change.flags)}" if change else "Take a smaller model."
+    hint = f"The smallest change that fits: {' '.join(change.flags)}" if change else "Take a smaller model."
     error = UnsupportedError(
         f"It does not fit on {found.card}: {size(found.needed)} are needed, {size(found.lacking)} more than "
         f"{where} has ({size(found.memory)}).",
         why=f"weights {size(found.weights)} + workspace {size(found.workspace)} + KV cache {size(needs)} for one "
         f"sequence of {asked.max_seq_len} tokens (kv_cache_free_gpu_mem_fraction counted).",
-        cure=cure,
+        hint=hint,
     )
     return error, change
 
 
 def disk_refusal(sizes: Sizes, host: Machine, missing: int) -> UnsupportedError | None:
-    """`missing` bytes of artefacts are to be made; None if they fit on the disk."""
+    """`missing` bytes of artifacts are to be made; None if they fit on the disk."""
     if missing <= host.disk:
         return None
     parts = ", ".join(f"{stage} {size(n)}" for stage, n in sizes.disk.items() if n and stage != "snapshot")
     return UnsupportedError(
-        f"The disk of the output directory has {size(host.disk)} free, and the artefacts need {size(missing)}.",
+        f"The disk of the output directory has {size(host.disk)} free, and the artifacts need {size(missing)}.",
         why=f"By stage: {parts}.",
-        cure=f"Free {size(missing - host.disk)} (`builder clean` removes what no repository needs), or choose another "
+        hint=f"Free {size(missing - host.disk)} (`builder clean` removes what no repository needs), or choose another "
         "--output.",
     )
 
@@ -144,15 +144,15 @@ def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> 
         lambda n: preflight_memory.calibration_memory(model, n) <= host.memory, 0, rows.seq_len
     )
     elsewhere = f"Calibrate on a machine with {size(needed)} of memory, or with GPUs"
-    cure = f"{elsewhere}; or take a smaller model."
+    hint = f"{elsewhere}; or take a smaller model."
     if batch:
-        cure = f"Fewer rows at once: --set calibration.batch_size={batch}. Or: {elsewhere}."
+        hint = f"Fewer rows at once: --set calibration.batch_size={batch}. Or: {elsewhere}."
     elif length >= SHORTEST:
-        cure = f"Shorter rows: --calib-seq-len {length} --set calibration.batch_size=1. Or: {elsewhere}."
+        hint = f"Shorter rows: --calib-seq-len {length} --set calibration.batch_size=1. Or: {elsewhere}."
     return UnsupportedError(
         f"Calibrating takes about {size(needed)} of memory, and this machine has {size(host.memory)}.",
         why=f"The weights in their own type, activations of {rows.batch_size} x {rows.seq_len} tokens: an estimate.",
-        cure=cure,
+        hint=hint,
     )
 
 

@@ -62,7 +62,7 @@ def move(name: Path, repository: Path) -> None:
     """Points the link to the repository, in one step. UsageError where something else than a link is in its place."""
     target = os.path.relpath(repository, name.parent)
     if os.path.lexists(name) and not name.is_symlink():
-        raise UsageError(f"{name} is no link, so it is left as it is.", cure="Move it away, or choose another --name.")
+        raise UsageError(f"{name} is no link, so it is left as it is.", hint="Move it away, or choose another --name.")
     replace_link(name, target)
 
 

@@ -178,7 +178,7 @@ def check_quality(
         return Quality(unmeasured=" ".join(f"{error.what} {error.why}".split()))
     except process.Failed as error:
         if error.code != -signal.SIGKILL:
-            error.cure += "\nTo build without this check: --no-quality-check"
+            error.hint += "\nTo build without this check: --no-quality-check"
             raise
         return Quality(unmeasured=f"its process was killed, probably for want of memory: it needs about {needs}")
     return read_quality(made.facts, made.digest, made.path)

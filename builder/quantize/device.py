@@ -18,6 +18,6 @@ def check_device(expected: Sequence[str]) -> str:
         raise UnsupportedError(
             f"The driver lists {expected[0]}, and PyTorch sees no GPU.",
             why=f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}; an older driver can't run it.",
-            cure="Update the driver, or do it on the CPU: the same command with CUDA_VISIBLE_DEVICES= before it",
+            hint="Update the driver, or do it on the CPU: the same command with CUDA_VISIBLE_DEVICES= before it",
         )
     return "cpu"

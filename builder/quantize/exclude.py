@@ -72,7 +72,7 @@ def check_apart(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -
         raise UsageError(
             f"{', '.join(both[:3])}{', ...' * (len(both) > 3)} would be both in BF16 and in FP8.",
             why="q, k and v are kept together, as are gate and up, so a pattern may mean more than it names.",
-            cure="Take the pattern out of --keep-bf16 or out of --keep-fp8.",
+            hint="Take the pattern out of --keep-bf16 or out of --keep-fp8.",
         )
     if kept and fp8 and len(kept) + len(fp8) == len(known):
         raise _nothing_left(known, "--keep-fp8")
@@ -83,7 +83,7 @@ def _nothing_left(known: Sequence[str], flag: str) -> UnsupportedError:
     return UnsupportedError(
         f"All {len(known)} linear layers would stay in {form}: nothing is left to quantize.",
         why="This builder makes NVFP4 checkpoints.",
-        cure=f"Keep fewer: {flag} '{known[-1]}'",
+        hint=f"Keep fewer: {flag} '{known[-1]}'",
     )
 
 
@@ -101,7 +101,7 @@ def _matches_nothing(pattern: str, known: Sequence[str], flag: str) -> UsageErro
         why=f"Names are Hugging Face's, as {known[0]}; embeddings, norms and lm_head are never quantized."
         if known
         else "The model has no linear layer that would be.",
-        cure=f"Near: {', '.join(near or [*known[:1], *leaves])}",
+        hint=f"Near: {', '.join(near or [*known[:1], *leaves])}",
     )
 
 
@@ -129,7 +129,7 @@ def check_flags(kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str
     if (kept or fp8) and flags.get("norm_quant_fusion") == "enable":
         raise UnsupportedError(
             "norm_quant_fusion takes every layer for NVFP4, and some would stay in BF16 or FP8.",
-            cure="--set engine.flags.norm_quant_fusion=disable",
+            hint="--set engine.flags.norm_quant_fusion=disable",
         )
     outputs = [(module, "BF16") for module in kept] + [(module, "FP8") for module in fp8]
     outputs = [(module, form) for module, form in outputs if module.endswith(OUTPUT)]
@@ -139,7 +139,7 @@ def check_flags(kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str
             f"{module} can't stay in {form} in this engine: {reason}.",
             why="The attention kernel's output is FP8 or FP4 then, by the NVFP4 layer's input scale that follows it "
             "(gptAttentionPlugin.cpp, supportsFormatCombination; models/modeling_utils.py, set_fp8_context_fhma; 1.2).",
-            cure="Keep other layers, or take --gpu sm120, whose engines have none of both.",
+            hint="Keep other layers, or take --gpu sm120, whose engines have none of both.",
         )
 
 
@@ -156,7 +156,7 @@ def check_llm_class(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str
         raise UnsupportedError(
             f"--target llmapi finds no format for {fused[0]} where formats are mixed.",
             why="It looks for q_proj's (_torch/models/modeling_utils.py, apply_layerwise_quant_config).",
-            cure="Keep layers in BF16: --keep-bf16",
+            hint="Keep layers in BF16: --keep-bf16",
         )
     forms = dict.fromkeys(known, "NVFP4") | dict.fromkeys(kept, "BF16") | dict.fromkeys(fp8, "FP8")
     for output in (module for module in known if module.endswith(OUTPUT)):
@@ -166,7 +166,7 @@ def check_llm_class(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str
                 f"{output} in {forms[output]} can't follow {q_proj} in {forms[q_proj]} with --target llmapi.",
                 why=f"TensorRT-LLM's LLM class: {BY_Q_PROJ} (_torch/models/modeling_utils.py, "
                 "apply_layerwise_quant_config; _torch/attention_backend/trtllm.py@00bede19, forward).",
-                cure=f"Keep both alike: --keep-fp8 '{output.removesuffix(OUTPUT)}.*', or {output} in BF16.",
+                hint=f"Keep both alike: --keep-fp8 '{output.removesuffix(OUTPUT)}.*', or {output} in BF16.",
             )
 
 

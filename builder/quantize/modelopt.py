@@ -134,8 +134,8 @@ def quantize(
         found.check()
         return {**facts, "kept": list(kept), "fp8": list(fp8), "inspection": found.facts()}
 
-    artefact = store.stage("checkpoint", ingredients, make)
-    return Checkpoint(path=artefact.path, digest=artefact.digest, facts=artefact.facts)
+    artifact = store.stage("checkpoint", ingredients, make)
+    return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
 
 
 def gpus() -> list[str]:
@@ -168,7 +168,7 @@ def check(weights: Sequence[Path], kept: Sequence[str] = ()) -> None:
     if absent:
         raise UnsupportedError(
             f"Quantizing needs {', '.join(absent)}, which this Python has not.",
-            cure="Install the project with its quantize extra, or run the build in the container.",
+            hint="Install the project with its quantize extra, or run the build in the container.",
         )
     shapes = {name: info.shape for file in weights for name, info in read_header(file).items()}
     unkept = {name: shape for name, shape in sorted(shapes.items()) if name.removesuffix(".weight") not in kept}
@@ -194,7 +194,7 @@ def check_sizes(weights: Mapping[str, Sequence[int]]) -> None:
         raise UnsupportedError(
             f"{len(wrong)} linear layers have an input size that is no multiple of {BLOCK}: NVFP4 can't hold them.",
             why="\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)),
-            cure="Choose another model: the sizes are part of its architecture.",
+            hint="Choose another model: the sizes are part of its architecture.",
         )
 
 

@@ -193,7 +193,7 @@ def _check_not_zero(weights: Mapping[str, Any]) -> None:
             f"{len(zero)} linear layers of the model have weights of nothing but zeros: {', '.join(zero[:5])}"
             f"{', ...' * (len(zero) > 5)}.",
             why="NVFP4 and FP8 divide by the largest weight. They are zero in the model's own files.",
-            cure="If that is meant, keep these layers as they are: "
+            hint="If that is meant, keep these layers as they are: "
             + " ".join(f"--keep-bf16 '{name}'" for name in zero[:5])
             + ". If not, fetch the model again or choose another revision.",
         )
@@ -218,15 +218,15 @@ def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = (), fp8: S
         raise UnsupportedError(
             f"{len(lost)} layers that should be kept are no layers of their own in {kind}: {', '.join(lost[:5])}.",
             why="transformers joins the experts of a mixture in one module, which ModelOpt quantizes as a whole.",
-            cure="Leave them out of --keep-bf16 and --keep-fp8.",
+            hint="Leave them out of --keep-bf16 and --keep-fp8.",
         )
     if not linears:
-        raise UnsupportedError(f"ModelOpt finds nothing to quantize in {kind}.", cure="Choose another model.")
+        raise UnsupportedError(f"ModelOpt finds nothing to quantize in {kind}.", hint="Choose another model.")
     if fp8_kv and len(kv) < 2 * model.config.num_hidden_layers:
         raise UnsupportedError(
             f"ModelOpt can't quantize the KV cache of {kind}.",
             why=f"It put {len(kv)} quantizers into {model.config.num_hidden_layers} layers' attention.",
-            cure="Leave the cache in the model's own type: --kv-cache-dtype auto",
+            hint="Leave the cache in the model's own type: --kv-cache-dtype auto",
         )
     return {
         "quantized_linears": len(linears) - len(fp8),
@@ -277,7 +277,7 @@ class _unsupported:
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, NotImplementedError):
             raise UnsupportedError(
-                f"ModelOpt can't {self.doing} this model.", why=str(error), cure="Choose another model."
+                f"ModelOpt can't {self.doing} this model.", why=str(error), hint="Choose another model."
             ) from error
 
 
@@ -323,7 +323,7 @@ def _not_finite(model: Path, said: str) -> IntegrityError:
     return IntegrityError(
         "NaN or Inf came up while calibrating.",
         why="\n".join(named[:10]) or said,
-        cure="Fetch the model again, or choose another revision: these weights can't be quantized."
+        hint="Fetch the model again, or choose another revision: these weights can't be quantized."
         if named
         else "The weights are finite, so it is the arithmetic: try other --calib-data, or a model in another dtype.",
     )
@@ -338,13 +338,13 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
         return StageError(
             f"The disk that holds {Path(job['destination']).parent} is full.",
             why="Nothing half-made was kept.",
-            cure="Free some space (`builder clean` removes what no repository needs) or choose another --output.",
+            hint="Free some space (`builder clean` removes what no repository needs) or choose another --output.",
         )
     if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
         return UnsupportedError(
             "The model does not fit into this machine's memory.",
             why=text.splitlines()[0] if text else "",
-            cure="Calibrate with less at once (--calib-seq-len 512), or use a machine with more memory.",
+            hint="Calibrate with less at once (--calib-seq-len 512), or use a machine with more memory.",
         )
     return None
 

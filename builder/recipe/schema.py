@@ -281,7 +281,7 @@ def resolve(
     recipe_file: Path | None = None,
     preset: str | None = None,
 ) -> Resolved:
-    """Merges the sources by precedence. `flags` maps dotted keys to values. UsageError names key and cure."""
+    """Merges the sources by precedence. `flags` maps dotted keys to values. UsageError names key and hint."""
     layers: list[tuple[str, dict[str, Any]]] = []
     if preset:
         layers.append((f"preset {preset}", load_preset(preset)))
@@ -294,7 +294,7 @@ def resolve(
     for _, layer in layers:
         asked = layer.get("gpu", asked)
     if not isinstance(asked, str):
-        raise UsageError(f"gpu: {asked!r} is no name of a profile.", cure="`builder gpus` lists them; --gpu sm120")
+        raise UsageError(f"gpu: {asked!r} is no name of a profile.", hint="`builder gpus` lists them; --gpu sm120")
     gpu = gpus.detect() if asked == "auto" else gpus.load(asked)
     layers.insert(0, (f"GPU profile {gpu.name}", {**gpu.recipe, "gpu": gpu.name, "target": gpu.target}))
 
@@ -326,7 +326,7 @@ def load_preset(name: str) -> dict[str, Any]:
     file = paths.data("configs", "presets", f"{name}.yaml")
     known = sorted(path.stem for path in paths.data("configs", "presets").glob("*.yaml"))
     if name not in known:
-        raise UsageError(f"There is no preset {name!r}.", cure=f"Presets: {', '.join(known)}.")
+        raise UsageError(f"There is no preset {name!r}.", hint=f"Presets: {', '.join(known)}.")
     return load_yaml(file)
 
 
@@ -338,10 +338,10 @@ def load_yaml(file: Path) -> dict[str, Any]:
         raise UsageError(f"Can't read the recipe {file}.", why=str(error)) from error
     except ValueError as error:
         raise UsageError(
-            f"The recipe {file} is no valid YAML.", why=str(error), cure="Examples are in configs/recipes/."
+            f"The recipe {file} is no valid YAML.", why=str(error), hint="Examples are in configs/recipes/."
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise UsageError(f"{file} holds no mapping of names to values.", cure="Examples are in configs/recipes/.")
+        raise UsageError(f"{file} holds no mapping of names to values.", hint="Examples are in configs/recipes/.")
     return loaded
 
 
@@ -349,7 +349,7 @@ def parse_set(text: str) -> dict[str, Any]:
     """`engine.max_batch_size=8` -> {"engine": {"max_batch_size": 8}}; the value is read as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)*", key):
-        raise UsageError(f"--set {text!r} is not of the form a.b=value.", cure="--set engine.max_batch_size=8")
+        raise UsageError(f"--set {text!r} is not of the form a.b=value.", hint="--set engine.max_batch_size=8")
     try:
         return _nest(key, parse_yaml(value))
     except ValueError as error:
@@ -409,7 +409,7 @@ def _usage_error(error: ValidationError, origins: Mapping[str, str]) -> UsageErr
             lines.append("no model is named")
         else:
             lines.append(f"{key or 'recipe'}: {problem['msg']}{origin}")
-    cure = "`builder schema` prints every key; examples are in configs/recipes/."
+    hint = "`builder schema` prints every key; examples are in configs/recipes/."
     if lines == ["no model is named"]:
-        cure = "Add --model Qwen/Qwen3-8B, or a local directory."
-    return UsageError("The recipe can't be used: " + "; ".join(lines) + ".", cure=cure)
+        hint = "Add --model Qwen/Qwen3-8B, or a local directory."
+    return UsageError("The recipe can't be used: " + "; ".join(lines) + ".", hint=hint)

@@ -212,7 +212,7 @@ class _Tensors:
     def plain(self, name: str) -> Tensor:
         """As stored: a view of the mapped file. IntegrityError if there is none."""
         if name not in self._names:
-            raise IntegrityError(f"The checkpoint has no tensor {name}.", cure="Quantize again.")
+            raise IntegrityError(f"The checkpoint has no tensor {name}.", hint="Quantize again.")
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 

@@ -28,5 +28,5 @@ def check_model(config: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             f"The reference executor can't run this model: {', '.join(f'{n} {v!r}' for n, (v, _) in wrong.items())}.",
             why="; ".join(f"It knows {name} {', '.join(known)}" for name, (_, known) in wrong.items()) + ".",
-            cure="TensorRT-LLM may run it on a GPU: --gpu sm120, for example (`builder gpus`).",
+            hint="TensorRT-LLM may run it on a GPU: --gpu sm120, for example (`builder gpus`).",
         )

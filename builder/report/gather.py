@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.errors import UsageError
-from builder.core.store import STAGES, Artefact, artefacts, read, root_of, tests_of, upstream
+from builder.core.store import STAGES, Artifact, artifacts, read, root_of, tests_of, upstream
 from builder.evaluate.tasks import Row
 from builder.publish import build_record as records
 from builder.publish import verdict
@@ -101,13 +101,13 @@ class Report:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a report is made from: the artefacts upstream by stage, and what was measured on the repository."""
+    """What a report is made from: the artifacts upstream by stage, and what was measured on the repository."""
 
     path: Path
-    repository: Artefact
-    chain: Mapping[str, Artefact]
-    smoke: Artefact | None
-    load: Artefact | None
+    repository: Artifact
+    chain: Mapping[str, Artifact]
+    smoke: Artifact | None
+    load: Artifact | None
     quality: Quality | None
     judged: verdict.Verdict | None  # by the build
     evaluation: Evaluation | None
@@ -164,15 +164,15 @@ def _find(path: Path) -> _Found:
     open_repository(path)
     repository = read(directory)
     if repository is None:
-        raise UsageError(f"{path} was just changed or removed.", cure="Run the same command again.")
+        raise UsageError(f"{path} was just changed or removed.", hint="Run the same command again.")
     root = root_of(directory)
-    everything = artefacts(root) if root else [repository]
+    everything = artifacts(root) if root else [repository]
     record = records.find(root, directory) if root else None
-    chain = {artefact.stage: artefact for artefact in upstream([repository], everything)}
-    for stage in record["stages"] if record and root else ():  # which of two artefacts with the same content it was
-        artefact = read(root / stage["path"]) if root else None
-        if artefact and artefact.stage in chain and artefact.digest == chain[artefact.stage].digest:
-            chain[artefact.stage] = artefact
+    chain = {artifact.stage: artifact for artifact in upstream([repository], everything)}
+    for stage in record["stages"] if record and root else ():  # which of two artifacts with the same content it was
+        artifact = read(root / stage["path"]) if root else None
+        if artifact and artifact.stage in chain and artifact.digest == chain[artifact.stage].digest:
+            chain[artifact.stage] = artifact
     chain = {stage: chain[stage] for stage in STAGES if stage in chain}
     return _Found(
         path=path,
@@ -181,7 +181,7 @@ def _find(path: Path) -> _Found:
         smoke=_newest(tests_of([repository], everything, ["smoke"])),
         load=_newest(tests_of([repository], everything, ["load"])),
         quality=_quality(chain, everything),
-        judged=verdict.latest(repository.digest, [artefact.digest for artefact in chain.values()], everything),
+        judged=verdict.latest(repository.digest, [artifact.digest for artifact in chain.values()], everything),
         evaluation=results.evaluation_of(chain, everything),
         tasks=results.tasks_of(chain, everything),
         losses=results.losses_of(chain, everything),
@@ -189,17 +189,17 @@ def _find(path: Path) -> _Found:
     )
 
 
-def _quality(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> Quality | None:
+def _quality(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> Quality | None:
     """The newest quality check of this checkpoint."""
-    ours = {artefact.digest for artefact in chain.values()}
+    ours = {artifact.digest for artifact in chain.values()}
     of = [a for a in everything if a.stage == "quality" and set(a.manifest["ingredients"]["of"]) <= ours]
     found = _newest(of)
     measured = qualities.read_quality(found.facts, found.digest, found.path) if found else None
     return None if measured and measured.unmeasured else measured
 
 
-def _newest(found: Sequence[Artefact]) -> Artefact | None:
-    return max(found, key=lambda artefact: float(artefact.manifest["started"]), default=None)
+def _newest(found: Sequence[Artifact]) -> Artifact | None:
+    return max(found, key=lambda artifact: float(artifact.manifest["started"]), default=None)
 
 
 def _model(found: _Found) -> Model:
@@ -262,8 +262,8 @@ def _versions(found: _Found) -> dict[str, str]:
 
 def _stages(found: _Found) -> list[Stage]:
     return [
-        Stage(artefact.stage, artefact.manifest["key"], float(artefact.manifest["seconds"]), _parts(artefact.facts))
-        for artefact in (*found.chain.values(), *([found.smoke] if found.smoke else []))
+        Stage(artifact.stage, artifact.manifest["key"], float(artifact.manifest["seconds"]), _parts(artifact.facts))
+        for artifact in (*found.chain.values(), *([found.smoke] if found.smoke else []))
     ]
 
 

@@ -63,7 +63,7 @@ def error(found: Quality, min_score: float, command: Sequence[str]) -> Evaluatio
     return EvaluationError(
         f"The model fails the quality check: {failed}.",
         why=_why(found),
-        cure="\n".join(_cure(found, min_score, command)),
+        hint="\n".join(_cure(found, min_score, command)),
     )
 
 

@@ -76,7 +76,7 @@ def publish(
     card, table = card or directory / f"{name}.md", table or directory / "results.csv"
     for path in (page, card, table):
         if path.is_dir():
-            raise UsageError(f"{path} is a directory.", cure="Name files: --html FILE --markdown FILE --csv FILE")
+            raise UsageError(f"{path} is a directory.", hint="Name files: --html FILE --markdown FILE --csv FILE")
     replace_file(page, html(report))
     replace_file(card, markdown(report))
     identity = _identity(report)

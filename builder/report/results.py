@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.errors import UsageError
-from builder.core.store import Artefact, digest_of, replace_file
+from builder.core.store import Artifact, digest_of, replace_file
 from builder.evaluate.tasks import Row
 
 OVERALL = "overall"  # the data sets together, weighted by tokens
@@ -84,42 +84,42 @@ class Loss:
     nbytes: int | None = None
 
 
-def evaluation_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> Evaluation | None:
-    """The newest evaluation on texts of these artefacts and no others; one with a gate before one without."""
-    mine = [artefact for artefact in _evaluations(chain, everything) if artefact.facts.get("texts", True)]
+def evaluation_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> Evaluation | None:
+    """The newest evaluation on texts of these artifacts and no others; one with a gate before one without."""
+    mine = [artifact for artifact in _evaluations(chain, everything) if artifact.facts.get("texts", True)]
     newest = max(mine, key=lambda a: (bool(a.facts.get("verdict")), _started(a)), default=None)
     if newest is None:
         return None
     return read_evaluation(_told(newest), newest.digest, newest.manifest["ingredients"].get("limits", {}))
 
 
-def tasks_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> tuple[Row, ...]:
+def tasks_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> tuple[Row, ...]:
     """The figures of the newest evaluation by tasks, which may be another one than that on texts."""
-    mine = [artefact for artefact in _evaluations(chain, everything) if artefact.facts.get("tasks")]
+    mine = [artifact for artifact in _evaluations(chain, everything) if artifact.facts.get("tasks")]
     newest = max(mine, key=_started, default=None)
     return tuple(Row(**row) for row in _told(newest)["tasks"]["rows"]) if newest else ()
 
 
-def _evaluations(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> list[Artefact]:
-    """Those of these artefacts and no others, with more than BF16."""
-    ours = {artefact.digest for artefact in chain.values()}
+def _evaluations(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> list[Artifact]:
+    """Those of these artifacts and no others, with more than BF16."""
+    ours = {artifact.digest for artifact in chain.values()}
     measured = ("scores", "tasks")
     of = {a.digest: set(a.manifest["ingredients"]["of"]) for a in everything if a.stage in measured}
     return [
-        artefact
-        for artefact in everything
-        if artefact.stage == "evaluation"
-        and set(artefact.manifest["ingredients"]["runners"]) - {BF16}
-        and all(of.get(digest, {""}) <= ours for digest in artefact.manifest["ingredients"]["of"])
+        artifact
+        for artifact in everything
+        if artifact.stage == "evaluation"
+        and set(artifact.manifest["ingredients"]["runners"]) - {BF16}
+        and all(of.get(digest, {""}) <= ours for digest in artifact.manifest["ingredients"]["of"])
     ]
 
 
-def _started(artefact: Artefact) -> float:
-    return float(artefact.manifest["started"])
+def _started(artifact: Artifact) -> float:
+    return float(artifact.manifest["started"])
 
 
-def _told(artefact: Artefact) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((artefact.path / "evaluation.json").read_text(encoding="utf-8"))
+def _told(artifact: Artifact) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((artifact.path / "evaluation.json").read_text(encoding="utf-8"))
     return told
 
 
@@ -155,9 +155,9 @@ def _score(runner: str, data: str, figures: Mapping[str, Any], sets: Mapping[str
     return Score(runner, data, total("texts"), total("tokens"), total("seconds"), interval("ppl"), **metrics)
 
 
-def losses_of(chain: Mapping[str, Artefact], everything: Sequence[Artefact]) -> list[Loss]:
+def losses_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> list[Loss]:
     """The loss by layer of the chain's model, in the order of the layers; empty where nobody measured it."""
-    ours = {artefact.digest for artefact in chain.values()}
+    ours = {artifact.digest for artifact in chain.values()}
     found = [a for a in everything if a.stage == "sensitivity" and set(a.manifest["ingredients"]["of"]) <= ours]
     newest = max(found, key=_started, default=None)
     layers = newest.facts["layers"] if newest else []
@@ -223,7 +223,7 @@ def _locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.parent / f".{path.name}.lock", "ab")  # noqa: SIM115
     except OSError as error:
-        raise UsageError(f"Can't write {path}.", why=str(error), cure="Name another file: --csv FILE") from error
+        raise UsageError(f"Can't write {path}.", why=str(error), hint="Name another file: --csv FILE") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -245,7 +245,7 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _no_table(path: Path, why: str) -> UsageError:
-    return UsageError(f"{path} is no table of results.", why=why, cure="Name another file: --csv FILE")
+    return UsageError(f"{path} is no table of results.", why=why, hint="Name another file: --csv FILE")
 
 
 def _cell(value: object) -> str:

@@ -133,7 +133,7 @@ def connect() -> Any:
         import docker.errors
     except ModuleNotFoundError:
         raise UsageError(
-            "The Python package of Docker is not installed.", cure="pip install 'trtllm-builder[container]'"
+            "The Python package of Docker is not installed.", hint="pip install 'trtllm-builder[container]'"
         ) from None
     try:
         return docker.from_env(timeout=120)
@@ -141,7 +141,7 @@ def connect() -> Any:
         raise UsageError(
             "No Docker engine answers.",
             why=str(error),
-            cure="Start it (systemctl start docker), or enter the group docker; DOCKER_HOST names another engine. "
+            hint="Start it (systemctl start docker), or enter the group docker; DOCKER_HOST names another engine. "
             "Without an engine: the same command without --container.",
         ) from error
 
@@ -155,13 +155,13 @@ def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
     except docker.errors.ImageNotFound:
         raise UsageError(
             f"The image {name} is not on this machine.",
-            cure="Build it: docker compose build build. Or name another: --image NAME",
+            hint="Build it: docker compose build build. Or name another: --image NAME",
         ) from None
     if TENSORRT_LLM not in labels:
         raise UsageError(
             f"The image {name} was not made by this project's Dockerfile.",
             why=f"It has no label {TENSORRT_LLM}.",
-            cure="Build one: docker compose build build. Or name another: --image NAME",
+            hint="Build one: docker compose build build. Or name another: --image NAME",
         )
     llmapi = facts["target"] == "llmapi"
     if facts["target"] != "reference" and labels[TENSORRT_LLM] != facts["tensorrt_llm"]:
@@ -169,7 +169,7 @@ def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
             f"The image {name} has TensorRT-LLM {labels[TENSORRT_LLM]}, and {facts['tensorrt_llm']} "
             + ("is what the repository was rendered for." if llmapi else "built the engine."),
             why=compatibility.LLM_ARGUMENTS if llmapi else "An engine runs only on the version that built it.",
-            cure="Build the image on the right base (configs/containers.yaml): BASE_IMAGE=... docker compose build "
+            hint="Build the image on the right base (configs/containers.yaml): BASE_IMAGE=... docker compose build "
             "build. Or name another: --image NAME",
         )
 
@@ -284,13 +284,13 @@ def _start_error(said: str) -> BuilderError:
         return UnsupportedError(
             "The Docker engine has no GPU to give to the container.",
             why=said,
-            cure="`builder doctor` says what is missing. A repository for the CPU: builder build --gpu cpu",
+            hint="`builder doctor` says what is missing. A repository for the CPU: builder build --gpu cpu",
         )
     if "port is already allocated" in said or "address already in use" in said:
         return ServingError(
-            "A port of the server is in use.", why=said, cure="Choose others: --http-port, --grpc-port, --metrics-port."
+            "A port of the server is in use.", why=said, hint="Choose others: --http-port, --grpc-port, --metrics-port."
         )
-    return ServingError("The container does not start.", why=said, cure="`builder doctor` looks for the reason.")
+    return ServingError("The container does not start.", why=said, hint="`builder doctor` looks for the reason.")
 
 
 def _copy(lines: Iterator[bytes], log: Path, follow: bool) -> None:
@@ -324,7 +324,7 @@ def _wait_until_ready(server: ContainerServer, models: Path, deadline: float) ->
             raise ServingError(
                 f"The server in the container {what}.",
                 why=why or process.tail(server.log),
-                cure=f"The whole log: {server.log}",
+                hint=f"The whole log: {server.log}",
             )
         if answers_ok(server.http_url, paths[0]):
             paths.pop(0)

@@ -70,7 +70,7 @@ def _given_up(why: str) -> ServingError:
     return ServingError(
         "The server runs, and no longer answers.",
         why=f"{why}\nTriton does not start a model's process again.",
-        cure="Start it again (with docker compose, restart: unless-stopped does that). The server's log says more.",
+        hint="Start it again (with docker compose, restart: unless-stopped does that). The server's log says more.",
     )
 
 

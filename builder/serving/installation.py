@@ -45,7 +45,7 @@ def _wheel() -> Installation:
         raise ServingError(
             "There is no Triton server on this machine.",
             why=f"No tritonserver on the PATH, none in {CONTAINER}, and nvidia-pytriton is not installed.",
-            cure="pip install --no-deps nvidia-pytriton==0.7.0, or run in NVIDIA's Triton image.",
+            hint="pip install --no-deps nvidia-pytriton==0.7.0, or run in NVIDIA's Triton image.",
         ) from None
     site = Path(str(package.locate_file("")))
     home = site / "pytriton" / "tritonserver"
@@ -54,7 +54,7 @@ def _wheel() -> Installation:
     if not stub.is_file():
         raise ServingError(
             f"nvidia-pytriton {package.version} has no Python backend for Python {version}.",
-            cure="Use Python 3.11 or 3.12.",
+            hint="Use Python 3.11 or 3.12.",
         )
     libraries, programs = _paths(package)
     _check_paths(libraries, programs)
@@ -91,5 +91,5 @@ def _check_paths(libraries: Sequence[Path], programs: Path) -> None:
             raise ServingError(
                 f"Triton can't be started from {directory}.",
                 why="Its path must have neither `:` nor `;`, and no letters but those of ASCII.",
-                cure="Install this project, and its virtual environment, in another directory.",
+                hint="Install this project, and its virtual environment, in another directory.",
             )

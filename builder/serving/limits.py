@@ -49,7 +49,7 @@ def _check_descriptors(needed: int) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ServingError(
             f"A process may open {hard} files here, and Triton needs {needed} for this repository.",
-            cure=f"Raise the limit: ulimit -n {max(1024, needed)}. For docker run: ulimit nofile={max(1024, needed)}",
+            hint=f"Raise the limit: ulimit -n {max(1024, needed)}. For docker run: ulimit nofile={max(1024, needed)}",
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -61,6 +61,6 @@ def _check_shared_memory(needed: int, instances: int) -> None:
         raise ServingError(
             f"{SHM} has {size(free)} free, and Triton needs {size(needed)} for this repository.",
             why=f"Each Python process of its models ({instances} at least) exchanges tensors with the server there.",
-            cure="Give it more: SHM_SIZE=8gb with compose, shm-size 8g of docker run; "
+            hint="Give it more: SHM_SIZE=8gb with compose, shm-size 8g of docker run; "
             f"on a machine: mount -o remount,size=8G {SHM}",
         )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from builder.core import paths
 from builder.core.errors import BuilderError, ServingError, UsageError
 from builder.core.output import Output
-from builder.core.store import Artefact, Store, root_of
+from builder.core.store import Artifact, Store, root_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -108,21 +108,21 @@ def check(asked: Asked, facts: Mapping[str, Any]) -> None:
     """UsageError for what the repository would refuse, before a server is started."""
     for name, value in (("requests", asked.requests), *(("clients", clients) for clients in asked.clients)):
         if value < 1:
-            raise UsageError(f"{value} {name} are none.", cure=f"Say at least one: --{name} 1")
+            raise UsageError(f"{value} {name} are none.", hint=f"Say at least one: --{name} 1")
     idle = [clients for clients in asked.clients if clients > asked.requests]
     if idle:
         raise UsageError(
             f"{asked.requests} requests can't keep {max(idle)} clients busy: there are never more at once.",
-            cure=f"--requests {2 * max(idle)}, so that each client has some.",
+            hint=f"--requests {2 * max(idle)}, so that each client has some.",
         )
     if asked.input_tokens < 1 or asked.output_tokens < 1:
-        raise UsageError("A prompt and an answer have a token at least.", cure="--input-tokens 128 --output-tokens 32")
+        raise UsageError("A prompt and an answer have a token at least.", hint="--input-tokens 128 --output-tokens 32")
     room = min(facts["max_input_len"], facts["max_seq_len"] - asked.output_tokens)
     if asked.input_tokens > room:
         raise UsageError(
             f"Prompts of {asked.input_tokens} tokens and answers of {asked.output_tokens} are not served.",
             why=f"The repository takes {facts['max_input_len']} tokens in, and {facts['max_seq_len']} in and out.",
-            cure=f"--input-tokens {max(1, min(room, 128))} --output-tokens {min(asked.output_tokens, 32)}",
+            hint=f"--input-tokens {max(1, min(room, 128))} --output-tokens {min(asked.output_tokens, 32)}",
         )
 
 
@@ -187,7 +187,7 @@ def keep(repository: Repository, report: LoadReport, out: Output) -> Path | None
     try:
         store = Store(root, Output("quiet"))
         with store.in_use():
-            made: Artefact = store.stage(STAGE, ingredients, make)
+            made: Artifact = store.stage(STAGE, ingredients, make)
     except (BuilderError, OSError) as error:  # as where it is mounted read-only for those who serve
         out.warn(f"What was measured is not kept in {root}: {error}")
         return None
@@ -265,7 +265,7 @@ def _level(
     why = next((answer.why for answer in answers if answer.why), "")
     if not good:
         raise ServingError(
-            f"With {clients} requests at once none was answered.", why=why, cure="builder smoke REPOSITORY"
+            f"With {clients} requests at once none was answered.", why=why, hint="builder smoke REPOSITORY"
         )
     counts = [count_tokens(answer.text) for answer in good]
     after = [(a.pieces[-1] - a.pieces[0]) / (n - 1) for a, n in zip(good, counts, strict=True) if n > 1]

@@ -102,7 +102,7 @@ def check_names(models: Path) -> None:
                 raise IntegrityError(
                     f"{model} names {name!r}, which is not served.",
                     why="Triton hands names of models, files and environments to a shell without quoting them.",
-                    cure=f"Rename it. Allowed: {ALLOWED}",
+                    hint=f"Rename it. Allowed: {ALLOWED}",
                 )
 
 
@@ -135,7 +135,7 @@ def _own_backends(installation: Installation) -> Path:
         raise ServingError(
             f"Triton's backends can't be used from {installation.backends}.",
             why=f"Triton hands that path to a shell without quoting it. Allowed: {ALLOWED}",
-            cure="Install Triton in another directory, as NVIDIA's image does: /opt/tritonserver",
+            hint="Install Triton in another directory, as NVIDIA's image does: /opt/tritonserver",
         )
     return installation.backends
 
@@ -154,7 +154,7 @@ def _copied_backends(installation: Installation, code: str, directory: Path) -> 
         raise ServingError(
             f"Triton's backends can't be copied to {directory}.",
             why=str(error),
-            cure="Name a directory with room: TMPDIR=DIR",
+            hint="Name a directory with room: TMPDIR=DIR",
         ) from error
     return directory
 
@@ -206,7 +206,7 @@ def _no_place(failed: list[str]) -> ServingError:
         "There is no place for Triton's own directory.",
         why="It needs 4 MB, write access, a file system that runs programs, and a path of nothing but "
         + "\n".join([f"{ALLOWED}. Looked at: {', '.join(map(str, _bases()))}", *failed]),
-        cure="Name one: TMPDIR=DIR",
+        hint="Name one: TMPDIR=DIR",
     )
 
 

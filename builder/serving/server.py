@@ -139,7 +139,7 @@ def serve(
 
 @contextmanager
 def _no_compiled_files(models: Path) -> Iterator[None]:
-    """Removes compiled files from the repository, a finished artefact (the stub heeds no PYTHONDONTWRITEBYTECODE)."""
+    """Removes compiled files from the repository, a finished artifact (the stub heeds no PYTHONDONTWRITEBYTECODE)."""
     try:
         yield
     finally:
@@ -195,7 +195,7 @@ def launch_command(servers: Sequence[list[str]]) -> list[str]:
     if shutil.which("mpirun") is None:
         raise ServingError(
             f"The engine has {len(servers)} ranks, and mpirun, which starts a server for each, is not on the PATH.",
-            cure="Serve it in NVIDIA's Triton image with TensorRT-LLM, which brings Open MPI, "
+            hint="Serve it in NVIDIA's Triton image with TensorRT-LLM, which brings Open MPI, "
             f"on a machine with {len(servers)} GPUs.",
         )
     ranks = [["-n", "1", *server] for server in servers]
@@ -213,7 +213,7 @@ def choose_ports(host: str, *given: int | None) -> list[int]:
         raise ServingError(
             f"Can't listen on {host}:{port}.",
             why=error.strerror or str(error),
-            cure=f"See what uses it (ss -ltnp 'sport = :{port}'), or choose other ports: --http-port, --grpc-port, "
+            hint=f"See what uses it (ss -ltnp 'sport = :{port}'), or choose other ports: --http-port, --grpc-port, "
             "--metrics-port.",
         ) from error
     finally:
@@ -322,9 +322,9 @@ def _failure(what: str, log: Path) -> ServingError:
     text = log.read_text(encoding="utf-8", errors="replace")
     why = "\n".join(reasons(text)) or process.tail(log)
     if known := build_log.diagnose(text, "serving"):
-        cure = f"{known.cure}\nThe whole log: {log}"
-        return ServingError(what, why=f"{known.why} ({known.source})\n{why}", cure=cure)
-    return ServingError(what, why=why, cure=f"The whole log: {log}")
+        hint = f"{known.hint}\nThe whole log: {log}"
+        return ServingError(what, why=f"{known.why} ({known.source})\n{why}", hint=hint)
+    return ServingError(what, why=why, hint=f"The whole log: {log}")
 
 
 def reasons(log: str) -> list[str]:

@@ -118,7 +118,7 @@ class SmokeFailed(ServingError):
         super().__init__(
             f"{len(report.failed)} of {len(report.checks)} smoke checks failed.",
             why="\n".join(f"{check.name}: {check.detail}" for check in report.failed),
-            cure="Serve it and ask it yourself: builder serve REPOSITORY",
+            hint="Serve it and ask it yourself: builder serve REPOSITORY",
         )
         self.report = report
 

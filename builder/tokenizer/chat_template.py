@@ -51,12 +51,12 @@ class TemplateProblem(Exception):
         super().__init__(f"{SAYS[kind]}: {why}")
         self.kind, self.why = kind, why
 
-    def error(self, file: str, *, cure: str, row: int | None = None) -> UsageError:
+    def error(self, file: str, *, hint: str, row: int | None = None) -> UsageError:
         """As what a user reads, with the template's file and the calibration row that it was rendered for."""
         says = SAYS[self.kind]
         if row is not None:
             says = f"refuses calibration row {row}" if self.kind == "refused" else f"{says} (calibration row {row})"
-        return UsageError(f"The chat template of this model ({file}) {says}.", why=self.why, cure=cure)
+        return UsageError(f"The chat template of this model ({file}) {says}.", why=self.why, hint=hint)
 
 
 def find(directory: Path) -> ChatTemplate | None:
@@ -107,7 +107,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _not_text(path: Path, why: str) -> IntegrityError:
-    return IntegrityError(f"The chat template in {path} is no text.", why=why, cure="Fetch or save the model again.")
+    return IntegrityError(f"The chat template in {path} is no text.", why=why, hint="Fetch or save the model again.")
 
 
 class Renderer:

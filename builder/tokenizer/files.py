@@ -99,7 +99,7 @@ def check(directory: Path, config: Mapping[str, Any], where: str) -> Tokenizer:
         raise IntegrityError(
             f"The model and its tokenizer do not belong together: {where}/{TOKENIZER} makes ids beyond the vocabulary.",
             why=f"Its largest id is {max(found.largest_base, found.used)}, and config.json has a vocab_size of {size}.",
-            cure="Fetch model and tokenizer from the same place; where tokens were added, resize the model's "
+            hint="Fetch model and tokenizer from the same place; where tokens were added, resize the model's "
             "embeddings (model.resize_token_embeddings(len(tokenizer))) and save it again.",
         )
     return found
@@ -177,7 +177,7 @@ def _ask(directory: Path, job: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def _unreadable(where: str, why: str) -> IntegrityError:
-    return IntegrityError(f"{where}/{TOKENIZER} is no tokenizer that can be loaded.", why=why, cure=SAVE_AGAIN)
+    return IntegrityError(f"{where}/{TOKENIZER} is no tokenizer that can be loaded.", why=why, hint=SAVE_AGAIN)
 
 
 def _check_described(
@@ -236,9 +236,9 @@ def json_object(path: Path, where: str = "") -> dict[str, Any]:
         raise _wrong(where, path.name, str(error)) from None
     except ValueError as error:
         why = str(error) if path.stat().st_size else "the file is empty"
-        raise IntegrityError(f"{where}/{path.name} is no JSON.", why=why, cure=SAVE_AGAIN) from None
+        raise IntegrityError(f"{where}/{path.name} is no JSON.", why=why, hint=SAVE_AGAIN) from None
     if not isinstance(content, dict):
-        raise IntegrityError(f"{where}/{path.name} is a JSON {type(content).__name__}, not an object.", cure=SAVE_AGAIN)
+        raise IntegrityError(f"{where}/{path.name} is a JSON {type(content).__name__}, not an object.", hint=SAVE_AGAIN)
     return content
 
 
@@ -249,7 +249,7 @@ def _ids(value: Any, file: str) -> list[int]:
         raise IntegrityError(
             f"{file} has {shown(value)} as eos_token_id.",
             why="It takes the id of a token, or a list of ids.",
-            cure="Correct it by the file of the model that this one was made from.",
+            hint="Correct it by the file of the model that this one was made from.",
         )
     return ids
 
@@ -261,7 +261,7 @@ def _text(token: Any) -> str | None:
 
 
 def _wrong(where: str, name: str, why: str) -> IntegrityError:
-    return IntegrityError(f"{where}/{name} is not what a tokenizer saves.", why=f"{why}.", cure=SAVE_AGAIN)
+    return IntegrityError(f"{where}/{name} is not what a tokenizer saves.", why=f"{why}.", hint=SAVE_AGAIN)
 
 
 def shown(value: Any) -> str:

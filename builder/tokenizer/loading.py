@@ -52,7 +52,7 @@ def _alone(directory: Path, options: dict[str, Any]) -> Any:
         raise IntegrityError(
             f"transformers can't load the tokenizer of {directory}.",
             why=f"{type(error).__name__}: {error}",
-            cure="Write its files again: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
+            hint="Write its files again: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
         ) from None
 
 

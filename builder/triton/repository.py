@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from builder.core import manifest as manifests
 from builder.core import paths
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
-from builder.core.store import MANIFEST, Artefact, Store, library_versions, read, sources_digest
+from builder.core.store import MANIFEST, Artifact, Store, library_versions, read, sources_digest
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.recipe import schema
 from builder.tokenizer import files as tokenizer_files
@@ -79,13 +79,13 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
 def open_repository(path: Path) -> Repository:
     """A finished repository by its directory or a link to it. UsageError if it is none, IntegrityError if changed."""
     directory = Path(path).resolve()
-    artefact = read(directory)
-    if artefact is None and (directory / MANIFEST).is_file():
+    artifact = read(directory)
+    if artifact is None and (directory / MANIFEST).is_file():
         compatibility.check(directory / "models")  # where an edit is at odds with the engine, that is what to say
         raise _changed(directory, "Make it again: the same `builder build`, with --from render")
-    if artefact is None or artefact.stage != "repository":
-        raise UsageError(f"{path} is no finished repository.", cure="Build one: builder build --model MODEL --gpu GPU")
-    return _repository(artefact)
+    if artifact is None or artifact.stage != "repository":
+        raise UsageError(f"{path} is no finished repository.", hint="Build one: builder build --model MODEL --gpu GPU")
+    return _repository(artifact)
 
 
 def check_served(repository: Repository) -> None:
@@ -106,7 +106,7 @@ def _changed(directory: Path, hint: str) -> IntegrityError:
     return IntegrityError(
         f"{directory} is not what was made: files were changed, added or are missing.",
         why="\n".join(wrong[:10]),
-        cure=hint,
+        hint=hint,
     )
 
 
@@ -117,13 +117,13 @@ def find(root: Path, named: str | None = None) -> Path:
     if len(found) == 1:
         return found[0]
     names = ", ".join(path.name for path in there) or "nothing"
-    cure = "Build one first: builder build --model MODEL --gpu GPU"
+    hint = "Build one first: builder build --model MODEL --gpu GPU"
     if there:
-        cure = f"Name one: MODEL_REPOSITORY={there[0].name}, or give its path"
+        hint = f"Name one: MODEL_REPOSITORY={there[0].name}, or give its path"
     raise UsageError(
         f"{root / 'models'} has no repository {named!r}." if named else f"Which repository of {root / 'models'}?",
         why=f"There is {names}.",
-        cure=cure,
+        hint=hint,
     )
 
 
@@ -191,7 +191,7 @@ def check(models: Path, *, max_batch_size: int, decoupled: bool) -> None:
         raise IntegrityError(
             "The rendered model repository would not serve.",
             why="\n".join(found),
-            cure="This is a fault of the templates in triton_templates/, or of an edit to them.",
+            hint="This is a fault of the templates in triton_templates/, or of an edit to them.",
         )
 
 
@@ -227,8 +227,8 @@ def repository_key(repository: Repository) -> str:
     return repository.path.name
 
 
-def _repository(artefact: Artefact) -> Repository:
-    return Repository(artefact.path, artefact.digest, artefact.facts)
+def _repository(artifact: Artifact) -> Repository:
+    return Repository(artifact.path, artifact.digest, artifact.facts)
 
 
 def sources(version: str) -> tuple[Path, Path]:
@@ -238,7 +238,7 @@ def sources(version: str) -> tuple[Path, Path]:
     if not (templates.is_dir() and tensors.is_file()):
         known = sorted(path.parent.name for path in paths.data("configs", "trtllm").glob("*/triton-tensors.json"))
         raise UnsupportedError(
-            f"There are no Triton templates for TensorRT-LLM {version}.", cure=f"Known: {', '.join(known)}."
+            f"There are no Triton templates for TensorRT-LLM {version}.", hint=f"Known: {', '.join(known)}."
         )
     return templates, tensors
 
@@ -307,7 +307,7 @@ def _tensors(version: str, logits_dtype: str) -> dict[str, Any]:
     if logits_dtype not in LOGITS_TYPES:
         raise UnsupportedError(
             f"The engine's logits are {logits_dtype}, which Triton has no type for.",
-            cure=f"Build it with one of {', '.join(LOGITS_TYPES)}.",
+            hint=f"Build it with one of {', '.join(LOGITS_TYPES)}.",
         )
     _, file = sources(version)
     text = file.read_text(encoding="utf-8").replace("$logits_datatype", LOGITS_TYPES[logits_dtype])
@@ -352,7 +352,7 @@ def _engine_parameters(engine: Path, build: Mapping[str, Any], part: schema.Repo
     for name in compatibility.lacking_paged_fmha(build, [name for name, value in asked.items() if value]):
         raise UsageError(
             f"repository.{name} needs an engine with paged context FMHA, and this one has none.",
-            cure=f"Leave {name} out, or build with --set engine.flags.use_paged_context_fmha=enable "
+            hint=f"Leave {name} out, or build with --set engine.flags.use_paged_context_fmha=enable "
             "on a profile with context FMHA.",
         )
     return {
@@ -395,7 +395,7 @@ def _copy_tokenizer(snapshot: Path, target: Path) -> None:
     if not (snapshot / "tokenizer.json").is_file():
         raise UnsupportedError(
             f"{snapshot} has no tokenizer.json, the one tokenizer format that is served.",
-            cure="Write it with: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
+            hint="Write it with: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
         )
     target.mkdir(parents=True)
     tokenizer_files.copy(snapshot, target)
@@ -408,9 +408,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         loaded = parse_json(read_regular(path))
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} can't be read as JSON.", why=str(error), cure="Fetch the model again.") from None
+        raise IntegrityError(f"{path} can't be read as JSON.", why=str(error), hint="Fetch the model again.") from None
     if not isinstance(loaded, dict):
-        raise IntegrityError(f"{path} is a JSON {type(loaded).__name__}, no object.", cure="Fetch the model again.")
+        raise IntegrityError(f"{path} is a JSON {type(loaded).__name__}, no object.", hint="Fetch the model again.")
     return loaded
 
 

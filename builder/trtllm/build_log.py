@@ -40,7 +40,7 @@ class Known:
     name: str
     pattern: re.Pattern[str]
     why: str
-    cure: str
+    hint: str
     source: str
 
 
@@ -112,7 +112,7 @@ def diagnose(text: str, of: str = "errors") -> Known | None:
 
 
 def explained(error: StageError, log: Path) -> StageError:
-    """The error of a failed trtllm-build, with the known cause before the log's last lines, and its cure."""
+    """The error of a failed trtllm-build, with the known cause before the log's last lines, and its hint."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - READ_BYTES))
         text = file.read().decode("utf-8", "replace")
@@ -120,4 +120,4 @@ def explained(error: StageError, log: Path) -> StageError:
     if known is None:
         return error
     why = f"{known.why} ({known.source})\nIts last lines:\n{error.why}"
-    return StageError(error.what, why=why, cure=f"{known.cure}\n{error.cure}")
+    return StageError(error.what, why=why, hint=f"{known.hint}\n{error.hint}")

@@ -47,7 +47,7 @@ class Mismatch:
 
     what: str
     why: str
-    cure: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ def missing(served: Served) -> list[Mismatch]:
         if not absent:
             return []
         what, why = f"The engine at {served.engine} lacks {', '.join(absent)}.", "Not all of it was copied, or built."
-    cure = "Put it back there, or run the same `builder build` again: it makes what is missing and points to it."
-    return [Mismatch(what=what, why=why, cure=cure)]
+    hint = "Put it back there, or run the same `builder build` again: it makes what is missing and points to it."
+    return [Mismatch(what=what, why=why, hint=hint)]
 
 
 def mismatches(served: Served, engine: EngineFacts, runtime: Runtime) -> list[Mismatch]:
@@ -201,7 +201,7 @@ def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
         yield Mismatch(
             what=f"The engine was built by TensorRT-LLM {built}, and this machine has {have}.",
             why="An engine runs only on the version that built it.",
-            cure=f"Serve it in an image with TensorRT-LLM {built}, or build here: --set engine.tensorrt_llm={have}",
+            hint=f"Serve it in an image with TensorRT-LLM {built}, or build here: --set engine.tensorrt_llm={have}",
         )
     # docs.nvidia.com/deeplearning/tensorrt, Version Compatibility; trtllm-build sets no VERSION_COMPATIBLE.
     built, have = engine.built_with.get("tensorrt"), runtime.tensorrt
@@ -210,7 +210,7 @@ def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
             what=f"The engine was built by TensorRT {built}, and this machine has {have}.",
             why="A TensorRT engine runs only on the version that built it; Triton would end with a version tag that "
             "does not match.",
-            cure="Serve it in the image that built it, or build it again here: the same `builder build`.",
+            hint="Serve it in the image that built it, or build it again here: the same `builder build`.",
         )
 
 
@@ -224,7 +224,7 @@ def _llmapi(models: Path, runtime: Runtime | None) -> Iterator[Mismatch]:
         yield Mismatch(
             what=f"The repository was rendered for TensorRT-LLM {rendered}, and this machine has {have}.",
             why=LLM_ARGUMENTS,
-            cure=f"Serve it in an image with TensorRT-LLM {rendered}, or render it for this one: the same `builder "
+            hint=f"Serve it in an image with TensorRT-LLM {rendered}, or render it for this one: the same `builder "
             f"build`, with --set engine.tensorrt_llm={have}",
         )
 
@@ -240,15 +240,15 @@ def _cards(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
             what=f"The engine has {ranks} rank{'s' * (ranks > 1)}, and "
             f"{len(gpus) or 'no'} GPU{' is' if len(gpus) < 2 else 's are'} seen here.",
             why="Each rank takes a GPU of its own; with fewer TensorRT-LLM warns, and puts several on one.",
-            cure=f"Serve it on a machine that shows {ranks} of {card}; a container must be given its GPUs, and "
+            hint=f"Serve it on a machine that shows {ranks} of {card}; a container must be given its GPUs, and "
             "CUDA_VISIBLE_DEVICES may hide some. Without a GPU: build for the reference executor, --gpu cpu.",
         )
         return
     wrong = [(index, gpu) for index, gpu in enumerate(gpus[:ranks]) if sm and gpu.sm != sm]
     fitting = [str(number) for number, gpu in enumerate(gpus) if gpu.sm == sm]
-    cure = f"Serve it on {card}, or build for this machine: the same `builder build` with --gpu auto."
+    hint = f"Serve it on {card}, or build for this machine: the same `builder build` with --gpu auto."
     if len(fitting) >= ranks and not runtime.chosen:
-        cure = f"Choose the GPUs that it was built for: CUDA_VISIBLE_DEVICES={','.join(fitting[:ranks])}"
+        hint = f"Choose the GPUs that it was built for: CUDA_VISIBLE_DEVICES={','.join(fitting[:ranks])}"
     # docs.nvidia.com/deeplearning/tensorrt, Engine Compatibility: trtllm-build does not use the hardware compatibility
     # mode; TensorRT-LLM #3031 is what it looks like.
     for index, gpu in wrong[:1]:
@@ -256,7 +256,7 @@ def _cards(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
             what=f"The engine was built for {card}, and GPU {index} here, {gpu.name}, is sm{gpu.sm}.",
             why="A TensorRT engine runs only on the architecture that it was built for; Triton would end with an "
             "incompatible device.",
-            cure=cure,
+            hint=hint,
         )
 
 
@@ -265,7 +265,7 @@ def _paged(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
         yield Mismatch(
             what=f"{name} is true in {served.file}, and the engine has no paged context FMHA.",
             why=NEED_PAGED_FMHA[name],
-            cure=f"Set {name} to false there, or build with --set engine.flags.use_paged_context_fmha=enable on a "
+            hint=f"Set {name} to false there, or build with --set engine.flags.use_paged_context_fmha=enable on a "
             f"profile with context FMHA. {RENDER}",
         )
 
@@ -277,7 +277,7 @@ def _sizes(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
             what=f"max_batch_size is {asked} in {served.file}, and the engine was built for {batch}.",
             # ExecutorConfig{... maxBatchSize = std::nullopt ...}: model_instance_state.cc@c8c6df08.
             why="The C++ backend never reads it: the engine goes on with its own, and requests wait without a word.",
-            cure=f"Set it to {batch} at most, or build with --max-batch-size {asked}. {RENDER}",
+            hint=f"Set it to {batch} at most, or build with --max-batch-size {asked}. {RENDER}",
         )
     beams, asked = engine.build.get("max_beam_width") or 1, served.max_beam_width
     if asked > beams:
@@ -285,7 +285,7 @@ def _sizes(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
             what=f"max_beam_width is {asked} in {served.file}, and the engine was built for {beams}.",
             # trtGptModel.h@2e2327b9: "Runtime configured max beam width (%d) must not exceed ..."
             why="The C++ backend would not load the engine.",
-            cure=f"Set it to {beams}, or build with --set engine.flags.max_beam_width={asked}. {RENDER}",
+            hint=f"Set it to {beams}, or build with --set engine.flags.max_beam_width={asked}. {RENDER}",
         )
 
 
@@ -299,7 +299,7 @@ def _logits(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
         yield Mismatch(
             what=f"{served.file} declares {', '.join(wrong)}, and the engine's logits are {dtype}: {wanted}.",
             why="The C++ backend loads it, and fails each request that asks for logits.",
-            cure=f"Set the type there to {wanted}. {RENDER}",
+            hint=f"Set the type there to {wanted}. {RENDER}",
         )
 
 
@@ -310,19 +310,19 @@ def _streaming(served: Served) -> Iterator[Mismatch]:
         yield Mismatch(
             what=f"decoupled is {str(engine).lower()} for {ENGINE_MODEL} and {str(bls).lower()} for {BLS_MODEL}.",
             why="Streaming needs both; with one of them requests that stream fail.",
-            cure=f"Set model_transaction_policy of both config.pbtxt files to the same. {RENDER}",
+            hint=f"Set model_transaction_policy of both config.pbtxt files to the same. {RENDER}",
         )
 
 
 def _refusal(found: Sequence[Mismatch]) -> IntegrityError:
     first = found[0]
     if len(found) == 1:
-        return IntegrityError(first.what, why=first.why, cure=first.cure)
+        return IntegrityError(first.what, why=first.why, hint=first.hint)
     why = [f"{number}. {one.what} {one.why}" for number, one in enumerate(found, 1)]
     return IntegrityError(
         f"Engine, repository and machine disagree in {len(found)} things; nothing was started.",
         why="\n".join(why),
-        cure="\n".join(f"{number}. {one.cure}" for number, one in enumerate(found, 1)),
+        hint="\n".join(f"{number}. {one.hint}" for number, one in enumerate(found, 1)),
     )
 
 
@@ -336,7 +336,7 @@ def parse(file: Path) -> Any:
     try:
         return text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{file} does not parse.", why=str(error), cure=f"Mend it. {RENDER}") from error
+        raise IntegrityError(f"{file} does not parse.", why=str(error), hint=f"Mend it. {RENDER}") from error
 
 
 def _number(text: str | None, default: int) -> int:
@@ -353,7 +353,7 @@ def _json(file: Path, types: Mapping[str, Any]) -> Mapping[str, Any]:
         _check_types(loaded, types)
     except manifest.Damaged as error:
         raise IntegrityError(
-            f"{file} can't be read.", why=str(error), cure="Build the engine again: --from engine"
+            f"{file} can't be read.", why=str(error), hint="Build the engine again: --from engine"
         ) from error
     return loaded
 

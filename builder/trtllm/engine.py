@@ -16,7 +16,7 @@ from builder.checkpoint.layouts import QUANT_CFG, Checkpoint
 from builder.core import paths, process
 from builder.core.errors import IntegrityError, StageError, UnsupportedError, UsageError
 from builder.core.output import seconds
-from builder.core.store import Artefact, Store, library_versions, read, sources_digest
+from builder.core.store import Artifact, Store, library_versions, read, sources_digest
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.machine.gpus import Seen, cuda_order, visible
 from builder.recipe.schema import Resolved
@@ -34,7 +34,7 @@ class Engine:
 
     path: Path
     digest: str
-    artefact: Artefact
+    artifact: Artifact
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -49,14 +49,14 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
         raise UsageError(
             "BUILDER_FORCE_NUM_PROFILES is set: trtllm-build would make another engine than the recipe says.",
             why="A debug override of TensorRT-LLM (rule R48); no stage's key would know of it.",
-            cure="unset BUILDER_FORCE_NUM_PROFILES",
+            hint="unset BUILDER_FORCE_NUM_PROFILES",
         )
     if resolved.recipe.target == "engine" and shutil.which("trtllm-build") is None:
         raise UnsupportedError(
             "trtllm-build is not on this machine's PATH, so no TensorRT engine can be built here.",
             why=f"The {resolved.gpu.name} profile's target is `engine`; trtllm-build comes in NVIDIA's "
             f"Triton images with TensorRT-LLM {resolved.recipe.engine.tensorrt_llm}.",
-            cure="Run inside that image, or build for the reference executor: --gpu cpu. "
+            hint="Run inside that image, or build for the reference executor: --gpu cpu. "
             "`builder plan` works everywhere.",
         )
     if resolved.recipe.target == "engine" and (seen := visible()) is not None:
@@ -71,7 +71,7 @@ def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> N
         raise UnsupportedError(
             "trtllm-build is here, but no GPU is seen, so no TensorRT engine can be built.",
             why="It measures its kernels on the GPU that will run them (rule R08).",
-            cure="Give the container its GPUs; CUDA_VISIBLE_DEVICES may hide them. Or build for the reference "
+            hint="Give the container its GPUs; CUDA_VISIBLE_DEVICES may hide them. Or build for the reference "
             "executor: --gpu cpu. `builder plan` works everywhere.",
         )
     wrong = [gpu for gpu in seen[:world_size] if gpu.sm != sm]
@@ -79,13 +79,13 @@ def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> N
         raise UnsupportedError(
             f"The {resolved.gpu.name} profile was asked for, and this machine's {wrong[0].name} is sm{wrong[0].sm}.",
             why="trtllm-build builds for the GPU that it runs on, and the engine would run on no other architecture.",
-            cure="Build on the card that will serve it, or for this one: --gpu auto",
+            hint="Build on the card that will serve it, or for this one: --gpu auto",
         )
     if serving and len(seen) < world_size:
         raise UnsupportedError(
             f"The engine needs {world_size} GPUs to be served and tested, and this machine has {len(seen)}.",
             why="--tp times --pp is the number of its ranks, and each takes a GPU of its own.",
-            cure="Only build it here, rank by rank: --no-smoke. Or split it less.",
+            hint="Only build it here, rank by rank: --no-smoke. Or split it less.",
         )
 
 
@@ -117,8 +117,8 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], resolved: 
         _write_built_with(directory, recipe.target, flags, facts)
         return facts
 
-    artefact = store.stage("engine", ingredients, make)
-    return Engine(artefact.path, artefact.digest, artefact)
+    artifact = store.stage("engine", ingredients, make)
+    return Engine(artifact.path, artifact.digest, artifact)
 
 
 def _write_built_with(
@@ -232,7 +232,7 @@ def _built(
 def _watched(
     argv: Sequence[str], log: Path, cwd: Path, world_size: int, store: Store
 ) -> tuple[process.Finished, build_log.BuildLog]:
-    """Runs trtllm-build; its phases are shown as its log tells them, a known failure with its cure."""
+    """Runs trtllm-build; its phases are shown as its log tells them, a known failure with its hint."""
     with store.out.progress("trtllm-build: starting") as bar:
 
         def show(phase: str, after: float) -> None:
@@ -262,7 +262,7 @@ def check_built(directory: Path, version: str, world_size: int) -> Mapping[str, 
         raise IntegrityError(
             f"The engine was built by TensorRT-LLM {built.get('version')}, and {version} was asked for.",
             why="An engine runs only on the version that built it.",
-            cure=f"Build in an image with {version}, or ask for this one: "
+            hint=f"Build in an image with {version}, or ask for this one: "
             f"--set engine.tensorrt_llm={built.get('version')}",
         )
     return built

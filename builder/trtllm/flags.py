@@ -164,20 +164,20 @@ def check_format(resolved: schema.Resolved) -> None:
             raise UnsupportedError(
                 f"{gpu.name} can't run {name}: it is no format of {gpu.title}.",
                 why=f"{gpu.name} runs {', '.join(gpu.formats)}; this builder makes NVFP4, which needs sm100 or later.",
-                cure="A Blackwell card (`builder gpus`), or the reference executor on this machine's CPU: --gpu cpu",
+                hint="A Blackwell card (`builder gpus`), or the reference executor on this machine's CPU: --gpu cpu",
             )
         since = gpu.formats[name].since
         if order(asked.engine.tensorrt_llm) < order(since):
             raise UnsupportedError(
                 f"{gpu.name} runs {name} since TensorRT-LLM {since}, and {asked.engine.tensorrt_llm} was asked for.",
                 why=gpu.formats[name].source,
-                cure=f"--set engine.tensorrt_llm={versions()[-1]}",
+                hint=f"--set engine.tensorrt_llm={versions()[-1]}",
             )
     if asked.target == "engine" and part.keep_fp8 and "mixed_precision" in load(asked.engine.tensorrt_llm).facts:
         raise UnsupportedError(
             f"trtllm-build {asked.engine.tensorrt_llm} is not known to build NVFP4 with layers in FP8.",
             why=str(load(asked.engine.tensorrt_llm).facts["mixed_precision"]),
-            cure=f"--set engine.tensorrt_llm={versions()[-1]}, or keep these layers in BF16: --keep-bf16",
+            hint=f"--set engine.tensorrt_llm={versions()[-1]}, or keep these layers in BF16: --keep-bf16",
         )
 
 
@@ -200,7 +200,7 @@ def _check_gemm(subject: Subject, outputs: Mapping[str, int]) -> None:
             f"The NVFP4 GEMM plugin can't multiply this model's layers: {', '.join(wrong)}.",
             why=f"On each GPU it takes inputs by {GEMM_INPUTS} and outputs by {GEMM_OUTPUTS} "
             "(cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).",
-            cure="TensorRT's own kernels may take them: --set engine.flags.gemm_plugin=disable. Or another model.",
+            hint="TensorRT's own kernels may take them: --set engine.flags.gemm_plugin=disable. Or another model.",
         )
 
 
@@ -212,7 +212,7 @@ def _check_said_once(resolved: schema.Resolved) -> None:
             raise UsageError(
                 f"{name} is said twice: engine.{name} is {getattr(engine, name)}, engine.flags.{name} "
                 f"{engine.flags[name]}.",
-                cure=f"Say it once: --set engine.{name}={engine.flags[name]}",
+                hint=f"Say it once: --set engine.{name}={engine.flags[name]}",
             )
 
 
@@ -242,7 +242,7 @@ def sizes(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[Fl
                 f"--max-seq-len {found['max_seq_len']} is more than this model's {longest} positions.",
                 why="max_position_embeddings (and rope_scaling) in its config.json; TensorRT-LLM would only warn "
                 "(rule R16).",
-                cure=f"--max-seq-len {longest}",
+                hint=f"--max-seq-len {longest}",
             )
         found["max_seq_len"], reasons["max_seq_len"] = longest, "the model's max_position_embeddings"
         if found["max_input_len"] >= longest:

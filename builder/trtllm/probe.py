@@ -97,11 +97,11 @@ class Session:
 def session(gpu: str, store: Store, *, limit: float = TIME_LIMIT, force: bool = False) -> Session:
     """For a profile's name or `auto`. UnsupportedError unless this machine has that card and a trtllm-build."""
     if limit <= 0:
-        raise UsageError(f"An engine can't be built in {limit} s.", cure=f"--time-limit {TIME_LIMIT}")
+        raise UsageError(f"An engine can't be built in {limit} s.", hint=f"--time-limit {TIME_LIMIT}")
     named = None if gpu == "auto" else gpus.load(gpu)
     if named and named.sm is None:
         raise UnsupportedError(
-            f"There is nothing to ask of {gpu}: it builds no engine.", cure="builder probe --gpu sm120"
+            f"There is nothing to ask of {gpu}: it builds no engine.", hint="builder probe --gpu sm120"
         )
     try:
         card = gpus.first()
@@ -109,19 +109,19 @@ def session(gpu: str, store: Store, *, limit: float = TIME_LIMIT, force: bool = 
         raise UnsupportedError(
             "No GPU is seen here, and a probe asks a card.",
             why=error.why,
-            cure="Run it on the machine that will build. `builder plan` goes by the tables until then.",
+            hint="Run it on the machine that will build. `builder plan` goes by the tables until then.",
         ) from error
     profile = named or gpus.for_capability(card.major, card.minor, card.name)
     if profile.sm != card.sm:
         raise UnsupportedError(
             f"{profile.name} was asked for, and this machine's {card.name} is sm{card.sm}.",
             why="A card can only answer for its own architecture.",
-            cure="Ask this one: builder probe --gpu auto",
+            hint="Ask this one: builder probe --gpu auto",
         )
     if shutil.which("trtllm-build") is None:
         raise UnsupportedError(
             "trtllm-build is not on this machine's PATH, so no engine can be built to ask it.",
-            cure="Run inside the image that will build: NVIDIA's Triton image with TensorRT-LLM.",
+            hint="Run inside the image that will build: NVIDIA's Triton image with TensorRT-LLM.",
         )
     return Session(_container(card.sm), card, profile.name, store, limit, force)
 
@@ -132,7 +132,7 @@ def _container(sm: int) -> Container:
     if absent:
         raise UnsupportedError(
             f"This Python does not have {' and '.join(absent)}, so it is not known for what an answer would hold.",
-            cure="Install builder into the Python that trtllm-build runs in.",
+            hint="Install builder into the Python that trtllm-build runs in.",
         )
     trtllm_versions.load(found["tensorrt_llm"])  # UnsupportedError for a version without facts
     return Container(found["tensorrt_llm"], found["tensorrt"], sm)
@@ -188,7 +188,7 @@ def _base(asking: Session) -> Mapping[str, str]:
     raise StageError(
         "Not even a plain engine of two layers can be built here, so no failure would say anything about a flag.",
         why="\n".join(f"{probe.name}: {record['reason']}" for probe, record in failed),
-        cure=f"Nothing was kept. The whole log: {failed[-1][1]['log'] if failed else '-'}",
+        hint=f"Nothing was kept. The whole log: {failed[-1][1]['log'] if failed else '-'}",
     )
 
 
@@ -259,7 +259,7 @@ def unanswered(found: Mapping[str, Mapping[str, Any]]) -> StageError | None:
     return StageError(
         f"{len(names)} of {len(found)} questions have no answer: {', '.join(names)}.",
         why="\n".join(f"{name}: {found[name]['reason']} ({found[name]['log']})" for name in names[:5]),
-        cure="Ask again when the card and its memory are free: builder probe. A plan goes by the tables until then.",
+        hint="Ask again when the card and its memory are free: builder probe. A plan goes by the tables until then.",
     )
 
 

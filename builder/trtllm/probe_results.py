@@ -123,7 +123,7 @@ def refuse(subject: Subject, flags: Mapping[str, Flag], answers: Sequence[Answer
             raise UnsupportedError(
                 f"{said} failed on this kind of card: probe {probe.name}, {answer.built}.",
                 why=f"{answer.reason}\nKept in {answer.source}",
-                cure=f"{sets}. Or ask the card again: builder probe --only {probe.name} --force",
+                hint=f"{sets}. Or ask the card again: builder probe --only {probe.name} --force",
             )
 
 

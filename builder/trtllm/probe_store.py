@@ -83,7 +83,7 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
-            f"{file} holds no answers of a probe.", why=str(error), cure="Remove it, and ask again: builder probe"
+            f"{file} holds no answers of a probe.", why=str(error), hint="Remove it, and ask again: builder probe"
         ) from error
     return kept
 

@@ -212,12 +212,12 @@ def refuse(subject: Subject, flags: Mapping[str, Flag]) -> None:
     _refuse_eagle(s)
 
 
-def _usage(s: Settings, rule: str, what: str, cure: str) -> UsageError:
-    return UsageError(what, why=_reason(s, rule), cure=cure)
+def _usage(s: Settings, rule: str, what: str, hint: str) -> UsageError:
+    return UsageError(what, why=_reason(s, rule), hint=hint)
 
 
-def _unsupported(s: Settings, rule: str, what: str, cure: str) -> UnsupportedError:
-    return UnsupportedError(what, why=_reason(s, rule), cure=cure)
+def _unsupported(s: Settings, rule: str, what: str, hint: str) -> UnsupportedError:
+    return UnsupportedError(what, why=_reason(s, rule), hint=hint)
 
 
 def _reason(s: Settings, rule: str) -> str:
@@ -240,7 +240,7 @@ def _refuse_ours(s: Settings) -> None:
             raise _usage(s, rule, f"--{name} is not yours to set.", "Leave it out: sizes and flags are in the recipe.")
     for name in ("output_dir", "input_timing_cache", "output_timing_cache", "dry_run"):
         if name in s.flags:
-            raise UsageError(f"--{name} is not yours to set.", cure="Leave it out: the engine has its own directory.")
+            raise UsageError(f"--{name} is not yours to set.", hint="Leave it out: the engine has its own directory.")
 
 
 def _refuse_combinations(s: Settings) -> None:

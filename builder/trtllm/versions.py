@@ -43,7 +43,7 @@ def order(version: str) -> tuple[int, ...]:
     """A version as numbers that compare: 1.3.0rc21 < 1.3.0 < 1.4.0rc0. UsageError where it is none."""
     parsed = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:rc(\d+))?(?:\.?post\d+|\.\d+)?", version)
     if parsed is None:
-        raise UsageError(f"{version!r} is no version of TensorRT-LLM.", cure=f"Known: {', '.join(versions())}.")
+        raise UsageError(f"{version!r} is no version of TensorRT-LLM.", hint=f"Known: {', '.join(versions())}.")
     major, minor, patch, candidate = parsed.groups()
     final = 1 << 30  # a release comes after all its candidates
     return (int(major), int(minor), int(patch or 0), final if candidate is None else int(candidate))
@@ -80,10 +80,10 @@ def _unknown_version(version: str) -> UnsupportedError:
         return UnsupportedError(
             f"TensorRT-LLM {version} builds no engines: they end before {end['gone_from']}.",
             why=end["why"],
-            cure=f"Build with {build_with}, or {end['instead']}.",
+            hint=f"Build with {build_with}, or {end['instead']}.",
         )
     return UnsupportedError(
-        f"TensorRT-LLM {version} is not known here.", why=f"Known: {', '.join(versions())}.", cure=build_with
+        f"TensorRT-LLM {version} is not known here.", why=f"Known: {', '.join(versions())}.", hint=build_with
     )
 
 
@@ -110,18 +110,18 @@ def _unknown_flag(version: Version, name: str) -> UsageError:
     aliases = {a.lstrip("-"): real for real, spec in version.flags.items() for a in spec.get("aliases", [])}
     what = f"trtllm-build {version.version} has no flag --{name}."
     if plain in aliases:
-        return UsageError(f"--{name} is another name of --{aliases[plain]}.", cure=f"Use {aliases[plain]}.")
+        return UsageError(f"--{name} is another name of --{aliases[plain]}.", hint=f"Use {aliases[plain]}.")
     if plain in version.removed:
         gone = version.removed[plain]
         return UsageError(
             what,
             why=f"It was removed in {gone['since']} ({gone['source']}).",
-            cure=f"What replaced it: {gone['use'] or 'nothing'}.",
+            hint=f"What replaced it: {gone['use'] or 'nothing'}.",
         )
     near = [plain] if plain in version.flags else difflib.get_close_matches(plain, version.flags, n=1)
     return UsageError(
         what,
         why=f"Did you mean --{near[0]}?" if near else "",
-        cure=f"`builder explain {near[0] if near else 'FLAG'}`; all flags: "
+        hint=f"`builder explain {near[0] if near else 'FLAG'}`; all flags: "
         f"configs/trtllm/{version.version}/flags.json.",
     )

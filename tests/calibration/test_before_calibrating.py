@@ -58,7 +58,7 @@ def test_a_layer_of_zeros_is_refused_with_a_way_that_works(tmp_path: Path) -> No
     part = schema.Calibration(data=str(rows(tmp_path, 2)), samples=2, seq_len=64)
     with pytest.raises(UnsupportedError, match=f"nothing but zeros: {re.escape(ZERO)}") as caught:
         quantized(model, part, store)
-    [advised] = re.findall(r"--keep-bf16 '([^']+)'", caught.value.cure)
+    [advised] = re.findall(r"--keep-bf16 '([^']+)'", caught.value.hint)
     facts = checks.read_model(schema.Model(id=str(model)), store)
     kept = exclude.keep([advised], exclude.linears(facts.tensors))
     made = quantized(model, part, store, kept=kept)
@@ -89,8 +89,8 @@ def test_one_weight_that_is_not_zero_is_enough() -> None:
 def test_other_rows_are_advised_for_what_is_read_from_rows(tensor: str, says: str, not_said: str) -> None:
     with pytest.raises(IntegrityError) as caught:
         Inspection(Path("x"), (Problem("unified", tensor, "is all zero"),), {}).check()
-    assert says in caught.value.cure
-    assert not_said not in caught.value.cure
+    assert says in caught.value.hint
+    assert not_said not in caught.value.hint
 
 
 def test_two_rows_are_too_few_unless_asked_for(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_two_rows_are_too_few_unless_asked_for(tmp_path: Path) -> None:
     file = rows(tmp_path, 2)
     with pytest.raises(UsageError, match=r"rows \(2\) have \d\d tokens, too few: at least 2,048") as caught:
         quantized(LLAMA, schema.Calibration(data=str(file)), store)
-    [samples] = re.findall(r"--calib-samples (\d+)", caught.value.cure)
+    [samples] = re.findall(r"--calib-samples (\d+)", caught.value.hint)
     asked = schema.Calibration(data=str(file), samples=int(samples))
     made = quantized(LLAMA, asked, store)
     assert made.facts["calibration_tokens"] < 100
@@ -111,7 +111,7 @@ def test_many_short_rows_are_too_few_too(tmp_path: Path) -> None:
     file = rows(tmp_path, 40, "a")
     with pytest.raises(UsageError, match="too few") as caught:
         quantized(LLAMA, schema.Calibration(data=str(file)), store)
-    [samples] = re.findall(r"--calib-samples (\d+)", caught.value.cure)
+    [samples] = re.findall(r"--calib-samples (\d+)", caught.value.hint)
     assert quantized(LLAMA, schema.Calibration(data=str(file), samples=int(samples)), store)
 
 
@@ -135,7 +135,7 @@ def test_what_counts_as_asked_for() -> None:
 def test_a_bf16_model_is_asked_for_where_there_is_one(config: dict[str, Any], native: bool) -> None:
     with pytest.raises(UnsupportedError) as caught:
         quantization_signs.check_config(config, "it")
-    assert ("Some did not" in caught.value.cure) is native
+    assert ("Some did not" in caught.value.hint) is native
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_bf16_model_is_asked_for_where_there_is_one(config: dict[str, Any], na
 def test_tensors_tell_the_same(tensor: str, native: bool) -> None:
     with pytest.raises(UnsupportedError) as caught:
         quantization_signs.check_tensors({tensor: ("U8", (4, 4))}, "it")
-    assert ("Some did not" in caught.value.cure) is native
+    assert ("Some did not" in caught.value.hint) is native
 
 
 def test_the_estimate_of_memory_is_that_of_16_bits() -> None:

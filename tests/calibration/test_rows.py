@@ -115,7 +115,7 @@ def test_no_usable_row(lines: list[object], says: str, store: Store, tmp_path: P
         calibrate(Part(data=str(file)), store=store)
     assert "has no usable row" in caught.value.what
     assert re.search(says, caught.value.why), caught.value.why
-    assert "calibration.column" in caught.value.cure
+    assert "calibration.column" in caught.value.hint
     assert not list((store.root / "calibration").glob("*"))
 
 
@@ -126,7 +126,7 @@ def test_what_is_no_calibration_set(data: str, store: Store) -> None:
     with pytest.raises(UsageError) as caught:
         calibrate(Part(data=data), store=store)
     assert "\n" not in caught.value.what
-    assert "builtin:python-docs" in caught.value.cure
+    assert "builtin:python-docs" in caught.value.hint
     assert not store.root.exists()
 
 
@@ -279,7 +279,7 @@ def test_what_a_dataset_lacks(
     with pytest.raises(error) as caught:
         calibrate(Part(**part), store=store)
     assert re.search(says, str(caught.value), re.DOTALL), str(caught.value)
-    assert caught.value.cure
+    assert caught.value.hint
     assert not list((store.root / "calibration").glob("*"))
 
 

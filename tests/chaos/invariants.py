@@ -40,7 +40,7 @@ def exit_code(ended: Finished, allowed: Iterable[int], signal: int = 0) -> list[
 
 
 def contents(output: Path) -> dict[str, Any]:
-    """What a store holds, without times: artefacts by stage/key with their files' hashes, links with their targets."""
+    """What a store holds, without times: artifacts by stage/key with their files' hashes, links with their targets."""
     found: dict[str, Any] = {}
     for manifest in sorted(output.glob("*/*/manifest.json")):
         directory, stage = manifest.parent, manifest.parent.parent.name
@@ -57,7 +57,7 @@ def contents(output: Path) -> dict[str, Any]:
 
 
 def _hashes(directory: Path, manifest: Path) -> dict[str, str]:
-    """Of an artefact's files, and of those elsewhere that its manifest names."""
+    """Of an artifact's files, and of those elsewhere that its manifest names."""
     elsewhere = json.loads(manifest.read_text())["facts"].get("external", {"files": {}})["files"]
     found = {name: entry["sha256"] for name, entry in elsewhere.items()}
     for path in directory.rglob("*"):

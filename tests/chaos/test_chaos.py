@@ -33,7 +33,7 @@ def world() -> Iterator[World]:
             made.close()
 
 
-def artefact(root: Path, stage: str, key: str, **files: str) -> Path:
+def artifact(root: Path, stage: str, key: str, **files: str) -> Path:
     directory = root / stage / key
     directory.mkdir(parents=True)
     for name, text in files.items():
@@ -57,9 +57,9 @@ def test_exit_codes_and_hanging_are_reported() -> None:
     assert invariants.exit_code(finished(0, hung=True), {0}) == ["hung for 1 s"]
 
 
-def test_contents_differ_by_a_byte_a_file_an_artefact_and_a_link(tmp_path: Path) -> None:
-    artefact(tmp_path, "engine", "a1", weights="w", table='{"a": 1, "seconds": 1}')
-    repository = artefact(tmp_path, "repository", "b2", config="c")
+def test_contents_differ_by_a_byte_a_file_an_artifact_and_a_link(tmp_path: Path) -> None:
+    artifact(tmp_path, "engine", "a1", weights="w", table='{"a": 1, "seconds": 1}')
+    repository = artifact(tmp_path, "repository", "b2", config="c")
     (tmp_path / "models").mkdir()
     link = tmp_path / "models" / "m"
     link.symlink_to("../repository/b2")
@@ -68,7 +68,7 @@ def test_contents_differ_by_a_byte_a_file_an_artefact_and_a_link(tmp_path: Path)
     (repository / "config").write_text("d")
     link.unlink()
     link.symlink_to("../repository/a1")
-    artefact(tmp_path, "engine", "c3")
+    artifact(tmp_path, "engine", "c3")
     assert invariants.same(invariants.contents(tmp_path), before) == [
         "engine/c3 was not there in the undisturbed run",
         "models/m differs from the undisturbed run",
@@ -78,7 +78,7 @@ def test_contents_differ_by_a_byte_a_file_an_artefact_and_a_link(tmp_path: Path)
 
 
 def test_times_do_not_count_as_content(tmp_path: Path) -> None:
-    table = artefact(tmp_path, "evaluation", "a1") / "evaluation.json"
+    table = artifact(tmp_path, "evaluation", "a1") / "evaluation.json"
     table.write_text('{"score": 97, "seconds": 1}')
     before = invariants.contents(tmp_path)
     table.write_text('{"score": 97, "seconds": 2}')
@@ -88,11 +88,11 @@ def test_times_do_not_count_as_content(tmp_path: Path) -> None:
 
 
 def test_a_link_must_lead_to_a_whole_repository(tmp_path: Path) -> None:
-    repository = artefact(tmp_path, "repository", "b2", config="c")
+    repository = artifact(tmp_path, "repository", "b2", config="c")
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "m").symlink_to("../repository/b2")
     assert not invariants.links_are_whole(tmp_path)
-    engine = artefact(tmp_path, "engine", "a1")
+    engine = artifact(tmp_path, "engine", "a1")
     config = repository / "models" / "tensorrt_llm" / "config.pbtxt"
     config.parent.mkdir(parents=True)
     config.write_text(f'parameters {{ key: "gpt_model_path" value: {{ string_value: "{engine}" }} }}\n')

@@ -228,7 +228,7 @@ class World:
         _copy(self.trial, self.states / "littered")
 
     def _make_empty(self) -> None:
-        """No artefact at all, but files of the user's everywhere."""
+        """No artifact at all, but files of the user's everywhere."""
         self.trial.mkdir()
         for path in (*self.places.values(), self.home):
             path.mkdir()

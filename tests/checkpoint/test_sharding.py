@@ -231,12 +231,12 @@ REFUSED: list[tuple[dict[str, Any], int, int, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "tp", "pp", "why", "cure"), REFUSED)
-def test_a_model_that_cannot_be_split_so(change: dict[str, Any], tp: int, pp: int, why: str, cure: str) -> None:
+@pytest.mark.parametrize(("change", "tp", "pp", "why", "hint"), REFUSED)
+def test_a_model_that_cannot_be_split_so(change: dict[str, Any], tp: int, pp: int, why: str, hint: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         sharding.check({**QWEN3_8B, **change}, tp, pp)
     assert why in str(caught.value)
-    assert cure in caught.value.cure
+    assert hint in caught.value.hint
     assert caught.value.exit_code == 3
 
 
@@ -245,7 +245,7 @@ def test_the_gemm_wants_32_inputs_of_a_rank() -> None:
     sharding.check(odd, 4, 1)
     with pytest.raises(UnsupportedError, match="intermediate_size 192 is no multiple of 32 x 4: its GEMM") as caught:
         sharding.check(odd, 4, 1, inputs=sharding.GEMM_INPUTS)
-    assert "--tp 2" in caught.value.cure
+    assert "--tp 2" in caught.value.hint
 
 
 def test_unquantized_layers_must_be_the_same_in_all_stages() -> None:

@@ -22,12 +22,12 @@ from builder.core import manifest
 from builder.core import store as stores
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output
-from builder.core.store import Artefact, Store, serving
+from builder.core.store import Artifact, Store, serving
 
 QUIET = Output("quiet")
 
 
-def stage(root: Path, name: str, ingredients: Mapping[str, Any], content: str = "") -> Artefact:
+def stage(root: Path, name: str, ingredients: Mapping[str, Any], content: str = "") -> Artifact:
     def make(directory: Path) -> dict[str, Any]:
         (directory / "file").write_text(content or f"{name} {json.dumps(ingredients)}")
         return {}
@@ -35,14 +35,14 @@ def stage(root: Path, name: str, ingredients: Mapping[str, Any], content: str = 
     return Store(root, QUIET).stage(name, ingredients, make)
 
 
-def chain(root: Path, n: int, content: str = "") -> tuple[Artefact, Artefact, Artefact]:
+def chain(root: Path, n: int, content: str = "") -> tuple[Artifact, Artifact, Artifact]:
     """A checkpoint, its engine and the repository."""
     checkpoint = stage(root, "checkpoint", {"n": n}, content)
     engine = stage(root, "engine", {"checkpoint": checkpoint.digest, "n": n})
     return checkpoint, engine, stage(root, "repository", {"engine": engine.digest})
 
 
-def link(root: Path, name: str, repository: Artefact) -> Path:
+def link(root: Path, name: str, repository: Artifact) -> Path:
     path = root / "models" / name
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(os.path.relpath(repository.path, path.parent))
@@ -73,18 +73,18 @@ def test_what_was_built_stays_until_it_is_named_or_old(tmp_path: Path) -> None:
     assert removed(tmp_path) == set()
     assert removed(tmp_path, older_than=3600.0) == set()
     assert removed(tmp_path, names=(f"checkpoint/{alone.path.name}",)) == {alone.path}
-    assert removed(tmp_path, older_than=0.0) == {artefact.path for artefact in other}
-    assert removed(tmp_path, names=("a",)) == {name, *(artefact.path for artefact in linked)}
+    assert removed(tmp_path, older_than=0.0) == {artifact.path for artifact in other}
+    assert removed(tmp_path, names=("a",)) == {name, *(artifact.path for artifact in linked)}
 
 
 def test_old_is_what_no_build_used_lately(tmp_path: Path) -> None:
     old, used, linked = (stage(tmp_path, "checkpoint", {"n": n}) for n in range(3))
     link(tmp_path, "a", stage(tmp_path, "repository", {"of": linked.digest}))
-    for artefact in (old, used, linked):
-        content = {**artefact.manifest, "started": time.time() - 10 * 86400}
+    for artifact in (old, used, linked):
+        content = {**artifact.manifest, "started": time.time() - 10 * 86400}
         content.pop(manifest.SEAL)
-        (artefact.path / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
-        os.utime(artefact.path, (time.time() - 10 * 86400,) * 2)
+        (artifact.path / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
+        os.utime(artifact.path, (time.time() - 10 * 86400,) * 2)
     assert Store(tmp_path, QUIET).stage("checkpoint", {"n": 1}, lambda _: {}).cached
     assert removed(tmp_path, older_than=removal.age("11d")) == set()
     assert removed(tmp_path, older_than=removal.age("7d")) == {old.path}
@@ -165,7 +165,7 @@ def test_a_link_that_became_a_directory_keeps_itself_and_what_it_was_made_from(t
     assert [entry.path for entry in made.alone] == [name]
     removal.carry_out(made)
     assert name.is_dir()
-    assert all(artefact.path.is_dir() for artefact in first[:2])
+    assert all(artifact.path.is_dir() for artifact in first[:2])
 
 
 def test_a_served_repository_stays_with_all_that_it_needs(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_served_repository_stays_with_all_that_it_needs(tmp_path: Path) -> Non
     with serving(first[2].path):
         for request in (Request(everything=True), Request(names=("a",)), Request(older_than=0.0)):
             made = removal.plan(tmp_path, request)
-            assert not {entry.path for entry in made.remove} & {artefact.path for artefact in first}
+            assert not {entry.path for entry in made.remove} & {artifact.path for artifact in first}
             assert {entry.why for entry in made.keep} & {f"repository/{first[2].path.name} is being served"} or (
                 not request.everything
             )
@@ -285,7 +285,7 @@ def test_the_dry_run_says_what_the_run_does_and_why(tmp_path: Path) -> None:
     assert dry.returncode == wet.returncode == 0, dry.stderr + wet.stderr
     assert json.loads(dry.stdout) == json.loads(wet.stdout)
     told = json.loads(wet.stdout)
-    assert {str(artefact.path) for artefact in second} <= set(told["removed"])
+    assert {str(artifact.path) for artifact in second} <= set(told["removed"])
     assert {one["why"] for one in told["kept"]} == {"models/a needs it"}
     assert told["bytes"] > 0
     words = run("--output", str(tmp_path))

@@ -76,7 +76,7 @@ def test_the_plan_of_a_split_model_has_one_stage_more(tmp_path: Path) -> None:
     assert command[command.index("--workers") + 1] == "4"
     assert command[command.index("--checkpoint_dir") + 1] == "RANKS/tensorrt_llm"
     ranks, checkpoint = sum(split["sizes"]["ranks"]), whole["sizes"]["checkpoint"]
-    assert split["sizes"]["artefacts"] == whole["sizes"]["artefacts"] - checkpoint + 2 * ranks
+    assert split["sizes"]["artifacts"] == whole["sizes"]["artifacts"] - checkpoint + 2 * ranks
 
 
 def test_engine_with_dry_run_prints_the_command_ready_to_paste(tmp_path: Path) -> None:
@@ -278,8 +278,8 @@ def test_a_cure_names_only_flags_that_exist() -> None:
     wrong = []
     for file in Path("builder").rglob("*.py"):
         for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
-            for cure in (word.value for word in call.keywords if word.arg == "cure"):
-                texts = [n.value for n in ast.walk(cure) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            for hint in (word.value for word in call.keywords if word.arg == "hint"):
+                texts = [n.value for n in ast.walk(hint) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
                 flags = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+(?![\w-]*_)", " ".join(texts))
                 wrong += [f"{file}: {flag}" for flag in flags if flag not in known]
     assert not wrong

@@ -121,10 +121,10 @@ def test_trust_remote_code_is_advised_where_it_helps_alone() -> None:
     for name in (*layouts.ARCHITECTURES, *llmapi_versions.read()["architectures"]):
         with pytest.raises(UnsupportedError) as caught:
             model_files.check_config({**own, "architectures": [name]}, "it", trust_remote_code=False)
-        assert caught.value.cure == "Read that code, then add --trust-remote-code."
+        assert caught.value.hint == "Read that code, then add --trust-remote-code."
     with pytest.raises(UnsupportedError) as caught:
         model_files.check_config({**own, "architectures": ["OwnForCausalLM"]}, "it", trust_remote_code=False)
-    assert "no target serves OwnForCausalLM" in caught.value.cure
+    assert "no target serves OwnForCausalLM" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", [*llmapi_versions.read()["architectures"], "GPT2LMHeadModel", "FalconForCausalLM"])
@@ -135,7 +135,7 @@ def test_the_llm_api_is_advised_for_what_it_serves(name: str) -> None:
         layouts.architecture(config)
         return
     except UnsupportedError as error:
-        advised = "--target llmapi" in error.cure
+        advised = "--target llmapi" in error.hint
     resolved = schema.resolve({"model.id": "m", "gpu": "sm100", "target": "llmapi"})
     if advised:
         checks.check_model(resolved, config, layouts=True)
@@ -149,7 +149,7 @@ def test_qwen3_with_attention_bias_is_refused_by_its_config() -> None:
     for gpu in ("cpu", "sm120"):
         with pytest.raises(UnsupportedError, match="attention_bias") as caught:
             checks.check_model(schema.resolve({"model.id": "m", "gpu": gpu}), biased, layouts=True)
-        assert "--target llmapi" in caught.value.cure
+        assert "--target llmapi" in caught.value.hint
     resolved = schema.resolve({"model.id": "m", "gpu": "sm100", "target": "llmapi"})
     checks.check_model(resolved, biased, layouts=True)
     checks.check_model(schema.resolve({"model.id": "m", "gpu": "cpu"}), biased, layouts=False)  # the checkpoint

@@ -336,7 +336,7 @@ def test_timing_caches_are_of_one_version_and_card(tmp_path: Path, card: Callabl
 @pytest.fixture(scope="module")
 def models(root: Path) -> variants.Models:
     asked, store = resolved(), Store(root, QUIET)
-    by_stage = {artefact.stage: artefact for artefact in stores.artefacts(root)}
+    by_stage = {artifact.stage: artifact for artifact in stores.artifacts(root)}
     checkpoint, repository = by_stage["checkpoint"], by_stage["repository"]
     return variants.Models(
         fetch(asked.recipe.model, store=store),

@@ -70,7 +70,7 @@ def mutations(value: Any, count: int, seed: int) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with every kind of artefact that a report reads; the model is small, so that opening it is quick."""
+    """A store with every kind of artifact that a report reads; the model is small, so that opening it is quick."""
     root = tmp_path_factory.mktemp("built")
     link = report_store.build(root, link="a")
     report_store.evaluate(link)
@@ -116,7 +116,7 @@ def _open_all(root: Path, directory: Path, stage: str) -> None:
     name = f"{stage}/{directory.name}"
     assert stores.verify(root, QUIET)[name][0].startswith("manifest.json is damaged")
     assert Store(root, QUIET).find(stage, directory.name) is None
-    assert directory not in {artefact.path for artefact in stores.artefacts(root)}
+    assert directory not in {artifact.path for artifact in stores.artifacts(root)}
     planned = removal.plan(root, Request(older_than=0.0))
     assert directory not in {entry.path for entry in planned.remove}
     assert directory in {entry.path for entry in planned.alone}

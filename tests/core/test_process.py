@@ -80,7 +80,7 @@ def test_a_failure_shows_the_last_lines_and_the_code(tmp_path: Path) -> None:
         process.run(python(code), log=tmp_path / "log")
     assert "out of memory" in caught.value.why
     assert "\n50\n" not in caught.value.why
-    assert str(tmp_path / "log") in caught.value.cure
+    assert str(tmp_path / "log") in caught.value.hint
 
 
 def test_the_error_of_a_child_is_raised_as_its_own_class(tmp_path: Path) -> None:
@@ -88,18 +88,18 @@ def test_the_error_of_a_child_is_raised_as_its_own_class(tmp_path: Path) -> None
 import sys
 from builder.core.errors import UnsupportedError
 from builder.core.process import emit_error
-emit_error(UnsupportedError("too large", why="it is", cure="take a smaller one"))
+emit_error(UnsupportedError("too large", why="it is", hint="take a smaller one"))
 sys.exit(3)
 """
     with pytest.raises(UnsupportedError, match="too large") as caught:
         process.run(python(code), log=tmp_path / "log")
-    assert caught.value.cure == "take a smaller one"
+    assert caught.value.hint == "take a smaller one"
 
 
 def test_a_signal_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="SIGKILL") as caught:
         process.run(python("import os; os.kill(os.getpid(), 9)"), log=tmp_path / "log")
-    assert "memory" in caught.value.cure
+    assert "memory" in caught.value.hint
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_job_is_told_by_a_file_and_its_events_are_heard(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("failure", "raises", "says"),
     [
-        ("errors.UsageError('not so', cure='but so')", UsageError, "not so"),
+        ("errors.UsageError('not so', hint='but so')", UsageError, "not so"),
         ("MemoryError()", UnsupportedError, "too large: 7"),
         ("ZeroDivisionError()", process.Failed, "ZeroDivisionError"),
     ],

@@ -117,7 +117,7 @@ def test_no_code_reaches_the_terminal(live: bool, monkeypatch: pytest.MonkeyPatc
     out.result({nasty: nasty})
     with out.progress(nasty, 10, nasty) as bar:
         bar.update(5, 10, nasty)
-    print_error(UsageError(nasty, why=f"{nasty}\n{nasty}", cure=nasty))
+    print_error(UsageError(nasty, why=f"{nasty}\n{nasty}", hint=nasty))
     out = Output("json")
     out.result({nasty: nasty})
     out.finish()
@@ -147,7 +147,7 @@ def test_secrets_reach_neither_messages_nor_json(
     out = Output("json")
     out.result({"url": text})
     out.finish()
-    print_error(UsageError(text, why=text, cure=text))
+    print_error(UsageError(text, why=text, hint=text))
     said = capsys.readouterr()
     assert "mirrorpassword" not in said.out + said.err
     assert json.loads(said.out.partition("\n")[2])["url"] == "http://127.0.0.1:9/a and '***'"

@@ -74,7 +74,7 @@ def test_a_stage_that_raises_leaves_nothing(tmp_path: Path, failure: BaseExcepti
     with pytest.raises(type(failure)):
         Store(tmp_path, QUIET).stage("engine", {}, half)
     assert not leftovers(tmp_path)
-    assert stores.artefacts(tmp_path) == []
+    assert stores.artifacts(tmp_path) == []
 
 
 def test_a_full_disk_is_one_clear_message(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_full_disk_is_one_clear_message(tmp_path: Path) -> None:
 
     with pytest.raises(StageError, match="is full") as caught:
         Store(tmp_path, QUIET).stage("engine", {}, fill)
-    assert "builder clean" in caught.value.cure
+    assert "builder clean" in caught.value.hint
     assert not leftovers(tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_a_killed_build_is_not_trusted_and_blocks_nobody(tmp_path: Path) -> None
     child.wait()
     child.stdout.close()
     assert leftovers(tmp_path)
-    assert stores.artefacts(tmp_path) == []
+    assert stores.artifacts(tmp_path) == []
     made = Store(tmp_path, QUIET).stage("engine", {"a": 1}, write)
     assert not made.cached
     assert not (made.path / "half").exists()
@@ -135,8 +135,8 @@ def make(directory):
     time.sleep(1)
     (directory / "file").write_text("whole")
     return {}
-artefact = Store(Path(sys.argv[1]), Output("human")).stage("engine", {"a": 1}, make)
-print("cached" if artefact.cached else "new", flush=True)
+artifact = Store(Path(sys.argv[1]), Output("human")).stage("engine", {"a": 1}, make)
+print("cached" if artifact.cached else "new", flush=True)
 """
 
 
@@ -148,7 +148,7 @@ def test_of_two_builds_at_once_one_works_and_one_waits(tmp_path: Path) -> None:
     assert sum("another build is making" in err for _, err in said) == 1
 
 
-def test_a_damaged_artefact_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_artifact_is_made_again(tmp_path: Path) -> None:
     made = Store(tmp_path, QUIET).stage("engine", {}, write)
     (made.path / "sub" / "file.bin").write_text("short")
     again = Store(tmp_path, QUIET).stage("engine", {}, write)
@@ -185,7 +185,7 @@ def test_verify_sees_a_manifest_that_was_changed(tmp_path: Path) -> None:
     assert problems == ["manifest.json is damaged: it was changed"]
 
 
-def test_files_elsewhere_belong_to_the_artefact(tmp_path: Path) -> None:
+def test_files_elsewhere_belong_to_the_artifact(tmp_path: Path) -> None:
     outside = tmp_path / "cache"
     outside.mkdir()
     (outside / "model.safetensors").write_text("far away")
@@ -236,7 +236,7 @@ def test_versions_come_from_metadata() -> None:
     assert found == {"pytest": pytest.__version__, "no-such-distribution": "absent"}
 
 
-# What any stage stands on, and the stages whose artefacts, not whose code, are another's input.
+# What any stage stands on, and the stages whose artifacts, not whose code, are another's input.
 NO_INGREDIENTS = {"calibration.rows", "core.errors", "core.manifest", "core.output", "core.paths", "core.process"}
 NO_INGREDIENTS |= {"core.store", "hub.download", "hub.errors", "hub.snapshot", "machine.gpus", "recipe.evaluation"}
 NO_INGREDIENTS |= {"recipe.schema", "triton.repository", "trtllm.engine"}

@@ -144,7 +144,7 @@ def test_the_image_is_labelled_and_runs_as_an_ordinary_user(client: Any) -> None
     assert found == b""
 
 
-def test_the_artefacts_belong_to_the_caller(built: Path, environment: dict[str, str]) -> None:
+def test_the_artifacts_belong_to_the_caller(built: Path, environment: dict[str, str]) -> None:
     root = Path(environment["ARTIFACTS_DIR"])
     assert built.resolve().is_dir()
     assert {(path.lstat().st_uid, path.lstat().st_gid) for path in root.rglob("*")} == {(USER, USER)}
@@ -210,7 +210,7 @@ def test_bad_input_gets_its_exit_code_and_one_message(environment: dict[str, str
     closed.mkdir(mode=0o555)
     unwritable = compose(environment, *run, "a/b", ARTIFACTS_DIR=str(closed))
     assert unwritable.returncode == 3, unwritable.stderr
-    assert "artefacts: /artifacts: Permission denied for uid" in unwritable.stderr
+    assert "artifacts: /artifacts: Permission denied for uid" in unwritable.stderr
     assert "PUID, PGID" in unwritable.stderr
 
 

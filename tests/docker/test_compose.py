@@ -52,11 +52,11 @@ def test_every_service_is_hardened(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_ours_run_as_the_caller_and_see_the_artefacts_at_one_path(name: str) -> None:
+def test_ours_run_as_the_caller_and_see_the_artifacts_at_one_path(name: str) -> None:
     assert SERVICES[name]["user"] == "${PUID:-1000}:${PGID:-1000}"
-    [artefacts] = [v for v in SERVICES[name]["volumes"] if not isinstance(v, str)]
-    assert artefacts["target"] == "/artifacts"
-    assert artefacts.get("read_only", False) == (name not in ("build", "eval"))
+    [artifacts] = [v for v in SERVICES[name]["volumes"] if not isinstance(v, str)]
+    assert artifacts["target"] == "/artifacts"
+    assert artifacts.get("read_only", False) == (name not in ("build", "eval"))
 
 
 def test_a_gpu_is_asked_for_by_what_needs_one_and_taken_back_for_the_cpu() -> None:
@@ -114,7 +114,7 @@ def test_the_images_openai_stays_and_the_llmapi_target_gets_another() -> None:
 
 
 def test_the_image_gets_nothing_but_what_it_needs() -> None:
-    """.dockerignore lets in exactly what the Dockerfile copies or mounts: no .env, no artefacts, no .git."""
+    """.dockerignore lets in exactly what the Dockerfile copies or mounts: no .env, no artifacts, no .git."""
     let_in = set(re.findall(r"^!(.+)$", Path(".dockerignore").read_text(), re.M))
     copied = {name for line in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.M) for name in line.split()}
     mounted = set(re.findall(r"type=bind,source=([\w./]+)", DOCKERFILE))

@@ -98,9 +98,9 @@ def nll(store: Store, found: Evaluation, runner: str) -> np.ndarray:
     """Of every token of both data sets, in the order of the texts."""
     parts = []
     for path in sorted(store.root.glob("scores/*/manifest.json")):
-        artefact = read(path.parent)
-        assert artefact is not None
-        parts.append((artefact.manifest["ingredients"], np.load(path.parent / "nll.npy")))
+        artifact = read(path.parent)
+        assert artifact is not None
+        parts.append((artifact.manifest["ingredients"], np.load(path.parent / "nll.npy")))
     texts = [facts["tokens"] for facts in found.sets[runner].values()]
     fp8 = runner != variants.KV_AUTO
     name = "checkpoint" if runner == variants.KV_AUTO else runner
@@ -210,7 +210,7 @@ def test_a_server_that_dies_is_an_error_and_the_next_run_goes_on(
     monkeypatch.setattr(triton.Served, "_ask", dying)
     with pytest.raises(ServingError, match=r"while it was measured|did not answer") as caught:
         evaluate_stage.evaluate(models, asked, store=other)
-    assert "same command again" in caught.value.cure
+    assert "same command again" in caught.value.hint
     [kept] = other.root.glob("scores/*/manifest.json")
     before = kept.stat().st_mtime_ns
     monkeypatch.setattr(triton.Served, "_ask", whole_ask)
@@ -254,7 +254,7 @@ def test_a_gate_on_a_served_model_that_gives_no_logits_is_refused_before_the_bui
 def test_logits_that_no_answer_can_carry_are_not_measurable() -> None:
     with pytest.raises(NotMeasurable, match="do not fit into one answer") as caught:
         triton.check({"target": "engine", "vocab_size": 151_936}, True, 4000, free=0)
-    assert "evaluation.max_tokens=3531" in caught.value.cure
+    assert "evaluation.max_tokens=3531" in caught.value.hint
     triton.check({"target": "engine", "vocab_size": 151_936}, True, 3531, free=0)
 
 
@@ -293,7 +293,7 @@ def test_nothing_to_score(models: Models, tmp_path: Path, rows: list[Any], says:
     asked = resolve(evaluation__runners=["bf16"], evaluation__data=[lines(tmp_path / "texts.jsonl", *rows)])
     with pytest.raises(UsageError, match=says) as caught:
         evaluate_stage.evaluate(models, asked, store=Store(tmp_path / "artifacts", QUIET))
-    assert caught.value.cure
+    assert caught.value.hint
     assert "calib" not in str(caught.value)
 
 
@@ -383,7 +383,7 @@ def test_a_hub_that_lacks_the_pinned_commit_is_told_with_the_way_out(hub: Hub, t
     with pytest.raises(BuilderError) as refused:
         texts_of(Store(tmp_path / "artifacts", QUIET))
     assert KNOWN_SETS["Salesforce/wikitext"]["revision"] in str(refused.value)
-    assert "revision: main" in refused.value.cure
+    assert "revision: main" in refused.value.hint
 
 
 def test_what_is_evaluated_on_where_nothing_is_said() -> None:

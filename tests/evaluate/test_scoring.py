@@ -117,7 +117,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_every_text_is_scored() -> None:
     assert runner.batch_tokens <= 90
     with pytest.raises(UnsupportedError, match="A text of 40 tokens") as caught:
         scoring.run(Small(room=39), texts, lambda index, logits: None)
-    assert "evaluation.max_tokens=20" in caught.value.cure
+    assert "evaluation.max_tokens=20" in caught.value.hint
 
 
 def test_scoring_that_runs_out_of_memory_halves_too_and_other_errors_pass() -> None:

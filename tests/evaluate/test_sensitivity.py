@@ -201,9 +201,9 @@ def test_as_few_layers_are_kept_as_hold_the_budget(
     if min(kl(0), kl(len(order))) > budget:
         with pytest.raises(UnsupportedError, match="can't be held") as caught:
             measuring.select(meter, asked)  # type: ignore[arg-type]
-        most = float(caught.value.cure.split("auto:")[1].split(",")[0])
+        most = float(caught.value.hint.split("auto:")[1].split(",")[0])
         assert kl(len(order)) <= most <= 1.2 * kl(len(order))
-        assert ("--kv-cache-dtype auto" in caught.value.cure) == fp8_kv
+        assert ("--kv-cache-dtype auto" in caught.value.hint) == fp8_kv
         return
     meter.asked = 0
     found = measuring.select(meter, asked)  # type: ignore[arg-type]
@@ -263,7 +263,7 @@ def test_without_texts_the_proxy_reads_the_files_and_starts_nothing(tmp_path: Pa
     assert [done.stage for done in store.done] == ["snapshot"]
     with pytest.raises(UsageError, match="no texts") as caught:
         pipeline.measure_layers(asked, store)
-    assert "--sensitivity-data" in caught.value.cure
+    assert "--sensitivity-data" in caught.value.hint
 
 
 def test_what_was_measured_outlives_a_run_that_died_and_no_other_recipe_takes_it(

@@ -25,7 +25,7 @@ from builder.clean.reachability import Request
 from builder.cli import main
 from builder.core.errors import NotMeasurable, ServingError, StageError, UnsupportedError, UsageError
 from builder.core.output import Output
-from builder.core.store import Artefact, Store
+from builder.core.store import Artifact, Store
 from builder.evaluate import stage as evaluate_stage
 from builder.evaluate import task_names, tasks, tasks_worker
 from builder.evaluate.runners import triton
@@ -237,7 +237,7 @@ def test_a_server_that_dies_is_an_error_and_what_was_finished_is_kept(
     monkeypatch.setattr(triton.Served, "generate", dying)
     with pytest.raises(ServingError, match="while it was measured") as caught:
         measure_here(models, asked, other)
-    assert "same command again" in caught.value.cure
+    assert "same command again" in caught.value.hint
     [kept] = other.root.glob("tasks/*/manifest.json")
     before = kept.stat().st_mtime_ns
     monkeypatch.setattr(triton.Served, "generate", whole)
@@ -272,7 +272,7 @@ def test_answers_that_leave_no_room_for_a_question_are_refused(directory: Path) 
     assert tasks_worker._load(manager, "next_word", 7)
     with pytest.raises(UnsupportedError, match=r"answers of 6 tokens, and 6") as caught:
         tasks_worker._load(manager, "next_word", 6)
-    assert "--max-seq-len" in caught.value.cure
+    assert "--max-seq-len" in caught.value.hint
 
 
 def test_a_group_has_its_own_figure_and_a_tag_those_of_its_tasks() -> None:
@@ -298,7 +298,7 @@ def test_flips_are_the_documents_that_one_alone_has_right(answers: list[tuple[bo
             path.mkdir()
             lines = [{"doc_id": n, "filter": "none", "acc": float(pair[side])} for n, pair in enumerate(answers)]
             (path / "samples_t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            made.append(Artefact("tasks", path, "", {}, False, {}))
+            made.append(Artifact("tasks", path, "", {}, False, {}))
         flips = tasks._flips(made[0], made[1], row)
         assert flips == pytest.approx(sum(a != b for a, b in answers) / len(answers))
         change = sum(a - b for a, b in answers) / len(answers)
@@ -369,7 +369,7 @@ def test_a_directory_that_is_not_there_and_lm_eval_that_is_not(tmp_path: Path, m
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match="not installed") as caught:
         tasks.check(Tasks(names="gsm8k"), Store(tmp_path, QUIET))
-    assert "trtllm-builder[tasks]" in caught.value.cure
+    assert "trtllm-builder[tasks]" in caught.value.hint
 
 
 def test_data_that_is_not_there_is_told(directory: Path, tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_a_fault_ends_in_a_message_and_leaves_nothing(name: str, job: str, fault
         error = found["error"]
         kind = getattr(errors, error["class"])
         assert found["exit"] == kind.exit_code
-        text = "\n".join([error["what"], error["why"], error["cure"]])
+        text = "\n".join([error["what"], error["why"], error["hint"]])
         assert re.search(says, text, re.DOTALL), text
         assert "drowssapterces" not in text
         assert "Traceback" not in text

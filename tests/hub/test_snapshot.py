@@ -120,11 +120,11 @@ def test_downloads_only_the_model_and_then_nothing(
     assert not list(tmp_path.rglob("*.incomplete"))
 
     before = len(hub.requests)
-    assert fetch(model, store=store).artefact.cached
+    assert fetch(model, store=store).artifact.cached
     assert {r.path for r in hub.requests[before:]} <= {"/api/models/tiny/qwen3/revision/v1", "/api/agent-harnesses"}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = len(hub.requests)
-    assert fetch(model, store=store).artefact.cached
+    assert fetch(model, store=store).artifact.cached
     assert fetch(model, store=Store(tmp_path / "other", Output("quiet"))).digest == snapshot.digest
     assert len(hub.requests) == before
 
@@ -297,7 +297,7 @@ def test_nobody_there(hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(StageError, match=r"Can't reach the Hub at http://127\.0\.0\.1:9") as caught:
         fetch(MODEL, store=store)
     assert "secret" not in str(caught.value) + "".join(p.read_text() for p in (store.root / "logs").iterdir())
-    assert "HF_HUB_OFFLINE" in caught.value.cure
+    assert "HF_HUB_OFFLINE" in caught.value.hint
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match="not in the cache"):
         fetch(MODEL, store=store)
@@ -360,17 +360,17 @@ def test_a_snapshot_of_an_incomplete_cache_is_not_taken_for_the_whole_model(
     monkeypatch.setenv(variable, "1")
     part = fetch(MODEL, store=store)
     assert generation.name not in part.files
-    assert fetch(MODEL, store=store).artefact.cached
+    assert fetch(MODEL, store=store).artifact.cached
     generation.symlink_to(target)
     assert fetch(MODEL, store=store).digest == whole.digest
     generation.unlink()
     assert fetch(MODEL, store=store).digest == part.digest
     monkeypatch.delenv(variable)
     online = fetch(MODEL, store=store)
-    assert (online.digest, online.artefact.cached) == (whole.digest, False)
+    assert (online.digest, online.artifact.cached) == (whole.digest, False)
     monkeypatch.setenv(variable, "1")
     again = fetch(MODEL, store=store)
-    assert (again.digest, again.artefact.cached) == (whole.digest, True), "what was whole once is found offline too"
+    assert (again.digest, again.artifact.cached) == (whole.digest, True), "what was whole once is found offline too"
 
 
 def test_a_file_of_the_cache_with_other_content_is_noticed(hub: Hub, store: Store) -> None:
@@ -381,7 +381,7 @@ def test_a_file_of_the_cache_with_other_content_is_noticed(hub: Hub, store: Stor
     content[-2] ^= 1
     path.resolve().write_bytes(content)
     healed = fetch(MODEL, store=store)
-    assert not healed.artefact.cached
+    assert not healed.artifact.cached
     assert (healed.path / "config.json").read_bytes() == (SMALL / "config.json").read_bytes()
 
 
@@ -394,7 +394,7 @@ def test_weights_that_the_disk_has_no_room_for_are_refused_before_the_first_byte
     job = child.Job(job="download", repo="tiny/qwen2", commit="0" * 40)
     with pytest.raises(StageError, match=r"tiny/qwen2 needs 1000\.00 TB more on the disk") as caught:
         child._check_space(job, {"model.safetensors": child.Listed(10**15, "1" * 64, None)})
-    assert "HF_HOME" in caught.value.cure
+    assert "HF_HOME" in caught.value.hint
 
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -451,7 +451,7 @@ def test_bad_directories(
     with pytest.raises(error) as caught:
         fetch(Model(id=str(directory)), store=store)
     assert re.search(says, str(caught.value), re.DOTALL), str(caught.value)
-    assert caught.value.cure
+    assert caught.value.hint
     assert not store.root.exists()
 
 
@@ -517,7 +517,7 @@ def test_an_unchanged_directory_is_not_hashed_again(
     real = model_files.hash_files
     monkeypatch.setattr(model_files, "hash_files", lambda *a: hashed.append(a[1]) or real(*a))
     first = fetch(Model(id=str(directory)), store=store)
-    assert fetch(Model(id=f"{directory}/../model"), store=store).artefact.cached
+    assert fetch(Model(id=f"{directory}/../model"), store=store).artifact.cached
     assert len(hashed) == 1
 
     # The same size and the same time of change, as `cp -p` or a restored backup leaves them: noticed all the same.
@@ -554,7 +554,7 @@ def test_hostile_names(name: str, store: Store) -> None:
     with pytest.raises(UsageError) as caught:
         fetch(Model(id=name), store=store)
     assert "\n" not in caught.value.what
-    assert caught.value.cure
+    assert caught.value.hint
     assert not store.root.exists()
 
 

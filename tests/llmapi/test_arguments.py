@@ -180,14 +180,14 @@ def test_an_argument_that_is_none_is_refused_with_the_right_one(setting: str, me
 
 def test_what_the_recipe_says_elsewhere_is_not_said_otherwise() -> None:
     assert values("llmapi.args.max_seq_len=4096")["max_seq_len"] == 4096
-    for setting, cure in (
+    for setting, hint in (
         ("max_seq_len=8192", "--set engine.max_seq_len=8192"),
         ("kv_cache_config.dtype=auto", "--set quantization.kv_cache_dtype=auto"),
         ("trust_remote_code=true", "--set model.trust_remote_code=true"),
     ):
         with pytest.raises(UsageError, match="said twice") as caught:
             values(f"llmapi.args.{setting}")
-        assert cure in caught.value.cure
+        assert hint in caught.value.hint
     policy = "llmapi.args.scheduler_config.capacity_scheduler_policy=GUARANTEED_NO_EVICT"
     assert values(policy)["scheduler_config.capacity_scheduler_policy"] == "GUARANTEED_NO_EVICT"
 
@@ -219,7 +219,7 @@ def test_a_batch_larger_than_an_iteration_is_refused() -> None:
 def test_older_versions_are_refused_with_the_first_that_works(version: str) -> None:
     with pytest.raises(UnsupportedError, match=r"needs TensorRT-LLM 1\.2\.1 or later") as caught:
         values(f"engine.tensorrt_llm='{version}'")
-    assert caught.value.cure == "--set engine.tensorrt_llm=1.2.1"
+    assert caught.value.hint == "--set engine.tensorrt_llm=1.2.1"
 
 
 @pytest.mark.parametrize("version", ["1.3.0rc3", "1.4.0rc2", "1.4.0", "2.0"])
@@ -251,7 +251,7 @@ def test_models_that_the_backend_is_not_known_to_serve_are_refused() -> None:
 def test_a_machine_without_tensorrt_llm_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="not installed on this machine") as caught:
         llmapi_arguments.check_machine(resolved())
-    assert "builder render" in caught.value.cure
+    assert "builder render" in caught.value.hint
     assert "Triton 26.04 to 26.07" in caught.value.why
     monkeypatch.setattr(llmapi_arguments.shutil, "which", lambda name: f"/usr/bin/{name}")
     llmapi_arguments.check_machine(resolved())

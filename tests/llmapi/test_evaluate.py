@@ -114,8 +114,8 @@ def other(models: Models, destination: Path, llm: str) -> Models:
 def nll(store: Store, runner: str, of: str | None = None) -> np.ndarray:
     made = [read(path.parent) for path in sorted(store.root.glob("scores/*/manifest.json"))]
     ours = [one for one in made if one and one.manifest["ingredients"]["runner"] == runner]
-    [artefact] = [one for one in ours if of is None or one.manifest["ingredients"]["of"] == [of]]
-    return np.load(artefact.path / "nll.npy")
+    [artifact] = [one for one in ours if of is None or one.manifest["ingredients"]["of"] == [of]]
+    return np.load(artifact.path / "nll.npy")
 
 
 def test_it_is_the_same_model_in_this_process_bit_by_bit(
@@ -167,21 +167,21 @@ def test_one_that_gives_no_logits_is_not_measurable(models: Models, store: Store
 
 
 @pytest.mark.parametrize(
-    ("llm", "message", "cure"),
+    ("llm", "message", "hint"),
     [
         ("WithoutSalt", r"\d+ rows of logits for a prompt of \d+ tokens", "repository.enable_kv_cache_reuse=false"),
         ("OutOfMemory", "CUDA out of memory", "--set repository.kv_cache_free_gpu_mem_fraction="),
     ],
 )
 def test_too_few_logits_or_none_for_a_fault_are_an_error_and_no_figure(
-    models: Models, store: Store, tmp_path: Path, llm: str, message: str, cure: str
+    models: Models, store: Store, tmp_path: Path, llm: str, message: str, hint: str
 ) -> None:
     with pytest.raises(ServingError) as caught:
         evaluate_stage.evaluate(
             other(models, tmp_path / llm, llm), resolve(evaluation__runners=["served"]), store=store
         )
     assert re.search(message, str(caught.value))
-    assert cure in caught.value.cure
+    assert hint in caught.value.hint
 
 
 def test_logits_that_find_no_room_on_their_way_are_refused_before_the_server_starts() -> None:
@@ -189,8 +189,8 @@ def test_logits_that_find_no_room_on_their_way_are_refused_before_the_server_sta
     triton.check(facts, True, 2040, free=8 << 30)
     with pytest.raises(NotMeasurable, match="shared memory") as caught:
         triton.check(facts, True, 2040, free=64 << 20)
-    assert "evaluation.max_tokens=55" in caught.value.cure
-    assert "SHM_SIZE=8gb" in caught.value.cure
+    assert "evaluation.max_tokens=55" in caught.value.hint
+    assert "SHM_SIZE=8gb" in caught.value.hint
 
 
 def test_an_answer_that_can_not_be_sent_is_told(models: Models, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_an_openai_that_is_too_old_is_said_before_anything_starts(
         with pytest.raises(ServingError, match="can't be imported here") as caught:
             llmapi_launch.environment(models, installed)
         assert "cannot import name 'PartReasoningText'" in caught.value.why
-        assert "openai==1.109.1" in caught.value.cure
+        assert "openai==1.109.1" in caught.value.hint
 
 
 def test_the_overlay_comes_first_where_it_is_needed(
@@ -253,14 +253,14 @@ def test_a_version_that_does_not_take_the_name_needs_no_newer_openai(
 
 
 @pytest.mark.parametrize(
-    ("line", "name", "cure"),
+    ("line", "name", "hint"),
     [
         ("ImportError: cannot import name 'PartReasoningText' from 'openai.types.responses.response_content_part_"
          "added_event' (/usr/lib/x.py)", "openai-too-old", "openai==1.109.1"),
         ("mpi4py.MPI.Exception: MPI_ERR_SPAWN: could not spawn processes", "mpi-spawn", "BUILDER_LLMAPI_LAUNCH=1"),
     ],
 )  # fmt: skip
-def test_a_known_failure_of_a_server_is_told_with_its_cure(tmp_path: Path, line: str, name: str, cure: str) -> None:
+def test_a_known_failure_of_a_server_is_told_with_its_cure(tmp_path: Path, line: str, name: str, hint: str) -> None:
     log = tmp_path / "server.log"
     log.write_text(f"something\n{line}\n")
     known = build_log.diagnose(line, "serving")
@@ -269,8 +269,8 @@ def test_a_known_failure_of_a_server_is_told_with_its_cure(tmp_path: Path, line:
     error = _failure("Triton ended.", log)
     assert error.why.startswith(f"{known.why} ({known.source})\n")
     assert line in error.why
-    assert cure in error.cure
-    assert str(log) in error.cure
+    assert hint in error.hint
+    assert str(log) in error.hint
     assert build_log.diagnose(line) is None  # of trtllm-build's
     log.write_text("something\n")
-    assert _failure("Triton ended.", log).cure == f"The whole log: {log}"
+    assert _failure("Triton ended.", log).hint == f"The whole log: {log}"

@@ -71,7 +71,7 @@ def test_a_card_without_nvfp4_is_refused_with_what_runs_there(name: str) -> None
     with pytest.raises(UnsupportedError, match=f"{name} can't run nvfp4") as caught:
         flags(name)
     assert f"{name} runs {', '.join(gpus.load(name).formats)}" in caught.value.why
-    assert "--gpu cpu" in caught.value.cure
+    assert "--gpu cpu" in caught.value.hint
     assert flags(name, "target=reference")
 
 
@@ -79,7 +79,7 @@ def test_a_card_newer_than_the_version_is_refused() -> None:
     assert flags("sm103")
     with pytest.raises(UnsupportedError, match=r"sm103 runs nvfp4 since TensorRT-LLM 1\.2\.0") as caught:
         flags("sm103", "engine.tensorrt_llm=1.1.0")
-    assert caught.value.cure == "--set engine.tensorrt_llm=1.2.1"
+    assert caught.value.hint == "--set engine.tensorrt_llm=1.2.1"
     assert flags("sm120-fmha", "engine.tensorrt_llm=1.0.0")
 
 

@@ -83,7 +83,7 @@ def test_sizes_of_qwen3_8b_are_the_known_ones() -> None:
     assert round(sizes.download / GB, 2) == 16.38
     assert sizes.kv_bytes_per_token == 72 * 1024
     assert preflight_memory.kv_bytes_per_token(QWEN3_8B.config, replace(ASKED, fp8_kv=False)) == 144 * 1024
-    assert sizes.artefacts == sizes.unified + 2 * sizes.checkpoint
+    assert sizes.artifacts == sizes.unified + 2 * sizes.checkpoint
 
 
 def test_without_fmha_the_workspace_is_quadratic_for_every_sequence_of_the_batch() -> None:
@@ -238,7 +238,7 @@ def test_where_the_heads_do_not_divide_the_layers_do() -> None:
 def test_where_nothing_helps_the_refusal_says_so() -> None:
     found = preflight_memory.memory(QWEN3_8B, ASKED, "a watch", 10**6)
     error, change = suggestions.refusal(QWEN3_8B, ASKED, found)
-    assert (change, error.exit_code, error.cure) == (None, 3, "Take a smaller model.")
+    assert (change, error.exit_code, error.hint) == (None, 3, "Take a smaller model.")
     assert "weights 6.40 GB" in error.why
 
 
@@ -252,8 +252,8 @@ def test_the_verdict_is_for_the_card_that_is_here_or_the_largest() -> None:
 
 def test_too_small_a_disk_is_refused_with_what_is_missing() -> None:
     sizes = preflight_memory.sizes(QWEN3_8B, ASKED)
-    assert suggestions.disk_refusal(sizes, Machine(sizes.artefacts, 0, 0), sizes.artefacts) is None
-    refused = suggestions.disk_refusal(sizes, Machine(10**10, 0, 0), sizes.artefacts)
+    assert suggestions.disk_refusal(sizes, Machine(sizes.artifacts, 0, 0), sizes.artifacts) is None
+    refused = suggestions.disk_refusal(sizes, Machine(10**10, 0, 0), sizes.artifacts)
     assert refused
     assert refused.exit_code == 3
     assert "need 19.19 GB" in refused.what
@@ -397,7 +397,7 @@ def test_calibrating_in_more_memory_than_there_is_is_refused(
     this_machine(monkeypatch, memory=needed - 1)
     with pytest.raises(UnsupportedError, match="Calibrating takes about") as caught:
         pipeline.build(long, store)
-    assert "--set calibration.batch_size=3" in caught.value.cure
+    assert "--set calibration.batch_size=3" in caught.value.hint
     assert not list(tmp_path.glob("out/snapshot/[0-9a-f]*"))
     # less free than that, but enough in all, is a warning; and what is made already needs none
     this_machine(monkeypatch, memory=needed, free=needed - 1)
@@ -420,7 +420,7 @@ def test_what_is_said_to_fit_while_calibrating_fits(batch: int, length: int, mem
     if refused is None:
         return
     assert refused.exit_code == 3
-    said = dict(re.findall(r"(batch_size=|--calib-seq-len )(\d+)", refused.cure))
+    said = dict(re.findall(r"(batch_size=|--calib-seq-len )(\d+)", refused.hint))
     if said:
         tokens = int(said.get("batch_size=", batch)) * int(said.get("--calib-seq-len ", length))
         assert preflight_memory.calibration_memory(SMALL, tokens) <= memory

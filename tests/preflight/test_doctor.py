@@ -48,22 +48,22 @@ def test_an_older_driver_is_warned_of_or_refused(
     with_cards(monkeypatch, Seen("RTX", 12, 0, driver))
     found = by_name(doctor.examine(gpus.load("sm120"), VERSION, tmp_path))["driver"]
     assert (found.state, found.seen, ROW.driver in found.needed) == (state, driver, True)
-    assert bool(found.cure) == (state != "ok")
+    assert bool(found.hint) == (state != "ok")
 
 
 def test_an_older_driver_is_told_the_newest_image_that_it_can_run() -> None:
     [check] = doctor._driver(ROW, "575.57.08")
-    assert "TensorRT-LLM 1.0.0, nvcr.io/nvidia/tritonserver:25.10-trtllm-python-py3" in check.cure
+    assert "TensorRT-LLM 1.0.0, nvcr.io/nvidia/tritonserver:25.10-trtllm-python-py3" in check.hint
 
 
 def test_the_card_must_be_the_one_that_is_built_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with_cards(monkeypatch, RTX5090)
     wrong = by_name(doctor.examine(gpus.load("sm100"), VERSION, tmp_path))["GPU"]
     assert (wrong.state, wrong.seen) == ("failed", "NVIDIA GeForce RTX 5090 (sm120)")
-    assert "--gpu sm120" in wrong.cure
+    assert "--gpu sm120" in wrong.hint
     monkeypatch.setattr(gpus, "visible", lambda: None)
     mixed = by_name(doctor.examine(gpus.load("sm120"), VERSION, tmp_path))["GPU"]
-    assert (mixed.state, "CUDA_VISIBLE_DEVICES" in mixed.cure) == ("warning", True)
+    assert (mixed.state, "CUDA_VISIBLE_DEVICES" in mixed.hint) == ("warning", True)
     with_cards(monkeypatch, RTX5090)
     for right in (gpus.load("sm120"), gpus.load("sm120-fmha"), None):
         assert by_name(doctor.examine(right, VERSION, tmp_path))["GPU"].state == "ok"
@@ -97,7 +97,7 @@ def test_an_open_mpi_that_spawns_nothing_is_warned_of(
     assert (found["mpirun"].state, found["mpirun"].seen) == ("ok", str(tmp_path / "mpirun"))
     assert found["trtllm-llmapi-launch"].state == "warning"
     assert (found["Open MPI"].state, version in found["Open MPI"].seen) == (state, True)
-    assert ("BUILDER_LLMAPI_LAUNCH=1" in found["Open MPI"].cure) == (state == "warning")
+    assert ("BUILDER_LLMAPI_LAUNCH=1" in found["Open MPI"].hint) == (state == "warning")
 
 
 def test_it_says_where_upstreams_documents_contradict_each_other(
@@ -123,7 +123,7 @@ def test_an_openai_that_tensorrt_llm_cannot_import_fails(monkeypatch: pytest.Mon
     monkeypatch.delenv("BUILDER_LLMAPI_OVERLAY", raising=False)
     found = doctor._openai()
     assert (found.state, found.seen) == ("failed", "ImportError: X")
-    assert "openai==1.109.1" in found.cure
+    assert "openai==1.109.1" in found.hint
     monkeypatch.setenv("BUILDER_LLMAPI_OVERLAY", str(overlay))
     assert (doctor._openai().state, str(overlay) in doctor._openai().seen) == ("ok", True)
 
@@ -140,7 +140,7 @@ def test_inside_a_container_its_versions_and_limits_count(monkeypatch: pytest.Mo
     found = by_name(doctor.examine(gpus.load("sm120"), VERSION, tmp_path))
     assert (found["tensorrt_llm"].seen, found["tensorrt_llm"].needed) == ("absent", "1.2.1")
     assert found["tensorrt_llm"].state == found["shared memory"].state == found["trtllm-build"].state == "failed"
-    assert "SHM_SIZE" in found["shared memory"].cure
+    assert "SHM_SIZE" in found["shared memory"].hint
     assert {"ulimit memlock", "ulimit stack"} <= set(found)
     assert "Docker" not in found
 
@@ -185,7 +185,7 @@ def test_on_a_host_the_engine_and_the_toolkit_count(
     monkeypatch.setattr(doctor, "_hook", lambda: False)
     found = list(doctor._docker(ROW))
     assert [check.state for check in found] == states
-    assert all(check.cure for check in found if check.state == "failed")
+    assert all(check.hint for check in found if check.state == "failed")
 
 
 def test_a_disk_too_small_for_the_image_is_warned_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_what_fails_is_raised_together(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "can't build for sm120" in caught.value.what
     assert "GPU: no NVIDIA GPU is visible" in caught.value.why
     assert "tensorrt_llm: absent" in caught.value.why
-    assert "--gpu cpu" in caught.value.cure
+    assert "--gpu cpu" in caught.value.hint
 
 
 @pytest.mark.parametrize(("gpu", "code"), [("cpu", 0), ("sm120", 3)])

@@ -318,10 +318,10 @@ def test_the_smallest_remedy_that_is_enough_comes_first() -> None:
     error = quality_summary.error(failed, 90, ["builder", "build", "--model", "a b"])
     assert error
     assert error.exit_code == 4
-    lines = error.cure.splitlines()
+    lines = error.hint.splitlines()
     assert lines[1].startswith("builder build --model 'a b' --keep-fp8 '*.down_proj'    # estimated score 92")
-    assert "builder sensitivity --model 'a b' --sensitivity-data builtin:python-docs" in error.cure
-    assert "auto:0.1 " in error.cure
+    assert "builder sensitivity --model 'a b' --sensitivity-data builtin:python-docs" in error.hint
+    assert "auto:0.1 " in error.hint
     assert quality_summary.error(failed, 60, []) is None
 
 

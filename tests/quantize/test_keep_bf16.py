@@ -112,7 +112,7 @@ def test_groups_are_kept_whole_and_nothing_else_is(wanted: set[str]) -> None:
 def test_a_pattern_that_matches_nothing_names_near_ones(pattern: str, near: str) -> None:
     with pytest.raises(UsageError, match="matches no linear layer") as caught:
         facts(TINY, [pattern])
-    assert near in f"{caught.value.why} {caught.value.cure}"
+    assert near in f"{caught.value.why} {caught.value.hint}"
     assert caught.value.exit_code == 2
 
 

@@ -237,7 +237,7 @@ def test_an_attention_that_modelopt_does_not_know_is_not_left_in_silence() -> No
     model.config.num_hidden_layers = 2  # one layer more than ModelOpt finds attention in
     with pytest.raises(UnsupportedError, match="KV cache of") as caught:
         worker._calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], fp8_kv=True)
-    assert "--kv-cache-dtype auto" in caught.value.cure
+    assert "--kv-cache-dtype auto" in caught.value.hint
 
 
 def test_the_childs_errors_keep_their_kind(llama: Path, build: Build, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_crash_of_the_child_shows_the_end_of_its_log(
     store = Store(tmp_path / "store", Output("quiet"))
     with pytest.raises(StageError) as caught:
         build(store, model=llama)
-    log = Path(caught.value.cure.split()[-1])
+    log = Path(caught.value.hint.split()[-1])
     assert "Traceback" in log.read_text()
     assert caught.value.why
     assert not list((store.root / "checkpoint").iterdir())

@@ -106,7 +106,7 @@ def test_a_bad_set_is_refused(text: str) -> None:
 def test_no_model_says_what_to_type() -> None:
     with pytest.raises(UsageError, match="no model is named") as caught:
         schema.resolve({"gpu": "cpu"})
-    assert "--model" in caught.value.cure
+    assert "--model" in caught.value.hint
 
 
 def test_the_default_dataset_comes_with_its_configuration_and_another_does_not() -> None:
@@ -132,7 +132,7 @@ def test_no_gpu_here_is_an_error_and_never_a_default() -> None:
         return
     with pytest.raises(UnsupportedError, match="No GPU was named") as caught:
         schema.resolve(MODEL)
-    assert "--gpu" in caught.value.cure
+    assert "--gpu" in caught.value.hint
 
 
 @given(st.text())

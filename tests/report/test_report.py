@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from builder.core.errors import UsageError
-from builder.core.store import Artefact
+from builder.core.store import Artifact
 from builder.report.gather import REFERENCE, gather, judge, results
 from builder.report.render import code, escaped, fenced, html, markdown, shown
 from builder.report.results import Evaluation, Interval, Score
@@ -459,12 +459,12 @@ def test_the_loss_by_layer_is_that_of_this_model_and_calibration() -> None:
     layers = [{"name": "model.layers.0.mlp", "layer": "layers.0.mlp", "kl": 0.01, "bytes": 5, "proxy": 0.1}]
     layers += [{"name": "model.layers.1.mlp", "layer": "layers.1.mlp", "kl": None, "bytes": 5, "proxy": 0.1}]
 
-    def artefact(stage: str, digest: str, of: list[str], started: float) -> Artefact:
+    def artifact(stage: str, digest: str, of: list[str], started: float) -> Artifact:
         manifest = {"ingredients": {"of": of}, "started": started}
-        return Artefact(stage, Path(digest), digest, {"layers": layers}, True, manifest)
+        return Artifact(stage, Path(digest), digest, {"layers": layers}, True, manifest)
 
-    chain = {"snapshot": artefact("snapshot", "ours", [], 1), "calibration": artefact("calibration", "rows", [], 1)}
-    mine, foreign = (artefact("sensitivity", "x", ["ours", rows], 2) for rows in ("rows", "other rows"))
+    chain = {"snapshot": artifact("snapshot", "ours", [], 1), "calibration": artifact("calibration", "rows", [], 1)}
+    mine, foreign = (artifact("sensitivity", "x", ["ours", rows], 2) for rows in ("rows", "other rows"))
     assert results.losses_of(chain, [mine, foreign]) == [results.Loss("layers.0.mlp", 0.01, 5)]
     assert results.losses_of(chain, [foreign]) == []
 

@@ -37,10 +37,10 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = shutil.copytree(TINY, tmp_path / "model")
     fetch(schema.Model(id=str(model)), store=Store(tmp_path / "out", Output("quiet")))
     argv = ["verify", "--output", str(tmp_path / "out")]
-    [name] = one_object(*argv, code=0, capsys=capsys)["artefacts"]
+    [name] = one_object(*argv, code=0, capsys=capsys)["artifacts"]
     (model / "merges.txt").write_bytes(b"#")
     found = one_object(*argv, code=6, capsys=capsys)
-    assert found["artefacts"][name]
+    assert found["artifacts"][name]
 
 
 def test_inspect(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def test_names_that_reach_a_shell_are_refused(tmp_path: Path, name: str) -> None
     if "/" not in name:
         with pytest.raises(IntegrityError, match="not served") as caught:
             check_names(one_model(tmp_path / "named", name=name))
-        assert "Allowed: letters" in caught.value.cure
+        assert "Allowed: letters" in caught.value.hint
     for number, line in enumerate(
         (
             f'default_model_filename: "{name} "\n',
@@ -160,7 +160,7 @@ def test_without_a_place_it_says_which_letters_are_allowed(tmp_path: Path, monke
             look()
         assert "letters of ASCII, digits and _ . / + -" in caught.value.why
         assert str(odd) in caught.value.why
-        assert "TMPDIR=DIR" in caught.value.cure
+        assert "TMPDIR=DIR" in caught.value.hint
 
 
 FULL = """

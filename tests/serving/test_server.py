@@ -136,7 +136,7 @@ def test_a_model_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     ):
         pytest.fail("it came up")
     assert caught.value.why == "lonely: Internal: FileNotFoundError: no tokenizer here"
-    assert str(tmp_path / "log") in caught.value.cure
+    assert str(tmp_path / "log") in caught.value.hint
     assert not shared_memory(os.getpid())
 
 
@@ -155,7 +155,7 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
             serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log", grpc_port=port),
         ):
             pytest.fail("it came up")
-    assert "ss -ltnp" in caught.value.cure
+    assert "ss -ltnp" in caught.value.hint
     assert not (tmp_path / "log").exists()
 
 
@@ -176,7 +176,7 @@ def test_the_log_that_a_failure_names_is_there(tmp_path: Path, monkeypatch: pyte
     models = one_model(tmp_path / "models", "import time; time.sleep(30)")
     with pytest.raises(ServingError, match="not ready in time") as caught, serve(models, out=QUIET, timeout=1):
         pytest.fail("it came up")
-    log = Path(caught.value.cure.removeprefix("The whole log: "))
+    log = Path(caught.value.hint.removeprefix("The whole log: "))
     assert "Initialize: lonely" in log.read_text()
     assert not list(log.parent.glob("*/"))
 
@@ -228,7 +228,7 @@ def test_one_server_for_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ServingError, match="The engine has 2 ranks, and mpirun") as caught:
         serving.launch_command(servers)
-    assert "a machine with 2 GPUs" in caught.value.cure
+    assert "a machine with 2 GPUs" in caught.value.hint
 
 
 def test_ranks_are_read_from_the_engine(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.output import Output
-from builder.core.store import Artefact, Store
+from builder.core.store import Artifact, Store
 from builder.evaluate.tasks import Row
 from builder.hub.snapshot import fetch
 from builder.preflight import checks as preflight_checks
@@ -43,7 +43,7 @@ def build(
     recorded: bool = True,
     smoke: bool = True,
 ) -> Path:
-    """Leaves a repository with its upstream artefacts, link and build record; returns the link."""
+    """Leaves a repository with its upstream artifacts, link and build record; returns the link."""
     store = Store(root, Output("quiet"))
     resolved = schema.resolve({"model.id": model, "gpu": gpu, "engine.max_batch_size": 4})
     target = resolved.recipe.target
@@ -168,7 +168,7 @@ def _stage(
     facts: Mapping[str, Any],
     name: str = "file",
     size: int = 0,
-) -> Artefact:
+) -> Artifact:
     def make(directory: Path) -> Mapping[str, Any]:
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(f"stands in for {stage} {json.dumps(ingredients)}" + " " * size)

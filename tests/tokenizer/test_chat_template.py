@@ -157,7 +157,7 @@ def test_messages_for_a_model_without_a_template(model: Path, store: Store) -> N
     ):
         with pytest.raises(UsageError, match="rows are messages, and this model's tokenizer has no chat template") as e:
             command()
-        assert "--calib-data builtin:python-docs-text" in e.value.cure
+        assert "--calib-data builtin:python-docs-text" in e.value.hint
     assert not store.done
     assert plan_of(model, store, "builtin:python-docs-text").stages
     rows = calibration_rows.first_rows(schema.Calibration(data="builtin:python-docs-text"))
@@ -174,7 +174,7 @@ def test_a_template_that_can_not_be_used(template: str, model: Path, store: Stor
     says = chat_template.SAYS[problem.kind]
     with pytest.raises(UsageError, match=rf"chat template of this model \(chat_template\.jinja\) {says}") as caught:
         pipeline.build(resolved(model, calibration__data="builtin:python-docs"), store)
-    assert "builtin:python-docs-text" in caught.value.cure
+    assert "builtin:python-docs-text" in caught.value.hint
     assert not store.done
     # Rows of text need no template: the plan says what clients will meet.
     notes = {note.rule: note.text for note in plan_of(model, store, "builtin:python-docs-text").notes}

@@ -128,7 +128,7 @@ def test_a_broken_file_is_named_before_any_weight_is_read(name: str, model: Path
         with pytest.raises(IntegrityError, match=rf"(?s){says}") as caught:
             command()
         assert file in caught.value.what
-        assert caught.value.cure
+        assert caught.value.hint
     assert not list(store.root.glob("snapshot/[!.]*"))
 
 

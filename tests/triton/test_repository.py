@@ -298,7 +298,7 @@ def test_the_only_repository_is_found_and_one_of_several_must_be_named(tmp_path:
     for named in (None, "c"):
         with pytest.raises(UsageError, match="There is a, b") as caught:
             repository.find(tmp_path, named)
-        assert "MODEL_REPOSITORY=a" in caught.value.cure
+        assert "MODEL_REPOSITORY=a" in caught.value.hint
 
 
 def test_importing_it_is_light() -> None:

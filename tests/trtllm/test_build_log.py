@@ -1,4 +1,4 @@
-"""trtllm-build's log: its phases, its memory, and for each known failure the cause and the cure, by the whole path."""
+"""trtllm-build's log: its phases, its memory, and for each known failure the cause and the hint, by the whole path."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ KNOWN = {known.name: known for known in build_log.known_errors()}
 
 def test_every_entry_of_the_table_has_its_message_here() -> None:
     assert list(FAILURES) == list(KNOWN)
-    assert all(known.why and known.cure and known.source for known in KNOWN.values())
+    assert all(known.why and known.hint and known.source for known in KNOWN.values())
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -76,8 +76,8 @@ def test_a_known_failure_shows_its_cause_and_its_cure(
     assert caught.value.exit_code == 1
     assert caught.value.why.startswith(f"{KNOWN[name].why} ({KNOWN[name].source})")
     assert FAILURES[name].splitlines()[-1] in caught.value.why  # the last lines
-    assert caught.value.cure.startswith(KNOWN[name].cure)
-    assert str(tmp_path / "out" / "logs") in caught.value.cure  # the whole log
+    assert caught.value.hint.startswith(KNOWN[name].hint)
+    assert str(tmp_path / "out" / "logs") in caught.value.hint  # the whole log
     assert not list((tmp_path / "out" / "engine").iterdir())
 
 
@@ -87,7 +87,7 @@ def test_the_kernel_that_ends_it_is_known_too(
     monkeypatch.setenv("STAND_IN", "killed")
     with pytest.raises(StageError, match="was killed by SIGKILL") as caught:
         build(checkpoint, "sm120", tmp_path / "out")
-    assert KNOWN["host-memory"].cure in caught.value.cure
+    assert KNOWN["host-memory"].hint in caught.value.hint
 
 
 def test_the_cause_is_found_far_above_the_end(
@@ -110,7 +110,7 @@ def test_an_unknown_failure_shows_the_last_lines_alone(
     with pytest.raises(StageError) as caught:
         build(checkpoint, "sm120", tmp_path / "out")
     assert caught.value.why.endswith("RuntimeError: nobody has seen this before")
-    assert caught.value.cure.startswith("The whole log: ")
+    assert caught.value.hint.startswith("The whole log: ")
 
 
 WARNINGS = f"""
@@ -132,7 +132,7 @@ def test_cures_name_only_flags_that_exist() -> None:
     commands = next(action for action in main.parser()._actions if action.dest == "command").choices or {}
     known = {option for command in commands.values() for action in command._actions for option in action.option_strings}
     for entry in KNOWN.values():
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", entry.cure)) <= known, entry.name
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", entry.hint)) <= known, entry.name
 
 
 def ticking() -> Iterator[float]:

@@ -70,7 +70,7 @@ def refused(models: Path, runtime: Runtime = GOOD) -> IntegrityError:
         compatibility.check(models, runtime)
     assert caught.value.exit_code == 6
     assert caught.value.why
-    assert caught.value.cure
+    assert caught.value.hint
     return caught.value
 
 
@@ -90,11 +90,11 @@ def test_the_llmapi_targets_repository_is_for_one_version(tmp_path: Path) -> Non
         compatibility.check(tmp_path, runtime)
     said = refused(tmp_path, Runtime(tensorrt_llm="1.3.0rc25"))
     assert "rendered for TensorRT-LLM 1.2.1, and this machine has 1.3.0rc25" in said.what
-    assert "--set engine.tensorrt_llm=1.3.0rc25" in said.cure
+    assert "--set engine.tensorrt_llm=1.3.0rc25" in said.hint
 
 
 @pytest.mark.parametrize(
-    ("runtime", "what", "cure"),
+    ("runtime", "what", "hint"),
     [
         (Runtime([RTX_5090], "1.1.0"), "built by TensorRT-LLM 1.2.1, and this machine has 1.1.0", "tensorrt_llm=1.1.0"),
         (Runtime([RTX_5090], "1.2.1", "10.13.3.9"), "built by TensorRT 10.14.1.48, and this", "image that built it"),
@@ -105,10 +105,10 @@ def test_the_llmapi_targets_repository_is_for_one_version(tmp_path: Path) -> Non
         (Runtime([], "1.2.1"), "has 1 rank, and no GPU is seen here", "--gpu cpu"),
     ],
 )  # fmt: skip
-def test_a_machine_that_can_not_run_the_engine(models: Path, runtime: Runtime, what: str, cure: str) -> None:
+def test_a_machine_that_can_not_run_the_engine(models: Path, runtime: Runtime, what: str, hint: str) -> None:
     error = refused(models, runtime)
     assert what in error.what
-    assert cure in error.cure
+    assert hint in error.hint
 
 
 def test_as_many_gpus_as_ranks(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_repository_edited_by_hand(models: Path, old: str, new: str, what: str
     error = refused(models)
     assert what in error.what
     assert why in error.why
-    assert "--from render" in error.cure
+    assert "--from render" in error.hint
 
 
 def test_an_edit_that_the_engine_can_do_passes(models: Path, tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_all_that_disagrees_is_said_at_once_the_machine_first(models: Path) -> N
     places = [error.why.index(f"{number}. ") for number in range(1, 6)]
     assert [name in line for name, line in zip(order, error.why.splitlines(), strict=True)] == [True] * 5
     assert places == sorted(places)
-    assert [line[:2] for line in error.cure.splitlines()] == ["1.", "2.", "3.", "4.", "5."]
+    assert [line[:2] for line in error.hint.splitlines()] == ["1.", "2.", "3.", "4.", "5."]
 
 
 def test_an_engine_that_moved(models: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_an_engine_that_moved(models: Path, tmp_path: Path) -> None:
     (tmp_path / "engine").rename(tmp_path / "elsewhere")
     error = refused(models)
     assert f"no engine at {tmp_path / 'engine'}" in error.what
-    assert "builder build" in error.cure
+    assert "builder build" in error.hint
 
 
 def test_a_copy_of_an_engine_tells_what_it_was_built_with(models: Path, tmp_path: Path) -> None:

@@ -68,9 +68,9 @@ def test_trtllm_build_takes_the_resolved_command_line(stand_in: None, checkpoint
     assert built.config["pretrained_config"] == PRETRAINED
     assert (built.path / "rank0.engine").is_file()
     assert engine.timing_cache(tmp_path / "out", "1.2.1").read_bytes() == b"timing"
-    command = built.artefact.facts["command"]
+    command = built.artifact.facts["command"]
     assert command[command.index("--gemm_plugin") + 1] == "nvfp4"
-    assert Path(built.artefact.facts["log"]).read_text().startswith("$ trtllm-build")
+    assert Path(built.artifact.facts["log"]).read_text().startswith("$ trtllm-build")
 
 
 def built_with(built: engine.Engine) -> dict[str, object]:
@@ -102,7 +102,7 @@ def test_the_phases_and_the_memory_that_trtllm_build_tells(
 ) -> None:
     asked = resolved("sm120", "engine.tp=2")
     store = Store(tmp_path / "out", Output())
-    facts = engine.build(split, trtllm_flags.resolve(asked, {}), asked, store=store).artefact.facts
+    facts = engine.build(split, trtllm_flags.resolve(asked, {}), asked, store=store).artifact.facts
     assert facts["peak_gpu_memory"] == 386 << 20  # the larger rank's
     assert list(facts["phases"]) == [
         "starting",
@@ -194,12 +194,12 @@ def split(checkpoint: Checkpoint, tmp_path: Path) -> Checkpoint:
 
 def test_an_engine_of_two_ranks(stand_in: None, split: Checkpoint, tmp_path: Path) -> None:
     built = build(split, "sm120", tmp_path / "out", "engine.tp=2")
-    assert built.artefact.facts["world_size"] == 2
+    assert built.artifact.facts["world_size"] == 2
     assert (built.path / "rank1.engine").is_file()
-    command = built.artefact.facts["command"]
+    command = built.artifact.facts["command"]
     assert command[command.index("--workers") + 1] == "2"
     reference = build(split, "cpu", tmp_path / "out", "engine.tp=2")
-    assert reference.artefact.facts["world_size"] == 2
+    assert reference.artifact.facts["world_size"] == 2
     assert (reference.path / "rank1.safetensors").read_bytes() == b"others"
     # rule R37: with several ranks the plugin stays, in the model's type
     assert reference.config["build_config"]["plugin_config"]["nccl_plugin"] == "bfloat16"
@@ -251,7 +251,7 @@ def test_a_timing_cache_that_can_not_be_written_is_seen_before_the_build(
 def test_the_timing_cache_is_kept_between_builds(stand_in: None, checkpoint: Checkpoint, tmp_path: Path) -> None:
     cache = engine.timing_cache(tmp_path / "out", "1.2.1")
     for batch in ("4", "5"):
-        facts = build(checkpoint, "sm120", tmp_path / "out", f"engine.max_batch_size={batch}").artefact.facts
+        facts = build(checkpoint, "sm120", tmp_path / "out", f"engine.max_batch_size={batch}").artifact.facts
         for flag in ("--input_timing_cache", "--output_timing_cache"):
             assert facts["command"][facts["command"].index(flag) + 1] == str(cache)
     assert cache.read_bytes() == b"timing"
@@ -269,5 +269,5 @@ def test_without_trtllm_build_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UnsupportedError, match="trtllm-build is not on this machine's PATH") as caught:
         engine.check_machine(resolved("sm120"))
-    assert "--gpu cpu" in caught.value.cure
+    assert "--gpu cpu" in caught.value.hint
     engine.check_machine(resolved("cpu"))

@@ -218,7 +218,7 @@ def test_a_version_without_an_engine_path_is_refused_with_the_way_out(version: s
     with pytest.raises(UnsupportedError, match="builds no engines") as caught:
         trtllm_flags.resolve(resolved(f"engine.tensorrt_llm='{version}'"), QWEN3_8B)
     assert "1.2.1 is the last stable version" in caught.value.why
-    assert "--target llmapi" in caught.value.cure
+    assert "--target llmapi" in caught.value.hint
 
 
 @pytest.mark.parametrize("version", ["0.20.0", "1.2.0", "1.3.0rc15"])
@@ -328,7 +328,7 @@ def test_sizes_that_the_nvfp4_gemm_does_not_take_are_refused_on_one_gpu_too(odd:
     config: dict[str, object] = {**WHOLE, **odd}
     with pytest.raises(UnsupportedError, match=message) as caught:
         trtllm_flags.resolve(resolved(), config)
-    assert "--set engine.flags.gemm_plugin=disable" in caught.value.cure
+    assert "--set engine.flags.gemm_plugin=disable" in caught.value.hint
     assert trtllm_flags.resolve(resolved("engine.flags.gemm_plugin=disable"), config)
     assert trtllm_flags.resolve(resolved(gpu="cpu"), config)
     assert trtllm_flags.resolve(resolved(), WHOLE)

@@ -372,7 +372,7 @@ def test_a_flag_that_failed_on_the_card_is_refused_with_what_to_ask_for(gpu: str
     with pytest.raises(UnsupportedError, match="probe paged_context_fmha-128") as caught:
         trtllm_flags.resolve(resolved(*on, gpu=gpu), QWEN3_8B, failed)
     assert "no kernel" in caught.value.why
-    assert "--set engine.flags.use_paged_context_fmha=disable" in caught.value.cure
+    assert "--set engine.flags.use_paged_context_fmha=disable" in caught.value.hint
     assert fmha("use_paged_context_fmha=disable", said=failed, gpu="sm120-fmha") == FP8
     assert fmha(said=failed) == OFF
     with pytest.raises(UnsupportedError, match="gemm_plugin=nvfp4 failed"):
@@ -497,7 +497,7 @@ def test_with_answers_too_resolving_twice_equals_resolving_once(
     try:
         once = trtllm_flags.resolve(resolved(*(f"{n}={v}" for n, v in free.items()), gpu=gpu, **asked), model, said)
     except BuilderError as error:
-        if not error.cure:
+        if not error.hint:
             raise
         return
     sizes = {f"engine.{flag.name}": int(flag.value) for flag in once if flag.name in trtllm_flags.SIZES}

@@ -61,7 +61,7 @@ def was_rewritten(flag: Flag, value: str, rule: str) -> None:
 def is_refused(rule: str, kind: type[BuilderError], message: str, act: Callable[[], object]) -> None:
     with pytest.raises(kind, match=message) as caught:
         act()
-    assert caught.value.cure
+    assert caught.value.hint
     assert f"rule {rule}" in str(caught.value)
 
 
@@ -572,7 +572,7 @@ GPUS = st.sampled_from(gpus.names())
 def test_what_we_emit_passes_through_the_rules_unchanged(
     model: dict[str, Any], gpu: str, version: str, sizes: tuple[int, int, int], kv: str, free: dict[str, str]
 ) -> None:
-    """Over random recipes, cards and models: refused with a cure, or resolving twice equals resolving once."""
+    """Over random recipes, cards and models: refused with a hint, or resolving twice equals resolving once."""
     batch, length, tokens = sizes
     chosen = {
         "engine.max_batch_size": batch,
@@ -585,7 +585,7 @@ def test_what_we_emit_passes_through_the_rules_unchanged(
     try:
         once = flags_of(*(f"{name}={value}" for name, value in free.items()), config=model, gpu=gpu, **chosen)
     except (UsageError, UnsupportedError) as error:
-        if not error.cure:
+        if not error.hint:
             raise
         return
     names = [name for name in once if name not in trtllm_flags.SIZES]

@@ -23,7 +23,7 @@ def refuse_strangers(checked: Mapping[str, Any], name: str, vocab_size: int) -> 
         f"The model and its tokenizer do not belong together, or the texts of {name} are in no language that it knows.",
         why=f"The texts' NLL is {text:.2f} nats a token, that of the same tokens shuffled {other:.2f}, and chance "
         f"(one of {vocab_size} tokens) {chance:.2f}: a model must find text likelier than both.",
-        cure="Fetch model and tokenizer from the same place, or take other texts with --data.",
+        hint="Fetch model and tokenizer from the same place, or take other texts with --data.",
     )
 
 
@@ -33,5 +33,5 @@ def refuse_unknown_tokens(largest: int, vocab_size: int) -> None:
         raise IntegrityError(
             "The model and its tokenizer do not belong together.",
             why=f"The tokenizer made token {largest} of a text, and the model knows 0 to {vocab_size - 1}.",
-            cure="Fetch model and tokenizer from the same place.",
+            hint="Fetch model and tokenizer from the same place.",
         )

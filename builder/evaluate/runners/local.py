@@ -92,7 +92,7 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
     raw = parse_config((unified / "config.json").read_bytes(), str(unified))
     name = (raw.get("architectures") or ["unknown"])[0]
     if not hasattr(transformers, name):
-        raise NotMeasurable(f"transformers has no {name}.", cure="Measure it served: --runner served")
+        raise NotMeasurable(f"transformers has no {name}.", hint="Measure it served: --runner served")
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
@@ -153,7 +153,7 @@ def _quantize_inputs(model: Any, stored: Tensors) -> None:
             raise NotMeasurable(
                 f"{name} is no linear layer in transformers' {type(model).__name__}.",
                 why="transformers joins a mixture's experts in one tensor; this runner does not.",
-                cure="Measure ModelOpt's simulation, or what is served: --runner simulated, --runner served",
+                hint="Measure ModelOpt's simulation, or what is served: --runner simulated, --runner served",
             )
         fp8 = stored[f"{name}.weight"].dtype == "F8_E4M3"
         module.register_forward_pre_hook(_Rounded(_tensor(stored, f"{name}.input_scale"), last, fp8=fp8))

@@ -167,7 +167,7 @@ def run(runner: Runner, batch: Sequence[Ids], each: Callable[[int, Tensor], None
                 raise UnsupportedError(
                     f"A text of {len(part[0])} tokens does not fit into memory.",
                     why=(str(error).splitlines() or [type(error).__name__])[0],
-                    cure=f"Cut the texts: --set evaluation.max_tokens={max(2, len(part[0]) // 2)}",
+                    hint=f"Cut the texts: --set evaluation.max_tokens={max(2, len(part[0]) // 2)}",
                 ) from None
             runner.batch_tokens = max(1, len(part) // 2) * len(part[0])
             if torch.cuda.is_available():

@@ -68,7 +68,7 @@ class Served:
                 f"The server gave {len(logits)} rows of logits for a prompt of {len(ids)} tokens.",
                 why="Which tokens they are of is not known, so no figure is made of them. TensorRT-LLM leaves out "
                 "those of a prefix that it finds in the KV cache.",
-                cure="Serve it without: --set repository.enable_kv_cache_reuse=false",
+                hint="Serve it without: --set repository.enable_kv_cache_reuse=false",
             )
         return torch.from_numpy(logits[:, : self.vocab_size])  # beyond it an engine of several ranks pads
 
@@ -86,7 +86,7 @@ class Served:
             raise NotMeasurable(
                 "The served model returns no logits of a prompt, so the likelihood of a text can't be had from it.",
                 why=f"It was asked for them: {error}. No figure is made up for it.",
-                cure="Measure what it loads: --runner checkpoint",
+                hint="Measure what it loads: --runner checkpoint",
             ) from None
         except (Refused, Stalled) as error:
             code = self._ended()
@@ -94,7 +94,7 @@ class Served:
             raise ServingError(
                 "The server ended while it was measured." if code is not None else "The server did not answer.",
                 why=str(error),
-                cure=f"{room}Run the same command again: data sets and tasks that were finished are kept. "
+                hint=f"{room}Run the same command again: data sets and tasks that were finished are kept. "
                 f"The server's log: {self._server.log}",
             ) from None
 
@@ -116,20 +116,20 @@ def check(facts: Mapping[str, Any], gathers: bool, max_tokens: int, *, free: int
         raise NotMeasurable(
             "The served engine returns no logits of a prompt, so the likelihood of a text can't be had from it.",
             why="It was built without gather_context_logits, trtllm-build's default. No figure is made up for it.",
-            cure=f"Build an engine to measure with {GATHER}; it needs more memory, and KV cache reuse is off.",
+            hint=f"Build an engine to measure with {GATHER}; it needs more memory, and KV cache reuse is off.",
         )
     size = 4 * int(facts["vocab_size"])
     if max_tokens * size > MAX_MESSAGE:
         raise NotMeasurable(
             f"The logits of {max_tokens} tokens do not fit into one answer of gRPC.",
             why=f"{max_tokens} x {facts['vocab_size']} float32 numbers are more than 2^31 bytes.",
-            cure=f"Cut the texts: --set evaluation.max_tokens={MAX_MESSAGE // size}",
+            hint=f"Cut the texts: --set evaluation.max_tokens={MAX_MESSAGE // size}",
         )
     if facts["target"] == "llmapi" and max_tokens * size > free // 2:  # half: what was sent may not be freed yet
         raise NotMeasurable(
             f"The logits of {max_tokens} tokens do not fit into this machine's shared memory.",
             why=f"Triton's Python backend hands them on there: {max_tokens} x {facts['vocab_size']} float32 numbers, "
             f"and {SHM} has {free >> 20} MiB free, of which half is counted on.",
-            cure="Give it more: SHM_SIZE=8gb with compose, shm-size of docker run. Or cut the texts: "
+            hint="Give it more: SHM_SIZE=8gb with compose, shm-size of docker run. Or cut the texts: "
             f"--set evaluation.max_tokens={max(2, free // 2 // size)}",
         )

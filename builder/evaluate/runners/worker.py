@@ -146,7 +146,7 @@ def mean_nll(runner: Runner, ids: Sequence[Ids]) -> float:
 def _same_texts(reference: Path, starts: Sequence[int]) -> None:
     theirs = np.load(reference / "starts.npy").tolist()
     if theirs != list(starts):
-        raise IntegrityError("The texts were tokenized otherwise for BF16.", cure="Run the same command again.")
+        raise IntegrityError("The texts were tokenized otherwise for BF16.", hint="Run the same command again.")
 
 
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
@@ -156,7 +156,7 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
     return UnsupportedError(
         "The model does not fit into this machine's memory.",
         why=(str(error).splitlines() or ["out of memory"])[0],
-        cure="Use a machine with more memory, or measure fewer runners: --runner checkpoint",
+        hint="Use a machine with more memory, or measure fewer runners: --runner checkpoint",
     )
 
 

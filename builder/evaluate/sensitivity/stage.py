@@ -122,14 +122,14 @@ def _sensitivity(
         (tmp / "sensitivity.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return facts
 
-    artefact = store.stage(stage, ingredients, make)
+    artifact = store.stage(stage, ingredients, make)
     partial.unlink(missing_ok=True)
-    facts = artefact.facts
+    facts = artifact.facts
     return Sensitivity(
         losses=tuple(Loss(**row) for row in facts["layers"]),
         **{name: facts[name] for name in ("whole", "kv_cache", "tokens", "correlation")},
-        path=artefact.path / "sensitivity.json",
-        digest=artefact.digest,
+        path=artifact.path / "sensitivity.json",
+        digest=artifact.digest,
     )
 
 
@@ -245,7 +245,7 @@ def check_texts(recipe: Recipe) -> DataSet:
         raise UsageError(
             "There are no texts to measure the loss of each layer on.",
             why="The layers that are kept are fitted to them, so you choose them.",
-            cure="--sensitivity-data FILE.jsonl or a dataset of the Hub, other texts than those of --data; or --proxy, "
+            hint="--sensitivity-data FILE.jsonl or a dataset of the Hub, other texts than those of --data; or --proxy, "
             "the errors of the weights alone",
         )
     return recipe.sensitivity.data

@@ -48,7 +48,7 @@ def _group_error(tensors: Tensors, modules: Sequence[str]) -> float:
         if amax == 0:
             continue
         if not torch.isfinite(own):
-            raise IntegrityError(f"{name} holds NaN or Inf.", cure="Fetch the model again, or take another one.")
+            raise IntegrityError(f"{name} holds NaN or Inf.", hint="Fetch the model again, or take another one.")
         scale = nvfp4.scale_of(amax)
         for part in torch.split(_load(tensors, name).view(-1, nvfp4.BLOCK), _STEP):
             rows = part.float()

@@ -110,7 +110,7 @@ def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
         raise UnsupportedError(
             f"A KL of {budget:g} can't be held: {least:.3g} are left with all layers in {form} that can be.",
             why=f"Quantized as a whole the model has {kl(0):.3g}. {job['rest']}",
-            cure=f"Allow more, as {flag} auto:{_ceiling(least)}"
+            hint=f"Allow more, as {flag} auto:{_ceiling(least)}"
             + (f", or keep layers in BF16: --keep-bf16 auto:{budget:g}" if form == "FP8" else "")
             + (", or leave the cache alone: --kv-cache-dtype auto" if job["fp8_kv"] else ""),
         )
@@ -193,7 +193,7 @@ class Simulated:
             raise UnsupportedError(
                 f"{len(lost)} linear layers are no modules of their own in {type(self.model).__name__}: {lost[0]}, ...",
                 why="transformers joins the experts of a mixture in one module.",
-                cure="The proxy needs no modules: builder sensitivity --proxy",
+                hint="The proxy needs no modules: builder sensitivity --proxy",
             )
         self.groups = {group: [modules[name] for name in members] for group, members in job["groups"].items()}
         self.named = [modules[name] for name in job["fp8"]]
@@ -312,7 +312,7 @@ class Meter:
                 kl = np.load(f"{directory}/kl.npy").mean(dtype=np.float64)
                 same = np.load(f"{directory}/best.npy") == np.load(self._reference / "best.npy")
             if not math.isfinite(kl):
-                raise IntegrityError(f"NaN or Inf came up with {name} quantized.", cure="Calibrate on other texts.")
+                raise IntegrityError(f"NaN or Inf came up with {name} quantized.", hint="Calibrate on other texts.")
             self._done.add(name=name, kl=float(kl), agreement=float(same.mean()))
         return self._done[name]["kl"]
 
