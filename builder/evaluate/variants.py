@@ -24,7 +24,7 @@ from builder.triton.repository import Repository, repository_key
 
 SOURCES = (
     "builder/evaluate/variants.py",
-    "builder/runners",
+    "builder/evaluate/runners",
     "builder/evaluate/datasets.py",
     "builder/calibration/rows.py",
     "builder/tokenizer/chat_template.py",
