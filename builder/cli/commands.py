@@ -168,10 +168,11 @@ def run_plan(arguments: argparse.Namespace, out: Output) -> int:
     """What a build would do, or the command that `engine` would run. Exit code 3 after it, where it would not fit."""
     resolved = _resolve(arguments)
     from builder import plan
+    from builder.cli import plan_view
     from builder.core.store import Store
 
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
-    (plan.show_command if arguments.command == "engine" else plan.show)(found, out)
+    (plan_view.show_command if arguments.command == "engine" else plan_view.show)(found, out)
     if found.refusal:
         raise found.refusal
     return 0
