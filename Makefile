@@ -47,7 +47,7 @@ chaos: $(VENV)/ready
 
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready
-	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/quantize/test_nvfp4.py tests/quantize/test_modelopt.py tests/quantize/test_keep_bf16.py tests/quantize/test_keep_fp8.py tests/reference/test_model.py tests/calibration/test_rows.py tests/hub/test_snapshot.py tests/hub/test_faults.py tests/tokenizer/test_files.py tests/tokenizer/test_chat_template.py tests/model/test_loading.py tests/model/test_dtypes.py tests/calibration/test_before_calibrating.py
+	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/formats tests/quantize/test_modelopt.py tests/quantize/test_keep_bf16.py tests/quantize/test_keep_fp8.py tests/reference/test_model.py tests/calibration/test_rows.py tests/hub/test_snapshot.py tests/hub/test_faults.py tests/tokenizer/test_files.py tests/tokenizer/test_chat_template.py tests/model/test_loading.py tests/model/test_dtypes.py tests/calibration/test_before_calibrating.py
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -268,7 +268,7 @@ def library_versions(*names: str) -> dict[str, str]:
 
 
 def sources_digest(*sources: str | Path) -> str:
-    """Digest of our own files, "builder/quantize/nvfp4.py" or a directory to walk: editing one makes a new key."""
+    """Digest of our own files, "builder/core/store.py" or a directory to walk: editing one makes a new key."""
     package = Path(__file__).resolve().parents[2]
     paths = [package / source for source in sources]
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not f.is_dir()]

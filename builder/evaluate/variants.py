@@ -40,7 +40,7 @@ SOURCES = (
     "builder/serving/installation.py",
     "builder/trtllm/compatibility.py",
     "builder/reference",
-    "builder/quantize/nvfp4.py",
+    "builder/formats/arithmetic/nvfp4.py",
     "builder/checkpoint/sharding.py",
     "builder/quantize",
     "builder/checkpoint/layouts.py",

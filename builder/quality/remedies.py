@@ -21,7 +21,7 @@ from builder.core.process import emit
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Sequences
 from builder.evaluate.runners.worker import mean_nll
-from builder.quantize import nvfp4
+from builder.formats.arithmetic import nvfp4
 
 TEXTS = 8  # of all sets together: with five candidates about as long as the check itself
 

@@ -23,7 +23,7 @@ from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
 from builder.recipe import schema
 
-BLOCK = 16  # of NVFP4; builder.quantize.nvfp4 imports torch
+BLOCK = 16  # of NVFP4; builder.formats.arithmetic.nvfp4 imports torch
 SCALAR = 4  # bytes of an F32 scale
 LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokenizers", "numpy", "accelerate")
 SOURCES = (

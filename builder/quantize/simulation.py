@@ -1,4 +1,4 @@
-"""ModelOpt's fake quantizers on a machine without CUDA: the same arithmetic, eager, from `builder.quantize.nvfp4`.
+"""ModelOpt's fake quantizers without CUDA: the same arithmetic, eager, from `builder.formats.arithmetic.nvfp4`.
 
 ModelOpt has kernels for CUDA only, so a forward of an NVFP4-simulated model fails on a CPU with "amax must be a CUDA
 tensor for dynamic block quantization". Imports torch and ModelOpt: for the quantize stage's child and for tests.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.quantize import nvfp4
+from builder.formats.arithmetic import nvfp4
 
 
 def enable_cpu_simulation() -> None:

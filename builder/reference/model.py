@@ -22,7 +22,7 @@ from torch import Tensor
 from builder.checkpoint.layouts import MIXED
 from builder.checkpoint.sharding import Joined
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.quantize import nvfp4
+from builder.formats.arithmetic import nvfp4
 from builder.reference.rope import frequencies, rotate
 from builder.reference.supported import ACTIVATIONS, ARCHITECTURES
 

@@ -33,7 +33,7 @@ SOURCES = (
     "builder/serving/installation.py",
     "builder/trtllm/compatibility.py",
     "builder/reference",
-    "builder/quantize/nvfp4.py",
+    "builder/formats/arithmetic/nvfp4.py",
     "builder/checkpoint/sharding.py",
     "builder/checkpoint/layouts.py",
     "builder/core/safetensors_io.py",

@@ -18,9 +18,9 @@ from builder.core import store as stores
 from builder.core.errors import IntegrityError, StageError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store, WouldRun
+from builder.evaluate import stage as evaluate_stage
+from builder.evaluate import tasks, variants
 from builder.evaluate.sensitivity import stage as sensitivity_stage
-from builder.evaluate.stage import stage as evaluate_stage
-from builder.evaluate.stage import tasks, variants
 from builder.quantize import modelopt
 from builder.serving import smoke
 

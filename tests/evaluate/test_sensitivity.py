@@ -29,9 +29,10 @@ from builder.core.store import Store, WouldRun
 from builder.evaluate.sensitivity import stage as sensitivity_stage
 from builder.evaluate.sensitivity import weight_error
 from builder.evaluate.sensitivity import worker as measuring
+from builder.formats.arithmetic import nvfp4
 from builder.preflight import memory
 from builder.preflight.memory import ModelFacts
-from builder.quantize import exclude, modelopt, nvfp4, worker
+from builder.quantize import exclude, modelopt, worker
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.recipe import schema
 

@@ -19,8 +19,9 @@ from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import StageError, UnsupportedError
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.formats.arithmetic import nvfp4
 from builder.hub.snapshot import Snapshot, fetch
-from builder.quantize import modelopt, nvfp4, worker
+from builder.quantize import modelopt, worker
 from builder.quantize.modelopt import check, quantize
 from builder.recipe import schema
 

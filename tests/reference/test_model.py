@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.quantize import nvfp4, worker
+from builder.formats.arithmetic import nvfp4
+from builder.quantize import worker
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.reference.model import ReferenceModel
 from builder.reference.rope import frequencies

@@ -21,10 +21,10 @@ from torch import Tensor
 from builder.core.errors import NotMeasurable, UnsupportedError
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Ids
+from builder.formats.arithmetic import nvfp4
 from builder.model import loading as model_loading
 from builder.model.files import parse_config
 from builder.model.hashed_files import SourceFiles
-from builder.quantize import nvfp4
 
 ATTENTION = "builder_fp8_kv"  # the name of our attention function in transformers
 SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")

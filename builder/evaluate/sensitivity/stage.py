@@ -39,7 +39,7 @@ SOURCES = (
     "builder/evaluate/runners/language.py",
     "builder/evaluate/runners/local.py",
     "builder/evaluate/runners/scoring.py",
-    "builder/quantize/nvfp4.py",
+    "builder/formats/arithmetic/nvfp4.py",
     "builder/quantize/simulation.py",
     *modelopt.SOURCES,
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from builder.checkpoint.layouts import FUSED
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import Tensors
-from builder.quantize import nvfp4
+from builder.formats.arithmetic import nvfp4
 
 _STEP = 1 << 16  # blocks at a time: bounds the float32 copies of a weight
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from builder.quantize import nvfp4
+from builder.formats.arithmetic import nvfp4
 
 ROUND = settings(max_examples=60)
 HALVES = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
