@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -282,26 +281,26 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
 def run_load(arguments: argparse.Namespace, out: Output) -> int:
     """A repository served, asked by many at once, and stopped; kept beside it for the report."""
     from builder.core.store import serving
-    from builder.serving import load_test
+    from builder.serving import benchmark
 
     _both_ports(arguments)
-    clients = tuple(arguments.clients) or load_test.Asked.clients
-    asked = load_test.Asked(
-        clients,
-        load_test.enough(clients) if arguments.requests is None else arguments.requests,
+    concurrency = tuple(arguments.clients) or benchmark.Workload.concurrency
+    workload = benchmark.Workload(
+        concurrency,
+        benchmark.default_requests(concurrency) if arguments.requests is None else arguments.requests,
         arguments.input_tokens,
         arguments.output_tokens,
     )
     repository = _repository(arguments)
-    load_test.check(asked, repository.facts)
+    benchmark.check(workload, repository.facts)
     if arguments.http:
-        report = load_test.load(arguments.http, arguments.grpc, repository, asked, out=out)
+        report = benchmark.run(arguments.http, arguments.grpc, repository, workload, out=out)
     else:
         with serving(repository.path), _server(arguments, repository, out) as server:
-            report = load_test.load(server.http_url, server.grpc_url, repository, asked, out=out)
-    kept = load_test.keep(repository, report, out)
-    load_test.show(report, out)
-    out.result({**asdict(report), "path": str(kept) if kept else None})
+            report = benchmark.run(server.http_url, server.grpc_url, repository, workload, out=out)
+    kept = benchmark.save(repository, report, out)
+    benchmark.show(report, out)
+    out.result({**report.as_dict(), "path": str(kept) if kept else None})
     if kept:
         out.text(f"next       builder report {arguments.repository or repository.path}")
     return 0

@@ -35,11 +35,11 @@ __all__ = ["MANIFEST", "digest_of", "disk_error", "key_of", "replace_file", "rep
 MARKER = ".trtllm-builder-store"  # in the root: `builder clean` touches no directory without it
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
 # Beside the chain: the texts of a data set, what one runner made of them, its answers to a task, and the tables of all
-# of these; what each layer loses, and which are left in BF16 for it; a repository under load; the quality check of a
+# of these; what each layer loses, and which are left in BF16 for it; a repository's benchmark; the quality check of a
 # build, and whether it was accepted.
 _MEASURED = ("scores", "tasks", "evaluation", "sensitivity", "selection", "proxy", "quality", "verdict")
-EVALUATION = ("texts", "task_names", *_MEASURED, "load")
-TESTS = ("smoke", "load")  # of a repository
+EVALUATION = ("texts", "task_names", *_MEASURED, "benchmark", "load")
+TESTS = ("smoke", "benchmark", "load")  # of a repository; "load" is the old name of "benchmark"
 # Names that `log` gives, and the job file beside a log (process.job_file).
 LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")
 LOGS_KEPT, LOGS_YOUNG = 200, 24 * 3600.0  # files; seconds: a log of that age may be one that is being written
@@ -251,7 +251,7 @@ def root_of(repository: Path) -> Path | None:
 
 
 def tests_of(repositories: Sequence[Artifact], everything: Sequence[Artifact], stages: Sequence[str]) -> list[Artifact]:
-    """The smoke tests that these repositories passed, or what they did under load."""
+    """The smoke tests and benchmarks of these repositories."""
     digests = {artifact.digest for artifact in repositories}
     return [a for a in everything if a.stage in stages and a.manifest["ingredients"].get("repository") in digests]
 

@@ -18,7 +18,7 @@ from builder.quality.check import Quality
 from builder.report import results
 from builder.report.results import Evaluation, Loss
 from builder.report.verdict import SERVER, Verdict, judge
-from builder.serving.load_test import LoadReport
+from builder.serving.benchmark import OLD_STAGE, STAGE, BenchmarkReport
 from builder.serving.smoke import SmokeReport
 from builder.triton.repository import open_repository
 
@@ -91,7 +91,7 @@ class Report:
     tasks: Sequence[Row]
     losses: Sequence[Loss]
     smoke: SmokeReport | None
-    load: LoadReport | None
+    benchmark: BenchmarkReport | None
     warnings: Sequence[str]
     unmeasured: Sequence[str]
     command: str | None  # that builds it again
@@ -107,7 +107,7 @@ class _Found:
     repository: Artifact
     chain: Mapping[str, Artifact]
     smoke: Artifact | None
-    load: Artifact | None
+    benchmark: Artifact | None
     quality: Quality | None
     judged: verdict.Verdict | None  # by the build
     evaluation: Evaluation | None
@@ -142,7 +142,7 @@ def gather(path: Path) -> Report:
         tasks=found.tasks,
         losses=found.losses,
         smoke=smoke,
-        load=LoadReport.from_dict(found.load.facts) if found.load else None,
+        benchmark=BenchmarkReport.from_dict(found.benchmark.facts) if found.benchmark else None,
         warnings=_warnings(found),
         unmeasured=_unmeasured(found, target),
         command=shlex.join(command) if command else None,
@@ -179,7 +179,7 @@ def _find(path: Path) -> _Found:
         repository=repository,
         chain=chain,
         smoke=_newest(tests_of([repository], everything, ["smoke"])),
-        load=_newest(tests_of([repository], everything, ["load"])),
+        benchmark=_newest(tests_of([repository], everything, [STAGE, OLD_STAGE])),
         quality=_quality(chain, everything),
         judged=verdict.latest(repository.digest, [artifact.digest for artifact in chain.values()], everything),
         evaluation=results.evaluation_of(chain, everything),
@@ -337,8 +337,8 @@ def _unmeasured(found: _Found, target: str) -> list[str]:
         texts.append("No task was asked: how many questions of a benchmark it answers rightly is not known.")
     if not found.losses:
         texts.append("The loss of each layer by itself was not measured.")
-    if found.load is None:
-        texts.append("Load was not measured: no latency and no throughput under many requests is known.")
+    if found.benchmark is None:
+        texts.append("Serving was not benchmarked: latency and throughput under concurrent requests are unknown.")
     if found.record.get("memory"):
         texts.append("Memory at run time is an estimate from upstream's formulas, not measured on a card.")
     if not found.record:

@@ -24,7 +24,7 @@ from builder.report import charts
 from builder.report.charts import Mark
 from builder.report.gather import Report, gather
 from builder.report.results import OVERALL, RUNNERS, Interval, Score, append, rows, task_rows
-from builder.serving.load_test import spread_words
+from builder.serving.benchmark import format_percentiles
 
 KINDS = {
     "nvfp4_weights": "NVFP4 weights",
@@ -84,7 +84,9 @@ def publish(
     fresh += task_rows(identity, report.tasks)
     added = append(table, fresh) if fresh else 0
     files = {"html": str(page), "markdown": str(card), "csv": str(table)}
-    out.result({**asdict(report), "files": files, "rows": added})
+    measured = report.benchmark.as_dict() if report.benchmark else None
+    # "load" is the old name of "benchmark".
+    out.result({**asdict(report), "benchmark": measured, "load": measured, "files": files, "rows": added})
     out.text(f"verdict    {report.verdict.status}: {report.verdict.headline}")
     out.text(f"page       {page}")
     out.text(f"card       {card}")
@@ -149,7 +151,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
         "figure": lambda value, digits, scale: f"{value * scale:,.{digits}f}",
         "number": number,
         "thousands": lambda value: f"{value:,}",
-        "spread": spread_words,
+        "percentiles": format_percentiles,
         "signed": lambda value, digits, scale=1: "–" if value is None else f"{value * scale:+.{digits}f}",
         "runner": lambda name: RUNNERS.get(name, name),
         "breakable": lambda text: Markup(re.sub(r"([._/=-])", r"\1<wbr>", str(escape(shown(text))))),
@@ -182,7 +184,7 @@ def _context(report: Report) -> dict[str, Any]:
         "size_chart": _size_chart(report),
         "contents_charts": [_contents_chart(name, kinds) for name, kinds in report.size.contents.items()],
         "time_chart": _time_chart(report),
-        "load_chart": _load_chart(report),
+        "throughput_chart": _throughput_chart(report),
         "set_by_hand": [row for row in report.values if row[2] != "default"],
         "defaults": [row for row in report.values if row[2] == "default"],
     }
@@ -294,14 +296,14 @@ def _time_chart(report: Report) -> Markup | None:
     return Markup(charts.bars("times", "Time of each stage", _spoken(marks), marks)) if marks else None
 
 
-def _load_chart(report: Report) -> Markup | None:
-    if report.load is None:
+def _throughput_chart(report: Report) -> Markup | None:
+    if report.benchmark is None:
         return None
     marks = [
-        Mark(f"{level.clients} at once", level.tokens_per_second, f"{level.tokens_per_second:,.1f} tokens a second")
-        for level in report.load.levels
+        Mark(f"Concurrency {level.concurrency}", level.tokens_per_second, f"{level.tokens_per_second:,.1f} tokens/s")
+        for level in report.benchmark.levels
     ]
-    return Markup(charts.bars("throughput", "Output tokens a second", _spoken(marks), marks))
+    return Markup(charts.bars("throughput", "Output tokens per second", _spoken(marks), marks))
 
 
 def _spoken(marks: Sequence[Mark]) -> str:

@@ -1,1 +1,1 @@
-"""Serving a repository: Triton as a process or in a container, clients, smoke and load tests."""
+"""Serving a repository: Triton as a process or in a container, clients, smoke tests and benchmarks."""

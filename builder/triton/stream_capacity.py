@@ -2,7 +2,7 @@
 
 Each instance of tensorrt_llm_bls is a process that carries one stream; a client more waits for one to end. With 32
 clients at 40 ms a token and answers of 32 tokens, the median time to the first token was 9.4 s with 4 instances and
-0.10 s with 32 (`builder load`, Triton 24.10; 32 instances take 10 s longer to start on two cores).
+0.10 s with 32 (`builder bench`, Triton 24.10; 32 instances take 10 s longer to start on two cores).
 """
 
 from __future__ import annotations

@@ -75,11 +75,21 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     link = report_store.build(root, link="a")
     report_store.evaluate(link)
     report_store.ask(link)
-    report_store.put_under_load(link, clients=(1, 4))
+    report_store.put_benchmark(link, concurrency=(1, 4))
     return root
 
 
-STAGE_NAMES = ("snapshot", "calibration", "checkpoint", "engine", "repository", "smoke", "scores", "evaluation", "load")
+STAGE_NAMES = (
+    "snapshot",
+    "calibration",
+    "checkpoint",
+    "engine",
+    "repository",
+    "smoke",
+    "scores",
+    "evaluation",
+    "benchmark",
+)
 
 
 @pytest.mark.parametrize("stage", STAGE_NAMES)

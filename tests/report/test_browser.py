@@ -98,7 +98,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     full = report_store.build(root / "full")
     report_store.evaluate(full)
     report_store.ask(full)
-    report_store.put_under_load(full)
+    report_store.put_benchmark(full)
     losses = [Loss(f"model.layers.{n}", 0.001 * (n % 7 + 1)) for n in range(36)]
     whole = replace(gather(full), losses=losses)
     long = "an-endless-name-without-a-space-" * 12
@@ -106,7 +106,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     crowded = report_store.build(root / "crowded", gpu="cpu", sample=sample, warnings={long: 1}, link="long")
     report_store.evaluate(crowded, score=91.0, data=long)
     report_store.ask(crowded, task=long)
-    report_store.put_under_load(crowded, clients=tuple(2**n for n in range(12)))
+    report_store.put_benchmark(crowded, concurrency=tuple(2**n for n in range(12)))
     model = replace(gather(crowded).model, id=long, gpu_title=long)
     texts = {"full": html(whole), "crowded": html(replace(gather(crowded), model=model, command=long))}
     for name, text in texts.items():

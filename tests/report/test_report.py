@@ -66,7 +66,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = report_store.build(tmp_path_factory.mktemp("report") / "out")
     report_store.evaluate(made)
     report_store.ask(made)
-    report_store.put_under_load(made)
+    report_store.put_benchmark(made)
     return made
 
 
@@ -126,7 +126,7 @@ def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert page.sections == [
-        "not-measured", "accuracy", "tasks", "size", "smoke", "load",
+        "not-measured", "accuracy", "tasks", "size", "smoke", "benchmark",
         "warnings", "times", "recipe", "versions", "reproduce",
     ]  # fmt: skip
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}
@@ -154,7 +154,13 @@ def test_what_is_not_known_is_absent_and_said(tmp_path: Path) -> None:
     assert not {"accuracy", "smoke", "loss", "warnings"} & set(page.sections)
     assert found.verdict.status == "incomplete"
     assert ("quantization.format", "nvfp4", "manifest") in found.values
-    for said in (REFERENCE, "Accuracy was not measured", "Load was not measured", "no build record", "not served"):
+    for said in (
+        REFERENCE,
+        "Accuracy was not measured",
+        "Serving was not benchmarked",
+        "no build record",
+        "not served",
+    ):
         assert said in page.text
         assert escaped(said)[:20] in markdown(found)
     assert "The command was not recorded" in page.text

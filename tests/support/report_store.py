@@ -18,7 +18,7 @@ from builder.hub.snapshot import fetch
 from builder.preflight import checks as preflight_checks
 from builder.publish import build_record, links
 from builder.recipe import schema
-from builder.serving.load_test import Asked, Level, LoadReport, Spread
+from builder.serving.benchmark import BenchmarkReport, Level, Percentiles, Workload
 
 MODEL = "tests/data/tiny-qwen3"
 SAMPLE = {"prompt": "Return the number of", "answer": " bytes written"}
@@ -151,14 +151,14 @@ def ask(link: Path, *, task: str = "gsm8k", value: float = 0.512) -> None:
     store.stage("evaluation", ingredients, make)
 
 
-def put_under_load(link: Path, *, clients: tuple[int, ...] = (1, 16, 256)) -> None:
-    """Leaves what `builder load` keeps."""
+def put_benchmark(link: Path, *, concurrency: tuple[int, ...] = (1, 16, 256)) -> None:
+    """Adds a stored benchmark, as `builder bench` does."""
     root = link.resolve().parent.parent
     manifest = json.loads((link.resolve() / "manifest.json").read_text())
-    spread = Spread(0.0123, 0.0456, 12.345)
-    levels = tuple(Level(n, 31, n // 256, 1.5, 70.0 * n, spread, spread, spread) for n in clients)
-    report = LoadReport(Asked(clients), levels)
-    _stage(Store(root, Output("quiet")), "load", {"repository": manifest["digest"]}, asdict(report))
+    times = Percentiles(0.0123, 0.0456, 12.345)
+    levels = tuple(Level(n, 31, n // 256, 1.5, 70.0 * n, times, times, times) for n in concurrency)
+    report = BenchmarkReport(Workload(concurrency), levels)
+    _stage(Store(root, Output("quiet")), "benchmark", {"repository": manifest["digest"]}, asdict(report))
 
 
 def _stage(
