@@ -1,3 +1,33 @@
-"""Turns a Hugging Face causal LM and a GPU name into a tested Triton repository that serves it quantized."""
+"""Turns a Hugging Face causal LM and a GPU name into a tested Triton repository that serves it quantized.
+
+The packages, lowest layer first. A module imports from its own package and from lower ones only, so that each can be
+read, changed and tested without those above it.
+
+    core            store, processes, files, errors, output
+    machine         GPU profiles, container images
+    recipe          what to build, and where each value came from
+    formats         number formats: bits, tensors on disk, who runs them
+    architectures   model families: tensor names, features, who serves them
+    model           the source model's files, config.json and tensors
+    tokenizer       its tokenizer and chat template
+    hub             the Hugging Face Hub
+    calibration     texts that the activation ranges are read from
+    checkpoint      the quantized checkpoint: layouts, sharding, validation
+    quantize        backends that make a checkpoint
+    trtllm          the engine target: trtllm-build, its flags and rules
+    triton          Triton model repositories
+    llmapi          the llmapi target: arguments of TensorRT-LLM's LLM class
+    reference       the reference executor and its Triton backend
+    serving         Triton as a process or a container, clients, smoke and load tests
+    preflight       what can be rejected before work begins
+    publish         the verdict on a build, the link to serve it by, the build record
+    clean           removal of what nothing needs
+    evaluate        what quantization costs
+    quality         the quality check of every build
+    report          a finished build as a page and tables
+    pipeline        the stages of a build, in order
+    plan            what a build would do
+    cli             the command line
+"""
 
 __version__ = "0.1.0"

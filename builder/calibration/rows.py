@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from builder.core import paths
+from builder.core import paths, workers
 from builder.core.errors import UsageError
 from builder.core.safe_text import printable_line
 from builder.core.store import Store, library_versions, sha256, sources_digest
@@ -218,7 +218,7 @@ def _rows_of_hub(part: schema.Calibration, commit: str, tmp: Path, store: Store,
     job: dict[str, Any] = {"job": "rows", "repo": part.data, "revision": part.revision, "commit": commit}
     job |= {"config": part.config, "split": part.split, "samples": part.samples, "column": part.column}
     job |= {"file": str(tmp / ROWS), "hint": use.hint}
-    answer = snapshot.ask_hub(store, module="builder.calibration.hub_dataset", unit="rows", **job)
+    answer = snapshot.ask_hub(store, module=workers.HUB_DATASET, unit="rows", **job)
     lines = (tmp / ROWS).read_bytes().splitlines()  # of bytes: text would also be split at U+2028 and U+0085
     return Rows([json.loads(line) for line in lines], {int(k): v for k, v in answer["unusable"].items()})
 

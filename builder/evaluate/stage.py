@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from builder.core import process
+from builder.core import process, workers
 from builder.core.errors import EvaluationError, NotMeasurable
 from builder.core.output import Output, seconds
 from builder.core.store import Artifact, Store, WouldRun, key_of, sources_digest
@@ -152,7 +152,7 @@ def _run(job: Mapping[str, Any], store: Store) -> None:
     """The child, which publishes what it measures."""
     with SourceFiles.of_job(job).blamed():
         process.run_job(
-            "builder.evaluate.runners.worker",
+            workers.EVALUATE,
             job,
             log=store.log(f"evaluate-{job['runner']}"),
             out=store.out,

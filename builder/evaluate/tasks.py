@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from builder.core import process
+from builder.core import process, workers
 from builder.core.environment import Kind
 from builder.core.errors import NotMeasurable, UnsupportedError, UsageError
 from builder.core.output import Output
@@ -85,7 +85,7 @@ def check(part: recipe_evaluation.Tasks, store: Store) -> None:
 
     def make(_: Path) -> dict[str, Any]:
         process.run_job(
-            "builder.evaluate.task_names",
+            workers.TASK_NAMES,
             job,
             log=store.log("task-names"),
             out=store.out,
@@ -186,7 +186,7 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     offline = os.environ.get("HF_HUB_OFFLINE", "0")
     with SourceFiles.of_job(job).blamed():
         told, _ = process.run_job(
-            "builder.evaluate.tasks_worker",
+            workers.TASKS,
             job,
             log=store.log(f"tasks-{job['runner']}"),
             out=store.out,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from builder.core import process
+from builder.core import process, workers
 from builder.core.errors import IntegrityError, StageError, UsageError
 from builder.core.output import Output, Progress
 from builder.core.safetensors_io import read_header
@@ -316,7 +316,7 @@ def _job(job: str, model: Model, commit: str) -> dict[str, Any]:
     }
 
 
-def ask_hub(store: Store, *, module: str = "builder.hub.download", unit: str = "MB", **job: Any) -> dict[str, Any]:
+def ask_hub(store: Store, *, module: str = workers.HUB_DOWNLOAD, unit: str = "MB", **job: Any) -> dict[str, Any]:
     """Runs one job in a child process. Its errors are raised here as they were there; a stuck one is begun again once,
     without Xet, over plain HTTP."""
     job = {"waits": list(WAITS), "stall": STALL, "limit": LIMIT, **job}

@@ -10,8 +10,8 @@ from typing import Any
 
 from builder.core import paths
 from builder.core.errors import UnsupportedError, UsageError
+from builder.core.release import order
 from builder.core.untrusted_text import parse_yaml
-from builder.trtllm.versions import order
 
 TYPES: Mapping[str, tuple[type, ...]] = {
     "int": (int,),

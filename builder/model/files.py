@@ -17,7 +17,7 @@ from typing import Any
 
 from builder.checkpoint.layouts import ARCHITECTURES
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
-from builder.core.untrusted_text import parse_json
+from builder.core.untrusted_text import parse_json, read_regular
 from builder.llmapi import versions as llmapi_versions
 from builder.model import config_values, kinds, quantization_signs
 
@@ -38,6 +38,11 @@ TOKENIZER = (
     "chat_template*",
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# What to do about a damaged tokenizer file, or generation_config.json beside it.
+SAVE_AGAIN = (
+    "Copy or download it again, or write it with transformers: "
+    "AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)"
+)
 LFS_POINTER = b"version https://git-lfs"
 HASH_CHUNK = 1 << 23  # bytes
 LARGEST_BLOB = 1 << 24  # bytes; the Hub takes at most 10 MB outside LFS
@@ -114,6 +119,26 @@ def parse_config(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{where}/{CONFIG} is a {type(config).__name__}, not an object.", hint="Save the model again.")
     return config
+
+
+def json_object(path: Path, where: str = "") -> dict[str, Any]:
+    """The JSON object in a model's file, {} if the file is absent. IntegrityError if it is not an object.
+
+    where: the model's name in messages; by default the file's directory.
+    """
+    where = where or str(path.parent)
+    if not path.is_file():
+        return {}
+    try:
+        content = parse_json(read_regular(path))
+    except OSError as error:
+        raise IntegrityError(f"{where}/{path.name} can't be used.", why=str(error), hint=SAVE_AGAIN) from None
+    except ValueError as error:
+        why = str(error) if path.stat().st_size else "the file is empty"
+        raise IntegrityError(f"{where}/{path.name} is no JSON.", why=why, hint=SAVE_AGAIN) from None
+    if not isinstance(content, dict):
+        raise IntegrityError(f"{where}/{path.name} is a JSON {type(content).__name__}, not an object.", hint=SAVE_AGAIN)
+    return content
 
 
 def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:

@@ -15,10 +15,9 @@ from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import Tensors
 from builder.model import dtypes, tensor_names
 from builder.model.completeness import names
-from builder.model.files import CONFIG, GENERATION, parse_config
+from builder.model.files import CONFIG, GENERATION, json_object, parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.model.tensor_names import EMBEDDING, HEAD
-from builder.tokenizer.files import json_object
 
 
 def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:

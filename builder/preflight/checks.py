@@ -10,7 +10,7 @@ from typing import Any
 from builder.calibration import rows as calibration_rows
 from builder.checkpoint import layouts as checkpoints
 from builder.checkpoint import sharding
-from builder.core import process
+from builder.core import process, workers
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import size
 from builder.core.store import STAGES, Store, library_versions
@@ -228,7 +228,7 @@ def check_architecture(model: Model, facts: ModelFacts, store: Store) -> None:
     log = store.log("architecture")
     job = {"name": model.id, "config": facts.config, "tensors": facts.tensors}
     process.run_job(
-        "builder.model.architecture_worker",
+        workers.MODEL_ARCHITECTURE,
         job,
         log=log,
         out=store.out,

@@ -20,7 +20,7 @@ from typing import Any
 
 from builder.calibration.rows import Calibration, Use, calibrate, dump, local_file, read_jsonl
 from builder.checkpoint.layouts import Checkpoint
-from builder.core import paths, process
+from builder.core import paths, process, workers
 from builder.core.errors import NotMeasurable
 from builder.core.output import size
 from builder.core.store import Store, digest_of, sources_digest
@@ -271,7 +271,7 @@ def _measure(
         sets[name] = str(work / f"{name}.jsonl")
         (work / f"{name}.jsonl").write_bytes(dump(rows))
     told, finished = process.run_job(
-        "builder.quality.worker",
+        workers.QUALITY,
         {**job, "sets": sets, "work": str(work)},
         log=store.log("quality"),
         out=store.out,

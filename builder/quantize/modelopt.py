@@ -15,7 +15,7 @@ from typing import Any
 from builder.calibration.rows import Calibration, least_tokens
 from builder.checkpoint import validate
 from builder.checkpoint.layouts import Checkpoint
-from builder.core import process
+from builder.core import process, workers
 from builder.core.errors import UnsupportedError
 from builder.core.safetensors_io import read_header
 from builder.core.store import Store, library_versions, sources_digest
@@ -202,7 +202,7 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
     """Runs the child; returns the facts."""
     log = store.log("quantize")
     told, finished = process.run_job(
-        "builder.quantize.worker",
+        workers.QUANTIZE,
         {**job, "destination": str(tmp.absolute())},
         log=log,
         out=store.out,

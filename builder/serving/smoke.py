@@ -188,7 +188,7 @@ def write_junit(report: SmokeReport, path: Path) -> None:
     )
     for check in report.checks:
         case = ElementTree.SubElement(
-            suite, "testcase", classname="builder.serving.smoke", name=check.name, time=f"{check.seconds:.3f}"
+            suite, "testcase", classname=__name__, name=check.name, time=f"{check.seconds:.3f}"
         )
         detail = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in check.detail)
         kind = {True: "system-out", False: "failure", None: "skipped"}[check.passed]

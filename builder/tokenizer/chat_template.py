@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from builder.core import exit_status, process
+from builder.core import exit_status, process, workers
 from builder.core.errors import IntegrityError, UsageError
 from builder.core.untrusted_text import parse_json, read_regular
 
@@ -117,7 +117,7 @@ class Renderer:
         self.template = template
 
     def __enter__(self) -> Renderer:
-        self._child = start("builder.tokenizer.chat_template_worker", stdin=subprocess.PIPE)
+        self._child = start(workers.CHAT_TEMPLATE, stdin=subprocess.PIPE)
         try:
             self._ask({"template": self.template.text, "variables": dict(self.template.variables)})
         except BaseException:

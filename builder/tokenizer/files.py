@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from builder.core import workers
 from builder.core.errors import IntegrityError
-from builder.core.untrusted_text import parse_json, read_regular
-from builder.model.files import GENERATION, tokenizer_files
+from builder.model.files import GENERATION, SAVE_AGAIN, json_object, tokenizer_files
 from builder.tokenizer import chat_template
 from builder.tokenizer.chat_template import ChatTemplate, TemplateProblem
 
@@ -27,10 +27,6 @@ LARGEST = 1 << 29  # bytes; Gemma's, one of the largest, has 33 MB
 NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Two words that no template writes by itself; what follows the second is how an answer ends.
 CONVERSATION = ({"role": "user", "content": "Xyzzyquestion?"}, {"role": "assistant", "content": "Xyzzyanswer."})
-SAVE_AGAIN = (
-    "Copy or download it again, or write it with transformers: "
-    "AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)"
-)
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,7 @@ def _read(directory: Path, where: str, seen: tuple[object, ...]) -> Tokenizer:
 
 def _ask(directory: Path, job: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the child says of tokenizer and chat template; of the second nothing where there is none."""
-    child = chat_template.start("builder.tokenizer.worker", str(directory.absolute()), stdin=subprocess.PIPE)
+    child = chat_template.start(workers.TOKENIZER, str(directory.absolute()), stdin=subprocess.PIPE)
     try:
         assert child.stdin is not None
         try:
@@ -223,23 +219,6 @@ def _check_added(config: Mapping[str, Any], directory: Path, where: str) -> None
     for token, id in json_object(directory / "added_tokens.json", where).items():
         if not isinstance(id, int) or isinstance(id, bool) or id < 0:
             raise _wrong(where, "added_tokens.json", f"{shown(token)} has the id {shown(id)}")
-
-
-def json_object(path: Path, where: str = "") -> dict[str, Any]:
-    """The JSON object in a file; an empty one where the file is absent."""
-    where = where or str(path.parent)
-    if not path.is_file():
-        return {}
-    try:
-        content = parse_json(read_regular(path))
-    except OSError as error:
-        raise _wrong(where, path.name, str(error)) from None
-    except ValueError as error:
-        why = str(error) if path.stat().st_size else "the file is empty"
-        raise IntegrityError(f"{where}/{path.name} is no JSON.", why=why, hint=SAVE_AGAIN) from None
-    if not isinstance(content, dict):
-        raise IntegrityError(f"{where}/{path.name} is a JSON {type(content).__name__}, not an object.", hint=SAVE_AGAIN)
-    return content
 
 
 def _ids(value: Any, file: str) -> list[int]:

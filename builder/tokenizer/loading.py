@@ -12,7 +12,7 @@ from typing import Any
 
 from builder.core.errors import IntegrityError
 from builder.core.process import emit
-from builder.tokenizer.files import json_object
+from builder.model.files import json_object
 from builder.tokenizer.worker import SAMPLE
 
 ALONE = "the tokenizer is loaded from tokenizer.json alone, as it is served"

@@ -14,12 +14,13 @@ from typing import Any
 from builder.checkpoint.layouts import MIXED, head_size
 from builder.checkpoint.sharding import GEMM_INPUTS, GEMM_OUTPUTS
 from builder.core.errors import UnsupportedError, UsageError
+from builder.core.release import order
 from builder.model import dtypes
 from builder.recipe import schema
 from builder.trtllm import probe_results, rules
 from builder.trtllm.probe_results import KV_CACHE_ALGO, Answer
 from builder.trtllm.rules import Flag, Note, Subject
-from builder.trtllm.versions import Version, check, load, order, versions
+from builder.trtllm.versions import Version, check, load, versions
 
 __all__ = [
     "Flag", "Note", "Version", "asked_for", "build_config", "check", "check_format", "command", "load", "notes",

@@ -15,6 +15,7 @@ from typing import Any
 
 from builder.core import paths
 from builder.core.errors import UnsupportedError, UsageError
+from builder.core.release import order
 from builder.core.untrusted_text import parse_yaml
 
 
@@ -37,16 +38,6 @@ def versions() -> list[str]:
     """The versions we hold facts of, oldest first."""
     found = [path.name for path in paths.data("configs", "trtllm").iterdir() if path.is_dir()]
     return sorted(found, key=order)
-
-
-def order(version: str) -> tuple[int, ...]:
-    """A version as numbers that compare: 1.3.0rc21 < 1.3.0 < 1.4.0rc0. UsageError where it is none."""
-    parsed = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:rc(\d+))?(?:\.?post\d+|\.\d+)?", version)
-    if parsed is None:
-        raise UsageError(f"{version!r} is no version of TensorRT-LLM.", hint=f"Known: {', '.join(versions())}.")
-    major, minor, patch, candidate = parsed.groups()
-    final = 1 << 30  # a release comes after all its candidates
-    return (int(major), int(minor), int(patch or 0), final if candidate is None else int(candidate))
 
 
 @functools.cache

@@ -241,8 +241,22 @@ NO_INGREDIENTS = {"calibration.rows", "core.errors", "core.manifest", "core.outp
 NO_INGREDIENTS |= {"core.store", "hub.download", "hub.errors", "hub.snapshot", "machine.gpus", "recipe.evaluation"}
 NO_INGREDIENTS |= {"recipe.schema", "triton.repository", "trtllm.engine"}
 # What only rejects, names or protects: it changes whether something is made, not what.
-NO_INGREDIENTS |= {"core.atomic", "core.environment", "core.exit_status", "core.file_names", "core.interrupts"}
-NO_INGREDIENTS |= {"core.safe_text", "core.supervisor", "core.untrusted_text", "hub.guard", "llmapi.versions"}
+NO_INGREDIENTS |= {
+    "core.workers",
+    "core.atomic",
+    "core.environment",
+    "core.exit_status",
+    "core.file_names",
+    "core.interrupts",
+}
+NO_INGREDIENTS |= {
+    "core.release",
+    "core.safe_text",
+    "core.supervisor",
+    "core.untrusted_text",
+    "hub.guard",
+    "llmapi.versions",
+}
 NO_INGREDIENTS |= {"model.completeness", "model.config_values", "model.kinds", "model.quantization_signs"}
 NO_INGREDIENTS |= {"model.tensor_names", "serving.limits", "tokenizer.worker", "trtllm.build_log"}
 # rows.py also makes tokens of the rows, but in the stage that quantizes; its own stage keeps text.

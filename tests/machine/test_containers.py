@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from builder.core.errors import UnsupportedError
+from builder.core.release import order
 from builder.machine import containers
 from builder.recipe import schema
 from builder.trtllm import flags as trtllm_flags
-from builder.trtllm import versions as trtllm_versions
 
 README = Path("README.md").read_text()
 
@@ -30,16 +30,16 @@ def test_every_row_says_everything_or_null() -> None:
 def test_rows_are_newest_first() -> None:
     tags = [row.triton for row in containers.rows() if row.triton]
     assert tags == sorted(tags, reverse=True)
-    versions = [trtllm_versions.order(row.tensorrt_llm) for row in containers.rows()]
+    versions = [order(row.tensorrt_llm) for row in containers.rows()]
     assert versions == sorted(versions, reverse=True)
 
 
 def test_the_engine_column_is_what_upstream_removed() -> None:
     end = yaml.safe_load(Path("configs/trtllm/engine_path.yaml").read_text())
-    gone = trtllm_versions.order(end["gone_from"])
+    gone = order(end["gone_from"])
     assert {row.engine for row in containers.rows()} == {True, False}
     for row in containers.rows():
-        assert row.engine == (trtllm_versions.order(row.tensorrt_llm) < gone)
+        assert row.engine == (order(row.tensorrt_llm) < gone)
 
 
 def test_every_version_that_builds_has_an_image() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.calibration.rows import Calibration, Use, calibrate
-from builder.core import process
+from builder.core import process, workers
 from builder.core.errors import UsageError
 from builder.core.output import Output, size
 from builder.core.store import Store, key_of, library_versions, replace_file, sources_digest
@@ -320,7 +320,7 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     log = store.log("sensitivity")
     with SourceFiles.of_job(job).blamed():
         told, _ = process.run_job(
-            "builder.evaluate.sensitivity.worker",
+            workers.SENSITIVITY,
             job,
             log=log,
             out=store.out,
