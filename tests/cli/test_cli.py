@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from builder.cli import commands, main
+from builder.cli import main, options
 from builder.core import store
 from builder.core.output import Output
 
@@ -27,7 +27,7 @@ def run(*argv: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
 
 IMPORTS = """
 import sys
-from builder import cli
+from builder.cli import main as cli
 try:
     cli.main(sys.argv[1:])
 except SystemExit:
@@ -237,9 +237,9 @@ def test_the_plan_of_a_gated_build_says_that_it_will_measure(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("command", ["build", "quantize", "eval", "sensitivity"])
 def test_every_measurement_can_be_forced(command: str) -> None:
-    names = [*commands.STAGE_NAMES, *commands.MEASUREMENTS]
+    names = [*options.STAGE_NAMES, *options.MEASUREMENTS]
     argv = [word for name in names for word in ("--force", name)]
-    forced = commands._forced(main.parser().parse_args([command, "--model", MODEL, *argv]))
+    forced = options.forced_stages(main.parser().parse_args([command, "--model", MODEL, *argv]))
     assert forced >= set(store.STAGES) | {"texts", "scores", "sensitivity", "proxy", "selection"}
     assert forced <= {*store.STAGES, *store.EVALUATION}
 
@@ -290,7 +290,7 @@ def test_a_closed_terminal_interrupts_unless_it_is_ignored(before: str, after: s
     """As nohup ignores it."""
     code = f"""
 import signal
-from builder import cli
+from builder.cli import main as cli
 signal.signal(signal.SIGHUP, signal.{before})
 cli.main(["gpus", "--quiet"])
 print(signal.getsignal(signal.SIGHUP) is cli._interrupt)

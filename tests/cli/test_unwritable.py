@@ -88,7 +88,7 @@ def test_a_file_that_can_not_be_read(tmp_path: Path) -> None:
     become = "import os, sys; from builder import pipeline, plan; from builder.cli import main; os.setuid(65534); "
     for call in (
         f"sys.exit(main.main(['plan', '--recipe', {str(recipe)!r}]))",
-        f"sys.exit(main._refused(PermissionError(13, 'no', {str(recipe)!r}), None).what)",
+        f"sys.exit(main._from_os_error(PermissionError(13, 'no', {str(recipe)!r}), None).what)",
     ):
         done = subprocess.run([sys.executable, "-c", become + call], capture_output=True, text=True)
         assert done.returncode in (1, 2)

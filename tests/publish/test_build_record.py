@@ -14,7 +14,7 @@ import report_store
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.cli import commands, main
+from builder.cli import main, options
 from builder.core import manifest
 from builder.publish import build_record
 from builder.recipe import schema
@@ -31,7 +31,7 @@ def read(root: Path) -> dict[str, Any]:
 def again(command: list[str]) -> schema.Resolved:
     """What the recorded command comes to, through the command line's own parser."""
     assert command[:2] == ["builder", "build"]
-    return commands._resolve(main.parser().parse_args(command[1:]))
+    return options.resolve(main.parser().parse_args(command[1:]))
 
 
 def test_a_record_holds_the_recipe_with_origins_the_profile_flags_and_stages(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""The commands for what was built: reports, integrity, garbage collection."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from builder.cli.options import add_command, add_output, path
+from builder.core.errors import UsageError
+from builder.core.output import Output
+
+TITLE = "keep"
+
+
+def add(commands: Any) -> None:
+    """Adds report, verify and clean."""
+    command = add_command(
+        commands, "report", "write what is known of a repository as HTML and Markdown", run_report,
+        examples=[
+            "builder report artifacts/models/tiny-qwen3-cpu-nvfp4",
+            "builder report artifacts/models/tiny-qwen3-cpu-nvfp4 --markdown README.md",
+        ],
+    )  # fmt: skip
+    command.add_argument("repository", type=path, help="a repository, as in artifacts/models/")
+    for option, text in (("html", "the page"), ("markdown", "the model card"), ("csv", "the table that grows")):
+        command.add_argument(f"--{option}", type=path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
+
+    command = add_command(commands, "verify", "check every stored file against its SHA-256", run_verify,
+                          examples=["builder verify", "builder verify --output /data/artifacts"])  # fmt: skip
+    add_output(command)
+    command = add_command(
+        commands, "clean", "remove leftovers, and builds by name or age", run_clean,
+        examples=[
+            "builder clean --dry-run --older-than 7d",
+            "builder clean tiny-qwen3-cpu-nvfp4",
+            "builder clean --all",
+        ],
+    )  # fmt: skip
+    command.add_argument("names", metavar="NAME", nargs="*",
+                         help="a link in OUTPUT/models or STAGE/KEY: removed with what only it needs")  # fmt: skip
+    add_output(command)
+    command.add_argument("--older-than", metavar="AGE",
+                         help="also remove what no link needs and no build used for this long: 7d, 12h")  # fmt: skip
+    command.add_argument("--all", action="store_true", help="remove all builds and their links")
+    command.add_argument("--dry-run", action="store_true", help="only list what would be removed, what stays, and why")
+
+
+def run_report(arguments: argparse.Namespace, out: Output) -> int:
+    """Writes the page, the model card and the table's row, from manifests and the build record."""
+    from builder.report import render
+
+    render.publish(arguments.repository, out, page=arguments.html, card=arguments.markdown, table=arguments.csv)
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace, out: Output) -> int:
+    """Hashes every file of the store again. IntegrityError if one changed."""
+    from builder.core import store
+
+    found = store.verify(_existing(arguments.output), out)
+    out.result({"artifacts": found})
+    store.check_integrity(found)
+    out.text(f"{len(found)} artifacts are unchanged")
+    return 0
+
+
+def run_clean(arguments: argparse.Namespace, out: Output) -> int:
+    """Removes leftovers and what was named; lists what stays and why."""
+    from builder.clean import removal
+    from builder.clean.reachability import Request
+    from builder.core.store import Store
+
+    older_than = None if arguments.older_than is None else removal.age(arguments.older_than)
+    root = removal.check_root(arguments.output)
+    request = Request(tuple(arguments.names), older_than, arguments.all)
+    with Store(root, out).in_use(exclusive=True):
+        made = removal.plan(root, request)
+        failed = [] if arguments.dry_run else removal.carry_out(made)
+    removal.show(made, failed, out, dry=arguments.dry_run)
+    removal.check_failed(failed, root)
+    return 0
+
+
+def _existing(root: Path) -> Path:
+    if not root.is_dir():
+        raise UsageError(f"There is nothing at {root}.", hint="Name the directory that a build wrote: --output DIR")
+    return root.resolve()

@@ -1,0 +1,95 @@
+"""The commands about this machine, its card, and the facts that decisions rest on."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from builder.cli.options import add_command, add_output
+from builder.core.errors import UnsupportedError
+from builder.core.output import Output
+
+TITLE = "machine"
+
+
+def add(commands: Any) -> None:
+    """Adds doctor, probe, gpus, explain and schema."""
+    command = add_command(commands, "doctor", "check this machine: driver, GPU, Docker, limits", run_doctor,
+                          examples=["builder doctor", "builder doctor --gpu sm120 --json"])  # fmt: skip
+    command.add_argument("--gpu", help="profile to build for (default: the card that is here)")
+    add_output(command)
+    _add_probe(commands)
+    add_command(commands, "gpus", "list GPU profiles, the formats they run and their cards", run_gpus,
+                examples=["builder gpus", "builder gpus --json"])  # fmt: skip
+    command = add_command(
+        commands, "explain", "explain a flag, an LLM argument or a rule", run_explain,
+        examples=["builder explain context_fmha", "builder explain llmapi.args.kv_cache_config"],
+    )  # fmt: skip
+    command.add_argument("flag", metavar="FLAG", help="a trtllm-build flag or LLM argument, with or without dashes")
+    add_command(commands, "schema", "print the JSON Schema of a recipe file", run_schema, examples=["builder schema"])
+
+
+def _add_probe(commands: Any) -> None:
+    command = add_command(
+        commands, "probe", "test which doubtful flags build on this machine's card", run_probe,
+        examples=["builder probe", "builder probe --gpu sm120 --time-limit 600"],
+    )  # fmt: skip
+    command.add_argument("--gpu", default="auto", help="the profile that the card must have (default: any)")
+    command.add_argument("--only", metavar="QUESTION", action="append", default=[],
+                         help="test only this question; repeatable")  # fmt: skip
+    command.add_argument("--force", action="store_true", help="test again what was answered before")
+    command.add_argument("--time-limit", type=int, metavar="SECONDS", help="for each engine (default: 1800)")
+    add_output(command)
+
+
+def run_doctor(arguments: argparse.Namespace, out: Output) -> int:
+    """Exit code 3 if something on this machine does not fit."""
+    from builder.machine import containers
+    from builder.preflight import doctor
+    from builder.recipe import schema
+
+    version = schema.Engine().tensorrt_llm
+    checks = doctor.examine(doctor.profile(arguments.gpu), version, arguments.output)
+    return 0 if doctor.show(checks, containers.newest(version), out) else UnsupportedError.exit_code
+
+
+def run_probe(arguments: argparse.Namespace, out: Output) -> int:
+    """Asks the card what the tables leave in doubt. StageError (exit code 1) if a question stayed unanswered."""
+    from builder.core.store import Store
+    from builder.trtllm import probe
+
+    store = Store(arguments.output, out)
+    limit = arguments.time_limit or probe.TIME_LIMIT
+    asking = probe.session(arguments.gpu, store, limit=limit, force=arguments.force)
+    with store.in_use():
+        found = probe.run(asking, probe.questions(asking, arguments.only))
+    probe.show(asking, found)
+    if open_ones := probe.unanswered(found):
+        raise open_ones
+    return 0
+
+
+def run_gpus(arguments: argparse.Namespace, out: Output) -> int:
+    """Lists the profiles, what runs on them and the cards behind them."""
+    from builder.machine import gpus
+
+    gpus.show(out)
+    return 0
+
+
+def run_explain(arguments: argparse.Namespace, out: Output) -> int:
+    """Explains one flag of trtllm-build in every version."""
+    from builder.cli import explain
+
+    explain.show(explain.explain(arguments.flag), out)
+    return 0
+
+
+def run_schema(arguments: argparse.Namespace, out: Output) -> int:
+    """Prints the schema, as configs/recipe.schema.json holds it."""
+    import json
+
+    from builder.recipe import schema
+
+    print(json.dumps(schema.schema(), indent=2))
+    return 0

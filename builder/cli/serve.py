@@ -1,0 +1,206 @@
+"""The commands that serve a repository: in the foreground, for a smoke test, for a benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from builder.cli.options import add_command, add_output, path, port
+from builder.core.errors import ServingError, UsageError
+from builder.core.output import Output, seconds
+
+if TYPE_CHECKING:
+    from builder.serving.container import ContainerServer
+    from builder.serving.server import Server
+    from builder.triton.repository import Repository
+
+TITLE = "serve"
+
+
+def add(commands: Any) -> None:
+    """Adds serve, smoke and load."""
+    command = add_command(
+        commands, "serve", "serve a repository until Ctrl-C", run_serve,
+        examples=[
+            "builder serve artifacts/models/tiny-qwen3-cpu-nvfp4",
+            "builder serve artifacts/models/tiny-qwen3-cpu-nvfp4 --http-port 8000 --grpc-port 8001",
+            "builder serve artifacts/models/qwen3-8b-sm120-nvfp4 --container --host 0.0.0.0",
+        ],
+    )  # fmt: skip
+    _add_served(command)
+    command.add_argument("--follow-log", action="store_true", help="copy the server's log to stderr")
+    command.add_argument("--until-eof", action="store_true", help="stop when stdin is closed")
+    command = add_command(
+        commands, "smoke", "start a server, test every endpoint, stop it", run_smoke,
+        examples=[
+            "builder smoke artifacts/models/tiny-qwen3-cpu-nvfp4 --junit smoke.xml",
+            "builder smoke artifacts/models/tiny-qwen3-cpu-nvfp4 --http localhost:8000 --grpc localhost:8001",
+        ],
+    )  # fmt: skip
+    _add_served(command)
+    _add_running(command)
+    command.add_argument("--junit", type=path, metavar="FILE", help="write the results as JUnit XML")
+    _add_load(commands)
+
+
+def _add_load(commands: Any) -> None:
+    command = add_command(
+        commands, "load", "measure latency and throughput of a repository", run_load,
+        examples=["builder load artifacts/models/tiny-qwen3-cpu-nvfp4 --clients 1 --clients 8"],
+    )  # fmt: skip
+    _add_served(command)
+    _add_running(command)
+    command.add_argument("--clients", type=int, metavar="N", action="append", default=[],
+                         help="so many at once; repeatable (default: 1, 4 and 16)")  # fmt: skip
+    for name, default, text in (
+        ("requests", None, "of all of them together (default: 32, or two for each client)"),
+        ("input-tokens", 128, "of each prompt"),
+        ("output-tokens", 32, "of each answer"),
+    ):
+        shown = f"{text} (default: {default})" if default else text
+        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=shown)
+
+
+def _add_running(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--http", metavar="HOST:PORT", help="use the server that runs there; start none")
+    command.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC port (with --http)")
+
+
+def _add_served(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "repository", type=path, nargs="?",
+        help="a repository, as in artifacts/models/; default: MODEL_REPOSITORY, or the only one in OUTPUT/models",
+    )  # fmt: skip
+    add_output(command)
+    command.add_argument("--ungated", action="store_true", default=os.environ.get("UNGATED", "") not in ("", "0"),
+                         help="serve it even if it failed a gate (UNGATED)")  # fmt: skip
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    for name in ("http", "grpc", "metrics"):
+        command.add_argument(f"--{name}-port", type=port, metavar="PORT", help="default: a free port")
+    command.add_argument("--container", action="store_true", help="run Triton in a Docker container of its own")
+    command.add_argument("--image", default=os.environ.get("BUILDER_IMAGE", "trtllm-builder"),
+                         help="image for --container (BUILDER_IMAGE, default trtllm-builder)")  # fmt: skip
+
+
+def run_serve(arguments: argparse.Namespace, out: Output) -> int:
+    """Serves in the foreground until interrupted (exit code 0) or the server exits (ServingError)."""
+    from builder.core import exit_status
+    from builder.core.store import serving
+    from builder.serving import health
+    from builder.serving.server import stop_at_eof
+
+    repository = _repository(arguments)
+    if arguments.until_eof:
+        stop_at_eof()
+    with serving(repository.path), _server(arguments, repository, out) as server:
+        try:  # an interrupt while the addresses are printed stops the server like a later one
+            _show_addresses(server, repository, out)
+            code = health.watch(server.http_url, server.wait, server.lost_a_model)
+        except KeyboardInterrupt:
+            out.info("stopping; requests in flight are finished")
+            return 0
+        raise ServingError(f"The server {exit_status.describe(code)}.", hint=f"Its log: {server.log}")
+
+
+def _show_addresses(server: Server | ContainerServer, repository: Repository, out: Output) -> None:
+    out.result({"http": server.http_url, "grpc": server.grpc_url, "metrics": server.metrics_url, "pid": server.pid})
+    out.text(f"http       {server.http_url}")
+    out.text(f"grpc       {server.grpc_url}")
+    out.text(f"metrics    {server.metrics_url}")
+    out.text(f"try        {_curl(server.http_url, repository.facts)}")
+    out.finish()  # now, not at the end: whoever reads it wants to talk to the server
+    sys.stdout.flush()
+
+
+def _curl(url: str, facts: Mapping[str, Any]) -> str:
+    tokens = facts.get("names", {}).get("max_tokens", "max_tokens")
+    body = f'{{"text_input": "Return the number of", "{tokens}": 32}}'
+    return f"curl -s http://{url}/v2/models/{facts['models']['generate']}/generate -d '{body}'"
+
+
+def _repository(arguments: argparse.Namespace) -> Repository:
+    """The repository that was named, or else the only one that was published."""
+    from builder.triton import repository
+
+    named = os.environ.get("MODEL_REPOSITORY")
+    found = repository.open_repository(arguments.repository or repository.find(arguments.output, named))
+    repository.check_served(found)
+    return found
+
+
+def _server(
+    arguments: argparse.Namespace, repository: Repository, out: Output
+) -> AbstractContextManager[Server | ContainerServer]:
+    """A server for it, on this machine or in a container. EvaluationError if it failed its gate, without --ungated."""
+    from builder.publish import verdict
+
+    if not arguments.ungated:
+        verdict.check(arguments.repository or repository.path)
+    where = {key: getattr(arguments, key) for key in ("host", "http_port", "grpc_port", "metrics_port")}
+    if arguments.container:
+        from builder.serving.container import serve_container
+
+        follow = arguments.command == "serve" and not arguments.quiet
+        return serve_container(repository, out=out, image=arguments.image, follow_log=follow, **where)
+    from builder.serving.server import serve
+
+    return serve(repository.models, out=out, follow_log=getattr(arguments, "follow_log", False), **where)
+
+
+def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
+    """Serves a repository, tests it and stops the server. ServingError if a check failed."""
+    from builder.core.store import serving
+    from builder.serving.smoke import smoke, write_junit
+
+    _check_both_ports(arguments)
+    repository = _repository(arguments)
+    if arguments.http:
+        report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
+    else:
+        with serving(repository.path), _server(arguments, repository, out) as server:
+            report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
+    if arguments.junit:
+        write_junit(report, arguments.junit)
+    outcomes = {True: "ok", False: "FAILED", None: "not checked"}
+    rows = [(outcomes[c.passed], c.name, seconds(c.seconds), c.detail) for c in report.checks]
+    out.table("smoke test", ["result", "check", "time", "detail"], rows)
+    out.result(report.as_dict())
+    report.check()
+    return 0
+
+
+def run_load(arguments: argparse.Namespace, out: Output) -> int:
+    """Serves a repository, sends concurrent requests and stops it. The result is kept beside it for the report."""
+    from builder.core.store import serving
+    from builder.serving import benchmark
+
+    _check_both_ports(arguments)
+    concurrency = tuple(arguments.clients) or benchmark.Workload.concurrency
+    workload = benchmark.Workload(
+        concurrency,
+        benchmark.default_requests(concurrency) if arguments.requests is None else arguments.requests,
+        arguments.input_tokens,
+        arguments.output_tokens,
+    )
+    repository = _repository(arguments)
+    benchmark.check(workload, repository.facts)
+    if arguments.http:
+        report = benchmark.run(arguments.http, arguments.grpc, repository, workload, out=out)
+    else:
+        with serving(repository.path), _server(arguments, repository, out) as server:
+            report = benchmark.run(server.http_url, server.grpc_url, repository, workload, out=out)
+    kept = benchmark.save(repository, report, out)
+    benchmark.show(report, out)
+    out.result({**report.as_dict(), "path": str(kept) if kept else None})
+    if kept:
+        out.text(f"next       builder report {arguments.repository or repository.path}")
+    return 0
+
+
+def _check_both_ports(arguments: argparse.Namespace) -> None:
+    if bool(arguments.http) != bool(arguments.grpc):
+        raise UsageError("A running server is asked on both its ports.", hint="--http HOST:PORT --grpc HOST:PORT")
