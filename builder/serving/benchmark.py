@@ -116,7 +116,7 @@ class BenchmarkReport:
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _Response:
     """The arrival time of each piece in seconds since the request was sent, and the text; or the error."""
 
     pieces: Sequence[float] = ()
@@ -167,7 +167,7 @@ def run(
     """
     from builder.serving.client import Client
 
-    client = Client.of(http_url, grpc_url, repository.facts, timeout)
+    client = Client.for_repository(http_url, grpc_url, repository.facts, timeout)
     count = workload.requests + max(workload.concurrency)  # the surplus warms up the server
     tokenizer = _tokenizer(repository)
 
@@ -301,7 +301,7 @@ class _Measurement:
     def level(self, concurrency: int, prompts: Sequence[str]) -> Level:
         """Warms up with the first prompts and measures the last `requests` of them."""
         requests = self.workload.requests
-        answers: list[_Answer] = []
+        answers: list[_Response] = []
         with ThreadPoolExecutor(concurrency) as pool:
             list(pool.map(self._send, prompts[: len(prompts) - requests][:concurrency]))
             start = time.perf_counter()
@@ -311,7 +311,7 @@ class _Measurement:
             elapsed = time.perf_counter() - start
         return self._level(concurrency, answers, elapsed)
 
-    def _level(self, concurrency: int, answers: Sequence[_Answer], elapsed: float) -> Level:
+    def _level(self, concurrency: int, answers: Sequence[_Response], elapsed: float) -> Level:
         good = [answer for answer in answers if not answer.error]
         error = next((answer.error for answer in answers if answer.error), "")
         if not good:
@@ -335,11 +335,11 @@ class _Measurement:
             longest=max(counts),
         )
 
-    def _send(self, prompt: str) -> _Answer:
-        from builder.serving.client import Ask, Refused, Stalled
+    def _send(self, prompt: str) -> _Response:
+        from builder.serving.client import Request, ResponseTimeout, ServerError
 
         tokens = self.workload.output_tokens
-        request = Ask(prompt, tokens, {"min_tokens": tokens})  # forbids the end token before that
+        request = Request(prompt, tokens, {"min_tokens": tokens})  # forbids the end token before that
         times: list[float] = []
         texts: list[str] = []
 
@@ -348,19 +348,19 @@ class _Measurement:
 
         try:
             if self.streams:
-                for piece in self.client.grpc_pieces(request, sent=stamp):
+                for piece in self.client.grpc_chunks(request, sent=stamp):
                     stamp()
                     texts.append(piece)
             else:
                 stamp()
                 texts.append(self.client.http_generate(request).text)
                 stamp()
-        except (Refused, Stalled) as error:
-            return _Answer(error=str(error).splitlines()[0])
+        except (ServerError, ResponseTimeout) as error:
+            return _Response(error=str(error).splitlines()[0])
         sent, *pieces = times
         if not pieces:
-            return _Answer(error="the stream ended without a response")
-        return _Answer([piece - sent for piece in pieces], "".join(texts))
+            return _Response(error="the stream ended without a response")
+        return _Response([piece - sent for piece in pieces], "".join(texts))
 
 
 def _percentiles(values: Sequence[float]) -> Percentiles:

@@ -1,6 +1,7 @@
-"""The ways to ask a served repository: HTTP infer, HTTP generate, gRPC infer, a gRPC stream; and the engine itself.
+"""A client for each endpoint of a served repository: HTTP infer, HTTP generate, gRPC infer and gRPC streaming.
 
-Imports tritonclient and numpy: only what talks to a server imports this file. Every call has a timeout.
+It can also call the engine model directly, with token ids. Every call has a timeout. This module imports tritonclient
+and numpy, so import it only where a server is called.
 """
 
 from __future__ import annotations
@@ -36,57 +37,61 @@ _TYPES = {
     "stream": "BOOL",
     "streaming": "BOOL",
     "return_context_logits": "BOOL",
-}  # the others are INT32
+}  # every other input is INT32
 
-
-# A proxy of the environment is for the world outside: the server is addressed directly, by HTTP and by gRPC.
+# HTTP_PROXY and friends are for external hosts. The server is local, so both protocols bypass the proxy.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _DIRECT_GRPC = [
     ("grpc.enable_http_proxy", 0),
-    # These two are tritonclient's own, which it leaves out where arguments are given: a prompt's logits are large.
+    # tritonclient sets these two itself, but not if it is given other arguments. The logits of a prompt are large.
     ("grpc.max_send_message_length", triton_grpc.MAX_GRPC_MESSAGE_SIZE),
     ("grpc.max_receive_message_length", triton_grpc.MAX_GRPC_MESSAGE_SIZE),
 ]
 
 
-class Refused(Exception):
-    """The server answered with an error: its text, as a client sees it."""
+class ServerError(Exception):
+    """The server answered with an error. The message is the error's text as a client sees it."""
 
 
-class Withheld(Exception):
-    """The server answered, and left out what it was asked for."""
+class MissingOutput(Exception):
+    """The response lacks an output that the request asked for."""
 
 
-class Stalled(Exception):
-    """No answer, or no next piece, within the timeout."""
+class ResponseTimeout(Exception):
+    """No response, or no next chunk of a stream, arrived within the timeout; or the connection broke."""
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A request for text. `text` is bytes to send what is no UTF-8; None leaves the input out. Greedy by default."""
+class Request:
+    """A generation request, greedy by default. `options` are further inputs by name, such as `stop_words`.
+
+    `text` is bytes to send invalid UTF-8. None omits the input, and so does `max_tokens` None.
+    """
 
     text: str | bytes | None
     max_tokens: int | None = 16
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def inputs(self, **more: Any) -> dict[str, Any]:
-        given = {"text_input": self.text, "max_tokens": self.max_tokens, "top_k": 1, **self.options, **more}
-        return {name: value for name, value in given.items() if value is not None}
+        """Input values by name; those that are None are left out."""
+        values = {"text_input": self.text, "max_tokens": self.max_tokens, "top_k": 1, **self.options, **more}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The text, and the pieces that it came in (one where it was not streamed)."""
+class Response:
+    """The generated text, and the chunks that it arrived in: one if it was not streamed."""
 
     text: str
-    pieces: tuple[str, ...]
+    chunks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Client:
-    """One server. `models` says which model answers which way: the keys generate, infer, stream and engine.
+    """A client of one server. URLs have no scheme; `timeout` is in seconds, for a response or a chunk.
 
-    `names` are the repository's for inputs that it calls otherwise; without `batched` no tensor has a batch dimension.
+    `models` names the Triton model of each endpoint, under the keys generate, infer, stream and engine. `names` maps
+    our input names to the repository's where they differ. `batched` says whether tensors have a batch dimension.
     """
 
     http_url: str
@@ -97,73 +102,78 @@ class Client:
     batched: bool = True
 
     @classmethod
-    def of(cls, http_url: str, grpc_url: str, facts: Mapping[str, Any], timeout: float) -> Client:
-        """Of a server of the repository with these facts."""
+    def for_repository(cls, http_url: str, grpc_url: str, facts: Mapping[str, Any], timeout: float) -> Client:
+        """A client of a server of the repository with these facts (`Repository.facts`)."""
         return cls(http_url, grpc_url, facts["models"], timeout, facts.get("names", {}), facts.get("batched", True))
 
     def ready(self, model: str | None = None) -> bool:
-        """The server, or one of its models, by gRPC."""
+        """Whether the server, or one of its models, is ready (by gRPC)."""
         with self._grpc() as grpc:
             if model is None:
                 return bool(grpc.is_server_live() and grpc.is_server_ready())
             return bool(grpc.is_model_ready(model))
 
-    def http_infer(self, ask: Ask) -> Answer:
+    def http_infer(self, request: Request) -> Response:
+        """KServe v2 inference over HTTP. ServerError and ResponseTimeout as for every call below."""
         client = triton_http.InferenceServerClient(
             _address(self.http_url), connection_timeout=self.timeout, network_timeout=self.timeout
         )
         try:
             with _errors():
                 outputs = [triton_http.InferRequestedOutput("text_output")]
-                result = client.infer(self.models["infer"], self._inputs(triton_http, ask), outputs=outputs)
-            return _whole(result)
+                result = client.infer(self.models["infer"], self._inputs(triton_http, request), outputs=outputs)
+            return _response(result)
         finally:
             client.close()
 
-    def http_generate(self, ask: Ask) -> Answer:
-        """JSON by the standard library: tritonclient has no call for it."""
-        request = urllib.request.Request(
+    def http_generate(self, request: Request) -> Response:
+        """Triton's generate extension, with JSON bodies. tritonclient does not support it, so this uses urllib."""
+        http_request = urllib.request.Request(
             f"http://{_address(self.http_url)}/v2/models/{self.models['generate']}/generate",
-            data=_json(self._named(ask.inputs())),
+            data=_json(self._named(request.inputs())),
             headers={"Content-Type": "application/json"},
         )
         try:
-            with _DIRECT.open(request, timeout=self.timeout) as response:
+            with _DIRECT.open(http_request, timeout=self.timeout) as response:
                 body = json.loads(response.read())
         except urllib.error.HTTPError as error:
-            with error:  # an open connection keeps the server from ending
-                raise Refused(_json_error(error.read())) from None
-        except (OSError, http.client.HTTPException) as error:  # also a server that ends in the middle of an answer
-            raise Stalled(str(error)) from None
-        # A decoupled model that fails answers 200 with an error in the body.
+            with error:  # an open connection delays the server's exit
+                raise ServerError(_json_error(error.read())) from None
+        except (OSError, http.client.HTTPException) as error:  # such as a server that exits during a response
+            raise ResponseTimeout(str(error)) from None
+        # When a decoupled model fails, Triton answers 200 with an error in the body.
         if "error" in body:
-            raise Refused(body["error"])
-        return Answer(body["text_output"], (body["text_output"],))
+            raise ServerError(body["error"])
+        return Response(body["text_output"], (body["text_output"],))
 
-    def grpc_infer(self, ask: Ask) -> Answer:
+    def grpc_infer(self, request: Request) -> Response:
+        """KServe v2 inference over gRPC."""
         with self._grpc() as grpc, _errors():
             outputs = [triton_grpc.InferRequestedOutput("text_output")]
             result = grpc.infer(
                 self.models["infer"],
-                self._inputs(triton_grpc, ask),
+                self._inputs(triton_grpc, request),
                 outputs=outputs,
                 client_timeout=self.timeout,
             )
-            return _whole(result)
+            return _response(result)
 
-    def grpc_stream(self, ask: Ask) -> Answer:
-        """Piece by piece. A piece that does not come in time is Stalled, not a wait for ever."""
-        pieces = tuple(self.grpc_pieces(ask))
-        return Answer("".join(pieces), pieces)
+    def grpc_stream(self, request: Request) -> Response:
+        """A gRPC stream, read to its end. ResponseTimeout if a chunk does not arrive in time."""
+        chunks = tuple(self.grpc_chunks(request))
+        return Response("".join(chunks), chunks)
 
-    def grpc_pieces(self, ask: Ask, sent: Callable[[], None] = lambda: None) -> Iterator[str]:
-        """Each piece when it comes. `sent` is called when the connection stands, before the request goes out."""
-        inputs = self._inputs(triton_grpc, ask, stream=True)
+    def grpc_chunks(self, request: Request, sent: Callable[[], None] = lambda: None) -> Iterator[str]:
+        """Yields each chunk of a gRPC stream as it arrives.
+
+        `sent` is called once, after connecting and before the request is sent, so that it can start a clock.
+        """
+        inputs = self._inputs(triton_grpc, request, stream=True)
         for result in self._stream(self.models["stream"], inputs, ["text_output"], sent):
             yield _text(result)
 
-    def engine(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The tokens that the engine itself makes of these, without text around it; nothing ends it but max_tokens."""
+    def engine_tokens(self, ids: Sequence[int], max_tokens: int) -> list[int]:
+        """The token ids that the engine model generates for a prompt of token ids. Only max_tokens ends it."""
         inputs = {"input_ids": ids, "input_lengths": len(ids), "request_output_len": max_tokens, "runtime_top_k": 1}
         streamed = {**inputs, "streaming": True, "exclude_input_in_output": True}
         results = self._stream(
@@ -172,8 +182,10 @@ class Client:
         return [int(token) for result in results for token in result.as_numpy("output_ids").reshape(-1)]
 
     def context_logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
-        """The served model's logits at tokens of a prompt, float32 [rows, vocab]; whether each has its row the caller
-        checks. Withheld if there are none. The engine answers, or where there is none the llmapi target's one model.
+        """The served model's logits for each token of a prompt, float32 [rows, vocab_size].
+
+        The caller must check that there are as many rows as tokens. Calls the engine model, or the llmapi target's only
+        model if there is no engine model. MissingOutput if the response has no logits.
         """
         inputs = {"input_ids": ids, "return_context_logits": True}
         if model := self.models.get("engine"):
@@ -182,18 +194,18 @@ class Client:
         else:
             model, inputs = self.models["generate"], {**inputs, "max_tokens": 1, "top_k": 1}
             outputs = ["text_output", "context_logits"]
-        asked = _tensors(triton_grpc, inputs, names=self.names, batched=self.batched)
-        with _errors():  # read to its end: a stream that is left early leaves its request behind
-            answers = [r.as_numpy("context_logits") for r in self._stream(model, asked, outputs)]
-        found = next((logits for logits in answers if logits is not None and logits.size), None)
+        tensors = _tensors(triton_grpc, inputs, names=self.names, batched=self.batched)
+        with _errors():  # read to the end: the server keeps a request whose stream is left early
+            responses = [r.as_numpy("context_logits") for r in self._stream(model, tensors, outputs)]
+        found = next((logits for logits in responses if logits is not None and logits.size), None)
         if found is None:
-            raise Withheld("the answer holds no context_logits")
-        # Copied in any case: what a message holds is not writable.
+            raise MissingOutput("the response has no context_logits")
+        # astype always copies: arrays backed by a protobuf message are read-only.
         logits: np.ndarray[Any, Any] = found.reshape(-1, found.shape[-1]).astype(np.float32)
         return logits
 
-    def _inputs(self, module: Any, ask: Ask, **more: Any) -> list[Any]:
-        return _tensors(module, ask.inputs(**more), names=self.names, batched=self.batched)
+    def _inputs(self, module: Any, request: Request, **more: Any) -> list[Any]:
+        return _tensors(module, request.inputs(**more), names=self.names, batched=self.batched)
 
     def _named(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {self.names.get(name, name): value for name, value in inputs.items()}
@@ -201,10 +213,10 @@ class Client:
     def _stream(
         self, model: str, inputs: Sequence[Any], outputs: Sequence[str], sent: Callable[[], None] = lambda: None
     ) -> Iterator[Any]:
-        """The responses that carry outputs, up to the final one."""
-        answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+        """Yields the responses that have outputs, until the final response."""
+        responses: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
         with self._grpc() as grpc:
-            grpc.start_stream(lambda result, error: answers.put((result, error)))
+            grpc.start_stream(lambda result, error: responses.put((result, error)))
             final = False
             try:
                 sent()
@@ -215,25 +227,25 @@ class Client:
                     enable_empty_final_response=True,
                 )
                 while not final:
-                    result = self._next(answers)
+                    result = self._next(responses)
                     response = result.get_response()
                     final = response.parameters["triton_final_response"].bool_param
                     if len(response.outputs):
                         yield result
-            except Refused:
+            except ServerError:
                 final = True
                 raise
             finally:
-                # In 24.10, cancelling a stream that just ended leaves its request behind: the model never unloads.
+                # Cancelling a stream that has just ended leaks its request in Triton 24.10: the model never unloads.
                 grpc.stop_stream(cancel_requests=not final)
 
-    def _next(self, answers: queue.Queue[tuple[Any, Exception | None]]) -> Any:
+    def _next(self, responses: queue.Queue[tuple[Any, Exception | None]]) -> Any:
         try:
-            result, error = answers.get(timeout=self.timeout)
+            result, error = responses.get(timeout=self.timeout)
         except queue.Empty:
-            raise Stalled(f"the stream stood still for {self.timeout:.0f} s") from None
+            raise ResponseTimeout(f"no chunk arrived for {self.timeout:.0f} s") from None
         if error is not None:
-            raise Refused(_message(error))
+            raise ServerError(_message(error))
         return result
 
     @contextmanager
@@ -245,7 +257,7 @@ class Client:
             client.close()
 
 
-Way = Callable[[Ask], Answer]
+Endpoint = Callable[[Request], Response]
 
 
 def _address(url: str) -> str:
@@ -255,7 +267,7 @@ def _address(url: str) -> str:
 def _tensors(
     module: Any, inputs: Mapping[str, Any], *, names: Mapping[str, str] | None = None, batched: bool = True
 ) -> list[Any]:
-    """Every tensor with a batch dimension of 1: scalars are [1, 1], lists [1, n]; without `batched` [1] and [n]."""
+    """Input tensors. Scalars have shape [1, 1] and lists [1, n]; without `batched` [1] and [n]."""
     made = []
     for name, value in inputs.items():
         kind = "BOOL" if isinstance(value, bool) else _TYPES.get(name, "INT32")
@@ -271,7 +283,7 @@ def _tensors(
 
 
 def _json(inputs: Mapping[str, Any]) -> bytes:
-    """The body of a generate request. Bytes go in as they are, which JSON itself would not allow."""
+    """The body of a generate request. Bytes are inserted unchanged, so the body may be invalid JSON on purpose."""
     text = inputs.get("text_input")
     if not isinstance(text, bytes):
         return json.dumps(inputs).encode()
@@ -291,22 +303,22 @@ def _errors() -> Iterator[None]:
         yield
     except InferenceServerException as error:
         if "Deadline Exceeded" in _message(error):
-            raise Stalled(_message(error)) from None
-        raise Refused(_message(error)) from None
+            raise ResponseTimeout(_message(error)) from None
+        raise ServerError(_message(error)) from None
     except (TimeoutError, OSError) as error:
-        raise Stalled(str(error)) from None
+        raise ResponseTimeout(str(error)) from None
 
 
 def _message(error: Exception) -> str:
     return str(error.message()) if isinstance(error, InferenceServerException) else str(error)
 
 
-def _whole(result: Any) -> Answer:
+def _response(result: Any) -> Response:
     text = _text(result)
-    return Answer(text, (text,))
+    return Response(text, (text,))
 
 
 def _text(result: Any) -> str:
-    """Strict UTF-8: a cut character is an error here, not a replacement character."""
+    """Decodes strictly: a truncated character is an error, not a replacement character."""
     array = result.as_numpy("text_output")
     return b"".join(array.reshape(-1).tolist()).decode("utf-8") if array is not None else ""

@@ -155,7 +155,7 @@ def smoke(
     from builder.serving.client import Client
     from builder.serving.smoke_checks import READY, Checks
 
-    asked = Checks(Client.of(http_url, grpc_url, facts, timeout), facts)
+    asked = Checks(Client.for_repository(http_url, grpc_url, facts, timeout), facts)
     named = asked.named()
     checks: list[Check] = []
     with out.progress("smoke test", total=len(named), unit="checks") as bar:

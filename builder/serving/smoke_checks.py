@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from builder.serving.client import Answer, Ask, Client, Refused, Way
+from builder.serving.client import Client, Endpoint, Request, Response, ServerError
 from builder.serving.smoke_prompts import (
     PROMPTS,
     PUSHED_UTF8,
@@ -37,7 +37,7 @@ class Checks:
     client: Client
     facts: Mapping[str, Any]
     first: str = ""
-    ways: dict[str, Way] = field(default_factory=dict)
+    ways: dict[str, Endpoint] = field(default_factory=dict)
     answered: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class Checks:
         self.answered[way] = answer.text
         return repr(answer.text)
 
-    def whole(self, ask: Ask) -> Answer:
+    def whole(self, ask: Request) -> Response:
         """The answer in one piece: what every other way is compared with."""
         return self.client.grpc_infer(ask) if self.infers else self.client.http_generate(ask)
 
@@ -131,8 +131,8 @@ class Checks:
                 continue
             streamed = self.client.grpc_stream(ask)
             _equal("the pieces together", streamed.text, "the whole answer", whole)
-            if sum(bool(piece) for piece in streamed.pieces) > 1:
-                return f"{len(streamed.pieces)} pieces"
+            if sum(bool(piece) for piece in streamed.chunks) > 1:
+                return f"{len(streamed.chunks)} pieces"
         if self.asks.biases:
             raise Wrong(f"one piece only: {short(whole)!r}")
         raise NotChecked(f"the model's answer has one piece of text only: {short(whole)!r}")
@@ -141,7 +141,7 @@ class Checks:
         ids = [1, 2, 3][: min(3, self.facts["max_input_len"], self.facts["max_seq_len"] - 1)]
         lengths = [n for n in (1, 5) if n + len(ids) <= self.facts["max_seq_len"]]
         for wanted in lengths:
-            tokens = self.client.engine(ids, wanted)
+            tokens = self.client.engine_tokens(ids, wanted)
             if len(tokens) != wanted:
                 raise Wrong(f"max_tokens {wanted}: {len(tokens)} tokens came")
         return f"{' and '.join(map(str, lengths))} tokens when asked for"
@@ -201,7 +201,7 @@ class Checks:
             if REPLACEMENT in whole or whole.isascii():
                 continue  # the answer itself ends within a character, or shows nothing
             streamed = self.client.grpc_stream(ask)
-            cut = [piece for piece in streamed.pieces if REPLACEMENT in piece]
+            cut = [piece for piece in streamed.chunks if REPLACEMENT in piece]
             if cut:
                 raise Wrong(f"a character of {short(whole)!r} was cut: {short(str(cut))}")
             _equal("the pieces together", streamed.text, "the whole answer", whole)
@@ -212,9 +212,9 @@ class Checks:
             raise NotChecked("no prompt drew an answer with a multi-byte character")
         return f"{len(seen)} answers, {short(seen[0])!r}"
 
-    def utf8_asks(self) -> list[Ask]:
-        pushed = [Ask(self.asks.prompt, min(8, self.asks.tokens), PUSHED_UTF8)] if self.asks.biases else []
-        return [*pushed, *(Ask(prompt, self.asks.tokens) for prompt in UTF8_PROMPTS)]
+    def utf8_asks(self) -> list[Request]:
+        pushed = [Request(self.asks.prompt, min(8, self.asks.tokens), PUSHED_UTF8)] if self.asks.biases else []
+        return [*pushed, *(Request(prompt, self.asks.tokens) for prompt in UTF8_PROMPTS)]
 
     def concurrent(self) -> str:
         """Eight at once, over all ways; each must get its own answer."""
@@ -237,8 +237,8 @@ class Checks:
             return alone.split()[:1] == among_others.split()[:1]
         return alone == among_others
 
-    def at_once(self, asked: Sequence[tuple[Way, Ask]]) -> list[Answer | Exception]:
-        def one(way: Way, ask: Ask) -> Answer | Exception:
+    def at_once(self, asked: Sequence[tuple[Endpoint, Request]]) -> list[Response | Exception]:
+        def one(way: Endpoint, ask: Request) -> Response | Exception:
             try:
                 return way(ask)
             except Exception as error:
@@ -250,20 +250,20 @@ class Checks:
     def too_long(self) -> str:
         """A prompt of one word more than the engine takes tokens can't fit."""
         limit = self.facts["max_input_len"]
-        return self.refused(Ask("one two " * (limit // 2 + 1), 1), rf"\b{limit}\b|long|length|exceed")
+        return self.refused(Request("one two " * (limit // 2 + 1), 1), rf"\b{limit}\b|long|length|exceed")
 
     def invalid_utf8(self) -> str:
-        return self.refused(Ask(b"caf\xe9 \xff\xfe", 1), r"(?i)utf-?8")
+        return self.refused(Request(b"caf\xe9 \xff\xfe", 1), r"(?i)utf-?8")
 
     def missing_input(self) -> str:
         """Without options: Triton 24.10 counts inputs only; with one too many, an ensemble answers nothing at all."""
         bare = {"top_k": None}
-        text = self.refused(Ask(None, 1, bare), "text_input")
+        text = self.refused(Request(None, 1, bare), "text_input")
         if "max_tokens" in self.facts.get("required", ("max_tokens",)):
-            self.refused(Ask(self.asks.prompt, None, bare), "max_tokens")
+            self.refused(Request(self.asks.prompt, None, bare), "max_tokens")
         return text
 
-    def refused(self, bad: Ask, reason: str) -> str:
+    def refused(self, bad: Request, reason: str) -> str:
         """Sent every way, between good ones: it gets an error of its own that tells the reason, they their answers."""
         good = self.asks.few()
         expected = self.asks.answer(good)
@@ -273,7 +273,7 @@ class Checks:
             if isinstance(answer, Exception) or not self.equal_enough(expected, answer.text):
                 raise Wrong(f"{way}: a good request beside it got {short(str(answer), 200)!r}")
         for way, answer in zip(self.ways, answers[1::2], strict=True):
-            if not isinstance(answer, Refused):
+            if not isinstance(answer, ServerError):
                 raise Wrong(f"{way}: it was not refused: {short(repr(answer), 200)}")
             if LEAK.search(str(answer)) or not re.search(reason, str(answer)):
                 said = short(str(answer), 300)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from builder.serving.client import Ask, Refused, Way
+from builder.serving.client import Endpoint, Request, ServerError
 
 PROMPT = "Return the number of"  # its answer is the sample that a build shows
 SHORTER_PROMPTS = ("Return", "a")  # where that one does not fit
@@ -53,7 +53,7 @@ class NotChecked(Exception):
 class Questions:
     """`whole` answers in one piece; `biases` says whether there is an input that pushes a word."""
 
-    whole: Way
+    whole: Endpoint
     biases: bool
     max_seq_len: int
     _known: dict[str, str] = field(default_factory=dict)
@@ -66,9 +66,9 @@ class Questions:
             if room < 1:
                 continue
             few = min(room, FEW_TOKENS)
-            self.answer(Ask(prompt, few))
+            self.answer(Request(prompt, few))
             start = time.monotonic()
-            self.whole(Ask(prompt, few))  # again: the first one waits for what a server prepares once
+            self.whole(Request(prompt, few))  # again: the first one waits for what a server prepares once
             slow = (time.monotonic() - start) / few > SLOW_SECONDS
             return prompt, room, slow
         raise NotChecked("no prompt fits this engine (max_input_len, max_seq_len)")
@@ -76,8 +76,10 @@ class Questions:
     def _room(self, prompt: str) -> int:
         """How many of TOKENS tokens an answer can have; 0 where the prompt alone is too long."""
         try:
-            self.whole(Ask(prompt, self.max_seq_len))  # refused before the engine sees it, with the number that fits
-        except Refused as refused:
+            self.whole(
+                Request(prompt, self.max_seq_len)
+            )  # rejected by preprocessing with the number that fits
+        except ServerError as refused:
             found = DOES_NOT_FIT.search(str(refused))
             if found is None:
                 raise Wrong(f"{prompt!r} was refused: {short(str(refused))}") from None
@@ -100,7 +102,7 @@ class Questions:
 
     def sample(self) -> str:
         """The model's own answer, as long on a slow server as on a fast one."""
-        return self.answer(Ask(self.prompt, self._size[1]))
+        return self.answer(Request(self.prompt, self._size[1]))
 
     @property
     def examples(self) -> int:
@@ -111,39 +113,39 @@ class Questions:
     def options(self) -> Mapping[str, Any]:
         """What every question has beside its prompt: nothing, or the push towards a word that a model needs whose own
         answers hold no text (an untrained one says special tokens). Wrong where a pushed word does not come either."""
-        if self.answer(Ask(self.prompt, self.tokens)):
+        if self.answer(Request(self.prompt, self.tokens)):
             return {}
         if not self.biases:
             raise NotChecked("the model's answers hold no text")
         for _, pushed in self.pushed():
-            if self.answer(Ask(self.prompt, self.tokens, pushed)):
+            if self.answer(Request(self.prompt, self.tokens, pushed)):
                 return pushed
         raise Wrong("an empty answer, and an empty one where a word is pushed")
 
-    def ask(self, prompt: str | None = None, tokens: int | None = None, **more: Any) -> Ask:
+    def ask(self, prompt: str | None = None, tokens: int | None = None, **more: Any) -> Request:
         """Of the main prompt and the usual length, if no other is given."""
-        return Ask(prompt or self.prompt, tokens or self.tokens, {**self.options, **more})
+        return Request(prompt or self.prompt, tokens or self.tokens, {**self.options, **more})
 
-    def few(self) -> Ask:
+    def few(self) -> Request:
         """As short as an answer can be that is told from another."""
         return self.ask(tokens=min(self.tokens, FEW_TOKENS))
 
-    def long(self, tokens: int, options: Mapping[str, Any] | None = None) -> Ask:
+    def long(self, tokens: int, options: Mapping[str, Any] | None = None) -> Request:
         """Whose answer does not end before max_tokens: min_tokens forbids the end token until then."""
-        return Ask(self.prompt, tokens, {**(self.options if options is None else options), "min_tokens": tokens})
+        return Request(self.prompt, tokens, {**(self.options if options is None else options), "min_tokens": tokens})
 
     def pushed(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Words, and the options that push a model to say each; none where nothing can be pushed."""
         for word in PUSHED_WORDS if self.biases else ():
             yield word, {"embedding_bias_words": [word], "embedding_bias_weights": [300.0]}
 
-    def answer(self, ask: Ask) -> str:
+    def answer(self, ask: Request) -> str:
         """The text in one piece, asked for once. "" where a pushed word is none of this model's."""
         key = json.dumps([ask.text, ask.max_tokens, ask.options], sort_keys=True, default=str)
         if key not in self._known:
             try:
                 self._known[key] = self.whole(ask).text
-            except Refused as refused:
+            except ServerError as refused:
                 if NOT_KNOWN not in str(refused):
                     raise
                 self._known[key] = ""
@@ -153,10 +155,10 @@ class Questions:
         """Those whose answers of so many tokens fit."""
         return [prompt for prompt in prompts if self.fits(self.ask(prompt, tokens))]
 
-    def fits(self, ask: Ask) -> bool:
+    def fits(self, ask: Request) -> bool:
         try:
             self.answer(ask)
-        except Refused as refused:
+        except ServerError as refused:
             if DOES_NOT_FIT.search(str(refused)):
                 return False
             raise

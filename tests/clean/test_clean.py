@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import report_store
 
+from builder.clean import removal
 from builder.clean.reachability import Request
-from builder.clean.removal import removal
 from builder.core import manifest
 from builder.core import store as stores
 from builder.core.errors import BuilderError, UsageError

@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import report_store
 
+from builder.clean import removal
 from builder.clean.reachability import Request
-from builder.clean.removal import removal
 from builder.core import atomic, manifest
 from builder.core import store as stores
 from builder.core.errors import BuilderError, IntegrityError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
-from builder.publish.links import build_record
-from builder.report.gather import gather
+from builder.publish import build_record
+from builder.report import gather
 from builder.triton import repository
-from builder.trtllm.flags import compatibility, probe_store
+from builder.trtllm import compatibility, probe_store
 
 QUIET = Output("quiet")
 VALUES: tuple[Any, ...] = (

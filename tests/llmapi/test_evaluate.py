@@ -30,7 +30,7 @@ from builder.llmapi import arguments as llmapi_arguments
 from builder.llmapi import repository as llmapi_repository
 from builder.preflight import checks
 from builder.recipe import schema
-from builder.serving.client import Client, Refused
+from builder.serving.client import Client, ServerError
 from builder.serving.server import Server, serve
 
 DATA = Path(__file__).parents[1] / "data"
@@ -203,7 +203,7 @@ def test_an_answer_that_can_not_be_sent_is_told(models: Models, tmp_path: Path) 
     file.write_text(code.replace(sends, "sender.submit(send, sender, last") + FAILING_SEND)
     with (
         serve(faulty.models, out=QUIET, log=tmp_path / "log", environment=triton.ENVIRONMENT) as server,
-        pytest.raises(Refused, match="MemoryError; the server's log says more"),
+        pytest.raises(ServerError, match="MemoryError; the server's log says more"),
     ):
         client(server, models).context_logits(IDS)
 
@@ -256,7 +256,7 @@ def test_logits_have_a_row_for_each_token_of_the_prompt(server: Server, models: 
 def test_a_wrong_prompt_of_ids_is_told_what_is_wrong(
     server: Server, models: Models, ids: list[int], message: str
 ) -> None:
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(ServerError, match=message):
         client(server, models).context_logits(ids)
 
 
@@ -276,5 +276,5 @@ def test_without_the_evaluations_switch_nobody_gets_logits(models: Models, tmp_p
             if gives:
                 assert len(asking.context_logits(IDS)) == len(IDS)
             else:
-                with pytest.raises(Refused, match="started without BUILDER_CONTEXT_LOGITS=1"):
+                with pytest.raises(ServerError, match="started without BUILDER_CONTEXT_LOGITS=1"):
                     asking.context_logits(IDS)

@@ -22,7 +22,7 @@ from builder.core.store import Store, read
 from builder.recipe import schema
 from builder.serving import benchmark
 from builder.serving.benchmark import BenchmarkReport, Level, Workload
-from builder.serving.client import Client, Refused
+from builder.serving.client import Client, ServerError
 from builder.serving.server import Server, serve
 from builder.triton.repository import Repository
 
@@ -71,7 +71,7 @@ def test_pieces_make_up_the_answer_and_sent_is_called_before_the_first(served: S
     client = Client(served.http_url, served.grpc_url, repository.facts["models"], 60)
     events: list[str] = []
     ask = request(5)
-    for piece in client.grpc_pieces(ask, sent=lambda: events.append("sent")):
+    for piece in client.grpc_chunks(ask, sent=lambda: events.append("sent")):
         events.append(piece)
     assert events[0] == "sent"
     assert events.count("sent") == 1
@@ -79,9 +79,9 @@ def test_pieces_make_up_the_answer_and_sent_is_called_before_the_first(served: S
 
 
 def request(tokens: int) -> Any:
-    from builder.serving.client import Ask
+    from builder.serving.client import Request
 
-    return Ask("The parser repeats", tokens, {"min_tokens": tokens})
+    return Request("The parser repeats", tokens, {"min_tokens": tokens})
 
 
 def test_prompts_have_the_requested_length_and_share_no_prefix(repository: Repository) -> None:
@@ -99,24 +99,24 @@ def test_failed_requests_are_counted_and_a_level_without_any_answer_is_an_error(
     served: Server, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every third request is refused, as by a full queue."""
-    whole, count = Client.grpc_pieces, []
+    whole, count = Client.grpc_chunks, []
 
     def refusing(self: Client, *more: Any, **options: Any) -> Iterator[str]:
         count.append(1)
         if len(count) % 3 == 0:
-            raise Refused("Exceeds maximum queue size\nmore")
+            raise ServerError("Exceeds maximum queue size\nmore")
         yield from whole(self, *more, **options)
 
-    monkeypatch.setattr(Client, "grpc_pieces", refusing)
+    monkeypatch.setattr(Client, "grpc_chunks", refusing)
     workload = replace(SMALL, concurrency=(1,))
     [level] = benchmark.run(served.http_url, served.grpc_url, repository, workload, out=QUIET).levels
     assert (level.completed, level.failed, level.error) == (4, 2, "Exceeds maximum queue size")
     assert level.tokens_per_second == pytest.approx(4 * 5 / level.seconds, rel=0.2), "of the completed requests"
 
     def none(self: Client, *more: Any, **options: Any) -> Iterator[str]:
-        raise Refused("no")
+        raise ServerError("no")
 
-    monkeypatch.setattr(Client, "grpc_pieces", none)
+    monkeypatch.setattr(Client, "grpc_chunks", none)
     with pytest.raises(ServingError, match="Every request failed at concurrency 1"):
         benchmark.run(served.http_url, served.grpc_url, repository, workload, out=QUIET)
 
@@ -125,12 +125,12 @@ def test_output_tokens_are_counted_not_assumed(
     served: Server, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that ends answers early does not get a higher throughput for it."""
-    whole = Client.grpc_pieces
+    whole = Client.grpc_chunks
 
     def short(self: Client, ask: Any, **options: Any) -> Iterator[str]:
         yield from whole(self, replace(ask, max_tokens=2, options={"min_tokens": 2}), **options)
 
-    monkeypatch.setattr(Client, "grpc_pieces", short)
+    monkeypatch.setattr(Client, "grpc_chunks", short)
     workload = replace(SMALL, concurrency=(2,), output_tokens=20)
     [level] = benchmark.run(served.http_url, served.grpc_url, repository, workload, out=QUIET).levels
     assert (level.completed, level.longest) == (6, 2)

@@ -25,7 +25,7 @@ from builder.core.errors import NotMeasurable, ServingError
 from builder.core.output import Output
 from builder.evaluate.datasets import Ids
 from builder.evaluate.runners import scoring
-from builder.serving.client import Ask, Client, Refused, Stalled, Withheld
+from builder.serving.client import Client, MissingOutput, Request, ResponseTimeout, ServerError
 from builder.serving.server import SHM, Server, serve
 
 AT_ONCE = 4  # requests under way: the engine batches them
@@ -46,7 +46,7 @@ class Served:
 
     def __init__(self, server: Server, facts: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         self._server = server
-        self._client = Client.of(server.http_url, server.grpc_url, facts, job["timeout"])
+        self._client = Client.for_repository(server.http_url, server.grpc_url, facts, job["timeout"])
         self._at_once = AT_ONCE_LLMAPI if facts["target"] == "llmapi" else AT_ONCE
         self.vocab_size, self.batch_tokens = int(facts["vocab_size"]), job["batch_tokens"]
 
@@ -58,7 +58,7 @@ class Served:
     def generate(self, prompt: str, max_tokens: int, options: Mapping[str, Any]) -> str:
         """The answer's text; greedy where `options` don't say otherwise."""
         with self._answering():
-            return self._client.http_generate(Ask(prompt, max_tokens, options)).text
+            return self._client.http_generate(Request(prompt, max_tokens, options)).text
 
     def _ask(self, ids: Ids) -> Tensor:
         with self._answering():
@@ -82,13 +82,13 @@ class Served:
     def _answering(self) -> Iterator[None]:
         try:
             yield
-        except Withheld as error:
+        except MissingOutput as error:
             raise NotMeasurable(
                 "The served model returns no logits of a prompt, so the likelihood of a text can't be had from it.",
                 why=f"It was asked for them: {error}. No figure is made up for it.",
                 hint="Measure what it loads: --runner checkpoint",
             ) from None
-        except (Refused, Stalled) as error:
+        except (ServerError, ResponseTimeout) as error:
             code = self._ended()
             room = f"{ROOM}\n" if scoring.out_of_memory(error) else ""
             raise ServingError(
