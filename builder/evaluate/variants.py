@@ -20,6 +20,7 @@ from builder.hub.snapshot import Snapshot
 from builder.quantize import modelopt
 from builder.recipe.evaluation import RUNNERS
 from builder.recipe.schema import Resolved
+from builder.recipe.target_facts import target_facts
 from builder.triton.repository import Repository, repository_key
 
 SOURCES = (
@@ -40,6 +41,7 @@ SOURCES = (
     "builder/serving/installation.py",
     "builder/trtllm/compatibility.py",
     "builder/reference",
+    "builder/recipe/target_facts.py",
     "builder/formats/arithmetic/nvfp4.py",
     "builder/checkpoint/sharding.py",
     "builder/quantize",
@@ -153,8 +155,8 @@ def _of(form: Form, models: Models, resolved: Resolved, store: Store) -> tuple[d
 
 def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
     assert repository is not None
-    gathers = True  # by the llmapi target, for each request that asks
-    if repository.facts["target"] != "llmapi":
+    gathers = target_facts(repository.facts["target"]).python_model
+    if not gathers:
         engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
         gathers = bool(engine.get("build_config", {}).get("gather_context_logits"))
     return {

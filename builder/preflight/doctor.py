@@ -23,6 +23,7 @@ from builder.llmapi import versions as llmapi_versions
 from builder.machine import containers, gpus
 from builder.machine.containers import Container
 from builder.machine.gpus import GpuProfile, Seen
+from builder.recipe.target_facts import ENGINE, TargetFacts, target_facts
 from builder.trtllm import compatibility
 
 INSIDE = "BUILDER_CONTAINER"  # set by our Dockerfile
@@ -44,17 +45,17 @@ class Check:
 def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: str | None = None) -> list[Check]:
     """Every check that makes sense here. `gpu` is the profile to build for, None for whatever card is there; `target`
     is its own unless another is asked for."""
-    target = target or (gpu.target if gpu else "engine")
+    facts = target_facts(target or (gpu.target if gpu else ENGINE.name))
     inside = bool(os.environ.get(INSIDE))
     found = [Check("place", "ok", "in a container" if inside else "on the host")]
-    if target != "reference":
+    if facts.needs_gpu:
         # The LLM API also runs on versions that no Triton image has.
         known = [row for row in containers.rows() if row.tensorrt_llm == tensorrt_llm]
         row = (
             known[0]
-            if known and target == "llmapi"
+            if known and not facts.has_engine
             else containers.newest(tensorrt_llm)
-            if target == "engine"
+            if facts.builds_tensorrt
             else None
         )
         cards = gpus.visible()
@@ -62,11 +63,11 @@ def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: 
         if row and cards:
             found += _driver(row, cards[0].driver)
         if inside or shutil.which("trtllm-build"):
-            found += [*(_versions(row, target) if row else ()), _shm(), *_limits()]
-            found += [_openai(), *_mpi()] if target == "llmapi" else []
+            found += [*(_versions(row, facts) if row else ()), _shm(), *_limits()]
+            found += [_openai(), *_mpi()] if facts.python_model else []
         else:
             found += _docker(row)
-        if target == "llmapi":
+        if facts.python_model:
             found.append(Check("ranks", "ok", llmapi_notes.STARTED, llmapi_notes.DISPUTED))
     return [*found, _disk(output), *_writable(output, inside)]
 
@@ -136,7 +137,7 @@ def _fits(driver: str, wanted: str) -> bool:
     return containers.numbers(driver) >= containers.numbers(wanted)
 
 
-def _versions(row: Container, target: str) -> Iterator[Check]:
+def _versions(row: Container, target: TargetFacts) -> Iterator[Check]:
     """What the image holds against its row. An engine runs only on the version that built it."""
     wanted = {"tensorrt_llm": row.tensorrt_llm, "tensorrt": row.tensorrt, "nvidia-modelopt": row.modelopt}
     hint = f"Build the image on {row.image} (docker compose build build)"
@@ -146,7 +147,7 @@ def _versions(row: Container, target: str) -> Iterator[Check]:
         if version and seen != version:
             state = "failed" if name == "tensorrt_llm" else "warning"
         yield Check(name, state, seen, version or "", hint if state != "ok" else "")
-    if target == "engine":
+    if target.builds_tensorrt:
         path = shutil.which("trtllm-build")
         yield Check("trtllm-build", "ok" if path else "failed", path or "not on the PATH", "on the PATH", hint)
 

@@ -23,6 +23,7 @@ from builder.llmapi.arguments import Argument
 from builder.model.dtypes import NOT_WRITTEN, written_bytes
 from builder.quantize.modelopt import SCALAR, is_quantized, quantized_bytes
 from builder.recipe.schema import Resolved
+from builder.recipe.target_facts import TargetFacts, target_facts
 from builder.trtllm.rules import Flag
 
 TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.py@c20322ff, tokens_per_block)
@@ -85,6 +86,11 @@ class Serving:
     fraction: Fraction = Fraction(9, 10)
     target: str = "engine"
     most_kv_tokens: int | None = None
+
+    @property
+    def facts(self) -> TargetFacts:
+        """What is known of the target."""
+        return target_facts(self.target)
 
 
 @dataclass(frozen=True)
@@ -159,16 +165,16 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
     """What is downloaded, kept and held while calibrating. `local`: the model is a directory and is not copied."""
     unified = _unified(model, asked.fp8_kv)
     architecture = (model.config.get("architectures") or [None])[0]
-    layout = asked.target != "llmapi" or architecture in ARCHITECTURES  # llmapi needs none of TensorRT-LLM's own
+    layout = asked.facts.has_engine or architecture in ARCHITECTURES  # llmapi needs none of TensorRT-LLM's own
     whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1, target="engine"))) if layout else 0
     ranks = rank_bytes(model, asked)
-    split = len(ranks) > 1 and asked.target != "llmapi"
+    split = len(ranks) > 1 and asked.facts.has_engine
     download = sum(byte_size(dtype, shape) for dtype, shape in model.tensors.values())
     disk = {
         "snapshot": 0 if local else download,
         "checkpoint": unified + whole,
         "ranks": sum(ranks) if split else 0,
-        "engine": sum(ranks) if asked.target == "engine" else 0,  # the reference engine is hard links
+        "engine": sum(ranks) if asked.facts.builds_tensorrt else 0,  # the reference engine is hard links
     }
     return Sizes(
         parameters=sum(math.prod(shape) for _, shape in model.tensors.values()),
@@ -204,7 +210,7 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     stage_of = {layer: stage for stage, span in enumerate(spans) for layer in span}
     stages = [3 * SCALAR * len(span) if asked.fp8_kv else 0 for span in spans]
     tensors = dict(model.written)
-    shared = asked.target == "llmapi" and asked.pp == 1
+    shared = not asked.facts.has_engine and asked.pp == 1
     if model.config.get("tie_word_embeddings") and not shared:
         tied = next((info for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
         tensors |= {"lm_head.weight": tied} if tied else {}
@@ -278,17 +284,17 @@ def kv_bytes_per_token(config: Mapping[str, Any], asked: Serving) -> int:
     """
     layers = math.ceil(_layers(config) / asked.pp)
     heads = max(_kv_heads(config) // asked.tp, 1)
-    if asked.target == "reference":  # the executor computes and caches in float32 (reference/model.py, `load`)
+    if asked.facts.float32:  # the executor computes and caches in float32 (reference/model.py, `load`)
         return 2 * _layers(config) * _kv_heads(config) * head_size(config) * 4
     return 2 * layers * heads * head_size(config) * (1 if asked.fp8_kv else 2)
 
 
 def workspace(config: Mapping[str, Any], asked: Serving) -> int:
     """Activations of max_num_tokens, logits in float32, and the attention operator's workspace for a full batch."""
-    width, reference = activation_width(config, asked.tp), asked.target == "reference"
+    width, one_by_one = activation_width(config, asked.tp), asked.facts.float32
     tokens = min(asked.max_num_tokens, asked.max_batch_size * asked.max_seq_len)
     logits = 4 * asked.max_batch_size * int(config.get("vocab_size") or 0)
-    if reference:  # one sequence after the other, in float32, with the scores of all heads
+    if one_by_one:  # one sequence after the other, in float32, with the scores of all heads
         return tokens * width * 4 + logits + 4 * int(config["num_attention_heads"]) * asked.max_input_len**2
     return tokens * width * 2 + logits + attention_workspace(config, asked, tokens)
 
@@ -315,7 +321,7 @@ def attention_workspace(config: Mapping[str, Any], asked: Serving, tokens: int) 
 
 def weights(model: ModelFacts, asked: Serving) -> int:
     """The fullest rank's; for the reference executor all weights in float32, as it unpacks them."""
-    if asked.target != "reference":
+    if not asked.facts.float32:
         return max(rank_bytes(model, asked))
     tied = int(bool(model.config.get("tie_word_embeddings")) and "lm_head.weight" not in model.tensors)
     embedding = next((math.prod(s) for n, (_, s) in model.tensors.items() if n.endswith("embed_tokens.weight")), 0)
@@ -387,7 +393,7 @@ def cards(resolved: Resolved, host: Machine, here: Iterable[str] = ()) -> tuple[
 
     The card that is in this machine (`here`: its GPUs' names), else the largest. The reference target's is the host.
     """
-    if resolved.recipe.target == "reference":
+    if not target_facts(resolved.recipe.target).needs_gpu:
         return [("this machine", host.memory)], "this machine"
     known = sorted((c for c in resolved.gpu.cards if c.memory_gb), key=lambda c: c.memory_gb or 0)
     named = [c.name for c in known for gpu in here if gpu.endswith(c.name)]
@@ -400,7 +406,7 @@ def _blocks(tokens: int) -> int:
 
 
 def _fraction(asked: Serving) -> Fraction:
-    return Fraction(1) if asked.target == "reference" else asked.fraction
+    return asked.fraction if asked.facts.needs_gpu else Fraction(1)
 
 
 def _layers(config: Mapping[str, Any]) -> int:

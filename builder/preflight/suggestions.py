@@ -36,10 +36,10 @@ def smallest(model: ModelFacts, asked: Serving, available: int, *, fp8_kv: bool 
 
 def _candidates(model: ModelFacts, asked: Serving, available: int, fp8_kv: bool) -> Iterator[Serving]:
     yield from _smaller(model, asked, available)
-    if not asked.fp8_kv and fp8_kv and asked.target != "reference":
+    if not asked.fp8_kv and fp8_kv and asked.facts.needs_gpu:
         yield replace(asked, fp8_kv=True)
         yield from _smaller(model, replace(asked, fp8_kv=True), available)
-    if asked.target != "reference":
+    if asked.facts.needs_gpu:
         parallel = _more_gpus(model, asked)
         yield from parallel
         for more in parallel:

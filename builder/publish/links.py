@@ -21,6 +21,7 @@ from builder.core.store import Store, digest_of, replace_link
 from builder.hub.snapshot import local_directory
 from builder.publish import build_record
 from builder.recipe.schema import Resolved
+from builder.recipe.target_facts import target_facts
 
 MODELS = "models"
 # Parts of a recipe that make another model to serve of the same source. Calibration and measurements do not: a model
@@ -74,7 +75,7 @@ def base_name(resolved: Resolved, prefix: str = "") -> str:
     model = shortened(plain(prefix + (directory.name if directory else recipe.model.id.split("/")[-1])), 100)
     parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
     other = "-keep-bf16" * bool(part.keep_bf16) + "-keep-fp8" * bool(part.keep_fp8)
-    other += parallel + ("-llmapi" if recipe.target == "llmapi" else "")
+    other += parallel + ("" if target_facts(recipe.target).has_engine else f"-{recipe.target}")
     return f"{model}-{resolved.gpu.name}-{part.format}{other}"
 
 

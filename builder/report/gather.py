@@ -15,9 +15,10 @@ from builder.publish import build_record as records
 from builder.publish import verdict
 from builder.quality import check as qualities
 from builder.quality.check import Quality
+from builder.recipe.target_facts import TARGETS
 from builder.report import results
 from builder.report.results import Evaluation, Loss
-from builder.report.verdict import SERVER, Verdict, judge
+from builder.report.verdict import Verdict, judge
 from builder.serving.benchmark import OLD_STAGE, STAGE, BenchmarkReport
 from builder.serving.smoke import SmokeReport
 from builder.triton.repository import open_repository
@@ -55,7 +56,7 @@ class Model:
     @property
     def server(self) -> str:
         """What serves it, in words."""
-        return SERVER.get(self.target, self.target)
+        return TARGETS[self.target].server if self.target in TARGETS else self.target
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,17 @@ def _model(found: _Found) -> Model:
         name=name_of(found.path),
         id=str(snapshot.get("model_id", "unknown")),
         revision=snapshot.get("revision"),
-        gpu=str(gpu.get("name") or (f"sm{sm}" if sm else "cpu" if target == "reference" else "unknown")),
+        gpu=str(gpu.get("name") or (f"sm{sm}" if sm else "cpu" if _on_cpu(target) else "unknown")),
         gpu_title=str(gpu.get("title", "")),
         target=target,
         format=_format(found.ingredients("checkpoint").get("quantization", {})),
         built=float(found.repository.manifest["started"]),
         repository=str(found.repository.manifest["key"]),
     )
+
+
+def _on_cpu(target: str) -> bool:
+    return target in TARGETS and not TARGETS[target].needs_gpu
 
 
 def _format(quantization: Mapping[str, Any]) -> str:
@@ -251,7 +256,7 @@ def _flags(found: _Found) -> list[tuple[str, str]]:
 def _versions(found: _Found) -> dict[str, str]:
     versions = dict(found.record.get("versions", {}))
     if found.repository.facts.get("tensorrt_llm"):
-        reference = found.repository.facts["target"] == "reference"
+        reference = _on_cpu(str(found.repository.facts["target"]))
         key = "TensorRT-LLM (format of the engine)" if reference else "TensorRT-LLM"
         versions[key] = str(found.repository.facts["tensorrt_llm"])
     smoke = found.smoke.manifest["ingredients"] if found.smoke else {}
@@ -323,7 +328,7 @@ def _warnings(found: _Found) -> list[str]:
 
 def _unmeasured(found: _Found, target: str) -> list[str]:
     """What a reader might take for granted, and nobody has measured."""
-    texts = [REFERENCE] if target == "reference" else []
+    texts = [REFERENCE] if _on_cpu(target) else []
     if found.smoke is None:
         texts.append("It was not served: no smoke test of this repository is in the store.")
     if found.evaluation is None and found.quality is None:

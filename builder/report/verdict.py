@@ -9,17 +9,11 @@ from typing import Literal
 from builder.evaluate.tasks import Row
 from builder.publish.verdict import Verdict as Judged
 from builder.quality.check import Quality
+from builder.recipe.target_facts import TARGETS
 from builder.report.results import Evaluation
 from builder.serving.smoke import SmokeReport
 
 Status = Literal["passed", "failed", "incomplete"]
-# What serves a repository, by its target: for a sentence, and for a table.
-SERVED_BY = {
-    "engine": "its TensorRT engine",
-    "llmapi": "TensorRT-LLM's LLM API, without an engine",
-    "reference": "the reference executor, not on a GPU",
-}
-SERVER = {"engine": "TensorRT engine", "llmapi": "TensorRT-LLM LLM API", "reference": "reference executor, on a CPU"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ def judge(
         failed += judged.reasons
     if smoke and smoke.failed:
         failed += [f"Smoke test: {check.name}: {check.detail}" for check in smoke.failed]
-    server = SERVED_BY.get(target, target)
+    server = TARGETS[target].served_by if target in TARGETS else target
     checks = "" if smoke is None else smoke.counts if smoke.unchecked else f"{len(smoke.checks)} checks"
     served = f"The smoke test passed ({checks}), served by {server}." if smoke else ""
     if failed:

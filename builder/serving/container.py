@@ -21,6 +21,7 @@ from builder.core.errors import BuilderError, IntegrityError, ServingError, Unsu
 from builder.core.output import Output, seconds
 from builder.core.safe_text import printable_bytes
 from builder.machine import containers
+from builder.recipe.target_facts import target_facts
 from builder.serving.private_directory import serving_directory
 from builder.serving.server import answers_ok, choose_ports, ready_paths, reasons
 from builder.trtllm import compatibility
@@ -163,12 +164,14 @@ def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
             why=f"It has no label {TENSORRT_LLM}.",
             hint="Build one: docker compose build build. Or name another: --image NAME",
         )
-    llmapi = facts["target"] == "llmapi"
-    if facts["target"] != "reference" and labels[TENSORRT_LLM] != facts["tensorrt_llm"]:
+    target = target_facts(facts["target"])
+    if target.needs_gpu and labels[TENSORRT_LLM] != facts["tensorrt_llm"]:
         raise IntegrityError(
             f"The image {name} has TensorRT-LLM {labels[TENSORRT_LLM]}, and {facts['tensorrt_llm']} "
-            + ("is what the repository was rendered for." if llmapi else "built the engine."),
-            why=compatibility.LLM_ARGUMENTS if llmapi else "An engine runs only on the version that built it.",
+            + ("built the engine." if target.has_engine else "is what the repository was rendered for."),
+            why="An engine runs only on the version that built it."
+            if target.has_engine
+            else compatibility.LLM_ARGUMENTS,
             hint="Build the image on the right base (configs/containers.yaml): BASE_IMAGE=... docker compose build "
             "build. Or name another: --image NAME",
         )
@@ -236,7 +239,7 @@ def _create(client: Any, repository: Repository, image: str, host: str, ports: l
     argv += ["--host", "0.0.0.0"]
     argv += [word for name, port in PORTS.items() for word in (f"--{name}-port", str(port))]
     gpu: dict[str, Any] = {}
-    if repository.facts["target"] != "reference":
+    if target_facts(repository.facts["target"]).needs_gpu:
         gpu = {
             "device_requests": [DeviceRequest(driver="nvidia", count=-1, capabilities=[["gpu"]])],
             "ulimits": [

@@ -16,6 +16,7 @@ from builder.core.errors import ServingError
 from builder.core.output import Output, seconds
 from builder.core.store import Store, library_versions, sources_digest
 from builder.machine.gpus import visible
+from builder.recipe.target_facts import target_facts
 
 if TYPE_CHECKING:
     from builder.triton.repository import Repository
@@ -33,6 +34,7 @@ SOURCES = (
     "builder/serving/installation.py",
     "builder/trtllm/compatibility.py",
     "builder/reference",
+    "builder/recipe/target_facts.py",
     "builder/formats/arithmetic/nvfp4.py",
     "builder/checkpoint/sharding.py",
     "builder/checkpoint/layouts.py",
@@ -127,7 +129,7 @@ def smoke_test(repository: Repository, *, store: Store) -> SmokeReport:
     """Serves the repository, tests it and stops it. A repository that passed is not tested again."""
     from builder.serving.server import serve
 
-    on_gpu = repository.facts["target"] != "reference"
+    on_gpu = target_facts(repository.facts["target"]).needs_gpu
     ingredients = {
         "repository": repository.digest,
         # The repository's files name its engine and do not hold it; its key follows from the engine's content.

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from builder.recipe.target_facts import ENGINE, TargetFacts, target_facts
 from builder.serving.client import Client, Endpoint, Request, Response, ServerError
 from builder.serving.smoke_prompts import (
     PROMPTS,
@@ -47,8 +48,13 @@ class Checks:
         if self.streams:
             self.ways["gRPC stream"] = self.client.grpc_stream
         # A word can be pushed where there is an input for it: the LLM API's model has none.
-        biases = self.facts.get("target") != "llmapi"
+        biases = not self.target.python_model
         self.asks = Questions(self.whole, biases, self.facts.get("max_seq_len", 2**31 - 1))
+
+    @property
+    def target(self) -> TargetFacts:
+        """Of a repository whose facts name none, which is one of an engine."""
+        return target_facts(self.facts.get("target", ENGINE.name))
 
     @property
     def streams(self) -> bool:
@@ -233,7 +239,7 @@ class Checks:
 
     def equal_enough(self, alone: str, among_others: str) -> bool:
         """A GPU's kernels depend on the batch, so a near tie may turn; the reference executor computes each alone."""
-        if self.facts.get("target") != "reference":
+        if not self.target.float32:
             return alone.split()[:1] == among_others.split()[:1]
         return alone == among_others
 

@@ -76,9 +76,7 @@ class Questions:
     def _room(self, prompt: str) -> int:
         """How many of TOKENS tokens an answer can have; 0 where the prompt alone is too long."""
         try:
-            self.whole(
-                Request(prompt, self.max_seq_len)
-            )  # rejected by preprocessing with the number that fits
+            self.whole(Request(prompt, self.max_seq_len))  # rejected by preprocessing with the number that fits
         except ServerError as refused:
             found = DOES_NOT_FIT.search(str(refused))
             if found is None:

@@ -15,6 +15,7 @@ from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.store import MANIFEST, Artifact, Store, library_versions, read, sources_digest
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.recipe import schema
+from builder.recipe.target_facts import ENGINE, REFERENCE
 from builder.tokenizer import files as tokenizer_files
 from builder.triton import stream_capacity
 from builder.trtllm import compatibility
@@ -371,7 +372,7 @@ def _engine_parameters(engine: Path, build: Mapping[str, Any], part: schema.Repo
 def _facts(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], part: schema.Repository) -> dict[str, Any]:
     build = config["build_config"]
     return {
-        "target": "reference" if not list(engine.glob("*.engine")) else "engine",
+        "target": (ENGINE if list(engine.glob("*.engine")) else REFERENCE).name,
         "models": {
             "generate": "ensemble",
             "infer": "ensemble_infer" if part.decoupled else "ensemble",

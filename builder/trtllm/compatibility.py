@@ -16,6 +16,7 @@ from typing import Any
 from builder.core import manifest
 from builder.core.errors import IntegrityError
 from builder.machine.gpus import Seen, visible
+from builder.recipe.target_facts import ENGINE, REFERENCE, TARGETS, target_facts
 
 ENGINE_MODEL, BLS_MODEL = "tensorrt_llm", "tensorrt_llm_bls"
 BUILT_WITH = "built_with.json"  # in the engine's directory, so that a copy of it tells too
@@ -37,6 +38,7 @@ CONFIG_TYPES: Mapping[str, Any] = {
 }
 MOST_RANKS = 4096  # of an engine; a damaged number would be a list of as many file names
 BUILT_WITH_TYPES: Mapping[str, Any] = {"target": str, "tensorrt": str, "sm": int, "gpu": str}
+ENGINE_VERSION = "An engine runs only on the version that built it."
 LLM_ARGUMENTS = "Names, meanings and defaults of the LLM class's arguments differ between versions."
 RENDER = "Or make the repository again: the same `builder build`, with --from render."
 
@@ -76,7 +78,12 @@ class EngineFacts:
     def target(self) -> str:
         """engine or reference."""
         known = self.built_with.get("target")
-        return str(known or ("engine" if any(self.path.glob("*.engine")) else "reference"))
+        return str(known or (ENGINE if any(self.path.glob("*.engine")) else REFERENCE).name)
+
+    @property
+    def is_tensorrt(self) -> bool:
+        """Whether trtllm-build made it."""
+        return self.target in TARGETS and target_facts(self.target).builds_tensorrt
 
     @property
     def world_size(self) -> int:
@@ -112,7 +119,7 @@ def check(models: Path, runtime: Runtime | None = None) -> None:
     found = missing(served) if served else list(_llmapi(models, runtime))
     if served and not found:
         engine = read_engine(served.engine)
-        if runtime is None and engine.target == "engine":
+        if runtime is None and engine.is_tensorrt:
             runtime = here()
         found = mismatches(served, engine, runtime or Runtime())
     if found:
@@ -175,7 +182,7 @@ def missing(served: Served) -> list[Mismatch]:
         why = "It was moved, removed, or lies under another path in this container."
     else:
         engine = read_engine(served.engine)
-        suffix = "engine" if engine.target == "engine" else "safetensors"
+        suffix = "engine" if engine.is_tensorrt else "safetensors"
         files = ["config.json", *(f"rank{rank}.{suffix}" for rank in range(engine.world_size))]
         absent = [name for name in files if not (served.engine / name).is_file()]
         if not absent:
@@ -188,7 +195,7 @@ def missing(served: Served) -> list[Mismatch]:
 def mismatches(served: Served, engine: EngineFacts, runtime: Runtime) -> list[Mismatch]:
     """Everything that does not agree, the most important first. The reference executor needs no GPU and no version."""
     found: list[Mismatch] = []
-    if engine.target == "engine":
+    if engine.is_tensorrt:
         found += [*_versions(engine, runtime), *_cards(engine, runtime)]
     return [*found, *_paged(served, engine), *_sizes(served, engine), *_logits(served, engine), *_streaming(served)]
 

@@ -20,6 +20,7 @@ from builder.core.store import Artifact, Store, library_versions, read, sources_
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.machine.gpus import Seen, cuda_order, visible
 from builder.recipe.schema import Resolved
+from builder.recipe.target_facts import target_facts
 from builder.trtllm import build_log
 from builder.trtllm import flags as trtllm_flags
 from builder.trtllm.compatibility import BUILT_WITH, installed
@@ -45,13 +46,15 @@ class Engine:
 
 def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
     """Before the first expensive byte: can this machine build the target, and serve it? UnsupportedError if not."""
-    if resolved.recipe.target == "engine" and os.environ.get("BUILDER_FORCE_NUM_PROFILES"):
+    if not target_facts(resolved.recipe.target).builds_tensorrt:
+        return
+    if os.environ.get("BUILDER_FORCE_NUM_PROFILES"):
         raise UsageError(
             "BUILDER_FORCE_NUM_PROFILES is set: trtllm-build would make another engine than the recipe says.",
             why="A debug override of TensorRT-LLM (rule R48); no stage's key would know of it.",
             hint="unset BUILDER_FORCE_NUM_PROFILES",
         )
-    if resolved.recipe.target == "engine" and shutil.which("trtllm-build") is None:
+    if shutil.which("trtllm-build") is None:
         raise UnsupportedError(
             "trtllm-build is not on this machine's PATH, so no TensorRT engine can be built here.",
             why=f"The {resolved.gpu.name} profile's target is `engine`; trtllm-build comes in NVIDIA's "
@@ -59,7 +62,7 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
             hint="Run inside that image, or build for the reference executor: --gpu cpu. "
             "`builder plan` works everywhere.",
         )
-    if resolved.recipe.target == "engine" and (seen := visible()) is not None:
+    if (seen := visible()) is not None:
         _check_gpus(resolved, seen, serving=serving)
 
 
@@ -92,13 +95,14 @@ def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> N
 def build(checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], resolved: Resolved, *, store: Store) -> Engine:
     """The engine for these flags: by trtllm-build, or for the reference target the checkpoint and the same config."""
     recipe = resolved.recipe
+    by_tensorrt = target_facts(recipe.target).builds_tensorrt
     ingredients = {
         "checkpoint": checkpoint.digest,
         "target": recipe.target,
         "sm": resolved.gpu.sm,
         "flags": [[flag.name, flag.value] for flag in flags],
         "tensorrt_llm": recipe.engine.tensorrt_llm,
-        "libraries": library_versions("tensorrt_llm", "tensorrt") if recipe.target == "engine" else {},
+        "libraries": library_versions("tensorrt_llm", "tensorrt") if by_tensorrt else {},
         "sources": sources_digest(
             "builder/trtllm/engine.py",
             "builder/trtllm/flags.py",
@@ -109,7 +113,7 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], resolved: 
             paths.data("configs", "trtllm", recipe.engine.tensorrt_llm),
         ),
     }
-    work = _run_trtllm_build if recipe.target == "engine" else _write_reference
+    work = _run_trtllm_build if by_tensorrt else _write_reference
     version = recipe.engine.tensorrt_llm
 
     def make(directory: Path) -> Mapping[str, Any]:
@@ -125,11 +129,12 @@ def _write_built_with(
     directory: Path, target: str, flags: Sequence[trtllm_flags.Flag], facts: Mapping[str, Any]
 ) -> None:
     """What guards.py compares before the engine is served, in its directory: a copy of it elsewhere tells too."""
-    gpu = next(iter(visible() or []), None) if target == "engine" else None
+    by_tensorrt = target_facts(target).builds_tensorrt
+    gpu = next(iter(visible() or []), None) if by_tensorrt else None
     record = {
         "target": target,
         "tensorrt_llm": facts["version"],
-        "tensorrt": installed("tensorrt") if target == "engine" else None,
+        "tensorrt": installed("tensorrt") if by_tensorrt else None,
         "sm": gpu.sm if gpu else None,
         "gpu": gpu.name if gpu else None,
         "driver": gpu.driver if gpu else None,

@@ -17,6 +17,7 @@ from builder.core.errors import UnsupportedError, UsageError
 from builder.core.release import order
 from builder.model import dtypes
 from builder.recipe import schema
+from builder.recipe.target_facts import target_facts
 from builder.trtllm import probe_results, rules
 from builder.trtllm.probe_results import KV_CACHE_ALGO, Answer
 from builder.trtllm.rules import Flag, Note, Subject
@@ -60,7 +61,7 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers:
     rules.refuse(subject, flags)
     flags = rules.rewrite(subject, flags)
     probe_results.refuse(subject, flags, answers)
-    if asked.target == "engine" and flags["gemm_plugin"].value == "nvfp4":
+    if target_facts(asked.target).builds_tensorrt and flags["gemm_plugin"].value == "nvfp4":
         _check_gemm(subject, _out_features(model_config, asked.engine.tp))
     rules.check_kernels(subject, flags)
     return list(flags.values())
@@ -73,7 +74,7 @@ def notes(
     answers: Sequence[Answer] = (),
 ) -> list[Note]:
     """What is left to know about these flags: what they cost, what trtllm-build will choose or warn of."""
-    if resolved.recipe.target != "engine":
+    if not target_facts(resolved.recipe.target).builds_tensorrt:
         return []
     subject = _subject(resolved, model_config, answers)
     if probe_results.without_fmha(subject, answers):
@@ -156,7 +157,8 @@ def _share(width: int | None, tp: int) -> int | None:
 def check_format(resolved: schema.Resolved) -> None:
     """The card computes in the recipe's formats, and this version of TensorRT-LLM lets it."""
     asked, gpu = resolved.recipe, resolved.gpu
-    if asked.target == "reference" or gpu.sm is None:
+    target = target_facts(asked.target)
+    if not target.needs_gpu or gpu.sm is None:
         return
     part = asked.quantization
     wanted = [part.format] + ["fp8_kv_cache"] * (part.kv_cache_dtype == "fp8") + ["fp8"] * bool(part.keep_fp8)
@@ -174,7 +176,7 @@ def check_format(resolved: schema.Resolved) -> None:
                 why=gpu.formats[name].source,
                 hint=f"--set engine.tensorrt_llm={versions()[-1]}",
             )
-    if asked.target == "engine" and part.keep_fp8 and "mixed_precision" in load(asked.engine.tensorrt_llm).facts:
+    if target.builds_tensorrt and part.keep_fp8 and "mixed_precision" in load(asked.engine.tensorrt_llm).facts:
         raise UnsupportedError(
             f"trtllm-build {asked.engine.tensorrt_llm} is not known to build NVFP4 with layers in FP8.",
             why=str(load(asked.engine.tensorrt_llm).facts["mixed_precision"]),

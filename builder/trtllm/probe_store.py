@@ -18,6 +18,7 @@ from builder.core.store import library_versions, replace_file
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.machine import containers
 from builder.recipe import schema
+from builder.recipe.target_facts import target_facts
 from builder.trtllm import probe_results
 from builder.trtllm import versions as trtllm_versions
 from builder.trtllm.probe_results import Answer, Probe
@@ -46,7 +47,7 @@ def answers(resolved: schema.Resolved, root: Path) -> list[Answer]:
     The container is the one at hand; where none is, the one that configs/containers.yaml names for the version.
     """
     sm, wanted = resolved.gpu.sm, resolved.recipe.engine.tensorrt_llm
-    if resolved.recipe.target != "engine" or sm is None:
+    if not target_facts(resolved.recipe.target).builds_tensorrt or sm is None:
         return []
     version = trtllm_versions.load(wanted)
     tensorrt = library_versions("tensorrt")["tensorrt"]

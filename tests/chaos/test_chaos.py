@@ -134,7 +134,7 @@ def test_the_users_own_files_are_missed(tmp_path: Path) -> None:
 
 DAEMON = """
 import os, sys
-from chaos import processes
+from tests.chaos import processes
 processes.become_subreaper()
 if os.fork() == 0:
     os.setsid()

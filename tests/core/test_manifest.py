@@ -384,7 +384,7 @@ def test_the_file_system_under_the_tests_exchanges_names(tmp_path: Path) -> None
 
 
 def test_an_empty_path_is_refused_by_every_command() -> None:
-    from builder.cli.main import main
+    from builder.cli import main
 
     for argv in (["build", "--output", ""], ["clean", "--output", " "], ["report", "x", "--html", ""]):
         with pytest.raises(SystemExit) as ended:

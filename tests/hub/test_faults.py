@@ -36,7 +36,7 @@ PORTAL = b"<html><body>Welcome to Hotel Wi-Fi</body></html>"
 FORKS = """
 import json, os, sys
 from huggingface_hub import constants
-from builder import hub
+from builder.hub import download as hub
 for line in sys.stdin:
     cache, job = json.loads(line)
     if not (child := os.fork()):

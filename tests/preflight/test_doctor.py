@@ -16,7 +16,7 @@ from builder.core.errors import UnsupportedError
 from builder.core.output import Output
 from builder.machine import containers, gpus
 from builder.machine.gpus import Seen
-from builder.preflight.checks import doctor
+from builder.preflight import doctor
 from builder.preflight.doctor import Check
 
 VERSION = "1.2.1"

@@ -21,10 +21,10 @@ from markdown_it import MarkdownIt
 
 from builder.core.errors import UsageError
 from builder.core.store import Artifact
+from builder.recipe.target_facts import TARGETS
 from builder.report.gather import REFERENCE, gather, judge, results
 from builder.report.render import code, escaped, fenced, html, markdown, shown
 from builder.report.results import Evaluation, Interval, Score
-from builder.report.verdict import SERVED_BY
 from builder.serving.smoke import Check, SmokeReport
 
 HOSTILE = (
@@ -179,8 +179,8 @@ def test_a_gpu_engine_is_not_said_to_be_the_reference_executor(link: Path) -> No
 def test_the_report_names_what_serves(link: Path, target: str, server: str) -> None:
     found = gather(link)
     found = replace(found, model=replace(found.model, target=target), verdict=judge(GOOD, None, target))
-    assert f"served by {SERVED_BY[target]}." in found.verdict.reasons[0]
-    assert server in SERVED_BY[target]
+    assert f"served by {TARGETS[target].served_by}." in found.verdict.reasons[0]
+    assert server in TARGETS[target].served_by
     others = {"TensorRT engine", "LLM API", "reference executor"} - {server}
     for text in (Page(html(found)).text, markdown(found)):
         top = text.partition("What was not measured")[0]

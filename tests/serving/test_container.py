@@ -18,7 +18,7 @@ from builder.serving import container as serving_container
 def connect(before: str = "", **environment: str) -> str:
     """What connect() says in a process of its own: the SDK leaves a socket open where no engine answers."""
     code = (
-        f"import sys\n{before}\nfrom builder import serve_container\n"
+        f"import sys\n{before}\nfrom builder.serving import container as serve_container\n"
         "try: serve_container.connect()\n"
         "except serve_container.UsageError as error: print(error)"
     )

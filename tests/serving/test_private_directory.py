@@ -92,7 +92,7 @@ def test_a_model_is_a_link_unless_its_configuration_names_an_odd_path(tmp_path: 
     config = (place.models / "odd" / "config.pbtxt").read_text()
     assert str(odd) not in config
     assert '"/not a path"' in config
-    served = safe_links.guards.parse(place.models / "odd" / "config.pbtxt").parameters["data"].string_value
+    served = safe_links.compatibility.parse(place.models / "odd" / "config.pbtxt").parameters["data"].string_value
     assert Path(served).resolve() == odd
     assert "max_seq_len: 8" in (place.models / "odd" / "1" / "model.yaml").read_text()
     assert str(odd) not in (place.models / "odd" / "1" / "model.yaml").read_text()

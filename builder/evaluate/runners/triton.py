@@ -25,6 +25,7 @@ from builder.core.errors import NotMeasurable, ServingError
 from builder.core.output import Output
 from builder.evaluate.datasets import Ids
 from builder.evaluate.runners import scoring
+from builder.recipe.target_facts import target_facts
 from builder.serving.client import Client, MissingOutput, Request, ResponseTimeout, ServerError
 from builder.serving.server import SHM, Server, serve
 
@@ -47,7 +48,7 @@ class Served:
     def __init__(self, server: Server, facts: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         self._server = server
         self._client = Client.for_repository(server.http_url, server.grpc_url, facts, job["timeout"])
-        self._at_once = AT_ONCE_LLMAPI if facts["target"] == "llmapi" else AT_ONCE
+        self._at_once = AT_ONCE_LLMAPI if target_facts(facts["target"]).python_model else AT_ONCE
         self.vocab_size, self.batch_tokens = int(facts["vocab_size"]), job["batch_tokens"]
 
     def logits(self, batch: Sequence[Ids]) -> Iterator[Tensor]:
@@ -125,7 +126,8 @@ def check(facts: Mapping[str, Any], gathers: bool, max_tokens: int, *, free: int
             why=f"{max_tokens} x {facts['vocab_size']} float32 numbers are more than 2^31 bytes.",
             hint=f"Cut the texts: --set evaluation.max_tokens={MAX_MESSAGE // size}",
         )
-    if facts["target"] == "llmapi" and max_tokens * size > free // 2:  # half: what was sent may not be freed yet
+    through_shm = target_facts(facts["target"]).python_model
+    if through_shm and max_tokens * size > free // 2:  # half: what was sent may not be freed yet
         raise NotMeasurable(
             f"The logits of {max_tokens} tokens do not fit into this machine's shared memory.",
             why=f"Triton's Python backend hands them on there: {max_tokens} x {facts['vocab_size']} float32 numbers, "
