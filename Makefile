@@ -5,6 +5,7 @@
 # make docker-test    the containers, with a Docker engine: the one that runs, or one of its own (root, Debian)
 # make chaos   kills, full disks and racing commands, then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')
 # make lint    ruff and mypy, hadolint, shellcheck, the compose schema;  make bench: the measured ratios
+# make docs    the documentation site, in site/: reference pages from the code, links checked, no network
 # make test-trtllm    the tests that depend on them with the TensorRT-LLM image's versions
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,7 +17,7 @@ OUTPUT ?= artifacts
 export OMP_WAIT_POLICY := PASSIVE
 
 REAL := $(VENV)/real
-.PHONY: demo test test-browser test-real test-trtllm chaos docker-test lint bench clean
+.PHONY: demo docs test test-browser test-real test-trtllm chaos docker-test lint bench clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
@@ -57,6 +58,13 @@ lint: $(VENV)/ready
 	$(VENV)/bin/shellcheck .ci/run docker/packages docker/engine docker/base-cpu docker/test docker/gpu-hook/*
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	sed '/!reset/d' compose.cpu.yml | $(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec --default-filetype yaml -
+
+# --strict ends on a link to a page or a heading that does not exist. Zensical copies all files of docs/, the script too.
+docs: $(VENV)/ready
+	$(VENV)/bin/python -m docs.generate
+	$(VENV)/bin/zensical build --clean --strict
+	rm -rf site/generate
+	@echo "Open site/index.html, or with search: $(VENV)/bin/python -m http.server -d site -b 127.0.0.1"
 
 docker-test: $(VENV)/ready
 	docker/test

@@ -1,0 +1,209 @@
+"""Pages about what the builder knows of GPUs and of TensorRT-LLM, from configs/."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from builder.core import paths
+from builder.core.untrusted_text import parse_yaml
+from builder.llmapi import versions as llmapi
+from builder.machine import containers, gpus
+from builder.trtllm import versions as trtllm
+from docs.generate.markdown import code, say, table, text
+
+
+def gpu_profiles() -> Iterator[str]:
+    """Profiles with formats, flags and notes; cards with memory."""
+    yield from say(
+        "# GPU profiles and cards",
+        "`builder gpus` prints the same. An engine runs only on the architecture that it was built for.",
+    )
+    profiles = [gpus.load(name) for name in gpus.names()]
+    yield from table(
+        ("profile", "for", "default target", "number formats (TensorRT-LLM version)"),
+        [
+            (
+                f"[`{p.name}`](#{p.name})",
+                text(p.title),
+                code(p.target),
+                text(", ".join(f"{name} ({form.since})" for name, form in p.formats.items())),
+            )
+            for p in profiles
+        ],
+    )
+    for profile in profiles:
+        yield from say(f"## {profile.name}", text(profile.title))
+        if profile.recipe:
+            yield from ("It sets in the recipe:", "", "```yaml", *_yaml(profile.recipe), "```", "")
+        yield from (f"- {text(note)}" for note in profile.notes)
+        yield ""
+        if profile.flags:
+            rows = [(code(n), code(f.value), text(f.reason), text(f.source)) for n, f in profile.flags.items()]
+            yield from table(("flag of trtllm-build", "value", "reason", "source"), rows)
+        if profile.cards:
+            yield from table(
+                ("card", "memory, GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS", "source"),
+                [
+                    (
+                        text(c.name),
+                        *(
+                            text("" if n is None else n)
+                            for n in (c.memory_gb, c.bandwidth_gb_s, c.fp8_tflops, c.fp4_tflops)
+                        ),
+                        text(c.source),
+                    )
+                    for c in profile.cards
+                ],
+            )
+
+
+def _yaml(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield f"{indent}{key}:"
+            yield from _yaml(value, indent + "  ")
+        else:
+            yield f"{indent}{key}: {value}"
+
+
+@functools.cache
+def _versions() -> tuple[trtllm.Version, ...]:
+    return tuple(trtllm.load(version) for version in trtllm.versions())
+
+
+def engine_flags() -> Iterator[str]:
+    """Every trtllm-build flag: meaning, what it takes, default in each version, rules; then removed flags."""
+    known = _versions()
+    yield from say(
+        "# trtllm-build flags",
+        "`builder explain FLAG` prints one of them with its sources. Set a flag with `--set engine.flags.NAME=VALUE`.",
+    )
+    names = dict.fromkeys(name for version in reversed(known) for name in version.flags)
+    rules = known[-1].rules.values()
+    rows = []
+    for name in names:
+        newest = next(version.flags[name] for version in reversed(known) if name in version.flags)
+        choices = newest["choices"]
+        takes = ", ".join(map(str, choices)) if isinstance(choices, list) else newest["kind"]
+        touched = ", ".join(f"[{rule['id']}](rules.md#{rule['id'].lower()})" for rule in rules if name in rule["flags"])
+        defaults = [_default(version, name) for version in known]
+        rows.append((code(f"--{name}"), text(newest.get("help", "")), text(takes), *defaults, touched))
+    yield from table(("flag", "meaning", "takes", *(v.version for v in known), "rules"), rows)
+    yield from say("## Removed flags", "The builder rejects them and names the replacement.")
+    gone = {name: entry for version in known for name, entry in version.removed.items()}
+    yield from table(
+        ("flag", "removed in", "use instead", "source"),
+        [(code(f"--{n}"), text(e["since"]), text(e["use"] or "nothing"), text(e["source"])) for n, e in gone.items()],
+    )
+
+
+def _default(version: trtllm.Version, name: str) -> str:
+    if name not in version.flags:
+        return "absent"
+    value = version.flags[name]["default"]
+    return "unset" if value in (None, "==SUPPRESS==") else code(value)
+
+
+def rules() -> Iterator[str]:
+    """What trtllm-build changes or rejects, by rule."""
+    newest = _versions()[-1]
+    yield from say(
+        "# Rules of trtllm-build",
+        f"What `trtllm-build` {newest.version} rejects, rewrites or warns about. The builder applies these rules "
+        "before it starts, so the plan shows the values that will be used. `builder plan` and error messages "
+        "name rules by id.",
+    )
+    for rule in newest.rules.values():
+        flags = ", ".join(code(f"--{name}") for name in rule["flags"]) or "none"
+        yield from say(
+            f"## {rule['id']}",
+            f"**When** {text(rule['when'])}.",
+            f"**Effect** {text(rule['effect'])}.",
+            f"Kind: {text(rule['kind'])}. Flags: {flags}. Source: {text(rule['where'])}.",
+        )
+
+
+def llm_arguments() -> Iterator[str]:
+    """Arguments of the LLM class that the llmapi target accepts, by version range."""
+    raw = llmapi.read()
+    ranges = [llmapi.load(row["first"]) for row in raw["versions"]]
+    labels = [r["first"] if r["first"] == r["last"] else f"{r['first']} to {r['last']}" for r in raw["versions"]]
+    yield from say(
+        "# LLM arguments",
+        "Arguments of TensorRT-LLM's `LLM` class for `--target llmapi`. Set one with "
+        "`--set llmapi.args.NAME=VALUE`. A dash means that the version does not have it.",
+    )
+    names = dict.fromkeys(name for facts in ranges for name in facts.arguments)
+    yield from table(
+        ("argument", *labels), [(code(n), *(_argument(f.arguments.get(n)) for f in ranges)) for n in names]
+    )
+    yield from say("## Arguments that are rejected")
+    yield from table(("argument", "reason"), [(code(name), text(why)) for name, why in raw["refused"].items()])
+    yield from say("## Sources", *(f"- {text(name)}: {text(source)}" for name, source in raw["states"].items()))
+
+
+def _argument(spec: Mapping[str, Any] | None) -> str:
+    if spec is None:
+        return "-"
+    takes = ", ".join(map(str, spec["choices"])) if isinstance(spec.get("choices"), list) else spec["type"]
+    default = "unset" if spec["default"] is None else json.dumps(spec["default"])
+    return f"{text(takes)}; default {code(default)}"
+
+
+def versions() -> Iterator[str]:
+    """Which image holds which versions."""
+    yield from say(
+        "# Versions and images",
+        "From `configs/containers.yaml`. Empty cells: no source found. The engine path ends after 1.2.1.",
+    )
+    end = parse_yaml(paths.data("configs", "trtllm", "engine_path.yaml").read_text(encoding="utf-8"))
+    yield from say(text(end["why"]))
+    supported = set(trtllm.versions())
+    rows = []
+    for row in containers.rows():
+        built, engine = ("yes" if yes else "no" for yes in (row.tensorrt_llm in supported, row.engine))
+        others = (text(value or "") for value in (row.tensorrt, row.cuda, row.driver, row.modelopt))
+        rows.append((text(row.triton or ""), text(row.tensorrt_llm), built, *others, engine, text(row.gb or "")))
+    yield from table(
+        (
+            "Triton image",
+            "TensorRT-LLM",
+            "engines built here",
+            "TensorRT",
+            "CUDA",
+            "driver",
+            "ModelOpt",
+            "has trtllm-build",
+            "GB",
+        ),
+        rows,
+    )
+
+
+def known_errors() -> Iterator[str]:
+    """Failures of trtllm-build that the builder recognizes in its log."""
+    file = paths.data("configs", "trtllm", "known_errors.yaml")
+    yield from say(
+        "# Known trtllm-build errors",
+        "When `trtllm-build` fails, the builder searches its log for these messages and prints the cause and the fix.",
+    )
+    for entry in parse_yaml(file.read_text(encoding="utf-8"))["errors"]:
+        yield from (
+            f"## {entry['name']}",
+            "",
+            "The log contains one of:",
+            "",
+            "```text",
+            *entry["patterns"],
+            "```",
+            "",
+            f"**Cause.** {text(entry['why'])}",
+            "",
+            f"**Fix.** {text(entry['hint'])}",
+            "",
+            f"Source: {text(entry['source'])}",
+            "",
+        )
