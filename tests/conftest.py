@@ -34,7 +34,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("NO_PROXY", "*")
-        monkeypatch.setattr(snapshot, "WAITS", (0.05, 0.05))
+        monkeypatch.setattr(snapshot, "RETRY_DELAYS", (0.05, 0.05))
         yield server
 
 

@@ -19,7 +19,7 @@ from builder.calibration.rows import Rows, collect, dump
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.process import emit
 from builder.hub.download import Job, drop_damaged_cached, report
-from builder.hub.errors import gated, patiently
+from builder.hub.errors import gated_error, with_retries
 from builder.hub.guard import DEADLINE, endpoint
 
 
@@ -27,7 +27,7 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
     """Writes the first usable rows to job["file"]: {"unusable": {row number: reason}}."""
     datasets.disable_progress_bars()
     drop_damaged_cached(Job("rows", job["repo"], commit=job["commit"], kind="dataset"))
-    found: Rows = patiently(lambda: collect(_numbered(job), job["samples"], job["column"]), job["waits"])
+    found: Rows = with_retries(lambda: collect(_numbered(job), job["samples"], job["column"]), job["waits"])
     Path(job["file"]).write_bytes(dump(found.usable))
     return {"unusable": found.unusable}
 
@@ -49,7 +49,7 @@ def _stream(job: dict[str, Any]) -> Any:
         # Its causes are cut off, so the words are all there is. The dataset itself was found when it was resolved; a
         # commit that the recipe names was not asked for until now.
         if "gated" in str(error):
-            raise gated("dataset", repo) from None
+            raise gated_error("dataset", repo) from None
         if "Revision" in str(error):
             raise UsageError(
                 f"The dataset {repo} has no revision {job['commit']}.",

@@ -106,7 +106,7 @@ def local_file(data: str, use: Use) -> Path | None:
         if name not in known:
             bundled = ", ".join(f"{BUILTIN}{stem}" for stem in sorted(known))
             raise UsageError(
-                f"There is no bundled calibration set {snapshot.shown(name)}.", hint=f"Bundled: {bundled}."
+                f"There is no bundled calibration set {snapshot.quoted(name)}.", hint=f"Bundled: {bundled}."
             )
         return known[name]
     try:
@@ -119,7 +119,7 @@ def local_file(data: str, use: Use) -> Path | None:
     looks_local = exists or data.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".ndjson", ".json", ".txt")
     if looks_local or not snapshot.HUB_ID.fullmatch(data):
         raise UsageError(
-            f"{snapshot.shown(data)} is no JSONL file{'' if exists else ' (nothing is there)'}.",
+            f"{snapshot.quoted(data)} is no JSONL file{'' if exists else ' (nothing is there)'}.",
             why='One JSON object per line is read, with "text" or "messages".',
             hint=f"{use.flag} FILE.jsonl, a dataset of the Hub, or {use.flag} builtin:python-docs",
         )
@@ -218,7 +218,7 @@ def _rows_of_hub(part: schema.Calibration, commit: str, tmp: Path, store: Store,
     job: dict[str, Any] = {"job": "rows", "repo": part.data, "revision": part.revision, "commit": commit}
     job |= {"config": part.config, "split": part.split, "samples": part.samples, "column": part.column}
     job |= {"file": str(tmp / ROWS), "hint": use.hint}
-    answer = snapshot.ask_hub(store, module=workers.HUB_DATASET, unit="rows", **job)
+    answer = snapshot.run_hub_job(store, module=workers.HUB_DATASET, unit="rows", **job)
     lines = (tmp / ROWS).read_bytes().splitlines()  # of bytes: text would also be split at U+2028 and U+0085
     return Rows([json.loads(line) for line in lines], {int(k): v for k, v in answer["unusable"].items()})
 

@@ -51,7 +51,7 @@ def children(directory: Path) -> list[Path]:
         return []
 
 
-def foreign(path: Path) -> str:
+def why_untouchable(path: Path) -> str:
     """Why a directory is not to be entered or removed: a link, or a mount."""
     if path.is_symlink():
         return "it is a symbolic link"
@@ -60,7 +60,7 @@ def foreign(path: Path) -> str:
     return ""
 
 
-def find(root: Path, older_than: float | None) -> Iterator[tuple[str, Entry]]:
+def find_leftovers(root: Path, older_than: float | None) -> Iterator[tuple[str, Entry]]:
     """("remove", "keep" or "alone", entry) of each. `older_than`: seconds, in place of the ages above."""
     for stage in (*STAGES, *EVALUATION):
         for path in _inside(root / stage):
@@ -77,14 +77,14 @@ def find(root: Path, older_than: float | None) -> Iterator[tuple[str, Entry]]:
     for path in _inside(root / "partial"):
         yield _partial(path, root, PARTIAL_YOUNG if older_than is None else older_than)
     keep, young = (LOGS_KEPT, LOGS_YOUNG) if older_than is None else (0, older_than)
-    for path in [] if foreign(root / "logs") else old_logs(root / "logs", keep=keep, older_than=young):
+    for path in [] if why_untouchable(root / "logs") else old_logs(root / "logs", keep=keep, older_than=young):
         yield _unless_mounted(path, "an old log")
     for path in _inside(root / "locks"):
         if LOCK.fullmatch(path.name) and path.is_file() and not path.is_symlink() and _is_free(path):
             yield _unless_mounted(path, "a lock that nobody holds")
 
 
-def readable(length: float) -> str:
+def duration(length: float) -> str:
     """Seconds in the largest unit that fits: `3 days`."""
     for unit, worth in (("days", DAY), ("hours", 3600.0), ("minutes", 60.0)):
         if length >= worth:
@@ -93,7 +93,7 @@ def readable(length: float) -> str:
 
 
 def _inside(directory: Path) -> list[Path]:
-    return [] if foreign(directory) else children(directory)
+    return [] if why_untouchable(directory) else children(directory)
 
 
 def _unless_mounted(path: Path, why: str) -> tuple[str, Entry]:
@@ -115,7 +115,7 @@ def _partial(path: Path, root: Path, young: float) -> tuple[str, Entry]:
         return "alone", Entry(path, "not written by this program")
     unused = max(0.0, time.time() - path.stat().st_mtime)
     if (root / found[1] / found[2]).is_dir() or unused >= young:
-        return "remove", Entry(path, f"results of a killed run, unused for {readable(unused)}", bytes_of(path))
+        return "remove", Entry(path, f"results of a killed run, unused for {duration(unused)}", bytes_of(path))
     return "keep", Entry(path, "results of a killed run; the next run goes on with them", bytes_of(path))
 
 

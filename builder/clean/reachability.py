@@ -13,12 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.clean.leftovers import HALF_MADE, WAITING, Entry, children, foreign, readable
+from builder.clean.leftovers import HALF_MADE, WAITING, Entry, children, duration, why_untouchable
 from builder.core import atomic
 from builder.core import manifest as manifests
 from builder.core.errors import UsageError
 from builder.core.manifest import KEY, MANIFEST, Damaged
-from builder.core.store import EVALUATION, STAGES, Artifact, not_serving, strings, upstream
+from builder.core.store import EVALUATION, STAGES, Artifact, lock_unless_served, strings, upstream
 from builder.publish import build_record
 
 ANY_FORMAT = tuple(range(1, manifests.FORMAT + 1))
@@ -72,7 +72,7 @@ def read_store(root: Path) -> Graph:
     graph = Graph(root)
     for stage in (*STAGES, *EVALUATION):
         directory = root / stage
-        reason = foreign(directory) if os.path.lexists(directory) else ""
+        reason = why_untouchable(directory) if os.path.lexists(directory) else ""
         if reason:
             graph.alone.append(Entry(directory, reason))
         for path in children(directory):
@@ -111,7 +111,7 @@ def _node(path: Path, stage: str) -> Artifact:
 
 
 def _why_not_ours(path: Path, error: str) -> str:
-    if reason := foreign(path):
+    if reason := why_untouchable(path):
         return reason
     if not path.is_dir():
         return "a file that this program did not write"
@@ -143,7 +143,7 @@ def _protected(graph: Graph, request: Request) -> dict[Path, str]:
     roots = [(one.repository, f"models/{one.path.name} needs it") for one in graph.links if not one.is_asked(request)]
     for path, repository in graph.nodes.items():
         if repository.stage == "repository":
-            with suppress(OSError), not_serving(path) as free:
+            with suppress(OSError), lock_unless_served(path) as free:
                 roots += [] if free else [(repository, f"repository/{path.name} is being served")]
     found: dict[Path, str] = {}
     for path in graph.stuck:
@@ -225,7 +225,7 @@ def _old(graph: Graph, limit: float, gone: Collection[Path], protected: Collecti
     unused = {a.path: _unused(a) for a in graph.everything if a.path not in gone}
     young = [graph.nodes[path] for path, seconds in unused.items() if seconds < limit or path in protected]
     kept = {a.path for a in upstream(young, graph.everything)}
-    return {path: f"unused for {readable(seconds)}" for path, seconds in unused.items() if path not in kept}
+    return {path: f"unused for {duration(seconds)}" for path, seconds in unused.items() if path not in kept}
 
 
 def _unused(artifact: Artifact) -> float:
@@ -261,10 +261,10 @@ def _why_kept(user: Artifact | None) -> str:
 def _stuck(artifact: Artifact) -> str:
     """Why a stage can't be removed: somebody put something there."""
     path = artifact.path
-    if reason := foreign(path.parent):
+    if reason := why_untouchable(path.parent):
         return f"{path.parent}: {reason}"
     if atomic.mounts_under(path):
         return "something is mounted there"
-    if added := manifests.foreign_files(path, artifact.manifest):
+    if added := manifests.unexpected_files(path, artifact.manifest):
         return f"it holds files that were added: {', '.join(added[:3])}"
     return ""

@@ -21,7 +21,7 @@ from builder.core import atomic
 from builder.core.errors import StageError, UsageError
 from builder.core.manifest import KEY
 from builder.core.output import Output, size
-from builder.core.store import EVALUATION, MARKER, STAGES, not_serving
+from builder.core.store import EVALUATION, MARKER, STAGES, lock_unless_served
 from builder.publish import build_record
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "w": 7 * DAY}
@@ -81,7 +81,7 @@ def plan(root: Path, request: Request) -> Plan:
     known = {entry.path for entry in made.remove}
     lists = {"remove": made.remove, "keep": made.keep, "alone": made.alone}
     older_than = 0.0 if request.everything else request.older_than
-    for what, entry in leftovers.find(root, older_than):
+    for what, entry in leftovers.find_leftovers(root, older_than):
         lists[what] += [] if entry.path in known else [entry]
     return made
 
@@ -98,7 +98,7 @@ def carry_out(made: Plan) -> list[Entry]:
                 failed.append(Entry(entry.path, f"not tried, for {stopped} stays and may need it"))
                 continue
             try:
-                if entry.path.parent.name == "repository" and not held.enter_context(not_serving(entry.path)):
+                if entry.path.parent.name == "repository" and not held.enter_context(lock_unless_served(entry.path)):
                     raise BlockingIOError("it is being served")
                 if entry.path.is_dir() and not entry.path.is_symlink():
                     trash.append((entry, _put_aside(entry.path)))

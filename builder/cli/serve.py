@@ -89,14 +89,14 @@ def _add_served(command: argparse.ArgumentParser) -> None:
 def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     """Serves in the foreground until interrupted (exit code 0) or the server exits (ServingError)."""
     from builder.core import exit_status
-    from builder.core.store import serving
+    from builder.core.store import serving_lock
     from builder.serving import health
     from builder.serving.server import stop_at_eof
 
     repository = _repository(arguments)
     if arguments.until_eof:
         stop_at_eof()
-    with serving(repository.path), _server(arguments, repository, out) as server:
+    with serving_lock(repository.path), _server(arguments, repository, out) as server:
         try:  # an interrupt while the addresses are printed stops the server like a later one
             _show_addresses(server, repository, out)
             code = health.watch(server.http_url, server.wait, server.lost_a_model)
@@ -153,7 +153,7 @@ def _server(
 
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     """Serves a repository, tests it and stops the server. ServingError if a check failed."""
-    from builder.core.store import serving
+    from builder.core.store import serving_lock
     from builder.serving.smoke import smoke, write_junit
 
     _check_both_ports(arguments)
@@ -161,7 +161,7 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.http:
         report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
     else:
-        with serving(repository.path), _server(arguments, repository, out) as server:
+        with serving_lock(repository.path), _server(arguments, repository, out) as server:
             report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
     if arguments.junit:
         write_junit(report, arguments.junit)
@@ -175,7 +175,7 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_load(arguments: argparse.Namespace, out: Output) -> int:
     """Serves a repository, sends concurrent requests and stops it. The result is kept beside it for the report."""
-    from builder.core.store import serving
+    from builder.core.store import serving_lock
     from builder.serving import benchmark
 
     _check_both_ports(arguments)
@@ -191,7 +191,7 @@ def run_load(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.http:
         report = benchmark.run(arguments.http, arguments.grpc, repository, workload, out=out)
     else:
-        with serving(repository.path), _server(arguments, repository, out) as server:
+        with serving_lock(repository.path), _server(arguments, repository, out) as server:
             report = benchmark.run(server.http_url, server.grpc_url, repository, workload, out=out)
     kept = benchmark.save(repository, report, out)
     benchmark.show(report, out)

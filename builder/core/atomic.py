@@ -71,7 +71,7 @@ def replace_directory(new: Path, final: Path) -> None:
     Both names are exchanged in one step where the file system can. Elsewhere the old directory waits under
     `waiting(final)` for an instant, and `restore` brings it back after a kill.
     """
-    old = waiting(final)
+    old = backup_path(final)
     if not os.path.lexists(final):
         new.rename(final)
     elif _exchange(new, final):
@@ -84,15 +84,15 @@ def replace_directory(new: Path, final: Path) -> None:
     remove(old)
 
 
-def waiting(final: Path) -> Path:
+def backup_path(final: Path) -> Path:
     """Where the previous content of `final` is between the two renames of a file system that can't exchange names."""
     return final.parent / f".{final.name}.old"
 
 
-def restore(final: Path) -> None:
+def restore_backup(final: Path) -> None:
     """Undoes the first of two renames if the second did not follow."""
-    if not os.path.lexists(final) and waiting(final).is_dir():
-        waiting(final).rename(final)
+    if not os.path.lexists(final) and backup_path(final).is_dir():
+        backup_path(final).rename(final)
 
 
 def remove(path: Path) -> None:

@@ -9,12 +9,12 @@ import re
 LONGEST = 180
 
 
-def plain(text: str) -> str:
+def sanitized(text: str) -> str:
     """Letters, digits, '.', '_' and '-' only; what nothing is left of becomes `model`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"
 
 
-def shortened(name: str, longest: int = LONGEST) -> str:
+def truncated(name: str, longest: int = LONGEST) -> str:
     """The name, or where it has more than `longest` bytes its beginning and a digest of the whole."""
     encoded = name.encode(errors="surrogateescape")
     if len(encoded) <= longest:

@@ -73,7 +73,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with the hash of all else that it holds. Keys and numbers become what JSON makes of them."""
     plain: dict[str, Any] = json.loads(json.dumps(value))
     return {**plain, SEAL: digest_of(plain)}
@@ -101,16 +101,16 @@ def content_digest(manifest: Mapping[str, Any]) -> str:
     return digest_of([[name, entry["sha256"]] for name, entry in sorted({**external, **manifest["files"]}.items())])
 
 
-def located(directory: Path, manifest: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
+def all_files(directory: Path, manifest: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
     """Every file of an artifact, those elsewhere too, with its entry in the manifest."""
     own = [(directory / name, entry) for name, entry in manifest["files"].items()]
     external = manifest["facts"].get("external", {"root": "", "files": {}})
     return own + [(Path(external["root"]) / name, entry) for name, entry in external["files"].items()]
 
 
-def wrong_files(directory: Path, manifest: Mapping[str, Any], *, hashed_up_to: float = math.inf) -> Iterator[str]:
+def file_problems(directory: Path, manifest: Mapping[str, Any], *, hashed_up_to: float = math.inf) -> Iterator[str]:
     """What is wrong with an artifact's files; those of more bytes than `hashed_up_to` are judged by size alone."""
-    for file, entry in located(directory, manifest):
+    for file, entry in all_files(directory, manifest):
         try:
             found = file.stat()
             if not stat.S_ISREG(found.st_mode):
@@ -123,11 +123,11 @@ def wrong_files(directory: Path, manifest: Mapping[str, Any], *, hashed_up_to: f
             yield f"{file} is missing"
         except (OSError, ValueError) as error:
             yield f"{file} can't be read: {error}"
-    for name in foreign_files(directory, manifest):
+    for name in unexpected_files(directory, manifest):
         yield f"{directory / name} was added"
 
 
-def foreign_files(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
+def unexpected_files(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Names of what lies in a stage directory and does not belong to it. Python's bytecode is no change."""
     known, found = {*manifest["files"], MANIFEST}, []
     for parent, directories, files in os.walk(directory):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from builder.core.safe_text import printable_line, safe, without_secrets
+from builder.core.safe_text import printable_line, redact, safe
 
 if TYPE_CHECKING:
     from builder.core.errors import BuilderError
@@ -124,7 +124,7 @@ class Output:
         """Data for people on stdout: drawn on a terminal, tab-separated in a pipe. Silent with --json and -q."""
         if self.mode != "human":
             return
-        cells = [[printable_line(without_secrets(str(cell))) for cell in row] for row in rows]
+        cells = [[printable_line(redact(str(cell))) for cell in row] for row in rows]
         if not sys.stdout.isatty():
             for row in cells:
                 print("\t".join(row))
@@ -154,7 +154,7 @@ class Output:
         """Prints the object of --json: once, at the end of a command, or earlier for one that keeps running."""
         if self.mode == "json" and self._result is not None and not self._printed:
             self._printed = True
-            print(without_secrets(json.dumps(self._result, indent=2, sort_keys=False, default=str)))
+            print(redact(json.dumps(self._result, indent=2, sort_keys=False, default=str)))
 
 
 def print_error(error: BuilderError) -> None:

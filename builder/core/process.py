@@ -52,7 +52,7 @@ class Failed(StageError):
 
 
 @contextmanager
-def started(
+def supervised(
     argv: Sequence[str],
     *,
     stop: Callable[[Child], None],
@@ -154,7 +154,7 @@ def run(
         sink.flush()
         with (
             _followed(log, sink.tell(), on_line),
-            started(argv, stop=_stop, log=sink, env=environment, cwd=cwd, pass_fds=[write_fd]) as child,
+            supervised(argv, stop=_stop, log=sink, env=environment, cwd=cwd, pass_fds=[write_fd]) as child,
         ):
             ours.close()  # so that the reader ends with the child
             with _limited(child, limit) as overdue:
@@ -253,7 +253,7 @@ def job_file(log: Path) -> Path:
     return log.with_suffix(".json")
 
 
-def do_job(
+def worker_main(
     argv: Sequence[str],
     work: Callable[[dict[str, Any]], dict[str, Any] | None],
     known: Callable[[BaseException, dict[str, Any]], BuilderError | None] = lambda error, job: None,

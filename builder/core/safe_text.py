@@ -27,7 +27,7 @@ _UNPRINTABLE = re.compile(
 
 def safe(text: str) -> str:
     """`text` for a terminal: without secrets, and with control characters escaped."""
-    return printable(without_secrets(text))
+    return printable(redact(text))
 
 
 def printable(text: str) -> str:
@@ -45,7 +45,7 @@ def printable_bytes(data: bytes) -> bytes:
     return printable(data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")).encode()
 
 
-def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
+def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """`text` without access tokens, without users and passwords of URLs, and without the secrets of the environment."""
     for secret in sorted(set(_secrets(environment)), key=len, reverse=True):
         if len(secret) >= SURE_SECRET:

@@ -94,7 +94,7 @@ class Store:
             raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store", key)
         if found is None:
             with self.locked(name, key):
-                atomic.restore(self.root / name / key)
+                atomic.restore_backup(self.root / name / key)
                 found = None if name in self.force else self.find(name, key)
                 if found is None:
                     found = self._make(name, key, ingredients, make)
@@ -188,7 +188,7 @@ class Store:
             "seconds": round(took, 3),
         }
         manifest["digest"] = manifests.content_digest(manifest)
-        return manifests.sealed(manifest)
+        return manifests.seal(manifest)
 
 
 def read(path: Path) -> Artifact | None:
@@ -200,7 +200,7 @@ def read(path: Path) -> Artifact | None:
         manifest = manifests.load(path)
     except Damaged:
         return None
-    if next(manifests.wrong_files(path, manifest, hashed_up_to=SMALL), None):
+    if next(manifests.file_problems(path, manifest, hashed_up_to=SMALL), None):
         return None
     return Artifact(manifest["stage"], path, manifest["digest"], manifest["facts"], True, manifest)
 
@@ -224,7 +224,7 @@ def verify(root: Path, out: Output) -> dict[str, list[str]]:
         name = f"{directory.parent.name}/{directory.name}"
         out.stage("verify", name)
         try:
-            found[name] = list(manifests.wrong_files(directory, manifests.load(directory)))
+            found[name] = list(manifests.file_problems(directory, manifests.load(directory)))
         except Damaged as error:
             found[name] = [f"{MANIFEST} is damaged: {error}"]
     return found
@@ -289,7 +289,7 @@ def mark(root: Path) -> None:
 
 
 @contextmanager
-def serving(directory: Path) -> Iterator[None]:
+def serving_lock(directory: Path) -> Iterator[None]:
     """Held while a repository is served, so that `clean` does not remove it. It works in a read-only store, too.
 
     The lock is on the directory itself: no file is needed, and a container that mounts it shares the lock.
@@ -306,7 +306,7 @@ def serving(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def not_serving(directory: Path) -> Iterator[bool]:
+def lock_unless_served(directory: Path) -> Iterator[bool]:
     """Whether nobody serves this repository; nobody begins to until the block ends."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from builder.core.errors import UsageError
-from builder.core.process import do_job
+from builder.core.process import worker_main
 
 
 def manager_of(names: Sequence[str], directory: str | None) -> TaskManager:
@@ -42,4 +42,4 @@ def check(job: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(do_job(sys.argv, check))
+    sys.exit(worker_main(sys.argv, check))

@@ -28,9 +28,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from builder.core.errors import BuilderError, NotMeasurable, StageError, UnsupportedError, UsageError
-from builder.core.file_names import shortened
+from builder.core.file_names import truncated
 from builder.core.output import Output
-from builder.core.process import do_job, emit
+from builder.core.process import emit, worker_main
 from builder.core.store import Store
 from builder.evaluate.runners.worker import known, opener
 from builder.evaluate.task_names import manager_of
@@ -306,7 +306,7 @@ def _rows(whole: Mapping[str, Any], name: str, samples: Mapping[str, Any]) -> It
 
 def _samples(task: str) -> str:
     """The file with its questions and answers."""
-    return f"samples_{shortened(task.replace('/', '_'))}.jsonl"
+    return f"samples_{truncated(task.replace('/', '_'))}.jsonl"
 
 
 def _json(value: Any, **options: Any) -> str:
@@ -315,4 +315,4 @@ def _json(value: Any, **options: Any) -> str:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(do_job(sys.argv, run, known))
+    sys.exit(worker_main(sys.argv, run, known))

@@ -35,7 +35,7 @@ from builder.core.output import size as readable
 from builder.core.process import emit, emit_error
 from builder.core.untrusted_text import read_regular
 from builder.hub import guard, remote_headers
-from builder.hub.errors import clean, patiently, translate
+from builder.hub.errors import redact_token, translate, with_retries
 from builder.hub.guard import DEADLINE
 from builder.model import files as model_files
 from builder.model.hashed_files import times
@@ -91,7 +91,7 @@ def resolve(job: Job) -> dict[str, Any]:
         if not ref.is_file():
             raise OfflineModeIsEnabled(str(ref))
         return {"commit": read_regular(ref, 1000).decode("utf-8", "replace").strip()}
-    info = patiently(lambda: HfApi().repo_info(job.repo, repo_type=job.kind, revision=job.revision), job.waits)
+    info = with_retries(lambda: HfApi().repo_info(job.repo, repo_type=job.kind, revision=job.revision), job.waits)
     return {"commit": info.sha}
 
 
@@ -179,9 +179,9 @@ def _tree(job: Job) -> dict[str, Listed]:
         entries = HfApi().list_repo_tree(job.repo, recursive=False, revision=job.commit)
         return list(itertools.islice(entries, MOST_FILES + 1))
 
-    entries = patiently(listed, job.waits)
+    entries = with_retries(listed, job.waits)
     if len(entries) > MOST_FILES:
-        raise IntegrityError(f"The Hub lists more than {MOST_FILES} files of {job.repo}.", hint=guard.CURE)
+        raise IntegrityError(f"The Hub lists more than {MOST_FILES} files of {job.repo}.", hint=guard.HINT)
     return {
         entry.path: _listed(entry)
         for entry in entries
@@ -200,7 +200,7 @@ def _listed(entry: Any) -> Listed:
         if found is not None:
             guard.check_hash(found, "the hash")
     if type(entry.size) is not int or not 0 <= entry.size < 1 << 60:
-        raise IntegrityError(f"The Hub lists a size of {str(entry.size)[:40]} for a file.", hint=guard.CURE)
+        raise IntegrityError(f"The Hub lists a size of {str(entry.size)[:40]} for a file.", hint=guard.HINT)
     return Listed(entry.size, sha256, entry.blob_id)
 
 
@@ -228,7 +228,7 @@ def _small(job: Job, name: str, listed: Mapping[str, Listed]) -> Path:
             hint="Do not use this model.",
         )
     for repairable in (not constants.HF_HUB_OFFLINE, False):
-        path = Path(patiently(lambda: hf_hub_download(job.repo, name, revision=job.commit), job.waits))
+        path = Path(with_retries(lambda: hf_hub_download(job.repo, name, revision=job.commit), job.waits))
         found = model_files.hash_files(path.parent, [name], lambda _: None)
         if not _drop_damaged(job, path.parent, chosen, found, repairable=repairable):
             break
@@ -250,7 +250,7 @@ def _download(job: Job, chosen: Mapping[str, Listed]) -> Path:
 
     emit(info=f"downloading {readable(_missing(job, chosen))} of {readable(_total(chosen))} to {job.storage}")
     with _watched(job, chosen) as done:
-        root = patiently(transfer, job.waits, progress=done)
+        root = with_retries(transfer, job.waits, progress=done)
     if job.revision != job.commit:
         # As hub itself does for a branch: an offline run finds the commit by this file.
         ref = job.storage / "refs" / (job.revision or "main")
@@ -428,7 +428,7 @@ def _clean_logs() -> None:
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make(*args, **kwargs)
-        made.msg, made.args = clean(made.getMessage()), None
+        made.msg, made.args = redact_token(made.getMessage()), None
         return made
 
     logging.setLogRecordFactory(record)
@@ -467,9 +467,9 @@ def report(
     except Exception as error:
         DEADLINE.begin(limit)  # for the questions that a good message needs
         with suppress(OSError):  # a disk that is full
-            print(clean(traceback.format_exc()), file=sys.stderr)
+            print(redact_token(traceback.format_exc()), file=sys.stderr)
         told: BuilderError = translate(error, kind, repo, revision)
-        emit_error(type(told)(clean(told.what), why=clean(told.why), hint=clean(told.hint)))
+        emit_error(type(told)(redact_token(told.what), why=redact_token(told.why), hint=redact_token(told.hint)))
         return told.exit_code
     finally:
         DEADLINE.end()

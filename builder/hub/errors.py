@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, constants, errors, get_token
 
 from builder.core.errors import BuilderError, IntegrityError, StageError, UsageError
 from builder.core.process import emit
-from builder.core.safe_text import SHORTEST_SECRET, without_secrets
+from builder.core.safe_text import SHORTEST_SECRET, redact
 from builder.hub.guard import DEADLINE, endpoint
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIS
 _TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3")
 
 
-def patiently(call: Callable[[], T], waits: Sequence[float], progress: Callable[[], int] = lambda: 0) -> T:
+def with_retries(call: Callable[[], T], waits: Sequence[float], progress: Callable[[], int] = lambda: 0) -> T:
     """Repeats `call` when the Hub limits the rate (as long as it asks), is down, or the connection breaks.
 
     `waits`: seconds before each repetition in a row; bytes that `progress` counts begin a new row.
@@ -56,7 +56,7 @@ def patiently(call: Callable[[], T], waits: Sequence[float], progress: Callable[
                 why = f"The Hub answered {status}" if status else f"The connection broke ({_last(error)})"
             else:
                 raise
-        emit(info=clean(f"{why}; trying again in {pause:g} s."))
+        emit(info=redact_token(f"{why}; trying again in {pause:g} s."))
         DEADLINE.extend(pause)
         time.sleep(pause)
 
@@ -67,7 +67,7 @@ def translate(error: BaseException, kind: str, repo: str, revision: str | None) 
         if isinstance(cause, BuilderError):
             return cause
         if isinstance(cause, errors.GatedRepoError):
-            return gated(kind, repo)
+            return gated_error(kind, repo)
         if isinstance(cause, errors.RevisionNotFoundError):
             return _no_revision(kind, repo, revision)
         if isinstance(cause, errors.RepositoryNotFoundError):
@@ -122,7 +122,9 @@ def _by_status(error: BaseException, kind: str, repo: str) -> BuilderError:
             why=f"{_last(error)} (huggingface_hub reading it)",
             hint="Check HF_ENDPOINT and the proxy; if it is the Hub itself, try again later.",
         )
-    return StageError(f"Reading {kind} {repo} from the Hub failed.", why=clean(f"{type(error).__name__}: {error}"))
+    return StageError(
+        f"Reading {kind} {repo} from the Hub failed.", why=redact_token(f"{type(error).__name__}: {error}")
+    )
 
 
 def status_of(error: BaseException) -> int | None:
@@ -138,11 +140,11 @@ def _token() -> str | None:
         return None
 
 
-def clean(text: str) -> str:
+def redact_token(text: str) -> str:
     """`text` without the token and other secrets, whatever it quotes."""
     token = _token()  # which may come from a file
     text = text.replace(token, "***") if token and len(token) >= SHORTEST_SECRET else text
-    return without_secrets(text)
+    return redact(text)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -186,14 +188,14 @@ def _bounded(seconds: float) -> float:
 def _last(error: BaseException) -> str:
     """The innermost cause in one line: the outer ones only repeat that something failed."""
     *_, last = _chain(error)
-    return clean(f"{type(last).__name__}: {str(last).splitlines()[0] if str(last) else ''}"[:300])
+    return redact_token(f"{type(last).__name__}: {str(last).splitlines()[0] if str(last) else ''}"[:300])
 
 
 def _page(kind: str, repo: str) -> str:
     return f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
 
 
-def gated(kind: str, repo: str) -> BuilderError:
+def gated_error(kind: str, repo: str) -> BuilderError:
     if _token():
         return UsageError(
             f"The {kind} {repo} is gated, and the account of this HF_TOKEN has no access to it.",

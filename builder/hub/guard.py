@@ -30,7 +30,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 XET_HASH = re.compile(r"[0-9a-f]{64}")
 MOST_REQUESTS = 500  # for one address of the API: the pages of a listing have 1,000 files each
 MOST_BYTES = 256_000_000  # of all answers of the API together; a page of a listing has some 300 kB
-CURE = "Check HF_ENDPOINT and the proxy: what answers there is no Hub to trust. Nothing of it was used."
+HINT = "Check HF_ENDPOINT and the proxy: what answers there is no Hub to trust. Nothing of it was used."
 
 
 class Deadline:
@@ -108,7 +108,7 @@ def check_commit(commit: object, asked: str | None = None) -> None:
 
 
 def _untrusted(what: str, why: str) -> IntegrityError:
-    return IntegrityError(f"The Hub at {endpoint()} answers with {what}.", why=why, hint=CURE)
+    return IntegrityError(f"The Hub at {endpoint()} answers with {what}.", why=why, hint=HINT)
 
 
 def _shown(value: object) -> str:

@@ -15,7 +15,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
 from builder.core.safetensors_io import TensorInfo, header_length, parse_header, read_header
-from builder.hub.errors import patiently
+from builder.hub.errors import with_retries
 
 FIRST = 100_000  # bytes: 97 % of the headers are shorter (huggingface_hub, parse_safetensors_file_metadata)
 TIMEOUT = 10.0  # seconds without a byte
@@ -33,7 +33,7 @@ def remote(repo: str, commit: str, shards: Mapping[str, int], waits: Sequence[fl
     """By ranged reads; `shards` holds the files' sizes as the Hub lists them."""
 
     def read(name: str) -> dict[str, TensorInfo]:
-        return patiently(lambda: _read(repo, commit, name, shards[name]), waits)
+        return with_retries(lambda: _read(repo, commit, name, shards[name]), waits)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return dict(zip(shards, pool.map(read, shards), strict=True))

@@ -33,11 +33,11 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # The Hub's rule for names (huggingface_hub/utils/_validators.py): owner/name of letters, digits, "-", "_" and ".".
 HUB_ID = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 # Seconds before each repetition in a row, while the Hub is down or the connection breaks.
-WAITS: tuple[float, ...] = (1, 2, 4, 8, 15)
+RETRY_DELAYS: tuple[float, ...] = (1, 2, 4, 8, 15)
 # Seconds without one byte after which a transfer counts as stuck; plain HTTP gives up by itself after 10.
-STALL = 300.0
+STALL_SECONDS = 300.0
 # Seconds for all that is asked of the Hub before the download: listings, config.json, headers.
-LIMIT = 600.0
+TIME_LIMIT = 600.0
 
 
 Check = Callable[[Mapping[str, Any]], object]
@@ -102,7 +102,7 @@ def local_directory(model: Model) -> Path | None:
         present = os.path.lexists(path)
     except (OSError, RuntimeError, ValueError) as error:
         raise UsageError(
-            f"{shown(model.id)} can't be opened as a directory.",
+            f"{quoted(model.id)} can't be opened as a directory.",
             why=ascii(str(error))[1:200],
             hint="--model Qwen/Qwen3-8B, or --model ./a/directory",
         ) from None
@@ -110,14 +110,14 @@ def local_directory(model: Model) -> Path | None:
         raise _no_directory(model.id, path, present)
     if not HUB_ID.fullmatch(model.id) or "--" in model.id or ".." in model.id or len(model.id) > 96:
         raise UsageError(
-            f"{shown(model.id)} is neither a directory nor an id of the Hub.",
+            f"{quoted(model.id)} is neither a directory nor an id of the Hub.",
             why="Ids are owner/name, of letters, digits, '-', '_' and '.'.",
             hint="--model Qwen/Qwen3-8B, or --model ./a/directory",
         )
     return None
 
 
-def shown(text: str) -> str:
+def quoted(text: str) -> str:
     """Quoted, with control characters escaped, cut: fit for a message whatever it holds."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")
 
@@ -125,11 +125,11 @@ def shown(text: str) -> str:
 def _no_directory(name: str, path: Path, present: bool) -> UsageError:
     if present:
         what = "is a link that leads nowhere" if path.is_symlink() else "is no directory"
-        return UsageError(f"{shown(name)} {what}.", hint="Give the directory that holds config.json.")
+        return UsageError(f"{quoted(name)} {what}.", hint="Give the directory that holds config.json.")
     siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, n=1)
     hint = f"Did you mean {path.parent / near[0]}?" if near else "Give the directory that holds config.json."
-    return UsageError(f"There is no directory {shown(name)}.", hint=hint)
+    return UsageError(f"There is no directory {quoted(name)}.", hint=hint)
 
 
 def _fetch_directory(directory: Path, model: Model, store: Store, check: Check) -> Artifact:
@@ -217,22 +217,22 @@ def resolve(
     if revision and COMMIT.fullmatch(revision):
         return revision
     if revision is not None and (not re.fullmatch(r"\w[\w./+-]{0,200}", revision) or ".." in revision):
-        raise UsageError(f"{shown(revision)} is no revision.", hint="Give a branch, a tag or a commit.")
-    known, waits = None, list(WAITS)
+        raise UsageError(f"{quoted(revision)} is no revision.", hint="Give a branch, a tag or a commit.")
+    known, waits = None, list(RETRY_DELAYS)
     if store.dry and planned:
-        known = stored_commits.newest(store, *planned) if revision is None else None
+        known = stored_commits.newest_artifact(store, *planned) if revision is None else None
         waits = [] if known or planned[0] != "snapshot" else waits
     try:
-        answer = ask_hub(store, job="resolve", repo=repo, revision=revision, kind=kind, waits=waits)
+        answer = run_hub_job(store, job="resolve", repo=repo, revision=revision, kind=kind, waits=waits)
     except (StageError, UsageError) as error:
         unreachable = isinstance(error, StageError) or offline()
         if not (store.dry and planned and unreachable):
             raise
-        return stored_commits.instead(error, known, repo, store=store, stage=planned[0])
+        return stored_commits.fallback_commit(error, known, repo, store=store, stage=planned[0])
     commit = str(answer["commit"])
     if not COMMIT.fullmatch(commit):
         raise IntegrityError(
-            f"{shown(commit)} is no commit, but what {repo} at {revision or 'main'} is said to be.",
+            f"{quoted(commit)} is no commit, but what {repo} at {revision or 'main'} is said to be.",
             why="It comes from the Hub (HF_ENDPOINT), or offline from refs/ in its cache.",
             hint="Check HF_ENDPOINT, or remove that file from the cache.",
         )
@@ -244,14 +244,18 @@ def listing(model: Model, *, store: Store) -> dict[str, Any]:
     """What fetching a Hub model would mean, before it is done: {"commit", "config", "files": {name: bytes}, "missing":
     bytes to download, "free": bytes, "cache": directory}."""
     commit = resolve(model.id, model.revision, store=store)
-    return {"commit": commit, **ask_hub(store, **_job("listing", model, commit))}
+    return {"commit": commit, **run_hub_job(store, **_job("listing", model, commit))}
 
 
 def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path]:
     """A Hub model's config.json, {tensor: (dtype, shape)}, and where its small files are; without its weights. Raises
     what is wrong with it."""
     commit = _commit(model, store)
-    known = stored_commits.newest(store, "snapshot", {**_repository(model), "commit": commit}) if store.dry else None
+    known = (
+        stored_commits.newest_artifact(store, "snapshot", {**_repository(model), "commit": commit})
+        if store.dry
+        else None
+    )
     if known is None or not Path(known.facts["external"]["root"]).is_dir():
         return _headers(model, commit, store)
     root, files = Path(known.facts["external"]["root"]), sorted(known.facts["external"]["files"])
@@ -269,7 +273,7 @@ def _repository(model: Model) -> dict[str, Any]:
 
 
 def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path]:
-    found = ask_hub(store, **_job("headers", model, commit))
+    found = run_hub_job(store, **_job("headers", model, commit))
     files = {
         file: {name: (dtype, tuple(shape)) for name, (dtype, shape) in header.items()}
         for file, header in found["tensors"].items()
@@ -283,12 +287,12 @@ def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artifac
     known = None if "snapshot" in store.force else store.find("snapshot", key_of("snapshot", ingredients))
     if offline() and known is None:
         # The cache may lack files that the Hub has, as generation_config.json: a key of its own, by what is there.
-        ingredients["offline"] = ask_hub(store, **_job("listing", model, commit))["files"]
+        ingredients["offline"] = run_hub_job(store, **_job("listing", model, commit))["files"]
 
     def make(_: Path) -> dict[str, Any]:
-        check(ask_hub(store, **_job("listing", model, commit))["config"])
+        check(run_hub_job(store, **_job("listing", model, commit))["config"])
         _headers(model, commit, store)
-        found = ask_hub(store, **_job("download", model, commit))
+        found = run_hub_job(store, **_job("download", model, commit))
         external = {"root": found["root"], "files": found["files"]}
         return {"model_id": model.id, "revision": commit, "external": external, "times": found["times"]}
 
@@ -316,19 +320,19 @@ def _job(job: str, model: Model, commit: str) -> dict[str, Any]:
     }
 
 
-def ask_hub(store: Store, *, module: str = workers.HUB_DOWNLOAD, unit: str = "MB", **job: Any) -> dict[str, Any]:
+def run_hub_job(store: Store, *, module: str = workers.HUB_DOWNLOAD, unit: str = "MB", **job: Any) -> dict[str, Any]:
     """Runs one job in a child process. Its errors are raised here as they were there; a stuck one is begun again once,
     without Xet, over plain HTTP."""
-    job = {"waits": list(WAITS), "stall": STALL, "limit": LIMIT, **job}
+    job = {"waits": list(RETRY_DELAYS), "stall": STALL_SECONDS, "limit": TIME_LIMIT, **job}
     for environment in ({}, {"HF_HUB_DISABLE_XET": "1"}):
         answer = _ask(store, module, unit, job, environment)
         if "stalled" not in answer:
             result: dict[str, Any] = answer["result"]
             return result
-        store.out.warn(f"no byte came for {STALL:.0f} s; the transfer is begun again over plain HTTP")
+        store.out.warn(f"no byte came for {STALL_SECONDS:.0f} s; the transfer is begun again over plain HTTP")
     raise StageError(
         f"The transfer of {job['repo']} is stuck.",
-        why=f"No byte came for {STALL:.0f} s, twice.",
+        why=f"No byte came for {STALL_SECONDS:.0f} s, twice.",
         hint="Check the network and HF_ENDPOINT, then run the same command: whole files are kept.",
     )
 

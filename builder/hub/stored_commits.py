@@ -9,14 +9,14 @@ from builder.core.errors import BuilderError
 from builder.core.store import Artifact, Store, WouldRun, read
 
 
-def newest(store: Store, stage: str, same: Mapping[str, Any]) -> Artifact | None:
+def newest_artifact(store: Store, stage: str, same: Mapping[str, Any]) -> Artifact | None:
     """The newest artifact of a stage with these ingredients, whatever its others are."""
     found = [read(path) for path in (store.root / stage).glob("[!.]*")]
     alike = [a for a in found if a and all(a.manifest["ingredients"].get(key) == same[key] for key in same)]
     return max(alike, key=lambda artifact: float(artifact.manifest["started"]), default=None)
 
 
-def instead(error: BuilderError, known: Artifact | None, repo: str, *, store: Store, stage: str) -> str:
+def fallback_commit(error: BuilderError, known: Artifact | None, repo: str, *, store: Store, stage: str) -> str:
     """The commit of `known`, noted as an assumption of the plan.
 
     Without it: WouldRun for a stage that the plan does not look into; for a model the error itself, because a plan

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.core.process import do_job
+from builder.core.process import worker_main
 from builder.core.safetensors_io import byte_size
 from builder.model import loading as model_loading
 from builder.model.files import CONFIG, WEIGHTS
@@ -45,4 +45,4 @@ def write_hole(path: Path, tensors: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(do_job(sys.argv, run))
+    sys.exit(worker_main(sys.argv, run))

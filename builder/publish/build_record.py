@@ -22,7 +22,7 @@ import yaml
 
 from builder import __version__
 from builder.core import manifest
-from builder.core.safe_text import without_secrets
+from builder.core.safe_text import redact
 from builder.core.store import Store, digest_of, replace_file
 from builder.core.untrusted_text import parse_yaml
 from builder.llmapi import arguments as llmapi_arguments
@@ -78,7 +78,7 @@ def write(
         ],
     }
     path = store.root / DIRECTORY / f"{link.name}.json"
-    replace_file(path, json.dumps(manifest.sealed(json.loads(without_secrets(json.dumps(record)))), indent=1))
+    replace_file(path, json.dumps(manifest.seal(json.loads(redact(json.dumps(record)))), indent=1))
     return path
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.errors import UsageError
-from builder.core.file_names import plain, shortened
+from builder.core.file_names import sanitized, truncated
 from builder.core.store import Store, digest_of, replace_link
 from builder.hub.snapshot import local_directory
 from builder.publish import build_record
@@ -72,7 +72,7 @@ def base_name(resolved: Resolved, prefix: str = "") -> str:
     recipe = resolved.recipe
     part = recipe.quantization
     directory = local_directory(recipe.model)
-    model = shortened(plain(prefix + (directory.name if directory else recipe.model.id.split("/")[-1])), 100)
+    model = truncated(sanitized(prefix + (directory.name if directory else recipe.model.id.split("/")[-1])), 100)
     parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
     other = "-keep-bf16" * bool(part.keep_bf16) + "-keep-fp8" * bool(part.keep_fp8)
     other += parallel + ("" if target_facts(recipe.target).has_engine else f"-{recipe.target}")
@@ -121,24 +121,24 @@ def _candidates(resolved: Resolved, mine: Mapping[str, Any], records: Mapping[st
     yield short
     differing = _differing(mine, records.get(short, {}))
     named = base_name(resolved, _parent(resolved)) if SOURCE in differing else short
-    words = [WORDS[key].format(plain(str(mine[key]))) for key in WORDS if key in differing]
+    words = [WORDS[key].format(sanitized(str(mine[key]))) for key in WORDS if key in differing]
     if "model.revision" in differing:
         words.insert(0, _revision(mine["model.revision"]))
     if differing and differing <= {SOURCE, "model.revision", *WORDS}:
-        yield shortened("-".join([named, *words]))
-    yield f"{shortened('-'.join([named, *words]), 160)}-{digest_of(mine)[:8]}"
+        yield truncated("-".join([named, *words]))
+    yield f"{truncated('-'.join([named, *words]), 160)}-{digest_of(mine)[:8]}"
 
 
 def _parent(resolved: Resolved) -> str:
     """The organization on the Hub, or the directory that the model's directory lies in."""
     directory = local_directory(resolved.recipe.model)
     parent = directory.parent.name if directory else resolved.recipe.model.id.rpartition("/")[0]
-    return f"{shortened(plain(parent), 60)}-" if parent else ""
+    return f"{truncated(sanitized(parent), 60)}-" if parent else ""
 
 
 def _revision(revision: Any) -> str:
     text = str(revision or "main")
-    return text[:7] if re.fullmatch(r"[0-9a-f]{40}", text) else shortened(plain(text), 40)
+    return text[:7] if re.fullmatch(r"[0-9a-f]{40}", text) else truncated(sanitized(text), 40)
 
 
 def _is_free(path: Path, target: str) -> bool:

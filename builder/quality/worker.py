@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from builder.core.errors import BuilderError, IntegrityError, NotMeasurable, UsageError
-from builder.core.process import do_job, emit
+from builder.core.process import emit, worker_main
 from builder.evaluate.datasets import Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring, worker
 from builder.evaluate.runners.language import knows, refuse_strangers, refuse_unknown_tokens
@@ -227,4 +227,4 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(do_job(sys.argv, run, known))
+    sys.exit(worker_main(sys.argv, run, known))

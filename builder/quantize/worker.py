@@ -25,7 +25,7 @@ from builder.checkpoint import huggingface, layouts
 from builder.checkpoint.layouts import FUSED
 from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
-from builder.core.process import do_job, emit
+from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
 from builder.model import loading as model_loading
 from builder.model.hashed_files import SourceFiles
@@ -350,4 +350,4 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(do_job(sys.argv, run, known))
+    sys.exit(worker_main(sys.argv, run, known))

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from builder.core import paths
 from builder.core.errors import UsageError
-from builder.core.file_names import shortened
+from builder.core.file_names import truncated
 from builder.core.output import Output, seconds, size
 from builder.core.store import replace_file, root_of
 from builder.evaluate.metrics import Estimate
@@ -55,7 +55,7 @@ MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$@]|^[#+=-]|(?<=^\d)[.)]|:(?=//)|(?<=www
 
 def html(report: Report) -> str:
     """The page. Nothing in it comes from outside, and nothing in the report can become markup."""
-    environment = _environment(autoescape=True, finalize=lambda value: value if _safe(value) else shown(value))
+    environment = _environment(autoescape=True, finalize=lambda value: value if _safe(value) else visible(value))
     return environment.get_template("page.html.j2").render(_context(report))
 
 
@@ -71,7 +71,7 @@ def publish(
     """Writes page and card, each in one step, adds the evaluation to the table, and says where they are."""
     report = gather(repository)
     directory = (root_of(repository.resolve()) or Path()) / "reports"
-    name = shortened(report.model.name)
+    name = truncated(report.model.name)
     page = page or directory / f"{name}.html"
     card, table = card or directory / f"{name}.md", table or directory / "results.csv"
     for path in (page, card, table):
@@ -102,19 +102,19 @@ def _identity(report: Report) -> dict[str, Any]:
     return {"built": built, "model": model.id, **{name: getattr(model, name) for name in columns}}
 
 
-def shown(value: object) -> str:
+def visible(value: object) -> str:
     """Text in which control characters, bidirectional overrides and lone surrogates are seen, not obeyed."""
     return "".join(c if c.isprintable() or c in VISIBLE else ascii(c)[1:-1] for c in str(value))
 
 
-def escaped(value: object) -> str:
+def escape_markdown(value: object) -> str:
     """Text for a line of Markdown or a cell of a table: no character of it is markup."""
-    return MARKDOWN.sub(r"\\\1", " ".join(shown(value).split()))
+    return MARKDOWN.sub(r"\\\1", " ".join(visible(value).split()))
 
 
 def code(value: object) -> str:
     """Inline code for a cell of a table."""
-    text = " ".join(shown(value).split()).replace("|", "\\|")
+    text = " ".join(visible(value).split()).replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}" if text else ""
@@ -122,7 +122,7 @@ def code(value: object) -> str:
 
 def fenced(value: object) -> str:
     """A code block that its content can't close."""
-    text = shown(value)
+    text = visible(value)
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
@@ -145,7 +145,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
     environment.filters |= {
         "size": size,
         "seconds": seconds,
-        "md": escaped,
+        "md": escape_markdown,
         "code": code,
         "fenced": fenced,
         "figure": lambda value, digits, scale: f"{value * scale:,.{digits}f}",
@@ -154,7 +154,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
         "percentiles": format_percentiles,
         "signed": lambda value, digits, scale=1: "–" if value is None else f"{value * scale:+.{digits}f}",
         "runner": lambda name: RUNNERS.get(name, name),
-        "breakable": lambda text: Markup(re.sub(r"([._/=-])", r"\1<wbr>", str(escape(shown(text))))),
+        "breakable": lambda text: Markup(re.sub(r"([._/=-])", r"\1<wbr>", str(escape(visible(text))))),
         "verb": lambda name: STAGE_VERBS.get(name, name),
         "kind": lambda name: KINDS.get(name, name),
         "layout": lambda name: LAYOUTS.get(name, name),
@@ -235,7 +235,7 @@ def _score_chart(report: Report) -> Markup | None:
         return None
     marks = [
         Mark(
-            shown(f"{score.data}, {RUNNERS.get(score.runner, score.runner)}"),
+            visible(f"{score.data}, {RUNNERS.get(score.runner, score.runner)}"),
             score.score.value,
             f"{score.score.value:.2f}",
             score.score.low,
@@ -257,9 +257,13 @@ def _score_chart(report: Report) -> Markup | None:
 def _loss_chart(report: Report) -> Markup | None:
     if not report.losses:
         return None
-    marks = [Mark(shown(loss.layer), loss.kl, f"{loss.kl:.3g}", tick=_number_in(loss.layer)) for loss in report.losses]
+    marks = [
+        Mark(visible(loss.layer), loss.kl, f"{loss.kl:.3g}", tick=_number_in(loss.layer)) for loss in report.losses
+    ]
     worst = max(report.losses, key=lambda loss: loss.kl)
-    text = f"KL divergence to BF16 with one layer quantized at a time. The worst: {shown(worst.layer)}, {worst.kl:.3g}."
+    text = (
+        f"KL divergence to BF16 with one layer quantized at a time. The worst: {visible(worst.layer)}, {worst.kl:.3g}."
+    )
     return Markup(charts.columns("loss", "Loss by layer", text, marks))
 
 
@@ -277,10 +281,10 @@ def _size_chart(report: Report) -> Markup | None:
 def _contents_chart(layout: str, kinds: Any) -> tuple[str, Markup]:
     whole = sum(kinds.values()) or 1
     ordered = sorted(kinds.items(), key=lambda item: -item[1])
-    marks = [Mark(shown(KINDS.get(kind, kind)), n, f"{size(n)}, {100 * n / whole:.1f} %") for kind, n in ordered if n]
+    marks = [Mark(visible(KINDS.get(kind, kind)), n, f"{size(n)}, {100 * n / whole:.1f} %") for kind, n in ordered if n]
     name = LAYOUTS.get(layout, layout)
     slug = re.sub(r"[^a-z0-9]+", "-", layout.lower())
-    return name, Markup(charts.bars(f"contents-{slug}", f"Checkpoint by kind, {shown(name)}", _spoken(marks), marks))
+    return name, Markup(charts.bars(f"contents-{slug}", f"Checkpoint by kind, {visible(name)}", _spoken(marks), marks))
 
 
 def _time_chart(report: Report) -> Markup | None:
@@ -289,7 +293,7 @@ def _time_chart(report: Report) -> Markup | None:
         for stage in report.stages
     ]
     marks += [
-        Mark(shown(f"Accuracy, {RUNNERS.get(score.runner, score.runner)}"), score.seconds, seconds(score.seconds))
+        Mark(visible(f"Accuracy, {RUNNERS.get(score.runner, score.runner)}"), score.seconds, seconds(score.seconds))
         for score in (report.evaluation.scores if report.evaluation else ())
         if score.data == OVERALL and score.seconds
     ]

@@ -118,7 +118,7 @@ def serve(
         log = log or place.log
         with (
             open(log, "wb") as sink,
-            process.started(
+            process.supervised(
                 argv,
                 stop=lambda child: _stop(child, patience),
                 log=sink,

@@ -26,7 +26,7 @@ WALL_SECONDS = 60.0  # for one conversation: a stuck child that uses no CPU time
 # What a child needs of the environment. A template sees none of it, but a bug in the sandbox would.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR")
 OPEN = "CONTINUE_FINAL_MESSAGE_TAG "  # the word that transformers looks for (utils/chat_template_utils.py)
-SAYS = {
+DESCRIPTIONS = {
     "syntax": "can't be parsed",
     "refused": "rejects the conversation",
     "endless": "does not end",
@@ -48,12 +48,12 @@ class TemplateProblem(Exception):
     """Why a conversation could not be rendered: `kind` is a key of SAYS, `why` what the template itself said."""
 
     def __init__(self, kind: str, why: str) -> None:
-        super().__init__(f"{SAYS[kind]}: {why}")
+        super().__init__(f"{DESCRIPTIONS[kind]}: {why}")
         self.kind, self.why = kind, why
 
     def error(self, file: str, *, hint: str, row: int | None = None) -> UsageError:
         """As what a user reads, with the template's file and the calibration row that it was rendered for."""
-        says = SAYS[self.kind]
+        says = DESCRIPTIONS[self.kind]
         if row is not None:
             says = f"refuses calibration row {row}" if self.kind == "refused" else f"{says} (calibration row {row})"
         return UsageError(f"The chat template of this model ({file}) {says}.", why=self.why, hint=hint)
@@ -117,7 +117,7 @@ class Renderer:
         self.template = template
 
     def __enter__(self) -> Renderer:
-        self._child = start(workers.CHAT_TEMPLATE, stdin=subprocess.PIPE)
+        self._child = start_worker(workers.CHAT_TEMPLATE, stdin=subprocess.PIPE)
         try:
             self._ask({"template": self.template.text, "variables": dict(self.template.variables)})
         except BaseException:
@@ -149,13 +149,13 @@ class Renderer:
             self._child.stdin.flush()
         except BrokenPipeError:
             raise TemplateProblem("crashed", "its process ended") from None
-        told = answer(self._child)
+        told = read_response(self._child)
         if "error" in told:
             raise TemplateProblem(told["error"], told["why"])
         return str(told["text"])
 
 
-def start(module: str, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+def start_worker(module: str, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     """A child that limits itself, answers in lines of JSON on stdout and keeps its errors to itself."""
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     return subprocess.Popen(
@@ -169,7 +169,7 @@ def start(module: str, *arguments: str, stdin: int = subprocess.DEVNULL) -> subp
     )
 
 
-def answer(child: subprocess.Popen[bytes], wall: float = WALL_SECONDS) -> dict[str, Any]:
+def read_response(child: subprocess.Popen[bytes], wall: float = WALL_SECONDS) -> dict[str, Any]:
     """The next line that the child writes; what its end means, where it ended instead."""
     stdout: IO[bytes] | None = child.stdout
     assert stdout is not None

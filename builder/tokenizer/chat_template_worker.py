@@ -104,14 +104,14 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def short(text: str) -> str:
+def check_length(text: str) -> str:
     """The text, if a parent can take it. MemoryError otherwise."""
     if len(text) > LONGEST:
         raise MemoryError
     return text
 
 
-def failure(error: BaseException) -> dict[str, str]:
+def error_response(error: BaseException) -> dict[str, str]:
     """What went wrong, as an answer: the template can't be parsed, refuses these messages, or takes all memory."""
     if isinstance(error, MemoryError):
         return {
@@ -141,10 +141,10 @@ def main() -> int:
                 template = Template(asked["template"], asked["variables"])
                 told: dict[str, Any] = {"text": ""}
             else:
-                told = {"text": short(template.render(**asked))}
+                told = {"text": check_length(template.render(**asked))}
             answer = json.dumps(told)
         except Exception as error:
-            answer = json.dumps(failure(error))
+            answer = json.dumps(error_response(error))
         answers.write(answer + "\n")
         answers.flush()
         if template is None:

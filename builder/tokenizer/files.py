@@ -154,7 +154,7 @@ def _read(directory: Path, where: str, seen: tuple[object, ...]) -> Tokenizer:
 
 def _ask(directory: Path, job: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the child says of tokenizer and chat template; of the second nothing where there is none."""
-    child = chat_template.start(workers.TOKENIZER, str(directory.absolute()), stdin=subprocess.PIPE)
+    child = chat_template.start_worker(workers.TOKENIZER, str(directory.absolute()), stdin=subprocess.PIPE)
     try:
         assert child.stdin is not None
         try:
@@ -163,10 +163,10 @@ def _ask(directory: Path, job: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         except BrokenPipeError:
             pass  # it ended: its answer says so
         child.stdin = None
-        told = chat_template.answer(child, wall=600)
+        told = chat_template.read_response(child, wall=600)
         if "error" in told or "template" not in job:
             return told, {}
-        return told, chat_template.answer(child)
+        return told, chat_template.read_response(child)
     finally:
         child.kill()
         child.communicate()
@@ -200,9 +200,9 @@ def _check_files(directory: Path, where: str) -> dict[str, str]:
     for name, content in ((CONFIG, config), ("special_tokens_map.json", special)):
         for key in NAMED:
             if content.get(key) is not None and _text(content[key]) is None:
-                raise _wrong(where, name, f"{key} is {shown(content[key])}, not a text")
+                raise _wrong(where, name, f"{key} is {quoted(content[key])}, not a text")
     if not isinstance(config.get("tokenizer_class"), str | None):
-        raise _wrong(where, CONFIG, f"tokenizer_class is {shown(config['tokenizer_class'])}, not a name")
+        raise _wrong(where, CONFIG, f"tokenizer_class is {quoted(config['tokenizer_class'])}, not a name")
     _check_added(config, directory, where)
     tokens = {key: _text(config.get(key)) or _text(special.get(key)) for key in NAMED}
     return {key: text for key, text in tokens.items() if text}
@@ -212,13 +212,15 @@ def _check_added(config: Mapping[str, Any], directory: Path, where: str) -> None
     """IntegrityError unless added_tokens_decoder maps ids to tokens, and added_tokens.json tokens to ids."""
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, Mapping):
-        raise _wrong(where, CONFIG, f"added_tokens_decoder is {shown(decoder)}, not an object")
+        raise _wrong(where, CONFIG, f"added_tokens_decoder is {quoted(decoder)}, not an object")
     for id, token in decoder.items():
         if not (id.isascii() and id.isdigit()) or not isinstance(token, Mapping) or _text(token) is None:
-            raise _wrong(where, CONFIG, f"added_tokens_decoder has {shown(id)}: {shown(token)}, not an id and a token")
+            raise _wrong(
+                where, CONFIG, f"added_tokens_decoder has {quoted(id)}: {quoted(token)}, not an id and a token"
+            )
     for token, id in json_object(directory / "added_tokens.json", where).items():
         if not isinstance(id, int) or isinstance(id, bool) or id < 0:
-            raise _wrong(where, "added_tokens.json", f"{shown(token)} has the id {shown(id)}")
+            raise _wrong(where, "added_tokens.json", f"{quoted(token)} has the id {quoted(id)}")
 
 
 def _ids(value: Any, file: str) -> list[int]:
@@ -226,7 +228,7 @@ def _ids(value: Any, file: str) -> list[int]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
         raise IntegrityError(
-            f"{file} has {shown(value)} as eos_token_id.",
+            f"{file} has {quoted(value)} as eos_token_id.",
             why="It takes the id of a token, or a list of ids.",
             hint="Correct it by the file of the model that this one was made from.",
         )
@@ -243,7 +245,7 @@ def _wrong(where: str, name: str, why: str) -> IntegrityError:
     return IntegrityError(f"{where}/{name} is not what a tokenizer saves.", why=f"{why}.", hint=SAVE_AGAIN)
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """For a message: quoted, without control characters, cut."""
     text = ascii(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -13,7 +13,7 @@ from typing import Any
 Encode = Callable[[str], Sequence[int]]
 
 
-def added_in_front(encode: Encode) -> list[int]:
+def prefix_ids(encode: Encode) -> list[int]:
     """The ids that `encode` puts in front of every text: what the encodings of "", "a" and "b" begin with alike."""
     common = []
     for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
@@ -23,7 +23,7 @@ def added_in_front(encode: Encode) -> list[int]:
     return common
 
 
-def without_repeat(ids: Sequence[int], front: Sequence[int]) -> list[int]:
+def without_repeated_prefix(ids: Sequence[int], front: Sequence[int]) -> list[int]:
     """`ids` of a text, without the second of two equal fronts."""
     length = len(front)
     repeated = length and list(ids[length : 2 * length]) == list(front)
@@ -36,5 +36,5 @@ def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, verbose=False)["input_ids"])
 
-    front = added_in_front(encode)
-    return lambda text: without_repeat(encode(text), front)
+    front = prefix_ids(encode)
+    return lambda text: without_repeated_prefix(encode(text), front)

@@ -15,8 +15,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from builder.tokenizer.chat_template_worker import Template, die_with_parent, failure, limit_memory, limit_time, short
-from builder.tokenizer.special_tokens import added_in_front
+from builder.tokenizer.chat_template_worker import (
+    Template,
+    check_length,
+    die_with_parent,
+    error_response,
+    limit_memory,
+    limit_time,
+)
+from builder.tokenizer.special_tokens import prefix_ids
 
 SECONDS = 60  # of CPU time; the largest tokenizers take about 3
 MEMORY = 8 << 30  # bytes of address space; the largest tokenizers take about 1 GiB
@@ -37,7 +44,7 @@ def describe(tokenizer: Tokenizer, file: dict[str, Any], tokens: list[str]) -> d
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     listed = [(token["content"], token["id"]) for token in file.get("added_tokens", [])]
     bare = tokenizer.encode("a", add_special_tokens=False).ids
-    front = added_in_front(lambda text: tokenizer.encode(text).ids)
+    front = prefix_ids(lambda text: tokenizer.encode(text).ids)
     return {
         "largest": max([*vocabulary.values(), *added], default=-1),
         "largest_base": max((id for id in vocabulary.values() if id not in added), default=-1),
@@ -53,7 +60,7 @@ def describe(tokenizer: Tokenizer, file: dict[str, Any], tokens: list[str]) -> d
 def conversation(tokenizer: Tokenizer, job: dict[str, Any]) -> dict[str, Any]:
     """What the template makes of the messages: their ids, and the special tokens behind the last message's text."""
     messages = job["messages"]
-    text = short(Template(job["template"], job["variables"]).render(messages))
+    text = check_length(Template(job["template"], job["variables"]).render(messages))
     _, found, tail = text.rpartition(messages[-1]["content"])
     special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     behind = tokenizer.encode(tail, add_special_tokens=False).ids if found else []
@@ -85,7 +92,7 @@ def main(directory: Path, job: dict[str, Any]) -> int:
     try:
         told = conversation(tokenizer, job)
     except Exception as error:
-        told = failure(error)
+        told = error_response(error)
     answers.write(json.dumps(told) + "\n")
     answers.flush()
     return 0

@@ -101,7 +101,7 @@ def check_served(repository: Repository) -> None:
 
 def _changed(directory: Path, hint: str) -> IntegrityError:
     try:
-        wrong = list(manifests.wrong_files(directory, manifests.load(directory), hashed_up_to=manifests.SMALL))
+        wrong = list(manifests.file_problems(directory, manifests.load(directory), hashed_up_to=manifests.SMALL))
     except manifests.Damaged as error:
         wrong = [f"its {MANIFEST}: {error}"]
     return IntegrityError(

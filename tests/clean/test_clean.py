@@ -22,7 +22,7 @@ from builder.core import manifest
 from builder.core import store as stores
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output
-from builder.core.store import Artifact, Store, serving
+from builder.core.store import Artifact, Store, serving_lock
 
 QUIET = Output("quiet")
 
@@ -83,7 +83,7 @@ def test_old_is_what_no_build_used_lately(tmp_path: Path) -> None:
     for artifact in (old, used, linked):
         content = {**artifact.manifest, "started": time.time() - 10 * 86400}
         content.pop(manifest.SEAL)
-        (artifact.path / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
+        (artifact.path / "manifest.json").write_text(json.dumps(manifest.seal(content)))
         os.utime(artifact.path, (time.time() - 10 * 86400,) * 2)
     assert Store(tmp_path, QUIET).stage("checkpoint", {"n": 1}, lambda _: {}).cached
     assert removed(tmp_path, older_than=removal.age("11d")) == set()
@@ -140,7 +140,7 @@ def test_young_measurements_keep_an_old_model(tmp_path: Path) -> None:
     checkpoint = stage(tmp_path, "checkpoint", {})
     content = {**checkpoint.manifest, "started": 1.0}
     content.pop(manifest.SEAL)
-    (checkpoint.path / "manifest.json").write_text(json.dumps(manifest.sealed(content)))
+    (checkpoint.path / "manifest.json").write_text(json.dumps(manifest.seal(content)))
     os.utime(checkpoint.path, (1, 1))
     stage(tmp_path, "scores", {"of": [checkpoint.digest]})
     assert removed(tmp_path, older_than=3600.0) == set()
@@ -171,7 +171,7 @@ def test_a_link_that_became_a_directory_keeps_itself_and_what_it_was_made_from(t
 def test_a_served_repository_stays_with_all_that_it_needs(tmp_path: Path) -> None:
     first = chain(tmp_path, 1)
     link(tmp_path, "a", first[2])
-    with serving(first[2].path):
+    with serving_lock(first[2].path):
         for request in (Request(everything=True), Request(names=("a",)), Request(older_than=0.0)):
             made = removal.plan(tmp_path, request)
             assert not {entry.path for entry in made.remove} & {artifact.path for artifact in first}

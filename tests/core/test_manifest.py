@@ -289,9 +289,9 @@ def test_verify_names_a_stage_without_a_manifest(tmp_path: Path) -> None:
 
 def test_what_json_makes_of_a_value_is_what_is_sealed() -> None:
     value = {"b": {1: "one", "two": (1, 2)}, "a": float("nan")}
-    manifest.check_seal(json.loads(json.dumps(manifest.sealed(value))))
+    manifest.check_seal(json.loads(json.dumps(manifest.seal(value))))
     with pytest.raises(manifest.Damaged):
-        manifest.check_seal({**manifest.sealed(value), "a": 1})
+        manifest.check_seal({**manifest.seal(value), "a": 1})
 
 
 # Replacing a directory.
@@ -332,7 +332,7 @@ def test_a_kill_while_a_directory_is_replaced_loses_neither(tmp_path: Path, how:
         argv = [sys.executable, "-c", EXCHANGED, str(new), str(final), str(number), how]
         done = subprocess.run(argv, capture_output=True, text=True)
         assert done.returncode in (0, -9), done.stderr
-        atomic.restore(final)
+        atomic.restore_backup(final)
         seen.add((final / "file").read_text())
         if done.returncode == 0:
             break

@@ -17,7 +17,7 @@ from builder.calibration.rows import CALIBRATION, Rows, _write, read_jsonl
 from builder.cli import main
 from builder.core.errors import UsageError
 from builder.core.output import Output, print_error
-from builder.core.safe_text import printable, printable_bytes, printable_line, without_secrets
+from builder.core.safe_text import printable, printable_bytes, printable_line, redact
 from builder.core.store import Store
 from builder.hub import snapshot
 from builder.recipe.schema import Calibration
@@ -43,7 +43,7 @@ CODES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
-    assert without_secrets(text, {"HOME": "/root", "TOKENIZERS_PARALLELISM": "hf_checkpoints"}) == text
+    assert redact(text, {"HOME": "/root", "TOKENIZERS_PARALLELISM": "hf_checkpoints"}) == text
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_what_is_no_secret_stays(text: str) -> None:
     ],
 )
 def test_secrets_go(text: str, clean: str) -> None:
-    assert without_secrets(text, {}) == clean
+    assert redact(text, {}) == clean
 
 
 def test_secrets_of_the_environment_go_whatever_they_look_like() -> None:
@@ -76,9 +76,9 @@ def test_secrets_of_the_environment_go_whatever_they_look_like() -> None:
         "an-unusual-token-1234 correct horse battery wJalrXUtnFEMI/K7MDENG p@ss/word99 proxypassword "
         "proxyuser:proxypassword ./models"
     )
-    assert without_secrets(text, environment) == "*** *** *** *** *** *** ./models"
+    assert redact(text, environment) == "*** *** *** *** *** *** ./models"
     # A password that is also a word: only where it stands alone.
-    assert without_secrets("hf_checkpoints checkpoint", {"X_PASSWORD": "checkpoint"}) == "hf_checkpoints ***"
+    assert redact("hf_checkpoints checkpoint", {"X_PASSWORD": "checkpoint"}) == "hf_checkpoints ***"
 
 
 @given(st.text())

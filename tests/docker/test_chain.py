@@ -110,7 +110,7 @@ def copied(built: Path, tmp_path: Path) -> Callable[..., Path]:
         told = json.loads((made / "manifest.json").read_text())
         told["facts"] |= facts
         unsealed = {key: value for key, value in told.items() if key != manifest.SEAL}
-        (made / "manifest.json").write_text(json.dumps(manifest.sealed(unsealed)))
+        (made / "manifest.json").write_text(json.dumps(manifest.seal(unsealed)))
         return made
 
     return copy

@@ -182,7 +182,7 @@ def test_a_download_that_was_ended_is_finished_by_the_next_run(
 def test_a_stuck_transfer_is_begun_again(
     hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fetch_module, "STALL", 0.6)
+    monkeypatch.setattr(fetch_module, "STALL_SECONDS", 0.6)
     hub.add("tiny/qwen2", SMALL)
     hub.fail(Fault(weights(hub), "hang", after=1000))
     assert_same(fetch(Model(id="tiny/qwen2"), store=store), SMALL)

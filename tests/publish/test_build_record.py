@@ -96,7 +96,7 @@ def test_of_two_records_the_newer_counts_and_a_broken_one_does_not(tmp_path: Pat
     link = report_store.build(tmp_path)
     [path] = (tmp_path / "builds").glob("*.json")
     changed = {key: value for key, value in read(tmp_path).items() if key != manifest.SEAL}
-    newer = manifest.sealed({**changed, "name": "second", "written": 9e9})
+    newer = manifest.seal({**changed, "name": "second", "written": 9e9})
     path.with_name("edited.json").write_text(json.dumps({**newer, "name": "edited", "written": 9.5e9}))
     path.with_name("second.json").write_text(json.dumps(newer))
     path.with_name("broken.json").write_text('{"format": 1, "repository')

@@ -34,7 +34,7 @@ def published(store: Store, resolved: schema.Resolved, key: str) -> str:
     values = [list(row) for row in resolved.explained()]
     told = {"format": build_record.FORMAT, "repository": f"repository/{key}", "written": 1.0, "values": values}
     told |= {"source": source, "source_digest": links.digest_of(source)}
-    path.write_text(json.dumps(manifest.sealed(told)))
+    path.write_text(json.dumps(manifest.seal(told)))
     links.move(name, repository)
     assert name.resolve() == repository
     return name.name
@@ -189,13 +189,13 @@ def test_any_name_of_a_directory_gives_a_name_that_fits_with_its_suffixes(
     second = published(store, resolve(str(other), engine__max_batch_size=8, engine__tp=2), "two")
     for one in (name, second):
         assert len(f".{one}.json.4194304.tmp".encode()) <= 255
-        assert one == file_names.plain(one)
+        assert one == file_names.sanitized(one)
     assert len(models(store)) == 2
 
 
 def test_shortened_names_of_different_words_differ() -> None:
-    assert file_names.shortened("x" * 180) == "x" * 180
-    long = [file_names.shortened("x" * 200 + end) for end in "ab"]
+    assert file_names.truncated("x" * 180) == "x" * 180
+    long = [file_names.truncated("x" * 200 + end) for end in "ab"]
     assert len(set(long)) == 2
     assert all(len(name) <= 180 for name in long)
 

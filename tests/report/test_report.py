@@ -23,7 +23,7 @@ from builder.core.errors import UsageError
 from builder.core.store import Artifact
 from builder.recipe.target_facts import TARGETS
 from builder.report.gather import REFERENCE, gather, judge, results
-from builder.report.render import code, escaped, fenced, html, markdown, shown
+from builder.report.render import code, escape_markdown, fenced, html, markdown, visible
 from builder.report.results import Evaluation, Interval, Score
 from builder.serving.smoke import Check, SmokeReport
 
@@ -162,7 +162,7 @@ def test_what_is_not_known_is_absent_and_said(tmp_path: Path) -> None:
         "not served",
     ):
         assert said in page.text
-        assert escaped(said)[:20] in markdown(found)
+        assert escape_markdown(said)[:20] in markdown(found)
     assert "The command was not recorded" in page.text
     assert found.model.gpu == "cpu"
 
@@ -303,22 +303,22 @@ def test_nothing_hostile_becomes_markup_in_the_card(hostile: Path) -> None:
 @example("www.a.b http://a.b")
 def test_markdown_of_any_text_is_that_text(text: str) -> None:
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")
-    seen = " ".join(shown(text).split())
-    table = Page(parser.render(f"| a | b |\n| --- | --- |\n| {escaped(text)} | {code(text)} |\n"))
+    seen = " ".join(visible(text).split())
+    table = Page(parser.render(f"| a | b |\n| --- | --- |\n| {escape_markdown(text)} | {code(text)} |\n"))
     assert {tag for tag, _ in table.tags} <= {"table", "thead", "tbody", "tr", "th", "td", "code"}
     cells = re.findall(
-        r"<td>(.*?)</td>", parser.render(f"| a | b |\n| --- | --- |\n| {escaped(text)} | {code(text)} |\n")
+        r"<td>(.*?)</td>", parser.render(f"| a | b |\n| --- | --- |\n| {escape_markdown(text)} | {code(text)} |\n")
     )
     assert [" ".join(Page(cell).text.split()) for cell in cells] == [seen, seen]
-    listed = Page(parser.render(f"- {escaped(text)}\n"))
+    listed = Page(parser.render(f"- {escape_markdown(text)}\n"))
     assert " ".join(listed.text.split()) == seen
     assert {tag for tag, _ in listed.tags} <= {"ul", "li"}
     block = Page(parser.render(fenced(text)))
-    assert (block.text.rstrip("\n"), [tag for tag, _ in block.tags]) == (shown(text).rstrip("\n"), ["pre", "code"])
+    assert (block.text.rstrip("\n"), [tag for tag, _ in block.tags]) == (visible(text).rstrip("\n"), ["pre", "code"])
 
 
 def test_characters_that_would_be_obeyed_are_seen() -> None:
-    assert shown("a\u202eb\x1b[0m\ud800\tc\nd é 你 \u200d") == "a\\u202eb\\x1b[0m\\ud800\tc\nd é 你 \u200d"
+    assert visible("a\u202eb\x1b[0m\ud800\tc\nd é 你 \u200d") == "a\\u202eb\\x1b[0m\\ud800\tc\nd é 你 \u200d"
 
 
 def test_the_card_has_front_matter_that_the_hub_reads(link: Path) -> None:

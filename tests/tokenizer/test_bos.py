@@ -164,7 +164,7 @@ def test_the_llmapi_model(expected: list[int], tmp_path: Path) -> None:
 @given(front=st.lists(st.integers(0, 3), max_size=2), text=st.lists(st.integers(0, 3), max_size=6))
 def test_what_is_taken_away_is_one_front(front: list[int], text: list[int]) -> None:
     """For any ids: the front stands there once at least, and nothing of the text is lost but a front at its start."""
-    ids = special_tokens.without_repeat([*front, *text], front)
+    ids = special_tokens.without_repeated_prefix([*front, *text], front)
     assert ids in ([*front, *text], text)
     assert ids[: len(front)] == front
     assert (ids == text) == (text[: len(front)] == front or not front)
@@ -178,5 +178,5 @@ def test_what_a_tokenizer_adds_in_front(before: list[int], after: list[int], fro
     def encode(text: str) -> Any:
         return [*before, *text.encode(), *after]
 
-    assert special_tokens.added_in_front(encode) == front
+    assert special_tokens.prefix_ids(encode) == front
     assert PREPROCESSING.added_in_front(encode) == front

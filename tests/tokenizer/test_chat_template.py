@@ -171,7 +171,7 @@ def test_a_template_that_can_not_be_used(template: str, model: Path, store: Stor
     (model / "chat_template.jinja").write_text(template)
     problem = check(model).template_problem
     assert problem is not None
-    says = chat_template.SAYS[problem.kind]
+    says = chat_template.DESCRIPTIONS[problem.kind]
     with pytest.raises(UsageError, match=rf"chat template of this model \(chat_template\.jinja\) {says}") as caught:
         pipeline.build(resolved(model, calibration__data="builtin:python-docs"), store)
     assert "builtin:python-docs-text" in caught.value.hint

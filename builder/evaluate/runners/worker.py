@@ -18,7 +18,7 @@ import numpy as np
 
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.core.output import Output, size
-from builder.core.process import do_job, emit
+from builder.core.process import emit, worker_main
 from builder.core.store import Store
 from builder.evaluate.datasets import Ids, Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring
@@ -162,4 +162,4 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(do_job(sys.argv, run, known))
+    sys.exit(worker_main(sys.argv, run, known))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError
-from builder.core.process import do_job, emit
+from builder.core.process import emit, worker_main
 from builder.evaluate.datasets import Sequences, sequences
 from builder.evaluate.runners.local import Causal
 from builder.evaluate.runners.worker import score_set
@@ -333,4 +333,4 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(do_job(sys.argv, run, known))
+    sys.exit(worker_main(sys.argv, run, known))
