@@ -1,6 +1,6 @@
-"""Asks a served repository every way that there is, and asserts what must come back. Works on any of our repositories.
+"""The smoke test: calls every endpoint of a served repository and checks the answers. For repositories of any target.
 
-The client, and with it tritonclient, is imported when a test begins.
+The client, and with it tritonclient, is imported only when a test starts.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ LIBRARIES = (
 )
 
 
-DETAIL = 400  # characters of a check's detail: enough to see what is wrong
+DETAIL = 400  # maximum characters of a check's detail
 
 
 @dataclass(frozen=True)
 class Check:
-    """One assertion: `detail` says what was seen, what is wrong, or (`passed` None) why it could not be checked."""
+    """The result of one check. `passed` is None if it could not be checked.
+
+    `detail` says what was seen, what is wrong, or why it was not checked.
+    """
 
     name: str
     passed: bool | None
@@ -70,7 +73,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model said."""
+    """A prompt and the model's answer, for people to look at."""
 
     prompt: str
     answer: str
@@ -78,18 +81,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class SmokeReport:
-    """All checks of one test, and the sample where it came so far."""
+    """The results of all checks, and the sample if the server got as far as an answer."""
 
     checks: tuple[Check, ...]
     sample: Sample | None = None
 
     @property
     def failed(self) -> list[Check]:
+        """The checks that failed."""
         return [check for check in self.checks if check.passed is False]
 
     @property
     def unchecked(self) -> list[Check]:
-        """What this model gave no occasion to check."""
+        """The checks that could not be made with this model."""
         return [check for check in self.checks if check.passed is None]
 
     @property
@@ -100,39 +104,44 @@ class SmokeReport:
         return ", ".join([f"{passed} of {len(self.checks)} passed", *(f"{len(c)} {what}" for c, what in rest if c)])
 
     def check(self) -> None:
-        """Raises SmokeFailed naming the failed checks."""
+        """Raises SmokeFailed, with the failed checks, if there are any."""
         if self.failed:
             raise SmokeFailed(self)
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON: the checks, the sample, and `passed` for the whole test."""
         return {**asdict(self), "passed": not self.failed}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SmokeReport:
+        """The inverse of `as_dict`."""
         sample = data.get("sample")
         return cls(tuple(Check(**check) for check in data["checks"]), Sample(**sample) if sample else None)
 
 
 class SmokeFailed(ServingError):
-    """Exit code 5; `report` holds every check."""
+    """A check failed (exit code 5). `report` has the results of all checks."""
 
     def __init__(self, report: SmokeReport) -> None:
         super().__init__(
             f"{len(report.failed)} of {len(report.checks)} smoke checks failed.",
             why="\n".join(f"{check.name}: {check.detail}" for check in report.failed),
-            hint="Serve it and ask it yourself: builder serve REPOSITORY",
+            hint="Serve the repository and send requests yourself: builder serve REPOSITORY",
         )
         self.report = report
 
 
 def smoke_test(repository: Repository, *, store: Store) -> SmokeReport:
-    """Serves the repository, tests it and stops it. A repository that passed is not tested again."""
+    """Serves the repository, tests it and stops the server. A test that passed is cached in the store.
+
+    SmokeFailed if a check failed, ServingError if the server does not start.
+    """
     from builder.serving.server import serve
 
     on_gpu = target_facts(repository.facts["target"]).needs_gpu
     ingredients = {
         "repository": repository.digest,
-        # The repository's files name its engine and do not hold it; its key follows from the engine's content.
+        # The digest covers the path of the engine and not its content. The key covers the content too.
         "key": repository.path.name,
         "libraries": library_versions(*LIBRARIES),
         "gpus": [asdict(gpu) for gpu in visible() or []] if on_gpu else [],
@@ -153,12 +162,15 @@ def smoke_test(repository: Repository, *, store: Store) -> SmokeReport:
 def smoke(
     http_url: str, grpc_url: str, facts: Mapping[str, Any], *, out: Output, timeout: float = 120.0
 ) -> SmokeReport:
-    """Every check on a running server, in order. `timeout` is for one answer, or one piece of a stream."""
+    """Runs all checks on a running server, in order.
+
+    URLs have no scheme, `facts` are the repository's, `timeout` is in seconds for a response or a chunk of a stream.
+    """
     from builder.serving.client import Client
     from builder.serving.smoke_checks import READY, Checks
 
-    asked = Checks(Client.for_repository(http_url, grpc_url, facts, timeout), facts)
-    named = asked.named()
+    suite = Checks(Client.for_repository(http_url, grpc_url, facts, timeout), facts)
+    named = suite.named()
     checks: list[Check] = []
     with out.progress("smoke test", total=len(named), unit="checks") as bar:
         for name, function in named.items():
@@ -169,14 +181,14 @@ def smoke(
             elif not checks[-1].passed:
                 out.warn(f"smoke check failed: {name}: {checks[-1].detail}")
                 if name == READY:
-                    break  # nobody is there to ask
-    report = SmokeReport(tuple(checks), Sample(*asked.sample) if asked.sample else None)
+                    break  # no other check can pass
+    report = SmokeReport(tuple(checks), Sample(*suite.sample) if suite.sample else None)
     out.info(f"smoke checks: {report.counts}, in {seconds(sum(c.seconds for c in checks))}")
     return report
 
 
 def write_junit(report: SmokeReport, path: Path) -> None:
-    """The report as JUnit XML, which every CI system shows."""
+    """Writes the report as JUnit XML, which CI systems display."""
     from xml.etree import ElementTree
 
     suite = ElementTree.Element(
@@ -203,8 +215,8 @@ def write_junit(report: SmokeReport, path: Path) -> None:
 
 
 def _run(name: str, function: Callable[[], str]) -> Check:
-    """A check that breaks has failed: the others still run."""
-    from builder.serving.smoke_prompts import NotChecked, Wrong, short
+    """Runs one check. An exception is a failed check, so that the other checks still run."""
+    from builder.serving.smoke_prompts import CheckFailed, NotChecked, short
 
     start = time.monotonic()
     passed: bool | None
@@ -212,8 +224,8 @@ def _run(name: str, function: Callable[[], str]) -> Check:
         detail, passed = function(), True
     except NotChecked as unchecked:
         detail, passed = str(unchecked), None
-    except Wrong as wrong:
-        detail, passed = str(wrong), False
+    except CheckFailed as failed:
+        detail, passed = str(failed), False
     except Exception as error:
         detail, passed = f"{type(error).__name__}: {error}", False
     return Check(name, passed, short(detail, DETAIL), round(time.monotonic() - start, 3))

@@ -1,6 +1,6 @@
-"""What the smoke test asks: prompts and answer lengths that fit the engine's limits and its speed, each answer kept.
+"""The smoke test's requests: prompts and answer lengths that suit the engine's limits and speed. Answers are cached.
 
-Greedy answers repeat, so that an answer in one piece is asked for once and compared with often.
+Greedy decoding is deterministic, so the non-streamed answer to a request is fetched once and reused as the reference.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from builder.serving.client import Endpoint, Request, ServerError
 
-PROMPT = "Return the number of"  # its answer is the sample that a build shows
-SHORTER_PROMPTS = ("Return", "a")  # where that one does not fit
+PROMPT = "Return the number of"  # its answer is the sample that a build prints
+SHORTER_PROMPTS = ("Return", "a")  # fallbacks for engines with a small max_input_len
 PROMPTS = ("The user can", "A list is", "If the file", "Python has", "In this case", "The first", "When a", "Note that")
-# Prompts that draw answers with multi-byte characters from models of different size and language.
+# Prompts that elicit multi-byte characters from models of different sizes and languages.
 UTF8_PROMPTS = (
     "He said: “yes”, “no” and “",
     "“Hello",
@@ -27,154 +27,163 @@ UTF8_PROMPTS = (
     "请用中文介绍一下北京。",
     "😀 😃 😄 😁 😀 😃 😄 😁 😀 😃",
 )
-# Pushes any model of a byte-level vocabulary to say ȸȸȸȸ (C8 B8 each), which no vocabulary holds as one token. C8 is
-# in both words and gets both weights; the penalty on what was said makes the two bytes take turns.
-PUSHED_UTF8 = {
+# Makes any model with a byte-level vocabulary generate ȸȸȸȸ. Each ȸ is the bytes C8 B8, which no vocabulary has as one
+# token. The byte C8 is in both words and gets both weights; the frequency penalty makes the two bytes alternate.
+BIAS_TO_UTF8 = {
     "embedding_bias_words": ["ȸ", "ȹ"],
     "embedding_bias_weights": [3000.0, 300.0],
     "frequency_penalty": 600.0,
 }
-PUSHED_WORDS = (" the", "the", "a", "e", "1", ".")  # a vocabulary has one of them as one token
-TOKENS, FEWER_TOKENS, FEW_TOKENS = 16, 8, 4
-SLOW_SECONDS = 0.02  # a token: from then on FEWER_TOKENS are asked for, and one example where there could be three
-DOES_NOT_FIT = re.compile(r"max_tokens can be (-?\d+)|\(max_input_len\)|too many for the")
-NOT_KNOWN = "which this model does not know"
+BIAS_WORDS = (" the", "the", "a", "e", "1", ".")  # every vocabulary has one of these as a single token
+TOKENS, TOKENS_IF_SLOW, FEW_TOKENS = 16, 8, 4
+SLOW_SECONDS = 0.02  # per token: a slower server gets requests of TOKENS_IF_SLOW, and one example instead of three
+TOO_LONG = re.compile(r"max_tokens can be (-?\d+)|\(max_input_len\)|too many for the")
+UNKNOWN_WORD = "which this model does not know"
 
 
-class Wrong(Exception):
-    """What a check found."""
+class CheckFailed(Exception):
+    """A check found a fault. The message says what is wrong."""
 
 
 class NotChecked(Exception):
-    """Why a check could not be made. No fault was seen."""
+    """A check could not be made, and no fault was seen. The message says why."""
 
 
 @dataclass
-class Questions:
-    """`whole` answers in one piece; `biases` says whether there is an input that pushes a word."""
+class SmokeRequests:
+    """Makes requests that suit a server.
 
-    whole: Endpoint
+    `reference` is the endpoint that answers without streaming. `biases` says whether the repository has inputs that
+    bias the model towards a word. `max_seq_len` is the engine's limit in tokens.
+    """
+
+    reference: Endpoint
     biases: bool
     max_seq_len: int
-    _known: dict[str, str] = field(default_factory=dict)
+    _answers: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def _size(self) -> tuple[str, int, bool]:
-        """The main prompt, the room for its answer up to TOKENS tokens, and whether the server is slow."""
+        """The main prompt, the maximum length of its answer (at most TOKENS tokens), and whether the server is slow."""
         for prompt in (PROMPT, *SHORTER_PROMPTS):
-            room = self._room(prompt)
-            if room < 1:
+            longest = self._longest_answer(prompt)
+            if longest < 1:
                 continue
-            few = min(room, FEW_TOKENS)
+            few = min(longest, FEW_TOKENS)
             self.answer(Request(prompt, few))
             start = time.monotonic()
-            self.whole(Request(prompt, few))  # again: the first one waits for what a server prepares once
+            self.reference(Request(prompt, few))  # a second time: the first request includes the server's warm-up
             slow = (time.monotonic() - start) / few > SLOW_SECONDS
-            return prompt, room, slow
-        raise NotChecked("no prompt fits this engine (max_input_len, max_seq_len)")
+            return prompt, longest, slow
+        raise NotChecked("no prompt fits this engine's max_input_len and max_seq_len")
 
-    def _room(self, prompt: str) -> int:
-        """How many of TOKENS tokens an answer can have; 0 where the prompt alone is too long."""
+    def _longest_answer(self, prompt: str) -> int:
+        """The maximum max_tokens for a prompt, at most TOKENS; 0 if the prompt alone is too long."""
         try:
-            self.whole(Request(prompt, self.max_seq_len))  # rejected by preprocessing with the number that fits
-        except ServerError as refused:
-            found = DOES_NOT_FIT.search(str(refused))
+            self.reference(Request(prompt, self.max_seq_len))  # always too long: the error names the number that fits
+        except ServerError as error:
+            found = TOO_LONG.search(str(error))
             if found is None:
-                raise Wrong(f"{prompt!r} was refused: {short(str(refused))}") from None
+                raise CheckFailed(f"{prompt!r} was rejected: {short(str(error))}") from None
             return min(int(found[1] or 0), TOKENS)
         return TOKENS
 
     @property
     def prompt(self) -> str:
+        """The main prompt."""
         return self._size[0]
 
     @property
     def tokens(self) -> int:
-        """Of an answer."""
-        return min(self._size[1], FEWER_TOKENS if self._size[2] else TOKENS)
+        """max_tokens of most requests."""
+        return min(self._size[1], TOKENS_IF_SLOW if self._size[2] else TOKENS)
 
     @property
     def tokens_of_many(self) -> int:
-        """Of an answer where many are needed."""
+        """max_tokens for checks that send many requests."""
         return min(self.tokens, FEW_TOKENS) if self._size[2] else self.tokens
 
     def sample(self) -> str:
-        """The model's own answer, as long on a slow server as on a fast one."""
+        """The model's answer to the main prompt, of the same length whether the server is slow or fast."""
         return self.answer(Request(self.prompt, self._size[1]))
 
     @property
     def examples(self) -> int:
-        """How many examples a check needs that could use any number of them."""
+        """How many examples to use in checks that could use any number."""
         return 1 if self._size[2] else 3
 
     @cached_property
     def options(self) -> Mapping[str, Any]:
-        """What every question has beside its prompt: nothing, or the push towards a word that a model needs whose own
-        answers hold no text (an untrained one says special tokens). Wrong where a pushed word does not come either."""
+        """Inputs to add to every request: none, or a bias towards a word.
+
+        A model needs the bias if its own answers have no text: untrained models generate only special tokens.
+        CheckFailed if the bias has no effect either.
+        """
         if self.answer(Request(self.prompt, self.tokens)):
             return {}
         if not self.biases:
-            raise NotChecked("the model's answers hold no text")
-        for _, pushed in self.pushed():
-            if self.answer(Request(self.prompt, self.tokens, pushed)):
-                return pushed
-        raise Wrong("an empty answer, and an empty one where a word is pushed")
+            raise NotChecked("the model's answers have no text")
+        for _, bias in self.word_biases():
+            if self.answer(Request(self.prompt, self.tokens, bias)):
+                return bias
+        raise CheckFailed("the answer is empty, also with a bias towards a word")
 
-    def ask(self, prompt: str | None = None, tokens: int | None = None, **more: Any) -> Request:
-        """Of the main prompt and the usual length, if no other is given."""
-        return Request(prompt or self.prompt, tokens or self.tokens, {**self.options, **more})
+    def request(self, prompt: str | None = None, tokens: int | None = None, **options: Any) -> Request:
+        """A request with the main prompt and the usual max_tokens, unless others are given."""
+        return Request(prompt or self.prompt, tokens or self.tokens, {**self.options, **options})
 
-    def few(self) -> Request:
-        """As short as an answer can be that is told from another."""
-        return self.ask(tokens=min(self.tokens, FEW_TOKENS))
+    def short_request(self) -> Request:
+        """A request for the shortest answer that can still be told apart from another."""
+        return self.request(tokens=min(self.tokens, FEW_TOKENS))
 
-    def long(self, tokens: int, options: Mapping[str, Any] | None = None) -> Request:
-        """Whose answer does not end before max_tokens: min_tokens forbids the end token until then."""
+    def full_length(self, tokens: int, options: Mapping[str, Any] | None = None) -> Request:
+        """A request whose answer has exactly `tokens` tokens: min_tokens forbids the end token until then."""
         return Request(self.prompt, tokens, {**(self.options if options is None else options), "min_tokens": tokens})
 
-    def pushed(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Words, and the options that push a model to say each; none where nothing can be pushed."""
-        for word in PUSHED_WORDS if self.biases else ():
+    def word_biases(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Words, each with the options that make a model generate it. Empty if the repository takes no biases."""
+        for word in BIAS_WORDS if self.biases else ():
             yield word, {"embedding_bias_words": [word], "embedding_bias_weights": [300.0]}
 
-    def answer(self, ask: Request) -> str:
-        """The text in one piece, asked for once. "" where a pushed word is none of this model's."""
-        key = json.dumps([ask.text, ask.max_tokens, ask.options], sort_keys=True, default=str)
-        if key not in self._known:
+    def answer(self, request: Request) -> str:
+        """The non-streamed answer, cached; "" if the request's bias names a word that is not in the vocabulary."""
+        key = json.dumps([request.text, request.max_tokens, request.options], sort_keys=True, default=str)
+        if key not in self._answers:
             try:
-                self._known[key] = self.whole(ask).text
-            except ServerError as refused:
-                if NOT_KNOWN not in str(refused):
+                self._answers[key] = self.reference(request).text
+            except ServerError as error:
+                if UNKNOWN_WORD not in str(error):
                     raise
-                self._known[key] = ""
-        return self._known[key]
+                self._answers[key] = ""
+        return self._answers[key]
 
     def fitting(self, prompts: Sequence[str], tokens: int) -> list[str]:
-        """Those whose answers of so many tokens fit."""
-        return [prompt for prompt in prompts if self.fits(self.ask(prompt, tokens))]
+        """The prompts that fit the engine's limits with answers of `tokens` tokens."""
+        return [prompt for prompt in prompts if self.fits(self.request(prompt, tokens))]
 
-    def fits(self, ask: Request) -> bool:
+    def fits(self, request: Request) -> bool:
+        """Whether a request fits the engine's limits."""
         try:
-            self.answer(ask)
-        except ServerError as refused:
-            if DOES_NOT_FIT.search(str(refused)):
+            self.answer(request)
+        except ServerError as error:
+            if TOO_LONG.search(str(error)):
                 return False
             raise
         return True
 
 
 def short(text: str, limit: int = 80) -> str:
-    """For a message: the beginning of a long text."""
+    """The first `limit` characters of a text, for a message."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def differing(found: Mapping[str, str]) -> str:
-    """Which ways gave which answer, each answer from a little before the place where they part."""
-    texts = list(found.values())
-    part = next((i for i, c in enumerate(zip(*texts, strict=False)) if len(set(c)) > 1), min(map(len, texts)))
-    start = max(0, part - 10)
+def difference(answers: Mapping[str, str]) -> str:
+    """Describes answers (endpoint -> text) that differ: the first differing position, and each text from there on."""
+    texts = list(answers.values())
+    first = next((i for i, c in enumerate(zip(*texts, strict=False)) if len(set(c)) > 1), min(map(len, texts)))
+    start = max(0, first - 10)
     by_text: dict[str, list[str]] = {}
-    for way, text in found.items():
-        by_text.setdefault(text, []).append(way)
-    said = (f"{', '.join(ways)}: {short(text[start:], 40)!r}" for text, ways in by_text.items())
-    return f"from character {start}: {'; '.join(said)}"
+    for endpoint, text in answers.items():
+        by_text.setdefault(text, []).append(endpoint)
+    parts = (f"{', '.join(endpoints)}: {short(text[start:], 40)!r}" for text, endpoints in by_text.items())
+    return f"from character {start}: {'; '.join(parts)}"

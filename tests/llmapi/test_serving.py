@@ -280,7 +280,11 @@ def seen(server: Server, pattern: str) -> bool:
 @pytest.mark.parametrize(
     ("right", "wrong", "checks"),
     [
-        ("given = text", "given = ''", {"streamed pieces are the whole answer", "the same answer every way"}),
+        (
+            "given = text",
+            "given = ''",
+            {"streamed chunks make up the whole answer", "all endpoints give the same answer"},
+        ),
         ('f"the prompt has {len(ids)} tokens', '__file__ + f"', {"too long prompt"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""The smoke test against real servers: one that is right, and ones with a fault each of which must be found."""
+"""The smoke test on real servers: a correct one passes, and each fault of the others is found."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SNAPSHOT = exports.MODELS["qwen3"]
 QUIET = Output("quiet")
 BUILD = {"max_batch_size": 4, "max_input_len": 256, "max_seq_len": 384, "max_num_tokens": 512}
 
-# An engine that makes 8 tokens at least, whatever it is asked, knows no stop words, and once sleeps.
+# An engine that generates at least 8 tokens, ignores stop words, and sleeps before one particular answer.
 CARELESS_ENGINE = """
 import time
 from dataclasses import replace
@@ -49,12 +49,12 @@ def careless(*args, **kwargs):
 backend.read = careless
 TritonPythonModel = backend.TritonPythonModel
 """
-# NVIDIA's own template detokenizes every piece by itself.
+# NVIDIA's own template decodes each chunk separately.
 STATELESS = """
 Detokenizer.add = lambda self, ids: self.tokenizer.decode(ids, skip_special_tokens=True)
 Detokenizer.rest = lambda self: ""
 """
-LOSES_THE_THIRD_PIECE = """
+DROPS_THE_THIRD_CHUNK = """
 _add = Detokenizer.add
 def add(self, ids):
     self.count = getattr(self, "count", 0) + 1
@@ -62,7 +62,7 @@ def add(self, ids):
     return "" if self.count == 3 else new
 Detokenizer.add = add
 """
-TELLS_TOO_MUCH = """
+LEAKS_A_TRACEBACK = """
 import traceback
 _text = text
 def text(value, name):
@@ -116,7 +116,7 @@ def client(served: Server, rendered: tuple[Path, dict[str, Any]]) -> Client:
 
 
 def changed(rendered: tuple[Path, dict[str, Any]], tmp_path: Path, changes: dict[str, str]) -> Path:
-    """The same repository with code added at the end of models."""
+    """A copy of the repository with code appended to the model.py of some models."""
     models = tmp_path / "models"
     shutil.copytree(rendered[0], models)
     for model, code in changes.items():
@@ -129,7 +129,7 @@ def changed(rendered: tuple[Path, dict[str, Any]], tmp_path: Path, changes: dict
 def broken(
     rendered: tuple[Path, dict[str, Any]], tmp_path: Path, changes: dict[str, str], engine: str
 ) -> Iterator[Server]:
-    """A server of the changed repository, with another engine."""
+    """A server of the changed repository, with another engine backend."""
     models = changed(rendered, tmp_path, changes)
     backend = tmp_path / "engine.py"
     backend.write_text(engine, encoding="utf-8")
@@ -141,10 +141,10 @@ def failed(report: smoke.SmokeReport) -> set[str]:
     return {check.name for check in report.failed}
 
 
-# ---- the right server
+# ---- a correct server
 
 
-def test_a_right_repository_passes(served: Server, rendered: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_correct_repository_passes(served: Server, rendered: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     report = smoke.smoke(served.http_url, served.grpc_url, rendered[1], out=QUIET, timeout=60)
     report.check()
     names = [check.name for check in report.checks]
@@ -157,17 +157,17 @@ def test_a_right_repository_passes(served: Server, rendered: tuple[Path, dict[st
     assert "'ȸȸȸȸ'" in utf8.detail, "characters of two tokens each"
 
 
-def test_a_refusal_is_of_the_client(client: Client) -> None:
-    for way in (client.http_infer, client.http_generate, client.grpc_infer, client.grpc_stream):
+def test_every_endpoint_reports_a_rejected_request(client: Client) -> None:
+    for endpoint in (client.http_infer, client.http_generate, client.grpc_infer, client.grpc_stream):
         with pytest.raises(ServerError, match="max_tokens is 0"):
-            way(Request("A list is", 0))
+            endpoint(Request("A list is", 0))
 
 
 # ---- the reference executor under Triton
 
 
 def stream(server: Server, requests: Sequence[tuple[str, dict[str, Any]]], cancel_after: int = 0) -> list[Any]:
-    """Responses of the engine as they come: (request id, final, tokens), or an error's text."""
+    """The engine's responses as they arrive: (request id, final, token ids), or an error's text."""
     kinds = {"streaming": ("BOOL", bool), "stop": ("BOOL", bool), "return_log_probs": ("BOOL", bool)}
     answers: queue.Queue[Any] = queue.Queue()
     grpc = triton_grpc.InferenceServerClient(server.grpc_url)
@@ -198,58 +198,58 @@ def stream(server: Server, requests: Sequence[tuple[str, dict[str, Any]]], cance
     return got
 
 
-def wanted(prompt: Sequence[int], tokens: int, **more: Any) -> dict[str, Any]:
-    return {"input_ids": [prompt], "input_lengths": [[len(prompt)]], "request_output_len": [[tokens]], **more}
+def request(prompt: Sequence[int], tokens: int, **inputs: Any) -> dict[str, Any]:
+    return {"input_ids": [prompt], "input_lengths": [[len(prompt)]], "request_output_len": [[tokens]], **inputs}
 
 
-def test_streams_interleave_and_the_last_token_is_final(served: Server) -> None:
+def test_streams_interleave_and_the_last_response_is_final(served: Server) -> None:
     streaming = {"streaming": [[True]]}
-    got = stream(served, [("a", wanted([5, 6], 12, **streaming)), ("b", wanted([7], 12, **streaming))])
+    got = stream(served, [("a", request([5, 6], 12, **streaming)), ("b", request([7], 12, **streaming))])
     finals = {name: [final for one, final, _ in got if one == name] for name in "ab"}
     assert finals == {name: [False] * 11 + [True] for name in "ab"}
     assert all(len(ids) == 1 for _, _, ids in got)
     order = "".join(name for name, _, _ in got)
     assert order.index("b") < order.rindex("a")
     for name, prompt in (("a", [5, 6]), ("b", [7])):
-        whole = stream(served, [("w", wanted(prompt, 12))])
+        whole = stream(served, [("w", request(prompt, 12))])
         assert whole == [("w", True, [ids[0] for one, _, ids in got if one == name])]
 
 
-def test_rows_of_one_request_are_answered_each(served: Server) -> None:
+def test_each_row_of_a_request_is_answered(served: Server) -> None:
     rows = {"input_ids": [[5, 6], [7, 0]], "input_lengths": [[2], [1]], "request_output_len": [[3], [2]]}
     got = stream(served, [("rows", rows)])
-    alone = [stream(served, [("x", wanted([5, 6], 3))])[0][2], stream(served, [("x", wanted([7], 2))])[0][2]]
+    alone = [stream(served, [("x", request([5, 6], 3))])[0][2], stream(served, [("x", request([7], 2))])[0][2]]
     assert sorted(ids for _, _, ids in got) == sorted(alone)
     assert [final for _, final, _ in got] == [False, True]
 
 
-def test_stop_ends_the_request_with_its_id(served: Server) -> None:
+def test_stop_ends_the_request_with_the_same_id(served: Server) -> None:
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(stream, served, [("stop me", wanted([5], 300, streaming=[[True]]))])
+        running = pool.submit(stream, served, [("stop me", request([5], 300, streaming=[[True]]))])
         time.sleep(0.5)
-        assert stream(served, [("stop me", wanted([5], 1, stop=[[True]]))]) == [("stop me", True, None)]
+        assert stream(served, [("stop me", request([5], 1, stop=[[True]]))]) == [("stop me", True, None)]
         got = running.result(60)
     assert got[-1] == ("stop me", True, [])
     assert len(got) < 300
 
 
-def test_a_client_that_leaves_frees_its_place(served: Server) -> None:
-    many = [(str(n), wanted([n + 1], 380, streaming=[[True]])) for n in range(BUILD["max_batch_size"])]
+def test_a_cancelled_stream_frees_its_slot(served: Server) -> None:
+    many = [(str(n), request([n + 1], 380, streaming=[[True]])) for n in range(BUILD["max_batch_size"])]
     stream(served, many, cancel_after=len(many))
     start = time.monotonic()
-    assert stream(served, [("next", wanted([9], 2))])[0][1]
-    assert time.monotonic() - start < 5, "it did not wait for the ends of the abandoned"
+    assert stream(served, [("next", request([9], 2))])[0][1]
+    assert time.monotonic() - start < 5, "without waiting for the cancelled requests to finish"
 
 
-def test_a_wrong_request_harms_no_neighbour(served: Server) -> None:
-    alone = stream(served, [("good", wanted([5, 6], 4))])
+def test_an_invalid_request_does_not_affect_concurrent_ones(served: Server) -> None:
+    alone = stream(served, [("good", request([5, 6], 4))])
     got = stream(
         served,
         [
-            ("bad", wanted([5], 4, beam_width=[[2]])),
-            ("good", wanted([5, 6], 4)),
-            ("long", wanted([5] * 300, 4)),
-            ("strange", wanted([99999], 4)),
+            ("bad", request([5], 4, beam_width=[[2]])),
+            ("good", request([5, 6], 4)),
+            ("long", request([5] * 300, 4)),
+            ("strange", request([99999], 4)),
         ],
     )
     assert alone[0] in got
@@ -259,7 +259,7 @@ def test_a_wrong_request_harms_no_neighbour(served: Server) -> None:
     assert "input_ids must be within" in errors
 
 
-# ---- servers with a fault
+# ---- faulty servers
 
 
 def test_an_engine_that_ignores_its_limits_and_a_stateless_detokenizer_are_found(
@@ -271,28 +271,28 @@ def test_an_engine_that_ignores_its_limits_and_a_stateless_detokenizer_are_found
         with pytest.raises(ResponseTimeout, match="no chunk arrived"):
             impatient.grpc_stream(Request("A list is", 77))
     assert failed(report) == {
-        "the engine makes max_tokens tokens",
+        "the engine generates max_tokens tokens",
         "max_tokens ends the answer",
         "a stop word ends the answer",
         "streamed UTF-8 is never cut",
     }
 
 
-def test_a_lost_piece_and_an_error_that_tells_too_much_are_found_and_leave_no_stage(
+def test_a_dropped_chunk_and_a_leaked_traceback_are_found_and_nothing_is_cached(
     rendered: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    changed(rendered, tmp_path, {"tensorrt_llm_bls": LOSES_THE_THIRD_PIECE, "preprocessing": TELLS_TOO_MUCH})
+    changed(rendered, tmp_path, {"tensorrt_llm_bls": DROPS_THE_THIRD_CHUNK, "preprocessing": LEAKS_A_TRACEBACK})
     store = Store(tmp_path / "store", QUIET)
-    with pytest.raises(smoke.SmokeFailed, match="streamed pieces are the whole answer") as raised:
+    with pytest.raises(smoke.SmokeFailed, match="streamed chunks make up the whole answer") as raised:
         smoke.smoke_test(repository.Repository(tmp_path, "digest", rendered[1]), store=store)
     assert raised.value.exit_code == 5
     found = failed(raised.value.report)
-    assert {"streamed pieces are the whole answer", "the same answer every way", "invalid UTF-8"} <= found
+    assert {"streamed chunks make up the whole answer", "all endpoints give the same answer", "invalid UTF-8"} <= found
     assert "HTTP infer" not in found
     assert not list((tmp_path / "store").glob("smoke/*/*"))
 
 
-def test_a_server_that_is_not_there_fails_at_once(rendered: tuple[Path, dict[str, Any]]) -> None:
+def test_a_server_that_does_not_run_fails_quickly(rendered: tuple[Path, dict[str, Any]]) -> None:
     start = time.monotonic()
     report = smoke.smoke("127.0.0.1:1", "127.0.0.1:1", rendered[1], out=QUIET, timeout=2)
     assert [check.name for check in report.failed] == ["server and models ready"]
@@ -302,12 +302,12 @@ def test_a_server_that_is_not_there_fails_at_once(rendered: tuple[Path, dict[str
 # ---- the report
 
 
-def test_junit_names_every_check(tmp_path: Path) -> None:
+def test_junit_has_every_check(tmp_path: Path) -> None:
     report = smoke.SmokeReport(
         (
             smoke.Check("good", True, "seen", 0.5),
             smoke.Check("bad", False, "it said <é> \x00\ufffd", 1.25),
-            smoke.Check("no occasion", None, "no prompt drew it", 0.0),
+            smoke.Check("not possible", None, "no prompt elicited it", 0.0),
         )
     )
     smoke.write_junit(report, tmp_path / "new" / "junit.xml")
@@ -315,7 +315,7 @@ def test_junit_names_every_check(tmp_path: Path) -> None:
     counts = {"tests": "3", "failures": "1", "errors": "0", "skipped": "1"}
     assert suite.attrib == {"name": "smoke", "time": "1.750", **counts}
     good, bad, unchecked = suite.findall("testcase")
-    assert unchecked.find("skipped").attrib["message"] == "no prompt drew it"
+    assert unchecked.find("skipped").attrib["message"] == "no prompt elicited it"
     assert unchecked.find("failure") is None
     assert good.find("failure") is None
     assert bad.find("failure").attrib["message"] == r"it said <é> \x00" + "\ufffd"

@@ -1,4 +1,4 @@
-"""Sound models that the smoke test must not fail: untrained ones, tight limits, answers without text."""
+"""Working models that must pass the smoke test: untrained ones, tight limits, answers without text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from builder.serving import smoke
 from builder.serving.server import serve
 from tests.serving.test_smoke import QUIET, SNAPSHOT, broken, render, render_checkpoint
 
-# An engine whose model says <|im_start|>, a special token that is no end, unless it is pushed to something else.
+# An engine whose model generates only <|im_start|>, a special token that ends no answer, unless a bias is larger.
 SPECIAL_TOKENS_ONLY = """
 from dataclasses import replace
 import torch
@@ -32,7 +32,7 @@ def special(tensors, limits, **more):
 backend.read = special
 TritonPythonModel = backend.TritonPythonModel
 """
-# And one that says only that, whatever it is pushed to.
+# The same, but no bias is large enough.
 MUTE = SPECIAL_TOKENS_ONLY.replace("= 100", "= 1e6")
 
 
@@ -73,7 +73,7 @@ def test_an_untrained_model(tmp_path: Path, name: str) -> None:
     check(smoked(models, facts, tmp_path / "log"))
 
 
-def test_an_untrained_model_with_a_tokenizer_of_the_llama2_kind(tmp_path: Path) -> None:
+def test_an_untrained_model_with_a_llama2_tokenizer(tmp_path: Path) -> None:
     models, facts = render(tmp_path, untrained(tmp_path / "snapshot", "llama", tokenizer="llama2"))
     check(smoked(models, facts, tmp_path / "log"))
 
@@ -94,7 +94,7 @@ def test_tight_limits(tmp_path: Path, unified: Path, longest: int, total: int, u
     check(smoked(models, facts, tmp_path / "log"), unchecked)
 
 
-def test_a_model_that_says_special_tokens_only(tmp_path: Path, unified: Path) -> None:
+def test_a_model_that_generates_special_tokens_only(tmp_path: Path, unified: Path) -> None:
     rendered = render_checkpoint(tmp_path, SNAPSHOT, unified)
     with broken(rendered, tmp_path / "broken", {}, SPECIAL_TOKENS_ONLY) as server:
         report = smoke.smoke(server.http_url, server.grpc_url, rendered[1], out=QUIET, timeout=60)
@@ -102,28 +102,28 @@ def test_a_model_that_says_special_tokens_only(tmp_path: Path, unified: Path) ->
     assert report.sample is None
 
 
-def test_a_server_that_says_nothing_whatever_is_asked_fails(tmp_path: Path, unified: Path) -> None:
-    """The same for an engine that ignores what it is asked and for a detokenizer that loses everything."""
+def test_a_server_whose_answers_are_always_empty_fails(tmp_path: Path, unified: Path) -> None:
+    """Such as an engine that ignores biases, or a detokenizer that loses all text."""
     rendered = render_checkpoint(tmp_path, SNAPSHOT, unified)
     with broken(rendered, tmp_path / "broken", {}, MUTE) as server:
         report = smoke.smoke(server.http_url, server.grpc_url, rendered[1], out=QUIET, timeout=60)
     failed = {check.name: check.detail for check in report.failed}
-    assert failed["HTTP infer"] == "an empty answer, and an empty one where a word is pushed"
+    assert failed["HTTP infer"] == "the answer is empty, also with a bias towards a word"
 
 
-def test_what_was_not_checked_is_counted_and_told() -> None:
+def test_checks_that_were_not_made_are_counted() -> None:
     report = smoke.SmokeReport(
-        (smoke.Check("a", True, "", 0.0), smoke.Check("b", None, "no occasion", 0.0), smoke.Check("c", True, "", 0.0))
+        (smoke.Check("a", True, "", 0.0), smoke.Check("b", None, "not possible", 0.0), smoke.Check("c", True, "", 0.0))
     )
     report.check()
     assert report.counts == "2 of 3 passed, 1 not checked"
     assert smoke.SmokeReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
-def test_a_failure_is_told_in_a_line(tmp_path: Path) -> None:
-    from builder.serving.smoke_prompts import Wrong
+def test_the_detail_of_a_failed_check_is_shortened(tmp_path: Path) -> None:
+    from builder.serving.smoke_prompts import CheckFailed
 
     def fails() -> str:
-        raise Wrong("x" * 5000)
+        raise CheckFailed("x" * 5000)
 
     assert len(smoke._run("a", fails).detail) == smoke.DETAIL
