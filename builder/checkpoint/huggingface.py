@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint.layouts import MIXED, read_json, write_json, write_quant_cfg
+from builder.checkpoint.layouts import read_json, write_json, write_quant_cfg
+from builder.formats.declared import MIXED
 from builder.model.files import GENERATION
 from builder.tokenizer import files as tokenizer_files
 

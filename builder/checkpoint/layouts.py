@@ -2,8 +2,8 @@
 
 `unified/`       what ModelOpt exports: Hugging Face names, `hf_quant_config.json`, one or more shards.
 `tensorrt_llm/`  what trtllm-build reads: `config.json`, `rank0.safetensors`; the same bytes under other names.
-Linear layers are NVFP4, but for those left in BF16 or FP8 (E4M3, one scale for a weight and one for its input). Where
-there are FP8 layers both layouts say MIXED_PRECISION, and name each layer's format in `quant_cfg.json`.
+What each linear layer stores is its number format's (builder/formats). Where layers are in several formats both
+layouts say MIXED_PRECISION, and name each layer's format in `quant_cfg.json`.
 Standard library only: tensors are streamed, never loaded. Files named in comments are those under `tensorrt_llm/` of
 NVIDIA/TensorRT-LLM 1.x, or under `modelopt/torch/` of ModelOpt, which was measured as 0.37 and 0.47.
 """
@@ -22,11 +22,14 @@ from typing import Any
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.core.untrusted_text import parse_json, read_regular
+from builder.formats import kv_cache
+from builder.formats.base import NumberFormat
+from builder.formats.declared import MIXED, DeclaredFormats, declared
+from builder.formats.kv_cache import KvCacheFormat
 from builder.llmapi import versions as llmapi_versions
 
 RANK_FILE = "rank0.safetensors"
 QUANT_CFG = "quant_cfg.json"  # beside config.json where quant_algo is MIXED_PRECISION
-MIXED = "MIXED_PRECISION"
 
 # TensorRT-LLM's linear layers and the projections they are made of, concatenated in dim 0. GatedMLP computes
 # proj(act(fc(x)) * gate(x)) (layers/mlp.py), so `fc` is the gate_proj (models/model_weights_loader.py says the same).
@@ -45,16 +48,6 @@ NORMS: Mapping[str, str] = {
     "post_layernorm": "post_attention_layernorm",
     "attention.q_layernorm": "self_attn.q_norm",
     "attention.k_layernorm": "self_attn.k_norm",
-}
-# models/modeling_utils.py, preprocess_perlayer_weights, reads these names for NVFP4 and makes `alpha` of the last two.
-BLOCK_SCALES = {"weight_scale": "weights_scaling_factor"}
-SCALARS = {"weight_scale_2": "weights_scaling_factor_2", "input_scale": "activation_scaling_factor"}
-FP8_SCALARS = {"weight_scale": "weights_scaling_factor", "input_scale": "activation_scaling_factor"}
-# A layer's format in quant_cfg.json, by its weight's dtype (ModelOpt's export/quant_utils.py,
-# process_layer_quant_config).
-FORMATS: Mapping[str, Mapping[str, Any]] = {
-    "U8": {"quant_algo": "NVFP4", "group_size": 16},
-    "F8_E4M3": {"quant_algo": "FP8"},
 }
 
 _QWEN = {
@@ -147,10 +140,10 @@ def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destinat
     architecture(source_config)
     quant_config = read_json(unified / "hf_quant_config.json")
     quantization = quant_config.get("quantization") or {}
-    _check_formats(quantization)
-    layout = _Layout(Tensors(unified))
+    formats, cache = declared(quantization), kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo"))
+    layout = _Layout(Tensors(unified), formats)
     for layer in range(source_config["num_hidden_layers"]):
-        _layer(layout, layer, kv_scales=quantization.get("kv_cache_quant_algo") == "FP8")
+        _layer(layout, layer, cache)
     layout.join("transformer.vocab_embedding.weight", "model.embed_tokens.weight")
     layout.join("transformer.ln_f.weight", "model.norm.weight")
     _head(layout, tied=bool(source_config.get("tie_word_embeddings")))
@@ -158,8 +151,9 @@ def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destinat
     config = _config(source_config, layout, quantization, quant_config.get("producer"))
     destination.mkdir(parents=True, exist_ok=True)
     write(destination / RANK_FILE, layout.made)
-    if layout.mixed:
-        write_quant_cfg(destination, {**config["quantization"], "quantized_layers": layout.formats})
+    if layout.whole_format is None:
+        entries = {name: one.layer_entry for name, one in layout.formats.items()}
+        write_quant_cfg(destination, {**config["quantization"], "quantized_layers": entries})
     write_json(destination / "config.json", config)
 
 
@@ -171,26 +165,14 @@ def write_quant_cfg(directory: Path, quantization: Mapping[str, Any]) -> None:
     write_json(directory / QUANT_CFG, {key: quantization.get(key) for key in keys})
 
 
-def _check_formats(quantization: Mapping[str, Any]) -> None:
-    algo, kv_algo = quantization.get("quant_algo"), quantization.get("kv_cache_quant_algo")
-    formats = {layer.get("quant_algo") for layer in (quantization.get("quantized_layers") or {}).values()}
-    unknown = formats - {layer["quant_algo"] for layer in FORMATS.values()}
-    if algo not in ("NVFP4", MIXED) or unknown or kv_algo not in (None, "FP8"):
-        raise UnsupportedError(
-            f"Weights in {', '.join(sorted(map(str, unknown))) or algo} with a KV cache in {kv_algo} have no "
-            "TensorRT-LLM layout here.",
-            why="NVFP4 weights, some of them in FP8 or BF16, with an FP8 or an unquantized KV cache have.",
-        )
-
-
 class _Layout:
     """The TensorRT-LLM tensors made so far, and which unified ones went into them."""
 
-    def __init__(self, source: Tensors) -> None:
-        self.source = source
+    def __init__(self, source: Tensors, declared: DeclaredFormats) -> None:
+        self.source, self.declared = source, declared
         self.made: list[NewTensor] = []
         self.unquantized: list[str] = []
-        self.formats: dict[str, Mapping[str, Any]] = {}  # of the quantized layers
+        self.formats: dict[str, NumberFormat] = {}  # of the quantized layers, by their TensorRT-LLM names
         self._used: set[str] = set()
 
     def join(self, name: str, *sources: str) -> None:
@@ -204,8 +186,11 @@ class _Layout:
         self.made.append(NewTensor(name, infos[0].dtype, shape, self.source.chunks(*sources)))
 
     @property
-    def mixed(self) -> bool:
-        return any(layer["quant_algo"] == "FP8" for layer in self.formats.values())
+    def whole_format(self) -> NumberFormat | None:
+        """The one format of all quantized layers; None where each layer's must be named."""
+        used = set(self.formats.values())
+        one = next(iter(used), self.declared.default)
+        return one if one and one.whole_model and len(used) < 2 else None
 
     def agree(self, name: str, *sources: str, shape: tuple[int, ...] | None = None) -> None:
         """Makes a scalar of several that must be the same: one GEMM has one global scale."""
@@ -246,20 +231,20 @@ class _Layout:
             )
 
 
-def _layer(layout: _Layout, layer: int, *, kv_scales: bool) -> None:
+def _layer(layout: _Layout, layer: int, cache: KvCacheFormat) -> None:
     theirs, ours = f"model.layers.{layer}.", f"transformer.layers.{layer}."
     for name, norm in NORMS.items():
         if not norm.endswith(("q_norm", "k_norm")) or f"{theirs}{norm}.weight" in layout.source:
             layout.join(f"{ours}{name}.weight", f"{theirs}{norm}.weight")
     for name, projections in LINEARS.items():
         _linear(layout, ours + name, [theirs + projection for projection in projections])
-    if kv_scales:
+    if cache.quantized:
         # "Recommend default kv cache scaling factor to be 1": clamped as ModelOpt's TensorRT-LLM export does
         # (export/quant_utils.py, get_kv_cache_scaling_factor). TensorRT-LLM takes max(k, v) for both.
-        k, v = (max(layout.scalar(f"{theirs}self_attn.{x}_proj.{x}_scale"), 1.0) for x in "kv")
-        for name, value in (("k", k), ("v", v), ("kv", max(k, v))):
+        k, v = (max(layout.scalar(f"{theirs}self_attn.{name}"), 1.0) for name in cache.unified)
+        for name, value in zip(cache.tensorrt_llm, (k, v, max(k, v)), strict=True):
             data = struct.pack("<f", value)
-            layout.made.append(NewTensor(f"{ours}attention.{name}_cache_scaling_factor", "F32", (1,), [data]))
+            layout.made.append(NewTensor(f"{ours}attention.{name}", "F32", (1,), [data]))
 
 
 def _linear(layout: _Layout, name: str, projections: list[str]) -> None:
@@ -269,19 +254,16 @@ def _linear(layout: _Layout, name: str, projections: list[str]) -> None:
     layout.join(f"{name}.weight", *named("weight"))
     if any(bias in layout.source for bias in named("bias")):
         layout.join(f"{name}.bias", *named("bias"))
-    dtype = layout.source[f"{projections[0]}.weight"].dtype
-    if dtype not in FORMATS:
+    number_format = layout.declared.stored(projections[0], layout.source[f"{projections[0]}.weight"].dtype)
+    if number_format.quant_algo is None:
         layout.unquantized.append(name)
         return
-    layout.formats[name] = FORMATS[dtype]
-    if dtype == "F8_E4M3":
-        for theirs, ours in FP8_SCALARS.items():
-            layout.agree(f"{name}.{ours}", *named(theirs), shape=(1,))  # as ModelOpt's TensorRT-LLM export writes it
-        return
-    for theirs, ours in BLOCK_SCALES.items():
-        layout.join(f"{name}.{ours}", *named(theirs))
-    for theirs, ours in SCALARS.items():
-        layout.agree(f"{name}.{ours}", *named(theirs))
+    layout.formats[name] = number_format
+    for tensor in number_format.tensors[1:]:
+        if tensor.per_output:
+            layout.join(f"{name}.{tensor.tensorrt_llm}", *named(tensor.unified))
+        else:
+            layout.agree(f"{name}.{tensor.tensorrt_llm}", *named(tensor.unified), shape=tensor.tensorrt_llm_shape)
 
 
 def _head(layout: _Layout, *, tied: bool) -> None:
@@ -363,11 +345,12 @@ def _config(
 
 
 def _quantization(layout: _Layout, kv_algo: str | None) -> dict[str, Any]:
-    """With FP8 layers as ModelOpt says it (export/model_config_export.py): the rest stands in quant_cfg.json."""
-    if layout.mixed:
+    """As ModelOpt writes it (export/model_config_export.py). Where layers differ quant_cfg.json holds their formats."""
+    one = layout.whole_format
+    if one is None:
         return {"quant_algo": MIXED, "kv_cache_quant_algo": kv_algo}
-    plain = {"quant_algo": "NVFP4", "kv_cache_quant_algo": kv_algo, "group_size": 16}
-    return {**plain, "exclude_modules": sorted(layout.unquantized)}
+    entry = {"quant_algo": one.quant_algo, "kv_cache_quant_algo": kv_algo, **one.layer_entry}
+    return {**entry, "exclude_modules": sorted(layout.unquantized)}
 
 
 def _biases(made: Mapping[str, NewTensor], name: str) -> dict[str, bool]:

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 
 from builder.checkpoint.layouts import (
-    MIXED,
     QUANT_CFG,
     RANK_FILE,
-    SCALARS,
     Checkpoint,
     head_size,
     read_json,
@@ -28,11 +26,11 @@ from builder.checkpoint.layouts import (
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import CHUNK_BYTES, NewTensor, TensorInfo, Tensors, byte_size, write
 from builder.core.store import Store, sources_digest
+from builder.formats import registry
+from builder.formats.base import Axis, NumberFormat
+from builder.formats.declared import MIXED, declared
+from builder.formats.registry import NVFP4
 
-BLOCK = 16  # of NVFP4: a row split must not cut a block, whose scale could not be cut with it
-# The NVFP4 GEMM refuses other inputs and outputs (in half precision) of a rank, when it first runs: "K dim should be
-# aligned to 16 Bytes" (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).
-GEMM_INPUTS, GEMM_OUTPUTS = 32, 8
 LAYERS = "transformer.layers."
 EMBEDDING, FINAL_NORM, HEAD = "transformer.vocab_embedding", "transformer.ln_f", "lm_head"
 # How tensor parallelism takes a layer apart. Column parallel: the output, dim 0. Row parallel: the input, dim 1, with a
@@ -66,7 +64,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank holds of a matrix: row ranges, one column range in parts of the width, and zero rows at the end."""
+    """What a rank holds of a tensor: ranges of dim 0, one of dim 1 in parts of the width, and zero rows at the end."""
 
     rows: tuple[tuple[int, int], ...]
     column: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts
@@ -78,16 +76,18 @@ class Share:
         return (rows, *(size // self.column[1] for size in whole[1:]))
 
 
-def check(config: Mapping[str, Any], tp: int, pp: int, *, inputs: int = BLOCK) -> None:
+def check(
+    config: Mapping[str, Any], tp: int, pp: int, *, number_format: NumberFormat = NVFP4, gemm: bool = False
+) -> None:
     """UnsupportedError where a model, by its config.json in either layout, can't be split so. Reads no weight.
 
-    inputs: what a rank's part of a row parallel layer's inputs must be a multiple of.
+    gemm: whether TensorRT-LLM's GEMM for the format multiplies a rank's part, which may need more inputs at once.
     """
     if tp * pp == 1:
         return
-    wrong = _wrong(config, tp, inputs) if tp > 1 else []
+    wrong = _wrong(config, tp, number_format, gemm) if tp > 1 else []
     if wrong:
-        fits = [1, *(n for n in range(2, tp) if not _wrong(config, n, inputs))]
+        fits = [1, *(n for n in range(2, tp) if not _wrong(config, n, number_format, gemm))]
         raise UnsupportedError(
             f"This model can't be split over --tp {tp}.",
             why="\n".join(wrong),
@@ -99,20 +99,22 @@ def check(config: Mapping[str, Any], tp: int, pp: int, *, inputs: int = BLOCK) -
         raise UnsupportedError(f"--pp {pp} is more than this model's {layers} layers.", hint=f"--pp {layers} or less.")
 
 
-def _wrong(config: Mapping[str, Any], tp: int, inputs: int) -> list[str]:
+def _wrong(config: Mapping[str, Any], tp: int, number_format: NumberFormat, gemm: bool) -> list[str]:
+    """A row split must not cut a group of inputs, whose scale could not be cut with it."""
     heads, kv_heads, size = _heads(config)
+    group = number_format.group_size or 1
+    inputs = math.lcm(group, number_format.gemm_inputs) if gemm else group
     wrong = []
     if heads % tp:
         wrong.append(f"{heads} attention heads can't be divided by {tp}.")
     if kv_heads % tp and tp % kv_heads:
         wrong.append(f"{kv_heads} KV heads can neither be divided by {tp} nor repeated to {tp}.")
     # The hidden size is not cut, but ModelOpt asks it of all (export/postprocess.py, check_weight_shape_valid).
-    widths = [("hidden_size", config["hidden_size"], BLOCK), ("intermediate_size", config["intermediate_size"], inputs)]
+    widths = [("hidden_size", config["hidden_size"], group), ("intermediate_size", config["intermediate_size"], inputs)]
     for name, width, unit in [*widths, ("heads x head size", heads * size, inputs)]:
         if width % (unit * tp):
-            why = (
-                f"NVFP4 has one scale for {BLOCK} inputs" if unit == BLOCK else f"its GEMM takes {unit} inputs at once"
-            )
+            scale = f"{number_format.title} has one scale for {group} inputs" if group > 1 else "each GPU takes a part"
+            why = scale if unit == group else f"its GEMM takes {unit} inputs at once"
             wrong.append(f"{name} {width} is no multiple of {unit} x {tp}: {why}.")
     return wrong
 
@@ -127,26 +129,44 @@ def share(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, t
     module, _, leaf = name.rpartition(".")
     rows = int(whole[0]) if whole else 1
     everything = Share(((0, rows),))
-    if _is_scalar(leaf, whole) or leaf.endswith("cache_scaling_factor") or "norm" in module:
+    if leaf.endswith("cache_scaling_factor") or "norm" in module or module == FINAL_NORM:
+        return everything
+    axes = _axes(name, whole)
+    if not axes:
         return everything
     if module.endswith(QKV):
-        return Share(_qkv_rows(config, tp, tp_rank))
+        return Share(_qkv_rows(config, tp, tp_rank)) if "out" in axes else everything
     if module in VOCAB:
         each = math.ceil(rows / tp)
         start, end = min(each * tp_rank, rows), min(each * (tp_rank + 1), rows)
         return Share(((start, end),), padding=each - (end - start))
-    if module.endswith(COLUMN):
-        return Share(((tp_rank * rows // tp, (tp_rank + 1) * rows // tp),))
-    if module.endswith(ROW):
-        return everything if leaf == "bias" else Share(((0, rows),), column=(tp_rank, tp))
-    if module == FINAL_NORM:
+    split_axis = _split_axis(module, name)
+    if split_axis not in axes:
         return everything
-    raise UnsupportedError(f"How to split {name} over several GPUs is not known here.", hint="--tp 1 --pp 1")
+    if axes.index(split_axis) == 0:
+        return Share(((tp_rank * rows // tp, (tp_rank + 1) * rows // tp),))
+    return Share(((0, rows),), column=(tp_rank, tp))
 
 
-def _is_scalar(leaf: str, shape: Sequence[int]) -> bool:
-    """One number for the whole layer: an FP8 weight's scale has the name of NVFP4's block scales."""
-    return leaf in SCALARS.values() or tuple(shape) in ((), (1,))
+def _axes(name: str, shape: Sequence[int]) -> tuple[Axis, ...]:
+    """What the dimensions of a linear layer's tensor follow. UnsupportedError for a tensor of no known format."""
+    try:
+        return registry.axes(name.rpartition(".")[2], shape)
+    except KeyError:
+        raise _unknown(name) from None
+
+
+def _split_axis(module: str, name: str) -> Axis:
+    """The axis along which tensor parallelism splits a linear layer."""
+    if module.endswith(COLUMN):
+        return "out"
+    if module.endswith(ROW):
+        return "in"
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> UnsupportedError:
+    return UnsupportedError(f"How to split {name} over several GPUs is not known here.", hint="--tp 1 --pp 1")
 
 
 def _qkv_rows(config: Mapping[str, Any], tp: int, tp_rank: int) -> tuple[tuple[int, int], ...]:
@@ -181,11 +201,13 @@ def split(source: Path, destination: Path, parallel: Parallel) -> dict[str, Any]
     UnsupportedError where the model can't be split so.
     """
     config = read_json(source / "config.json")
-    check(config, parallel.tp, parallel.pp)
     tensors = Tensors(source, [source / RANK_FILE])
-    quantization, layers = dict(config["quantization"]), {}
+    quantization, layers, listed = dict(config["quantization"]), {}, {}
     if quantization["quant_algo"] == MIXED:
         listed = read_json(source / QUANT_CFG)
+    strictest = max(declared({**quantization, **listed}).used, key=lambda one: one.group_size or 1, default=NVFP4)
+    check(config, parallel.tp, parallel.pp, number_format=strictest)
+    if listed:
         layers = {QUANT_CFG: {**listed, "quantized_layers": local_layers(listed["quantized_layers"], config, parallel)}}
     elif "exclude_modules" in quantization:
         excluded = dict.fromkeys(quantization["exclude_modules"], "excluded")
@@ -336,18 +358,18 @@ def _global_name(local: str, first: int) -> str:
 def whole_shape(name: str, part: Sequence[int], config: Mapping[str, Any], tp: int) -> tuple[int, ...]:
     """The whole tensor's shape from that of a rank's part: the inverse of Share.shape."""
     module, _, leaf = name.rpartition(".")
-    heads, kv_heads, size = _heads(config)
-    if _is_scalar(leaf, part):
+    if leaf.endswith("cache_scaling_factor") or "norm" in module or module == FINAL_NORM:
         return tuple(part)
-    if module.endswith(QKV) and not leaf.endswith("cache_scaling_factor"):
-        return ((heads + 2 * kv_heads) * size, *part[1:])
+    axes = _axes(name, part)
+    if not axes:
+        return tuple(part)
     if module in VOCAB:
         return (config["vocab_size"], *part[1:])
-    if module.endswith(COLUMN):
-        return (part[0] * tp, *part[1:])
-    if module.endswith(ROW) and leaf != "bias":
-        return (part[0], *(n * tp for n in part[1:]))
-    return tuple(part)
+    if module.endswith(QKV):
+        heads, kv_heads, size = _heads(config)
+        return ((heads + 2 * kv_heads) * size, *part[1:]) if "out" in axes else tuple(part)
+    split_axis = _split_axis(module, name)
+    return tuple(n * tp if axis == split_axis else n for axis, n in zip(axes, part, strict=True))
 
 
 def parallel_of(config: Mapping[str, Any]) -> Parallel:
@@ -382,7 +404,10 @@ def split_checkpoint(checkpoint: Checkpoint, parallel: Parallel, *, store: Store
         "tp": parallel.tp,
         "pp": parallel.pp,
         "sources": sources_digest(
-            "builder/checkpoint/sharding.py", "builder/checkpoint/layouts.py", "builder/core/safetensors_io.py"
+            "builder/checkpoint/sharding.py",
+            "builder/checkpoint/layouts.py",
+            "builder/core/safetensors_io.py",
+            "builder/formats",
         ),
     }
     artifact = store.stage(

@@ -6,25 +6,24 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatchcase
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from builder.checkpoint import sharding
-from builder.checkpoint.layouts import ARCHITECTURES, LINEARS, MIXED, NORMS, QUANT_CFG, head_size, read_json
+from builder.checkpoint.layouts import ARCHITECTURES, LINEARS, NORMS, QUANT_CFG, head_size, read_json
 from builder.checkpoint.tensor_checks import wrong_blocks, wrong_codes, wrong_floats, wrong_scale
-from builder.core.errors import IntegrityError, UnsupportedError, UsageError
+from builder.core.errors import IntegrityError, UsageError
 from builder.core.safetensors_io import TensorInfo, Tensors
-
-FLOATS = ("BF16", "F16", "F32")
-# Scales that calibration reads from the rows; all other numbers come from the model's weights.
-ACTIVATIONS = ("input_scale", "activation_scaling_factor", "k_scale", "v_scale", "cache_scaling_factor")
-BITS_PER_WEIGHT = 4.5  # 4 per element, 8 for every 16
+from builder.formats import kv_cache, registry
+from builder.formats.base import FLOATS, SCALAR, Content, NumberFormat
+from builder.formats.declared import MIXED, DeclaredFormats, declared
+from builder.formats.kv_cache import KvCacheFormat
+from builder.formats.registry import BF16, FP8, NVFP4
 
 
 @dataclass(frozen=True)
@@ -41,20 +40,23 @@ class Problem:
 
 @dataclass(frozen=True)
 class Summary:
-    """A layout in numbers: NVFP4 linear layers, their bits per weight with all scales, bytes by kind of tensor.
+    """A layout in numbers. `linears`: linear layers by format (its `label`; "kept" for those left as they were).
 
-    `fp8_linears` are in FP8, `kept_linears` left as they were; `effective_bits` per weight of all linear layers, those
-    among them.
+    `bits_per_weight`: of the layers in the checkpoint's main format, with all scales; `effective_bits`: of all linear
+    layers. `nbytes`: bytes by kind of tensor.
     """
 
     tensors: int
     decoder_layers: int
-    nvfp4_linears: int
+    linears: Mapping[str, int]
     bits_per_weight: float
-    fp8_linears: int
-    kept_linears: int
     effective_bits: float
     nbytes: Mapping[str, int]
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON: `linears` as nvfp4_linears, fp8_linears, kept_linears, ..."""
+        facts = asdict(self)
+        return {**facts, **{f"{label}_linears": number for label, number in facts.pop("linears").items()}}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Inspection:
         """The layouts' summaries in one table for people: `unified.bits_per_weight`, `unified.nbytes.lm_head`, ..."""
         table = {}
         for layout, summary in self.layouts.items():
-            for name, value in asdict(summary).items():
+            for name, value in summary.facts().items():
                 parts = {f".{kind}": n for kind, n in value.items()} if name == "nbytes" else {"": value}
                 table.update({f"{layout}.{name}{part}": n for part, n in parts.items()})
         return table
@@ -79,7 +81,7 @@ class Inspection:
         """IntegrityError with the names of the tensors, if there is any problem."""
         if self.problems:
             listed = "\n".join(f"  {problem}" for problem in self.problems[:10])
-            read_from_rows = all(problem.tensor.endswith(ACTIVATIONS) for problem in self.problems)
+            read_from_rows = all(problem.tensor.endswith(_calibrated()) for problem in self.problems)
             cause = (
                 "the rows: try other --calib-data" if read_from_rows else "the model: fetch it again, or another one"
             )
@@ -93,39 +95,36 @@ class Inspection:
         """For manifests and --json."""
         return {
             "problems": [asdict(problem) for problem in self.problems],
-            "layouts": {name: asdict(summary) for name, summary in self.layouts.items()},
+            "layouts": {name: summary.facts() for name, summary in self.layouts.items()},
         }
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor must be. `kind`: weight (packed NVFP4), block, scale, fp8 (a linear layer), fp8_scale, kv_scale,
-    kept (a linear layer) or float."""
+    """What a tensor must be. `label`: the kind that the summary counts its bytes under, None where its name says it.
+    `linear`: the format of the linear layer whose weight it is."""
 
-    kind: str
+    content: Content
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...] | None = None
+    label: str | None = None
+    linear: NumberFormat | None = None
 
 
-SCALAR = ((), (1,))
-SCALE, FP8_SCALE = Expected("scale", ("F32",), SCALAR), Expected("fp8_scale", ("F32",), SCALAR)
-KV_SCALE = Expected("kv_scale", ("F32",), SCALAR)
-SCALARS = ("scale", "fp8_scale", "kv_scale")
+KV_SCALE = Expected("scale", ("F32",), SCALAR, "kv_scales")
 
 
 @dataclass
 class Layout:
-    """One set of files under one naming: what is read, what its configuration says, what was found. `formats` has the
-    format of each quantized layer where they are mixed; else all but the excluded ones are NVFP4."""
+    """One set of files under one naming: what is read, what its configuration says, what was found."""
 
     name: str
     tensors: Tensors
     config: Mapping[str, Any]
-    excluded: tuple[str, ...]
-    kv_fp8: bool
+    formats: DeclaredFormats
+    cache: KvCacheFormat
     exact: bool  # whether the configuration says every tensor's shape
     rank: int = 0  # of TensorRT-LLM's, where its configuration says that there are several
-    formats: Mapping[str, str] | None = None
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -133,11 +132,9 @@ class Layout:
         return self.name == "unified"
 
     @property
-    def scales(self) -> tuple[str, str, str]:
-        """The block scale's name and the two scalars'."""
-        if self.unified:
-            return "weight_scale", "weight_scale_2", "input_scale"
-        return "weights_scaling_factor", "weights_scaling_factor_2", "activation_scaling_factor"
+    def main(self) -> NumberFormat:
+        """The format that the checkpoint is called by: the one with the fewest bits."""
+        return min(self.formats.used, key=lambda one: one.bits, default=NVFP4)
 
     def report(self, tensor: str, what: str) -> None:
         self.problems.append(Problem(self.name, tensor, what))
@@ -176,18 +173,9 @@ def _layouts(folder: Path) -> Iterator[Layout]:
 def _layout(
     name: str, tensors: Tensors, config: Mapping[str, Any], quantization: Mapping[str, Any], rank: int = 0
 ) -> Layout:
-    algo, formats = quantization.get("quant_algo"), None
-    if algo == MIXED:
-        listed = quantization.get("quantized_layers") or {}
-        formats = {layer: str(said.get("quant_algo")) for layer, said in listed.items()}
-    unknown = {algo} - {"NVFP4"} if formats is None else set(formats.values()) - {"NVFP4", "FP8"}
-    if unknown:
-        found = ", ".join(sorted(map(str, unknown)))
-        raise UnsupportedError(f"{name}: quant_algo is {found}, this gate knows NVFP4, alone and with FP8.")
     known = (config.get("architectures") or [config.get("architecture")])[0] in ARCHITECTURES
-    excluded = tuple(quantization.get("exclude_modules") or ())
-    kv_fp8 = quantization.get("kv_cache_quant_algo") == "FP8"
-    return Layout(name, tensors, config, excluded, kv_fp8, exact=known, rank=rank, formats=formats)
+    cache = kv_cache.of_algo(quantization.get("kv_cache_quant_algo")) or kv_cache.AUTO
+    return Layout(name, tensors, config, declared(quantization), cache, exact=known, rank=rank)
 
 
 def _inspect(layout: Layout) -> Summary:
@@ -196,45 +184,49 @@ def _inspect(layout: Layout) -> Summary:
         if name not in layout.tensors:
             layout.report(name, "is missing")
     nbytes: Counter[str] = Counter()
-    weights = other_weights = 0
+    weights: Counter[NumberFormat] = Counter()
     for name, info in layout.tensors.items():
         want = expected.get(name) or _by_dtype(layout, name, info)
         if _check_form(layout, name, info, want):
             _check_content(layout, name, info, want)
             layout.tensors.release(name)
         nbytes[_kind(name, want)] += info.nbytes
-        other_weights += prod(info.shape) if want.kind in ("kept", "fp8") else 0
-        if want.kind == "weight" and want.shapes:
-            weights += 2 * prod(want.shapes[0])
-            _check_bits(layout, name, info, 2 * prod(want.shapes[0]))
-    linears = sum(want.kind == "weight" for want in expected.values())
-    if not linears:
-        layout.report("every linear layer", "is unquantized, the configuration says NVFP4")
-    quantized = sum(nbytes[kind] for kind in ("nvfp4_weights", "block_scales", "scales"))
-    others = sum(nbytes[kind] for kind in ("fp8_linears", "fp8_scales", "kept_linears"))
+        if want.linear and want.shapes:
+            number = math.prod(want.linear.weight.weight_shape(want.shapes[0]))
+            weights[want.linear] += number
+            if want.linear.group_size:
+                _check_bits(layout, name, want.linear, number)
+    linears = Counter(want.linear for want in expected.values() if want.linear)
+    if not linears[layout.main]:
+        layout.report("every linear layer", f"is unquantized, the configuration says {layout.main.title}")
+    found = dict.fromkeys((NVFP4, FP8, BF16, *linears))
     return Summary(
         tensors=len(layout.tensors),
         decoder_layers=layout.config["num_hidden_layers"],
-        nvfp4_linears=linears,
-        bits_per_weight=_rounded(8 * quantized, weights),
-        fp8_linears=sum(want.kind == "fp8" for want in expected.values()),
-        kept_linears=sum(want.kind == "kept" for want in expected.values()),
-        effective_bits=_rounded(8 * (quantized + others), weights + other_weights),
+        linears={one.label: linears[one] for one in found},
+        bits_per_weight=_bits([layout.main], nbytes, weights),
+        effective_bits=_bits(list(found), nbytes, weights),
         nbytes=dict(nbytes),
     )
 
 
-KINDS = {"weight": "nvfp4_weights", "block": "block_scales", "scale": "scales", "kv_scale": "kv_scales"}
-KINDS |= {"fp8": "fp8_linears", "fp8_scale": "fp8_scales", "kept": "kept_linears"}
+def _bits(formats: Sequence[NumberFormat], nbytes: Mapping[str, int], weights: Mapping[NumberFormat, int]) -> float:
+    """Bits per weight of the layers in these formats, with all that is stored of them; 0 where there are none."""
+    labels = {tensor.label for one in formats for tensor in one.tensors}
+    number = sum(weights.get(one, 0) for one in formats)
+    return round(8 * sum(nbytes.get(label, 0) for label in labels) / number, 4) if number else 0.0
 
 
-def _rounded(bits: int, weights: int) -> float:
-    return round(bits / weights, 4) if weights else 0.0
+def _calibrated() -> tuple[str, ...]:
+    """Ends of the names of scales that calibration reads from the rows; all others come from the model's weights."""
+    tensors = [tensor for one in registry.all_formats().values() for tensor in one.tensors if tensor.calibrated]
+    scales = [name for one in kv_cache.FORMATS.values() for name in (*one.unified, *one.tensorrt_llm)]
+    return (*(leaf for t in tensors for leaf in (t.unified, t.tensorrt_llm)), *scales)
 
 
 def _kind(name: str, want: Expected) -> str:
-    if want.kind != "float":
-        return KINDS[want.kind]
+    if want.label:
+        return want.label
     return "lm_head" if name.startswith("lm_head.") else "embedding" if "embed" in name else "other"
 
 
@@ -275,7 +267,7 @@ def _share(name: str, want: Expected, config: Mapping[str, Any], tp: int, tp_ran
 
 
 def _float(*shape: int) -> Expected:
-    return Expected("float", FLOATS, (shape,))
+    return Expected("floats", FLOATS, (shape,))
 
 
 def _norms(layout: Layout) -> dict[str, int]:
@@ -312,51 +304,43 @@ def _has_bias(layout: Layout, linear: str) -> bool:
 
 
 def _linear(layout: Layout, module: str, out_features: int, in_features: int) -> dict[str, Expected]:
-    form, shape = _format(layout, module), (out_features, in_features)
-    block, *scalars = layout.scales
-    if form is None:
-        return {f"{module}.weight": Expected("kept", FLOATS, (shape,))}
-    if form == "FP8":  # the weight's scale has the name of NVFP4's block scales
-        weight = {f"{module}.weight": Expected("fp8", ("F8_E4M3",), (shape,))}
-        return weight | {f"{module}.{scale}": FP8_SCALE for scale in (block, scalars[1])}
+    number_format, weight = layout.formats.of(module), (out_features, in_features)
     return {
-        f"{module}.weight": Expected("weight", ("U8",), ((out_features, in_features // 2),)),
-        f"{module}.{block}": Expected("block", ("F8_E4M3",), ((out_features, in_features // 16),)),
-        **{f"{module}.{scalar}": SCALE for scalar in scalars},
+        f"{module}.{tensor.leaf(unified=layout.unified)}": Expected(
+            tensor.content,
+            tensor.dtypes,
+            tensor.shapes(weight),
+            tensor.label,
+            linear=number_format if tensor is number_format.weight else None,
+        )
+        for tensor in number_format.tensors
     }
 
 
-def _format(layout: Layout, module: str) -> str | None:
-    """NVFP4, FP8 or, for a layer that is left as it was, None: as the configuration says."""
-    if layout.formats is not None:
-        return layout.formats.get(module)
-    return None if any(fnmatchcase(module, pattern) for pattern in layout.excluded) else "NVFP4"
-
-
 def _kv_scales(layout: Layout, module: str) -> dict[str, Expected]:
-    if not layout.kv_fp8:
-        return {}
-    if not layout.unified and module.endswith(".qkv"):
-        attention = module.removesuffix("qkv")
-        return {f"{attention}{which}_cache_scaling_factor": KV_SCALE for which in ("k", "v", "kv")}
+    """The scales of the KV cache that belong to the attention of this projection, once for each attention."""
     attention, _, projection = module.rpartition(".")
     if layout.unified and projection in ("k_proj", "qkv_proj"):  # ModelOpt says k_proj and v_proj for Phi-3 too
-        return {f"{attention}.k_proj.k_scale": KV_SCALE, f"{attention}.v_proj.v_scale": KV_SCALE}
+        return {f"{attention}.{scale}": KV_SCALE for scale in layout.cache.unified}
+    if not layout.unified and projection == "qkv":
+        return {f"{attention}.{scale}": KV_SCALE for scale in layout.cache.tensorrt_llm}
     return {}
 
 
 def _from_tensors(layout: Layout) -> dict[str, Expected]:
-    """What the tensors of any other decoder demand of each other: every linear layer that is not excluded is NVFP4."""
+    """What the tensors of any other decoder demand of each other: each linear layer has the tensors of its format."""
     expected: dict[str, Expected] = {}
     for name, info in layout.tensors.items():
         module = name.removesuffix(".weight")
         if module == name or len(info.shape) != 2:
             continue
-        packed = info.dtype == "U8"
-        if packed or not ("embed" in module or module == "lm_head" or "norm" in module):
-            expected |= _linear(layout, module, info.shape[0], info.shape[1] * (2 if packed else 1))
+        number_format = layout.formats.of(module)
+        stored = number_format.quant_algo is not None and info.dtype in number_format.weight.dtypes
+        if stored or not ("embed" in module or module == "lm_head" or "norm" in module):
+            weight = number_format.weight.weight_shape(info.shape) if stored else info.shape
+            expected |= _linear(layout, module, weight[0], weight[1])
         expected |= _kv_scales(layout, module)
-    if layout.kv_fp8 and not any(want is KV_SCALE for want in expected.values()):
+    if layout.cache.quantized and not any(want is KV_SCALE for want in expected.values()):
         layout.report("k_scale and v_scale", "are missing in all layers")
     for layer in range(layout.config.get("num_hidden_layers", 0)) if layout.unified else ():
         if not any(f".layers.{layer}." in name for name in layout.tensors):
@@ -368,7 +352,9 @@ def _by_dtype(layout: Layout, name: str, info: TensorInfo) -> Expected:
     """For a tensor that nothing demands: its numbers are checked all the same."""
     if name.endswith((".k_scale", ".v_scale", "_cache_scaling_factor")):
         return KV_SCALE
-    return Expected("block" if info.dtype == "F8_E4M3" else "float", (info.dtype,))
+    if info.dtype == "F8_E4M3":
+        return Expected("block_scales", (info.dtype,), label="block_scales")
+    return Expected("floats", (info.dtype,))
 
 
 def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> bool:
@@ -381,26 +367,29 @@ def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> 
         return False
     if want.shapes and info.shape not in want.shapes:
         layout.report(name, f"has the shape {list(info.shape)}, not {list(want.shapes[0])}")
-        return want.kind not in SCALARS
+        return want.content != "scale"
     return True
 
 
 def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected) -> None:
     data = layout.tensors.data(name)
-    if want.kind in SCALARS:
+    if want.content == "scale":
         wrong = wrong_scale(struct.unpack("<f", data)[0])
-    elif want.kind == "block":
+    elif want.content == "block_scales":
         wrong = wrong_blocks(data)
-    elif want.kind == "weight":
+    elif want.content == "codes":
         wrong = wrong_codes(data)
     else:
-        wrong = wrong_floats(info, data, zeros=want.kind == "kept")
+        wrong = wrong_floats(info, data, zeros=want.linear is BF16)
     if wrong:
         layout.report(name, wrong)
 
 
-def _check_bits(layout: Layout, name: str, info: TensorInfo, weights: int) -> None:
-    block = layout.tensors.get(f"{name.removesuffix('weight')}{layout.scales[0]}")
-    bits = 8 * (info.nbytes + (block.nbytes if block else 0)) / weights if weights else 0.0
-    if abs(bits - BITS_PER_WEIGHT) > 0.1:
-        layout.report(name, f"takes {bits:.2f} bits per weight with its block scales, not {BITS_PER_WEIGHT}")
+def _check_bits(layout: Layout, name: str, number_format: NumberFormat, weights: int) -> None:
+    """The size of a layer in a format with groups: the weight with the scales of its groups."""
+    module = name.removesuffix(number_format.weight.leaf(unified=layout.unified))
+    leaves = [t.leaf(unified=layout.unified) for t in number_format.tensors if t.per_output]
+    stored = [layout.tensors.get(f"{module}{leaf}") for leaf in leaves]
+    bits = 8 * sum(info.nbytes for info in stored if info) / weights if weights else 0.0
+    if abs(bits - number_format.bits) > 0.1:
+        layout.report(name, f"takes {bits:.2f} bits per weight with its block scales, not {number_format.bits}")

@@ -42,7 +42,7 @@ SOURCES = (
     "builder/trtllm/compatibility.py",
     "builder/reference",
     "builder/recipe/target_facts.py",
-    "builder/formats/arithmetic/nvfp4.py",
+    "builder/formats",
     "builder/checkpoint/sharding.py",
     "builder/quantize",
     "builder/checkpoint/layouts.py",

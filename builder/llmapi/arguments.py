@@ -150,7 +150,7 @@ def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
             hint="Take one of these models, or stop at the checkpoint: `builder quantize`.",
         )
     engine = resolved.recipe.engine
-    sharding.check(config, engine.tp, engine.pp, inputs=sharding.GEMM_INPUTS)
+    sharding.check(config, engine.tp, engine.pp, gemm=True)
     lora.check(_flatten(resolved.recipe.llmapi.args))
     if subject.fp8_kv and subject.fmha_head_sizes and subject.head_size not in subject.fmha_head_sizes:
         raise UnsupportedError(

@@ -82,8 +82,7 @@ def check_model(
         checkpoints.rope(config)
         if asked.target == "reference" or "reference" in asked.evaluation.runners:
             supported.check_model(config)
-        inputs = sharding.GEMM_INPUTS if asked.target == "engine" else sharding.BLOCK
-        sharding.check(config, asked.engine.tp, asked.engine.pp, inputs=inputs)
+        sharding.check(config, asked.engine.tp, asked.engine.pp, gemm=asked.target == "engine")
     return trtllm_flags.resolve(resolved, config, answers)
 
 

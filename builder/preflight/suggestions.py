@@ -85,7 +85,7 @@ def _shorter(asked: Serving, length: int) -> Serving:
 
 def _divides(model: ModelFacts, tp: int, pp: int) -> bool:
     try:
-        sharding.check(model.config, tp, pp, inputs=sharding.GEMM_INPUTS)
+        sharding.check(model.config, tp, pp, gemm=True)
     except UnsupportedError:
         return False
     return True

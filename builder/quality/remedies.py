@@ -21,7 +21,7 @@ from builder.core.process import emit
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Sequences
 from builder.evaluate.runners.worker import mean_nll
-from builder.formats.arithmetic import nvfp4
+from builder.formats.arithmetic import fp8
 
 TEXTS = 8  # of all sets together: with five candidates about as long as the check itself
 
@@ -82,13 +82,13 @@ def _kept(model: Any, modules: Sequence[str], stored: Tensors) -> Iterator[None]
 
 def _through_fp8(x: Tensor) -> Tensor:
     largest = x.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
-    return nvfp4.fake_quantize_fp8(x, largest / nvfp4.E4M3_MAX)
+    return fp8.fake_quantize(x, largest / fp8.E4M3_MAX)
 
 
 @contextmanager
-def _cache(model: Any, fp8: bool) -> Iterator[None]:
+def _cache(model: Any, quantized: bool) -> Iterator[None]:
     """The KV cache as it is, or in the type of the arithmetic while the block runs."""
-    scaled = [] if fp8 else [one for one in model.modules() if getattr(one, "k_scale", None) is not None]
+    scaled = [] if quantized else [one for one in model.modules() if getattr(one, "k_scale", None) is not None]
     before = [(one, one.k_scale, one.v_scale) for one in scaled]
     for one in scaled:
         one.k_scale = one.v_scale = None

@@ -37,6 +37,7 @@ SOURCES = (
     "builder/tokenizer/files.py",
     "builder/tokenizer/loading.py",
     "builder/checkpoint/layouts.py",
+    "builder/formats",
     "builder/checkpoint/validate.py",
     "builder/model/files.py",
     "builder/model/loading.py",

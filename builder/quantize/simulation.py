@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.formats.arithmetic import nvfp4
+from builder.formats.arithmetic import fp8, nvfp4
 
 
 def enable_cpu_simulation() -> None:
@@ -54,6 +54,6 @@ def _static_block(
     if quantize_block_scales:
         whole = (global_amax if global_amax is not None else amax.amax()).float()
         whole = whole * (nvfp4.E4M3_MAX / fp8_max_for_normalization) / nvfp4.E2M1_MAX
-        scale = nvfp4.fake_quantize_e4m3(scale, whole / nvfp4.E4M3_MAX)
+        scale = fp8.round_e4m3(scale, whole / nvfp4.E4M3_MAX)
     blocks = x.reshape(amax.numel(), -1)
     return nvfp4.fake_quantize_static(blocks, scale.reshape(-1, 1)).view(x.shape).to(out_dtype or x.dtype)

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from builder.checkpoint.layouts import MIXED
 from builder.checkpoint.sharding import Joined
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.formats.arithmetic import nvfp4
+from builder.formats.arithmetic import fp8, nvfp4
+from builder.formats.declared import MIXED
 from builder.reference.rope import frequencies, rotate
 from builder.reference.supported import ACTIVATIONS, ARCHITECTURES
 
@@ -172,7 +172,7 @@ class ReferenceModel:
         k = layer.k_norm(k) if layer.k_norm else k
         q, k = rotate(q, *turn), rotate(k, *turn)
         if layer.kv_scale is not None:
-            k, v = (nvfp4.fake_quantize_e4m3(part, layer.kv_scale) for part in (k, v))
+            k, v = (fp8.round_e4m3(part, layer.kv_scale) for part in (k, v))
         k, v = cache.append(index, k, v)
         groups = self.heads // self.kv_heads
         out = F.scaled_dot_product_attention(
@@ -224,8 +224,8 @@ class _Tensors:
         if weight.dtype in (torch.uint8, torch.float8_e4m3fn):
             scale = self.plain(f"{name}.activation_scaling_factor")
         if weight.dtype == torch.float8_e4m3fn:
-            weight = nvfp4.dequantize_fp8(weight, self.plain(f"{name}.weights_scaling_factor"), self.dtype)
-            return Linear(weight, bias, scale, nvfp4.fake_quantize_fp8)
+            weight = fp8.dequantize(weight, self.plain(f"{name}.weights_scaling_factor"), self.dtype)
+            return Linear(weight, bias, scale, fp8.fake_quantize)
         if weight.dtype == torch.uint8:
             block, whole = self.plain(f"{name}.weights_scaling_factor"), self.plain(f"{name}.weights_scaling_factor_2")
             return Linear(nvfp4.dequantize(weight, block, whole, self.dtype), bias, scale)

@@ -35,7 +35,7 @@ SOURCES = (
     "builder/trtllm/compatibility.py",
     "builder/reference",
     "builder/recipe/target_facts.py",
-    "builder/formats/arithmetic/nvfp4.py",
+    "builder/formats",
     "builder/checkpoint/sharding.py",
     "builder/checkpoint/layouts.py",
     "builder/core/safetensors_io.py",

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint.layouts import MIXED, head_size
-from builder.checkpoint.sharding import GEMM_INPUTS, GEMM_OUTPUTS
+from builder.checkpoint.layouts import head_size
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.release import order
+from builder.formats.declared import MIXED
+from builder.formats.registry import NVFP4
 from builder.model import dtypes
 from builder.recipe import schema
 from builder.recipe.target_facts import target_facts
@@ -196,12 +197,12 @@ def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:
 
 def _check_gemm(subject: Subject, outputs: Mapping[str, int]) -> None:
     """What the NVFP4 GEMM would refuse when it first runs, which is after everything was built."""
-    wrong = [f"{n} inputs ({name})" for name, n in subject.in_features.items() if n % GEMM_INPUTS]
-    wrong += [f"{n} outputs ({name})" for name, n in outputs.items() if n % GEMM_OUTPUTS]
+    wrong = [f"{n} inputs ({name})" for name, n in subject.in_features.items() if n % NVFP4.gemm_inputs]
+    wrong += [f"{n} outputs ({name})" for name, n in outputs.items() if n % NVFP4.gemm_outputs]
     if wrong:
         raise UnsupportedError(
             f"The NVFP4 GEMM plugin can't multiply this model's layers: {', '.join(wrong)}.",
-            why=f"On each GPU it takes inputs by {GEMM_INPUTS} and outputs by {GEMM_OUTPUTS} "
+            why=f"On each GPU it takes inputs by {NVFP4.gemm_inputs} and outputs by {NVFP4.gemm_outputs} "
             "(cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).",
             hint="TensorRT's own kernels may take them: --set engine.flags.gemm_plugin=disable. Or another model.",
         )

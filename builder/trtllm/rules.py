@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from builder.checkpoint.layouts import MIXED
 from builder.core.errors import UnsupportedError, UsageError
+from builder.formats.declared import MIXED
 from builder.trtllm.versions import Version
 
 FP8_FAMILY = ("FP8", "W4A8_AWQ", "NVFP4")  # and not MIXED_PRECISION, whatever it mixes (builder.py, 1.2, build)

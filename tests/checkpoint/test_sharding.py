@@ -244,7 +244,7 @@ def test_the_gemm_wants_32_inputs_of_a_rank() -> None:
     odd = {**QWEN3_8B, "intermediate_size": 16 * 4 * 3}
     sharding.check(odd, 4, 1)
     with pytest.raises(UnsupportedError, match="intermediate_size 192 is no multiple of 32 x 4: its GEMM") as caught:
-        sharding.check(odd, 4, 1, inputs=sharding.GEMM_INPUTS)
+        sharding.check(odd, 4, 1, gemm=True)
     assert "--tp 2" in caught.value.hint
 
 

@@ -76,7 +76,7 @@ def test_real_checkpoints_pass(checkpoints: dict[str, Path], name: str) -> None:
     inspection.check()
     layers = layouts.read_json(exports.MODELS[name] / "config.json")["num_hidden_layers"]
     unified, tensorrt_llm = inspection.layouts["unified"], inspection.layouts["tensorrt_llm"]
-    assert (unified.nvfp4_linears, tensorrt_llm.nvfp4_linears) == (7 * layers, 5 * layers)
+    assert (unified.linears["nvfp4"], tensorrt_llm.linears["nvfp4"]) == (7 * layers, 5 * layers)
     assert unified.decoder_layers == tensorrt_llm.decoder_layers == layers
     assert 4.5 < tensorrt_llm.bits_per_weight < unified.bits_per_weight < 4.52
     for folder, summary in inspection.layouts.items():
@@ -228,7 +228,7 @@ def test_other_decoders_are_judged_by_their_tensors(tmp_path: Path, name: str) -
     exports.export(exports.quantized(exports.DATA / "arch-variants" / name), tmp_path / "u")
     inspection = inspect(tmp_path / "u")
     assert inspection.problems == ()
-    assert inspection.layouts["unified"].nvfp4_linears >= 8
+    assert inspection.layouts["unified"].linears["nvfp4"] >= 8
     linear = next(name for name in Tensors(tmp_path / "u") if name.endswith("o_proj.input_scale"))
     assert damaged(tmp_path / "u", tmp_path / "a", linear, value(1e-44)).problems[0].tensor == linear
     assert damaged(tmp_path / "u", tmp_path / "b", linear, missing).problems == (

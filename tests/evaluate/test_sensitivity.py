@@ -379,7 +379,7 @@ def test_auto_keeps_what_holds_the_budget_and_the_plan_knows_the_price(
     after = plan()
     assert set(after["kept"]["modules"]) == set(chosen["modules"])
     layouts = validate.inspect(stages["checkpoint"]).layouts
-    assert layouts["unified"].kept_linears == len(chosen["modules"])
+    assert layouts["unified"].linears["kept"] == len(chosen["modules"])
     assert after["sizes"]["checkpoint"] == sum(layouts["tensorrt_llm"].nbytes.values())
     assert after["kept"]["bytes"] == after["sizes"]["checkpoint"] - before["sizes"]["checkpoint"] > 0
     assert {stage["state"] for stage in after["stages"][:6]} == {"cached"}

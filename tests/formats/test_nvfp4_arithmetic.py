@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from builder.formats.arithmetic import nvfp4
+from builder.formats.arithmetic import fp8, nvfp4
 
 ROUND = settings(max_examples=60)
 HALVES = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
@@ -203,8 +203,8 @@ def test_a_fused_weight_has_more_than_two_dimensions() -> None:
 @given(st.floats(min_value=-1e4, max_value=1e4, width=32), st.sampled_from([0.25, 1.0, 3.0]))
 def test_fp8_saturates_rounds_and_repeats(value: float, scale: float) -> None:
     x, factor = torch.tensor([value]), torch.tensor(scale)
-    once = nvfp4.fake_quantize_e4m3(x, factor)
-    assert torch.equal(nvfp4.fake_quantize_e4m3(once, factor), once)
+    once = fp8.round_e4m3(x, factor)
+    assert torch.equal(fp8.round_e4m3(once, factor), once)
     assert abs(once.item()) <= 448 * scale
     inside = min(abs(value), 448 * scale)
     assert abs(abs(once.item()) - inside) <= max(inside / 16, 2.0**-10 * scale) * (1 + 1e-6)
@@ -253,5 +253,5 @@ def test_fp8_is_modelopts(modelopt, value: float, scale: float) -> None:  # type
     if eager is None:
         pytest.skip("this ModelOpt has no eager FP8")
     x = torch.tensor([value])
-    ours = nvfp4.fake_quantize_e4m3(x, torch.tensor(scale))
+    ours = fp8.round_e4m3(x, torch.tensor(scale))
     assert torch.equal(ours, eager(x, torch.tensor(448.0 * scale)))

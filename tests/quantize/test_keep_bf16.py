@@ -186,8 +186,8 @@ def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
     assert not found.problems
     kept = facts(TINY, PATTERNS).kept
     unified, ours = found.layouts["unified"], found.layouts["tensorrt_llm"]
-    assert (unified.kept_linears, unified.nvfp4_linears) == (len(kept), 42 - len(kept))
-    assert (ours.kept_linears, ours.nvfp4_linears) == (5 + 1 + 2 + 1 + 1, 30 - 10)
+    assert (unified.linears["kept"], unified.linears["nvfp4"]) == (len(kept), 42 - len(kept))
+    assert (ours.linears["kept"], ours.linears["nvfp4"]) == (5 + 1 + 2 + 1 + 1, 30 - 10)
     assert 4.5 < unified.bits_per_weight < 4.52
     weights = {
         name: n

@@ -219,8 +219,8 @@ def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
     found = validate.inspect(made)
     assert not found.problems
     unified, ours = found.layouts["unified"], found.layouts["tensorrt_llm"]
-    assert (unified.nvfp4_linears, unified.fp8_linears, unified.kept_linears) == (42 - 13 - 1, 13, 1)
-    assert (ours.nvfp4_linears, ours.fp8_linears, ours.kept_linears) == (30 - 9 - 1, 5 + 1 + 2 + 1, 1)
+    assert (unified.linears["nvfp4"], unified.linears["fp8"], unified.linears["kept"]) == (42 - 13 - 1, 13, 1)
+    assert (ours.linears["nvfp4"], ours.linears["fp8"], ours.linears["kept"]) == (30 - 9 - 1, 5 + 1 + 2 + 1, 1)
     model, weights = facts(TINY, PATTERNS, BF16), {n: i.nbytes // 2 for n, i in Tensors(TINY).items()}
     bits = {**dict.fromkeys(model.fp8, 8.0), **dict.fromkeys(model.kept, 16.0)}
     linears = {name: weights[f"{name}.weight"] for name in exclude.linears(model.tensors)}
@@ -415,8 +415,8 @@ def test_auto_holds_the_budget_with_fp8_and_the_plan_knows_the_price(tmp_path: P
     assert chosen["kl"] <= 0.7 * whole < chosen["kl_before"]
     found = validate.inspect(stages["checkpoint"])
     assert not found.problems
-    assert found.layouts["unified"].fp8_linears == len(chosen["modules"]) > 0
-    assert found.layouts["unified"].kept_linears == 1
+    assert found.layouts["unified"].linears["fp8"] == len(chosen["modules"]) > 0
+    assert found.layouts["unified"].linears["kept"] == 1
     told = json.loads(run("plan", *argv, "--json").stdout)
     assert set(told["kept"]["fp8_modules"]) == set(chosen["modules"])
     assert told["kept"]["fp8_bytes"] == memory.price_of_fp8(replace(facts(LLAMA), fp8=tuple(chosen["modules"])), ASKED)

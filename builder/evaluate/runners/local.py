@@ -21,6 +21,7 @@ from torch import Tensor
 from builder.core.errors import NotMeasurable, UnsupportedError
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Ids
+from builder.formats.arithmetic import fp8 as fp8_arithmetic
 from builder.formats.arithmetic import nvfp4
 from builder.model import loading as model_loading
 from builder.model.files import parse_config
@@ -137,7 +138,7 @@ def _tensor(stored: Tensors, name: str) -> Tensor:
 def _weight(stored: Tensors, name: str, dtype: torch.dtype) -> Tensor:
     tensor = _tensor(stored, name)
     if tensor.dtype == torch.float8_e4m3fn:
-        return nvfp4.dequantize_fp8(tensor, _tensor(stored, f"{name}_scale"), dtype)
+        return fp8_arithmetic.dequantize(tensor, _tensor(stored, f"{name}_scale"), dtype)
     if tensor.dtype != torch.uint8:
         return tensor.to(dtype)
     return nvfp4.dequantize(tensor, _tensor(stored, f"{name}_scale"), _tensor(stored, f"{name}_scale_2"), dtype)
@@ -165,7 +166,7 @@ class _Rounded:
 
     def __init__(self, scale: Tensor, last: dict[str, Any], *, fp8: bool = False) -> None:
         self._scale, self._key, self._last = scale, (float(scale), fp8), last
-        self._quantize = nvfp4.fake_quantize_fp8 if fp8 else nvfp4.fake_quantize
+        self._quantize = fp8_arithmetic.fake_quantize if fp8 else nvfp4.fake_quantize
 
     def __call__(self, layer: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         last = self._last
@@ -192,5 +193,5 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     for_cache = [(key, getattr(module, "k_scale", None)), (value, getattr(module, "v_scale", None))]
-    key, value = (x if s is None else nvfp4.fake_quantize_e4m3(x, s.to(x.device)) for x, s in for_cache)
+    key, value = (x if s is None else fp8_arithmetic.round_e4m3(x, s.to(x.device)) for x, s in for_cache)
     return sdpa_attention_forward(module, query, key, value, mask, **options)

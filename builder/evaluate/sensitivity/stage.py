@@ -39,7 +39,6 @@ SOURCES = (
     "builder/evaluate/runners/language.py",
     "builder/evaluate/runners/local.py",
     "builder/evaluate/runners/scoring.py",
-    "builder/formats/arithmetic/nvfp4.py",
     "builder/quantize/simulation.py",
     *modelopt.SOURCES,
 )

@@ -1,0 +1,185 @@
+"""What a number format is: how a linear layer in it is stored, computed, sized and served.
+
+A format is one module of this package that defines `FORMAT`. Nothing here imports torch: the methods that compute get
+tensors from callers that have imported it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import TYPE_CHECKING, Any, Literal
+
+from builder.core.safetensors_io import byte_size
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+    from builder.machine.gpus import Format as Support
+    from builder.machine.gpus import GpuProfile
+
+FLOATS = ("BF16", "F16", "F32")
+SCALAR: tuple[tuple[int, ...], ...] = ((), (1,))  # the shapes in which writers store one number
+
+Axis = Literal["out", "in"]
+# What the numbers of a tensor are, which says what can be wrong with them (checkpoint/tensor_checks.py).
+Content = Literal["codes", "block_scales", "scale", "floats"]
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dimension of a stored tensor: one entry for every `group` of the layer's outputs or inputs."""
+
+    axis: Axis
+    group: int = 1
+
+
+OUT, IN = Dim("out"), Dim("in")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a linear layer on disk.
+
+    name: what the format's own methods call it.
+    unified, tensorrt_llm: the last part of its name in the Hugging Face layout and in TensorRT-LLM's.
+    dtypes: the safetensors dtypes that it may have.
+    dims: its dimensions; () for one number. A dimension of outputs comes first. Where several projections are served
+        as one layer, tensors with a dimension of outputs are concatenated along it; others must be equal.
+    label: the line of the checkpoint's summary that counts its bytes.
+    tensorrt_llm_shape: its shape in TensorRT-LLM's layout, where that is not the shape in the other.
+    calibrated: whether it is read from the calibration rows, and not from the model's weights.
+    """
+
+    name: str
+    unified: str
+    tensorrt_llm: str
+    dtypes: tuple[str, ...]
+    dims: tuple[Dim, ...]
+    content: Content
+    label: str
+    tensorrt_llm_shape: tuple[int, ...] | None = None
+    calibrated: bool = False
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """What each dimension follows: outputs or inputs."""
+        return tuple(dim.axis for dim in self.dims)
+
+    @property
+    def per_output(self) -> bool:
+        """Whether projections that are served as one layer each keep their own part of it."""
+        return "out" in self.axes
+
+    def leaf(self, *, unified: bool) -> str:
+        """The last part of its name in a layout."""
+        return self.unified if unified else self.tensorrt_llm
+
+    def shapes(self, weight: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """The shapes that it may have where the layer's weight is [outputs, inputs]."""
+        return SCALAR if not self.dims else (self.shape(weight),)
+
+    def shape(self, weight: Sequence[int]) -> tuple[int, ...]:
+        """Its shape where the layer's weight is [outputs, inputs]."""
+        sizes = dict(zip(("out", "in"), weight, strict=True))
+        return tuple(sizes[dim.axis] // dim.group for dim in self.dims)
+
+    def weight_shape(self, stored: Sequence[int]) -> tuple[int, int]:
+        """[outputs, inputs] of the layer whose weight this tensor is: the inverse of `shape`."""
+        sizes = {dim.axis: size * dim.group for dim, size in zip(self.dims, stored, strict=True)}
+        return sizes["out"], sizes["in"]
+
+    def nbytes(self, weight: Sequence[int]) -> int:
+        """Its bytes in a layer whose weight is [outputs, inputs]."""
+        return byte_size(self.dtypes[0], self.shape(weight))
+
+
+@dataclass(frozen=True, eq=False)
+class NumberFormat:
+    """A number format of linear layers. Subclasses add the arithmetic.
+
+    name: its name in recipes; title: its name for people.
+    quant_algo: ModelOpt's and TensorRT-LLM's name of it (tensorrt_llm/quantization/mode.py, QuantAlgo); None where the
+        layer is not quantized.
+    bits: of a weight, with the scales of its group and without those of the layer.
+    tensors: what is stored of a layer, the weight first; the bias is not among them.
+    label: what the checkpoint's summary calls its layers: "fp8" for fp8_linears.
+    group_size: inputs that share a scale; None where there are no groups.
+    whole_model: whether a recipe can choose it for all layers (quantization.format).
+    modelopt_config: the configuration of modelopt.torch.quantization that quantizes a whole model to it.
+    quantizers: for single layers in it, what ModelOpt's quantizers are set to, by their names before `_quantizer`.
+        None turns a quantizer off.
+    gpu_format: the entry of `formats` in configs/gpus/*.yaml that a GPU must have, with the version of TensorRT-LLM
+        and the source; None where every GPU runs it.
+    gemm_plugin: the value of trtllm-build's --gemm_plugin that it brings along (tensorrt_llm/builder.py, 1.2).
+    gemm_inputs, gemm_outputs: what a GPU's part of a layer must be a multiple of for TensorRT-LLM's GEMM.
+    """
+
+    name: str
+    title: str
+    quant_algo: str | None
+    bits: float
+    tensors: tuple[StoredTensor, ...]
+    label: str
+    group_size: int | None = None
+    whole_model: bool = False
+    modelopt_config: str | None = None
+    quantizers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    gpu_format: str | None = None
+    gemm_plugin: str | None = None
+    gemm_inputs: int = 1
+    gemm_outputs: int = 1
+
+    @property
+    def weight(self) -> StoredTensor:
+        """The tensor that holds the layer's weight."""
+        return self.tensors[0]
+
+    @property
+    def layer_entry(self) -> dict[str, Any]:
+        """A layer's entry in quant_cfg.json (ModelOpt, export/quant_utils.py, process_layer_quant_config)."""
+        group = {} if self.group_size is None else {"group_size": self.group_size}
+        return {"quant_algo": self.quant_algo, **group}
+
+    def fits(self, weight: Sequence[int]) -> bool:
+        """Whether a weight [outputs, inputs] is made of whole groups."""
+        return self.group_size is None or weight[-1] % self.group_size == 0
+
+    def own_bytes(self, weight: Sequence[int]) -> int:
+        """Bytes of a projection [outputs, inputs], without what it shares with those that are served with it."""
+        return sum(tensor.nbytes(weight) for tensor in self.tensors if tensor.per_output)
+
+    def shared_bytes(self, weight: Sequence[int]) -> int:
+        """Bytes that a served layer has once, of however many projections it is made."""
+        return sum(tensor.nbytes(weight) for tensor in self.tensors if not tensor.per_output)
+
+    def stored_bits(self, weight: Sequence[int]) -> float:
+        """Bits per weight on disk, without what a layer has once."""
+        return 8 * self.own_bytes(weight) / prod(weight)
+
+    def support(self, gpu: GpuProfile) -> Support | None:
+        """Since which TensorRT-LLM a GPU runs it, with the source; None where it does not run it or needs no
+        support."""
+        return gpu.formats.get(self.gpu_format or "")
+
+    def modelopt(self, mtq: Any) -> dict[str, Any]:
+        """A copy of the ModelOpt configuration for a whole model; `mtq` is modelopt.torch.quantization."""
+        if self.modelopt_config is None:
+            raise ValueError(f"{self.name} is no format for a whole model")
+        config: dict[str, Any] = copy.deepcopy(getattr(mtq, self.modelopt_config))
+        return config
+
+    def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
+        """The weight [outputs, inputs] in `kind` from the layer's tensors, by their `name`."""
+        raise NotImplementedError
+
+    def round_input(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        """The layer's input [..., inputs] as its GEMM sees it, in the dtype of `x`."""
+        raise NotImplementedError
+
+    def round_weight(self, weight: Tensor, amax: Tensor) -> Tensor:
+        """The weight [..., inputs] through the format and back, in float32; `amax` is the largest magnitude of all
+        weights that share its scale."""
+        raise NotImplementedError

@@ -1,0 +1,62 @@
+"""FP8: E4M3 weights and activations, one FP32 scale for the weight and one for the input. For single layers.
+
+The scale of the weight has the name of NVFP4's block scales in both layouts. In TensorRT-LLM's both scales have the
+shape [1], as ModelOpt's TensorRT-LLM export writes them. Arithmetic: builder/formats/arithmetic/fp8.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from builder.formats.base import IN, OUT, NumberFormat, StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+# A weight's and an input's quantizer: what FP8_DEFAULT_CFG says of both, in all versions of ModelOpt.
+E4M3 = {"num_bits": (4, 3), "axis": None}
+
+
+class Fp8(NumberFormat):
+    """FP8 with its arithmetic."""
+
+    def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
+        """The E4M3 weight [outputs, inputs] times its scale."""
+        from builder.formats.arithmetic import fp8
+
+        return fp8.dequantize(stored["weight"], stored["weight_scale"], kind)
+
+    def round_input(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        """Rounds to E4M3 under the calibrated scale."""
+        from builder.formats.arithmetic import fp8
+
+        return fp8.fake_quantize(x, stored["input_scale"])
+
+    def round_weight(self, weight: Tensor, amax: Tensor) -> Tensor:
+        """Rounds to E4M3 under the scale that maps `amax` to the largest E4M3 value."""
+        from builder.formats.arithmetic import fp8
+
+        return fp8.fake_quantize(weight.float(), amax.float() / fp8.E4M3_MAX)
+
+
+FORMAT = Fp8(
+    name="fp8",
+    title="FP8",
+    quant_algo="FP8",
+    bits=8.0,
+    tensors=(
+        StoredTensor("weight", "weight", "weight", ("F8_E4M3",), (OUT, IN), "floats", "fp8_linears"),
+        StoredTensor(
+            "weight_scale", "weight_scale", "weights_scaling_factor", ("F32",), (), "scale", "fp8_scales",
+            tensorrt_llm_shape=(1,),
+        ),
+        StoredTensor(
+            "input_scale", "input_scale", "activation_scaling_factor", ("F32",), (), "scale", "fp8_scales",
+            tensorrt_llm_shape=(1,), calibrated=True,
+        ),
+    ),
+    label="fp8",
+    quantizers={"weight": E4M3, "input": E4M3},
+    gpu_format="fp8",
+)  # fmt: skip

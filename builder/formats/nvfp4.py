@@ -1,0 +1,69 @@
+"""NVFP4: E2M1 weights and activations in blocks of 16 with an E4M3 scale each, and an FP32 scale for the tensor.
+
+Tensor names: ModelOpt's export (export/quant_utils.py, 0.37 to 0.47); TensorRT-LLM 1.x, models/modeling_utils.py,
+preprocess_perlayer_weights, which makes `alpha` of the last two. Arithmetic: builder/formats/arithmetic/nvfp4.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from builder.formats.base import OUT, Dim, NumberFormat, StoredTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+
+BLOCK = 16
+
+
+class Nvfp4(NumberFormat):
+    """NVFP4 with its arithmetic."""
+
+    def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
+        """Unpacks the weight [outputs, inputs]."""
+        from builder.formats.arithmetic import nvfp4
+
+        return nvfp4.dequantize(stored["weight"], stored["block_scale"], stored["weight_scale"], kind)
+
+    def round_input(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        """Rounds in blocks whose scales are computed from `x`, under the calibrated scale of the tensor."""
+        from builder.formats.arithmetic import nvfp4
+
+        return nvfp4.fake_quantize(x, stored["input_scale"])
+
+    def round_weight(self, weight: Tensor, amax: Tensor) -> Tensor:
+        """Rounds as `quantize` and `dequantize` do, without packing."""
+        from builder.formats.arithmetic import nvfp4
+
+        scale, rows = nvfp4.scale_of(amax), weight.float().view(-1, nvfp4.BLOCK)
+        return nvfp4.fake_quantize_static(rows, nvfp4.block_scales(rows, scale).float() * scale).view(weight.shape)
+
+
+FORMAT = Nvfp4(
+    name="nvfp4",
+    title="NVFP4",
+    quant_algo="NVFP4",
+    bits=4.5,  # 4 for each value, 8 for every 16
+    tensors=(
+        StoredTensor("weight", "weight", "weight", ("U8",), (OUT, Dim("in", 2)), "codes", "nvfp4_weights"),
+        StoredTensor(
+            "block_scale", "weight_scale", "weights_scaling_factor", ("F8_E4M3",), (OUT, Dim("in", BLOCK)),
+            "block_scales", "block_scales",
+        ),
+        StoredTensor("weight_scale", "weight_scale_2", "weights_scaling_factor_2", ("F32",), (), "scale", "scales"),
+        StoredTensor(
+            "input_scale", "input_scale", "activation_scaling_factor", ("F32",), (), "scale", "scales", calibrated=True
+        ),
+    ),
+    label="nvfp4",
+    group_size=BLOCK,
+    whole_model=True,
+    modelopt_config="NVFP4_DEFAULT_CFG",
+    gpu_format="nvfp4",
+    gemm_plugin="nvfp4",
+    # The GEMM refuses other inputs and outputs (in half precision) of a GPU when it first runs: "K dim should be
+    # aligned to 16 Bytes" (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).
+    gemm_inputs=32,
+    gemm_outputs=8,
+)  # fmt: skip
