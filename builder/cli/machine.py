@@ -6,14 +6,14 @@ import argparse
 from typing import Any
 
 from builder.cli.options import add_command, add_output
-from builder.core.errors import UnsupportedError
+from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import Output
 
 TITLE = "machine"
 
 
 def add(commands: Any) -> None:
-    """Adds doctor, probe, gpus, explain and schema."""
+    """Adds doctor, probe, gpus, explain, schema and completion."""
     command = add_command(commands, "doctor", "check this machine: driver, GPU, Docker, limits", run_doctor,
                           examples=["builder doctor", "builder doctor --gpu sm120 --json"])  # fmt: skip
     command.add_argument("--gpu", help="profile to build for (default: the card that is here)")
@@ -23,10 +23,25 @@ def add(commands: Any) -> None:
                 examples=["builder gpus", "builder gpus --json"])  # fmt: skip
     command = add_command(
         commands, "explain", "explain a flag, an LLM argument or a rule", run_explain,
-        examples=["builder explain context_fmha", "builder explain llmapi.args.kv_cache_config"],
+        examples=[
+            "builder explain context_fmha",
+            "builder explain kv_cache_config.dtype",
+            "builder explain R26",
+            "builder explain --rules",
+        ],
     )  # fmt: skip
-    command.add_argument("flag", metavar="FLAG", help="a trtllm-build flag or LLM argument, with or without dashes")
+    command.add_argument("topic", metavar="FLAG|ARGUMENT|RULE", nargs="?",
+                         help="a trtllm-build flag, an LLM argument, or a rule's id such as R26")  # fmt: skip
+    command.add_argument("--rules", action="store_true", help="list every rule, also those that involve no flag")
     add_command(commands, "schema", "print the JSON Schema of a recipe file", run_schema, examples=["builder schema"])
+    command = add_command(
+        commands, "completion", "print a completion script for bash or zsh", run_completion,
+        examples=[
+            "builder completion bash > ~/.local/share/bash-completion/completions/builder",
+            "builder completion zsh > ~/.zfunc/_builder    # a directory of $fpath",
+        ],
+    )  # fmt: skip
+    command.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="bash or zsh")
 
 
 def _add_probe(commands: Any) -> None:
@@ -78,10 +93,18 @@ def run_gpus(arguments: argparse.Namespace, out: Output) -> int:
 
 
 def run_explain(arguments: argparse.Namespace, out: Output) -> int:
-    """Explains one flag of trtllm-build in every version."""
+    """Explains a flag, an LLM argument or a rule in every version; with --rules lists the rules. UsageError for another
+    name, and for none."""
     from builder.cli import explain
 
-    explain.show(explain.explain(arguments.flag), out)
+    if bool(arguments.topic) == arguments.rules:
+        raise UsageError("explain takes one name, or --rules.", hint="builder explain context_fmha")
+    if arguments.rules:
+        explain.show_rules(explain.all_rules(), out)
+    elif explain.is_rule(arguments.topic):
+        explain.show_rule(explain.explain_rule(arguments.topic), out)
+    else:
+        explain.show(explain.explain(arguments.topic), out)
     return 0
 
 
@@ -92,4 +115,16 @@ def run_schema(arguments: argparse.Namespace, out: Output) -> int:
     from builder.recipe import schema
 
     print(json.dumps(schema.schema(), indent=2))
+    return 0
+
+
+def run_completion(arguments: argparse.Namespace, out: Output) -> int:
+    """Prints the completion script of a shell."""
+    from builder.cli import completion, main
+
+    script = completion.script(main.parser(), arguments.shell)
+    if out.mode == "json":
+        out.result({"shell": arguments.shell, "script": script})
+    else:
+        print(script)
     return 0

@@ -19,13 +19,12 @@ from builder.core.output import Output, print_error
 GROUPS = (build, measure, serve, keep, machine)  # in the order of `builder --help`
 EPILOG = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120
-  builder build --model tests/data/tiny-qwen3 --gpu cpu --output /tmp/demo
   builder plan --model Qwen/Qwen3-8B --gpu sm120 --max-seq-len 8192
   builder COMMAND --help
 
-exit codes: 0 ok, 1 a stage failed, 2 usage or recipe, 3 not supported or does not fit,
-  4 quality check or accuracy gate failed, or nothing to measure, 5 serving or smoke test,
-  6 integrity or version, 130 interrupted
+exit codes: 0 ok, 1 a stage failed, 2 usage or recipe,
+  3 not supported or does not fit, 4 quality check or accuracy gate,
+  5 serving or smoke test, 6 integrity or version, 130 interrupted
 """
 
 

@@ -48,17 +48,23 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace, Output], int], *, examples: Sequence[str]
+    commands: Any,
+    name: str,
+    text: str | None,
+    run: Callable[[argparse.Namespace, Output], int],
+    *,
+    examples: Sequence[str],
 ) -> argparse.ArgumentParser:
     """Adds a command with the options that every command has.
 
-    `commands` is what ArgumentParser.add_subparsers returned; `text` is the line in `builder --help`. `run` returns the
-    exit code. `examples` are complete command lines, printed at the end of the command's own help.
+    `commands` is what ArgumentParser.add_subparsers returned. `text` is the line in `builder --help`; None hides the
+    command, which is for an old name that still works. `run` returns the exit code. `examples` are complete command
+    lines, printed at the end of the command's own help.
     """
+    about = {"help": text, "description": text[0].upper() + text[1:] + "."} if text else {}
     command: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
+        **about,
         epilog="\n  ".join(["examples:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -11,7 +11,7 @@ from builder.plan import Plan
 from builder.preflight import checks
 from builder.preflight.suggestions import Verdict
 
-MEMORY = ["", "memory", "weights", "workspace", "KV cache", "KV tokens", "at full length", "largest batch", ""]
+MEMORY = ["card", "memory", "weights", "workspace", "KV cache", "KV tokens", "at full length", "largest batch", "fits"]
 
 
 def _size_rows(found: Plan) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def _verdict(verdict: Verdict) -> dict[str, object]:
 def show(found: Plan, out: Output) -> None:
     """For people: tables. With --json: the same as one object."""
     recipe = found.resolved.recipe
-    out.table(f"plan: {recipe.model.id} on {found.resolved.gpu.name}", ["stage", "", "why"], found.stages)
+    out.table(f"plan: {recipe.model.id} on {found.resolved.gpu.name}", ["stage", "state", "why"], found.stages)
     out.table("sizes", ["what", "size"], _size_rows(found))
     out.table("at run time", MEMORY, _memory_rows(found.verdict))
     out.table("values", ["key", "value", "from"], found.resolved.explained())
@@ -93,7 +93,7 @@ def show(found: Plan, out: Output) -> None:
         [(f.name, f.value, f.reason, f.source) for f in found.settings],
     )
     if found.notes:
-        out.table("what to know", ["rule", ""], [(note.rule, note.text) for note in found.notes])
+        out.table("what to know", ["rule", "note"], [(note.rule, note.text) for note in found.notes])
     if found.command:
         out.text(shlex.join(found.command))
     if found.model_yaml:

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from builder.triton.repository import Repository
 
 TITLE = "serve"
+OLD_BENCH = "load"
 
 
 def add(commands: Any) -> None:
-    """Adds serve, smoke and load."""
+    """Adds serve, smoke and bench."""
     command = add_command(
         commands, "serve", "serve a repository until Ctrl-C", run_serve,
         examples=[
@@ -44,25 +45,26 @@ def add(commands: Any) -> None:
     _add_served(command)
     _add_running(command)
     command.add_argument("--junit", type=path, metavar="FILE", help="write the results as JUnit XML")
-    _add_load(commands)
+    examples = [
+        "builder bench artifacts/models/tiny-qwen3-cpu-nvfp4",
+        "builder bench artifacts/models/tiny-qwen3-cpu-nvfp4 --concurrency 1 --concurrency 8 --requests 64",
+    ]
+    _add_benchmark(add_command(commands, "bench", "measure latency and throughput", run_bench, examples=examples))
+    _add_benchmark(add_command(commands, OLD_BENCH, None, run_bench, examples=examples))
 
 
-def _add_load(commands: Any) -> None:
-    command = add_command(
-        commands, "load", "measure latency and throughput of a repository", run_load,
-        examples=["builder load artifacts/models/tiny-qwen3-cpu-nvfp4 --clients 1 --clients 8"],
-    )  # fmt: skip
+def _add_benchmark(command: argparse.ArgumentParser) -> None:
     _add_served(command)
     _add_running(command)
-    command.add_argument("--clients", type=int, metavar="N", action="append", default=[],
-                         help="so many at once; repeatable (default: 1, 4 and 16)")  # fmt: skip
+    command.add_argument("--concurrency", type=int, metavar="N", action="append", default=[],
+                         help="requests in flight at any time; repeatable (default: 1, 4 and 16)")  # fmt: skip
+    command.add_argument("--clients", type=int, action="append", default=[], help=argparse.SUPPRESS)
     for name, default, text in (
-        ("requests", None, "of all of them together (default: 32, or two for each client)"),
-        ("input-tokens", 128, "of each prompt"),
-        ("output-tokens", 32, "of each answer"),
+        ("requests", None, "requests at each concurrency (default: 32, or twice the concurrency)"),
+        ("input-tokens", 128, "tokens of each prompt (default: 128)"),
+        ("output-tokens", 32, "tokens of each answer (default: 32)"),
     ):
-        shown = f"{text} (default: {default})" if default else text
-        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=shown)
+        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=text)
 
 
 def _add_running(command: argparse.ArgumentParser) -> None:
@@ -173,13 +175,14 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def run_load(arguments: argparse.Namespace, out: Output) -> int:
+def run_bench(arguments: argparse.Namespace, out: Output) -> int:
     """Serves a repository, sends concurrent requests and stops it. The result is kept beside it for the report."""
     from builder.core.store import serving_lock
     from builder.serving import benchmark
 
+    _warn_of_old_names(arguments, out)
     _check_both_ports(arguments)
-    concurrency = tuple(arguments.clients) or benchmark.Workload.concurrency
+    concurrency = (*arguments.concurrency, *arguments.clients) or benchmark.Workload.concurrency
     workload = benchmark.Workload(
         concurrency,
         benchmark.default_requests(concurrency) if arguments.requests is None else arguments.requests,
@@ -199,6 +202,14 @@ def run_load(arguments: argparse.Namespace, out: Output) -> int:
     if kept:
         out.text(f"next       builder report {arguments.repository or repository.path}")
     return 0
+
+
+def _warn_of_old_names(arguments: argparse.Namespace, out: Output) -> None:
+    """`builder load` and --clients work for one more version."""
+    if arguments.command == OLD_BENCH:
+        out.warn("`builder load` is now `builder bench`; the next version removes the old name")
+    if arguments.clients:
+        out.warn("--clients is now --concurrency; the next version removes the old name")
 
 
 def _check_both_ports(arguments: argparse.Namespace) -> None:

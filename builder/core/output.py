@@ -1,7 +1,7 @@
-"""One sink for what people and machines read: data on stdout, talk on stderr. All of it passes through `safe_text`.
+"""Everything that commands print: data on stdout, messages on stderr. All of it passes through `safe_text`.
 
-`human` draws on a terminal with rich; the same mode prints one line per event when stderr is no terminal.
-`json` keeps stdout for one object: the result, with the error where the command fails. `quiet` says nothing but errors.
+There are three modes. `human` prints for people: with colours and bars on a terminal, as plain lines elsewhere. `json`
+prints one object on stdout: the result, and the error if the command fails. `quiet` prints nothing but errors.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ if TYPE_CHECKING:
 
 Mode = Literal["human", "json", "quiet"]
 
-# A line of plain progress at most every so many seconds: a log file is read by people, later.
+# Without a terminal, progress is printed at most this often: somebody reads the log file later.
 PLAIN_PROGRESS_SECONDS = 5.0
 
 
 class Progress:
-    """One bar, or one line now and then where there is no terminal. `update` is cheap enough to call per item.
-
-    `done` of 0 begins a count anew: its estimate leaves out what came before.
-    """
+    """A progress bar on a terminal; elsewhere a line every few seconds. `update` is cheap enough to call per item."""
 
     def __init__(self, output: Output, label: str, total: float | None, unit: str) -> None:
         self._output, self._label, self._total, self._unit = output, label, total, unit
@@ -51,6 +48,10 @@ class Progress:
             self._bar.start()
 
     def update(self, done: float, total: float | None = None, label: str | None = None) -> None:
+        """Shows that `done` of `total` items are complete. 0 restarts the clock that the time left is estimated from.
+
+        `total` and `label` replace those given before; None keeps them.
+        """
         self._total = total or self._total
         self._label = label or self._label
         count = f"{done:,.0f}/{self._total:,.0f} {self._unit}" if self._total else ""
@@ -69,30 +70,32 @@ class Progress:
             self._output.info(f"{self._label}: {count}{left}" if count else self._label)
 
     def close(self) -> None:
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()
 
 
 class Output:
-    """The sink that every stage is handed. Its state: mode, console, and with --json the object to print at the end."""
+    """Where every stage prints: data on stdout, messages on stderr, and with --json one object at the end."""
 
     def __init__(self, mode: Mode = "human") -> None:
         self.mode = mode
         self.live = mode == "human" and sys.stderr.isatty()
         self._console: Any = None
         self._result: dict[str, Any] | None = None
-        self._printed = False
+        self._printed = False  # the JSON object
+        self._wrote = False  # anything else on stdout
 
     @property
     def console(self) -> Any:
-        """The rich console on stderr, made on first use: `--help` never pays for rich."""
+        """The rich console on stderr, created on first use so that `--help` does not import rich."""
         if self._console is None:
             from rich.console import Console
 
             self._console = Console(stderr=True, highlight=False)
         return self._console
 
-    def _say(self, text: str, style: str = "") -> None:
+    def _message(self, text: str, style: str = "") -> None:
         if self.mode == "quiet":
             return
         text = safe(text)
@@ -102,18 +105,23 @@ class Output:
             print(text, file=sys.stderr, flush=True)
 
     def stage(self, name: str, text: str) -> None:
-        """A stage began, was found in the store, or ended."""
-        self._say(f"{name:<11} {text}", "bold" if self.live else "")
+        """Prints what happens to a stage: it started, was found in the store, or ended."""
+        self._message(f"{name:<11} {text}", "bold" if self.live else "")
 
     def info(self, text: str) -> None:
-        self._say(f"{'':<11} {text}")
+        """Prints a message."""
+        self._message(f"{'':<11} {text}")
 
     def warn(self, text: str) -> None:
-        self._say(f"{'warning':<11} {text}", "yellow")
+        """Prints a warning."""
+        self._message(f"{'warning':<11} {text}", "yellow")
 
     @contextmanager
     def progress(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Progress]:
-        """A bar with an estimate for the work inside the block."""
+        """Shows the progress of the work inside the block, with an estimate of the time left.
+
+        `total` counts in `unit`; None if it is not known.
+        """
         bar = Progress(self, label, total, unit)
         try:
             yield bar
@@ -121,13 +129,21 @@ class Output:
             bar.close()
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Data for people on stdout: drawn on a terminal, tab-separated in a pipe. Silent with --json and -q."""
+        """Prints a table on stdout, in human mode.
+
+        A terminal gets a drawn table. A pipe gets a comment with the title, a line of column names and the rows,
+        separated by tabs, so that tables can still be told apart.
+        """
         if self.mode != "human":
             return
         cells = [[printable_line(redact(str(cell))) for cell in row] for row in rows]
         if not sys.stdout.isatty():
-            for row in cells:
+            header = [printable_line(without_secrets(column)) for column in columns]
+            title = printable_line(without_secrets(title))
+            print(("\n" if self._wrote else "") + f"# {title}")
+            for row in (header, *cells):
                 print("\t".join(row))
+            self._wrote = True
             return
         from rich import box
         from rich.console import Console
@@ -142,23 +158,24 @@ class Output:
         Console().print(table)
 
     def text(self, text: str) -> None:
-        """Plain data for people on stdout. Silent with --json and -q."""
+        """Prints text on stdout, in human mode."""
         if self.mode == "human":
             print(safe(text))
+            self._wrote = True
 
     def result(self, data: dict[str, Any]) -> None:
-        """Adds to the one object of --json, which `finish` prints."""
+        """Adds keys to the object that --json prints."""
         self._result = {**(self._result or {}), **data}
 
     def finish(self) -> None:
-        """Prints the object of --json: once, at the end of a command, or earlier for one that keeps running."""
+        """Prints the object of --json, once: at the end of a command, or earlier for one that keeps running."""
         if self.mode == "json" and self._result is not None and not self._printed:
             self._printed = True
             print(redact(json.dumps(self._result, indent=2, sort_keys=False, default=str)))
 
 
 def print_error(error: BuilderError) -> None:
-    """What, why and what to type next, on stderr; in every mode."""
+    """Prints on stderr what happened, why, and what to type next. In every mode."""
     first, *more = safe(error.what).splitlines() or [""]
     print(f"error: {first}", file=sys.stderr)
     for line in (*more, *(line for part in (error.why, error.hint) for line in safe(part).splitlines())):
@@ -166,7 +183,7 @@ def print_error(error: BuilderError) -> None:
 
 
 def size(n: float) -> str:
-    """Bytes in decimal units, as disks and downloads are sold: 6_400_000_000 -> '6.40 GB'."""
+    """Bytes in decimal units, as disks are sold: 6_400_000_000 -> '6.40 GB'."""
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} B" if unit == "B" else f"{n:.2f} {unit}"
@@ -175,7 +192,7 @@ def size(n: float) -> str:
 
 
 def seconds(s: float) -> str:
-    """A duration people can read: 3725 -> '1h02m', 75 -> '1m15s', 0.412 -> '0.4s'."""
+    """A duration in seconds, for people: 3725 -> '1h02m', 75 -> '1m15s', 0.412 -> '0.4s'."""
     if s >= 3600:
         return f"{int(s // 3600)}h{int(s % 3600 // 60):02d}m"
     if s >= 60:

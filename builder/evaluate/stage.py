@@ -230,7 +230,7 @@ def _plain(estimate: Estimate) -> dict[str, float | None]:
     return {key: value if math.isfinite(value) else None for key, value in asdict(estimate).items()}
 
 
-COLUMNS = ["", "data", "PPL", "score", "KL to BF16", "same top token", "flips"]
+COLUMNS = ["runner", "data", "PPL", "score", "KL to BF16", "same top token", "flips"]
 
 
 def show(found: Evaluation, out: Output) -> None:

@@ -245,7 +245,7 @@ def _files(part: recipe_evaluation.Tasks) -> str | None:
     return sources_digest(Path(part.directory).absolute()) if part.directory else None
 
 
-COLUMNS = ["", "task", "metric", "value", "change", "flips", "questions", "examples"]
+COLUMNS = ["runner", "task", "metric", "value", "change", "flips", "questions", "examples"]
 
 
 def show(found: TaskTable, root: Path, out: Output) -> None:

@@ -87,7 +87,7 @@ def require(gpu: GpuProfile, tensorrt_llm: str, output: Path, *, target: str | N
 def show(checks: Sequence[Check], row: Container, out: Output) -> bool:
     """A table, or one object with --json. True if nothing failed."""
     passed = all(check.state != "failed" for check in checks)
-    out.table("doctor", ["", "check", "seen", "needed"], [(c.state, c.name, c.seen, c.needed) for c in checks])
+    out.table("doctor", ["state", "check", "seen", "needed"], [(c.state, c.name, c.seen, c.needed) for c in checks])
     out.result({"passed": passed, "image": asdict(row), "checks": [asdict(check) for check in checks]})
     for check in checks:
         if check.state == "warning":

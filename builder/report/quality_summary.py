@@ -11,7 +11,7 @@ from builder.core.output import Output, seconds, size
 from builder.quality.check import Quality, Remedy
 from builder.report.results import RUNNERS
 
-COLUMNS = ["", "texts", "tokens", "PPL", "score", "KL to BF16", "same top token"]
+COLUMNS = ["model", "texts", "tokens", "PPL", "score", "KL to BF16", "same top token"]
 SHOWN = 160  # characters of an answer in a table
 
 

@@ -59,7 +59,7 @@ def _recipe(world: World, *more: str) -> list[str]:
 
 
 _FORCED = [word for stage in ("fetch", "calibrate", "engine", "render") for word in ("--force", stage)]
-_LOAD = ["--clients", "2", "--requests", "2", "--input-tokens", "8", "--output-tokens", "2"]
+_LOAD = ["--concurrency", "2", "--requests", "2", "--input-tokens", "8", "--output-tokens", "2"]
 COMMANDS = {
     "fetch": Command("empty", lambda w: ["fetch", "--model", HUB_MODEL, "--gpu", "cpu"]),
     "quantize": Command("empty", lambda w: ["quantize", *_recipe(w)]),
@@ -74,7 +74,7 @@ COMMANDS = {
     "sensitivity": Command("built", lambda w: ["sensitivity", *_recipe(w), "--proxy"]),
     "serve": Command("built", lambda w: ["serve", str(w.link)], until="try "),
     "smoke": Command("built", lambda w: ["smoke", str(w.link)], again="serve"),
-    "load": Command("built", lambda w: ["load", str(w.link), *_LOAD]),
+    "bench": Command("built", lambda w: ["bench", str(w.link), *_LOAD]),
     "report": Command("built", lambda w: ["report", str(w.link)]),
     "verify": Command("built", lambda w: ["verify"]),
     "clean": Command("littered", lambda w: ["clean"]),

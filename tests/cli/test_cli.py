@@ -187,7 +187,9 @@ def test_fetch_verify_and_clean(tmp_path: Path) -> None:
 
 
 def test_gpus_and_schema() -> None:
-    assert run("gpus").stdout.startswith("cpu\treference\t")
+    title, header, first, *_ = run("gpus").stdout.splitlines()
+    assert (title, header) == ("# GPU profiles", "profile\ttarget\truns\tfor")
+    assert first.startswith("cpu\treference\t")
     committed = Path("configs/recipe.schema.json").read_text()
     assert run("schema").stdout == committed
 

@@ -50,7 +50,7 @@ def test_a_gpu_that_is_no_profile_name(value: str, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize("port", ["70000", "0", "-1", "8000.0", "http", "", "99999999999999999999", "²"])
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
 def test_a_port_that_is_none(flag: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("serve", "smoke", "load"):
+    for command in ("serve", "smoke", "bench"):
         code, said = refusal(command, f"{flag}={port}", capsys=capsys)
         assert code == 2
         assert "is not a port: give a number from 1 to 65535" in said

@@ -134,7 +134,7 @@ def test_the_endpoint_of_a_manifest_has_no_part_of_a_password(monkeypatch: pytes
 
 def test_cells_stay_in_their_row(capsys: pytest.CaptureFixture[str]) -> None:
     Output("human").table("t", ["a", "b"], [["one\ntwo", "three\tfour"]])
-    assert capsys.readouterr().out == "one\\ntwo\tthree\\tfour\n"
+    assert capsys.readouterr().out == "# t\na\tb\none\\ntwo\tthree\\tfour\n"
 
 
 def test_secrets_reach_neither_messages_nor_json(
@@ -150,7 +150,7 @@ def test_secrets_reach_neither_messages_nor_json(
     print_error(UsageError(text, why=text, hint=text))
     said = capsys.readouterr()
     assert "mirrorpassword" not in said.out + said.err
-    assert json.loads(said.out.partition("\n")[2])["url"] == "http://127.0.0.1:9/a and '***'"
+    assert json.loads(said.out[said.out.index("{") :])["url"] == "http://127.0.0.1:9/a and '***'"
 
 
 def test_a_calibration_row_s_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

