@@ -138,8 +138,8 @@ class Output:
             return
         cells = [[printable_line(redact(str(cell))) for cell in row] for row in rows]
         if not sys.stdout.isatty():
-            header = [printable_line(without_secrets(column)) for column in columns]
-            title = printable_line(without_secrets(title))
+            header = [printable_line(redact(column)) for column in columns]
+            title = printable_line(redact(title))
             print(("\n" if self._wrote else "") + f"# {title}")
             for row in (header, *cells):
                 print("\t".join(row))
