@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from builder.core import paths
-from builder.core.errors import UnsupportedError
+from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.untrusted_text import parse_yaml
+from builder.machine import cards
+from builder.machine.cards import Card
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,6 @@ class ProfileFlag:
     value: str
     reason: str
     source: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """A card that can be bought. GB are 10^9 bytes, rates are dense TFLOPS; None where no source was found."""
-
-    name: str
-    source: str
-    memory_gb: float | None = None
-    bandwidth_gb_s: float | None = None
-    fp8_tflops: float | None = None
-    fp4_tflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +38,7 @@ class GpuProfile:
     """`sm` is the compute capability times ten (120 = 12.0), None for the CPU; `recipe` overrides the defaults.
 
     `fmha_head_sizes` are those that context FMHA has kernels for; empty where no limit is known.
+    `card` is the one of `cards` that the user named, None where a profile was named or detected.
     """
 
     name: str
@@ -61,6 +51,7 @@ class GpuProfile:
     formats: Mapping[str, Format] = field(default_factory=dict)
     fmha_head_sizes: Sequence[int] = ()
     notes: Sequence[str] = ()
+    card: Card | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +75,9 @@ def names() -> list[str]:
 
 @functools.cache
 def load(name: str) -> GpuProfile:
-    """A profile by name. An unknown one is an error with the nearest names, never a silent default."""
+    """A profile by its exact name. An unknown one is an error with the nearest names, never a silent default."""
     if name not in names():
-        near = [repr(n) for n in _meant(name)]
-        raise UnsupportedError(
-            f"There is no profile for GPU {name!r}.",
-            why=f"Profiles: {', '.join(names())}." + (f" Did you mean {' or '.join(near)}?" if near else ""),
-            hint="`builder gpus` lists the cards behind each profile.",
-        )
+        raise _unknown(name)
     raw = _read(name)
     # The same silicon under other flags: cards, formats, kernels and notes are those of the named profile.
     card_facts = _read(raw["card_facts_of"]) if "card_facts_of" in raw else raw
@@ -104,20 +90,48 @@ def load(name: str) -> GpuProfile:
         target=raw["target"],
         flags={**inherited, **own},
         recipe=raw.get("recipe", {}),
-        cards=[Card(**card) for card in card_facts.get("cards", [])],
+        cards=[Card(**{**card, "also": tuple(card.get("also", ()))}) for card in card_facts.get("cards", [])],
         formats={key: Format(**value) for key, value in card_facts.get("formats", {}).items()},
         fmha_head_sizes=card_facts.get("fmha_head_sizes", []),
         notes=card_facts.get("notes", []),
     )
 
 
-def _meant(name: str) -> list[str]:
-    """The profiles that someone who typed this may mean: by card, by the beginning of the name, by likeness."""
-    plain = "".join(c for c in name.lower() if c.isalnum())
-    cards = {p: " ".join(c.name for c in load(p).cards).lower().replace(" ", "") for p in names()}
-    by_card = [p for p, text in cards.items() if len(plain) > 2 and plain in text]
-    starts = [p for p in names() if plain and p.startswith(plain)]
-    return by_card or starts or sorted(difflib.get_close_matches(name.lower(), names(), cutoff=0.6))
+def named(text: str) -> GpuProfile:
+    """The profile that a user names, by its own name or a card's, however spelled: sm120, "RTX 5090", rtx5090, 5090.
+
+    Where a card is named, the profile's `card` is that card, and its memory is what a plan is judged by. A card that
+    two profiles list (sm120 and sm120-fmha) leads to the one that defines it. UsageError for a name of several cards.
+    """
+    by_name = {cards.plain(name): name for name in names()}
+    if cards.plain(text) in by_name:
+        return load(by_name[cards.plain(text)])
+    owners = _owners()
+    found = cards.find(text, list(owners))
+    if not found:
+        raise _unknown(text)
+    if len(found) > 1:
+        raise UsageError(
+            f"{text!r} is the name of {len(found)} cards: {' and '.join(card.name for card in found)}.",
+            why="They differ in memory, so one may hold a model that another does not.",
+            hint=f"Name one of them: --gpu {found[-1].name!r}",
+        )
+    return replace(load(owners[found[0]]), card=found[0])
+
+
+@functools.cache
+def _owners() -> dict[Card, str]:
+    """Each card and the profile that defines it."""
+    return {card: name for name in names() if "card_facts_of" not in _read(name) for card in load(name).cards}
+
+
+def _unknown(text: str) -> UnsupportedError:
+    near = cards.nearest(text, [*names(), *(card.name for card in _owners())])
+    return UnsupportedError(
+        f"There is no GPU profile or card named {text!r}.",
+        why=f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Profiles: {', '.join(names())}.",
+        hint="`builder gpus` lists the profiles and the cards behind each.",
+    )
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -171,17 +185,18 @@ def nearest(sm: int) -> list[GpuProfile]:
 
 
 def show(out: Output) -> None:
-    """For people: the profiles with what runs on them, and the cards. With --json: all of it."""
+    """For people: the profiles with what runs on them, and the cards, each once. With --json: all of it."""
     profiles = [load(name) for name in names()]
     rows = [(p.name, p.target, ", ".join(p.formats) or "-", p.title) for p in profiles]
     out.table("GPU profiles", ["profile", "target", "runs", "for"], rows)
-    cards = []
-    for profile in profiles:
-        for card in profile.cards:
-            figures = (card.memory_gb, card.bandwidth_gb_s, card.fp8_tflops, card.fp4_tflops)
-            cards.append((profile.name, card.name, *("-" if n is None else n for n in figures)))
-    out.table("cards", ["profile", "card", "GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS"], cards)
-    out.result({p.name: {key: value for key, value in asdict(p).items() if key != "name"} for p in profiles})
+    table = []
+    for card, profile in _owners().items():
+        figures = (card.memory_gb, card.bandwidth_gb_s, card.fp8_tflops, card.fp4_tflops)
+        shown = ("-" if number is None else number for number in figures)
+        table.append((profile, card.name, *shown, ", ".join(card.also) or "-"))
+    header = ["profile", "card", "GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS", "other names"]
+    out.table("cards", header, table)
+    out.result({p.name: {k: v for k, v in asdict(p).items() if k not in ("name", "card")} for p in profiles})
 
 
 def cuda_order() -> dict[str, str]:

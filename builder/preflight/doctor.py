@@ -313,7 +313,7 @@ def _nearest(path: Path) -> Path:
 def profile(name: str | None) -> GpuProfile | None:
     """The named profile; for `auto` or nothing the one of the card here, None where NVML sees none that we know."""
     if name not in (None, "auto"):
-        return gpus.load(str(name))
+        return gpus.named(str(name))
     try:
         return gpus.detect()
     except UnsupportedError:

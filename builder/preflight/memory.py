@@ -20,6 +20,7 @@ from builder.checkpoint.layouts import ARCHITECTURES, head_size
 from builder.checkpoint.sharding import Parallel
 from builder.core.safetensors_io import byte_size
 from builder.llmapi.arguments import Argument
+from builder.machine.cards import Card, find
 from builder.model.dtypes import NOT_WRITTEN, written_bytes
 from builder.quantize.modelopt import SCALAR, is_quantized, quantized_bytes
 from builder.recipe.schema import Resolved
@@ -389,16 +390,25 @@ def machine(output: Path) -> Machine:
 
 
 def cards(resolved: Resolved, host: Machine, here: Iterable[str] = ()) -> tuple[list[tuple[str, int]], str]:
-    """[(card, bytes)] of the profile with known memory, smallest first, and which of them the verdict is for.
+    """[(card, bytes)] by memory, smallest first, and which of them the verdict is for.
 
-    The card that is in this machine (`here`: its GPUs' names), else the largest. The reference target's is the host.
+    The card that the user named, alone; else one card of each size that the profile's cards have, and the verdict is
+    for the card in this machine (`here`: its GPUs' names), else for the largest. The reference target's is the host.
     """
     if not target_facts(resolved.recipe.target).needs_gpu:
         return [("this machine", host.memory)], "this machine"
-    known = sorted((c for c in resolved.gpu.cards if c.memory_gb), key=lambda c: c.memory_gb or 0)
-    named = [c.name for c in known for gpu in here if gpu.endswith(c.name)]
-    found = [(c.name, int(Fraction(str(c.memory_gb)) * 10**9)) for c in known]
-    return found, (named or [name for name, _ in found[-1:]] or [""])[0]
+    gpu = resolved.gpu
+    if gpu.card and gpu.card.memory_gb:
+        return [(gpu.card.name, _card_bytes(gpu.card))], gpu.card.name
+    known = sorted((card for card in gpu.cards if card.memory_gb), key=_card_bytes)
+    present = [card for name in here for card in find(name, known)][:1]  # of an ambiguous name the smaller card
+    sizes = {_card_bytes(card): card for card in [*reversed(known), *present]}
+    found = [(sizes[memory].name, memory) for memory in sorted(sizes)]
+    return found, present[0].name if present else found[-1][0] if found else ""
+
+
+def _card_bytes(card: Card) -> int:
+    return int(Fraction(str(card.memory_gb)) * 10**9)
 
 
 def _blocks(tokens: int) -> int:

@@ -229,7 +229,7 @@ class Recipe(Part):
             description="of the link in models/, moved to this build whatever it named; default: from model and recipe",
         ),
     ] = None
-    gpu: Annotated[str, Field(description="a profile of configs/gpus, or auto")] = "auto"
+    gpu: Annotated[str, Field(description="a profile or a card (`builder gpus` lists both), or auto")] = "auto"
     target: Annotated[
         Target, Field(description="what serves it: a TensorRT engine, the LLM API or the reference executor")
     ]
@@ -295,7 +295,7 @@ def resolve(
         asked = layer.get("gpu", asked)
     if not isinstance(asked, str):
         raise UsageError(f"gpu: {asked!r} is no name of a profile.", hint="`builder gpus` lists them; --gpu sm120")
-    gpu = gpus.detect() if asked == "auto" else gpus.load(asked)
+    gpu = gpus.detect() if asked == "auto" else gpus.named(asked)
     layers.insert(0, (f"GPU profile {gpu.name}", {**gpu.recipe, "gpu": gpu.name, "target": gpu.target}))
 
     merged: dict[str, Any] = {}

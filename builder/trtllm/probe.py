@@ -98,7 +98,7 @@ def session(gpu: str, store: Store, *, limit: float = TIME_LIMIT, force: bool = 
     """For a profile's name or `auto`. UnsupportedError unless this machine has that card and a trtllm-build."""
     if limit <= 0:
         raise UsageError(f"An engine can't be built in {limit} s.", hint=f"--time-limit {TIME_LIMIT}")
-    named = None if gpu == "auto" else gpus.load(gpu)
+    named = None if gpu == "auto" else gpus.named(gpu)
     if named and named.sm is None:
         raise UnsupportedError(
             f"There is nothing to ask of {gpu}: it builds no engine.", hint="builder probe --gpu sm120"

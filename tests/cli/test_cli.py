@@ -122,7 +122,7 @@ def test_build_with_dry_run_is_plan(tmp_path: Path) -> None:
     ("argv", "code", "message"),
     [
         (["build", "--gpu", "cpu"], 2, "no model is named"),
-        (["build", "--model", MODEL, "--gpu", "sm42"], 3, "no profile for GPU 'sm42'"),
+        (["build", "--model", MODEL, "--gpu", "sm42"], 3, "no GPU profile or card named 'sm42'"),
         (["build", "--model", MODEL, "--gpu", "cpu", "--set", "engine.max_batchsize=8"], 2, "engine.max_batch_size"),
         (["build", "--model", MODEL, "--gpu", "cpu", "--set", "nonsense"], 2, "not of the form"),
         (["build", "--model", "no/such/directory/", "--gpu", "cpu"], 2, "neither a directory nor an id"),

@@ -246,8 +246,25 @@ def test_the_verdict_is_for_the_card_that_is_here_or_the_largest() -> None:
     resolved, host = schema.resolve({"model.id": "m", "gpu": "sm120"}), Machine(GB, GB, GB)
     assert preflight_memory.cards(resolved, host)[1] == "RTX PRO 6000 Blackwell"
     assert preflight_memory.cards(resolved, host, ["NVIDIA GeForce RTX 5090"])[1] == "RTX 5090"
+    assert preflight_memory.cards(resolved, host, ["NVIDIA GeForce RTX 5060 Ti"])[1] == "RTX 5060 Ti 8 GB"
     cpu = schema.resolve({"model.id": "m", "gpu": "cpu"})
     assert preflight_memory.cards(cpu, host) == ([("this machine", GB)], "this machine")
+
+
+def test_a_profile_shows_one_card_of_each_size_and_a_named_card_alone() -> None:
+    host = Machine(GB, GB, GB)
+    sm120 = schema.resolve({"model.id": "m", "gpu": "sm120"})
+    found, _ = preflight_memory.cards(sm120, host)
+    sizes = [memory for _, memory in found]
+    assert sizes == sorted({int(card.memory_gb * 10**9) for card in sm120.gpu.cards if card.memory_gb})
+    assert ("RTX 5080", 16 * GB) in found
+    here, verdict = preflight_memory.cards(sm120, host, ["NVIDIA GeForce RTX 5070 Ti"])
+    assert verdict == "RTX 5070 Ti"
+    assert ("RTX 5070 Ti", 16 * GB) in here
+    assert len(here) == len(found)
+    named = schema.resolve({"model.id": "m", "gpu": "rtx5070ti"})
+    alone = ([("RTX 5070 Ti", 16 * GB)], "RTX 5070 Ti")
+    assert preflight_memory.cards(named, host, ["NVIDIA GeForce RTX 5090"]) == alone
 
 
 def test_too_small_a_disk_is_refused_with_what_is_missing() -> None:
@@ -295,7 +312,10 @@ def test_a_plan_that_does_not_fit_is_shown_and_ends_with_3_and_its_change_fits(h
     assert refused.returncode == 3, refused.stderr
     assert "It does not fit on RTX PRO 6000 Blackwell" in refused.stderr
     assert plan["verdict"]["fits"] is False
-    assert {m["card"] for m in plan["memory"]} == {"RTX 5090", "RTX PRO 6000 Blackwell"}
+    assert {"RTX 5090", "RTX PRO 6000 Blackwell"} <= {m["card"] for m in plan["memory"]}
+    named = json.loads(run(*argv, "--json", "--gpu", "rtx-5090").stdout)
+    assert [m["card"] for m in named["memory"]] == ["RTX 5090"]
+    assert (named["gpu"], named["verdict"]["card"]) == ("sm120", "RTX 5090")
     change = [word for flag in plan["verdict"]["change"] for word in flag.split()]
     assert run(*argv, *change, "--json").returncode == 0
     assert "lacks" in run(*argv).stdout

@@ -263,7 +263,7 @@ def test_another_question_under_the_same_name_is_asked_again(card: Card) -> None
         ({"capability": (9, 0), "name": "NVIDIA H200"}, ["--gpu", "sm120"], 3, "this machine's NVIDIA H200 is sm90"),
         ({"capability": (7, 5), "name": "Tesla T4"}, [], 3, "Tesla T4 is sm75, and there is no profile"),
         ({}, ["--gpu", "cpu"], 3, "nothing to ask of cpu"),
-        ({}, ["--gpu", "sm42"], 3, "no profile for GPU 'sm42'"),
+        ({}, ["--gpu", "sm42"], 3, "no GPU profile or card named 'sm42'"),
         ({"build": False}, ["--gpu", "sm120"], 3, "trtllm-build is not on this machine's PATH"),
         ({"tensorrt": None}, [], 3, "does not have tensorrt"),
         ({"tensorrt_llm": "1.3.0"}, [], 3, "builds no engines"),
