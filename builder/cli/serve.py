@@ -142,15 +142,18 @@ def _server(
 
     if not arguments.ungated:
         verdict.check(arguments.repository or repository.path)
-    where = {key: getattr(arguments, key) for key in ("host", "http_port", "grpc_port", "metrics_port")}
+    from builder.serving.launch import Ports
+
+    ports = Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port, arguments.host)
     if arguments.container:
         from builder.serving.container import serve_container
 
         follow = arguments.command == "serve" and not arguments.quiet
-        return serve_container(repository, out=out, image=arguments.image, follow_log=follow, **where)
-    from builder.serving.server import serve
+        return serve_container(repository, out=out, image=arguments.image, ports=ports, follow_log=follow)
+    from builder.serving.server import ServerOptions, serve
 
-    return serve(repository.models, out=out, follow_log=getattr(arguments, "follow_log", False), **where)
+    options = ServerOptions(follow_log=getattr(arguments, "follow_log", False))
+    return serve(repository.models, out=out, ports=ports, options=options)
 
 
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:

@@ -35,6 +35,8 @@ SOURCES = (
     "builder/tokenizer/loading.py",
     "builder/serving/client.py",
     "builder/serving/server.py",
+    "builder/serving/launch.py",
+    "builder/serving/readiness.py",
     "builder/llmapi/launch.py",
     "builder/serving/safe_links.py",
     "builder/serving/private_directory.py",

@@ -1,7 +1,8 @@
-"""A repository served in a container by the engine's API: nothing of it stays, however we end.
+"""Serves a repository in a container, through the Docker API. No container outlives the process that started it.
 
-We hold the container's stdin: when we die, even by SIGKILL, the kernel closes it, `builder serve --until-eof` inside
-sees the end and stops, and the engine removes the container. One created and never started is found by its label.
+This process holds the container's stdin. When it ends, even by SIGKILL, the kernel closes stdin, `builder serve
+--until-eof` in the container stops, and the Docker engine removes the container. A container that was created but never
+started is found later by its label.
 """
 
 from __future__ import annotations
@@ -22,23 +23,25 @@ from builder.core.output import Output, seconds
 from builder.core.safe_text import printable_bytes
 from builder.machine import containers
 from builder.recipe.target_facts import target_facts
+from builder.serving.launch import Addresses, Ports
 from builder.serving.private_directory import serving_directory
-from builder.serving.server import answers_ok, choose_ports, ready_paths, reasons
+from builder.serving.readiness import answers_ok, ready_paths, reasons
 from builder.trtllm import compatibility
 
 if TYPE_CHECKING:
     from builder.triton.repository import Repository
 
-OWNER = "trtllm-builder.owner"  # container label: which process it belongs to
-TENSORRT_LLM = "trtllm-builder.tensorrt-llm"  # image label: what the Dockerfile found in its base image
-# Compose marks the images that it builds, and what runs from one would count as a part of its project.
-UNMARKED = {f"com.docker.compose.{what}": "" for what in ("project", "service", "version")}
-PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # inside
+OWNER = "trtllm-builder.owner"  # label of a container: the process that it belongs to
+TENSORRT_LLM = "trtllm-builder.tensorrt-llm"  # label of an image: the version in its base image
+# Compose labels the images that it builds. Without these empty labels our container would inherit the image's, and
+# Compose would take it for one of its services.
+NO_COMPOSE = {f"com.docker.compose.{key}": "" for key in ("project", "service", "version")}
+PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # in the container
 
 
 @dataclass(frozen=True)
 class ContainerServer:
-    """A server that is ready, in a container. The URLs have no scheme, as tritonclient wants them."""
+    """A server in a container that is ready. The URLs have no scheme, as tritonclient expects."""
 
     http_url: str
     grpc_url: str
@@ -48,12 +51,14 @@ class ContainerServer:
 
     @property
     def pid(self) -> str:
-        """What the engine calls it."""
+        """The container's short id."""
         return str(self.container.short_id)
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Until the server ends by itself: its exit code (1 where the engine has forgotten it already). None where it
-        still runs after `timeout` seconds."""
+        """Waits until the server exits; returns its exit code, or None if it still runs after `timeout` seconds.
+
+        The exit code is 1 if the container has been removed already.
+        """
         import docker.errors
         import requests.exceptions
 
@@ -67,74 +72,64 @@ class ContainerServer:
             return None
 
     def lost_a_model(self) -> bool:
-        """Not seen from outside: the `builder serve` in the container looks."""
+        """Always False: the `builder serve` in the container watches the processes."""
         return False
 
 
 @contextmanager
-def serve_container(repository: Repository, *, out: Output, image: str, **options: Any) -> Iterator[ContainerServer]:
-    """Serves a repository in a container of `image` until the block ends; `options` as in `_serve`.
-
-    The log is a temporary file, which stays only if the server fails.
-    """
-    with (
-        serving_directory(executable=False) as place,
-        _serve(repository, out=out, image=image, log=place.log, **options) as server,
-    ):
-        yield server
-
-
-@contextmanager
-def _serve(
+def serve_container(
     repository: Repository,
     *,
     out: Output,
     image: str,
-    log: Path,
-    http_port: int | None = None,
-    grpc_port: int | None = None,
-    metrics_port: int | None = None,
-    host: str = "127.0.0.1",
+    ports: Ports | None = None,
     follow_log: bool = False,
     timeout: float = 1800.0,
 ) -> Iterator[ContainerServer]:
-    """Serves a repository in a container of `image` until the block ends. Ports default to free ones.
+    """Serves a repository in a container of `image` until the block ends. `timeout` is seconds until it is ready.
 
-    UsageError for no engine or no such image, IntegrityError for an image with another TensorRT-LLM than the engine's,
-    UnsupportedError where the engine has no GPU to give, ServingError where the server does not come up.
+    The log is a temporary file, which is kept only if the server fails.
+    UsageError if there is no Docker engine or no such image, IntegrityError if the image's TensorRT-LLM is not the one
+    that the repository needs, UnsupportedError if Docker has no GPU, ServingError if the server does not become ready.
     """
-    client = connect()
-    remove_orphans(client)
-    check_image(client, image, repository.facts)
-    ports = choose_ports(host, http_port, grpc_port, metrics_port)
-    owner = _owner()
-    start = time.monotonic()
-    try:
-        container = _create(client, repository, image, host, ports, owner)
-        # Held until the block ends. The other stream is opened before the start too: not a line is missed.
+    with serving_directory(executable=False) as place, _removed(connect()) as (client, owner):
+        check_image(client, image, repository.facts)
+        addresses = (ports or Ports()).choose()
+        start = time.monotonic()
+        container = _create(client, repository, image, addresses, owner)
+        # Open until the block ends. The output is attached before the start too, so that no line is missed.
         stdin = container.attach_socket(params={"stdin": 1, "stream": 1})
-        _copy(container.attach(stream=True, logs=True), log, follow_log)
-        _started(container)
-        http, grpc, metrics = (f"{host}:{port}" for port in ports)
-        server = ContainerServer(http, grpc, metrics, log, container)
+        _copy(container.attach(stream=True, logs=True), place.log, follow_log)
+        _start(container)
+        server = ContainerServer(addresses.http_url, addresses.grpc_url, addresses.metrics_url, place.log, container)
         _wait_until_ready(server, repository.models, start + timeout)
-        out.info(f"Triton is ready after {seconds(time.monotonic() - start)} in container {container.short_id}: {http}")
+        elapsed = seconds(time.monotonic() - start)
+        out.info(f"Triton is ready after {elapsed} in container {container.short_id}: {server.http_url}")
         yield server
         del stdin
+
+
+@contextmanager
+def _removed(client: Any) -> Iterator[tuple[Any, str]]:
+    """The client and an owner label: every container that has this label is removed when the block ends."""
+    remove_orphans(client)
+    owner = _owner()
+    try:
+        yield client, owner
     finally:
-        for left in client.containers.list(all=True, filters={"label": f"{OWNER}={owner}"}, ignore_removed=True):
-            _remove(left)
+        for container in client.containers.list(all=True, filters={"label": f"{OWNER}={owner}"}, ignore_removed=True):
+            _remove(container)
         client.close()
 
 
 def connect() -> Any:
-    """A client of the engine that DOCKER_HOST or the usual socket names."""
+    """A client of the Docker engine at DOCKER_HOST or the default socket. UsageError if none answers."""
     try:
         import docker
         import docker.errors
     except ModuleNotFoundError:
         raise UsageError(
-            "The Python package of Docker is not installed.", hint="pip install 'trtllm-builder[container]'"
+            "Docker's Python package is not installed.", hint="pip install 'trtllm-builder[container]'"
         ) from None
     try:
         return docker.from_env(timeout=120)
@@ -142,13 +137,16 @@ def connect() -> Any:
         raise UsageError(
             "No Docker engine answers.",
             why=str(error),
-            hint="Start it (systemctl start docker), or enter the group docker; DOCKER_HOST names another engine. "
-            "Without an engine: the same command without --container.",
+            hint="Start it (systemctl start docker), join the group docker, or set DOCKER_HOST to another engine. "
+            "To serve without Docker, omit --container.",
         ) from error
 
 
 def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
-    """The image is here, ours, and holds the TensorRT-LLM that built the engine."""
+    """Checks that the image exists, is ours, and has the TensorRT-LLM version that the repository needs.
+
+    `facts` are the repository's. UsageError for the first two, IntegrityError for the third.
+    """
     import docker.errors
 
     try:
@@ -156,40 +154,41 @@ def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
     except docker.errors.ImageNotFound:
         raise UsageError(
             f"The image {name} is not on this machine.",
-            hint="Build it: docker compose build build. Or name another: --image NAME",
+            hint="Build it: docker compose build build. Or choose another image: --image NAME",
         ) from None
     if TENSORRT_LLM not in labels:
         raise UsageError(
             f"The image {name} was not made by this project's Dockerfile.",
             why=f"It has no label {TENSORRT_LLM}.",
-            hint="Build one: docker compose build build. Or name another: --image NAME",
+            hint="Build one: docker compose build build. Or choose another image: --image NAME",
         )
     target = target_facts(facts["target"])
     if target.needs_gpu and labels[TENSORRT_LLM] != facts["tensorrt_llm"]:
         raise IntegrityError(
-            f"The image {name} has TensorRT-LLM {labels[TENSORRT_LLM]}, and {facts['tensorrt_llm']} "
-            + ("built the engine." if target.has_engine else "is what the repository was rendered for."),
+            f"The image {name} has TensorRT-LLM {labels[TENSORRT_LLM]}, but the "
+            + ("engine was built by " if target.has_engine else "repository was rendered for ")
+            + f"{facts['tensorrt_llm']}.",
             why="An engine runs only on the version that built it."
             if target.has_engine
             else compatibility.LLM_ARGUMENTS,
             hint="Build the image on the right base (configs/containers.yaml): BASE_IMAGE=... docker compose build "
-            "build. Or name another: --image NAME",
+            "build. Or choose another image: --image NAME",
         )
 
 
 def remove_orphans(client: Any) -> None:
-    """Removes containers of builders that are gone: of one killed between the container's creation and its start."""
+    """Removes containers whose process was killed between creating and starting them."""
     for container in client.containers.list(all=True, filters={"label": OWNER}, ignore_removed=True):
         if _is_orphan(container.labels[OWNER]):
             _remove(container)
 
 
 def _is_orphan(owner: str) -> bool:
-    """Whether an owner label names a process of this machine, boot and namespace that has ended.
+    """Whether the owner label names a process of this machine, boot and process namespace that has ended.
 
-    Several hosts can share an engine (DOCKER_HOST), and the initial process namespace has the same inode on all of
-    them; the boot id is drawn anew by each kernel. A label that we did not write, or one of an earlier boot, is never
-    judged: the machine id may be a clone's.
+    Several hosts can share a Docker engine (DOCKER_HOST), and the initial process namespace has the same inode on all
+    of them. The boot id is unique: each kernel generates one. Labels of other formats or of an earlier boot are left
+    alone, because the machine id may belong to a clone of this machine.
     """
     place, _, process_id = owner.rpartition("/")
     pid, _, started = process_id.partition(".")
@@ -199,12 +198,12 @@ def _is_orphan(owner: str) -> bool:
 
 
 def _owner() -> str:
-    """The label of our own containers: MACHINE/BOOT/NAMESPACE/PID.START."""
+    """The owner label of this process: MACHINE/BOOT/NAMESPACE/PID.START."""
     return f"{_place()}/{os.getpid()}.{_start_time(os.getpid())}"
 
 
 def _place() -> str:
-    """Where our process ids hold: this machine, since it was started, in this process namespace."""
+    """Where this process id is unique: the machine, its boot and the process namespace."""
     namespace = os.stat("/proc/self/ns/pid").st_ino
     return f"{_read_id('/etc/machine-id')}/{_boot_id()}/{namespace}"
 
@@ -214,7 +213,7 @@ def _boot_id() -> str:
 
 
 def _read_id(path: str) -> str:
-    """An id in a file, without anything but letters, digits and dashes; "" where there is none."""
+    """The id in a file, reduced to letters, digits and dashes; "" if the file is missing."""
     try:
         return re.sub(r"[^0-9A-Za-z-]", "", Path(path).read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -222,15 +221,15 @@ def _read_id(path: str) -> str:
 
 
 def _start_time(pid: int) -> str:
-    """In clock ticks since boot, which tells a process from a later one of the same id; "" where there is none."""
+    """The start time in clock ticks since boot, which distinguishes processes that reuse an id; "" if there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(") ")[2].split()[19]
     except (OSError, ValueError):
         return ""
 
 
-def _create(client: Any, repository: Repository, image: str, host: str, ports: list[int], owner: str) -> Any:
-    """The container, not yet started. The store lies at the path that the rendered configuration names."""
+def _create(client: Any, repository: Repository, image: str, addresses: Addresses, owner: str) -> Any:
+    """Creates the container. The store is mounted where the rendered configuration expects it."""
     from docker.types import DeviceRequest, Mount, Ulimit
 
     inside = _inside(repository.facts)
@@ -247,7 +246,7 @@ def _create(client: Any, repository: Repository, image: str, host: str, ports: l
                 Ulimit(name="stack", soft=(stack := containers.needs().stack_bytes), hard=stack),
             ],
         }
-    published = zip(PORTS.values(), ports, strict=True)
+    published = zip(PORTS.values(), (addresses.http, addresses.grpc, addresses.metrics), strict=True)
     configuration = client.api.create_host_config(
         auto_remove=True,
         init=True,
@@ -257,23 +256,23 @@ def _create(client: Any, repository: Repository, image: str, host: str, ports: l
         read_only=True,
         cap_drop=["ALL"],
         security_opt=["no-new-privileges:true"],
-        port_bindings={own: (host, port) for own, port in published},
+        port_bindings={inner: (addresses.host, port) for inner, port in published},
         **gpu,
     )
-    # The low-level call: only a container that is made not to be detached closes its stdin with our connection.
+    # The low-level API: stdin closes with our connection only if the container is created with detach=False.
     made = client.api.create_container(
-        image, argv, detach=False, stdin_open=True, host_config=configuration, labels={**UNMARKED, OWNER: owner},
+        image, argv, detach=False, stdin_open=True, host_config=configuration, labels={**NO_COMPOSE, OWNER: owner},
         user=f"{os.getuid()}:{os.getgid()}", ports=list(PORTS.values()),
     )  # fmt: skip
     return client.containers.get(made["Id"])
 
 
 def _inside(facts: Mapping[str, Any]) -> Path:
-    """The store's path where the repository was rendered: STORE/engine/KEY, or STORE/checkpoint/KEY/unified."""
+    """The store's path when the repository was rendered, from STORE/engine/KEY or STORE/checkpoint/KEY/unified."""
     return Path(facts["engine"]).parents[1] if "engine" in facts else Path(facts["checkpoint"]).parents[2]
 
 
-def _started(container: Any) -> None:
+def _start(container: Any) -> None:
     import docker.errors
 
     try:
@@ -282,22 +281,24 @@ def _started(container: Any) -> None:
         raise _start_error(error.explanation or str(error)) from error
 
 
-def _start_error(said: str) -> BuilderError:
-    if "device driver" in said or "nvidia" in said:
+def _start_error(message: str) -> BuilderError:
+    if "device driver" in message or "nvidia" in message:
         return UnsupportedError(
-            "The Docker engine has no GPU to give to the container.",
-            why=said,
-            hint="`builder doctor` says what is missing. A repository for the CPU: builder build --gpu cpu",
+            "The Docker engine cannot give the container a GPU.",
+            why=message,
+            hint="Run `builder doctor` to see what is missing. To serve on the CPU, build with --gpu cpu.",
         )
-    if "port is already allocated" in said or "address already in use" in said:
+    if "port is already allocated" in message or "address already in use" in message:
         return ServingError(
-            "A port of the server is in use.", why=said, hint="Choose others: --http-port, --grpc-port, --metrics-port."
+            "A port of the server is in use.",
+            why=message,
+            hint="Choose other ports: --http-port, --grpc-port, --metrics-port.",
         )
-    return ServingError("The container does not start.", why=said, hint="`builder doctor` looks for the reason.")
+    return ServingError("The container does not start.", why=message, hint="Run `builder doctor` to check Docker.")
 
 
 def _copy(lines: Iterator[bytes], log: Path, follow: bool) -> None:
-    """The container's output to a file, and to stderr where that is asked for; until it ends."""
+    """Copies the container's output to a file, and to stderr if `follow`, in a thread that ends with the output."""
 
     def copy() -> None:
         with open(log, "wb", buffering=0) as file:
@@ -321,11 +322,11 @@ def _wait_until_ready(server: ContainerServer, models: Path, deadline: float) ->
         except docker.errors.NotFound:
             running = False
         if not running or time.monotonic() > deadline:
-            what = "is not ready in time" if running else "ended before it was ready"
-            time.sleep(0.5)  # its last words
+            problem = "is not ready in time" if running else "ended before it was ready"
+            time.sleep(0.5)  # for the last lines of the log
             why = "\n".join(reasons(server.log.read_text(encoding="utf-8", errors="replace")))
             raise ServingError(
-                f"The server in the container {what}.",
+                f"The server in the container {problem}.",
                 why=why or process.tail(server.log),
                 hint=f"The whole log: {server.log}",
             )
@@ -336,7 +337,7 @@ def _wait_until_ready(server: ContainerServer, models: Path, deadline: float) ->
 
 
 def _remove(container: Any) -> None:
-    """SIGTERM, time to answer what is under way, then whatever is left by force."""
+    """Sends SIGTERM, waits up to 45 s for requests in flight, and then removes the container by force."""
     import docker.errors
 
     with suppress(docker.errors.NotFound):

@@ -1,8 +1,8 @@
-"""Whether a server still answers: one token from each model that takes text. python -m builder.serving.health HOST:PORT
+"""Whether a server still answers: requests one token of each model that takes text.
 
-Triton's own health says too little. After a model has lost its process, Triton 24.10 still reports it as ready, does
-not start it again, and answers every request with an error. A container's health check runs this file too, so it
-imports the standard library only.
+Triton's own health endpoints are not enough. After the process of a model has ended, Triton 24.10 still reports the
+model as ready, does not restart it, and answers every request with an error. Containers run this file as their health
+check (python -m builder.serving.health HOST:PORT), so it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ from collections.abc import Callable
 
 from builder.core.errors import ServingError
 
-PERIOD = 10.0  # seconds between two checks of `watch`
-PATIENCE = 30.0  # for one check: behind full queues a token takes its time
-FAILURES = 3  # in a row, before the server is given up
-# What our repositories name the models that may take text; each of them is asked by processes of its own.
+PERIOD = 10.0  # seconds between two probes of `watch`
+LOOK_SECONDS = 2.0  # between two looks at the models' processes, which cost about 20 ms each
+CONFIRM_SECONDS = 3.0  # a process that is still dead after that was not part of a normal exit of the server
+PATIENCE = 30.0  # seconds for one probe: a token takes long if the queues are full
+FAILURES = 3  # consecutive failed probes until the server counts as broken
+# The names of the models in our repositories that may take text. Each runs in processes of its own, so probe each.
 MODELS = ("ensemble", "ensemble_infer", "tensorrt_llm_bls", "tensorrt_llm")
 MAX_TOKENS = ("max_tokens", "sampling_param_max_tokens")
-BUSY = "maximum queue size"  # Triton's refusal of a request that finds the queue full
+BUSY = "maximum queue size"  # in Triton's error for a request that exceeds max_queue_size
 
 
 def fault(url: str, patience: float = PATIENCE) -> str:
-    """What is wrong with the server; "" if every model answers, or is too busy to answer in time."""
+    """Describes what is wrong with the server at `url` (HOST:PORT); "" if every model answers or is merely busy.
+
+    A server that does not answer within `patience` seconds is busy if Triton reports it as ready.
+    """
     deadline = time.monotonic() + patience
     try:
-        asked = [(model, body) for model in MODELS if (body := _request_body(url, model))]
-        if not asked:
+        requests = [(model, body) for model in MODELS if (body := _request_body(url, model))]
+        if not requests:
             return "it has no model that takes text"
-        for model, body in asked:
+        for model, body in requests:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -47,37 +52,43 @@ def fault(url: str, patience: float = PATIENCE) -> str:
 
 
 def watch(url: str, wait: Callable[[float], int | None], lost: Callable[[], bool] = lambda: False) -> int:
-    """Until the server ends by itself: its exit code. ServingError once it runs and no longer answers.
+    """Watches a server until it exits and returns its exit code. ServingError if it runs but no longer answers.
 
-    `wait` waits for its end for so many seconds; `lost` says whether a process of one of its models has ended.
+    `wait` waits for the exit for some seconds and returns the exit code or None. `lost` says whether the process of a
+    model has ended; such a server is reported after LOOK_SECONDS + CONFIRM_SECONDS at most.
     """
-    failures = 0
+    failures, next_probe = 0, time.monotonic() + PERIOD
     while True:
-        code = wait(PERIOD)
-        if code is not None:
+        if (code := wait(min(LOOK_SECONDS, PERIOD))) is not None:
             return code
-        if lost() and (code := wait(PERIOD / 2)) is None and lost():
-            raise _given_up("The process of a model has ended.")
-        if code is not None:
-            return code
+        if lost():
+            if (code := wait(CONFIRM_SECONDS)) is not None:
+                return code
+            if lost():
+                raise _broken("The process of a model has ended.")
+        if time.monotonic() < next_probe:
+            continue
         found = fault(url)
         failures = failures + 1 if found else 0
-        if failures == FAILURES and (code := wait(1.0)) is None:
-            raise _given_up(f"Asked for one token, {failures} times in a row: {found}")
+        if failures == FAILURES:
+            if (code := wait(1.0)) is not None:
+                return code
+            raise _broken(f"{failures} consecutive requests for one token failed. The last one: {found}")
+        next_probe = time.monotonic() + PERIOD
 
 
-def _given_up(why: str) -> ServingError:
+def _broken(why: str) -> ServingError:
     return ServingError(
-        "The server runs, and no longer answers.",
-        why=f"{why}\nTriton does not start a model's process again.",
-        hint="Start it again (with docker compose, restart: unless-stopped does that). The server's log says more.",
+        "The server is running but no longer answers.",
+        why=f"{why}\nTriton does not restart the process of a model.",
+        hint="Start the server again (docker compose does so with restart: unless-stopped). See the server's log.",
     )
 
 
 def _request_body(url: str, model: str) -> bytes | None:
-    """A request for one token; None where there is no such model or it takes no text."""
+    """The body of a request for one token; None if there is no such model or it takes no text."""
     status, answer = _call(url, "GET", f"/v2/models/{model}", 5.0)
-    names = {one["name"] for one in json.loads(answer).get("inputs", [])} if status == 200 else set()
+    names = {entry["name"] for entry in json.loads(answer).get("inputs", [])} if status == 200 else set()
     limit = next((name for name in MAX_TOKENS if name in names), None)
     return json.dumps({"text_input": "a", limit: 1}).encode() if limit and "text_input" in names else None
 
@@ -100,7 +111,7 @@ def _call(url: str, verb: str, path: str, timeout: float, body: bytes | None = N
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 if it answers, 1 with the reason on stderr."""
+    """Probes the server at HOST:PORT. Exit code 0 if it answers; otherwise 1, with the reason on stderr."""
     found = fault(argv[1], patience=8.0)
     if found:
         print(found, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where a Triton server is on this machine: the container's, or the one inside the nvidia-pytriton wheel."""
+"""Finds a Triton server on this machine: NVIDIA's, or the one in the nvidia-pytriton wheel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTAINER = Path("/opt/tritonserver")
 
 @dataclass(frozen=True)
 class Installation:
-    """A Triton server on this machine: its binary, where its backends are, the files of its Python backend."""
+    """A Triton server: its binary, its directory of backends, its Python backend's files, its environment variables."""
 
     binary: Path
     backends: Path
@@ -29,7 +29,10 @@ class Installation:
 
 
 def find_server() -> Installation:
-    """The server on the PATH or in NVIDIA's container; else the one in the nvidia-pytriton wheel."""
+    """The server on the PATH, else the one in NVIDIA's container, else the one in the nvidia-pytriton wheel.
+
+    ServingError if there is none, or if the wheel's cannot run here.
+    """
     on_path = shutil.which("tritonserver")
     binary = Path(on_path) if on_path else CONTAINER / "bin" / "tritonserver"
     if binary.is_file():
@@ -44,7 +47,7 @@ def _wheel() -> Installation:
     except metadata.PackageNotFoundError:
         raise ServingError(
             "There is no Triton server on this machine.",
-            why=f"No tritonserver on the PATH, none in {CONTAINER}, and nvidia-pytriton is not installed.",
+            why=f"There is no tritonserver on the PATH or in {CONTAINER}, and nvidia-pytriton is not installed.",
             hint="pip install --no-deps nvidia-pytriton==0.7.0, or run in NVIDIA's Triton image.",
         ) from None
     site = Path(str(package.locate_file("")))
@@ -59,11 +62,11 @@ def _wheel() -> Installation:
     libraries, programs = _paths(package)
     _check_paths(libraries, programs)
     environment = child_environment() | {
-        # The stub runs the first python3 of the PATH: it must be the one whose packages the models need.
+        # The Python backend runs the first python3 on the PATH, so that must be the one with the models' packages.
         "PATH": f"{programs}:/usr/local/bin:/usr/bin:/bin",
         "LD_LIBRARY_PATH": ":".join(map(str, libraries)),
         "LANG": "C.UTF-8",
-        "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads must not spin while a tokenizer wants the core
+        "OMP_WAIT_POLICY": "PASSIVE",  # torch's idle threads must not spin on a core that a tokenizer needs
         "PYTHONUNBUFFERED": "1",
     }
     backend = home / "backends" / "python"
@@ -72,24 +75,31 @@ def _wheel() -> Installation:
 
 
 def check_paths() -> None:
-    """Before any work: that the wheel's server can be started from where it is. No error where there is none."""
+    """Checks, before any work, that the wheel's server can run from its directory. ServingError if not.
+
+    Does nothing if another server is used or there is none.
+    """
     if shutil.which("tritonserver") is None and not (CONTAINER / "bin" / "tritonserver").is_file():
         with suppress(metadata.PackageNotFoundError):
             _check_paths(*_paths(metadata.distribution("nvidia-pytriton")))
 
 
 def _paths(package: metadata.Distribution) -> tuple[list[Path], Path]:
-    """Where the wheel's server finds libraries, and Python."""
+    """The wheel's library directories, and the directory of the Python interpreter."""
     libraries = Path(str(package.locate_file("nvidia_pytriton.libs")))
     return [libraries, Path(str(sysconfig.get_config_var("LIBDIR")))], Path(sys.executable).parent
 
 
 def _check_paths(libraries: Sequence[Path], programs: Path) -> None:
-    """LD_LIBRARY_PATH can't name a directory with its separators (ld.so(8)), and Triton's Python reads ASCII alone."""
+    """ServingError for a path that the server cannot use.
+
+    LD_LIBRARY_PATH cannot contain a directory with its separators (ld.so(8)), and Triton's Python decodes paths as
+    ASCII.
+    """
     for directory in (*libraries, programs, Path(__file__)):
         if re.search("[:;]", str(directory)) or not str(directory).isascii():
             raise ServingError(
                 f"Triton can't be started from {directory}.",
-                why="Its path must have neither `:` nor `;`, and no letters but those of ASCII.",
-                hint="Install this project, and its virtual environment, in another directory.",
+                why="The path must not contain `:`, `;` or non-ASCII characters.",
+                hint="Install this project and its virtual environment in another directory.",
             )

@@ -1,8 +1,8 @@
-"""The directory that Triton is given instead of a repository's own: private, and of a path that no shell can misread.
+"""A private directory for a Triton server, with links to the repository's models, under a path that is safe in a shell.
 
-Until 25.08 Triton's Python backend starts its processes by `bash -c`, with paths that it does not quote
-(python_backend src/stub_launcher.cc before 8b5a055): a path with a space hangs, one with $(...) runs it. So the server
-sees links to the models, below a directory of ours. It also holds what a server needs for itself, and its log.
+Until 25.08, Triton's Python backend starts its processes with `bash -c` and does not quote paths (python_backend
+src/stub_launcher.cc before 8b5a055): a path with a space makes it hang, and $(...) in a path is executed. So the server
+gets a repository of links instead of the real one. The directory also contains the server's backends and its log.
 """
 
 from __future__ import annotations
@@ -26,38 +26,41 @@ from builder.trtllm import compatibility
 PREFIX = "trtllm-builder-"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 LOG = "server.log"
-LOG_BYTES = 4 << 20  # of a failed server's log: its end
-KEPT_LOGS = 5  # of servers that failed: the newest
-YOUNG_SECONDS = 60.0  # a directory may not be locked yet
+LOG_BYTES = 4 << 20  # the end of a failed server's log that is kept
+KEPT_LOGS = 5  # the newest logs of failed servers that are kept
+YOUNG_SECONDS = 60.0  # a directory that is younger may not be locked yet
 
 
 @dataclass(frozen=True)
 class ServingDirectory:
-    """`models` is the repository that the server loads; `backends` is for copies of backends, empty at first."""
+    """The server's directory. `models` is the repository that it loads; `backends` holds copies of backends, if any."""
 
     path: Path
 
     @property
     def models(self) -> Path:
+        """The repository of links that the server loads."""
         return self.path / "models"
 
     @property
     def backends(self) -> Path:
+        """The directory for copies of backends; empty at first."""
         return self.path / "backends"
 
     @property
     def log(self) -> Path:
+        """The server's log."""
         return self.path / LOG
 
     def link(self, models: Path) -> None:
-        """Links to a repository's models. IntegrityError for names that Triton would hand to a shell."""
+        """Creates links to a repository's models. IntegrityError for names that are not safe in a shell."""
         check_names(models)
         self.models.mkdir()
         for model in _models(models):
             link_model(model, self.models / model.name, self.path / "paths")
 
     def only(self, model: str) -> Path:
-        """A repository of this one of the models."""
+        """A repository with only this model."""
         directory = self.path / f"only-{model}"
         directory.mkdir(exist_ok=True)
         link = directory / model
@@ -68,9 +71,9 @@ class ServingDirectory:
 
 @contextmanager
 def serving_directory(*, executable: bool = True) -> Iterator[ServingDirectory]:
-    """A new directory, removed at the end; its log stays if the block fails. Locked meanwhile.
+    """A new, locked directory that is removed when the block ends. If the block raises a BuilderError, its log stays.
 
-    `executable`: programs in it must run. ServingError where no place for it is found.
+    `executable` requires a file system that can run programs. ServingError if no place is suitable.
     """
     directory, lock = _make(executable)
     try:
@@ -88,26 +91,26 @@ def serving_directory(*, executable: bool = True) -> Iterator[ServingDirectory]:
 
 
 def check_place() -> None:
-    """Before any work: that there is a place for a server's directory."""
+    """Checks, before any work, that a server's directory can be created. ServingError if not."""
     if not any(_usable(base, executable=True) for base in _bases()):
         raise _no_place([])
 
 
 def check_names(models: Path) -> None:
-    """That the names in a repository are such as Triton's Python backend can hand to a shell."""
+    """IntegrityError if a name in the repository is not safe in the shell that Triton's Python backend starts."""
     for model in _models(models):
         names = [model.name, *_configured(model / "config.pbtxt")]
         for name in names:
             if not is_safe(name) or (name == model.name and not _NAME.fullmatch(name)):
                 raise IntegrityError(
-                    f"{model} names {name!r}, which is not served.",
-                    why="Triton hands names of models, files and environments to a shell without quoting them.",
-                    hint=f"Rename it. Allowed: {ALLOWED}",
+                    f"{model} has the name {name!r}, which can't be served.",
+                    why="Triton passes names of models, files and environments to a shell without quoting them.",
+                    hint=f"Rename it. Allowed are {ALLOWED}",
                 )
 
 
 def _configured(config: Path) -> Iterator[str]:
-    """What a config.pbtxt adds to the command that starts a model."""
+    """The names in a config.pbtxt that become part of the command that starts the model."""
     parsed = compatibility.parse(config)
     if parsed is None:
         return
@@ -116,7 +119,7 @@ def _configured(config: Path) -> Iterator[str]:
     environment = (
         parsed.parameters["EXECUTION_ENV_PATH"].string_value if "EXECUTION_ENV_PATH" in parsed.parameters else ""
     )
-    if not Path(environment).exists():  # one that is there is linked to
+    if not Path(environment).exists():  # an existing one is replaced by a link
         yield environment.removeprefix("$$TRITON_MODEL_DIRECTORY")
 
 
@@ -125,23 +128,27 @@ def _models(models: Path) -> list[Path]:
 
 
 def prepare_backends(installation: Installation, code: str | None, directory: Path) -> Path:
-    """Where the server finds its backends: the installation's own, or with `code`, a stand-in's model.py, copies."""
+    """The directory of backends for the server: the installation's own if `code` is None.
+
+    `code` is the model.py that replaces the C++ backend. With it, the Python backend is copied into `directory`, next
+    to the replacement. ServingError if a path is not safe in a shell, or the copy fails.
+    """
     return _own_backends(installation) if code is None else _copied_backends(installation, code, directory)
 
 
 def _own_backends(installation: Installation) -> Path:
-    """The installation's own backends, which start programs by their path. ServingError if a shell misreads it."""
+    """The installation's directory of backends. Its path becomes part of a shell command, so it must be safe."""
     if not is_safe(str(installation.backends)):
         raise ServingError(
             f"Triton's backends can't be used from {installation.backends}.",
-            why=f"Triton hands that path to a shell without quoting it. Allowed: {ALLOWED}",
-            hint="Install Triton in another directory, as NVIDIA's image does: /opt/tritonserver",
+            why=f"Triton passes that path to a shell without quoting it. Allowed are {ALLOWED}",
+            hint="Install Triton in another directory, such as /opt/tritonserver in NVIDIA's image.",
         )
     return installation.backends
 
 
 def _copied_backends(installation: Installation, code: str, directory: Path) -> Path:
-    """The Python backend's files, and a stand-in for the C++ backend: copies, for the server refuses symbolic links."""
+    """Copies the Python backend and writes the replacement of the C++ backend. Triton rejects symbolic links here."""
     try:
         for name in ("python", "tensorrtllm"):
             (directory / name).mkdir(parents=True)
@@ -154,13 +161,13 @@ def _copied_backends(installation: Installation, code: str, directory: Path) -> 
         raise ServingError(
             f"Triton's backends can't be copied to {directory}.",
             why=str(error),
-            hint="Name a directory with room: TMPDIR=DIR",
+            hint="Choose a directory with free space: TMPDIR=DIR",
         ) from error
     return directory
 
 
 def _bases() -> list[Path]:
-    """Where a server's directory may be, the best first."""
+    """Where a server's directory may be created, in order of preference."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     runtime = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
     named = (os.environ.get("TMPDIR") or "/tmp", str(cache), runtime, "/tmp", "/var/tmp", "/dev/shm")
@@ -168,17 +175,17 @@ def _bases() -> list[Path]:
 
 
 def _usable(base: Path, *, executable: bool) -> bool:
-    """Whether a directory can be made there, as far as can be seen without making one."""
+    """Whether a directory can probably be created there, without trying."""
     try:
-        there = next(path for path in (base, *base.parents) if path.exists())
-        runs = not executable or not os.statvfs(there).f_flag & os.ST_NOEXEC
-        return runs and is_safe(str(base)) and os.access(there, os.W_OK | os.X_OK)
+        existing = next(path for path in (base, *base.parents) if path.exists())
+        runs = not executable or not os.statvfs(existing).f_flag & os.ST_NOEXEC
+        return runs and is_safe(str(base)) and os.access(existing, os.W_OK | os.X_OK)
     except OSError:
         return False
 
 
 def _make(executable: bool) -> tuple[Path, int]:
-    """The directory and the descriptor that locks it, in the first place that takes it."""
+    """Creates the directory in the first suitable place; returns it and the file descriptor that holds its lock."""
     failed: list[str] = []
     for base in _bases():
         if not _usable(base, executable=executable):
@@ -190,8 +197,8 @@ def _make(executable: bool) -> tuple[Path, int]:
             directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
             lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX)
-            (directory / "room").write_bytes(b"\0" * (4 << 20))  # about what the backends take
-            (directory / "room").unlink()
+            (directory / "space").write_bytes(b"\0" * (4 << 20))  # about the size of the copied backends
+            (directory / "space").unlink()
             (directory / "backends").mkdir()
             return directory, lock
         except OSError as error:
@@ -203,15 +210,15 @@ def _make(executable: bool) -> tuple[Path, int]:
 
 def _no_place(failed: list[str]) -> ServingError:
     return ServingError(
-        "There is no place for Triton's own directory.",
-        why="It needs 4 MB, write access, a file system that runs programs, and a path of nothing but "
-        + "\n".join([f"{ALLOWED}. Looked at: {', '.join(map(str, _bases()))}", *failed]),
-        hint="Name one: TMPDIR=DIR",
+        "There is no suitable directory for Triton's private files.",
+        why="It needs 4 MB, write access, a file system that can run programs, and a path that consists of "
+        + "\n".join([f"{ALLOWED}. Tried: {', '.join(map(str, _bases()))}", *failed]),
+        hint="Choose a directory: TMPDIR=DIR",
     )
 
 
 def sweep(base: Path) -> None:
-    """Removes what servers left whose builder is gone; of those that failed, all but the newest logs."""
+    """Removes the directories of servers whose builder was killed, and all but the newest logs of failed servers."""
     logs = []
     for directory in base.glob(f"{PREFIX}*"):
         with suppress(OSError):
@@ -226,7 +233,7 @@ def sweep(base: Path) -> None:
 
 
 def _abandoned(directory: Path) -> bool:
-    """Ours, no longer new, and not locked: nobody but us writes in it, and we hold the lock while we do."""
+    """Whether a directory is ours, older than YOUNG_SECONDS and not locked: every user of one holds its lock."""
     found = directory.lstat()
     if found.st_uid != os.getuid() or time.time() - found.st_mtime < YOUNG_SECONDS:
         return False
@@ -244,7 +251,7 @@ def _abandoned(directory: Path) -> bool:
 
 
 def _keep_log(directory: Path) -> None:
-    """Of a server that failed only the end of its log, which the error names; nothing where it has none here."""
+    """Keeps only the end of the log, which the error message refers to; removes the directory if there is no log."""
     log = directory / LOG
     if not log.is_file() or not log.stat().st_size:
         shutil.rmtree(directory, ignore_errors=True)

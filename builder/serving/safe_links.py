@@ -1,7 +1,7 @@
-"""Models, as links in another directory, whose configuration names no path that a shell or a C locale misreads.
+"""Links to models in another directory, such that no path in their configuration is misread by a shell or by Triton.
 
-The Python that Triton's backend embeds takes file names for ASCII, and Triton's JSON of a configuration escapes a `"`
-twice. Where a model's configuration names such a path, its copy names a link to the same place.
+The Python in Triton's backend decodes file names as ASCII, and Triton escapes a `"` twice in a configuration's JSON.
+Where a model's configuration contains such a path, the copy of the configuration contains a link to it instead.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ import yaml
 from builder.core.untrusted_text import parse_yaml
 from builder.trtllm import compatibility
 
-ALLOWED = "letters of ASCII, digits and _ . / + -"
+ALLOWED = "ASCII letters, digits and _ . / + -"
 _SAFE = re.compile(r"[A-Za-z0-9_./+-]+")
 _MODEL_YAML = "1/model.yaml"  # of the llmapi target
 
 
 def is_safe(path: str) -> bool:
+    """Whether a path consists of ALLOWED characters."""
     return _SAFE.fullmatch(path) is not None
 
 
 def link_model(model: Path, target: Path, links: Path) -> None:
-    """Makes `target` the model: a link to it, or a directory of links and of files that name links in `links`."""
+    """Creates `target` as a link to the model, or as a copy of links if its configuration contains unsafe paths.
+
+    Links that stand for those paths are created in `links`.
+    """
     rewritten = _rewritten(model, lambda path: _link(path, links))
     if rewritten:
         _mirror(model, target, rewritten)
@@ -35,7 +39,7 @@ def link_model(model: Path, target: Path, links: Path) -> None:
 
 
 def _link(path: str, links: Path) -> str:
-    """The path itself where it is safe or names nothing here; else a new link to it."""
+    """The path itself if it is safe or does not exist; otherwise a new link to it."""
     if is_safe(path) or not path.startswith("/") or not Path(path).exists():
         return path
     links.mkdir(exist_ok=True)
@@ -45,7 +49,7 @@ def _link(path: str, links: Path) -> str:
 
 
 def _rewritten(model: Path, linked: Callable[[str], str]) -> dict[str, str]:
-    """The files of a model that name an unsafe path, by their names, as they must be."""
+    """The rewritten text of each configuration file that contains an unsafe path, by name relative to the model."""
     found = {}
     config = compatibility.parse(model / "config.pbtxt")
     if config is not None:
@@ -65,7 +69,7 @@ def _rewritten(model: Path, linked: Callable[[str], str]) -> dict[str, str]:
 
 
 def _mirror(source: Path, target: Path, files: Mapping[str, str]) -> None:
-    """A directory of links to what is in `source`, but for the files."""
+    """Creates `target` with links to everything in `source`, except `files`, which are written."""
     target.mkdir()
     for path in source.iterdir():
         below = {name.partition("/")[2]: text for name, text in files.items() if name.startswith(f"{path.name}/")}

@@ -28,6 +28,8 @@ SOURCES = (
     "builder/serving/smoke_prompts.py",
     "builder/serving/client.py",
     "builder/serving/server.py",
+    "builder/serving/launch.py",
+    "builder/serving/readiness.py",
     "builder/llmapi/launch.py",
     "builder/serving/safe_links.py",
     "builder/serving/private_directory.py",

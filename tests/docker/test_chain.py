@@ -304,7 +304,7 @@ def test_an_engine_needs_an_image_of_its_version_and_a_gpu(
     version = repository.open_repository(engine).facts["tensorrt_llm"]
     wrong = builder("serve", "--container", "--image", IMAGE, str(engine))
     assert wrong.returncode == 6, wrong.stderr
-    assert f"has TensorRT-LLM none, and {version} built the engine" in wrong.stderr
+    assert f"has TensorRT-LLM none, but the engine was built by {version}" in wrong.stderr
 
     (tmp_path / "Dockerfile").write_text(f'FROM {IMAGE}\nLABEL {TENSORRT_LLM}="{version}"\nENTRYPOINT ["true"]\n')
     subprocess.run(["docker", "build", "-q", "-t", f"{IMAGE}-as-{version}", tmp_path], check=True, capture_output=True)
@@ -312,7 +312,7 @@ def test_an_engine_needs_an_image_of_its_version_and_a_gpu(
     done = builder("serve", "--container", "--image", f"{IMAGE}-as-{version}", str(engine), MEMLOCK="8388608")
     client.images.remove(f"{IMAGE}-as-{version}")
     if gpu_requests() == before:
-        assert (done.returncode, "has no GPU to give" in done.stderr) == (3, True), done.stderr
+        assert (done.returncode, "cannot give the container a GPU" in done.stderr) == (3, True), done.stderr
     else:
         assert (done.returncode, "ended before it was ready" in done.stderr) == (5, True), done.stderr
     assert not containers(client, OWNER)

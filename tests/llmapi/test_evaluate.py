@@ -31,7 +31,7 @@ from builder.llmapi import repository as llmapi_repository
 from builder.preflight import checks
 from builder.recipe import schema
 from builder.serving.client import Client, ServerError
-from builder.serving.server import Server, serve
+from builder.serving.server import Server, ServerOptions, serve
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny-qwen3"
@@ -202,7 +202,9 @@ def test_an_answer_that_can_not_be_sent_is_told(models: Models, tmp_path: Path) 
     assert sends in code
     file.write_text(code.replace(sends, "sender.submit(send, sender, last") + FAILING_SEND)
     with (
-        serve(faulty.models, out=QUIET, log=tmp_path / "log", environment=triton.ENVIRONMENT) as server,
+        serve(
+            faulty.models, out=QUIET, log=tmp_path / "log", options=ServerOptions(environment=triton.ENVIRONMENT)
+        ) as server,
         pytest.raises(ServerError, match="MemoryError; the server's log says more"),
     ):
         client(server, models).context_logits(IDS)
@@ -221,7 +223,9 @@ def server(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     content = yaml.safe_load(file.read_text())
     content["triton_config"]["cancellation_check_period_ms"] = 1
     file.write_text(yaml.safe_dump(content))
-    with serve(repository.models, out=QUIET, log=root / "log", environment=triton.ENVIRONMENT) as server:
+    with serve(
+        repository.models, out=QUIET, log=root / "log", options=ServerOptions(environment=triton.ENVIRONMENT)
+    ) as server:
         yield server
 
 
@@ -270,7 +274,9 @@ def test_without_the_evaluations_switch_nobody_gets_logits(models: Models, tmp_p
     )
     put_stand_in(tmp_path / "models")
     for environment, gives in (({}, False), (triton.ENVIRONMENT, True)):
-        with serve(tmp_path / "models", out=QUIET, log=tmp_path / "log", environment=environment) as server:
+        with serve(
+            tmp_path / "models", out=QUIET, log=tmp_path / "log", options=ServerOptions(environment=environment)
+        ) as server:
             asking = Client(server.http_url, server.grpc_url, facts["models"], timeout=120, names=facts["names"],
                             batched=False)  # fmt: skip
             if gives:

@@ -17,7 +17,9 @@ from llmapi_stand_in import put_stand_in
 from builder.core.errors import ServingError
 from builder.llmapi import launch as llmapi_launch
 from builder.llmapi import repository as llmapi_repository
-from builder.serving.server import _failure, _world_size, serve
+from builder.serving.launch import world_size
+from builder.serving.readiness import start_failure
+from builder.serving.server import serve
 from builder.trtllm import build_log
 from tests.llmapi.test_serving import QUIET, generate, unified, write
 from tests.llmapi.test_versions import adapter
@@ -100,7 +102,7 @@ def test_a_word_that_the_wrapper_would_take_apart_is_refused(programs: Path) -> 
 
 def test_ranks_are_counted_in_the_yaml(tmp_path: Path) -> None:
     models = repository(tmp_path, "tensor_parallel_size: 2\npipeline_parallel_size: 3\n")
-    assert _world_size(models) == llmapi_launch.world_size(models) == 6
+    assert world_size(models) == llmapi_launch.world_size(models) == 6
     assert llmapi_launch.world_size(tmp_path) == 1
 
 
@@ -266,11 +268,11 @@ def test_a_known_failure_of_a_server_is_told_with_its_cure(tmp_path: Path, line:
     known = build_log.diagnose(line, "serving")
     assert known
     assert known.name == name
-    error = _failure("Triton ended.", log)
+    error = start_failure("Triton ended.", log)
     assert error.why.startswith(f"{known.why} ({known.source})\n")
     assert line in error.why
     assert hint in error.hint
     assert str(log) in error.hint
     assert build_log.diagnose(line) is None  # of trtllm-build's
     log.write_text("something\n")
-    assert _failure("Triton ended.", log).hint == f"The whole log: {log}"
+    assert start_failure("Triton ended.", log).hint == f"The whole log: {log}"

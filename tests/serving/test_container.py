@@ -1,4 +1,4 @@
-"""What can be said about a container without an engine; tests/docker has the rest."""
+"""What can be tested about serving in a container without a Docker engine; tests/docker has the rest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from builder.serving import container as serving_container
 
 
 def connect(before: str = "", **environment: str) -> str:
-    """What connect() says in a process of its own: the SDK leaves a socket open where no engine answers."""
+    """The error of connect(), in a process of its own: the SDK leaks a socket if no engine answers."""
     code = (
         f"import sys\n{before}\nfrom builder.serving import container as serve_container\n"
         "try: serve_container.connect()\n"
@@ -28,37 +28,41 @@ def connect(before: str = "", **environment: str) -> str:
     return done.stdout
 
 
-def test_no_engine_is_one_clear_message(tmp_path: Path) -> None:
-    said = connect(DOCKER_HOST=f"unix://{tmp_path}/no.sock")
-    assert said.startswith("No Docker engine answers.\n")
-    assert "systemctl start docker" in said
+def test_a_missing_engine_is_reported(tmp_path: Path) -> None:
+    message = connect(DOCKER_HOST=f"unix://{tmp_path}/no.sock")
+    assert message.startswith("No Docker engine answers.\n")
+    assert "systemctl start docker" in message
 
 
-def test_the_sdk_is_asked_for_only_where_it_is_needed() -> None:
+def test_the_sdk_is_needed_only_to_connect() -> None:
     assert "pip install 'trtllm-builder[container]'" in connect("sys.modules['docker'] = None")
 
 
 @pytest.mark.parametrize(
-    ("said", "kind", "what"),
+    ("message", "kind", "what"),
     [
-        ('could not select device driver "nvidia" with capabilities: [[gpu]]', UnsupportedError, "no GPU to give"),
+        (
+            'could not select device driver "nvidia" with capabilities: [[gpu]]',
+            UnsupportedError,
+            "cannot give the container a GPU",
+        ),
         ("driver failed ...: Bind for 127.0.0.1:8000 failed: port is already allocated", ServingError, "is in use"),
         ("no space left on device", ServingError, "does not start"),
     ],
 )
-def test_the_engine_s_words_become_a_message(said: str, kind: type[Exception], what: str) -> None:
-    error = serving_container._start_error(said)
+def test_errors_of_the_engine_are_explained(message: str, kind: type[Exception], what: str) -> None:
+    error = serving_container._start_error(message)
     assert type(error) is kind
     assert what in error.what
-    assert said in error.why
+    assert message in error.why
 
 
-def test_the_store_lies_where_the_repository_says() -> None:
+def test_the_store_is_mounted_where_the_repository_expects_it() -> None:
     assert serving_container._inside({"engine": "/artifacts/engine/abc"}) == Path("/artifacts")
     assert serving_container._inside({"checkpoint": "/artifacts/checkpoint/abc/unified"}) == Path("/artifacts")
 
 
-def test_only_an_ended_process_of_this_boot_and_namespace_leaves_orphans() -> None:
+def test_only_processes_of_this_boot_and_namespace_can_leave_orphans() -> None:
     child = subprocess.Popen(["sleep", "100"])
     place, _, _ = serving_container._owner().rpartition("/")
     started = serving_container._start_time(child.pid)
@@ -98,7 +102,7 @@ def test_without_a_boot_id_nothing_is_an_orphan(monkeypatch: pytest.MonkeyPatch)
 
 @dataclass
 class Listed:
-    """What the SDK's list gives of a container, as far as remove_orphans reads it."""
+    """The part of the SDK's container that remove_orphans uses."""
 
     labels: dict[str, str]
     removed: bool = False
@@ -115,7 +119,7 @@ class Listed:
         self.removed = True
 
 
-def test_remove_orphans_takes_ours_and_leaves_the_others() -> None:
+def test_remove_orphans_removes_only_ours() -> None:
     pytest.importorskip("docker")
     place, _, _ = serving_container._owner().rpartition("/")
     machine, _, namespace = place.split("/")

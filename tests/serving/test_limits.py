@@ -1,4 +1,4 @@
-"""Limits of the machine that Triton would answer with a hang or a riddle: known before anything starts."""
+"""Limits of the machine that make Triton hang or fail with a misleading error are checked before it starts."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def under(shell: str, models: Path, *before: str) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("limit", [32, 64, 128])
-def test_too_few_open_files_are_said(tmp_path: Path, limit: int) -> None:
-    """With 32 Triton hung, with 64 it said that a port was in use."""
+def test_too_few_open_files_are_reported(tmp_path: Path, limit: int) -> None:
+    """With 32, Triton hung; with 64, it reported that a port was in use."""
     done = under(f"ulimit -n {limit}", one_model(tmp_path / "models"))
-    assert done.stdout.startswith(f"A process may open {limit} files here, and Triton needs 164 for this repository.\n")
+    assert done.stdout.startswith(f"A process may open {limit} files here, but Triton needs 164 for this repository.\n")
     assert "ulimit -n 1024" in done.stdout
     assert done.stderr == ""
 
 
-def test_a_limit_that_we_may_raise_is_raised(tmp_path: Path) -> None:
+def test_a_soft_limit_is_raised(tmp_path: Path) -> None:
     assert under("ulimit -S -n 64", one_model(tmp_path / "models")).stdout == "up 164\n"
 
 
-def test_processes_are_counted(tmp_path: Path) -> None:
+def test_python_processes_are_counted(tmp_path: Path) -> None:
     models = one_model(tmp_path / "models")
     (models / "many").mkdir()
     (models / "many" / "config.pbtxt").write_text('backend: "python" instance_group [{count: 7}, {count: 2}]')
@@ -59,22 +59,22 @@ def test_processes_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system")
-def test_too_little_shared_memory_is_said(tmp_path: Path) -> None:
+def test_too_little_shared_memory_is_reported(tmp_path: Path) -> None:
     done = under("mount -t tmpfs -o size=4m none /dev/shm", one_model(tmp_path / "models"), "unshare", "-m")
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(done.stderr)
-    assert done.stdout.startswith("/dev/shm has 4.19 MB free, and Triton needs 5.24 MB for this repository.\n")
+    assert done.stdout.startswith("/dev/shm has 4.19 MB free, but Triton needs 5.24 MB for this repository.\n")
     assert "shm-size 8g" in done.stdout
 
 
-def test_this_machine_is_fit(tmp_path: Path) -> None:
+def test_this_machine_is_sufficient(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     limits.check_machine()
     with serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log"):
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 
 
-def test_a_build_is_told_before_any_work(tmp_path: Path) -> None:
+def test_a_build_is_rejected_before_any_work(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "builder", "build", "--model", "tests/data/tiny-qwen3", "--gpu", "cpu"]
     script = f"ulimit -n 48 && exec {' '.join(argv)} --output {tmp_path / 'out'}"
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=100)

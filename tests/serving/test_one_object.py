@@ -1,4 +1,4 @@
-"""--json: one object on stdout for every command, with the result and, where the command failed after it, the error."""
+"""--json prints one object on stdout for every command: the result, and the error if the command failed after it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TINY = Path(__file__).parents[1] / "data" / "tiny-qwen3"
 
 
 def one_object(*argv: str, code: int, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """What a command prints, which must be one object and nothing else."""
+    """The object that a command prints, which must be the only output on stdout."""
     assert main.main([*argv, "--json"]) == code
-    said = capsys.readouterr()
-    found: dict[str, Any] = json.loads(said.out)
+    printed = capsys.readouterr()
+    found: dict[str, Any] = json.loads(printed.out)
     assert ("error" in found) is (code != 0)
     if code:
         assert found["exit_code"] == code
-        assert f"error: {found['error']['what'].splitlines()[0]}" in said.err
+        assert f"error: {found['error']['what'].splitlines()[0]}" in printed.err
     return found
 
 
@@ -67,7 +67,7 @@ def test_a_plan_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_smoke_test_that_fails(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a server that answers nothing but 503."""
+    """With a server that answers every request with status 503."""
 
     class Busy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -111,8 +111,8 @@ def test_a_failure_alone(argv: list[str], code: int, capsys: pytest.CaptureFixtu
     assert set(one_object(*argv, code=code, capsys=capsys)) == {"error", "exit_code"}
 
 
-def test_what_is_printed_early_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """`serve` says where it listens at once; an error after that is on stderr alone."""
+def test_a_result_that_is_printed_early_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """`serve` prints its addresses at once. A later error is only on stderr."""
     out = Output("json")
     out.result({"http": "127.0.0.1:8000"})
     out.finish()

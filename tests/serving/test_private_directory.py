@@ -1,4 +1,4 @@
-"""Served from anywhere: no path of a repository, a home or a cache reaches a shell, and none of it stays behind."""
+"""Repositories at any path: no path of a repository, home or cache reaches a shell, and no file is left behind."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from builder.serving import installation as serving_installation
 from builder.serving import private_directory, safe_links
 from builder.serving.private_directory import PREFIX, ServingDirectory, check_names
 from builder.serving.private_directory import serving_directory as directory
-from builder.serving.server import serve
+from builder.serving.server import ServerOptions, serve
 from tests.serving.test_server import CONFIG, MODEL, QUIET, one_model
 
 ODD = ["a$(touch reached)", "`touch reached`", "two words", "it's", 'a "quote"', "a;touch reached", "a&touch reached",
        "a|touch reached", "grüße", "a\\b", "new\nline", "*", "~", "-rf", "#x", "{a,b}", "<x>"]  # fmt: skip
 
-# A model that reads the file which its configuration names, as the reference executor reads its engine.
+# A model that reads a file named in its configuration, as the reference executor reads its engine.
 READS = "import json; open(json.loads(args['model_config'])['parameters']['data']['string_value']).read()"
 DATA = 'parameters {{ key: "data" value: {{ string_value: "{path}" }} }}\n'
 
@@ -32,7 +32,7 @@ def quoted(path: Path) -> str:
 
 
 def test_a_repository_at_an_odd_path_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All the names at once, of the output, HOME, XDG_CACHE_HOME and TMPDIR; each hung the server or ran a command."""
+    """All odd names at once, in the output, HOME, XDG_CACHE_HOME and TMPDIR. Each once hung Triton or ran a command."""
     odd = tmp_path.joinpath(*ODD)
     odd.mkdir(parents=True)
     (odd / "data").touch()
@@ -45,7 +45,7 @@ def test_a_repository_at_an_odd_path_is_served(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv(name, str(odd))
     monkeypatch.chdir(odd)
     start = time.monotonic()
-    with serve(models, out=QUIET, log=odd / "log", timeout=120) as server:
+    with serve(models, out=QUIET, log=odd / "log", options=ServerOptions(timeout=120)) as server:
         argv = Path(f"/proc/{server.pid}/cmdline").read_bytes()
         assert b"touch" not in argv
         assert b"--model-repository=/tmp/" + PREFIX.encode() in argv
@@ -55,12 +55,12 @@ def test_a_repository_at_an_odd_path_is_served(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["a$(touch b)", "a b", "a'b", "a;b", "ü", "a/../b"])
-def test_names_that_reach_a_shell_are_refused(tmp_path: Path, name: str) -> None:
-    """Of models, and what a configuration adds to the command line."""
+def test_names_that_are_unsafe_in_a_shell_are_rejected(tmp_path: Path, name: str) -> None:
+    """Names of models, and names in a configuration that become part of the command line."""
     if "/" not in name:
-        with pytest.raises(IntegrityError, match="not served") as caught:
+        with pytest.raises(IntegrityError, match="can't be served") as caught:
             check_names(one_model(tmp_path / "named", name=name))
-        assert "Allowed: letters" in caught.value.hint
+        assert "Allowed are ASCII letters" in caught.value.hint
     for number, line in enumerate(
         (
             f'default_model_filename: "{name} "\n',
@@ -72,11 +72,11 @@ def test_names_that_reach_a_shell_are_refused(tmp_path: Path, name: str) -> None
         check_names(models)
         with open(models / "fine" / "config.pbtxt", "a") as config:
             config.write(line)
-        with pytest.raises(IntegrityError, match="not served"):
+        with pytest.raises(IntegrityError, match="can't be served"):
             check_names(models)
 
 
-def test_a_model_is_a_link_unless_its_configuration_names_an_odd_path(tmp_path: Path) -> None:
+def test_a_model_is_a_link_unless_its_configuration_contains_an_odd_path(tmp_path: Path) -> None:
     odd = tmp_path / "two words"
     odd.mkdir()
     models = one_model(tmp_path / "models", name="plain")
@@ -98,7 +98,7 @@ def test_a_model_is_a_link_unless_its_configuration_names_an_odd_path(tmp_path: 
     assert str(odd) not in (place.models / "odd" / "1" / "model.yaml").read_text()
 
 
-def test_it_is_private_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_is_private_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with directory() as place:
         assert place.path.parent == tmp_path
@@ -107,14 +107,14 @@ def test_it_is_private_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_log_of_a_failed_server_stays_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_log_of_a_failed_server_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(private_directory, "LOG_BYTES", 1000)
 
-    def fail(error: BaseException, said: str) -> ServingDirectory:
+    def fail(error: BaseException, log: str) -> ServingDirectory:
         with suppress(type(error)), directory() as place:
             place.link(models)
-            place.log.write_text(said)
+            place.log.write_text(log)
             raise error
         return place
 
@@ -125,8 +125,8 @@ def test_the_log_of_a_failed_server_stays_and_no_more(tmp_path: Path, monkeypatc
     assert not fail(KeyboardInterrupt(), "interrupted").path.exists()
 
 
-def test_what_killed_builders_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not what is in use, new, or somebody else's; and of failed servers the newest logs stay."""
+def test_directories_of_killed_builders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories in use, new ones and those of other programs stay, and so do the newest logs of failed servers."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     old = time.time() - 3600
 
@@ -152,13 +152,15 @@ def test_what_killed_builders_left_is_swept(tmp_path: Path, monkeypatch: pytest.
     assert new.exists()
 
 
-def test_without_a_place_it_says_which_letters_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_unsuitable_directories_lists_the_allowed_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     odd = tmp_path / "two words"
     monkeypatch.setattr(private_directory, "_bases", lambda: [odd])
-    for look in (private_directory.check_place, lambda: directory().__enter__()):
-        with pytest.raises(ServingError, match="no place") as caught:
-            look()
-        assert "letters of ASCII, digits and _ . / + -" in caught.value.why
+    for attempt in (private_directory.check_place, lambda: directory().__enter__()):
+        with pytest.raises(ServingError, match="no suitable directory") as caught:
+            attempt()
+        assert "ASCII letters, digits and _ . / + -" in caught.value.why
         assert str(odd) in caught.value.why
         assert "TMPDIR=DIR" in caught.value.hint
 
@@ -174,8 +176,8 @@ with serving_directory.serving_directory() as place:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="mounts a file system")
-def test_a_full_disk_is_passed_over_and_left_as_it_was(tmp_path: Path) -> None:
-    """Each try left a directory there."""
+def test_a_full_disk_is_skipped_and_left_unchanged(tmp_path: Path) -> None:
+    """Earlier, each attempt left a directory there."""
     full, other = tmp_path / "full", tmp_path / "other"
     full.mkdir()
     other.mkdir()
@@ -186,17 +188,17 @@ def test_a_full_disk_is_passed_over_and_left_as_it_was(tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (f"{other}\n", "")
 
 
-def test_an_installation_that_triton_can_not_name_is_refused(tmp_path: Path) -> None:
+def test_an_installation_at_an_unusable_path_is_rejected(tmp_path: Path) -> None:
     serving_installation.check_paths()
     for name in ("a:b", "a;b", "ü"):
         with pytest.raises(ServingError, match="can't be started"):
             serving_installation._check_paths([tmp_path / name], tmp_path)
 
 
-def test_backends_that_a_shell_would_misread_are_refused(tmp_path: Path) -> None:
+def test_backends_at_an_unsafe_path_are_rejected(tmp_path: Path) -> None:
     installation = serving_installation.Installation(tmp_path / "b", tmp_path / "two words", (), {})
     with pytest.raises(ServingError, match="can't be used from") as caught:
         private_directory.prepare_backends(installation, None, tmp_path)
-    assert "Allowed: letters of ASCII" in caught.value.why
+    assert "Allowed are ASCII letters" in caught.value.why
     fine = serving_installation.Installation(tmp_path / "b", tmp_path / "backends", (), {})
     assert private_directory.prepare_backends(fine, None, tmp_path) == tmp_path / "backends"

@@ -1,4 +1,4 @@
-"""Starting and stopping a real Triton server: nothing may be left, however it ends."""
+"""Starting and stopping a real Triton server: no process or shared memory is left, however it ends."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ import pytest
 
 from builder.core.errors import ServingError
 from builder.core.output import Output
+from builder.serving import launch
 from builder.serving import server as serving
+from builder.serving.launch import Addresses, Ports
 from builder.serving.private_directory import prepare_backends, serving_directory
-from builder.serving.server import reasons, serve
+from builder.serving.readiness import reasons
+from builder.serving.server import ServerOptions, serve
 
 QUIET = Output("quiet")
 MODEL = """
@@ -30,7 +33,7 @@ class TritonPythonModel:
     def initialize(self, args):
         {initialize}
     def execute(self, requests):
-        raise ValueError("never asked")
+        raise ValueError("never called")
 """
 CONFIG = 'name: "{name}" backend: "{backend}" max_batch_size: 1\ninstance_group [ {{ count: 1 kind: KIND_CPU }} ]\n'
 
@@ -44,7 +47,7 @@ def one_model(root: Path, initialize: str = "pass", backend: str = "python", nam
 
 
 def stat(pid: int) -> list[str]:
-    """State, parent and further fields of a process; empty when it is gone."""
+    """The fields of /proc/PID/stat from the state on; empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -66,7 +69,7 @@ def shared_memory(pid: int) -> list[str]:
     return [path.name for path in serving.SHM.glob(f"builder-{pid}-*")]
 
 
-def test_it_starts_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_server_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     models = one_model(tmp_path / "models")
     with serve(models, out=QUIET, log=tmp_path / "log") as server:
@@ -88,14 +91,14 @@ def test_it_starts_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def gone(processes: list[int]) -> bool:
-    """Within 20 seconds: a process that was sent SIGKILL dies when the kernel gets to it."""
+    """Whether all are gone within 20 seconds: a process does not die instantly on SIGKILL."""
     deadline = time.monotonic() + 20
     while any(alive(pid) for pid in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not any(alive(pid) for pid in processes)
 
 
-def test_a_server_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+def test_a_killed_server_leaves_nothing(tmp_path: Path) -> None:
     models = one_model(tmp_path / "models")
     with serve(models, out=QUIET, log=tmp_path / "log") as server:
         processes = children(server.pid)
@@ -106,8 +109,8 @@ def test_a_server_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     assert not shared_memory(os.getpid())
 
 
-def test_it_does_not_outlive_us(tmp_path: Path) -> None:
-    """Killed with SIGKILL we can do nothing; the kernel tells the server, which cleans up behind itself."""
+def test_the_server_does_not_outlive_the_builder(tmp_path: Path) -> None:
+    """Even if the builder is killed with SIGKILL: the supervisor notices and cleans up."""
     code = f"""
         import sys, time
         from pathlib import Path
@@ -128,7 +131,7 @@ def test_it_does_not_outlive_us(tmp_path: Path) -> None:
     assert not shared_memory(parent.pid)
 
 
-def test_a_model_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
+def test_a_model_that_fails_is_reported_with_its_error(tmp_path: Path) -> None:
     models = one_model(tmp_path / "models", "raise FileNotFoundError('no tokenizer here')")
     with (
         pytest.raises(ServingError, match="before it was ready") as caught,
@@ -140,48 +143,51 @@ def test_a_model_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
     assert not shared_memory(os.getpid())
 
 
-def test_a_backend_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_backend_is_reported(tmp_path: Path) -> None:
     models = one_model(tmp_path / "models", backend="nothing")
     with pytest.raises(ServingError) as caught, serve(models, out=QUIET, log=tmp_path / "log"):
         pytest.fail("it came up")
     assert "unable to find backend library for backend 'nothing'" in caught.value.why
 
 
-def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_before_the_server_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (
             pytest.raises(ServingError, match=f"Can't listen on 127.0.0.1:{port}") as caught,
-            serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log", grpc_port=port),
+            serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log", ports=Ports(grpc=port)),
         ):
             pytest.fail("it came up")
     assert "ss -ltnp" in caught.value.hint
     assert not (tmp_path / "log").exists()
 
 
-def test_it_waits_no_longer_than_asked(tmp_path: Path) -> None:
+def test_serving_fails_after_the_timeout(tmp_path: Path) -> None:
     models = one_model(tmp_path / "models", "import time; time.sleep(30)")
     start = time.monotonic()
     with (
         pytest.raises(ServingError, match="not ready in time"),
-        serve(models, out=QUIET, log=tmp_path / "log", timeout=1),
+        serve(models, out=QUIET, log=tmp_path / "log", options=ServerOptions(timeout=1)),
     ):
         pytest.fail("it came up")
     assert time.monotonic() - start < 15
     assert not shared_memory(os.getpid())
 
 
-def test_the_log_that_a_failure_names_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_that_an_error_names_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     models = one_model(tmp_path / "models", "import time; time.sleep(30)")
-    with pytest.raises(ServingError, match="not ready in time") as caught, serve(models, out=QUIET, timeout=1):
+    with (
+        pytest.raises(ServingError, match="not ready in time") as caught,
+        serve(models, out=QUIET, options=ServerOptions(timeout=1)),
+    ):
         pytest.fail("it came up")
     log = Path(caught.value.hint.removeprefix("The whole log: "))
     assert "Initialize: lonely" in log.read_text()
     assert not list(log.parent.glob("*/"))
 
 
-def test_an_engine_of_tensorrt_is_served_by_its_own_backend(tmp_path: Path) -> None:
+def test_a_directory_with_an_engine_file_has_an_engine(tmp_path: Path) -> None:
     models = tmp_path / "models"
     (models / "tensorrt_llm").mkdir(parents=True)
     engine = tmp_path / 'an "engine"'
@@ -190,13 +196,13 @@ def test_an_engine_of_tensorrt_is_served_by_its_own_backend(tmp_path: Path) -> N
     (models / "tensorrt_llm" / "config.pbtxt").write_text(
         f'parameters {{ key: "gpt_model_path" value: {{ string_value: "{quoted}" }} }}'
     )
-    assert not serving._has_engine(models)
+    assert not launch.has_engine(models)
     (engine / "rank0.engine").touch()
-    assert serving._has_engine(models)
+    assert launch.has_engine(models)
 
 
-def test_one_server_for_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As upstream launches them (triton_backend/scripts/launch_triton_server.py@0a2e2c1f), but without a load API."""
+def test_there_is_a_server_for_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started as upstream does (triton_backend/scripts/launch_triton_server.py@0a2e2c1f), but without the load API."""
     mpirun = tmp_path / "bin" / "mpirun"
     mpirun.parent.mkdir()
     mpirun.touch(mode=0o755)
@@ -204,35 +210,33 @@ def test_one_server_for_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     one_model(one_model(tmp_path / "models", name="tensorrt_llm"), name="other")
     with serving_directory() as place:
         place.link(tmp_path / "models")
-        servers = [
-            serving._command(
-                Path("/t"), place, Path("/b"), "127.0.0.1", [8000, 8001, 8002], f"prefix{rank}_", 30, rank=rank
-            )
-            for rank in range(2)
-        ]
+        addresses = Addresses("127.0.0.1", 8000, 8001, 8002)
+        command = launch.Command(Path("/t"), place, Path("/b"), addresses, "prefix-", 30)
+        servers = [command.of_rank(rank) for rank in range(2)]
+        assert command.line(tmp_path / "models", 1) == servers[0]
         assert sorted(path.name for path in place.models.iterdir()) == ["other", "tensorrt_llm"]
         assert [path.name for path in place.only("tensorrt_llm").iterdir()] == ["tensorrt_llm"]
         repositories = f"--model-repository={place.models}", f"--model-repository={place.only('tensorrt_llm')}"
-    assert serving.launch_command(servers[:1]) == servers[0]
-    argv = serving.launch_command(servers)
+    assert launch.mpi_command(servers[:1]) == servers[0]
+    argv = launch.mpi_command(servers)
     assert argv[:5] == ["mpirun", "--allow-run-as-root", "-n", "1", "/t"]
     middle = argv.index(":")
     first, second = set(argv[4:middle]), set(argv[middle + 3 :])
     assert argv[middle : middle + 4] == [":", "-n", "1", "/t"]
     common = {"--http-port=8000", "--grpc-port=8001", "--metrics-port=8002", "--model-control-mode=none"}
     assert common | {"--disable-auto-complete-config"} <= first & second
-    assert "--backend-config=python,shm-region-prefix-name=prefix0_" in first
-    assert "--backend-config=python,shm-region-prefix-name=prefix1_" in second
+    assert "--backend-config=python,shm-region-prefix-name=prefix-0-" in first
+    assert "--backend-config=python,shm-region-prefix-name=prefix-1-" in second
     assert repositories[0] in first - second
     assert repositories[1] in second - first
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ServingError, match="The engine has 2 ranks, and mpirun") as caught:
-        serving.launch_command(servers)
+    with pytest.raises(ServingError, match="The engine has 2 ranks, and mpirun is not on the PATH") as caught:
+        launch.mpi_command(servers)
     assert "a machine with 2 GPUs" in caught.value.hint
 
 
-def test_ranks_are_read_from_the_engine(tmp_path: Path) -> None:
-    """Two servers for an engine of TensorRT's with two ranks, one for the reference executor's two rank files."""
+def test_the_number_of_ranks_is_read_from_the_engine(tmp_path: Path) -> None:
+    """Two for a TensorRT engine of two ranks; one for the reference executor, whatever its rank files."""
     models, engine = tmp_path / "models", tmp_path / "engine"
     (models / "tensorrt_llm").mkdir(parents=True)
     engine.mkdir()
@@ -241,16 +245,16 @@ def test_ranks_are_read_from_the_engine(tmp_path: Path) -> None:
     )
     (engine / "config.json").write_text('{"pretrained_config": {"mapping": {"world_size": 2}}}')
     (engine / "rank0.safetensors").touch()
-    assert serving._world_size(models) == 1
+    assert launch.world_size(models) == 1
     (engine / "rank0.engine").touch()
-    assert serving._world_size(models) == 2
-    assert serving._world_size(tmp_path) == 1
+    assert launch.world_size(models) == 2
+    assert launch.world_size(tmp_path) == 1
 
 
-def test_the_stand_in_is_the_reference_executor(tmp_path: Path) -> None:
-    """Copies (the server refuses links), beside the files of the Python backend."""
+def test_the_reference_executor_replaces_the_engine_backend(tmp_path: Path) -> None:
+    """Its files are copies, because Triton rejects symbolic links, next to those of the Python backend."""
     installation = serving.find_server()
-    code = serving._stand_in(installation, tmp_path, None)
+    code = launch.stand_in(installation, tmp_path, None)
     assert code is not None
     made = prepare_backends(installation, code, tmp_path / "backends")
     assert "builder.reference.backend" in (made / "tensorrtllm" / "model.py").read_text()
@@ -258,8 +262,8 @@ def test_the_stand_in_is_the_reference_executor(tmp_path: Path) -> None:
     assert os.access(made / "python" / "triton_python_backend_stub", os.X_OK)
 
 
-def test_a_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in NVIDIA's container: its environment is kept, for CUDA and MPI need it, but for the secrets."""
+def test_a_server_on_the_path_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in NVIDIA's container. CUDA and MPI need the environment, so it is kept, without secrets."""
     binary = tmp_path / "bin" / "tritonserver"
     utils = tmp_path / "backends" / "python" / "triton_python_backend_utils.py"
     for file in (binary, utils):
@@ -275,7 +279,7 @@ def test_a_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def http_status(url: str, path: str, header: str = "any: x", body: str | None = None) -> int:
-    """Of a request written by hand: clients refuse to send the header that an attacker would try."""
+    """The status of a hand-written request: HTTP clients refuse to send the header that an attacker would try."""
     host, port = url.split(":")
     method, length = ("GET", 0) if body is None else ("POST", len(body))
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{header}\r\nContent-Length: {length}\r\n\r\n"
@@ -285,7 +289,7 @@ def http_status(url: str, path: str, header: str = "any: x", body: str | None = 
 
 
 def raw_grpc(url: str, method: str, header: tuple[str, str]) -> bytes:
-    """One call by hand, with literal HPACK headers: clients of gRPC refuse to send what an attacker could."""
+    """A hand-written call with literal HPACK headers: gRPC clients refuse to send what an attacker could."""
     headers = [(":method", "POST"), (":scheme", "http"), (":path", f"/inference.GRPCInferenceService/{method}"),
                (":authority", "x"), ("content-type", "application/grpc"), ("te", "trailers"), header]  # fmt: skip
     block = b"".join(b"\0" + bytes([len(n)]) + n.encode() + bytes([len(v)]) + v.encode() for n, v in headers)
@@ -319,8 +323,8 @@ CLOSED_POSTS = ("/v2/repository/models/lonely/load", "/v2/repository/models/lone
                 "/v2/logging", "/v2/systemsharedmemory/region/x/register")  # fmt: skip
 
 
-def test_nobody_loads_models_or_changes_the_log(tmp_path: Path) -> None:
-    """Whoever reads the command line finds no key in it, and what stands there opens nothing."""
+def test_nobody_can_load_models_or_change_the_logging(tmp_path: Path) -> None:
+    """The command line contains no secret, and the header that it names opens nothing."""
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -348,8 +352,8 @@ def test_nobody_loads_models_or_changes_the_log(tmp_path: Path) -> None:
         assert http_status(server.http_url, "/v2/models/lonely/config") == 200
 
 
-def test_a_model_that_never_starts_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton waits for it half an hour; here its program is one that only says why."""
+def test_a_model_that_never_starts_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would wait for half an hour. Here the model's program prints an error and exits."""
     found = serving.find_server()
     stub = tmp_path / "triton_python_backend_stub"
     stub.write_text("#!/bin/sh\necho error while loading shared libraries: libpython >&2\nexit 127\n")
@@ -358,13 +362,13 @@ def test_a_model_that_never_starts_is_noticed(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(serving, "DEAD_SECONDS", 1.0)
     with (
         pytest.raises(ServingError, match="ended while it was loading") as caught,
-        serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log", timeout=60),
+        serve(one_model(tmp_path / "models"), out=QUIET, log=tmp_path / "log", options=ServerOptions(timeout=60)),
     ):
         pytest.fail("it came up")
     assert "error while loading shared libraries: libpython" in caught.value.why
 
 
-def test_reasons_are_the_errors_alone() -> None:
+def test_reasons_are_the_errors_without_stack_traces() -> None:
     log = r"""
 I1121 server.cc:605] "something"
 E1121 03:09:49.216008 1 model_lifecycle.cc:654] "failed to load 'pre' version 1: Internal: KeyError: 'x'\n\nAt:\n  /a"

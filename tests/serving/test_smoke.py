@@ -24,7 +24,7 @@ from builder.core.store import Store
 from builder.recipe import schema
 from builder.serving import smoke
 from builder.serving.client import Client, Request, ResponseTimeout, ServerError
-from builder.serving.server import Server, serve
+from builder.serving.server import Server, ServerOptions, serve
 from builder.triton import repository
 from builder.trtllm import flags as trtllm_flags
 
@@ -133,7 +133,7 @@ def broken(
     models = changed(rendered, tmp_path, changes)
     backend = tmp_path / "engine.py"
     backend.write_text(engine, encoding="utf-8")
-    with serve(models, out=QUIET, log=tmp_path / "server.log", engine_backend=backend) as server:
+    with serve(models, out=QUIET, log=tmp_path / "server.log", options=ServerOptions(engine_backend=backend)) as server:
         yield server
 
 

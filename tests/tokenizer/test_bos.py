@@ -24,7 +24,7 @@ from builder.evaluate import datasets
 from builder.llmapi import arguments as llmapi_arguments
 from builder.llmapi import repository as llmapi_repository
 from builder.recipe import schema
-from builder.serving.server import serve
+from builder.serving.server import ServerOptions, serve
 from builder.tokenizer import chat_template, special_tokens
 from builder.tokenizer import files as tokenizer_files
 from builder.tokenizer import loading as tokenizer_loading
@@ -107,7 +107,9 @@ def test_the_preprocessing_model(snapshot: Path, expected: list[int], tmp_path: 
     facts = repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), tmp_path / "source", part)
     assert (facts["end_id"], facts["end_ids"]) == (7, [7, 4089])
     assert '"[7, 4089]"' in (tmp_path / "models" / "preprocessing" / "config.pbtxt").read_text()
-    with serve(tmp_path / "models", out=QUIET, log=tmp_path / "log", engine_backend=ECHO) as server:
+    with serve(
+        tmp_path / "models", out=QUIET, log=tmp_path / "log", options=ServerOptions(engine_backend=ECHO)
+    ) as server:
         for prompt in (rendered(), rendered().removeprefix(TEXT)):
             assert prompt_ids(server.grpc_url, prompt) == expected
         assert prompt_ids(server.grpc_url, TEXT + rendered()) == [BOS, *expected]  # what was written twice stays

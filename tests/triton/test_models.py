@@ -28,7 +28,8 @@ from tritonclient.utils import InferenceServerException
 from builder.core import paths
 from builder.core.output import Output
 from builder.recipe import schema
-from builder.serving.server import Server, find_server, serve
+from builder.serving.installation import find_server
+from builder.serving.server import Server, ServerOptions, serve
 from builder.triton import repository
 from tests.triton.test_repository import SNAPSHOT, write_engine
 
@@ -43,7 +44,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     tmp = tmp_path_factory.mktemp("served")
     part = schema.Repository(bls_instances=1, max_queue_delay_microseconds=2000)
     repository.write(tmp / "models", write_engine(tmp / "engine"), SNAPSHOT, part)
-    with serve(tmp / "models", out=Output("quiet"), log=tmp / "log", engine_backend=ECHO) as server:
+    with serve(
+        tmp / "models", out=Output("quiet"), log=tmp / "log", options=ServerOptions(engine_backend=ECHO)
+    ) as server:
         yield server
 
 
@@ -342,7 +345,9 @@ def test_a_cancelled_stream_frees_its_instance(server: Server) -> None:
 def test_without_streaming_the_ensemble_itself_takes_infer(tmp_path: Path) -> None:
     part = schema.Repository(bls_instances=1, decoupled=False)
     repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, part)
-    with serve(tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", engine_backend=ECHO) as server:
+    with serve(
+        tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=ServerOptions(engine_backend=ECHO)
+    ) as server:
         asked = {"text_input": EMOJI, "max_tokens": 9}
         assert infer(server, "ensemble", **asked) == echo(EMOJI, 9)
         assert infer(server, "tensorrt_llm_bls", **asked) == echo(EMOJI, 9)

@@ -12,7 +12,7 @@ import pytest
 from builder.cli.main import main
 from builder.core.output import Output
 from builder.recipe import schema
-from builder.serving.server import serve
+from builder.serving.server import ServerOptions, serve
 from builder.triton import repository, stream_capacity
 from tests.triton.test_models import ECHO, stream
 from tests.triton.test_repository import SNAPSHOT, configs, write_engine
@@ -32,7 +32,9 @@ def test_the_instances_follow_the_batch(tmp_path: Path, batch: int, asked: int |
 def test_as_many_clients_stream_at_once_as_the_engine_has_places(tmp_path: Path) -> None:
     """The stand-in takes 0.05 s for a token: 20 take a second, and eight clients no longer than one."""
     repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, schema.Repository())
-    with serve(tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", engine_backend=ECHO) as server:
+    with serve(
+        tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=ServerOptions(engine_backend=ECHO)
+    ) as server:
         first: list[float] = []
 
         def ask() -> None:

@@ -11,7 +11,7 @@ from tokenizers_of_kinds import KINDS, byte_level, llama2, unigram, write_snapsh
 
 from builder.core.output import Output
 from builder.recipe import schema
-from builder.serving.server import Server, serve
+from builder.serving.server import Server, ServerOptions, serve
 from builder.triton import repository
 from tests.triton.test_models import BLS, ECHO, PREPROCESSING, generate, infer, load, read_word_lists, stream
 from tests.triton.test_repository import write_engine
@@ -41,7 +41,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     # It says the prompt's tokens without <s>, with which no answer begins.
     echo = tmp / "echo.py"
     echo.write_text(ECHO.read_text().replace('inputs["input_lengths"].flat[0]].tolist()', "99].tolist()[1:]"))
-    with serve(tmp / "models", out=Output("quiet"), log=tmp / "log", engine_backend=echo) as server:
+    with serve(
+        tmp / "models", out=Output("quiet"), log=tmp / "log", options=ServerOptions(engine_backend=echo)
+    ) as server:
         yield server
 
 

@@ -27,7 +27,7 @@ from builder.evaluate.datasets import Ids
 from builder.evaluate.runners import scoring
 from builder.recipe.target_facts import target_facts
 from builder.serving.client import Client, MissingOutput, Request, ResponseTimeout, ServerError
-from builder.serving.server import SHM, Server, serve
+from builder.serving.server import SHM, Server, ServerOptions, serve
 
 AT_ONCE = 4  # requests under way: the engine batches them
 # The PyTorch backend keeps a prompt's logits on the GPU beside those of the forward pass, in what the KV cache leaves
@@ -106,8 +106,8 @@ def served(job: Mapping[str, Any]) -> Iterator[Served]:
     facts = job["facts"]
     if job["logits"]:
         check(facts, job["gathers"], job["lengths"]["max_tokens"], free=shutil.disk_usage(SHM).free)
-    log, environment = Path(job["server_log"]), ENVIRONMENT if job["logits"] else {}
-    with serve(Path(job["models"]), out=Output("quiet"), log=log, environment=environment) as server:
+    log, options = Path(job["server_log"]), ServerOptions(environment=ENVIRONMENT if job["logits"] else {})
+    with serve(Path(job["models"]), out=Output("quiet"), log=log, options=options) as server:
         yield Served(server, facts, job)
 
 
