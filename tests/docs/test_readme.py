@@ -1,69 +1,49 @@
-"""What the README tells people to type exists."""
+"""What the README promises a newcomer, in 150 lines. Its commands are tested with all documents (test_documents.py)."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
-import pytest
+import documents
 import yaml
 
-from builder.cli import main
+from builder.llmapi import versions as llmapi_versions
+from builder.trtllm import versions
 
-README = Path("README.md").read_text()
-BLOCKS = re.findall(r"(?:^    .*\n)+", README, re.M)
-LINES = [line.strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-COMMANDS = [line.partition("#")[0].strip() for line in LINES]
-
-
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("builder ")])
-def test_a_builder_command_parses(line: str) -> None:
-    assert main.parser().parse_args(shlex.split(line.partition(" > ")[0])[1:]).run
+README = Path("README.md")
+TEXT = README.read_text()
+COMMANDS = [line.strip() for block in documents.blocks(README.absolute()) if block.language == "bash"
+            for line in block.text.splitlines()]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("make ")])
-def test_a_make_target_exists(line: str) -> None:
-    assert re.search(rf"^{line.split()[1]}:", Path("Makefile").read_text(), re.M)
+def test_it_is_short() -> None:
+    assert len(TEXT.splitlines()) < 150
 
 
 def test_the_two_commands_come_first_and_ci_runs_them() -> None:
-    assert [line for line in COMMANDS if line.startswith("make ")][:2] == ["make demo", "make test"]
-    for command in ("make demo", "make test"):
+    assert COMMANDS[:2] == ["make demo", "make test"]
+    for command in COMMANDS[:2]:
         assert command in Path(".ci/run").read_text()
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("docker compose ")])
-def test_a_compose_command_names_services_and_arguments_that_exist(line: str) -> None:
-    words = shlex.split(line)
-    services = yaml.safe_load(Path("docker-compose.yml").read_text())["services"]
-    assert {"run", "up"} & set(words)
-    for name in ("build", "smoke", "triton"):
-        assert name not in words or name in services
-    if "build" in words:
-        assert main.parser().parse_args(["build", *words[words.index("build") + 1 :]]).run
+def test_the_three_commands_for_a_gpu_machine_come_next() -> None:
+    words = [line.split()[2:4] for line in COMMANDS[2:5]]
+    assert words == [["run", "build"], ["up", "-d"], ["run", "smoke"]]
 
 
-def test_the_three_commands_come_first() -> None:
-    assert [line.split()[2:4] for line in COMMANDS[:3]] == [["run", "build"], ["up", "-d"], ["run", "smoke"]]
+def test_it_names_every_page_for_users() -> None:
+    pages = [page for page in documents.documents() if "quickstart" in page.parts or "guides" in page.parts]
+    assert all(str(page.relative_to(documents.ROOT)) in TEXT for page in pages)
 
 
-@pytest.mark.parametrize(
-    "path", re.findall(r"`((?:builder|configs|docker|tests|triton_templates|benchmarks)/[\w./-]+)`", README)
-)
-def test_a_file_that_it_names_exists(path: str) -> None:
-    assert Path(path).exists()
-
-
-def test_exit_codes_are_those_of_the_code() -> None:
-    from builder.core import errors
-
-    named = {int(n) for n in re.findall(r"(\d+) [a-z]", README.partition("## Exit codes")[2].partition("##")[0])}
-    codes = {kind.exit_code for kind in errors.BuilderError.__subclasses__()}
-    assert codes <= named
-
-
-def test_every_command_of_the_help_is_in_the_readme() -> None:
-    [commands] = [action for action in main.parser()._actions if action.dest == "command"]
-    missing = [name for name in commands.choices or () if f"builder {name}" not in README and f"`{name}`" not in README]
-    assert set(missing) <= {"fetch", "quantize", "engine", "render", "load"}
+def test_the_models_and_versions_that_it_names_are_those_of_the_code() -> None:
+    ranges = yaml.safe_load(Path("configs/trtllm/llmapi.yaml").read_text())["versions"]
+    for row in ranges:
+        assert row["first"] in TEXT
+        assert row["last"] in TEXT
+    for version in versions.versions():
+        assert version.removesuffix(".0") in TEXT
+    names = {name.removesuffix("ForCausalLM").lower() for name in llmapi_versions.load("1.2.1").architectures}
+    said = re.sub(r"[^a-z0-9]", "", TEXT.lower())
+    assert all(name in said for name in names)

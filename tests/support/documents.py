@@ -14,11 +14,12 @@ SHELLS = ("bash", "sh", "shell", "console")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, and where it begins (for messages)."""
+    """A fenced block: its language, its text, where it begins (for messages), and its title (a file's path)."""
 
     language: str
     text: str
     place: str
+    title: str = ""
 
 
 def documents() -> list[Path]:
@@ -32,11 +33,12 @@ def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, also those inside of a list or an admonition."""
     found = []
     text = page.read_text(encoding="utf-8")
-    for match in re.finditer(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```$", text, re.M | re.S):
-        indent, language, body = match.groups()
+    for match in re.finditer(r"^( *)```([\w-]*)([^\n]*)\n(.*?)^\1```$", text, re.M | re.S):
+        indent, language, rest, body = match.groups()
         line = text.count("\n", 0, match.start()) + 1
         plain = "\n".join(row.removeprefix(indent) for row in body.splitlines())
-        found.append(Block(language, plain, f"{page.relative_to(ROOT)}:{line}"))
+        title = re.search(r'title="([^"]+)"', rest)
+        found.append(Block(language, plain, f"{page.relative_to(ROOT)}:{line}", title[1] if title else ""))
     return found
 
 
