@@ -44,13 +44,13 @@ def blocks(page: Path) -> list[Block]:
 
 def commands(program: str = "") -> Iterator[tuple[str, str]]:
     """(place, command line) of every line of a shell block that starts with `program`. Lines are joined at a backslash;
-    comments and leading VARIABLE=value words are removed."""
+    comments, redirections and leading VARIABLE=value words are removed."""
     for page in documents():
         for block in blocks(page):
             if block.language not in SHELLS:
                 continue
             for line in block.text.replace("\\\n", " ").splitlines():
                 command = re.sub(r"(^|\s)#.*", "", line).strip()
-                command = re.sub(r"^([A-Z_]+=\S*\s+)+", "", command)
+                command = re.sub(r"^([A-Z_]+=\S*\s+)+", "", command).partition(" > ")[0]
                 if command and (not program or command.split()[: len(program.split())] == program.split()):
                     yield block.place, command
