@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import re
 from pathlib import Path
@@ -43,3 +44,9 @@ def literal_length(pattern: re.Pattern[str]) -> int:
 def raised_as(message: str) -> list[str]:
     """Where the code raises this message; patterns that are hardly more than a placeholder do not count."""
     return [place for place, pattern in patterns() if literal_length(pattern) > 12 and pattern.fullmatch(message)]
+
+
+def nearest(message: str) -> str:
+    """The message of the code that is most like this one, with ... for what is computed."""
+    known = [re.sub(r"\\(.)", r"\1", pattern.pattern.replace(".*", "...")) for _, pattern in patterns()]
+    return max(known, key=lambda text: difflib.SequenceMatcher(None, text, message).ratio())
