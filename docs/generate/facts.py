@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from builder.core import paths
@@ -89,15 +89,22 @@ def engine_flags() -> Iterator[str]:
         choices = newest["choices"]
         takes = ", ".join(map(str, choices)) if isinstance(choices, list) else newest["kind"]
         touched = ", ".join(f"[{rule['id']}](rules.md#{rule['id'].lower()})" for rule in rules if name in rule["flags"])
-        defaults = [_default(version, name) for version in known]
-        rows.append((code(f"--{name}"), text(newest.get("help", "")), text(takes), *defaults, touched))
-    yield from table(("flag", "meaning", "takes", *(v.version for v in known), "rules"), rows)
+        default = _by_version([(version.version, _default(version, name)) for version in known])
+        rows.append((code(f"--{name}"), text(newest.get("help", "")), text(takes), default, touched))
+    yield from table(("flag", "meaning", "takes", "default", "rules"), rows)
     yield from say("## Removed flags", "The builder rejects them and names the replacement.")
     gone = {name: entry for version in known for name, entry in version.removed.items()}
     yield from table(
         ("flag", "removed in", "use instead", "source"),
         [(code(f"--{n}"), text(e["since"]), text(e["use"] or "nothing"), text(e["source"])) for n, e in gone.items()],
     )
+
+
+def _by_version(values: Sequence[tuple[str, str]]) -> str:
+    """One value where all versions have the same, else each version with its own."""
+    if len({value for _, value in values}) == 1:
+        return values[0][1]
+    return "; ".join(f"{version}: {value}" for version, value in values)
 
 
 def _default(version: trtllm.Version, name: str) -> str:
