@@ -108,3 +108,27 @@ def test_the_stream_gives_the_same_answer_as_http(server: Mapping[str, str]) -> 
     streamed = run(sys.executable, str(EXAMPLES / "client_grpc_stream.py"), *argv, server["grpc"])
     whole = run(sys.executable, str(EXAMPLES / "client_http.py"), *argv, f"http://{server['http']}")
     assert streamed.strip() == whole.strip()
+
+
+def test_chat_prints_question_and_answer(repository: Path, server: Mapping[str, str]) -> None:
+    argv = [sys.executable, str(EXAMPLES / "chat.py"), str(repository), "What is a list?", "--max-tokens", "8"]
+    printed = run(*argv, "--url", server["grpc"]).splitlines()
+    assert printed[0] == "Question: What is a list?"
+    assert re.match(r"Answer:   .", printed[1])
+    assert printed[-1].endswith(f"chat.py {repository}")
+
+
+def test_chat_keeps_the_conversation_and_stops_its_server(repository: Path) -> None:
+    argv = [sys.executable, str(EXAMPLES / "chat.py"), str(repository), "--max-tokens", "4"]
+    done = subprocess.run(argv, input="One?\n\nTwo?\n", capture_output=True, text=True, cwd=documents.ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Answer:") == 2
+    assert "Ready after" in done.stderr
+
+
+def test_chat_reports_why_a_repository_is_not_served(tmp_path: Path) -> None:
+    argv = [sys.executable, str(EXAMPLES / "chat.py"), str(tmp_path), "Hello?"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=documents.ROOT)
+    assert done.returncode not in (0, -9)
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
