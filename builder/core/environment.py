@@ -1,8 +1,8 @@
-"""The environment of child processes: a list of what they may have. Anything else, secrets above all, stays here.
+"""The environment of worker processes: an allowlist, so that secrets don't leak into them.
 
-Quantizing, evaluating, building and serving run code that comes with a model (--trust-remote-code) or a repository, so
-their processes get neither the Hub's token nor an address that may hold a password. Only the processes that talk to
-the Hub and run no such code get those.
+Quantizing, evaluating, building and serving may run code that ships with a model (--trust-remote-code) or a
+repository. Those processes get neither the Hub token nor a proxy address, which may contain a password. Only
+processes that talk to the Hub and run no such code get them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-# "work": quantize, evaluate, build an engine, serve. "hub": talk to the Hub with the user's credentials. "public": talk
-# to the Hub without them. "docker": the docker command.
+# "work": quantizes, evaluates, builds an engine or serves. "hub": talks to the Hub with the user's credentials.
+# "public": talks to the Hub without them. "docker": the docker command.
 Kind = Literal["work", "hub", "public", "docker"]
-NAMED = "BUILDER_CHILD_ENV"  # names of further variables for every child, separated by commas
+NAMED = "BUILDER_CHILD_ENV"  # the user's additions to the allowlist: variable names, separated by commas
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ _PREFIXES = _words(
     "OMP_ KMP_ GOMP_ MKL_ OPENBLAS_ BLIS_ NUMEXPR_ "  # threads
     "CUDA CUBLAS CUDNN NVIDIA_ NVCC_ NCCL_ NVSHMEM_ TORCH PYTORCH_ TRITON_ MODELOPT_ "
     "TLLM_ TRTLLM_ TRT_ TENSORRT_ FLASHINFER_ "
-    # Several ranks. Not SLURM_*: all ranks run on this machine, and SLURM_JWT is a secret.
+    # MPI, for several ranks. SLURM_* is left out: all ranks run on this machine, and SLURM_JWT is a secret.
     "OMPI_ PMIX_ PRTE_ UCX_ UCC_ GLOO_ "
     "HF_HOME HF_HUB_ HF_XET_ HF_DATASETS_ HF_MODULES_ HF_ASSETS_ HF_DEBUG TRANSFORMERS_ HUGGINGFACE_HUB_CACHE"
 )
@@ -40,13 +40,16 @@ _NETWORK = _words(
 )
 _TOKENS = _words("HF_TOKEN HF_TOKEN_PATH HUGGING_FACE_HUB_TOKEN HUGGINGFACE_TOKEN")
 _DOCKER = _words("DOCKER_HOST DOCKER_CONFIG DOCKER_CONTEXT DOCKER_CERT_PATH DOCKER_TLS_VERIFY SSH_AUTH_SOCK")
-# Names that a prefix above would let through.
+# Rejects secrets that match an allowed prefix, such as TRITON_API_KEY.
 _SECRET = re.compile(r"(^|_)(TOKENS?|SECRETS?|PASS|PASSWORD|PASSWD|CREDENTIALS?|AUTH|JWT|API_?KEY|KEY)(_|$)")
 _USERINFO = re.compile(r"^([a-z][a-z0-9+.-]*://)?[^/]*@", re.IGNORECASE)
 
 
 def child_environment(kind: Kind = "work", source: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a child of this kind gets of `source` (default: our own environment)."""
+    """The variables of `source` (default: os.environ) that a process of this kind may have.
+
+    For "public", user names and passwords are removed from proxy and endpoint addresses.
+    """
     source = os.environ if source is None else source
     named = {name.strip() for name in source.get(NAMED, "").split(",")}
     kept = {name: value for name, value in source.items() if name in named or _allowed(name, kind)}
@@ -56,7 +59,7 @@ def child_environment(kind: Kind = "work", source: Mapping[str, str] | None = No
 
 
 def _allowed(name: str, kind: Kind) -> bool:
-    upper = name.upper()  # curl and Python read proxies in either case
+    upper = name.upper()  # curl and Python accept the proxy variables in either case
     if kind in ("hub", "public") and upper in _NETWORK:
         return True
     if kind == "hub" and name in _TOKENS:
@@ -67,5 +70,5 @@ def _allowed(name: str, kind: Kind) -> bool:
 
 
 def _without_user(address: str) -> str:
-    """A URL, or HOST:PORT, without the user and password that may stand before the host."""
+    """A URL or HOST:PORT without user name and password."""
     return _USERINFO.sub(r"\1", address)

@@ -1,22 +1,25 @@
-"""What can go wrong, and the exit code that says so.
+"""The error types, and the exit code of each.
 
 BuilderError
-├── StageError           1    a stage failed: a child process crashed, a disk filled up
-├── UsageError           2    a flag, a recipe or an input file is wrong
-├── UnsupportedError     3    this model, GPU or machine can't do it, or it does not fit
-├── EvaluationError      4    the model is not as good as the gate asks, or what was asked can't be measured
-│   └── NotMeasurable         this runner gives no probabilities of the tokens of a text
-├── ServingError         5    the server does not come up, or a smoke check failed
-└── IntegrityError       6    a file, a checkpoint or a version is not what it must be
+├── StageError           1    a stage failed: a worker process crashed, the disk is full
+├── UsageError           2    a flag, a recipe or an input file is invalid
+├── UnsupportedError     3    the model, GPU or machine is not supported, or the model does not fit
+├── EvaluationError      4    the model is below the gate's limits, or the metric can't be measured
+│   └── NotMeasurable         this runner returns no log-probabilities for the tokens of a text
+├── ServingError         5    the server did not start, or a smoke check failed
+└── IntegrityError       6    a file, checkpoint or version is not the expected one
 
-Exit code 130 is an interrupt, as in every shell. Exit code 0 is nothing but success.
+Exit code 130 means interrupted, as in shells. Exit code 0 always means success.
 """
 
 from __future__ import annotations
 
 
 class BuilderError(Exception):
-    """What happened, why, and what to type next. The CLI prints the three and exits with `exit_code`."""
+    """An error to show to the user: what happened, why, and what to type next.
+
+    The CLI prints the three parts without a traceback and exits with `exit_code`.
+    """
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""How a process ended, in words: its exit code, or the signal that killed it."""
+"""Describes how a process ended: its exit code, or the signal that killed it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import signal
 
 
 def describe(code: int) -> str:
-    """What to write after "it": -8 "was killed by SIGFPE", 136 "ended with exit code 136 (killed by SIGFPE)", 1 "ended
-    with exit code 1".
+    """The predicate of a sentence whose subject is the process.
 
-    Minus the signal's number is Python's way (subprocess.Popen.returncode). Shells, mpirun and container engines add it
-    to 128 (the Bash manual, "Exit Status").
+    -8 -> "was killed by SIGFPE"; 136 -> "exited with code 136 (killed by SIGFPE)"; 1 -> "exited with code 1".
+
+    Python reports a signal as its negative number (subprocess.Popen.returncode). Shells, mpirun and container engines
+    report 128 plus the number (the Bash manual, "Exit Status").
     """
     if code < 0:
         return f"was killed by {_name(-code)}"
     by = f" (killed by {_name(code - 128)})" if code > 128 and _known(code - 128) else ""
-    return f"ended with exit code {code}{by}"
+    return f"exited with code {code}{by}"
 
 
 def _known(number: int) -> bool:
-    return number in {one.value for one in signal.Signals} and number < signal.SIGRTMIN
+    return number in {member.value for member in signal.Signals} and number < signal.SIGRTMIN
 
 
 def _name(number: int) -> str:
     try:
         return signal.Signals(number).name
-    except ValueError:  # a real-time signal between SIGRTMIN and SIGRTMAX
+    except ValueError:  # real-time signals between SIGRTMIN and SIGRTMAX have no names
         return f"signal {number}"

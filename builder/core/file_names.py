@@ -1,21 +1,21 @@
-"""File names made from a user's words: safe characters, bounded length, distinct for distinct words. Pure."""
+"""Turns arbitrary text into file names: safe characters and bounded length. Pure functions."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 
-# File systems allow 255 bytes in a name; room is left for `.json`, `.html` and a temporary name's process id.
+# Bytes. File systems allow 255; the rest is for an extension and for the process id in a temporary name.
 LONGEST = 180
 
 
 def sanitized(text: str) -> str:
-    """Letters, digits, '.', '_' and '-' only; what nothing is left of becomes `model`."""
+    """Replaces each run of characters other than letters, digits, '.', '_' and '-' by one '-'. Never empty: `model`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"
 
 
 def truncated(name: str, longest: int = LONGEST) -> str:
-    """The name, or where it has more than `longest` bytes its beginning and a digest of the whole."""
+    """The name, cut to `longest` bytes if it is longer. A digest of the whole name keeps cut names distinct."""
     encoded = name.encode(errors="surrogateescape")
     if len(encoded) <= longest:
         return name

@@ -1,4 +1,4 @@
-"""Moments at which an interrupt must wait: between two steps that only make sense together."""
+"""Defers interrupts across a critical section, such as two renames that belong together."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from contextlib import contextmanager
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Until the block ends, SIGINT, SIGTERM and SIGHUP are only noted; then their handlers run.
+    """Delivers SIGINT, SIGTERM and SIGHUP only after the block has ended.
 
-    A signal mask would not do: another thread takes the signal, and the main thread runs its handler all the same
-    (docs.python.org/3/library/signal.html, "Signals and threads").
+    Blocking the signals with a mask is not enough: another thread would receive the signal, and Python would still run
+    the handler in the main thread (docs.python.org/3/library/signal.html, "Signals and threads").
     """
-    came: list[int] = []
-    ours = {}
-    if threading.current_thread() is threading.main_thread():  # handlers run, and are set, nowhere else
+    received: list[int] = []
+    previous = {}
+    if threading.current_thread() is threading.main_thread():  # only the main thread can set and run handlers
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if callable(signal.getsignal(number)):
-                ours[number] = signal.signal(number, lambda number, frame: came.append(number))
+                previous[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        for number, handler in ours.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-    for caught in came:
+    for caught in received:
         signal.raise_signal(caught)

@@ -1,7 +1,7 @@
-"""manifest.json: what a stage directory must hold. Everything that reads one reads it here.
+"""Reads and checks manifest.json, which lists the content of a stage directory.
 
-A manifest is sealed with a hash of itself, so that whoever opens a stage needs to check no single value again: an
-edited or damaged one is refused as a whole.
+A manifest contains a hash of itself, the seal. An edited or damaged manifest is rejected as a whole, so code that opens
+a stage does not have to check each value again.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from typing import Any
 
 from builder.core.untrusted_text import parse_json, read_regular
 
-FORMAT = 2  # a change makes every older stage unknown. 1 had no seal
+FORMAT = 2  # stages of another format are not found. 1 had no seal
 MANIFEST = "manifest.json"
 SEAL = "sealed"
 KEY = re.compile(r"[0-9a-f]{16}")
-# Files up to this size are hashed whenever a stage is opened, larger ones by `builder verify`: code, configurations and
-# the largest tokenizers (17 MB, Llama 3) at some 15 ms each.
+# Bytes. Files up to this size are hashed whenever a stage is opened, larger ones only by `builder verify`. The limit
+# covers code, configurations and the largest tokenizers (17 MB, Llama 3), at about 15 ms each.
 SMALL = 32 << 20
 _LARGEST = 256 << 20  # bytes of a manifest; one with 100,000 files has 15 MB
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
-_NFS = ".nfs"  # what NFS calls a removed file that is still open
+_NFS = ".nfs"  # prefix of the name that NFS gives a removed file that is still open
 
 
 class Damaged(ValueError):
-    """A manifest or a record that can't be what was written."""
+    """A manifest or record that was changed or damaged. The message is a clause whose subject is "it"."""
 
 
 def load(directory: Path, *, formats: tuple[int, ...] = (FORMAT,)) -> dict[str, Any]:
-    """The manifest of a stage directory, every value of the type that it was written with. Damaged says what is wrong.
+    """Reads the manifest of a stage directory and checks seal, types, key and digest. Damaged says what is wrong.
 
-    In a store the directory must have the name that the manifest says; a copy elsewhere may have any.
+    A directory in a store must be named after the manifest's key. A copy outside of a store may have any name.
     """
     try:
-        return _checked(directory, read_object(directory / MANIFEST), formats)
+        return _validated(directory, read_object(directory / MANIFEST), formats)
     except RecursionError:
-        raise Damaged("it is nested too deep") from None
+        raise Damaged("it is nested too deeply") from None
 
 
-def _checked(directory: Path, manifest: dict[str, Any], formats: tuple[int, ...]) -> dict[str, Any]:
+def _validated(directory: Path, manifest: dict[str, Any], formats: tuple[int, ...]) -> dict[str, Any]:
     if manifest.get("format") not in formats or isinstance(manifest["format"], bool):
         raise Damaged(f"it has format {str(manifest.get('format'))[:40]}, not {FORMAT}")
     if manifest["format"] >= 2:
@@ -54,71 +54,71 @@ def _checked(directory: Path, manifest: dict[str, Any], formats: tuple[int, ...]
     _check_types(manifest)
     stage, key = manifest["stage"], manifest["key"]
     if key != key_of(stage, manifest["ingredients"], manifest["format"]):
-        raise Damaged("its key does not follow from its ingredients")
+        raise Damaged("its key does not match its ingredients")
     if manifest["digest"] != content_digest(manifest):
-        raise Damaged("its digest does not follow from its files")
+        raise Damaged("its digest does not match its files")
     if directory.parent.name == stage and directory.name != key:
         raise Damaged(f"it belongs to {stage}/{key}")
     return manifest
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Damaged for anything else, and for a file that can't be read."""
+    """Reads a JSON object from a file. Damaged if the file can't be read or holds anything else."""
     try:
         found = parse_json(read_regular(path, _LARGEST))
     except (OSError, ValueError) as error:
         raise Damaged(str(error)) from None
     if not isinstance(found, dict):
-        raise Damaged(f"it holds a {type(found).__name__}, not an object")
+        raise Damaged(f"it contains a {type(found).__name__}, not an object")
     return found
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with the hash of all else that it holds. Keys and numbers become what JSON makes of them."""
+    """Adds the seal: the hash of all other entries. Values are normalized to JSON first (tuples to lists, for one)."""
     plain: dict[str, Any] = json.loads(json.dumps(value))
     return {**plain, SEAL: digest_of(plain)}
 
 
 def check_seal(value: Mapping[str, Any]) -> None:
-    """Damaged unless the object is as `sealed` made it."""
+    """Damaged unless the object's seal matches its entries."""
     if value.get(SEAL) != digest_of({key: item for key, item in value.items() if key != SEAL}):
         raise Damaged("it was changed")
 
 
 def key_of(stage: str, ingredients: Mapping[str, Any], version: int = FORMAT) -> str:
-    """The name of a stage's directory."""
+    """The key of an artifact, which names its directory: 16 hex digits of a hash over stage and ingredients."""
     return digest_of({"format": version, "stage": stage, "ingredients": ingredients})[:16]
 
 
 def digest_of(value: Any) -> str:
-    """sha256 of a value's canonical JSON: sorted keys, no spaces. A value that JSON can't hold is an error."""
+    """sha256 of a value's canonical JSON (sorted keys, no spaces). TypeError for a value that JSON can't represent."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def content_digest(manifest: Mapping[str, Any]) -> str:
-    """Of all files, names and content: equal digests, equal bytes under equal names."""
+    """sha256 over names and hashes of all files: equal digests mean the same names with the same bytes."""
     external = manifest["facts"].get("external", {"files": {}})["files"]
     return digest_of([[name, entry["sha256"]] for name, entry in sorted({**external, **manifest["files"]}.items())])
 
 
 def all_files(directory: Path, manifest: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
-    """Every file of an artifact, those elsewhere too, with its entry in the manifest."""
+    """(path, manifest entry) of every file of an artifact, including external ones, such as the Hub's cache."""
     own = [(directory / name, entry) for name, entry in manifest["files"].items()]
     external = manifest["facts"].get("external", {"root": "", "files": {}})
     return own + [(Path(external["root"]) / name, entry) for name, entry in external["files"].items()]
 
 
 def file_problems(directory: Path, manifest: Mapping[str, Any], *, hashed_up_to: float = math.inf) -> Iterator[str]:
-    """What is wrong with an artifact's files; those of more bytes than `hashed_up_to` are judged by size alone."""
+    """Yields a sentence for each missing, changed or added file. Files over `hashed_up_to` bytes are not hashed."""
     for file, entry in all_files(directory, manifest):
         try:
             found = file.stat()
             if not stat.S_ISREG(found.st_mode):
-                yield f"{file} is no file"
+                yield f"{file} is not a regular file"
             elif found.st_size != entry["size"]:
                 yield f"{file} has {found.st_size} bytes instead of {entry['size']}"
             elif found.st_size <= hashed_up_to and sha256(file) != entry["sha256"]:
-                yield f"{file} has another content than when it was made"
+                yield f"{file} has changed since the stage was made"
         except FileNotFoundError:
             yield f"{file} is missing"
         except (OSError, ValueError) as error:
@@ -128,7 +128,7 @@ def file_problems(directory: Path, manifest: Mapping[str, Any], *, hashed_up_to:
 
 
 def unexpected_files(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Names of what lies in a stage directory and does not belong to it. Python's bytecode is no change."""
+    """Names of files in a stage directory that its manifest does not list. Python's bytecode is ignored."""
     known, found = {*manifest["files"], MANIFEST}, []
     for parent, directories, files in os.walk(directory):
         directories[:] = [name for name in directories if name != "__pycache__"]
@@ -139,7 +139,7 @@ def unexpected_files(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content, read in pieces."""
+    """The sha256 of a file, as hex, read in chunks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -148,34 +148,35 @@ def sha256(path: Path) -> str:
 
 
 def _check_types(manifest: Mapping[str, Any]) -> None:
+    """Damaged for a value of the wrong type: a seal proves only that nothing changed after sealing."""
     for name, kind in (("stage", str), ("key", str), ("digest", str), ("ingredients", dict), ("facts", dict)):
         if not isinstance(manifest.get(name), kind):
-            raise Damaged(f"its {name} is {_shown(manifest.get(name))}")
+            raise Damaged(f"its {name} is {_quoted(manifest.get(name))}")
     for name in ("started", "seconds"):
         value = manifest.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e12:
-            raise Damaged(f"its {name} is {_shown(value)}")
+            raise Damaged(f"its {name} is {_quoted(value)}")
     _check_files(manifest.get("files"))
     if "external" in manifest["facts"]:
         external = manifest["facts"]["external"]
         if not isinstance(external, dict) or not isinstance(external.get("root"), str) or "\0" in external["root"]:
-            raise Damaged(f"its external files are {_shown(external)}")
+            raise Damaged(f"its external files are {_quoted(external)}")
         _check_files(external.get("files"))
 
 
 def _check_files(files: Any) -> None:
-    """{name: {"size": bytes, "sha256": hex}} with names that stay inside of their directory."""
+    """Damaged unless `files` is {name: {"size": bytes, "sha256": hex}} and no name leads out of the directory."""
     if not isinstance(files, dict):
-        raise Damaged(f"its files are {_shown(files)}")
+        raise Damaged(f"its files are {_quoted(files)}")
     for name, entry in files.items():
         if not name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-            raise Damaged(f"it names a file {_shown(name)}")
+            raise Damaged(f"it lists a file named {_quoted(name)}")
         size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or not 0 <= size < 1 << 63:
-            raise Damaged(f"the size of {_shown(name)} is {_shown(size)}")
+            raise Damaged(f"the size of {_quoted(name)} is {_quoted(size)}")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise Damaged(f"the sha256 of {_shown(name)} is {_shown(digest)}")
+            raise Damaged(f"the sha256 of {_quoted(name)} is {_quoted(digest)}")
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     return ascii(value)[:80]

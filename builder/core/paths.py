@@ -1,4 +1,4 @@
-"""Where the project's own data lies: beside the package in a checkout, inside it once installed as a wheel."""
+"""Locates data files that ship with the project: beside the package in a checkout, inside it in an installed wheel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def data(*parts: str) -> Path:
-    """`data("configs", "gpus")` -> the directory that ships with this version of the code."""
+    """The path of a shipped file or directory: `data("configs", "gpus")` -> .../configs/gpus."""
     inside = _PACKAGE / "data"
     return (inside if inside.is_dir() else _PACKAGE.parent).joinpath(*parts)

@@ -1,9 +1,10 @@
-"""Reads and writes safetensors files as bytes: headers checked, tensors mapped, nothing loaded whole.
+"""Reads and writes safetensors files as raw bytes: validates headers, maps tensors, never loads a whole file.
 
-Own code because safetensors' Python writer takes every tensor's bytes at once (huggingface/safetensors,
+We don't use the safetensors package: its Python writer needs the bytes of all tensors at once (huggingface/safetensors,
 bindings/python/src/lib.rs, `serialize_file`), and numpy has neither BF16 nor F8 (safetensors/numpy.py, `_TYPES`).
 Standard library only.
-The format: 8 bytes little-endian header length, a JSON header, then the tensors without gap or overlap
+
+File format: the header length as 8 little-endian bytes, a JSON header, then the tensors without gap or overlap
 (safetensors' documentation, "Format").
 """
 
@@ -33,14 +34,15 @@ DTYPE_BITS = {
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs, MAX_HEADER_SIZE
 CHUNK_BYTES = 16 * 1024 * 1024
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-HEAD_BYTES = len(LFS_POINTER)  # of a file's beginning: they hold the header's length, or show what else it is
+# How much of a file's beginning is read first: enough for the header length, and to recognize a Git LFS pointer.
+HEAD_BYTES = len(LFS_POINTER)
 
 Buffer = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of one file: its bytes are file[begin:end]."""
+    """One tensor of one file. Its bytes are file[begin:end], counted from the start of the file, not of the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,12 +51,13 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """The tensor's size in bytes."""
         return self.end - self.begin
 
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write. `chunks` is consumed once, when its turn comes, and must give exactly its bytes."""
+    """A tensor to write. `chunks` is iterated once, when the tensor is written, and must yield exactly its bytes."""
 
     name: str
     dtype: str
@@ -63,17 +66,17 @@ class NewTensor:
 
 
 def byte_size(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor; ValueError for an unknown dtype or a size that is no whole number of bytes."""
+    """The size of a tensor in bytes. ValueError for an unknown dtype or a size that is not a whole number of bytes."""
     if dtype not in DTYPE_BITS:
         raise ValueError(f"dtype {dtype!r} is unknown")
     bits = DTYPE_BITS[dtype] * prod(shape)
     if bits % 8:
-        raise ValueError(f"{dtype} {list(shape)} is no whole number of bytes")
+        raise ValueError(f"{dtype} {list(shape)} is not a whole number of bytes")
     return bits // 8
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes, shapes and offsets in the file of its tensors; IntegrityError says what the file is otherwise."""
+    """{tensor name: TensorInfo} of a file. IntegrityError if it is not a complete safetensors file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(HEAD_BYTES)
@@ -82,22 +85,28 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def header_length(start: bytes, size: int, where: str) -> int:
-    """Bytes of the JSON header of a file of `size` bytes that begins so. IntegrityError if it can't have one."""
+    """The length of the JSON header in bytes, from a file's first bytes `start` and its `size` in bytes.
+
+    IntegrityError if it can't be a safetensors file; `where` names the file in the message.
+    """
     length = int.from_bytes(start[:8], "little")
     if size < 8 or len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        raise _damaged(where, _what_it_is(start, size, length))
+        raise _damaged(where, _diagnosis(start, size, length))
     return length
 
 
 def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
-    """A JSON header as tensors: wherever it was read, the same is wrong with it. `size` is the whole file's."""
+    """{tensor name: TensorInfo} from a JSON header, for local and remote files alike. `size`: the file's, in bytes.
+
+    IntegrityError, naming the file as `where`, for an invalid header or one that does not match the size.
+    """
     data_start = 8 + len(header)
     try:
         entries = parse_json(header, unique=True)
         infos = {name: _info(e, data_start) for name, e in entries.items() if name != "__metadata__"}
         _check_layout(infos, data_start, size)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(where, f"Its header is wrong: {error}") from None
+        raise _damaged(where, f"Its header is invalid: {error}") from None
     return infos
 
 
@@ -105,52 +114,56 @@ def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
     dtype, shape = entry["dtype"], entry["shape"]
     begin, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("a shape or an offset is no natural number")
+        raise ValueError("a shape or an offset is not a non-negative integer")
     if end - begin != byte_size(dtype, shape):
         raise ValueError(f"{dtype} {shape} needs {byte_size(dtype, shape)} bytes but has {end - begin}")
     return TensorInfo(dtype, tuple(shape), data_start + begin, data_start + end)
 
 
 def _check_layout(infos: Mapping[str, TensorInfo], data_start: int, size: int) -> None:
+    """ValueError unless the tensors cover the file from `data_start` to `size` without gap or overlap."""
     position = data_start
     for name, info in sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:
-            raise ValueError(f"{name} begins at {info.begin} where {position} was due: tensors overlap or leave a gap")
+            raise ValueError(f"{name} begins at {info.begin}, expected {position}: tensors overlap or leave a gap")
         position = info.end
     if position != size:
         state = "is truncated" if position > size else "has bytes after its last tensor"
-        raise ValueError(f"the file {state}: {size} bytes where the header says {position}")
+        raise ValueError(f"the file {state}: it has {size} bytes, the header says {position}")
 
 
-def _what_it_is(head: bytes, size: int, length: int) -> str:
+def _diagnosis(head: bytes, size: int, length: int) -> str:
     if head.startswith(LFS_POINTER):
         return "It is a Git LFS pointer of a few lines, not the weights: the repository was cloned without git-lfs."
     if size < 8:
-        return f"It has {size} bytes and not even a header length."
-    return f"Its header should be {length} bytes long, the file has {size}: it is truncated or no safetensors file."
+        return f"It has {size} bytes, too few for a header length."
+    return f"Its header should be {length} bytes long, the file has {size}: truncated, or not a safetensors file."
 
 
 def _damaged(path: str, why: str) -> IntegrityError:
-    return IntegrityError(f"{path} is no whole safetensors file.", why=why, hint="Fetch or write the file again.")
+    return IntegrityError(
+        f"{path} is not a complete safetensors file.", why=why, hint="Download or write the file again."
+    )
 
 
 class Tensors(Mapping[str, TensorInfo]):
-    """All tensors of a directory (or of the given files), mapped read-only: names to TensorInfo, `data(name)` to bytes.
+    """All tensors of a directory, or of the given files, mapped read-only. Maps names to TensorInfo.
 
-    An index (`model.safetensors.index.json`) decides which files count, and must agree with them tensor by tensor.
+    If there is an index (`model.safetensors.index.json`), it selects the files and must match them tensor by tensor.
+    IntegrityError if it doesn't, if a tensor occurs twice, or if there is no safetensors file.
     """
 
     def __init__(self, directory: Path, files: Sequence[Path] | None = None) -> None:
         self.files = tuple(files) if files is not None else _files(directory)
         if not self.files:
-            raise IntegrityError(f"{directory} holds no *.safetensors file.", hint="Check the path.")
+            raise IntegrityError(f"{directory} contains no *.safetensors file.", hint="Check the path.")
         self._infos: dict[str, TensorInfo] = {}
         self._file: dict[str, Path] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         for file in self.files:
             for name, info in read_header(file).items():
                 if name in self._infos:
-                    raise IntegrityError(f"The tensor {name} is in {self._file[name].name} and in {file.name}.")
+                    raise IntegrityError(f"The tensor {name} is both in {self._file[name].name} and in {file.name}.")
                 self._infos[name], self._file[name] = info, file
         if files is None:
             self._check_index(directory)
@@ -165,7 +178,7 @@ class Tensors(Mapping[str, TensorInfo]):
         return len(self._infos)
 
     def data(self, name: str) -> memoryview:
-        """The tensor's bytes, read from disk when touched."""
+        """The tensor's bytes, mapped: pages are read from disk on first access."""
         info, file = self._infos[name], self._file[name]
         if file not in self._maps:
             with open(file, "rb") as opened:
@@ -173,14 +186,17 @@ class Tensors(Mapping[str, TensorInfo]):
         return memoryview(self._maps[file])[info.begin : info.end]
 
     def release(self, name: str) -> None:
-        """Gives the tensor's pages back, so that a walk over all of them keeps one in memory. `data` stays valid."""
+        """Drops the tensor's pages from memory, so that a loop over all tensors keeps one resident.
+
+        Views that `data` returned stay valid; access reads the pages again.
+        """
         info, mapped = self._infos[name], self._maps.get(self._file[name])
         if mapped is not None:
             start = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
     def chunks(self, *names: str) -> Iterator[memoryview]:
-        """The bytes of the tensors one after the other: concatenated in dim 0, never more than a chunk at a time."""
+        """The bytes of the named tensors in order, CHUNK_BYTES at a time: their concatenation in dimension 0."""
         for name in names:
             data = self.data(name)
             for start in range(0, len(data), CHUNK_BYTES):
@@ -198,7 +214,7 @@ class Tensors(Mapping[str, TensorInfo]):
             raise IntegrityError(
                 f"{directory}: the index and the files disagree on {len(wrong)} tensors.",
                 why=f"The first: {', '.join(wrong[:10])}",
-                hint="Fetch the model again.",
+                hint="Download the model again.",
             )
 
 
@@ -210,20 +226,23 @@ def _index(directory: Path) -> dict[str, str] | None:
         weight_map: dict[str, str] = parse_json(read_regular(path))["weight_map"]
         if all(isinstance(v, str) and v == os.path.basename(v) for v in weight_map.values()):
             return weight_map
-        why = "It names something else than files beside it."
+        why = "It names files outside of its directory."
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
-    raise IntegrityError(f"{path} is no index of safetensors files.", why=why, hint="Fetch the file again.")
+    raise IntegrityError(f"{path} is not an index of safetensors files.", why=why, hint="Download the file again.")
 
 
 def _files(directory: Path) -> tuple[Path, ...]:
-    """The files that count. Others may lie beside them: Mistral's repositories hold `consolidated.safetensors` too."""
+    """The model's files: those in the index, else model.safetensors, else all.
+
+    Others may lie beside them: Mistral's repositories also contain `consolidated.safetensors`.
+    """
     index = _index(directory)
     if index is not None:
         files = tuple(directory / name for name in sorted(set(index.values())))
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise IntegrityError(f"{directory}: the index names {', '.join(missing[:10])}, which are not there.")
+            raise IntegrityError(f"{directory}: the index names missing files: {', '.join(missing[:10])}.")
         return files
     if (directory / "model.safetensors").exists():
         return (directory / "model.safetensors",)
@@ -231,25 +250,29 @@ def _files(directory: Path) -> tuple[Path, ...]:
 
 
 def write(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a file chunk by chunk; a failure leaves no file. Largest dtypes first, so that each tensor is aligned."""
+    """Writes a file chunk by chunk; a failure leaves no file behind.
+
+    Tensors are ordered by element size, largest first, so that each one is aligned to its element size.
+    ValueError for a name that occurs twice or chunks that don't add up to the tensor's size.
+    """
     ordered = sorted(tensors, key=lambda t: (-DTYPE_BITS.get(t.dtype, 0), t.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for tensor in ordered:
         if tensor.name in header or tensor.name == "__metadata__":
-            raise ValueError(f"{tensor.name} cannot be written twice")
+            raise ValueError(f"{tensor.name} can't be written twice")
         end = position + byte_size(tensor.dtype, tensor.shape)
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes, as safetensors does
     try:
         with open(path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in ordered:
                 written = sum(file.write(chunk) for chunk in tensor.chunks)
                 if written != byte_size(tensor.dtype, tensor.shape):
-                    raise ValueError(f"{tensor.name}: {written} bytes for {tensor.dtype} {list(tensor.shape)}")
+                    raise ValueError(f"{tensor.name}: got {written} bytes for {tensor.dtype} {list(tensor.shape)}")
     except BaseException:
         path.unlink(missing_ok=True)
         raise

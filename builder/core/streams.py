@@ -1,7 +1,7 @@
-"""Standard streams that are closed, full, or whose reader is gone: the work goes on, and the exit code says it.
+"""Survives standard streams that are closed, full, or have no reader: the work goes on, the exit code reports it.
 
-What goes to stderr is talk, and losing it changes nothing. What goes to stdout is the result: where it could not be
-written, the command ends with 1 at least.
+stderr carries progress and messages, so losing it does not change the exit code. stdout carries the result: if it
+could not be written, the command exits with 1, or with its own non-zero code.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 
 class Stream:
-    """A text stream whose writes never raise: after the first error the rest goes to /dev/null, and `error` is kept."""
+    """Wraps a text stream so that writes never raise. After the first error, kept in `error`, output is discarded."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.error: OSError | None = None
 
     def write(self, text: str) -> int:
-        """All of `text`, or nothing once the stream is broken."""
+        """Writes `text`, or discards it once the stream is broken. Returns its length in characters, as io does."""
         try:
             self._stream.write(text)
         except (OSError, ValueError) as error:
@@ -28,17 +28,22 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
+        """Flushes the stream; an error is kept, not raised."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
             self._lose(error)
 
     def writelines(self, lines: Any) -> None:
+        """Writes each string of `lines`, as io.TextIOBase.writelines does."""
         for line in lines:
             self.write(line)
 
     def _lose(self, error: OSError | ValueError) -> None:
-        """What is buffered would fail again when the interpreter ends, which then exits with 120."""
+        """Keeps the first error and redirects the descriptor to /dev/null.
+
+        Otherwise buffered text would fail again when the interpreter exits, and the exit code would be 120.
+        """
         self.error = self.error or (error if isinstance(error, OSError) else OSError(errno.EBADF, str(error)))
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, self._stream.fileno())
@@ -49,16 +54,15 @@ class Stream:
 
 
 def prepare() -> None:
-    """Before anything is opened: closed descriptors become /dev/null, and both output streams a `Stream`.
+    """Opens closed standard descriptors on /dev/null and wraps stdout and stderr. Call it before opening any file.
 
-    Without that, the first file that we open would get the number of a closed stderr, and whatever is written there
-    would end up in that file.
+    Otherwise the first file opened would get the number of a closed stderr, and error messages would end up in it.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+            os.open(os.devnull, os.O_RDWR)  # open() returns the lowest free number, which is this one
             os.set_inheritable(descriptor, True)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -72,12 +76,12 @@ def prepare() -> None:
 
 
 def finish(code: int) -> int:
-    """Writes what is buffered. Returns the exit code: that of the command, or 1 where its result was lost."""
+    """Flushes both streams. Returns the exit code: `code`, or 1 if that is 0 and stdout lost output."""
     sys.stderr.flush()
     sys.stdout.flush()
     error = getattr(sys.stdout, "error", None)
     if error is None:
         return code
-    if error.errno != errno.EPIPE:  # a reader that has enough, as `| head` has, needs no message
+    if error.errno != errno.EPIPE:  # a reader that closes early, such as `| head`, needs no message
         print(f"error: Can't write the result to stdout: {error.strerror}.", file=sys.stderr)
     return code or 1

@@ -24,7 +24,7 @@ MODES = {
         "",
     ),
 }
-FULL, OURS = (1, "no inode free"), (2, "Can't write to")
+FULL, OURS = (1, "no free inodes"), (2, "Can't write to")
 COMMANDS = {
     "fetch --model tests/data/arch-variants/qwen2 --gpu cpu --output $OUT": True,
     f"fetch --model {MODEL} --gpu cpu --output $OUT --force fetch": True,

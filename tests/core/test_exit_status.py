@@ -15,14 +15,14 @@ from builder.core.errors import StageError
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (0, "ended with exit code 0"),
-        (1, "ended with exit code 1"),
+        (0, "exited with code 0"),
+        (1, "exited with code 1"),
         (-signal.SIGFPE, "was killed by SIGFPE"),
         (-signal.SIGKILL, "was killed by SIGKILL"),
-        (128 + signal.SIGFPE, "ended with exit code 136 (killed by SIGFPE)"),  # a shell's, mpirun's, a container's
-        (139, "ended with exit code 139 (killed by SIGSEGV)"),
-        (128, "ended with exit code 128"),
-        (255, "ended with exit code 255"),
+        (128 + signal.SIGFPE, "exited with code 136 (killed by SIGFPE)"),  # a shell's, mpirun's, a container's
+        (139, "exited with code 139 (killed by SIGSEGV)"),
+        (128, "exited with code 128"),
+        (255, "exited with code 255"),
         (-40, "was killed by signal 40"),
     ],
 )
@@ -34,7 +34,7 @@ def test_how_a_process_ended(code: int, words: str) -> None:
     ("code", "words"),
     [
         ("import os; os.kill(os.getpid(), 8)", "was killed by SIGFPE"),
-        ("import sys; sys.exit(136)", "ended with exit code 136 (killed by SIGFPE)"),
+        ("import sys; sys.exit(136)", "exited with code 136 (killed by SIGFPE)"),
         ("import sys; sys.exit(137)", "ran out of memory"),
     ],
 )

@@ -69,14 +69,14 @@ sys.exit(3)
         heard.append(line)
         (tmp_path / "heard").touch()
 
-    with pytest.raises(StageError, match="exit code 3"):
+    with pytest.raises(StageError, match="exited with code 3"):
         process.run(python(code), log=tmp_path / "log", on_line=hear)
     assert heard == ["first", *map(str, range(5000)), "größer, without an end"]
 
 
 def test_a_failure_shows_the_last_lines_and_the_code(tmp_path: Path) -> None:
     code = "import sys; print('\\n'.join(map(str, range(100)))); sys.exit('out of memory')"
-    with pytest.raises(StageError, match="exit code 1") as caught:
+    with pytest.raises(StageError, match="exited with code 1") as caught:
         process.run(python(code), log=tmp_path / "log")
     assert "out of memory" in caught.value.why
     assert "\n50\n" not in caught.value.why

@@ -138,7 +138,7 @@ DAMAGED = {
     "a wrong size": (header(a=entry("F32", [4], 0, 4)) + b"1234", "needs 16 bytes but has 4"),
     "an overlap": (header(a=entry("U8", [4], 0, 4), b=entry("U8", [4], 2, 6)) + b"123456", "overlap"),
     "a gap": (header(a=entry("U8", [1], 0, 1), b=entry("U8", [1], 2, 3)) + b"123", "gap"),
-    "a negative shape": (header(a=entry("U8", [-1, -4], 0, 4)) + b"1234", "no natural number"),
+    "a negative shape": (header(a=entry("U8", [-1, -4], 0, 4)) + b"1234", "not a non-negative integer"),
     "a name twice": ((b := b'{"a":1,"a":2}') and len(b).to_bytes(8, "little") + b, "twice"),
 }
 

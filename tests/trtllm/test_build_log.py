@@ -71,7 +71,7 @@ def test_a_known_failure_shows_its_cause_and_its_cure(
 ) -> None:
     monkeypatch.setenv("STAND_IN", "says")
     monkeypatch.setenv("STAND_IN_SAYS", FAILURES[name])
-    with pytest.raises(StageError, match="trtllm-build ended with exit code 1") as caught:
+    with pytest.raises(StageError, match="trtllm-build exited with code 1") as caught:
         build(checkpoint, "sm120", tmp_path / "out")
     assert caught.value.exit_code == 1
     assert caught.value.why.startswith(f"{KNOWN[name].why} ({KNOWN[name].source})")
