@@ -1,6 +1,7 @@
-"""Child processes: memory comes back, the log is its own file, the exit code is read, and none outlives its parent.
+"""Runs worker processes and other commands, each with its own log file, and none outlives its parent.
 
-Each child runs below a supervisor (supervisor.py), whose process id and exit code stand for the child's.
+Heavy work runs in a process of its own so that its memory is returned to the system. Each command runs below a
+supervisor (supervisor.py), whose process id and exit code stand in for the command's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
@@ -30,24 +31,52 @@ if TYPE_CHECKING:
     from builder.core.output import Output
 
 PROGRESS_FD = "BUILDER_PROGRESS_FD"
-FOLLOW_SECONDS = 0.2  # between two looks at a child's log
-SUPERVISOR_SECONDS = 40.0  # for a supervisor to kill its tree; it gives up itself after 30
+FOLLOW_SECONDS = 0.2  # how often a process's log is polled for new lines
+# How long a supervisor may take to kill its tree. It gives up by itself after 30 (supervisor.GIVE_UP_SECONDS).
+SUPERVISOR_SECONDS = 40.0
 Child: TypeAlias = "subprocess.Popen[bytes]"
 
 
 @dataclass(frozen=True)
+class Command:
+    """A command to run. It gets the variables of our environment that its kind may have, and those in `env`."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: Path | None = None
+    kind: Kind = "work"
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What to remove after a command: shared memory whose names begin with `shm`, and a directory."""
+
+    shm: str = ""
+    directory: Path | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The progress bar of a job: where to draw it, its first label, and the unit that it counts."""
+
+    out: Output
+    label: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
 class Finished:
-    """A child that ended with 0: its wall time and its largest resident set in bytes."""
+    """A process that exited with 0: wall time in seconds, and its peak resident memory in bytes."""
 
     seconds: float
     max_rss: int
 
 
 class Failed(StageError):
-    """A child that did not end with 0: its exit code, minus the signal's number, or None where it took too long."""
+    """A process that did not exit with 0. `code`: exit code, negative signal number, or None if it timed out."""
 
     def __init__(self, what: str, *, log: Path, code: int | None = None, hint: str = "") -> None:
-        super().__init__(what, why=tail(log), hint=f"{hint}The whole log: {log}")
+        super().__init__(what, why=tail(log), hint=f"{hint}The full log: {log}")
         self.code = code
 
 
@@ -58,30 +87,30 @@ def supervised(
     stop: Callable[[Child], None],
     log: IO[bytes],
     env: Mapping[str, str],
-    shm: str = "",
-    directory: Path | None = None,
+    scratch: Scratch = Scratch(),
     **popen: Any,
 ) -> Iterator[Child]:
-    """A process in a session of its own, which `stop` asks to end when the block is left, however it is left.
+    """Runs a command in its own session while the block runs. `env` is its whole environment.
 
-    Then every process that it started is killed, and the shared memory whose names begin with `shm` is removed. The
-    same happens when we are killed, and then the directory, otherwise the caller's to remove, goes too.
+    When the block ends, in any way, `stop` is called to end the command; then every process that it started is killed
+    and its shared memory removed. If this process is killed, the supervisor does the same, and also removes
+    `scratch.directory`, which otherwise is the caller's to remove.
     FileNotFoundError if there is no such program.
     """
     if shutil.which(argv[0], path=env.get("PATH")) is None:
         raise FileNotFoundError(f"There is no program {argv[0]}.")
     tree = f"{os.getpid()}-{secrets.token_hex(8)}"
-    removed = str(directory) if directory else ""
+    directory = str(scratch.directory) if scratch.directory else ""
     child: Child | None = None
     try:
-        # What a handler raises inside Popen would leave us without the process that it has just started.
+        # A signal handler that raises inside of Popen would lose the process that has just been started.
         with interrupts.deferred():
             child = subprocess.Popen(
-                [python(), "-I", "-S", supervisor.__file__, shm, removed, *argv],
-                stdin=subprocess.PIPE,  # see `kill`; closed when we end
+                [python(), "-I", "-S", supervisor.__file__, scratch.shm, directory, *argv],
+                stdin=subprocess.PIPE,  # the kernel closes it when we exit, which tells the supervisor; see `kill`
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C reaches the child through `stop` alone: one signal, in one order.
+                # So that Ctrl-C reaches the command only through `stop`, and only once.
                 start_new_session=True,
                 env={**env, supervisor.MARK: tree},
                 **popen,
@@ -93,19 +122,19 @@ def supervised(
                 stop(child)
             finally:
                 _end(child, tree)
-                supervisor.clean_up(shm)
+                supervisor.clean_up(scratch.shm)
 
 
 def kill(child: Child) -> None:
-    """Tells the supervisor to kill the whole tree, and does not wait for it."""
+    """Tells the supervisor to kill the command and all its descendants. Does not wait."""
     if child.stdin and not child.stdin.closed:
-        with suppress(OSError):  # it has ended already
+        with suppress(OSError):  # it has already exited
             os.write(child.stdin.fileno(), supervisor.KILL)
         child.stdin.close()
 
 
 def _end(child: Child, tree: str) -> None:
-    """Until nothing is left of the tree, also where its supervisor was killed."""
+    """Kills the command and its descendants and waits for them, even if the supervisor itself was killed."""
     kill(child)
     if child.returncode is None:
         try:
@@ -113,82 +142,82 @@ def _end(child: Child, tree: str) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-    if child.returncode < 0:  # as its command did, or in its place
+    if child.returncode < 0:  # the supervisor repeats its command's signal, or was killed itself
         supervisor.kill_marked(tree)
 
 
 def run(
-    argv: Sequence[str],
+    command: Command,
     *,
     log: Path,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
-    env: Mapping[str, str] | None = None,
-    cwd: Path | None = None,
     on_line: Callable[[str], None] | None = None,
     limit: float | None = None,
-    kind: Kind = "work",
 ) -> Finished:
-    """Runs `argv` with its stdout and stderr in `log`; events that the child `emit`s go to `on_event`.
+    """Runs a command to its end, with stdout and stderr appended to `log`.
 
-    Of our environment the child gets what its kind may have, and `env`.
-
-    `on_line` hears each line of the log while the child runs, all of them before this returns or raises.
-    When it ends with anything but 0, raises the error that the child `emit_error`ed, or Failed with the log's last
-    lines. On an interrupt the child gets SIGINT, ten seconds to end, then SIGKILL; after `limit` seconds SIGKILL.
+    `on_event` receives the events that a worker `emit`s, `on_line` each line of the log as it is written; both have
+    received everything when this returns or raises.
+    If the exit code is not 0, raises the error that the worker sent with `emit_error`, or else Failed with the last
+    lines of the log. An interrupt sends SIGINT, and SIGKILL ten seconds later; `limit` seconds send SIGKILL.
     """
+    argv = command.argv
     read_fd, write_fd = os.pipe()
     start = time.monotonic()
-    told: list[dict[str, str]] = []
+    errors_sent: list[dict[str, str]] = []
 
-    def hear(event: dict[str, Any]) -> None:
+    def receive(event: dict[str, Any]) -> None:
         if "error" in event:
-            told.append(event["error"])
+            errors_sent.append(event["error"])
         else:
             on_event(event)
 
-    reader = threading.Thread(target=_read_events, args=(read_fd, hear), daemon=True)
+    reader = threading.Thread(target=_read_events, args=(read_fd, receive), daemon=True)
     reader.start()
-    environment = {**child_environment(kind), **(env or {}), PROGRESS_FD: str(write_fd)}
-    with open(log, "ab") as sink, os.fdopen(write_fd, "wb") as ours:
+    env = {**child_environment(command.kind), **command.env, PROGRESS_FD: str(write_fd)}
+    with open(log, "ab") as sink, os.fdopen(write_fd, "wb") as our_end:
         sink.write(f"$ {shlex.join(argv)}\n".encode())
         sink.flush()
         with (
             _followed(log, sink.tell(), on_line),
-            supervised(argv, stop=_stop, log=sink, env=environment, cwd=cwd, pass_fds=[write_fd]) as child,
+            supervised(argv, stop=_stop, log=sink, env=env, cwd=command.cwd, pass_fds=[write_fd]) as child,
         ):
-            ours.close()  # so that the reader ends with the child
-            with _limited(child, limit) as overdue:
-                _, status, usage = os.wait4(child.pid, 0)
+            our_end.close()  # so that the reader sees the end of file when the command exits
+            with _limited(child, limit) as timed_out:
+                _, status, usage = os.wait4(child.pid, 0)  # not Popen.wait, which does not return the memory used
             child.returncode = os.waitstatus_to_exitcode(status)
     reader.join(timeout=5)
-    if overdue.is_set():
+    if timed_out.is_set():
         raise Failed(f"{Path(argv[0]).name} took more than {limit:.0f} s and was stopped.", log=log)
     if child.returncode != 0:
-        raise _told(told[-1]) if told else _failure(argv, child.returncode, log)
-    return Finished(time.monotonic() - start, usage.ru_maxrss * 1024)
+        raise _rebuilt(errors_sent[-1]) if errors_sent else _failure(argv, child.returncode, log)
+    return Finished(time.monotonic() - start, usage.ru_maxrss * 1024)  # ru_maxrss is in KiB (getrusage(2))
 
 
 @contextmanager
 def _limited(child: Child, limit: float | None) -> Iterator[threading.Event]:
-    """After `limit` seconds in the block the child and its own children are killed, and the event is set."""
-    overdue = threading.Event()
+    """Kills the command and its descendants, and sets the event, if the block takes more than `limit` seconds."""
+    timed_out = threading.Event()
 
     def end() -> None:
-        overdue.set()
+        timed_out.set()
         kill(child)
 
     timer = threading.Timer(limit or 0, end)
     if limit:
         timer.start()
     try:
-        yield overdue
+        yield timed_out
     finally:
         timer.cancel()
 
 
 @contextmanager
 def _followed(log: Path, start: int, on_line: Callable[[str], None] | None) -> Iterator[None]:
-    """While the block runs, a thread reads what is added to the file after `start`; at its end, what is left of it."""
+    """Calls `on_line`, in a thread, with each line that is appended to the log after offset `start`.
+
+    When the block ends, the rest of the log is read before this returns.
+    """
     if on_line is None:
         yield
         return
@@ -203,13 +232,13 @@ def _followed(log: Path, start: int, on_line: Callable[[str], None] | None) -> I
 
 
 def _follow(log: Path, start: int, on_line: Callable[[str], None], ended: threading.Event) -> None:
-    """Whole lines, as they are completed; the last one also without its end."""
+    """Passes on lines once they are complete; at the end also a last line without a line feed."""
     with open(log, "rb") as file:
         file.seek(start)
         rest = b""
         last = False
         while not last:
-            last = ended.wait(FOLLOW_SECONDS)  # before the read: what was written until then is read below
+            last = ended.wait(FOLLOW_SECONDS)  # before the read, so that the last read gets everything
             *lines, rest = (rest + file.read()).split(b"\n")
             for line in [*lines, rest] if last else lines:
                 on_line(line.decode("utf-8", "replace").rstrip("\r"))
@@ -220,36 +249,36 @@ def run_job(
     job: Mapping[str, Any],
     *,
     log: Path,
-    out: Output,
-    label: str,
-    unit: str = "",
+    bar: Bar,
     env: Mapping[str, str],
     kind: Kind = "work",
 ) -> tuple[dict[str, Any], Finished]:
-    """Runs `python -m module JOB.json`, with a progress bar that begins as `label`; returns what the child told, too.
+    """Runs a worker, `python -m module JOB.json`, with a progress bar. `env` is added to its environment.
 
-    Of its events "progress" moves the bar and "info" is shown; all others are what it told. The job file stays beside
-    the log, so that anyone can run it again. Raises as `run` does.
+    "progress" events move the bar and "info" events are printed; all others are merged into the dict returned,
+    `worker_main`'s "summary" among them. The job file stays beside the log, so that a worker can be run again by hand.
+    Raises what `run` raises.
     """
-    told: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     job_file(log).write_text(json.dumps(job, indent=1), encoding="utf-8")
-    with out.progress(label, unit=unit) as bar:
+    with bar.out.progress(bar.label, unit=bar.unit) as progress:
 
-        def hear(event: dict[str, Any]) -> None:
+        def receive(event: dict[str, Any]) -> None:
             if "progress" in event:
-                bar.update(**event["progress"])
+                progress.update(**event["progress"])
             elif "info" in event:
-                out.info(event["info"])
+                bar.out.info(event["info"])
             else:
-                told.update(event)
+                result.update(event)
 
-        argv = [python(), "-m", module, str(job_file(log))]
-        finished = run(argv, log=log, on_event=hear, env=env, kind=kind, cwd=Path(__file__).resolve().parents[2])
-    return told, finished
+        root = Path(__file__).resolve().parents[2]  # from where `python -m builder...` works in a checkout, too
+        command = Command([python(), "-m", module, str(job_file(log))], env=env, cwd=root, kind=kind)
+        finished = run(command, log=log, on_event=receive)
+    return result, finished
 
 
 def job_file(log: Path) -> Path:
-    """Where `run_job` writes what the child of this log is asked."""
+    """The path of the job file that `run_job` writes beside this log."""
     return log.with_suffix(".json")
 
 
@@ -258,44 +287,45 @@ def worker_main(
     work: Callable[[dict[str, Any]], dict[str, Any] | None],
     known: Callable[[BaseException, dict[str, Any]], BuilderError | None] = lambda error, job: None,
 ) -> int:
-    """In a child that `run_job` started: reads its job file and does the work, whose result it tells as `summary`.
+    """The main function of a worker that `run_job` started. Returns its exit code.
 
-    What people can do something about, a BuilderError or what `known` makes one of, the parent learns by an event, and
-    the exit code is the error's. Anything else is a fault of ours, and its traceback belongs in the log.
+    Reads the job file, calls `work` and emits its result as "summary". A BuilderError is sent to the parent, which
+    raises it; so is any other exception that `known` translates to one. Anything else is a bug: its traceback goes to
+    the log.
     """
     job = json.loads(Path(argv[1]).read_text(encoding="utf-8"))
     try:
         summary = work(job)
     except BaseException as error:
-        told = error if isinstance(error, BuilderError) else known(error, job)
-        if told is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        to_send = error if isinstance(error, BuilderError) else known(error, job)
+        if to_send is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             from builder.core.store import disk_error
 
-            told = disk_error(error, Path(str(error.filename or ".")))
-        if told is None:
+            to_send = disk_error(error, Path(str(error.filename or ".")))
+        if to_send is None:
             raise
-        emit_error(told)
-        return told.exit_code
+        emit_error(to_send)
+        return to_send.exit_code
     if summary is not None:
         emit(summary=summary)
     return 0
 
 
 def emit(**event: Any) -> None:
-    """In a child: one event for the parent. Without a parent that listens it does nothing."""
+    """In a worker: sends an event, a JSON object, to the parent. Without a parent it does nothing."""
     fd = os.environ.get(PROGRESS_FD)
     if fd:
         os.write(int(fd), (json.dumps(event) + "\n").encode())
 
 
 def emit_error(error: BuilderError) -> None:
-    """In a child, before it ends: `run` raises this error in the parent, so that message and exit code are its own."""
+    """In a worker, before it exits: sends an error, which `run` raises in the parent with the same class and text."""
     emit(error={"class": type(error).__name__, "what": error.what, "why": error.why, "hint": error.hint})
 
 
-def _told(told: Mapping[str, str]) -> BuilderError:
-    kind: type[BuilderError] = getattr(errors, told["class"])
-    return kind(told["what"], why=told["why"], hint=told["hint"])
+def _rebuilt(sent: Mapping[str, str]) -> BuilderError:
+    kind: type[BuilderError] = getattr(errors, sent["class"])
+    return kind(sent["what"], why=sent["why"], hint=sent["hint"])
 
 
 def _read_events(fd: int, on_event: Callable[[dict[str, Any]], None]) -> None:
@@ -305,7 +335,7 @@ def _read_events(fd: int, on_event: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _stop(child: Child) -> None:
-    """SIGINT, and ten seconds to end; what is left then is killed by the caller."""
+    """Sends SIGINT and waits ten seconds. The caller kills what is left."""
     if child.returncode is None:
         child.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -313,13 +343,16 @@ def _stop(child: Child) -> None:
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """For threads that may be running when the interpreter ends: it aborts where one holds the lock of sys.stderr."""
+    """Writes all bytes to a descriptor, bypassing sys.stderr.
+
+    For threads that may still run when the interpreter exits: it aborts if one of them holds the lock of sys.stderr.
+    """
     while data:
         data = data[os.write(fd, data) :]
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """The last lines of a log, for a message."""
+    """The last lines of a log without blank ones, for an error message; "" if there is no log."""
     try:
         text = log.read_bytes()[-20_000:].decode("utf-8", "replace")
     except FileNotFoundError:
@@ -328,12 +361,12 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def _failure(argv: Sequence[str], code: int, log: Path) -> Failed:
-    memory = "SIGKILL usually means that the machine ran out of memory (`dmesg` tells). "
+    memory = "SIGKILL usually means that the machine ran out of memory (check `dmesg`). "
     killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
     what = f"{Path(argv[0]).name} {exit_status.describe(code)}."
     return Failed(what, log=log, code=code, hint=memory if killed else "")
 
 
 def python() -> str:
-    """The interpreter for our own children: the one that runs now."""
+    """The Python interpreter to start workers with: the one that runs now."""
     return sys.executable

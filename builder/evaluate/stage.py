@@ -155,9 +155,7 @@ def _run(job: Mapping[str, Any], store: Store) -> None:
             workers.EVALUATE,
             job,
             log=store.log(f"evaluate-{job['runner']}"),
-            out=store.out,
-            label=f"{job['label']}: starting",
-            unit="tokens",
+            bar=process.Bar(store.out, f"{job['label']}: starting", "tokens"),
             env=modelopt.ENVIRONMENT,
         )
 

@@ -88,8 +88,7 @@ def check(part: recipe_evaluation.Tasks, store: Store) -> None:
             workers.TASK_NAMES,
             job,
             log=store.log("task-names"),
-            out=store.out,
-            label="looking for the tasks",
+            bar=process.Bar(store.out, "looking for the tasks"),
             env={},
         )
         return {"names": part.names}
@@ -189,9 +188,7 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
             workers.TASKS,
             job,
             log=store.log(f"tasks-{job['runner']}"),
-            out=store.out,
-            label=f"{job['label']}: starting",
-            unit="questions",
+            bar=process.Bar(store.out, f"{job['label']}: starting", "questions"),
             env={**modelopt.ENVIRONMENT, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline},
             kind=kind,
         )

@@ -364,7 +364,7 @@ def _ask(
 
         try:
             environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
-            process.run(argv, log=log, on_event=hear, env=environment, kind="hub")
+            process.run(process.Command(argv, env=environment, kind="hub"), log=log, on_event=hear)
         except StageError:
             if "stalled" not in answer:
                 raise

@@ -230,8 +230,7 @@ def check_architecture(model: Model, facts: ModelFacts, store: Store) -> None:
         workers.MODEL_ARCHITECTURE,
         job,
         log=log,
-        out=store.out,
-        label="comparing with transformers",
+        bar=process.Bar(store.out, "comparing with transformers"),
         env=ENVIRONMENT,
     )
     for file in (log, process.job_file(log)):

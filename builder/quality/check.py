@@ -274,9 +274,7 @@ def _measure(
         workers.QUALITY,
         {**job, "sets": sets, "work": str(work)},
         log=store.log("quality"),
-        out=store.out,
-        label="quality: starting",
-        unit="tokens",
+        bar=process.Bar(store.out, "quality: starting", "tokens"),
         env=modelopt.ENVIRONMENT,
     )
     summary: dict[str, Any] = told["summary"]

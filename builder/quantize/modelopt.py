@@ -206,9 +206,7 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
         workers.QUANTIZE,
         {**job, "destination": str(tmp.absolute())},
         log=log,
-        out=store.out,
-        label="starting ModelOpt",
-        unit="batches",
+        bar=process.Bar(store.out, "starting ModelOpt", "batches"),
         env=ENVIRONMENT,
     )
     run = {"log": str(log), "job": str(process.job_file(log)), "max_rss": finished.max_rss}

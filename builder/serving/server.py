@@ -152,8 +152,7 @@ def _started(
                 stop=stopping.stop,
                 log=sink,
                 env=variables,
-                shm=shm,
-                directory=place.path,
+                scratch=process.Scratch(shm, place.path),
             ) as child,
         ):
             yield Server(addresses.http_url, addresses.grpc_url, addresses.metrics_url, log, child), stopping

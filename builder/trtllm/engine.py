@@ -248,7 +248,7 @@ def _watched(
 
         said = build_log.BuildLog(world_size, show)
         try:
-            finished = process.run(argv, log=log, cwd=cwd, env=cuda_order(), on_line=said.hear)
+            finished = process.run(process.Command(argv, env=cuda_order(), cwd=cwd), log=log, on_line=said.hear)
         except StageError as error:
             raise build_log.explained(error, log) from error
         said.end()

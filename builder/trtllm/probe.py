@@ -64,7 +64,8 @@ class Session:
             argv = command(probe, base, self.gpu, version.version, work)
             failed = None
             try:
-                process.run(argv, log=log, cwd=work, limit=self.limit, env={**gpus.cuda_order(), **LOG_LEVEL})
+                run_command = process.Command(argv, env={**gpus.cuda_order(), **LOG_LEVEL}, cwd=work)
+                process.run(run_command, log=log, limit=self.limit)
                 engine.check_built(work / "engine", version.version, 1)
             except StageError as error:
                 failed = error

@@ -67,7 +67,7 @@ def test_a_job_gets_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Of its own environment, its supervisor's, and those of what it starts."""
     plant(monkeypatch)
     code = "cat /proc/self/environ /proc/$PPID/environ; sh -c 'cat /proc/$PPID/environ'"
-    process.run(["sh", "-c", code], log=tmp_path / "log", env={"OF_THE_JOB": "1"})
+    process.run(process.Command(["sh", "-c", code], env={"OF_THE_JOB": "1"}), log=tmp_path / "log")
     said = (tmp_path / "log").read_text().partition("\n")[2]
     assert said.count("OF_THE_JOB=1") == 3
     assert SECRET not in said

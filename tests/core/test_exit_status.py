@@ -40,5 +40,5 @@ def test_how_a_process_ended(code: int, words: str) -> None:
 )
 def test_of_a_child(tmp_path: Path, code: str, words: str) -> None:
     with pytest.raises(StageError) as caught:
-        process.run([sys.executable, "-c", code], log=tmp_path / "log")
+        process.run(process.Command([sys.executable, "-c", code]), log=tmp_path / "log")
     assert words in caught.value.what + (caught.value.hint or "")

@@ -39,7 +39,7 @@ def gone(pid: int) -> bool:
 def test_output_is_in_the_log_and_events_are_heard(tmp_path: Path) -> None:
     events: list[dict[str, object]] = []
     code = "from builder.core.process import emit\nprint('hello'); emit(done=1); emit(done=2, label='größer')"
-    finished = process.run(python(code), log=tmp_path / "log", on_event=events.append)
+    finished = process.run(process.Command(python(code)), log=tmp_path / "log", on_event=events.append)
     assert events == [{"done": 1}, {"done": 2, "label": "größer"}]
     assert "hello" in (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().startswith("$ ")
@@ -70,14 +70,14 @@ sys.exit(3)
         (tmp_path / "heard").touch()
 
     with pytest.raises(StageError, match="exited with code 3"):
-        process.run(python(code), log=tmp_path / "log", on_line=hear)
+        process.run(process.Command(python(code)), log=tmp_path / "log", on_line=hear)
     assert heard == ["first", *map(str, range(5000)), "größer, without an end"]
 
 
 def test_a_failure_shows_the_last_lines_and_the_code(tmp_path: Path) -> None:
     code = "import sys; print('\\n'.join(map(str, range(100)))); sys.exit('out of memory')"
     with pytest.raises(StageError, match="exited with code 1") as caught:
-        process.run(python(code), log=tmp_path / "log")
+        process.run(process.Command(python(code)), log=tmp_path / "log")
     assert "out of memory" in caught.value.why
     assert "\n50\n" not in caught.value.why
     assert str(tmp_path / "log") in caught.value.hint
@@ -92,19 +92,19 @@ emit_error(UnsupportedError("too large", why="it is", hint="take a smaller one")
 sys.exit(3)
 """
     with pytest.raises(UnsupportedError, match="too large") as caught:
-        process.run(python(code), log=tmp_path / "log")
+        process.run(process.Command(python(code)), log=tmp_path / "log")
     assert caught.value.hint == "take a smaller one"
 
 
 def test_a_signal_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="SIGKILL") as caught:
-        process.run(python("import os; os.kill(os.getpid(), 9)"), log=tmp_path / "log")
+        process.run(process.Command(python("import os; os.kill(os.getpid(), 9)")), log=tmp_path / "log")
     assert "memory" in caught.value.hint
 
 
 def test_a_program_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        process.run(["no-such-program"], log=tmp_path / "log")
+        process.run(process.Command(["no-such-program"]), log=tmp_path / "log")
 
 
 PARENT = """
@@ -112,7 +112,8 @@ import sys
 from pathlib import Path
 from builder.core import process
 code = "import os, sys, time; from builder.core.process import emit; emit(pid=os.getpid()); time.sleep(60)"
-process.run([sys.executable, "-c", code], log=Path(sys.argv[1]), on_event=lambda e: print(e["pid"], flush=True))
+command = process.Command([sys.executable, "-c", code])
+process.run(command, log=Path(sys.argv[1]), on_event=lambda e: print(e["pid"], flush=True))
 """
 
 
@@ -143,7 +144,7 @@ def in_popen(event, arguments):
         time.sleep(0.3)
 sys.addaudithook(in_popen)
 try:
-    process.run([sys.executable, "-c", "import time; time.sleep(60)"], log=Path(sys.argv[1]))
+    process.run(process.Command([sys.executable, "-c", "import time; time.sleep(60)"]), log=Path(sys.argv[1]))
 except KeyboardInterrupt:
     sys.exit("interrupted")
 """
@@ -163,10 +164,10 @@ def test_emit_without_a_parent_does_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_stopped_child_says_what_it_was(tmp_path: Path) -> None:
     with pytest.raises(process.Failed, match="took more than 1 s") as caught:
-        process.run(["sleep", "60"], log=tmp_path / "log", limit=1)
+        process.run(process.Command(["sleep", "60"]), log=tmp_path / "log", limit=1)
     assert caught.value.code is None
     with pytest.raises(process.Failed) as caught:
-        process.run(["sh", "-c", "exit 3"], log=tmp_path / "log", limit=60)
+        process.run(process.Command(["sh", "-c", "exit 3"]), log=tmp_path / "log", limit=60)
     assert caught.value.code == 3
     assert isinstance(caught.value, StageError)
 
@@ -186,8 +187,7 @@ def test_a_job_is_told_by_a_file_and_its_events_are_heard(tmp_path: Path, capsys
         "job_module",
         {"name": "größer"},
         log=tmp_path / "of.log",
-        out=Output("human"),
-        label="starting",
+        bar=process.Bar(Output("human"), "starting"),
         env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}", "OF_THE_JOB": "!"},
     )
     assert told == {"summary": "größer!"}
@@ -212,14 +212,18 @@ def test_what_a_job_fails_with_is_what_its_parent_raises(
     (tmp_path / "failing_module.py").write_text(
         "import sys\n"
         "from builder.core import errors\n"
-        "from builder.core.process import do_job\n"
+        "from builder.core.process import worker_main\n"
         f"def work(job): raise {failure}\n"
         "def known(error, job):\n"
         "    if isinstance(error, MemoryError): return errors.UnsupportedError(f'too large: {job[\"size\"]}')\n"
-        "sys.exit(do_job(sys.argv, work, known))\n"
+        "sys.exit(worker_main(sys.argv, work, known))\n"
     )
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
     with pytest.raises(raises, match=says):
         process.run_job(
-            "failing_module", {"size": 7}, log=tmp_path / "of.log", out=Output("quiet"), label="", env=environment
+            "failing_module",
+            {"size": 7},
+            log=tmp_path / "of.log",
+            bar=process.Bar(Output("quiet"), ""),
+            env=environment,
         )

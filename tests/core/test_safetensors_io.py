@@ -96,12 +96,12 @@ def test_an_index_that_disagrees_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"disagree on 1 tensors[\s\S]*model\.norm\.weight"):
         Tensors(model)
     path.write_text(json.dumps({"weight_map": {"x": "../model-00001-of-00003.safetensors"}}))
-    with pytest.raises(IntegrityError, match="no index") as refused:
+    with pytest.raises(IntegrityError, match="not an index") as refused:
         Tensors(model)
-    assert "beside it" in refused.value.why
+    assert "outside of its directory" in refused.value.why
     for text, why in (("{", "JSONDecodeError"), ("{}", "KeyError: 'weight_map'"), ("[]", "TypeError")):
         path.write_text(text)
-        with pytest.raises(IntegrityError, match="no index") as refused:
+        with pytest.raises(IntegrityError, match="not an index") as refused:
             Tensors(model)
         assert why in refused.value.why
     path.write_text(json.dumps({"weight_map": {"x": "absent.safetensors"}}))
@@ -132,8 +132,8 @@ DAMAGED = {
     "cut in the header": (header(a=entry("U8", [4], 0, 4))[:20], "truncated"),
     "cut in the data": (header(a=entry("U8", [4], 0, 4)) + b"123", "truncated"),
     "too long": (header(a=entry("U8", [4], 0, 4)) + b"12345", "after its last tensor"),
-    "not JSON": ((4).to_bytes(8, "little") + b"{{{{", "header is wrong"),
-    "a list": ((2).to_bytes(8, "little") + b"[]", "header is wrong"),
+    "not JSON": ((4).to_bytes(8, "little") + b"{{{{", "header is invalid"),
+    "a list": ((2).to_bytes(8, "little") + b"[]", "header is invalid"),
     "an unknown dtype": (header(a=entry("F99", [4], 0, 4)) + b"1234", "F99"),
     "a wrong size": (header(a=entry("F32", [4], 0, 4)) + b"1234", "needs 16 bytes but has 4"),
     "an overlap": (header(a=entry("U8", [4], 0, 4), b=entry("U8", [4], 2, 6)) + b"123456", "overlap"),
@@ -154,13 +154,13 @@ def test_a_damaged_file_says_what_it_is(tmp_path: Path, case: str) -> None:
 
 
 def test_no_file_at_all(tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match="holds no"):
+    with pytest.raises(IntegrityError, match="contains no"):
         Tensors(tmp_path)
 
 
 @pytest.mark.parametrize("chunks", [[b"123"], [b"123", b"45"]])
 def test_a_wrong_number_of_bytes_leaves_no_file(tmp_path: Path, chunks: list[bytes]) -> None:
-    with pytest.raises(ValueError, match=r"a: \d bytes"):
+    with pytest.raises(ValueError, match=r"a: got \d bytes"):
         write(tmp_path / "x.safetensors", [NewTensor("a", "U8", (4,), chunks)])
     assert list(tmp_path.iterdir()) == []
 

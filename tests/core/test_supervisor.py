@@ -113,7 +113,7 @@ JOB = """
 import sys
 from pathlib import Path
 from builder.core import process
-process.run(["sh", "-c", sys.argv[2]], log=Path(sys.argv[1]))
+process.run(process.Command(["sh", "-c", sys.argv[2]]), log=Path(sys.argv[1]))
 """
 
 

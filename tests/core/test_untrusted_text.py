@@ -203,7 +203,7 @@ def test_a_recipe_may_come_through_a_pipe(tmp_path: Path, monkeypatch: pytest.Mo
     os.close(read)
     monkeypatch.setattr(untrusted_text, "PIPE_SECONDS", 0.2)
     read, write = os.pipe()
-    with pytest.raises(UsageError, match="nothing came"):
+    with pytest.raises(UsageError, match="sent nothing"):
         schema.load_yaml(Path(f"/dev/fd/{read}"))
     os.close(read)
     os.close(write)

@@ -322,8 +322,7 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
             workers.SENSITIVITY,
             job,
             log=log,
-            out=store.out,
-            label="starting ModelOpt",
+            bar=process.Bar(store.out, "starting ModelOpt"),
             env=modelopt.ENVIRONMENT,
         )
     summary: dict[str, Any] = told["summary"]
