@@ -69,6 +69,7 @@ def _add_plan(commands: Any) -> None:
                           examples=examples)  # fmt: skip
     add_recipe(command)
     add_output(command)
+    command.add_argument("--all", action="store_true", help="also print defaults, every card and the launch command")
 
 
 def _add_stages(commands: Any, name: str, text: str, examples: list[str]) -> argparse.ArgumentParser:
@@ -144,7 +145,11 @@ def run_plan(arguments: argparse.Namespace, out: Output) -> int:
     from builder.core.store import Store
 
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
-    (plan_view.show_command if arguments.command == "engine" else plan_view.show)(found, out)
+    if arguments.command == "engine":
+        plan_view.show_command(found, out)
+    else:
+        build = with_same_recipe("build", arguments)
+        plan_view.show(found, out, complete=getattr(arguments, "all", False), build=build)
     if found.refusal:
         raise found.refusal
     return 0

@@ -1,14 +1,17 @@
-"""How a plan is printed: tables for people, one object with --json."""
+"""How a plan is printed: decisions first, in tables, or everything in one object with --json."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from builder.core.output import Output, size
 from builder.plan import Plan
 from builder.preflight import checks
+from builder.preflight.memory import Memory
 from builder.preflight.suggestions import Verdict
 
 MEMORY = ["card", "memory", "weights", "workspace", "KV cache", "KV tokens", "at full length", "largest batch", "fits"]
@@ -18,7 +21,6 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
     s, host = found.sizes, found.host
     ranks = "" if len(s.ranks) == 1 else f", {len(s.ranks)} ranks of up to {size(max(s.ranks))}"
     return [
-        ("parameters", f"{s.parameters / 1e9:.3f} billion"),
         ("model files", size(s.download)),
         ("checkpoint, Hugging Face layout", size(s.unified)),
         ("checkpoint, TensorRT-LLM layout", size(s.checkpoint) + ranks),
@@ -26,11 +28,10 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
             "kept in the output directory",
             ", ".join(f"{name} {size(n)}" for name, n in s.disk.items() if n and name != "snapshot"),
         ),
-        ("still to be made there", f"{size(found.missing)} ({size(host.disk)} free)"),
+        ("still to be written there", f"{size(found.missing)} ({size(host.disk)} free)"),
         ("memory while calibrating", f"{size(s.calibration_memory)} (this machine: {size(host.available)} available)"),
-        *_kept_rows(found),
         *_stream_rows(found),
-        ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB a token, on each GPU"),
+        ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB per token on each GPU"),
     ]
 
 
@@ -38,7 +39,7 @@ def _stream_rows(found: Plan) -> list[tuple[str, str]]:
     if found.streams is None:
         return []
     instances, needs, why = found.streams
-    return [("streams at once", f"{instances} ({why}), a process each: {size(needs)} of host memory; others wait")]
+    return [("concurrent streams", f"{instances} ({why}), one process each: {size(needs)} of host memory; others wait")]
 
 
 def _kept_rows(found: Plan) -> list[tuple[str, str]]:
@@ -49,13 +50,13 @@ def _kept_rows(found: Plan) -> list[tuple[str, str]]:
         auto = part.kept_budget is not None and part.kept_format == name
         text = f"{len(modules)} linear layers, {size(price)} more"
         if auto and found.open_choice:
-            text += f"; auto:{part.kept_budget:g} has not chosen yet, so all sizes here are without its layers"
+            text += f"; auto:{part.kept_budget:g} has not chosen its layers yet, so no size here includes them"
         rows += [(f"left in {label}", text)] if modules or auto else []
     return rows
 
 
 def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
-    """A row a card. Numbers are of the fullest rank."""
+    """One row for each card. Numbers are those of the rank that needs most."""
     return [
         (
             m.card + (" (verdict)" if m.card == verdict.card else ""),
@@ -80,69 +81,141 @@ def _verdict(verdict: Verdict) -> dict[str, object]:
     }
 
 
-def show(found: Plan, out: Output) -> None:
-    """For people: tables. With --json: the same as one object."""
-    recipe = found.resolved.recipe
-    out.table(f"plan: {recipe.model.id} on {found.resolved.gpu.name}", ["stage", "state", "why"], found.stages)
-    out.table("sizes", ["what", "size"], _size_rows(found))
-    out.table("at run time", MEMORY, _memory_rows(found.verdict))
-    out.table("values", ["key", "value", "from"], found.resolved.explained())
+def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
+    """(decision, value, who or what decided) for what is built, in which formats, and whether it fits."""
+    recipe, gpu = found.resolved.recipe, found.resolved.gpu
+    origin = {key: why for key, _, why in found.resolved.explained()}
+    parallel = f", {recipe.engine.world_size} GPUs (tp {recipe.engine.tp}, pp {recipe.engine.pp})"
+    rows = recipe.calibration
+    decisions = [
+        ("model", f"{recipe.model.id}, {_parameters(found.sizes.parameters)}", origin["model.id"]),
+        ("GPU", f"{gpu.name}: {gpu.title}" + parallel * (recipe.engine.world_size > 1), origin["gpu"]),
+        ("target", f"{recipe.target}, TensorRT-LLM {recipe.engine.tensorrt_llm}", origin["target"]),
+        ("weights", recipe.quantization.format.upper(), origin["quantization.format"]),
+        *((what, text, "recipe") for what, text in _kept_rows(found)),
+        ("KV cache", recipe.quantization.kv_cache_dtype, origin["quantization.kv_cache_dtype"]),
+        ("calibration", f"{rows.samples} rows of {rows.data}, up to {rows.seq_len} tokens", origin["calibration.data"]),
+        *_fit_rows(found),
+    ]
+    if found.blocked:
+        decisions.append(("on this machine", f"no: {found.blocked.what}", found.blocked.hint))
+    return decisions
+
+
+def _parameters(count: int) -> str:
+    millions = count / 1e6
+    return f"{millions / 1000:.2f} billion parameters" if millions >= 1000 else f"{millions:.1f} million parameters"
+
+
+def _fit_rows(found: Plan) -> list[tuple[str, str, str]]:
+    """Whether it fits on the card that was named, is here, or is the largest; and on the profile's other cards."""
+    verdict = found.verdict
+    if verdict.refusal:
+        rows = [("fits", f"no: {verdict.refusal.what}", verdict.refusal.hint)]
+    elif found.refusal:
+        rows = [("fits", f"no: {found.refusal.what}", found.refusal.hint)]
+    else:
+        [card] = [m for m in verdict.memory if m.card == verdict.card]
+        room = f"{size(card.kv_cache)} of KV cache, {card.sequences} sequences of full length"
+        rows = [("fits", f"yes, on {verdict.card}: {room}", f"{size(card.needed)} of {size(card.memory)} needed")]
+    small = [m.card for m in verdict.memory if not m.fits and m.card != verdict.card]
+    if small:
+        rows.append(("does not fit on", ", ".join(small), "memory of the card"))
+    return rows
+
+
+def _is_default(reason: str) -> bool:
+    """Whether a value or flag is one that nobody chose: neither a user, nor a profile, nor a rule."""
+    return reason.startswith(("default", "the default"))
+
+
+def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[str] = ()) -> None:
+    """Prints a plan: decisions, stages, what was chosen, notes, sizes. With --json everything, as one object.
+
+    `complete` adds the values and flags that are defaults, the memory of every card, and the command or model.yaml that
+    launches TensorRT-LLM. `build` is the command that builds this plan, printed at the end.
+    """
+    recipe, verdict = found.resolved.recipe, found.verdict
+    values = found.resolved.explained()
+    shown = [row for row in values if complete or not _is_default(row[2])]
+    flags = [flag for flag in found.settings if complete or not _is_default(flag.reason)]
+    cards = [
+        row for row, m in zip(_memory_rows(verdict), verdict.memory, strict=True) if complete or _is_judged(found, m)
+    ]
     out.table(
-        "LLM arguments" if found.model_yaml else "trtllm-build flags",
-        ["argument" if found.model_yaml else "flag", "value", "why", "source"],
-        [(f.name, f.value, f.reason, f.source) for f in found.settings],
+        f"plan: {recipe.model.id} on {found.resolved.gpu.name}", ["decision", "value", "from"], _decision_rows(found)
     )
+    out.table("stages", ["stage", "state", "why"], found.stages)
+    out.table("values" if complete else "values that are not defaults", ["key", "value", "from"], shown)
+    title, column = ("LLM arguments", "argument") if found.model_yaml else ("trtllm-build flags", "flag")
+    rows = [(f.name, f.value, f.reason, f.source) for f in flags]
+    out.table(title if complete else f"{title} that are not defaults", [column, "value", "why", "source"], rows)
     if found.notes:
-        out.table("what to know", ["rule", "note"], [(note.rule, note.text) for note in found.notes])
-    if found.command:
-        out.text(shlex.join(found.command))
-    if found.model_yaml:
-        out.text(found.model_yaml.rstrip())
+        out.table("notes", ["rule", "note"], [(note.rule, note.text) for note in found.notes])
+    out.table("sizes", ["what", "size"], _size_rows(found))
+    out.table("memory at run time", MEMORY, cards)
+    if complete and (launched := shlex.join(found.command) if found.command else found.model_yaml):
+        out.text(launched.rstrip())
     for note in found.notes:
         if note.rule == checks.FP8_KV:
             out.warn(note.text)
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.hint}")
-    out.result(
-        {
-            "model": recipe.model.id,
-            "gpu": found.resolved.gpu.name,
-            "target": recipe.target,
-            "stages": [{"stage": stage, "state": state, "why": why} for stage, state, why in found.stages],
-            "sizes": asdict(found.sizes),
-            "memory": [{**asdict(m), "fits": m.fits} for m in found.verdict.memory],
-            "verdict": _verdict(found.verdict),
-            "kept": {
-                "modules": list(found.kept),
-                "bytes": None if found.open_choice else found.price,
-                "open_choice": found.open_choice,
-                "fp8_modules": list(found.fp8),
-                "fp8_bytes": None if found.open_choice else found.fp8_price,
-            },
-            "streams": None
-            if found.streams is None
-            else dict(zip(("at_once", "bytes", "why"), found.streams, strict=True)),
-            "machine": {**asdict(found.host), "missing": found.missing},
-            "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
-            "arguments" if found.model_yaml else "flags": [vars(setting) for setting in found.settings],
-            "notes": [vars(note) for note in found.notes],
-            "command": found.command,
-            "model_yaml": found.model_yaml,
-            "blocked": found.blocked.what if found.blocked else None,
-            "refusal": found.refusal.what if found.refusal else None,
-        }
-    )
+    if not complete:
+        out.text("more       --all: every value, flag and card, and what launches TensorRT-LLM")
+    if build and not (found.refusal or found.blocked):
+        out.text(f"next       {shlex.join(build)}")
+    out.result(_as_object(found))
+
+
+def _is_judged(found: Plan, memory: Memory) -> bool:
+    return memory.card == found.verdict.card
+
+
+def _as_object(found: Plan) -> dict[str, Any]:
+    """Everything that a plan holds, for --json."""
+    recipe = found.resolved.recipe
+    return {
+        "model": recipe.model.id,
+        "gpu": found.resolved.gpu.name,
+        "target": recipe.target,
+        "stages": [{"stage": stage, "state": state, "why": why} for stage, state, why in found.stages],
+        "sizes": asdict(found.sizes),
+        "memory": [{**asdict(m), "fits": m.fits} for m in found.verdict.memory],
+        "verdict": _verdict(found.verdict),
+        "kept": {
+            "modules": list(found.kept),
+            "bytes": None if found.open_choice else found.price,
+            "open_choice": found.open_choice,
+            "fp8_modules": list(found.fp8),
+            "fp8_bytes": None if found.open_choice else found.fp8_price,
+        },
+        "streams": None
+        if found.streams is None
+        else dict(zip(("at_once", "bytes", "why"), found.streams, strict=True)),
+        "machine": {**asdict(found.host), "missing": found.missing},
+        "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
+        "arguments" if found.model_yaml else "flags": [vars(setting) for setting in found.settings],
+        "notes": [vars(note) for note in found.notes],
+        "command": found.command,
+        "model_yaml": found.model_yaml,
+        "blocked": found.blocked.what if found.blocked else None,
+        "refusal": found.refusal.what if found.refusal else None,
+    }
 
 
 def show_command(found: Plan, out: Output) -> None:
-    """The trtllm-build command alone, ready to paste. With --json also as words, and the word still to be filled in."""
+    """Prints the trtllm-build command, ready to paste. With --json also as a list, with the placeholder in it.
+
+    UsageError for a target without an engine.
+    """
     if found.model_yaml:
         raise checks.no_engine()
     none = None if found.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
     shell = []
     if found.command:
         cache = Path(found.command[found.command.index("--output_timing_cache") + 1])
-        if not cache.parent.is_dir():  # trtllm-build makes no directory for it, and would fail at its very end
+        if not cache.parent.is_dir():  # trtllm-build does not create it, and would fail at its very end
             shell.append(shlex.join(["mkdir", "-p", str(cache.parent)]))
         shell.append(shlex.join(found.command))
     for line in shell:
@@ -150,8 +223,10 @@ def show_command(found: Plan, out: Output) -> None:
     if none:
         out.info(f"{none} To see an engine's: --gpu sm120 (`builder gpus`).")
     if found.placeholder:
-        made = "`builder quantize`" if found.placeholder == "CHECKPOINT" else "`builder engine`, before the engine,"
-        out.warn(f"{found.placeholder} stands for a directory that is not made yet: {made} makes it in the store.")
+        command = "`builder quantize`" if found.placeholder == "CHECKPOINT" else "`builder engine`"
+        out.warn(
+            f"{found.placeholder} stands for a directory that does not exist yet: {command} creates it in the store."
+        )
     if found.blocked and found.command:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.hint}")
     out.result(

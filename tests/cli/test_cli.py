@@ -91,7 +91,7 @@ def test_engine_with_dry_run_prints_the_command_ready_to_paste(tmp_path: Path) -
     assert command == plan["command"]
     assert command[-8:-2:2] == ["--checkpoint_dir", "--output_dir", "--input_timing_cache"]
     assert command[-7] == "CHECKPOINT/tensorrt_llm"
-    assert "CHECKPOINT stands for a directory that is not made yet: `builder quantize` makes it" in done.stderr
+    assert "CHECKPOINT stands for a directory that does not exist yet: `builder quantize` creates it" in done.stderr
     assert "not on this machine: trtllm-build" in done.stderr
     said = json.loads(run(*argv, "--json").stdout)
     assert (said["command"], said["placeholder"]) == (command, "CHECKPOINT")

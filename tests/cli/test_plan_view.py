@@ -1,0 +1,93 @@
+"""What `builder plan` prints: decisions first, defaults only with --all, everything with --json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from builder.cli import main
+
+MODEL = "tests/data/tiny-qwen3"
+
+
+def tables(*argv: str, capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, list[list[str]]]:
+    """The printed tables in their order: {title: [header, row, ...]}. Text below the last table is its last rows."""
+    assert main.main(["plan", "--model", MODEL, *argv]) == code
+    found: dict[str, list[list[str]]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("# "):
+            rows = found[line[2:].partition(":")[0]] = []
+        elif line:
+            rows.append(line.split("\t"))
+    return found
+
+
+def test_decisions_come_first_and_defaults_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpu", "sm120", "--output", str(tmp_path), "--max-seq-len", "1024", "--max-input-len", "512"]
+    found = tables(*argv, "--keep-bf16", "*.down_proj", capsys=capsys)
+    assert list(found) == [
+        "plan", "stages", "values that are not defaults", "trtllm-build flags that are not defaults", "notes", "sizes",
+        "memory at run time",
+    ]  # fmt: skip
+    decisions = {row[0]: row[1] for row in found["plan"]}
+    assert decisions["target"].startswith("engine, TensorRT-LLM")
+    assert decisions["weights"] == "NVFP4"
+    assert decisions["left in BF16"].startswith("6 linear layers")
+    assert decisions["fits"].startswith("yes, on ")
+    values = {row[0]: row[2] for row in found["values that are not defaults"][1:]}
+    assert values["engine.max_seq_len"] == "command line"
+    assert "default" not in values.values()
+    assert len(found["memory at run time"]) > 1
+    everything = tables(*argv, "--all", capsys=capsys)
+    assert len(everything["values"]) > len(values) + 20
+    assert {"engine.max_num_tokens", "repository.decoupled"} <= {row[0] for row in everything["values"]}
+    assert any(row[0].startswith("trtllm-build --max_batch_size") for row in everything["memory at run time"])
+
+
+def test_json_is_complete_with_and_without_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for more in ([], ["--all"]):
+        argv = ["plan", "--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json", *more]
+        assert main.main(argv) == 0
+        plan = json.loads(capsys.readouterr().out)
+        printed.append({key: value for key, value in plan.items() if key != "machine"})
+    assert printed[0] == printed[1]
+    assert printed[0]["values"]["repository.decoupled"] == {"value": True, "from": "default"}
+
+
+def test_the_next_command_builds_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpu", "cpu", "--output", str(tmp_path), "--calib-samples", "8"]
+    assert main.main(["plan", "--model", MODEL, *argv]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    words = last.split()
+    assert words[:3] == ["next", "builder", "build"]
+    arguments = main.parser().parse_args(words[2:])
+    assert (vars(arguments)["model.id"], vars(arguments)["calibration.samples"]) == (MODEL, 8)
+
+
+def test_a_plan_that_does_not_fit_says_so_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpu", "RTX 5090", "--output", str(tmp_path), "--max-batch-size", "8000"]
+    found = tables(*argv, capsys=capsys, code=3)
+    decisions = {row[0]: row[1] for row in found["plan"]}
+    assert decisions["fits"].startswith("no: ")
+
+
+def test_without_the_hub_a_data_set_is_a_row_and_an_unknown_model_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is in the store, so that planning gets as far as the data sets. None of them was ever seen."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    argv = ["--gpu", "cpu", "--output", str(tmp_path / "out"), "--calib-samples", "8", "--calib-seq-len", "64"]
+    assert main.main(["fetch", "--model", MODEL, *argv, "-q"]) == 0
+    found = tables(*argv, "--calib-data", "owner/rows", capsys=capsys)
+    rows = {row[0]: row[2] for row in found["stages"]}
+    assert "the commit of owner/rows is not known here" in rows["calibration"]
+    gated = tables(*argv, "--min-score", "95", "--data", "owner/texts", capsys=capsys)
+    assert {row[0]: row[1] for row in gated["stages"]}["evaluation"] == "will run"
+    assert main.main(["plan", "--model", "owner/model", *argv]) == 2
+    said = capsys.readouterr().err
+    assert "owner/model" in said
+    assert "give a local directory" in said
