@@ -26,7 +26,7 @@ from builder.quantize.modelopt import quantize
 from builder.recipe.schema import Resolved
 from builder.serving.smoke import SmokeReport, smoke_test
 from builder.triton.repository import Repository, render
-from builder.triton.repository import sources as triton_sources
+from builder.triton.template_values import template_files
 from builder.trtllm import engine, probe_store
 from builder.trtllm import flags as trtllm_flags
 from builder.trtllm.engine import Engine
@@ -177,7 +177,7 @@ def _chain(resolved: Resolved, store: Store, until: str, *, check: bool = False)
     if "engine" in wanted and not store.dry:
         checks.check_machine(resolved, serving="smoke" in wanted)
     if "repository" in wanted and recipe.target != "llmapi":
-        triton_sources(recipe.engine.tensorrt_llm)  # refused before any work where there are none
+        template_files(recipe.engine.tensorrt_llm)  # refused before any work where there are none
 
     if "checkpoint" not in wanted:
         return Built(fetch(recipe.model, store=store))

@@ -120,9 +120,9 @@ def _streams(resolved: Resolved, config: Mapping[str, Any], max_batch_size: int)
     if resolved.recipe.target == "llmapi":
         return None
     part = resolved.recipe.repository
-    instances = stream_capacity.at_once(part, max_batch_size)
-    needs = stream_capacity.memory(instances, int(config.get("vocab_size") or 0))
-    return instances, needs, stream_capacity.explain(part, max_batch_size)
+    count = stream_capacity.instances(part, max_batch_size)
+    needs = stream_capacity.memory(count, int(config.get("vocab_size") or 0))
+    return count, needs, stream_capacity.explain(part, max_batch_size)
 
 
 def _command(

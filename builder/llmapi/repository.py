@@ -20,7 +20,8 @@ from builder.llmapi import lora
 from builder.llmapi import versions as llmapi_versions
 from builder.llmapi.arguments import Argument
 from builder.recipe.schema import Resolved
-from builder.triton import repository
+from builder.tokenizer.special_ids import special_ids
+from builder.triton import model_config
 from builder.triton.repository import Repository
 
 MODEL = "tensorrt_llm"  # upstream's name of it, which clients know
@@ -48,8 +49,8 @@ def render(
         "part": resolved.recipe.repository.model_dump(mode="json"),
         "libraries": library_versions("jinja2", "pyyaml"),
         "sources": sources_digest(
-            "builder/llmapi/repository.py", "builder/triton/repository.py", "builder/model/files.py",
-            TEMPLATE, repository.MACROS, TENSORS,
+            "builder/llmapi/repository.py", "builder/triton/repository.py", "builder/triton/model_config.py",
+            "builder/model/files.py", "builder/tokenizer/special_ids.py", TEMPLATE, model_config.MACROS, TENSORS,
         ),
     }  # fmt: skip
 
@@ -75,15 +76,15 @@ def write(
     switches = {"exclude_input_in_output": part.exclude_input_in_output, "penalties": facts.penalties}
     parameters = {name: str(value).lower() for name, value in switches.items()}
     parameters["vocab_size"] = str(read_json(unified / "config.json")["vocab_size"])
-    parameters["end_ids"] = json.dumps(repository.special_ids(snapshot, part.end_ids)["end_ids"])
+    parameters["end_ids"] = json.dumps(special_ids(snapshot, part.end_ids)["end_ids"])
     parameters["tensorrt_llm"] = resolved.recipe.engine.tensorrt_llm  # guards.py compares it
     values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
     directory = models / MODEL / "1"
     directory.mkdir(parents=True)
-    (models / MODEL / "config.pbtxt").write_text(repository.rendered(TEMPLATE, values), encoding="utf-8")
+    (models / MODEL / "config.pbtxt").write_text(model_config.render(TEMPLATE, values), encoding="utf-8")
     shutil.copyfile(TEMPLATE / "1" / "model.py", directory / "model.py")
     (directory / "model.yaml").write_text(model_yaml(unified, arguments, decoupled=part.decoupled), encoding="utf-8")
-    repository.check(models, max_batch_size=0, decoupled=part.decoupled)
+    model_config.check(models, max_batch_size=0, decoupled=part.decoupled)
     return _facts(unified, snapshot, llmapi_arguments.tree(arguments), resolved, tensors["names"])
 
 
@@ -119,7 +120,7 @@ def _facts(
     A decoupled model takes no `infer` (Triton answers 501), one that is not can't stream.
     """
     part = resolved.recipe.repository
-    ids = repository.special_ids(snapshot, part.end_ids)
+    ids = special_ids(snapshot, part.end_ids)
     return {
         "target": "llmapi",
         "models": {"generate": MODEL, ("stream" if part.decoupled else "infer"): MODEL},

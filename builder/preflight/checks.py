@@ -27,7 +27,7 @@ from builder.recipe.schema import Model, Resolved
 from builder.reference import supported
 from builder.serving import installation, limits, private_directory
 from builder.tokenizer import files as tokenizer_files
-from builder.triton import repository
+from builder.tokenizer.special_ids import special_ids
 from builder.trtllm import engine
 from builder.trtllm import flags as trtllm_flags
 from builder.trtllm.probe_results import Answer
@@ -103,7 +103,7 @@ def check_tokenizer(resolved: Resolved, directory: Path, config: Mapping[str, An
 
 def tokenizer_notes(resolved: Resolved, directory: Path, config: Mapping[str, Any]) -> list[trtllm_flags.Note]:
     """What a user should know of the model's tokenizer: above all whether its files agree on what ends an answer."""
-    ids = repository.special_ids(directory, resolved.recipe.repository.end_ids)
+    ids = special_ids(directory, resolved.recipe.repository.end_ids)
     return [trtllm_flags.Note(rule, text) for rule, text in tokenizer_files.notes(directory, config, ids["end_ids"])]
 
 

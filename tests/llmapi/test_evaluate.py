@@ -205,7 +205,7 @@ def test_an_answer_that_can_not_be_sent_is_told(models: Models, tmp_path: Path) 
         serve(
             faulty.models, out=QUIET, log=tmp_path / "log", options=ServerOptions(environment=triton.ENVIRONMENT)
         ) as server,
-        pytest.raises(ServerError, match="MemoryError; the server's log says more"),
+        pytest.raises(ServerError, match="MemoryError; see the server's log"),
     ):
         client(server, models).context_logits(IDS)
 
@@ -253,7 +253,7 @@ def test_logits_have_a_row_for_each_token_of_the_prompt(server: Server, models: 
     ("ids", "message"),
     [
         ([5, 4096], "this model knows 0 to 4095"),
-        ([-1, 5], "input_ids holds -1 to 5"),
+        ([-1, 5], "input_ids has -1 to 5"),
         ([7] * 129, "the prompt has 129 tokens; this model takes 128"),
     ],
 )

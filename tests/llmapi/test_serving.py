@@ -223,7 +223,7 @@ def test_a_character_of_several_tokens_comes_whole(server: Server) -> None:
         ({"text_input": "A list is", "sampling_param_max_tokens": 300}, "max_tokens can be"),
         ({"text_input": "A list is", "sampling_param_max_tokens": 0}, "must be 1 or more"),
         ({"text_input": ""}, "text_input is empty"),
-        ({"text_input": ["a", "b"]}, "one prompt a request"),
+        ({"text_input": ["a", "b"]}, "one prompt per request"),
         ({"text_input": "A", "sampling_param_temperature": -1.0}, "require temperature >= 0"),
         ({"text_input": "A", "sampling_param_top_p": 0.5}, "the stand-in is greedy"),
         ({"text_input": "A", "sampling_param_repetition_penalty": 1.2}, "repetition_penalty would be ignored"),
@@ -281,8 +281,8 @@ def seen(server: Server, pattern: str) -> bool:
     ("right", "wrong", "checks"),
     [
         (
-            "given = text",
-            "given = ''",
+            "sent = text",
+            "sent = ''",
             {"streamed chunks make up the whole answer", "all endpoints give the same answer"},
         ),
         ('f"the prompt has {len(ids)} tokens', '__file__ + f"', {"too long prompt"}),

@@ -237,7 +237,7 @@ def test_tasks_alone_are_said_to_be_tasks_alone(tmp_path: Path) -> None:
 
 
 def test_what_is_no_repository_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no finished repository"):
+    with pytest.raises(UsageError, match="not a finished repository"):
         gather(tmp_path)
     done = report(str(tmp_path / "absent"))
     assert (done.returncode, "builder build" in done.stderr) == (2, True)

@@ -114,7 +114,7 @@ def test_the_preprocessing_model(snapshot: Path, expected: list[int], tmp_path: 
             assert prompt_ids(server.grpc_url, prompt) == expected
         assert prompt_ids(server.grpc_url, TEXT + rendered()) == [BOS, *expected]  # what was written twice stays
         assert prompt_ids(server.grpc_url, TEXT) == [BOS]
-        with pytest.raises(InferenceServerException, match="text_input holds '<image>'") as caught:
+        with pytest.raises(InferenceServerException, match="text_input contains '<image>'") as caught:
             prompt_ids(server.grpc_url, "see <image>")
         assert "4096" not in str(caught.value) or unknown == 4096
         assert prompt_ids(server.grpc_url, "see")[0] == BOS
@@ -160,7 +160,7 @@ def test_the_llmapi_model(expected: list[int], tmp_path: Path) -> None:
         assert status == 400
         assert f"the prompt has {len(expected) + 1} tokens" in text
         status, text = post(server, {"text_input": "see <image>", **asked_for})
-        assert (status, "makes token 4096" in text) == (400, True)
+        assert (status, "has token 4096" in text) == (400, True)
 
 
 @given(front=st.lists(st.integers(0, 3), max_size=2), text=st.lists(st.integers(0, 3), max_size=6))
@@ -170,7 +170,7 @@ def test_what_is_taken_away_is_one_front(front: list[int], text: list[int]) -> N
     assert ids in ([*front, *text], text)
     assert ids[: len(front)] == front
     assert (ids == text) == (text[: len(front)] == front or not front)
-    assert PREPROCESSING.without_repeat([*front, *text], front) == ids
+    assert PREPROCESSING.without_repeated_prefix([*front, *text], front) == ids
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ def test_what_a_tokenizer_adds_in_front(before: list[int], after: list[int], fro
         return [*before, *text.encode(), *after]
 
     assert special_tokens.prefix_ids(encode) == front
-    assert PREPROCESSING.added_in_front(encode) == front
+    assert PREPROCESSING.prefix_ids(encode) == front

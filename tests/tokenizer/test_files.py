@@ -24,7 +24,7 @@ from builder.core.store import STAGES, Store
 from builder.hub import snapshot
 from builder.recipe import schema
 from builder.tokenizer import files as tokenizer_files
-from builder.triton import repository
+from builder.tokenizer.special_ids import special_ids
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny-qwen3"
@@ -141,7 +141,7 @@ def test_every_model_of_ours_passes() -> None:
         found = check(directory)
         assert (found.largest, found.end, found.end_of_turn) == (4095, (IM_END, "<|im_end|>"), (IM_END, "<|im_end|>"))
         assert found.template_problem is None
-        ids = repository.special_ids(directory)["end_ids"]
+        ids = special_ids(directory)["end_ids"]
         assert tokenizer_files.notes(directory, read_json(directory / "config.json"), ids) == []
 
 
@@ -227,7 +227,7 @@ def test_end_ids_of_four_sources(
     edit(model / "config.json", eos_token_id=config)
     edit(model / "tokenizer_config.json", eos_token=token)
     edit(model / "special_tokens_map.json", eos_token=token)
-    assert repository.special_ids(model)["end_ids"] == end_ids
+    assert special_ids(model)["end_ids"] == end_ids
     texts = [text for _, text in tokenizer_files.notes(model, read_json(model / "config.json"), end_ids)]
     assert len(texts) == len(says)
     assert all(re.search(said, text) for said, text in zip(says, texts, strict=True)), texts

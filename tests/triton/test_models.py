@@ -1,10 +1,11 @@
 """The models of a rendered repository on a real Triton server, with a stand-in for the engine (echo_backend.py).
 
-The stand-in says the prompt's tokens over and over, so every answer is known beforehand.
+The stand-in repeats the prompt's tokens, so every answer is known in advance.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import queue
 import sys
@@ -37,6 +38,7 @@ ECHO = Path(__file__).parents[1] / "support" / "echo_backend.py"
 TINY = Tokenizer.from_file(str(SNAPSHOT / "tokenizer.json"))
 EMOJI = "Grüße, 世界 🎉 "
 MAX_INPUT_LEN, MAX_SEQ_LEN = 128, 256
+REPEATED = ("prefix_ids", "without_repeated_prefix", "context_ids", "decode_after")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def echo(prompt: str, tokens: int) -> str:
-    """What the stand-in answers: the prompt's ids, repeated."""
+    """The stand-in's answer: the prompt's token ids, repeated."""
     ids = TINY.encode(prompt).ids
     return TINY.decode((ids * tokens)[:tokens], skip_special_tokens=True)
 
@@ -75,7 +77,7 @@ def generate(server: Server, model: str, **body: Any) -> str:
     return answer
 
 
-def refusal(server: Server, model: str, verb: str = "generate", **body: Any) -> str:
+def rejection(server: Server, model: str, verb: str = "generate", **body: Any) -> str:
     status, text = post(server, model, verb, body)
     assert status == 400, text
     message: str = json.loads(text.removeprefix("data: "))["error"]
@@ -111,35 +113,35 @@ def infer(server: Server, model: str, **values: Any) -> str:
 
 
 def stream(server: Server, model: str = "tensorrt_llm_bls", **values: Any) -> list[str]:
-    """The pieces of one gRPC stream."""
+    """The chunks of one gRPC stream."""
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     with grpcclient.InferenceServerClient(server.grpc_url) as client:
         client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer(model, inputs(**values), enable_empty_final_response=True)
-        pieces: list[str] = []
+        chunks: list[str] = []
         while True:
             result, error = answers.get(timeout=30)
             if error:
                 raise error
             if (array := result.as_numpy("text_output")) is not None:
-                pieces += [text.decode() for text in array.reshape(-1)]
+                chunks += [text.decode() for text in array.reshape(-1)]
             if result.get_response().parameters["triton_final_response"].bool_param:
-                return pieces
+                return chunks
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [("Hello there", 20), (EMOJI, 31), ("def f(x):\n    return x", 1)])
-def test_one_answer_over_every_way_in(server: Server, prompt: str, tokens: int) -> None:
+def test_every_endpoint_gives_the_same_answer(server: Server, prompt: str, tokens: int) -> None:
     expected = echo(prompt, tokens)
-    asked = {"text_input": prompt, "max_tokens": tokens}
-    assert generate(server, "ensemble", **asked) == expected
-    assert generate(server, "ensemble_infer", **asked) == expected
-    assert generate(server, "tensorrt_llm_bls", **asked) == expected
-    assert infer(server, "ensemble_infer", **asked) == expected
-    assert stream(server, **asked) == [expected]
-    assert stream(server, "ensemble", **asked) == [expected]
-    pieces = stream(server, **asked, stream=True)
-    assert "".join(pieces) == expected
-    assert len(pieces) > 1 or tokens == 1
+    request = {"text_input": prompt, "max_tokens": tokens}
+    assert generate(server, "ensemble", **request) == expected
+    assert generate(server, "ensemble_infer", **request) == expected
+    assert generate(server, "tensorrt_llm_bls", **request) == expected
+    assert infer(server, "ensemble_infer", **request) == expected
+    assert stream(server, **request) == [expected]
+    assert stream(server, "ensemble", **request) == [expected]
+    chunks = stream(server, **request, stream=True)
+    assert "".join(chunks) == expected
+    assert len(chunks) > 1 or tokens == 1
 
 
 def test_http_infer(server: Server) -> None:
@@ -151,7 +153,7 @@ def test_http_infer(server: Server) -> None:
     }
     status, text = post(server, "ensemble_infer", "infer", body)
     assert (status, json.loads(text)["outputs"][0]["data"]) == (200, [echo(EMOJI, 9)])
-    # This is why ensemble_infer exists; when Triton learns it, ensemble_infer can go.
+    # This is why ensemble_infer exists. Once Triton supports it, ensemble_infer can be removed.
     assert post(server, "ensemble", "infer", body)[0] == 501
 
 
@@ -172,28 +174,28 @@ def test_an_answer_that_ends_inside_a_character(server: Server) -> None:
     assert stream(server, text_input="🎉", max_tokens=len(ids) + 1, stream=True) == ["🎉", expected[1:]]
 
 
-def test_it_ends_at_each_end_of_the_model(server: Server) -> None:
-    """The engine knows one end id; the model has two, and the second comes in as a stop word."""
+def test_every_end_token_of_the_model_ends_the_answer(server: Server) -> None:
+    """The engine supports one end id. The model has two, and the second is passed as a stop word."""
     for end in ("<|im_end|>", "<|endoftext|>"):
         assert generate(server, "ensemble", text_input=f"Hello{end} there", max_tokens=20) == "Hello"
         assert "".join(stream(server, text_input=f"Hello{end} there", max_tokens=20, stream=True)) == "Hello"
-    # A client that names an end itself means that one alone.
+    # A client's own end_id replaces both.
     assert generate(server, "ensemble", text_input="a<|endoftext|>b<|im_end|>", max_tokens=7, end_id=-1) == "abab"
 
 
-def test_nothing_to_say_is_one_empty_answer(server: Server) -> None:
+def test_an_empty_answer_is_one_response(server: Server) -> None:
     assert stream(server, text_input="<|im_end|>", max_tokens=5, stream=True) == [""]
     assert generate(server, "ensemble", text_input="<|im_end|>", max_tokens=5) == ""
 
 
 def test_stop_words(server: Server) -> None:
-    asked = {"text_input": "one two three", "max_tokens": 30}
-    assert generate(server, "ensemble", **asked, stop_words=[" two"]) == "one two"
-    assert "".join(stream(server, **asked, stop_words=[["", " three", " four"]], stream=True)) == "one two three"
-    assert generate(server, "ensemble", **asked, stop_words="", bad_words="") == echo("one two three", 30)
+    request = {"text_input": "one two three", "max_tokens": 30}
+    assert generate(server, "ensemble", **request, stop_words=[" two"]) == "one two"
+    assert "".join(stream(server, **request, stop_words=[["", " three", " four"]], stream=True)) == "one two three"
+    assert generate(server, "ensemble", **request, stop_words="", bad_words="") == echo("one two three", 30)
 
 
-REFUSED = [
+REJECTED = [
     ({"text_input": "", "max_tokens": 1}, "text_input is empty"),
     ({"text_input": "Hello", "max_tokens": 0}, "max_tokens is 0; it must be 1 or more"),
     ({"text_input": "Hello", "max_tokens": -5}, "max_tokens is -5; it must be 1 or more"),
@@ -205,14 +207,14 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("body", "message"), REFUSED)
-def test_what_a_client_can_mend_is_said(server: Server, body: dict[str, Any], message: str) -> None:
-    assert message in refusal(server, "ensemble", **body)
-    assert message in refusal(server, "tensorrt_llm_bls", **body)
-    assert message in refusal(server, "tensorrt_llm_bls", "generate_stream", **body, stream=True)
+@pytest.mark.parametrize(("body", "message"), REJECTED)
+def test_an_invalid_request_is_rejected_with_the_reason(server: Server, body: dict[str, Any], message: str) -> None:
+    assert message in rejection(server, "ensemble", **body)
+    assert message in rejection(server, "tensorrt_llm_bls", **body)
+    assert message in rejection(server, "tensorrt_llm_bls", "generate_stream", **body, stream=True)
 
 
-def test_infer_gets_the_error_code_of_a_bad_request(server: Server) -> None:
+def test_infer_returns_the_error_code_of_an_invalid_request(server: Server) -> None:
     with pytest.raises(InferenceServerException, match="max_tokens is 0") as caught:
         infer(server, "ensemble_infer", text_input="Hello", max_tokens=0)
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
@@ -242,27 +244,29 @@ BAD_SAMPLING = [
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD_SAMPLING)
-def test_a_bad_sampling_value_is_the_clients_error_every_way(server: Server, bad: dict[str, Any], message: str) -> None:
-    asked = {"text_input": "Hello", "max_tokens": 2, **bad}
+def test_an_invalid_sampling_value_is_rejected_by_every_endpoint(
+    server: Server, bad: dict[str, Any], message: str
+) -> None:
+    request = {"text_input": "Hello", "max_tokens": 2, **bad}
     if all(not isinstance(value, float) or np.isfinite(value) for value in bad.values()):  # JSON has no NaN
         for model in ("ensemble", "ensemble_infer", "tensorrt_llm_bls"):
-            assert message in refusal(server, model, **asked)
+            assert message in rejection(server, model, **request)
         body = {"inputs": [{"name": name, "datatype": TYPES[name], "shape": [1, 1], "data": [value]}
-                           for name, value in asked.items()]}  # fmt: skip
+                           for name, value in request.items()]}  # fmt: skip
         assert post(server, "ensemble_infer", "infer", body)[0] == 400
     with pytest.raises(InferenceServerException) as caught:
-        infer(server, "ensemble_infer", **asked)
+        infer(server, "ensemble_infer", **request)
     assert message in caught.value.message()
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
     for model in ("ensemble", "tensorrt_llm_bls"):
         with pytest.raises(InferenceServerException) as caught:
-            stream(server, model, **asked)
+            stream(server, model, **request)
         assert message in caught.value.message()
 
 
 @pytest.mark.parametrize("model", ["ensemble_infer", "tensorrt_llm_bls", "ensemble"])
 def test_required_inputs_are_declared(server: Server, model: str) -> None:
-    """Not by the ensemble, for which Triton would then answer nothing (triton-tensors.json)."""
+    """Except by the ensemble: Triton would not respond at all then (see triton-tensors.json)."""
     with grpcclient.InferenceServerClient(server.grpc_url) as client:
         config = client.get_model_config(model).config
     optional = {entry.name for entry in config.input if entry.optional}
@@ -270,7 +274,7 @@ def test_required_inputs_are_declared(server: Server, model: str) -> None:
     assert {"stop_words", "temperature"} <= optional
 
 
-def test_sampling_values_that_mean_default_are_taken(server: Server) -> None:
+def test_neutral_sampling_values_are_accepted(server: Server) -> None:
     neutral = {
         "temperature": 0.0,
         "top_k": 0,
@@ -284,40 +288,40 @@ def test_sampling_values_that_mean_default_are_taken(server: Server) -> None:
 
 
 @pytest.mark.parametrize("model", ["ensemble", "ensemble_infer", "tensorrt_llm_bls"])
-def test_a_missing_input_is_named(server: Server, model: str) -> None:
+def test_a_missing_input_is_reported(server: Server, model: str) -> None:
     others: dict[str, Any] = {"stop_words": ["a"], "end_id": 1, "pad_id": 1}
-    assert "text_input is missing" in refusal(server, model, max_tokens=3, **others)
-    assert "max_tokens is missing" in refusal(server, model, text_input="Hello", **others)
-    # Where they are declared as required, Triton says so itself if the count is too low.
-    for name, asked in (("text_input", {"max_tokens": 3}), ("max_tokens", {"text_input": "Hello"})):
-        said = f"{name} is missing" if model == "ensemble" else f"missing required input(s) ['{name}']"
-        assert said in refusal(server, model, **asked)
-    assert "0 inputs" in refusal(server, model, unknown=1)
+    assert "text_input is missing" in rejection(server, model, max_tokens=3, **others)
+    assert "max_tokens is missing" in rejection(server, model, text_input="Hello", **others)
+    # If they are declared as required, Triton reports them itself when there are too few inputs.
+    for name, request in (("text_input", {"max_tokens": 3}), ("max_tokens", {"text_input": "Hello"})):
+        message = f"{name} is missing" if model == "ensemble" else f"missing required input(s) ['{name}']"
+        assert message in rejection(server, model, **request)
+    assert "0 inputs" in rejection(server, model, unknown=1)
     with pytest.raises(InferenceServerException, match="text_input is missing"):
         stream(server, model, max_tokens=3, end_id=1)
 
 
-def test_what_can_not_be_streamed_is_refused(server: Server) -> None:
-    asked = {"text_input": "Hello", "max_tokens": 3, "stream": True}
-    assert "ask tensorrt_llm_bls" in refusal(server, "ensemble", **asked)
-    assert "answers once" in refusal(server, "ensemble_infer", **asked)
-    assert "beam_width is 2" in refusal(server, "tensorrt_llm_bls", "generate_stream", **asked, beam_width=2)
+def test_a_request_that_cannot_be_streamed_is_rejected(server: Server) -> None:
+    request = {"text_input": "Hello", "max_tokens": 3, "stream": True}
+    assert "send streaming requests to tensorrt_llm_bls" in rejection(server, "ensemble", **request)
+    assert "does not stream" in rejection(server, "ensemble_infer", **request)
+    assert "beam_width is 2" in rejection(server, "tensorrt_llm_bls", "generate_stream", **request, beam_width=2)
 
 
-def test_bad_requests_leave_their_neighbours_alone(server: Server) -> None:
-    """All at once, so that they share batches: each gets its own answer or its own error."""
+def test_invalid_requests_do_not_affect_others_in_their_batch(server: Server) -> None:
+    """Concurrent requests share batches. Each gets its own answer or its own error."""
     cases: list[tuple[bytes | str, int]] = [(f"request {i} 🎉", 8) for i in range(12)]
     cases[1::4] = [(b"\xff\xfe caf\xe9", 8), ("7" * 200, 8), ("", 8)]
     found: list[str] = [""] * len(cases)
 
-    def ask(i: int) -> None:
+    def send(i: int) -> None:
         try:
             found[i] = infer(server, "ensemble_infer", text_input=cases[i][0], max_tokens=cases[i][1])
         except InferenceServerException as error:
             found[i] = error.message()
 
     for _ in range(5):
-        threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(cases))]
+        threads = [threading.Thread(target=send, args=(i,)) for i in range(len(cases))]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -329,7 +333,7 @@ def test_bad_requests_leave_their_neighbours_alone(server: Server) -> None:
 
 
 def test_a_cancelled_stream_frees_its_instance(server: Server) -> None:
-    """The stand-in needs 0.05 s a token of this prompt, 10 s for all; the one bls instance is free long before."""
+    """This prompt takes the stand-in 0.05 s per token and 10 s in total. The only BLS instance is free much sooner."""
     first = threading.Event()
     client = grpcclient.InferenceServerClient(server.grpc_url)
     client.start_stream(lambda result, error: first.set())
@@ -342,20 +346,20 @@ def test_a_cancelled_stream_frees_its_instance(server: Server) -> None:
     client.close()
 
 
-def test_without_streaming_the_ensemble_itself_takes_infer(tmp_path: Path) -> None:
+def test_without_streaming_the_ensemble_serves_infer(tmp_path: Path) -> None:
     part = schema.Repository(bls_instances=1, decoupled=False)
     repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, part)
     with serve(
         tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=ServerOptions(engine_backend=ECHO)
     ) as server:
-        asked = {"text_input": EMOJI, "max_tokens": 9}
-        assert infer(server, "ensemble", **asked) == echo(EMOJI, 9)
-        assert infer(server, "tensorrt_llm_bls", **asked) == echo(EMOJI, 9)
-        assert "decoupled: true" in refusal(server, "tensorrt_llm_bls", **asked, stream=True)
+        request = {"text_input": EMOJI, "max_tokens": 9}
+        assert infer(server, "ensemble", **request) == echo(EMOJI, 9)
+        assert infer(server, "tensorrt_llm_bls", **request) == echo(EMOJI, 9)
+        assert "decoupled: true" in rejection(server, "tensorrt_llm_bls", **request, stream=True)
 
 
 def load(model: str) -> ModuleType:
-    """A model.py outside of the server. pb_utils is Triton's own; what its C++ side adds is not touched here."""
+    """Loads a model.py outside of a server, with the Python part of Triton's own pb_utils."""
     utils = next(file for file in find_server().python_backend if file.name == "triton_python_backend_utils.py")
     source = paths.data("triton_templates", "1.2", model, "1", "model.py")
     module = ModuleType(f"{model}_model")
@@ -370,26 +374,36 @@ def load(model: str) -> ModuleType:
 PREPROCESSING, BLS = load("preprocessing"), load("tensorrt_llm_bls")
 
 
+def test_functions_that_are_repeated_in_several_models_are_equal() -> None:
+    """Triton loads each model.py by itself, so they repeat a few functions; an edit must change all copies."""
+    sources: dict[str, set[str]] = {}
+    for file in paths.data("triton_templates").glob("*/*/1/model.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and node.name in REPEATED:
+                sources.setdefault(node.name, set()).add(ast.unparse(node))
+    assert {name: len(copies) for name, copies in sources.items()} == dict.fromkeys(REPEATED, 1)
+
+
 CPP = """Encountered an error when fetching new request: [TensorRT-LLM][ERROR] Assertion failed: beamWidth > 0 \
 (/src/tensorrt_llm/cpp/tensorrt_llm/executor/samplingConfig.cpp:131)
 1       0x7f1234567890 tensorrt_llm::common::throwRuntimeError(char const*, int, std::string const&) + 82
 2       0x7f1234567abc /opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so(+0x1234)"""
 
 
-def test_an_engines_error_keeps_the_servers_insides_to_itself(capfd: pytest.CaptureFixture[str]) -> None:
-    told = BLS.plain(CPP)
-    assert told == (
-        "Encountered an error when fetching new request: Assertion failed: beamWidth > 0; the server's log says more"
+def test_an_engines_error_does_not_reveal_internals(capfd: pytest.CaptureFixture[str]) -> None:
+    message = BLS.public_message(CPP)
+    assert message == (
+        "Encountered an error when fetching new request: Assertion failed: beamWidth > 0; see the server's log"
     )
     assert CPP in capfd.readouterr().err
     for message in ("/opt/x/y.so", "[TensorRT-LLM][ERROR]", "0x7f1234567890"):
-        assert BLS.plain(message) == "the engine failed on this request; the server's log says more"
+        assert BLS.public_message(message) == "the engine failed on this request; see the server's log"
     for message in ("Prompt length (300) exceeds maximum input length (256).", "and/or 3/4 of it", "see http://a/b"):
-        assert BLS.plain(message) == message
+        assert BLS.public_message(message) == message
 
 
 def read_word_lists(packed: np.ndarray) -> list[list[int]]:
-    """As TensorRT-LLM reads one row of a word list (convertWordList in utils.cc)."""
+    """Reads one row of a word list as TensorRT-LLM does (convertWordList in utils.cc)."""
     ids, offsets = packed.tolist()
     ends = offsets[: offsets.index(-1)] if -1 in offsets else offsets
     assert all(offset == -1 for offset in offsets[len(ends) :])
@@ -405,7 +419,7 @@ def test_word_lists_are_read_back(rows: list[list[list[int]]]) -> None:
 
 
 def byte_fallback() -> Tokenizer:
-    """The kind of Llama 2 and Mistral: spaces as U+2581, unknown characters as single bytes."""
+    """A tokenizer like those of Llama 2 and Mistral: spaces as U+2581, unknown characters as single bytes."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁the", "▁▁", "�", "é"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence(
@@ -420,14 +434,14 @@ KINDS = {"byte-level": TINY, "byte-fallback": byte_fallback()}
 
 @settings(max_examples=300)
 @given(kind=st.sampled_from(sorted(KINDS)), skip=st.booleans(), data=st.data())
-def test_pieces_add_up_to_the_whole(kind: str, skip: bool, data: st.DataObject) -> None:
-    """Random ids make invalid UTF-8, special tokens in the middle and characters that never end."""
+def test_chunks_add_up_to_the_whole_text(kind: str, skip: bool, data: st.DataObject) -> None:
+    """Random ids produce invalid UTF-8, special tokens in the middle and characters that are never completed."""
     tokenizer = KINDS[kind]
     highest = tokenizer.get_vocab_size() - 1
     token = st.integers(0, highest) | st.integers(max(0, highest - 9), highest) | st.integers(94, 260)
     chunks = data.draw(st.lists(st.lists(token, max_size=4), max_size=12))
     context = BLS.context_ids(tokenizer)
-    detokenizer = BLS.Detokenizer(tokenizer, skip, BLS.waiting_ids(tokenizer, skip), context)
-    pieces = [detokenizer.add(list(chunk)) for chunk in chunks]
+    detokenizer = BLS.Detokenizer(tokenizer, skip, BLS.incomplete_ids(tokenizer, skip), context)
+    texts = [detokenizer.add(list(chunk)) for chunk in chunks]
     whole = BLS.decode_after(tokenizer, context, [id for chunk in chunks for id in chunk], skip)
-    assert "".join(pieces) + detokenizer.rest() == whole
+    assert "".join(texts) + detokenizer.rest() == whole

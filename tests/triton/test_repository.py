@@ -1,4 +1,4 @@
-"""The rendered Triton repository: what is in it, that it fits together, and that a faulty one is refused."""
+"""The rendered Triton repository: its contents, its consistency, and that invalid ones are rejected."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from builder.core.output import Output
 from builder.core.store import Store
 from builder.model.hashed_files import SourceFiles
 from builder.recipe import schema
-from builder.triton import repository
+from builder.triton import model_config, repository
 
 SNAPSHOT = Path(__file__).parents[1] / "data" / "tiny-qwen3"
 TENSORS = json.loads(paths.data("configs", "trtllm", "1.2.1", "triton-tensors.json").read_text())
 
 
 def write_engine(directory: Path, *, paged: bool = False, **changes: Any) -> Path:
-    """An engine directory as far as the repository reads it."""
+    """An engine directory with the part of its config.json that the repository reads."""
     pretrained = {"logits_dtype": "float16", "vocab_size": 4096} | changes.pop("pretrained", {})
     build = {"max_batch_size": 8, "max_input_len": 128, "max_seq_len": 256, "max_beam_width": 1}
     config = {
@@ -60,7 +60,7 @@ def written(tmp_path: Path, engine: Path | None = None, **part: Any) -> tuple[di
     return configs(models), facts
 
 
-def test_the_five_models_and_the_one_for_infer(tmp_path: Path) -> None:
+def test_an_engines_repository_has_six_models(tmp_path: Path) -> None:
     found, facts = written(tmp_path)
     assert sorted(found) == [
         "ensemble", "ensemble_infer", "postprocessing", "preprocessing", "tensorrt_llm", "tensorrt_llm_bls",
@@ -79,14 +79,14 @@ def test_the_five_models_and_the_one_for_infer(tmp_path: Path) -> None:
     assert parameters(found["tensorrt_llm"])["gpt_model_path"] == str(tmp_path / "engine")
 
 
-def test_without_streaming_the_ensemble_itself_takes_infer(tmp_path: Path) -> None:
+def test_without_streaming_the_ensemble_serves_infer(tmp_path: Path) -> None:
     found, facts = written(tmp_path, decoupled=False)
     assert "ensemble_infer" not in found
     assert facts["models"]["infer"] == "ensemble"
     assert not any(config.model_transaction_policy.decoupled for config in found.values())
 
 
-def test_the_engine_model_has_every_tensor_of_the_c_backend(tmp_path: Path) -> None:
+def test_the_engine_model_has_every_tensor_of_the_cpp_backend(tmp_path: Path) -> None:
     engine = written(tmp_path)[0]["tensorrt_llm"]
     assert engine.backend == "tensorrtllm"
     for kind in ("input", "output"):
@@ -99,40 +99,40 @@ def test_the_engine_model_has_every_tensor_of_the_c_backend(tmp_path: Path) -> N
     assert by_name["draft_logits"].data_type == model_config_pb2.TYPE_FP16
 
 
-def ends(config: Any, kind: str) -> dict[str, tuple[int, tuple[int, ...]]]:
+def tensor_types(config: Any, kind: str) -> dict[str, tuple[int, tuple[int, ...]]]:
     return {entry.name: (entry.data_type, tuple(entry.dims)) for entry in getattr(config, kind)}
 
 
-def test_every_wire_of_the_ensemble_joins_two_tensors_of_one_type(tmp_path: Path) -> None:
+def test_the_ensemble_connects_tensors_of_the_same_type(tmp_path: Path) -> None:
     found, _ = written(tmp_path)
     ensemble = found["ensemble"]
-    wires, used = ends(ensemble, "input"), set()
+    wires, used = tensor_types(ensemble, "input"), set()
     for step in ensemble.ensemble_scheduling.step:
         model = found[step.model_name]
-        inputs, outputs = ends(model, "input"), ends(model, "output")
+        inputs, outputs = tensor_types(model, "input"), tensor_types(model, "output")
         required = {entry.name for entry in model.input if not entry.optional}
         assert required <= set(step.input_map)
         for name, wire in step.input_map.items():
             assert inputs[name] == wires[wire], (step.model_name, name)
             used.add(wire)
         wires |= {wire: outputs[name] for name, wire in step.output_map.items()}
-    assert set(ends(ensemble, "input")) <= used
-    assert all(wires[name] == end for name, end in ends(ensemble, "output").items())
+    assert set(tensor_types(ensemble, "input")) <= used
+    assert all(wires[name] == end for name, end in tensor_types(ensemble, "output").items())
 
 
-def test_the_bls_maps_name_tensors_that_exist(tmp_path: Path) -> None:
+def test_the_maps_of_bls_name_existing_tensors(tmp_path: Path) -> None:
     found, _ = written(tmp_path)
     values = parameters(found["tensorrt_llm_bls"])
-    request, engine = ends(found["tensorrt_llm_bls"], "input"), ends(found["tensorrt_llm"], "input")
-    made = ends(found["preprocessing"], "output")
+    request, engine = tensor_types(found["tensorrt_llm_bls"], "input"), tensor_types(found["tensorrt_llm"], "input")
+    made = tensor_types(found["preprocessing"], "output")
     for name, source in json.loads(values["tensorrt_llm_from_request"]).items():
         assert engine[name] == request[source]
     for name, source in json.loads(values["tensorrt_llm_from_preprocessing"]).items():
         assert engine[name] == made[source]
-    assert ends(found["ensemble_infer"], "input") == request == ends(found["ensemble"], "input")
+    assert tensor_types(found["ensemble_infer"], "input") == request == tensor_types(found["ensemble"], "input")
 
 
-def test_parameters_that_the_c_backend_reads_without_a_default_are_there(tmp_path: Path) -> None:
+def test_parameters_without_a_default_in_the_cpp_backend_are_set(tmp_path: Path) -> None:
     values = parameters(written(tmp_path)[0]["tensorrt_llm"])
     for name in ("tokenizer_dir", "guided_decoding_backend", "xgrammar_tokenizer_info_path"):
         assert values[name] == ""
@@ -148,12 +148,12 @@ def test_kv_reuse_and_chunked_context_follow_the_engine(tmp_path: Path, paged: b
     assert values["enable_kv_cache_reuse"] == values["enable_chunked_context"] == str(paged).lower()
 
 
-def test_kv_reuse_without_paged_fmha_is_refused(tmp_path: Path) -> None:
+def test_kv_reuse_without_paged_fmha_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="enable_kv_cache_reuse needs an engine with paged context FMHA"):
         written(tmp_path, enable_kv_cache_reuse=True)
 
 
-def test_reuse_can_be_switched_off_and_queues_limited(tmp_path: Path) -> None:
+def test_kv_reuse_can_be_disabled_and_queues_limited(tmp_path: Path) -> None:
     engine = write_engine(tmp_path / "engine", paged=True)
     found, _ = written(tmp_path, engine, enable_kv_cache_reuse=False, max_queue_size=7, bls_instances=3)
     assert parameters(found["tensorrt_llm"])["enable_kv_cache_reuse"] == "false"
@@ -165,7 +165,7 @@ def test_reuse_can_be_switched_off_and_queues_limited(tmp_path: Path) -> None:
 def test_logits_type_follows_the_engine(tmp_path: Path, dtype: str, expected: str) -> None:
     found, _ = written(tmp_path, write_engine(tmp_path / "engine", pretrained={"logits_dtype": dtype}))
     for name in ("tensorrt_llm", "ensemble", "tensorrt_llm_bls"):
-        assert ends(found[name], "output")["context_logits"][0] == model_config_pb2.DataType.Value(expected)
+        assert tensor_types(found[name], "output")["context_logits"][0] == model_config_pb2.DataType.Value(expected)
 
 
 def test_logits_without_a_type_and_versions_without_templates(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_logits_without_a_type_and_versions_without_templates(tmp_path: Path) ->
 @given(st.text())
 def test_any_text_survives_as_a_parameter(text: str) -> None:
     text = text.encode("utf-8", "ignore").decode()
-    config = text_format.Parse(f"name: {repository.quote(text)}", model_config_pb2.ModelConfig())
+    config = text_format.Parse(f"name: {model_config.quote(text)}", model_config_pb2.ModelConfig())
     assert config.name == text
 
 
@@ -199,58 +199,31 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("postprocessing", "count: 1", "count: 0", "it has no instance"),
         ("postprocessing", '"postprocessing"', '"post"', "its name is 'post'"),
         ("preprocessing", "TYPE_INT32", "TYPE_INT31", "it does not parse: 17:"),
-        ("preprocessing", "TYPE_INT32", "${type}", "${ was left in it"),
-        ("preprocessing", '"true"', '"{{ add }}"', "{{ was left in it"),
+        ("preprocessing", "TYPE_INT32", "${type}", "it still contains ${"),
+        ("preprocessing", '"true"', '"{{ add }}"', "it still contains {{"),
         ("ensemble", "ensemble_scheduling", "scheduling", "no field named"),
     ],
 )
-def test_a_faulty_model_is_refused(
+def test_an_invalid_model_is_rejected(
     rendered: Path, tmp_path: Path, model: str, old: str, new: str, message: str
 ) -> None:
     shutil.copytree(rendered, tmp_path / "models")
-    repository.check(tmp_path / "models", max_batch_size=8, decoupled=True)
+    model_config.check(tmp_path / "models", max_batch_size=8, decoupled=True)
     path = tmp_path / "models" / model / "config.pbtxt"
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(IntegrityError) as caught:
-        repository.check(tmp_path / "models", max_batch_size=8, decoupled=True)
+        model_config.check(tmp_path / "models", max_batch_size=8, decoupled=True)
     assert message in caught.value.why
     assert caught.value.why.startswith(f"{model}: ")
 
 
-def test_a_value_that_a_template_names_and_nobody_gives_is_an_error() -> None:
+def test_a_template_name_without_a_value_is_an_error() -> None:
     from jinja2 import UndefinedError
 
     with pytest.raises(UndefinedError, match="max_batch_size"):
-        repository.rendered(paths.data("triton_templates", "1.2", "postprocessing"), {})
-
-
-def ids_of(tmp_path: Path, **files: Any) -> dict[str, Any]:
-    for name, content in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    return repository.special_ids(tmp_path)
-
-
-def test_special_ids_come_from_the_models_own_files(tmp_path: Path) -> None:
-    assert ids_of(tmp_path, config={"eos_token_id": 5}) == {"end_ids": [5], "pad_id": 5}
-    assert ids_of(tmp_path, generation_config={"eos_token_id": [7, 8], "pad_token_id": 0}) == {
-        "end_ids": [7, 8],
-        "pad_id": 0,
-    }
-
-
-def test_special_ids_from_the_tokenizer_where_no_config_has_them(tmp_path: Path) -> None:
-    tokenizer = {"added_tokens": [{"id": 3, "content": "</s>"}, {"id": 4, "content": "<pad>"}]}
-    named = {"eos_token": {"content": "</s>"}, "pad_token": "<pad>"}
-    assert ids_of(tmp_path, config={}, tokenizer=tokenizer, tokenizer_config=named) == {"end_ids": [3], "pad_id": 4}
-    for vocab in ({"a": 0, "</s>": 2}, [["a", -1.0], ["b", -1.0], ["</s>", -2.0]]):
-        plain = {"added_tokens": [], "model": {"vocab": vocab}}
-        found = ids_of(tmp_path, config={}, tokenizer=plain, tokenizer_config={"eos_token": "</s>"})
-        assert found == {"end_ids": [2], "pad_id": 2}
-    named_elsewhere = {"tokenizer_config": {}, "special_tokens_map": {"eos_token": "</s>"}}
-    assert ids_of(tmp_path, config={}, tokenizer=tokenizer, **named_elsewhere)["end_ids"] == [3]
-    assert repository.special_ids(tmp_path / "nothing") == {"end_ids": [], "pad_id": 0}
+        model_config.render(paths.data("triton_templates", "1.2", "postprocessing"), {})
 
 
 def stage(tmp_path: Path, engine: Path, snapshot: Path = SNAPSHOT) -> repository.Repository:
@@ -264,7 +237,7 @@ def stage(tmp_path: Path, engine: Path, snapshot: Path = SNAPSHOT) -> repository
     )
 
 
-def test_rendered_once_and_again_only_for_another_engine(tmp_path: Path) -> None:
+def test_rendering_is_cached_per_engine(tmp_path: Path) -> None:
     first = stage(tmp_path, write_engine(tmp_path / "engine"))
     again = stage(tmp_path, tmp_path / "engine")
     moved = stage(tmp_path, write_engine(tmp_path / "moved"))
@@ -274,19 +247,19 @@ def test_rendered_once_and_again_only_for_another_engine(tmp_path: Path) -> None
     link = tmp_path / "link"
     link.symlink_to(first.path)
     assert repository.open_repository(link) == first
-    with pytest.raises(UsageError, match="no finished repository"):
+    with pytest.raises(UsageError, match="not a finished repository"):
         repository.open_repository(first.models)
 
 
-def test_a_snapshot_without_a_tokenizer_leaves_nothing(tmp_path: Path) -> None:
+def test_nothing_is_cached_for_a_snapshot_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "snapshot").mkdir()
     with pytest.raises(UnsupportedError, match=r"no tokenizer\.json"):
         stage(tmp_path, write_engine(tmp_path / "engine"), tmp_path / "snapshot")
     assert not list((tmp_path / "store" / "repository").iterdir())
 
 
-def test_the_only_repository_is_found_and_one_of_several_must_be_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="There is nothing"):
+def test_the_only_repository_is_the_default_and_several_need_a_choice(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="contains no repository"):
         repository.find(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "a").symlink_to("../repository/1")
@@ -296,12 +269,12 @@ def test_the_only_repository_is_found_and_one_of_several_must_be_named(tmp_path:
     (tmp_path / "models" / "b").symlink_to("../repository/2")
     assert repository.find(tmp_path, "b").name == "b"
     for named in (None, "c"):
-        with pytest.raises(UsageError, match="There is a, b") as caught:
+        with pytest.raises(UsageError, match="It contains a, b") as caught:
             repository.find(tmp_path, named)
         assert "MODEL_REPOSITORY=a" in caught.value.hint
 
 
-def test_importing_it_is_light() -> None:
+def test_the_import_is_light() -> None:
     heavy = "{'torch', 'transformers', 'jinja2', 'tritonclient', 'numpy'}"
     code = f"import sys, builder.triton.repository, builder.serving.server; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

@@ -1,4 +1,4 @@
-"""Stop words, bad words and answers with tokenizers that put a space piece in front of every text."""
+"""Stop words, bad words and answers with tokenizers that put a space in front of every text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     snapshot = write_snapshot(tmp / "snapshot", llama2(), "</s>")
     engine = write_engine(tmp / "engine", pretrained={"vocab_size": llama2().get_vocab_size()})
     repository.write(tmp / "models", engine, snapshot, schema.Repository(bls_instances=1))
-    # It says the prompt's tokens without <s>, with which no answer begins.
+    # It repeats the prompt's tokens without <s>, because no answer begins with <s>.
     echo = tmp / "echo.py"
     echo.write_text(ECHO.read_text().replace('inputs["input_lengths"].flat[0]].tolist()', "99].tolist()[1:]"))
     with serve(
@@ -49,13 +49,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("word", WORDS)
-def test_a_word_is_found_wherever_it_stands(kind: str, word: str) -> None:
+def test_a_word_is_found_at_any_place(kind: str, word: str) -> None:
     model = preprocessing(kind)
     if kind == "unigram" and ("\n" in word or "#" in word):
         pytest.skip("its vocabulary has no such character")
     answer = model.tokenizer.encode(ANSWER, add_special_tokens=False).ids
     if word == "llo" and kind != "llama2":
-        return  # inside a token: no list of token ids can name it (README)
+        return  # it is part of a token, so no list of token ids matches it
     if word == "llo":
         assert not occurs(answer, model.variants(word))
         return
@@ -63,8 +63,8 @@ def test_a_word_is_found_wherever_it_stands(kind: str, word: str) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_what_is_found_contains_the_word(kind: str) -> None:
-    """No variant may stop an answer that lacks the word, and none is there for nothing."""
+def test_every_variant_contains_the_word(kind: str) -> None:
+    """No variant stops an answer without the word, and none is redundant."""
     model = preprocessing(kind)
     for word in WORDS:
         variants = model.variants(word)
@@ -72,18 +72,18 @@ def test_what_is_found_contains_the_word(kind: str) -> None:
         for ids in variants:
             text = BLS.decode_after(model.tokenizer, BLS.context_ids(model.tokenizer), ids, False)
             assert word.strip(" ") in text, (word, text)
-            assert not any(one is not ids and PREPROCESSING.contains(ids, one) for one in variants)
+            assert not any(other is not ids and PREPROCESSING.contains(ids, other) for other in variants)
 
 
-def test_a_word_that_the_vocabulary_cannot_write_is_never_an_unknown_token() -> None:
+def test_a_word_that_the_vocabulary_lacks_is_never_the_unknown_token() -> None:
     model = preprocessing("unigram")
     unknown = unigram().token_to_id("<unk>")
     assert all([unknown] not in model.variants(word) for word in ("🎉", "\n", "世界"))
-    with pytest.raises(ValueError, match="holds '🎉', which this model does not know"):
+    with pytest.raises(ValueError, match="contains '🎉', which this model does not know"):
         model.biased_ids("🎉")
 
 
-def test_a_bias_is_for_the_word_without_the_space_that_the_tokenizer_adds() -> None:
+def test_a_bias_excludes_the_space_that_the_tokenizer_adds() -> None:
     model, space = preprocessing("llama2"), llama2().token_to_id("▁")
     assert space not in model.biased_ids("###")
     assert set(model.biased_ids("the")) == {llama2().token_to_id("▁the"), llama2().token_to_id("the")}
@@ -93,45 +93,45 @@ def test_a_bias_is_for_the_word_without_the_space_that_the_tokenizer_adds() -> N
 
 
 @pytest.mark.parametrize("word", ["the", " the", "world", "\nUser:", "###"])
-def test_stop_words_of_an_answer_stop_it_every_way(server: Server, word: str) -> None:
+def test_every_endpoint_stops_at_stop_words(server: Server, word: str) -> None:
     prompt = "Hello the world.\nUser: the ###"
-    asked = {"text_input": prompt, "max_tokens": 60, "stop_words": word}
+    request = {"text_input": prompt, "max_tokens": 60, "stop_words": word}
     end = (prompt.index(word) if word in prompt else 0) + len(word)
     expected = " " + prompt[:end]
-    assert generate(server, "ensemble", **asked) == expected
-    assert infer(server, "ensemble_infer", **asked) == expected
-    assert "".join(stream(server, **asked, stream=True)) == expected
+    assert generate(server, "ensemble", **request) == expected
+    assert infer(server, "ensemble_infer", **request) == expected
+    assert "".join(stream(server, **request, stream=True)) == expected
 
 
-def test_an_answer_keeps_the_space_that_separates_it_from_its_prompt(server: Server) -> None:
-    asked = {"text_input": "world", "max_tokens": 2}
+def test_an_answer_keeps_its_leading_space(server: Server) -> None:
+    request = {"text_input": "world", "max_tokens": 2}
     for model in ("ensemble", "ensemble_infer", "tensorrt_llm_bls"):
-        assert generate(server, model, **asked) == " world world"
-    assert "".join(stream(server, **asked, stream=True)) == " world world"
+        assert generate(server, model, **request) == " world world"
+    assert "".join(stream(server, **request, stream=True)) == " world world"
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_prompt_and_answer_together_are_the_text(kind: str) -> None:
-    """With the prompt in the output, there is no space in front; without, prompt + answer is the same text."""
+def test_prompt_and_answer_make_up_the_text(kind: str) -> None:
+    """With the prompt in the output there is no leading space; without it, prompt + answer is the same text."""
     tokenizer = KINDS[kind]()
     model = POSTPROCESSING.TritonPythonModel()
     model.tokenizer, model.skip_special_tokens, model.exclude_input = tokenizer, True, True
-    model.front = POSTPROCESSING.added_in_front(lambda text: tokenizer.encode(text).ids)
+    model.prefix = POSTPROCESSING.prefix_ids(lambda text: tokenizer.encode(text).ids)
     model.context = POSTPROCESSING.context_ids(tokenizer)
     ids = tokenizer.encode("Hello the world").ids
     cut = len(tokenizer.encode("Hello").ids)
     assert "Hello" + model.text(ids[cut:]) == "Hello the world"
-    model.exclude_input = False  # with <s> in front it is seen without this too
+    model.exclude_input = False  # the leading <s> tells it as well
     assert model.text(ids) == "Hello the world"
 
 
-def test_a_word_list_of_variants_is_what_the_engine_reads() -> None:
+def test_the_engine_reads_the_variants_from_the_word_list() -> None:
     model = preprocessing("llama2")
     rows = model.words(np.array([["the", ""]], dtype=object), "stop_words", 1)
     packed = PREPROCESSING.word_lists(rows)
     assert read_word_lists(packed[0]) == model.variants("the")
 
 
-def test_a_word_of_absurd_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="stop_words holds a text of 5000 characters; each can have 1000"):
+def test_a_very_long_word_is_rejected() -> None:
+    with pytest.raises(ValueError, match="stop_words has a word of 5000 characters; the limit is 1000"):
         preprocessing("llama2").words(np.array([["x" * 5000]], dtype=object), "stop_words", 1)

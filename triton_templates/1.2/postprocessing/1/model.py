@@ -1,6 +1,7 @@
-"""Triton model: token ids -> text, of every beam, up to its sequence length.
+"""Triton model: converts token ids to text, for every beam up to its sequence length.
 
-Needs numpy and tokenizers. Runs as it is in Triton's container and with the reference executor.
+Needs numpy and tokenizers. Triton loads each model.py by itself, so functions that several of them need are repeated.
+The same file runs in NVIDIA's container and with the reference executor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class TritonPythonModel:
         self.tokenizer = Tokenizer.from_file(str(root / parameters["tokenizer_dir"] / "tokenizer.json"))
         self.skip_special_tokens = parameters["skip_special_tokens"] == "true"
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
-        self.front = added_in_front(lambda text: self.tokenizer.encode(text).ids)
+        self.prefix = prefix_ids(lambda text: self.tokenizer.encode(text).ids)
         self.context = context_ids(self.tokenizer)
 
     def execute(self, requests):
@@ -34,36 +35,36 @@ class TritonPythonModel:
             message = str(error)
         except Exception as error:
             traceback.print_exc()
-            message = f"postprocessing failed: {type(error).__name__}; the server's log says more"
+            message = f"postprocessing failed: {type(error).__name__}; see the server's log"
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
 
     def decode(self, request):
-        """[batch, beams] of UTF-8 bytes."""
+        """The texts of a request: UTF-8 bytes of shape [batch, beams]. ValueError for invalid output of the engine."""
         tokens = pb_utils.get_input_tensor_by_name(request, "TOKENS_BATCH").as_numpy()
         lengths = pb_utils.get_input_tensor_by_name(request, "SEQUENCE_LENGTH").as_numpy()
         texts = np.empty(lengths.shape, dtype=object)
         for index, length in np.ndenumerate(lengths):
             if not 0 <= length <= tokens.shape[-1]:
-                raise ValueError(f"the engine names a sequence of {length} tokens and gave {tokens.shape[-1]}")
+                raise ValueError(f"the engine reports a sequence of {length} tokens but returned {tokens.shape[-1]}")
             ids = tokens[index][:length].tolist()
             if any(id < 0 for id in ids):
-                raise ValueError("the engine gave a negative token id inside a sequence")
+                raise ValueError("the engine returned a negative token id within a sequence")
             texts[index] = self.text(ids).encode("utf-8")
         return texts
 
     def text(self, ids):
-        """Of an answer, or of a prompt and its answer.
+        """The text of an answer, or of a prompt with its answer.
 
-        Triton lets no step after a decoupled engine see the request, so that which of the two it is shows in <s>, or
-        where the tokenizer has none, in what the repository was made for.
+        Steps after a decoupled engine cannot see the request. So the leading <s> tells which of the two it is, or the
+        repository's setting if the tokenizer adds no <s>.
         """
-        has_prompt = ids[: len(self.front)] == self.front if self.front else not self.exclude_input
+        has_prompt = ids[: len(self.prefix)] == self.prefix if self.prefix else not self.exclude_input
         context = [] if has_prompt else self.context
         return decode_after(self.tokenizer, context, ids, self.skip_special_tokens)
 
 
-def added_in_front(encode):
-    """The ids, as that of <s>, that `encode` puts in front of every text."""
+def prefix_ids(encode):
+    """The ids, such as that of <s>, that `encode` puts in front of every text."""
     common = []
     for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
         if len(set(ids)) > 1:
@@ -73,10 +74,10 @@ def added_in_front(encode):
 
 
 def context_ids(tokenizer):
-    """An ordinary token, after which answers are decoded; empty where there is none.
+    """The ids of an ordinary token, to decode answers after it; empty if there is none.
 
-    At the start of a text, tokenizers of the Llama 2 kind drop the space that the first token begins with, and the
-    prompt and its answer would run together.
+    At the start of a text, tokenizers like Llama 2's drop the leading space of the first token. The prompt and its
+    answer would run together.
     """
     byte_ids = {id for token, id in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")}
     for text in ("a", "b", "1", "."):
@@ -87,9 +88,9 @@ def context_ids(tokenizer):
 
 
 def decode_after(tokenizer, context, ids, skip_special_tokens):
-    """The text of the ids as it continues a text."""
-    front = tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
+    """The text of the ids as the continuation of a text, here of the context."""
+    before = tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
     whole = tokenizer.decode([*context, *ids], skip_special_tokens=skip_special_tokens)
-    if not whole.startswith(front):
+    if not whole.startswith(before):
         return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-    return whole[len(front) :]
+    return whole[len(before) :]

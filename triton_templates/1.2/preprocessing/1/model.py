@@ -1,6 +1,7 @@
-"""Triton model: text -> token ids. What is wrong with one request is that request's error alone.
+"""Triton model: converts text to token ids. An invalid request fails alone, not the batch that it is in.
 
-Needs numpy and tokenizers. Runs as it is in Triton's container and with the reference executor.
+Needs numpy and tokenizers. Triton loads each model.py by itself, so functions that several of them need are repeated.
+The same file runs in NVIDIA's container and with the reference executor.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 
-# What may stand before and after a word in an answer. A tokenizer may write a word differently at the start of a text,
-# after a space, inside a line, and together with the line break that follows it.
+# What may precede and follow a word in an answer. A tokenizer may encode a word differently at the start of a text,
+# after a space, within a line, and together with the line break after it.
 BEFORE = ("a", "1", ".", ")", "\n", "")
 AFTER = ("", "\n", "\n\n", " ")
-MAX_WORD = 1000  # characters
-BEFORE_LINE_BREAK = (*".,:;!?)]}'\"`>", "\n")  # many vocabularies have each of these and a line break as one token
-MAX_VARIANTS = 32  # of one word; the engine compares each with the end of the answer at every token
+MAX_WORD = 1000  # characters of a stop word, bad word or biased word
+BEFORE_LINE_BREAK = (*".,:;!?)]}'\"`>", "\n")  # many vocabularies have a token of each of these with a line break
+MAX_VARIANTS = 32  # token sequences of one word: the engine compares each with the answer's end at every token
 
-# Sampling values that TensorRT-LLM accepts (cpp/tensorrt_llm/executor/samplingConfig.cpp): (input, the client's name,
-# test, rule). They are checked here because the engine's own refusal shows clients its C++ source files.
+# The sampling values that TensorRT-LLM accepts (cpp/tensorrt_llm/executor/samplingConfig.cpp): (input, the client's
+# name, test, rule). They are checked here because the engine's own errors show clients the names of C++ source files.
 SAMPLING = (
     ("TEMPERATURE", "temperature", lambda x: 0 <= x < math.inf, "a finite number of 0 or more"),
     ("TOP_K", "top_k", lambda x: x >= 0, "0 or more"),
@@ -47,7 +48,7 @@ class TritonPythonModel:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.add_special_tokens = parameters["add_special_tokens"] == "true"
-        self.front = added_in_front(self.encode)
+        self.prefix = prefix_ids(self.encode)
         self.end_ids = json.loads(parameters["end_ids"])
         self.pad_id = int(parameters["pad_id"])
         self.vocab_size = int(parameters["vocab_size"])
@@ -56,7 +57,7 @@ class TritonPythonModel:
         self.max_beam_width = int(parameters["max_beam_width"])
         self.has_context_logits = parameters["context_logits"] == "true"
         self.variants = lru_cache(1024)(self.variants)
-        # No prompt of more characters can fit, so nobody has to wait while it is tokenized to find out.
+        # A prompt with more characters cannot fit, so it is rejected without being tokenized.
         longest = max(len(token) for token in self.tokenizer.get_vocab())
         self.max_characters = self.max_input_len * longest
 
@@ -70,25 +71,25 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
         except Exception as error:
             traceback.print_exc()
-            message = f"preprocessing failed: {type(error).__name__}; the server's log says more"
+            message = f"preprocessing failed: {type(error).__name__}; see the server's log"
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(message))
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in outputs.items()])
 
     def outputs(self, request):
-        """Name -> array of every output. A request's batch has one prompt a row. ValueError says what is wrong."""
+        """Every output by name, as an array with one row per prompt. ValueError for an invalid request."""
         stream = array(request, "STREAM")
         if stream is not None and stream.any():
-            raise ValueError("the ensemble answers once; for an answer in pieces ask tensorrt_llm_bls")
+            raise ValueError("the ensemble does not stream; send streaming requests to tensorrt_llm_bls")
         ids = [self.prompt(value) for value in required(request, "QUERY", "text_input").reshape(-1)]
         rows = len(ids)
         max_tokens = required(request, "REQUEST_OUTPUT_LEN", "max_tokens").reshape(rows, 1).astype(np.int32)
-        for row, wanted in zip(ids, max_tokens[:, 0].tolist(), strict=True):
-            self.check_lengths(len(row), wanted)
+        for row, length in zip(ids, max_tokens[:, 0].tolist(), strict=True):
+            self.check_lengths(len(row), length)
         stop_words = self.words(array(request, "STOP_WORDS_DICT"), "stop_words", rows)
         self.check_sampling(request)
         end_id, pad_id = self.token_id(request, "END_ID", "end_id"), self.token_id(request, "PAD_ID", "pad_id")
         if end_id is None:
-            # The engine knows one end; a model with more (Qwen3 has two) ends at the others as at stop words.
+            # The engine supports one end token. The others of a model (Qwen3 has two) are passed as stop words.
             stop_words = [words + [[end] for end in self.end_ids[1:]] for words in stop_words]
             end_id = np.full((rows, 1), self.end_ids[0] if self.end_ids else -1)
         if pad_id is None:
@@ -108,7 +109,7 @@ class TritonPythonModel:
         }
 
     def prompt(self, value):
-        """The token ids of one prompt."""
+        """The token ids of one prompt. ValueError if it is empty, too long, or has tokens that the model lacks."""
         prompt = text(value, "text_input")
         if not prompt:
             raise ValueError("text_input is empty")
@@ -117,11 +118,11 @@ class TritonPythonModel:
                 f"the prompt has {len(prompt)} characters, too many for the {self.max_input_len} tokens (max_input_len)"
                 " that this engine takes"
             )
-        ids = without_repeat(self.encode(prompt), self.front)
+        ids = without_repeated_prefix(self.encode(prompt), self.prefix)
         largest = max(ids, default=0)
-        if largest >= self.vocab_size:  # the engine would read past the end of its embeddings
+        if largest >= self.vocab_size:  # the engine would read beyond its embedding table
             raise ValueError(
-                f"text_input holds {self.tokenizer.id_to_token(largest)!r}, which this model does not know"
+                f"text_input contains {self.tokenizer.id_to_token(largest)!r}, which this model does not know"
             )
         return ids
 
@@ -129,8 +130,9 @@ class TritonPythonModel:
         return self.tokenizer.encode(prompt, add_special_tokens=self.add_special_tokens).ids
 
     def check_lengths(self, prompt, max_tokens):
+        """ValueError if a prompt of so many tokens, with max_tokens, exceeds the engine's limits."""
         if prompt == 0:
-            raise ValueError("text_input holds no token")
+            raise ValueError("text_input has no tokens")
         if prompt > self.max_input_len:
             raise ValueError(f"the prompt has {prompt} tokens; this engine takes {self.max_input_len} (max_input_len)")
         if max_tokens < 1:
@@ -142,6 +144,7 @@ class TritonPythonModel:
             )
 
     def check_sampling(self, request):
+        """ValueError for a sampling value that TensorRT-LLM would reject, or that this engine does not support."""
         for name, client_name, valid, rule in SAMPLING:
             values = array(request, name)
             for value in [] if values is None else values.reshape(-1).tolist():
@@ -167,11 +170,11 @@ class TritonPythonModel:
         return ids
 
     def words(self, values, name, rows):
-        """For each row the token ids of each of its words, in every way in which an answer can contain them."""
+        """For each row, every token sequence that an answer can contain for each of its words."""
         return [[ids for word in row for ids in self.variants(word)] for row in texts(values, name, rows)]
 
     def variants(self, word):
-        """The token sequences that hold the word, none of which contains another: such a one is found anyway."""
+        """The token sequences that contain the word. One that contains another is redundant and left out."""
         if not word:
             return []
         leads = ("",) if word[0].isspace() else ("", " ")
@@ -180,21 +183,21 @@ class TritonPythonModel:
             found += [self.merged(before, word) for before in BEFORE_LINE_BREAK]
         kept = []
         for ids in sorted(filter(None, found), key=len):
-            if max(ids) < self.vocab_size and not any(contains(ids, one) for one in kept):
+            if max(ids) < self.vocab_size and not any(contains(ids, other) for other in kept):
                 kept.append(ids)
         return kept[:MAX_VARIANTS]
 
     def merged(self, before, word):
-        """The ids of `before` and the word where its first character is in one token with `before`; else None."""
-        front, whole = self.word_ids(before), self.word_ids(before + word)
-        return whole if len(front) == 1 and whole[:1] != front else None
+        """The ids of `before` and the word, if a token covers `before` and the word's first character; else None."""
+        alone, whole = self.word_ids(before), self.word_ids(before + word)
+        return whole if len(alone) == 1 and whole[:1] != alone else None
 
     def in_context(self, before, word, after=""):
-        """The ids of the word after `before`; None where the tokenizer merges the two or loses the word."""
-        front = self.word_ids(before)
+        """The ids of the word after `before`; None if the tokenizer merges the two or cannot encode the word."""
+        first = self.word_ids(before)
         whole = self.word_ids(before + word + after)
-        ids = whole[len(front) :]
-        if not word or whole[: len(front)] != front or not ids:
+        ids = whole[len(first) :]
+        if not word or whole[: len(first)] != first or not ids:
             return None
         readable = self.tokenizer.decode(whole, skip_special_tokens=False)
         return ids if normalized(word) in normalized(readable) else None
@@ -203,35 +206,35 @@ class TritonPythonModel:
         return self.tokenizer.encode(word, add_special_tokens=False).ids
 
     def bias(self, request, rows):
-        """[rows, vocab_size], or [rows, 0] where the request has no bias."""
+        """The bias to add to the logits, float32 [rows, vocab_size]; [rows, 0] for a request without biases."""
         words, weights = array(request, "EMBEDDING_BIAS_WORDS"), array(request, "EMBEDDING_BIAS_WEIGHTS")
         if words is None and weights is None:
             return np.zeros((rows, 0), np.float32)
         if words is None or weights is None or words.shape != weights.shape:
-            raise ValueError("embedding_bias_words and embedding_bias_weights come together, as many of each")
+            raise ValueError("embedding_bias_words and embedding_bias_weights must come together, with equal shapes")
         bias = np.zeros((rows, self.vocab_size), np.float32)
         if not np.isfinite(weights).all():
             raise ValueError("embedding_bias_weights must be finite numbers")
         found = texts(words, "embedding_bias_words", rows)
-        for row, line, values in zip(bias, found, weights.reshape(rows, -1), strict=True):
-            for word, value in zip(line, values, strict=True):
+        for row, row_words, values in zip(bias, found, weights.reshape(rows, -1), strict=True):
+            for word, value in zip(row_words, values, strict=True):
                 row[self.biased_ids(word)] += value
         return bias
 
     def biased_ids(self, word):
-        """The ids of the word at the start of a text and inside one, without a space that the tokenizer adds."""
+        """The ids of the word at the start of a text and within one, without the space that some tokenizers add."""
         inside = next((ids for before in BEFORE if (ids := self.in_context(before, word))), [])
         start = (not word[:1].isspace() and self.in_context("", word)) or []
         while len(start) > 1 and not self.tokenizer.decode(start[:1]).strip():
             start = start[1:]
         ids = sorted({*inside, *start})
         if word and (not ids or ids[-1] >= self.vocab_size):
-            raise ValueError(f"embedding_bias_words holds {word!r}, which this model does not know")
+            raise ValueError(f"embedding_bias_words contains {word!r}, which this model does not know")
         return ids
 
 
-def added_in_front(encode):
-    """The ids, as that of <s>, that `encode` puts in front of every text."""
+def prefix_ids(encode):
+    """The ids, such as that of <s>, that `encode` puts in front of every text."""
     common = []
     for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
         if len(set(ids)) > 1:
@@ -240,19 +243,23 @@ def added_in_front(encode):
     return common
 
 
-def without_repeat(ids, front):
-    """A chat template has often written <s> already: it is not added a second time. Calibration does the same."""
-    length = len(front)
-    return ids[length:] if length and ids[length : 2 * length] == front else ids
+def without_repeated_prefix(ids, prefix):
+    """`ids` without a second prefix: chat templates often write <s> themselves. Calibration follows the same rule."""
+    length = len(prefix)
+    return ids[length:] if length and ids[length : 2 * length] == prefix else ids
 
 
 def array(request, name):
+    """An input as an array; None if the request does not have it."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     return None if tensor is None else tensor.as_numpy()
 
 
 def required(request, name, client_name):
-    """Triton counts a request's inputs and no more: with an optional one in its place a required one may be missing."""
+    """A required input as an array. ValueError if it is missing.
+
+    Triton itself only counts inputs, so an optional one can take the place of a required one.
+    """
     found = array(request, name)
     if found is None:
         raise ValueError(f"{client_name} is missing")
@@ -260,7 +267,7 @@ def required(request, name, client_name):
 
 
 def text(value, name):
-    """Triton hands strings over as bytes, and does not look into them."""
+    """Decodes a string, which Triton passes as unchecked bytes. ValueError for invalid UTF-8."""
     try:
         return value if isinstance(value, str) else value.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -268,30 +275,31 @@ def text(value, name):
 
 
 def texts(values, name, rows):
-    """The words of each row; none where the request has none."""
+    """The words of each row; empty lists if the request has none. ValueError for invalid or too long words."""
     if values is None:
         return [[] for _ in range(rows)]
     found = [[text(value, name) for value in row] for row in values.reshape(rows, -1)]
     longest = max((len(word) for row in found for word in row), default=0)
     if longest > MAX_WORD:
-        raise ValueError(f"{name} holds a text of {longest} characters; each can have {MAX_WORD}")
+        raise ValueError(f"{name} has a word of {longest} characters; the limit is {MAX_WORD}")
     return found
 
 
 def normalized(word):
-    """For comparison: tokenizers replace composed and compatible characters."""
+    """The word for comparisons: tokenizers replace composed and compatibility characters."""
     return unicodedata.normalize("NFKC", word)
 
 
 def contains(ids, part):
-    """Whether the ids of `part` stand in `ids` one after another."""
+    """Whether `part` is a contiguous part of `ids`."""
     return any(ids[i : i + len(part)] == part for i in range(len(ids) - len(part) + 1))
 
 
 def word_lists(rows):
-    """[rows, 2, n] int32: all words' ids one after another, and below them where each word ends; the rest is 0 and -1.
+    """Packs words for the engine as int32 [rows, 2, n]: the ids of all words, and the end offset of each word.
 
-    The format that TensorRT-LLM reads in convertWordList (utils.cc). Clients send "" for no word: it is left out.
+    This is the format that TensorRT-LLM reads in convertWordList (utils.cc). Ids are padded with 0 and offsets with -1.
+    Empty words, which clients send for none, are left out.
     """
     rows = [[word for word in words if word] for words in rows]
     flat = [[id for word in words for id in word] for words in rows]

@@ -1,7 +1,8 @@
-"""Triton model: text in, text out in pieces. It asks preprocessing, then the engine, and detokenizes with state.
+"""Triton model: text to streamed text. Calls preprocessing, then the engine, and detokenizes incrementally.
 
-As ensemble_infer it answers once, in many threads. As tensorrt_llm_bls it streams, one request at a time.
-Needs numpy and tokenizers. Runs as it is in Triton's container and with the reference executor.
+As tensorrt_llm_bls it streams, one request at a time. As ensemble_infer it does not stream, and uses many threads.
+Needs numpy and tokenizers. Triton loads each model.py by itself, so functions that several of them need are repeated.
+The same file runs in NVIDIA's container and with the reference executor.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 OWN_OUTPUTS = ("output_ids", "sequence_length")
-# The stub of Triton 24.10 forgets a finished stream in a thread of its own, without Python's lock. If it is the last to
-# hold it, it frees Python objects there and crashes: at once on Python 3.12, now and then on 3.11 (python_backend
-# r24.10, Stub::SendCleanupId). So each is held here for longer than the stub needs: milliseconds, more under load.
+# The Python backend of Triton 24.10 releases a finished stream in another thread without holding the GIL. If that is
+# the last reference, Python objects are freed there and the process crashes: always on Python 3.12, sometimes on 3.11
+# (python_backend r24.10, Stub::SendCleanupId). So a reference is kept here for longer than the backend needs, which is
+# milliseconds, or more under load.
 HELD_SECONDS = 2.0
-# Source files, stack frames and the log's own prefix in TensorRT-LLM's C++ errors. They are the server's business.
-INSIDES = re.compile(
+# Source files, stack frames and the log prefix in TensorRT-LLM's C++ errors, which clients should not see.
+INTERNALS = re.compile(
     r"\s*\(?(?<![\w:/])/(?:[\w.+-]+/)*[\w.+-]+(?::\d+)?\)?"
     r"|\s*\b[\w-]+\.(?:cpp|cc|cu|h|py)(?::\d+)?|\[TensorRT-LLM\](?:\[\w+\])?\s*|\b0x[0-9a-f]{6,}"
 )
@@ -42,13 +44,13 @@ class TritonPythonModel:
         self.name = args["model_name"]
         self.tokenizer = Tokenizer.from_file(str(root / parameters["tokenizer_dir"] / "tokenizer.json"))
         self.skip_special_tokens = parameters["skip_special_tokens"] == "true"
-        self.waiting_ids = waiting_ids(self.tokenizer, self.skip_special_tokens)
+        self.incomplete_ids = incomplete_ids(self.tokenizer, self.skip_special_tokens)
         self.context = context_ids(self.tokenizer)
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
         self.can_stream = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.engine_streams = parameters["engine_decoupled"] == "true"
         self.maps = {key: json.loads(value) for key, value in parameters.items() if "_from_" in key}
-        self.held, self.letting_go = deque(), threading.Lock()
+        self.held, self.releasing = deque(), threading.Lock()
         threads = int(parameters["threads"])
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
@@ -65,30 +67,31 @@ class TritonPythonModel:
             self.pool.shutdown()
 
     def answer(self, request, sender):
-        """Sends something in every case: a request without a final response would wait for ever."""
+        """Handles a request. Always sends a final response, because the client would otherwise wait forever."""
         try:
             self.serve(request, sender)
-        except Refused as refused:
-            refuse(sender, refused.error)
+        except Rejected as rejected:
+            send_error(sender, rejected.error)
         except pb_utils.TritonModelException as error:
-            refuse(sender, pb_utils.TritonError(plain(str(error))))
+            send_error(sender, pb_utils.TritonError(public_message(str(error))))
         except Exception as error:
             traceback.print_exc()
-            message = f"{self.name} failed: {type(error).__name__}; the server's log says more"
-            refuse(sender, pb_utils.TritonError(message))
+            message = f"{self.name} failed: {type(error).__name__}; see the server's log"
+            send_error(sender, pb_utils.TritonError(message))
 
     def serve(self, request, sender):
+        """Answers one request, streamed or not. Rejected for an invalid one."""
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         streaming = flag(inputs, "stream")
         self.check(inputs, streaming)
         engine_inputs = self.preprocess(inputs)
-        wanted = [name for name in request.requested_output_names() if name != "text_output"]
+        extra = [name for name in request.requested_output_names() if name != "text_output"]
         engine_request = pb_utils.InferenceRequest(
             model_name="tensorrt_llm",
-            # Of our own: the engine stops a request by its id, and clients may use one id twice or none.
+            # A new id: the engine stops requests by id, and clients may reuse ids or send none.
             request_id=uuid.uuid4().hex,
             inputs=[pb_utils.Tensor(name, value) for name, value in engine_inputs.items()],
-            requested_output_names=[*OWN_OUTPUTS, *wanted],
+            requested_output_names=[*OWN_OUTPUTS, *extra],
         )
         if streaming:
             self.stream(engine_request, request, sender)
@@ -98,17 +101,18 @@ class TritonPythonModel:
             self.answer_once(engine_request, sender, [] if has_prompt else self.context)
 
     def check(self, inputs, streaming):
+        """Rejects a request without a required input, or one that cannot be streamed."""
         for name in ("text_input", "max_tokens"):
             if name not in inputs:
                 invalid(f"{name} is missing")
         if streaming and not self.can_stream:
-            invalid(f"{self.name} answers once; pieces come from tensorrt_llm_bls of a repository with decoupled: true")
+            invalid(f"{self.name} does not stream; tensorrt_llm_bls does, in a repository with decoupled: true")
         for name in ("beam_width", "num_return_sequences"):
             if streaming and name in inputs and inputs[name].max() > 1:
-                invalid(f"{name} is {inputs[name].max()}; one answer at a time can be streamed")
+                invalid(f"{name} is {inputs[name].max()}; only one answer can be streamed")
 
     def preprocess(self, inputs):
-        """The engine's inputs by name: what preprocessing makes of the text, and the rest of the client's."""
+        """The engine's inputs by name: preprocessing's outputs, and the client's other inputs."""
         tensors = [
             pb_utils.Tensor(name, inputs[source])
             for name, source in self.maps["preprocessing_from_request"].items()
@@ -120,60 +124,64 @@ class TritonPythonModel:
         )
         response = request.exec()
         if response.has_error():
-            # What preprocessing refuses is the client's to mend; Triton 24.10 loses the code on its way here.
+            # Preprocessing rejects invalid requests only. Triton 24.10 drops the error code on the way here.
             invalid(response.error().message())
         made = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
         engine = {name: made[source] for name, source in from_preprocessing.items()}
         from_request = self.maps["tensorrt_llm_from_request"]
         return engine | {name: inputs[source] for name, source in from_request.items() if source in inputs}
 
-    def ask(self, request):
-        """The responses that hold something, as they come."""
+    def engine_responses(self, request):
+        """Yields the engine's responses that have outputs, as they arrive."""
         responses = request.exec(decoupled=True) if self.engine_streams else [request.exec()]
         try:
             for response in responses:
-                if checked(response).output_tensors():
+                if without_error(response).output_tensors():
                     yield response
         finally:
             self.hold(responses)
 
     def hold(self, responses):
+        """Keeps a reference for HELD_SECONDS (see there), and releases older ones."""
         now = time.monotonic()
         self.held.append((now, responses))
-        with self.letting_go:
+        with self.releasing:
             while self.held[0][0] < now - HELD_SECONDS:
                 self.held.popleft()
 
     def answer_once(self, engine_request, sender, context):
-        answers = list(self.ask(engine_request))
+        """Sends the whole answer as one response."""
+        answers = list(self.engine_responses(engine_request))
         if len(answers) != 1:
-            invalid(f"the engine gave {len(answers)} answers to one request")
-        beams, others = read(answers[0])
+            invalid(f"the engine returned {len(answers)} answers to one request")
+        beams, extra = read(answers[0])
         texts = [decode_after(self.tokenizer, context, ids, self.skip_special_tokens) for ids in beams]
-        sender.send(piece(texts, others), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        sender.send(text_response(texts, extra), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def stream(self, engine_request, request, sender):
-        text = Detokenizer(self.tokenizer, self.skip_special_tokens, self.waiting_ids, self.context)
+        """Sends new text as the engine generates it. Stops the engine if the client cancels."""
+        text = Detokenizer(self.tokenizer, self.skip_special_tokens, self.incomplete_ids, self.context)
         sent = stopped = False
-        for response in self.ask(engine_request):
+        for response in self.engine_responses(engine_request):
             if stopped or request.is_cancelled():
                 stopped = stopped or self.stop(engine_request)
                 continue
-            beams, others = read(response)
+            beams, extra = read(response)
             new = text.add(beams[0])
-            if new or others:
-                sender.send(piece([new], others))
+            if new or extra:
+                sender.send(text_response([new], extra))
                 sent = True
         if stopped:
-            refuse(sender, pb_utils.TritonError("the client cancelled the request", pb_utils.TritonError.CANCELLED))
+            cancelled = pb_utils.TritonError("the client cancelled the request", pb_utils.TritonError.CANCELLED)
+            send_error(sender, cancelled)
             return
         rest = text.rest()
-        # A client must see one response at least, also where the model ends at once.
-        last = piece([rest], []) if rest or not sent else None
+        # A client must get at least one response, even if the model ends immediately.
+        last = text_response([rest], []) if rest or not sent else None
         sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def stop(self, engine_request):
-        """Tells the engine to end the request of the same id; what it still sends is read and dropped."""
+        """Tells the engine to end the request with the same id. The caller still reads and drops its responses."""
         one = np.ones((1, 1), np.int32)
         inputs = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.array([[True]])}
         request = pb_utils.InferenceRequest(
@@ -182,41 +190,45 @@ class TritonPythonModel:
             inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
             requested_output_names=list(OWN_OUTPUTS),
         )
-        for _ in self.ask(request):
+        for _ in self.engine_responses(request):
             pass
         return True
 
 
 class Detokenizer:
-    """Token ids in, text out: nothing is given out before later ids can no longer change it."""
+    """Converts token ids to text incrementally. Text is returned only when later ids can no longer change it."""
 
-    def __init__(self, tokenizer, skip_special_tokens, waiting_ids, context):
-        self.tokenizer, self.skip_special_tokens, self.waiting_ids = tokenizer, skip_special_tokens, waiting_ids
+    def __init__(self, tokenizer, skip_special_tokens, incomplete_ids, context):
+        self.tokenizer, self.skip_special_tokens, self.incomplete_ids = tokenizer, skip_special_tokens, incomplete_ids
         self.decoder, self.context = DecodeStream(skip_special_tokens=skip_special_tokens), context
         for id in context:
             self.decoder.step(tokenizer, id)
-        self.ids, self.pending, self.given = [], [], 0
+        self.ids, self.pending, self.returned = [], [], 0
 
     def add(self, ids):
+        """The new text after these ids; "" if it is not complete yet."""
         self.ids += ids
-        pieces = []
+        texts = []
         for id in ids:
             self.pending.append(id)
-            if id not in self.waiting_ids:
-                pieces.append(self.decoder.step(self.tokenizer, self.pending) or "")
+            if id not in self.incomplete_ids:
+                texts.append(self.decoder.step(self.tokenizer, self.pending) or "")
                 self.pending = []
-        new = "".join(pieces)
-        self.given += len(new)
+        new = "".join(texts)
+        self.returned += len(new)
         return new
 
     def rest(self):
-        """What a decoding of the whole has beyond what was given out: of a character that never became complete."""
-        return decode_after(self.tokenizer, self.context, self.ids, self.skip_special_tokens)[self.given :]
+        """The remaining text at the end: what decoding all ids yields for a character that was never completed."""
+        return decode_after(self.tokenizer, self.context, self.ids, self.skip_special_tokens)[self.returned :]
 
 
-def waiting_ids(tokenizer, skip_special_tokens):
-    """Ids whose text hangs on the ids after them: single bytes of a byte-fallback vocabulary, where a run of bytes is
-    decoded as one, and special tokens, which don't end such a run when they are skipped."""
+def incomplete_ids(tokenizer, skip_special_tokens):
+    """Ids whose text depends on the ids after them.
+
+    These are the single bytes of a byte-fallback vocabulary, which decodes a run of bytes together, and skipped special
+    tokens, which do not end such a run.
+    """
     ids = {id for token, id in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")}
     if skip_special_tokens:
         ids |= {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -224,10 +236,10 @@ def waiting_ids(tokenizer, skip_special_tokens):
 
 
 def context_ids(tokenizer):
-    """An ordinary token, after which answers are decoded; empty where there is none.
+    """The ids of an ordinary token, to decode answers after it; empty if there is none.
 
-    At the start of a text, tokenizers of the Llama 2 kind drop the space that the first token begins with, and the
-    prompt and its answer would run together.
+    At the start of a text, tokenizers like Llama 2's drop the leading space of the first token. The prompt and its
+    answer would run together.
     """
     byte_ids = {id for token, id in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")}
     for text in ("a", "b", "1", "."):
@@ -238,52 +250,58 @@ def context_ids(tokenizer):
 
 
 def decode_after(tokenizer, context, ids, skip_special_tokens):
-    """The text of the ids as it continues a text."""
-    front = tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
+    """The text of the ids as the continuation of a text, here of the context."""
+    before = tokenizer.decode(context, skip_special_tokens=skip_special_tokens)
     whole = tokenizer.decode([*context, *ids], skip_special_tokens=skip_special_tokens)
-    if not whole.startswith(front):
+    if not whole.startswith(before):
         return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-    return whole[len(front) :]
+    return whole[len(before) :]
 
 
-class Refused(Exception):
+class Rejected(Exception):
+    """A request that failed. `error` is the TritonError for the client."""
+
     def __init__(self, error):
         super().__init__(error.message())
         self.error = error
 
 
 def invalid(message):
-    raise Refused(pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
+    """Rejects the request as the client's mistake."""
+    raise Rejected(pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
 
 
-def checked(response):
+def without_error(response):
+    """The response; Rejected if it is an error."""
     if response.has_error():
         error = response.error()
-        raise Refused(pb_utils.TritonError(plain(error.message()), error.code()))
+        raise Rejected(pb_utils.TritonError(public_message(error.message()), error.code()))
     return response
 
 
-def plain(message):
-    """An engine's error without the insides of the server, which go to its log."""
+def public_message(message):
+    """An engine's error without the server's internals. If it had any, the whole message goes to the log."""
     first = message.strip().partition("\n")[0]
-    said = INSIDES.sub("", first).strip()
-    if said == message.strip():
-        return said
+    public = INTERNALS.sub("", first).strip()
+    if public == message.strip():
+        return public
     print(f"The engine's error: {message}", file=sys.stderr, flush=True)
-    return f"{said or 'the engine failed on this request'}; the server's log says more"
+    return f"{public or 'the engine failed on this request'}; see the server's log"
 
 
-def refuse(sender, error):
+def send_error(sender, error):
+    """Sends an error as the final response."""
     final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
     sender.send(pb_utils.InferenceResponse(error=error), flags=final)
 
 
 def flag(inputs, name):
+    """Whether a boolean input is there and true."""
     return name in inputs and bool(inputs[name].any())
 
 
 def read(response):
-    """The token ids of each beam, and the tensors that the client gets as they are."""
+    """The token ids of each beam, and the other output tensors, which the client gets unchanged."""
     tensors = {tensor.name(): tensor for tensor in response.output_tensors()}
     ids = tensors["output_ids"].as_numpy()
     lengths = tensors["sequence_length"].as_numpy().reshape(-1)
@@ -291,6 +309,7 @@ def read(response):
     return beams, [tensor for name, tensor in tensors.items() if name not in OWN_OUTPUTS]
 
 
-def piece(texts, others):
+def text_response(texts, extra):
+    """A response with the text of each beam, [1, beams], and the other output tensors."""
     output = np.array([[text.encode("utf-8") for text in texts]], dtype=object)
-    return pb_utils.InferenceResponse([pb_utils.Tensor("text_output", output), *others])
+    return pb_utils.InferenceResponse([pb_utils.Tensor("text_output", output), *extra])

@@ -1,7 +1,7 @@
-"""Triton model: text in, text out by TensorRT-LLM's LLM class. Streamed pieces are what is new, not all so far.
+"""Triton model: text to text with TensorRT-LLM's LLM class. Each streamed chunk contains only the new text.
 
-The class gets what model.yaml holds. One asyncio loop in a thread of its own carries all requests; responses leave by
-another thread, so that a slow client keeps no other waiting. Runs in Triton's container with TensorRT-LLM.
+The LLM class gets the arguments in model.yaml. All requests share one asyncio loop in its own thread. Another thread
+sends the responses, so that a slow client does not delay the others. Runs in Triton's container with TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ SAMPLING = (
     "best_of", "temperature", "top_k", "top_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
     "max_tokens", "min_tokens", "seed",
 )  # fmt: skip
-PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # and what has no effect
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # name -> neutral value
 EXTRAS = {"finish_reason": np.object_, "stop_reason": np.object_, "cumulative_logprob": np.float32}
-# Whoever starts the server says whether clients may have a prompt's logits; `builder eval` does, of its own server.
-# In a batch that holds such a request TensorRT-LLM's forward pass returns logits of every token of every prompt, and
-# counts one row for a prompt that did not ask (_torch/pyexecutor/py_executor.py of late 2025,
-# num_context_logits_prefix_sum): others would get wrong tokens.
+# Clients may request a prompt's logits only if the server was started with this variable, as `builder eval` starts its
+# own. If a batch contains such a request, TensorRT-LLM's forward pass returns logits for every token of every prompt,
+# but counts one row for prompts that did not request them (_torch/pyexecutor/py_executor.py of late 2025,
+# num_context_logits_prefix_sum). Other clients would get wrong tokens.
 LOGITS = "context_logits"
 LOGITS_SWITCH = "BUILDER_CONTEXT_LOGITS"
-# A directory of packages that this model's processes take before the installed ones: `builder serve` sets it.
+# A directory of packages that take precedence over the installed ones in this model's processes. `builder serve`
+# sets it.
 OVERLAY = "BUILDER_LLMAPI_OVERLAY"
-# What tells a process that it is a rank of some MPI job: with it the LLM class starts no ranks of its own
-# (triton_backend/all_models/llmapi/tensorrt_llm/1/model.py@044a90d2). MPI's own settings stay: OMPI_MCA_*, PMIX_MCA_*.
+# Variables that mark a process as a rank of an MPI job. With them, the LLM class would not start ranks of its own
+# (triton_backend/all_models/llmapi/tensorrt_llm/1/model.py@044a90d2). MPI's settings are kept: OMPI_MCA_*, PMIX_MCA_*.
 JOB = {
     "OMPI_": ("UNIVERSE_SIZE", "FIRST_RANKS", "APP_CTX_NUM_PROCS", "COMM_WORLD_SIZE", "COMM_WORLD_RANK",
               "COMM_WORLD_LOCAL_SIZE", "COMM_WORLD_LOCAL_RANK", "COMM_WORLD_NODE_RANK"),
@@ -64,12 +65,12 @@ class TritonPythonModel:
         self.max_input_len, self.max_seq_len = arguments["max_input_len"], arguments["max_seq_len"]
         self.lora = arguments.get("lora_config", {})
         prepare_environment()
-        # Here and not above: importing it starts CUDA and MPI.
+        # Not at the top of the file: the import initializes CUDA and MPI, for which the environment must be prepared.
         from tensorrt_llm import LLM, SamplingParams
 
         self.sampling_params = SamplingParams
-        self.llm = LLM(**built(arguments))
-        self.front = added_in_front(self.llm.tokenizer.encode)
+        self.llm = LLM(**llm_arguments(arguments))
+        self.prefix = prefix_ids(self.llm.tokenizer.encode)
         self.running = {}  # task -> (the client's request id, its response sender)
         self.sender = ThreadPoolExecutor(1)
         self.loop = asyncio.new_event_loop()
@@ -82,7 +83,7 @@ class TritonPythonModel:
             asyncio.run_coroutine_threadsafe(self.answer(request, request.get_response_sender()), self.loop)
 
     def finalize(self):
-        """Answers that are under way are finished first; Triton waits for them before it calls this."""
+        """Stops the loop. Triton calls this when all requests have been answered."""
         self.watching.cancel()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
@@ -90,91 +91,92 @@ class TritonPythonModel:
         self.llm.shutdown()
 
     async def watch(self, period):
-        """Ends the requests whose clients are gone."""
+        """Cancels the requests whose clients are gone, every `period` seconds."""
         while True:
             await asyncio.sleep(period)
             for task, (_, sender) in list(self.running.items()):
                 try:
                     if sender.is_cancelled():
                         task.cancel()
-                except Exception:  # of one request; the others' clients are watched all the same
+                except Exception:  # a problem with one request must not end the watch over the others
                     traceback.print_exc()
 
     async def answer(self, request, sender):
-        """Sends something in every case: a request without a final response would wait for ever."""
+        """Handles a request. Always sends a final response, because the client would otherwise wait forever."""
         task = asyncio.current_task()
         self.running[task] = (request.request_id(), sender)
         try:
             await self.serve(request, sender)
         except asyncio.CancelledError:
-            self.refuse(sender, "the client cancelled the request", pb_utils.TritonError.CANCELLED)
+            self.send_error(sender, "the client cancelled the request", pb_utils.TritonError.CANCELLED)
         except ValueError as error:
-            self.refuse(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+            self.send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
         except Exception as error:
-            if type(error).__name__ == "RequestError":  # TensorRT-LLM's for one wrong request
-                self.refuse(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+            if type(error).__name__ == "RequestError":  # TensorRT-LLM's error for an invalid request
+                self.send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
                 return
             traceback.print_exc()
-            self.refuse(sender, f"{self.name} failed: {type(error).__name__}; the server's log says more")
+            self.send_error(sender, f"{self.name} failed: {type(error).__name__}; see the server's log")
         finally:
             self.running.pop(task, None)
 
     async def serve(self, request, sender):
+        """Answers one request, streamed or not. ValueError for an invalid one."""
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         if flag(inputs, "stop"):
             self.stop(request.request_id())
             raise asyncio.CancelledError
         streaming = flag(inputs, "streaming")
         if streaming and not self.decoupled:
-            raise ValueError("this repository answers once; pieces come from one with decoupled: true")
+            raise ValueError("this repository does not stream; one with decoupled: true does")
         prompt, ids = await asyncio.to_thread(self.prompt, inputs)
-        wanted = [name for name in (*EXTRAS, LOGITS) if flag(inputs, f"return_{name}")]
-        if LOGITS in wanted and not self.gives_logits:
-            raise ValueError(f"this server gives no logits of a prompt: it was started without {LOGITS_SWITCH}=1")
-        parameters = self.sampling_params(**self.sampling(inputs, len(ids), wanted))
+        extra = [name for name in (*EXTRAS, LOGITS) if flag(inputs, f"return_{name}")]
+        if LOGITS in extra and not self.gives_logits:
+            raise ValueError(f"this server returns no prompt logits: it was started without {LOGITS_SWITCH}=1")
+        parameters = self.sampling_params(**self.sampling(inputs, len(ids), extra))
         exclude = flag(inputs, "sampling_param_exclude_input_from_output", self.exclude_input)
-        # A prefix that is in the KV cache already is not computed again and has no logits
-        # (_torch/pyexecutor/handle_logits.py@02ed233d). Under a salt of its own a request shares no block with another
-        # (upstream's own test of it: tests/unittest/_torch/sampler/test_return_logits.py@f59aed07).
-        more = {"cache_salt": uuid.uuid4().hex} if LOGITS in wanted else {}
-        more |= self.adapter(words(inputs, "lora_name"))
-        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming, **more)
+        # A prefix that is in the KV cache is not computed again and has no logits
+        # (_torch/pyexecutor/handle_logits.py@02ed233d). With a unique salt, a request shares no block with others
+        # (upstream tests this: tests/unittest/_torch/sampler/test_return_logits.py@f59aed07).
+        options = {"cache_salt": uuid.uuid4().hex} if LOGITS in extra else {}
+        options |= self.adapter(words(inputs, "lora_name"))
+        result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming, **options)
         try:
-            await self.send(result, sender, "" if exclude else prompt, wanted)
+            await self.send(result, sender, "" if exclude else prompt, extra)
         except asyncio.CancelledError:
             result.abort()
             raise
 
     def prompt(self, inputs):
-        """The text ("" for a prompt of token ids) and its token ids."""
+        """The prompt's text ("" if it was given as token ids) and its token ids. ValueError for an invalid prompt."""
         prompts = words(inputs, "text_input")
         if "input_ids" in inputs:
-            prompts, ids = [""], self.given(inputs, prompts)
+            prompts, ids = [""], self.input_ids(inputs, prompts)
         elif prompts is None:
             raise ValueError("text_input is missing")
         elif len(prompts) != 1 or not prompts[0]:
-            raise ValueError("text_input is empty" if len(prompts) == 1 else "text_input takes one prompt a request")
+            raise ValueError("text_input is empty" if len(prompts) == 1 else "text_input takes one prompt per request")
         else:
-            ids = without_repeat(list(self.llm.tokenizer.encode(prompts[0])), self.front)
+            ids = without_repeated_prefix(list(self.llm.tokenizer.encode(prompts[0])), self.prefix)
             if max(ids, default=0) >= self.vocab_size:
-                raise ValueError(f"text_input makes token {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
+                raise ValueError(f"text_input has token {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
         if len(ids) > self.max_input_len:
             raise ValueError(f"the prompt has {len(ids)} tokens; this model takes {self.max_input_len} (max_input_len)")
         return prompts[0], ids
 
-    def given(self, inputs, prompts):
-        """A prompt of token ids. One that the model has no embedding for would end its process, not its request."""
+    def input_ids(self, inputs, prompts):
+        """A prompt given as token ids. ValueError for ids without an embedding, which would crash this process."""
         ids = inputs["input_ids"].reshape(-1).tolist()
         if prompts is not None:
-            raise ValueError("text_input and input_ids are both given: one is the prompt")
+            raise ValueError("text_input and input_ids are both given; send only one")
         if not ids:
             raise ValueError("input_ids is empty")
         if not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"input_ids holds {min(ids)} to {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
+            raise ValueError(f"input_ids has {min(ids)} to {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
         return ids
 
     def adapter(self, names):
-        """The LoRA adapter of this name, which is its directory's; none for no name."""
+        """The option for the LoRA adapter with this name, which is the name of its directory; empty without a name."""
         if not names:
             return {}
         paths = self.lora.get("lora_dir", [])
@@ -187,73 +189,78 @@ class TritonPythonModel:
         kind = [self.lora["lora_ckpt_source"]] if "lora_ckpt_source" in self.lora else []
         return {"lora_request": LoRARequest(names[0], index + 1, paths[index], *kind)}
 
-    def sampling(self, inputs, prompt, wanted):
-        """What SamplingParams takes: the client's sampling_param_* inputs, and what the answer's outputs need."""
+    def sampling(self, inputs, prompt, extra):
+        """The arguments of SamplingParams: the client's sampling_param_* inputs, and what extra outputs need.
+
+        `prompt` is the prompt's length in tokens. ValueError for values that would be ignored or exceed a limit.
+        """
         found = {name: scalar(inputs, f"sampling_param_{name}") for name in SAMPLING}
         found["stop"] = words(inputs, "sampling_param_stop") or None
         found = {name: value for name, value in found.items() if value is not None}
         for name, neutral in PENALTIES.items():
             if not self.penalties and found.pop(name, neutral) != neutral:
                 raise ValueError(f"{name} would be ignored: this version's sampler has no penalties")
-        room = self.max_seq_len - prompt
+        longest = self.max_seq_len - prompt
         if found.get("max_tokens", 1) < 1:
             raise ValueError(f"max_tokens is {found['max_tokens']}; it must be 1 or more")
-        if found.get("max_tokens", 1) > room:
+        if found.get("max_tokens", 1) > longest:
             raise ValueError(
                 f"the prompt has {prompt} tokens and max_tokens is {found['max_tokens']}, together "
                 f"{prompt + found['max_tokens']}; this model takes {self.max_seq_len} (max_seq_len): "
-                f"max_tokens can be {room}"
+                f"max_tokens can be {longest}"
             )
         if self.end_ids:
-            # By itself TensorRT-LLM ends at the tokenizer's eos_token alone (SamplingParams._setup,
-            # sampling_params.py@000a01de): a model with several ends would run past the others.
+            # By default TensorRT-LLM stops only at the tokenizer's eos_token (SamplingParams._setup,
+            # sampling_params.py@000a01de). A model with several end tokens would not stop at the others.
             found |= {"end_id": self.end_ids[0], "stop_token_ids": self.end_ids[1:] or None}
-        if "cumulative_logprob" in wanted:
+        if "cumulative_logprob" in extra:
             found["logprobs"] = 1
-        if LOGITS in wanted:
+        if LOGITS in extra:
             found["return_context_logits"] = True
         return found
 
-    async def send(self, result, sender, prefix, wanted):
-        """One response, or the new text of each step; of several where responses leave more slowly than text comes.
+    async def send(self, result, sender, prefix, extra):
+        """Sends one response, or a chunk with the new text of each step.
 
-        A character that is not whole yet waits for the next step.
+        If the client is slow, a chunk has the text of several steps. An incomplete character is sent with the next one.
         """
-        given, leaving = "", None
+        sent, sending = "", None
         async for output in result:
             text = prefix + output.outputs[0].text
             if not output.finished:
                 text = text.rstrip(REPLACEMENT)
-                if len(text) > len(given) and (leaving is None or leaving.done()):
-                    leaving = self.sender.submit(sender.send, response(text[len(given) :], output, ()))
-                    given = text
+                if len(text) > len(sent) and (sending is None or sending.done()):
+                    sending = self.sender.submit(sender.send, response(text[len(sent) :], output, ()))
+                    sent = text
                 continue
-            last = response(text[len(given) :], output, wanted)
-            if LOGITS in wanted:  # large: shared memory may have no room for it, which its client has to hear
-                del self.running[asyncio.current_task()]  # Triton dies of is_cancelled after a last response (24.10)
+            last = response(text[len(sent) :], output, extra)
+            if LOGITS in extra:  # large, and may not fit into shared memory: wait, so that the client gets the error
+                del self.running[asyncio.current_task()]  # is_cancelled after a final response crashes Triton 24.10
                 await asyncio.wrap_future(self.finish(sender, last))
                 return
             self.finish(sender, last)
             return
-        raise RuntimeError("the LLM ended a request without its last part")
+        raise RuntimeError("the LLM ended a request without a final output")
 
     def stop(self, request_id):
-        """Ends the requests that came under this id."""
+        """Cancels the running requests with this id."""
         if not request_id:
-            raise ValueError("stop needs the id of the request that it shall end")
+            raise ValueError("stop needs the id of the request to cancel")
         for task, (id, _) in list(self.running.items()):
             if id == request_id and task is not asyncio.current_task():
                 task.cancel()
 
-    def refuse(self, sender, message, *code):
+    def send_error(self, sender, message, *code):
+        """Sends an error as the final response."""
         self.finish(sender, pb_utils.InferenceResponse(error=pb_utils.TritonError(message, *code)))
 
     def finish(self, sender, last):
+        """Sends the final response from the sending thread; returns its future."""
         return self.sender.submit(sender.send, last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
-def added_in_front(encode):
-    """The ids, as that of <s>, that `encode` puts in front of every text."""
+def prefix_ids(encode):
+    """The ids, such as that of <s>, that `encode` puts in front of every text."""
     common = []
     for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
         if len(set(ids)) > 1:
@@ -262,14 +269,17 @@ def added_in_front(encode):
     return common
 
 
-def without_repeat(ids, front):
-    """A chat template has often written <s> already: it is not added a second time. Calibration does the same."""
-    length = len(front)
-    return ids[length:] if length and ids[length : 2 * length] == front else ids
+def without_repeated_prefix(ids, prefix):
+    """`ids` without a second prefix: chat templates often write <s> themselves. Calibration follows the same rule."""
+    length = len(prefix)
+    return ids[length:] if length and ids[length : 2 * length] == prefix else ids
 
 
 def prepare_environment():
-    """Before TensorRT-LLM is imported: this process is no rank of a job, and finds the overlay's packages first."""
+    """Prepares the environment for TensorRT-LLM's import.
+
+    Removes the variables that mark this process as a rank, and puts the overlay's packages first.
+    """
     for name in list(os.environ):
         if name in {prefix + rest for prefix, ends in JOB.items() for rest in ends} or name.startswith(JOB_PREFIXES):
             del os.environ[name]
@@ -277,11 +287,11 @@ def prepare_environment():
     if overlay and os.path.isdir(overlay):
         sys.path.insert(0, overlay)
         path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != overlay]
-        os.environ["PYTHONPATH"] = os.pathsep.join([overlay, *path])  # for the ranks that the class starts
+        os.environ["PYTHONPATH"] = os.pathsep.join([overlay, *path])  # for the ranks that the LLM class starts
 
 
-def built(arguments):
-    """What the LLM class takes: the class of 2025 takes no mapping for these two."""
+def llm_arguments(arguments):
+    """The arguments for the LLM class. The class of 2025 does not accept mappings for the two that are handled here."""
     if not arguments.keys() & {"speculative_config", "lora_config"}:
         return arguments
     from tensorrt_llm.llmapi.llm_utils import update_llm_args_with_extra_dict
@@ -290,6 +300,7 @@ def built(arguments):
 
 
 def scalar(inputs, name):
+    """An input's only value; None if it is missing. ValueError if it has several."""
     if name not in inputs:
         return None
     if inputs[name].size != 1:
@@ -298,12 +309,16 @@ def scalar(inputs, name):
 
 
 def flag(inputs, name, default=False):
+    """A boolean input, or the default if it is missing."""
     value = scalar(inputs, name)
     return default if value is None else bool(value)
 
 
 def words(inputs, name):
-    """Texts; "", which clients send for none, is left out of lists of words. Triton does not look into strings."""
+    """An input's strings; None if it is missing. ValueError for invalid UTF-8, which Triton does not check.
+
+    Clients send "" for no word, so it is left out, except in text_input.
+    """
     if name not in inputs:
         return None
     try:
@@ -313,9 +328,10 @@ def words(inputs, name):
     return texts if name == "text_input" else [text for text in texts if text]
 
 
-def response(text, output, wanted):
+def response(text, output, extra):
+    """A response with text and the extra outputs."""
     tensors = [pb_utils.Tensor("text_output", np.array([text.encode("utf-8")], dtype=np.object_))]
-    for name in wanted:
+    for name in extra:
         if name == LOGITS:
             tensors += logits(output)
             continue
@@ -329,7 +345,9 @@ def response(text, output, wanted):
 
 
 def logits(output):
-    """Of each token of the prompt [tokens, vocab], those of its successor. None where TensorRT-LLM gave none: whoever
-    asked must tell an answer without them from a bad one."""
+    """The prompt's logits as a list of one float32 tensor [tokens, vocab_size], each row for the token that follows.
+
+    The list is empty if TensorRT-LLM returned none. The client must check for that.
+    """
     found = output.context_logits
     return [] if found is None else [pb_utils.Tensor(LOGITS, found.float().cpu().numpy())]

@@ -1,0 +1,149 @@
+"""The values that fill the templates of an engine's repository: from the engine's config.json and the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.core import paths
+from builder.core.errors import UnsupportedError, UsageError
+from builder.recipe import schema
+from builder.triton import stream_capacity
+from builder.trtllm import compatibility
+from builder.trtllm.compatibility import LOGITS_TYPES
+
+TOKENIZER_DIR = "preprocessing/1/tokenizer"  # relative to the model repository
+# Request inputs that tensorrt_llm_bls and ensemble_infer check themselves (see the note in triton-tensors.json).
+REQUIRED = ("text_input", "max_tokens")
+
+
+def template_files(version: str) -> tuple[Path, Path]:
+    """The directory of templates for a TensorRT-LLM version, and the file that lists the tensors of its models.
+
+    Templates belong to a minor version, tensors to an exact one. UnsupportedError for a version without either.
+    """
+    templates = paths.data("triton_templates", ".".join(version.split(".")[:2]))
+    tensors = paths.data("configs", "trtllm", version, "triton-tensors.json")
+    if not (templates.is_dir() and tensors.is_file()):
+        known = sorted(path.parent.name for path in paths.data("configs", "trtllm").glob("*/triton-tensors.json"))
+        raise UnsupportedError(
+            f"There are no Triton templates for TensorRT-LLM {version}.",
+            hint=f"Versions with templates: {', '.join(known)}.",
+        )
+    return templates, tensors
+
+
+def template_values(
+    engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], part: schema.Repository
+) -> dict[str, Any]:
+    """Every value that the templates use.
+
+    `config` is the engine's config.json, `ids` are the model's special ids, `part` is the recipe's `repository`.
+    """
+    pretrained, build = config["pretrained_config"], config["build_config"]
+    tensors = _tensors(config["version"], pretrained["logits_dtype"])
+    return {
+        "max_batch_size": build["max_batch_size"],
+        "decoupled": part.decoupled,
+        "queue": {"delay_microseconds": part.max_queue_delay_microseconds, "size": part.max_queue_size},
+        "instances": {
+            "preprocessing": part.preprocessing_instances,
+            "postprocessing": part.postprocessing_instances,
+            "bls": stream_capacity.instances(part, build["max_batch_size"]),
+        },
+        "tensors": tensors,
+        "required_inputs": [
+            {key: value for key, value in entry.items() if key != "optional" or entry["name"] not in REQUIRED}
+            for entry in tensors["request"]["input"]
+        ],
+        "steps": _steps(tensors),
+        "tokenizer": {"tokenizer_dir": TOKENIZER_DIR, "skip_special_tokens": "true"},
+        "answers": {"exclude_input_in_output": _lower(part.exclude_input_in_output)},
+        "limits": {
+            "add_special_tokens": "true",
+            "end_ids": json.dumps(ids["end_ids"]),
+            "pad_id": ids["pad_id"],
+            "vocab_size": pretrained["vocab_size"],
+            "max_input_len": build["max_input_len"],
+            "max_seq_len": build["max_seq_len"],
+            "max_beam_width": build.get("max_beam_width", 1),
+            "context_logits": _lower(bool(build.get("gather_context_logits"))),
+        },
+        "engine": _engine_parameters(engine, build, part),
+        "bls": {
+            "engine_decoupled": _lower(part.decoupled),
+            "exclude_input_in_output": _lower(part.exclude_input_in_output),
+            **{name: json.dumps(entries) for name, entries in tensors["maps"].items()},
+        },
+    }
+
+
+def _tensors(version: str, logits_dtype: str) -> dict[str, Any]:
+    if logits_dtype not in LOGITS_TYPES:
+        raise UnsupportedError(
+            f"The engine's logits are {logits_dtype}, and Triton has no such type.",
+            hint=f"Build the engine with one of {', '.join(LOGITS_TYPES)}.",
+        )
+    _, file = template_files(version)
+    text = file.read_text(encoding="utf-8").replace("$logits_datatype", LOGITS_TYPES[logits_dtype])
+    tensors: dict[str, Any] = json.loads(text)
+    return tensors
+
+
+def _steps(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensor maps of the ensemble's steps. A tensor between two steps is named _ and the output's name."""
+    maps = tensors["maps"]
+    preprocessed = {entry["name"]: f"_{entry['name']}" for entry in tensors["preprocessing"]["output"]}
+    outputs = {entry["name"] for entry in tensors["request"]["output"]} - {"text_output"}
+    from_request = {k: v for k, v in maps["tensorrt_llm_from_request"].items() if k != "streaming"}
+    between = maps["postprocessing_from_tensorrt_llm"]
+    return {
+        "preprocessing": {
+            "input": {**maps["preprocessing_from_request"], "STREAM": "stream"},
+            "output": preprocessed,
+        },
+        "tensorrt_llm": {
+            "input": {
+                **{k: preprocessed[v] for k, v in maps["tensorrt_llm_from_preprocessing"].items()},
+                **from_request,
+            },
+            "output": {**{name: f"_{name.upper()}" for name in between.values()}, **{n: n for n in sorted(outputs)}},
+        },
+        "postprocessing": {
+            "input": {k: f"_{v.upper()}" for k, v in between.items()},
+            "output": {"OUTPUT": "text_output"},
+        },
+    }
+
+
+def _engine_parameters(engine: Path, build: Mapping[str, Any], part: schema.Repository) -> dict[str, Any]:
+    """Parameters of the C++ backend. The backend has defaults for those left out (model_instance_state.cc@c8c6df08).
+
+    An engine of several ranks needs no further parameters. In leader mode each rank is a server of its own, which
+    mpirun starts (serving/launch.py), and without `gpu_device_ids` all visible GPUs are used (docs/model_config.md).
+    """
+    paged = compatibility.has_paged_fmha(build)
+    chosen = {name: getattr(part, name) for name in compatibility.NEED_PAGED_FMHA}
+    for name in compatibility.lacking_paged_fmha(build, [name for name, value in chosen.items() if value]):
+        raise UsageError(
+            f"repository.{name} needs an engine with paged context FMHA, and this engine has none.",
+            hint=f"Omit {name}, or build with --set engine.flags.use_paged_context_fmha=enable "
+            "on a GPU profile with context FMHA.",
+        )
+    return {
+        "gpt_model_type": "inflight_fused_batching",
+        "gpt_model_path": engine,
+        "max_beam_width": build.get("max_beam_width", 1),
+        "batch_scheduler_policy": part.batch_scheduler_policy,
+        "kv_cache_free_gpu_mem_fraction": part.kv_cache_free_gpu_mem_fraction,
+        "exclude_input_in_output": _lower(part.exclude_input_in_output),
+        **{name: _lower(paged if value is None else value) for name, value in chosen.items()},
+        "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
+        "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
+    }
+
+
+def _lower(value: bool) -> str:
+    return str(value).lower()
