@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from builder.cli.options import path
-from builder.core import paths
 from builder.machine import gpus
-from builder.recipe import schema
+from builder.recipe import schema, sources
 from builder.recipe.evaluation import RUNNERS
 from builder.trtllm import versions
 
@@ -41,7 +40,7 @@ def _values() -> dict[str, Sequence[str]]:
     newest = versions.load(versions.versions()[-1])
     return {
         "gpu": [*gpus.names(), "auto"],
-        "preset": sorted(file.stem for file in paths.data("configs", "presets").glob("*.yaml")),
+        "preset": sources.presets(),
         "target": [*get_args(schema.Target)],
         "quantization.kv_cache_dtype": ["fp8", "auto"],
         "evaluation.runners": [*RUNNERS, "all"],

@@ -1,1 +1,1 @@
-"""What to build: the recipe's schema, its values and where each came from."""
+"""What to build: the schema of a recipe, its values, and which source set each."""

@@ -1,13 +1,12 @@
-"""What to build: every value, its meaning, and where it came from.
+"""What to build: every key of a recipe with its meaning and default, and `resolve`, which fills them in.
 
-Precedence: flag > --set > recipe file > preset > GPU profile > default. Unknown keys are errors.
+Settings are resolved in this order: flag, --set, recipe file, preset, GPU profile, default. An unknown key is an error.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from builder.core import paths
 from builder.core.errors import UsageError
-from builder.core.untrusted_text import LARGEST_YAML, parse_yaml, read_regular
 from builder.machine import gpus
 from builder.recipe.base import Natural, Part, Positive, Processes, Ranks
 from builder.recipe.evaluation import Evaluation, Quality, Sensitivity, Tasks
+from builder.recipe.sources import flatten, load_preset, load_yaml, merge, nest, parse_set
 
 Target = Literal["engine", "llmapi", "reference"]
 
@@ -33,14 +31,13 @@ class Model(Part):
     trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
 
 
+# KV cache formats of TensorRT-LLM that are refused here, and why (rules R31, R32, R45 of configs/trtllm).
 REFUSED_KV = {
-    "nvfp4": "an NVFP4 KV cache does not run on sm120 (NVIDIA/TensorRT-LLM #10241); it is calibrated here for no card",
+    "nvfp4": "an NVFP4 KV cache does not run on sm120 (NVIDIA/TensorRT-LLM #10241), and is never calibrated here",
     "int8": "an INT8 KV cache does not work with paged context FMHA, so it costs KV reuse and chunked context, "
-    "and sm100 to sm119 have none",
+    "and sm100 to sm119 do not support it",
 }
-
-
-AUTO = "auto:"
+AUTO = "auto:"  # before a KL budget, in keep_bf16 and keep_fp8
 
 
 def _budget(entry: str) -> float:
@@ -50,23 +47,23 @@ def _budget(entry: str) -> float:
         value = math.nan
     if not 0 < value < math.inf:
         raise ValueError(
-            f"{entry!r} is no budget: auto takes a KL in nats a token that is positive and finite, as auto:0.05"
+            f"{entry!r} is not a budget: auto takes a positive, finite KL in nats per token, such as auto:0.05"
         )
     return value
 
 
 class Quantization(Part):
-    """Which number formats: NVFP4 is E2M1 with an E4M3 scale for 16 values, weights and activations."""
+    """Which number formats. NVFP4 is E2M1 with one E4M3 scale for each 16 values, for weights and activations."""
 
     format: Annotated[Literal["nvfp4"], Field(description="weights and activations of the linear layers")] = "nvfp4"
     kv_cache_dtype: Annotated[Literal["fp8", "auto"], Field(description="fp8, or auto: the model's own")] = "fp8"
     keep_bf16: Annotated[
         tuple[str, ...],
-        Field(description="linear layers left in BF16: name patterns, as *.down_proj; auto:0.05 chooses by KL"),
+        Field(description="linear layers kept in BF16: name patterns such as *.down_proj; auto:0.05 chooses by KL"),
     ] = ()
     keep_fp8: Annotated[
         tuple[str, ...],
-        Field(description="linear layers in FP8 (E4M3, a scale for the weight and one for its input), named alike"),
+        Field(description="linear layers in FP8 (E4M3, one scale for the weight and one for its input), same syntax"),
     ] = ()
 
     @field_validator("keep_bf16", "keep_fp8", mode="before")
@@ -78,70 +75,70 @@ class Quantization(Part):
     @classmethod
     def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(value):
-            raise ValueError("a pattern is empty; take a name, as model.layers.0.*")
+            raise ValueError("a pattern is empty; write a name such as model.layers.0.*")
         budgets = [_budget(entry) for entry in value if entry == "auto" or entry.startswith(AUTO)]
         if len(budgets) > 1:
-            raise ValueError("auto is said twice; one budget holds for the whole model")
+            raise ValueError("auto is given twice, but one budget holds for the whole model")
         return tuple(dict.fromkeys(value))
 
     @model_validator(mode="after")
     def _one_auto(self) -> Quantization:
         if all(any(entry.startswith(AUTO) for entry in entries) for entries in (self.keep_bf16, self.keep_fp8)):
             raise ValueError(
-                "keep_bf16 and keep_fp8 both say auto, and one budget chooses one format; name the layers of the other"
+                "keep_bf16 and keep_fp8 both say auto, but one budget chooses one format; name the layers of the other"
             )
         return self
 
     @property
     def kept_patterns(self) -> tuple[str, ...]:
-        """The entries of keep_bf16 that are names."""
+        """The entries of keep_bf16 that are name patterns."""
         return tuple(entry for entry in self.keep_bf16 if not entry.startswith(AUTO))
 
     @property
     def fp8_patterns(self) -> tuple[str, ...]:
-        """The entries of keep_fp8 that are names."""
+        """The entries of keep_fp8 that are name patterns."""
         return tuple(entry for entry in self.keep_fp8 if not entry.startswith(AUTO))
 
     @property
     def kept_budget(self) -> float | None:
-        """The X of auto:X, the KL to BF16 in nats a token that the layers are chosen for; None without auto."""
+        """The X of auto:X: the KL to BF16, in nats per token, that the kept layers must reach. None without auto."""
         entries = (*self.keep_bf16, *self.keep_fp8)
         return next((_budget(entry) for entry in entries if entry.startswith(AUTO)), None)
 
     @property
     def kept_format(self) -> Literal["bf16", "fp8"]:
-        """What auto leaves the layers in."""
+        """The format that auto keeps layers in."""
         return "fp8" if any(entry.startswith(AUTO) for entry in self.keep_fp8) else "bf16"
 
     @field_validator("kv_cache_dtype", mode="before")
     @classmethod
     def _known_and_refused(cls, value: Any) -> Any:
-        """TensorRT-LLM's other KV formats: why not (rules R31, R32, R45 of configs/trtllm)."""
+        """Says why a KV format of TensorRT-LLM is refused."""
         if value in REFUSED_KV:
-            raise ValueError(f"{REFUSED_KV[value]}; take fp8")
+            raise ValueError(f"{REFUSED_KV[value]}; use fp8")
         return value
 
 
-# What TensorRT-LLM's own quantize.py calibrates on by default (examples/quantization/quantize.py@c8c6df08): it has
-# several configurations and no usual column, so both are named with it.
+# The default of TensorRT-LLM's own quantize.py (examples/quantization/quantize.py@c8c6df08). It has several
+# configurations, and its text is in an unusual column, so both are set with it.
 DEFAULT_DATASET = {"data": "abisee/cnn_dailymail", "config": "3.0.0", "column": "article"}
 
 
 class Calibration(Part):
-    """Which text the activation ranges are read from."""
+    """The texts that activation ranges are measured on."""
 
     data: Annotated[str, Field(min_length=1, description="a .jsonl file, a Hub dataset id, or builtin:python-docs")] = (
         DEFAULT_DATASET["data"]
     )
     config: Annotated[str | None, Field(description="configuration of a Hub dataset")] = None
     split: Annotated[str, Field(description="split of a Hub dataset")] = "train"
-    column: Annotated[str | None, Field(description="column with the text; default: the first of the usual names")] = (
+    column: Annotated[str | None, Field(description="column with the text; default: the first with a usual name")] = (
         None
     )
     revision: Annotated[str | None, Field(description="revision of a Hub dataset")] = None
-    samples: Annotated[Positive, Field(description="rows used, from the first on")] = 512
-    seq_len: Annotated[Positive, Field(description="tokens of a row, at most")] = 2048
-    batch_size: Annotated[Positive, Field(description="rows of equal length in one forward pass")] = 1
+    samples: Annotated[Positive, Field(description="number of rows, from the first row on")] = 512
+    seq_len: Annotated[Positive, Field(description="longest row, in tokens; longer ones are cut")] = 2048
+    batch_size: Annotated[Positive, Field(description="rows of equal length per forward pass")] = 1
 
     @model_validator(mode="before")
     @classmethod
@@ -152,26 +149,26 @@ class Calibration(Part):
 
 
 class Engine(Part):
-    """The sizes that the engine is built for, and flags of trtllm-build that win over the profile's."""
+    """The sizes that the engine is built for, and trtllm-build flags that override those of the GPU profile."""
 
-    tensorrt_llm: Annotated[str, Field(description="version that builds and serves")] = "1.2.1"
-    max_batch_size: Annotated[Positive, Field(description="requests in one iteration")] = 64
-    max_input_len: Annotated[Positive, Field(description="tokens of a prompt")] = 2048
-    max_seq_len: Annotated[Positive, Field(description="tokens of prompt and answer")] = 4096
-    max_num_tokens: Annotated[Positive, Field(description="tokens in one iteration, after padding removal")] = 8192
-    tp: Annotated[Ranks, Field(description="tensor parallel size")] = 1
-    pp: Annotated[Ranks, Field(description="pipeline parallel size")] = 1
-    flags: dict[str, str] = Field(default={}, description="further trtllm-build flags, by name without dashes")
+    tensorrt_llm: Annotated[str, Field(description="TensorRT-LLM version that builds and serves")] = "1.2.1"
+    max_batch_size: Annotated[Positive, Field(description="most requests in one iteration")] = 64
+    max_input_len: Annotated[Positive, Field(description="longest prompt, in tokens")] = 2048
+    max_seq_len: Annotated[Positive, Field(description="longest prompt and answer together, in tokens")] = 4096
+    max_num_tokens: Annotated[Positive, Field(description="most tokens in one iteration, after padding removal")] = 8192
+    tp: Annotated[Ranks, Field(description="tensor parallel size: GPUs that share each layer")] = 1
+    pp: Annotated[Ranks, Field(description="pipeline parallel size: GPUs that each hold some layers")] = 1
+    flags: dict[str, str] = Field(default={}, description="more trtllm-build flags, by name without dashes")
 
     @field_validator("flags", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
-        """YAML reads `enable: yes` as a boolean and 64 as a number; trtllm-build takes words."""
+        """Values as strings, because YAML reads 64 as a number and trtllm-build takes words."""
         return {str(k): str(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
     @property
     def world_size(self) -> int:
-        """GPUs, and ranks of the engine."""
+        """The number of GPUs, which is the number of the engine's ranks."""
         return self.tp * self.pp
 
     @model_validator(mode="after")
@@ -181,40 +178,40 @@ class Engine(Part):
                 f"max_input_len {self.max_input_len} leaves no room for an answer in max_seq_len {self.max_seq_len}"
             )
         if self.world_size > 1024:
-            raise ValueError(f"tp {self.tp} x pp {self.pp} are {self.world_size} GPUs; an engine takes 1024 at most")
+            raise ValueError(f"tp {self.tp} x pp {self.pp} is {self.world_size} GPUs; an engine can use at most 1024")
         return self
 
 
 class LlmApi(Part):
-    """What only the llmapi target has: arguments of TensorRT-LLM's LLM class that win over the derived ones."""
+    """For the llmapi target only: arguments of TensorRT-LLM's LLM class that override the derived ones."""
 
-    args: dict[str, Any] = Field(default={}, description="further LLM arguments, as in a model.yaml")
+    args: dict[str, Any] = Field(default={}, description="more LLM arguments, as in a model.yaml")
 
 
 class Repository(Part):
-    """How Triton serves it."""
+    """How Triton serves the model."""
 
     decoupled: Annotated[bool, Field(description="stream answers token by token")] = True
     preprocessing_instances: Annotated[Processes, Field(description="tokenizer processes")] = 1
     postprocessing_instances: Annotated[Processes, Field(description="detokenizer processes")] = 1
     bls_instances: Annotated[
         Processes | None,
-        Field(description="streams that tensorrt_llm_bls carries at once; default: max_batch_size, at most 32"),
+        Field(description="concurrent streams of tensorrt_llm_bls; default: max_batch_size, at most 32"),
     ] = None
-    max_queue_delay_microseconds: Annotated[Natural, Field(description="wait for a fuller batch")] = 0
-    max_queue_size: Annotated[Natural, Field(description="waiting requests before refusal; 0: no limit")] = 0
+    max_queue_delay_microseconds: Annotated[Natural, Field(description="longest wait for a fuller batch")] = 0
+    max_queue_size: Annotated[Natural, Field(description="most waiting requests; others are rejected; 0: no limit")] = 0
     kv_cache_free_gpu_mem_fraction: Annotated[
-        float, Field(gt=0, le=1, description="of the memory free after the weights")
+        float, Field(gt=0, le=1, description="share of the memory left after the weights")
     ] = 0.9
     batch_scheduler_policy: Annotated[
-        Literal["guaranteed_no_evict", "max_utilization"], Field(description="what happens when KV blocks run out")
+        Literal["guaranteed_no_evict", "max_utilization"], Field(description="what happens when no KV block is free")
     ] = "guaranteed_no_evict"
-    enable_kv_cache_reuse: Annotated[bool | None, Field(description="default: whatever the engine can")] = None
-    enable_chunked_context: Annotated[bool | None, Field(description="default: whatever the engine can")] = None
-    exclude_input_in_output: Annotated[bool, Field(description="answers without the prompt")] = True
+    enable_kv_cache_reuse: Annotated[bool | None, Field(description="default: if the engine supports it")] = None
+    enable_chunked_context: Annotated[bool | None, Field(description="default: if the engine supports it")] = None
+    exclude_input_in_output: Annotated[bool, Field(description="leave the prompt out of the answer")] = True
     end_ids: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...] | None,
-        Field(min_length=1, description="token ids that end an answer; default: those that the model's files name"),
+        Field(min_length=1, description="token ids that end an answer; default: from the model's files"),
     ] = None
 
 
@@ -226,12 +223,12 @@ class Recipe(Part):
         str | None,
         Field(
             pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
-            description="of the link in models/, moved to this build whatever it named; default: from model and recipe",
+            description="name of the link in models/, which is moved to this build; default: from model and recipe",
         ),
     ] = None
     gpu: Annotated[str, Field(description="a profile or a card (`builder gpus` lists both), or auto")] = "auto"
     target: Annotated[
-        Target, Field(description="what serves it: a TensorRT engine, the LLM API or the reference executor")
+        Target, Field(description="what serves the model: a TensorRT engine, the LLM API or the reference executor")
     ]
     quantization: Quantization = Quantization()
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration.model_validate({})
@@ -246,7 +243,7 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _something_is_measured(self) -> Recipe:
         if not self.evaluation.data and not self.tasks.names:
-            raise ValueError("evaluation.data is empty and no task is named; say --data FILE.jsonl or --tasks gsm8k")
+            raise ValueError("evaluation.data is empty and no task is named; add --data FILE.jsonl or --tasks gsm8k")
         return self
 
     @model_validator(mode="after")
@@ -254,23 +251,23 @@ class Recipe(Part):
         if self.quantization.kept_budget is not None and self.sensitivity.data is None:
             raise ValueError(
                 f"quantization.keep_{self.quantization.kept_format}: auto chooses layers by their loss on texts, "
-                "and none are named; "
-                "say --sensitivity-data FILE.jsonl, other texts than those of --data"
+                "and no texts are named; "
+                "add --sensitivity-data FILE.jsonl, with other texts than those of --data"
             )
         return self
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe, its GPU profile, and for each value that is no default the place that set it."""
+    """A recipe, its GPU profile, and for each dotted key that is not a default the source that set it."""
 
     recipe: Recipe
     gpu: gpus.GpuProfile
     origins: Mapping[str, str]
 
     def explained(self) -> list[tuple[str, Any, str]]:
-        """(key, value, where it came from) for every value, in the order of the recipe."""
-        flat = _flatten(self.recipe.model_dump())
+        """(dotted key, value, source) for every value, in the order of the recipe. The source may be "default"."""
+        flat = flatten(self.recipe.model_dump())
         return [(key, value, self.origins.get(key, "default")) for key, value in flat.items()]
 
 
@@ -281,29 +278,28 @@ def resolve(
     recipe_file: Path | None = None,
     preset: str | None = None,
 ) -> Resolved:
-    """Merges the sources by precedence. `flags` maps dotted keys to values. UsageError names key and hint."""
+    """The recipe that these sources describe.
+
+    `flags` maps dotted keys to values; `sets` are KEY=VALUE texts. UsageError names the key and its source.
+    UnsupportedError for an unknown GPU, and for "auto" on a machine without one.
+    """
     layers: list[tuple[str, dict[str, Any]]] = []
     if preset:
         layers.append((f"preset {preset}", load_preset(preset)))
     if recipe_file:
         layers.append((str(recipe_file), load_yaml(recipe_file)))
     layers += [(f"--set {text}", parse_set(text)) for text in sets]
-    layers += [("command line", _nest(key, value)) for key, value in flags.items()]
+    layers += [("command line", nest(key, value)) for key, value in flags.items()]
 
     asked = "auto"
     for _, layer in layers:
         asked = layer.get("gpu", asked)
     if not isinstance(asked, str):
-        raise UsageError(f"gpu: {asked!r} is no name of a profile.", hint="`builder gpus` lists them; --gpu sm120")
+        raise UsageError(f"gpu: {asked!r} is not the name of a GPU.", hint="`builder gpus` lists them; --gpu sm120")
     gpu = gpus.detect() if asked == "auto" else gpus.named(asked)
     layers.insert(0, (f"GPU profile {gpu.name}", {**gpu.recipe, "gpu": gpu.name, "target": gpu.target}))
 
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, layer in layers:
-        for key, value in _flatten(layer).items():
-            _put(merged, key, value)
-            origins[key] = origin
+    merged, origins = merge(layers)
     if asked != "auto":
         merged["gpu"] = gpu.name
     try:
@@ -314,76 +310,15 @@ def resolve(
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe file. A file may leave out what other sources give."""
+    """The JSON Schema of a recipe file. No key is required, because other sources may set it."""
     generated = Recipe.model_json_schema()
     generated["title"] = "trtllm-builder recipe"
     generated.pop("required", None)
     return generated
 
 
-def load_preset(name: str) -> dict[str, Any]:
-    """A preset of configs/presets by name."""
-    file = paths.data("configs", "presets", f"{name}.yaml")
-    known = sorted(path.stem for path in paths.data("configs", "presets").glob("*.yaml"))
-    if name not in known:
-        raise UsageError(f"There is no preset {name!r}.", hint=f"Presets: {', '.join(known)}.")
-    return load_yaml(file)
-
-
-def load_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping. UsageError says where it is not one."""
-    try:
-        loaded = parse_yaml(read_regular(file, LARGEST_YAML, pipe=True))
-    except OSError as error:
-        raise UsageError(f"Can't read the recipe {file}.", why=str(error)) from error
-    except ValueError as error:
-        raise UsageError(
-            f"The recipe {file} is no valid YAML.", why=str(error), hint="Examples are in configs/recipes/."
-        ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise UsageError(f"{file} holds no mapping of names to values.", hint="Examples are in configs/recipes/.")
-    return loaded
-
-
-def parse_set(text: str) -> dict[str, Any]:
-    """`engine.max_batch_size=8` -> {"engine": {"max_batch_size": 8}}; the value is read as YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)*", key):
-        raise UsageError(f"--set {text!r} is not of the form a.b=value.", hint="--set engine.max_batch_size=8")
-    try:
-        return _nest(key, parse_yaml(value))
-    except ValueError as error:
-        raise UsageError(f"The value of --set {text!r} is no YAML.", why=str(error)) from error
-
-
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    _put(nested, key, value)
-    return nested
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        below = tree.setdefault(parent, {})
-        if not isinstance(below, dict):
-            raise UsageError(f"{parent!r} in {key!r} is a value and has nothing below it.")
-        tree = below
-    tree[last] = value
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def known_keys() -> list[str]:
-    """Every dotted key that a recipe may hold."""
+    """Every dotted key of a recipe."""
     parts = {name: field.annotation for name, field in Recipe.model_fields.items()}
     keys = []
     for name, part in parts.items():

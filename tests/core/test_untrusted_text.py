@@ -22,7 +22,7 @@ from builder.core.errors import BuilderError, IntegrityError, UsageError
 from builder.core.untrusted_text import check_yaml, parse_json, parse_yaml, read_regular
 from builder.evaluate import tasks
 from builder.model import files as model_files
-from builder.recipe import schema
+from builder.recipe import schema, sources
 
 DEEP = "[" * 100_000 + "]" * 100_000
 DEEP_OBJECT = '{"a":' * 100_000 + "1" + "}" * 100_000
@@ -134,7 +134,7 @@ def test_our_own_configurations_hold_no_key_twice() -> None:
 
 @pytest.mark.parametrize("value", ["&a [*a]", "[" * 1000, "{a: 1, a: 2}", "!!timestamp x", "9" * 5000])
 def test_a_bad_value_of_set(value: str) -> None:
-    with pytest.raises(UsageError, match="is no YAML"):
+    with pytest.raises(UsageError, match="is not valid YAML"):
         schema.resolve({"model.id": "x", "gpu": "cpu"}, sets=[f"engine.tp={value}"])
 
 
@@ -178,7 +178,7 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"a directory|not a regular file"):
             read_regular(path)
         with pytest.raises(UsageError):
-            schema.load_yaml(path)
+            sources.load_yaml(path)
         with pytest.raises(IntegrityError):
             layouts.read_json(path)
     (tmp_path / "big").write_bytes(b"x" * 1000)
@@ -198,13 +198,13 @@ def test_a_recipe_may_come_through_a_pipe(tmp_path: Path, monkeypatch: pytest.Mo
 
     writer = threading.Thread(target=slowly)
     writer.start()
-    assert schema.load_yaml(Path(f"/dev/fd/{read}")) == {"engine": {"tp": 2}}
+    assert sources.load_yaml(Path(f"/dev/fd/{read}")) == {"engine": {"tp": 2}}
     writer.join()
     os.close(read)
     monkeypatch.setattr(untrusted_text, "PIPE_SECONDS", 0.2)
     read, write = os.pipe()
     with pytest.raises(UsageError, match="sent nothing"):
-        schema.load_yaml(Path(f"/dev/fd/{read}"))
+        sources.load_yaml(Path(f"/dev/fd/{read}"))
     os.close(read)
     os.close(write)
 

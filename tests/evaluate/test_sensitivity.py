@@ -412,7 +412,7 @@ def test_the_command_shows_a_table_and_what_to_type_next(measured: tuple[sensiti
         ("auto:0", "no budget"),
         ("auto:nan", "no budget"),
         ("auto:inf", "no budget"),
-        (("auto:0.1", "auto:0.2"), "said twice"),
+        (("auto:0.1", "auto:0.2"), "given twice"),
     ],
 )
 def test_a_budget_is_a_positive_number(value: str | tuple[str, ...], message: str) -> None:

@@ -401,7 +401,7 @@ def test_recipes_that_measure_nothing_or_judge_nothing_are_refused(directory: Pa
         resolve(directory, tasks__names=" , ")
     with pytest.raises(UsageError, match=r"evaluation\.data is empty and no task is named"):
         resolve(directory, tasks__names=())
-    with pytest.raises(UsageError, match="a gate judges texts"):
+    with pytest.raises(UsageError, match="a gate needs texts"):
         resolve(directory, evaluation__min_score=98.0)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from builder.core import paths
 from builder.core.errors import UnsupportedError, UsageError
-from builder.recipe import schema
+from builder.recipe import schema, sources
 
 MODEL = {"model.id": "tests/data/tiny-qwen3"}
 SCHEMA = json.loads(paths.data("configs", "recipe.schema.json").read_text())
@@ -56,7 +56,7 @@ def test_every_value_is_explained() -> None:
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_shipped_recipe_resolves_and_fits_the_schema(file: Path) -> None:
-    flags = {} if "model" in schema.load_yaml(file) else {**MODEL, "gpu": "sm120"}
+    flags = {} if "model" in sources.load_yaml(file) else {**MODEL, "gpu": "sm120"}
     found = schema.resolve(flags, recipe_file=file)
     assert found.recipe.quantization.format == "nvfp4"
     jsonschema.validate(yaml.safe_load(file.read_text()), SCHEMA)
@@ -86,8 +86,8 @@ def test_the_committed_schema_is_the_generated_one() -> None:
         ("engine: {max_input_len: 100, max_seq_len: 100}", "no room for an answer"),
         ("quantization: {format: int3}", "nvfp4"),
         ("engine: 8", "is a value"),
-        ("- a list", "no mapping"),
-        ("a: [", "no valid YAML"),
+        ("- a list", "is not a mapping"),
+        ("a: [", "is not valid YAML"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_a_hint(tmp_path: Path, text: str, message: str) -> None:
@@ -138,7 +138,7 @@ def test_no_gpu_here_is_an_error_and_never_a_default() -> None:
 @given(st.text())
 def test_set_either_parses_or_refuses(text: str) -> None:
     try:
-        parsed = schema.parse_set(text)
+        parsed = sources.parse_set(text)
     except UsageError:
         return
     assert "=" in text
