@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -132,3 +133,16 @@ def test_chat_reports_why_a_repository_is_not_served(tmp_path: Path) -> None:
     assert done.returncode not in (0, -9)
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_plan_of_the_quickstart_is_what_is_printed(tmp_path: Path) -> None:
+    page = documents.ROOT / "docs" / "quickstart" / "rtx.md"
+    [block] = [block for block in documents.blocks(page) if block.text.startswith("decision ")]
+    sparse_models.write(sparse_models.QWEN3_8B, tmp_path / "Qwen" / "Qwen3-8B")
+    argv = ["plan", "--model", "Qwen/Qwen3-8B", "--gpu", "RTX 5090", "--output", str(tmp_path / "o")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(documents.ROOT)}
+    done = subprocess.run([*BUILDER, *argv], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    printed = {line.split("\t")[0]: line for line in reversed(done.stdout.splitlines())}  # the first table wins
+    for line in block.text.splitlines()[1:]:
+        decision, value, origin = re.split(r"  +", line.strip())
+        assert printed[decision] == f"{decision}\t{value}\t{origin}"
