@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from builder.architectures import attention, names
 from builder.checkpoint.layouts import (
     QUANT_CFG,
     RANK_FILE,
     Checkpoint,
-    head_size,
     read_json,
     write_json,
 )
@@ -31,8 +31,8 @@ from builder.formats.base import Axis, NumberFormat
 from builder.formats.declared import MIXED, declared
 from builder.formats.registry import NVFP4
 
-LAYERS = "transformer.layers."
-EMBEDDING, FINAL_NORM, HEAD = "transformer.vocab_embedding", "transformer.ln_f", "lm_head"
+LAYERS = f"{names.ENGINE_LAYERS}."
+EMBEDDING, FINAL_NORM, HEAD = names.ENGINE_EMBEDDING, names.ENGINE_FINAL_NORM, names.ENGINE_HEAD
 # How tensor parallelism takes a layer apart. Column parallel: the output, dim 0. Row parallel: the input, dim 1, with a
 # whole bias, added after the all-reduce (layers/linear.py@03961722, RowLinear). The embedding is sharded because
 # the configuration says use_parallel_embedding with embedding_sharding_dim 0, as ModelOpt writes it
@@ -120,8 +120,7 @@ def _wrong(config: Mapping[str, Any], tp: int, number_format: NumberFormat, gemm
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    heads = int(config["num_attention_heads"])
-    return heads, int(config.get("num_key_value_heads") or heads), head_size(config)
+    return int(config["num_attention_heads"]), attention.kv_heads(config), attention.head_size(config)
 
 
 def share(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, tp_rank: int) -> Share:
@@ -408,6 +407,7 @@ def split_checkpoint(checkpoint: Checkpoint, parallel: Parallel, *, store: Store
             "builder/checkpoint/layouts.py",
             "builder/core/safetensors_io.py",
             "builder/formats",
+            "builder/architectures",
         ),
     }
     artifact = store.stage(

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint import sharding
-from builder.checkpoint.layouts import ARCHITECTURES, LINEARS, NORMS, QUANT_CFG, head_size, read_json
+from builder.architectures import catalog, names
+from builder.checkpoint import layout_names, sharding
+from builder.checkpoint.layout_names import LayoutNames
+from builder.checkpoint.layouts import QUANT_CFG, read_json
 from builder.checkpoint.tensor_checks import wrong_blocks, wrong_codes, wrong_floats, wrong_scale
 from builder.core.errors import IntegrityError, UsageError
 from builder.core.safetensors_io import TensorInfo, Tensors
@@ -123,7 +125,7 @@ class Layout:
     config: Mapping[str, Any]
     formats: DeclaredFormats
     cache: KvCacheFormat
-    exact: bool  # whether the configuration says every tensor's shape
+    names: LayoutNames | None  # None where the configuration does not say every tensor's shape
     rank: int = 0  # of TensorRT-LLM's, where its configuration says that there are several
     problems: list[Problem] = field(default_factory=list)
 
@@ -158,7 +160,7 @@ def _layouts(folder: Path) -> Iterator[Layout]:
     config = read_json(folder / "config.json") if unified or split else {}
     if unified:
         quantization = read_json(folder / "hf_quant_config.json").get("quantization", {})
-        yield _layout("unified", Tensors(folder), config, quantization)
+        yield _layout("unified", Tensors(folder), catalog.with_common_keys(config), quantization)
     elif split:
         config = config.get("pretrained_config", config)  # an engine directory wraps it
         files = sharding.rank_files(folder, config)
@@ -173,13 +175,13 @@ def _layouts(folder: Path) -> Iterator[Layout]:
 def _layout(
     name: str, tensors: Tensors, config: Mapping[str, Any], quantization: Mapping[str, Any], rank: int = 0
 ) -> Layout:
-    known = (config.get("architectures") or [config.get("architecture")])[0] in ARCHITECTURES
+    known = layout_names.unified(config) if name == "unified" else layout_names.tensorrt_llm(config)
     cache = kv_cache.of_algo(quantization.get("kv_cache_quant_algo")) or kv_cache.AUTO
-    return Layout(name, tensors, config, declared(quantization), cache, exact=known, rank=rank)
+    return Layout(name, tensors, config, declared(quantization), cache, known, rank=rank)
 
 
 def _inspect(layout: Layout) -> Summary:
-    expected = _from_config(layout) if layout.exact else _from_tensors(layout)
+    expected = _from_config(layout, layout.names) if layout.names else _from_tensors(layout)
     for name in expected:
         if name not in layout.tensors:
             layout.report(name, "is missing")
@@ -190,7 +192,7 @@ def _inspect(layout: Layout) -> Summary:
         if _check_form(layout, name, info, want):
             _check_content(layout, name, info, want)
             layout.tensors.release(name)
-        nbytes[_kind(name, want)] += info.nbytes
+        nbytes[_kind(layout, name, want)] += info.nbytes
         if want.linear and want.shapes:
             number = math.prod(want.linear.weight.weight_shape(want.shapes[0]))
             weights[want.linear] += number
@@ -224,37 +226,41 @@ def _calibrated() -> tuple[str, ...]:
     return (*(leaf for t in tensors for leaf in (t.unified, t.tensorrt_llm)), *scales)
 
 
-def _kind(name: str, want: Expected) -> str:
+def _kind(layout: Layout, name: str, want: Expected) -> str:
     if want.label:
         return want.label
-    return "lm_head" if name.startswith("lm_head.") else "embedding" if "embed" in name else "other"
+    module = name.rpartition(".")[0]
+    if module == _head(layout):
+        return "lm_head"
+    return "embedding" if (layout.names and module == layout.names.embedding) or "embed" in name else "other"
 
 
-def _from_config(layout: Layout) -> dict[str, Expected]:
+def _head(layout: Layout) -> str:
+    return layout.names.head if layout.names else names.ENGINE_HEAD
+
+
+def _from_config(layout: Layout, known: LayoutNames) -> dict[str, Expected]:
     """All tensors of an architecture that this project knows, with their shapes; of a rank, all that it holds."""
     config = layout.config
     parallel = sharding.parallel_of(config)
     pp_rank, tp_rank = divmod(layout.rank, parallel.tp)
     first, last = pp_rank == 0, pp_rank == parallel.pp - 1
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    embedding, norm = (
-        ("model.embed_tokens", "model.norm") if layout.unified else ("transformer.vocab_embedding", "transformer.ln_f")
-    )
-    expected = {f"{embedding}.weight": _float(vocab, hidden)} if first else {}
+    expected = {f"{known.embedding}.weight": _float(vocab, hidden)} if first else {}
     if last:
-        expected[f"{norm}.weight"] = _float(hidden)
+        expected[f"{known.final_norm}.weight"] = _float(hidden)
     tied = layout.unified and config.get("tie_word_embeddings")
-    if "lm_head.weight" in layout.tensors or (last and not tied):
-        expected["lm_head.weight"] = _float(vocab, hidden)
+    if f"{known.head}.weight" in layout.tensors or (last and not tied):
+        expected[f"{known.head}.weight"] = _float(vocab, hidden)
     for layer in range(len(parallel.layers(pp_rank, config["num_hidden_layers"]))):
-        prefix = f"model.layers.{layer}." if layout.unified else f"transformer.layers.{layer}."
-        for name, size in _norms(layout).items():
-            expected[f"{prefix}{name}.weight"] = _float(size)
-        for name, (out_features, in_features) in _linears(layout).items():
+        prefix = f"{known.layers}.{layer}."
+        expected |= {f"{prefix}{name}.weight": _float(size) for name, size in known.norms.items()}
+        for name, (out_features, in_features) in known.linears.items():
             expected |= _linear(layout, prefix + name, out_features, in_features)
-            if _has_bias(layout, name):
+            if name in known.biases:
                 expected[f"{prefix}{name}.bias"] = _float(out_features)
-            expected |= _kv_scales(layout, prefix + name)
+        scales = layout.cache.unified if layout.unified else layout.cache.tensorrt_llm
+        expected |= {f"{prefix}{known.attention}.{scale}": KV_SCALE for scale in scales}
     return {name: _share(name, want, config, parallel.tp, tp_rank) for name, want in expected.items()}
 
 
@@ -268,39 +274,6 @@ def _share(name: str, want: Expected, config: Mapping[str, Any], tp: int, tp_ran
 
 def _float(*shape: int) -> Expected:
     return Expected("floats", FLOATS, (shape,))
-
-
-def _norms(layout: Layout) -> dict[str, int]:
-    sizes = dict.fromkeys(("input_layernorm", "post_layernorm"), layout.config["hidden_size"])
-    if "Qwen3ForCausalLM" in (layout.config.get("architecture"), *layout.config.get("architectures", ())):
-        sizes |= dict.fromkeys(("attention.q_layernorm", "attention.k_layernorm"), head_size(layout.config))
-    return {NORMS[name]: size for name, size in sizes.items()} if layout.unified else sizes
-
-
-def _linears(layout: Layout) -> dict[str, tuple[int, int]]:
-    """Name of each linear layer of a decoder layer, with its out and in features."""
-    config = layout.config
-    hidden, inner, head = config["hidden_size"], config["intermediate_size"], head_size(config)
-    q = config["num_attention_heads"] * head
-    kv = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head
-    sizes = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    sizes |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    if layout.unified:
-        return {name: sizes[name.split(".")[-1]] for names in LINEARS.values() for name in names}
-    parts = {name: [sizes[p.split(".")[-1]] for p in names] for name, names in LINEARS.items()}
-    return {name: (sum(n for n, _ in shapes), shapes[0][1]) for name, shapes in parts.items()}
-
-
-def _has_bias(layout: Layout, linear: str) -> bool:
-    """Qwen2's q, k and v have one whatever its configuration says; of the others it says it."""
-    config, attention = layout.config, "att" in linear
-    output = linear.endswith((".o_proj", ".dense"))
-    if layout.unified and "Qwen2ForCausalLM" in config["architectures"]:
-        return attention and not output
-    if not layout.unified and "qwen_type" in config and output:
-        return False
-    names = ("attention_bias", "attn_bias") if attention else ("mlp_bias",)
-    return any(bool(config.get(name)) for name in names)
 
 
 def _linear(layout: Layout, module: str, out_features: int, in_features: int) -> dict[str, Expected]:
@@ -336,7 +309,7 @@ def _from_tensors(layout: Layout) -> dict[str, Expected]:
             continue
         number_format = layout.formats.of(module)
         stored = number_format.quant_algo is not None and info.dtype in number_format.weight.dtypes
-        if stored or not ("embed" in module or module == "lm_head" or "norm" in module):
+        if stored or not ("embed" in module or module == _head(layout) or "norm" in module):
             weight = number_format.weight.weight_shape(info.shape) if stored else info.shape
             expected |= _linear(layout, module, weight[0], weight[1])
         expected |= _kv_scales(layout, module)
@@ -359,7 +332,7 @@ def _by_dtype(layout: Layout, name: str, info: TensorInfo) -> Expected:
 
 def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> bool:
     """Dtype and shape; False where the content cannot be judged because the tensor is something else."""
-    if name.startswith("lm_head.") and (info.dtype not in FLOATS or not name.endswith((".weight", ".bias"))):
+    if name.startswith(f"{_head(layout)}.") and (info.dtype not in FLOATS or not name.endswith((".weight", ".bias"))):
         layout.report(name, f"is {info.dtype}: the output layer is quantized and must not be")
         return False
     if info.dtype not in want.dtypes:

@@ -120,9 +120,9 @@ def run_schema(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_completion(arguments: argparse.Namespace, out: Output) -> int:
     """Prints the completion script of a shell."""
-    from builder.cli import completion, main
+    from builder.cli import completion
 
-    script = completion.script(main.parser(), arguments.shell)
+    script = completion.script(arguments.parser, arguments.shell)
     if out.mode == "json":
         out.result({"shell": arguments.shell, "script": script})
     else:

@@ -127,4 +127,5 @@ def parser() -> argparse.ArgumentParser:
         group.add(commands)
         groups.append((group.TITLE, commands._choices_actions[before:]))
     top.groups = groups
+    top.set_defaults(parser=top)  # `builder completion` writes it down
     return top

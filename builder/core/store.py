@@ -272,7 +272,8 @@ def sources_digest(*sources: str | Path) -> str:
     package = Path(__file__).resolve().parents[2]
     paths = [package / source for source in sources]
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not f.is_dir()]
-    return digest_of([[str(f.relative_to(package)), sha256(f)] for f in files if "__pycache__" not in f.parts])
+    named = [(f.relative_to(package) if f.is_relative_to(package) else f, f) for f in files]
+    return digest_of([[str(name), sha256(f)] for name, f in named if "__pycache__" not in f.parts])
 
 
 def _hash_files(directory: Path, hashed: Mapping[str, str]) -> dict[str, dict[str, Any]]:

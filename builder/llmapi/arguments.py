@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from builder.architectures import served
+from builder.architectures.attention import head_size
 from builder.checkpoint import sharding
-from builder.checkpoint.layouts import head_size
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.store import library_versions
 from builder.llmapi import lora
@@ -142,13 +143,7 @@ def _check_target(resolved: schema.Resolved) -> None:
 def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
     """UnsupportedError for a model (its config.json) that the PyTorch backend can't serve, split so, on this card."""
     subject = _subject(resolved, config)
-    name = (config.get("architectures") or ["unknown"])[0]
-    if name not in subject.facts.architectures:
-        raise UnsupportedError(
-            f"{name} is no architecture that the llmapi target is known to serve.",
-            why=f"Known: {', '.join(subject.facts.architectures)} (tensorrt_llm/_torch/models).",
-            hint="Take one of these models, or stop at the checkpoint: `builder quantize`.",
-        )
+    served.check_llmapi(config, subject.facts.version)
     engine = resolved.recipe.engine
     sharding.check(config, engine.tp, engine.pp, gemm=True)
     lora.check(_flatten(resolved.recipe.llmapi.args))

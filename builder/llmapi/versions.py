@@ -38,7 +38,6 @@ class Facts:
     others: Mapping[str, Spec]
     earlier: Mapping[str, Spec]
     refused: Mapping[str, str]
-    architectures: tuple[str, ...]
     moe_sms: Mapping[str, Sequence[int]]
     penalties: bool
     images: str | None
@@ -80,7 +79,6 @@ def load(version: str) -> Facts:
         others=dict(_others(raw, here, found["states"][-1])),
         earlier=earlier,
         refused=raw["refused"],
-        architectures=tuple(raw["architectures"]),
         moe_sms=_moe_sms(raw, found["states"][-1]),
         penalties=found["states"][-1] in raw["penalties"],
         images=found.get("images"),

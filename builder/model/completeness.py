@@ -11,9 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from builder.architectures import catalog
+from builder.architectures import names as module_names
+from builder.architectures.facts import Architecture
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.model import config_values, quantization_signs, tensor_names
-from builder.model.tensor_names import EMBEDDING, HEAD, NORM, Want
+from builder.model.tensor_names import Want
 
 Header = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
 SHOWN = 10  # names in a message
@@ -108,16 +111,21 @@ def _check_wrapper(tensors: Mapping[str, Header], where: str) -> None:
 def _check_table(config: Mapping[str, Any], tensors: Mapping[str, Header], where: str) -> None:
     """Against the architecture's own table."""
     found = {name: shape for name, (_, shape) in tensors.items() if not IGNORED.search(name)}
-    if NORM not in found and NORM.removeprefix("model.") in found:
+    table = tensor_names.table(config)
+    assert table is not None
+    norm = f"{table.final_norm}.weight"
+    prefix, _, base_norm = norm.partition(".")
+    if norm not in found and base_norm in found:
         raise IntegrityError(
-            f"{where} holds the tensors of a base model: their names lack the prefix model., and there is no head.",
-            why=f"It has {NORM.removeprefix('model.')} where {config['architectures'][0]} has {NORM}.",
+            f"{where} holds the tensors of a base model: their names lack the prefix {prefix}., and there is no head.",
+            why=f"It has {base_norm} where {config['architectures'][0]} has {norm}.",
             hint="Load it once with transformers' AutoModelForCausalLM, and save that with save_pretrained.",
         )
     _check_layers(config, found, where)
     want = tensor_names.expected(config)
-    if config.get("tie_word_embeddings") and HEAD in found:  # stored although it is the embedding: many savers do
-        want[HEAD] = want[EMBEDDING]
+    head, embedding = tensor_names.head(config), tensor_names.embedding(config)
+    if config.get("tie_word_embeddings") and head in found:  # stored although it is the embedding: many savers do
+        want[head] = want[embedding]
     missing, unexpected = sorted(want.keys() - found.keys()), sorted(found.keys() - want.keys())
     misshapen = {name: found[name] for name in sorted(found.keys() & want.keys()) if found[name] != want[name].shape}
     if missing or unexpected or misshapen:
@@ -139,9 +147,10 @@ def _not_whole(
         for name, shape in list(misshapen.items())[:SHOWN]
     ]
     hint = "Copy or download the whole model again, with the config.json that belongs to it."
-    if list(missing) == [HEAD] and not unexpected:
+    ends = {tensor_names.embedding(config), head := tensor_names.head(config)}
+    if list(missing) == [head] and not unexpected:
         hint = f"If the head is the embedding, config.json must say tie_word_embeddings: true. Else: {hint}"
-    elif list(misshapen) and set(misshapen) <= {EMBEDDING, HEAD}:
+    elif list(misshapen) and set(misshapen) <= ends:
         hint = (
             "Set vocab_size in config.json to the number of rows that are stored, or save the model again after "
             "model.resize_token_embeddings(ROWS)."
@@ -177,16 +186,17 @@ def _check_layers(config: Mapping[str, Any], tensors: Iterable[str], where: str)
 def _check_embedding(config: Mapping[str, Any], tensors: Mapping[str, Header], where: str) -> None:
     """For architectures without a table: embedding and head have vocab_size rows."""
     rows = config.get("vocab_size")
-    shapes = {name: shape for name, (_, shape) in sorted(tensors.items()) if _is_embedding(name)}
+    shapes = {name: shape for name, (_, shape) in sorted(tensors.items()) if _is_embedding(catalog.of(config), name)}
     wrong = {name: shape for name, shape in shapes.items() if shape[:1] != (rows,)}
     if rows and wrong:
         want = {name: Want((rows, *shape[1:]), "vocab_size rows") for name, shape in wrong.items()}
         raise _not_whole(config, (), (), wrong, want, where)
 
 
-def _is_embedding(name: str) -> bool:
-    embeddings = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "word_embeddings.weight", "embed_out.weight")
-    return name.endswith(embeddings) and ".layers." not in name
+def _is_embedding(architecture: Architecture, name: str) -> bool:
+    module, _, leaf = name.rpartition(".")
+    ends = (module_names.is_embedding, module_names.is_head)
+    return leaf == "weight" and any(is_end(architecture, module) for is_end in ends)
 
 
 def _check_experts(config: Mapping[str, Any], tensors: Iterable[str], where: str) -> None:

@@ -15,10 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint.layouts import ARCHITECTURES
+from builder.architectures import catalog, served
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.untrusted_text import parse_json, read_regular
-from builder.llmapi import versions as llmapi_versions
 from builder.model import config_values, kinds, quantization_signs
 
 CONFIG = "config.json"
@@ -111,14 +110,14 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
 
 
 def parse_config(text: bytes, where: str) -> dict[str, Any]:
-    """config.json as a mapping."""
+    """config.json, with the common keys where the architecture has others. UsageError if it is not a JSON object."""
     try:
         config = parse_json(text)
     except ValueError as error:
         raise UsageError(f"{where}/{CONFIG} is no JSON.", why=str(error), hint="Save the model again.") from None
     if not isinstance(config, dict):
         raise UsageError(f"{where}/{CONFIG} is a {type(config).__name__}, not an object.", hint="Save the model again.")
-    return config
+    return catalog.with_common_keys(config)
 
 
 def json_object(path: Path, where: str = "") -> dict[str, Any]:
@@ -151,17 +150,17 @@ def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bo
         raise UnsupportedError(
             f"{where} needs its own Python code (auto_map in config.json).",
             why=f"transformers has no model type {config.get('model_type')!r}, and a model's code is not run unasked.",
-            hint=_with_remote_code(config["architectures"][0]),
+            hint=_with_remote_code(config),
         )
 
 
-def _with_remote_code(architecture: str) -> str:
+def _with_remote_code(config: Mapping[str, Any]) -> str:
     """The hint for a model that brings its own code: how far --trust-remote-code gets it."""
-    if architecture in ARCHITECTURES or architecture in llmapi_versions.read()["architectures"]:
+    if served.by_any_target(config):
         return "Read that code, then add --trust-remote-code."
     return (
-        f"Choose another model: no target serves {architecture}, with or without its code. Only a checkpoint can be "
-        "made: read that code, then `builder quantize` with --trust-remote-code."
+        f"Choose another model: no target serves {catalog.name_of(config)}, with or without its code. Only a "
+        "checkpoint can be made: read that code, then `builder quantize` with --trust-remote-code."
     )
 
 

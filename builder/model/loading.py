@@ -17,7 +17,6 @@ from builder.model import dtypes, tensor_names
 from builder.model.completeness import names
 from builder.model.files import CONFIG, GENERATION, json_object, parse_config
 from builder.model.hashed_files import SourceFiles
-from builder.model.tensor_names import EMBEDDING, HEAD
 
 
 def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
@@ -69,13 +68,13 @@ def check_tied(config: Mapping[str, Any], directory: Path, shown: Path) -> None:
     4.57 drops the head that is stored, 5 keeps it, and a TensorRT-LLM engine takes what was exported."""
     if not config.get("tie_word_embeddings"):
         return
-    stored = Tensors(directory)
-    if HEAD not in stored or EMBEDDING not in stored:
+    head, embedding, stored = tensor_names.head(config), tensor_names.embedding(config), Tensors(directory)
+    if head not in stored or embedding not in stored:
         return
-    pairs = zip(stored.chunks(HEAD), stored.chunks(EMBEDDING), strict=False)
-    if stored[HEAD].nbytes != stored[EMBEDDING].nbytes or any(head != embedding for head, embedding in pairs):
+    pairs = zip(stored.chunks(head), stored.chunks(embedding), strict=False)
+    if stored[head].nbytes != stored[embedding].nbytes or any(one != other for one, other in pairs):
         raise IntegrityError(
-            f"{shown} says tie_word_embeddings, and its {HEAD} differs from its {EMBEDDING}.",
+            f"{shown} says tie_word_embeddings, and its {head} differs from its {embedding}.",
             why="Either the head was trained by itself, or one of the two is left from another model.",
             hint="Set tie_word_embeddings to false in config.json if the head that is stored is the right one.",
         )

@@ -1,7 +1,4 @@
-"""The tensors that a model must consist of, by its config.json, for the architectures that have a table here. Pure.
-
-Names and shapes are those of transformers' classes (models/{llama,mistral,qwen2,qwen3}/modeling_*.py, 4.57 and 5).
-"""
+"""The tensors that a model must consist of, by its config.json, for architectures whose tensors are known. Pure."""
 
 from __future__ import annotations
 
@@ -9,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from builder.checkpoint.layouts import ARCHITECTURES, head_size
+from builder.architectures import catalog, shapes
+from builder.architectures.facts import TensorNames
 from builder.model.config_values import SHAPE
 
 # What the table is computed from, and what the layouts need beside it.
 NEEDED = (*SHAPE, "max_position_embeddings")
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 @dataclass(frozen=True)
@@ -25,58 +22,52 @@ class Want:
     by: str
 
 
+def table(config: Mapping[str, Any]) -> TensorNames | None:
+    """The names of this architecture's tensors; None if only transformers knows them."""
+    return catalog.of(config).tensors
+
+
 def known(config: Mapping[str, Any]) -> bool:
-    """Whether there is a table for this model's architecture."""
-    return (config.get("architectures") or [""])[0] in ARCHITECTURES
+    """Whether this architecture's tensors are known."""
+    return table(config) is not None
+
+
+def embedding(config: Mapping[str, Any]) -> str:
+    """The name of the embedding's weight."""
+    names = table(config)
+    return f"{names.embedding if names else 'model.embed_tokens'}.weight"
+
+
+def head(config: Mapping[str, Any]) -> str:
+    """The name of the output layer's weight."""
+    names = table(config)
+    return f"{names.head if names else 'lm_head'}.weight"
 
 
 def expected(config: Mapping[str, Any]) -> dict[str, Want]:
-    """Every tensor of the model. A tied model has no head of its own."""
+    """Every tensor of a model of a known architecture. A tied model has no head of its own."""
+    names = table(config)
+    assert names is not None
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    table = {
-        EMBEDDING: Want((vocab, hidden), "vocab_size x hidden_size"),
-        NORM: Want((hidden,), "hidden_size"),
+    found = {
+        f"{names.embedding}.weight": Want((vocab, hidden), "vocab_size x hidden_size"),
+        f"{names.final_norm}.weight": Want((hidden,), "hidden_size"),
     }
     if not config.get("tie_word_embeddings"):
-        table[HEAD] = Want((vocab, hidden), "vocab_size x hidden_size")
-    layer = _layer(config)
+        found[f"{names.head}.weight"] = Want((vocab, hidden), "vocab_size x hidden_size")
+    layer = _layer(config, names)
     for number in range(config["num_hidden_layers"]):
-        table |= {f"model.layers.{number}.{name}": want for name, want in layer.items()}
-    return table
-
-
-def _layer(config: Mapping[str, Any]) -> dict[str, Want]:
-    name, size = config["architectures"][0], head_size(config)
-    hidden, inner, heads = (config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
-    kv_heads = config.get("num_key_value_heads") or heads
-    q, kv, mlp = (heads * size, "heads x head size"), (kv_heads * size, "KV heads x head size"), (inner, "intermediate")
-    width = (hidden, "hidden_size")
-    linears = {
-        "self_attn.q_proj": (q, width),
-        "self_attn.k_proj": (kv, width),
-        "self_attn.v_proj": (kv, width),
-        "self_attn.o_proj": (width, q),
-        "mlp.gate_proj": (mlp, width),
-        "mlp.up_proj": (mlp, width),
-        "mlp.down_proj": (width, mlp),
-    }
-    norms = ("input_layernorm", "post_attention_layernorm")
-    found = {f"{norm}.weight": Want((hidden,), "hidden_size") for norm in norms}
-    if name == "Qwen3ForCausalLM":
-        found |= {f"self_attn.{norm}.weight": Want((size,), "head size") for norm in ("q_norm", "k_norm")}
-    for linear, ((rows, by_rows), (columns, by_columns)) in linears.items():
-        found[f"{linear}.weight"] = Want((rows, columns), f"{by_rows} x {by_columns}")
-        if _has_bias(config, name, linear):
-            found[f"{linear}.bias"] = Want((rows,), by_rows)
+        found |= {f"{names.layers}.{number}.{name}": want for name, want in layer.items()}
     return found
 
 
-def _has_bias(config: Mapping[str, Any], architecture: str, linear: str) -> bool:
-    """Qwen2's q, k and v always have one, Mistral's layers never; of the others config.json says it."""
-    if architecture == "Qwen2ForCausalLM":
-        return linear.endswith(("q_proj", "k_proj", "v_proj"))
-    if architecture == "MistralForCausalLM":
-        return False
-    if linear.startswith("self_attn."):
-        return bool(config.get("attention_bias"))
-    return architecture == "LlamaForCausalLM" and bool(config.get("mlp_bias"))
+def _layer(config: Mapping[str, Any], names: TensorNames) -> dict[str, Want]:
+    """The tensors of one decoder layer."""
+    linears, norms, architecture = shapes.linears(config), shapes.norms(config), catalog.of(config)
+    found = {f"{name}.weight": Want((norms[role].size,), norms[role].by) for role, name in names.norms.items()}
+    for role, name in names.linears.items():
+        rows, columns = linears[role]
+        found[f"{name}.weight"] = Want((rows.size, columns.size), f"{rows.by} x {columns.by}")
+        if shapes.has_bias(architecture, config, role):
+            found[f"{name}.bias"] = Want((rows.size,), rows.by)
+    return found

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from builder.architectures import attention, served
 from builder.calibration import rows as calibration_rows
-from builder.checkpoint import layouts as checkpoints
 from builder.checkpoint import sharding
 from builder.core import process, workers
 from builder.core.errors import UnsupportedError, UsageError
@@ -77,9 +77,9 @@ def check_model(
             hint="--target llmapi, or leave them out.",
         )
     if layouts:
-        checkpoints.architecture(config)
+        served.check_engine(config, asked.engine.tensorrt_llm if asked.target == "engine" else None)
         config_values.require(config, config_values.SHAPE, asked.model.id)
-        checkpoints.rope(config)
+        attention.rope(config)
         if asked.target == "reference" or "reference" in asked.evaluation.runners:
             supported.check_model(config)
         sharding.check(config, asked.engine.tp, asked.engine.pp, gemm=asked.target == "engine")
@@ -124,9 +124,9 @@ def notes(
 def keep_patterns(resolved: Resolved, model: ModelFacts, flags: Settings) -> ModelFacts:
     """The model with the layers that the recipe leaves in BF16 or FP8. UsageError or UnsupportedError where it
     can't."""
-    part, known = resolved.recipe.quantization, exclude.linears(model.tensors)
-    kept = exclude.keep(part.kept_patterns, known)
-    fp8 = exclude.keep(part.fp8_patterns, known, "--keep-fp8")
+    part, known = resolved.recipe.quantization, exclude.linears(model.tensors, model.architecture)
+    kept = exclude.keep(part.kept_patterns, known, architecture=model.architecture)
+    fp8 = exclude.keep(part.fp8_patterns, known, "--keep-fp8", model.architecture)
     exclude.check_apart(kept, fp8, known)
     model = replace(model, kept=kept, fp8=fp8)
     check_kept(resolved, model, flags)
@@ -137,7 +137,7 @@ def with_chosen(resolved: Resolved, model: ModelFacts, modules: Sequence[str]) -
     """The model with these layers kept too, in the format that auto is said for."""
     fp8 = resolved.recipe.quantization.kept_format == "fp8"
     kept = {*(model.fp8 if fp8 else model.kept), *modules}
-    ordered = tuple(name for name in exclude.linears(model.tensors) if name in kept)
+    ordered = tuple(name for name in exclude.linears(model.tensors, model.architecture) if name in kept)
     return replace(model, fp8=ordered) if fp8 else replace(model, kept=ordered)
 
 
@@ -146,9 +146,11 @@ def check_kept(resolved: Resolved, model: ModelFacts, flags: Settings) -> None:
     asked = resolved.recipe
     exclude.check_split(model.kept, model.fp8, model.config, sharding.Parallel(asked.engine.tp, asked.engine.pp))
     if asked.target == "llmapi":
-        exclude.check_llm_class(model.kept, model.fp8, exclude.linears(model.tensors))
+        exclude.check_llm_class(
+            model.kept, model.fp8, exclude.linears(model.tensors, model.architecture), model.architecture
+        )
     if asked.target == "engine":
-        exclude.check_flags(model.kept, model.fp8, {flag.name: flag.value for flag in flags})
+        exclude.check_flags(model.kept, model.fp8, {flag.name: flag.value for flag in flags}, model.architecture)
 
 
 def check_gate(resolved: Resolved, flags: Settings) -> None:

@@ -7,7 +7,6 @@ which is an estimate: no engine was measured here. CUDA's context and the driver
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,22 +15,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint.layouts import ARCHITECTURES, head_size
+from builder.architectures import catalog, names
+from builder.architectures.attention import head_size, kv_heads
+from builder.architectures.facts import Architecture
 from builder.checkpoint.sharding import Parallel
 from builder.core.safetensors_io import byte_size
 from builder.llmapi.arguments import Argument
 from builder.machine.cards import Card, find
+from builder.model import tensor_names
 from builder.model.dtypes import NOT_WRITTEN, written_bytes
-from builder.quantize.modelopt import SCALAR, is_quantized, quantized_bytes
+from builder.quantize.modelopt import SCALAR, quantized_bytes
 from builder.recipe.schema import Resolved
 from builder.recipe.target_facts import TargetFacts, target_facts
 from builder.trtllm.rules import Flag
 
 TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.py@c20322ff, tokens_per_block)
 CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE, the first part of every workspace
-
-_COLUMN = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
-_ROW = ("o_proj", "down_proj", "w2")
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,15 @@ class ModelFacts:
     fp8: tuple[str, ...] = ()
     directory: Path | None = None  # where config.json and the tokenizer files are
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What is known about the model's architecture."""
+        return catalog.of(self.config)
+
     def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
         """Whether this tensor becomes NVFP4 or FP8."""
-        return is_quantized(tensor, shape) and tensor.removesuffix(".weight") not in self._kept
+        quantizable = names.is_quantizable(self.architecture, tensor, shape)
+        return quantizable and tensor.removesuffix(".weight") not in self._kept
 
     def quantized_bytes(self, tensor: str, shape: Sequence[int]) -> int:
         """Of such a tensor of this shape, which may be a rank's, without the two scalars."""
@@ -56,8 +61,19 @@ class ModelFacts:
     @cached_property
     def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """The tensors that transformers loads and saves: a head that is the embedding is not one of its own."""
-        tied = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
+        tied = {self.head} if self.config.get("tie_word_embeddings") else set()
         return {name: info for name, info in self.tensors.items() if name not in tied and not NOT_WRITTEN.search(name)}
+
+    @property
+    def head(self) -> str:
+        """The name of the output layer's weight."""
+        return tensor_names.head(self.config)
+
+    @cached_property
+    def embedding(self) -> tuple[str, tuple[int, ...]] | None:
+        """(dtype, shape) of the embedding; None if no tensor has such a name."""
+        weights = ((name.removesuffix(".weight"), info) for name, info in self.tensors.items())
+        return next((info for name, info in weights if names.is_embedding(self.architecture, name)), None)
 
     @cached_property
     def _kept(self) -> frozenset[str]:
@@ -165,8 +181,7 @@ def serving(resolved: Resolved, flags: Sequence[Flag] | Sequence[Argument]) -> S
 def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, local: bool = False) -> Sizes:
     """What is downloaded, kept and held while calibrating. `local`: the model is a directory and is not copied."""
     unified = _unified(model, asked.fp8_kv)
-    architecture = (model.config.get("architectures") or [None])[0]
-    layout = asked.facts.has_engine or architecture in ARCHITECTURES  # llmapi needs none of TensorRT-LLM's own
+    layout = asked.facts.has_engine or model.architecture.engine is not None  # llmapi needs none of TensorRT-LLM's own
     whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1, target="engine"))) if layout else 0
     ranks = rank_bytes(model, asked)
     split = len(ranks) > 1 and asked.facts.has_engine
@@ -213,14 +228,12 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     tensors = dict(model.written)
     shared = not asked.facts.has_engine and asked.pp == 1
     if model.config.get("tie_word_embeddings") and not shared:
-        tied = next((info for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
-        tensors |= {"lm_head.weight": tied} if tied else {}
+        tensors |= {model.head: model.embedding} if model.embedding else {}
     for name, (dtype, shape) in tensors.items():
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-        stage = stage_of.get(int(layer[1]), asked.pp - 1) if layer else 0 if "embed_tokens" in name else asked.pp - 1
-        part = _share(name, shape, model.config, asked.tp)
+        stage = stage_of.get(_stage_layer(model.architecture, name), asked.pp - 1)
+        part = _share(name, shape, model, asked.tp)
         if model.quantizes(name, shape):
-            fused = name.endswith(("k_proj.weight", "v_proj.weight"))
+            fused = names.role(model.architecture, name.removesuffix(".weight")) in ("k", "v")
             stages[stage] += model.quantized_bytes(name, part) + (0 if fused else 2 * SCALAR)
         else:
             stages[stage] += written_bytes(dtype, part)
@@ -237,19 +250,29 @@ def price_of_fp8(model: ModelFacts, asked: Serving) -> int:
     return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, fp8=()), asked))
 
 
-def _share(name: str, shape: Sequence[int], config: Mapping[str, Any], tp: int) -> tuple[int, ...]:
-    """A rank's shape of a Hugging Face tensor; all ranks of a stage have the same (ranks.py, `share`)."""
-    *_, module, leaf = ["", *name.split(".")] if "." in name else ("", "", name)
+def _stage_layer(architecture: Architecture, name: str) -> int:
+    """The layer whose pipeline stage holds this tensor: the embedding is with the first, what follows the layers with
+    the last (-1)."""
+    layer = names.layer_of(architecture, name)
+    if layer is not None:
+        return layer
+    return 0 if names.is_embedding(architecture, name.removesuffix(".weight")) else -1
+
+
+def _share(name: str, shape: Sequence[int], model: ModelFacts, tp: int) -> tuple[int, ...]:
+    """A rank's shape of a Hugging Face tensor; all ranks of a stage have the same (checkpoint/sharding.py, `share`)."""
+    module, _, leaf = name.rpartition(".")
+    role = names.role(model.architecture, module)
     if tp == 1 or not shape:
         return tuple(shape)
-    if module in ("k_proj", "v_proj"):
-        kv_heads = _kv_heads(config)
-        return (shape[0] * max(kv_heads // tp, 1) // kv_heads, *shape[1:])
-    if module in _COLUMN:
+    if role in ("k", "v"):
+        heads = kv_heads(model.config)
+        return (shape[0] * max(heads // tp, 1) // heads, *shape[1:])
+    if role in names.COLUMN_PARALLEL:
         return (shape[0] // tp, *shape[1:])
-    if module in _ROW and leaf == "weight":
+    if role in names.ROW_PARALLEL and leaf == "weight":
         return (shape[0], shape[1] // tp)
-    if module in ("embed_tokens", "lm_head"):
+    if names.is_embedding(model.architecture, module) or names.is_head(model.architecture, module):
         return (math.ceil(shape[0] / tp), *shape[1:])
     return tuple(shape)
 
@@ -271,7 +294,7 @@ def activation_width(config: Mapping[str, Any], tp: int) -> int:
     Attention: q, k, v and the heads' output. MLP: gate, up and their product, of each expert that a token goes to.
     """
     heads, size = int(config["num_attention_heads"]), head_size(config)
-    attention = (2 * heads // tp + 2 * max(_kv_heads(config) // tp, 1)) * size
+    attention = (2 * heads // tp + 2 * max(kv_heads(config) // tp, 1)) * size
     mlp = 3 * int(config.get("intermediate_size") or 0) // tp
     if config.get("moe_intermediate_size"):
         mlp = 3 * int(config["moe_intermediate_size"]) * int(config.get("num_experts_per_tok") or 1) // tp
@@ -284,9 +307,9 @@ def kv_bytes_per_token(config: Mapping[str, Any], asked: Serving) -> int:
     The rank with the most layers; KV heads are repeated where there are fewer than ranks.
     """
     layers = math.ceil(_layers(config) / asked.pp)
-    heads = max(_kv_heads(config) // asked.tp, 1)
+    heads = max(kv_heads(config) // asked.tp, 1)
     if asked.facts.float32:  # the executor computes and caches in float32 (reference/model.py, `load`)
-        return 2 * _layers(config) * _kv_heads(config) * head_size(config) * 4
+        return 2 * _layers(config) * kv_heads(config) * head_size(config) * 4
     return 2 * layers * heads * head_size(config) * (1 if asked.fp8_kv else 2)
 
 
@@ -309,7 +332,7 @@ def attention_workspace(config: Mapping[str, Any], asked: Serving, tokens: int) 
     8 x T for the tokens' places. B is the plugin's max_num_seq (gptAttentionPlugin.cpp, getWorkspaceSize).
     """
     heads, size = int(config["num_attention_heads"]) // asked.tp, head_size(config)
-    q, kv = heads * size, max(_kv_heads(config) // asked.tp, 1) * size
+    q, kv = heads * size, max(kv_heads(config) // asked.tp, 1) * size
     batch, length = asked.max_batch_size, asked.max_input_len
     common = CUBLAS_WORKSPACE + 8 * tokens
     if asked.context_fmha:
@@ -324,9 +347,9 @@ def weights(model: ModelFacts, asked: Serving) -> int:
     """The fullest rank's; for the reference executor all weights in float32, as it unpacks them."""
     if not asked.facts.float32:
         return max(rank_bytes(model, asked))
-    tied = int(bool(model.config.get("tie_word_embeddings")) and "lm_head.weight" not in model.tensors)
-    embedding = next((math.prod(s) for n, (_, s) in model.tensors.items() if n.endswith("embed_tokens.weight")), 0)
-    return 4 * (sum(math.prod(shape) for _, shape in model.tensors.values()) + tied * embedding)
+    tied = model.config.get("tie_word_embeddings") and model.head not in model.tensors and model.embedding
+    embedding = math.prod(model.embedding[1]) if tied and model.embedding else 0
+    return 4 * (sum(math.prod(shape) for _, shape in model.tensors.values()) + embedding)
 
 
 def needed(model: ModelFacts, asked: Serving, *, held: int | None = None) -> int:
@@ -421,7 +444,3 @@ def _fraction(asked: Serving) -> Fraction:
 
 def _layers(config: Mapping[str, Any]) -> int:
     return int(config["num_hidden_layers"])
-
-
-def _kv_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])

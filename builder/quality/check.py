@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.architectures import names
 from builder.calibration.rows import Calibration, Use, calibrate, dump, local_file, read_jsonl
 from builder.checkpoint.layouts import Checkpoint
 from builder.core import paths, process, workers
@@ -53,7 +54,7 @@ PROMPTS = (
 ANSWER_TOKENS = 32
 LIBRARIES = 600_000_000  # bytes of a process that has torch and transformers
 # Layers that are tried in FP8 where the score is low, by what they cost.
-KEPT = (("*.down_proj",), ("*.self_attn.*",), ("*.mlp.*",), ("*.mlp.*", "*.q_proj"))
+KEPT = (("*.{down}",), ("*.{attention}.*",), ("*.{mlp}.*",), ("*.{mlp}.*", "*.{q}"))
 
 
 @dataclass(frozen=True)
@@ -235,15 +236,18 @@ def _texts(resolved: Resolved, store: Store) -> dict[str, list[dict[str, Any]]]:
 
 def _candidates(model: ModelFacts, fp8_kv: bool) -> list[dict[str, Any]]:
     """What could be changed: flags, the linear layers in FP8, whether the KV cache stays FP8, bytes added."""
-    known = [name for name in exclude.linears(model.tensors) if name not in {*model.kept, *model.fp8}]
+    architecture, excluded = model.architecture, {*model.kept, *model.fp8}
+    known = [name for name in exclude.linears(model.tensors, architecture) if name not in excluded]
     found: list[dict[str, Any]] = []
     if fp8_kv:
         found.append({"flags": ["--kv-cache-dtype", "auto"], "modules": [], "fp8_kv": False, "nbytes": 0})
-    for patterns in KEPT:
+    parts = names.parts(architecture)
+    for patterns in ([pattern.format(**parts) for pattern in row] for row in KEPT):
         if not all(fnmatch.filter(known, pattern) for pattern in patterns):
             continue
         members = {name for pattern in patterns for name in fnmatch.filter(known, pattern)}
-        together = [group for group in exclude.groups(known).values() if members.intersection(group)]
+        groups = exclude.groups(known, architecture)
+        together = [group for group in groups.values() if members.intersection(group)]
         modules = [name for group in together for name in group]
         if len(modules) < len(known):
             flags = [word for pattern in patterns for word in ("--keep-fp8", pattern)]

@@ -9,23 +9,21 @@ ModelOpt gives both sets one scale each (0.47.0, export/unified_export_hf.py, re
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from builder.architectures import catalog, names
+from builder.architectures.catalog import UNKNOWN
+from builder.architectures.facts import Architecture
 from builder.checkpoint import sharding
-from builder.checkpoint.layouts import FUSED, LINEARS
 from builder.core.errors import UnsupportedError, UsageError
-from builder.quantize.modelopt import is_quantized
-
-OUTPUT = ".o_proj"  # its input is what the attention kernel puts out
 
 
-def linears(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> list[str]:
+def linears(tensors: Mapping[str, tuple[str, Sequence[int]]], architecture: Architecture = UNKNOWN) -> list[str]:
     """The modules that would be quantized, by a model's headers {tensor: (dtype, shape)}, in the layers' order."""
-    names = [name.removesuffix(".weight") for name, (_, shape) in tensors.items() if is_quantized(name, shape)]
-    return sorted(names, key=_in_order)
+    weights = [name for name, (_, shape) in tensors.items() if names.is_quantizable(architecture, name, shape)]
+    return sorted((name.removesuffix(".weight") for name in weights), key=_in_order)
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
@@ -33,24 +31,17 @@ def _in_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def group_of(module: str) -> str:
-    """The layer that is served: `...qkv_proj` of q_proj; a mixture's experts are one."""
-    experts = re.match(r"(.*\.experts)\.\d+\.", module)
-    if experts:
-        return experts[1]
-    parent, _, name = module.rpartition(".")
-    return f"{parent}.{FUSED[name]}" if name in FUSED else module
-
-
-def groups(modules: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Modules that are kept or quantized together, by group_of, in their order."""
+def groups(modules: Iterable[str], architecture: Architecture = UNKNOWN) -> dict[str, tuple[str, ...]]:
+    """Modules that are kept or quantized together, by names.group_of, in their order."""
     found: dict[str, list[str]] = {}
     for module in modules:
-        found.setdefault(group_of(module), []).append(module)
+        found.setdefault(names.group_of(architecture, module), []).append(module)
     return {group: tuple(members) for group, members in found.items()}
 
 
-def keep(patterns: Sequence[str], known: Sequence[str], flag: str = "--keep-bf16") -> tuple[str, ...]:
+def keep(
+    patterns: Sequence[str], known: Sequence[str], flag: str = "--keep-bf16", architecture: Architecture = UNKNOWN
+) -> tuple[str, ...]:
     """What the flag's patterns (`model.layers.0.*`, `*.down_proj`) keep of the `known` linear layers, whole groups of
     them. UsageError for a pattern that matches nothing, UnsupportedError where nothing would be left for NVFP4."""
     named: set[str] = set()
@@ -59,7 +50,7 @@ def keep(patterns: Sequence[str], known: Sequence[str], flag: str = "--keep-bf16
         if not matching:
             raise _matches_nothing(pattern, known, flag)
         named |= matching
-    together = [members for members in groups(known).values() if named.intersection(members)]
+    together = [members for members in groups(known, architecture).values() if named.intersection(members)]
     modules = tuple(module for members in together for module in members)
     if modules and len(modules) == len(known):
         raise _nothing_left(known, flag)
@@ -105,25 +96,19 @@ def _matches_nothing(pattern: str, known: Sequence[str], flag: str) -> UsageErro
     )
 
 
-def engine_name(module: str) -> str:
-    """TensorRT-LLM's name of the layer that a module is, or is a part of: model.layers.0.self_attn.q_proj is
-    transformer.layers.0.attention.qkv."""
-    for name, parts in LINEARS.items():
-        for part in parts:
-            if module.endswith(f".{part}"):
-                return "transformer." + module.removeprefix("model.").removesuffix(part) + name
-    return module
-
-
 def check_split(
     kept: Sequence[str], fp8: Sequence[str], config: Mapping[str, Any], parallel: sharding.Parallel
 ) -> None:
     """UnsupportedError where the kept layers can't be named in all pipeline stages."""
-    layers = {engine_name(module): form for form, modules in (("BF16", kept), ("FP8", fp8)) for module in modules}
+    architecture = catalog.of(config)
+    forms = [(module, form) for form, modules in (("BF16", kept), ("FP8", fp8)) for module in modules]
+    layers = {names.engine_layer(architecture, module): form for module, form in forms}
     sharding.local_layers(layers, config, parallel)
 
 
-def check_flags(kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str]) -> None:
+def check_flags(
+    kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str], architecture: Architecture = UNKNOWN
+) -> None:
     """UnsupportedError for layers in BF16 or FP8 that trtllm-build would take for NVFP4 under the resolved flags."""
     # models/modeling_utils.py (1.2), DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
     if (kept or fp8) and flags.get("norm_quant_fusion") == "enable":
@@ -132,7 +117,7 @@ def check_flags(kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str
             hint="--set engine.flags.norm_quant_fusion=disable",
         )
     outputs = [(module, "BF16") for module in kept] + [(module, "FP8") for module in fp8]
-    outputs = [(module, form) for module, form in outputs if module.endswith(OUTPUT)]
+    outputs = [(module, form) for module, form in outputs if names.role(architecture, module) == "o"]
     if outputs and (reason := output_must_be_quantized(flags)):
         module, form = outputs[0]
         raise UnsupportedError(
@@ -148,25 +133,29 @@ APART = (("NVFP4", "FP8"), ("BF16", "FP8"), ("BF16", "NVFP4"))
 BY_Q_PROJ = "the attention's output is in q_proj's format there"
 
 
-def check_llm_class(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -> None:
+def check_llm_class(
+    kept: Sequence[str], fp8: Sequence[str], known: Sequence[str], architecture: Architecture = UNKNOWN
+) -> None:
     """UnsupportedError for layers in FP8 that TensorRT-LLM's LLM class (1.2) would load or feed in another format."""
     if not fp8:
         return
-    if fused := [module for module in known if module.endswith(".qkv_proj")]:
+    roles = {module: names.role(architecture, module) for module in known}
+    if fused := [module for module in known if roles[module] == "qkv"]:
         raise UnsupportedError(
             f"--target llmapi finds no format for {fused[0]} where formats are mixed.",
             why="It looks for q_proj's (_torch/models/modeling_utils.py, apply_layerwise_quant_config).",
             hint="Keep layers in BF16: --keep-bf16",
         )
     forms = dict.fromkeys(known, "NVFP4") | dict.fromkeys(kept, "BF16") | dict.fromkeys(fp8, "FP8")
-    for output in (module for module in known if module.endswith(OUTPUT)):
-        q_proj = output.removesuffix(OUTPUT) + ".q_proj"
+    for output in (module for module in known if roles[module] == "o"):
+        attention = output.rpartition(".")[0]
+        q_proj = next((n for n in known if roles[n] == "q" and n.startswith(f"{attention}.")), "")
         if (forms.get(q_proj), forms[output]) in APART:
             raise UnsupportedError(
                 f"{output} in {forms[output]} can't follow {q_proj} in {forms[q_proj]} with --target llmapi.",
                 why=f"TensorRT-LLM's LLM class: {BY_Q_PROJ} (_torch/models/modeling_utils.py, "
                 "apply_layerwise_quant_config; _torch/attention_backend/trtllm.py@00bede19, forward).",
-                hint=f"Keep both alike: --keep-fp8 '{output.removesuffix(OUTPUT)}.*', or {output} in BF16.",
+                hint=f"Keep both alike: --keep-fp8 '{attention}.*', or {output} in BF16.",
             )
 
 

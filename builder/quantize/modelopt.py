@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from builder.architectures import catalog, names
+from builder.architectures.facts import Architecture
 from builder.calibration.rows import Calibration, least_tokens
 from builder.checkpoint import validate
 from builder.checkpoint.layouts import Checkpoint
@@ -27,6 +29,7 @@ BLOCK = 16  # of NVFP4; builder.formats.arithmetic.nvfp4 imports torch
 SCALAR = 4  # bytes of an F32 scale
 LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokenizers", "numpy", "accelerate")
 SOURCES = (
+    "builder/architectures",
     "builder/quantize/modelopt.py",
     "builder/quantize/worker.py",
     "builder/quantize/device.py",
@@ -38,6 +41,7 @@ SOURCES = (
     "builder/tokenizer/loading.py",
     "builder/checkpoint/layouts.py",
     "builder/formats",
+    "builder/checkpoint/layout_names.py",
     "builder/checkpoint/validate.py",
     "builder/model/files.py",
     "builder/model/loading.py",
@@ -48,12 +52,6 @@ SOURCES = (
     "builder/checkpoint/huggingface.py",
     "builder/model/dtypes.py",
 )
-# Two-dimensional weights that are never quantized: embeddings and norms are no linear layers, and ModelOpt's NVFP4
-# configuration leaves the others alone (configs/ptq/units/default_disabled_quantizers of 0.47, a subset in 0.37).
-_NEVER = (
-    "embed", "norm", "wte", "wpe", "lm_head", "output_layer", "proj_out.", "router", "mlp.gate.weight",
-    "block_sparse_moe.gate.", "shared_expert_gate",
-)  # fmt: skip
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # everything it needs is in the snapshot
     "TRANSFORMERS_OFFLINE": "1",
@@ -99,8 +97,10 @@ def quantize(
     the format can't take the model, before any calibration where that can be known; IntegrityError with the tensors'
     names if the inspection finds a problem. Such a checkpoint is not kept.
     """
+    architecture = catalog.of(snapshot.config)
     ingredients = {
         "snapshot": snapshot.digest,
+        "architecture": catalog.ingredients(architecture),
         "calibration": calibration.digest,
         "quantization": part.model_dump(exclude={"keep_bf16", "keep_fp8"}),
         "kept": list(kept),
@@ -128,7 +128,7 @@ def quantize(
     }
 
     def make(tmp: Path) -> dict[str, Any]:
-        check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")], kept)
+        check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")], architecture, kept)
         with snapshot.source.blamed():
             facts = _run(job, tmp, store)
         found = validate.inspect(tmp)
@@ -162,7 +162,7 @@ def numerics() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def check(weights: Sequence[Path], kept: Sequence[str] = ()) -> None:
+def check(weights: Sequence[Path], architecture: Architecture, kept: Sequence[str] = ()) -> None:
     """UnsupportedError if a library is absent, or if a linear layer that isn't kept in BF16 has an input size that is
     no multiple of 16."""
     absent = [name for name in ("torch", "transformers", "nvidia-modelopt") if library_versions(name)[name] == "absent"]
@@ -173,12 +173,7 @@ def check(weights: Sequence[Path], kept: Sequence[str] = ()) -> None:
         )
     shapes = {name: info.shape for file in weights for name, info in read_header(file).items()}
     unkept = {name: shape for name, shape in sorted(shapes.items()) if name.removesuffix(".weight") not in kept}
-    check_sizes({name: shape for name, shape in unkept.items() if is_quantized(name, shape)})
-
-
-def is_quantized(name: str, shape: Sequence[int]) -> bool:
-    """Whether this tensor of a model is the weight of a linear layer that NVFP4 applies to, judged by its name."""
-    return name.endswith(".weight") and len(shape) == 2 and not any(word in name for word in _NEVER)
+    check_sizes({name: shape for name, shape in unkept.items() if names.is_quantizable(architecture, name, shape)})
 
 
 def quantized_bytes(shape: Sequence[int], *, fp8: bool = False) -> int:

@@ -21,8 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from builder.architectures import catalog, names, served
+from builder.architectures.attention import rope
 from builder.checkpoint import huggingface, layouts
-from builder.checkpoint.layouts import FUSED
 from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.core.process import emit, worker_main
@@ -163,11 +164,11 @@ def _share_ranges(model: Any, fp8: Sequence[str]) -> None:
     """
     from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 
-    modules = dict(model.named_modules())
+    modules, architecture = dict(model.named_modules()), catalog.of(model.config.to_dict())
     fused: dict[tuple[str, str], list[Any]] = {}
     for name in fp8:
         parent, _, leaf = name.rpartition(".")
-        fused.setdefault((parent, FUSED.get(leaf, leaf)), []).append(modules[name])
+        fused.setdefault((parent, names.fused_name(architecture, name) or leaf), []).append(modules[name])
     for members in fused.values():
         preprocess_linear_fusion(members)
 
@@ -255,10 +256,10 @@ def _second_layout(unified: Path, source: Path, tensorrt_llm: Path) -> str | Non
     """Completes the first layout and makes the second of it; says why not, for an architecture that has none."""
     emit(progress={"label": "writing the TensorRT-LLM layout", "done": 0, "total": None})
     huggingface.complete(unified, source)
-    config = layouts.read_json(source / "config.json")
+    config = catalog.with_common_keys(layouts.read_json(source / "config.json"))
     try:
-        layouts.architecture(config)
-        layouts.rope(config)
+        served.check_engine(config)
+        rope(config)
     except UnsupportedError as error:
         return error.what
     layouts.write_tensorrt_llm(unified, config, tensorrt_llm)

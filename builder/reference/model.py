@@ -24,7 +24,7 @@ from builder.core.errors import IntegrityError, UnsupportedError
 from builder.formats.arithmetic import fp8, nvfp4
 from builder.formats.declared import MIXED
 from builder.reference.rope import frequencies, rotate
-from builder.reference.supported import ACTIVATIONS, ARCHITECTURES
+from builder.reference.supported import ACTIVATIONS, engine_architectures
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -267,7 +267,7 @@ def _check(config: Mapping[str, Any]) -> None:
     wrong = [
         f"{name} {found!r}"
         for name, found, known in (
-            ("architecture", config["architecture"], ARCHITECTURES),
+            ("architecture", config["architecture"], engine_architectures()),
             ("hidden_act", config["hidden_act"], ACTIVATIONS),
             ("position_embedding_type", config["position_embedding_type"], ("rope_gpt_neox", "yarn")),
             ("quant_algo", quantization["quant_algo"], ("NVFP4", MIXED)),
@@ -278,5 +278,5 @@ def _check(config: Mapping[str, Any]) -> None:
     if wrong:
         raise UnsupportedError(
             f"The reference executor can't run this checkpoint: {', '.join(wrong)}.",
-            why=f"It runs NVFP4 checkpoints, also with layers in FP8 or BF16, of {', '.join(ARCHITECTURES)}.",
+            why=f"It runs NVFP4 checkpoints, also with layers in FP8 or BF16, of {', '.join(engine_architectures())}.",
         )

@@ -35,6 +35,7 @@ SOURCES = (
     "builder/serving/private_directory.py",
     "builder/serving/installation.py",
     "builder/trtllm/compatibility.py",
+    "builder/architectures",
     "builder/reference",
     "builder/recipe/target_facts.py",
     "builder/formats",

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from builder.checkpoint.layouts import head_size
+from builder.architectures import attention, catalog
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.release import order
 from builder.formats.declared import MIXED
@@ -95,7 +95,7 @@ def window_notes(model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list
     none; upstream sets it where the engine is run (examples/models/core/llama/README.md, Mistral v0.1:
     max_attention_window_size). The reference executor attends to all tokens too.
     """
-    window = sliding_window(model_config)
+    window = attention.sliding_window(model_config)
     longest = next(int(flag.value) for flag in flags if flag.name == "max_seq_len")
     if window is None or longest <= window:
         return []
@@ -104,22 +104,6 @@ def window_notes(model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list
         f"{longest}: longer sequences get other answers than transformers gives. --max-seq-len {window} keeps them out."
     )
     return [Note("model", text)]
-
-
-def sliding_window(config: Mapping[str, Any]) -> int | None:
-    """Tokens that some layer's attention is limited to; None where no layer's is.
-
-    Mistral's is on wherever sliding_window is a number, Qwen's only with use_sliding_window and from layer
-    max_window_layers on (transformers, MistralConfig and Qwen2Config); layer_types, where given, names each layer's.
-    """
-    window, kinds = config.get("sliding_window"), config.get("layer_types")
-    qwen = "Qwen" in (config.get("architectures") or [""])[0]
-    if not isinstance(window, int) or window < 1 or not config.get("use_sliding_window", not qwen):
-        return None
-    if kinds is not None:
-        return window if "sliding_attention" in kinds else None
-    first = config.get("max_window_layers", 0) if qwen else 0
-    return window if first < config.get("num_hidden_layers", first + 1) else None
 
 
 def _subject(resolved: schema.Resolved, config: Mapping[str, Any], answers: Sequence[Answer]) -> Subject:
@@ -135,7 +119,7 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any], answers: Sequ
     subject = Subject(
         version=load(asked.engine.tensorrt_llm),
         sm=gpu.sm,
-        architecture=(config.get("architectures") or [None])[0],
+        architecture=catalog.engine_architecture(config),
         quant_algo=MIXED if asked.quantization.keep_fp8 else "NVFP4",
         kv_cache_algo=KV_CACHE_ALGO[asked.quantization.kv_cache_dtype],
         tp=tp,
@@ -190,8 +174,8 @@ def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     found = {"hidden_size": hidden, "intermediate_size": _share(config.get("intermediate_size"), tp)}
     if hidden and heads:
-        kv = int(config.get("num_key_value_heads") or heads)
-        found["q, k and v together"] = (heads // tp + 2 * max(kv // tp, 1)) * head_size(config)
+        kv = attention.kv_heads(config)
+        found["q, k and v together"] = (heads // tp + 2 * max(kv // tp, 1)) * attention.head_size(config)
     return {name: width for name, width in found.items() if width}
 
 

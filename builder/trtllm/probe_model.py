@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from builder.architectures import catalog, shapes
 from builder.checkpoint import layouts
 from builder.core.safetensors_io import NewTensor, write
+from builder.formats import kv_cache
 
 HIDDEN, INNER, WORDS, HEADS, KV_HEADS, LAYERS = 512, 1024, 512, 4, 2, 2
 POSITIONS = 2048
@@ -53,27 +55,22 @@ def write_checkpoint(model: Mapping[str, Any], destination: Path, *, fp8_kv: boo
 
 
 def _tensors(model: Mapping[str, Any], fp8_kv: bool) -> Iterator[NewTensor]:
-    random, size = np.random.default_rng(0), model["head_dim"]
-    q, kv = HEADS * size, KV_HEADS * size
-    linears = {
-        "self_attn.q_proj": (q, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, q),
-        "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
-    }  # fmt: skip
-    norms = {"input_layernorm": HIDDEN, "post_attention_layernorm": HIDDEN}
-    if model["architectures"] == ["Qwen3ForCausalLM"]:
-        norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size}
+    """Random linear layers in NVFP4, norms of ones, a random embedding and head."""
+    random, architecture = np.random.default_rng(0), catalog.of(model)
+    names = architecture.tensors
+    assert names is not None, "a probe's architecture has an engine"
     for layer in range(LAYERS):
-        start = f"model.layers.{layer}."
-        for name, shape in linears.items():
-            yield from _linear(start + name, shape, random)
-        for name, width in norms.items():
-            yield _bf16(f"{start}{name}.weight", np.ones(width))
-        for part in "kv" if fp8_kv else "":
-            yield _scalar(f"{start}self_attn.{part}_proj.{part}_scale", 1.0)
-    yield _bf16("model.norm.weight", np.ones(HIDDEN))
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        yield _bf16(name, random.standard_normal((WORDS, HIDDEN)) / HIDDEN**0.5)
+        start = f"{names.layers}.{layer}."
+        for role, (outputs, inputs) in shapes.linears(model).items():
+            yield from _linear(start + names.linears[role], (outputs.size, inputs.size), random)
+        for norm, width in shapes.norms(model).items():
+            if norm in names.norms:
+                yield _bf16(f"{start}{names.norms[norm]}.weight", np.ones(width.size))
+        for scale in kv_cache.FP8.unified if fp8_kv else ():
+            yield _scalar(f"{start}{names.attention}.{scale}", 1.0)
+    yield _bf16(f"{names.final_norm}.weight", np.ones(HIDDEN))
+    for name in (names.embedding, names.head):
+        yield _bf16(f"{name}.weight", random.standard_normal((WORDS, HIDDEN)) / HIDDEN**0.5)
 
 
 def _linear(name: str, shape: tuple[int, int], random: np.random.Generator) -> Iterator[NewTensor]:

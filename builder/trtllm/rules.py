@@ -67,6 +67,10 @@ class Subject:
         """Whether any layer is NVFP4: with others in FP8 the checkpoint says MIXED_PRECISION."""
         return self.quant_algo in ("NVFP4", MIXED)
 
+    def is_one_of(self, rule: str) -> bool:
+        """Whether the model is of one of the architectures that a rule names, by TensorRT-LLM's names."""
+        return self.architecture in self.version.rules[rule]["only"]
+
     def source(self, rule: str) -> str:
         """Where a rule was read."""
         return f"{self.version.rules[rule]['where']}, rule {rule}"
@@ -139,13 +143,11 @@ def _sizes(s: Settings) -> None:
 
 def _fusions(s: Settings) -> None:
     subject = s.subject
-    if s.asked("reduce_fusion") and not (
-        subject.tp > 1 and subject.architecture in ("LlamaForCausalLM", "Gemma2ForCausalLM", "MedusaForCausalLM")
-    ):
+    if s.asked("reduce_fusion") and not (subject.tp > 1 and subject.is_one_of("R35")):
         s.put("reduce_fusion", "disable", "only Llama, Gemma 2 and Medusa with tensor parallelism have it", "R35")
     if s.asked("user_buffer") and not s.on("reduce_fusion"):
         s.put("user_buffer", "disable", "it needs reduce_fusion", "R36")
-    fusable = subject.architecture == "LlamaForCausalLM" and subject.quant_algo == "NVFP4"
+    fusable = subject.is_one_of("R34") and subject.quant_algo == "NVFP4"
     if s.asked("norm_quant_fusion") and (s.on("reduce_fusion") or not fusable):
         s.put("norm_quant_fusion", "disable", "only LlamaForCausalLM in NVFP4 without reduce_fusion has it", "R34")
     if s.asked("use_fused_mlp") and subject.quant_algo not in (None, "FP8"):
@@ -277,13 +279,12 @@ def _refuse_unserved(s: Settings) -> None:
 
 def _refuse_model(s: Settings) -> None:
     subject = s.subject
-    only = subject.version.rules["R05"]["only"]
-    if s.on("streamingllm") and subject.architecture not in only:
+    if s.on("streamingllm") and not subject.is_one_of("R05"):
         raise _usage(
             s, "R05", "streamingllm can't be had: an attention sink, nothing to do with streaming answers.",
             "Leave it out. Answers are streamed with repository.decoupled, the default.",
         )  # fmt: skip
-    if s.on("pp_reduce_scatter") and subject.architecture != "MixtralForCausalLM":
+    if s.on("pp_reduce_scatter") and not subject.is_one_of("R06"):
         raise _usage(s, "R06", "pp_reduce_scatter is for MixtralForCausalLM alone.", "Leave it out.")
     if subject.has_nvfp4:
         odd = {name: n for name, n in subject.in_features.items() if n % 16}

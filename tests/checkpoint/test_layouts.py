@@ -11,6 +11,7 @@ from typing import Any
 import exports
 import pytest
 
+from builder.architectures.attention import rope
 from builder.checkpoint import huggingface, layouts
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import NewTensor, Tensors, write
@@ -212,7 +213,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"type": "yarn", "factor": 4.0}
-SIZE = {"max_position_embeddings": 512}
+SIZE = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512}
 ROPES: dict[str, tuple[dict[str, Any], tuple[float, Any]]] = {
     "nothing said": ({}, (10000.0, None)),
     "transformers 4": ({"rope_theta": 1e6, "rope_scaling": None}, (1e6, None)),
@@ -234,7 +235,7 @@ ROPES: dict[str, tuple[dict[str, Any], tuple[float, Any]]] = {
 @pytest.mark.parametrize("case", ROPES)
 def test_rope_in_both_spellings(case: str) -> None:
     config, expected = ROPES[case]
-    assert layouts.rope({**SIZE, **config}) == expected
+    assert rope({**SIZE, **config}) == expected
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,7 @@ def test_rope_in_both_spellings(case: str) -> None:
 )
 def test_a_rope_that_tensorrt_llm_would_get_wrong_is_refused(config: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
-        layouts.rope({**SIZE, **config})
+        rope({**SIZE, **config})
 
 
 def loaded(directory: Path) -> tuple[float, str, Any]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from builder.checkpoint import layouts
+from builder.architectures import catalog, served
 from builder.cli import main
 from builder.core.errors import BuilderError, UnsupportedError, UsageError
 from builder.hub.snapshot import check_directory
-from builder.llmapi import versions as llmapi_versions
 from builder.model import files as model_files
 from builder.preflight import checks
 from builder.recipe import schema
@@ -118,7 +117,7 @@ def test_directories_of_other_kinds(names: list[str], said: str) -> None:
 
 def test_trust_remote_code_is_advised_where_it_helps_alone() -> None:
     own = {**CONFIG, "model_type": "new", "auto_map": {"AutoModelForCausalLM": "m.A"}}
-    for name in (*layouts.ARCHITECTURES, *llmapi_versions.read()["architectures"]):
+    for name in {*catalog.served_by("engine"), *catalog.served_by("llmapi")}:
         with pytest.raises(UnsupportedError) as caught:
             model_files.check_config({**own, "architectures": [name]}, "it", trust_remote_code=False)
         assert caught.value.hint == "Read that code, then add --trust-remote-code."
@@ -127,12 +126,12 @@ def test_trust_remote_code_is_advised_where_it_helps_alone() -> None:
     assert "no target serves OwnForCausalLM" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", [*llmapi_versions.read()["architectures"], "GPT2LMHeadModel", "FalconForCausalLM"])
+@pytest.mark.parametrize("name", [*catalog.served_by("llmapi"), "GPT2LMHeadModel", "FalconForCausalLM"])
 def test_the_llm_api_is_advised_for_what_it_serves(name: str) -> None:
     """Of every architecture without an engine: the advice leads to a plan, or is not given."""
     config = {**CONFIG, "architectures": [name]}
     try:
-        layouts.architecture(config)
+        served.check_engine(config)
         return
     except UnsupportedError as error:
         advised = "--target llmapi" in error.hint

@@ -16,6 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builder.architectures.catalog import UNKNOWN
+from builder.architectures.names import group_of
 from builder.calibration.rows import calibrate
 from builder.checkpoint import layouts as checkpoint_layouts
 from builder.checkpoint import sharding, validate
@@ -95,8 +97,8 @@ names = st.sets(st.sampled_from(exclude.linears(facts(TINY).tensors)), min_size=
 def test_groups_are_kept_whole_and_nothing_else_is(wanted: set[str]) -> None:
     known = exclude.linears(facts(TINY).tensors)
     kept = exclude.keep(sorted(wanted), known)
-    asked = {exclude.group_of(name) for name in wanted}
-    assert set(kept) == {name for name in known if exclude.group_of(name) in asked}
+    asked = {group_of(UNKNOWN, name) for name in wanted}
+    assert set(kept) == {name for name in known if group_of(UNKNOWN, name) in asked}
     assert exclude.keep(kept, known) == kept
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from builder.architectures import attention
 from builder.cli import explain
 from builder.core.errors import UnsupportedError, UsageError
 from builder.recipe import schema
@@ -229,7 +230,7 @@ def test_a_version_without_facts_is_refused_with_those_that_are_known(version: s
 
 
 def test_what_is_no_version_at_all() -> None:
-    with pytest.raises(UsageError, match="'latest' is no version"):
+    with pytest.raises(UsageError, match="'latest' is not a TensorRT-LLM version"):
         trtllm_flags.resolve(resolved("engine.tensorrt_llm=latest"), QWEN3_8B)
 
 
@@ -358,7 +359,7 @@ QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "slidin
     ],
 )
 def test_a_sliding_window_is_said_where_sequences_are_longer(config: dict[str, object], window: int | None) -> None:
-    assert trtllm_flags.sliding_window(config) == window
+    assert attention.sliding_window(config) == window
     found = trtllm_flags.window_notes(config, trtllm_flags.resolve(resolved(), config))
     assert bool(found) == (window is not None)
     if found:

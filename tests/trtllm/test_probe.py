@@ -17,7 +17,7 @@ from card_stand_in import machine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.checkpoint import layouts
+from builder.architectures import served
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.core.safetensors_io import NewTensor
 from builder.preflight import memory
@@ -116,7 +116,7 @@ def test_the_two_layer_model_is_one_that_runs(architecture: str, head_size: int,
 
     config = probe_model.config(architecture=architecture, head_size=head_size)
     layout = probe_model.write_checkpoint(config, tmp_path, fp8_kv=fp8_kv)
-    layouts.architecture(config)
+    served.check_engine(config)
     model = ReferenceModel.load(layout)
     logits = model.forward(torch.arange(1, 40), model.new_cache())
     assert bool(torch.isfinite(logits).all())

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from builder.architectures import catalog, names
 from builder.calibration.rows import Calibration, Use, calibrate
 from builder.core import process, workers
 from builder.core.errors import UsageError
@@ -113,7 +114,7 @@ def _sensitivity(
     partial = _partial(store, stage, ingredients)
 
     def make(tmp: Path) -> dict[str, Any]:
-        told = _run({**job, "proxy": proxy, "results": str(partial), "scratch": str(tmp)}, store)
+        told = _run({**job, "proxy": proxy, "results": str(partial), "scratch": str(tmp)}, model, store)
         rows = [asdict(loss) for loss in _losses(model, job["groups"], told)]
         whole, cache = (told["results"].get(name, {}).get("kl") for name in (WHOLE, KV_CACHE))
         facts = {"layers": rows, "whole": whole, "kv_cache": cache, "tokens": told["tokens"]}
@@ -158,7 +159,7 @@ def select(
     job, ingredients = _job(snapshot, calibration, model, resolved, store)
     found = _sensitivity(job, ingredients, model, store)
     order = [loss.name for loss in sorted(found.losses, key=lambda loss: -(loss.kl or 0.0) / loss.bytes)]
-    order = [group for group in order if not (refused and group.endswith(exclude.OUTPUT))]
+    order = [group for group in order if not (refused and names.role(model.architecture, group) == "o")]
     order = order[: len(job["groups"]) - 1]  # one must be left to quantize
     budget, form = resolved.recipe.quantization.kept_budget, resolved.recipe.quantization.kept_format
     job |= {"budget": budget, "order": order, "format": form, "rest": _why_not_less(found, refused)}
@@ -171,7 +172,7 @@ def select(
             errors = {loss.name: loss.output_error for loss in found.losses}
             lines = [known, {"output_errors": errors, "tokens": found.tokens}]
             replace_file(partial, "".join(json.dumps(line) + "\n" for line in lines))
-        told = _run({**job, "results": str(partial), "scratch": str(tmp)}, store)
+        told = _run({**job, "results": str(partial), "scratch": str(tmp)}, model, store)
         modules = [module for group in told["kept"] for module in job["groups"][group]]
         kept = f"{len(modules)} linear layers in {form.upper()}"
         store.out.info(f"KL {told['kl_before']:.3g} -> {told['kl']:.3g} with {kept}")
@@ -223,6 +224,7 @@ def _job(
     ingredients = {
         "of": [snapshot.digest, calibration.digest],
         "texts": texts.digest,
+        "architecture": catalog.ingredients(model.architecture),
         **job,
         "libraries": library_versions(*modelopt.LIBRARIES),
         "sources": sources_digest(*SOURCES),
@@ -253,7 +255,8 @@ def check_texts(recipe: Recipe) -> DataSet:
 def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
     """Of the layers that no pattern keeps."""
     named = {*model.kept, *model.fp8}
-    return exclude.groups(name for name in exclude.linears(model.tensors) if name not in named)
+    known = exclude.linears(model.tensors, model.architecture)
+    return exclude.groups((name for name in known if name not in named), model.architecture)
 
 
 def _weights(snapshot: Snapshot) -> list[Path]:
@@ -276,7 +279,7 @@ def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], told: Mappin
     for name, modules in groups.items():
         measured, output = told["results"].get(name, {}), told["output_errors"].get(name)
         tensors = [model.tensors[f"{module}.weight"] for module in modules]
-        scalars = 2 * modelopt.SCALAR * len({exclude.engine_name(module) for module in modules})
+        scalars = 2 * modelopt.SCALAR * len({names.engine_layer(model.architecture, module) for module in modules})
         found.append(
             Loss(
                 name=name,
@@ -313,9 +316,9 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
 
 
-def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
+def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, Any]:
     """The child, and its summary."""
-    modelopt.check([Path(file) for file in job["weights"]], job["kept"])
+    modelopt.check([Path(file) for file in job["weights"]], model.architecture, job["kept"])
     log = store.log("sensitivity")
     with SourceFiles.of_job(job).blamed():
         told, _ = process.run_job(

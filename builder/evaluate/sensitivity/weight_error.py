@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from builder.checkpoint.layouts import FUSED
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import Tensors
 from builder.formats.arithmetic import nvfp4
@@ -32,18 +31,17 @@ def weight_errors(
     found = {}
     for done, (group, modules) in enumerate(groups.items()):
         progress(done, len(groups))
-        found[group] = _group_error(tensors, modules)
+        found[group] = _group_error(tensors, modules, fused=group not in modules and not group.endswith(".experts"))
     progress(len(groups), len(groups))
     return found
 
 
-def _group_error(tensors: Tensors, modules: Sequence[str]) -> float:
+def _group_error(tensors: Tensors, modules: Sequence[str], *, fused: bool) -> float:
     """What is multiplied as one has one global scale, the largest (of q, k and v; of gate and up)."""
-    names = [f"{module}.weight" for module in modules]
-    amaxes = [_load(tensors, name).abs().amax() for name in names]
-    fused = all(module.rpartition(".")[2] in FUSED and ".experts." not in module for module in modules)
+    weights = [f"{module}.weight" for module in modules]
+    amaxes = [_load(tensors, name).abs().amax() for name in weights]
     error = whole = 0.0
-    for name, own in zip(names, amaxes, strict=True):
+    for name, own in zip(weights, amaxes, strict=True):
         amax = torch.stack(amaxes).amax() if fused else own
         if amax == 0:
             continue

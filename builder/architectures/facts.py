@@ -1,0 +1,160 @@
+"""What a file in configs/architectures says: one model architecture, with the source of every fact. Pure.
+
+A linear layer of a decoder layer has a role, whatever its name: `q`, `k`, `v` and `o` of the attention, `gate`, `up`
+and `down` of the MLP; `qkv` and `gate_up` where the checkpoint stores several as one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"]
+NormRole = Literal["input", "post_attention", "q", "k"]
+Target = Literal["engine", "llmapi", "reference"]
+ALWAYS = "always"  # a bias that is there whatever config.json says
+# The layers that every decoder layer of a complete table has. A table that stores them fused has no place here yet.
+COMPLETE: tuple[Role, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+# What TensorRT-LLM's config.json must say, and a model's may leave out.
+NEEDED_DEFAULTS = frozenset({"hidden_act", "rms_norm_eps", "rope_theta"})
+
+
+class Facts(BaseModel):
+    """A part of the file. Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Config(Facts):
+    """How the family's config.json differs from the common one.
+
+    `keys`: {common key: this family's}, such as {hidden_size: n_embd}. `defaults`: what the transformers configuration
+    class takes for keys that config.json leaves out.
+    """
+
+    keys: Mapping[str, str] = Field(default_factory=dict)
+    defaults: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class SlidingWindow(Facts):
+    """How config.json limits attention to the last `sliding_window` tokens.
+
+    `by_default`: whether a number in sliding_window is enough, or use_sliding_window must be true too. `first_layer`:
+    the key with the number of the first layer that is limited; None if all are. A `layer_types` key overrides it.
+    """
+
+    by_default: bool = True
+    first_layer: str | None = None
+    source: str
+
+
+class TensorNames(Facts):
+    """The names of all tensors of a model, as transformers saves them. They end in .weight and .bias.
+
+    `layers`: the list of decoder layers; `attention`, `linears` and `norms` are named below `layers`.N. `attention` is
+    the module that ModelOpt gives the quantizers of the KV cache; its exporter names their scales below it.
+    """
+
+    embedding: str
+    layers: str
+    attention: str
+    final_norm: str
+    head: str
+    linears: Mapping[Role, str]
+    norms: Mapping[NormRole, str]
+    source: str
+
+    @model_validator(mode="after")
+    def _complete(self) -> TensorNames:
+        if sorted(self.linears) != sorted(COMPLETE):
+            raise ValueError(f"linears must name exactly {', '.join(COMPLETE)}")
+        if not {"input", "post_attention"} <= self.norms.keys() or ("q" in self.norms) != ("k" in self.norms):
+            raise ValueError("norms must name input and post_attention, and q and k together or not at all")
+        names = [*self.linears.values(), *self.norms.values()]
+        if len(set(names)) < len(names):
+            raise ValueError("linears and norms must have names of their own")
+        return self
+
+
+class Refusal(Facts):
+    """A key of config.json with which a model of this architecture is not served, and why."""
+
+    key: str
+    why: str
+
+
+class Engine(Facts):
+    """How TensorRT-LLM's engine path serves the architecture.
+
+    `architecture`: its name in MODEL_MAP (tensorrt_llm/models/__init__.py), which the checkpoint's config.json holds;
+    `model_class`: the class behind it. `config`: fields that its configuration class reads beyond the common ones, with
+    the value where the model's config.json has none. `output_bias`: whether the attention's output projection has a
+    bias if q, k and v have one. `rope_types`: the kinds of rotary scaling that it computes.
+    """
+
+    architecture: str
+    model_class: str
+    since: str
+    config: Mapping[str, Any] = Field(default_factory=dict)
+    output_bias: bool
+    rope_types: tuple[str, ...]
+    refused: tuple[Refusal, ...] = ()
+    source: str
+
+
+class Served(Facts):
+    """That a target serves the architecture, and since which version of TensorRT-LLM. None: in every version."""
+
+    since: str | None = None
+    source: str
+
+
+class Architecture(Facts):
+    """One architecture: what `architectures` in config.json calls it, and everything that is known about it.
+
+    `biases`: {role: `always`, or the key of config.json that adds it}; other layers have none. `qk_norm`: whether
+    queries and keys are normalized. `tensors`: None if only transformers knows them. Without `engine`, `llmapi` or
+    `reference` that target does not serve it.
+    """
+
+    name: str
+    title: str
+    model_types: tuple[str, ...]
+    source: str
+    config: Config = Config()
+    biases: Mapping[Role, str] = Field(default_factory=dict)
+    qk_norm: bool = False
+    sliding_window: SlidingWindow | None = None
+    tensors: TensorNames | None = None
+    engine: Engine | None = None
+    llmapi: Served | None = None
+    reference: Served | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Architecture:
+        if (self.engine or self.reference) and self.tensors is None:
+            raise ValueError("engine and reference need the table of tensors")
+        if self.tensors and self.qk_norm != ("q" in self.tensors.norms):
+            raise ValueError("qk_norm and tensors.norms disagree")
+        if (self.engine or self.reference) and not self.config.defaults.keys() >= NEEDED_DEFAULTS:
+            raise ValueError(f"engine and reference need config.defaults of {', '.join(sorted(NEEDED_DEFAULTS))}")
+        return self
+
+
+class Conventions(Facts):
+    """Last parts of module names that decoders use, for architectures without a table of tensors.
+
+    `blocks`: the halves of a decoder layer. `fused`: layers that servers multiply as one, {name of the fused layer: its
+    roles}. `never_quantized`: parts of the names of two-dimensional weights that quantizers leave alone.
+    """
+
+    blocks: Mapping[Literal["attention", "mlp"], str]
+    linears: Mapping[Role, tuple[str, ...]]
+    fused: Mapping[str, tuple[Role, ...]]
+    embeddings: tuple[str, ...]
+    heads: tuple[str, ...]
+    never_quantized: tuple[str, ...]
+    source: str
