@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import builder
+from builder.architectures import catalog
 from builder.core import paths
 from builder.core.untrusted_text import parse_yaml
 from builder.llmapi import versions as llmapi
 from builder.machine import containers, gpus
+from builder.machine.cards import Card
 from builder.trtllm import versions as trtllm
 from docs.generate.markdown import code, say, table, text
+
+CARD_COLUMNS = ("card", "memory, GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS", "source")
 
 
 def gpu_profiles() -> Iterator[str]:
     """Profiles with formats, flags and notes; cards with memory."""
     yield from say(
         "# GPU profiles and cards",
-        "`builder gpus` prints the same. An engine runs only on the architecture that it was built for.",
+        "`builder gpus` prints the same. `--gpu` takes the name of a profile or of a card, in any spelling. "
+        "An engine runs only on the architecture that it was built for.",
     )
     profiles = [gpus.load(name) for name in gpus.names()]
     yield from table(
@@ -44,20 +51,13 @@ def gpu_profiles() -> Iterator[str]:
             rows = [(code(n), code(f.value), text(f.reason), text(f.source)) for n, f in profile.flags.items()]
             yield from table(("flag of trtllm-build", "value", "reason", "source"), rows)
         if profile.cards:
-            yield from table(
-                ("card", "memory, GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS", "source"),
-                [
-                    (
-                        text(c.name),
-                        *(
-                            text("" if n is None else n)
-                            for n in (c.memory_gb, c.bandwidth_gb_s, c.fp8_tflops, c.fp4_tflops)
-                        ),
-                        text(c.source),
-                    )
-                    for c in profile.cards
-                ],
-            )
+            yield from table(CARD_COLUMNS, map(_card, profile.cards))
+
+
+def _card(card: Card) -> tuple[str, ...]:
+    name = f"{card.name} (also: {', '.join(card.also)})" if card.also else card.name
+    figures = (card.memory_gb, card.bandwidth_gb_s, card.fp8_tflops, card.fp4_tflops)
+    return text(name), *("" if figure is None else text(figure) for figure in figures), text(card.source)
 
 
 def _yaml(tree: Mapping[str, Any], indent: str = "") -> Iterator[str]:
@@ -214,3 +214,36 @@ def known_errors() -> Iterator[str]:
             f"Source: {text(entry['source'])}",
             "",
         )
+
+
+def models() -> Iterator[str]:
+    """Model architectures, and which target serves each since which version."""
+    yield from say(
+        "# Models",
+        "From `configs/architectures/`. The engine and reference targets serve an architecture that has a TensorRT-LLM "
+        "layout; `--target llmapi` serves it with TensorRT-LLM's `LLM` class. A version is the first one that serves it.",
+    )
+    rows = []
+    for found in catalog.every():
+        engine = found.engine.since if found.engine else "no"
+        others = ("no" if part is None else part.since or "yes" for part in (found.llmapi, found.reference))
+        rows.append((code(found.name), text(found.title), engine, *others, text(found.source)))
+    headers = ("architecture in config.json", "family", "engine", "llmapi", "reference executor", "source of the facts")
+    yield from table(headers, sorted(rows, key=lambda row: row[2:5] == ("no", "no", "no")))
+    yield from say(
+        "A model of another architecture is quantized as far as the checkpoint in Hugging Face layout (`builder quantize`), "
+        "if ModelOpt knows its layers.",
+    )
+    for found in catalog.every():
+        for refusal in found.engine.refused if found.engine else ():
+            yield from say(f"{code(found.name)} with {code(refusal.key)} has no engine: {text(refusal.why)}")
+
+
+def packages() -> Iterator[str]:
+    """The packages of builder/, lowest layer first, from the docstring of builder/__init__.py."""
+    yield from say(
+        "# Packages",
+        "Lowest layer first. A module imports from its own package and from those above it in this table only.",
+    )
+    layers = re.findall(r"^    (\w+) +(\S.+)$", builder.__doc__ or "", re.M)
+    yield from table(("package", "contents"), [(code(f"builder/{name}"), text(what)) for name, what in layers])
