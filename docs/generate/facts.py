@@ -221,7 +221,7 @@ def models() -> Iterator[str]:
     yield from say(
         "# Models",
         "From `configs/architectures/`. The engine and reference targets serve an architecture that has a TensorRT-LLM "
-        "layout; `--target llmapi` serves it with TensorRT-LLM's `LLM` class. A version is the first one that serves it.",
+        "layout; `--target llmapi` serves it with TensorRT-LLM's `LLM` class. A version is the first that serves it.",
     )
     rows = []
     for found in catalog.every():
@@ -231,8 +231,8 @@ def models() -> Iterator[str]:
     headers = ("architecture in config.json", "family", "engine", "llmapi", "reference executor", "source of the facts")
     yield from table(headers, sorted(rows, key=lambda row: row[2:5] == ("no", "no", "no")))
     yield from say(
-        "A model of another architecture is quantized as far as the checkpoint in Hugging Face layout (`builder quantize`), "
-        "if ModelOpt knows its layers.",
+        "A model of another architecture can be quantized (`builder quantize`, Hugging Face layout) if ModelOpt knows "
+        "its layers.",
     )
     for found in catalog.every():
         for refusal in found.engine.refused if found.engine else ():
