@@ -1,8 +1,9 @@
-"""What the chain costs, as ratios in one run: python benchmarks/chain.py [--rounds 3]
+"""Measures the overhead of the build against its goals: python benchmarks/chain.py [--rounds 3]
 
-- a second build with nothing changed, and whether it imports torch
+- a second build without changes, and whether it imports torch
 - `builder --help` and `builder plan`
-- the chain (fetch to rendered repository) against ModelOpt's quantize and export called directly, in turn A B A B
+- a build from fetch to the rendered repository, relative to calling ModelOpt's quantize and export directly
+  (alternating runs)
 """
 
 from __future__ import annotations
@@ -19,39 +20,44 @@ from pathlib import Path
 MODEL = "tests/data/tiny-qwen3"
 ROWS = "configs/calibration/python-docs.jsonl"
 SEQ_LEN = "512"
-# The goals of the project, in seconds, and as a ratio.
+# The project's goals: seconds, and for the last one a ratio.
 GOALS = {"second build": 1.0, "builder --help": 0.25, "builder plan": 1.0, "chain / direct": 1.15}
 
 
 def timed(argv: list[str]) -> float:
+    """Runs a command and returns its wall time in seconds."""
     start = time.perf_counter()
     subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def builder(*argv: str) -> list[str]:
+    """The command line of this checkout's builder."""
     return [sys.executable, "-m", "builder", *argv]
 
 
 def chain(command: str, output: Path) -> list[str]:
+    """The command line that builds the fixture model up to `command`."""
     recipe = ["--model", MODEL, "--gpu", "cpu", "--calib-data", ROWS, "--calib-seq-len", SEQ_LEN]
     return builder(command, *recipe, "--output", str(output))
 
 
 def imports_torch(argv: list[str]) -> bool:
+    """Whether a Python command imports torch."""
     done = subprocess.run([argv[0], "-X", "importtime", *argv[1:]], check=True, capture_output=True, text=True)
     return any(line.rpartition("|")[2].strip() == "torch" for line in done.stderr.splitlines())
 
 
-def show(what: str, values: list[float], unit: str) -> bool:
-    """One row: median with the extremes, and whether the goal is met."""
-    middle, goal = statistics.median(values), GOALS[what]
-    met = middle <= goal
-    print(f"{what:<16} {middle:6.3f}{unit}  ({min(values):.3f} to {max(values):.3f})  goal {goal}{unit}: {met}")
+def show(name: str, values: list[float], unit: str) -> bool:
+    """Prints the median, the extremes and the goal; returns whether the goal is met."""
+    median, goal = statistics.median(values), GOALS[name]
+    met = median <= goal
+    print(f"{name:<16} {median:6.3f}{unit}  ({min(values):.3f} to {max(values):.3f})  goal {goal}{unit}: {met}")
     return met
 
 
 def main() -> int:
+    """Exit code 1 if a goal is missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds

@@ -1,4 +1,4 @@
-"""The peer of benchmarks/chain.py: ModelOpt's quantize and export called directly, as its documentation shows.
+"""The baseline of benchmarks/chain.py: calls ModelOpt's quantize and export directly, as its documentation shows.
 
 python benchmarks/direct.py MODEL ROWS.jsonl SEQ_LEN OUTPUT
 """
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(model_path: str, rows: str, seq_len: str, output: str) -> None:
+    """Quantizes a model to NVFP4 with an FP8 KV cache, calibrated on the rows, and exports it to `output`."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     texts = [json.loads(line) for line in Path(rows).read_text(encoding="utf-8").splitlines()]

@@ -1,10 +1,10 @@
-"""Tokens scored a second, against lm-eval's own `hf` model on the same texts, and memory over the number of texts.
+"""Measures the scoring throughput relative to lm-eval's `hf` model, and the memory for more texts.
 
     python benchmarks/evaluate.py [--rounds 3] [--dtype bfloat16]
 
-lm-eval comes with the extra `tasks`. Same process, same model class, same dtype and threads, in turn A B A B; both
-tokenize texts and score them. Ours keeps nothing of BF16 here (`top` 0), as lm-eval does. Its batch size is 1 by
-default; 8 and 32 are measured too.
+The extra `tasks` installs lm-eval. Both run in the same process, with the same model class, dtype and threads, in
+alternating rounds. Both tokenize and score the same texts. Ours stores no BF16 distributions here (`top` 0), as
+lm-eval stores none. lm-eval's default batch size is 1; 8 and 32 are measured too.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ Times: TypeAlias = Any  # [wall, CPU] seconds
 
 
 def now() -> Times:
-    """Wall and CPU clock: the second does not see what else a shared machine does."""
+    """The wall clock and the CPU clock, in seconds. Other programs on the machine do not affect the second."""
     import numpy as np
 
     return np.array([time.perf_counter(), time.process_time()])
 
 
 def texts(copies: int = 1) -> list[str]:
+    """The fixture's texts, repeated."""
     from builder.evaluate.datasets import text_of
 
     rows = [json.loads(line) for path in ROWS for line in path.read_text(encoding="utf-8").splitlines()]
@@ -45,7 +46,7 @@ def texts(copies: int = 1) -> list[str]:
 
 
 def ours(runner: Any, tokenizer: Any, rows: Path) -> tuple[int, Times, float]:
-    """(tokens, wall and CPU seconds, sum of NLL)."""
+    """Scores with our runner: the number of tokens, the seconds, and the sum of the negative log-likelihoods."""
     import numpy as np
     import torch
 
@@ -56,37 +57,38 @@ def ours(runner: Any, tokenizer: Any, rows: Path) -> tuple[int, Times, float]:
         start = now()
         found = sequences(rows, tokenizer, name="fixture", min_tokens=2, max_tokens=2040)
         tokens = score_set(runner, found, Path(directory))["tokens"]
-        took = now() - start
-        return tokens, took, float(np.load(Path(directory) / "nll.npy").sum(dtype=np.float64))
+        elapsed = now() - start
+        return tokens, elapsed, float(np.load(Path(directory) / "nll.npy").sum(dtype=np.float64))
 
 
 def theirs(model: Any, tokenizer: Any, batch: int) -> tuple[int, Times, float]:
-    """The same by its rolling log-likelihood, which also scores each first token after the end-of-text token."""
+    """The same with lm-eval's rolling log-likelihood, which also scores each text's first token."""
     from lm_eval.api.instance import Instance
 
     model.batch_size_per_gpu = batch
-    asked = [
+    requests = [
         Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=index)
         for index, text in enumerate(texts())
     ]
     start = now()
-    found = model.loglikelihood_rolling(asked, disable_tqdm=True)
-    took = now() - start
-    return sum(len(tokenizer(text)["input_ids"]) for text in texts()), took, -sum(found)
+    found = model.loglikelihood_rolling(requests, disable_tqdm=True)
+    elapsed = now() - start
+    return sum(len(tokenizer(text)["input_ids"]) for text in texts()), elapsed, -sum(found)
 
 
 def memory(copies: int) -> int:
-    """Largest resident set of a process of its own that scores so many copies of the fixture's texts."""
+    """The maximum resident set size in kB of a process that scores this many copies of the fixture's texts."""
     argv = [sys.executable, __file__, "--memory", str(copies)]
     return int(subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def job(dtype: str) -> dict[str, Any]:
+    """The job of a runner."""
     return {"model": MODEL, "dtype": dtype, "trust_remote_code": False, "batch_tokens": 8192}
 
 
 def score_copies(copies: int, dtype: str) -> None:
-    """Scores, keeping BF16's likeliest tokens, and prints the largest resident set in kB."""
+    """Scores copies of the texts, storing the most likely tokens, and prints the maximum resident set size in kB."""
     import torch
     from transformers import AutoTokenizer
 
@@ -104,6 +106,7 @@ def score_copies(copies: int, dtype: str) -> None:
 
 
 def compare(rounds: int, dtype: str) -> bool:
+    """Prints both throughputs and their ratios; returns whether the goal is met at batch size 1."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
@@ -118,28 +121,30 @@ def compare(rounds: int, dtype: str) -> bool:
         rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()), encoding="utf-8")
         for number in range(rounds):
             for batch in BATCHES:
-                tokens, took, nll = ours(runner, tokenizer, rows)
-                other, other_took, other_nll = theirs(lm, tokenizer, batch)
-                ratios[batch].append((tokens / took) / (other / other_took))
-                speeds.setdefault("ours", []).append(tokens / took)
-                speeds.setdefault(f"lm-eval, batch {batch}", []).append(other / other_took)
+                tokens, elapsed, nll = ours(runner, tokenizer, rows)
+                other, other_elapsed, other_nll = theirs(lm, tokenizer, batch)
+                ratios[batch].append((tokens / elapsed) / (other / other_elapsed))
+                speeds.setdefault("ours", []).append(tokens / elapsed)
+                speeds.setdefault(f"lm-eval, batch {batch}", []).append(other / other_elapsed)
             print(f"round {number + 1}: mean NLL {nll / tokens:.3f}, lm-eval {other_nll / other:.3f}", file=sys.stderr)
     for name, values in speeds.items():
-        print(f"{name:<18} tokens a second {told(values, 0)}")
+        print(f"{name:<18} tokens/s {summary(values, 0)}")
     for batch, values in ratios.items():
-        print(f"ratio, batch {batch:<5} {told(values, 2)}" + (f"  goal {GOAL}" if batch == 1 else ""))
+        print(f"ratio, batch {batch:<5} {summary(values, 2)}" + (f"  goal {GOAL}" if batch == 1 else ""))
     return statistics.median(float(cpu) for _, cpu in ratios[1]) >= GOAL
 
 
-def told(values: list[Times], digits: int) -> str:
+def summary(values: list[Times], digits: int) -> str:
+    """The median and the extremes by wall clock and by CPU clock."""
     wall, cpu = ([float(value[clock]) for value in values] for clock in (0, 1))
     return ", ".join(
-        f"{name} {statistics.median(one):.{digits}f} ({min(one):.{digits}f} to {max(one):.{digits}f})"
-        for name, one in (("wall", wall), ("CPU", cpu))
+        f"{name} {statistics.median(times):.{digits}f} ({min(times):.{digits}f} to {max(times):.{digits}f})"
+        for name, times in (("wall", wall), ("CPU", cpu))
     )
 
 
 def main() -> int:
+    """Exit code 1 if a goal is missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")

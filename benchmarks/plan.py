@@ -1,7 +1,7 @@
-"""What planning costs for large models: python benchmarks/plan.py
+"""Measures time and memory of planning for large models: python benchmarks/plan.py
 
-Made-up models with the real shapes of Qwen2.5-72B and Qwen3-235B-A22B: safetensors files of a header and nothing
-(truncate). `builder plan` for the first; the second has no TensorRT-LLM layout here, so its sizes are computed alone.
+The models are synthetic, with the shapes of Qwen2.5-72B and Qwen3-235B-A22B: safetensors files with a header and sparse
+data. The first one is planned. The second has no TensorRT-LLM layout here, so only its sizes are computed.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from builder.core.output import Output
 from builder.recipe.schema import Model
 from builder.core.store import Store
 model = preflight.read_model(Model(id=sys.argv[1]), Store(Path(sys.argv[2]), Output("quiet"), dry=True))
-asked = fit.Serving(max_batch_size=64, max_input_len=2048, max_seq_len=4096, max_num_tokens=8192, tp=4)
-print(fit.sizes(model, asked).parameters)
-print(fit.memory(model, asked, "B200", 193_300_000_000))
+limits = fit.Serving(max_batch_size=64, max_input_len=2048, max_seq_len=4096, max_num_tokens=8192, tp=4)
+print(fit.sizes(model, limits).parameters)
+print(fit.memory(model, limits, "B200", 193_300_000_000))
 """
 
 
 def shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes as transformers writes them."""
+    """The tensors of a configuration by name, with their shapes, as transformers saves them."""
     hidden, kv = c["hidden_size"], c["num_key_value_heads"]
     dim = c.get("head_dim") or hidden // c["num_attention_heads"]
     q = c["num_attention_heads"] * dim
@@ -74,7 +74,7 @@ def shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def make(config: dict[str, Any], directory: Path) -> Path:
-    """A model directory whose weights are holes in sparse files."""
+    """Creates a model directory whose weights are sparse files."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config))
     for file in TOKENIZER.glob("*token*"):
@@ -96,20 +96,24 @@ def make(config: dict[str, Any], directory: Path) -> Path:
     return directory
 
 
-def measured(what: str, argv: list[str], codes: tuple[int, ...] = (0,)) -> bool:
-    """One row: wall time and the largest memory of any child so far (the first is the smaller model)."""
+def measured(name: str, argv: list[str], codes: tuple[int, ...] = (0,)) -> bool:
+    """Runs a command and prints its wall time and the maximum memory of all commands so far.
+
+    Returns whether the goals are met. `codes` are the expected exit codes.
+    """
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
-    taken = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     if done.returncode not in codes:
-        raise SystemExit(f"{what}: exit code {done.returncode}\n{done.stderr}")
+        raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6
-    met = taken <= SECONDS and peak <= MEGABYTES
-    print(f"{what:<34} {taken:5.2f} s  {peak:4.0f} MB  goal {SECONDS} s, {MEGABYTES} MB: {met}")
+    met = elapsed <= SECONDS and peak <= MEGABYTES
+    print(f"{name:<34} {elapsed:5.2f} s  {peak:4.0f} MB  goal {SECONDS} s, {MEGABYTES} MB: {met}")
     return met
 
 
 def main() -> int:
+    """Exit code 1 if a goal is missed."""
     work = Path(tempfile.mkdtemp())
     try:
         large = str(make(QWEN25_72B, work / "72b"))

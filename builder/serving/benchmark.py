@@ -117,9 +117,9 @@ class BenchmarkReport:
 
 @dataclass(frozen=True)
 class _Response:
-    """The arrival time of each piece in seconds since the request was sent, and the text; or the error."""
+    """The arrival time of each chunk in seconds since the request was sent, and the text; or the error."""
 
-    pieces: Sequence[float] = ()
+    chunks: Sequence[float] = ()
     text: str = ""
     error: str = ""
 
@@ -319,16 +319,16 @@ class _Measurement:
                 f"Every request failed at concurrency {concurrency}.", why=error, hint="builder smoke REPOSITORY"
             )
         counts = [self.count_tokens(answer.text) for answer in good]
-        # The first piece is the TTFT; what follows is spread over the other tokens, however they were grouped.
-        gaps = [(a.pieces[-1] - a.pieces[0]) / (n - 1) for a, n in zip(good, counts, strict=True) if n > 1]
+        # The time after the first chunk is divided by the other tokens, because a chunk may contain several.
+        gaps = [(a.chunks[-1] - a.chunks[0]) / (n - 1) for a, n in zip(good, counts, strict=True) if n > 1]
         return Level(
             concurrency=concurrency,
             completed=len(good),
             failed=len(answers) - len(good),
             seconds=round(elapsed, 4),
             tokens_per_second=round(sum(counts) / elapsed, 3),
-            latency=_percentiles([answer.pieces[-1] for answer in good]),
-            ttft=_percentiles([answer.pieces[0] for answer in good]) if self.streams else None,
+            latency=_percentiles([answer.chunks[-1] for answer in good]),
+            ttft=_percentiles([answer.chunks[0] for answer in good]) if self.streams else None,
             inter_token_latency=_percentiles(gaps) if self.streams and gaps else None,
             error=error,
             shortest=min(counts),
@@ -348,19 +348,19 @@ class _Measurement:
 
         try:
             if self.streams:
-                for piece in self.client.grpc_chunks(request, sent=stamp):
+                for chunk in self.client.grpc_chunks(request, sent=stamp):
                     stamp()
-                    texts.append(piece)
+                    texts.append(chunk)
             else:
                 stamp()
                 texts.append(self.client.http_generate(request).text)
                 stamp()
         except (ServerError, ResponseTimeout) as error:
             return _Response(error=str(error).splitlines()[0])
-        sent, *pieces = times
-        if not pieces:
+        sent, *arrived = times
+        if not arrived:
             return _Response(error="the stream ended without a response")
-        return _Response([piece - sent for piece in pieces], "".join(texts))
+        return _Response([arrival - sent for arrival in arrived], "".join(texts))
 
 
 def _percentiles(values: Sequence[float]) -> Percentiles:

@@ -328,7 +328,7 @@ def _wait_until_ready(server: ContainerServer, models: Path, deadline: float) ->
             raise ServingError(
                 f"The server in the container {problem}.",
                 why=why or process.tail(server.log),
-                hint=f"The whole log: {server.log}",
+                hint=f"The full log: {server.log}",
             )
         if answers_ok(server.http_url, paths[0]):
             paths.pop(0)

@@ -35,9 +35,9 @@ def start_failure(what: str, log: Path) -> ServingError:
     text = log.read_text(encoding="utf-8", errors="replace")
     why = "\n".join(reasons(text)) or process.tail(log)
     if known := build_log.diagnose(text, "serving"):
-        hint = f"{known.hint}\nThe whole log: {log}"
+        hint = f"{known.hint}\nThe full log: {log}"
         return ServingError(what, why=f"{known.why} ({known.source})\n{why}", hint=hint)
-    return ServingError(what, why=why, hint=f"The whole log: {log}")
+    return ServingError(what, why=why, hint=f"The full log: {log}")
 
 
 def reasons(log: str) -> list[str]:

@@ -120,6 +120,7 @@ class _Stopping:
     seconds: float = STOP_SECONDS
 
     def stop(self, child: process.Child) -> None:
+        """Sends SIGTERM and waits."""
         if child.poll() is None:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):

@@ -189,7 +189,7 @@ def _base(asking: Session) -> Mapping[str, str]:
     raise StageError(
         "Not even a plain engine of two layers can be built here, so no failure would say anything about a flag.",
         why="\n".join(f"{probe.name}: {record['reason']}" for probe, record in failed),
-        hint=f"Nothing was kept. The whole log: {failed[-1][1]['log'] if failed else '-'}",
+        hint=f"Nothing was kept. The full log: {failed[-1][1]['log'] if failed else '-'}",
     )
 
 

@@ -275,4 +275,4 @@ def test_a_known_failure_of_a_server_is_told_with_its_cure(tmp_path: Path, line:
     assert str(log) in error.hint
     assert build_log.diagnose(line) is None  # of trtllm-build's
     log.write_text("something\n")
-    assert start_failure("Triton ended.", log).hint == f"The whole log: {log}"
+    assert start_failure("Triton ended.", log).hint == f"The full log: {log}"

@@ -182,7 +182,7 @@ def test_the_log_that_an_error_names_exists(tmp_path: Path, monkeypatch: pytest.
         serve(models, out=QUIET, options=ServerOptions(timeout=1)),
     ):
         pytest.fail("it came up")
-    log = Path(caught.value.hint.removeprefix("The whole log: "))
+    log = Path(caught.value.hint.removeprefix("The full log: "))
     assert "Initialize: lonely" in log.read_text()
     assert not list(log.parent.glob("*/"))
 

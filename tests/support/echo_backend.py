@@ -1,8 +1,8 @@
-"""A stand-in for the engine, in the tests of the serving shell: Triton's backend `tensorrtllm`, written in Python.
+"""A stand-in for the engine in tests of serving: Triton's `tensorrtllm` backend in Python, without a model.
 
-It answers with the prompt's own token ids over and over, `request_output_len` of them, one a response when it streams.
-It stops at the end id and at the stop words, as TensorRT-LLM does, with the stop word in the answer. Not a model.
-A prompt that begins with "!" (token id 0 of the fixture) waits `WAIT_SECONDS` before each token.
+It repeats the prompt's token ids up to `request_output_len` tokens, and streams one token per response. Like
+TensorRT-LLM, it stops at the end id and at stop words, and includes the stop word in the answer. For a prompt that
+begins with "!" (token id 0 of the fixture), it waits `WAIT_SECONDS` before each token.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ class TritonPythonModel:
 
     def answer(self, request_id, inputs, sender):
         streaming = bool(inputs.get("streaming", np.array(False)).any())
-        said = []
+        generated = []
         for token in self.tokens(request_id, inputs):
-            said.append(token)
+            generated.append(token)
             if streaming:
                 sender.send(response([token]))
         final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        sender.send(flags=final) if streaming else sender.send(response(said), flags=final)
+        sender.send(flags=final) if streaming else sender.send(response(generated), flags=final)
 
     def tokens(self, request_id, inputs):
         prompt = inputs["input_ids"][0, : inputs["input_lengths"].flat[0]].tolist()
         stop_words = words(inputs["stop_words_list"][0])
-        said = []
+        generated = []
         for i in range(inputs["request_output_len"].flat[0]):
             token = prompt[i % len(prompt)]
             if token == inputs["end_id"].flat[0] or request_id in self.stopped:
                 return
             if prompt[0] == WAIT:
                 time.sleep(WAIT_SECONDS)
-            said.append(token)
+            generated.append(token)
             yield token
-            if any(said[-len(word) :] == word for word in stop_words):
+            if any(generated[-len(word) :] == word for word in stop_words):
                 return
 
 

@@ -110,7 +110,7 @@ def test_an_unknown_failure_shows_the_last_lines_alone(
     with pytest.raises(StageError) as caught:
         build(checkpoint, "sm120", tmp_path / "out")
     assert caught.value.why.endswith("RuntimeError: nobody has seen this before")
-    assert caught.value.hint.startswith("The whole log: ")
+    assert caught.value.hint.startswith("The full log: ")
 
 
 WARNINGS = f"""
