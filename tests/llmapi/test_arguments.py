@@ -167,8 +167,8 @@ def test_experts_get_a_backend_that_runs_on_the_card() -> None:
         ("env_overrides.token=abc", "secrets"),
         ("speculative_config.decoding_type=Eagle3", "need a draft model"),
         ("speculative_config.speculative_model=gpt2", "NGram and SA need none"),
-        ("model=gpt2", "this build's own"),
-        ("kv_cache_config.sink_token_length=4", "drops it without a word"),
+        ("model=gpt2", "the build sets its own checkpoint"),
+        ("kv_cache_config.sink_token_length=4", "silently ignores it"),
         ("max_beam_width=2", "one answer"),
     ],
 )

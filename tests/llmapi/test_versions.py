@@ -133,7 +133,9 @@ def test_an_argument_of_another_version_is_refused_and_told_so() -> None:
     assert "came later" in refusal(FIRST, "pp_partition=[20, 16]", **{"engine.pp": 2})
     assert taken(NEW, "pp_partition=[20, 16]", **{"engine.pp": 2})["pp_partition"] == [20, 16]
     # One that a later state of main moved elsewhere has been removed; one that the version still has is not.
-    assert "block_reuse_config.policy now" in refusal(NEW, "kv_cache_config.block_reuse_policy=per_request")
+    assert "use kv_cache_config.block_reuse_config.policy" in refusal(
+        NEW, "kv_cache_config.block_reuse_policy=per_request"
+    )
     assert "removed" not in refusal(FIRST, "kv_cache_config.block_reuse_policy=per_request")
 
 
@@ -323,7 +325,7 @@ def test_an_adapter_that_cannot_be_served_is_refused(tmp_path: Path) -> None:
     assert raised["lora_config.max_lora_rank"] == 128
     assert "needs the adapters' directories" in refusal(FIRST, "lora_config.max_lora_rank=8")
     assert "needs the adapters' directories" in refusal(FIRST, "peft_cache_config.host_cache_size=8")
-    assert "name the adapters" in refusal(FIRST, "enable_lora=true")
+    assert "list the adapters" in refusal(FIRST, "enable_lora=true")
     breakable = "prefill_cuda_graph_backend=breakable"
     assert "does not work with lora_config" in refusal(NEW, f"lora_config.lora_dir=[{one}]", breakable)
 
