@@ -90,7 +90,7 @@ def layer_of(architecture: Architecture, name: str) -> int | None:
     tensors = architecture.tensors
     pattern = re.compile(rf"^{re.escape(tensors.layers)}\.(\d+)\.") if tensors else _LAYER
     found = pattern.search(name)
-    return int(found[1]) if found else None
+    return int(found[1][:9]) if found else None  # a longer number is a mistake, and slow to read
 
 
 def is_embedding(architecture: Architecture, module: str) -> bool:

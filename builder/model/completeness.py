@@ -166,7 +166,7 @@ def _not_whole(
 def _check_layers(config: Mapping[str, Any], tensors: Iterable[str], where: str) -> None:
     """As many decoder layers as config.json says; DeepSeek's and GLM's extra ones predict further tokens."""
     layers, extra = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers") or 0
-    numbers = {int(match[1][:9]) for match in map(LAYER.search, tensors) if match}
+    numbers = {number for number in (_layer_of(config, name) for name in tensors) if number is not None}
     if not layers or not numbers:
         return
     if (absent := next((n for n in range(layers) if n not in numbers), None)) is not None:
@@ -181,6 +181,15 @@ def _check_layers(config: Mapping[str, Any], tensors: Iterable[str], where: str)
         "with random numbers, and leave out those that are too many.",
         hint="Copy or download the whole model again, with the config.json that belongs to it.",
     )
+
+
+def _layer_of(config: Mapping[str, Any], name: str) -> int | None:
+    """The number of the decoder layer that a tensor belongs to, whatever the layers are called."""
+    architecture = catalog.of(config)
+    if architecture.tensors:
+        return module_names.layer_of(architecture, name)
+    found = LAYER.search(name)
+    return int(found[1][:9]) if found else None
 
 
 def _check_embedding(config: Mapping[str, Any], tensors: Mapping[str, Header], where: str) -> None:

@@ -130,7 +130,9 @@ def _calibrate(
         emit(progress={"label": "calibrating", "done": len(batches), "total": len(batches)})
 
     with torch.inference_mode(), _unsupported("quantize"):
-        mtq.quantize(model, _config(mtq, fp8_kv, kept, fp8), forward)
+        table = catalog.of(model.config.to_dict()).tensors
+        never = [table.head] if table else []  # ModelOpt knows it as lm_head only
+        mtq.quantize(model, _config(mtq, fp8_kv, [*kept, *never], fp8), forward)
         _share_ranges(model, fp8)
     return counts
 
