@@ -84,7 +84,7 @@ class Form:
 
 def forms(resolved: Resolved) -> list[Form]:
     """In the order of RUNNERS: BF16 first."""
-    part, fp8 = resolved.recipe.evaluation, resolved.recipe.quantization.kv_cache_dtype == "fp8"
+    part, fp8 = resolved.recipe.evaluation, resolved.recipe.quantization.cache_format.quantized
     found = [Form(name, name, fp8) for name in RUNNERS if name in part.runners]
     if part.compare_kv and not fp8:
         raise UsageError(
@@ -146,6 +146,7 @@ def _of(form: Form, models: Models, resolved: Resolved, store: Store) -> tuple[d
         assert models.checkpoint is not None
         rows = {"rows": str(models.calibration.path.absolute())}
         rows |= {key: models.checkpoint.facts[key] for key in ("kept", "fp8")}
+        rows |= {"format": recipe.quantization.format}
         rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
         return {"calibration": rows}, [models.snapshot.digest, models.calibration.digest]
     if form.runner == "served":

@@ -111,6 +111,9 @@ class NumberFormat:
     modelopt_config: the configuration of modelopt.torch.quantization that quantizes a whole model to it.
     quantizers: for single layers in it, what ModelOpt's quantizers are set to, by their names before `_quantizer`.
         None turns a quantizer off.
+    prepare_export: whether layers must be prepared for ModelOpt's Hugging Face exporter, which for this format neither
+        shares the ranges of layers that are served as one (export/unified_export_hf.py, 0.37 to 0.47) nor divides by
+        the scale in float32, as its simulation does.
     gpu_format: the entry of `formats` in configs/gpus/*.yaml that a GPU must have, with the version of TensorRT-LLM
         and the source; None where every GPU runs it.
     gemm_plugin: the value of trtllm-build's --gemm_plugin that it brings along (tensorrt_llm/builder.py, 1.2).
@@ -127,6 +130,7 @@ class NumberFormat:
     whole_model: bool = False
     modelopt_config: str | None = None
     quantizers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
+    prepare_export: bool = False
     gpu_format: str | None = None
     gemm_plugin: str | None = None
     gemm_inputs: int = 1

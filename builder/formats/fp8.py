@@ -58,5 +58,6 @@ FORMAT = Fp8(
     ),
     label="fp8",
     quantizers={"weight": E4M3, "input": E4M3},
+    prepare_export=True,
     gpu_format="fp8",
 )  # fmt: skip

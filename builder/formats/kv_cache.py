@@ -73,9 +73,9 @@ AUTO = KvCacheFormat(name="auto", title="KV cache in the model's type", quant_al
 FORMATS: Mapping[str, KvCacheFormat] = {one.name: one for one in (FP8, AUTO)}
 # Formats of TensorRT-LLM's that are rejected, and why (rules R31, R32 and R45 of configs/trtllm).
 REJECTED = {
-    "nvfp4": "an NVFP4 KV cache does not run on sm120 (NVIDIA/TensorRT-LLM #10241); it is calibrated here for no card",
+    "nvfp4": "an NVFP4 KV cache does not run on sm120 (NVIDIA/TensorRT-LLM #10241), and is never calibrated here",
     "int8": "an INT8 KV cache does not work with paged context FMHA, so it costs KV reuse and chunked context, "
-    "and sm100 to sm119 have none",
+    "and sm100 to sm119 do not support it",
 }
 
 

@@ -113,7 +113,7 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any]) -> Subject:
         facts=llmapi_versions.load(resolved.recipe.engine.tensorrt_llm),
         sm=resolved.gpu.sm,
         experts=int(config.get("num_experts") or config.get("num_local_experts") or 0),
-        fp8_kv=resolved.recipe.quantization.kv_cache_dtype == "fp8",
+        fp8_kv=resolved.recipe.quantization.cache_format.quantized,
         head_size=head_size(config) if "num_attention_heads" in config else None,
         fmha_head_sizes=tuple(resolved.gpu.fmha_head_sizes),
     )
@@ -145,7 +145,8 @@ def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
     subject = _subject(resolved, config)
     served.check_llmapi(config, subject.facts.version)
     engine = resolved.recipe.engine
-    sharding.check(config, engine.tp, engine.pp, gemm=True)
+    number_format = resolved.recipe.quantization.number_format
+    sharding.check(config, engine.tp, engine.pp, number_format=number_format, gemm=True)
     lora.check(_flatten(resolved.recipe.llmapi.args))
     if subject.fp8_kv and subject.fmha_head_sizes and subject.head_size not in subject.fmha_head_sizes:
         raise UnsupportedError(

@@ -24,6 +24,7 @@ from builder.preflight.memory import Machine, ModelFacts, Sizes
 from builder.quantize import exclude, kv_safety
 from builder.quantize.modelopt import ENVIRONMENT, gpus
 from builder.recipe.schema import Model, Resolved
+from builder.recipe.target_facts import target_facts
 from builder.reference import supported
 from builder.serving import installation, limits, private_directory
 from builder.tokenizer import files as tokenizer_files
@@ -82,7 +83,8 @@ def check_model(
         attention.rope(config)
         if asked.target == "reference" or "reference" in asked.evaluation.runners:
             supported.check_model(config)
-        sharding.check(config, asked.engine.tp, asked.engine.pp, gemm=asked.target == "engine")
+        number_format, gemm = asked.quantization.number_format, target_facts(asked.target).builds_tensorrt
+        sharding.check(config, asked.engine.tp, asked.engine.pp, number_format=number_format, gemm=gemm)
     return trtllm_flags.resolve(resolved, config, answers)
 
 
@@ -128,7 +130,7 @@ def keep_patterns(resolved: Resolved, model: ModelFacts, flags: Settings) -> Mod
     kept = exclude.keep(part.kept_patterns, known, architecture=model.architecture)
     fp8 = exclude.keep(part.fp8_patterns, known, "--keep-fp8", model.architecture)
     exclude.check_apart(kept, fp8, known)
-    model = replace(model, kept=kept, fp8=fp8)
+    model = replace(model, kept=kept, fp8=fp8, number_format=part.number_format)
     check_kept(resolved, model, flags)
     return model
 

@@ -20,11 +20,14 @@ from builder.architectures.attention import head_size, kv_heads
 from builder.architectures.facts import Architecture
 from builder.checkpoint.sharding import Parallel
 from builder.core.safetensors_io import byte_size
+from builder.formats import kv_cache
+from builder.formats.base import NumberFormat
+from builder.formats.kv_cache import KvCacheFormat
+from builder.formats.registry import FP8, NVFP4
 from builder.llmapi.arguments import Argument
 from builder.machine.cards import Card, find
 from builder.model import tensor_names
 from builder.model.dtypes import NOT_WRITTEN, written_bytes
-from builder.quantize.modelopt import SCALAR, quantized_bytes
 from builder.recipe.schema import Resolved
 from builder.recipe.target_facts import TargetFacts, target_facts
 from builder.trtllm.rules import Flag
@@ -35,14 +38,15 @@ CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE,
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its headers tell: config.json, {tensor: (dtype, shape)}; and the linear layers that stay in BF16 or
-    in FP8."""
+    """A model as its headers tell: config.json, {tensor: (dtype, shape)}; the linear layers that stay in BF16 or in
+    FP8, and the format of the others."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     kept: tuple[str, ...] = ()
     fp8: tuple[str, ...] = ()
     directory: Path | None = None  # where config.json and the tokenizer files are
+    number_format: NumberFormat = NVFP4
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -50,13 +54,13 @@ class ModelFacts:
         return catalog.of(self.config)
 
     def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
-        """Whether this tensor becomes NVFP4 or FP8."""
+        """Whether this tensor is the weight of a layer that is quantized."""
         quantizable = names.is_quantizable(self.architecture, tensor, shape)
         return quantizable and tensor.removesuffix(".weight") not in self._kept
 
-    def quantized_bytes(self, tensor: str, shape: Sequence[int]) -> int:
-        """Of such a tensor of this shape, which may be a rank's, without the two scalars."""
-        return quantized_bytes(shape, fp8=tensor.removesuffix(".weight") in self._fp8)
+    def format_of(self, tensor: str) -> NumberFormat:
+        """The format of such a layer, by its weight's name."""
+        return FP8 if tensor.removesuffix(".weight") in self._fp8 else self.number_format
 
     @cached_property
     def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
@@ -167,7 +171,7 @@ def serving(resolved: Resolved, flags: Sequence[Flag] | Sequence[Argument]) -> S
         max_input_len=int(values["max_input_len"]),
         max_seq_len=int(values["max_seq_len"]),
         max_num_tokens=int(values["max_num_tokens"]),
-        fp8_kv=asked.quantization.kv_cache_dtype == "fp8",
+        fp8_kv=asked.quantization.cache_format.quantized,
         context_fmha=values.get("context_fmha", "enable") == "enable",
         paged_fmha=values.get("use_paged_context_fmha", "enable") == "enable",
         tp=asked.engine.tp,
@@ -206,12 +210,19 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
 
 
 def _unified(model: ModelFacts, fp8_kv: bool) -> int:
-    """ModelOpt's Hugging Face layout: each linear layer has two F32 scalars of its own, each layer two KV scales."""
-    total = 2 * SCALAR * _layers(model.config) if fp8_kv else 0
+    """ModelOpt's Hugging Face layout: each projection is a layer with all tensors of its format."""
+    total = _cache(fp8_kv).scale_bytes(unified=True) * _layers(model.config)
     for name, (dtype, shape) in model.written.items():
-        quantized = model.quantizes(name, shape)
-        total += model.quantized_bytes(name, shape) + 2 * SCALAR if quantized else written_bytes(dtype, shape)
+        if model.quantizes(name, shape):
+            number_format = model.format_of(name)
+            total += number_format.own_bytes(shape) + number_format.shared_bytes(shape)
+        else:
+            total += written_bytes(dtype, shape)
     return total
+
+
+def _cache(fp8_kv: bool) -> KvCacheFormat:
+    return kv_cache.FP8 if fp8_kv else kv_cache.AUTO
 
 
 def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
@@ -224,7 +235,7 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     parallel, layers = Parallel(asked.tp, asked.pp), _layers(model.config)
     spans = [parallel.layers(stage, layers) for stage in range(asked.pp)]
     stage_of = {layer: stage for stage, span in enumerate(spans) for layer in span}
-    stages = [3 * SCALAR * len(span) if asked.fp8_kv else 0 for span in spans]
+    stages = [_cache(asked.fp8_kv).scale_bytes(unified=False) * len(span) for span in spans]
     tensors = dict(model.written)
     shared = not asked.facts.has_engine and asked.pp == 1
     if model.config.get("tie_word_embeddings") and not shared:
@@ -233,8 +244,9 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
         stage = stage_of.get(_stage_layer(model.architecture, name), asked.pp - 1)
         part = _share(name, shape, model, asked.tp)
         if model.quantizes(name, shape):
+            number_format = model.format_of(name)
             fused = names.role(model.architecture, name.removesuffix(".weight")) in ("k", "v")
-            stages[stage] += model.quantized_bytes(name, part) + (0 if fused else 2 * SCALAR)
+            stages[stage] += number_format.own_bytes(part) + (0 if fused else number_format.shared_bytes(part))
         else:
             stages[stage] += written_bytes(dtype, part)
     return [n for n in stages for _ in range(asked.tp)]
@@ -310,7 +322,7 @@ def kv_bytes_per_token(config: Mapping[str, Any], asked: Serving) -> int:
     heads = max(kv_heads(config) // asked.tp, 1)
     if asked.facts.float32:  # the executor computes and caches in float32 (reference/model.py, `load`)
         return 2 * _layers(config) * kv_heads(config) * head_size(config) * 4
-    return 2 * layers * heads * head_size(config) * (1 if asked.fp8_kv else 2)
+    return 2 * layers * heads * head_size(config) * _cache(asked.fp8_kv).nbytes
 
 
 def workspace(config: Mapping[str, Any], asked: Serving) -> int:
@@ -336,7 +348,7 @@ def attention_workspace(config: Mapping[str, Any], asked: Serving, tokens: int) 
     batch, length = asked.max_batch_size, asked.max_input_len
     common = CUBLAS_WORKSPACE + 8 * tokens
     if asked.context_fmha:
-        paged = tokens * q * (1 if asked.fp8_kv else 2)
+        paged = tokens * q * _cache(asked.fp8_kv).nbytes
         return common + (paged if asked.paged_fmha else tokens * (q + 2 * kv))
     quadratic = 6 * batch * heads * length**2
     linear = 2 * batch * length * (q + 2 * kv) + 2 * tokens * (length + q) + 8 * tokens

@@ -85,7 +85,7 @@ def _shorter(asked: Serving, length: int) -> Serving:
 
 def _divides(model: ModelFacts, tp: int, pp: int) -> bool:
     try:
-        sharding.check(model.config, tp, pp, gemm=True)
+        sharding.check(model.config, tp, pp, number_format=model.number_format, gemm=True)
     except UnsupportedError:
         return False
     return True

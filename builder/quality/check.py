@@ -27,6 +27,7 @@ from builder.core.output import size
 from builder.core.store import Store, digest_of, sources_digest
 from builder.evaluate.metrics import Estimate, measure, read
 from builder.evaluate.variants import Form, Models, opening
+from builder.formats.registry import FP8
 from builder.hub.snapshot import Snapshot
 from builder.preflight.memory import Machine, ModelFacts, calibration_memory
 from builder.quantize import exclude, modelopt
@@ -147,7 +148,7 @@ def check_quality(
         return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
     models = Models(snapshot, calibration, checkpoint)
     texts = _texts(resolved, store)
-    fp8_kv = resolved.recipe.quantization.kv_cache_dtype == "fp8"
+    fp8_kv = resolved.recipe.quantization.cache_format.quantized
     forms = [opening(Form(name, name, fp8_kv), models, resolved, store) for name in ("bf16", "checkpoint", "simulated")]
     dtype = _dtype(model, part, host)
     jobs = [{**form.job, "dtype": dtype} for form in forms]
@@ -260,8 +261,9 @@ def _candidates(model: ModelFacts, fp8_kv: bool) -> list[dict[str, Any]]:
 
 
 def _price(model: ModelFacts, name: str) -> int:
+    """Bytes that a layer in FP8 takes beyond those in the model's format, without the scales that both have."""
     shape = model.tensors[f"{name}.weight"][1]
-    return modelopt.quantized_bytes(shape, fp8=True) - modelopt.quantized_bytes(shape)
+    return FP8.own_bytes(shape) - model.number_format.own_bytes(shape)
 
 
 def _measure(

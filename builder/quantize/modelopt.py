@@ -6,7 +6,6 @@ This file runs in the parent and imports nothing heavy; `builder.quantize.worker
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,17 +20,18 @@ from builder.core import process, workers
 from builder.core.errors import UnsupportedError
 from builder.core.safetensors_io import read_header
 from builder.core.store import Store, library_versions, sources_digest
+from builder.formats.base import NumberFormat
+from builder.formats.registry import NVFP4
 from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
 from builder.recipe import schema
 
-BLOCK = 16  # of NVFP4; builder.formats.arithmetic.nvfp4 imports torch
-SCALAR = 4  # bytes of an F32 scale
 LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokenizers", "numpy", "accelerate")
 SOURCES = (
     "builder/architectures",
     "builder/quantize/modelopt.py",
     "builder/quantize/worker.py",
+    "builder/quantize/quantizers.py",
     "builder/quantize/device.py",
     "builder/calibration/rows.py",
     "builder/tokenizer/chat_template.py",
@@ -120,6 +120,7 @@ def quantize(
         "seq_len": calibration_part.seq_len,
         "batch_size": calibration_part.batch_size,
         "least_tokens": ingredients["least_tokens"],
+        "format": part.format,
         "kv_cache_dtype": part.kv_cache_dtype,
         "kept": list(kept),
         "fp8": list(fp8),
@@ -128,7 +129,8 @@ def quantize(
     }
 
     def make(tmp: Path) -> dict[str, Any]:
-        check([snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")], architecture, kept)
+        weights = [snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")]
+        check(weights, architecture, kept, part.number_format)
         with snapshot.source.blamed():
             facts = _run(job, tmp, store)
         found = validate.inspect(tmp)
@@ -162,9 +164,13 @@ def numerics() -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def check(weights: Sequence[Path], architecture: Architecture, kept: Sequence[str] = ()) -> None:
-    """UnsupportedError if a library is absent, or if a linear layer that isn't kept in BF16 has an input size that is
-    no multiple of 16."""
+def check(
+    weights: Sequence[Path],
+    architecture: Architecture,
+    kept: Sequence[str] = (),
+    number_format: NumberFormat = NVFP4,
+) -> None:
+    """UnsupportedError if a library is absent, or if a linear layer that isn't kept in BF16 does not fit the format."""
     absent = [name for name in ("torch", "transformers", "nvidia-modelopt") if library_versions(name)[name] == "absent"]
     if absent:
         raise UnsupportedError(
@@ -173,22 +179,17 @@ def check(weights: Sequence[Path], architecture: Architecture, kept: Sequence[st
         )
     shapes = {name: info.shape for file in weights for name, info in read_header(file).items()}
     unkept = {name: shape for name, shape in sorted(shapes.items()) if name.removesuffix(".weight") not in kept}
-    check_sizes({name: shape for name, shape in unkept.items() if names.is_quantizable(architecture, name, shape)})
+    found = {name: shape for name, shape in unkept.items() if names.is_quantizable(architecture, name, shape)}
+    check_sizes(found, number_format)
 
 
-def quantized_bytes(shape: Sequence[int], *, fp8: bool = False) -> int:
-    """NVFP4: half a byte a value and an E4M3 byte for 16 of them (modelopt: num_bits (2,1), scale_bits (4,3)). FP8: a
-    byte a value."""
-    values = math.prod(shape)
-    return values if fp8 else values // 2 + values // BLOCK
-
-
-def check_sizes(weights: Mapping[str, Sequence[int]]) -> None:
-    """UnsupportedError if one of these weights, [out, in], has an input size that is no multiple of 16."""
-    wrong = [f"{name} {list(shape)}" for name, shape in weights.items() if shape[-1] % BLOCK]
+def check_sizes(weights: Mapping[str, Sequence[int]], number_format: NumberFormat = NVFP4) -> None:
+    """UnsupportedError if one of these weights, [outputs, inputs], is not made of the format's groups."""
+    wrong = [f"{name} {list(shape)}" for name, shape in weights.items() if not number_format.fits(shape)]
     if wrong:
         raise UnsupportedError(
-            f"{len(wrong)} linear layers have an input size that is no multiple of {BLOCK}: NVFP4 can't hold them.",
+            f"{len(wrong)} linear layers have an input size that is no multiple of {number_format.group_size}, "
+            f"as {number_format.title} requires.",
             why="\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)),
             hint="Choose another model: the sizes are part of its architecture.",
         )

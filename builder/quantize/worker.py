@@ -8,29 +8,28 @@ ModelOpt 0.37 to 0.47, with transformers 4.57 or 5, with or without CUDA.
 
 from __future__ import annotations
 
-import copy
 import errno
 import gc
-import glob
 import logging
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.architectures import catalog, names, served
+from builder.architectures import catalog, served
 from builder.architectures.attention import rope
 from builder.checkpoint import huggingface, layouts
 from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
+from builder.formats.assignment import ModelFormats, of_job
 from builder.model import loading as model_loading
 from builder.model.hashed_files import SourceFiles
-from builder.quantize import modelopt
+from builder.quantize import quantizers
 from builder.quantize.device import check_device
 
 
@@ -45,9 +44,10 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     clock.lap("import")
     model, batches = _load(job)
     clock.lap("load")
-    counts = _calibrate(model, batches, job["kv_cache_dtype"] == "fp8", job.get("kept", ()), job.get("fp8", ()))
+    formats = of_job(job)
+    counts = _calibrate(model, batches, formats)
     clock.lap("calibrate")
-    _export(model, unified, job.get("fp8", ()))
+    _export(model, unified, formats)
     del model  # the second layout is made from the first, byte by byte: never two models in memory
     gc.collect()
     clock.lap("export")
@@ -111,18 +111,16 @@ def _batches(job: Mapping[str, Any]) -> list[Any]:
     return batches
 
 
-def _calibrate(
-    model: Any, batches: list[Any], fp8_kv: bool, kept: Sequence[str] = (), fp8: Sequence[str] = ()
-) -> dict[str, int]:
-    """Inserts the quantizers, in `kept` none that is on, in `fp8` those of FP8, and runs the batches through (max
-    calibration); returns counts."""
+def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[str, int]:
+    """Inserts the quantizers that the formats ask for and runs the batches through (max calibration); returns counts
+    of layers."""
     import modelopt.torch.quantization as mtq
     import torch
 
     counts: dict[str, int] = {}
 
     def forward(model: Any) -> None:
-        counts.update(_check_quantizers(model, fp8_kv, kept, fp8))
+        counts.update(quantizers.check(model, formats))
         body = model.base_model  # without lm_head: it isn't quantized, and its logits are the largest tensor of all
         for done, ids in enumerate(batches):
             emit(progress={"label": "calibrating", "done": done, "total": len(batches)})
@@ -132,114 +130,12 @@ def _calibrate(
     with torch.inference_mode(), _unsupported("quantize"):
         table = catalog.of(model.config.to_dict()).tensors
         never = [table.head] if table else []  # ModelOpt knows it as lm_head only
-        mtq.quantize(model, _config(mtq, fp8_kv, [*kept, *never], fp8), forward)
-        _share_ranges(model, fp8)
+        mtq.quantize(model, quantizers.config(mtq, formats, never), forward)
+        quantizers.share_ranges(model, formats)
     return counts
 
 
-# The weight and the input of a layer in FP8: what FP8_DEFAULT_CFG says of both, in all versions of ModelOpt.
-_FP8 = {"num_bits": (4, 3), "axis": None}
-
-
-def _config(mtq: Any, fp8_kv: bool, kept: Sequence[str] = (), fp8: Sequence[str] = ()) -> dict[str, Any]:
-    """NVFP4_DEFAULT_CFG, with FP8_KV_CFG's quantizers, none in `kept` and FP8_DEFAULT_CFG's in `fp8`: a mapping up to
-    ModelOpt 0.43, a list from 0.44 on. In both a later entry wins."""
-    config: dict[str, Any] = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
-    ours, kv = config["quant_cfg"], copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"]) if fp8_kv else {}
-    off = [f"{glob.escape(name)}.*_quantizer" for name in kept]
-    e4m3 = [f"{glob.escape(name)}.{part}_quantizer" for name in fp8 for part in ("weight", "input")]
-    if isinstance(ours, dict):
-        ours.update({name: cfg for name, cfg in dict(kv).items() if name != "default"})
-        ours.update({name: {"enable": False} for name in off} | {name: dict(_FP8) for name in e4m3})
-    else:
-        ours.extend(entry for entry in kv if entry["quantizer_name"] != "*")
-        ours.extend({"quantizer_name": name, "enable": False} for name in off)
-        ours.extend({"quantizer_name": name, "cfg": dict(_FP8)} for name in e4m3)
-    return config
-
-
-def _share_ranges(model: Any, fp8: Sequence[str]) -> None:
-    """One range for what is served as one layer in FP8: q, k and v; gate and up.
-
-    ModelOpt's exporter does it for all formats but FP8 (export/unified_export_hf.py, 0.37 to 0.47), and TensorRT-LLM
-    then rounds such weights a second time, to the largest scale of the layer.
-    """
-    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
-
-    modules, architecture = dict(model.named_modules()), catalog.of(model.config.to_dict())
-    fused: dict[tuple[str, str], list[Any]] = {}
-    for name in fp8:
-        parent, _, leaf = name.rpartition(".")
-        fused.setdefault((parent, names.fused_name(architecture, name) or leaf), []).append(modules[name])
-    for members in fused.values():
-        preprocess_linear_fusion(members)
-
-
-def _round_weights(model: Any, fp8: Sequence[str]) -> None:
-    """Makes the weights of these layers what they are in FP8.
-
-    ModelOpt's Hugging Face exporter divides by the scale in BF16, its TensorRT-LLM one in float32 as its simulation
-    does: one weight of fifty gets the neighbouring code. A weight that lies on an FP8 value gets the same in all three.
-    """
-    modules = dict(model.named_modules())
-    for name in fp8:
-        module = modules[name]
-        module.weight.copy_(module.weight_quantizer(module.weight))
-
-
-def _check_not_zero(weights: Mapping[str, Any]) -> None:
-    """UnsupportedError for weights of nothing but zeros, as in blocks that were added to a model and not trained: their
-    scale would be 0. The first row tells for almost every other weight."""
-    zero = [name for name, weight in weights.items() if not (bool(weight[:1].any()) or bool(weight.any()))]
-    if zero:
-        raise UnsupportedError(
-            f"{len(zero)} linear layers of the model have weights of nothing but zeros: {', '.join(zero[:5])}"
-            f"{', ...' * (len(zero) > 5)}.",
-            why="NVFP4 and FP8 divide by the largest weight. They are zero in the model's own files.",
-            hint="If that is meant, keep these layers as they are: "
-            + " ".join(f"--keep-bf16 '{name}'" for name in zero[:5])
-            + ". If not, fetch the model again or choose another revision.",
-        )
-
-
-def _check_quantizers(model: Any, fp8_kv: bool, kept: Sequence[str] = (), fp8: Sequence[str] = ()) -> dict[str, int]:
-    """Counts ModelOpt's quantizers before they see data; UnsupportedError for what would come out wrong in silence."""
-    linears = {
-        name: module.weight.shape
-        for name, module in model.named_modules()
-        if getattr(getattr(module, "weight_quantizer", None), "is_enabled", False) and hasattr(module, "weight")
-    }
-    caches = [module for name, module in model.named_modules() if name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))]
-    kv = [quantizer for quantizer in caches if quantizer.is_enabled]
-    kind = type(model).__name__
-    modelopt.check_sizes(linears)
-    modules = dict(model.named_modules())
-    _check_not_zero({name: modules[name].weight for name in linears})
-    lost = [name for name in kept if name in linears or not hasattr(modules.get(name), "weight_quantizer")]
-    lost += [name for name in fp8 if name not in linears]
-    if lost:
-        raise UnsupportedError(
-            f"{len(lost)} layers that should be kept are no layers of their own in {kind}: {', '.join(lost[:5])}.",
-            why="transformers joins the experts of a mixture in one module, which ModelOpt quantizes as a whole.",
-            hint="Leave them out of --keep-bf16 and --keep-fp8.",
-        )
-    if not linears:
-        raise UnsupportedError(f"ModelOpt finds nothing to quantize in {kind}.", hint="Choose another model.")
-    if fp8_kv and len(kv) < 2 * model.config.num_hidden_layers:
-        raise UnsupportedError(
-            f"ModelOpt can't quantize the KV cache of {kind}.",
-            why=f"It put {len(kv)} quantizers into {model.config.num_hidden_layers} layers' attention.",
-            hint="Leave the cache in the model's own type: --kv-cache-dtype auto",
-        )
-    return {
-        "quantized_linears": len(linears) - len(fp8),
-        "fp8_linears": len(fp8),
-        "kept_linears": len(kept),
-        "kv_scales": len(kv),
-    }
-
-
-def _export(model: Any, unified: Path, fp8: Sequence[str] = ()) -> None:
+def _export(model: Any, unified: Path, formats: ModelFormats) -> None:
     """The unified Hugging Face layout by ModelOpt's exporter; it replaces the weights in place."""
     import torch
     from modelopt.torch.export import export_hf_checkpoint
@@ -250,7 +146,7 @@ def _export(model: Any, unified: Path, fp8: Sequence[str] = ()) -> None:
         # Before 0.45 fp4_compatible() asks CUDA for its capability on any machine, and asserts.
         nvfp4_tensor.fp4_compatible = lambda: False
     with torch.inference_mode(), _unsupported("export"):
-        _round_weights(model, fp8)
+        quantizers.round_weights(model, formats)
         export_hf_checkpoint(model, export_dir=unified)
 
 

@@ -12,9 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from builder.core.errors import UsageError
+from builder.formats import kv_cache
+from builder.formats import registry as formats
+from builder.formats.base import NumberFormat
+from builder.formats.declared import MIXED
+from builder.formats.kv_cache import KvCacheFormat
 from builder.machine import gpus
 from builder.recipe.base import Natural, Part, Positive, Processes, Ranks
 from builder.recipe.evaluation import Evaluation, Quality, Sensitivity, Tasks
@@ -31,12 +37,38 @@ class Model(Part):
     trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
 
 
-# KV cache formats of TensorRT-LLM that are refused here, and why (rules R31, R32, R45 of configs/trtllm).
-REFUSED_KV = {
-    "nvfp4": "an NVFP4 KV cache does not run on sm120 (NVIDIA/TensorRT-LLM #10241), and is never calibrated here",
-    "int8": "an INT8 KV cache does not work with paged context FMHA, so it costs KV reuse and chunked context, "
-    "and sm100 to sm119 do not support it",
-}
+def _format_names() -> list[str]:
+    return [one.name for one in formats.for_whole_model()]
+
+
+def _cache_names() -> list[str]:
+    return list(kv_cache.FORMATS)
+
+
+def _check_name(value: str, known: Sequence[str]) -> str:
+    """As Literal would, with its error, but of names that are read when a recipe is."""
+    if value in known:
+        return value
+    expected = " or ".join(repr(name) for name in known)
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+
+
+def _list_names(schema: dict[str, Any], known: Sequence[str]) -> None:
+    schema.update({"const": known[0]} if len(known) == 1 else {"enum": list(known)})
+
+
+FormatName = Annotated[
+    str,
+    AfterValidator(lambda value: _check_name(value, _format_names())),
+    Field(json_schema_extra=lambda schema: _list_names(schema, _format_names())),
+]
+KvCacheName = Annotated[
+    str,
+    AfterValidator(lambda value: _check_name(value, _cache_names())),
+    Field(json_schema_extra=lambda schema: _list_names(schema, _cache_names())),
+]
+
+
 AUTO = "auto:"  # before a KL budget, in keep_bf16 and keep_fp8
 
 
@@ -55,8 +87,8 @@ def _budget(entry: str) -> float:
 class Quantization(Part):
     """Which number formats. NVFP4 is E2M1 with one E4M3 scale for each 16 values, for weights and activations."""
 
-    format: Annotated[Literal["nvfp4"], Field(description="weights and activations of the linear layers")] = "nvfp4"
-    kv_cache_dtype: Annotated[Literal["fp8", "auto"], Field(description="fp8, or auto: the model's own")] = "fp8"
+    format: Annotated[FormatName, Field(description="weights and activations of the linear layers")] = "nvfp4"
+    kv_cache_dtype: Annotated[KvCacheName, Field(description="fp8, or auto: the model's own")] = "fp8"
     keep_bf16: Annotated[
         tuple[str, ...],
         Field(description="linear layers kept in BF16: name patterns such as *.down_proj; auto:0.05 chooses by KL"),
@@ -90,6 +122,21 @@ class Quantization(Part):
         return self
 
     @property
+    def number_format(self) -> NumberFormat:
+        """The format of the linear layers."""
+        return formats.get(self.format)
+
+    @property
+    def cache_format(self) -> KvCacheFormat:
+        """The format of the KV cache."""
+        return kv_cache.get(self.kv_cache_dtype)
+
+    @property
+    def quant_algo(self) -> str | None:
+        """What the checkpoint's configuration calls its weights."""
+        return MIXED if self.keep_fp8 else self.number_format.quant_algo
+
+    @property
     def kept_patterns(self) -> tuple[str, ...]:
         """The entries of keep_bf16 that are name patterns."""
         return tuple(entry for entry in self.keep_bf16 if not entry.startswith(AUTO))
@@ -113,9 +160,9 @@ class Quantization(Part):
     @field_validator("kv_cache_dtype", mode="before")
     @classmethod
     def _known_and_refused(cls, value: Any) -> Any:
-        """Says why a KV format of TensorRT-LLM is refused."""
-        if value in REFUSED_KV:
-            raise ValueError(f"{REFUSED_KV[value]}; use fp8")
+        """Says why a KV format of TensorRT-LLM is rejected."""
+        if value in kv_cache.REJECTED:
+            raise ValueError(f"{kv_cache.REJECTED[value]}; use fp8")
         return value
 
 

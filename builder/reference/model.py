@@ -10,7 +10,7 @@ to the model's dtype where gemm_plugin is not fp8 (quantization/layers.py); here
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from builder.checkpoint.layouts import QUANT_CFG, read_json
 from builder.checkpoint.sharding import Joined
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.formats.arithmetic import fp8, nvfp4
-from builder.formats.declared import MIXED
+from builder.formats import kv_cache
+from builder.formats.base import NumberFormat
+from builder.formats.declared import MIXED, DeclaredFormats, declared
+from builder.formats.registry import for_whole_model
 from builder.reference.rope import frequencies, rotate
 from builder.reference.supported import ACTIVATIONS, engine_architectures
 
@@ -33,22 +36,25 @@ _DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
 }
+_KINDS = {kind: name for name, kind in _DTYPES.items()}
+KV_CACHE_ALGOS = tuple(one.quant_algo for one in kv_cache.FORMATS.values())
 _CACHE_START = 256  # tokens; the cache doubles when it is full
 
 
 @dataclass(frozen=True)
 class Linear:
-    """y = quantize(x, input_scale) W^T + b. Without `input_scale` the layer is not quantized."""
+    """y = round_input(x) W^T + b, with the input rounded as the layer's format says.
+
+    weight: [outputs, inputs], dequantized. stored: the other tensors of the format, by their names in it.
+    """
 
     weight: Tensor
     bias: Tensor | None
-    input_scale: Tensor | None
-    quantize: Callable[[Tensor, Tensor], Tensor] = nvfp4.fake_quantize
+    number_format: NumberFormat
+    stored: Mapping[str, Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.input_scale is not None:
-            x = self.quantize(x, self.input_scale)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(self.number_format.round_input(x, self.stored), self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -114,10 +120,10 @@ class ReferenceModel:
     """A checkpoint ready to run. `max_seq_len` is the engine's, or the model's where the directory is a checkpoint."""
 
     def __init__(self, config: Mapping[str, Any], max_seq_len: int, tensors: _Tensors) -> None:
-        _check(config)
         self.config, self.max_seq_len, self.dtype = config, max_seq_len, tensors.dtype
         self.heads, self.head_size = config["num_attention_heads"], config["head_size"]
         self.kv_heads = config["num_key_value_heads"]
+        self._cache = kv_cache.of_checkpoint(config["quantization"].get("kv_cache_quant_algo"))
         self.embedding = tensors.plain("transformer.vocab_embedding.weight")
         self.layers = [tensors.layer(f"transformer.layers.{i}") for i in range(config["num_hidden_layers"])]
         self.norm = tensors.norm("transformer.ln_f")
@@ -134,11 +140,13 @@ class ReferenceModel:
 
         engine = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         config = engine.get("pretrained_config", engine)
+        _check(config)
+        formats = _formats(directory, config["quantization"])
         length = engine.get("build_config", {}).get("max_seq_len") or config["max_position_embeddings"]
         if config.get("mapping", {}).get("world_size", 1) > 1:
-            return cls(config, int(length), _Tensors(_Ranks(directory, config), config, dtype))
+            return cls(config, int(length), _Tensors(_Ranks(directory, config), config, formats, dtype))
         with safe_open(directory / "rank0.safetensors", framework="pt") as file:
-            return cls(config, int(length), _Tensors(file, config, dtype))
+            return cls(config, int(length), _Tensors(file, config, formats, dtype))
 
     def new_cache(self) -> KVCache:
         return KVCache(len(self.layers))
@@ -172,7 +180,7 @@ class ReferenceModel:
         k = layer.k_norm(k) if layer.k_norm else k
         q, k = rotate(q, *turn), rotate(k, *turn)
         if layer.kv_scale is not None:
-            k, v = (fp8.round_e4m3(part, layer.kv_scale) for part in (k, v))
+            k, v = (self._cache.round(part, layer.kv_scale) for part in (k, v))
         k, v = cache.append(index, k, v)
         groups = self.heads // self.kv_heads
         out = F.scaled_dot_product_attention(
@@ -206,8 +214,9 @@ class _Ranks:
 class _Tensors:
     """The tensors of a checkpoint by name, in the form that the model computes with."""
 
-    def __init__(self, file: Any, config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(self, file: Any, config: Mapping[str, Any], formats: DeclaredFormats, dtype: torch.dtype) -> None:
         self._file, self._names, self._config, self.dtype = file, set(file.keys()), config, dtype
+        self._formats = formats
 
     def plain(self, name: str) -> Tensor:
         """As stored: a view of the mapped file. IntegrityError if there is none."""
@@ -220,16 +229,12 @@ class _Tensors:
         return self.plain(name).to(self.dtype) if name in self._names else None
 
     def linear(self, name: str) -> Linear:
-        weight, bias = self.plain(f"{name}.weight"), self.maybe(f"{name}.bias")
-        if weight.dtype in (torch.uint8, torch.float8_e4m3fn):
-            scale = self.plain(f"{name}.activation_scaling_factor")
-        if weight.dtype == torch.float8_e4m3fn:
-            weight = fp8.dequantize(weight, self.plain(f"{name}.weights_scaling_factor"), self.dtype)
-            return Linear(weight, bias, scale, fp8.fake_quantize)
-        if weight.dtype == torch.uint8:
-            block, whole = self.plain(f"{name}.weights_scaling_factor"), self.plain(f"{name}.weights_scaling_factor_2")
-            return Linear(nvfp4.dequantize(weight, block, whole, self.dtype), bias, scale)
-        return Linear(weight.to(self.dtype), bias, None)
+        kind = _KINDS[self.plain(f"{name}.weight").dtype]
+        number_format = self._formats.stored(name, kind)
+        stored = {one.name: self.plain(f"{name}.{one.tensorrt_llm}") for one in number_format.tensors}
+        weight = number_format.dequantize(stored, self.dtype)
+        del stored["weight"]
+        return Linear(weight, self.maybe(f"{name}.bias"), number_format, stored)
 
     def norm(self, name: str) -> Norm:
         return Norm(self.plain(f"{name}.weight").to(self.dtype), self._config["norm_epsilon"])
@@ -261,6 +266,12 @@ class _Tensors:
         return torch.maximum(*(self.plain(f"{attention}.{part}_cache_scaling_factor") for part in "kv"))
 
 
+def _formats(directory: Path, quantization: Mapping[str, Any]) -> DeclaredFormats:
+    """What the checkpoint's configuration declares of each layer."""
+    listed = read_json(directory / QUANT_CFG) if quantization["quant_algo"] == MIXED else {}
+    return declared({**quantization, **listed})
+
+
 def _check(config: Mapping[str, Any]) -> None:
     """UnsupportedError for what this executor would run wrongly in silence."""
     quantization = config["quantization"]
@@ -270,8 +281,8 @@ def _check(config: Mapping[str, Any]) -> None:
             ("architecture", config["architecture"], engine_architectures()),
             ("hidden_act", config["hidden_act"], ACTIVATIONS),
             ("position_embedding_type", config["position_embedding_type"], ("rope_gpt_neox", "yarn")),
-            ("quant_algo", quantization["quant_algo"], ("NVFP4", MIXED)),
-            ("kv_cache_quant_algo", quantization.get("kv_cache_quant_algo"), (None, "FP8")),
+            ("quant_algo", quantization["quant_algo"], (*(one.quant_algo for one in for_whole_model()), MIXED)),
+            ("kv_cache_quant_algo", quantization.get("kv_cache_quant_algo"), KV_CACHE_ALGOS),
         )
         if found not in known
     ]

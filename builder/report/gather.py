@@ -11,6 +11,7 @@ from typing import Any
 from builder.core.errors import UsageError
 from builder.core.store import STAGES, Artifact, artifacts, read, root_of, tests_of, upstream
 from builder.evaluate.tasks import Row
+from builder.formats import kv_cache, registry
 from builder.publish import build_record as records
 from builder.publish import verdict
 from builder.quality import check as qualities
@@ -225,9 +226,10 @@ def _on_cpu(target: str) -> bool:
 
 
 def _format(quantization: Mapping[str, Any]) -> str:
-    weights = {"nvfp4": "NVFP4"}.get(quantization.get("format", ""), str(quantization.get("format", "unknown")))
-    kv = {"fp8": "FP8 KV cache", "auto": "KV cache in the model's type"}.get(quantization.get("kv_cache_dtype", ""))
-    return f"{weights}, {kv}" if kv else weights
+    number_format = registry.all_formats().get(name := str(quantization.get("format", "unknown")))
+    weights = number_format.title if number_format else name
+    cache = kv_cache.FORMATS.get(str(quantization.get("kv_cache_dtype")))
+    return f"{weights}, {cache.title}" if cache else weights
 
 
 def _values(found: _Found) -> list[tuple[str, Any, str]]:

@@ -14,13 +14,14 @@ from typing import Any
 from builder.architectures import attention, catalog
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.release import order
-from builder.formats.declared import MIXED
-from builder.formats.registry import NVFP4
+from builder.formats.base import NumberFormat
+from builder.formats.registry import FP8
+from builder.machine import gpus
 from builder.model import dtypes
 from builder.recipe import schema
 from builder.recipe.target_facts import target_facts
 from builder.trtllm import probe_results, rules
-from builder.trtllm.probe_results import KV_CACHE_ALGO, Answer
+from builder.trtllm.probe_results import Answer
 from builder.trtllm.rules import Flag, Note, Subject
 from builder.trtllm.versions import Version, check, load, versions
 
@@ -62,8 +63,9 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers:
     rules.refuse(subject, flags)
     flags = rules.rewrite(subject, flags)
     probe_results.refuse(subject, flags, answers)
-    if target_facts(asked.target).builds_tensorrt and flags["gemm_plugin"].value == "nvfp4":
-        _check_gemm(subject, _out_features(model_config, asked.engine.tp))
+    number_format = asked.quantization.number_format
+    if target_facts(asked.target).builds_tensorrt and flags["gemm_plugin"].value == number_format.gemm_plugin:
+        _check_gemm(subject, number_format, _out_features(model_config, asked.engine.tp))
     rules.check_kernels(subject, flags)
     return list(flags.values())
 
@@ -120,8 +122,8 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any], answers: Sequ
         version=load(asked.engine.tensorrt_llm),
         sm=gpu.sm,
         architecture=catalog.engine_architecture(config),
-        quant_algo=MIXED if asked.quantization.keep_fp8 else "NVFP4",
-        kv_cache_algo=KV_CACHE_ALGO[asked.quantization.kv_cache_dtype],
+        quant_algo=asked.quantization.quant_algo,
+        kv_cache_algo=asked.quantization.cache_format.quant_algo,
         tp=tp,
         pp=asked.engine.pp,
         heads=heads,
@@ -146,12 +148,12 @@ def check_format(resolved: schema.Resolved) -> None:
     if not target.needs_gpu or gpu.sm is None:
         return
     part = asked.quantization
-    wanted = [part.format] + ["fp8_kv_cache"] * (part.kv_cache_dtype == "fp8") + ["fp8"] * bool(part.keep_fp8)
-    for name in wanted:
+    wanted = [part.number_format.gpu_format, part.cache_format.gpu_format, FP8.gpu_format if part.keep_fp8 else None]
+    for name in filter(None, wanted):
         if name not in gpu.formats:
             raise UnsupportedError(
                 f"{gpu.name} can't run {name}: it is no format of {gpu.title}.",
-                why=f"{gpu.name} runs {', '.join(gpu.formats)}; this builder makes NVFP4, which needs sm100 or later.",
+                why=f"{gpu.name} runs {', '.join(gpu.formats)}. {_runs_on(name)}",
                 hint="A Blackwell card (`builder gpus`), or the reference executor on this machine's CPU: --gpu cpu",
             )
         since = gpu.formats[name].since
@@ -163,10 +165,17 @@ def check_format(resolved: schema.Resolved) -> None:
             )
     if target.builds_tensorrt and part.keep_fp8 and "mixed_precision" in load(asked.engine.tensorrt_llm).facts:
         raise UnsupportedError(
-            f"trtllm-build {asked.engine.tensorrt_llm} is not known to build NVFP4 with layers in FP8.",
+            f"trtllm-build {asked.engine.tensorrt_llm} is not known to build {part.number_format.title} with layers in "
+            "FP8.",
             why=str(load(asked.engine.tensorrt_llm).facts["mixed_precision"]),
             hint=f"--set engine.tensorrt_llm={versions()[-1]}, or keep these layers in BF16: --keep-bf16",
         )
+
+
+def _runs_on(name: str) -> str:
+    """Which GPUs run a format, by their profiles."""
+    profiles = [gpu for gpu in map(gpus.load, gpus.names()) if name in gpu.formats]
+    return f"{name} runs on {', '.join(gpu.name for gpu in profiles)}." if profiles else ""
 
 
 def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:
@@ -179,15 +188,15 @@ def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:
     return {name: width for name, width in found.items() if width}
 
 
-def _check_gemm(subject: Subject, outputs: Mapping[str, int]) -> None:
-    """What the NVFP4 GEMM would refuse when it first runs, which is after everything was built."""
-    wrong = [f"{n} inputs ({name})" for name, n in subject.in_features.items() if n % NVFP4.gemm_inputs]
-    wrong += [f"{n} outputs ({name})" for name, n in outputs.items() if n % NVFP4.gemm_outputs]
+def _check_gemm(subject: Subject, number_format: NumberFormat, outputs: Mapping[str, int]) -> None:
+    """What the format's GEMM would reject when it first runs, which is after everything was built."""
+    wrong = [f"{n} inputs ({name})" for name, n in subject.in_features.items() if n % number_format.gemm_inputs]
+    wrong += [f"{n} outputs ({name})" for name, n in outputs.items() if n % number_format.gemm_outputs]
     if wrong:
         raise UnsupportedError(
-            f"The NVFP4 GEMM plugin can't multiply this model's layers: {', '.join(wrong)}.",
-            why=f"On each GPU it takes inputs by {NVFP4.gemm_inputs} and outputs by {NVFP4.gemm_outputs} "
-            "(cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).",
+            f"The {number_format.title} GEMM plugin can't multiply this model's layers: {', '.join(wrong)}.",
+            why=f"On each GPU inputs must be a multiple of {number_format.gemm_inputs} and outputs of "
+            f"{number_format.gemm_outputs} (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6).",
             hint="TensorRT's own kernels may take them: --set engine.flags.gemm_plugin=disable. Or another model.",
         )
 

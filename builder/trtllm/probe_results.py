@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from builder.core.errors import UnsupportedError
+from builder.formats import kv_cache
 from builder.trtllm.rules import Flag, Note, Settings, Subject
 from builder.trtllm.versions import Version
 
 WORKS, FAILS, UNKNOWN = "works", "fails", "unknown"
-KV_CACHE_ALGO = {"fp8": "FP8", "auto": None}  # QuantAlgo (tensorrt_llm/quantization/mode.py)
+KV_CACHE_ALGO = {name: one.quant_algo for name, one in kv_cache.FORMATS.items()}
 
 
 @dataclass(frozen=True)

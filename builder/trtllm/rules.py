@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from builder.core.errors import UnsupportedError, UsageError
+from builder.formats import kv_cache
 from builder.formats.declared import MIXED
+from builder.formats.registry import NVFP4
 from builder.trtllm.versions import Version
 
 FP8_FAMILY = ("FP8", "W4A8_AWQ", "NVFP4")  # and not MIXED_PRECISION, whatever it mixes (builder.py, 1.2, build)
@@ -50,8 +52,8 @@ class Subject:
     version: Version
     sm: int | None
     architecture: str | None = None
-    quant_algo: str | None = "NVFP4"
-    kv_cache_algo: str | None = "FP8"
+    quant_algo: str | None = NVFP4.quant_algo
+    kv_cache_algo: str | None = kv_cache.FP8.quant_algo
     tp: int = 1
     pp: int = 1
     heads: int | None = None
@@ -65,7 +67,7 @@ class Subject:
     @property
     def has_nvfp4(self) -> bool:
         """Whether any layer is NVFP4: with others in FP8 the checkpoint says MIXED_PRECISION."""
-        return self.quant_algo in ("NVFP4", MIXED)
+        return self.quant_algo in (NVFP4.quant_algo, MIXED)
 
     def is_one_of(self, rule: str) -> bool:
         """Whether the model is of one of the architectures that a rule names, by TensorRT-LLM's names."""
@@ -287,7 +289,7 @@ def _refuse_model(s: Settings) -> None:
     if s.on("pp_reduce_scatter") and not subject.is_one_of("R06"):
         raise _usage(s, "R06", "pp_reduce_scatter is for MixtralForCausalLM alone.", "Leave it out.")
     if subject.has_nvfp4:
-        odd = {name: n for name, n in subject.in_features.items() if n % 16}
+        odd = {name: n for name, n in subject.in_features.items() if n % (NVFP4.group_size or 1)}
         if odd:
             found = ", ".join(f"{name} {n}" for name, n in odd.items())
             raise _unsupported(

@@ -29,7 +29,10 @@ from builder.core.store import Store, WouldRun
 from builder.evaluate.sensitivity import stage as sensitivity_stage
 from builder.evaluate.sensitivity import weight_error
 from builder.evaluate.sensitivity import worker as measuring
+from builder.formats import kv_cache
 from builder.formats.arithmetic import nvfp4
+from builder.formats.assignment import ModelFormats
+from builder.formats.registry import BF16
 from builder.preflight import memory
 from builder.preflight.memory import ModelFacts
 from builder.quantize import exclude, modelopt, worker
@@ -86,7 +89,8 @@ def kl_by_hand(job: Job, group: str | None) -> float:
 
     others = [name for name, members in GROUPS.items() if group not in (None, name) for name in members]
     model, rows = worker._load({**job, **job["calibration"]})
-    worker._calibrate(model, rows, group is None, others)
+    cache = kv_cache.FP8 if group is None else kv_cache.AUTO
+    worker._calibrate(model, rows, ModelFormats(layers={BF16: others}, cache=cache))
     enable_cpu_simulation()
     with torch.inference_mode():
         unified_export_hf.requantize_resmooth_fused_llm_layers(model)

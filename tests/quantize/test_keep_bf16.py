@@ -28,6 +28,9 @@ from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
 from builder.core.store import Store, WouldRun
 from builder.evaluate.runners import local
+from builder.formats import kv_cache
+from builder.formats.assignment import ModelFormats
+from builder.formats.registry import BF16
 from builder.hub.snapshot import fetch
 from builder.preflight import checks, memory
 from builder.preflight.memory import ModelFacts, Serving
@@ -228,11 +231,11 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, rows: Pat
 
     def calibrated() -> tuple[Any, torch.Tensor]:
         model, batches = worker._load(job)
-        assert worker._calibrate(model, batches, False, kept)["kept_linears"] == len(kept)
+        assert worker._calibrate(model, batches, ModelFormats(layers={BF16: kept}))["kept_linears"] == len(kept)
         return model, batches[0].flatten()[:100]
 
     model, ids = calibrated()
-    worker._export(model, tmp_path / "unified")
+    worker._export(model, tmp_path / "unified", ModelFormats())
     worker._second_layout(tmp_path / "unified", TINY, tmp_path / "tensorrt_llm")
     simulated, _ = calibrated()
     enable_cpu_simulation()
@@ -287,11 +290,12 @@ def test_a_mixture_whose_experts_are_one_module_is_refused(rows: Path) -> None:
     job = {"model": str(source), "rows": str(rows), "seq_len": 32, "batch_size": 1, "trust_remote_code": False}
     model, batches = worker._load(job)
     kept = facts(source, ["*.0.mlp.experts.0.down_proj"]).kept
+    formats = ModelFormats(layers={BF16: kept}, cache=kv_cache.FP8)
     if f"{kept[0]}" in dict(model.named_modules()):  # transformers 4 has a module for each expert
-        assert worker._calibrate(model, batches, True, kept)["kept_linears"] == len(kept)
+        assert worker._calibrate(model, batches, formats)["kept_linears"] == len(kept)
         return
-    with pytest.raises(UnsupportedError, match="no layers of their own"):
-        worker._calibrate(model, batches, True, kept)
+    with pytest.raises(UnsupportedError, match="not modules of their own"):
+        worker._calibrate(model, batches, formats)
 
 
 @pytest.mark.parametrize(

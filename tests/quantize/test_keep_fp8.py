@@ -26,9 +26,13 @@ from builder.core.safetensors_io import NewTensor, Tensors
 from builder.core.store import Store
 from builder.evaluate.runners import local
 from builder.evaluate.sensitivity import worker as measuring
+from builder.formats import kv_cache
+from builder.formats.assignment import ModelFormats
+from builder.formats.registry import BF16 as BF16_FORMAT
+from builder.formats.registry import FP8
 from builder.preflight import checks, memory
 from builder.preflight.memory import ModelFacts, Serving
-from builder.quantize import exclude, worker
+from builder.quantize import exclude, quantizers, worker
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.recipe import schema
 from builder.reference.model import ReferenceModel
@@ -61,9 +65,14 @@ def job(source: Path, rows: Path) -> dict[str, Any]:
     return {"model": str(source), "rows": str(rows), "seq_len": 128, "batch_size": 1, "trust_remote_code": False}
 
 
+def formats(model: ModelFacts, *, fp8_kv: bool = True) -> ModelFormats:
+    cache = kv_cache.FP8 if fp8_kv else kv_cache.AUTO
+    return ModelFormats(layers={BF16_FORMAT: model.kept, FP8: model.fp8}, cache=cache)
+
+
 def calibrated(source: Path, rows: Path, model: ModelFacts, *, fp8_kv: bool = True) -> Any:
     made, batches = worker._load(job(source, rows))
-    counts = worker._calibrate(made, batches, fp8_kv, model.kept, model.fp8)
+    counts = worker._calibrate(made, batches, formats(model, fp8_kv=fp8_kv))
     assert (counts["fp8_linears"], counts["kept_linears"]) == (len(model.fp8), len(model.kept))
     return made
 
@@ -72,7 +81,7 @@ def write(made: Any, source: Path, directory: Path, model: ModelFacts) -> Path:
     """Both layouts, as the quantize stage does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ModelOpt's own
-        worker._export(made, directory / "unified", model.fp8)
+        worker._export(made, directory / "unified", formats(model))
     assert worker._second_layout(directory / "unified", source, directory / "tensorrt_llm") is None
     return directory
 
@@ -124,7 +133,7 @@ def test_the_tensorrt_llm_layout_is_modelopts_own(tmp_path: Path, rows: Path, na
     model = facts(source, ["*.1.self_attn.*", "*.0.mlp.gate_proj"], ["*.0.self_attn.v_proj"])
     made = calibrated(source, rows, model)
     with torch.inference_mode():
-        worker._round_weights(made, model.fp8)
+        quantizers.round_weights(made, formats(model))
     exports.export(copy.deepcopy(made), tmp_path / "unused", tmp_path / "modelopt", tp=tp)
     write(made, source, tmp_path, model)
     sharding.split(tmp_path / "tensorrt_llm", tmp_path / "ours", Parallel(tp))

@@ -19,7 +19,9 @@ from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import StageError, UnsupportedError
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.formats import kv_cache
 from builder.formats.arithmetic import nvfp4
+from builder.formats.assignment import ModelFormats
 from builder.hub.snapshot import Snapshot, fetch
 from builder.quantize import modelopt, worker
 from builder.quantize.modelopt import check, quantize
@@ -226,7 +228,7 @@ def test_the_child_refuses_such_sizes_too(rows: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
     with pytest.raises(UnsupportedError, match="no multiple of 16") as caught:
-        worker._calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], fp8_kv=True)
+        worker._calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], ModelFormats(cache=kv_cache.FP8))
     assert "model.layers.0.mlp.down_proj [32, 40]" in caught.value.why
 
 
@@ -237,7 +239,7 @@ def test_an_attention_that_modelopt_does_not_know_is_not_left_in_silence() -> No
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
     model.config.num_hidden_layers = 2  # one layer more than ModelOpt finds attention in
     with pytest.raises(UnsupportedError, match="KV cache of") as caught:
-        worker._calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], fp8_kv=True)
+        worker._calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], ModelFormats(cache=kv_cache.FP8))
     assert "--kv-cache-dtype auto" in caught.value.hint
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from builder.core.errors import IntegrityError, UnsupportedError
+from builder.formats import kv_cache
 from builder.formats.arithmetic import nvfp4
+from builder.formats.assignment import ModelFormats
 from builder.quantize import worker
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.reference.model import ReferenceModel
@@ -54,11 +56,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     def calibrated() -> tuple[Any, torch.Tensor]:
         model, batches = worker._load(job)
-        worker._calibrate(model, batches, fp8_kv=True)
+        worker._calibrate(model, batches, ModelFormats(cache=kv_cache.FP8))
         return model, torch.cat([batch.flatten() for batch in batches])[:TOKENS]
 
     model, ids = calibrated()
-    worker._export(model, made / "unified")
+    worker._export(model, made / "unified", ModelFormats())
     assert worker._second_layout(made / "unified", source, made / "tensorrt_llm") is None
     simulated, _ = calibrated()
     enable_cpu_simulation()
@@ -101,8 +103,8 @@ def test_weights_are_exactly_modelopts(pair: Pair) -> None:
             assert linear.weight.unique().numel() > 100
             for part in parts:
                 scale = nvfp4.scale_of(part.input_quantizer.amax)
-                assert linear.input_scale is not None
-                assert torch.equal(linear.input_scale, scale.reshape(()))
+                assert linear.stored["input_scale"] is not None
+                assert torch.equal(linear.stored["input_scale"], scale.reshape(()))
 
 
 def test_logits_agree_with_modelopts(pair: Pair) -> None:

@@ -18,17 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from builder.checkpoint.layouts import read_json
 from builder.core.errors import NotMeasurable, UnsupportedError
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Ids
-from builder.formats.arithmetic import fp8 as fp8_arithmetic
-from builder.formats.arithmetic import nvfp4
+from builder.formats import kv_cache
+from builder.formats.assignment import of_job
+from builder.formats.base import NumberFormat
+from builder.formats.declared import DeclaredFormats, declared
 from builder.model import loading as model_loading
 from builder.model.files import parse_config
 from builder.model.hashed_files import SourceFiles
 
 ATTENTION = "builder_fp8_kv"  # the name of our attention function in transformers
-SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 # A batch on a CPU: with 8192 tokens the fixture takes 25 % more CPU time than with 2048, for its caches; and too many
 # bytes of logits are answered by the kernel's killer, not by an error one could catch.
 _CPU_TOKENS, _CPU_LOGITS = 2048, 1 << 30
@@ -70,8 +72,8 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
     from builder.quantize.simulation import enable_cpu_simulation
 
     model, rows = worker._load({**job, **job["calibration"]})
-    kept, fp8 = (job["calibration"].get(key, ()) for key in ("kept", "fp8"))
-    worker._calibrate(model, rows, job["fp8_kv"], kept, fp8)
+    cache = kv_cache.FP8 if job["fp8_kv"] else kv_cache.AUTO
+    worker._calibrate(model, rows, of_job({**job["calibration"], "kv_cache_dtype": cache.name}))
     if not torch.cuda.is_available():
         enable_cpu_simulation()
     unified_export_hf.requantize_resmooth_fused_llm_layers(model)  # q, k and v share a range, as in the checkpoint
@@ -98,11 +100,13 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
     stored = Tensors(unified)
+    formats = declared(read_json(unified / "hf_quant_config.json")["quantization"])
+    scales = _scales(formats)
     dtype = _dtype(job, None) or torch.bfloat16
     model, info = getattr(transformers, name).from_pretrained(
         None,
         config=config,
-        state_dict={key: _weight(stored, key, dtype) for key in stored if key.rpartition(".")[2] not in SCALES},
+        state_dict={key: _weight(stored, formats, key, dtype) for key in stored if not key.endswith(scales)},
         dtype=dtype,
         attn_implementation=ATTENTION,
         output_loading_info=True,
@@ -110,7 +114,7 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
         **_where(),
     )
     model_loading.check_loaded(model, info, unified)
-    _quantize_inputs(model, stored)
+    _quantize_inputs(model, stored, formats)
     if job["fp8_kv"]:
         _quantize_cache(model, stored)
     yield Causal(model, job["batch_tokens"])
@@ -135,20 +139,35 @@ def _tensor(stored: Tensors, name: str) -> Tensor:
     return torch.frombuffer(bytearray(stored.data(name)), dtype=kind).reshape(info.shape)
 
 
-def _weight(stored: Tensors, name: str, dtype: torch.dtype) -> Tensor:
-    tensor = _tensor(stored, name)
-    if tensor.dtype == torch.float8_e4m3fn:
-        return fp8_arithmetic.dequantize(tensor, _tensor(stored, f"{name}_scale"), dtype)
-    if tensor.dtype != torch.uint8:
-        return tensor.to(dtype)
-    return nvfp4.dequantize(tensor, _tensor(stored, f"{name}_scale"), _tensor(stored, f"{name}_scale_2"), dtype)
+def _weight(stored: Tensors, formats: DeclaredFormats, name: str, dtype: torch.dtype) -> Tensor:
+    module, _, leaf = name.rpartition(".")
+    number_format = formats.stored(module, stored[name].dtype)
+    if leaf != number_format.weight.unified or number_format.quant_algo is None:
+        return _tensor(stored, name).to(dtype)
+    return number_format.dequantize(_tensors_of(stored, module, number_format), dtype)
 
 
-def _quantize_inputs(model: Any, stored: Tensors) -> None:
-    """Each linear layer with an input_scale rounds its input under it. NotMeasurable if one of these is no Linear."""
+def _tensors_of(stored: Tensors, module: str, number_format: NumberFormat) -> dict[str, Tensor]:
+    """A linear layer's tensors by their names in its format."""
+    return {one.name: _tensor(stored, f"{module}.{one.unified}") for one in number_format.tensors}
+
+
+def _scales(formats: DeclaredFormats) -> tuple[str, ...]:
+    """Ends of the names of tensors that are not parameters of the model: scales."""
+    leaves = [tensor.unified for one in formats.used for tensor in one.tensors[1:]]
+    cache = [name for one in kv_cache.FORMATS.values() for name in one.unified]
+    return tuple(f".{name}" for name in (*leaves, *cache))
+
+
+def _quantize_inputs(model: Any, stored: Tensors, formats: DeclaredFormats) -> None:
+    """Each quantized linear layer rounds its input as its format says. NotMeasurable if one of these is no Linear."""
     modules = dict(model.named_modules())
     last: dict[str, Any] = {}
-    for name in (key.removesuffix(".input_scale") for key in stored if key.endswith(".input_scale")):
+    for key in stored:
+        name, _, leaf = key.rpartition(".")
+        number_format = formats.stored(name, stored[key].dtype)
+        if leaf != number_format.weight.unified or number_format.quant_algo is None:
+            continue
         module = modules.get(name)
         if not isinstance(module, torch.nn.Linear):
             raise NotMeasurable(
@@ -156,22 +175,25 @@ def _quantize_inputs(model: Any, stored: Tensors) -> None:
                 why="transformers joins a mixture's experts in one tensor; this runner does not.",
                 hint="Measure ModelOpt's simulation, or what is served: --runner simulated, --runner served",
             )
-        fp8 = stored[f"{name}.weight"].dtype == "F8_E4M3"
-        module.register_forward_pre_hook(_Rounded(_tensor(stored, f"{name}.input_scale"), last, fp8=fp8))
+        tensors = _tensors_of(stored, name, number_format)
+        module.register_forward_pre_hook(_Rounded(number_format, tensors, last))
 
 
 class _Rounded:
     """A linear layer's input under its scale. Layers that follow one another with the same input (q, k, v; gate, up)
     share `last`: it is rounded once."""
 
-    def __init__(self, scale: Tensor, last: dict[str, Any], *, fp8: bool = False) -> None:
-        self._scale, self._key, self._last = scale, (float(scale), fp8), last
-        self._quantize = fp8_arithmetic.fake_quantize if fp8 else nvfp4.fake_quantize
+    def __init__(self, number_format: NumberFormat, stored: Mapping[str, Tensor], last: dict[str, Any]) -> None:
+        calibrated = [one.name for one in number_format.tensors if one.calibrated]
+        self._format, self._last = number_format, last
+        self._stored = {name: stored[name] for name in calibrated}
+        self._key = (number_format.name, *(stored[name].numpy().tobytes() for name in calibrated))
 
     def __call__(self, layer: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         last = self._last
         if last.get("input") is not inputs[0] or last["key"] != self._key:
-            rounded = self._quantize(inputs[0], self._scale.to(inputs[0].device))
+            scales = {name: scale.to(inputs[0].device) for name, scale in self._stored.items()}
+            rounded = self._format.round_input(inputs[0], scales)
             last.update(input=inputs[0], key=self._key, rounded=rounded)
         return (last["rounded"],)
 
@@ -193,5 +215,5 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     for_cache = [(key, getattr(module, "k_scale", None)), (value, getattr(module, "v_scale", None))]
-    key, value = (x if s is None else fp8_arithmetic.round_e4m3(x, s.to(x.device)) for x, s in for_cache)
+    key, value = (x if s is None else kv_cache.FP8.round(x, s.to(x.device)) for x, s in for_cache)
     return sdpa_attention_forward(module, query, key, value, mask, **options)

@@ -194,7 +194,7 @@ def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensit
 
     groups = _groups(model)
     with store.out.progress("weight errors", unit="layers") as bar:
-        found = weight_error.weight_errors(_weights(snapshot), groups, lambda done, total: bar.update(done, total))
+        found = weight_error.weight_errors(_weights(snapshot), groups, model.number_format, bar.update)
     snapshot.source.check_unchanged()
     losses = _losses(model, groups, {"results": {}, "weight_errors": found, "output_errors": {}})
     return Sensitivity(tuple(losses), None, None, 0, {}, Path(), "")
@@ -212,9 +212,10 @@ def _job(
     job: dict[str, Any] = {
         "lengths": {"min_tokens": evaluation.min_tokens, "max_tokens": longest},
         "groups": {name: list(modules) for name, modules in _groups(model).items()},
+        "format": model.number_format.name,
         "kept": list(model.kept),
         "fp8": list(model.fp8),
-        "fp8_kv": recipe.quantization.kv_cache_dtype == "fp8",
+        "fp8_kv": recipe.quantization.cache_format.quantized,
         "trust_remote_code": recipe.model.trust_remote_code,
         **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top")},
         "calibration": {"seq_len": rows.seq_len, "batch_size": rows.batch_size},
@@ -279,7 +280,9 @@ def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], told: Mappin
     for name, modules in groups.items():
         measured, output = told["results"].get(name, {}), told["output_errors"].get(name)
         tensors = [model.tensors[f"{module}.weight"] for module in modules]
-        scalars = 2 * modelopt.SCALAR * len({names.engine_layer(model.architecture, module) for module in modules})
+        number_format, architecture = model.number_format, model.architecture
+        served = {names.engine_layer(architecture, one): model.tensors[f"{one}.weight"][1] for one in modules}
+        scalars = sum(number_format.shared_bytes(shape) for shape in served.values())
         found.append(
             Loss(
                 name=name,
@@ -289,7 +292,7 @@ def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], told: Mappin
                 proxy=told["weight_errors"][name] if output is None else output,
                 weight_error=told["weight_errors"][name],
                 output_error=output,
-                bytes=sum(written_bytes(dtype, shape) - modelopt.quantized_bytes(shape) for dtype, shape in tensors)
+                bytes=sum(written_bytes(dtype, shape) - number_format.own_bytes(shape) for dtype, shape in tensors)
                 - scalars,
             )
         )
@@ -318,7 +321,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, Any]:
     """The child, and its summary."""
-    modelopt.check([Path(file) for file in job["weights"]], model.architecture, job["kept"])
+    weights = [Path(file) for file in job["weights"]]
+    modelopt.check(weights, model.architecture, job["kept"], model.number_format)
     log = store.log("sensitivity")
     with SourceFiles.of_job(job).blamed():
         told, _ = process.run_job(

@@ -1,4 +1,4 @@
-"""How much NVFP4 changes the weights of each linear layer, straight from a model's files. Imports torch.
+"""How much a number format changes the weights of each linear layer, from a model's files. Imports torch.
 
 The cheap stand-in for a measured loss where a model is too large to run: tensor by tensor, never the model in memory.
 """
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import Tensors
-from builder.formats.arithmetic import nvfp4
+from builder.formats.base import NumberFormat
+from builder.formats.registry import NVFP4
 
 _STEP = 1 << 16  # blocks at a time: bounds the float32 copies of a weight
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -23,6 +24,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 def weight_errors(
     files: Sequence[Path],
     groups: Mapping[str, Sequence[str]],
+    number_format: NumberFormat = NVFP4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Of each group ||W - quantized W|| / ||W||, in the Frobenius norm over all its modules. IntegrityError for a
@@ -31,12 +33,13 @@ def weight_errors(
     found = {}
     for done, (group, modules) in enumerate(groups.items()):
         progress(done, len(groups))
-        found[group] = _group_error(tensors, modules, fused=group not in modules and not group.endswith(".experts"))
+        fused = group not in modules and not group.endswith(".experts")
+        found[group] = _group_error(tensors, modules, number_format, fused=fused)
     progress(len(groups), len(groups))
     return found
 
 
-def _group_error(tensors: Tensors, modules: Sequence[str], *, fused: bool) -> float:
+def _group_error(tensors: Tensors, modules: Sequence[str], number_format: NumberFormat, *, fused: bool) -> float:
     """What is multiplied as one has one global scale, the largest (of q, k and v; of gate and up)."""
     weights = [f"{module}.weight" for module in modules]
     amaxes = [_load(tensors, name).abs().amax() for name in weights]
@@ -47,10 +50,10 @@ def _group_error(tensors: Tensors, modules: Sequence[str], *, fused: bool) -> fl
             continue
         if not torch.isfinite(own):
             raise IntegrityError(f"{name} holds NaN or Inf.", hint="Fetch the model again, or take another one.")
-        scale = nvfp4.scale_of(amax)
-        for part in torch.split(_load(tensors, name).view(-1, nvfp4.BLOCK), _STEP):
+        weight = _load(tensors, name)
+        for part in torch.split(weight.view(-1, number_format.group_size or weight.shape[-1]), _STEP):
             rows = part.float()
-            back = nvfp4.fake_quantize_static(rows, nvfp4.block_scales(rows, scale).float() * scale)
+            back = number_format.round_weight(rows, amax)
             error += float((back - rows).double().pow(2).sum())
             whole += float(rows.double().pow(2).sum())
         tensors.release(name)

@@ -29,6 +29,9 @@ from builder.evaluate.datasets import Sequences, sequences
 from builder.evaluate.runners.local import Causal
 from builder.evaluate.runners.worker import score_set
 from builder.evaluate.sensitivity.weight_error import weight_errors
+from builder.formats import kv_cache, registry
+from builder.formats.assignment import of_job
+from builder.formats.fp8 import E4M3
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import worker
 from builder.quantize.device import check_device
@@ -132,7 +135,7 @@ def _summary(job: Mapping[str, Any], done: Results) -> dict[str, Any]:
     return {
         "results": {name: done[name] for name in _wanted(job)},
         "output_errors": done.output_errors,
-        "weight_errors": weight_errors(files, job["groups"]),
+        "weight_errors": weight_errors(files, job["groups"], registry.get(job["format"])),
         "tokens": done.tokens,
     }
 
@@ -180,7 +183,8 @@ class Simulated:
         from modelopt.torch.export import unified_export_hf
 
         self.model, rows = worker._load({**job, **job["calibration"]})
-        worker._calibrate(self.model, rows, job["fp8_kv"], job["kept"], job["fp8"])
+        cache = kv_cache.FP8 if job["fp8_kv"] else kv_cache.AUTO
+        worker._calibrate(self.model, rows, of_job({**job, "kv_cache_dtype": cache.name}))
         if not torch.cuda.is_available():
             enable_cpu_simulation()
         unified_export_hf.requantize_resmooth_fused_llm_layers(self.model)  # shared ranges, as in the checkpoint
@@ -216,7 +220,7 @@ class Simulated:
         before = [(quantizer.num_bits, quantizer.block_sizes) for quantizer in fp8]
         try:
             for quantizer in fp8:
-                quantizer.num_bits, quantizer.block_sizes = (4, 3), None
+                quantizer.num_bits, quantizer.block_sizes = E4M3["num_bits"], None
             for quantizer in quantizers:
                 quantizer.enable()
             yield

@@ -1,0 +1,140 @@
+"""ModelOpt's quantizers in a model: their configuration from number formats, and checks before they see data.
+
+Works with ModelOpt 0.37 to 0.47. Imports ModelOpt and torch only inside functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import glob
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from builder.architectures import catalog, names
+from builder.core.errors import UnsupportedError
+from builder.formats.assignment import ModelFormats
+from builder.formats.registry import BF16, FP8
+from builder.quantize import modelopt
+
+
+def config(mtq: Any, formats: ModelFormats, never: Sequence[str] = ()) -> dict[str, Any]:
+    """The configuration for `mtq.quantize`: the whole model's, the KV cache's quantizers, then those of single layers.
+
+    never: further modules that must not be quantized.
+
+    `quant_cfg` is a mapping up to ModelOpt 0.43 and a list from 0.44 on. In both a later entry wins.
+    """
+    made = formats.whole.modelopt(mtq)
+    ours, cache = made["quant_cfg"], copy.deepcopy(formats.cache.modelopt(mtq))
+    single = {
+        f"{glob.escape(module)}.{part}_quantizer": settings
+        for number_format, modules in formats.layers.items()
+        for module in modules
+        for part, settings in number_format.quantizers.items()
+    } | {f"{glob.escape(module)}.*_quantizer": None for module in never}
+    if isinstance(ours, dict):
+        ours.update({name: settings for name, settings in dict(cache).items() if name != "default"})
+        ours.update({name: {"enable": False} if one is None else dict(one) for name, one in single.items()})
+    else:
+        ours.extend(entry for entry in cache if entry["quantizer_name"] != "*")
+        ours.extend(
+            {"quantizer_name": name, **({"enable": False} if one is None else {"cfg": dict(one)})}
+            for name, one in single.items()
+        )
+    return made
+
+
+def share_ranges(model: Any, formats: ModelFormats) -> None:
+    """Gives projections that are served as one layer (q, k and v; gate and up) one range, where the exporter does not.
+
+    TensorRT-LLM would otherwise round such weights a second time, to the largest scale of the layer.
+    """
+    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+
+    modules, architecture = dict(model.named_modules()), catalog.of(model.config.to_dict())
+    for number_format, layers in formats.layers.items():
+        fused: dict[tuple[str, str], list[Any]] = {}
+        for name in layers if number_format.prepare_export else ():
+            parent, _, leaf = name.rpartition(".")
+            fused.setdefault((parent, names.fused_name(architecture, name) or leaf), []).append(modules[name])
+        for members in fused.values():
+            preprocess_linear_fusion(members)
+
+
+def round_weights(model: Any, formats: ModelFormats) -> None:
+    """Rounds the weights of layers in formats whose exporter divides by the scale in BF16.
+
+    ModelOpt's TensorRT-LLM exporter divides in float32, as its simulation does, so one weight of fifty would get the
+    neighbouring code. A weight that already has a value of the format gets the same code in all three.
+    """
+    modules = dict(model.named_modules())
+    for number_format, layers in formats.layers.items():
+        for name in layers if number_format.prepare_export else ():
+            module = modules[name]
+            module.weight.copy_(module.weight_quantizer(module.weight))
+
+
+def check(model: Any, formats: ModelFormats) -> dict[str, int]:
+    """Counts the quantizers before they see data. UnsupportedError for what would be quantized wrongly in silence."""
+    modules = dict(model.named_modules())
+    linears = {name: module.weight.shape for name, module in modules.items() if _quantizes_weight(module)}
+    modelopt.check_sizes(linears, formats.whole)
+    _check_not_zero({name: modules[name].weight for name in linears})
+    _check_single_layers(model, formats, linears)
+    if not linears:
+        raise UnsupportedError(f"ModelOpt finds nothing to quantize in {type(model).__name__}.", hint=ANOTHER)
+    quantized = sum(len(layers) for one, layers in formats.layers.items() if one is not BF16)
+    return {
+        "quantized_linears": len(linears) - quantized,
+        **{f"{one.label}_linears": len(formats.modules(one)) for one in dict.fromkeys((FP8, BF16, *formats.layers))},
+        "kv_scales": _check_cache(model, formats),
+    }
+
+
+ANOTHER = "Choose another model."
+
+
+def _quantizes_weight(module: Any) -> bool:
+    return hasattr(module, "weight") and getattr(getattr(module, "weight_quantizer", None), "is_enabled", False)
+
+
+def _check_cache(model: Any, formats: ModelFormats) -> int:
+    """The number of quantizers of the KV cache that are on."""
+    ends = ("k_bmm_quantizer", "v_bmm_quantizer")
+    found = [module for name, module in model.named_modules() if name.endswith(ends) and module.is_enabled]
+    if formats.cache.quantized and len(found) < 2 * model.config.num_hidden_layers:
+        raise UnsupportedError(
+            f"ModelOpt can't quantize the KV cache of {type(model).__name__}.",
+            why=f"It put {len(found)} quantizers into {model.config.num_hidden_layers} layers' attention.",
+            hint="Leave the cache in the model's own type: --kv-cache-dtype auto",
+        )
+    return len(found)
+
+
+def _check_single_layers(model: Any, formats: ModelFormats, linears: Mapping[str, Sequence[int]]) -> None:
+    """UnsupportedError for layers with a format of their own that the model does not have as modules."""
+    modules = dict(model.named_modules())
+    lost = [n for n in formats.modules(BF16) if n in linears or not hasattr(modules.get(n), "weight_quantizer")]
+    lost += [n for one, layers in formats.layers.items() if one is not BF16 for n in layers if n not in linears]
+    if lost:
+        raise UnsupportedError(
+            f"{len(lost)} layers that should be kept are not modules of their own in {type(model).__name__}: "
+            f"{', '.join(lost[:5])}.",
+            why="transformers joins the experts of a mixture in one module, which ModelOpt quantizes as a whole.",
+            hint="Leave them out of --keep-bf16 and --keep-fp8.",
+        )
+
+
+def _check_not_zero(weights: Mapping[str, Any]) -> None:
+    """UnsupportedError for weights of nothing but zeros, as in blocks that were added to a model and not trained: their
+    scale would be 0. The first row tells for almost every other weight."""
+    zero = [name for name, weight in weights.items() if not (bool(weight[:1].any()) or bool(weight.any()))]
+    if zero:
+        raise UnsupportedError(
+            f"{len(zero)} linear layers of the model have weights of nothing but zeros: {', '.join(zero[:5])}"
+            f"{', ...' * (len(zero) > 5)}.",
+            why="NVFP4 and FP8 divide by the largest weight. They are zero in the model's own files.",
+            hint="If that is meant, keep these layers as they are: "
+            + " ".join(f"--keep-bf16 '{name}'" for name in zero[:5])
+            + ". If not, fetch the model again or choose another revision.",
+        )
