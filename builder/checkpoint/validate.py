@@ -361,7 +361,7 @@ def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected) 
 def _check_bits(layout: Layout, name: str, number_format: NumberFormat, weights: int) -> None:
     """The size of a layer in a format with groups: the weight with the scales of its groups."""
     module = name.removesuffix(number_format.weight.leaf(unified=layout.unified))
-    leaves = [t.leaf(unified=layout.unified) for t in number_format.tensors if t.per_output]
+    leaves = [t.leaf(unified=layout.unified) for t in number_format.tensors if len(t.dims) == 2]
     stored = [layout.tensors.get(f"{module}{leaf}") for leaf in leaves]
     bits = 8 * sum(info.nbytes for info in stored if info) / weights if weights else 0.0
     if abs(bits - number_format.bits) > 0.1:

@@ -9,16 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from builder.core.safetensors_io import byte_size
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
-
-    from builder.machine.gpus import Format as Support
-    from builder.machine.gpus import GpuProfile
 
 FLOATS = ("BF16", "F16", "F32")
 SCALAR: tuple[tuple[int, ...], ...] = ((), (1,))  # the shapes in which writers store one number
@@ -103,7 +99,7 @@ class NumberFormat:
     name: its name in recipes; title: its name for people.
     quant_algo: ModelOpt's and TensorRT-LLM's name of it (tensorrt_llm/quantization/mode.py, QuantAlgo); None where the
         layer is not quantized.
-    bits: of a weight, with the scales of its group and without those of the layer.
+    bits: of a weight, with the scales of its group and without those of its output or of the layer.
     tensors: what is stored of a layer, the weight first; the bias is not among them.
     label: what the checkpoint's summary calls its layers: "fp8" for fp8_linears.
     group_size: inputs that share a scale; None where there are no groups.
@@ -158,15 +154,6 @@ class NumberFormat:
     def shared_bytes(self, weight: Sequence[int]) -> int:
         """Bytes that a served layer has once, of however many projections it is made."""
         return sum(tensor.nbytes(weight) for tensor in self.tensors if not tensor.per_output)
-
-    def stored_bits(self, weight: Sequence[int]) -> float:
-        """Bits per weight on disk, without what a layer has once."""
-        return 8 * self.own_bytes(weight) / prod(weight)
-
-    def support(self, gpu: GpuProfile) -> Support | None:
-        """Since which TensorRT-LLM a GPU runs it, with the source; None where it does not run it or needs no
-        support."""
-        return gpu.formats.get(self.gpu_format or "")
 
     def modelopt(self, mtq: Any) -> dict[str, Any]:
         """A copy of the ModelOpt configuration for a whole model; `mtq` is modelopt.torch.quantization."""

@@ -198,7 +198,7 @@ def test_as_few_layers_are_kept_as_hold_the_budget(
     meter = Ledger(named, cache)
     order = sorted(named, key=lambda name: -named[name])[: len(named) - 1]
     asked = {"order": order, "groups": {n: [n] for n in named}, "budget": budget, "fp8_kv": fp8_kv, "rest": "because"}
-    asked["format"] = "bf16"
+    asked["kept_format"] = "bf16"
 
     def kl(number: int) -> float:
         return meter.kl("", measuring.What([n for n in named if n not in order[:number]], cache=fp8_kv))

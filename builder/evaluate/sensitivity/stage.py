@@ -162,8 +162,8 @@ def select(
     order = [group for group in order if not (refused and names.role(model.architecture, group) == "o")]
     order = order[: len(job["groups"]) - 1]  # one must be left to quantize
     budget, form = resolved.recipe.quantization.kept_budget, resolved.recipe.quantization.kept_format
-    job |= {"budget": budget, "order": order, "format": form, "rest": _why_not_less(found, refused)}
-    ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order, "format": form}
+    job |= {"budget": budget, "order": order, "kept_format": form, "rest": _why_not_less(found, refused)}
+    ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order, "kept_format": form}
     partial = _partial(store, "selection", ingredients)
 
     def make(tmp: Path) -> dict[str, Any]:

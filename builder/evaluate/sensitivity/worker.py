@@ -96,7 +96,7 @@ def _quantized(job: Mapping[str, Any], name: str) -> What:
 def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
     """The fewest of `order`, from its first on, that must stay in BF16 or FP8 so that the KL is no more than the
     budget: by bisection, each step measured. UnsupportedError if it is more with all of them."""
-    order, budget, form = job["order"], job["budget"], job["format"].upper()
+    order, budget, form = job["order"], job["budget"], job["kept_format"].upper()
     flag = "--keep-fp8" if form == "FP8" else "--keep-bf16"
 
     def kl(number: int) -> float:
