@@ -5,8 +5,8 @@ read, changed and tested without those above it.
 
     core            store, processes, files, errors, output
     machine         GPU profiles, container images
-    recipe          what to build, and where each value came from
     formats         number formats: bits, tensors on disk, who runs them
+    recipe          what to build, and where each value came from
     architectures   model families: tensor names, features, who serves them
     model           the source model's files, config.json and tensors
     tokenizer       its tokenizer and chat template

@@ -1,4 +1,4 @@
-"""A family that differs from a known one only in names is one YAML file, from its headers to the input of the engine."""
+"""A family that differs from a known one only in names is one YAML file, from headers to the input of the engine."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def checkpoint(tmp_path: Path) -> Path:
     tensors, bits = Tensors(SOURCE), torch.Generator().manual_seed(0)
     made: list[NewTensor] = []
     for name, info in tensors.items():
-        if modelopt.is_quantized(name, info.shape) and "layers.1.mlp.down_proj" not in name:
+        if model().quantizes(name, info.shape) and "layers.1.mlp.down_proj" not in name:
             weight = torch.frombuffer(bytearray(tensors.data(name)), dtype=torch.bfloat16).reshape(info.shape)
             made += quantized(name, weight, bits)
         else:
