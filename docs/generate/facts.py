@@ -201,7 +201,7 @@ def known_errors() -> Iterator[str]:
         yield from (
             f"## {entry['name']}",
             "",
-            "The log contains one of:",
+            "The log matches one of these regular expressions:",
             "",
             "```text",
             *entry["patterns"],

@@ -371,7 +371,7 @@ def test_auto_keeps_what_holds_the_budget_and_the_plan_knows_the_price(
     }
     states = {stage["stage"]: stage["state"] for stage in before["stages"]}
     assert (states["sensitivity"], states["selection"], states["checkpoint"]) == ("cached", "will run", "will run")
-    assert "has not chosen yet" in run("plan", *argv).stdout
+    assert "has not chosen its layers yet" in run("plan", *argv).stdout
 
     done = run("quantize", *argv, "--json")
     assert done.returncode == 0, done.stderr
@@ -409,13 +409,13 @@ def test_the_command_shows_a_table_and_what_to_type_next(measured: tuple[sensiti
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("auto", "no budget"),
-        ("auto:", "no budget"),
-        ("auto:much", "no budget"),
-        ("auto:-0.1", "no budget"),
-        ("auto:0", "no budget"),
-        ("auto:nan", "no budget"),
-        ("auto:inf", "no budget"),
+        ("auto", "not a budget"),
+        ("auto:", "not a budget"),
+        ("auto:much", "not a budget"),
+        ("auto:-0.1", "not a budget"),
+        ("auto:0", "not a budget"),
+        ("auto:nan", "not a budget"),
+        ("auto:inf", "not a budget"),
         (("auto:0.1", "auto:0.2"), "given twice"),
     ],
 )
