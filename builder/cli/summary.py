@@ -1,4 +1,4 @@
-"""What a build says at its end: what it made, how good it is, and the next command."""
+"""What a build prints at its end: the artifact, its quality, and the next command."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from builder.recipe.schema import Resolved
 
 
 def show(built: Built, resolved: Resolved, store: Store, until: str, out: Output) -> None:
-    """Tables for people; with --json one object."""
+    """Prints the result of a build that ran up to the stage `until`; with --json as one object."""
     done_here = [done for done in store.done if done.stage not in ("quality", "verdict")]
     last = done_here[-1]
     out.result(
@@ -36,7 +36,7 @@ def show(built: Built, resolved: Resolved, store: Store, until: str, out: Output
         }
     )
     if all(done.cached for done in store.done):
-        out.info("nothing to do: every stage was found in the store")
+        out.info("nothing to do: every stage is cached")
     if built.quality:
         from builder.report.quality_summary import show as show_quality
 

@@ -1,1 +1,1 @@
-"""Facts about hardware: GPU profiles and the container images for them."""
+"""Facts about hardware: GPU profiles, cards, and the container images that run on them."""

@@ -7,17 +7,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Vendor, brand, generation and kind of product: words that tell no two of our cards apart. DGX and HGX are systems.
+# Vendor, brand, generation and kind of product: words that distinguish no two cards. DGX and HGX are systems.
 _FILLER = re.compile("nvidia|geforce|tesla|blackwell|generation|edition|workstation|graphics|card|gpu|dgx|hgx")
-# Words in a card's name that people leave out where the rest of the name is enough: memory size and connector.
+# Words that people leave out if the rest of the name is enough: memory size and connector.
 _QUALIFIER = re.compile(r"\b(\d+ ?GB|SXM\d*|PCIe|HBM\w+)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card that can be bought. GB are 10^9 bytes, rates are dense TFLOPS; None where no source was found.
+    """A card on the market. GB are 10^9 bytes and rates are dense TFLOPS; None if no source was found.
 
-    `also` holds its other names: the driver's, where it differs, and the systems that contain the card.
+    `also` holds its other names: the driver's, if it differs, and those of systems that contain the card.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Card:
 
 
 def plain(name: str) -> str:
-    """A name's letters and digits in lower case: what is left when spelling does not count."""
+    """The letters and digits of a name in lower case, so that spellings compare equal."""
     return "".join(character for character in name.lower() if character.isalnum())
 
 
 def find(name: str, cards: Sequence[Card]) -> list[Card]:
-    """The cards that this name fits: one of its names, or else its name without memory size and connector.
+    """The cards that a name fits: by one of their names, or else by the name without memory size and connector.
 
-    Cards of equal memory count as one (`H100` is the first of H100 SXM and H100 PCIe), so more than one card in the
+    Of cards with equal memory only the first is returned (H100 SXM for `H100`, not H100 PCIe too), so more than one
     result means that the name is ambiguous.
     """
     asked = _key(name)
@@ -49,7 +49,7 @@ def find(name: str, cards: Sequence[Card]) -> list[Card]:
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to four of the known names that someone who typed this may have meant: by its beginning, else by likeness."""
+    """Up to four known names that may have been meant: those that start like this, or else similar ones."""
     keys = {_key(one) or plain(one): one for one in known}
     asked = _key(name)
     starts = [one for key, one in keys.items() if asked and key.startswith(asked)]
@@ -57,7 +57,7 @@ def nearest(name: str, known: Iterable[str]) -> list[str]:
 
 
 def _key(name: str) -> str:
-    """The same for each spelling of a name: `rtxpro6000maxq`, `rtx5090laptop`, `a100sxm480gb`; empty for no name."""
+    """A key that all spellings of a name share: `rtxpro6000maxq`, `rtx5090laptop`, `a100sxm480gb`. May be empty."""
     key = _FILLER.sub("", plain(name))
     key = re.sub("mobile|notebook", "laptop", key)
     key = re.sub(r"(?<=\d)gi?b?$", "gb", key)

@@ -1,4 +1,4 @@
-"""Which container image holds which versions: configs/containers.yaml, the one place that says so. Pure."""
+"""Container images and the versions in them, from configs/containers.yaml. No side effects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from builder.core.untrusted_text import parse_yaml
 
 @dataclass(frozen=True)
 class Container:
-    """One image. None where no source says; `engine`: trtllm-build and Triton's C++ backend are in it; `gb` of 10^9."""
+    """A container image. A version is None if no source names it.
+
+    `engine`: whether the image has trtllm-build and Triton's C++ backend. `gb`: its size in units of 10^9 bytes.
+    """
 
     image: str
     triton: str | None
@@ -30,7 +33,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a container for a GPU needs of its machine, in bytes."""
+    """What a GPU container needs from its machine, in bytes: shared memory, stack and disk."""
 
     shm_bytes: int
     stack_bytes: int
@@ -38,7 +41,7 @@ class Needs:
 
 
 def rows() -> list[Container]:
-    """Every image that we know of, the newest first."""
+    """Every known image, newest first."""
     raw = _raw()
     found = []
     for row in raw["rows"]:
@@ -49,30 +52,31 @@ def rows() -> list[Container]:
 
 
 def newest(tensorrt_llm: str) -> Container:
-    """The newest Triton image with this version of TensorRT-LLM. UnsupportedError where there is none."""
+    """The newest Triton image with this version of TensorRT-LLM. UnsupportedError if there is none."""
     for row in rows():
         if row.tensorrt_llm == tensorrt_llm and row.triton:
             return row
     known = dict.fromkeys(row.tensorrt_llm for row in rows() if row.triton)
     raise UnsupportedError(
         f"No Triton image with TensorRT-LLM {tensorrt_llm} is known.",
-        why=f"configs/containers.yaml has {', '.join(known)}.",
-        hint=f"Ask for one of those: --set engine.tensorrt_llm={next(iter(known))}",
+        why=f"configs/containers.yaml lists {', '.join(known)}.",
+        hint=f"Choose one of those: --set engine.tensorrt_llm={next(iter(known))}",
     )
 
 
 def needs() -> Needs:
+    """What every GPU container needs from its machine."""
     return Needs(**_raw()["needs"])
 
 
 def driver_floor(cuda: str) -> str | None:
-    """The oldest driver on which any release of this CUDA's major version runs, with limits."""
+    """The oldest driver that runs this CUDA major version at all (NVIDIA's minor version compatibility), or None."""
     floor: str | None = _raw()["driver_floor"].get(cuda.split(".")[0])
     return floor
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """A driver's version as numbers that compare: 590.44.01 -> (590, 44, 1)."""
+    """A version as comparable numbers: 590.44.01 -> (590, 44, 1)."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 

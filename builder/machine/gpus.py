@@ -18,7 +18,7 @@ from builder.machine.cards import Card
 
 @dataclass(frozen=True)
 class ProfileFlag:
-    """A trtllm-build flag's value on this architecture, why, and who says so."""
+    """The value of a trtllm-build flag on this architecture, with its reason and source."""
 
     value: str
     reason: str
@@ -27,7 +27,7 @@ class ProfileFlag:
 
 @dataclass(frozen=True)
 class Format:
-    """A number format that the architecture computes in or stores KV in, and the TensorRT-LLM version it needs."""
+    """A number format that the architecture runs, with the first TensorRT-LLM version that supports it there."""
 
     since: str
     source: str
@@ -35,10 +35,11 @@ class Format:
 
 @dataclass(frozen=True)
 class GpuProfile:
-    """`sm` is the compute capability times ten (120 = 12.0), None for the CPU; `recipe` overrides the defaults.
+    """What is known about a GPU architecture, and the settings that suit it.
 
-    `fmha_head_sizes` are those that context FMHA has kernels for; empty where no limit is known.
-    `card` is the one of `cards` that the user named, None where a profile was named or detected.
+    `sm` is ten times the compute capability (120 = 12.0), None for the CPU. `recipe` overrides defaults of the recipe.
+    `fmha_head_sizes` are the head sizes with context FMHA kernels; empty if no limit is known. `card` is the card that
+    the user named, None if a profile was named or detected.
     """
 
     name: str
@@ -65,21 +66,22 @@ class Seen:
 
     @property
     def sm(self) -> int:
+        """Ten times the compute capability: 120 for 12.0."""
         return self.major * 10 + self.minor
 
 
 def names() -> list[str]:
-    """The profiles that exist."""
+    """The names of all profiles."""
     return sorted(path.stem for path in paths.data("configs", "gpus").glob("*.yaml"))
 
 
 @functools.cache
 def load(name: str) -> GpuProfile:
-    """A profile by its exact name. An unknown one is an error with the nearest names, never a silent default."""
+    """The profile with exactly this name. UnsupportedError, with the nearest names, for an unknown one."""
     if name not in names():
         raise _unknown(name)
     raw = _read(name)
-    # The same silicon under other flags: cards, formats, kernels and notes are those of the named profile.
+    # A second profile for the same GPUs, with other flags: cards, formats, kernels and notes are the same.
     card_facts = _read(raw["card_facts_of"]) if "card_facts_of" in raw else raw
     inherited = load(raw["flags_of"]).flags if "flags_of" in raw else {}
     own = {key: ProfileFlag(**value) for key, value in raw.get("flags", {}).items()}
@@ -98,10 +100,11 @@ def load(name: str) -> GpuProfile:
 
 
 def named(text: str) -> GpuProfile:
-    """The profile that a user names, by its own name or a card's, however spelled: sm120, "RTX 5090", rtx5090, 5090.
+    """The profile of a profile or card name in any spelling: sm120, "RTX 5090", rtx5090, 5090.
 
-    Where a card is named, the profile's `card` is that card, and its memory is what a plan is judged by. A card that
-    two profiles list (sm120 and sm120-fmha) leads to the one that defines it. UsageError for a name of several cards.
+    If a card is named, it becomes the profile's `card`, and a plan is judged by its memory. A card that two profiles
+    list (sm120 and sm120-fmha) selects the one that defines it. UsageError for a name that fits several cards,
+    UnsupportedError for an unknown one.
     """
     by_name = {cards.plain(name): name for name in names()}
     if cards.plain(text) in by_name:
@@ -112,8 +115,8 @@ def named(text: str) -> GpuProfile:
         raise _unknown(text)
     if len(found) > 1:
         raise UsageError(
-            f"{text!r} is the name of {len(found)} cards: {' and '.join(card.name for card in found)}.",
-            why="They differ in memory, so one may hold a model that another does not.",
+            f"{text!r} fits {len(found)} cards: {' and '.join(card.name for card in found)}.",
+            why="They differ in memory, so a model may fit on only one of them.",
             hint=f"Name one of them: --gpu {found[-1].name!r}",
         )
     return replace(load(owners[found[0]]), card=found[0])
@@ -121,7 +124,7 @@ def named(text: str) -> GpuProfile:
 
 @functools.cache
 def _owners() -> dict[Card, str]:
-    """Each card and the profile that defines it."""
+    """The profile that defines each card."""
     return {card: name for name in names() if "card_facts_of" not in _read(name) for card in load(name).cards}
 
 
@@ -140,39 +143,41 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def detect() -> GpuProfile:
-    """The profile of the first GPU that NVML sees. UnsupportedError where there is none, or none we know."""
+    """The profile of the first visible GPU. UnsupportedError if no GPU is visible or its architecture is unknown."""
     try:
         found = first()
     except UnsupportedError as error:
         hint = "Name a profile: --gpu sm120, or --gpu cpu to quantize and serve without a GPU."
-        raise UnsupportedError("No GPU was named, and none is seen here.", why=error.why, hint=hint) from error
+        raise UnsupportedError(
+            "No GPU was named, and none was found on this machine.", why=error.why, hint=hint
+        ) from error
     return for_capability(found.major, found.minor, found.name)
 
 
 def first() -> Seen:
-    """The first of the visible GPUs. UnsupportedError where there is none, or NVML does not tell."""
+    """The first visible GPU. UnsupportedError if there is none, or if NVML can't tell."""
     found = visible()
     if not found:
-        why = "NVML finds no NVIDIA driver." if found == [] else "NVML does not tell which GPUs this process sees."
-        raise UnsupportedError("No GPU is seen here.", why=why, hint="Run it on a machine with a GPU.")
+        why = "NVML finds no NVIDIA driver." if found == [] else "NVML can't tell which GPUs are visible here."
+        raise UnsupportedError("No GPU was found on this machine.", why=why, hint="Run this on a machine with a GPU.")
     return found[0]
 
 
 def for_capability(major: int, minor: int, card: str) -> GpuProfile:
-    """The profile of a compute capability; an unknown one is an error with the nearest profiles named."""
+    """The profile of a compute capability. UnsupportedError, with the nearest profiles, for an unknown one."""
     name = f"sm{major}{minor}"
     if name in names():
         return load(name)
     raise UnsupportedError(
         f"This machine's {card} is {name}, and there is no profile for it.",
         why=f"The nearest: {'; '.join(f'{p.name} ({p.title})' for p in nearest(major * 10 + minor))}.",
-        hint="An engine runs only on the architecture that it was built for. To quantize and serve without a GPU: "
+        hint="An engine runs only on the architecture it was built for. To quantize and serve without a GPU: "
         "--gpu cpu.",
     )
 
 
 def nearest(sm: int) -> list[GpuProfile]:
-    """The profiles just below and just above an architecture that has none."""
+    """The profiles just below and just above an architecture without a profile. `sm`: ten times its capability."""
     known = [p for p in map(load, names()) if p.sm is not None]
     below = [p for p in known if p.sm is not None and p.sm < sm]
     above = [p for p in known if p.sm is not None and p.sm > sm]
@@ -185,7 +190,7 @@ def nearest(sm: int) -> list[GpuProfile]:
 
 
 def show(out: Output) -> None:
-    """For people: the profiles with what runs on them, and the cards, each once. With --json: all of it."""
+    """Prints the profiles with the formats they run, and every card once. With --json, everything."""
     profiles = [load(name) for name in names()]
     rows = [(p.name, p.target, ", ".join(p.formats) or "-", p.title) for p in profiles]
     out.table("GPU profiles", ["profile", "target", "runs", "for"], rows)
@@ -200,14 +205,15 @@ def show(out: Output) -> None:
 
 
 def cuda_order() -> dict[str, str]:
-    """The environment in which CUDA counts a machine's GPUs as NVML does; left to itself it begins with the fastest."""
+    """The environment that makes CUDA number GPUs as NVML does. By default CUDA puts the fastest first."""
     return {"CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")}
 
 
 def visible() -> list[Seen] | None:
-    """The GPUs that a child with cuda_order() sees, in its order; none without a driver. Heeds CUDA_VISIBLE_DEVICES.
+    """The GPUs that a process with `cuda_order()` sees, in its order. Respects CUDA_VISIBLE_DEVICES.
 
-    None where that is not known: NVML refuses, parts of a GPU (MIG) are named, or unlike cards are counted otherwise.
+    Empty without a driver. None if it can't be determined: NVML fails, CUDA_VISIBLE_DEVICES names parts of a GPU (MIG),
+    or the GPUs differ and CUDA_DEVICE_ORDER numbers them in another way.
     """
     import pynvml
 
@@ -234,7 +240,7 @@ def visible() -> list[Seen] | None:
 
 
 def _chosen(found: Sequence[tuple[str, Seen]], asked: str | None) -> list[Seen] | None:
-    """Indices or beginnings of UUIDs, up to the first that is none (CUDA C Programming Guide, CUDA_VISIBLE_DEVICES)."""
+    """Applies CUDA_VISIBLE_DEVICES: indices or UUID prefixes, up to the first invalid one (CUDA Programming Guide)."""
     if asked is None:
         return [seen for _, seen in found]
     chosen: list[Seen] = []

@@ -170,7 +170,7 @@ def test_fetch_verify_and_clean(tmp_path: Path) -> None:
     assert fetched.returncode == 0, fetched.stderr
     directory = Path(fetched.stdout.strip())
     again = run("fetch", "--model", MODEL, "--gpu", "cpu", *out)
-    assert "nothing to do: every stage was found" in again.stderr
+    assert "nothing to do: every stage is cached" in again.stderr
     assert run("verify", *out).returncode == 0
     manifest = directory / "manifest.json"
     whole = manifest.read_text()

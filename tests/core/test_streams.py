@@ -58,7 +58,7 @@ def test_a_stage_is_made_whole(redirection: str, code: int, tmp_path: Path) -> N
     assert (found, "Traceback" in said) == (code, False), said
     assert shell(f"{BUILDER} verify --output {tmp_path}")[0] == 0
     found, said = shell(fetch)
-    assert "nothing to do: every stage was found" in said
+    assert "nothing to do: every stage is cached" in said
     for lock in (tmp_path / "locks").iterdir():
         assert lock.read_bytes() == b""
     assert not list(tmp_path.rglob("*.tmp"))

@@ -276,7 +276,7 @@ def test_what_was_measured_outlives_a_run_that_died_and_no_other_recipe_takes_it
 ) -> None:
     store, results = Store(tmp_path, Output("quiet")), []
 
-    def dies(job: Job, store: Store) -> Any:
+    def dies(job: Job, *rest: Any) -> Any:
         found = Path(job["results"])
         results.append(found)
         with open(found, "a") as file:

@@ -135,7 +135,7 @@ def test_a_profile_is_named_in_any_case_and_has_no_card(text: str, profile: str)
 
 
 def test_a_name_of_two_cards_is_answered_with_both() -> None:
-    with pytest.raises(UsageError, match="is the name of 2 cards: RTX 5060 Ti 16 GB and RTX 5060 Ti 8 GB") as caught:
+    with pytest.raises(UsageError, match="fits 2 cards: RTX 5060 Ti 16 GB and RTX 5060 Ti 8 GB") as caught:
         gpus.named("RTX 5060 Ti")
     assert caught.value.hint == "Name one of them: --gpu 'RTX 5060 Ti 8 GB'"
     assert named(caught.value.hint.partition("--gpu ")[2].strip("'"))

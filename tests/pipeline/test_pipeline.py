@@ -84,7 +84,7 @@ def test_a_second_run_does_nothing_says_so_and_imports_no_torch(built: tuple[Pat
     argv = [sys.executable, "-X", "importtime", "-m", "builder", "build", "--model", MODEL, *SMALL]
     done = subprocess.run([*argv, "--output", str(output)], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "nothing to do: every stage was found in the store" in done.stderr
+    assert "nothing to do: every stage is cached" in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time" in line}
     assert not {"torch", "transformers", "modelopt", "tritonclient"} & imported
     assert "builder.pipeline" in imported

@@ -1,0 +1,41 @@
+"""Ctrl-C while `builder` is still importing: no traceback, exit code 130."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+# Raises KeyboardInterrupt when the module argv[1] is imported, as Ctrl-C at that moment would.
+INTERRUPTED_IMPORT = """
+import sys
+from builder.__main__ import main
+
+class Interrupt:
+    module = sys.argv[1]
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.module:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv[1:] = ["gpus"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("module", ["builder.cli.main", "argparse", "builder.cli.options", "builder.machine.gpus"])
+def test_an_interrupt_during_imports_is_quiet(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT, module], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.startswith("interrupted")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_both_entry_points_are_the_same() -> None:
+    """The console script that pip installs calls the function that handles an early interrupt."""
+    declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["scripts"]
+    assert declared == {"builder": "builder.__main__:main"}
