@@ -198,7 +198,8 @@ def _gate(resolved: Resolved, store: Store) -> list[tuple[str, str, str]]:
         return [("evaluation", "cached", f"{gate}: {error.what}")]
     if isinstance(found, WouldRun):
         why = f"its input comes from {found.stage}"
-        known = {"scores": found.why, "texts": "its texts are not read yet", "evaluation": "all scores are there"}
+        texts = "its texts are not read yet" if found.key else found.why  # no key: their commit is not known here
+        known = {"scores": found.why, "texts": texts, "evaluation": "all scores are there"}
         return [("evaluation", "will run", f"{gate}: {known.get(found.stage, why)}")]
     passed = "passed" if found.verdict and found.verdict.passed else "failed"
     return [("evaluation", "cached", f"{found.path.name}, {gate}: {passed}")]

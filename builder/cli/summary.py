@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from builder.core.output import Output
-from builder.core.store import Store
+from builder.core.store import Artifact, Store
 from builder.pipeline import Built
 from builder.recipe.schema import Resolved
 
 
 def show(built: Built, resolved: Resolved, store: Store, until: str, out: Output) -> None:
     """Prints the result of a build that ran up to the stage `until`; with --json as one object."""
-    done_here = [done for done in store.done if done.stage not in ("quality", "verdict")]
-    last = done_here[-1]
-    out.result(
-        {
-            "path": str(last.path),
-            "repository": str(built.link) if built.link else None,
-            "unpublished": str(built.repository.path) if built.repository and not built.link else None,
-            "stages": [
-                {
-                    "stage": done.stage,
-                    "key": done.manifest["key"],
-                    "path": str(done.path),
-                    "cached": done.cached,
-                    "seconds": done.manifest["seconds"],
-                }
-                for done in done_here
-            ],
-            "quality": built.quality.as_dict() if built.quality else None,
-            "verdict": asdict(built.verdict) if built.verdict else None,
-            "smoke": built.smoke.as_dict() if built.smoke else None,
-            "evaluation": built.evaluation.as_dict() if built.evaluation else None,
-        }
-    )
+    last = _built_here(store)[-1]
+    out.result(_as_object(built, store))
     if all(done.cached for done in store.done):
         out.info("nothing to do: every stage is cached")
     if built.quality:
@@ -58,3 +38,32 @@ def show(built: Built, resolved: Resolved, store: Store, until: str, out: Output
             out.text(f"quality    not checked: {built.verdict.reasons[0]}")
         out.warn(f"quality not checked: {built.verdict.reasons[0]}")
     out.text(f"next       builder serve {built.link}")
+
+
+def _built_here(store: Store) -> list[Artifact]:
+    """The artifacts of the chain, without the judgements on them."""
+    return [done for done in store.done if done.stage not in ("quality", "verdict")]
+
+
+def _as_object(built: Built, store: Store) -> dict[str, Any]:
+    """The result for --json."""
+    done_here = _built_here(store)
+    return {
+        "path": str(done_here[-1].path),
+        "repository": str(built.link) if built.link else None,
+        "unpublished": str(built.repository.path) if built.repository and not built.link else None,
+        "stages": [
+            {
+                "stage": done.stage,
+                "key": done.manifest["key"],
+                "path": str(done.path),
+                "cached": done.cached,
+                "seconds": done.manifest["seconds"],
+            }
+            for done in done_here
+        ],
+        "quality": built.quality.as_dict() if built.quality else None,
+        "verdict": asdict(built.verdict) if built.verdict else None,
+        "smoke": built.smoke.as_dict() if built.smoke else None,
+        "evaluation": built.evaluation.as_dict() if built.evaluation else None,
+    }

@@ -1,4 +1,4 @@
-"""The matrix of container images agrees with itself, with the facts of each version, the README and the Dockerfile."""
+"""The matrix of container images agrees with itself, the facts of each version, the reference and the Dockerfile."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from builder.core.release import order
 from builder.machine import containers
 from builder.recipe import schema
 from builder.trtllm import flags as trtllm_flags
-
-README = Path("README.md").read_text()
+from docs.generate import facts
 
 
 def test_every_row_says_everything_or_null() -> None:
@@ -63,12 +62,12 @@ def test_drivers_compare_as_numbers() -> None:
     assert containers.numbers("580.95.05") < containers.numbers("590.44.01") < containers.numbers("590.44.02")
 
 
-def test_the_readme_has_the_matrix() -> None:
-    """One line for each version whose flags we hold, and one for where engines end."""
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if "| `2" in line]
-    written = {row[0]: row[1:] for row in table}
-    for version in trtllm_flags.versions():
-        rows = [row for row in containers.rows() if row.tensorrt_llm == version]
-        newest = rows[0]
-        tags = ", ".join(f"`{row.triton}`" for row in rows)
-        assert written[version] == [tags, newest.tensorrt, newest.cuda, newest.driver, newest.modelopt, "yes"]
+def test_the_documentation_has_the_matrix() -> None:
+    """The reference page on versions has one row for each image, with what configs/containers.yaml says of it."""
+    lines = [line for line in facts.versions() if line.startswith("|")]
+    cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    written = {tuple(row[:2]): row[3:7] for row in cells}
+    for row in containers.rows():
+        versions = [row.tensorrt, row.cuda, row.driver, row.modelopt]
+        assert written[row.triton or "", row.tensorrt_llm] == [version or "" for version in versions]
+    assert {version for _, version in written} >= set(trtllm_flags.versions())
