@@ -18,6 +18,7 @@ PAGES: Mapping[str, Callable[[], Iterator[str]]] = {
     "presets": usage.presets,
     "gpus": facts.gpu_profiles,
     "models": facts.models,
+    "formats": facts.formats,
     "engine-flags": facts.engine_flags,
     "rules": facts.rules,
     "llm-arguments": facts.llm_arguments,

@@ -12,6 +12,8 @@ import builder
 from builder.architectures import catalog
 from builder.core import paths
 from builder.core.untrusted_text import parse_yaml
+from builder.formats import kv_cache, registry
+from builder.formats.base import StoredTensor
 from builder.llmapi import versions as llmapi
 from builder.machine import containers, gpus
 from builder.machine.cards import Card
@@ -247,3 +249,44 @@ def packages() -> Iterator[str]:
     )
     layers = re.findall(r"^    (\w+) +(\S.+)$", builder.__doc__ or "", re.M)
     yield from table(("package", "contents"), [(code(f"builder/{name}"), text(what)) for name, what in layers])
+
+
+def formats() -> Iterator[str]:
+    """Number formats of linear layers with their tensors on disk, and those of the KV cache."""
+    yield from say(
+        "# Number formats",
+        "From `builder/formats/`. `quantization.format` chooses the format of a whole model; single layers can stay in "
+        "another one with `--keep-fp8` and `--keep-bf16`.",
+    )
+    known = registry.all_formats().values()
+    rows = []
+    for found in known:
+        runs = [name for name in gpus.names() if found.gpu_format in (None, *gpus.load(name).formats)]
+        whole = "yes" if found.whole_model else "single layers"
+        group = text(found.group_size or "")
+        rows.append((code(found.name), text(found.title), text(found.bits), group, whole, ", ".join(map(code, runs))))
+    headers = ("format", "name", "bits per weight", "group size", "whole model", "GPU profiles that run it")
+    yield from table(headers, rows)
+    yield from say(
+        "The profile `cpu` serves every format with the reference executor.",
+        "## Tensors of a linear layer",
+        "The weight of a layer has the shape [outputs, inputs].",
+    )
+    for found in known:
+        yield from say(f"### {found.title}")
+        tensors = [
+            (code(t.unified), code(t.tensorrt_llm), text(" or ".join(t.dtypes)), _dimensions(t)) for t in found.tensors
+        ]
+        yield from table(("Hugging Face layout", "TensorRT-LLM layout", "dtype", "shape"), tensors)
+    yield from say("## KV cache", "`quantization.kv_cache_dtype`, or `--kv-cache-dtype`.")
+    rows = [(code(c.name), text(c.title), str(c.nbytes)) for c in kv_cache.FORMATS.values()]
+    yield from table(("value", "name", "bytes per value"), rows)
+    rejected = [(code(name), text(why)) for name, why in kv_cache.REJECTED.items()]
+    yield from table(("rejected value", "reason"), rejected)
+
+
+def _dimensions(tensor: StoredTensor) -> str:
+    """[outputs, inputs / 16]; one number for a tensor without dimensions."""
+    names = {"out": "outputs", "in": "inputs"}
+    parts = [names[dim.axis] + (f" / {dim.group}" if dim.group > 1 else "") for dim in tensor.dims]
+    return f"\\[{', '.join(parts)}\\]" if parts else "one number"
