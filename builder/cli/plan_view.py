@@ -12,7 +12,8 @@ from builder.core.output import Output, size
 from builder.plan import Plan
 from builder.preflight import checks
 from builder.preflight.memory import Memory
-from builder.preflight.suggestions import Verdict
+from builder.preflight.suggestions import MemoryCheck
+from builder.targets.base import no_engine
 
 MEMORY = ["card", "memory", "weights", "workspace", "KV cache", "KV tokens", "at full length", "largest batch", "fits"]
 
@@ -43,8 +44,11 @@ def _stream_rows(found: Plan) -> list[tuple[str, str]]:
 
 
 def _kept_rows(found: Plan) -> list[tuple[str, str]]:
-    part = found.resolved.recipe.quantization
-    kept = (("bf16", "BF16", found.kept, found.price), ("fp8", "FP8", found.fp8, found.fp8_price))
+    part, model = found.resolved.recipe.quantization, found.prepared.model
+    kept = (
+        ("bf16", "BF16", model.kept, found.price),
+        ("fp8", "FP8", model.fp8, found.fp8_price),
+    )
     rows = []
     for name, label, modules, price in kept:
         auto = part.kept_budget is not None and part.kept_format == name
@@ -55,7 +59,7 @@ def _kept_rows(found: Plan) -> list[tuple[str, str]]:
     return rows
 
 
-def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
+def _memory_rows(verdict: MemoryCheck) -> list[tuple[str, ...]]:
     """One row for each card. Numbers are those of the rank that needs most."""
     return [
         (
@@ -66,11 +70,11 @@ def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
             str(m.largest_batch),
             "fits" if m.fits else f"lacks {size(m.lacking)}",
         )
-        for m in verdict.memory
+        for m in verdict.cards
     ]
 
 
-def _verdict(verdict: Verdict) -> dict[str, object]:
+def _verdict(verdict: MemoryCheck) -> dict[str, object]:
     refusal, change = verdict.refusal, verdict.change
     return {
         "card": verdict.card,
@@ -109,16 +113,16 @@ def _parameters(count: int) -> str:
 
 def _fit_rows(found: Plan) -> list[tuple[str, str, str]]:
     """Whether it fits on the card that was named, is here, or is the largest; and on the profile's other cards."""
-    verdict = found.verdict
+    verdict = found.memory
     if verdict.refusal:
         rows = [("fits", f"no: {verdict.refusal.what}", verdict.refusal.hint)]
     elif found.refusal:
         rows = [("fits", f"no: {found.refusal.what}", found.refusal.hint)]
     else:
-        [card] = [m for m in verdict.memory if m.card == verdict.card]
+        [card] = [m for m in verdict.cards if m.card == verdict.card]
         room = f"{size(card.kv_cache)} of KV cache, {card.sequences} sequences of full length"
         rows = [("fits", f"yes, on {verdict.card}: {room}", f"{size(card.needed)} of {size(card.memory)} needed")]
-    small = [m.card for m in verdict.memory if not m.fits and m.card != verdict.card]
+    small = [m.card for m in verdict.cards if not m.fits and m.card != verdict.card]
     if small:
         rows.append(("does not fit on", ", ".join(small), "memory of the card"))
     return rows
@@ -135,26 +139,26 @@ def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[st
     `complete` adds the values and flags that are defaults, the memory of every card, and the command or model.yaml that
     launches TensorRT-LLM. `build` is the command that builds this plan, printed at the end.
     """
-    recipe, verdict = found.resolved.recipe, found.verdict
+    recipe, verdict = found.resolved.recipe, found.memory
     values = found.resolved.explained()
     shown = [row for row in values if complete or not _is_default(row[2])]
     flags = [flag for flag in found.settings if complete or not _is_default(flag.reason)]
     cards = [
-        row for row, m in zip(_memory_rows(verdict), verdict.memory, strict=True) if complete or _is_judged(found, m)
+        row for row, m in zip(_memory_rows(verdict), verdict.cards, strict=True) if complete or _is_judged(found, m)
     ]
     out.table(
         f"plan: {recipe.model.id} on {found.resolved.gpu.name}", ["decision", "value", "from"], _decision_rows(found)
     )
     out.table("stages", ["stage", "state", "why"], found.stages)
     out.table("values" if complete else "values that are not defaults", ["key", "value", "from"], shown)
-    title, column = ("LLM arguments", "argument") if found.model_yaml else ("trtllm-build flags", "flag")
+    title, column = ("LLM arguments", "argument") if found.launch.model_yaml else ("trtllm-build flags", "flag")
     rows = [(f.name, f.value, f.reason, f.source) for f in flags]
     out.table(title if complete else f"{title} that are not defaults", [column, "value", "why", "source"], rows)
     if found.notes:
         out.table("notes", ["rule", "note"], [(note.rule, note.text) for note in found.notes])
     out.table("sizes", ["what", "size"], _size_rows(found))
     out.table("memory at run time", MEMORY, cards)
-    if complete and (launched := shlex.join(found.command) if found.command else found.model_yaml):
+    if complete and (launched := shlex.join(found.launch.command) if found.launch.command else found.launch.model_yaml):
         out.text(launched.rstrip())
     for note in found.notes:
         if note.rule == checks.FP8_KV:
@@ -169,7 +173,7 @@ def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[st
 
 
 def _is_judged(found: Plan, memory: Memory) -> bool:
-    return memory.card == found.verdict.card
+    return memory.card == found.memory.card
 
 
 def _as_object(found: Plan) -> dict[str, Any]:
@@ -181,13 +185,13 @@ def _as_object(found: Plan) -> dict[str, Any]:
         "target": recipe.target,
         "stages": [{"stage": stage, "state": state, "why": why} for stage, state, why in found.stages],
         "sizes": asdict(found.sizes),
-        "memory": [{**asdict(m), "fits": m.fits} for m in found.verdict.memory],
-        "verdict": _verdict(found.verdict),
+        "memory": [{**asdict(m), "fits": m.fits} for m in found.memory.cards],
+        "verdict": _verdict(found.memory),
         "kept": {
-            "modules": list(found.kept),
+            "modules": list(found.prepared.model.kept),
             "bytes": None if found.open_choice else found.price,
             "open_choice": found.open_choice,
-            "fp8_modules": list(found.fp8),
+            "fp8_modules": list(found.prepared.model.fp8),
             "fp8_bytes": None if found.open_choice else found.fp8_price,
         },
         "streams": None
@@ -195,10 +199,10 @@ def _as_object(found: Plan) -> dict[str, Any]:
         else dict(zip(("at_once", "bytes", "why"), found.streams, strict=True)),
         "machine": {**asdict(found.host), "missing": found.missing},
         "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
-        "arguments" if found.model_yaml else "flags": [vars(setting) for setting in found.settings],
+        "arguments" if found.launch.model_yaml else "flags": [vars(setting) for setting in found.settings],
         "notes": [vars(note) for note in found.notes],
-        "command": found.command,
-        "model_yaml": found.model_yaml,
+        "command": found.launch.command,
+        "model_yaml": found.launch.model_yaml,
         "blocked": found.blocked.what if found.blocked else None,
         "refusal": found.refusal.what if found.refusal else None,
     }
@@ -209,32 +213,30 @@ def show_command(found: Plan, out: Output) -> None:
 
     UsageError for a target without an engine.
     """
-    if found.model_yaml:
-        raise checks.no_engine()
-    none = None if found.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
+    if found.launch.model_yaml:
+        raise no_engine()
+    none = None if found.launch.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
     shell = []
-    if found.command:
-        cache = Path(found.command[found.command.index("--output_timing_cache") + 1])
+    if found.launch.command:
+        cache = Path(found.launch.command[found.launch.command.index("--output_timing_cache") + 1])
         if not cache.parent.is_dir():  # trtllm-build does not create it, and would fail at its very end
             shell.append(shlex.join(["mkdir", "-p", str(cache.parent)]))
-        shell.append(shlex.join(found.command))
+        shell.append(shlex.join(found.launch.command))
     for line in shell:
         out.text(line)
     if none:
         out.info(f"{none} To see an engine's: --gpu sm120 (`builder gpus`).")
-    if found.placeholder:
-        command = "`builder quantize`" if found.placeholder == "CHECKPOINT" else "`builder engine`"
-        out.warn(
-            f"{found.placeholder} stands for a directory that does not exist yet: {command} creates it in the store."
-        )
-    if found.blocked and found.command:
+    if word := found.launch.placeholder:
+        command = "`builder quantize`" if word == "CHECKPOINT" else "`builder engine`"
+        out.warn(f"{word} stands for a directory that does not exist yet: {command} creates it in the store.")
+    if found.blocked and found.launch.command:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.hint}")
     out.result(
         {
             "target": found.resolved.recipe.target,
-            "command": found.command,
+            "command": found.launch.command,
             "shell": shell,
-            "placeholder": found.placeholder,
+            "placeholder": found.launch.placeholder,
             "why": none,
             "flags": [vars(flag) for flag in found.settings],
             "blocked": found.blocked.what if found.blocked else None,

@@ -15,7 +15,7 @@ Measured = Mapping[str, Mapping[str, Mapping[str, Estimate]]]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateResult:
     """`failed` names runner, data set, metric, figure and limit. Empty, and nothing collapsed: passed."""
 
     limits: Mapping[str, float]
@@ -41,7 +41,7 @@ def judge(
     measured: Measured,
     collapsed: Mapping[str, Sequence[str]],
     not_measured: Mapping[str, str],
-) -> Verdict | None:
+) -> GateResult | None:
     """None without a gate. EvaluationError if a metric that it needs was not measured for a runner that was asked.
 
     `collapsed` holds the data sets on which a runner found shuffled tokens as likely as text: it passes no gate.
@@ -63,7 +63,7 @@ def judge(
             failed += [_failure(runner, name, metric, figures[metric], limit) for metric, limit in asked.items()]
             if name in collapsed.get(runner, ()):
                 failed.append(f"{runner} on {name} finds shuffled tokens as likely as text")
-    return Verdict(asked, [text for text in failed if text])
+    return GateResult(asked, [text for text in failed if text])
 
 
 def _failure(runner: str, name: str, metric: str, figure: Estimate, limit: float) -> str:

@@ -20,14 +20,14 @@ from builder.core.output import Output, seconds
 from builder.core.store import Artifact, Store, WouldRun, key_of, sources_digest
 from builder.evaluate import datasets, gate, metrics, tasks
 from builder.evaluate.datasets import Texts
-from builder.evaluate.gate import OVERALL, Verdict
+from builder.evaluate.gate import OVERALL, GateResult
 from builder.evaluate.metrics import Estimate
 from builder.evaluate.runners.language import knows
 from builder.evaluate.tasks import TaskTable
 from builder.evaluate.variants import Form, Models, forms, opening
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe
 
 TABLE_SOURCES = (
     "builder/evaluate/stage.py",
@@ -49,7 +49,7 @@ class Evaluation:
     collapsed: Mapping[str, Sequence[str]]
     not_measured: Mapping[str, str]
     tasks: TaskTable = field(default_factory=TaskTable)
-    verdict: Verdict | None = None
+    verdict: GateResult | None = None
     path: Path = Path()
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Evaluation:
             raise NotMeasurable(f"{runner} can't be measured.", why=why)
 
 
-def evaluate(models: Models, resolved: Resolved, *, store: Store, ask: bool = False) -> Evaluation:
+def evaluate(models: Models, recipe: Recipe, *, store: Store, ask: bool = False) -> Evaluation:
     """Measures every runner of the recipe on every data set, and judges by the gate, if there is one.
 
     With `ask` also on the recipe's tasks.
@@ -86,19 +86,19 @@ def evaluate(models: Models, resolved: Resolved, *, store: Store, ask: bool = Fa
     IntegrityError if model and tokenizer don't belong together, EvaluationError if the gate needs what could not be
     measured. A gate that failed is told by the verdict; `check` raises it.
     """
-    part = resolved.recipe.evaluation
+    part = recipe.evaluation
     texts = datasets.read_texts(part, store=store)
     scores: dict[str, list[Artifact]] = {}
     not_measured: dict[str, str] = {}
-    for form in forms(resolved) if texts else ():
+    for form in forms(recipe) if texts else ():
         try:
-            scores[form.label] = _score(form, models, texts, scores.get("bf16"), resolved, store)
+            scores[form.label] = _score(form, models, texts, scores.get("bf16"), recipe, store)
         except NotMeasurable as error:
             not_measured[form.label] = str(error)
     found = _tables(scores, texts, part.resamples, part.seed, not_measured)
-    if ask and resolved.recipe.tasks.names:
-        found = replace(found, tasks=tasks.measure(models, resolved, store=store))
-    return _judged(found, scores, resolved, store)
+    if ask and recipe.tasks.names:
+        found = replace(found, tasks=tasks.measure(models, recipe, store=store))
+    return _judged(found, scores, recipe, store)
 
 
 def _score(
@@ -106,13 +106,13 @@ def _score(
     models: Models,
     texts: Sequence[Texts],
     reference: Sequence[Artifact] | None,
-    resolved: Resolved,
+    recipe: Recipe,
     store: Store,
 ) -> list[Artifact]:
     """The scores of each data set, from the store or by a child process."""
-    opened, part = opening(form, models, resolved, store), resolved.recipe.evaluation
-    positions = int(models.snapshot.config.get("max_position_embeddings") or resolved.recipe.engine.max_seq_len)
-    longest = datasets.longest(part, positions, resolved.recipe.engine)
+    opened, part = opening(form, models, recipe, store), recipe.evaluation
+    positions = int(models.snapshot.config.get("max_position_embeddings") or recipe.engine.max_seq_len)
+    longest = datasets.longest(part, positions, recipe.engine)
     asked = {
         "lengths": {"min_tokens": part.min_tokens, "max_tokens": longest},
         **{key: getattr(part, key) for key in ("batch_tokens", "seed")},
@@ -190,11 +190,9 @@ def _tables(
     return Evaluation(measured, named, collapsed, not_measured)
 
 
-def _judged(
-    found: Evaluation, scores: Mapping[str, Sequence[Artifact]], resolved: Resolved, store: Store
-) -> Evaluation:
+def _judged(found: Evaluation, scores: Mapping[str, Sequence[Artifact]], recipe: Recipe, store: Store) -> Evaluation:
     """With its verdict, kept in the store. What the gate can't judge is an error after the tables are kept."""
-    part = resolved.recipe.evaluation
+    part = recipe.evaluation
     unjudged: EvaluationError | None = None
     try:
         verdict = gate.judge(part, found.measured, found.collapsed, found.not_measured)

@@ -25,7 +25,7 @@ from builder.evaluate.variants import Form, Models
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
 from builder.recipe import evaluation as recipe_evaluation
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe
 
 SOURCES = (
     *of_model.SOURCES,
@@ -113,12 +113,12 @@ def _check_files(directory: Path) -> None:
             ) from None
 
 
-def measure(models: Models, resolved: Resolved, *, store: Store) -> TaskTable:
+def measure(models: Models, recipe: Recipe, *, store: Store) -> TaskTable:
     """Asks every form of the recipe the questions of every task, and compares each with BF16."""
     found: dict[str, dict[str, Artifact]] = {}
     not_measured: dict[str, dict[str, str]] = {}
-    for form in of_model.forms(resolved):
-        answered, refused = _answers(form, models, resolved, store)
+    for form in of_model.forms(recipe):
+        answered, refused = _answers(form, models, recipe, store)
         found[form.label] = answered
         not_measured |= {form.label: refused} if refused else {}
     rows = tuple(_compared(found))
@@ -130,16 +130,14 @@ def measure(models: Models, resolved: Resolved, *, store: Store) -> TaskTable:
     return TaskTable(rows, not_measured, of, paths)
 
 
-def _answers(
-    form: Form, models: Models, resolved: Resolved, store: Store
-) -> tuple[dict[str, Artifact], dict[str, str]]:
+def _answers(form: Form, models: Models, recipe: Recipe, store: Store) -> tuple[dict[str, Artifact], dict[str, str]]:
     """By task what the store holds or a child measured, and why it could not."""
-    part, engine = resolved.recipe.tasks, resolved.recipe.engine
+    part, engine = recipe.tasks, recipe.engine
     if form.runner == "reference":
         why = "Tasks are asked of local weights and of what is served; the executor answers there: --runner served"
         return {}, dict.fromkeys(part.names, why)
     try:
-        opened = of_model.opening(form, models, resolved, store)
+        opened = of_model.opening(form, models, recipe, store)
     except NotMeasurable as error:
         return {}, dict.fromkeys(part.names, str(error))
     positions = int(models.snapshot.config.get("max_position_embeddings") or engine.max_seq_len)

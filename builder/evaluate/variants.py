@@ -19,7 +19,7 @@ from builder.core.store import Store, library_versions, sources_digest
 from builder.hub.snapshot import Snapshot
 from builder.quantize import modelopt
 from builder.recipe.evaluation import RUNNERS
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe
 from builder.recipe.target_facts import target_facts
 from builder.triton.repository import Repository, repository_key
 
@@ -82,9 +82,9 @@ class Form:
     fp8_kv: bool
 
 
-def forms(resolved: Resolved) -> list[Form]:
+def forms(recipe: Recipe) -> list[Form]:
     """In the order of RUNNERS: BF16 first."""
-    part, fp8 = resolved.recipe.evaluation, resolved.recipe.quantization.cache_format.quantized
+    part, fp8 = recipe.evaluation, recipe.quantization.cache_format.quantized
     found = [Form(name, name, fp8) for name in RUNNERS if name in part.runners]
     if part.compare_kv and not fp8:
         raise UsageError(
@@ -105,9 +105,8 @@ class Opening:
     ingredients: Mapping[str, Any]
 
 
-def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Opening:
+def opening(form: Form, models: Models, recipe: Recipe, store: Store) -> Opening:
     """How a form is opened. NotMeasurable where it has no such form."""
-    recipe = resolved.recipe
     job = {
         "runner": form.runner,
         "label": form.label,
@@ -118,7 +117,7 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
         "gpus": modelopt.calibrating(),
         **{key: getattr(recipe.evaluation, key) for key in ("dtype", "batch_tokens")},
     }
-    more, of = _of(form, models, resolved, store)
+    more, of = _of(form, models, recipe, store)
     ingredients = {
         "of": of,
         "runner": form.runner,
@@ -136,9 +135,8 @@ def opening(form: Form, models: Models, resolved: Resolved, store: Store) -> Ope
     return Opening({**job, **more}, ingredients)
 
 
-def _of(form: Form, models: Models, resolved: Resolved, store: Store) -> tuple[dict[str, Any], list[str]]:
+def _of(form: Form, models: Models, recipe: Recipe, store: Store) -> tuple[dict[str, Any], list[str]]:
     """What this form needs beside the snapshot, and the digests of the artifacts that it is."""
-    recipe = resolved.recipe
     if form.runner == "bf16":
         return {}, [models.snapshot.digest]
     if form.runner == "simulated":

@@ -40,7 +40,20 @@ STALL_SECONDS = 300.0
 TIME_LIMIT = 600.0
 
 
-Check = Callable[[Mapping[str, Any]], object]
+@dataclass(frozen=True)
+class Source:
+    """A model before any weight is read: its config.json, always with a dtype, and {tensor: (dtype, shape)}.
+
+    directory: where config.json and the tokenizer files are. files: the model's files in a local directory; commit:
+    that of a Hub model.
+    """
+
+    model: Model
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Header]
+    files: tuple[str, ...] = ()
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,27 +79,34 @@ class Snapshot:
         return SourceFiles(self.path, facts["external"]["files"], facts.get("times", {}))
 
 
-def fetch(model: Model, *, store: Store, check: Check = lambda config: None) -> Snapshot:
-    """Finds or downloads the model, checks that it is whole and can be quantized, hashes each file once.
+def open_source(model: Model, *, store: Store) -> Source:
+    """Reads config.json and the safetensors headers: from the directory, the snapshot in the store, or the Hub.
 
-    `check` is given its config.json before the first weight is downloaded or hashed, and raises what speaks against it.
+    From the Hub, headers are read by ranged requests and no weight is downloaded. Raises what is wrong with the model.
     """
     directory = local_directory(model)
-    revision = None
     if directory is not None:
-        artifact = _fetch_directory(directory, model, store, check)
-    else:
-        revision = _commit(model, store)
-        artifact = _fetch_hub(model, revision, store, check)
+        files, config, tensors = _read_directory(directory, trust_remote_code=model.trust_remote_code)
+        return Source(model, directory, dtypes.with_type(config, tensors), tensors, files=tuple(files))
+    commit = _commit(model, store)
+    config, tensors, root = _known_headers(model, commit, store) or _headers(model, commit, store)
+    return Source(model, root, dtypes.with_type(config, tensors), tensors, commit=commit)
+
+
+def fetch(
+    model: Model, *, store: Store, source: Source | None = None, before: Callable[[], object] = lambda: None
+) -> Snapshot:
+    """Finds or downloads the model, checks that it is complete and can be quantized, and hashes each file once.
+
+    source: what open_source returned for this model, so that nothing is read twice. before: called before the first
+    weight is downloaded or hashed, not for a snapshot in the store; it raises what speaks against the model.
+    """
+    source = source or open_source(model, store=store)
+    artifact = _fetch_directory(source, store, before) if source.files else _fetch_hub(source, store, before)
     path = Path(artifact.facts["external"]["root"])
-    config = model_files.parse_config(_read(path / model_files.CONFIG), str(path))
-    if not dtypes.stated(config):
-        files = sorted(artifact.facts["external"]["files"])
-        config = dtypes.with_type(config, check_tensors(path, files, config, model.id))
-    snapshot = Snapshot(path, artifact.digest, model.id, revision, config, artifact)
-    if directory is None and artifact.cached:  # perhaps by a version that checked less
-        check_tensors(path, snapshot.files, config, model.id)
-    return snapshot
+    if source.commit and not artifact.cached:  # the headers were the Hub's; these are of the files
+        check_tensors(path, sorted(artifact.facts["external"]["files"]), source.config, model.id)
+    return Snapshot(path, artifact.digest, model.id, source.commit, source.config, artifact)
 
 
 def local_directory(model: Model) -> Path | None:
@@ -132,25 +152,32 @@ def _no_directory(name: str, path: Path, present: bool) -> UsageError:
     return UsageError(f"There is no directory {quoted(name)}.", hint=hint)
 
 
-def _fetch_directory(directory: Path, model: Model, store: Store, check: Check) -> Artifact:
+def _fetch_directory(source: Source, store: Store, before: Callable[[], object]) -> Artifact:
     """The key is made of names, sizes and times: an unchanged directory is not hashed again."""
-    names = check_directory(directory, trust_remote_code=model.trust_remote_code)
-    before = times(directory, names)
-    ingredients = {"directory": str(directory), "files": before, "trust_remote_code": model.trust_remote_code}
+    directory, names, model = source.directory, source.files, source.model
+    found = times(directory, names)
+    ingredients = {"directory": str(directory), "files": found, "trust_remote_code": model.trust_remote_code}
 
     def make(_: Path) -> dict[str, Any]:
-        check(model_files.parse_config(_read(directory / model_files.CONFIG), str(directory)))
+        before()
         files = _hash(directory, names, store.out)
-        if times(directory, names) != before:
+        if times(directory, names) != found:
             raise IntegrityError(f"{directory} changed while it was read.", hint="Run the same command again.")
         external = {"root": str(directory), "files": files}
-        return {"model_id": model.id, "revision": None, "external": external, "times": before}
+        return {"model_id": model.id, "revision": None, "external": external, "times": found}
 
     return store.stage("snapshot", ingredients, make)
 
 
 def check_directory(directory: Path, *, trust_remote_code: bool) -> list[str]:
     """The names of the model's files in a local directory. Raises what is wrong with it; reads headers only."""
+    return _read_directory(directory, trust_remote_code=trust_remote_code)[0]
+
+
+def _read_directory(
+    directory: Path, *, trust_remote_code: bool
+) -> tuple[list[str], Mapping[str, Any], dict[str, Header]]:
+    """The names of the model's files, its config.json and its tensors."""
     try:
         entries = sorted(directory.iterdir())
     except OSError as error:
@@ -170,11 +197,11 @@ def check_directory(directory: Path, *, trust_remote_code: bool) -> list[str]:
     try:
         for name in wanted:
             model_files.check_no_pointer(directory / name)
-        check_tensors(directory, wanted, config, where)
+        tensors = check_tensors(directory, wanted, config, where)
     except OSError as error:
         raise UsageError(f"Can't read the model in {directory}.", why=str(error)) from None
     tokenizer_files.check(directory, config, where)
-    return wanted
+    return wanted, config, tensors
 
 
 def check_tensors(directory: Path, names: Sequence[str], config: Mapping[str, Any], where: str) -> dict[str, Header]:
@@ -247,20 +274,19 @@ def listing(model: Model, *, store: Store) -> dict[str, Any]:
     return {"commit": commit, **run_hub_job(store, **_job("listing", model, commit))}
 
 
-def read_headers(model: Model, *, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path]:
-    """A Hub model's config.json, {tensor: (dtype, shape)}, and where its small files are; without its weights. Raises
-    what is wrong with it."""
-    commit = _commit(model, store)
-    known = (
-        stored_commits.newest_artifact(store, "snapshot", {**_repository(model), "commit": commit})
-        if store.dry
-        else None
-    )
+def _known_headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path] | None:
+    """Config, tensors and directory of this commit's snapshot in the store; None where it is not there."""
+    wanted = {**_repository(model), "commit": commit}
+    known = stored_commits.newest_artifact(store, "snapshot", wanted) if store.dry else _stored(wanted, store)
     if known is None or not Path(known.facts["external"]["root"]).is_dir():
-        return _headers(model, commit, store)
+        return None
     root, files = Path(known.facts["external"]["root"]), sorted(known.facts["external"]["files"])
     config = model_files.parse_config(_read(root / model_files.CONFIG), str(root))
     return config, check_tensors(root, files, config, model.id), root
+
+
+def _stored(ingredients: Mapping[str, Any], store: Store) -> Artifact | None:
+    return None if "snapshot" in store.force else store.find("snapshot", key_of("snapshot", ingredients))
 
 
 def _commit(model: Model, store: Store) -> str:
@@ -282,16 +308,15 @@ def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], d
     return found["config"], tensors, Path(found["root"])
 
 
-def _fetch_hub(model: Model, commit: str, store: Store, check: Check) -> Artifact:
+def _fetch_hub(source: Source, store: Store, before: Callable[[], object]) -> Artifact:
+    model, commit = source.model, str(source.commit)
     ingredients: dict[str, Any] = {**_repository(model), "commit": commit}
-    known = None if "snapshot" in store.force else store.find("snapshot", key_of("snapshot", ingredients))
-    if offline() and known is None:
+    if offline() and _stored(ingredients, store) is None:
         # The cache may lack files that the Hub has, as generation_config.json: a key of its own, by what is there.
         ingredients["offline"] = run_hub_job(store, **_job("listing", model, commit))["files"]
 
     def make(_: Path) -> dict[str, Any]:
-        check(run_hub_job(store, **_job("listing", model, commit))["config"])
-        _headers(model, commit, store)
+        before()
         found = run_hub_job(store, **_job("download", model, commit))
         external = {"root": found["root"], "files": found["files"]}
         return {"model_id": model.id, "revision": commit, "external": external, "times": found["times"]}

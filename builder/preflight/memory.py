@@ -26,9 +26,10 @@ from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import FP8, NVFP4
 from builder.llmapi.arguments import Argument
 from builder.machine.cards import Card, find
+from builder.machine.gpus import GpuProfile
 from builder.model import tensor_names
 from builder.model.dtypes import NOT_WRITTEN, written_bytes
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe
 from builder.recipe.target_facts import TargetFacts, target_facts
 from builder.trtllm.rules import Flag
 
@@ -162,22 +163,21 @@ class Machine:
     available: int
 
 
-def serving(resolved: Resolved, flags: Sequence[Flag] | Sequence[Argument]) -> Serving:
+def serving(recipe: Recipe, flags: Sequence[Flag] | Sequence[Argument]) -> Serving:
     """From the resolved flags, in which the rules have had their say already."""
     values: dict[str, Any] = {flag.name: flag.value for flag in flags}
-    asked = resolved.recipe
     return Serving(
         max_batch_size=int(values["max_batch_size"]),
         max_input_len=int(values["max_input_len"]),
         max_seq_len=int(values["max_seq_len"]),
         max_num_tokens=int(values["max_num_tokens"]),
-        fp8_kv=asked.quantization.cache_format.quantized,
+        fp8_kv=recipe.quantization.cache_format.quantized,
         context_fmha=values.get("context_fmha", "enable") == "enable",
         paged_fmha=values.get("use_paged_context_fmha", "enable") == "enable",
-        tp=asked.engine.tp,
-        pp=asked.engine.pp,
-        fraction=Fraction(str(asked.repository.kv_cache_free_gpu_mem_fraction)),
-        target=asked.target,
+        tp=recipe.engine.tp,
+        pp=recipe.engine.pp,
+        fraction=Fraction(str(recipe.repository.kv_cache_free_gpu_mem_fraction)),
+        target=recipe.target,
         most_kv_tokens=values.get("kv_cache_config.max_tokens"),
     )
 
@@ -424,15 +424,16 @@ def machine(output: Path) -> Machine:
     return Machine(shutil.disk_usage(existing).free, info["MemTotal"], info.get("MemAvailable", info["MemTotal"]))
 
 
-def cards(resolved: Resolved, host: Machine, here: Iterable[str] = ()) -> tuple[list[tuple[str, int]], str]:
+def cards(
+    asked: Serving, gpu: GpuProfile, host: Machine, here: Iterable[str] = ()
+) -> tuple[list[tuple[str, int]], str]:
     """[(card, bytes)] by memory, smallest first, and which of them the verdict is for.
 
     The card that the user named, alone; else one card of each size that the profile's cards have, and the verdict is
     for the card in this machine (`here`: its GPUs' names), else for the largest. The reference target's is the host.
     """
-    if not target_facts(resolved.recipe.target).needs_gpu:
+    if not asked.facts.needs_gpu:
         return [("this machine", host.memory)], "this machine"
-    gpu = resolved.gpu
     if gpu.card and gpu.card.memory_gb:
         return [(gpu.card.name, _card_bytes(gpu.card))], gpu.card.name
     known = sorted((card for card in gpu.cards if card.memory_gb), key=_card_bytes)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from builder.checkpoint import sharding
 from builder.core.errors import UnsupportedError
 from builder.core.output import size
+from builder.machine.gpus import GpuProfile
 from builder.preflight import memory as preflight_memory
 from builder.preflight.memory import Machine, Memory, ModelFacts, Serving, Sizes
-from builder.recipe.schema import Calibration, Resolved
+from builder.recipe.schema import Calibration
 
 SHORTEST = 256  # tokens: a shorter max_seq_len is no use to anybody
 MOST_GPUS = 16  # on one machine
@@ -157,20 +158,21 @@ def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> 
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What each card holds, which one it is about, and the refusal with the change that would fit, if it does not."""
+class MemoryCheck:
+    """The memory estimate of each card, the card that counts, and if it is too small the refusal and the change that
+    fits."""
 
-    memory: tuple[Memory, ...]
+    cards: tuple[Memory, ...]
     card: str
     refusal: UnsupportedError | None
     change: Change | None
 
 
-def judge(model: ModelFacts, asked: Serving, resolved: Resolved, host: Machine, here: Sequence[str] = ()) -> Verdict:
+def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, here: Sequence[str] = ()) -> MemoryCheck:
     """For the card that is here, else the profile's largest. A profile without any known memory refuses nothing."""
-    known, name = preflight_memory.cards(resolved, host, here)
+    known, name = preflight_memory.cards(asked, gpu, host, here)
     found = tuple(preflight_memory.memory(model, asked, card, available) for card, available in known)
     about = next((m for m in found if m.card == name), None)
     if about is None or about.fits:
-        return Verdict(found, name, None, None)
-    return Verdict(found, name, *refusal(model, asked, about, fp8_kv="fp8_kv_cache" in resolved.gpu.formats))
+        return MemoryCheck(found, name, None, None)
+    return MemoryCheck(found, name, *refusal(model, asked, about, fp8_kv="fp8_kv_cache" in gpu.formats))

@@ -25,37 +25,24 @@ from builder.core import manifest
 from builder.core.safe_text import redact
 from builder.core.store import Store, digest_of, replace_file
 from builder.core.untrusted_text import parse_yaml
-from builder.llmapi import arguments as llmapi_arguments
 from builder.preflight import memory as preflight_memory
 from builder.preflight import suggestions
-from builder.preflight.memory import ModelFacts, Sizes
+from builder.preflight.prepare import Prepared
 from builder.recipe.schema import Resolved
-from builder.trtllm import flags as trtllm_flags
 
 FORMAT = 2  # 1 had no seal (manifest.py)
 DIRECTORY = "builds"
 _REPOSITORY = re.compile(r"repository/[0-9a-f]{16}")
 
 
-def write(
-    resolved: Resolved,
-    settings: Sequence[trtllm_flags.Flag] | Sequence[llmapi_arguments.Argument],
-    notes: Sequence[trtllm_flags.Note],
-    model: ModelFacts,
-    sizes: Sizes,
-    *,
-    link: Path,
-    source: str,
-    store: Store,
-) -> Path:
+def write(prepared: Prepared, *, link: Path, source: str, store: Store) -> Path:
     """Writes the record of the build that `link` names, whose stages are in `store.done`.
 
     `source` is where the model came from: a link is moved only by builds of the same one (publish.py).
     """
     stages = {done.stage: done for done in store.done}  # of a store that built twice, the last
-    memory = suggestions.judge(
-        model, preflight_memory.serving(resolved, settings), resolved, preflight_memory.machine(store.root)
-    ).memory
+    resolved, host = prepared.resolved, preflight_memory.machine(store.root)
+    memory = suggestions.judge(prepared.model, prepared.serving, resolved.gpu, host).cards
     record = {
         "format": FORMAT,
         "name": link.name,
@@ -68,9 +55,9 @@ def write(
         "source_digest": digest_of(source),
         "gpu": {"name": resolved.gpu.name, "title": resolved.gpu.title, "sm": resolved.gpu.sm},
         "values": [list(row) for row in resolved.explained()],
-        "flags": [vars(setting) for setting in settings],
-        "notes": [vars(note) for note in notes],
-        "sizes": asdict(sizes),
+        "flags": [vars(setting) for setting in prepared.settings],
+        "notes": [vars(note) for note in prepared.notes],
+        "sizes": asdict(prepared.sizes),
         "memory": [{**asdict(card), "fits": card.fits} for card in memory],
         "stages": [
             {"stage": done.stage, "key": done.manifest["key"], "path": str(done.path.relative_to(store.root))}

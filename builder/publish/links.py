@@ -20,7 +20,7 @@ from builder.core.file_names import sanitized, truncated
 from builder.core.store import Store, digest_of, replace_link
 from builder.hub.snapshot import local_directory
 from builder.publish import build_record
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Model, Recipe, Resolved
 from builder.recipe.target_facts import target_facts
 
 MODELS = "models"
@@ -67,27 +67,26 @@ def move(name: Path, repository: Path) -> None:
     replace_link(name, target)
 
 
-def base_name(resolved: Resolved, prefix: str = "") -> str:
+def base_name(recipe: Recipe, gpu: str, prefix: str = "") -> str:
     """<model>-<gpu>-<format>, with -keep-bf16, -keep-fp8, -tp2, -pp2, -llmapi where they apply."""
-    recipe = resolved.recipe
     part = recipe.quantization
     directory = local_directory(recipe.model)
     model = truncated(sanitized(prefix + (directory.name if directory else recipe.model.id.split("/")[-1])), 100)
     parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
     other = "-keep-bf16" * bool(part.keep_bf16) + "-keep-fp8" * bool(part.keep_fp8)
     other += parallel + ("" if target_facts(recipe.target).has_engine else f"-{recipe.target}")
-    return f"{model}-{resolved.gpu.name}-{part.format}{other}"
+    return f"{model}-{gpu}-{part.format}{other}"
 
 
-def source_of(resolved: Resolved) -> str:
+def source_of(model: Model) -> str:
     """The model's source: a Hub id, or a directory's absolute path."""
-    directory = local_directory(resolved.recipe.model)
-    return str(directory) if directory else resolved.recipe.model.id
+    directory = local_directory(model)
+    return str(directory) if directory else model.id
 
 
 def identity(resolved: Resolved) -> dict[str, Any]:
     """The values of a recipe that distinguish one served model from another; a digest for the source."""
-    return _select(digest_of(source_of(resolved)), {key: value for key, value, _ in resolved.explained()})
+    return _select(digest_of(source_of(resolved.recipe.model)), {key: value for key, value, _ in resolved.explained()})
 
 
 def _identity_of(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,10 +116,11 @@ def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
 
 def _candidates(resolved: Resolved, mine: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """The short name; then with what distinguishes this build from the one that has it; then with a digest."""
-    short = base_name(resolved)
+    short = base_name(resolved.recipe, resolved.gpu.name)
     yield short
     differing = _differing(mine, records.get(short, {}))
-    named = base_name(resolved, _parent(resolved)) if SOURCE in differing else short
+    prefix = _parent(resolved.recipe.model) if SOURCE in differing else ""
+    named = base_name(resolved.recipe, resolved.gpu.name, prefix)
     words = [WORDS[key].format(sanitized(str(mine[key]))) for key in WORDS if key in differing]
     if "model.revision" in differing:
         words.insert(0, _revision(mine["model.revision"]))
@@ -129,10 +129,10 @@ def _candidates(resolved: Resolved, mine: Mapping[str, Any], records: Mapping[st
     yield f"{truncated('-'.join([named, *words]), 160)}-{digest_of(mine)[:8]}"
 
 
-def _parent(resolved: Resolved) -> str:
+def _parent(model: Model) -> str:
     """The organization on the Hub, or the directory that the model's directory lies in."""
-    directory = local_directory(resolved.recipe.model)
-    parent = directory.parent.name if directory else resolved.recipe.model.id.rpartition("/")[0]
+    directory = local_directory(model)
+    parent = directory.parent.name if directory else model.id.rpartition("/")[0]
     return f"{truncated(sanitized(parent), 60)}-" if parent else ""
 
 

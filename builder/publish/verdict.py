@@ -19,7 +19,7 @@ Status = Literal["passed", "failed", "not checked"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BuildVerdict:
     """`reasons` say what failed, or why quality was not checked, or which limits were met; `by` what judged."""
 
     status: Status
@@ -27,13 +27,13 @@ class Verdict:
     by: str = "quality check"
 
 
-def keep(verdict: Verdict, of: Sequence[str], asked: Mapping[str, Any], *, store: Store) -> None:
+def keep(verdict: BuildVerdict, of: Sequence[str], asked: Mapping[str, Any], *, store: Store) -> None:
     """Records the verdict on the artifacts with these digests, as judged by the limits in `asked`."""
     facts = {"status": verdict.status, "reasons": list(verdict.reasons), "by": verdict.by}
     store.stage(STAGE, {"of": list(of), "asked": dict(asked), **facts}, lambda directory: facts)
 
 
-def latest(repository: str, chain: Sequence[str], everything: Sequence[Artifact]) -> Verdict | None:
+def latest(repository: str, chain: Sequence[str], everything: Sequence[Artifact]) -> BuildVerdict | None:
     """The newest verdict on a repository, or without one on what it was made from; all named by their digests."""
     found = _of([repository], everything) or _of(chain, everything)
     newest = max(found, key=lambda one: float(one.manifest["started"]), default=None)
@@ -65,5 +65,5 @@ def _of(chain: Sequence[str], everything: Sequence[Artifact]) -> list[Artifact]:
     return [one for one in verdicts if {*map(str, one.manifest["ingredients"].get("of", ()))} & set(chain)]
 
 
-def _verdict(artifact: Artifact) -> Verdict:
-    return Verdict(artifact.facts["status"], tuple(artifact.facts["reasons"]), artifact.facts["by"])
+def _verdict(artifact: Artifact) -> BuildVerdict:
+    return BuildVerdict(artifact.facts["status"], tuple(artifact.facts["reasons"]), artifact.facts["by"])

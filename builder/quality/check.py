@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.architectures import names
-from builder.calibration.rows import Calibration, Use, calibrate, dump, local_file, read_jsonl
-from builder.checkpoint.layouts import Checkpoint
+from builder.calibration.rows import Use, calibrate, dump, local_file, read_jsonl
 from builder.core import paths, process, workers
 from builder.core.errors import NotMeasurable
 from builder.core.output import size
@@ -28,11 +27,10 @@ from builder.core.store import Store, digest_of, sources_digest
 from builder.evaluate.metrics import Estimate, measure, read
 from builder.evaluate.variants import Form, Models, opening
 from builder.formats.registry import FP8
-from builder.hub.snapshot import Snapshot
 from builder.preflight.memory import Machine, ModelFacts, calibration_memory
 from builder.quantize import exclude, modelopt
 from builder.recipe.evaluation import Quality as Settings
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe
 
 SOURCES = (
     "builder/quality/check.py",
@@ -129,30 +127,20 @@ def read_quality(facts: Mapping[str, Any], digest: str = "", path: Path | None =
     return Quality(**{**known, "notes": tuple(facts["notes"]), "digest": digest, "path": path})
 
 
-def check_quality(
-    snapshot: Snapshot,
-    calibration: Calibration,
-    checkpoint: Checkpoint,
-    model: ModelFacts,
-    resolved: Resolved,
-    host: Machine,
-    *,
-    store: Store,
-) -> Quality:
+def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machine, *, store: Store) -> Quality:
     """Measured now or found in the store.
 
     Where it can't be measured (memory, a model that no runner opens or that knows no text) `unmeasured` says why.
     """
-    part = resolved.recipe.quality
+    part = recipe.quality
     if not modelopt.gpus() and (least := memory(model, part)) > host.memory:
         return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
-    models = Models(snapshot, calibration, checkpoint)
-    texts = _texts(resolved, store)
-    fp8_kv = resolved.recipe.quantization.cache_format.quantized
-    forms = [opening(Form(name, name, fp8_kv), models, resolved, store) for name in ("bf16", "checkpoint", "simulated")]
+    texts = _texts(recipe, store)
+    fp8_kv = recipe.quantization.cache_format.quantized
+    forms = [opening(Form(name, name, fp8_kv), models, recipe, store) for name in ("bf16", "checkpoint", "simulated")]
     dtype = _dtype(model, part, host)
     jobs = [{**form.job, "dtype": dtype} for form in forms]
-    positions = int(snapshot.config.get("max_position_embeddings") or part.max_tokens)
+    positions = int(models.snapshot.config.get("max_position_embeddings") or part.max_tokens)
     asked = {
         "lengths": {"min_tokens": MIN_TOKENS, "max_tokens": min(part.max_tokens, positions)},
         "top": TOP,
@@ -162,7 +150,7 @@ def check_quality(
         "remedies": _candidates(model, fp8_kv),
     }
     ingredients = {
-        "of": [snapshot.digest, checkpoint.digest],
+        "of": [models.snapshot.digest, models.checkpoint.digest if models.checkpoint else ""],
         "texts": {name: digest_of(rows) for name, rows in texts.items()},
         "asked": asked,
         "forms": [{**form.ingredients, "dtype": dtype} for form in forms],
@@ -197,13 +185,13 @@ def memory(model: ModelFacts, part: Settings, *, float32: bool = False) -> int:
     return LIBRARIES + weights + 3 * min(1 << 30, 4 * 2048 * vocab)  # a batch on a CPU: runners/local.py
 
 
-def cost(model: ModelFacts, resolved: Resolved, host: Machine) -> tuple[float, int]:
+def cost(model: ModelFacts, recipe: Recipe, host: Machine) -> tuple[float, int]:
     """About how many seconds it takes on this machine, and how many bytes of memory.
 
     SmolLM2-135M took some 100 s of CPU time for 6,460 tokens by both models: 7e10 operations a second on two cores. A
     GPU's time is that of reading the weights twice (not measured). What would help is not in it: about as much again.
     """
-    part, gpu = resolved.recipe.quality, bool(modelopt.gpus())
+    part, gpu = recipe.quality, bool(modelopt.gpus())
     weights = sum(math.prod(shape) for _, shape in model.tensors.values())
     tokens = part.texts * part.max_tokens
     rate = 2e14 if gpu else 7e10
@@ -218,9 +206,9 @@ def _dtype(model: ModelFacts, part: Settings, host: Machine) -> str:
     return "auto" if roomy else "bfloat16"
 
 
-def _texts(resolved: Resolved, store: Store) -> dict[str, list[dict[str, Any]]]:
+def _texts(recipe: Recipe, store: Store) -> dict[str, list[dict[str, Any]]]:
     """Rows by set: the calibration data's first rows after those calibrated on, and bundled ones for the rest."""
-    rows, part = resolved.recipe.calibration, resolved.recipe.quality
+    rows, part = recipe.calibration, recipe.quality
     wanted = part.texts // 2
     file = local_file(rows.data, USE)
     if wanted and file is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,23 +81,27 @@ NUMERICS = (
 )
 
 
-def quantize(
-    snapshot: Snapshot,
-    calibration: Calibration,
-    part: schema.Quantization,
-    calibration_part: schema.Calibration,
-    *,
-    store: Store,
-    kept: Sequence[str] = (),
-    fp8: Sequence[str] = (),
-    trust_remote_code: bool = False,
-) -> Checkpoint:
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """What to quantize to, and how to calibrate.
+
+    kept, fp8: the modules that stay in BF16 or FP8: what the recipe's patterns match, and what `auto` chose.
+    """
+
+    quantization: schema.Quantization
+    calibration: schema.Calibration
+    kept: Sequence[str] = ()
+    fp8: Sequence[str] = ()
+    trust_remote_code: bool = False
+
+
+def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeRequest, *, store: Store) -> Checkpoint:
     """Calibrates on the rows and writes both layouts, `unified/` and `tensorrt_llm/`, then inspects them.
 
-    kept, fp8: the modules that stay in BF16 or FP8, which the recipe's patterns mean. UnsupportedError if ModelOpt or
-    the format can't take the model, before any calibration where that can be known; IntegrityError with the tensors'
-    names if the inspection finds a problem. Such a checkpoint is not kept.
+    UnsupportedError if ModelOpt or the format can't take the model, before any calibration where that can be known;
+    IntegrityError with the tensors' names if the inspection finds a problem. Such a checkpoint is not kept.
     """
+    part, rows, kept, fp8 = asked.quantization, asked.calibration, asked.kept, asked.fp8
     architecture = catalog.of(snapshot.config)
     ingredients = {
         "snapshot": snapshot.digest,
@@ -105,26 +110,26 @@ def quantize(
         "quantization": part.model_dump(exclude={"keep_bf16", "keep_fp8"}),
         "kept": list(kept),
         "fp8": list(fp8),
-        "seq_len": calibration_part.seq_len,
-        "batch_size": calibration_part.batch_size,
-        "least_tokens": least_tokens(calibration_part),
+        "seq_len": rows.seq_len,
+        "batch_size": rows.batch_size,
+        "least_tokens": least_tokens(rows),
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
         "gpus": calibrating(),
         "environment": numerics(),
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": asked.trust_remote_code,
     }
     job = {
         **snapshot.source.as_job(),
         "rows": str(calibration.path.absolute()),
-        "seq_len": calibration_part.seq_len,
-        "batch_size": calibration_part.batch_size,
+        "seq_len": rows.seq_len,
+        "batch_size": rows.batch_size,
         "least_tokens": ingredients["least_tokens"],
         "format": part.format,
         "kv_cache_dtype": part.kv_cache_dtype,
         "kept": list(kept),
         "fp8": list(fp8),
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": asked.trust_remote_code,
         "gpus": ingredients["gpus"],
     }
 

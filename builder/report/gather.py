@@ -19,7 +19,7 @@ from builder.quality.check import Quality
 from builder.recipe.target_facts import TARGETS
 from builder.report import results
 from builder.report.results import Evaluation, Loss
-from builder.report.verdict import Verdict, judge
+from builder.report.verdict import ReportVerdict, judge
 from builder.serving.benchmark import OLD_STAGE, STAGE, BenchmarkReport
 from builder.serving.smoke import SmokeReport
 from builder.triton.repository import open_repository
@@ -82,7 +82,7 @@ class Report:
     """Everything that a page or a card says. What is empty or None is not known, and its section is absent."""
 
     model: Model
-    verdict: Verdict
+    verdict: ReportVerdict
     values: Sequence[tuple[str, Any, str]]  # key of the recipe, value, where it came from
     flags: Sequence[Mapping[str, Any]]  # of trtllm-build: name, value, and where recorded reason and source
     versions: Mapping[str, str]
@@ -111,7 +111,7 @@ class _Found:
     smoke: Artifact | None
     benchmark: Artifact | None
     quality: Quality | None
-    judged: verdict.Verdict | None  # by the build
+    judged: verdict.BuildVerdict | None  # by the build
     evaluation: Evaluation | None
     tasks: Sequence[Row]
     losses: Sequence[Loss]

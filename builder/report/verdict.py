@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from builder.evaluate.tasks import Row
-from builder.publish.verdict import Verdict as Judged
+from builder.publish.verdict import BuildVerdict
 from builder.quality.check import Quality
 from builder.recipe.target_facts import TARGETS
 from builder.report.results import Evaluation
@@ -17,7 +17,7 @@ Status = Literal["passed", "failed", "incomplete"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ReportVerdict:
     """`headline` for a manager, `reasons` for everybody else."""
 
     status: Status
@@ -32,8 +32,8 @@ def judge(
     tasks: Sequence[Row] = (),
     *,
     quality: Quality | None = None,
-    judged: Judged | None = None,
-) -> Verdict:
+    judged: BuildVerdict | None = None,
+) -> ReportVerdict:
     """One verdict of the tests. What was not tested leaves it incomplete; it never passes unseen.
 
     `judged` is what the build itself decided: by the quality check, if no gate was set.
@@ -49,11 +49,11 @@ def judge(
     served = f"The smoke test passed ({checks}), served by {server}." if smoke else ""
     if failed:
         checked = judged.by if judged and judged.status == "failed" else "smoke test"
-        return Verdict("failed", f"It failed the {'accuracy gate' if gate else checked}", tuple(failed))
+        return ReportVerdict("failed", f"It failed the {'accuracy gate' if gate else checked}", tuple(failed))
     if smoke is None:
         accurate = evaluation and evaluation.passed
         headline = "Accuracy passed; not served, not tested" if accurate else "Built, but not served and not tested"
-        return Verdict("incomplete", headline, ("No smoke test of this repository is in the store.",))
+        return ReportVerdict("incomplete", headline, ("No smoke test of this repository is in the store.",))
     if evaluation is None or (evaluation.passed is None and judged and judged.status == "passed"):
         return _judge_by_check(served, tasks, quality, judged)
     limits = {"score": "a score of at least {:g}", "kl": "a KL of at most {:g}"}
@@ -61,16 +61,18 @@ def judge(
     reasons = (served, f"The gate: {gate_text}.") if gate_text else (served,)
     if evaluation.passed is None:
         why = "the accuracy gate could not be judged" if gate_text else "accuracy was measured, no gate was set"
-        return Verdict("incomplete", f"It serves; {why}", reasons)
-    return Verdict("passed", "It serves, and passed the accuracy gate", reasons)
+        return ReportVerdict("incomplete", f"It serves; {why}", reasons)
+    return ReportVerdict("passed", "It serves, and passed the accuracy gate", reasons)
 
 
-def _judge_by_check(served: str, tasks: Sequence[Row], quality: Quality | None, judged: Judged | None) -> Verdict:
+def _judge_by_check(
+    served: str, tasks: Sequence[Row], quality: Quality | None, judged: BuildVerdict | None
+) -> ReportVerdict:
     """Of what serves and was judged by no gate: by the build's quality check, if it made one."""
     known = f"The quality check measured a score of {quality.score:.2f} (BF16 = 100)." if quality else ""
     if judged and judged.status == "passed":
-        return Verdict("passed", "It serves, and passed the quality check", (served, known))
+        return ReportVerdict("passed", "It serves, and passed the quality check", (served, known))
     if judged:
-        return Verdict("incomplete", "It serves; quality not checked", (served, f"{judged.reasons[0]}.", known))
+        return ReportVerdict("incomplete", "It serves; quality not checked", (served, f"{judged.reasons[0]}.", known))
     what = "accuracy was measured by tasks only, no gate was set" if tasks else "accuracy was not measured"
-    return Verdict("incomplete", f"It serves; {what}", (served, known))
+    return ReportVerdict("incomplete", f"It serves; {what}", (served, known))

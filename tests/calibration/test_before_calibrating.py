@@ -23,7 +23,7 @@ from builder.hub.snapshot import fetch
 from builder.model import quantization_signs
 from builder.preflight import checks, memory
 from builder.quantize import exclude, worker
-from builder.quantize.modelopt import quantize
+from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.recipe import schema
 
 LLAMA = Path(__file__).parents[1] / "data" / "arch-variants" / "llama"
@@ -48,7 +48,7 @@ def with_zeros(directory: Path, *names: str, changes: Any = torch.zeros_like) ->
 def quantized(model: Path, part: schema.Calibration, store: Store, **more: Any) -> Checkpoint:
     snapshot = fetch(schema.Model(id=str(model)), store=store)
     made: Calibration = calibrate(part, store=store)
-    return quantize(snapshot, made, schema.Quantization(), part, store=store, **more)
+    return quantize(snapshot, made, QuantizeRequest(schema.Quantization(), part, **more), store=store)
 
 
 def test_a_layer_of_zeros_is_refused_with_a_way_that_works(tmp_path: Path) -> None:

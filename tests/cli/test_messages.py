@@ -18,6 +18,7 @@ from builder.hub.snapshot import check_directory
 from builder.model import files as model_files
 from builder.preflight import checks
 from builder.recipe import schema
+from builder.targets.base import Inputs
 from builder.trtllm import flags as trtllm_flags
 from builder.trtllm import rules
 from builder.trtllm.versions import versions
@@ -137,21 +138,21 @@ def test_the_llm_api_is_advised_for_what_it_serves(name: str) -> None:
         advised = "--target llmapi" in error.hint
     resolved = schema.resolve({"model.id": "m", "gpu": "sm100", "target": "llmapi"})
     if advised:
-        checks.check_model(resolved, config, layouts=True)
+        checks.check_model(Inputs(resolved, config))
     else:
         with pytest.raises(UnsupportedError):
-            checks.check_model(resolved, config, layouts=True)
+            checks.check_model(Inputs(resolved, config))
 
 
 def test_qwen3_with_attention_bias_is_refused_by_its_config() -> None:
     biased = {**CONFIG, "attention_bias": True}
     for gpu in ("cpu", "sm120"):
         with pytest.raises(UnsupportedError, match="attention_bias") as caught:
-            checks.check_model(schema.resolve({"model.id": "m", "gpu": gpu}), biased, layouts=True)
+            checks.check_model(Inputs(schema.resolve({"model.id": "m", "gpu": gpu}), biased), layouts=True)
         assert "--target llmapi" in caught.value.hint
     resolved = schema.resolve({"model.id": "m", "gpu": "sm100", "target": "llmapi"})
-    checks.check_model(resolved, biased, layouts=True)
-    checks.check_model(schema.resolve({"model.id": "m", "gpu": "cpu"}), biased, layouts=False)  # the checkpoint
+    checks.check_model(Inputs(resolved, biased))
+    checks.check_model(Inputs(schema.resolve({"model.id": "m", "gpu": "cpu"}), biased), layouts=False)  # the checkpoint
 
 
 # A recipe for each rule that refuses something.

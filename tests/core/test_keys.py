@@ -32,6 +32,7 @@ from builder.llmapi import repository as llmapi_repository
 from builder.llmapi import versions as llmapi_versions
 from builder.machine.gpus import Seen
 from builder.preflight.memory import ModelFacts
+from builder.preflight.prepare import prepare
 from builder.quantize import device, modelopt
 from builder.recipe import schema
 from builder.serving import smoke
@@ -138,7 +139,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def first(root: Path, **more: Any) -> str | None:
     """The first stage that a build with these values would run."""
-    _, would = pipeline.stored(resolved(**more), Store(root, QUIET))
+    _, would = pipeline.stored(prepare(resolved(**more), Store(root, QUIET)), Store(root, QUIET))
     return would.stage if would else None
 
 

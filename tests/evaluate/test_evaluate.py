@@ -91,7 +91,7 @@ def models(built: Built) -> Models:
 def whole(models: Models, store: Store) -> Evaluation:
     """Everything there is to measure."""
     asked = resolve(evaluation__runners=list(RUNNERS), evaluation__compare_kv=True)
-    return evaluate_stage.evaluate(models, asked, store=store)
+    return evaluate_stage.evaluate(models, asked.recipe, store=store)
 
 
 def nll(store: Store, found: Evaluation, runner: str) -> np.ndarray:
@@ -162,7 +162,7 @@ def test_a_second_evaluation_measures_nothing(
 
     monkeypatch.setattr(evaluate_stage, "_run", refuse)
     asked = resolve(evaluation__runners=list(RUNNERS), evaluation__compare_kv=True)
-    again = evaluate_stage.evaluate(models, asked, store=store)
+    again = evaluate_stage.evaluate(models, asked.recipe, store=store)
     assert again == whole
     kept = json.loads((again.path / "evaluation.json").read_text())
     assert kept["measured"]["served"]["prose"]["ppl"]["value"] == whole.measured["served"]["prose"]["ppl"].value
@@ -179,7 +179,7 @@ def test_a_wrong_scale_that_the_inspection_passes_is_caught_by_the_gate(
     exports.rewrite(unified, tmp_path / "unified", {name: NewTensor(name, "F32", (), [value.tobytes()])})
     broken = Models(models.snapshot, models.calibration, Checkpoint(tmp_path, "broken"))
     asked = resolve(evaluation__min_score=90.0, evaluation__max_kl=0.1)
-    found = evaluate_stage.evaluate(broken, asked, store=store)
+    found = evaluate_stage.evaluate(broken, asked.recipe, store=store)
     with pytest.raises(EvaluationError, match=r"score of checkpoint on (prose|chat)") as caught:
         found.check()
     assert caught.value.exit_code == 4
@@ -187,7 +187,7 @@ def test_a_wrong_scale_that_the_inspection_passes_is_caught_by_the_gate(
     manifest = read(found.path)
     assert manifest is not None
     assert manifest.facts["verdict"]["passed"] is False
-    good = evaluate_stage.evaluate(models, asked, store=store)
+    good = evaluate_stage.evaluate(models, asked.recipe, store=store)
     assert good.verdict is not None
     assert good.verdict.passed
     good.check()
@@ -209,12 +209,12 @@ def test_a_server_that_dies_is_an_error_and_the_next_run_goes_on(
 
     monkeypatch.setattr(triton.Served, "_ask", dying)
     with pytest.raises(ServingError, match=r"while it was measured|did not answer") as caught:
-        evaluate_stage.evaluate(models, asked, store=other)
+        evaluate_stage.evaluate(models, asked.recipe, store=other)
     assert "same command again" in caught.value.hint
     [kept] = other.root.glob("scores/*/manifest.json")
     before = kept.stat().st_mtime_ns
     monkeypatch.setattr(triton.Served, "_ask", whole_ask)
-    found = evaluate_stage.evaluate(models, asked, store=other)
+    found = evaluate_stage.evaluate(models, asked.recipe, store=other)
     assert list(found.measured["served"]) == ["prose", "chat", "overall"]
     assert kept.stat().st_mtime_ns == before
     assert "score" not in found.measured["served"]["prose"], "BF16 was not measured"
@@ -226,17 +226,17 @@ def test_an_engine_that_gathers_no_logits_is_not_measurable(models: Models, stor
     built = pipeline.build(plain, store, until="repository")
     ungathered = Models(built.snapshot, built.calibration, built.checkpoint, built.repository)
     asked = resolve(evaluation__runners=["bf16", "checkpoint", "served"])
-    found = evaluate_stage.evaluate(ungathered, asked, store=store)
+    found = evaluate_stage.evaluate(ungathered, asked.recipe, store=store)
     assert set(found.measured) == {"bf16", "checkpoint"}
     assert "returns no logits of a prompt" in found.not_measured["served"]
     assert "gather_context_logits=enable" in found.not_measured["served"]
     found.check()
     with pytest.raises(NotMeasurable, match="served can't be measured") as caught:
-        evaluate_stage.evaluate(ungathered, resolve(evaluation__runners=["bf16", "served"]), store=store).check()
+        evaluate_stage.evaluate(ungathered, resolve(evaluation__runners=["bf16", "served"]).recipe, store=store).check()
     assert caught.value.exit_code == 4
     gated = resolve(evaluation__runners=["bf16", "served"], evaluation__min_score=1.0)
     with pytest.raises(EvaluationError, match="score of served was not measured"):
-        evaluate_stage.evaluate(ungathered, gated, store=store)
+        evaluate_stage.evaluate(ungathered, gated.recipe, store=store)
 
 
 def test_a_gate_on_a_served_model_that_gives_no_logits_is_refused_before_the_build(tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_tokenizer_of_another_model_is_found_before_any_figure(tmp_path: Path)
     store = Store(tmp_path / "artifacts", QUIET)
     snapshot = hub_snapshot.fetch(schema.Model(id=str(model)), store=store)
     with pytest.raises(IntegrityError, match="do not belong together"):
-        evaluate_stage.evaluate(Models(snapshot), resolve(evaluation__runners=["bf16"]), store=store)
+        evaluate_stage.evaluate(Models(snapshot), resolve(evaluation__runners=["bf16"]).recipe, store=store)
     assert not list(store.root.glob("scores/[!.]*"))
 
 
@@ -292,7 +292,7 @@ def lines(path: Path, *rows: object) -> str:
 def test_nothing_to_score(models: Models, tmp_path: Path, rows: list[Any], says: str) -> None:
     asked = resolve(evaluation__runners=["bf16"], evaluation__data=[lines(tmp_path / "texts.jsonl", *rows)])
     with pytest.raises(UsageError, match=says) as caught:
-        evaluate_stage.evaluate(models, asked, store=Store(tmp_path / "artifacts", QUIET))
+        evaluate_stage.evaluate(models, asked.recipe, store=Store(tmp_path / "artifacts", QUIET))
     assert caught.value.hint
     assert "calib" not in str(caught.value)
 
@@ -304,7 +304,7 @@ def test_no_data_set_no_runner_and_no_room_are_refused() -> None:
     with pytest.raises(UsageError, match="none is left"):
         datasets.longest(Part(), 20, schema.Engine())
     with pytest.raises(UsageError, match="no FP8 KV cache to compare"):
-        variants.forms(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto"))
+        variants.forms(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto").recipe)
 
 
 # ---- the data sets
@@ -417,7 +417,7 @@ def test_an_fp8_cache_that_ruins_a_model_shows_beside_one_that_does_not(tmp_path
         model__id=str(model), evaluation__compare_kv=True, evaluation__data=SETS[:1], evaluation__min_score=90.0
     )
     found = evaluate_stage.evaluate(
-        Models(snapshot, checkpoint=Checkpoint(tmp_path / "made", "qwen2")), asked, store=store
+        Models(snapshot, checkpoint=Checkpoint(tmp_path / "made", "qwen2")), asked.recipe, store=store
     )
     with_fp8, without = (found.measured[row]["prose"]["score"] for row in ("checkpoint", variants.KV_AUTO))
     assert without.value > 93

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, read_header, write
 from builder.core.store import Store
 from builder.hub import snapshot as fetch_module
-from builder.hub.snapshot import Snapshot, fetch, listing, local_directory, read_headers
+from builder.hub.snapshot import Snapshot, fetch, listing, local_directory, open_source
 from builder.model import files as model_files
 from builder.model import tensor_names
 from builder.recipe.schema import Model
@@ -376,12 +376,14 @@ def test_a_snapshot_of_an_incomplete_cache_is_not_taken_for_the_whole_model(
 def test_a_file_of_the_cache_with_other_content_is_noticed(hub: Hub, store: Store) -> None:
     """Of the same size; the snapshot was found by names and sizes before."""
     hub.add("tiny/qwen2", SMALL)
-    path = fetch(MODEL, store=store).path / "config.json"
+    before = fetch(MODEL, store=store)
+    path = before.path / "config.json"
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.resolve().write_bytes(content)
     healed = fetch(MODEL, store=store)
-    assert not healed.artifact.cached
+    assert healed.digest == before.digest
+    healed.source.check_unchanged()
     assert (healed.path / "config.json").read_bytes() == (SMALL / "config.json").read_bytes()
 
 
@@ -472,21 +474,21 @@ def test_bad_repositories_are_refused_before_their_weights(says: str, hub: Hub, 
 def test_what_the_caller_checks_is_checked_before_any_weight(hub: Hub, store: Store) -> None:
     hub.add("tiny/qwen3", SHARDED)
 
-    def refuse(config: Mapping[str, object]) -> None:
-        assert config["model_type"] == "qwen3"
+    def refuse() -> None:
         raise UnsupportedError("too long for this engine")
 
     with pytest.raises(UnsupportedError, match="too long"):
-        fetch(Model(id="tiny/qwen3"), store=store, check=refuse)
+        fetch(Model(id="tiny/qwen3"), store=store, before=refuse)
     assert not [r for r in hub.requests if r.path.startswith("/cdn/") and not r.header]
     with pytest.raises(UnsupportedError, match="too long"):
-        fetch(Model(id=str(SHARDED)), store=store, check=refuse)
+        fetch(Model(id=str(SHARDED)), store=store, before=refuse)
 
 
 def test_a_plan_reads_headers_and_no_weights(hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shapes of every tensor for a few kilobytes: what `builder plan` is made of."""
     hub.add("tiny/qwen3", SHARDED)
-    config, tensors, root = read_headers(Model(id="tiny/qwen3"), store=store)
+    source = open_source(Model(id="tiny/qwen3"), store=store)
+    config, tensors = source.config, source.tensors
     assert config["num_hidden_layers"] == 6
     local = {
         name: (i.dtype, i.shape) for file in SHARDED.glob("*.safetensors") for name, i in read_header(file).items()
@@ -498,7 +500,7 @@ def test_a_plan_reads_headers_and_no_weights(hub: Hub, store: Store, monkeypatch
     assert not list((Path(os.environ["HF_HOME"]) / "hub").rglob("*.safetensors"))
     fetch(Model(id="tiny/qwen3"), store=store)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert read_headers(Model(id="tiny/qwen3"), store=store) == (config, tensors, root)
+    assert open_source(Model(id="tiny/qwen3"), store=store) == source
 
 
 def test_a_known_model_type_needs_no_code_of_the_model(store: Store, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from builder.llmapi.arguments import Argument
 from builder.machine import gpus
 from builder.preflight import checks
 from builder.recipe import schema
+from builder.targets.base import Inputs
 from tests.pipeline.test_plan import dense, sparse
 
 QWEN3_8B: dict[str, Any] = {
@@ -207,7 +208,7 @@ def test_presets_speak_to_every_target() -> None:
 def test_other_targets_have_no_llm_arguments(target: str) -> None:
     asked = resolved("llmapi.args.stream_interval=4", target=target)
     with pytest.raises(UsageError, match="does not use"):
-        checks.check_model(asked, QWEN3_8B, layouts=False)
+        checks.check_model(Inputs(asked, QWEN3_8B), layouts=False)
 
 
 def test_a_batch_larger_than_an_iteration_is_refused() -> None:

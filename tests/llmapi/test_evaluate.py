@@ -99,8 +99,8 @@ def models(store: Store) -> Models:
 @pytest.fixture(scope="module")
 def found(models: Models, store: Store) -> Evaluation:
     asked = resolve(evaluation__runners=["bf16", "reference", "served"], evaluation__min_score=50.0)
-    checks.check_gate(asked, llmapi_arguments.resolve(asked, models.snapshot.config))  # what `build` does first
-    return evaluate_stage.evaluate(models, asked, store=store)
+    checks.check_gate(asked.recipe, llmapi_arguments.resolve(asked, models.snapshot.config))  # what `build` does first
+    return evaluate_stage.evaluate(models, asked.recipe, store=store)
 
 
 def other(models: Models, destination: Path, llm: str) -> Models:
@@ -127,7 +127,7 @@ def test_it_is_the_same_model_in_this_process_bit_by_bit(
     assert models.repository is not None
     assert np.array_equal(nll(store, "served", models.repository.digest), nll(store, "reference"))
     shifted = other(models, tmp_path / "shifted", "Shifted")
-    wrong = evaluate_stage.evaluate(shifted, resolve(evaluation__runners=["served"]), store=store)
+    wrong = evaluate_stage.evaluate(shifted, resolve(evaluation__runners=["served"]).recipe, store=store)
     assert wrong.measured["served"]["prose"]["nll"].value > math.log(models.snapshot.config["vocab_size"])
     assert found.measured["served"]["prose"]["nll"].value < 5
 
@@ -156,14 +156,14 @@ def test_it_has_the_tables_of_every_other_form(found: Evaluation) -> None:
 
 def test_one_that_gives_no_logits_is_not_measurable(models: Models, store: Store, tmp_path: Path) -> None:
     without = other(models, tmp_path / "without", "WithoutLogits")
-    measured = evaluate_stage.evaluate(without, resolve(evaluation__runners=["bf16", "served"]), store=store)
+    measured = evaluate_stage.evaluate(without, resolve(evaluation__runners=["bf16", "served"]).recipe, store=store)
     assert list(measured.measured) == ["bf16"]
     assert "returns no logits of a prompt" in measured.not_measured["served"]
     with pytest.raises(NotMeasurable, match="served can't be measured"):
         measured.check()
     gated = resolve(evaluation__runners=["bf16", "served"], evaluation__min_score=1.0)
     with pytest.raises(EvaluationError, match="score of served was not measured"):
-        evaluate_stage.evaluate(without, gated, store=store)
+        evaluate_stage.evaluate(without, gated.recipe, store=store)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_too_few_logits_or_none_for_a_fault_are_an_error_and_no_figure(
 ) -> None:
     with pytest.raises(ServingError) as caught:
         evaluate_stage.evaluate(
-            other(models, tmp_path / llm, llm), resolve(evaluation__runners=["served"]), store=store
+            other(models, tmp_path / llm, llm), resolve(evaluation__runners=["served"]).recipe, store=store
         )
     assert re.search(message, str(caught.value))
     assert hint in caught.value.hint

@@ -32,7 +32,7 @@ from builder import plan
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
-from builder.hub.snapshot import fetch, read_headers
+from builder.hub.snapshot import fetch, open_source
 from builder.preflight import checks
 from builder.recipe import schema
 from builder.recipe.schema import Model
@@ -174,7 +174,7 @@ def test_a_model_that_is_not_whole_is_refused_alike(name: str, tmp_path: Path, s
 def test_the_hubs_are_refused_before_a_weight_is_downloaded(name: str, hub: Hub, store: Store, tmp_path: Path) -> None:
     make, error, says = NOT_WHOLE[name]
     hub.add("tiny/model", make(tmp_path / "model"))
-    for use in (lambda: read_headers(Model(id="tiny/model"), store=store), lambda: fetch(MODEL, store=store)):
+    for use in (lambda: open_source(Model(id="tiny/model"), store=store), lambda: fetch(MODEL, store=store)):
         with pytest.raises(error, match="(?s)" + says):
             use()
     assert not [r for r in hub.requests if r.path.startswith("/cdn/") and r.method == "GET" and not r.header]

@@ -28,6 +28,7 @@ from builder.machine.gpus import Seen
 from builder.preflight import checks, suggestions
 from builder.preflight import memory as preflight_memory
 from builder.preflight.memory import Machine, ModelFacts, Serving
+from builder.preflight.prepare import check_fit, prepare
 from builder.recipe import schema
 from builder.trtllm import engine
 
@@ -244,27 +245,30 @@ def test_where_nothing_helps_the_refusal_says_so() -> None:
 
 def test_the_verdict_is_for_the_card_that_is_here_or_the_largest() -> None:
     resolved, host = schema.resolve({"model.id": "m", "gpu": "sm120"}), Machine(GB, GB, GB)
-    assert preflight_memory.cards(resolved, host)[1] == "RTX PRO 6000 Blackwell"
-    assert preflight_memory.cards(resolved, host, ["NVIDIA GeForce RTX 5090"])[1] == "RTX 5090"
-    assert preflight_memory.cards(resolved, host, ["NVIDIA GeForce RTX 5060 Ti"])[1] == "RTX 5060 Ti 8 GB"
+    assert preflight_memory.cards(ASKED, resolved.gpu, host)[1] == "RTX PRO 6000 Blackwell"
+    assert preflight_memory.cards(ASKED, resolved.gpu, host, ["NVIDIA GeForce RTX 5090"])[1] == "RTX 5090"
+    assert preflight_memory.cards(ASKED, resolved.gpu, host, ["NVIDIA GeForce RTX 5060 Ti"])[1] == "RTX 5060 Ti 8 GB"
     cpu = schema.resolve({"model.id": "m", "gpu": "cpu"})
-    assert preflight_memory.cards(cpu, host) == ([("this machine", GB)], "this machine")
+    assert preflight_memory.cards(replace(ASKED, target="reference"), cpu.gpu, host) == (
+        [("this machine", GB)],
+        "this machine",
+    )
 
 
 def test_a_profile_shows_one_card_of_each_size_and_a_named_card_alone() -> None:
     host = Machine(GB, GB, GB)
     sm120 = schema.resolve({"model.id": "m", "gpu": "sm120"})
-    found, _ = preflight_memory.cards(sm120, host)
+    found, _ = preflight_memory.cards(ASKED, sm120.gpu, host)
     sizes = [memory for _, memory in found]
     assert sizes == sorted({int(card.memory_gb * 10**9) for card in sm120.gpu.cards if card.memory_gb})
     assert ("RTX 5080", 16 * GB) in found
-    here, verdict = preflight_memory.cards(sm120, host, ["NVIDIA GeForce RTX 5070 Ti"])
+    here, verdict = preflight_memory.cards(ASKED, sm120.gpu, host, ["NVIDIA GeForce RTX 5070 Ti"])
     assert verdict == "RTX 5070 Ti"
     assert ("RTX 5070 Ti", 16 * GB) in here
     assert len(here) == len(found)
     named = schema.resolve({"model.id": "m", "gpu": "rtx5070ti"})
     alone = ([("RTX 5070 Ti", 16 * GB)], "RTX 5070 Ti")
-    assert preflight_memory.cards(named, host, ["NVIDIA GeForce RTX 5090"]) == alone
+    assert preflight_memory.cards(ASKED, named.gpu, host, ["NVIDIA GeForce RTX 5090"]) == alone
 
 
 def test_too_small_a_disk_is_refused_with_what_is_missing() -> None:
@@ -421,14 +425,15 @@ def test_calibrating_in_more_memory_than_there_is_is_refused(
     assert not list(tmp_path.glob("out/snapshot/[0-9a-f]*"))
     # less free than that, but enough in all, is a warning; and what is made already needs none
     this_machine(monkeypatch, memory=needed, free=needed - 1)
-    checks.check_fit(long, model, checks.check_model(long, model.config, layouts=True), store)
+    prepared = prepare(long, store)
+    check_fit(prepared, store)
     assert "warning     calibrating takes about" in capsys.readouterr().err
-    found = checks.sizes(long, model, checks.check_model(long, model.config, layouts=True))
+    rows, found = long.recipe.calibration, prepared.sizes
     host = Machine(10**15, needed - 1, needed - 1)
-    assert checks.host_refusal(long, model, found, host, ["engine", "repository"]) is None
-    assert checks.host_refusal(long, model, found, host, ["checkpoint"])
+    assert checks.host_refusal(rows, model, found, host, ["engine", "repository"]) is None
+    assert checks.host_refusal(rows, model, found, host, ["checkpoint"])
     monkeypatch.setattr(checks, "gpus", lambda: ["NVIDIA GeForce RTX 5090"])
-    assert checks.host_refusal(long, model, found, host, ["checkpoint"]) is None
+    assert checks.host_refusal(rows, model, found, host, ["checkpoint"]) is None
 
 
 @settings(max_examples=50)

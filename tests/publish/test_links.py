@@ -30,7 +30,7 @@ def published(store: Store, resolved: schema.Resolved, key: str) -> str:
     name = links.link(resolved, repository, store)
     path = store.root / build_record.DIRECTORY / f"{name.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    source = links.source_of(resolved)
+    source = links.source_of(resolved.recipe.model)
     values = [list(row) for row in resolved.explained()]
     told = {"format": build_record.FORMAT, "repository": f"repository/{key}", "written": 1.0, "values": values}
     told |= {"source": source, "source_digest": links.digest_of(source)}

@@ -22,9 +22,10 @@ from builder.pipeline import Built
 from builder.preflight import checks as preflight_checks
 from builder.preflight import memory
 from builder.preflight.memory import Machine
+from builder.preflight.prepare import prepare
 from builder.publish import links as publish_links
 from builder.publish import verdict
-from builder.publish.verdict import Verdict
+from builder.publish.verdict import BuildVerdict
 from builder.quality import check
 from builder.quality.check import Quality, Remedy
 from builder.recipe import schema
@@ -70,7 +71,7 @@ def test_the_bundled_model_passes_and_manifest_report_and_plan_say_so(built: tup
     assert (found.runner, found.collapsed, found.remedies) == ("checkpoint", False, ())
     assert [one.prompt for one in found.answers] == [one["ask"] for one in check.PROMPTS]
     assert all(one.bf16 and one.quantized for one in found.answers)
-    assert made.verdict == Verdict("passed", (f"a score of {found.score:.2f}, at least 90 was asked",))
+    assert made.verdict == BuildVerdict("passed", (f"a score of {found.score:.2f}, at least 90 was asked",))
     assert made.link
     assert made.link.resolve() == (made.repository.path if made.repository else None)
     [manifest] = [json.loads(path.read_text()) for path in root.glob("verdict/*/manifest.json")]
@@ -157,7 +158,7 @@ def test_the_next_commands_can_be_typed(built: tuple[Path, Built], capsys: pytes
 def test_without_the_check_it_is_published_and_said_to_be_unchecked(tmp_path: Path) -> None:
     made = build(tmp_path, quality__check=False)
     assert made.quality is None
-    assert made.verdict == Verdict("not checked", ("--no-quality-check",))
+    assert made.verdict == BuildVerdict("not checked", ("--no-quality-check",))
     assert made.link
     assert not (tmp_path / "quality").exists()
     smoke = gather.SmokeReport.from_dict({"checks": [], "sample": None, "passed": True})
@@ -215,7 +216,8 @@ def test_a_plan_moves_no_link(built: tuple[Path, Built]) -> None:
     assert second.link == root / "models" / "prod"
     target, inode = os.readlink(second.link), second.link.lstat().st_ino
     record = (root / "builds" / "prod.json").read_text()
-    found, first = pipeline.stored(resolve(**one), Store(root, Output("quiet"), dry=True))
+    store = Store(root, Output("quiet"), dry=True)
+    found, first = pipeline.stored(prepare(resolve(**one), store), store)
     assert first
     assert first.stage == "smoke"
     assert found[-1].stage == "repository"
@@ -243,21 +245,18 @@ def test_what_does_not_fit_says_what_it_needs(built: tuple[Path, Built]) -> None
     root, made = built
     assert made.calibration
     assert made.checkpoint
-    assert made.model
+    assert made.prepared
+    model = made.prepared.model
     host = Machine(disk=1 << 40, memory=1 << 20, available=1 << 20)
     store = Store(root, Output("quiet"), dry=True)
-    found = check.check_quality(
-        made.snapshot, made.calibration, made.checkpoint, made.model, resolve(), host, store=store
-    )
+    found = check.check_quality(made.models, model, resolve().recipe, host, store=store)
     assert found.score is None
     assert found.unmeasured.startswith("it needs ")
     assert found.unmeasured.endswith("and this machine has 1.05 MB")
-    needs = check.memory(made.model, resolve().recipe.quality)
+    needs = check.memory(model, resolve().recipe.quality)
     middle = Machine(disk=1 << 40, memory=needs + 1, available=needs)
     with pytest.raises(WouldRun):  # in BF16, as float32 would not fit: another measurement
-        check.check_quality(
-            made.snapshot, made.calibration, made.checkpoint, made.model, resolve(), middle, store=store
-        )
+        check.check_quality(made.models, model, resolve().recipe, middle, store=store)
 
 
 def test_held_out_rows_are_the_next_ones_and_none_is_calibrated_on(built: tuple[Path, Built], tmp_path: Path) -> None:
@@ -332,12 +331,12 @@ def test_one_acceptance_outweighs_rejections_and_nothing_known_is_no_rejection(t
     store = Store(tmp_path, Output("quiet"))
     verdict.check(link)
     made = {path.parent.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("*/*/manifest.json")}
-    failed = Verdict("failed", ("its score is 67.00, below 90 (BF16 = 100)",))
+    failed = BuildVerdict("failed", ("its score is 67.00, below 90 (BF16 = 100)",))
     verdict.keep(failed, [made["checkpoint"]["digest"]], {"min_score": 90}, store=store)
     with pytest.raises(EvaluationError, match=r"failed the quality check of its build: its score is 67\.00"):
         verdict.check(link)
     assert gather.gather(link).verdict.headline == "It failed the quality check"
-    verdict.keep(Verdict("not checked", ("--no-quality-check",)), [made["repository"]["digest"]], {}, store=store)
+    verdict.keep(BuildVerdict("not checked", ("--no-quality-check",)), [made["repository"]["digest"]], {}, store=store)
     verdict.check(link)
     found = gather.gather(link).verdict
     assert (found.status, found.headline) == ("incomplete", "It serves; quality not checked")
@@ -349,8 +348,8 @@ def test_the_estimated_cost_grows_with_model_and_texts() -> None:
     store = Store(Path("nowhere"), Output("quiet"), dry=True)
     host = memory.machine(Path.cwd())
     model = preflight_checks.read_model(resolve().recipe.model, store)
-    took, needs = check.cost(model, resolve(quality__texts=32, quality__max_tokens=256), host)
-    less = check.cost(model, resolve(), host)
+    took, needs = check.cost(model, resolve(quality__texts=32, quality__max_tokens=256).recipe, host)
+    less = check.cost(model, resolve().recipe, host)
     assert 10 < took < 30
     assert less[0] < took
     assert less[1] < needs < 1 << 30
@@ -368,7 +367,7 @@ def test_a_family_without_a_runner_for_its_checkpoint_is_measured_by_simulation(
     store = Store(tmp_path, Output("quiet"))
     made = pipeline.build(asked, store, until="checkpoint")
     models = Models(made.snapshot, made.calibration, made.checkpoint)
-    jobs = [opening(Form(name, name, True), models, asked, store).job for name in ("checkpoint", "simulated")]
+    jobs = [opening(Form(name, name, True), models, asked.recipe, store).job for name in ("checkpoint", "simulated")]
     with torch.inference_mode(), quality_worker._first(json.loads(json.dumps(jobs))) as (label, runner):
         assert label == "simulated"
         assert runner.vocab_size > 0

@@ -35,7 +35,7 @@ from builder.hub.snapshot import fetch
 from builder.preflight import checks, memory
 from builder.preflight.memory import ModelFacts, Serving
 from builder.quantize import exclude, worker
-from builder.quantize.modelopt import quantize
+from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.recipe import schema
 from builder.reference.model import ReferenceModel
@@ -258,7 +258,9 @@ def test_the_stage_keeps_them_bit_by_bit_and_knows_them_in_its_key(tmp_path: Pat
 
     def run(patterns: list[str], store: Store = store) -> Checkpoint:
         asked = schema.Quantization(keep_bf16=tuple(patterns))
-        return quantize(snapshot, calibration, asked, part, store=store, kept=facts(TINY, patterns).kept)
+        return quantize(
+            snapshot, calibration, QuantizeRequest(asked, part, kept=facts(TINY, patterns).kept), store=store
+        )
 
     made = run(["*.0.self_attn.q_proj"])
     source, stored = Tensors(TINY), Tensors(made.unified)
@@ -317,9 +319,9 @@ def test_attentions_output_is_kept_only_where_the_kernel_can_do_without_its_scal
     config = {**model.config, "head_dim": 128}
     if refused:
         with pytest.raises(UnsupportedError, match=refused):
-            checks.keep_patterns(resolved, model, trtllm_flags.resolve(resolved, config))
+            checks.keep_patterns(resolved.recipe, model, trtllm_flags.resolve(resolved, config))
     else:
-        assert len(checks.keep_patterns(resolved, model, trtllm_flags.resolve(resolved, config)).kept) == 6
+        assert len(checks.keep_patterns(resolved.recipe, model, trtllm_flags.resolve(resolved, config)).kept) == 6
 
 
 def test_norm_quant_fusion_takes_every_layer_for_quantized() -> None:

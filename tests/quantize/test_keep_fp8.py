@@ -112,7 +112,7 @@ def test_patterns_take_along_what_is_multiplied_with_them() -> None:
 def test_patterns_that_mean_nothing_or_too_much(flags: dict[str, str], error: type[Exception], says: str) -> None:
     asked = schema.resolve({"model.id": str(TINY), "gpu": "cpu", **{f"quantization.{k}": v for k, v in flags.items()}})
     with pytest.raises(error, match=says):
-        checks.keep_patterns(asked, facts(TINY), [])
+        checks.keep_patterns(asked.recipe, facts(TINY), [])
 
 
 def test_auto_is_said_for_one_format() -> None:
@@ -323,7 +323,7 @@ def flags_of(**more: str) -> dict[str, trtllm_flags.Flag]:
     asked = schema.resolve({"model.id": str(TINY), "quantization.keep_fp8": "*.down_proj", **more})
     config = {**facts(TINY).config, "head_dim": 128}
     flags = trtllm_flags.resolve(asked, config)
-    checks.keep_patterns(asked, facts(TINY), flags)
+    checks.keep_patterns(asked.recipe, facts(TINY), flags)
     return {flag.name: flag for flag in flags}
 
 
@@ -361,10 +361,10 @@ def test_the_llm_class_takes_the_attentions_format_of_q_proj(fp8: str, kept: lis
         }
     )
     if fine:
-        checks.keep_patterns(asked, facts(TINY), [])
+        checks.keep_patterns(asked.recipe, facts(TINY), [])
         return
     with pytest.raises(UnsupportedError, match=r"o_proj in \w+ can't follow"):
-        checks.keep_patterns(asked, facts(TINY), [])
+        checks.keep_patterns(asked.recipe, facts(TINY), [])
 
 
 def test_the_llm_class_finds_no_format_for_a_fused_qkv() -> None:

@@ -24,7 +24,7 @@ from builder.formats.arithmetic import nvfp4
 from builder.formats.assignment import ModelFormats
 from builder.hub.snapshot import Snapshot, fetch
 from builder.quantize import modelopt, worker
-from builder.quantize.modelopt import check, quantize
+from builder.quantize.modelopt import QuantizeRequest, check, quantize
 from builder.recipe import schema
 
 DATA = Path(__file__).parents[1] / "data"
@@ -54,7 +54,7 @@ def build(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     def run(store: Store | None = None, model: Path = TINY) -> Checkpoint:
         store = store or Store(tmp_path_factory.mktemp("store"), Output("quiet"))
         snapshot, calibration, part = inputs(store, model, rows)
-        return quantize(snapshot, calibration, schema.Quantization(), part, store=store)
+        return quantize(snapshot, calibration, QuantizeRequest(schema.Quantization(), part), store=store)
 
     return run
 

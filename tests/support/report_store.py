@@ -16,9 +16,11 @@ from builder.core.store import Artifact, Store
 from builder.evaluate.tasks import Row
 from builder.hub.snapshot import fetch
 from builder.preflight import checks as preflight_checks
+from builder.preflight.prepare import prepare
 from builder.publish import build_record, links
 from builder.recipe import schema
 from builder.serving.benchmark import BenchmarkReport, Level, Percentiles, Workload
+from builder.targets.base import Inputs
 
 MODEL = "tests/data/tiny-qwen3"
 SAMPLE = {"prompt": "Return the number of", "answer": " bytes written"}
@@ -62,7 +64,7 @@ def build(
     versions = {"torch": "2.13.0", "nvidia-modelopt": "0.47.0"}
     ingredients = {**made_from, "quantization": quantization, "seq_len": 512, "libraries": versions}
     checkpoint = _stage(store, "checkpoint", ingredients, facts, "unified/model.safetensors", 6_877_752)
-    flags = preflight_checks.check_model(resolved, snapshot.config, layouts=True)
+    flags = preflight_checks.check_model(Inputs(resolved, snapshot.config))
     engine = _stage(
         store,
         "engine",
@@ -80,11 +82,8 @@ def build(
     name.parent.mkdir(exist_ok=True)
     name.symlink_to(repository.path)
     if recorded:
-        facts_of_model = preflight_checks.read_model(resolved.recipe.model, store)
-        sizes = preflight_checks.sizes(resolved, facts_of_model, flags)
-        known = preflight_checks.notes(resolved, facts_of_model.config)
-        source = links.source_of(resolved)
-        build_record.write(resolved, flags, known, facts_of_model, sizes, link=name, source=source, store=store)
+        source = links.source_of(resolved.recipe.model)
+        build_record.write(prepare(resolved, store), link=name, source=source, store=store)
     return name
 
 

@@ -20,8 +20,9 @@ from builder.checkpoint import huggingface
 from builder.checkpoint.layouts import read_json
 from builder.core.errors import IntegrityError, UsageError
 from builder.core.output import Output
-from builder.core.store import STAGES, Store
+from builder.core.store import Store
 from builder.hub import snapshot
+from builder.preflight.prepare import prepare, tell
 from builder.recipe import schema
 from builder.tokenizer import files as tokenizer_files
 from builder.tokenizer.special_ids import special_ids
@@ -352,7 +353,7 @@ def test_the_notes_of_a_hub_model(model: Path, hub: Hub, store: Store) -> None:
 
 def test_a_build_warns_of_the_end_ids(model: Path, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     edit(model / "generation_config.json", eos_token_id=ENDOFTEXT)
-    pipeline._fetched(resolved(model), (), STAGES, store)
+    tell(prepare(resolved(model), store), store)
     assert "the chat template ends with 4089 <|im_end|>" in capsys.readouterr().err
-    pipeline._fetched(resolved(model, repository__end_ids=[IM_END, ENDOFTEXT]), (), STAGES, store)
+    tell(prepare(resolved(model, repository__end_ids=[IM_END, ENDOFTEXT]), store), store)
     assert "ends with" not in capsys.readouterr().err

@@ -16,6 +16,7 @@ from builder.core.errors import BuilderError, UnsupportedError, UsageError
 from builder.machine import gpus
 from builder.preflight import checks
 from builder.recipe import schema
+from builder.targets.base import Inputs
 from builder.trtllm import engine, rules
 from builder.trtllm import flags as trtllm_flags
 from builder.trtllm import versions as trtllm_versions
@@ -129,7 +130,7 @@ def test_pp_reduce_scatter_is_for_mixtral() -> None:
 @covers("R07")
 def test_an_unknown_architecture_is_refused_before_any_work() -> None:
     with pytest.raises(UnsupportedError, match="GPT9ForCausalLM has no TensorRT-LLM layout"):
-        checks.check_model(resolved(), {**QWEN3_8B, "architectures": ["GPT9ForCausalLM"]}, layouts=True)
+        checks.check_model(Inputs(resolved(), {**QWEN3_8B, "architectures": ["GPT9ForCausalLM"]}))
 
 
 @covers("R09")
@@ -387,9 +388,9 @@ def test_all_token_logits_are_those_of_context_and_generation() -> None:
 def test_a_gate_on_what_is_served_accepts_all_token_logits() -> None:
     gate = {"evaluation.min_score": 90.0, "evaluation.runners": ["bf16", "served"]}
     asked = resolved("gather_all_token_logits=enable", **gate)
-    checks.check_gate(asked, trtllm_flags.resolve(asked, QWEN3_8B))
+    checks.check_gate(asked.recipe, trtllm_flags.resolve(asked, QWEN3_8B))
     with pytest.raises(BuilderError, match="gather_context_logits"):
-        checks.check_gate(resolved(**gate), trtllm_flags.resolve(resolved(**gate), QWEN3_8B))
+        checks.check_gate(resolved(**gate).recipe, trtllm_flags.resolve(resolved(**gate), QWEN3_8B))
 
 
 @covers("R50", "R51")

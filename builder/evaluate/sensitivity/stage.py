@@ -28,7 +28,7 @@ from builder.model.hashed_files import SourceFiles
 from builder.quantize import exclude, modelopt
 from builder.recipe.evaluation import DataSet
 from builder.recipe.schema import Calibration as Rows
-from builder.recipe.schema import Recipe, Resolved
+from builder.recipe.schema import Recipe
 
 SOURCES = (
     "builder/evaluate/sensitivity/stage.py",
@@ -94,7 +94,7 @@ def sensitivity(
     snapshot: Snapshot,
     calibration: Calibration,
     model: ModelFacts,
-    resolved: Resolved,
+    recipe: Recipe,
     *,
     store: Store,
     proxy: bool = False,
@@ -103,7 +103,7 @@ def sensitivity(
 
     With `proxy` no KL is measured: one pass over the texts, in which each decoder layer runs once more for each group.
     """
-    job, ingredients = _job(snapshot, calibration, model, resolved, store)
+    job, ingredients = _job(snapshot, calibration, model, recipe, store)
     return _sensitivity(job, ingredients, model, store, proxy)
 
 
@@ -147,7 +147,7 @@ def select(
     snapshot: Snapshot,
     calibration: Calibration,
     model: ModelFacts,
-    resolved: Resolved,
+    recipe: Recipe,
     *,
     store: Store,
     refused: str = "",
@@ -156,12 +156,12 @@ def select(
 
     refused: why attention's output projections can't be kept, if so. UnsupportedError where the budget can't be held.
     """
-    job, ingredients = _job(snapshot, calibration, model, resolved, store)
+    job, ingredients = _job(snapshot, calibration, model, recipe, store)
     found = _sensitivity(job, ingredients, model, store)
     order = [loss.name for loss in sorted(found.losses, key=lambda loss: -(loss.kl or 0.0) / loss.bytes)]
     order = [group for group in order if not (refused and names.role(model.architecture, group) == "o")]
     order = order[: len(job["groups"]) - 1]  # one must be left to quantize
-    budget, form = resolved.recipe.quantization.kept_budget, resolved.recipe.quantization.kept_format
+    budget, form = recipe.quantization.kept_budget, recipe.quantization.kept_format
     job |= {"budget": budget, "order": order, "kept_format": form, "rest": _why_not_less(found, refused)}
     ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order, "kept_format": form}
     partial = _partial(store, "selection", ingredients)
@@ -201,10 +201,9 @@ def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensit
 
 
 def _job(
-    snapshot: Snapshot, calibration: Calibration, model: ModelFacts, resolved: Resolved, store: Store
+    snapshot: Snapshot, calibration: Calibration, model: ModelFacts, recipe: Recipe, store: Store
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the child is told, and the ingredients of the stage's key."""
-    recipe = resolved.recipe
     part, evaluation, rows = recipe.sensitivity, recipe.evaluation, recipe.calibration
     data = check_texts(recipe)
     texts = calibrate(Rows(**data.model_dump(), samples=part.texts), store=store, use=USE)

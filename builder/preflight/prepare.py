@@ -1,0 +1,126 @@
+"""What follows from recipe, GPU profile, config.json, tensor headers and probe answers: computed once per command.
+
+Nothing here reads a weight. A build prepares before it downloads, and a plan prepares the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from builder.core.output import size
+from builder.core.store import STAGES, Store
+from builder.hub.snapshot import Source, open_source
+from builder.preflight import checks, memory, suggestions
+from builder.preflight.memory import ModelFacts, Serving, Sizes
+from builder.quantize import exclude
+from builder.quantize.modelopt import gpus
+from builder.recipe.schema import Recipe, Resolved
+from builder.targets import target
+from builder.targets.base import Inputs, Settings, Stages, Target
+from builder.trtllm import probe_store
+from builder.trtllm.rules import Note
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe with everything that follows from it and its model.
+
+    source: the model's config.json and tensor headers. model: the same with the layers that are not quantized to NVFP4.
+    settings: trtllm-build's flags or the LLM class's arguments, each with its reason.
+    """
+
+    inputs: Inputs
+    source: Source
+    settings: Settings
+    model: ModelFacts
+
+    @property
+    def resolved(self) -> Resolved:
+        """The recipe with its GPU profile and the origin of each value."""
+        return self.inputs.resolved
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        return self.inputs.resolved.recipe
+
+    @property
+    def target(self) -> Target:
+        """What will serve the checkpoint."""
+        return target(self.recipe.target)
+
+    @cached_property
+    def serving(self) -> Serving:
+        """What memory at run time depends on."""
+        return memory.serving(self.recipe, self.settings)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes to download, to keep and to hold while calibrating."""
+        return checks.sizes(self.recipe, self.model, self.serving)
+
+    @cached_property
+    def notes(self) -> list[Note]:
+        """What a user should know before the build, and a reader of the report after it."""
+        return checks.notes(self.inputs, self.settings, self.model.directory)
+
+    def stages(self, wanted: Sequence[str], store: Store) -> Stages:
+        """What the target needs to go on from the checkpoint."""
+        return Stages(self.inputs, self.settings, wanted, store)
+
+    def with_chosen(self, modules: Sequence[str]) -> Prepared:
+        """With these layers excluded from NVFP4 too: those that `auto` chose."""
+        return replace(self, model=checks.with_chosen(self.recipe, self.model, modules))
+
+
+def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepared:
+    """Opens the model and checks it, the recipe and the target against each other.
+
+    layouts: also that the target can load the model. UsageError or UnsupportedError for what cannot be built.
+    """
+    source = open_source(resolved.recipe.model, store=store)
+    inputs = Inputs(resolved, source.config, probe_store.answers(resolved, store.root))
+    settings = checks.check_model(inputs, layouts=layouts)
+    checks.check_gate(resolved.recipe, settings)
+    checks.check_tokenizer(resolved.recipe, source.directory, source.config)
+    model = checks.keep_patterns(resolved.recipe, checks.facts_of(source), settings)
+    return Prepared(inputs, source, settings, model)
+
+
+def check_fit(prepared: Prepared, store: Store, *, made: Callable[[], list[str]] = list) -> None:
+    """UnsupportedError with the smallest change that would fit on the card, or if what is still to be made finds no
+    room on the disk or in this machine's memory.
+
+    made: returns the stages that are in the store; called only where the answer matters.
+    """
+    host, here = memory.machine(store.root), gpus()
+    checked = suggestions.judge(prepared.model, prepared.serving, prepared.resolved.gpu, host, here)
+    if checked.refusal:
+        raise checked.refusal
+    sizes = prepared.sizes
+    tight = not here and sizes.calibration_memory > host.available
+    if not tight and sizes.artifacts <= host.disk:
+        return
+    there = made()
+    remaining = [stage for stage in STAGES if stage not in there]
+    if refusal := checks.host_refusal(prepared.recipe.calibration, prepared.model, sizes, host, remaining):
+        raise refusal
+    if tight and "checkpoint" in remaining:
+        needs, free = size(sizes.calibration_memory), size(host.available)
+        store.out.warn(f"calibrating takes about {needs}, and of this machine's memory {free} are free now")
+
+
+def tell(prepared: Prepared, store: Store) -> None:
+    """Prints what a build should not keep to itself: notes on the tokenizer, and layers that follow those named."""
+    recipe, model = prepared.recipe, prepared.model
+    for note in checks.tokenizer_notes(recipe, prepared.source.directory, model.config):
+        store.out.warn(note.text)
+    part = recipe.quantization
+    for name, patterns, kept in (("BF16", part.kept_patterns, model.kept), ("FP8", part.fp8_patterns, model.fp8)):
+        if more := exclude.widened(patterns, kept):
+            names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
+            store.out.info(f"{len(more)} more layers stay in {name}, multiplied as one with those named: {names}")
+    for note in prepared.target.warnings(prepared.inputs, prepared.settings):
+        store.out.warn(note.text)
