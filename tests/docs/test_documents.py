@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import documents
@@ -131,3 +132,11 @@ def test_every_command_of_the_builder_is_in_some_page() -> None:
     shown = {choice.dest for choice in commands._choices_actions}
     missing = {name for name in shown if f"builder {name}" not in text}
     assert missing <= {"fetch", "quantize"}
+
+
+def test_extras_that_pages_install_exist() -> None:
+    extras = tomllib.loads((documents.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = "\n".join(page.read_text() for page in documents.documents())
+    named = {name for group in re.findall(r"(?:\.|trtllm-builder)\[([\w,]+)\]", text) for name in group.split(",")}
+    assert named
+    assert named <= extras.keys()
