@@ -1,12 +1,14 @@
 """A real chat model (SmolLM2-135M-Instruct): plain NVFP4 ruins it, the build says so, and its advice mends it.
 
-`make test-real` writes the model to REAL_MODEL first. Some minutes on two cores.
+What the advice builds is then evaluated and asked over Triton. `make test-real` writes the model to REAL_MODEL first.
+Some 10 minutes on two cores.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -51,15 +53,59 @@ def test_plain_nvfp4_fails_the_quality_check_and_is_not_published(
     assert not (output / "models").exists()
 
 
-def test_what_the_message_names_first_is_enough(failed: tuple[int, dict[str, Any], str], output: Path) -> None:
-    _, said, error = failed
-    [first, *_] = [line.partition("#")[0] for line in error.splitlines() if line.startswith("  builder build")]
+@pytest.fixture(scope="module")
+def advised(failed: tuple[int, dict[str, Any], str]) -> list[str]:
+    """The command that the failed build names first, without `builder build`."""
+    [first, *_] = [line.partition("#")[0] for line in failed[2].splitlines() if line.startswith("  builder build")]
     print(first)
-    code, mended, error = builder(*shlex.split(first)[1:])
+    return shlex.split(first)[2:]
+
+
+@pytest.fixture(scope="module")
+def mended(advised: list[str]) -> dict[str, Any]:
+    """What the advised build prints."""
+    code, printed, error = builder("build", *advised)
     assert code == 0, error
-    print(mended["quality"]["figures"]["score"], mended["quality"]["answers"][0])
-    assert mended["quality"]["figures"]["score"]["value"] >= 90
-    assert mended["quality"]["figures"]["kl"]["value"] < said["quality"]["figures"]["kl"]["value"] / 2
+    return printed
+
+
+def test_what_the_message_names_first_is_enough(
+    failed: tuple[int, dict[str, Any], str], mended: dict[str, Any], output: Path
+) -> None:
+    before, after = failed[1]["quality"]["figures"], mended["quality"]["figures"]
+    print(after["score"], mended["quality"]["answers"][0])
+    assert after["score"]["value"] >= 90
+    assert after["kl"]["value"] < before["kl"]["value"] / 2
     assert "Paris" in mended["quality"]["answers"][0]["quantized"]
     assert mended["smoke"]["passed"]
     assert Path(mended["repository"]).parent == output / "models"
+
+
+def test_demo_chat_builds_what_the_message_names_first(advised: list[str]) -> None:
+    recipe = re.search(r"--calib-data builtin.*", Path("Makefile").read_text())
+    assert recipe
+    assert shlex.split(recipe[0]) == advised[advised.index("--calib-data") :][:6] + advised[-4:]
+
+
+def test_it_is_evaluated_on_other_texts(advised: list[str], mended: dict[str, Any]) -> None:
+    texts = [
+        "--data",
+        "tests/data/eval/prose.jsonl",
+        "--set",
+        "evaluation.texts=8",
+        "--set",
+        "evaluation.max_tokens=128",
+    ]
+    code, printed, error = builder("eval", *advised, *texts)
+    assert code == 0, error
+    score = printed["measured"]["checkpoint"]["prose"]["score"]["value"]
+    print("evaluation score", score)
+    assert score == pytest.approx(mended["quality"]["figures"]["score"]["value"], abs=8)
+
+
+def test_it_answers_a_question_over_triton(mended: dict[str, Any]) -> None:
+    argv = ["examples/chat.py", mended["repository"], "What is the capital of France?", "--max-tokens", "16"]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert "Answer:   The capital of France is Paris." in done.stdout
