@@ -12,6 +12,7 @@ from typing import get_args
 
 from builder.cli.options import path
 from builder.machine import gpus
+from builder.machine.cards import plain
 from builder.recipe import schema, sources
 from builder.recipe.evaluation import RUNNERS
 from builder.trtllm import versions
@@ -37,9 +38,10 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 def _values() -> dict[str, Sequence[str]]:
     """Values to offer, by the name of the option's destination."""
+    known_cards = [card for name in gpus.names() for card in gpus.load(name).cards]
     newest = versions.load(versions.versions()[-1])
     return {
-        "gpu": [*gpus.names(), "auto"],
+        "gpu": [*gpus.names(), *dict.fromkeys(plain(card.name) for card in known_cards), "auto"],
         "preset": sources.presets(),
         "target": [*get_args(schema.Target)],
         "quantization.kv_cache_dtype": ["fp8", "auto"],

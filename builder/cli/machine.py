@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     """Adds doctor, probe, gpus, explain, schema and completion."""
     command = add_command(commands, "doctor", "check this machine: driver, GPU, Docker, limits", run_doctor,
                           examples=["builder doctor", "builder doctor --gpu sm120 --json"])  # fmt: skip
-    command.add_argument("--gpu", help="profile to build for (default: the card that is here)")
+    command.add_argument("--gpu", help="card or profile to build for (default: this machine's card)")
     add_output(command)
     _add_probe(commands)
     add_command(commands, "gpus", "list GPU profiles, the formats they run and their cards", run_gpus,
@@ -49,7 +49,7 @@ def _add_probe(commands: Any) -> None:
         commands, "probe", "test which doubtful flags build on this machine's card", run_probe,
         examples=["builder probe", "builder probe --gpu sm120 --time-limit 600"],
     )  # fmt: skip
-    command.add_argument("--gpu", default="auto", help="the profile that the card must have (default: any)")
+    command.add_argument("--gpu", default="auto", help="the profile or card that this machine must have (default: any)")
     command.add_argument("--only", metavar="QUESTION", action="append", default=[],
                          help="test only this question; repeatable")  # fmt: skip
     command.add_argument("--force", action="store_true", help="test again what was answered before")

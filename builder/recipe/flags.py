@@ -10,7 +10,7 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--model", "model.id", str, "Hub id (Qwen/Qwen3-8B) or a local directory"),
     ("--revision", "model.revision", str, "branch, tag or commit on the Hub"),
     ("--name", "name", str, "name of the link in OUTPUT/models (default: from model and recipe)"),
-    ("--gpu", "gpu", str, "GPU profile: sm120, cpu, ... or auto (`builder gpus`)"),
+    ("--gpu", "gpu", str, "card or GPU profile: rtx5090, b200, sm120, cpu, or auto (`builder gpus`)"),
     ("--target", "target", str, "engine (trtllm-build), llmapi (no engine) or reference (no GPU)"),
     ("--calib-data", "calibration.data", str, "a .jsonl file, a Hub dataset id, or builtin:python-docs"),
     ("--calib-samples", "calibration.samples", int, "number of rows to calibrate on"),

@@ -1,4 +1,4 @@
-"""The command line: what it imports, what it prints where, and the exit code for every kind of failure."""
+"""The command line: what it imports, what it prints on which stream, and the exit code of each kind of failure."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ def test_plan_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     assert "will run" in done.stdout
 
 
-def with_check(stages: Sequence[str]) -> list[str]:
-    """The quality check comes after the checkpoint, before what takes long."""
+def with_quality_check(stages: Sequence[str]) -> list[str]:
+    """The quality check comes right after the checkpoint, before the stages that take long."""
     at = [*stages].index("checkpoint") + 1
     return [*stages[:at], "quality", *stages[at:]]
 
 
-def test_plan_as_json_tells_stages_sizes_values_and_flags(tmp_path: Path) -> None:
+def test_plan_as_json_has_stages_sizes_values_and_flags(tmp_path: Path) -> None:
     done = run("plan", "--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json")
     plan = json.loads(done.stdout)
     assert done.returncode == 0
-    assert [row["stage"] for row in plan["stages"]] == with_check([s for s in store.STAGES if s != "ranks"])
+    assert [row["stage"] for row in plan["stages"]] == with_quality_check([s for s in store.STAGES if s != "ranks"])
     assert {row["state"] for row in plan["stages"]} == {"will run"}
     assert plan["values"]["model.id"] == {"value": MODEL, "from": "command line"}
     assert {flag["name"]: flag["value"] for flag in plan["flags"]}["context_fmha"] == "disable"
@@ -68,10 +68,10 @@ def test_plan_as_json_tells_stages_sizes_values_and_flags(tmp_path: Path) -> Non
     assert not any(tmp_path.iterdir())
 
 
-def test_the_plan_of_a_split_model_has_one_stage_more(tmp_path: Path) -> None:
+def test_the_plan_of_a_sharded_model_has_one_more_stage(tmp_path: Path) -> None:
     argv = ["--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json"]
     whole, split = (json.loads(run("plan", *argv, *more).stdout) for more in ([], ["--tp", "2", "--pp", "2"]))
-    assert [row["stage"] for row in split["stages"]] == with_check(store.STAGES)
+    assert [row["stage"] for row in split["stages"]] == with_quality_check(store.STAGES)
     command = split["command"]
     assert command[command.index("--workers") + 1] == "4"
     assert command[command.index("--checkpoint_dir") + 1] == "RANKS/tensorrt_llm"
@@ -80,7 +80,7 @@ def test_the_plan_of_a_split_model_has_one_stage_more(tmp_path: Path) -> None:
 
 
 def test_engine_with_dry_run_prints_the_command_ready_to_paste(tmp_path: Path) -> None:
-    """Two lines of shell, quoted; what is not made yet has a name of its own and is spoken of."""
+    """Two quoted shell lines. A directory that does not exist yet has a placeholder, and stderr explains it."""
     output = tmp_path / "with space"
     argv = ["engine", "--dry-run", "--model", MODEL, "--gpu", "sm120", "--output", str(output)]
     done = run(*argv)
@@ -153,13 +153,13 @@ def test_an_unwritable_output_is_a_usage_error(tmp_path: Path) -> None:
     assert (done.returncode, "Can't write" in done.stderr) == (2, True), done.stderr
 
 
-def test_json_holds_the_error_too(tmp_path: Path) -> None:
+def test_json_includes_the_error(tmp_path: Path) -> None:
     done = run("build", "--model", "./absent", "--gpu", "cpu", "--output", str(tmp_path), "--json")
     assert json.loads(done.stdout)["exit_code"] == 2
     assert done.returncode == 2
 
 
-def test_quiet_says_nothing(tmp_path: Path) -> None:
+def test_quiet_prints_nothing(tmp_path: Path) -> None:
     done = run("fetch", "-q", "--model", MODEL, "--gpu", "cpu", "--output", str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -202,7 +202,7 @@ def test_gpus_as_json_has_formats_and_cards() -> None:
     assert "nvfp4" not in found["sm90"]["formats"]
 
 
-def test_explain_in_words_and_as_json() -> None:
+def test_explain_as_tables_and_as_json() -> None:
     text = run("explain", "use_fused_mlp").stdout
     assert "1.2.1\tenable\tenable, disable" in text
     assert "R40\t" in text
@@ -211,7 +211,7 @@ def test_explain_in_words_and_as_json() -> None:
     assert (unknown.returncode, "Did you mean --context_fmha" in unknown.stderr) == (2, True)
 
 
-def test_the_plan_says_what_the_flags_cost(tmp_path: Path) -> None:
+def test_the_plan_notes_what_the_flags_cost(tmp_path: Path) -> None:
     done = run("plan", "--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json")
     notes = {note["rule"]: note["text"] for note in json.loads(done.stdout)["notes"]}
     assert "no KV cache reuse between requests, no chunked context" in notes["R26"]
@@ -229,7 +229,7 @@ def test_the_plan_warns_of_an_fp8_cache_for_an_attention_bias_without_qk_norm(tm
     assert "QK norm" not in run(*argv, "--kv-cache-dtype", "auto").stderr
 
 
-def test_the_plan_of_a_gated_build_says_that_it_will_measure(tmp_path: Path) -> None:
+def test_the_plan_of_a_gated_build_includes_its_evaluation(tmp_path: Path) -> None:
     argv = ["plan", "--model", MODEL, "--gpu", "cpu", "--output", str(tmp_path), "--json"]
     plain, gated = (json.loads(run(*argv, *more).stdout)["stages"] for more in ([], ["--min-score", "98"]))
     assert gated[:-1] == [row for row in plain if row["stage"] != "quality"], "the gate takes the check's place"
@@ -259,7 +259,7 @@ def test_plain_progress_has_an_estimate(capsys: pytest.CaptureFixture[str], monk
     assert "calibrate: 5/10 rows, about" in capsys.readouterr().err
 
 
-def test_the_estimate_of_a_second_count_leaves_out_the_first(
+def test_restarting_progress_restarts_its_estimate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=0.0)
@@ -272,11 +272,11 @@ def test_the_estimate_of_a_second_count_leaves_out_the_first(
     assert "chat: 50/100 tokens, about 30.0s left" in said
 
 
-def test_a_cure_names_only_flags_that_exist() -> None:
-    """What a message tells people to type must parse."""
+def test_a_hint_names_only_flags_that_exist() -> None:
+    """Every flag in the hint of an error must be one that a command accepts."""
     commands = next(a for a in main.parser()._actions if a.dest == "command").choices or {}
     known = {option for command in commands.values() for action in command._actions for option in action.option_strings}
-    known |= {"--no-deps"}  # of pip
+    known |= {"--no-deps"}  # a flag of pip
     wrong = []
     for file in Path("builder").rglob("*.py"):
         for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
@@ -289,7 +289,7 @@ def test_a_cure_names_only_flags_that_exist() -> None:
 
 @pytest.mark.parametrize(("before", "after"), [("SIG_DFL", "True"), ("SIG_IGN", "False")])
 def test_a_closed_terminal_interrupts_unless_it_is_ignored(before: str, after: str) -> None:
-    """As nohup ignores it."""
+    """nohup makes a program ignore SIGHUP, and that must stay so."""
     code = f"""
 import signal
 from builder.cli import main as cli

@@ -33,6 +33,7 @@ def script() -> str:
     [
         ("builder qua", {"quantize"}),
         ("builder build --gpu sm12", {"sm120", "sm120-fmha", "sm121"}),
+        ("builder build --gpu b", {"b200", "b300"}),
         ("builder plan --preset l", {"latency"}),
         ("builder build --force qua", {"quantize", "quality"}),
         ("builder build --target l", {"llmapi"}),

@@ -1,4 +1,4 @@
-"""What users read when something is refused: its right name, and advice that does not lead to the next refusal."""
+"""Messages for what is refused: they name it correctly, and their advice does not lead to the next error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refusal(*argv: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("value", ["120", "[sm120]", "{a: b}", "1.5", "true", "sm999"])
-def test_a_gpu_that_is_no_profile_name(value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_value_that_names_no_gpu(value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: {{id: {TINY}}}\ngpu: {value}\n")
     for argv in (["--model", str(TINY), "--set", f"gpu={value}"], ["--recipe", str(file)]):
@@ -49,7 +49,7 @@ def test_a_gpu_that_is_no_profile_name(value: str, tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("port", ["70000", "0", "-1", "8000.0", "http", "", "99999999999999999999", "²"])
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
-def test_a_port_that_is_none(flag: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_port(flag: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("serve", "smoke", "bench"):
         code, said = refusal(command, f"{flag}={port}", capsys=capsys)
         assert code == 2
@@ -57,7 +57,7 @@ def test_a_port_that_is_none(flag: str, port: str, capsys: pytest.CaptureFixture
 
 
 def test_a_directory_among_the_tokenizer_files(tmp_path: Path) -> None:
-    """transformers' additional templates lie in a directory; others are named as a tokenizer's files by accident."""
+    """transformers keeps additional templates in a directory; other directories may be named like a tokenizer file."""
     model = shutil.copytree(TINY, tmp_path / "model")
     for name in ("chat_templates", "additional_chat_templates", "old.model", "chat_template_backup", "vocab.txt"):
         (model / name).mkdir()
@@ -86,7 +86,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("trust", [False, True])
-def test_other_models_are_called_what_they_are(name: str, trust: bool) -> None:
+def test_unsupported_kinds_of_models_are_named_correctly(name: str, trust: bool) -> None:
     changes, said = OTHERS[name]
     with pytest.raises(UnsupportedError, match=said) as caught:
         model_files.check_config({**CONFIG, **changes, "model_type": "new"}, "it", trust_remote_code=trust)
@@ -94,7 +94,7 @@ def test_other_models_are_called_what_they_are(name: str, trust: bool) -> None:
 
 
 @pytest.mark.parametrize("model", [*sorted(p.name for p in (TINY.parent / "arch-variants").iterdir()), "tiny-qwen3"])
-def test_text_models_are_not_taken_for_others(model: str) -> None:
+def test_text_models_are_not_taken_for_another_kind(model: str) -> None:
     directory = TINY if model == "tiny-qwen3" else TINY.parent / "arch-variants" / model
     model_files.check_config(json.loads((directory / "config.json").read_text()), "it", trust_remote_code=False)
 
@@ -110,13 +110,13 @@ def test_text_models_are_not_taken_for_others(model: str) -> None:
         (["README.md"], "has no config.json"),
     ],
 )
-def test_directories_of_other_kinds(names: list[str], said: str) -> None:
+def test_directories_that_hold_something_else(names: list[str], said: str) -> None:
     with pytest.raises(BuilderError) as caught:
         model_files.check_names(names, "it")
     assert re.search(said, str(caught.value), re.DOTALL)
 
 
-def test_trust_remote_code_is_advised_where_it_helps_alone() -> None:
+def test_trust_remote_code_is_advised_only_where_it_helps() -> None:
     own = {**CONFIG, "model_type": "new", "auto_map": {"AutoModelForCausalLM": "m.A"}}
     for name in {*catalog.served_by("engine"), *catalog.served_by("llmapi")}:
         with pytest.raises(UnsupportedError) as caught:
@@ -128,8 +128,8 @@ def test_trust_remote_code_is_advised_where_it_helps_alone() -> None:
 
 
 @pytest.mark.parametrize("name", [*catalog.served_by("llmapi"), "GPT2LMHeadModel", "FalconForCausalLM"])
-def test_the_llm_api_is_advised_for_what_it_serves(name: str) -> None:
-    """Of every architecture without an engine: the advice leads to a plan, or is not given."""
+def test_the_llm_api_is_advised_only_for_what_it_serves(name: str) -> None:
+    """For every architecture without an engine: following the advice gives a plan, or there is no advice."""
     config = {**CONFIG, "architectures": [name]}
     try:
         served.check_engine(config)
@@ -155,7 +155,7 @@ def test_qwen3_with_attention_bias_is_refused_by_its_config() -> None:
     checks.check_model(Inputs(schema.resolve({"model.id": "m", "gpu": "cpu"}), biased), layouts=False)  # the checkpoint
 
 
-# A recipe for each rule that refuses something.
+# Flags that break each rule that refuses something.
 FLAGS: dict[str, dict[str, str]] = {
     "R02": {"max_draft_len": "2", "gather_context_logits": "enable"},
     "R03": {"multiple_profiles": "enable", "opt_num_tokens": "8"},
@@ -170,7 +170,7 @@ FLAGS: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize(("rule", "version"), [*itertools.product(FLAGS, versions())])
-def test_refusals_of_flags_hold_no_class_names(rule: str, version: str) -> None:
+def test_refusals_of_flags_contain_no_exception_names(rule: str, version: str) -> None:
     flags = {"engine.flags": FLAGS[rule], "engine.tensorrt_llm": version}
     with pytest.raises((UsageError, UnsupportedError)) as caught:
         trtllm_flags.resolve(schema.resolve({"model.id": "m", "gpu": "sm100", **flags}), CONFIG)
@@ -178,7 +178,7 @@ def test_refusals_of_flags_hold_no_class_names(rule: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", versions())
-def test_no_rule_reads_as_an_exception(version: str) -> None:
+def test_no_rule_is_worded_as_an_exception(version: str) -> None:
     loaded = trtllm_flags.load(version)
     settings = rules.Settings(rules.Subject(loaded, 120), {})
     for rule in loaded.rules:

@@ -1,4 +1,4 @@
-"""An output that is read-only, of another owner, or without free inodes: a message and its exit code, no traceback."""
+"""An output directory that is read-only, not ours or out of inodes: a message and exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import report_store
 
 MODEL = "tests/data/tiny-qwen3"
 BUILDER = shlex.join([sys.executable, "-m", "builder"])
-# Another user who can still read this checkout and its Python, wherever they are.
+# Another user, who can read this checkout and its Python wherever they are.
 NOBODY = "setpriv --reuid 65534 --clear-groups --inh-caps +dac_read_search --ambient-caps +dac_read_search"
 MODES = {
     "read-only": ('mount --bind "$OUT" "$OUT"; mount -o remount,bind,ro "$OUT"', ""),
@@ -32,7 +32,7 @@ COMMANDS = {
     "report $OUT/models/m": True,
     f"plan --model {MODEL} --gpu cpu --output $OUT": False,
     "verify --output $OUT": None,
-    "clean --output $OUT": None,  # needs no new file where the locks are there already
+    "clean --output $OUT": None,  # needs no new file if the lock files exist
 }
 
 
@@ -42,8 +42,8 @@ def can_mount() -> bool:
 
 @pytest.mark.skipif(not can_mount(), reason="mounts need root and a mount namespace of their own")
 @pytest.mark.parametrize("mode", MODES)
-def test_what_can_not_be_written(mode: str, tmp_path: Path) -> None:
-    """`True`: the command must fail with the reason; `False`: it must not; `None`: it may, but with a message."""
+def test_an_output_that_is_not_writable(mode: str, tmp_path: Path) -> None:
+    """`True`: the command must fail and say why. `False`: it must succeed. `None`: it may fail, with a message."""
     store = tmp_path / "store"
     report_store.build(store, link="m")
     fetched = subprocess.run(
@@ -78,8 +78,8 @@ def test_what_can_not_be_written(mode: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not can_mount(), reason="another user is needed, and root to become one")
-def test_a_file_that_can_not_be_read(tmp_path: Path) -> None:
-    """It is not called unwritable."""
+def test_a_file_that_is_not_readable(tmp_path: Path) -> None:
+    """The message says "can't read", not "can't write"."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("gpu: cpu")
     recipe.chmod(0)

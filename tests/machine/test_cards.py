@@ -1,4 +1,4 @@
-"""Every spelling of a card's name leads to that card; a name of several cards, or of none, is an error that helps."""
+"""Every spelling of a card's name finds that card. An ambiguous or unknown name is an error with suggestions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def named(text: str) -> tuple[str, str]:
 
 @st.composite
 def spellings(draw: st.DrawFn) -> tuple[cards.Card, str]:
-    """A card, and one of its names in another case, with other separators, with or without the vendor."""
+    """A card and a spelling of its name: any case, any separators, with or without the vendor."""
     card = draw(st.sampled_from(list(OWNERS)))
     name = draw(st.sampled_from([card.name, *card.also]))
     words = "".join(character if character.isalnum() else " " for character in name).split()
@@ -72,13 +72,13 @@ def spellings(draw: st.DrawFn) -> tuple[cards.Card, str]:
 
 
 @given(spellings())
-def test_every_spelling_of_a_name_is_that_card(spelling: tuple[cards.Card, str]) -> None:
+def test_every_spelling_finds_the_card(spelling: tuple[cards.Card, str]) -> None:
     card, text = spelling
     assert named(text) == (OWNERS[card], card.name)
 
 
 @pytest.mark.parametrize("card", OWNERS, ids=lambda card: card.name)
-def test_a_card_has_its_own_name_and_that_name_without_spaces(card: cards.Card) -> None:
+def test_a_card_is_found_by_its_name_with_and_without_spaces(card: cards.Card) -> None:
     for text in (card.name, card.name.replace(" ", ""), card.name.replace(" ", "-").lower()):
         assert named(text) == (OWNERS[card], card.name)
 
@@ -134,7 +134,7 @@ def test_a_profile_is_named_in_any_case_and_has_no_card(text: str, profile: str)
     assert (gpus.named(text).name, gpus.named(text).card) == (profile, None)
 
 
-def test_a_name_of_two_cards_is_answered_with_both() -> None:
+def test_an_ambiguous_name_is_rejected_with_both_cards() -> None:
     with pytest.raises(UsageError, match="fits 2 cards: RTX 5060 Ti 16 GB and RTX 5060 Ti 8 GB") as caught:
         gpus.named("RTX 5060 Ti")
     assert caught.value.hint == "Name one of them: --gpu 'RTX 5060 Ti 8 GB'"
@@ -153,7 +153,7 @@ def test_a_name_of_two_cards_is_answered_with_both() -> None:
         ("rtx 50", "'RTX 5090' or 'RTX 5090 D'"),
     ],
 )
-def test_an_unknown_name_is_answered_with_the_nearest(typed: str, meant: str) -> None:
+def test_an_unknown_name_is_rejected_with_the_nearest(typed: str, meant: str) -> None:
     with pytest.raises(UnsupportedError, match="no GPU profile or card named") as caught:
         gpus.named(typed)
     assert caught.value.why.startswith("Did you mean ")
@@ -161,7 +161,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(typed: str, meant: str) ->
 
 
 @given(st.text(max_size=30))
-def test_any_other_text_is_refused_with_a_hint(text: str) -> None:
+def test_any_other_text_is_rejected_with_a_hint(text: str) -> None:
     known = {
         cards._key(name) for card in OWNERS for name in (card.name, cards._QUALIFIER.sub("", card.name), *card.also)
     }

@@ -16,7 +16,7 @@ from builder.trtllm import flags as trtllm_flags
 from docs.generate import facts
 
 
-def test_every_row_says_everything_or_null() -> None:
+def test_every_row_has_every_field_or_null() -> None:
     rows = containers.rows()
     assert len({row.image for row in rows}) == len(rows)
     for row in rows:
@@ -33,7 +33,7 @@ def test_rows_are_newest_first() -> None:
     assert versions == sorted(versions, reverse=True)
 
 
-def test_the_engine_column_is_what_upstream_removed() -> None:
+def test_the_engine_column_matches_what_upstream_removed() -> None:
     end = yaml.safe_load(Path("configs/trtllm/engine_path.yaml").read_text())
     gone = order(end["gone_from"])
     assert {row.engine for row in containers.rows()} == {True, False}
@@ -49,7 +49,7 @@ def test_every_version_that_builds_has_an_image() -> None:
         assert containers.numbers(floor) <= containers.numbers(containers.newest(version).driver or "")
 
 
-def test_an_unknown_version_is_refused_with_one_that_has_an_image() -> None:
+def test_an_unknown_version_is_rejected_with_one_that_has_an_image() -> None:
     with pytest.raises(UnsupportedError, match=r"No Triton image with TensorRT-LLM 9\.9\.9"):
         containers.newest("9.9.9")
 

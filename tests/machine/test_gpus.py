@@ -1,4 +1,4 @@
-"""GPU profiles: every one loads, says what runs on it and who says so, and leads to flags its card takes."""
+"""GPU profiles: each loads, lists its formats with sources, and leads to flags that its cards support."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def flags(gpu: str, *sets: str) -> dict[str, str]:
     return {flag.name: flag.value for flag in trtllm_flags.resolve(resolved, QWEN3_8B)}
 
 
-def test_the_profiles_that_exist() -> None:
+def test_the_list_of_profiles() -> None:
     assert gpus.names() == sorted([*BLACKWELL, *OLDER, "cpu"])
 
 
 @pytest.mark.parametrize("name", gpus.names())
-def test_a_profile_has_sources_for_all_it_says(name: str) -> None:
+def test_a_profile_has_a_source_for_every_fact(name: str) -> None:
     profile = gpus.load(name)
     version = trtllm_flags.load(trtllm_flags.versions()[-1])
     for flag, said in profile.flags.items():
@@ -46,14 +46,14 @@ def test_a_profile_has_sources_for_all_it_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", gpus.names())
-def test_a_profile_knows_no_key_that_nobody_reads(name: str) -> None:
+def test_a_profile_has_no_unused_key(name: str) -> None:
     raw = yaml.safe_load(paths.data("configs", "gpus", f"{name}.yaml").read_text())
     known = {"title", "sm", "target", "flags", "flags_of", "card_facts_of", "recipe"}
     assert set(raw) <= known | {"cards", "formats", "fmha_head_sizes", "notes"}
 
 
 @pytest.mark.parametrize("name", [name for name in BLACKWELL if name != "sm120"])
-def test_context_fmha_is_on_but_for_sm120(name: str) -> None:
+def test_context_fmha_is_on_except_for_sm120(name: str) -> None:
     found = flags(name)
     for flag in ("context_fmha", "use_paged_context_fmha", "use_fp8_context_fmha"):
         assert found[flag] == "enable"
@@ -61,13 +61,13 @@ def test_context_fmha_is_on_but_for_sm120(name: str) -> None:
     assert (found["gemm_plugin"], found["kv_cache_type"]) == ("nvfp4", "paged")
 
 
-def test_nvfp4_runs_on_blackwell_alone() -> None:
+def test_nvfp4_runs_only_on_blackwell() -> None:
     for name in gpus.names():
         assert ("nvfp4" in gpus.load(name).formats) == (name in BLACKWELL)
 
 
 @pytest.mark.parametrize("name", OLDER)
-def test_a_card_without_nvfp4_is_refused_with_what_runs_there(name: str) -> None:
+def test_a_card_without_nvfp4_is_rejected_with_its_formats(name: str) -> None:
     with pytest.raises(UnsupportedError, match=f"{name} can't run nvfp4") as caught:
         flags(name)
     assert f"{name} runs {', '.join(gpus.load(name).formats)}" in caught.value.why
@@ -75,7 +75,7 @@ def test_a_card_without_nvfp4_is_refused_with_what_runs_there(name: str) -> None
     assert flags(name, "target=reference")
 
 
-def test_a_card_newer_than_the_version_is_refused() -> None:
+def test_a_card_newer_than_the_version_is_rejected() -> None:
     assert flags("sm103")
     with pytest.raises(UnsupportedError, match=r"sm103 runs nvfp4 since TensorRT-LLM 1\.2\.0") as caught:
         flags("sm103", "engine.tensorrt_llm=1.1.0")
@@ -83,7 +83,7 @@ def test_a_card_newer_than_the_version_is_refused() -> None:
     assert flags("sm120-fmha", "engine.tensorrt_llm=1.0.0")
 
 
-def test_sm120_fmha_is_the_same_card() -> None:
+def test_sm120_fmha_has_the_same_cards() -> None:
     one, other = gpus.load("sm120"), gpus.load("sm120-fmha")
     assert (one.cards, one.formats, one.fmha_head_sizes, one.sm) == (
         other.cards, other.formats, other.fmha_head_sizes, other.sm,
@@ -110,7 +110,7 @@ def test_an_unknown_capability_names_the_nearest_profiles(capability: tuple[int,
     assert re.findall(r"(sm[\w-]+) \(", caught.value.why) == near
 
 
-def test_nvml_is_asked_for_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_gpu_comes_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     import pynvml
 
     for name in ("nvmlInit", "nvmlShutdown"):

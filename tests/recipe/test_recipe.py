@@ -1,4 +1,4 @@
-"""Recipes: precedence, unknown keys, every YAML that ships, and the committed schema."""
+"""Recipes: precedence, unknown keys, every YAML file in configs/, and the committed schema."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 
 def test_precedence_from_default_to_flag(tmp_path: Path) -> None:
-    """Each source in turn is overruled by the next, and the origin says which one won."""
+    """Each source is overridden by the next one, and the origin names the one that won."""
 
     def batch(**sources: object) -> tuple[int, str]:
         flags = {**MODEL, "gpu": "cpu", **sources.pop("flags", {})}  # type: ignore[dict-item]
@@ -46,7 +46,7 @@ def test_precedence_from_default_to_flag(tmp_path: Path) -> None:
     assert batch(preset="throughput", recipe_file=file, sets=sets, flags=flags) == (5, "command line")
 
 
-def test_every_value_is_explained() -> None:
+def test_every_value_has_its_source() -> None:
     explained = {key: origin for key, _, origin in schema.resolve({**MODEL, "gpu": "cpu"}).explained()}
     assert explained["model.id"] == "command line"
     assert explained["calibration.data"] == "GPU profile cpu"
@@ -90,7 +90,7 @@ def test_the_committed_schema_is_the_generated_one() -> None:
         ("a: [", "is not valid YAML"),
     ],
 )
-def test_a_bad_recipe_is_refused_with_a_hint(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_recipe_is_rejected_with_a_hint(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         schema.resolve({**MODEL, "gpu": "cpu"}, sets=["engine.max_num_tokens=9"], recipe_file=write(tmp_path, text))
     assert message in str(caught.value)
@@ -98,7 +98,7 @@ def test_a_bad_recipe_is_refused_with_a_hint(tmp_path: Path, text: str, message:
 
 
 @pytest.mark.parametrize("text", ["engine.max_batch_size", "=8", "Engine.X=1", "a..b=1", "engine.max_batch_size=[", ""])
-def test_a_bad_set_is_refused(text: str) -> None:
+def test_an_invalid_set_is_rejected(text: str) -> None:
     with pytest.raises(UsageError, match="--set"):
         schema.resolve({**MODEL, "gpu": "cpu"}, sets=[text])
 
@@ -110,7 +110,7 @@ def test_no_model_says_what_to_type() -> None:
 
 
 def test_the_default_dataset_comes_with_its_configuration_and_another_does_not() -> None:
-    """Without one, `datasets` asks which of its configurations is meant."""
+    """Without one, `datasets` fails and asks for a configuration."""
     default = schema.resolve({**MODEL, "gpu": "sm120"}).recipe.calibration
     assert (default.data, default.config, default.column) == ("abisee/cnn_dailymail", "3.0.0", "article")
     other = schema.resolve({**MODEL, "gpu": "sm120", "calibration.data": "owner/other"}).recipe.calibration
@@ -126,7 +126,7 @@ def test_unknown_gpu_and_preset_name_the_nearest() -> None:
 
 
 def test_no_gpu_here_is_an_error_and_never_a_default() -> None:
-    """This machine has no NVIDIA driver; on one that has, the answer is its profile."""
+    """Without an NVIDIA driver it is an error; a machine with one gets the profile of its GPU."""
     if Path("/proc/driver/nvidia/version").exists():
         assert schema.resolve(MODEL).gpu.sm is not None
         return
@@ -136,7 +136,7 @@ def test_no_gpu_here_is_an_error_and_never_a_default() -> None:
 
 
 @given(st.text())
-def test_set_either_parses_or_refuses(text: str) -> None:
+def test_set_either_parses_or_is_rejected(text: str) -> None:
     try:
         parsed = sources.parse_set(text)
     except UsageError:
@@ -157,6 +157,6 @@ def test_engine_sizes_leave_room_for_an_answer(longest_input: int, longest: int)
 
 @pytest.mark.parametrize("key", ["quality.min_score", "evaluation.min_score"])
 @pytest.mark.parametrize("value", ["0.95", "-1", "1000", "nan"])
-def test_a_score_is_of_a_hundred(key: str, value: str) -> None:
+def test_a_score_is_out_of_a_hundred(key: str, value: str) -> None:
     with pytest.raises(UsageError, match=rf"{key}.*(greater|less) than or equal"):
         schema.resolve({"model.id": "a/b", "gpu": "cpu"}, sets=[f"{key}={value}"])
