@@ -272,7 +272,9 @@ def sources_digest(*sources: str | Path) -> str:
     package = Path(__file__).resolve().parents[2]
     paths = [package / source for source in sources]
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not f.is_dir()]
-    named = [(f.relative_to(package) if f.is_relative_to(package) else f, f) for f in files]
+    named = [
+        (f.relative_to(package) if f.is_relative_to(package) else f.name, f) for f in files
+    ]  # users' tasks: no path
     return digest_of([[str(name), sha256(f)] for name, f in named if "__pycache__" not in f.parts])
 
 
