@@ -70,6 +70,15 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def test_a_benchmark_under_its_old_name_is_read(tmp_path: Path) -> None:
+    made = report_store.build(tmp_path / "out")
+    report_store.put_load(made)
+    found = gather(made).benchmark
+    assert found is not None
+    assert [(level.concurrency, level.completed) for level in found.levels] == [(3, 32)]
+    assert "<h2>Benchmark</h2>" in html(gather(made))
+
+
 def report(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "builder", "report", *argv], capture_output=True, text=True)
 

@@ -160,6 +160,19 @@ def put_benchmark(link: Path, *, concurrency: tuple[int, ...] = (1, 16, 256)) ->
     _stage(Store(root, Output("quiet")), "benchmark", {"repository": manifest["digest"]}, asdict(report))
 
 
+def put_load(link: Path) -> None:
+    """Adds the artifact that `builder load`, the old name of `builder bench`, stored."""
+    times = {"p50": 0.1, "p90": 0.2, "p99": 0.3}
+    levels = [
+        {"clients": 3, "answered": 32, "failed": 0, "seconds": 1.5, "tokens_per_second": 20.0, "whole": times,
+         "first": times, "token": times, "why": "", "shortest": 4, "longest": 5},
+    ]  # fmt: skip
+    facts = {"asked": {"clients": [3], "requests": 32, "input_tokens": 24, "output_tokens": 5}, "levels": levels}
+    manifest = json.loads((link.resolve() / "manifest.json").read_text())
+    store = Store(link.resolve().parent.parent, Output("quiet"))
+    _stage(store, "load", {"repository": manifest["digest"]}, facts)
+
+
 def _stage(
     store: Store,
     stage: str,
