@@ -35,6 +35,9 @@ SHM = Path(supervisor.SHM)
 # process, Triton notices within three seconds and exits by itself, with a better message in its log.
 DEAD_SECONDS = 5.0
 STOP_SECONDS = 2.0  # for a server that is not ready yet to exit after SIGTERM
+# For a server that has lost a model: requests in flight to other models may finish. Triton unloads the processes of a
+# model one after the other, which takes a second or more for each, so waiting for a clean exit would delay the error.
+BROKEN_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,11 @@ def serve(
         _wait_until_ready(server, models, start + options.timeout)
         stopping.seconds = options.exit_timeout + 10.0
         out.info(f"Triton is ready after {seconds(time.monotonic() - start)}: {server.http_url}, log {server.log}")
-        yield server
+        try:
+            yield server
+        finally:
+            if server.child.poll() is None and server.lost_a_model():
+                stopping.seconds = BROKEN_SECONDS
 
 
 @dataclass

@@ -18,6 +18,7 @@ from builder.core.errors import ServingError
 from builder.core.output import Output
 from builder.recipe import schema
 from builder.serving import health
+from builder.serving import server as serving
 from builder.serving.readiness import answers_ok
 from builder.serving.server import Server, ServerOptions, serve
 from builder.triton import repository
@@ -61,6 +62,18 @@ def test_a_killed_process_of_a_model_is_reported_within_seconds(server: Server) 
     assert elapsed < health.PERIOD, "by the look at the processes, before the first probe"
     # Triton's own health endpoint does not show it.
     assert answers_ok(server.http_url, "/v2/health/ready")
+
+
+def test_a_server_that_lost_a_model_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clean exit can take a second for each of a model's processes; a server without a wait is killed."""
+    repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, schema.Repository())
+    monkeypatch.setattr(serving, "BROKEN_SECONDS", 0.0)
+    options = ServerOptions(engine_backend=ECHO)
+    with serve(tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=options) as server:
+        os.kill(stubs(server)[-1], signal.SIGKILL)
+        while not server.lost_a_model():
+            time.sleep(0.05)
+    assert server.child.returncode == -signal.SIGKILL
 
 
 def test_failing_requests_are_reported_without_a_look_at_the_processes(
