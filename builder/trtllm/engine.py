@@ -44,6 +44,16 @@ class Engine:
         return loaded
 
 
+@dataclass(frozen=True)
+class EngineJob:
+    """What an engine is made of, by which version of TensorRT-LLM, and the directory to write it to."""
+
+    checkpoint: Checkpoint
+    flags: Sequence[trtllm_flags.Flag]
+    version: str
+    directory: Path
+
+
 def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
     """Before the first expensive byte: can this machine build the target, and serve it? UnsupportedError if not."""
     if not target_facts(resolved.recipe.target).builds_tensorrt:
@@ -117,7 +127,7 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], resolved: 
     version = recipe.engine.tensorrt_llm
 
     def make(directory: Path) -> Mapping[str, Any]:
-        facts = work(checkpoint, flags, version, directory, store)
+        facts = work(EngineJob(checkpoint, flags, version, directory), store)
         _write_built_with(directory, recipe.target, flags, facts)
         return facts
 
@@ -144,14 +154,13 @@ def _write_built_with(
     (directory / BUILT_WITH).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
-def _write_reference(
-    checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], version: str, directory: Path, store: Store
-) -> Mapping[str, Any]:
+def _write_reference(job: EngineJob, store: Store) -> Mapping[str, Any]:
+    checkpoint, directory = job.checkpoint, job.directory
     pretrained = json.loads((checkpoint.tensorrt_llm / "config.json").read_text(encoding="utf-8"))
     config = {
-        "version": version,
+        "version": job.version,
         "pretrained_config": pretrained,
-        "build_config": trtllm_flags.build_config(trtllm_flags.load(version), flags, pretrained),
+        "build_config": trtllm_flags.build_config(trtllm_flags.load(job.version), job.flags, pretrained),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     hashed = {}
@@ -163,7 +172,12 @@ def _write_reference(
         _link(rank, directory / rank.name)
         if made:
             hashed[rank.name] = made.manifest["files"][f"tensorrt_llm/{rank.name}"]["sha256"]
-    return {"hashed": hashed, "command": None, "version": version, "world_size": pretrained["mapping"]["world_size"]}
+    return {
+        "hashed": hashed,
+        "command": None,
+        "version": job.version,
+        "world_size": pretrained["mapping"]["world_size"],
+    }
 
 
 def _link(source: Path, target: Path) -> None:
@@ -174,12 +188,10 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _run_trtllm_build(
-    checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], version: str, directory: Path, store: Store
-) -> Mapping[str, Any]:
-    kept = timing_cache(store.root, version)
+def _run_trtllm_build(job: EngineJob, store: Store) -> Mapping[str, Any]:
+    kept = timing_cache(store.root, job.version)
     with _own_timing_cache(kept) as own:
-        return _built(checkpoint, flags, version, directory, store, own, kept)
+        return _built(job, store, own, kept)
 
 
 def timing_cache(root: Path, version: str) -> Path:
@@ -205,23 +217,16 @@ def _own_timing_cache(kept: Path) -> Iterator[Path]:
         own.unlink(missing_ok=True)
 
 
-def _built(
-    checkpoint: Checkpoint,
-    flags: Sequence[trtllm_flags.Flag],
-    version: str,
-    directory: Path,
-    store: Store,
-    own: Path,
-    kept: Path,
-) -> Mapping[str, Any]:
-    argv = trtllm_flags.command(flags, checkpoint=checkpoint.tensorrt_llm, output=directory, timing_cache=own)
+def _built(job: EngineJob, store: Store, own: Path, kept: Path) -> Mapping[str, Any]:
+    layout, directory = job.checkpoint.tensorrt_llm, job.directory
+    argv = trtllm_flags.command(job.flags, checkpoint=layout, output=directory, timing_cache=own)
     log = store.log("trtllm-build")
     store.out.info(f"trtllm-build works; what it says: {log}")
-    pretrained = json.loads((checkpoint.tensorrt_llm / "config.json").read_text(encoding="utf-8"))
+    pretrained = json.loads((layout / "config.json").read_text(encoding="utf-8"))
     world_size = pretrained["mapping"]["world_size"]
     finished, said = _watched(argv, log, kept.parent, world_size, store)
-    built = check_built(directory, version, world_size)
-    paste = trtllm_flags.command(flags, checkpoint=checkpoint.tensorrt_llm, output=Path("ENGINE"), timing_cache=kept)
+    built = check_built(directory, job.version, world_size)
+    paste = trtllm_flags.command(job.flags, checkpoint=layout, output=Path("ENGINE"), timing_cache=kept)
     return {
         "command": paste,
         "log": str(log),
