@@ -16,7 +16,8 @@ from builder.hub.snapshot import Source, local_directory, open_source
 from builder.model import tensor_names
 from builder.model.files import needs_remote_code
 from builder.preflight import memory, suggestions
-from builder.preflight.memory import Machine, ModelFacts, Serving, Sizes
+from builder.preflight.memory import Machine, Serving, Sizes
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, kv_safety
 from builder.quantize.modelopt import ENVIRONMENT, gpus
 from builder.recipe.schema import Calibration, Model, Recipe, Resolved

@@ -11,82 +11,27 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from builder.architectures import catalog, names
+from builder.architectures import names
 from builder.architectures.attention import head_size, kv_heads
 from builder.architectures.facts import Architecture
 from builder.checkpoint.sharding import Parallel
 from builder.core.safetensors_io import byte_size
 from builder.formats import kv_cache
-from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
-from builder.formats.registry import FP8, NVFP4
 from builder.llmapi.arguments import Argument
 from builder.machine.cards import Card, find
 from builder.machine.gpus import GpuProfile
-from builder.model import tensor_names
-from builder.model.dtypes import NOT_WRITTEN, written_bytes
+from builder.model.dtypes import written_bytes
+from builder.preflight.model_facts import ModelFacts
 from builder.recipe.schema import Recipe
 from builder.recipe.target_facts import TargetFacts, target_facts
 from builder.trtllm.rules import Flag
 
 TOKENS_PER_BLOCK = 32  # of the paged KV cache: trtllm-build's default (plugin.py@c20322ff, tokens_per_block)
 CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE, the first part of every workspace
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """A model as its headers tell: config.json, {tensor: (dtype, shape)}; the linear layers that stay in BF16 or in
-    FP8, and the format of the others."""
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    kept: tuple[str, ...] = ()
-    fp8: tuple[str, ...] = ()
-    directory: Path | None = None  # where config.json and the tokenizer files are
-    number_format: NumberFormat = NVFP4
-
-    @cached_property
-    def architecture(self) -> Architecture:
-        """What is known about the model's architecture."""
-        return catalog.of(self.config)
-
-    def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
-        """Whether this tensor is the weight of a layer that is quantized."""
-        quantizable = names.is_quantizable(self.architecture, tensor, shape)
-        return quantizable and tensor.removesuffix(".weight") not in self._kept
-
-    def format_of(self, tensor: str) -> NumberFormat:
-        """The format of such a layer, by its weight's name."""
-        return FP8 if tensor.removesuffix(".weight") in self._fp8 else self.number_format
-
-    @cached_property
-    def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """The tensors that transformers loads and saves: a head that is the embedding is not one of its own."""
-        tied = {self.head} if self.config.get("tie_word_embeddings") else set()
-        return {name: info for name, info in self.tensors.items() if name not in tied and not NOT_WRITTEN.search(name)}
-
-    @property
-    def head(self) -> str:
-        """The name of the output layer's weight."""
-        return tensor_names.head(self.config)
-
-    @cached_property
-    def embedding(self) -> tuple[str, tuple[int, ...]] | None:
-        """(dtype, shape) of the embedding; None if no tensor has such a name."""
-        weights = ((name.removesuffix(".weight"), info) for name, info in self.tensors.items())
-        return next((info for name, info in weights if names.is_embedding(self.architecture, name)), None)
-
-    @cached_property
-    def _kept(self) -> frozenset[str]:
-        return frozenset(self.kept)
-
-    @cached_property
-    def _fp8(self) -> frozenset[str]:
-        return frozenset(self.fp8)
 
 
 @dataclass(frozen=True)

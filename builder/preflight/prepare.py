@@ -13,7 +13,8 @@ from builder.core.output import size
 from builder.core.store import STAGES, Store
 from builder.hub.snapshot import Source, open_source
 from builder.preflight import checks, memory, suggestions
-from builder.preflight.memory import ModelFacts, Serving, Sizes
+from builder.preflight.memory import Serving, Sizes
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Recipe, Resolved

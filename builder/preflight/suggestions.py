@@ -10,7 +10,8 @@ from builder.core.errors import UnsupportedError
 from builder.core.output import size
 from builder.machine.gpus import GpuProfile
 from builder.preflight import memory as preflight_memory
-from builder.preflight.memory import Machine, Memory, ModelFacts, Serving, Sizes
+from builder.preflight.memory import Machine, Memory, Serving, Sizes
+from builder.preflight.model_facts import ModelFacts
 from builder.recipe.schema import Calibration
 
 SHORTEST = 256  # tokens: a shorter max_seq_len is no use to anybody

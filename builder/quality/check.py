@@ -27,7 +27,8 @@ from builder.core.store import Store, digest_of, sources_digest
 from builder.evaluate.metrics import Estimate, measure, read
 from builder.evaluate.variants import Form, Models, opening
 from builder.formats.registry import FP8
-from builder.preflight.memory import Machine, ModelFacts, calibration_memory
+from builder.preflight.memory import Machine, calibration_memory
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, modelopt
 from builder.recipe.evaluation import Quality as Settings
 from builder.recipe.schema import Recipe

@@ -31,7 +31,7 @@ from builder.llmapi import arguments as llmapi_arguments
 from builder.llmapi import repository as llmapi_repository
 from builder.llmapi import versions as llmapi_versions
 from builder.machine.gpus import Seen
-from builder.preflight.memory import ModelFacts
+from builder.preflight.model_facts import ModelFacts
 from builder.preflight.prepare import prepare
 from builder.quantize import device, modelopt
 from builder.recipe import schema

@@ -34,7 +34,7 @@ from builder.formats.arithmetic import nvfp4
 from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16
 from builder.preflight import memory
-from builder.preflight.memory import ModelFacts
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, modelopt, worker
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.recipe import schema

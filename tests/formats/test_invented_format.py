@@ -26,7 +26,8 @@ from builder.formats import registry
 from builder.formats.arithmetic import nvfp4
 from builder.formats.base import IN, OUT, Dim, NumberFormat, StoredTensor
 from builder.preflight import memory
-from builder.preflight.memory import ModelFacts, Serving
+from builder.preflight.memory import Serving
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import modelopt
 from builder.recipe import schema
 from builder.reference.model import ReferenceModel

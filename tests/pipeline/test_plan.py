@@ -27,7 +27,8 @@ from builder.core.store import Store, WouldRun
 from builder.machine.gpus import Seen
 from builder.preflight import checks, suggestions
 from builder.preflight import memory as preflight_memory
-from builder.preflight.memory import Machine, ModelFacts, Serving
+from builder.preflight.memory import Machine, Serving
+from builder.preflight.model_facts import ModelFacts
 from builder.preflight.prepare import check_fit, prepare
 from builder.recipe import schema
 from builder.trtllm import engine

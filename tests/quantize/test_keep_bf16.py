@@ -33,7 +33,8 @@ from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16
 from builder.hub.snapshot import fetch
 from builder.preflight import checks, memory
-from builder.preflight.memory import ModelFacts, Serving
+from builder.preflight.memory import Serving
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, worker
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.quantize.simulation import enable_cpu_simulation

@@ -31,7 +31,8 @@ from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16 as BF16_FORMAT
 from builder.formats.registry import FP8
 from builder.preflight import checks, memory
-from builder.preflight.memory import ModelFacts, Serving
+from builder.preflight.memory import Serving
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, quantizers, worker
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.recipe import schema

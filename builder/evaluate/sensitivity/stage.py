@@ -44,7 +44,7 @@ SOURCES = (
     *modelopt.SOURCES,
 )
 if TYPE_CHECKING:
-    from builder.preflight.memory import ModelFacts
+    from builder.preflight.model_facts import ModelFacts
 
 USE = Use("texts", "--sensitivity-data", "--set sensitivity.data='{{data: ID, {key}: {value}}}'")
 WHOLE, KV_CACHE = "whole model", "KV cache"  # as sensitivity_child.py names them
