@@ -90,10 +90,11 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
     recipe, gpu = found.resolved.recipe, found.resolved.gpu
     origin = {key: why for key, _, why in found.resolved.explained()}
     parallel = f", {recipe.engine.world_size} GPUs (tp {recipe.engine.tp}, pp {recipe.engine.pp})"
+    card = f"{gpu.card.name}, " if gpu.card else ""
     rows = recipe.calibration
     decisions = [
         ("model", f"{recipe.model.id}, {_parameters(found.sizes.parameters)}", origin["model.id"]),
-        ("GPU", f"{gpu.name}: {gpu.title}" + parallel * (recipe.engine.world_size > 1), origin["gpu"]),
+        ("GPU", f"{card}{gpu.name}: {gpu.title}" + parallel * (recipe.engine.world_size > 1), origin["gpu"]),
         ("target", f"{recipe.target}, TensorRT-LLM {recipe.engine.tensorrt_llm}", origin["target"]),
         ("weights", recipe.quantization.format.upper(), origin["quantization.format"]),
         *((what, text, "recipe") for what, text in _kept_rows(found)),
