@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from builder.cli.options import path
+from builder.formats import kv_cache
 from builder.machine import gpus
 from builder.machine.cards import plain
 from builder.recipe import schema, sources
@@ -44,7 +45,7 @@ def _values() -> dict[str, Sequence[str]]:
         "gpu": [*gpus.names(), *dict.fromkeys(plain(card.name) for card in known_cards), "auto"],
         "preset": sources.presets(),
         "target": [*get_args(schema.Target)],
-        "quantization.kv_cache_dtype": ["fp8", "auto"],
+        "quantization.kv_cache_dtype": list(kv_cache.FORMATS),
         "evaluation.runners": [*RUNNERS, "all"],
         "topic": [*sorted(newest.flags), *newest.rules],
     }

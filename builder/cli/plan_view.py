@@ -11,78 +11,56 @@ from typing import Any
 from builder.core.output import Output, size
 from builder.plan import Plan
 from builder.preflight import checks
-from builder.preflight.memory import Memory
 from builder.preflight.suggestions import MemoryCheck
 from builder.targets.base import no_engine
 
 MEMORY = ["card", "memory", "weights", "workspace", "KV cache", "KV tokens", "at full length", "largest batch", "fits"]
 
 
-def _size_rows(found: Plan) -> list[tuple[str, str]]:
-    s, host = found.sizes, found.host
-    ranks = "" if len(s.ranks) == 1 else f", {len(s.ranks)} ranks of up to {size(max(s.ranks))}"
-    return [
-        ("model files", size(s.download)),
-        ("checkpoint, Hugging Face layout", size(s.unified)),
-        ("checkpoint, TensorRT-LLM layout", size(s.checkpoint) + ranks),
-        (
-            "kept in the output directory",
-            ", ".join(f"{name} {size(n)}" for name, n in s.disk.items() if n and name != "snapshot"),
-        ),
-        ("still to be written there", f"{size(found.missing)} ({size(host.disk)} free)"),
-        ("memory while calibrating", f"{size(s.calibration_memory)} (this machine: {size(host.available)} available)"),
-        *_stream_rows(found),
-        ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB per token on each GPU"),
-    ]
+def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[str] = ()) -> None:
+    """Prints a plan: decisions, stages, what was chosen, notes, sizes. With --json everything, as one object.
 
-
-def _stream_rows(found: Plan) -> list[tuple[str, str]]:
-    if found.streams is None:
-        return []
-    instances, needs, why = found.streams
-    return [("concurrent streams", f"{instances} ({why}), one process each: {size(needs)} of host memory; others wait")]
-
-
-def _kept_rows(found: Plan) -> list[tuple[str, str]]:
-    part, model = found.resolved.recipe.quantization, found.prepared.model
-    kept = (
-        ("bf16", "BF16", model.kept, found.price),
-        ("fp8", "FP8", model.fp8, found.fp8_price),
+    `complete` adds the values and flags that are defaults, the memory of every card, and the command or model.yaml that
+    launches TensorRT-LLM. `build` is the command that builds this plan, printed at the end.
+    """
+    out.table(
+        f"plan: {found.resolved.recipe.model.id} on {found.resolved.gpu.name}",
+        ["decision", "value", "from"],
+        _decision_rows(found),
     )
-    rows = []
-    for name, label, modules, price in kept:
-        auto = part.kept_budget is not None and part.kept_format == name
-        text = f"{len(modules)} linear layers, {size(price)} more"
-        if auto and found.open_choice:
-            text += f"; auto:{part.kept_budget:g} has not chosen its layers yet, so no size here includes them"
-        rows += [(f"left in {label}", text)] if modules or auto else []
-    return rows
+    out.table("stages", ["stage", "state", "why"], found.stages)
+    _show_settings(found, out, complete)
+    if found.notes:
+        out.table("notes", ["rule", "note"], [(note.rule, note.text) for note in found.notes])
+    out.table("sizes", ["what", "size"], _size_rows(found))
+    out.table("memory at run time", MEMORY, _memory_rows(found.memory, complete))
+    if complete and (launched := shlex.join(found.launch.command) if found.launch.command else found.launch.model_yaml):
+        out.text(launched.rstrip())
+    for note in found.notes:
+        if note.rule == checks.FP8_KV:
+            out.warn(note.text)
+    if found.blocked:
+        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.hint}")
+    if not complete:
+        out.text("more       --all: every value, flag and card, and what launches TensorRT-LLM")
+    if build and not (found.refusal or found.blocked):
+        out.text(f"next       {shlex.join(build)}")
+    out.result(_as_object(found))
 
 
-def _memory_rows(verdict: MemoryCheck) -> list[tuple[str, ...]]:
-    """One row for each card. Numbers are those of the rank that needs most."""
-    return [
-        (
-            m.card + (" (verdict)" if m.card == verdict.card else ""),
-            *(size(n) for n in (m.memory, m.weights, m.workspace, m.kv_cache)),
-            str(m.kv_tokens),
-            f"{m.sequences} sequences",
-            str(m.largest_batch),
-            "fits" if m.fits else f"lacks {size(m.lacking)}",
-        )
-        for m in verdict.cards
-    ]
+def _show_settings(found: Plan, out: Output, complete: bool) -> None:
+    """The recipe's values, and trtllm-build's flags or the LLM class's arguments. Without defaults unless complete."""
+    which = "" if complete else " that are not defaults"
+    values = [row for row in found.resolved.explained() if complete or not _is_default(row[2])]
+    out.table(f"values{which}", ["key", "value", "from"], values)
+    title, column = ("LLM arguments", "argument") if found.launch.model_yaml else ("trtllm-build flags", "flag")
+    flags = [(f.name, f.value, f.reason, f.source) for f in found.settings if complete or not _is_default(f.reason)]
+    out.table(f"{title}{which}", [column, "value", "why", "source"], flags)
 
 
-def _verdict(verdict: MemoryCheck) -> dict[str, object]:
-    refusal, change = verdict.refusal, verdict.change
-    return {
-        "card": verdict.card,
-        "fits": refusal is None,
-        "what": refusal.what if refusal else None,
-        "why": refusal.why if refusal else None,
-        "change": list(change.flags) if change else None,
-    }
+def _is_default(reason: str) -> bool:
+    """Whether a value or flag is one that nobody chose: neither a user, nor a profile, nor a rule."""
+    return reason.startswith(("default", "the default"))
 
 
 def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
@@ -129,52 +107,61 @@ def _fit_rows(found: Plan) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _is_default(reason: str) -> bool:
-    """Whether a value or flag is one that nobody chose: neither a user, nor a profile, nor a rule."""
-    return reason.startswith(("default", "the default"))
-
-
-def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[str] = ()) -> None:
-    """Prints a plan: decisions, stages, what was chosen, notes, sizes. With --json everything, as one object.
-
-    `complete` adds the values and flags that are defaults, the memory of every card, and the command or model.yaml that
-    launches TensorRT-LLM. `build` is the command that builds this plan, printed at the end.
-    """
-    recipe, verdict = found.resolved.recipe, found.memory
-    values = found.resolved.explained()
-    shown = [row for row in values if complete or not _is_default(row[2])]
-    flags = [flag for flag in found.settings if complete or not _is_default(flag.reason)]
-    cards = [
-        row for row, m in zip(_memory_rows(verdict), verdict.cards, strict=True) if complete or _is_judged(found, m)
-    ]
-    out.table(
-        f"plan: {recipe.model.id} on {found.resolved.gpu.name}", ["decision", "value", "from"], _decision_rows(found)
+def _kept_rows(found: Plan) -> list[tuple[str, str]]:
+    part, model = found.resolved.recipe.quantization, found.prepared.model
+    kept = (
+        ("bf16", "BF16", model.kept, found.price),
+        ("fp8", "FP8", model.fp8, found.fp8_price),
     )
-    out.table("stages", ["stage", "state", "why"], found.stages)
-    out.table("values" if complete else "values that are not defaults", ["key", "value", "from"], shown)
-    title, column = ("LLM arguments", "argument") if found.launch.model_yaml else ("trtllm-build flags", "flag")
-    rows = [(f.name, f.value, f.reason, f.source) for f in flags]
-    out.table(title if complete else f"{title} that are not defaults", [column, "value", "why", "source"], rows)
-    if found.notes:
-        out.table("notes", ["rule", "note"], [(note.rule, note.text) for note in found.notes])
-    out.table("sizes", ["what", "size"], _size_rows(found))
-    out.table("memory at run time", MEMORY, cards)
-    if complete and (launched := shlex.join(found.launch.command) if found.launch.command else found.launch.model_yaml):
-        out.text(launched.rstrip())
-    for note in found.notes:
-        if note.rule == checks.FP8_KV:
-            out.warn(note.text)
-    if found.blocked:
-        out.warn(f"not on this machine: {found.blocked.what} {found.blocked.hint}")
-    if not complete:
-        out.text("more       --all: every value, flag and card, and what launches TensorRT-LLM")
-    if build and not (found.refusal or found.blocked):
-        out.text(f"next       {shlex.join(build)}")
-    out.result(_as_object(found))
+    rows = []
+    for name, label, modules, price in kept:
+        auto = part.kept_budget is not None and part.kept_format == name
+        text = f"{len(modules)} linear layers, {size(price)} more"
+        if auto and found.open_choice:
+            text += f"; auto:{part.kept_budget:g} has not chosen its layers yet, so no size here includes them"
+        rows += [(f"left in {label}", text)] if modules or auto else []
+    return rows
 
 
-def _is_judged(found: Plan, memory: Memory) -> bool:
-    return memory.card == found.memory.card
+def _size_rows(found: Plan) -> list[tuple[str, str]]:
+    s, host = found.sizes, found.host
+    ranks = "" if len(s.ranks) == 1 else f", {len(s.ranks)} ranks of up to {size(max(s.ranks))}"
+    return [
+        ("model files", size(s.download)),
+        ("checkpoint, Hugging Face layout", size(s.unified)),
+        ("checkpoint, TensorRT-LLM layout", size(s.checkpoint) + ranks),
+        (
+            "kept in the output directory",
+            ", ".join(f"{name} {size(n)}" for name, n in s.disk.items() if n and name != "snapshot"),
+        ),
+        ("still to be written there", f"{size(found.missing)} ({size(host.disk)} free)"),
+        ("memory while calibrating", f"{size(s.calibration_memory)} (this machine: {size(host.available)} available)"),
+        *_stream_rows(found),
+        ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB per token on each GPU"),
+    ]
+
+
+def _stream_rows(found: Plan) -> list[tuple[str, str]]:
+    if found.streams is None:
+        return []
+    instances, needs, why = found.streams
+    return [("concurrent streams", f"{instances} ({why}), one process each: {size(needs)} of host memory; others wait")]
+
+
+def _memory_rows(verdict: MemoryCheck, complete: bool) -> list[tuple[str, ...]]:
+    """One row for the card that the verdict is about, or with `complete` for each. Of the rank that needs most."""
+    return [
+        (
+            m.card + (" (verdict)" if m.card == verdict.card else ""),
+            *(size(n) for n in (m.memory, m.weights, m.workspace, m.kv_cache)),
+            str(m.kv_tokens),
+            f"{m.sequences} sequences",
+            str(m.largest_batch),
+            "fits" if m.fits else f"lacks {size(m.lacking)}",
+        )
+        for m in verdict.cards
+        if complete or m.card == verdict.card
+    ]
 
 
 def _as_object(found: Plan) -> dict[str, Any]:
@@ -206,6 +193,17 @@ def _as_object(found: Plan) -> dict[str, Any]:
         "model_yaml": found.launch.model_yaml,
         "blocked": found.blocked.what if found.blocked else None,
         "refusal": found.refusal.what if found.refusal else None,
+    }
+
+
+def _verdict(verdict: MemoryCheck) -> dict[str, object]:
+    refusal, change = verdict.refusal, verdict.change
+    return {
+        "card": verdict.card,
+        "fits": refusal is None,
+        "what": refusal.what if refusal else None,
+        "why": refusal.why if refusal else None,
+        "change": list(change.flags) if change else None,
     }
 
 

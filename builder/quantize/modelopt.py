@@ -26,6 +26,7 @@ from builder.formats.registry import NVFP4
 from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
 from builder.recipe import schema
+from builder.recipe.quantization import Quantization
 
 LIBRARIES = ("torch", "transformers", "nvidia-modelopt", "safetensors", "tokenizers", "numpy", "accelerate")
 SOURCES = (
@@ -88,7 +89,7 @@ class QuantizeRequest:
     kept, fp8: the modules that stay in BF16 or FP8: what the recipe's patterns match, and what `auto` chose.
     """
 
-    quantization: schema.Quantization
+    quantization: Quantization
     calibration: schema.Calibration
     kept: Sequence[str] = ()
     fp8: Sequence[str] = ()

@@ -25,6 +25,7 @@ from builder.preflight import checks, memory
 from builder.quantize import exclude, worker
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.recipe import schema
+from builder.recipe.quantization import Quantization
 
 LLAMA = Path(__file__).parents[1] / "data" / "arch-variants" / "llama"
 ZERO = "model.layers.1.self_attn.o_proj"
@@ -48,7 +49,7 @@ def with_zeros(directory: Path, *names: str, changes: Any = torch.zeros_like) ->
 def quantized(model: Path, part: schema.Calibration, store: Store, **more: Any) -> Checkpoint:
     snapshot = fetch(schema.Model(id=str(model)), store=store)
     made: Calibration = calibrate(part, store=store)
-    return quantize(snapshot, made, QuantizeRequest(schema.Quantization(), part, **more), store=store)
+    return quantize(snapshot, made, QuantizeRequest(Quantization(), part, **more), store=store)
 
 
 def test_a_layer_of_zeros_is_refused_with_a_way_that_works(tmp_path: Path) -> None:

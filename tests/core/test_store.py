@@ -239,7 +239,7 @@ def test_versions_come_from_metadata() -> None:
 # What any stage stands on, and the stages whose artifacts, not whose code, are another's input.
 NO_INGREDIENTS = {"calibration.rows", "core.errors", "core.manifest", "core.output", "core.paths", "core.process"}
 NO_INGREDIENTS |= {"core.store", "hub.download", "hub.errors", "hub.snapshot", "machine.gpus", "recipe.evaluation"}
-NO_INGREDIENTS |= {"recipe.schema", "triton.repository", "trtllm.engine"}
+NO_INGREDIENTS |= {"recipe.quantization", "recipe.schema", "triton.repository", "trtllm.engine"}
 # What only rejects, names or protects: it changes whether something is made, not what.
 NO_INGREDIENTS |= {
     "core.workers",

@@ -39,6 +39,7 @@ from builder.quantize import exclude, worker
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.recipe import schema
+from builder.recipe.quantization import Quantization
 from builder.reference.model import ReferenceModel
 from builder.trtllm import flags as trtllm_flags
 
@@ -258,7 +259,7 @@ def test_the_stage_keeps_them_bit_by_bit_and_knows_them_in_its_key(tmp_path: Pat
     snapshot, calibration = fetch(schema.Model(id=str(TINY)), store=store), calibrate(part, store=store)
 
     def run(patterns: list[str], store: Store = store) -> Checkpoint:
-        asked = schema.Quantization(keep_bf16=tuple(patterns))
+        asked = Quantization(keep_bf16=tuple(patterns))
         return quantize(
             snapshot, calibration, QuantizeRequest(asked, part, kept=facts(TINY, patterns).kept), store=store
         )

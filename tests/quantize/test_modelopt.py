@@ -26,6 +26,7 @@ from builder.hub.snapshot import Snapshot, fetch
 from builder.quantize import modelopt, worker
 from builder.quantize.modelopt import QuantizeRequest, check, quantize
 from builder.recipe import schema
+from builder.recipe.quantization import Quantization
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny-qwen3"
@@ -54,7 +55,7 @@ def build(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
     def run(store: Store | None = None, model: Path = TINY) -> Checkpoint:
         store = store or Store(tmp_path_factory.mktemp("store"), Output("quiet"))
         snapshot, calibration, part = inputs(store, model, rows)
-        return quantize(snapshot, calibration, QuantizeRequest(schema.Quantization(), part), store=store)
+        return quantize(snapshot, calibration, QuantizeRequest(Quantization(), part), store=store)
 
     return run
 
