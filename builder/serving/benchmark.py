@@ -222,7 +222,7 @@ def save(repository: Repository, report: BenchmarkReport, out: Output) -> Path |
     ingredients = {
         "repository": repository.digest,
         "workload": asdict(report.workload),
-        "measured": time.time_ns(),  # every run has a key of its own
+        "measured": time.time_ns(),  # makes the key of every run unique
     }
 
     def make(directory: Path) -> dict[str, Any]:

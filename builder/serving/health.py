@@ -20,7 +20,7 @@ LOOK_SECONDS = 2.0  # between two looks at the models' processes, which cost abo
 CONFIRM_SECONDS = 3.0  # a process that is still dead after that was not part of a normal exit of the server
 PATIENCE = 30.0  # seconds for one probe: a token takes long if the queues are full
 FAILURES = 3  # consecutive failed probes until the server counts as broken
-# The names of the models in our repositories that may take text. Each runs in processes of its own, so probe each.
+# The names of the models in our repositories that may take text. Each runs in its own processes, so each is probed.
 MODELS = ("ensemble", "ensemble_infer", "tensorrt_llm_bls", "tensorrt_llm")
 MAX_TOKENS = ("max_tokens", "sampling_param_max_tokens")
 BUSY = "maximum queue size"  # in Triton's error for a request that exceeds max_queue_size

@@ -121,7 +121,7 @@ def _steps(tensors: Mapping[str, Any]) -> dict[str, Any]:
 def _engine_parameters(engine: Path, build: Mapping[str, Any], part: schema.Repository) -> dict[str, Any]:
     """Parameters of the C++ backend. The backend has defaults for those left out (model_instance_state.cc@c8c6df08).
 
-    An engine of several ranks needs no further parameters. In leader mode each rank is a server of its own, which
+    An engine of several ranks needs no further parameters. In leader mode each rank is a separate server, which
     mpirun starts (serving/launch.py), and without `gpu_device_ids` all visible GPUs are used (docs/model_config.md).
     """
     paged = compatibility.has_paged_fmha(build)

@@ -35,8 +35,8 @@ SMALL = Workload(concurrency=(1, 3), requests=6, input_tokens=24, output_tokens=
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     """As a build leaves it, in its store."""
     store = Store(tmp_path_factory.mktemp("benchmark") / "artifacts", QUIET)
-    asked = schema.resolve({"model.id": str(SNAPSHOT), "gpu": "cpu", "calibration.samples": 4, "quality.check": False})
-    found = pipeline.build(asked, store, until="repository").repository
+    recipe = schema.resolve({"model.id": str(SNAPSHOT), "gpu": "cpu", "calibration.samples": 4, "quality.check": False})
+    found = pipeline.build(recipe, store, until="repository").repository
     assert found is not None
     return found
 

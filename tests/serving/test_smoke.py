@@ -41,10 +41,10 @@ from builder.reference import backend
 read = backend.read
 
 def careless(*args, **kwargs):
-    wishes = read(*args, **kwargs)
-    if wishes[0].max_tokens == 77:
+    requests = read(*args, **kwargs)
+    if requests[0].max_tokens == 77:
         time.sleep(4)
-    return [replace(wish, max_tokens=max(wish.max_tokens, 8), stop_words=()) for wish in wishes]
+    return [replace(request, max_tokens=max(request.max_tokens, 8), stop_words=()) for request in requests]
 
 backend.read = careless
 TritonPythonModel = backend.TritonPythonModel
