@@ -17,8 +17,9 @@ from builder.clean.leftovers import HALF_MADE, WAITING, Entry, children, duratio
 from builder.core import atomic
 from builder.core import manifest as manifests
 from builder.core.errors import UsageError
+from builder.core.locks import lock_unless_served
 from builder.core.manifest import KEY, MANIFEST, Damaged
-from builder.core.store import EVALUATION, STAGES, Artifact, lock_unless_served, strings, upstream
+from builder.core.store import EVALUATION, STAGES, Artifact, strings, upstream
 from builder.publish import build_record
 
 ANY_FORMAT = tuple(range(1, manifests.FORMAT + 1))

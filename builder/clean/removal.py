@@ -19,9 +19,10 @@ from builder.clean.leftovers import DAY, Entry, bytes_of
 from builder.clean.reachability import Graph, Request
 from builder.core import atomic
 from builder.core.errors import StageError, UsageError
+from builder.core.locks import lock_unless_served
 from builder.core.manifest import KEY
 from builder.core.output import Output, size
-from builder.core.store import EVALUATION, MARKER, STAGES, lock_unless_served
+from builder.core.store import EVALUATION, MARKER, STAGES
 from builder.publish import build_record
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "w": 7 * DAY}

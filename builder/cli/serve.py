@@ -91,7 +91,7 @@ def _add_served(command: argparse.ArgumentParser) -> None:
 def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     """Serves in the foreground until interrupted (exit code 0) or the server exits (ServingError)."""
     from builder.core import exit_status
-    from builder.core.store import serving_lock
+    from builder.core.locks import serving_lock
     from builder.serving import health
     from builder.serving.server import stop_at_eof
 
@@ -158,7 +158,7 @@ def _server(
 
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     """Serves a repository, tests it and stops the server. ServingError if a check failed."""
-    from builder.core.store import serving_lock
+    from builder.core.locks import serving_lock
     from builder.serving.smoke import smoke, write_junit
 
     _check_both_ports(arguments)
@@ -180,7 +180,7 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_bench(arguments: argparse.Namespace, out: Output) -> int:
     """Serves a repository, sends concurrent requests and stops it. The result is kept beside it for the report."""
-    from builder.core.store import serving_lock
+    from builder.core.locks import serving_lock
     from builder.serving import benchmark
 
     _warn_of_old_names(arguments, out)

@@ -1,11 +1,11 @@
-"""Content-addressed stage directories: one appears whole, under a lock, by rename, or not at all.
+"""The store: an output directory of content-addressed artifacts, each written atomically and under a lock.
 
-    <root>/<stage>/<key>/...             what the stage made, and manifest.json
-    <root>/<stage>/.<key>.<pid>.tmp/     being made; trusted by nobody, removed by the next build of that key
-    <root>/locks/, <root>/logs/          flock files; what child processes said
+    <root>/<stage>/<key>/...             a finished artifact: the stage's output and manifest.json
+    <root>/<stage>/.<key>.<pid>.tmp/     an unfinished one; the next build of the same key removes it
+    <root>/locks/, <root>/logs/          flock files; logs of worker processes
 
-The key is a digest of everything that can change the output. The kernel drops a lock with its process, so a build
-that was killed blocks nobody.
+The key is a digest of everything that can change the output, the ingredients. The kernel releases a lock when its
+process dies, so a killed build does not block others.
 """
 
 from __future__ import annotations
@@ -27,27 +27,32 @@ from builder.core import atomic
 from builder.core import manifest as manifests
 from builder.core.atomic import disk_error, make_directory, replace_file, replace_link
 from builder.core.errors import IntegrityError, UsageError
+from builder.core.locks import flock, is_at, lock_file
 from builder.core.manifest import FORMAT, KEY, MANIFEST, SMALL, Damaged, digest_of, key_of, sha256
 from builder.core.output import Output, seconds
 
 __all__ = ["MANIFEST", "digest_of", "disk_error", "key_of", "replace_file", "replace_link", "sha256"]
 
-MARKER = ".trtllm-builder-store"  # in the root: `builder clean` touches no directory without it
+MARKER = ".trtllm-builder-store"  # a file in the root; `builder clean` refuses to touch a directory without it
 STAGES = ("snapshot", "calibration", "checkpoint", "ranks", "engine", "repository", "smoke")
-# Beside the chain: the texts of a data set, what one runner made of them, its answers to a task, and the tables of all
-# of these; what each layer loses, and which are left in BF16 for it; a repository's benchmark; the quality check of a
-# build, and whether it was accepted.
+# Measurements beside the chain of stages: scores of one runner on a data set and on a task, and the tables of all
+# scores; the loss of each layer and the layers selected by it; the quality check of a build and its verdict.
 _MEASURED = ("scores", "tasks", "evaluation", "sensitivity", "selection", "proxy", "quality", "verdict")
 EVALUATION = ("texts", "task_names", *_MEASURED, "benchmark", "load")
-TESTS = ("smoke", "benchmark", "load")  # of a repository; "load" is the old name of "benchmark"
-# Names that `log` gives, and the job file beside a log (process.job_file).
+TESTS = ("smoke", "benchmark", "load")  # stages that test a repository; "load" is the old name of "benchmark"
+# Names of logs (Store.log) and of the job files beside them (process.job_file).
 LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")
-LOGS_KEPT, LOGS_YOUNG = 200, 24 * 3600.0  # files; seconds: a log of that age may be one that is being written
+# Logs to keep, and the age in seconds below which none is removed: a younger log may still be written to.
+LOGS_KEPT, LOGS_YOUNG = 200, 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished stage directory. `digest` is its content: equal digests, equal bytes under equal names."""
+    """A finished stage directory.
+
+    `digest` identifies its content: equal digests mean the same file names with the same bytes. `facts` is what the
+    stage recorded. `cached`: it was found in the store, not made by this run.
+    """
 
     stage: str
     path: Path
@@ -58,7 +63,7 @@ class Artifact:
 
 
 class WouldRun(Exception):
-    """Raised by a dry store at the first stage that a build would have to run, and under which key."""
+    """Raised by a dry store at the first stage that a build would have to run. `key`: of the artifact it would make."""
 
     def __init__(self, stage: str, why: str, key: str = "") -> None:
         super().__init__(f"{stage}: {why}")
@@ -66,7 +71,10 @@ class WouldRun(Exception):
 
 
 class Store:
-    """The artifacts under one root. `force` names the stages to make again; `dry` makes none."""
+    """The artifacts under one root directory. `force`: stages to rebuild even if cached. `dry`: build nothing.
+
+    `done` lists the artifacts of this run in order; `assumed` what a dry run assumed.
+    """
 
     def __init__(self, root: Path, out: Output, *, force: Sequence[str] = (), dry: bool = False) -> None:
         self.root = Path(root).absolute()
@@ -77,23 +85,26 @@ class Store:
         self.assumed: list[str] = []
 
     def assume(self, text: str) -> None:
-        """Notes once what a dry run took for granted."""
+        """Records an assumption of a dry run, once."""
         if text not in self.assumed:
             self.assumed.append(text)
 
     def stage(self, name: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]) -> Artifact:
-        """Finds the artifact with these ingredients, or has `make` fill a temporary directory and publishes it.
+        """Returns the artifact with these ingredients: from the store, or made by `make` in a temporary directory.
 
-        `make` returns the facts to remember. Whatever it raises, nothing of it stays. Files elsewhere that belong to
-        the artifact are named by facts["external"] = {"root", "files": {name: {"size", "sha256"}}}; hard links whose
-        sha256 is known already by facts["hashed"] = {name: sha256}, which is not kept.
+        `make` gets the directory to fill and returns the facts to record; if it raises, the directory is removed.
+        facts["external"] = {"root", "files": {name: {"size", "sha256"}}} lists files outside of the directory that
+        belong to the artifact. facts["hashed"] = {name: sha256} gives known hashes, of hard links for example, to save
+        hashing them again; it is not recorded.
+
+        WouldRun in a dry store if the artifact is not cached; BuilderError if the disk is full or not writable.
         """
         key = key_of(name, ingredients)
         found = None if name in self.force else self.find(name, key)
         if found is None and self.dry:
-            raise WouldRun(name, "forced" if name in self.force else "nothing with this key in the store", key)
+            raise WouldRun(name, "forced" if name in self.force else "not in the store", key)
         if found is None:
-            with self.locked(name, key):
+            with self.locked(name, key):  # another build may have made it while we waited: look again
                 atomic.restore_backup(self.root / name / key)
                 found = None if name in self.force else self.find(name, key)
                 if found is None:
@@ -101,17 +112,20 @@ class Store:
         if found.cached:
             self.out.stage(name, f"found {key}, nothing to do")
             if not self.dry:
-                with suppress(OSError):  # where the store can't be written, nothing is cleaned either
-                    os.utime(found.path)  # when it was last used: `builder clean --older-than`
+                with suppress(OSError):  # a read-only store is not cleaned, so it needs no times
+                    os.utime(found.path)  # the time of last use, for `builder clean --older-than`
         self.done.append(found)
         return found
 
     def find(self, name: str, key: str) -> Artifact | None:
-        """The artifact if it is there and nothing of it was changed, as far as `read` looks."""
+        """The artifact with this key, or None if it is absent or was changed. Checks what `read` checks."""
         return read(self.root / name / key)
 
     def log(self, name: str) -> Path:
-        """A new file for what a child process says. It is no part of the artifact: times would change its digest."""
+        """The path for a new log file; removes old ones. Logs are not part of artifacts, since no two are equal.
+
+        A dry run logs to the system's temporary directory.
+        """
         stamp = time.strftime("%Y%m%d-%H%M%S")
         directory = Path(tempfile.gettempdir()) if self.dry else self.root / "logs"
         make_directory(directory)
@@ -124,24 +138,27 @@ class Store:
 
     @contextmanager
     def in_use(self, *, exclusive: bool = False) -> Iterator[None]:
-        """Held by a build (shared) so that `clean` (exclusive) removes nothing under its feet."""
-        with _lock_file(self.root / "locks" / "store.lock") as handle:
-            if not _flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, wait=False):
+        """Locks the store: builds share the lock, `builder clean` takes it exclusively.
+
+        UsageError if an exclusive lock is not free; a shared one waits.
+        """
+        with lock_file(self.root / "locks" / "store.lock") as handle:
+            if not flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH, wait=False):
                 if exclusive:
-                    raise UsageError(f"A build is working in {self.root}.", hint="Let it end, then clean again.")
-                _flock(handle, fcntl.LOCK_SH)
+                    raise UsageError(f"A build is running in {self.root}.", hint="Run this again when it has ended.")
+                flock(handle, fcntl.LOCK_SH)
             yield
 
     @contextmanager
     def locked(self, name: str, key: str) -> Iterator[None]:
-        """One process at a time makes `key`; the others wait, and say so."""
+        """Locks one artifact for building. Waits, with a message, while another process holds the lock."""
         path = self.root / "locks" / f"{name}-{key}.lock"
         while True:
-            with _lock_file(path) as handle:
-                if not _flock(handle, fcntl.LOCK_EX, wait=False):
+            with lock_file(path) as handle:
+                if not flock(handle, fcntl.LOCK_EX, wait=False):
                     self.out.stage(name, f"another build is making {key}; waiting for it")
-                    _flock(handle, fcntl.LOCK_EX)
-                if not _is_at(handle, path):  # `clean` removed the file before it was locked
+                    flock(handle, fcntl.LOCK_EX)
+                if not is_at(handle, path):  # `clean` removed the file before we locked it: lock the new one
                     continue
                 yield
                 return
@@ -158,7 +175,7 @@ class Store:
                 atomic.remove(stale)
             tmp.mkdir()
             self.out.stage(name, f"making {key}")
-            manifest = self._filled(name, key, ingredients, make, tmp)
+            manifest = self._fill(name, key, ingredients, make, tmp)
             _publish(tmp, final, manifest)
         except OSError as error:
             _discard(tmp)
@@ -169,10 +186,10 @@ class Store:
         self.out.stage(name, f"done in {seconds(manifest['seconds'])}")
         return Artifact(name, final, manifest["digest"], manifest["facts"], False, manifest)
 
-    def _filled(
+    def _fill(
         self, name: str, key: str, ingredients: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]], tmp: Path
     ) -> dict[str, Any]:
-        """Has `make` fill the directory; returns the manifest of what it made."""
+        """Calls `make` on the directory and returns the manifest of the result."""
         start, started = time.monotonic(), time.time()
         facts = dict(make(tmp))
         hashed = facts.pop("hashed", {})
@@ -194,7 +211,7 @@ class Store:
 def read(path: Path) -> Artifact | None:
     """A stage directory as an artifact, or None if it is absent, changed, or of another format.
 
-    Small files are hashed, of large ones the size must be right: `verify` hashes them too.
+    Hashes files up to manifest.SMALL bytes and checks the size of larger ones, which only `verify` hashes.
     """
     try:
         manifest = manifests.load(path)
@@ -206,19 +223,19 @@ def read(path: Path) -> Artifact | None:
 
 
 def artifacts(root: Path) -> list[Artifact]:
-    """Every finished artifact under a store's root, in the order of the stages."""
+    """Every finished, unchanged artifact under a store's root, in stage order."""
     found = (read(directory) for directory in _directories(root))
     return [artifact for artifact in found if artifact is not None]
 
 
 def _directories(root: Path) -> list[Path]:
-    """The published ones, whole or not. A hidden directory is half-made, even if it holds a manifest already."""
+    """All published stage directories, damaged ones too. Hidden ones are unfinished, even with a manifest."""
     found = (path for stage in (*STAGES, *EVALUATION) for path in sorted((root / stage).glob("[!.]*")))
     return [path for path in found if path.is_dir() and (KEY.fullmatch(path.name) or (path / MANIFEST).is_file())]
 
 
 def verify(root: Path, out: Output) -> dict[str, list[str]]:
-    """Re-hashes every file of every artifact: {"stage/key": [what is wrong]}, empty lists where all is well."""
+    """Hashes every file of every artifact. Returns {"stage/key": problems}, with an empty list for intact ones."""
     found: dict[str, list[str]] = {}
     for directory in _directories(root):
         name = f"{directory.parent.name}/{directory.name}"
@@ -231,10 +248,11 @@ def verify(root: Path, out: Output) -> dict[str, list[str]]:
 
 
 def upstream(start: Sequence[Artifact], everything: Sequence[Artifact]) -> list[Artifact]:
-    """`start` and all that it was made from, as far as the digests among the ingredients lead."""
+    """`start` and all artifacts that they were made from, followed by the digests among the ingredients."""
+    # Lists, since two keys may have one digest: when code changed and its output did not. Either may be needed.
     by_digest: dict[str, list[Artifact]] = {}
-    for one in everything:  # the code changed and its output did not: two keys, one digest, and either may be needed
-        by_digest.setdefault(one.digest, []).append(one)
+    for artifact in everything:
+        by_digest.setdefault(artifact.digest, []).append(artifact)
     found: dict[Path, Artifact] = {}
     queue = list(start)
     while queue:
@@ -246,18 +264,18 @@ def upstream(start: Sequence[Artifact], everything: Sequence[Artifact]) -> list[
 
 
 def root_of(repository: Path) -> Path | None:
-    """The output directory that a repository's directory lies in; None if it lies in no store."""
+    """The root of the store that contains this repository directory; None if it is not in a store."""
     return repository.parent.parent if repository.parent.name == "repository" else None
 
 
 def tests_of(repositories: Sequence[Artifact], everything: Sequence[Artifact], stages: Sequence[str]) -> list[Artifact]:
-    """The smoke tests and benchmarks of these repositories."""
+    """The artifacts of the given test stages (see TESTS) that were made on these repositories."""
     digests = {artifact.digest for artifact in repositories}
     return [a for a in everything if a.stage in stages and a.manifest["ingredients"].get("repository") in digests]
 
 
 def library_versions(*names: str) -> dict[str, str]:
-    """Installed versions by distribution name, without importing any; an absent one is "absent"."""
+    """{distribution name: installed version}, "absent" if it is not installed. Imports none of them."""
     found = {}
     for name in names:
         try:
@@ -268,7 +286,10 @@ def library_versions(*names: str) -> dict[str, str]:
 
 
 def sources_digest(*sources: str | Path) -> str:
-    """Digest of our own files, "builder/core/store.py" or a directory to walk: editing one makes a new key."""
+    """Digest of our own source files, as an ingredient: editing one changes the key.
+
+    `sources`: files or directories, relative to the project, such as "builder/core/store.py".
+    """
     package = Path(__file__).resolve().parents[2]
     paths = [package / source for source in sources]
     files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not f.is_dir()]
@@ -286,46 +307,13 @@ def _hash_files(directory: Path, hashed: Mapping[str, str]) -> dict[str, dict[st
 
 
 def mark(root: Path) -> None:
-    """Says that this directory is a store, for `builder clean`."""
+    """Marks a directory as a store, so that `builder clean` accepts it."""
     if not (root / MARKER).is_file():
         replace_file(root / MARKER, "An output directory of trtllm-builder: `builder clean` may remove stages here.\n")
 
 
-@contextmanager
-def serving_lock(directory: Path) -> Iterator[None]:
-    """Held while a repository is served, so that `clean` does not remove it. It works in a read-only store, too.
-
-    The lock is on the directory itself: no file is needed, and a container that mounts it shares the lock.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # a file system without locks on directories, as NFS
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if not directory.is_dir() or directory.stat().st_ino != os.fstat(descriptor).st_ino:
-            raise UsageError(f"{directory} was just removed or made again.", hint="Run the same command again.")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def lock_unless_served(directory: Path) -> Iterator[bool]:
-    """Whether nobody serves this repository; nobody begins to until the block ends."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        yield False
-    except OSError:
-        yield True
-    else:
-        yield True
-    finally:
-        os.close(descriptor)
-
-
 def old_logs(directory: Path, *, keep: int, older_than: float) -> list[Path]:
-    """Log and job files of ours, oldest first: all but the `keep` newest, if they are older than so many seconds."""
+    """Log and job files of ours to remove, oldest first: beyond the `keep` newest, and `older_than` seconds or more."""
     found = []
     with suppress(OSError):
         for path in directory.iterdir():
@@ -335,37 +323,8 @@ def old_logs(directory: Path, *, keep: int, older_than: float) -> list[Path]:
     return [path for written, path in found[: max(0, len(found) - keep)] if time.time() - written >= older_than]
 
 
-@contextmanager
-def _lock_file(path: Path) -> Iterator[int]:
-    make_directory(path.parent)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise disk_error(error, path.parent) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _flock(descriptor: int, how: int, *, wait: bool = True) -> bool:
-    try:
-        fcntl.flock(descriptor, how if wait else how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _publish(tmp: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    """Bytes reach the disk before the name does: a power cut leaves the old state or the new one."""
+    """Renames a filled directory into place. Files are synced first, so that a power cut can't leave it incomplete."""
     (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*tmp.rglob("*"), tmp]:
         if path.is_file() or path.is_dir():
@@ -379,7 +338,7 @@ def _discard(tmp: Path) -> None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """All strings in a value of JSON, at any depth."""
+    """All strings in a JSON value, at any depth, without object keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -391,11 +350,11 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def check_integrity(found: Mapping[str, list[str]]) -> None:
-    """Raises IntegrityError that lists what `verify` found, if it found anything."""
+    """IntegrityError with the problems that `verify` found, if there are any."""
     wrong = [f"{name}: {what}" for name, problems in found.items() for what in problems]
     if wrong:
         raise IntegrityError(
-            f"{len(wrong)} of the store's files are not what was made.",
+            f"{len(wrong)} files of the store are damaged.",
             why="\n".join(wrong[:20]),
-            hint="Build again with --from STAGE of the first one named; what is whole is reused.",
+            hint="Build again with --from STAGE, the first stage listed. Intact stages are reused.",
         )

@@ -21,8 +21,9 @@ from builder.clean.reachability import Request
 from builder.core import manifest
 from builder.core import store as stores
 from builder.core.errors import BuilderError, UsageError
+from builder.core.locks import serving_lock
 from builder.core.output import Output
-from builder.core.store import Artifact, Store, serving_lock
+from builder.core.store import Artifact, Store
 
 QUIET = Output("quiet")
 
