@@ -390,12 +390,12 @@ def test_a_file_of_the_cache_with_other_content_is_noticed(hub: Hub, store: Stor
 def test_weights_that_the_disk_has_no_room_for_are_refused_before_the_first_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from builder.hub import download as child
+    from builder.hub import cache
 
-    monkeypatch.setattr(child.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    job = child.Job(job="download", repo="tiny/qwen2", commit="0" * 40)
+    monkeypatch.setattr(cache.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    job = cache.Job(job="download", repo="tiny/qwen2", commit="0" * 40)
     with pytest.raises(StageError, match=r"tiny/qwen2 needs 1000\.00 TB more on the disk") as caught:
-        child._check_space(job, {"model.safetensors": child.Listed(10**15, "1" * 64, None)})
+        cache.check_space(job, {"model.safetensors": cache.HubFile(10**15, "1" * 64, None)})
     assert "HF_HOME" in caught.value.hint
 
 
