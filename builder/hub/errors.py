@@ -1,7 +1,7 @@
-"""What the Hugging Face Hub can answer, as errors for people, and the patience for what passes by itself.
+"""Translates errors of the Hugging Face Hub into messages, and retries those that are transient.
 
-For huggingface_hub 0.36 (requests) and 1.x (httpx) alike: both wrap the cause, so the chain of causes is read.
-Only ever imported in a child process that talks to the Hub.
+Works with huggingface_hub 0.36 (requests) and 1.x (httpx). Both wrap the original exception, so the whole chain of
+causes is searched. Imported only in processes that talk to the Hub.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from builder.core.safe_text import SHORTEST_SECRET, redact
 from builder.hub.guard import DEADLINE, endpoint
 
 T = TypeVar("T")
-PASSING = (408, 429, 500, 502, 503, 504)
-# Seconds in all that a rate limit may make us wait; the Hub's windows are five minutes long.
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are retried
+# Seconds to wait in total because of rate limits: three of the Hub's windows of five minutes.
 RATE_LIMIT_PATIENCE = 900.0
-RATE_LIMIT_TRIES = 20  # in a row, however short the waits are that it asks for
+RATE_LIMIT_TRIES = 20  # rate-limited responses in a row, however short the waits are
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _TRANSPORTS = ("httpx", "httpcore", "requests", "urllib3")
 
 
 def with_retries(call: Callable[[], T], waits: Sequence[float], progress: Callable[[], int] = lambda: 0) -> T:
-    """Repeats `call` when the Hub limits the rate (as long as it asks), is down, or the connection breaks.
+    """Calls `call` again after transient errors: a rate limit, a server error, or a broken connection.
 
-    `waits`: seconds before each repetition in a row; bytes that `progress` counts begin a new row.
+    `waits`: seconds before each retry; after the last one, the error is raised. Retries start over whenever `progress`
+    (bytes received so far) has increased. For a rate limit, the wait is what the Hub asks for, up to
+    RATE_LIMIT_PATIENCE seconds in total.
     """
     left, limited, tries, before = list(waits), 0.0, 0, progress()
     while True:
@@ -45,24 +47,24 @@ def with_retries(call: Callable[[], T], waits: Sequence[float], progress: Callab
             if (now := progress()) > before:
                 left, tries, before = list(waits), 0, now
             status = status_of(error)
-            if status == 429 and (asked := _retry_after(error)) is not None:
-                pause = asked
+            if status == 429 and (retry_after := _retry_after(error)) is not None:
+                pause = retry_after
                 limited, tries = limited + pause, tries + 1
                 if limited > RATE_LIMIT_PATIENCE or tries > RATE_LIMIT_TRIES:
                     raise
                 why = "The Hub limits the rate"
-            elif left and _passes(error, status):
+            elif left and _is_transient(error, status):
                 pause = left.pop(0)
                 why = f"The Hub answered {status}" if status else f"The connection broke ({_last(error)})"
             else:
                 raise
-        emit(info=redact_token(f"{why}; trying again in {pause:g} s."))
+        emit(info=redact_token(f"{why}; retrying in {pause:g} s."))
         DEADLINE.extend(pause)
         time.sleep(pause)
 
 
 def translate(error: BaseException, kind: str, repo: str, revision: str | None) -> BuilderError:
-    """What happened, why and what to type next. `kind`: "model" or "dataset"."""
+    """The BuilderError for an exception of huggingface_hub. `kind`: "model" or "dataset". May ask the Hub for hints."""
     for cause in _chain(error):
         if isinstance(cause, BuilderError):
             return cause
@@ -73,13 +75,13 @@ def translate(error: BaseException, kind: str, repo: str, revision: str | None) 
         if isinstance(cause, errors.RepositoryNotFoundError):
             return _no_repository(kind, repo)
         if isinstance(cause, errors.HFValidationError):
-            return UsageError(f"{repo!r} is no id of a {kind}.", why=str(cause), hint="Qwen/Qwen3-8B is one.")
+            return UsageError(f"{repo!r} is not a {kind} id.", why=str(cause), hint="Ids look like Qwen/Qwen3-8B.")
         if isinstance(cause, errors.OfflineModeIsEnabled):
             return _offline(kind, repo, revision)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return StageError(
                 f"The disk that holds the Hub's cache is full ({constants.HF_HUB_CACHE}).",
-                why="What was downloaded whole stays there and is not downloaded again.",
+                why="Complete files are kept and are not downloaded again.",
                 hint="Free some space, or export HF_HOME=/a/larger/disk",
             )
         if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
@@ -96,31 +98,31 @@ def _by_status(error: BaseException, kind: str, repo: str) -> BuilderError:
     if status in (401, 403):
         return _refused(kind, repo, status)
     if status == 429:
-        asked = _retry_after(error)
+        retry_after = _retry_after(error)
         return StageError(
-            "The Hub limits the rate" + (f" and asks to wait {asked:.0f} s more." if asked else "."),
-            why="Requests without a token have the smallest allowance." if not _token() else "",
+            "The Hub limits the rate" + (f" and asks to wait another {retry_after:.0f} s." if retry_after else "."),
+            why="Requests without a token have the lowest limit." if not _token() else "",
             hint="Try again later" + ("." if _token() else ", or export HF_TOKEN=... of any account."),
         )
     if status == 416 or "Consistency check failed" in str(error):
         return IntegrityError(
-            f"The Hub sends a file of {repo} with another size than it lists.",
+            f"The size of a file of {repo} is not the one that the Hub lists.",
             why=_last(error),
-            hint="Run the same command again; if it stays, the repository or a mirror in between is damaged.",
+            hint="Run the same command again. If it fails again, the repository or a mirror is damaged.",
         )
     if status is not None:
         return StageError(f"The Hub answered {status} for {kind} {repo}.", why=_last(error), hint="Try again later.")
-    if _passes(error, None):
+    if _is_transient(error, None):
         return StageError(
             f"Can't reach the Hub at {endpoint()}.",
             why=_last(error),
-            hint="Check the network and HF_ENDPOINT; with the files cached already, export HF_HUB_OFFLINE=1",
+            hint="Check the network and HF_ENDPOINT. If the files are cached: export HF_HUB_OFFLINE=1",
         )
     if isinstance(error, (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError)):
         return StageError(
-            f"The answer of the Hub at {endpoint()} for {kind} {repo} can't be understood.",
-            why=f"{_last(error)} (huggingface_hub reading it)",
-            hint="Check HF_ENDPOINT and the proxy; if it is the Hub itself, try again later.",
+            f"huggingface_hub can't parse the response of {endpoint()} for {kind} {repo}.",
+            why=_last(error),
+            hint="Check HF_ENDPOINT and the proxy. If this is the Hub itself, try again later.",
         )
     return StageError(
         f"Reading {kind} {repo} from the Hub failed.", why=redact_token(f"{type(error).__name__}: {error}")
@@ -128,7 +130,7 @@ def _by_status(error: BaseException, kind: str, repo: str) -> BuilderError:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status at the bottom of it, if there was an answer at all."""
+    """The HTTP status of the response that caused the error; None if there was no response."""
     response = _response(error)
     return None if response is None else int(response.status_code)
 
@@ -141,27 +143,29 @@ def _token() -> str | None:
 
 
 def redact_token(text: str) -> str:
-    """`text` without the token and other secrets, whatever it quotes."""
-    token = _token()  # which may come from a file
+    """Redacts all secrets, including a Hub token that is stored in a file."""
+    token = _token()
     text = text.replace(token, "***") if token and len(token) >= SHORTEST_SECRET else text
     return redact(text)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception, its cause, the cause's cause, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _response(error: BaseException) -> Any:
-    # A requests.Response with a status of 400 or more is false: compare with None.
+    # Compared with None, since a requests.Response with a status of 400 or more is falsy.
     return next((r for e in _chain(error) if (r := getattr(e, "response", None)) is not None), None)
 
 
-def _passes(error: BaseException, status: int | None) -> bool:
+def _is_transient(error: BaseException, status: int | None) -> bool:
+    """Whether a retry may help: for a status in TRANSIENT, or if there was no response, for a connection error."""
     if status is not None:
-        return status in PASSING
-    # What came is no JSON; requests' error for that is one of its connection errors.
+        return status in TRANSIENT
+    # requests derives its JSON error from its connection errors; a response that is not JSON is not transient.
     if any(isinstance(e, (errors.OfflineModeIsEnabled, json.JSONDecodeError, BuilderError)) for e in _chain(error)):
         return False
     broken = (isinstance(e, ConnectionError) or type(e).__module__.split(".")[0] in _TRANSPORTS for e in _chain(error))
@@ -169,14 +173,16 @@ def _passes(error: BaseException, status: int | None) -> bool:
 
 
 def _retry_after(error: BaseException) -> float | None:
-    """Seconds that a 429 asks for: Retry-After as seconds or a date (RFC 9110), or the Hub's `ratelimit: ...;t=55`.
-    None where it asks for nothing that can be understood."""
+    """How many seconds a response with status 429 asks to wait; None if it does not say.
+
+    Retry-After holds seconds or a date (RFC 9110, 10.2.3); the Hub may send `ratelimit: ...;t=55` instead.
+    """
     headers = _response(error).headers
-    asked = headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"[0-9]+", asked):
-        return _bounded(float(asked))
+    value = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"[0-9]+", value):
+        return _bounded(float(value))
     with suppress(ValueError, TypeError, OverflowError):
-        return _bounded(email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+        return _bounded(email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     window = re.search(r"\bt=([0-9]+)", headers.get("ratelimit", ""))
     return _bounded(float(window[1])) if window else None
 
@@ -186,7 +192,7 @@ def _bounded(seconds: float) -> float:
 
 
 def _last(error: BaseException) -> str:
-    """The innermost cause in one line: the outer ones only repeat that something failed."""
+    """The innermost cause on one line; the outer ones only repeat that something failed."""
     *_, last = _chain(error)
     return redact_token(f"{type(last).__name__}: {str(last).splitlines()[0] if str(last) else ''}"[:300])
 
@@ -196,16 +202,17 @@ def _page(kind: str, repo: str) -> str:
 
 
 def gated_error(kind: str, repo: str) -> BuilderError:
+    """The error for a gated repository: how to get access, with or without a token. `kind`: "model" or "dataset"."""
     if _token():
         return UsageError(
             f"The {kind} {repo} is gated, and the account of this HF_TOKEN has no access to it.",
-            why="Its owner gives access to those who accept the licence; fine-grained tokens need the right to read "
-            "gated repositories as well.",
+            why="Its owner grants access to accounts that accept the licence. A fine-grained token also needs the "
+            "permission to read gated repositories.",
             hint=f"Accept the licence at {_page(kind, repo)} with that account, then run the same command.",
         )
     return UsageError(
         f"The {kind} {repo} is gated.",
-        why="Its owner gives access to accounts that accept the licence, and no token was given.",
+        why="Its owner grants access to accounts that accept the licence, and there is no token.",
         hint=f"Accept the licence at {_page(kind, repo)}, then export HF_TOKEN=... of that account.",
     )
 
@@ -214,8 +221,8 @@ def _refused(kind: str, repo: str, status: int) -> BuilderError:
     if _token():
         return UsageError(
             f"The Hub refused the token ({status}) for {kind} {repo}.",
-            why="It is wrong, expired, or lacks the right to read this repository.",
-            hint="Make a new token in the settings of your account, then export HF_TOKEN=...",
+            why="It is wrong or expired, or has no permission to read this repository.",
+            hint="Create a new token in the settings of your account, then export HF_TOKEN=...",
         )
     return UsageError(f"The Hub refused access to {kind} {repo} ({status}).", hint="export HF_TOKEN=...")
 
@@ -232,7 +239,7 @@ def _no_repository(kind: str, repo: str) -> BuilderError:
 
 
 def _similar(kind: str, repo: str) -> list[str]:
-    """Up to three ids that the Hub's search finds. A hint only: what goes wrong here stays unsaid."""
+    """Up to three similar ids from the Hub's search. Only for a hint, so errors are ignored."""
     owner, _, name = repo.rpartition("/")
     api = HfApi()
     search = api.list_models if kind == "model" else api.list_datasets
@@ -249,7 +256,7 @@ def _no_revision(kind: str, repo: str, revision: str | None) -> BuilderError:
     try:
         refs = HfApi().list_repo_refs(repo, repo_type=kind)
         names = [ref.name for ref in (*refs.branches, *refs.tags)]
-    except Exception:  # a hint only, as the names of _similar are: what is wrong is told all the same
+    except Exception:  # only for a hint, so errors are ignored
         names = []
     near = difflib.get_close_matches(str(revision), names, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
@@ -262,12 +269,12 @@ def _no_revision(kind: str, repo: str, revision: str | None) -> BuilderError:
 def _offline(kind: str, repo: str, revision: str | None) -> BuilderError:
     if kind == "dataset":
         return UsageError(
-            f"Which commit {revision or 'main'} of the dataset {repo} is can't be asked: HF_HUB_OFFLINE is set.",
+            f"Can't look up the commit of the dataset {repo} at {revision or 'main'}: HF_HUB_OFFLINE is set.",
             hint="Name the commit of an earlier build (--set calibration.revision=COMMIT, or `revision` of a data set "
             "to evaluate on), or give a .jsonl file.",
         )
     return UsageError(
-        f"The {kind} {repo} at {revision or 'main'} is not in the cache, and HF_HUB_OFFLINE forbids to download it.",
+        f"The {kind} {repo} at {revision or 'main'} is not in the cache, and HF_HUB_OFFLINE is set.",
         why=f"The cache is {constants.HF_HUB_CACHE}.",
-        hint="unset HF_HUB_OFFLINE once with a network, or give a local directory.",
+        hint="unset HF_HUB_OFFLINE to download it once, or give a local directory.",
     )

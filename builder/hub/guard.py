@@ -1,9 +1,9 @@
-"""Answers of a Hub that can't be trusted (a hijacked HF_ENDPOINT, a captive portal, a broken mirror), checked before
-huggingface_hub uses them.
+"""Validates responses before huggingface_hub uses them: a hijacked HF_ENDPOINT, a captive portal or a broken mirror
+may answer instead of the Hub.
 
-huggingface_hub makes paths in its cache of a file's ETag and of a commit, waits as long as Retry-After says, and
-follows listings without end. Only ever imported in a child process that talks to the Hub; for huggingface_hub 0.36
-(requests) and 1.x (httpx).
+huggingface_hub turns ETags and commits into paths in its cache, waits as long as Retry-After says, and follows listings
+without end. Imported only in processes that talk to the Hub; works with huggingface_hub 0.36 (requests) and 1.x
+(httpx).
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from builder.core.errors import BuilderError, IntegrityError, StageError
 from builder.core.process import emit_error
 from builder.core.safe_text import printable_line
 
-HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # of a git blob, or of an LFS file
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # sha1 of a git blob, or sha256 of an LFS file
 COMMIT = re.compile(r"[0-9a-f]{40}")
 XET_HASH = re.compile(r"[0-9a-f]{64}")
-MOST_REQUESTS = 500  # for one address of the API: the pages of a listing have 1,000 files each
-MOST_BYTES = 256_000_000  # of all answers of the API together; a page of a listing has some 300 kB
-HINT = "Check HF_ENDPOINT and the proxy: what answers there is no Hub to trust. Nothing of it was used."
+MOST_REQUESTS = 500  # to one URL of the API; each page of a listing has 1,000 files
+MOST_BYTES = 256_000_000  # of all API responses together; a page of a listing has about 300 kB
+HINT = "Check HF_ENDPOINT and the proxy: this server can't be trusted. Its response was not used."
 
 
 class Deadline:
-    """Ends this process with an error when `seconds` pass between `begin` and `end`.
+    """Ends this process with an error if more than the given seconds pass between `begin` and `end`.
 
-    Only the process as a whole can be ended: a read that gets a byte a second never times out by itself.
+    Read timeouts are not enough, since a server that sends one byte per second never triggers them. Threads can't be
+    interrupted, so the whole process is ended.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,7 @@ class Deadline:
         self._thread: threading.Thread | None = None
 
     def begin(self, seconds: float, stop: Callable[[int], object] | None = None) -> None:
-        """`stop` ends the process in place of os._exit."""
+        """Starts the deadline, or restarts it. `stop`: called with the exit code in place of os._exit."""
         self._stop = stop or self._stop
         self._seconds, self._ends = seconds, time.monotonic() + seconds
         if self._thread is None:
@@ -54,11 +55,12 @@ class Deadline:
             self._thread.start()
 
     def extend(self, seconds: float) -> None:
-        """For waits that the Hub asked for."""
+        """Postpones the deadline, for waits that the Hub asks for."""
         if self._ends is not None:
             self._ends += seconds
 
     def end(self) -> None:
+        """Cancels the deadline."""
         self._ends = None
 
     def _watch(self) -> None:
@@ -67,7 +69,7 @@ class Deadline:
             if self._ends is not None and time.monotonic() > self._ends:
                 error = StageError(
                     f"The Hub at {endpoint()} took more than {self._seconds:.0f} s to answer.",
-                    why="It sends slowly or without end; listings and small files take seconds.",
+                    why="It sends slowly or without end. Listings and small files normally take seconds.",
                     hint="Try again later, or check HF_ENDPOINT and the proxy.",
                 )
                 emit_error(error)
@@ -80,12 +82,12 @@ _received = 0
 
 
 def endpoint() -> str:
-    """The Hub's address without the user and password that a mirror's address may hold."""
+    """The URL of the Hub, without the user name and password that a mirror's URL may contain."""
     return re.sub(r"//[^/]*@", "//", constants.ENDPOINT)
 
 
 def install() -> None:
-    """Puts the checks below between huggingface_hub and the network."""
+    """Installs the checks between huggingface_hub and the network. StageError for an unknown huggingface_hub."""
     _check_metadata()
     if hasattr(huggingface_hub, "set_client_factory"):
         _guard_httpx()
@@ -94,47 +96,51 @@ def install() -> None:
 
 
 def check_hash(etag: object, what: str) -> None:
-    """IntegrityError unless it is the hash of a git blob or of an LFS file."""
+    """IntegrityError unless `etag` is the hash of a git blob or an LFS file. `what` names it in the message."""
     if not isinstance(etag, str) or not HASH.fullmatch(etag):
-        raise _untrusted(f"{what} {_shown(etag)}, which is no hash", "It would become the name of a file in the cache.")
+        raise _untrusted(f"{what} {_quoted(etag)}, which is not a hash", "It would become a file name in the cache.")
 
 
-def check_commit(commit: object, asked: str | None = None) -> None:
-    """IntegrityError unless it is a commit, and the one that was asked for by its hash."""
+def check_commit(commit: object, requested: str | None = None) -> None:
+    """IntegrityError unless `commit` is a commit hash, and equal to `requested` if that is one, too."""
     if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
-        raise _untrusted(f"commit {_shown(commit)}, which is none", "It would become a directory of the cache.")
-    if asked and COMMIT.fullmatch(asked) and commit != asked:
-        raise _untrusted(f"commit {commit} where {asked} was asked for", "Files of two commits must not be mixed.")
+        raise _untrusted(
+            f"commit {_quoted(commit)}, which is not a commit", "It would become a directory in the cache."
+        )
+    if requested and COMMIT.fullmatch(requested) and commit != requested:
+        raise _untrusted(f"commit {commit}, but {requested} was requested", "Files of two commits must not be mixed.")
 
 
 def _untrusted(what: str, why: str) -> IntegrityError:
-    return IntegrityError(f"The Hub at {endpoint()} answers with {what}.", why=why, hint=HINT)
+    return IntegrityError(f"The Hub at {endpoint()} responded with {what}.", why=why, hint=HINT)
 
 
-def _shown(value: object) -> str:
+def _quoted(value: object) -> str:
     return printable_line(repr(value)[:120])
 
 
 def _check_metadata() -> None:
-    """Wraps the one function from which both versions take what they make a file's path of: what a HEAD request
-    answered, or for Xet files (1.33) a listing."""
+    """Wraps the function that returns a file's metadata, from which both versions derive the path in the cache.
+
+    The metadata comes from a HEAD request, or for Xet files (1.33) from a listing.
+    """
     upstream = getattr(file_download, "_get_metadata_or_catch_error", None)
     if upstream is None:
         raise StageError(
-            f"huggingface_hub {huggingface_hub.__version__} is not known here: its downloads can't be checked.",
-            hint="Install a version that is: pip install 'huggingface_hub>=0.36,<1.34'",
+            f"huggingface_hub {huggingface_hub.__version__} is not supported: its downloads can't be checked.",
+            hint="Install a supported version: pip install 'huggingface_hub>=0.36,<1.34'",
         )
 
-    def checked(**asked: Any) -> Any:
-        found = upstream(**asked)
+    def checked(**arguments: Any) -> Any:
+        found = upstream(**arguments)
         _, etag, commit, size, xet, error = found
         if error is None:
             check_hash(etag, "the ETag")
-            check_commit(commit, asked.get("revision"))
+            check_commit(commit, arguments.get("revision"))
             if size is not None and not 0 <= size < 1 << 60:
-                raise _untrusted(f"a file of {size} bytes", "There are no such files.")
+                raise _untrusted(f"a file size of {size} bytes", "No real file has that size.")
             if xet is not None and not XET_HASH.fullmatch(str(xet.file_hash)):
-                raise _untrusted(f"the Xet hash {_shown(xet.file_hash)}", "It names a file in the cache as well.")
+                raise _untrusted(f"the Xet hash {_quoted(xet.file_hash)}", "It would become a file name in the cache.")
         elif isinstance(error, BuilderError):
             raise error
         return found
@@ -143,44 +149,49 @@ def _check_metadata() -> None:
 
 
 def _check_answer(method: str, url: str, status: int, headers: Mapping[str, str]) -> None:
-    """What can be judged by an answer's first lines."""
+    """Checks status and headers of a response. Raises IntegrityError, or StageError for a web page."""
     path = urlsplit(url).path
     commit = headers.get("X-Repo-Commit")
     if commit is not None:
-        check_commit(commit)  # of an error too: 404 makes files in <cache>/.no_exist/<commit>
+        check_commit(commit)  # for errors, too: a 404 creates files in <cache>/.no_exist/<commit>
     if method != "HEAD" and 200 <= status < 300 and "text/html" in headers.get("Content-Type", "").lower():
         raise StageError(
-            f"What answers at {urlsplit(url).hostname} is a web page, not the Hub.",
-            why="That is how the log-in page of a network (a captive portal), a proxy or a wrong HF_ENDPOINT looks.",
+            f"{urlsplit(url).hostname} answered with a web page, so it is not the Hub.",
+            why="The cause may be the login page of a network (a captive portal), a proxy or a wrong HF_ENDPOINT.",
             hint="Open a browser and log in to the network, or check HF_ENDPOINT and the proxy.",
         )
     if "/api/" not in path:
         return
     _requests[f"{method} {path}"] += 1
     if _requests[f"{method} {path}"] > MOST_REQUESTS:
-        raise _untrusted("a listing without end", f"{MOST_REQUESTS} pages were read, and there is another one.")
+        raise _untrusted("an endless listing", f"There are more than {MOST_REQUESTS} pages.")
     encoding = headers.get("Content-Encoding", "identity").lower()
     if encoding != "identity":
-        raise _untrusted(f"the encoding {_shown(encoding)}", "None was asked for: a few bytes could become billions.")
+        raise _untrusted(
+            f"the encoding {_quoted(encoding)}", "None was requested: a few bytes could expand to billions."
+        )
 
 
 def _count(url: str, received: int) -> None:
-    """The bytes of the API's answers: a listing's single page could be endless, too."""
+    """Counts the bytes of API responses, since a single page of a listing could be endless, too."""
     global _received
     if "/api/" in urlsplit(url).path:
         _received += received
         if _received > MOST_BYTES:
-            raise _untrusted(f"more than {MOST_BYTES} bytes of listings", "Those of real models have a few.")
+            raise _untrusted(f"more than {MOST_BYTES} bytes of listings", "Listings of real models are far smaller.")
 
 
 def _limits_rate(status: int, headers: Mapping[str, str]) -> bool:
-    """Whether huggingface_hub would sleep as long as this answer says. `patiently` waits instead, and not for ever."""
+    """Whether huggingface_hub would sleep as long as this response says. `with_retries` waits instead, with a limit."""
     return status == 429 or (status == 503 and "Retry-After" in headers)
 
 
 def _guard_httpx() -> None:
-    """Also makes a connection that is reset look like a body that ends too early: huggingface_hub 1.x resumes only the
-    latter (httpx.RemoteProtocolError, not httpx.ReadError; `http_get` in file_download.py of 1.33)."""
+    """Installs the checks for huggingface_hub 1.x.
+
+    Also reports a reset connection as a truncated body, because huggingface_hub 1.x resumes only the latter
+    (httpx.RemoteProtocolError, not httpx.ReadError; `http_get` in file_download.py of 1.33).
+    """
     import httpx
     from huggingface_hub.utils._http import default_client_factory
 
@@ -199,7 +210,7 @@ def _guard_httpx() -> None:
         def close(self) -> None:
             self._body.close()
 
-    def ask_plain(request: httpx.Request) -> None:
+    def request_uncompressed(request: httpx.Request) -> None:
         if "/api/" in request.url.path:
             request.headers["Accept-Encoding"] = "identity"
 
@@ -214,7 +225,7 @@ def _guard_httpx() -> None:
 
     def client() -> httpx.Client:
         made = default_client_factory()
-        made.event_hooks["request"].append(ask_plain)
+        made.event_hooks["request"].append(request_uncompressed)
         made.event_hooks["response"].append(check)
         return made
 
@@ -222,11 +233,11 @@ def _guard_httpx() -> None:
 
 
 def _guard_requests() -> None:
-    """The same for huggingface_hub 0.36."""
+    """Installs the checks for huggingface_hub 0.36."""
     from huggingface_hub.utils import _http
 
     class Raw:
-        """A body that is counted while requests reads it."""
+        """A response body whose bytes are counted while requests reads them."""
 
         def __init__(self, raw: Any, url: str) -> None:
             self._raw, self._url = raw, url

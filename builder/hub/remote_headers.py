@@ -1,7 +1,7 @@
-"""The headers of a Hub model's safetensors files, read as strictly as those of local files.
+"""Reads the headers of a Hub model's safetensors files, with the same checks as for local files.
 
-huggingface_hub's own `get_safetensors_metadata` accepts headers that no file can have, and looks at the index only
-where there is no model.safetensors.
+huggingface_hub's own `get_safetensors_metadata` accepts headers that are impossible, and reads the index only if there
+is no model.safetensors.
 """
 
 from __future__ import annotations
@@ -17,25 +17,28 @@ from huggingface_hub.utils._http import get_session, hf_raise_for_status
 from builder.core.safetensors_io import TensorInfo, header_length, parse_header, read_header
 from builder.hub.errors import with_retries
 
-FIRST = 100_000  # bytes: 97 % of the headers are shorter (huggingface_hub, parse_safetensors_file_metadata)
+FIRST = 100_000  # bytes of the first request; 97 % of headers fit (huggingface_hub, parse_safetensors_file_metadata)
 TIMEOUT = 10.0  # seconds without a byte
-AT_ONCE = 8
+CONCURRENCY = 8  # files read at the same time
 
 Headers = dict[str, dict[str, TensorInfo]]
 
 
 def cached(root: Path, shards: Mapping[str, int]) -> Headers:
-    """Of the files in the cache."""
+    """{file: {tensor: TensorInfo}} of files in the cache directory `root`. IntegrityError for an invalid header."""
     return {name: read_header(root / name) for name in shards}
 
 
 def remote(repo: str, commit: str, shards: Mapping[str, int], waits: Sequence[float]) -> Headers:
-    """By ranged reads; `shards` holds the files' sizes as the Hub lists them."""
+    """{file: {tensor: TensorInfo}} from ranged reads. IntegrityError for an invalid header.
+
+    `shards`: {file: size in bytes as the Hub lists it}; `waits`: see with_retries.
+    """
 
     def read(name: str) -> dict[str, TensorInfo]:
         return with_retries(lambda: _read(repo, commit, name, shards[name]), waits)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
         return dict(zip(shards, pool.map(read, shards), strict=True))
 
 
@@ -49,12 +52,12 @@ def _read(repo: str, commit: str, name: str, size: int) -> dict[str, TensorInfo]
 
 
 def _range(url: str, begin: int, end: int) -> bytes:
-    """Bytes begin..end of a file; fewer where the server sends fewer."""
+    """Bytes [begin, end) of a file; fewer if the server sends fewer."""
     if begin >= end:
         return b""
-    asked = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
-    response = get_session().get(url, headers=asked, timeout=TIMEOUT)
+    headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    response = get_session().get(url, headers=headers, timeout=TIMEOUT)
     hf_raise_for_status(response)
     content = bytes(response.content)
-    whole = response.status_code == 200  # the server sent the file from its beginning: it knows no ranges
+    whole = response.status_code == 200  # a server without support for ranges sends the file from its beginning
     return content[begin:end] if whole else content[: end - begin]

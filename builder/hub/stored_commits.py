@@ -1,4 +1,4 @@
-"""What a plan takes in place of the Hub's answer where the Hub can't be reached: the newest commit in the store."""
+"""Lets a plan work offline: if the Hub can't be reached, it assumes the newest commit in the store."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from builder.core.store import Artifact, Store, WouldRun, read
 
 
 def newest_artifact(store: Store, stage: str, same: Mapping[str, Any]) -> Artifact | None:
-    """The newest artifact of a stage with these ingredients, whatever its others are."""
+    """The newest artifact of a stage whose ingredients include all of `same`."""
     found = [read(path) for path in (store.root / stage).glob("[!.]*")]
-    alike = [a for a in found if a and all(a.manifest["ingredients"].get(key) == same[key] for key in same)]
-    return max(alike, key=lambda artifact: float(artifact.manifest["started"]), default=None)
+    matching = [a for a in found if a and all(a.manifest["ingredients"].get(key) == same[key] for key in same)]
+    return max(matching, key=lambda artifact: float(artifact.manifest["started"]), default=None)
 
 
 def fallback_commit(error: BuilderError, known: Artifact | None, repo: str, *, store: Store, stage: str) -> str:
-    """The commit of `known`, noted as an assumption of the plan.
+    """The commit of `known`, recorded in the store as an assumption of the plan.
 
-    Without it: WouldRun for a stage that the plan does not look into; for a model the error itself, because a plan
-    needs its config.json.
+    If `known` is None: raises `error` for the "snapshot" stage, because a plan needs the model's config.json, and
+    WouldRun for other stages.
     """
     if known is None:
         if stage == "snapshot":
             raise error
-        raise WouldRun(stage, f"the commit of {repo} is not known here: {error.what}") from error
+        raise WouldRun(stage, f"the commit of {repo} is unknown: {error.what}") from error
     commit = str(known.manifest["ingredients"]["commit"])
-    store.assume(f"{error.what} So this plan takes commit {commit} of {repo}, the newest in the store.")
+    store.assume(f"{error.what} This plan assumes commit {commit} of {repo}, the newest in the store.")
     return commit

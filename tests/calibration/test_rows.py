@@ -250,7 +250,7 @@ def test_a_hub_dataset_s_etag_is_no_path(hub: Hub, store: Store, tmp_path: Path)
     victim = tmp_path / "victim"
     victim.write_text("precious")
     hub.fail(Fault("README.md", "headers", 10**6, "HEAD", headers={"ETag": f'"{victim}"'}))
-    with pytest.raises(IntegrityError, match="is no hash"):
+    with pytest.raises(IntegrityError, match="is not a hash"):
         calibrate(Part(data="news/articles", samples=3), store=store)
     assert victim.read_text() == "precious"
     assert {p.name for p in tmp_path.iterdir()} <= {"hf", "source", "store", "victim"}

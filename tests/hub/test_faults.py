@@ -153,9 +153,9 @@ WEIGHTS = "/resolve/.*/model.safetensors"
 LINKED = "X_Linked_ETag"
 VICTIM = "{root}/victim"
 FAR = "Fri, 31 Dec 9999 23:59:59 GMT"
-NO_HASH = "is no hash"
-NO_COMMIT = "which is none"
-UNCLEAR = "can't be understood"
+NO_HASH = "is not a hash"
+NO_COMMIT = "which is not a commit"
+UNCLEAR = "can't parse the response"
 SLOW = "took more than|stuck|stalled"
 
 FAULTS: list[tuple[str, str, Fault, str]] = [
@@ -188,7 +188,7 @@ FAULTS: list[tuple[str, str, Fault, str]] = [
         "X-Error-Code": "EntryNotFound", "X-Repo-Commit": "../../../../../planted"}), NO_COMMIT),
     ("absolute commit of a 404", "download", Fault(CONFIG, "status", FOREVER, "*", status=404, headers={
         "X-Error-Code": "EntryNotFound", "X-Repo-Commit": VICTIM}), NO_COMMIT),
-    ("another commit", "download", headers(CONFIG, X_Repo_Commit="b" * 40), "was asked for"),
+    ("another commit", "download", headers(CONFIG, X_Repo_Commit="b" * 40), "was requested"),
     ("no commit", "download", headers(CONFIG, X_Repo_Commit=None), ""),
     # A listing.
     ("listed hash upwards", "download", entry(oid="../../../../planted"), NO_HASH),
@@ -220,7 +220,7 @@ FAULTS: list[tuple[str, str, Fault, str]] = [
     ("listing of 100,000 levels", "download", body(TREE, DEEP), UNCLEAR),
     ("listing of no UTF-8", "download", body(TREE, b'["\xff"]'), ""),
     ("listing of zeros", "download", body(TREE, b"\0" * 1000), UNCLEAR),
-    ("listing without end", "download", Fault(TREE, "pages", FOREVER), "without end|took more than"),
+    ("listing without end", "download", Fault(TREE, "pages", FOREVER), "endless listing|took more than"),
     ("a byte at a time", "download", Fault(TREE, "drip", FOREVER), SLOW),
     ("listing compressed unasked", "download", headers(TREE, "GET", Content_Encoding="gzip"), "encoding"),
     # What is asked first.
@@ -233,12 +233,12 @@ FAULTS: list[tuple[str, str, Fault, str]] = [
     ("info of nothing", "resolve", body(INFO, b"{}"), ""),
     ("Retry-After: soon", "resolve", status(INFO, 429, Retry_After="soon"), "limits the rate"),
     ("Retry-After below zero", "resolve", status(INFO, 429, Retry_After="-5"), "limits the rate"),
-    ("Retry-After of a year", "resolve", status(INFO, 429, Retry_After="31536000"), "wait 10000000 s"),
-    ("Retry-After of 400 digits", "resolve", status(INFO, 429, Retry_After="9" * 400), "wait 10000000 s"),
-    ("Retry-After of a far date", "resolve", status(INFO, 429, Retry_After=FAR), "wait 10000000 s"),
+    ("Retry-After of a year", "resolve", status(INFO, 429, Retry_After="31536000"), "wait another 10000000 s"),
+    ("Retry-After of 400 digits", "resolve", status(INFO, 429, Retry_After="9" * 400), "wait another 10000000 s"),
+    ("Retry-After of a far date", "resolve", status(INFO, 429, Retry_After=FAR), "wait another 10000000 s"),
     ("Retry-After of no date", "resolve", status(INFO, 429, Retry_After="Fri, 99 Foo 9999 99:99:99 GMT"), "limits"),
     ("Retry-After of a superscript", "resolve", status(INFO, 429, Retry_After="\xb2"), "limits the rate"),
-    ("ratelimit of a year", "resolve", status(INFO, 429, ratelimit='"api";r=0;t=31536000'), "wait 10000000 s"),
+    ("ratelimit of a year", "resolve", status(INFO, 429, ratelimit='"api";r=0;t=31536000'), "wait another 10000000 s"),
     ("503 and a year", "download", status(CONFIG, 503, Retry_After="31536000"), "answered 503"),
     ("429 and a year for a file", "download", status("/cdn/", 429, Retry_After="31536000"), "limits the rate"),
     # Files.

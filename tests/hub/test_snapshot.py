@@ -242,7 +242,7 @@ FOREVER = 10**6
             IntegrityError,
             r"^tokenizer\.json of.*Run the same",
         ),
-        (MODEL, "", fails(Fault("/cdn/", "short", FOREVER)), IntegrityError, "another size than it lists"),
+        (MODEL, "", fails(Fault("/cdn/", "short", FOREVER)), IntegrityError, "is not the one that the Hub lists"),
     ],
 )
 def test_what_the_hub_refuses_is_said_plainly(
@@ -288,7 +288,7 @@ def test_waits_and_repeats(hub: Hub, store: Store, capsys: pytest.CaptureFixture
     hub.fail(Fault("/cdn/", "short"))
     assert_same(fetch(MODEL, store=store), SMALL)
     said = capsys.readouterr().err
-    assert "limits the rate; trying again in 1 s" in said
+    assert "limits the rate; retrying in 1 s" in said
     assert "answered 502; trying again" in said
 
 

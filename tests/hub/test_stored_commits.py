@@ -61,7 +61,7 @@ def test_a_local_model_needs_no_network(hub: Hub, tmp_path: Path) -> None:
     without = planned(str(SMALL), root)
     assert without.sizes == with_hub.sizes
     [why] = [why for stage, _, why in without.stages if stage == "calibration"]
-    assert f"the commit of {DATA} is not known here: Can't reach the Hub" in why
+    assert f"the commit of {DATA} is unknown: Can't reach the Hub" in why
     assert states(without)["snapshot"] == "cached"
 
 
