@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from builder.checkpoint import layouts
 from builder.core.output import Output
 from builder.core.store import Store
-from builder.hub import snapshot
+from builder.hub import client
 
 # Set before torch is imported: OpenMP threads that spin while they wait fight over the cores of a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,7 +34,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("NO_PROXY", "*")
-        monkeypatch.setattr(snapshot, "RETRY_DELAYS", (0.05, 0.05))
+        monkeypatch.setattr(client, "RETRY_DELAYS", (0.05, 0.05))
         yield server
 
 

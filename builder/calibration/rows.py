@@ -17,10 +17,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from builder.core import paths, workers
 from builder.core.errors import UsageError
-from builder.core.safe_text import printable_line
+from builder.core.safe_text import printable_line, quoted
 from builder.core.store import Store, library_versions, sha256, sources_digest
 from builder.core.untrusted_text import parse_json
-from builder.hub import snapshot
+from builder.hub import client
 from builder.recipe import schema
 from builder.tokenizer import chat_template
 from builder.tokenizer import files as tokenizer_files
@@ -83,10 +83,10 @@ def calibrate(calibration: schema.Calibration, *, store: Store, use: Use = CALIB
     if file is not None:
         ingredients |= {"file": sha256(file)}
     else:
-        ingredients |= {"dataset": part.data, "endpoint": snapshot.endpoint(), "config": part.config}
+        ingredients |= {"dataset": part.data, "endpoint": client.endpoint(), "config": part.config}
         ingredients |= {"split": part.split, "versions": library_versions("datasets", "pyarrow")}
         planned = use.stage, dict(ingredients)
-        commit = snapshot.resolve(part.data, part.revision, store=store, kind="dataset", planned=planned)
+        commit = client.resolve(part.data, part.revision, store=store, kind="dataset", planned=planned)
         ingredients["commit"] = commit
 
     def make(tmp: Path) -> dict[str, Any]:
@@ -105,9 +105,7 @@ def local_file(data: str, use: Use) -> Path | None:
         name = data.removeprefix(BUILTIN)
         if name not in known:
             bundled = ", ".join(f"{BUILTIN}{stem}" for stem in sorted(known))
-            raise UsageError(
-                f"There is no bundled calibration set {snapshot.quoted(name)}.", hint=f"Bundled: {bundled}."
-            )
+            raise UsageError(f"There is no bundled calibration set {quoted(name)}.", hint=f"Bundled: {bundled}.")
         return known[name]
     try:
         path = Path(data).expanduser()
@@ -117,9 +115,9 @@ def local_file(data: str, use: Use) -> Path | None:
     if is_file and path.suffix in (".jsonl", ".ndjson", ".json"):
         return path.resolve()
     looks_local = exists or data.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".ndjson", ".json", ".txt")
-    if looks_local or not snapshot.HUB_ID.fullmatch(data):
+    if looks_local or not client.HUB_ID.fullmatch(data):
         raise UsageError(
-            f"{snapshot.quoted(data)} is no JSONL file{'' if exists else ' (nothing is there)'}.",
+            f"{quoted(data)} is no JSONL file{'' if exists else ' (nothing is there)'}.",
             why='One JSON object per line is read, with "text" or "messages".',
             hint=f"{use.flag} FILE.jsonl, a dataset of the Hub, or {use.flag} builtin:python-docs",
         )
@@ -218,7 +216,7 @@ def _rows_of_hub(part: schema.Calibration, commit: str, tmp: Path, store: Store,
     job: dict[str, Any] = {"job": "rows", "repo": part.data, "revision": part.revision, "commit": commit}
     job |= {"config": part.config, "split": part.split, "samples": part.samples, "column": part.column}
     job |= {"file": str(tmp / ROWS), "hint": use.hint}
-    answer = snapshot.run_hub_job(store, module=workers.HUB_DATASET, unit="rows", **job)
+    answer = client.run_hub_job(store, module=workers.HUB_DATASET, unit="rows", **job)
     lines = (tmp / ROWS).read_bytes().splitlines()  # of bytes: text would also be split at U+2028 and U+0085
     return Rows([json.loads(line) for line in lines], {int(k): v for k, v in answer["unusable"].items()})
 

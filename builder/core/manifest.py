@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from builder.core.safe_text import quoted
 from builder.core.untrusted_text import parse_json, read_regular
 
 FORMAT = 2  # stages of another format are not found. 1 had no seal
@@ -151,32 +152,28 @@ def _check_types(manifest: Mapping[str, Any]) -> None:
     """Damaged for a value of the wrong type: a seal proves only that nothing changed after sealing."""
     for name, kind in (("stage", str), ("key", str), ("digest", str), ("ingredients", dict), ("facts", dict)):
         if not isinstance(manifest.get(name), kind):
-            raise Damaged(f"its {name} is {_quoted(manifest.get(name))}")
+            raise Damaged(f"its {name} is {quoted(manifest.get(name))}")
     for name in ("started", "seconds"):
         value = manifest.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e12:
-            raise Damaged(f"its {name} is {_quoted(value)}")
+            raise Damaged(f"its {name} is {quoted(value)}")
     _check_files(manifest.get("files"))
     if "external" in manifest["facts"]:
         external = manifest["facts"]["external"]
         if not isinstance(external, dict) or not isinstance(external.get("root"), str) or "\0" in external["root"]:
-            raise Damaged(f"its external files are {_quoted(external)}")
+            raise Damaged(f"its external files are {quoted(external)}")
         _check_files(external.get("files"))
 
 
 def _check_files(files: Any) -> None:
     """Damaged unless `files` is {name: {"size": bytes, "sha256": hex}} and no name leads out of the directory."""
     if not isinstance(files, dict):
-        raise Damaged(f"its files are {_quoted(files)}")
+        raise Damaged(f"its files are {quoted(files)}")
     for name, entry in files.items():
         if not name or "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-            raise Damaged(f"it lists a file named {_quoted(name)}")
+            raise Damaged(f"it lists a file named {quoted(name)}")
         size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
         if type(size) is not int or not 0 <= size < 1 << 63:
-            raise Damaged(f"the size of {_quoted(name)} is {_quoted(size)}")
+            raise Damaged(f"the size of {quoted(name)} is {quoted(size)}")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise Damaged(f"the sha256 of {_quoted(name)} is {_quoted(digest)}")
-
-
-def _quoted(value: Any) -> str:
-    return ascii(value)[:80]
+            raise Damaged(f"the sha256 of {quoted(name)} is {quoted(digest)}")

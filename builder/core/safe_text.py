@@ -41,6 +41,12 @@ def printable_line(text: str) -> str:
     return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def quoted(value: object, longest: int = 80) -> str:
+    """An untrusted value for a message: quoted, in ASCII with control characters escaped, cut to `longest`."""
+    text = ascii(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
 def printable_bytes(data: bytes) -> bytes:
     """Escapes control characters and invalid UTF-8 in a piece of a server's log."""
     return printable(data.decode("utf-8", "backslashreplace").replace("\r\n", "\n")).encode()

@@ -17,6 +17,7 @@ from typing import Any
 
 from builder.core import workers
 from builder.core.errors import IntegrityError
+from builder.core.safe_text import quoted
 from builder.model.files import GENERATION, SAVE_AGAIN, json_object, tokenizer_files
 from builder.tokenizer import chat_template
 from builder.tokenizer.chat_template import ChatTemplate, TemplateProblem
@@ -243,12 +244,6 @@ def _text(token: Any) -> str | None:
 
 def _wrong(where: str, name: str, why: str) -> IntegrityError:
     return IntegrityError(f"{where}/{name} is not what a tokenizer saves.", why=f"{why}.", hint=SAVE_AGAIN)
-
-
-def quoted(value: Any) -> str:
-    """For a message: quoted, without control characters, cut."""
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def notes(directory: Path, config: Mapping[str, Any], end_ids: Sequence[int]) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from builder.core.errors import UsageError
 from builder.core.output import Output, print_error
 from builder.core.safe_text import printable, printable_bytes, printable_line, redact
 from builder.core.store import Store
-from builder.hub import snapshot
+from builder.hub import client
 from builder.recipe.schema import Calibration
 
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQ" * 2
@@ -129,7 +129,7 @@ def test_no_code_reaches_the_terminal(live: bool, monkeypatch: pytest.MonkeyPatc
 
 def test_the_endpoint_of_a_manifest_has_no_part_of_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://me:p@ss@word@mirror.example/hub/")
-    assert snapshot.endpoint() == "https://mirror.example/hub"
+    assert client.endpoint() == "https://mirror.example/hub"
 
 
 def test_cells_stay_in_their_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -243,6 +243,7 @@ NO_INGREDIENTS |= {
     "core.store",
     "hub.download",
     "hub.errors",
+    "hub.client",
     "hub.snapshot",
     "machine.gpus",
     "recipe.evaluation",

@@ -30,6 +30,7 @@ from builder.evaluate import stage as evaluate_stage
 from builder.evaluate.runners import triton, worker
 from builder.evaluate.stage import Evaluation
 from builder.evaluate.variants import Models
+from builder.hub import client as hub_client
 from builder.hub import snapshot as hub_snapshot
 from builder.pipeline import Built
 from builder.quantize import kv_safety
@@ -391,7 +392,7 @@ def test_what_is_evaluated_on_where_nothing_is_said() -> None:
     assert (wikitext.data, wikitext.config, wikitext.split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
     assert (ultrachat.data, ultrachat.split) == ("HuggingFaceH4/ultrachat_200k", "test_sft")
     for one in (wikitext, ultrachat):  # pinned: a branch could move
-        assert hub_snapshot.COMMIT.fullmatch(str(one.revision))
+        assert hub_client.COMMIT.fullmatch(str(one.revision))
     named = resolve(evaluation__data=["Salesforce/wikitext", {"data": "a/b", "split": "dev"}]).recipe.evaluation.data
     assert [(one.config, one.split) for one in named] == [("wikitext-2-raw-v1", "test"), (None, "dev")]
 
