@@ -1,6 +1,6 @@
-"""A model's chat template: where it is, and rendering it without trusting it. Imports neither jinja2 nor transformers.
+"""Finds a model's chat template and renders it safely. Imports neither jinja2 nor transformers.
 
-The template is somebody else's program, so a child process with limits runs it (chat_template_worker).
+A template is an untrusted program, so a worker process with limits renders it (chat_template_worker).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from builder.core.untrusted_text import parse_json, read_regular
 
 FILE = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
-CPU_SECONDS = 3  # for one conversation; a real template takes about a millisecond
-WALL_SECONDS = 60.0  # for one conversation: a stuck child that uses no CPU time is not ended by RLIMIT_CPU
-# What a child needs of the environment. A template sees none of it, but a bug in the sandbox would.
+CPU_SECONDS = 3  # per conversation; real templates take about a millisecond
+WALL_SECONDS = 60.0  # per conversation; RLIMIT_CPU does not end a stuck process that uses no CPU time
+# The variables that a worker gets. Templates can't read the environment, unless the sandbox has a bug.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "TMPDIR")
-OPEN = "CONTINUE_FINAL_MESSAGE_TAG "  # the word that transformers looks for (utils/chat_template_utils.py)
+OPEN = "CONTINUE_FINAL_MESSAGE_TAG "  # the marker that transformers uses (utils/chat_template_utils.py)
 DESCRIPTIONS = {
     "syntax": "can't be parsed",
     "refused": "rejects the conversation",
@@ -37,7 +37,7 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Jinja source, the file that it comes from, and the special tokens that it can write, as bos_token."""
+    """Jinja source, the file that it comes from, and its variables: special tokens such as bos_token."""
 
     text: str
     file: str
@@ -45,25 +45,29 @@ class ChatTemplate:
 
 
 class TemplateProblem(Exception):
-    """Why a conversation could not be rendered: `kind` is a key of SAYS, `why` what the template itself said."""
+    """A conversation could not be rendered.
+
+    `kind`: a key of DESCRIPTIONS. `why`: the cause, such as the template's own error message.
+    """
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(f"{DESCRIPTIONS[kind]}: {why}")
         self.kind, self.why = kind, why
 
     def error(self, file: str, *, hint: str, row: int | None = None) -> UsageError:
-        """As what a user reads, with the template's file and the calibration row that it was rendered for."""
-        says = DESCRIPTIONS[self.kind]
+        """The error for the user, with the template's file and, if given, the number of the calibration row."""
+        problem = DESCRIPTIONS[self.kind]
         if row is not None:
-            says = f"refuses calibration row {row}" if self.kind == "refused" else f"{says} (calibration row {row})"
-        return UsageError(f"The chat template of this model ({file}) {says}.", why=self.why, hint=hint)
+            rejected = self.kind == "refused"
+            problem = f"rejects calibration row {row}" if rejected else f"{problem} (calibration row {row})"
+        return UsageError(f"The chat template of this model ({file}) {problem}.", why=self.why, hint=hint)
 
 
 def find(directory: Path) -> ChatTemplate | None:
-    """The template that transformers takes by default, or None. IntegrityError for one that is no text.
+    """The template that transformers uses by default, or None. IntegrityError if it is not a text.
 
-    chat_template.jinja goes before tokenizer_config.json (tokenization_utils_base.py, _from_pretrained), where it is a
-    text or a list of named ones.
+    chat_template.jinja takes precedence over tokenizer_config.json (tokenization_utils_base.py, _from_pretrained),
+    which may contain one text or a list of named ones.
     """
     config = _json(directory / CONFIG)
     variables = {key: token for key, value in config.items() if (token := _token(key, value)) is not None}
@@ -76,9 +80,9 @@ def find(directory: Path) -> ChatTemplate | None:
             raise _not_text(path, str(error)) from None
     found = config.get("chat_template")
     if isinstance(found, list):
-        named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, Mapping)}
         if len(named) != len(found) or not all(isinstance(text, str) for text in named.values()):
-            raise _not_text(directory / CONFIG, "chat_template is a list of something else than named texts")
+            raise _not_text(directory / CONFIG, "chat_template is a list, but not of named texts")
         found = named.get("default")
     if found is not None and not isinstance(found, str):
         raise _not_text(directory / CONFIG, f"chat_template is a {type(found).__name__}")
@@ -90,7 +94,7 @@ def _template(text: str, file: str, variables: Mapping[str, Any]) -> ChatTemplat
 
 
 def _token(key: str, value: Any) -> str | None:
-    """The text of a special token, which the files hold alone or with its properties."""
+    """The text of a special token, which is a string or an object with `content`."""
     if not key.endswith("_token"):
         return None
     text = value.get("content") if isinstance(value, Mapping) else value
@@ -107,11 +111,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _not_text(path: Path, why: str) -> IntegrityError:
-    return IntegrityError(f"The chat template in {path} is no text.", why=why, hint="Fetch or save the model again.")
+    return IntegrityError(
+        f"The chat template in {path} is not a text.", why=why, hint="Download or save the model again."
+    )
 
 
 class Renderer:
-    """A process that renders one template: a context manager. Each conversation has its own limit of time."""
+    """A worker process that renders one template, as a context manager. Time is limited for each conversation."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
@@ -119,7 +125,7 @@ class Renderer:
     def __enter__(self) -> Renderer:
         self._child = start_worker(workers.CHAT_TEMPLATE, stdin=subprocess.PIPE)
         try:
-            self._ask({"template": self.template.text, "variables": dict(self.template.variables)})
+            self._request({"template": self.template.text, "variables": dict(self.template.variables)})
         except BaseException:
             self.__exit__()
             raise
@@ -129,34 +135,41 @@ class Renderer:
         self._child.kill()
         self._child.communicate()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **more: Any) -> str:
-        """The text of a conversation; `more` are variables that the template sees. TemplateProblem if there is none."""
-        return self._ask({**more, "messages": list(messages), "add_generation_prompt": add_generation_prompt})
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
+        """The text of a conversation. `variables`: what else the template can read. TemplateProblem if it fails."""
+        return self._request({**variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt})
 
-    def render_open(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> str:
-        """The text up to the end of the last message, which goes on: `continue_final_message` of transformers."""
+    def render_open(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The text up to the end of the last message, for a model that continues it.
+
+        Like `continue_final_message` of transformers: a marker is appended to the message, and the text is cut there.
+        TemplateProblem if rendering fails or the template drops the marker.
+        """
         *before, last = messages
-        text = self.render([*before, {**last, "content": last["content"] + OPEN}], **more)
+        text = self.render([*before, {**last, "content": last["content"] + OPEN}], **variables)
         cut, found, rest = text.rpartition(OPEN.strip())
         if not found:
-            raise TemplateProblem("refused", "it leaves out the end of the last message, which is to go on")
+            raise TemplateProblem("refused", "it drops the end of the last message, which the model should continue")
+        # If the template strips messages, the space at the marker's end is gone, and so is the message's own.
         return cut if rest.startswith(OPEN[len(OPEN.strip()) :]) else cut.rstrip()
 
-    def _ask(self, asked: Mapping[str, Any]) -> str:
+    def _request(self, request: Mapping[str, Any]) -> str:
         assert self._child.stdin is not None
         try:
-            self._child.stdin.write(json.dumps(asked).encode() + b"\n")
+            self._child.stdin.write(json.dumps(request).encode() + b"\n")
             self._child.stdin.flush()
         except BrokenPipeError:
-            raise TemplateProblem("crashed", "its process ended") from None
-        told = read_response(self._child)
-        if "error" in told:
-            raise TemplateProblem(told["error"], told["why"])
-        return str(told["text"])
+            raise TemplateProblem("crashed", "its process exited") from None
+        response = read_response(self._child)
+        if "error" in response:
+            raise TemplateProblem(response["error"], response["why"])
+        return str(response["text"])
 
 
 def start_worker(module: str, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    """A child that limits itself, answers in lines of JSON on stdout and keeps its errors to itself."""
+    """Starts a worker that limits its own resources and writes responses as lines of JSON; stderr is discarded."""
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     return subprocess.Popen(
         [process.python(), "-m", module, *arguments],
@@ -170,14 +183,14 @@ def start_worker(module: str, *arguments: str, stdin: int = subprocess.DEVNULL) 
 
 
 def read_response(child: subprocess.Popen[bytes], wall: float = WALL_SECONDS) -> dict[str, Any]:
-    """The next line that the child writes; what its end means, where it ended instead."""
+    """The worker's next response. If it exits or takes `wall` seconds: {"error": kind of TemplateProblem, "why"}."""
     stdout: IO[bytes] | None = child.stdout
     assert stdout is not None
     ready, _, _ = select.select([stdout], [], [], wall)
     line = stdout.readline() if ready else b""
     if line:
-        told: dict[str, Any] = json.loads(line)
-        return told
+        response: dict[str, Any] = json.loads(line)
+        return response
     if not ready:
         child.kill()
         child.wait()

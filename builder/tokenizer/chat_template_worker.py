@@ -1,10 +1,11 @@
-"""Renders a chat template that somebody else wrote, with limits: python -m builder.tokenizer.chat_template_worker
+"""The worker process that renders an untrusted chat template: python -m builder.tokenizer.chat_template_worker
 
-A template is a program: it can loop for ever or double a string until the memory is full. Here the kernel ends it
-(RLIMIT_CPU, RLIMIT_AS). Requests and answers are lines of JSON on stdin and stdout: first {"template", "variables"},
-then {"messages", ...} for each conversation. An answer is {"text"} or {"error": kind, "why"}.
-The environment is that of transformers 4.57 and 5 (utils/chat_template_utils.py, _compile_jinja_template), but for the
-clock: a date that a template writes would make each day's calibration another one.
+A template is a program: it can loop forever or double a string until memory is full. The kernel's limits end it here
+(RLIMIT_CPU, RLIMIT_AS). Requests and responses are lines of JSON on stdin and stdout: first {"template", "variables"},
+then {"messages", ...} for each conversation. A response is {"text"} or {"error": kind, "why"}.
+
+The Jinja environment is that of transformers 4.57 and 5 (utils/chat_template_utils.py, _compile_jinja_template) with a
+fixed date: some templates write today's, and calibration would give another result every day.
 """
 
 from __future__ import annotations
@@ -27,28 +28,29 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from builder.tokenizer.chat_template import CPU_SECONDS
 
-MEMORY = 1 << 30  # bytes beyond what the process has when it starts
-LONGEST = 1 << 24  # characters of a conversation's text
+MEMORY = 1 << 30  # bytes, in addition to what the process uses when it starts
+LONGEST = 1 << 24  # characters of a rendered conversation
 TODAY = datetime(2025, 1, 1)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Generation(Extension):
-    """{% generation %} marks what the assistant says, for those who train. The text is the block's."""
+    """The {% generation %} block, which marks the assistant's text for training. Renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 - so jinja2 declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
+        """Parses the block; called by jinja2."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
 
-    def _said(self, caller: Any) -> str:
+    def _content(self, caller: Any) -> str:
         return str(caller())
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """A sandbox: no attributes that begin with "_", no ranges above 100,000, no changes to the messages."""
+    """A sandbox: no attributes that begin with "_", no ranges over 100,000, no changes to the messages."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     made.filters["tojson"] = _tojson
     made.globals["raise_exception"] = _raise
@@ -67,52 +69,52 @@ def _raise(message: str) -> None:
 
 
 class Template:
-    """A chat template with the variables that every rendering sees, as bos_token."""
+    """A compiled chat template with the variables of every rendering, such as bos_token."""
 
     def __init__(self, text: str, variables: Mapping[str, Any]) -> None:
         self._variables = dict(variables)
         self._template = environment().from_string(text)
 
-    def render(self, messages: Any, *, add_generation_prompt: bool = False, **more: Any) -> str:
-        """The text of a conversation; `more` are variables that this one rendering sees."""
+    def render(self, messages: Any, *, add_generation_prompt: bool = False, **variables: Any) -> str:
+        """The text of a conversation. `variables`: additional ones for this rendering."""
         always = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return self._template.render(messages=messages, **{**self._variables, **always, **more})
+        return self._template.render(messages=messages, **{**self._variables, **always, **variables})
 
 
-def limit_memory(more: int = MEMORY) -> None:
-    """No more than `more` bytes of address space beyond what is in use. A core dump would help nobody."""
+def limit_memory(allowance: int = MEMORY) -> None:
+    """Limits the address space to what is in use now plus `allowance` bytes. Disables core dumps."""
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
-    _limit(resource.RLIMIT_AS, used + more)
+    _limit(resource.RLIMIT_AS, used + allowance)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def limit_time(seconds: int = CPU_SECONDS) -> None:
-    """From now on: after `seconds` more of CPU time the kernel sends SIGXCPU, which ends the process."""
+    """Limits CPU time to `seconds` from now on; then the kernel sends SIGXCPU, which ends the process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + seconds + 1)
 
 
 def _limit(kind: int, value: int) -> None:
-    """Sets the soft limit; a hard one of the user's own may be lower, and stays."""
+    """Sets the soft limit, to the hard limit if the user has set a lower one."""
     _, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
 def die_with_parent() -> None:
-    """The kernel ends this process when its parent ends, however that happens."""
+    """Makes the kernel kill this process when its parent exits, even if that is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def check_length(text: str) -> str:
-    """The text, if a parent can take it. MemoryError otherwise."""
+    """Returns the text. MemoryError if it is longer than LONGEST."""
     if len(text) > LONGEST:
         raise MemoryError
     return text
 
 
 def error_response(error: BaseException) -> dict[str, str]:
-    """What went wrong, as an answer: the template can't be parsed, refuses these messages, or takes all memory."""
+    """The response for an exception while compiling or rendering: {"error": kind of TemplateProblem, "why"}."""
     if isinstance(error, MemoryError):
         return {
             "error": "memory",
@@ -121,32 +123,32 @@ def error_response(error: BaseException) -> dict[str, str]:
     if isinstance(error, TemplateSyntaxError):
         return {"error": "syntax", "why": f"line {error.lineno}: {error.message}"}
     if isinstance(error, RecursionError):
-        return {"error": "endless", "why": "it calls itself without end"}
-    if isinstance(error, OverflowError):  # of the sandbox: a range above 100,000
+        return {"error": "endless", "why": "it calls itself forever"}
+    if isinstance(error, OverflowError):  # the sandbox raises it for ranges over 100,000
         return {"error": "endless", "why": str(error)}
     return {"error": "refused", "why": f"{type(error).__name__}: {error}"[:500]}
 
 
 def main() -> int:
-    """Answers each line of stdin until it ends."""
+    """Responds to each line of stdin. Exits if the first one, the template, can't be compiled."""
     die_with_parent()
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    responses = os.fdopen(os.dup(1), "w", encoding="utf-8")
     limit_memory()
     template: Template | None = None
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         limit_time()
         try:
             if template is None:
-                template = Template(asked["template"], asked["variables"])
-                told: dict[str, Any] = {"text": ""}
+                template = Template(request["template"], request["variables"])
+                response: dict[str, Any] = {"text": ""}
             else:
-                told = {"text": check_length(template.render(**asked))}
-            answer = json.dumps(told)
+                response = {"text": check_length(template.render(**request))}
+            text = json.dumps(response)
         except Exception as error:
-            answer = json.dumps(error_response(error))
-        answers.write(answer + "\n")
-        answers.flush()
+            text = json.dumps(error_response(error))
+        responses.write(text + "\n")
+        responses.flush()
         if template is None:
             return 0
     return 0

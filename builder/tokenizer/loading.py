@@ -1,8 +1,8 @@
-"""The tokenizer of a model directory in transformers, 4.57 or 5, for processes that calibrate or measure.
+"""Loads a model's tokenizer with transformers 4.57 or 5, for workers that calibrate or evaluate.
 
-What is served is tokenizer.json. transformers decides by tokenizer_config.json which class reads it, and its versions
-do not read each other's: 4.57 knows no TokenizersBackend, which 5 saves, and 5 builds some classes anew from their
-vocabulary. Where the class can't be had or makes other tokens than tokenizer.json, the file is loaded by itself.
+The served model uses tokenizer.json. transformers picks a class by tokenizer_config.json, and versions 4 and 5 can't
+always load each other's: 4.57 lacks TokenizersBackend, which 5 saves, and 5 rebuilds some classes from their
+vocabulary. If the class is missing or produces other tokens than tokenizer.json, that file is loaded on its own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from builder.core.process import emit
 from builder.model.files import json_object
 from builder.tokenizer.worker import SAMPLE
 
-ALONE = "the tokenizer is loaded from tokenizer.json alone, as it is served"
+ALONE = "loading tokenizer.json on its own, as the served model does"
 
 
 def load(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """A tokenizer of transformers that makes the tokens that the served model gets. IntegrityError if none loads."""
+    """A transformers tokenizer that produces the same tokens as the served model's. IntegrityError if none loads."""
     import transformers
     from tokenizers import Tokenizer
 
@@ -30,16 +30,16 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> Any:
         )
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        emit(info=f"transformers {transformers.__version__}: {why} So {ALONE}.")
+        emit(info=f"transformers {transformers.__version__} can't load the tokenizer's class ({why}): {ALONE}")
         return _alone(directory, options)
-    if type(tokenizer).__module__.startswith("transformers_modules"):  # the model's own code, which the user trusts
-        return tokenizer
+    if type(tokenizer).__module__.startswith("transformers_modules"):
+        return tokenizer  # the model's own code, which the user trusts (--trust-remote-code)
     served = Tokenizer.from_file(str(directory / "tokenizer.json"))
     served.no_truncation()
     served.no_padding()
     if list(tokenizer(SAMPLE, verbose=False)["input_ids"]) == served.encode(SAMPLE).ids:
         return tokenizer
-    emit(info=f"{type(tokenizer).__name__} makes other tokens than tokenizer.json: {ALONE}")
+    emit(info=f"{type(tokenizer).__name__} produces other tokens than tokenizer.json: {ALONE}")
     return _alone(directory, options)
 
 
@@ -52,12 +52,12 @@ def _alone(directory: Path, options: dict[str, Any]) -> Any:
         raise IntegrityError(
             f"transformers can't load the tokenizer of {directory}.",
             why=f"{type(error).__name__}: {error}",
-            hint="Write its files again: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
+            hint="Save its files again: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
         ) from None
 
 
 def _overrides(directory: Path, version: str) -> dict[str, Any]:
-    """What transformers 4 has to be given in place of what 5 saved: it takes `extra_special_tokens` for a mapping."""
+    """Options that let transformers 4 load what 5 saved: it expects `extra_special_tokens` to be a mapping."""
     extra = json_object(directory / "tokenizer_config.json").get("extra_special_tokens")
     if int(version.split(".")[0]) >= 5 or not isinstance(extra, list):
         return {}

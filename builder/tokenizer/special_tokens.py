@@ -1,8 +1,9 @@
-"""The special tokens that a tokenizer puts in front of a text, as <s>: never twice. Standard library only.
+"""Prevents duplicate special tokens at the beginning of a text, such as a second BOS token. Standard library only.
 
-A chat template often writes the BOS token itself, and the tokenizer's post-processor adds one more. Calibration,
-evaluation and the served models share one rule (triton_templates/*/1/model.py repeat it: they run without this
-package): what a text begins with already is not added again. lm-eval does the same (`has_bos_prefix`).
+Many chat templates write the BOS token, and the tokenizer's post-processor adds another one. Calibration, evaluation
+and the served models follow one rule: if a text already begins with these tokens, they are not added again. (The
+triton_templates/*/1/model.py files repeat the rule because they run without this package.) lm-eval does the same
+(`has_bos_prefix`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ Encode = Callable[[str], Sequence[int]]
 
 
 def prefix_ids(encode: Encode) -> list[int]:
-    """The ids that `encode` puts in front of every text: what the encodings of "", "a" and "b" begin with alike."""
+    """The ids that `encode` adds before every text: the common beginning of the encodings of "", "a" and "b"."""
     common = []
     for ids in zip(encode(""), encode("a"), encode("b"), strict=False):
         if len(set(ids)) > 1:
@@ -23,18 +24,18 @@ def prefix_ids(encode: Encode) -> list[int]:
     return common
 
 
-def without_repeated_prefix(ids: Sequence[int], front: Sequence[int]) -> list[int]:
-    """`ids` of a text, without the second of two equal fronts."""
-    length = len(front)
-    repeated = length and list(ids[length : 2 * length]) == list(front)
+def without_repeated_prefix(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
+    """The ids of a text, with only one `prefix` if they begin with two."""
+    length = len(prefix)
+    repeated = length and list(ids[length : 2 * length]) == list(prefix)
     return list(ids[length:] if repeated else ids)
 
 
 def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """How to encode a text with a tokenizer of transformers: with its special tokens, but none of them twice."""
+    """A function that encodes text with a transformers tokenizer, adding special tokens but never a second prefix."""
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, verbose=False)["input_ids"])
 
-    front = prefix_ids(encode)
-    return lambda text: without_repeated_prefix(encode(text), front)
+    prefix = prefix_ids(encode)
+    return lambda text: without_repeated_prefix(encode(text), prefix)

@@ -96,8 +96,8 @@ def test_calibration_and_evaluation(snapshot: Path, expected: list[int], tmp_pat
 
 def test_the_files_say_so(snapshot: Path) -> None:
     found = tokenizer_files.check(snapshot, CONFIG, str(snapshot))
-    assert (found.front, found.behind, found.front_in_template) == ((BOS,), (), True)
-    assert tokenizer_files.read(TINY).front == ()
+    assert (found.prefix_ids, found.suffix_ids, found.prefix_in_template) == ((BOS,), (), True)
+    assert tokenizer_files.read(TINY).prefix_ids == ()
 
 
 def test_the_preprocessing_model(snapshot: Path, expected: list[int], tmp_path: Path) -> None:

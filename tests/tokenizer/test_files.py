@@ -72,7 +72,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     "null": ("tokenizer.json", "null", "a JSON NoneType, not an object"),
     "nested": ("tokenizer.json", "[" * 100_000, "no JSON"),
     "not UTF-8": ("tokenizer.json", b"\xff\xfe{}", "no JSON"),
-    "no model": ("tokenizer.json", "{}", "no tokenizer that can be loaded.*Model missing"),
+    "no model": ("tokenizer.json", "{}", "can't be loaded as a tokenizer.*Model missing"),
     "a page of HTML": ("tokenizer.json", "<html><body>Log in</body></html>", "no JSON"),
     "a panic": (
         "tokenizer.json",
@@ -84,19 +84,19 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
                 "special_tokens": {},
             }
         },
-        "no tokenizer that can be loaded.*no entry found",
+        "can't be loaded as a tokenizer.*no entry found",
     ),
     "no vocabulary": (
         "tokenizer.json",
         {"model": {"type": "BPE", "vocab": {}, "merges": []}},
-        "It makes no token of a text",
+        "It produces no tokens",
     ),
     "added tokens of the wrong type": ("tokenizer.json", {"added_tokens": {}}, "expected a sequence"),
     "an added token under another id": (
         "tokenizer.json",
         {"added_tokens": [{"id": 7, "content": "<|endoftext|>", "single_word": False, "lstrip": False,
                            "rstrip": False, "normalized": False, "special": True}]},
-        "get other ids than the file says: '<.endoftext.>' as 7",
+        "do not get the ids that the file lists: '<.endoftext.>' is listed as 7",
     ),
     "config empty": ("tokenizer_config.json", "", "tokenizer_config.json is no JSON.*the file is empty"),
     "config a list": ("tokenizer_config.json", "[1]", "tokenizer_config.json is a JSON list"),
@@ -140,7 +140,7 @@ def plan_of(model: Path | str, store: Store, **flags: Any) -> plan.Plan:
 def test_every_model_of_ours_passes() -> None:
     for directory in (TINY, *(DATA / "arch-variants").iterdir()):
         found = check(directory)
-        assert (found.largest, found.end, found.end_of_turn) == (4095, (IM_END, "<|im_end|>"), (IM_END, "<|im_end|>"))
+        assert (found.max_id, found.eos, found.end_of_turn) == (4095, (IM_END, "<|im_end|>"), (IM_END, "<|im_end|>"))
         assert found.template_problem is None
         ids = special_ids(directory)["end_ids"]
         assert tokenizer_files.notes(directory, read_json(directory / "config.json"), ids) == []
@@ -161,7 +161,7 @@ def test_plan_and_help_import_no_heavy_library() -> None:
 def test_a_tokenizer_of_a_larger_model(model: Path, store: Store) -> None:
     edit(model / "config.json", vocab_size=4000)
     assert tokenizer_files.largest_token_id(model) == 4095
-    with pytest.raises(IntegrityError, match="do not belong together") as caught:
+    with pytest.raises(IntegrityError, match="does not match the model") as caught:
         check(model)
     assert "largest id is 4089, and config.json has a vocab_size of 4000" in caught.value.why
 
@@ -183,7 +183,7 @@ def test_an_added_token_without_an_embedding_is_a_note_unless_a_text_uses_it(mod
     assert rule == "tokens without embedding"
     assert "'<image_soft_token>' (4096)" in text
     (model / "chat_template.jinja").write_text("{% for m in messages %}<image_soft_token>{{ m.content }}{% endfor %}")
-    with pytest.raises(IntegrityError, match="do not belong together"):
+    with pytest.raises(IntegrityError, match="does not match the model"):
         check(model)
 
 
@@ -203,8 +203,8 @@ def test_a_chat_fine_tune_with_the_base_models_end_id(model: Path, store: Store)
     edit(model / "generation_config.json", eos_token_id=ENDOFTEXT)
     edit(model / "config.json", eos_token_id=ENDOFTEXT)
     notes = {note.rule: note.text for note in plan_of(model, store).notes}
-    assert "Answers end at [4087], but the chat template ends with 4089 <|im_end|>" in notes["end ids"]
-    assert "runs on past its turn" in notes["end ids"]
+    assert "Answers stop at [4087], but the chat template ends with 4089 <|im_end|>" in notes["end ids"]
+    assert "continue past the end of the turn" in notes["end ids"]
     assert "--set 'repository.end_ids=[4089, 4087]'" in notes["end ids"]
     chosen = plan_of(model, store, repository__end_ids=[IM_END, ENDOFTEXT])
     assert "end ids" not in {note.rule for note in chosen.notes}
@@ -214,7 +214,7 @@ def test_a_chat_fine_tune_with_the_base_models_end_id(model: Path, store: Store)
     ("generation", "config", "token", "end_ids", "says"),
     [
         ([IM_END, ENDOFTEXT], IM_END, "<|im_end|>", [IM_END, ENDOFTEXT], []),
-        (IM_END, ENDOFTEXT, "<|im_end|>", [IM_END], ["config.json ends with 4087: it does not end there"]),
+        (IM_END, ENDOFTEXT, "<|im_end|>", [IM_END], ["config.json ends with 4087: answers do not stop there"]),
         (ENDOFTEXT, ENDOFTEXT, "<|endoftext|>", [ENDOFTEXT], ["the chat template ends with 4089 <|im_end|>"]),
         (None, None, None, [], ["No file of the model names an end id"]),
         (999_999, None, "<|im_end|>", [999_999], ["ends with 4089", r"\[999999\] are outside of the vocabulary"]),
