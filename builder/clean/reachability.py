@@ -1,7 +1,8 @@
-"""Which finished stages of a store may go: a graph of manifests, in which a digest among the ingredients is an edge.
+"""Decides which finished stages of a store can be removed, like a garbage collector.
 
-Where two keys have the same content, an edge leads to both: which one the current code looks for is not known here.
-Stages count by their manifests, whether their files are whole or not.
+Stages are the nodes of a graph; a digest among a stage's ingredients is an edge to the stage with that digest. If two
+stages have the same digest, the edge leads to both, because either may be the one that the current code looks for. A
+stage is judged by its manifest, even if its files are damaged.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from builder.core.store import EVALUATION, STAGES, Artifact, strings, upstream
 from builder.publish import build_record
 
 ANY_FORMAT = tuple(range(1, manifests.FORMAT + 1))
-INPUTS = ("texts", "task_names")  # of EVALUATION what is measured with, not what was measured
+INPUTS = ("texts", "task_names")  # stages of EVALUATION that are inputs of measurements, not measurements
 MEASUREMENTS = frozenset((*EVALUATION, "smoke")) - set(INPUTS)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked to go: names of links or stages, stages unused for so many seconds, or everything."""
+    """What to remove: links or stages by name, stages unused for `older_than` seconds, or everything."""
 
     names: tuple[str, ...] = ()
     older_than: float | None = None
@@ -38,22 +39,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Link:
-    """A name in models/ and the repository that it leads to. `ours`: a link into this store, which may be removed."""
+    """An entry of models/ and its repository. `ours`: it is a link into this store, so that it may be removed."""
 
     path: Path
     repository: Artifact
     ours: bool
 
-    def is_asked(self, request: Request) -> bool:
-        """Whether it goes with its repository."""
+    def is_requested(self, request: Request) -> bool:
+        """Whether the request includes this link."""
         return self.ours and (request.everything or _is_named(self.repository, request.names, self.path.name))
 
 
 @dataclass
 class Graph:
-    """The stages that are provably this store's, the names in models/, and what lies beside them, with reasons.
+    """A store's content: `nodes`, the stages that are provably its own, and `links`, the entries of models/.
 
-    `stuck`: stages that can't be removed, for somebody put something there.
+    `dangling`: links to repositories that are gone. `alone`: entries that this program did not make. `stuck`: stages
+    that can't be removed because of foreign files or mounts in them. All with reasons.
     """
 
     root: Path
@@ -65,11 +67,12 @@ class Graph:
 
     @property
     def everything(self) -> list[Artifact]:
+        """All stages of the graph."""
         return list(self.nodes.values())
 
 
 def read_store(root: Path) -> Graph:
-    """The graph of a store. Nothing in it is trusted but manifests that say what their place says."""
+    """Reads the graph of a store. Accepts only stages whose manifest matches their place in the store."""
     graph = Graph(root)
     for stage in (*STAGES, *EVALUATION):
         directory = root / stage
@@ -83,7 +86,7 @@ def read_store(root: Path) -> Graph:
                 graph.nodes[path] = _node(path, stage)
             except Damaged as error:
                 graph.alone += [] if reason else [Entry(path, _why_not_ours(path, str(error)))]
-    graph.stuck = {path: reason for path, one in graph.nodes.items() if (reason := _stuck(one))}
+    graph.stuck = {path: reason for path, artifact in graph.nodes.items() if (reason := _stuck(artifact))}
     for path in children(root / "models"):
         if not path.name.startswith("."):
             _add_link(path, graph)
@@ -91,15 +94,16 @@ def read_store(root: Path) -> Graph:
 
 
 def removable(graph: Graph, request: Request) -> tuple[dict[Path, str], dict[Path, str]]:
-    """(stages to remove, stages to keep), with the reason for each. UsageError for a name that is not known."""
+    """(stages to remove, stages to keep), each as {path: reason}. UsageError for an unknown name."""
     protected = _protected(graph, request)
-    forced = _forced(graph, request, protected)
-    gone = _closed(graph, forced, protected)
+    requested = _requested(graph, request, protected)
+    removed = _consistent(graph, requested, protected)
     if request.older_than is not None:
-        gone |= _old(graph, request.older_than, gone, protected)
-    stays = [one for one in graph.everything if one.path not in gone]
-    users = {digest: one for one in stays for digest in strings(one.manifest["ingredients"])}
-    return gone, {one.path: protected.get(one.path) or _why_kept(users.get(one.digest)) for one in stays}
+        removed |= _unused_for(graph, request.older_than, removed, protected)
+    kept = [artifact for artifact in graph.everything if artifact.path not in removed]
+    users = {digest: artifact for artifact in kept for digest in strings(artifact.manifest["ingredients"])}
+    reasons = {a.path: protected.get(a.path) or _why_kept(users.get(a.digest)) for a in kept}
+    return removed, reasons
 
 
 def _node(path: Path, stage: str) -> Artifact:
@@ -115,14 +119,14 @@ def _why_not_ours(path: Path, error: str) -> str:
     if reason := why_untouchable(path):
         return reason
     if not path.is_dir():
-        return "a file that this program did not write"
+        return "it is a file that this program did not write"
     if (path / MANIFEST).is_file() and KEY.fullmatch(path.name):
         return f"its {MANIFEST} is damaged ({error}); remove it by hand, or build again"
-    return "a directory that this program did not make"
+    return "it is a directory that this program did not make"
 
 
 def _add_link(path: Path, graph: Graph) -> None:
-    """A directory that took a link's place is a copy: it keeps what it was made from."""
+    """Adds an entry of models/. A directory in place of a link is a copy, which protects the copied stages."""
     target = path.resolve()
     if target in graph.nodes:
         graph.links.append(Link(path, graph.nodes[target], path.is_symlink()))
@@ -135,13 +139,19 @@ def _add_link(path: Path, graph: Graph) -> None:
         copied = Artifact(found["stage"], path, found["digest"], found["facts"], True, found)
         graph.links.append(Link(path, copied, ours=False))
     graph.alone.append(
-        Entry(path, "it leads out of this store" if path.is_symlink() else "not a link; what it was made from stays")
+        Entry(
+            path,
+            "it links to something outside of this store"
+            if path.is_symlink()
+            else "it is not a link; the stages that it was copied from are kept",
+        )
     )
 
 
 def _protected(graph: Graph, request: Request) -> dict[Path, str]:
-    """Stages that stay whatever is asked, and why: all that a name in models/ or a served repository needs."""
-    roots = [(one.repository, f"models/{one.path.name} needs it") for one in graph.links if not one.is_asked(request)]
+    """Stages that must stay, with reasons: what an entry of models/, a served repository or a stuck stage needs."""
+    links = [link for link in graph.links if not link.is_requested(request)]
+    roots = [(link.repository, f"models/{link.path.name} needs it") for link in links]
     for path, repository in graph.nodes.items():
         if repository.stage == "repository":
             with suppress(OSError), lock_unless_served(path) as free:
@@ -154,25 +164,26 @@ def _protected(graph: Graph, request: Request) -> dict[Path, str]:
             graph.nodes[path] for path in build_record.stages(graph.root, repository.path) if path in graph.nodes
         ]
         chain = upstream([repository, *recorded], graph.everything)
-        for one in _measured(chain, graph.everything):
-            if one.path in graph.nodes and not (one.stage in MEASUREMENTS and _is_named(one, request.names)):
-                found.setdefault(one.path, why)
+        for artifact in _with_measurements(chain, graph.everything):
+            named = artifact.stage in MEASUREMENTS and _is_named(artifact, request.names)
+            if artifact.path in graph.nodes and not named:
+                found.setdefault(artifact.path, why)
     return found
 
 
-def _measured(chain: Sequence[Artifact], everything: Sequence[Artifact]) -> list[Artifact]:
-    """The chain, the tests of its repository, and what was measured on its models and no others."""
+def _with_measurements(chain: Sequence[Artifact], everything: Sequence[Artifact]) -> list[Artifact]:
+    """The chain, and the tests and measurements that were made only on stages of the chain, with their inputs."""
     kept = {artifact.path: artifact for artifact in chain}
-    while True:
+    while True:  # a measurement may itself be the subject of another one
         digests = {artifact.digest for artifact in kept.values()}
-        more = [a for a in everything if a.path not in kept and subjects(a) and set(subjects(a)) <= digests]
-        if not more:
+        found = [a for a in everything if a.path not in kept and subjects(a) and set(subjects(a)) <= digests]
+        if not found:
             return list(kept.values())
-        kept |= {artifact.path: artifact for artifact in upstream(more, everything)}
+        kept |= {artifact.path: artifact for artifact in upstream(found, everything)}
 
 
 def subjects(artifact: Artifact) -> list[str]:
-    """Digests of what a test or a measurement is of; none for other stages."""
+    """Digests of the artifacts that a test or measurement was made on; empty for other stages."""
     if artifact.stage not in MEASUREMENTS:
         return []
     ingredients = artifact.manifest["ingredients"]
@@ -180,57 +191,57 @@ def subjects(artifact: Artifact) -> list[str]:
     return list(strings(of))
 
 
-def _forced(graph: Graph, request: Request, protected: Collection[Path]) -> dict[Path, str]:
-    """What goes by name or --all, or because its link was removed by hand, with all that it was made from."""
+def _requested(graph: Graph, request: Request, protected: Collection[Path]) -> dict[Path, str]:
+    """Stages named, included in --all, or whose link was removed by hand; with all stages upstream of them."""
     unlinked = build_record.unlinked(graph.root)
     _check_names(graph, request.names, {*unlinked, *(link.path.name for link in graph.links)})
     if request.everything:
         return {path: "--all" for path in graph.nodes if path not in protected}
-    starts = [(link.repository, "named") for link in graph.links if link.is_asked(request)]
-    starts += [(one, "named") for one in graph.everything if _is_named(one, request.names)]
+    starts = [(link.repository, "named") for link in graph.links if link.is_requested(request)]
+    starts += [(artifact, "named") for artifact in graph.everything if _is_named(artifact, request.names)]
     for name, path in unlinked.items():
         if path in graph.nodes:
             why = "named" if name in request.names else f"the link models/{name} was removed"
             starts.append((graph.nodes[path], why))
-    forced: dict[Path, str] = {}
+    found: dict[Path, str] = {}
     for start, why in starts:
-        forced[start.path] = why
-        for one in upstream([start], graph.everything):
-            forced.setdefault(one.path, f"{start.stage}/{start.path.name} was made from it, and nothing else")
-    return {path: why for path, why in forced.items() if path not in protected}
+        found[start.path] = why
+        for artifact in upstream([start], graph.everything):
+            found.setdefault(artifact.path, f"only {start.stage}/{start.path.name} was made from it")
+    return {path: why for path, why in found.items() if path not in protected}
 
 
-def _closed(graph: Graph, forced: Mapping[Path, str], protected: Collection[Path]) -> dict[Path, str]:
-    """Without what a stage that stays was made from, and with the measurements whose subject goes."""
-    stays = [a for a in graph.everything if a.path not in forced and a.stage not in MEASUREMENTS]
-    kept = {a.path for a in upstream([*stays, *(graph.nodes[path] for path in protected)], graph.everything)}
-    gone = {path: why for path, why in forced.items() if path not in kept}
-    while True:
-        there = {a.digest for a in graph.everything}
-        left = {a.digest for a in graph.everything if a.path not in gone}
-        lost = [
+def _consistent(graph: Graph, requested: Mapping[Path, str], protected: Collection[Path]) -> dict[Path, str]:
+    """The requested stages, except those that a kept stage was made from, plus measurements that lose their subject."""
+    others = [a for a in graph.everything if a.path not in requested and a.stage not in MEASUREMENTS]
+    needed = {a.path for a in upstream([*others, *(graph.nodes[path] for path in protected)], graph.everything)}
+    removed = {path: why for path, why in requested.items() if path not in needed}
+    while True:  # removing a measurement may orphan another one that was made on it
+        existing = {a.digest for a in graph.everything}
+        remaining = {a.digest for a in graph.everything if a.path not in removed}
+        orphaned = [
             a.path
             for a in graph.everything
-            if a.path not in gone and a.path not in protected and any(s in there - left for s in subjects(a))
+            if a.path not in removed and a.path not in protected and any(s in existing - remaining for s in subjects(a))
         ]
-        if not lost:
+        if not orphaned:
             break
-        gone |= dict.fromkeys(lost, "what it was measured on goes")
-    measured = [a for a in graph.everything if a.path not in gone and a.stage in MEASUREMENTS]
-    kept = {a.path for a in upstream(measured, graph.everything)}
-    return {path: why for path, why in gone.items() if path not in kept}
+        removed |= dict.fromkeys(orphaned, "the stage that it was measured on is removed")
+    measurements = [a for a in graph.everything if a.path not in removed and a.stage in MEASUREMENTS]
+    needed = {a.path for a in upstream(measurements, graph.everything)}
+    return {path: why for path, why in removed.items() if path not in needed}
 
 
-def _old(graph: Graph, limit: float, gone: Collection[Path], protected: Collection[Path]) -> dict[Path, str]:
-    """Stages unused for so long that nothing younger was made from or measured on."""
-    unused = {a.path: _unused(a) for a in graph.everything if a.path not in gone}
+def _unused_for(graph: Graph, limit: float, removed: Collection[Path], protected: Collection[Path]) -> dict[Path, str]:
+    """Stages unused for `limit` seconds, except those that a younger one was made from or measured on."""
+    unused = {a.path: _unused(a) for a in graph.everything if a.path not in removed}
     young = [graph.nodes[path] for path, seconds in unused.items() if seconds < limit or path in protected]
     kept = {a.path for a in upstream(young, graph.everything)}
     return {path: f"unused for {duration(seconds)}" for path, seconds in unused.items() if path not in kept}
 
 
 def _unused(artifact: Artifact) -> float:
-    """Seconds since a stage was made, or last found by a build, which touches its directory (Store.stage)."""
+    """Seconds since a stage was made or last used by a build, which touches the directory (Store.stage)."""
     used = float(artifact.manifest["started"])
     with suppress(OSError):
         used = max(used, artifact.path.stat().st_mtime)
@@ -247,25 +258,25 @@ def _check_names(graph: Graph, names: Sequence[str], links: Collection[str]) -> 
     known |= {f"{a.stage}/{a.path.name}" for a in graph.everything}
     if unknown := [name for name in names if name not in known]:
         raise UsageError(
-            f"There is no {unknown[0]!a} to remove.",
-            why=f"In models/: {', '.join(sorted(links)) or 'nothing'}.",
-            hint="Name a link in models/, or a stage as repository/KEY.",
+            f"There is no link or stage {unknown[0]!a}.",
+            why=f"Links in models/: {', '.join(sorted(links)) or 'none'}.",
+            hint="Name a link in models/, or a stage such as repository/KEY.",
         )
 
 
 def _why_kept(user: Artifact | None) -> str:
     if user is not None:
         return f"{user.stage}/{user.path.name} was made from it"
-    return "no link needs it; name it to remove it, or give --older-than"
+    return "no link needs it; to remove it, name it or give --older-than"
 
 
 def _stuck(artifact: Artifact) -> str:
-    """Why a stage can't be removed: somebody put something there."""
+    """Why a stage can't be removed: foreign files or mounts in it. "" if it can."""
     path = artifact.path
     if reason := why_untouchable(path.parent):
         return f"{path.parent}: {reason}"
     if atomic.mounts_under(path):
         return "something is mounted there"
     if added := manifests.unexpected_files(path, artifact.manifest):
-        return f"it holds files that were added: {', '.join(added[:3])}"
+        return f"it contains added files: {', '.join(added[:3])}"
     return ""

@@ -1,8 +1,8 @@
-"""`builder clean`: a plan of what goes and why, which is printed, and then carried out as it stands.
+"""`builder clean`: makes a plan of what to remove and why, prints it, and carries it out unchanged.
 
-What goes is provably the store's own: a stage directory whose manifest says so and that holds nothing else, a link to
-one, a name that only this program gives. Finished stages go only if somebody asked: by name, by age, by --all, or by
-removing the link in models/ that a build had made. Everything else stays and is named.
+Removes only what is provably the store's own: stage directories with a valid manifest and no other files, links to
+them, and names that only this program creates. Removes finished stages only on request: by name, by age, by --all, or
+after their link in models/ was removed. Everything else is kept and reported.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from builder.core.store import EVALUATION, MARKER, STAGES
 from builder.publish import build_record
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "w": 7 * DAY}
-SHOWN = 20  # lines of what was left alone
+SHOWN = 20  # how many entries that were left alone to print
 
 
 @dataclass
 class Plan:
-    """`remove` in the order in which it happens; `keep`: finished stages that stay; `alone`: what is not ours."""
+    """`remove`: entries in the order of removal; `keep`: finished stages that stay; `alone`: entries of others."""
 
     root: Path
     remove: list[Entry] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Plan:
 
 
 def age(text: str) -> float:
-    """Seconds of `7d`, `12h`, `30m`, `2w` or plain seconds. UsageError for anything else."""
+    """Parses an age to seconds: `7d`, `12h`, `30m`, `2w`, or plain seconds. UsageError for anything else."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhdw]?)", text.strip())
     if not found:
         raise UsageError(f"{text[:40]!a} is not an age.", hint="Give a number and a unit: --older-than 7d, or 12h")
@@ -48,34 +48,37 @@ def age(text: str) -> float:
 
 
 def check_root(root: Path) -> Path:
-    """The store's directory, resolved. UsageError for what is not a store."""
+    """The store's directory, resolved. UsageError unless it is a store."""
     if not root.is_dir():
-        raise UsageError(f"There is nothing at {root}.", hint="Name the directory that a build wrote: --output DIR")
+        raise UsageError(f"There is no directory {root}.", hint="Name the output directory of a build: --output DIR")
     resolved = root.resolve()
     if resolved in (Path("/"), Path.home().resolve()):
         raise UsageError(
-            f"{resolved} is not cleaned: no output directory should be there.",
-            hint="Name the directory that a build wrote: --output DIR",
+            f"{resolved} is never cleaned, because it should not be an output directory.",
+            hint="Name the output directory of a build: --output DIR",
         )
     if not (resolved / MARKER).is_file() and not reachability.read_store(resolved).nodes:
         raise UsageError(
-            f"{resolved} is not an output directory of this program; nothing was touched.",
-            why=f"It has no {MARKER}, which every build writes, and no stage with a manifest.",
-            hint="Name the directory that a build wrote: --output DIR",
+            f"{resolved} is not an output directory of this program; nothing was removed.",
+            why=f"It contains neither {MARKER}, which every build writes, nor a stage with a manifest.",
+            hint="Name the output directory of a build: --output DIR",
         )
     return resolved
 
 
 def plan(root: Path, request: Request) -> Plan:
-    """What cleaning this store would do. The caller holds the store's lock exclusively: nothing is being built."""
+    """Plans the cleaning of a store. The caller holds the store's exclusive lock, so no build is running.
+
+    UsageError for a name in the request that is neither a link nor a stage.
+    """
     graph = reachability.read_store(root)
-    gone, kept = reachability.removable(graph, request)
+    removed, kept = reachability.removable(graph, request)
     made = Plan(root, alone=list(graph.alone))
     for path, why in kept.items():
         where = made.alone if path in graph.stuck else made.keep
         where.append(Entry(path, graph.stuck.get(path, why), bytes_of(path)))
-    _add_links(graph, request, gone, made)
-    stages = [Entry(path, why, bytes_of(path)) for path, why in gone.items()]
+    _add_links(graph, request, removed, made)
+    stages = [Entry(path, why, bytes_of(path)) for path, why in removed.items()]
     made.remove += sorted(stages, key=_downstream_first)
     for path in build_record.stale(root, gone=[entry.path for entry in stages]):
         made.remove.append(Entry(path, "the record of a repository that is gone", bytes_of(path)))
@@ -88,7 +91,11 @@ def plan(root: Path, request: Request) -> Plan:
 
 
 def carry_out(made: Plan) -> list[Entry]:
-    """Removes what the plan says, each stage by a rename first; returns what could not be removed, and why."""
+    """Carries out a plan. Returns the entries that could not be removed, with reasons.
+
+    Each directory is renamed first, so that a kill leaves no stage that looks finished but lacks files. If a stage
+    can't be removed, stages after it are kept: it may need them.
+    """
     trash: list[tuple[Entry, Path]] = []
     failed: list[Entry] = []
     stopped = ""
@@ -96,7 +103,7 @@ def carry_out(made: Plan) -> list[Entry]:
         for entry in made.remove:
             is_stage = KEY.fullmatch(entry.path.name) is not None
             if is_stage and stopped:
-                failed.append(Entry(entry.path, f"not tried, for {stopped} stays and may need it"))
+                failed.append(Entry(entry.path, f"not tried, because {stopped} could not be removed and may need it"))
                 continue
             try:
                 if entry.path.parent.name == "repository" and not held.enter_context(lock_unless_served(entry.path)):
@@ -117,7 +124,7 @@ def carry_out(made: Plan) -> list[Entry]:
 
 
 def show(made: Plan, failed: Sequence[Entry], out: Output, *, dry: bool) -> None:
-    """Removed paths on stdout, what stays and why on stderr; all of it with --json."""
+    """Prints removed paths to stdout and kept ones, with reasons, to stderr; --json has all. `dry`: a dry run."""
     lost = {entry.path for entry in failed}
     removed = [entry for entry in made.remove if entry.path not in lost]
     nbytes = sum(entry.nbytes for entry in removed)
@@ -145,17 +152,17 @@ def show(made: Plan, failed: Sequence[Entry], out: Output, *, dry: bool) -> None
 
 
 def check_failed(failed: Sequence[Entry], root: Path) -> None:
-    """Raises one BuilderError for all that could not be removed."""
+    """StageError with all entries that could not be removed, if there are any."""
     if failed:
         raise StageError(
-            f"{len(failed)} of the paths in {root} could not be removed.",
+            f"{len(failed)} paths in {root} could not be removed.",
             why="\n".join(f"{entry.path}: {entry.why}" for entry in failed[:10]),
-            hint="Check their owner and whether the disk is read-only, then clean again: it goes on from here.",
+            hint="Check their owner and whether the disk is read-only, then run this again: it continues from here.",
         )
 
 
 def _put_aside(path: Path) -> Path:
-    """Under a name that nothing takes for a stage; a kill from here on leaves only leftovers for the next clean."""
+    """Renames a stage to a name that is not a stage's. If we are killed now, the next clean removes it."""
     if not KEY.fullmatch(path.name):
         return path
     aside = path.parent / f".{path.name}.{os.getpid()}.trash"
@@ -163,18 +170,18 @@ def _put_aside(path: Path) -> Path:
     return aside
 
 
-def _add_links(graph: Graph, request: Request, gone: dict[Path, str], made: Plan) -> None:
-    """Links go first: without its link a repository that a kill leaves is finished by the next clean."""
+def _add_links(graph: Graph, request: Request, removed: dict[Path, str], made: Plan) -> None:
+    """Plans to remove links first: if we are killed then, the next clean removes the repositories without links."""
     for link in graph.links:
-        if link.is_asked(request):
+        if link.is_requested(request):
             why = "--all" if request.everything else "named"
-            stays = "" if link.repository.path in gone else "; its repository stays"
-            made.remove.append(Entry(link.path, why + stays, bytes_of(link.path)))
+            kept = "" if link.repository.path in removed else "; its repository is kept"
+            made.remove.append(Entry(link.path, why + kept, bytes_of(link.path)))
     made.remove += graph.dangling
 
 
 def _downstream_first(entry: Entry) -> tuple[int, Path]:
-    """So that a kill leaves no repository without its engine."""
+    """Sort key that removes a repository before its engine, so that a kill leaves no repository without one."""
     stage = entry.path.parent.name
     return (STAGES.index(stage) if stage in STAGES else len(STAGES) + EVALUATION.index(stage)) * -1, entry.path
 

@@ -295,7 +295,7 @@ def test_the_dry_run_says_what_the_run_does_and_why(tmp_path: Path) -> None:
 
 def test_an_unknown_name_removes_nothing(tmp_path: Path) -> None:
     chain(tmp_path, 1)
-    with pytest.raises(UsageError, match="no 'b' to remove"):
+    with pytest.raises(UsageError, match="no link or stage 'b'"):
         removal.plan(tmp_path, Request(names=("b",)))
 
 
