@@ -46,7 +46,7 @@ def check(repository: Path) -> None:
     artifact, root = read(directory), root_of(directory)
     if artifact is None or root is None:
         return
-    everything = artifacts(root)
+    everything = artifacts(root, check_files=False)  # verdicts are in the manifests, so no file needs to be hashed
     chain = [one.digest for one in upstream([artifact], everything)]
     found = [_verdict(one) for one in _of(chain, everything)]
     rejected = [one for one in found if one.status == "failed"]

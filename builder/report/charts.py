@@ -1,7 +1,10 @@
-"""Charts as inline SVG. Pure: numbers and labels in, markup out.
+"""Draws charts as inline SVG. Pure functions from numbers and labels to markup.
 
-Positions are per cent of the width and text keeps its size, so that a chart is as legible at 360 px as at 1280 px.
-Colours are the page's CSS variables, so that light and dark need no second drawing. `name` is unique in a page.
+Horizontal positions are percentages of the width and text has a fixed size, so a chart is as legible at 360 px as at
+1280 px. Colours are CSS variables of the page, so one drawing serves the light and the dark theme.
+
+In all charts, `name` is the prefix of element ids, unique on the page; `title` and `description` are for screen
+readers.
 """
 
 from __future__ import annotations
@@ -11,19 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-ROW, TOP, AXIS = (
-    42,
-    4,
-    26,
-)  # px: a row with its label above the mark, the space above the first, the axis below the last
-LABEL = 38  # characters of a label before it is cut; the whole one is in the mark's <title>
+ROW = 42  # px: a row, with its label above the mark
+TOP = 4  # px: space above the first row
+AXIS = 26  # px: the axis below the last row
+LABEL = 38  # characters of a label before it is cut; the mark's <title> has all of it
 
 
 @dataclass(frozen=True)
 class Mark:
-    """One row: `text` is the value in words; `low` and `high` are its confidence interval. `tone` is a CSS class.
+    """One row or column: its value, and `text`, the value as shown.
 
-    `tick` is a short name for below a column.
+    `low`, `high`: its confidence interval, if it has one. `tone`: a CSS class. `tick`: a short label below a column.
     """
 
     label: str
@@ -36,18 +37,18 @@ class Mark:
 
 
 def bars(name: str, title: str, description: str, marks: Sequence[Mark]) -> str:
-    """Horizontal bars from zero, with error bars where a mark has an interval."""
+    """A horizontal bar chart from zero, with error bars for marks that have an interval."""
     largest = max((mark.high or mark.value for mark in marks), default=0.0) or 1.0
     body = []
     for row, mark in enumerate(marks):
         y = TOP + row * ROW
-        width = max(100 * mark.value / largest, 0.3)
+        width = max(100 * mark.value / largest, 0.3)  # so that even a tiny value is visible
         body += [
             f'<g class="row {escape(mark.tone)}">',
-            _words(mark, y),
+            _text(mark, y),
             f'<rect class="track" x="0" y="{y + 22}" width="100%" height="10" rx="5"/>',
             f'<rect class="bar" x="0" y="{y + 22}" width="{width:.2f}%" height="10" rx="5"/>',
-            _whisker(mark, y + 27, lambda value: 100 * value / largest),
+            _error_bar(mark, y + 27, lambda value: 100 * value / largest),
             "</g>",
         ]
     return _svg(name, title, description, TOP + len(marks) * ROW, body)
@@ -56,16 +57,16 @@ def bars(name: str, title: str, description: str, marks: Sequence[Mark]) -> str:
 def dots(
     name: str, title: str, description: str, marks: Sequence[Mark], lines: Sequence[tuple[float, str, str]] = ()
 ) -> str:
-    """A dot with its confidence interval in each row, on an axis that shows the differences and so need not begin at 0.
+    """A dot plot with confidence intervals, on an axis that fits the values and need not include zero.
 
-    `lines` are (value, label, tone): vertical lines to compare with, such as BF16 = 100.
+    `lines`: vertical reference lines as (value, label, tone), such as BF16 = 100.
     """
     values = [v for mark in marks for v in (mark.value, mark.low, mark.high) if v is not None]
     ticks = nice_ticks([*values, *(value for value, _, _ in lines)])
     low, high = ticks[0], ticks[-1]
 
     def place(value: float) -> float:
-        return 2 + 83 * (value - low) / (high - low)  # room for half a dot on the left and for the values on the right
+        return 2 + 83 * (value - low) / (high - low)  # leaves room for half a dot on the left, values on the right
 
     top = 22 if lines else 0
     bottom = top + TOP + len(marks) * ROW
@@ -82,8 +83,8 @@ def dots(
         y = top + TOP + row * ROW
         body += [
             f'<g class="row {escape(mark.tone)}">',
-            _words(mark, y),
-            _whisker(mark, y + 28, place),
+            _text(mark, y),
+            _error_bar(mark, y + 28, place),
             f'<circle class="dot" cx="{place(mark.value):.2f}%" cy="{y + 28}" r="5"/>',
             "</g>",
         ]
@@ -91,9 +92,10 @@ def dots(
 
 
 def columns(name: str, title: str, description: str, marks: Sequence[Mark], height: int = 160) -> str:
-    """Columns from zero in the order given, for many marks: how high the highest is, and under some their tick.
+    """A column chart from zero for many marks, in the given order. Only the highest value is written.
 
-    Of neighbours with the same tick (the parts of a layer) the first is labelled, of many such every second, third...
+    `height`: of the highest column, in px. Of adjacent marks with the same tick (the parts of a layer) the first is
+    labelled; if that makes more than eight labels, every second, third, ... of those.
     """
     largest = max((mark.value for mark in marks), default=0.0) or 1.0
     step = 100 / max(len(marks), 1)
@@ -118,7 +120,7 @@ def columns(name: str, title: str, description: str, marks: Sequence[Mark], heig
 
 
 def nice_ticks(values: Sequence[float], most: int = 6) -> list[float]:
-    """At most `most` round numbers, evenly spaced, that enclose all values."""
+    """Evenly spaced round numbers, at most `most`, that enclose all values (at least one)."""
     low, high = min(values), max(values)
     if high - low < 1e-9 * max(abs(high), 1.0):
         low, high = low - max(abs(low) * 0.01, 1e-6), high + max(abs(high) * 0.01, 1e-6)
@@ -130,8 +132,8 @@ def nice_ticks(values: Sequence[float], most: int = 6) -> list[float]:
     return [round(n * step * factor, 12) for n in range(first, last + 1)]
 
 
-def _words(mark: Mark, y: int) -> str:
-    """The label on the left, the value on the right, and both as what a screen reader or a pointer gets."""
+def _text(mark: Mark, y: int) -> str:
+    """The label on the left, the value on the right, and both as a <title> for screen readers and tooltips."""
     return (
         f"<title>{escape(f'{mark.label}: {mark.text}')}</title>"
         f'<text class="label" x="0" y="{y + 15}">{escape(_cut(mark.label, LABEL))}</text>'
@@ -139,7 +141,8 @@ def _words(mark: Mark, y: int) -> str:
     )
 
 
-def _whisker(mark: Mark, y: int, place: Callable[[float], float]) -> str:
+def _error_bar(mark: Mark, y: int, place: Callable[[float], float]) -> str:
+    """The confidence interval at height `y`; `place` maps a value to per cent of the width."""
     if mark.low is None or mark.high is None:
         return ""
     low, high = max(place(mark.low), 0.0), place(mark.high)

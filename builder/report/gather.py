@@ -1,4 +1,4 @@
-"""What is known about a finished repository, gathered from manifests and the build record: what a report shows."""
+"""Gathers everything that a report shows about a finished repository, from manifests and the build record."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from builder.serving.smoke import SmokeReport
 from builder.triton.repository import open_repository
 
 REFERENCE = (
-    "It was not run on a GPU: the reference executor served it on a CPU. That shows what the numbers in the "
-    "checkpoint mean, and nothing about speed, GPU memory or the kernels of a TensorRT engine."
+    "It was not run on a GPU: the reference executor served it on a CPU. That validates the checkpoint, and says "
+    "nothing about speed, GPU memory or the kernels of a TensorRT engine."
 )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that led to the repository: how long it took when it was made, and its parts where they are known."""
+    """A stage upstream of the repository: how many seconds it took when it ran, in total and, if recorded, by part."""
 
     name: str
     key: str
@@ -42,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Model:
-    """Which model for which card, and what serves it. `built` is in seconds since 1970."""
+    """Which model was built for which GPU, and what serves it. `built`: seconds since 1970."""
 
     name: str
     id: str
@@ -56,16 +56,17 @@ class Model:
 
     @property
     def server(self) -> str:
-        """What serves it, in words."""
+        """A description of what serves it."""
         return TARGETS[self.target].server if self.target in TARGETS else self.target
 
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes on disk and in memory. `contents` is the checkpoint's: layout -> kind of tensor -> bytes.
+    """Sizes on disk and in memory, in bytes.
 
-    `weights` are the bytes of the model's safetensors and of the quantized ones; `memory` is the estimate for each card
-    (fit.Memory as a dict), `peaks` the measured host memory of the stages' processes.
+    `disk`: (label, bytes) of each stage. `contents`: {checkpoint layout: {kind of tensor: bytes}}. `weights`: bytes of
+    the safetensors files before and after quantization. `memory`: the estimate for each GPU (preflight.memory.Memory as
+    a dict). `peaks`: (stage, bytes) of measured host memory.
     """
 
     parameters: int | None
@@ -79,12 +80,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a page or a card says. What is empty or None is not known, and its section is absent."""
+    """Everything that the page and the model card show. If a value is empty or None, its section is left out."""
 
     model: Model
     verdict: ReportVerdict
-    values: Sequence[tuple[str, Any, str]]  # key of the recipe, value, where it came from
-    flags: Sequence[Mapping[str, Any]]  # of trtllm-build: name, value, and where recorded reason and source
+    values: Sequence[tuple[str, Any, str]]  # of the recipe: key, value, origin
+    flags: Sequence[Mapping[str, Any]]  # of trtllm-build: name, value, and if recorded, reason and source
     versions: Mapping[str, str]
     stages: Sequence[Stage]
     size: Size
@@ -96,14 +97,14 @@ class Report:
     benchmark: BenchmarkReport | None
     warnings: Sequence[str]
     unmeasured: Sequence[str]
-    command: str | None  # that builds it again
-    directory: str | None  # where it is typed, if it names a relative path
-    engine_command: str | None  # of trtllm-build
+    command: str | None  # the build command
+    directory: str | None  # its working directory, if the command contains a relative path
+    engine_command: str | None  # the trtllm-build command
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What a report is made from: the artifacts upstream by stage, and what was measured on the repository."""
+    """The sources of a report: the upstream artifacts by stage, the measurements, and the build record."""
 
     path: Path
     repository: Artifact
@@ -125,7 +126,7 @@ class _Found:
 
 
 def gather(path: Path) -> Report:
-    """The report of a repository, named by its directory or a link to it. UsageError if it is none."""
+    """Gathers the report of a repository, given its directory or a link to it. UsageError if it is not one."""
     found = _find(path)
     smoke = SmokeReport.from_dict(found.smoke.facts) if found.smoke else None
     target = str(found.repository.facts["target"])
@@ -154,7 +155,7 @@ def gather(path: Path) -> Report:
 
 
 def name_of(path: Path) -> str:
-    """The name that people know a repository by: of the link given, else of the first link to it, else its key."""
+    """The display name of a repository: the link's if `path` is one, else the first link's in models/, else its key."""
     directory = Path(path).resolve()
     root = root_of(directory)
     links = [path] if path.is_symlink() else sorted((root / "models").glob("*")) if root else []
@@ -171,7 +172,8 @@ def _find(path: Path) -> _Found:
     everything = artifacts(root) if root else [repository]
     record = records.find(root, directory) if root else None
     chain = {artifact.stage: artifact for artifact in upstream([repository], everything)}
-    for stage in record["stages"] if record and root else ():  # which of two artifacts with the same content it was
+    # If two artifacts have the same content, the record says which one the build used.
+    for stage in record["stages"] if record and root else ():
         artifact = read(root / stage["path"]) if root else None
         if artifact and artifact.stage in chain and artifact.digest == chain[artifact.stage].digest:
             chain[artifact.stage] = artifact
@@ -192,7 +194,7 @@ def _find(path: Path) -> _Found:
 
 
 def _quality(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> Quality | None:
-    """The newest quality check of this checkpoint."""
+    """The newest quality check of this checkpoint, unless it could not measure anything."""
     ours = {artifact.digest for artifact in chain.values()}
     of = [a for a in everything if a.stage == "quality" and set(a.manifest["ingredients"]["of"]) <= ours]
     found = _newest(of)
@@ -233,7 +235,7 @@ def _format(quantization: Mapping[str, Any]) -> str:
 
 
 def _values(found: _Found) -> list[tuple[str, Any, str]]:
-    """The recorded recipe; without a record what the manifests know of it."""
+    """(key, value, origin) of the recipe from the build record; without one, as far as the manifests contain it."""
     if "values" in found.record:
         return [(str(key), value, str(origin)) for key, value, origin in found.record["values"]]
     checkpoint = found.ingredients("checkpoint")
@@ -287,10 +289,7 @@ def _size(found: _Found) -> Size:
         ("Checkpoint, Hugging Face layout", _total(checkpoint, "unified/")),
         ("Checkpoint, TensorRT-LLM layout", _total(checkpoint, "tensorrt_llm/")),
         ("Checkpoint, split by rank", sum(_files(found, "ranks").values())),
-        (
-            "Engine",
-            _total(_files(found, "engine")),
-        ),
+        ("Engine", _total(_files(found, "engine"))),
         ("Triton repository", _total(_files(found, "repository"))),
     ]
     before, after = _total(model, end=".safetensors"), _total(checkpoint, "unified/", ".safetensors")
@@ -306,7 +305,7 @@ def _size(found: _Found) -> Size:
 
 
 def _files(found: _Found, stage: str) -> dict[str, int]:
-    """Names and bytes of a stage's files, those elsewhere too."""
+    """{file name: bytes} of a stage, including external files."""
     if stage not in found.chain:
         return {}
     external = found.facts(stage).get("external", {}).get("files", {})
@@ -319,38 +318,40 @@ def _total(files: Mapping[str, int], start: str = "", end: str = "") -> int:
 
 def _warnings(found: _Found) -> list[str]:
     facts = found.facts("checkpoint")
-    texts = [f"{text} (said {times} times)" if times > 1 else text for text, times in facts.get("warnings", {}).items()]
+    texts = [f"{text} ({times} times)" if times > 1 else text for text, times in facts.get("warnings", {}).items()]
     texts += [f"{p['layout']}: {p['tensor']} {p['what']}" for p in facts.get("inspection", {}).get("problems", [])]
     if facts.get("no_tensorrt_llm"):
         texts.append(f"There is no TensorRT-LLM layout: {facts['no_tensorrt_llm']}")
     for runner, sets in found.evaluation.collapsed.items() if found.evaluation else ():
-        texts.append(f"{runner} finds shuffled tokens as likely as text ({', '.join(sets)}): it is no language model.")
+        texts.append(
+            f"{runner} rates shuffled tokens as likely as text ({', '.join(sets)}): not a working language model."
+        )
     return texts + [f"{note['rule']}: {note['text']}" for note in found.record.get("notes", [])]
 
 
 def _unmeasured(found: _Found, target: str) -> list[str]:
-    """What a reader might take for granted, and nobody has measured."""
+    """Sentences on what was not measured but a reader might assume."""
     texts = [REFERENCE] if _on_cpu(target) else []
     if found.smoke is None:
-        texts.append("It was not served: no smoke test of this repository is in the store.")
+        texts.append("It was not served: the store contains no smoke test of this repository.")
     if found.evaluation is None and found.quality is None:
-        texts.append("Accuracy was not measured on texts: what quantization cost in perplexity and KL is not known.")
+        texts.append("Accuracy was not measured on texts: the loss in perplexity and KL is unknown.")
     elif found.evaluation is None and found.quality:
         texts.append(
             f"Accuracy was measured on {found.quality.tokens:,} tokens only, by the quality check of the build."
         )
     texts += _unmeasured_runners(found.evaluation) if found.evaluation else []
     if not found.tasks:
-        texts.append("No task was asked: how many questions of a benchmark it answers rightly is not known.")
+        texts.append("Tasks were not run: its accuracy on benchmark questions is unknown.")
     if not found.losses:
-        texts.append("The loss of each layer by itself was not measured.")
+        texts.append("The loss caused by each layer was not measured.")
     if found.benchmark is None:
         texts.append("Serving was not benchmarked: latency and throughput under concurrent requests are unknown.")
     if found.record.get("memory"):
-        texts.append("Memory at run time is an estimate from upstream's formulas, not measured on a card.")
+        texts.append("Memory at run time was estimated with upstream's formulas, not measured on a GPU.")
     if not found.record:
         texts.append(
-            "There is no build record: values that no manifest holds, and where each came from, are not known."
+            "There is no build record: the recipe is shown only as far as the manifests contain it, without origins."
         )
     return texts
 
@@ -362,5 +363,5 @@ def _unmeasured_runners(evaluation: Evaluation) -> list[str]:
     texts = [f"Accuracy, {words(name)}: not measured. {why}" for name, why in evaluation.not_measured.items()]
     measured = list(dict.fromkeys(score.runner for score in evaluation.scores if score.runner != results.BF16))
     if "served" not in (*measured, *evaluation.not_measured):
-        texts.append(f"Accuracy was not measured on the served model, only here: {', '.join(map(words, measured))}.")
+        texts.append(f"Accuracy was not measured on the served model, only on: {', '.join(map(words, measured))}.")
     return texts

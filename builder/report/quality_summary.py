@@ -1,4 +1,4 @@
-"""A Quality in words: the tables of a build's summary, and the error below the threshold with what to try next."""
+"""Presents a quality check: the tables of a build's summary, and the error with what to try if it failed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from builder.quality.check import Quality, Remedy
 from builder.report.results import RUNNERS
 
 COLUMNS = ["model", "texts", "tokens", "PPL", "score", "KL to BF16", "same top token"]
-SHOWN = 160  # characters of an answer in a table
+SHOWN = 160  # characters of an answer to print
 
 
 def show(found: Quality, min_score: float, out: Output) -> None:
-    """Figures, answers, what would help, and whether it is enough."""
+    """Prints the metrics, the answers, estimates of what would help, and the result: passed, failed or not checked."""
     if found.figures is None or found.bf16 is None:
         out.text(f"quality    not checked: {found.unmeasured}")
         return
@@ -35,12 +35,12 @@ def show(found: Quality, min_score: float, out: Output) -> None:
         ),
     ]
     out.table(f"quality ({seconds(found.seconds)}; 95 % intervals)", COLUMNS, rows)
-    answers = [(one.prompt, _short(one.bf16), _short(one.quantized)) for one in found.answers]
+    answers = [(answer.prompt, _short(answer.bf16), _short(answer.quantized)) for answer in found.answers]
     if answers:
         out.table("greedy answers", ["prompt", "BF16", "quantized"], answers)
     if found.remedies:
         rows_of = [(shlex.join(r.flags), f"{r.score:.1f}", size(r.nbytes)) for r in ordered(found.remedies, min_score)]
-        out.table("what would help (estimated)", ["flags", "score", "more bytes"], rows_of)
+        out.table("what would help (estimated)", ["flags", "score", "additional size"], rows_of)
     for note in found.notes:
         out.text(f"quality    {note}")
     failed = found.failure(min_score)
@@ -48,55 +48,60 @@ def show(found: Quality, min_score: float, out: Output) -> None:
 
 
 def ordered(remedies: Sequence[Remedy], min_score: float) -> list[Remedy]:
-    """Those that are estimated to be enough, by the bytes of weights that they add, of equal ones that with the fewest
-    flags (an FP8 KV cache is half as large); then the others, the most effective first."""
-    enough = [one for one in remedies if one.score >= min_score]
-    others = [one for one in remedies if one.score < min_score]
-    return sorted(enough, key=lambda one: (one.nbytes, len(one.flags))) + sorted(others, key=lambda one: -one.score)
+    """Sorts remedies: first those whose estimated score is sufficient, by the bytes that they add to the weights.
+
+    Among equal sizes, fewer flags come first: more flags may enlarge the KV cache. Then the others, by score.
+    """
+    sufficient = [remedy for remedy in remedies if remedy.score >= min_score]
+    others = [remedy for remedy in remedies if remedy.score < min_score]
+    by_size = sorted(sufficient, key=lambda remedy: (remedy.nbytes, len(remedy.flags)))
+    return by_size + sorted(others, key=lambda remedy: -remedy.score)
 
 
 def error(found: Quality, min_score: float, command: Sequence[str]) -> EvaluationError | None:
-    """EvaluationError for a score below the threshold. `command` builds by the same recipe."""
+    """The EvaluationError for a score below `min_score`; None if it passed.
+
+    `command`: the words of a command that builds the same recipe, to which the hints add flags.
+    """
     failed = found.failure(min_score)
     if not failed:
         return None
     return EvaluationError(
         f"The model fails the quality check: {failed}.",
         why=_why(found),
-        hint="\n".join(_cure(found, min_score, command)),
+        hint="\n".join(_next_steps(found, min_score, command)),
     )
 
 
 def _why(found: Quality) -> str:
     assert found.figures is not None
     kl, same = found.figures["kl"].value, 100 * found.figures["agreement"].value
-    lines = [f"KL to BF16 is {kl:.3f} nats a token, and {same:.1f} % of the likeliest tokens are the same."]
+    lines = [f"KL to BF16 is {kl:.3f} nats per token, and {same:.1f} % of the most likely tokens are the same."]
     lines += [
-        f"Asked {one.prompt!r}, BF16 answers {_short(one.bf16)!r}, quantized it answers {_short(one.quantized)!r}."
-        for one in found.answers[:1]
+        f"To {answer.prompt!r}, BF16 answers {_short(answer.bf16)!r}, quantized {_short(answer.quantized)!r}."
+        for answer in found.answers[:1]
     ]
-    return "\n".join([*lines, "It was not published; what was made is kept."])
+    return "\n".join([*lines, "It was not published. The stages that were built are kept."])
 
 
-def _cure(found: Quality, min_score: float, command: Sequence[str]) -> list[str]:
-    """The next commands to type, those first that the estimates promise most of."""
-    tried = ordered(found.remedies, min_score)
+def _next_steps(found: Quality, min_score: float, command: Sequence[str]) -> list[str]:
+    """Commands to try next, the most promising first."""
     lines = [
-        f"{shlex.join([*command, *one.flags])}    # estimated score {one.score:.0f}, {size(one.nbytes)} more"
-        for one in tried[:3]
+        f"{shlex.join([*command, *remedy.flags])}    # estimated score {remedy.score:.0f}, {size(remedy.nbytes)} more"
+        for remedy in ordered(found.remedies, min_score)[:3]
     ]
     budget = budget_of(min_score)
     texts = ["--sensitivity-data", "builtin:python-docs"]
     measure = ["builder", "sensitivity", *command[2:]]
-    lines.append(f"{shlex.join([*measure, *texts])}    # which layers lose most")
-    if not any("auto:" in word for word in command):  # a recipe has one budget
+    lines.append(f"{shlex.join([*measure, *texts])}    # shows which layers lose most")
+    if not any("auto:" in word for word in command):  # a recipe can have only one budget
         automatic = [*command, "--keep-fp8", f"auto:{budget:g}", *texts]
-        lines.append(f"{shlex.join(automatic)}    # chooses the layers by it")
+        lines.append(f"{shlex.join(automatic)}    # selects the layers automatically")
     return ["Try next, in this order:", *lines, "Or accept it: --set quality.min_score=N, --no-quality-check"]
 
 
 def budget_of(min_score: float) -> float:
-    """The KL of a model with that score, roughly: a score of 90 is a loss of -ln 0.9 = 0.105 nats a token."""
+    """Roughly the KL of a model with this score: a score of 90 is a loss of -ln 0.9 = 0.105 nats per token."""
     return float(f"{max(0.01, -math.log(min(min_score, 99.0) / 100)):.1g}")
 
 

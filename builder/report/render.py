@@ -1,4 +1,4 @@
-"""A Report as one self-contained HTML page and as a Markdown model card: configs/report/*.j2 with charts.py."""
+"""Renders a Report as a self-contained HTML page and as a Markdown model card (configs/report/*.j2, charts.py)."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ from builder.serving.benchmark import format_percentiles
 
 KINDS = {
     "nvfp4_weights": "NVFP4 weights",
-    "block_scales": "Scales of blocks",
-    "scales": "Scales of tensors",
+    "block_scales": "Block scales",
+    "scales": "Tensor scales",
     "kv_scales": "KV cache scales",
     "fp8_linears": "Layers kept in FP8",
-    "fp8_scales": "Scales of FP8 layers",
+    "fp8_scales": "FP8 layer scales",
     "kept_linears": "Layers kept in BF16",
     "embedding": "Embedding",
     "lm_head": "Output head",
-    "other": "Norms and the rest",
+    "other": "Norms and others",
 }
 LAYOUTS = {"unified": "Hugging Face layout", "tensorrt_llm": "TensorRT-LLM layout"}
 STAGE_VERBS = {
-    "snapshot": "fetch and hash the model",
-    "calibration": "take calibration rows",
-    "checkpoint": "quantize and inspect",
-    "ranks": "split by rank",
+    "snapshot": "download and hash the model",
+    "calibration": "collect calibration rows",
+    "checkpoint": "quantize and validate",
+    "ranks": "shard by rank",
     "engine": "build the engine",
     "repository": "render the repository",
     "smoke": "serve and smoke-test",
 }
-VISIBLE = "\n\t\u200c\u200d"  # besides printable characters: joiners belong to scripts and emoji
-# What is markup anywhere in a line, what is only at its start, and what GitHub makes links of.
+VISIBLE = "\n\t\u200c\u200d"  # kept besides printable characters; scripts and emoji need the joiners
+# Characters that are markup anywhere in a line, those that are only at its start, and those that GitHub links.
 MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$@]|^[#+=-]|(?<=^\d)[.)]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
 
 
 def html(report: Report) -> str:
-    """The page. Nothing in it comes from outside, and nothing in the report can become markup."""
+    """The HTML page. It loads nothing from elsewhere, and all text of the report is escaped."""
     environment = _environment(autoescape=True, finalize=lambda value: value if _safe(value) else visible(value))
     return environment.get_template("page.html.j2").render(_context(report))
 
 
 def markdown(report: Report) -> str:
-    """The model card, with the front matter that the Hub reads."""
+    """The model card in Markdown, with front matter for the Hub. All text of the report is escaped."""
     environment = _environment(autoescape=False, finalize=None)
     return environment.get_template("card.md.j2").render(_context(report), front=_front(report))
 
@@ -68,7 +68,11 @@ def markdown(report: Report) -> str:
 def publish(
     repository: Path, out: Output, *, page: Path | None = None, card: Path | None = None, table: Path | None = None
 ) -> None:
-    """Writes page and card, each in one step, adds the evaluation to the table, and says where they are."""
+    """Writes the page and the card, appends the evaluation to the table, and prints their paths.
+
+    `page`, `card`, `table`: files; by default in the `reports` directory of the repository's store. UsageError if one
+    of them is a directory, or `repository` is not a repository.
+    """
     report = gather(repository)
     directory = (root_of(repository.resolve()) or Path()) / "reports"
     name = truncated(report.model.name)
@@ -95,7 +99,7 @@ def publish(
 
 
 def _identity(report: Report) -> dict[str, Any]:
-    """Which model a row of the table is about."""
+    """The columns of the table that identify the model."""
     model = report.model
     built = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.built))
     columns = ("revision", "gpu", "target", "format", "name", "repository")
@@ -103,17 +107,17 @@ def _identity(report: Report) -> dict[str, Any]:
 
 
 def visible(value: object) -> str:
-    """Text in which control characters, bidirectional overrides and lone surrogates are seen, not obeyed."""
+    """The value as text, with control characters, bidirectional overrides and lone surrogates escaped."""
     return "".join(c if c.isprintable() or c in VISIBLE else ascii(c)[1:-1] for c in str(value))
 
 
 def escape_markdown(value: object) -> str:
-    """Text for a line of Markdown or a cell of a table: no character of it is markup."""
+    """The value as text for a line or table cell of Markdown, with all markup escaped."""
     return MARKDOWN.sub(r"\\\1", " ".join(visible(value).split()))
 
 
 def code(value: object) -> str:
-    """Inline code for a cell of a table."""
+    """The value as Markdown inline code for a table cell; "" if it is empty."""
     text = " ".join(visible(value).split()).replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
@@ -121,7 +125,7 @@ def code(value: object) -> str:
 
 
 def fenced(value: object) -> str:
-    """A code block that its content can't close."""
+    """The value as a Markdown code block, with a fence that is longer than any in the content."""
     text = visible(value)
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -165,7 +169,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
 
 
 def number(interval: Interval | Estimate | None, digits: int = 2, scale: float = 1.0) -> str:
-    """`98.71 (98.20 to 99.12)`; a dash for what was not measured."""
+    """A metric as text: `98.71 (98.20 to 99.12)`, or a dash if it was not measured. `scale`: 100 for per cent."""
     if interval is None:
         return "–"
     text = f"{interval.value * scale:,.{digits}f}"
@@ -191,14 +195,14 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def _scores(report: Report) -> list[Score]:
-    """The rows of the evaluation; of a single data set `overall` would only say the same again."""
+    """The rows of the evaluation, without `overall` if there is only one data set."""
     scores = report.evaluation.scores if report.evaluation else ()
     single = len({score.data for score in scores} - {OVERALL}) == 1
     return [score for score in scores if not (single and score.data == OVERALL)]
 
 
 def _headline_score(report: Report) -> Score | None:
-    """The score that a manager asks for: over all data sets, of what is nearest to the user."""
+    """The score to show first: over all data sets, of the runner that is closest to what users get."""
     scores = [score for score in _scores(report) if score.score]
     overall = [score for score in scores if score.data == OVERALL] or scores
     nearest = ("served", "reference", "checkpoint", "simulated")
@@ -206,7 +210,7 @@ def _headline_score(report: Report) -> Score | None:
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
-    """(what, the figure, a word to it): the few numbers at the top."""
+    """The key numbers at the top, as (label, value, explanation)."""
     tiles: list[tuple[str, str, str]] = []
     best = _headline_score(report)
     if best and best.score:
@@ -217,15 +221,15 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         before, after = report.size.weights
         tiles.append(("Weights", size(after), f"{before / after:.1f} times smaller than {size(before)}"))
     if report.size.bits_per_weight:
-        tiles.append(("Bits a weight", f"{report.size.bits_per_weight:.2f}", "in the quantized layers, with scales"))
+        tiles.append(("Bits per weight", f"{report.size.bits_per_weight:.2f}", "in quantized layers, with scales"))
     if report.smoke:
         unchecked = len(report.smoke.unchecked)
         passed = len(report.smoke.checks) - len(report.smoke.failed) - unchecked
-        more = f", {unchecked} not checked" if unchecked else ""
+        rest = f", {unchecked} not checked" if unchecked else ""
         tiles.append(
-            ("Smoke test", f"{passed} of {len(report.smoke.checks)}", f"checks passed on the served model{more}")
+            ("Smoke test", f"{passed} of {len(report.smoke.checks)}", f"checks passed on the served model{rest}")
         )
-    tiles.append(("Made in", seconds(sum(stage.seconds for stage in report.stages)), "all stages together"))
+    tiles.append(("Build time", seconds(sum(stage.seconds for stage in report.stages)), "all stages together"))
     return tiles
 
 
@@ -264,11 +268,11 @@ def _loss_chart(report: Report) -> Markup | None:
     text = (
         f"KL divergence to BF16 with one layer quantized at a time. The worst: {visible(worst.layer)}, {worst.kl:.3g}."
     )
-    return Markup(charts.columns("loss", "Loss by layer", text, marks))
+    return Markup(charts.columns("loss", "Loss of each layer", text, marks))
 
 
 def _number_in(layer: str) -> str:
-    """`model.layers.12.mlp` -> `12`"""
+    """The first number in a layer's name: `model.layers.12.mlp` -> `12`; "" if there is none."""
     found = re.search(r"\d+", layer)
     return found.group() if found else ""
 
@@ -279,12 +283,14 @@ def _size_chart(report: Report) -> Markup | None:
 
 
 def _contents_chart(layout: str, kinds: Any) -> tuple[str, Markup]:
-    whole = sum(kinds.values()) or 1
+    total = sum(kinds.values()) or 1
     ordered = sorted(kinds.items(), key=lambda item: -item[1])
-    marks = [Mark(visible(KINDS.get(kind, kind)), n, f"{size(n)}, {100 * n / whole:.1f} %") for kind, n in ordered if n]
+    marks = [Mark(visible(KINDS.get(kind, kind)), n, f"{size(n)}, {100 * n / total:.1f} %") for kind, n in ordered if n]
     name = LAYOUTS.get(layout, layout)
     slug = re.sub(r"[^a-z0-9]+", "-", layout.lower())
-    return name, Markup(charts.bars(f"contents-{slug}", f"Checkpoint by kind, {visible(name)}", _spoken(marks), marks))
+    return name, Markup(
+        charts.bars(f"contents-{slug}", f"Checkpoint by kind of tensor, {visible(name)}", _spoken(marks), marks)
+    )
 
 
 def _time_chart(report: Report) -> Markup | None:
@@ -311,11 +317,12 @@ def _throughput_chart(report: Report) -> Markup | None:
 
 
 def _spoken(marks: Sequence[Mark]) -> str:
+    """The marks of a chart as a sentence, for its description."""
     return "; ".join(f"{mark.label}: {mark.text}" for mark in marks) + "."
 
 
 def _front(report: Report) -> str:
-    """YAML for the Hub. A local model has no id that another could fetch."""
+    """The card's front matter as YAML, for the Hub. A local model has no base_model: nobody else could download it."""
     front: dict[str, Any] = {"library_name": "tensorrt-llm", "pipeline_tag": "text-generation"}
     if report.model.revision:
         front["base_model"] = report.model.id

@@ -1,4 +1,4 @@
-"""Evaluation results as reports show them, and the CSV that grows by a row for each model, data set and runner."""
+"""Reads evaluation results from a store, and appends them to a CSV file: a row per model, data set and runner."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from builder.core.errors import UsageError
 from builder.core.store import Artifact, digest_of, replace_file
 from builder.evaluate.tasks import Row
 
-OVERALL = "overall"  # the data sets together, weighted by tokens
+OVERALL = "overall"  # all data sets together, weighted by tokens
 BF16 = "bf16"
-# What was measured, in words.
+# Labels of the runners: what was measured.
 RUNNERS = {
     "bf16": "BF16 (the original)",
     "simulated": "simulated by ModelOpt",
@@ -26,9 +26,10 @@ RUNNERS = {
     "reference": "reference executor",
     "served": "served by Triton",
 }
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would calculate at the start of a cell
+# A cell that begins with one of these may be executed as a formula by a spreadsheet (OWASP, "CSV Injection").
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 GATE = {True: "passed", False: "failed", None: ""}
-ENDS = {"": "value", "_low": "low", "_high": "high"}  # columns of an interval
+ENDS = {"": "value", "_low": "low", "_high": "high"}  # column suffixes of an interval
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Score:
-    """One runner on one data set, or on all (`OVERALL`). `score` is PPL_BF16 / PPL x 100.
+    """The metrics of one runner on one data set, or on all (`OVERALL`). None: not measured.
 
-    Agreement and flips are 0 to 1. None is what was not measured, as what compares with BF16 is for BF16 itself.
+    `score`: PPL_BF16 / PPL x 100; `kl`: KL divergence from BF16 in nats per token; `agreement`, `flips`: 0 to 1.
+    Metrics that compare with BF16 are None for BF16 itself.
     """
 
     runner: str
@@ -61,9 +63,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`passed` is the gate's verdict, None where none was set or it can't be judged; `limits` are its, by metric.
+    """An evaluation on texts.
 
-    `not_measured` is runner -> why; `collapsed` runner -> data sets whose shuffled tokens it finds as likely as text.
+    `passed`: the gate's verdict, None if there is no gate or it can't be judged; `limits`: the gate's, by metric;
+    `failed`: what missed a limit. `not_measured`: {runner: reason}. `collapsed`: {runner: data sets whose shuffled
+    tokens it rates as likely as the text}.
     """
 
     digest: str
@@ -77,7 +81,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Loss:
-    """One layer quantized by itself: KL divergence to BF16 at the output; the bytes that it would add in BF16."""
+    """The loss if only this layer is quantized: KL divergence from BF16 at the output, in nats per token.
+
+    `nbytes`: how many bytes keeping it in BF16 would add.
+    """
 
     layer: str
     kl: float
@@ -85,23 +92,23 @@ class Loss:
 
 
 def evaluation_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> Evaluation | None:
-    """The newest evaluation on texts of these artifacts and no others; one with a gate before one without."""
+    """The newest evaluation on texts of these artifacts only; evaluations with a gate take precedence."""
     mine = [artifact for artifact in _evaluations(chain, everything) if artifact.facts.get("texts", True)]
     newest = max(mine, key=lambda a: (bool(a.facts.get("verdict")), _started(a)), default=None)
     if newest is None:
         return None
-    return read_evaluation(_told(newest), newest.digest, newest.manifest["ingredients"].get("limits", {}))
+    return read_evaluation(_tables(newest), newest.digest, newest.manifest["ingredients"].get("limits", {}))
 
 
 def tasks_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> tuple[Row, ...]:
-    """The figures of the newest evaluation by tasks, which may be another one than that on texts."""
+    """The metrics of the newest evaluation by tasks, which need not be the one that `evaluation_of` returns."""
     mine = [artifact for artifact in _evaluations(chain, everything) if artifact.facts.get("tasks")]
     newest = max(mine, key=_started, default=None)
-    return tuple(Row(**row) for row in _told(newest)["tasks"]["rows"]) if newest else ()
+    return tuple(Row(**row) for row in _tables(newest)["tasks"]["rows"]) if newest else ()
 
 
 def _evaluations(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> list[Artifact]:
-    """Those of these artifacts and no others, with more than BF16."""
+    """Evaluations of these artifacts only, with a runner other than BF16."""
     ours = {artifact.digest for artifact in chain.values()}
     measured = ("scores", "tasks")
     of = {a.digest: set(a.manifest["ingredients"]["of"]) for a in everything if a.stage in measured}
@@ -118,26 +125,29 @@ def _started(artifact: Artifact) -> float:
     return float(artifact.manifest["started"])
 
 
-def _told(artifact: Artifact) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((artifact.path / "evaluation.json").read_text(encoding="utf-8"))
-    return told
+def _tables(artifact: Artifact) -> dict[str, Any]:
+    tables: dict[str, Any] = json.loads((artifact.path / "evaluation.json").read_text(encoding="utf-8"))
+    return tables
 
 
-def read_evaluation(told: Mapping[str, Any], digest: str, limits: Mapping[str, float]) -> Evaluation:
-    """What `builder eval` wrote: measured, sets, collapsed, not_measured, verdict. `limits` were asked for."""
-    verdict = told.get("verdict") or {}
+def read_evaluation(tables: Mapping[str, Any], digest: str, limits: Mapping[str, float]) -> Evaluation:
+    """Parses the evaluation.json of `builder eval`: measured, sets, collapsed, not_measured, verdict.
+
+    `digest`: of its artifact; `limits`: of the recipe's gate, for files without a verdict.
+    """
+    verdict = tables.get("verdict") or {}
     return Evaluation(
         digest=digest,
         scores=tuple(
-            _score(runner, data, figures, told["sets"][runner])
-            for runner, sets in told["measured"].items()
-            for data, figures in sets.items()
+            _score(runner, data, metrics, tables["sets"][runner])
+            for runner, sets in tables["measured"].items()
+            for data, metrics in sets.items()
         ),
         passed=verdict.get("passed"),
         limits=verdict.get("limits", limits),
         failed=tuple(verdict.get("failed", ())),
-        not_measured=told.get("not_measured", {}),
-        collapsed=told.get("collapsed", {}),
+        not_measured=tables.get("not_measured", {}),
+        collapsed=tables.get("collapsed", {}),
     )
 
 
@@ -145,7 +155,7 @@ def _score(runner: str, data: str, figures: Mapping[str, Any], sets: Mapping[str
     counted = list(sets.values()) if data == OVERALL else [sets[data]]
 
     def total(name: str) -> Any:
-        return sum(one[name] for one in counted) if all(name in one for one in counted) else None
+        return sum(data_set[name] for data_set in counted) if all(name in data_set for data_set in counted) else None
 
     def interval(name: str) -> Interval | None:
         figure = figures.get(name) or {}
@@ -156,16 +166,19 @@ def _score(runner: str, data: str, figures: Mapping[str, Any], sets: Mapping[str
 
 
 def losses_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> list[Loss]:
-    """The loss by layer of the chain's model, in the order of the layers; empty where nobody measured it."""
+    """The loss of each layer of the chain's model, in layer order, from the newest sensitivity analysis; or empty."""
     ours = {artifact.digest for artifact in chain.values()}
     found = [a for a in everything if a.stage == "sensitivity" and set(a.manifest["ingredients"]["of"]) <= ours]
     newest = max(found, key=_started, default=None)
     layers = newest.facts["layers"] if newest else []
-    return [Loss(one["layer"], one["kl"], one.get("bytes")) for one in layers if one["kl"] is not None]
+    return [Loss(layer["layer"], layer["kl"], layer.get("bytes")) for layer in layers if layer["kl"] is not None]
 
 
 def rows(identity: Mapping[str, object], evaluation: Evaluation) -> list[dict[str, str]]:
-    """The rows of one evaluation. `identity` says which model; its `repository` and the evaluation make the `id`."""
+    """The CSV rows of an evaluation, one per score. `identity`: columns that identify the model.
+
+    The `id` of a row follows from the evaluation, the repository, the data set and the runner.
+    """
     found = []
     for score in evaluation.scores:
         row: dict[str, object] = {
@@ -181,26 +194,30 @@ def rows(identity: Mapping[str, object], evaluation: Evaluation) -> list[dict[st
 
 
 def task_rows(identity: Mapping[str, object], tasks: Sequence[Row]) -> list[dict[str, str]]:
-    """A row for each figure of a task: `data` is the task, `texts` its questions. Equal figures are one row."""
+    """The CSV rows of tasks, one per metric: column `data` is the task, `texts` the number of questions.
+
+    Equal results of a repository have equal ids, so `append` adds them once.
+    """
     found = []
-    for one in tasks:
+    for task in tasks:
         row: dict[str, object] = {
-            "id": digest_of([asdict(one), identity["repository"]])[:16],
+            "id": digest_of([asdict(task), identity["repository"]])[:16],
             **identity,
-            "data": one.task,
-            "runner": one.runner,
-            "texts": one.documents,
-            "flips": one.flips,
-            **{name: getattr(one, name) for name in ("metric", "value", "stderr", "change", "fewshot")},
+            "data": task.task,
+            "runner": task.runner,
+            "texts": task.documents,
+            "flips": task.flips,
+            **{name: getattr(task, name) for name in ("metric", "value", "stderr", "change", "fewshot")},
         }
         found.append({name: _cell(value) for name, value in row.items()})
     return found
 
 
 def append(path: Path, fresh: Sequence[Mapping[str, str]]) -> int:
-    """Adds the rows whose `id` the file has not, under a lock and in one step; the number of rows added.
+    """Appends rows whose `id` is new to a CSV file, atomically and under a lock. Returns how many it appended.
 
-    Columns that the file has and we don't stay, and the other way round. UsageError if it is no such table.
+    Columns are merged: those only in the file are kept, new ones are added. UsageError if it is not such a table, or
+    not writable.
     """
     with _locked(path):
         columns, kept = _read(path)
@@ -218,7 +235,7 @@ def append(path: Path, fresh: Sequence[Mapping[str, str]]) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """A lock file beside the table: the table itself is replaced, and a lock on it would go with the old one."""
+    """Locks a file beside the table. A lock on the table itself would be lost when it is replaced."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.parent / f".{path.name}.lock", "ab")  # noqa: SIM115
@@ -240,15 +257,16 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise _no_table(path, str(error)) from error
     if "id" not in columns or any(None in row or None in row.values() for row in found):
-        raise _no_table(path, "It has no column `id`, or a row of another length than its first line.")
+        raise _no_table(path, "It has no column `id`, or a row that is longer or shorter than the header.")
     return columns, found
 
 
 def _no_table(path: Path, why: str) -> UsageError:
-    return UsageError(f"{path} is no table of results.", why=why, hint="Name another file: --csv FILE")
+    return UsageError(f"{path} is not a table of results.", why=why, hint="Name another file: --csv FILE")
 
 
 def _cell(value: object) -> str:
+    """A value as CSV text: "" for None, control characters replaced, formulas quoted for spreadsheets."""
     if value is None:
         return ""
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The one verdict that a report begins with: of smoke test, accuracy gate, and the build's own quality check."""
+"""The verdict at the top of a report, from smoke test, accuracy gate, and the build's own quality check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Status = Literal["passed", "failed", "incomplete"]
 
 @dataclass(frozen=True)
 class ReportVerdict:
-    """`headline` for a manager, `reasons` for everybody else."""
+    """`headline`: one line; `reasons`: the details behind it."""
 
     status: Status
     headline: str
@@ -34,9 +34,10 @@ def judge(
     quality: Quality | None = None,
     judged: BuildVerdict | None = None,
 ) -> ReportVerdict:
-    """One verdict of the tests. What was not tested leaves it incomplete; it never passes unseen.
+    """Combines all tests to one verdict. A missing test makes it "incomplete", never "passed".
 
-    `judged` is what the build itself decided: by the quality check, if no gate was set.
+    `smoke`, `evaluation`: None if there is none; `target`: of the recipe; `judged`: the build's own verdict, which is
+    by the quality check if no gate was set.
     """
     failed = list(evaluation.failed) if evaluation and evaluation.passed is False else []
     gate = bool(evaluation and evaluation.passed is False)
@@ -68,7 +69,7 @@ def judge(
 def _judge_by_check(
     served: str, tasks: Sequence[Row], quality: Quality | None, judged: BuildVerdict | None
 ) -> ReportVerdict:
-    """Of what serves and was judged by no gate: by the build's quality check, if it made one."""
+    """The verdict on a model that serves but has no gate: by the build's quality check, if there was one."""
     known = f"The quality check measured a score of {quality.score:.2f} (BF16 = 100)." if quality else ""
     if judged and judged.status == "passed":
         return ReportVerdict("passed", "It serves, and passed the quality check", (served, known))

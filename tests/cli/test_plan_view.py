@@ -84,7 +84,7 @@ def test_without_the_hub_a_data_set_is_a_row_and_an_unknown_model_an_error(
     assert main.main(["fetch", "--model", MODEL, *argv, "-q"]) == 0
     found = tables(*argv, "--calib-data", "owner/rows", capsys=capsys)
     rows = {row[0]: row[2] for row in found["stages"]}
-    assert "the commit of owner/rows is not known here" in rows["calibration"]
+    assert "the commit of owner/rows is unknown" in rows["calibration"]
     gated = tables(*argv, "--min-score", "95", "--data", "owner/texts", capsys=capsys)
     assert {row[0]: row[1] for row in gated["stages"]}["evaluation"] == "will run"
     assert main.main(["plan", "--model", "owner/model", *argv]) == 2
