@@ -1,7 +1,7 @@
-# The builder inside the image whose TensorRT-LLM builds the engine and serves it.
-# The default base is the newest row of configs/containers.yaml that has both (a test compares). To pin its bytes too:
+# Installs the builder into NVIDIA's image, whose TensorRT-LLM builds the engine and serves it.
+# The default is the newest image in configs/containers.yaml (a test compares them). To pin it by digest:
 #   --build-arg BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3@sha256:DIGEST
-# A CPU base image, for --gpu cpu: docker/base-cpu makes it.
+# For --gpu cpu, docker/base-cpu makes a CPU base image.
 ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3
 
 # hadolint ignore=DL3006
@@ -18,10 +18,10 @@ RUN python3 -m pip wheel -q --no-cache-dir --no-deps --wheel-dir /wheel .
 FROM ${BASE_IMAGE}
 ARG TENSORRT_LLM=1.2.1
 USER 0:0
-# Where the images keep Python and TensorRT-LLM since 26.06; before, the system's Python was found behind it.
+# Since 26.06 the images keep Python and TensorRT-LLM here. In older ones the system's Python comes next in PATH.
 ENV PATH=/opt/venv-tritonserver/bin:${PATH}
-# A package that the image ships may not move: the engine is built and served by what NVIDIA tested together.
-# What we need first, in a layer that stays while only our code changes.
+# Packages that the image ships must keep their versions, because NVIDIA tested them together.
+# Dependencies come first, in a layer of their own, so that a change of our code does not rebuild it.
 RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml \
     --mount=type=bind,source=docker/image_packages.py,target=/image_packages.py \
     python3 /image_packages.py expect tensorrt_llm "${TENSORRT_LLM}" \
@@ -33,7 +33,7 @@ RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml \
     && rm /needed.txt \
     && install -d -m 1777 /artifacts /cache
 # TensorRT-LLM can't be imported with the openai that NVIDIA's images 26.03 to 26.07 ship (1.107.3, without
-# PartReasoningText). That one stays; the llmapi target's processes alone take this one first (builder/llmapi/launch.py).
+# PartReasoningText). The shipped version stays; only the llmapi target's processes put this one first (builder/llmapi/launch.py).
 RUN if python3 -c 'import openai' 2>/dev/null && ! python3 -c \
         'from openai.types.responses.response_content_part_added_event import PartReasoningText' 2>/dev/null; then \
         python3 -m pip install -q --no-cache-dir --no-deps --root-user-action ignore \
@@ -43,7 +43,7 @@ RUN --mount=from=wheel,source=/wheel,target=/wheel \
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --no-cache-dir --no-deps --root-user-action ignore \
         /wheel/*.whl
 
-# Every cache under /cache, a volume: the root file system is read-only. USER: getpass asks for it where a uid has no name.
+# All caches are in the volume /cache, since the root file system is read-only. getpass needs USER if a uid has no name.
 ENV BUILDER_OUTPUT=/artifacts \
     BUILDER_CONTAINER=1 \
     BUILDER_LLMAPI_OVERLAY=/opt/trtllm-builder/llmapi \
@@ -68,6 +68,6 @@ LABEL org.opencontainers.image.title="trtllm-builder" \
       trtllm-builder.tensorrt-llm="${TENSORRT_LLM}"
 WORKDIR /artifacts
 USER 1000:1000
-# Not NVIDIA's entrypoint: its banner goes to stdout, where --json and the results go.
+# Replaces NVIDIA's entrypoint, which prints a banner to stdout, where results and --json go.
 ENTRYPOINT ["builder"]
 CMD ["--help"]

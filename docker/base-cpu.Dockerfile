@@ -5,12 +5,13 @@ FROM ${ROOTFS}
 ENV PATH=/opt/tritonserver/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     LD_LIBRARY_PATH=/opt/tritonserver/lib
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# Compiled on all cores, which pip does on one; like pip, whatever of it does not compile (the root is read-only later).
+# Compiles bytecode on all cores (pip uses one) and, like pip, ignores files that don't compile. Done here because the root
+# file system is read-only later.
 RUN --mount=from=wheels,target=/wheels --mount=type=bind,source=base-cpu.txt,target=/base-cpu.txt \
     python3 -m venv /opt/venv-tritonserver \
     && /opt/venv-tritonserver/bin/pip install -q --no-cache-dir --no-compile --no-index --find-links /wheels -r /base-cpu.txt \
     && python3 -c 'import compileall; compileall.compile_dir("/opt/venv-tritonserver/lib", quiet=2, workers=0)'
-# The server out of nvidia-pytriton, laid out as NVIDIA's images have it. The package's Python part is not used.
+# The Triton server from nvidia-pytriton, moved to where NVIDIA's images have it. The package's Python code is not used.
 RUN --mount=from=wheels,target=/wheels \
     /opt/venv-tritonserver/bin/pip install -q --no-cache-dir --no-compile --no-index --find-links /wheels --no-deps --target /tmp/pytriton \
         nvidia-pytriton==0.7.0 \

@@ -1,9 +1,9 @@
-"""Holds an image's Python packages where they are while ours is installed. Run inside the image that is being built.
+"""Makes sure that installing our packages changes none of an image's own. Runs inside the image that is being built.
 
-save FILE                      the installed versions, as constraints for pip
-compare FILE                   fails if one of those has another version now, or is gone
-requirements FILE EXTRA...     what a pyproject.toml asks for
-expect NAME VERSION            fails if NAME is not installed in VERSION ("none": if it is installed at all)
+save FILE                      writes the installed versions, as constraints for pip
+compare FILE                   fails if one of those was changed or removed
+requirements FILE EXTRA...     prints the requirements in a pyproject.toml
+expect NAME VERSION            fails unless NAME is installed in VERSION ("none": unless it is not installed)
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 
 def installed() -> dict[str, str]:
-    """Version by name. `pip freeze` would give paths for wheels that were installed from files, as NVIDIA's are."""
+    """{name: version}. `pip freeze` would print paths for wheels that were installed from files, such as NVIDIA's."""
     return {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()}
 
 
 def save(file: Path) -> None:
-    """Distribution packages (Debian's) have versions that pip can't read; `compare` watches those all the same."""
+    """Writes the constraints. pip can't parse some versions of Debian packages; those become comments for `compare`."""
     from pip._vendor.packaging.version import InvalidVersion, Version
 
     lines = []
@@ -34,26 +34,29 @@ def save(file: Path) -> None:
 
 
 def compare(file: Path) -> None:
+    """Exits with a message if a package that `save` recorded has changed; otherwise prints what was added."""
     before = dict(line.removeprefix("# ").split("==", 1) for line in file.read_text(encoding="utf-8").splitlines())
     after = installed()
     moved = [f"{n}: {v} -> {after.get(n, 'removed')}" for n, v in before.items() if after.get(n) != v]
     if moved:
         sys.exit("pip changed what the base image ships:\n" + "\n".join(moved))
     added = sorted(set(after) - set(before))
-    print(f"{len(before)} packages as the base image ships them, {len(added)} added: {', '.join(added)}")
+    print(f"{len(before)} packages of the base image unchanged, {len(added)} added: {', '.join(added)}")
 
 
 def requirements(file: Path, *extras: str) -> None:
+    """Prints the dependencies of a pyproject.toml and of these extras, one per line."""
     project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
     wanted = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in extras)]
     print("\n".join(line for lines in wanted for line in lines))
 
 
 def expect(name: str, version: str) -> None:
+    """Exits with a message unless the distribution is installed in this version."""
     found = installed().get(name.replace("_", "-"), "none")
     if found != version:
         sys.exit(
-            f"The base image has {name} {found}, and {version} was said.\n"
+            f"The base image has {name} {found}, not {version}.\n"
             f"Build with --build-arg BASE_IMAGE=... of another tag, or --build-arg TENSORRT_LLM={found}"
         )
 

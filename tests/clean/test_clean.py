@@ -274,7 +274,7 @@ def test_an_empty_variable_means_the_default(tmp_path: Path, monkeypatch: pytest
     chain(tmp_path, 1)
     done = run(cwd=tmp_path)
     assert done.returncode == 2
-    assert "nothing at artifacts" in done.stderr
+    assert "no directory artifacts" in done.stderr
 
 
 def test_the_dry_run_says_what_the_run_does_and_why(tmp_path: Path) -> None:

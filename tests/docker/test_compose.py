@@ -178,7 +178,7 @@ def test_a_package_that_pip_moved_is_found(tmp_path: Path) -> None:
 def test_a_base_image_of_another_version_is_refused() -> None:
     assert run_packages("expect", "tensorrt_llm", "none").returncode == 0
     done = run_packages("expect", "tensorrt_llm", "1.2.1")
-    assert (done.returncode, "has tensorrt_llm none, and 1.2.1 was said" in done.stderr) == (1, True)
+    assert (done.returncode, "has tensorrt_llm none, not 1.2.1" in done.stderr) == (1, True)
 
 
 def test_the_image_installs_what_pyproject_asks_for() -> None:

@@ -136,7 +136,7 @@ def test_where_the_template_is(model: Path) -> None:
     assert chat_template.find(model) is None
     edit(model / "tokenizer_config.json", chat_template={"default": "d"})
     (model / "chat_template.jinja").unlink()
-    with pytest.raises(IntegrityError, match="is no text"):
+    with pytest.raises(IntegrityError, match="is not a text"):
         chat_template.find(model)
 
 
@@ -224,6 +224,6 @@ def test_a_last_message_that_goes_on(name: str, ending: str) -> None:
         assert renderer.render_open(messages) == expected
     with (
         Renderer(ChatTemplate("{{ messages[0].content }}", "")) as renderer,
-        pytest.raises(TemplateProblem, match="leaves out the end"),
+        pytest.raises(TemplateProblem, match="drops the end"),
     ):
         renderer.render_open(messages)
