@@ -86,7 +86,7 @@ def measure(resolved: Resolved, store: Store) -> Evaluation:
     recipe = resolved.recipe
     if recipe.tasks.names:
         tasks.check(recipe.tasks, store)
-    return evaluate_built(_run(resolved, store, stage_needed(recipe)), recipe, store, ask=True)
+    return evaluate_built(_run(resolved, store, stage_needed(recipe)), recipe, store, with_tasks=True)
 
 
 def _run(resolved: Resolved, store: Store, until: str, *, quality: bool = False) -> Built:
@@ -180,11 +180,11 @@ def stage_needed(recipe: Recipe) -> str:
     return max(needs, key=STAGES.index)
 
 
-def evaluate_built(built: Built, recipe: Recipe, store: Store, *, ask: bool = False) -> Evaluation:
+def evaluate_built(built: Built, recipe: Recipe, store: Store, *, with_tasks: bool = False) -> Evaluation:
     """The evaluation of what was built; with `ask` on the recipe's tasks too."""
     from builder.evaluate.stage import evaluate  # numpy: only for those who measure
 
-    return evaluate(built.models, recipe, store=store, ask=ask)
+    return evaluate(built.models, recipe, store=store, with_tasks=with_tasks)
 
 
 def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> Sensitivity:

@@ -33,7 +33,7 @@ ROWS = "rows.jsonl"
 # The largest inputs of the bundled model's 42 linear layers by the first N tokens of builtin:python-docs-text, beside
 # those of all 13,137: with 48 tokens 37 layers lack more than a tenth of their range (the worst 60 %), with 2,048 it is
 # 8 layers (37 %). What lies outside of the range is clipped when served.
-LEAST_TOKENS = 2048
+MIN_TOKENS = 2048
 FEW_ROWS = 32  # who asks for fewer rows asks for few tokens too
 SOURCES = ("builder/calibration/rows.py", "builder/core/untrusted_text.py", "builder/calibration/hub_dataset.py")
 LONGEST_ROW = 64_000_000  # bytes
@@ -276,10 +276,10 @@ def token_batches(rows_path: Path, tokenizer: Any, *, seq_len: int, batch_size: 
     return [torch.tensor(rows, dtype=torch.int64) for _, rows in batches]
 
 
-def least_tokens(part: schema.Calibration) -> int:
+def required_tokens(part: schema.Calibration) -> int:
     """How many tokens the rows must have; 0 where the recipe itself asks for so few."""
-    few = part.samples < FEW_ROWS or part.samples * part.seq_len < LEAST_TOKENS
-    return 0 if few else LEAST_TOKENS
+    few = part.samples < FEW_ROWS or part.samples * part.seq_len < MIN_TOKENS
+    return 0 if few else MIN_TOKENS
 
 
 def check_tokens(tokens: int, rows: int, least: int) -> None:

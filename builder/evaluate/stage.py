@@ -24,7 +24,7 @@ from builder.evaluate.gate import OVERALL, GateResult
 from builder.evaluate.metrics import Estimate
 from builder.evaluate.runners.language import knows
 from builder.evaluate.tasks import TaskTable
-from builder.evaluate.variants import Form, Models, forms, opening
+from builder.evaluate.variants import Models, Variant, list_variants, runner_job
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
 from builder.recipe.schema import Recipe
@@ -78,10 +78,10 @@ class Evaluation:
             raise NotMeasurable(f"{runner} can't be measured.", why=why)
 
 
-def evaluate(models: Models, recipe: Recipe, *, store: Store, ask: bool = False) -> Evaluation:
+def evaluate(models: Models, recipe: Recipe, *, store: Store, with_tasks: bool = False) -> Evaluation:
     """Measures every runner of the recipe on every data set, and judges by the gate, if there is one.
 
-    With `ask` also on the recipe's tasks.
+    With `with_tasks` also on the recipe's tasks.
 
     IntegrityError if model and tokenizer don't belong together, EvaluationError if the gate needs what could not be
     measured. A gate that failed is told by the verdict; `check` raises it.
@@ -90,19 +90,19 @@ def evaluate(models: Models, recipe: Recipe, *, store: Store, ask: bool = False)
     texts = datasets.read_texts(part, store=store)
     scores: dict[str, list[Artifact]] = {}
     not_measured: dict[str, str] = {}
-    for form in forms(recipe) if texts else ():
+    for variant in list_variants(recipe) if texts else ():
         try:
-            scores[form.label] = _score(form, models, texts, scores.get("bf16"), recipe, store)
+            scores[variant.label] = _score(variant, models, texts, scores.get("bf16"), recipe, store)
         except NotMeasurable as error:
-            not_measured[form.label] = str(error)
+            not_measured[variant.label] = str(error)
     found = _tables(scores, texts, part.resamples, part.seed, not_measured)
-    if ask and recipe.tasks.names:
+    if with_tasks and recipe.tasks.names:
         found = replace(found, tasks=tasks.measure(models, recipe, store=store))
     return _judged(found, scores, recipe, store)
 
 
 def _score(
-    form: Form,
+    variant: Variant,
     models: Models,
     texts: Sequence[Texts],
     reference: Sequence[Artifact] | None,
@@ -110,14 +110,14 @@ def _score(
     store: Store,
 ) -> list[Artifact]:
     """The scores of each data set, from the store or by a child process."""
-    opened, part = opening(form, models, recipe, store), recipe.evaluation
+    prepared, part = runner_job(variant, models, recipe, store), recipe.evaluation
     positions = int(models.snapshot.config.get("max_position_embeddings") or recipe.engine.max_seq_len)
     longest = datasets.longest(part, positions, recipe.engine)
     asked = {
         "lengths": {"min_tokens": part.min_tokens, "max_tokens": longest},
         **{key: getattr(part, key) for key in ("batch_tokens", "seed")},
     }
-    common = {**opened.ingredients, **asked, "top": part.top if form.runner == "bf16" else None}
+    common = {**prepared.ingredients, **asked, "top": part.top if variant.runner == "bf16" else None}
     theirs: Sequence[Artifact | None] = reference or [None] * len(texts)
     sets: list[dict[str, Any]] = []
     for one, bf16 in zip(texts, theirs, strict=True):
@@ -138,13 +138,13 @@ def _score(
     if missing and store.dry:
         names = ", ".join(str(one["name"]) for one in missing)
         raise WouldRun(
-            "scores", f"{form.label} is not measured on {names}", key_of("scores", missing[0]["ingredients"])
+            "scores", f"{variant.label} is not measured on {names}", key_of("scores", missing[0]["ingredients"])
         )
     kept = f", {len(sets) - len(missing)} found in the store" if len(missing) < len(sets) else ""
-    store.out.stage("evaluate", f"{form.label} on {len(sets)} data sets{kept}")
+    store.out.stage("evaluate", f"{variant.label} on {len(sets)} data sets{kept}")
     if missing:
         measuring = {"top": part.top, "logits": True, "sets": missing, "force": sorted(store.force)}
-        _run({**opened.job, **asked, **measuring}, store)
+        _run({**prepared.job, **asked, **measuring}, store)
     return [artifact for artifact in map(stored, sets) if artifact]
 
 
@@ -211,9 +211,9 @@ def _judged(found: Evaluation, scores: Mapping[str, Sequence[Artifact]], recipe:
     }
 
     def make(directory: Path) -> dict[str, Any]:
-        told = whole.as_dict()
-        (directory / "evaluation.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-        rest = {name: told[name] for name in ("verdict", "not_measured", "collapsed")}
+        content = whole.as_dict()
+        (directory / "evaluation.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        rest = {name: content[name] for name in ("verdict", "not_measured", "collapsed")}
         return {**rest, "texts": bool(scores), "tasks": len(found.tasks.rows)}
 
     artifact = store.stage("evaluation", ingredients, make)
@@ -258,10 +258,10 @@ def _rows(found: Evaluation) -> list[tuple[str, ...]]:
     rows = []
     for runner, sets in found.measured.items():
         for name, figures in sets.items():
-            told = [str(figures[metric]) if metric in figures else "-" for metric in ("ppl", "score", "kl")]
-            told += [_percent(figures.get(metric)) for metric in ("agreement", "flips")]
+            cells = [str(figures[metric]) if metric in figures else "-" for metric in ("ppl", "score", "kl")]
+            cells += [_percent(figures.get(metric)) for metric in ("agreement", "flips")]
             mark = " (collapsed)" if name in found.collapsed.get(runner, ()) else ""
-            rows.append((runner + mark, name, *told))
+            rows.append((runner + mark, name, *cells))
     rows += [(runner, "", "not measurable: " + why.splitlines()[0]) for runner, why in found.not_measured.items()]
     return [(*row, *[""] * (len(COLUMNS) - len(row))) for row in rows]
 

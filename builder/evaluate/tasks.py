@@ -1,6 +1,6 @@
-"""Snapshot, Checkpoint, Repository -> TaskTable: how many questions each form of the model answers rightly.
+"""Snapshot, Checkpoint, Repository -> TaskTable: how many questions each variant of the model answers rightly.
 
-The questions, the judging and the statistics are lm-eval's (task_child.py); each task of each form is a stage of the
+The questions, the judging and the statistics are lm-eval's (task_child.py); each task of each variant is a stage of the
 store, which holds all that lm-eval returned. Nothing heavy is imported here.
 """
 
@@ -21,7 +21,7 @@ from builder.core.output import Output
 from builder.core.store import Artifact, Store, key_of, library_versions, sources_digest
 from builder.core.untrusted_text import LARGEST_YAML, check_yaml, read_regular
 from builder.evaluate import variants as of_model
-from builder.evaluate.variants import Form, Models
+from builder.evaluate.variants import Models, Variant
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
 from builder.recipe import evaluation as recipe_evaluation
@@ -34,12 +34,12 @@ SOURCES = (
     "builder/core/file_names.py",
 )
 LIBRARIES = ("lm_eval", "datasets")
-AT_ONCE = 64  # requests under way at a server, at most: it batches them
+CONCURRENCY = 64  # requests under way at a server, at most: it batches them
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a task for one form: `value` and its standard error, over so many `documents`.
+    """One figure of a task for one variant: `value` and its standard error, over so many `documents`.
 
     `change` is the value less that of BF16; `flips` the share of documents that only one of the two has right
     (arXiv 2407.09141, section 3): a change of zero may hide many. None where there is nothing to compare.
@@ -114,13 +114,13 @@ def _check_files(directory: Path) -> None:
 
 
 def measure(models: Models, recipe: Recipe, *, store: Store) -> TaskTable:
-    """Asks every form of the recipe the questions of every task, and compares each with BF16."""
+    """Asks every variant of the recipe the questions of every task, and compares each with BF16."""
     found: dict[str, dict[str, Artifact]] = {}
     not_measured: dict[str, dict[str, str]] = {}
-    for form in of_model.forms(recipe):
-        answered, refused = _answers(form, models, recipe, store)
-        found[form.label] = answered
-        not_measured |= {form.label: refused} if refused else {}
+    for variant in of_model.list_variants(recipe):
+        answered, refused = _answers(variant, models, recipe, store)
+        found[variant.label] = answered
+        not_measured |= {variant.label: refused} if refused else {}
     rows = tuple(_compared(found))
     of = [artifact.digest for answered in found.values() for artifact in answered.values()]
     paths = {
@@ -130,14 +130,16 @@ def measure(models: Models, recipe: Recipe, *, store: Store) -> TaskTable:
     return TaskTable(rows, not_measured, of, paths)
 
 
-def _answers(form: Form, models: Models, recipe: Recipe, store: Store) -> tuple[dict[str, Artifact], dict[str, str]]:
+def _answers(
+    variant: Variant, models: Models, recipe: Recipe, store: Store
+) -> tuple[dict[str, Artifact], dict[str, str]]:
     """By task what the store holds or a child measured, and why it could not."""
     part, engine = recipe.tasks, recipe.engine
-    if form.runner == "reference":
+    if variant.runner == "reference":
         why = "Tasks are asked of local weights and of what is served; the executor answers there: --runner served"
         return {}, dict.fromkeys(part.names, why)
     try:
-        opened = of_model.opening(form, models, recipe, store)
+        prepared = of_model.runner_job(variant, models, recipe, store)
     except NotMeasurable as error:
         return {}, dict.fromkeys(part.names, str(error))
     positions = int(models.snapshot.config.get("max_position_embeddings") or engine.max_seq_len)
@@ -146,8 +148,8 @@ def _answers(form: Form, models: Models, recipe: Recipe, store: Store) -> tuple[
         "max_length": min(engine.max_seq_len, positions),
         "max_input_len": engine.max_input_len,
     }
-    libraries = {**opened.ingredients["libraries"], **library_versions(*LIBRARIES)}
-    common = {**opened.ingredients, **asked, "libraries": libraries, "sources": sources_digest(*SOURCES)}
+    libraries = {**prepared.ingredients["libraries"], **library_versions(*LIBRARIES)}
+    common = {**prepared.ingredients, **asked, "libraries": libraries, "sources": sources_digest(*SOURCES)}
     wanted = {name: {**common, "task": name, "files": _files(part)} for name in part.names}
 
     def stored() -> dict[str, Artifact]:
@@ -157,21 +159,21 @@ def _answers(form: Form, models: Models, recipe: Recipe, store: Store) -> tuple[
     found = {} if "tasks" in store.force else stored()
     missing = [{"name": name, "ingredients": wanted[name]} for name in wanted if name not in found]
     kept = f", {len(found)} found in the store" if found else ""
-    store.out.stage("tasks", f"{form.label}: {', '.join(part.names)}{kept}")
-    told: dict[str, Any] = {}
+    store.out.stage("tasks", f"{variant.label}: {', '.join(part.names)}{kept}")
+    summary: dict[str, Any] = {}
     if missing:
         job = {
-            **opened.job,
+            **prepared.job,
             **asked,
             "tasks": missing,
             "directory": _directory(part),
             "working_directory": os.getcwd(),
             "logits": False,
             "force": sorted(store.force),
-            "at_once": min(engine.max_batch_size, AT_ONCE),
+            "concurrency": min(engine.max_batch_size, CONCURRENCY),
         }
-        told = _run(job, store)
-    return stored(), told.get("not_measured", {})
+        summary = _run(job, store)
+    return stored(), summary.get("not_measured", {})
 
 
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     kind: Kind = "public" if job["trust_remote_code"] else "hub"
     offline = os.environ.get("HF_HUB_OFFLINE", "0")
     with SourceFiles.of_job(job).blamed():
-        told, _ = process.run_job(
+        summary, _ = process.run_job(
             workers.TASKS,
             job,
             log=store.log(f"tasks-{job['runner']}"),
@@ -190,11 +192,11 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
             env={**modelopt.ENVIRONMENT, "HF_HUB_OFFLINE": offline, "TRANSFORMERS_OFFLINE": offline},
             kind=kind,
         )
-    return told
+    return summary
 
 
 def _compared(found: Mapping[str, Mapping[str, Artifact]]) -> Iterator[Row]:
-    """The figures of each form, task by task in the order of the names, beside BF16's."""
+    """The figures of each variant, task by task in the order of the names, beside BF16's."""
     theirs = {
         (name, one["task"], one["metric"], one["filter"]): (artifact, one)
         for name, artifact in found.get("bf16", {}).items()
@@ -213,7 +215,7 @@ def _compared(found: Mapping[str, Mapping[str, Artifact]]) -> Iterator[Row]:
 
 
 def _flips(ours: Artifact, theirs: Artifact, row: Mapping[str, Any]) -> float | None:
-    """The share of documents that one form has right and the other wrong; None where answers are not right or wrong."""
+    """The share of documents that only one of two variants answers correctly; None where answers are not 0 or 1."""
     right, other = (dict(_judged(artifact.path, row)) for artifact in (ours, theirs))
     if not right or right.keys() != other.keys() or not {*right.values(), *other.values()} <= {0.0, 1.0}:
         return None

@@ -144,7 +144,7 @@ def _in_transformers(runner: Any, tokenizer: Any, job: Mapping[str, Any]) -> Loc
     return Local(pretrained=runner.model, tokenizer=tokenizer, max_length=job["max_length"], batch_size=batch)
 
 
-class Asked:
+class Progress:
     """Hears of every answer, as lm-eval's cache of answers does (LM.set_cache_hook), and reports how many there are."""
 
     def __init__(self, label: str) -> None:
@@ -187,7 +187,7 @@ class Endpoint(LM):  # type: ignore[misc]
         super().__init__()
         self._served, self.tokenizer, self._encode = served, tokenizer, encoder(tokenizer)
         self._max_length, self._max_input = job["max_length"], job["max_input_len"]
-        self._at_once = job["at_once"]
+        self._concurrency = job["concurrency"]
         self.cut = 0  # prompts that did not fit
 
     def loglikelihood(self, requests: Sequence[Any], *more: Any, **options: Any) -> Any:
@@ -200,7 +200,7 @@ class Endpoint(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], *more: Any, **options: Any) -> list[str]:
         self.cache_hook.expect(len(requests))
-        pool = ThreadPoolExecutor(self._at_once)
+        pool = ThreadPoolExecutor(self._concurrency)
         try:
             return list(pool.map(self._answer, [request.args for request in requests]))
         finally:
@@ -254,7 +254,7 @@ def _maker(
 
     def make(directory: Path) -> dict[str, Any]:
         start = monotonic()
-        model.set_cache_hook(Asked(f"{job['label']}: {name}"))
+        model.set_cache_hook(Progress(f"{job['label']}: {name}"))
         whole = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks),

@@ -1,6 +1,6 @@
 """The forms of a model that are measured (BF16, simulated, on disk, in the executor, served), and what opens each.
 
-Whoever measures adds to a form's job what it measures, and hands it to a child process (builder.runners opens it
+Whoever measures adds to a variant's job what it measures, and hands it to a child process (builder.runners opens it
 there). Nothing heavy is imported here.
 """
 
@@ -74,7 +74,7 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Form:
+class Variant:
     """`label` names its row; `runner` is what opens it; `fp8_kv` whether the cache is quantized."""
 
     label: str
@@ -82,64 +82,64 @@ class Form:
     fp8_kv: bool
 
 
-def forms(recipe: Recipe) -> list[Form]:
+def list_variants(recipe: Recipe) -> list[Variant]:
     """In the order of RUNNERS: BF16 first."""
     part, fp8 = recipe.evaluation, recipe.quantization.cache_format.quantized
-    found = [Form(name, name, fp8) for name in RUNNERS if name in part.runners]
+    found = [Variant(name, name, fp8) for name in RUNNERS if name in part.runners]
     if part.compare_kv and not fp8:
         raise UsageError(
             "There is no FP8 KV cache to compare: the recipe leaves it in the model's own type.",
             hint="Compare with --kv-cache-dtype fp8",
         )
     if part.compare_kv:
-        fp8_rows = [] if "checkpoint" in part.runners else [Form("checkpoint", "checkpoint", True)]
-        found += [*fp8_rows, Form(KV_AUTO, "checkpoint", False)]
+        fp8_rows = [] if "checkpoint" in part.runners else [Variant("checkpoint", "checkpoint", True)]
+        found += [*fp8_rows, Variant(KV_AUTO, "checkpoint", False)]
     return found
 
 
 @dataclass(frozen=True)
-class Opening:
+class RunnerJob:
     """What the child is told, and what a stored measurement depends on: the ingredients of its stage."""
 
     job: Mapping[str, Any]
     ingredients: Mapping[str, Any]
 
 
-def opening(form: Form, models: Models, recipe: Recipe, store: Store) -> Opening:
-    """How a form is opened. NotMeasurable where it has no such form."""
+def runner_job(variant: Variant, models: Models, recipe: Recipe, store: Store) -> RunnerJob:
+    """How a variant is prepared. NotMeasurable where it has no such variant."""
     job = {
-        "runner": form.runner,
-        "label": form.label,
-        "fp8_kv": form.fp8_kv,
+        "runner": variant.runner,
+        "label": variant.label,
+        "fp8_kv": variant.fp8_kv,
         **models.snapshot.source.as_job(),
         "trust_remote_code": recipe.model.trust_remote_code,
         "root": str(store.root),
         "gpus": modelopt.calibrating(),
         **{key: getattr(recipe.evaluation, key) for key in ("dtype", "batch_tokens")},
     }
-    more, of = _of(form, models, recipe, store)
+    more, of = _of(variant, models, recipe, store)
     ingredients = {
         "of": of,
-        "runner": form.runner,
+        "runner": variant.runner,
         "tokenizer": models.snapshot.digest,
         **{key: job[key] for key in ("dtype", "fp8_kv", "trust_remote_code")},
         **{key: more.get("calibration", {}).get(key, []) for key in ("kept", "fp8")},
         **{key: more.get("calibration", {}).get(key) for key in ("seq_len", "batch_size")},
         # The repository's files name its engine and do not hold it: an engine made again leaves their digest as it was.
-        "repository": repository_key(models.repository) if form.runner == "served" and models.repository else None,
+        "repository": repository_key(models.repository) if variant.runner == "served" and models.repository else None,
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
         "gpus": job["gpus"],
         "environment": modelopt.numerics(),
     }
-    return Opening({**job, **more}, ingredients)
+    return RunnerJob({**job, **more}, ingredients)
 
 
-def _of(form: Form, models: Models, recipe: Recipe, store: Store) -> tuple[dict[str, Any], list[str]]:
-    """What this form needs beside the snapshot, and the digests of the artifacts that it is."""
-    if form.runner == "bf16":
+def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple[dict[str, Any], list[str]]:
+    """What this variant needs beside the snapshot, and the digests of the artifacts that it is."""
+    if variant.runner == "bf16":
         return {}, [models.snapshot.digest]
-    if form.runner == "simulated":
+    if variant.runner == "simulated":
         assert models.calibration is not None
         assert models.checkpoint is not None
         rows = {"rows": str(models.calibration.path.absolute())}
@@ -147,10 +147,10 @@ def _of(form: Form, models: Models, recipe: Recipe, store: Store) -> tuple[dict[
         rows |= {"format": recipe.quantization.format}
         rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
         return {"calibration": rows}, [models.snapshot.digest, models.calibration.digest]
-    if form.runner == "served":
+    if variant.runner == "served":
         return _served(models.repository, store), [models.repository.digest if models.repository else ""]
     assert models.checkpoint is not None
-    if form.runner == "reference" and not models.checkpoint.tensorrt_llm.is_dir():
+    if variant.runner == "reference" and not models.checkpoint.tensorrt_llm.is_dir():
         raise NotMeasurable("The checkpoint has no TensorRT-LLM layout, which the reference executor reads.")
     layouts = {"unified": str(models.checkpoint.unified), "tensorrt_llm": str(models.checkpoint.tensorrt_llm)}
     return layouts, [models.checkpoint.digest]

@@ -25,7 +25,7 @@ from builder.core.errors import NotMeasurable
 from builder.core.output import size
 from builder.core.store import Store, digest_of, sources_digest
 from builder.evaluate.metrics import Estimate, measure, read
-from builder.evaluate.variants import Form, Models, opening
+from builder.evaluate.variants import Models, Variant, runner_job
 from builder.formats.registry import FP8
 from builder.preflight.memory import Machine, calibration_memory
 from builder.preflight.model_facts import ModelFacts
@@ -138,9 +138,11 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
         return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
     texts = _texts(recipe, store)
     fp8_kv = recipe.quantization.cache_format.quantized
-    forms = [opening(Form(name, name, fp8_kv), models, recipe, store) for name in ("bf16", "checkpoint", "simulated")]
+    variants = [
+        runner_job(Variant(name, name, fp8_kv), models, recipe, store) for name in ("bf16", "checkpoint", "simulated")
+    ]
     dtype = _dtype(model, part, host)
-    jobs = [{**form.job, "dtype": dtype} for form in forms]
+    jobs = [{**variant.job, "dtype": dtype} for variant in variants]
     positions = int(models.snapshot.config.get("max_position_embeddings") or part.max_tokens)
     asked = {
         "lengths": {"min_tokens": MIN_TOKENS, "max_tokens": min(part.max_tokens, positions)},
@@ -154,14 +156,14 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
         "of": [models.snapshot.digest, models.checkpoint.digest if models.checkpoint else ""],
         "texts": {name: digest_of(rows) for name, rows in texts.items()},
         "asked": asked,
-        "forms": [{**form.ingredients, "dtype": dtype} for form in forms],
+        "variants": [{**variant.ingredients, "dtype": dtype} for variant in variants],
         "sources": sources_digest(*SOURCES),
     }
 
     needs = size(memory(model, part))
 
     def make(directory: Path) -> dict[str, Any]:
-        return _measure(directory, {"forms": jobs, "needs": needs, **asked}, texts, store)
+        return _measure(directory, {"variants": jobs, "needs": needs, **asked}, texts, store)
 
     try:
         made = store.stage("quality", ingredients, make)
@@ -265,14 +267,14 @@ def _measure(
     for name, rows in texts.items():
         sets[name] = str(work / f"{name}.jsonl")
         (work / f"{name}.jsonl").write_bytes(dump(rows))
-    told, finished = process.run_job(
+    events, finished = process.run_job(
         workers.QUALITY,
         {**job, "sets": sets, "work": str(work)},
         log=store.log("quality"),
         bar=process.Bar(store.out, "quality: starting", "tokens"),
         env=modelopt.ENVIRONMENT,
     )
-    summary: dict[str, Any] = told["summary"]
+    summary: dict[str, Any] = events["summary"]
     if "unmeasured" in summary:
         shutil.rmtree(work)
         return summary

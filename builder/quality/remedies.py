@@ -37,7 +37,7 @@ def estimate(
     loss = _mean(work / "quantized", names) - _mean(work / "bf16", names)
     step = max(1, sum(len(one.ids) for one in sets.values()) // TEXTS)
     texts = [ids for one in sets.values() for ids in one.ids[::step]]
-    original, before = (_mean(work / form, names, sets, step) for form in ("bf16", "quantized"))
+    original, before = (_mean(work / variant, names, sets, step) for variant in ("bf16", "quantized"))
     stored, found = Tensors(snapshot), []
     for number, candidate in enumerate(candidates):
         emit(progress={"label": "quality: what would help", "done": number, "total": len(candidates)})

@@ -21,7 +21,7 @@ from builder.core.errors import BuilderError, IntegrityError, NotMeasurable, Usa
 from builder.core.process import emit, worker_main
 from builder.evaluate.datasets import Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring, worker
-from builder.evaluate.runners.language import knows, refuse_strangers, refuse_unknown_tokens
+from builder.evaluate.runners.language import check_known_language, check_vocabulary, knows
 from builder.evaluate.runners.scoring import Runner
 
 CHECK_TEXTS = 4  # of each set, shuffled to see whether the model knows their language
@@ -35,7 +35,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with torch.inference_mode():
             return _compared(job)
-    except Unknown as error:
+    except UnknownLanguage as error:
         return {"unmeasured": str(error)}
     except NotMeasurable as error:
         return {"unmeasured": " ".join(f"{error.what} {error.why}".split())}
@@ -44,7 +44,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 def _compared(job: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
-    bf16, *others = job["forms"]
+    bf16, *others = job["variants"]
     tokenizer = AutoTokenizer.from_pretrained(
         bf16["model"], local_files_only=True, trust_remote_code=bf16["trust_remote_code"]
     )
@@ -73,7 +73,7 @@ def _compared(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class Unknown(Exception):
+class UnknownLanguage(Exception):
     """The BF16 model knows none of the texts: no figure of it would mean anything."""
 
 
@@ -90,25 +90,25 @@ def _sequences(job: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[str, Se
 
 
 @contextmanager
-def _open(form: Mapping[str, Any]) -> Iterator[Runner]:
-    emit(progress={"label": f"quality, {form['label']}: loading", "done": 0, "total": None})
-    with worker.opener(form["runner"])(form) as runner:
+def _open(variant: Mapping[str, Any]) -> Iterator[Runner]:
+    emit(progress={"label": f"quality, {variant['label']}: loading", "done": 0, "total": None})
+    with worker.opener(variant["runner"])(variant) as runner:
         yield runner
 
 
 @contextmanager
-def _first(forms: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Runner]]:
-    """The first form that can be opened. NotMeasurable with the first one's reason where none can."""
+def _first(variants: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Runner]]:
+    """The first variant that can be opened. NotMeasurable with the first one's reason where none can."""
     refused: NotMeasurable | None = None
-    for form in forms:
-        opened = _open(form)
+    for variant in variants:
+        opened = _open(variant)
         try:
             runner = opened.__enter__()
         except NotMeasurable as error:
             refused = refused or error
             continue
         try:
-            yield form["label"], runner
+            yield variant["label"], runner
         finally:
             opened.__exit__(None, None, None)
         return
@@ -119,17 +119,17 @@ def _first(forms: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Runner]]:
 def _known_sets(
     runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any]
 ) -> tuple[dict[str, Sequences], list[str]]:
-    """The sets whose language BF16 knows: no figure on another means anything. Unknown if it knows none."""
+    """The sets whose language BF16 knows: no figure on another means anything. UnknownLanguage if it knows none."""
     found, notes, refused = {}, [], ""
     for name, texts in sets.items():
         try:
-            refuse_strangers(_checked(runner, name, texts, job, "bf16"), name, runner.vocab_size)
+            check_known_language(_checked(runner, name, texts, job, "bf16"), name, runner.vocab_size)
             found[name] = texts
         except IntegrityError as error:
             refused = error.why
             notes.append(f"the {name} texts were left out: they are in no language that the model knows")
     if not found:
-        raise Unknown(
+        raise UnknownLanguage(
             f"the BF16 model finds text no likelier than the same tokens shuffled ({refused}) Its weights may be "
             "random or damaged, its tokenizer another model's, or its language none of the texts'; calibration rows "
             "beyond --calib-samples are used too, where there are any"
@@ -137,9 +137,9 @@ def _known_sets(
     return found, notes
 
 
-def _checked(runner: Runner, name: str, texts: Sequences, job: Mapping[str, Any], form: str) -> dict[str, float]:
+def _checked(runner: Runner, name: str, texts: Sequences, job: Mapping[str, Any], variant: str) -> dict[str, float]:
     """Mean NLL of some texts, which are scored already, and of the same tokens shuffled."""
-    nll, starts = np.load(Path(job["work"]) / form / name / "nll.npy"), texts.starts
+    nll, starts = np.load(Path(job["work"]) / variant / name / "nll.npy"), texts.starts
     some = range(0, len(texts.ids), max(1, len(texts.ids) // CHECK_TEXTS))[:CHECK_TEXTS]
     text = np.concatenate([nll[starts[index] : starts[index + 1]] for index in some])
     return {
@@ -148,12 +148,12 @@ def _checked(runner: Runner, name: str, texts: Sequences, job: Mapping[str, Any]
     }
 
 
-def _score(runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any], form: str) -> None:
+def _score(runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any], variant: str) -> None:
     for name, texts in sets.items():
-        refuse_unknown_tokens(max(int(ids.max()) for ids in texts.ids), runner.vocab_size)
-        directory = Path(job["work"]) / form / name
+        check_vocabulary(max(int(ids.max()) for ids in texts.ids), runner.vocab_size)
+        directory = Path(job["work"]) / variant / name
         directory.mkdir(parents=True)
-        bf16 = form == "bf16"
+        bf16 = variant == "bf16"
         worker.score_set(
             runner,
             texts,
@@ -161,7 +161,7 @@ def _score(runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any]
             top=job["top"] if bf16 else 0,
             reference=None if bf16 else Path(job["work"]) / "bf16" / name,
             progress=lambda done, total, name=name: emit(  # type: ignore[misc]
-                progress={"label": f"quality, {form}: {name}", "done": done, "total": total}
+                progress={"label": f"quality, {variant}: {name}", "done": done, "total": total}
             ),
         )
 
@@ -204,14 +204,16 @@ def _remedies(runner: Any, sets: Mapping[str, Sequences], job: Mapping[str, Any]
     """What was tried, where the score is low and the checkpoint itself is what was measured."""
     work = Path(job["work"])
 
-    def mean(form: str) -> float:
-        return float(np.concatenate([np.load(work / form / name / "nll.npy") for name in sets]).mean(dtype=np.float64))
+    def mean(variant: str) -> float:
+        return float(
+            np.concatenate([np.load(work / variant / name / "nll.npy") for name in sets]).mean(dtype=np.float64)
+        )
 
     if label != "checkpoint" or 100 * np.exp(mean("bf16") - mean("quantized")) >= REMEDIES_BELOW:
         return []
     from builder.quality import remedies
 
-    return remedies.estimate(runner, sets, work, job["remedies"], Path(job["forms"][0]["model"]))
+    return remedies.estimate(runner, sets, work, job["remedies"], Path(job["variants"][0]["model"]))
 
 
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:

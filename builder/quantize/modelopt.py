@@ -14,7 +14,7 @@ from typing import Any
 
 from builder.architectures import catalog, names
 from builder.architectures.facts import Architecture
-from builder.calibration.rows import Calibration, least_tokens
+from builder.calibration.rows import Calibration, required_tokens
 from builder.checkpoint import validate
 from builder.checkpoint.layouts import Checkpoint
 from builder.core import process, workers
@@ -113,7 +113,7 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
         "fp8": list(fp8),
         "seq_len": rows.seq_len,
         "batch_size": rows.batch_size,
-        "least_tokens": least_tokens(rows),
+        "min_tokens": required_tokens(rows),
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
         "gpus": calibrating(),
@@ -125,7 +125,7 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
         "rows": str(calibration.path.absolute()),
         "seq_len": rows.seq_len,
         "batch_size": rows.batch_size,
-        "least_tokens": ingredients["least_tokens"],
+        "min_tokens": ingredients["min_tokens"],
         "format": part.format,
         "kv_cache_dtype": part.kv_cache_dtype,
         "kept": list(kept),
@@ -204,7 +204,7 @@ def check_sizes(weights: Mapping[str, Sequence[int]], number_format: NumberForma
 def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
     """Runs the child; returns the facts."""
     log = store.log("quantize")
-    told, finished = process.run_job(
+    events, finished = process.run_job(
         workers.QUANTIZE,
         {**job, "destination": str(tmp.absolute())},
         log=log,
@@ -212,7 +212,7 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
         env=ENVIRONMENT,
     )
     run = {"log": str(log), "job": str(process.job_file(log)), "max_rss": finished.max_rss}
-    return _facts(told["summary"], store, run)
+    return _facts(events["summary"], store, run)
 
 
 def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any]) -> dict[str, Any]:

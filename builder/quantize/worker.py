@@ -107,7 +107,7 @@ def _batches(job: Mapping[str, Any]) -> list[Any]:
     batches = token_batches(
         Path(job["rows"]), tokenizer, seq_len=min(job["seq_len"], longest), batch_size=job["batch_size"]
     )
-    check_tokens(sum(batch.numel() for batch in batches), sum(map(len, batches)), job.get("least_tokens", 0))
+    check_tokens(sum(batch.numel() for batch in batches), sum(map(len, batches)), job.get("min_tokens", 0))
     return batches
 
 

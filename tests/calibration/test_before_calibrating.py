@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from builder.calibration.rows import Calibration, calibrate, least_tokens
+from builder.calibration.rows import Calibration, calibrate, required_tokens
 from builder.checkpoint import validate
 from builder.checkpoint.layouts import Checkpoint
 from builder.checkpoint.validate import Inspection, Problem
@@ -118,7 +118,7 @@ def test_many_short_rows_are_too_few_too(tmp_path: Path) -> None:
 
 def test_what_counts_as_asked_for() -> None:
     def least(**values: int) -> int:
-        return least_tokens(schema.Calibration(data="builtin:python-docs", **values))
+        return required_tokens(schema.Calibration(data="builtin:python-docs", **values))
 
     assert least() == least(samples=32, seq_len=64) == 2048
     assert least(samples=31) == least(samples=100, seq_len=16) == 0

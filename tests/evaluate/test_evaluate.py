@@ -305,7 +305,7 @@ def test_no_data_set_no_runner_and_no_room_are_refused() -> None:
     with pytest.raises(UsageError, match="none is left"):
         datasets.longest(Part(), 20, schema.Engine())
     with pytest.raises(UsageError, match="no FP8 KV cache to compare"):
-        variants.forms(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto").recipe)
+        variants.list_variants(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto").recipe)
 
 
 # ---- the data sets

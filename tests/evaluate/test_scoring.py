@@ -200,7 +200,7 @@ def test_shuffled_text_is_less_likely_for_a_model_of_the_language(tiny: local.Ca
     checked = worker.check_language(tiny, prose, seed=0)
     assert language.knows(checked)
     assert checked["shuffled_nll"] > checked["checked_nll"] + 1
-    language.refuse_strangers(checked, "prose", tiny.vocab_size)
+    language.check_known_language(checked, "prose", tiny.vocab_size)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -209,11 +209,11 @@ def test_a_foreign_tokenizer_is_found(tiny: local.Causal, prose: list[Ids], seed
     other = np.random.default_rng(seed).permutation(4087).astype(np.int32)
     foreign = [other[ids] for ids in prose]
     with pytest.raises(IntegrityError, match="do not belong together") as caught:
-        language.refuse_strangers(worker.check_language(tiny, foreign, seed=0), "prose", tiny.vocab_size)
+        language.check_known_language(worker.check_language(tiny, foreign, seed=0), "prose", tiny.vocab_size)
     assert "chance (one of 4096 tokens) 8.32" in caught.value.why
 
 
 def test_tokens_that_the_model_does_not_have_are_found() -> None:
     with pytest.raises(IntegrityError, match="do not belong together"):
-        language.refuse_unknown_tokens(4096, 4096)
-    language.refuse_unknown_tokens(4095, 4096)
+        language.check_vocabulary(4096, 4096)
+    language.check_vocabulary(4095, 4096)

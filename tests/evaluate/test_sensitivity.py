@@ -155,7 +155,7 @@ def test_the_quantizers_are_off_but_for_what_is_measured(job: Callable[..., Job]
     plain = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32).eval()
     with torch.no_grad():
         before = model.model(ids).logits
-        with model.quantized(measuring.What(list(GROUPS), cache=True)):
+        with model.quantized(measuring.Quantized(list(GROUPS), cache=True)):
             assert not torch.equal(model.model(ids).logits, before)
         assert torch.equal(model.model(ids).logits, before)
         assert torch.equal(plain(ids).logits, before)
@@ -185,7 +185,7 @@ class Ledger:
     def __init__(self, losses: dict[str, float], cache: float) -> None:
         self.losses, self.cache, self.asked = losses, cache, 0
 
-    def kl(self, name: str, what: measuring.What, label: str = "") -> float:
+    def kl(self, name: str, what: measuring.Quantized, label: str = "") -> float:
         self.asked += 1
         return sum(self.losses[group] for group in what.nvfp4) + self.cache * what.cache
 
@@ -201,7 +201,7 @@ def test_as_few_layers_are_kept_as_hold_the_budget(
     asked["kept_format"] = "bf16"
 
     def kl(number: int) -> float:
-        return meter.kl("", measuring.What([n for n in named if n not in order[:number]], cache=fp8_kv))
+        return meter.kl("", measuring.Quantized([n for n in named if n not in order[:number]], cache=fp8_kv))
 
     if min(kl(0), kl(len(order))) > budget:
         with pytest.raises(UnsupportedError, match="can't be held") as caught:

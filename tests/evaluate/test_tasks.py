@@ -256,7 +256,7 @@ def test_prompts_that_do_not_fit_are_cut_on_the_left_and_counted(models: Models)
             asked.append(prompt)
             return f"{tokens} {sorted(options)}\nmore"
 
-    job = {"max_length": 40, "max_input_len": 30, "at_once": 2}
+    job = {"max_length": 40, "max_input_len": 30, "concurrency": 2}
     endpoint = tasks_worker.Endpoint(Server(), tokenizer, job)  # type: ignore[arg-type]
     text = "The parser repeats the offending line and displays a little arrow. " * 8
     options = {"until": ["\n"], "max_gen_toks": 16, "do_sample": True, "temperature": 0.5}

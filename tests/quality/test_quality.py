@@ -360,14 +360,16 @@ def test_a_family_without_a_runner_for_its_checkpoint_is_measured_by_simulation(
     """transformers joins a mixture's experts in one tensor, which the runner `checkpoint` can't round the inputs of."""
     import torch
 
-    from builder.evaluate.variants import Form, Models, opening
+    from builder.evaluate.variants import Models, Variant, runner_job
     from builder.quality import worker as quality_worker
 
     asked = resolve(VARIANTS / "qwen3_moe")
     store = Store(tmp_path, Output("quiet"))
     made = pipeline.build(asked, store, until="checkpoint")
     models = Models(made.snapshot, made.calibration, made.checkpoint)
-    jobs = [opening(Form(name, name, True), models, asked.recipe, store).job for name in ("checkpoint", "simulated")]
+    jobs = [
+        runner_job(Variant(name, name, True), models, asked.recipe, store).job for name in ("checkpoint", "simulated")
+    ]
     with torch.inference_mode(), quality_worker._first(json.loads(json.dumps(jobs))) as (label, runner):
         assert label == "simulated"
         assert runner.vocab_size > 0

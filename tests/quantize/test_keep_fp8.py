@@ -384,7 +384,7 @@ def test_a_version_not_known_to_build_the_mix_is_refused_for_engines_alone() -> 
 
 
 def test_a_group_in_fp8_is_simulated_as_if_calibrated_for_it(rows: Path, tmp_path: Path) -> None:
-    """What auto measures is what it then builds."""
+    """`auto` builds the mixture that it measured."""
     groups = exclude.groups(exclude.linears(facts(LLAMA).tensors))
     chosen = ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj", "model.layers.1.mlp.down_proj"]
     asked = {"model": str(LLAMA), "calibration": job(LLAMA, rows), "groups": groups, "kept": [], "fp8": []}
@@ -397,12 +397,12 @@ def test_a_group_in_fp8_is_simulated_as_if_calibrated_for_it(rows: Path, tmp_pat
     with torch.no_grad():
         before = model.model(ids).logits
         assert torch.equal(named.model(ids).logits, before)  # the layers named are FP8 only in the whole
-        with model.quantized(measuring.What(rest, chosen, cache=True)):
+        with model.quantized(measuring.Quantized(rest, chosen, cache=True)):
             switched = model.model(ids).logits
         assert torch.equal(model.model(ids).logits, before)
-        with model.quantized(measuring.What(list(groups), cache=True)):
+        with model.quantized(measuring.Quantized(list(groups), cache=True)):
             assert not torch.equal(model.model(ids).logits, switched)
-        with named.quantized(measuring.What(rest, cache=True, named=True)):
+        with named.quantized(measuring.Quantized(rest, cache=True, named=True)):
             assert torch.equal(named.model(ids).logits, switched)
 
 

@@ -14,7 +14,7 @@ def knows(checked: Mapping[str, Any]) -> bool:
     return bool(checked["shuffled_nll"] > checked["checked_nll"])
 
 
-def refuse_strangers(checked: Mapping[str, Any], name: str, vocab_size: int) -> None:
+def check_known_language(checked: Mapping[str, Any], name: str, vocab_size: int) -> None:
     """IntegrityError where the unquantized model does not know the texts: no figure of it would mean anything."""
     text, other, chance = checked["checked_nll"], checked["shuffled_nll"], math.log(vocab_size)
     if knows(checked) and text < chance:
@@ -27,7 +27,7 @@ def refuse_strangers(checked: Mapping[str, Any], name: str, vocab_size: int) -> 
     )
 
 
-def refuse_unknown_tokens(largest: int, vocab_size: int) -> None:
+def check_vocabulary(largest: int, vocab_size: int) -> None:
     """IntegrityError where the tokenizer makes tokens that the model has no embedding for."""
     if largest >= vocab_size:
         raise IntegrityError(

@@ -29,10 +29,10 @@ from builder.recipe.target_facts import target_facts
 from builder.serving.client import Client, MissingOutput, Request, ResponseTimeout, ServerError
 from builder.serving.server import SHM, Server, ServerOptions, serve
 
-AT_ONCE = 4  # requests under way: the engine batches them
+CONCURRENCY = 4  # requests under way: the engine batches them
 # The PyTorch backend keeps a prompt's logits on the GPU beside those of the forward pass, in what the KV cache leaves
 # (_torch/pyexecutor/llm_request.py, LogitsStorage), and Triton's Python backend copies them through shared memory.
-AT_ONCE_LLMAPI = 1
+CONCURRENCY_LLMAPI = 1
 ENVIRONMENT = {"BUILDER_CONTEXT_LOGITS": "1"}  # what the llmapi target's model.py asks for
 MAX_MESSAGE = (1 << 31) - (1 << 20)  # of gRPC, whose lengths are int32; and a margin for what surrounds the tensor
 ROOM = (
@@ -48,13 +48,13 @@ class Served:
     def __init__(self, server: Server, facts: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         self._server = server
         self._client = Client.for_repository(server.http_url, server.grpc_url, facts, job["timeout"])
-        self._at_once = AT_ONCE_LLMAPI if target_facts(facts["target"]).python_model else AT_ONCE
+        self._concurrency = CONCURRENCY_LLMAPI if target_facts(facts["target"]).python_model else CONCURRENCY
         self.vocab_size, self.batch_tokens = int(facts["vocab_size"]), job["batch_tokens"]
 
     def logits(self, batch: Sequence[Ids]) -> Iterator[Tensor]:
-        for start in range(0, len(batch), self._at_once):
-            with ThreadPoolExecutor(self._at_once) as pool:
-                yield from pool.map(self._ask, batch[start : start + self._at_once])
+        for start in range(0, len(batch), self._concurrency):
+            with ThreadPoolExecutor(self._concurrency) as pool:
+                yield from pool.map(self._ask, batch[start : start + self._concurrency])
 
     def generate(self, prompt: str, max_tokens: int, options: Mapping[str, Any]) -> str:
         """The answer's text; greedy where `options` don't say otherwise."""

@@ -22,7 +22,7 @@ from builder.core.process import emit, worker_main
 from builder.core.store import Store
 from builder.evaluate.datasets import Ids, Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring
-from builder.evaluate.runners.language import refuse_strangers, refuse_unknown_tokens
+from builder.evaluate.runners.language import check_known_language, check_vocabulary
 from builder.evaluate.runners.scoring import ColumnFiles, Runner
 from builder.model.hashed_files import SourceFiles
 from builder.quantize.device import check_device
@@ -66,14 +66,14 @@ def _maker(
 ) -> Callable[[Path], dict[str, Any]]:
     def make(directory: Path) -> dict[str, Any]:
         start = monotonic()
-        refuse_unknown_tokens(max(int(ids.max()) for ids in texts.ids), runner.vocab_size)
+        check_vocabulary(max(int(ids.max()) for ids in texts.ids), runner.vocab_size)
         known = check_language(runner, texts.ids, job["seed"])
         if job["runner"] == "bf16":
-            refuse_strangers(known, one["name"], runner.vocab_size)
+            check_known_language(known, one["name"], runner.vocab_size)
             kept = size(8 * texts.starts[-1] * min(job["top"], runner.vocab_size))
             emit(info=f"{kept} on disk for the {job['top']} likeliest tokens of each position of {one['name']}")
         label = f"{job['label']}: {one['name']}"
-        told = score_set(
+        counts = score_set(
             runner,
             texts,
             directory,
@@ -83,7 +83,7 @@ def _maker(
         )
         SourceFiles.of_job(job).check_unchanged()
         facts = {"texts": len(texts.ids), "read": texts.read, "dropped": texts.dropped, "cut": texts.cut}
-        return {**facts, **told, **known, "seconds": round(monotonic() - start, 3)}
+        return {**facts, **counts, **known, "seconds": round(monotonic() - start, 3)}
 
     return make
 

@@ -114,10 +114,10 @@ def _sensitivity(
     partial = _partial(store, stage, ingredients)
 
     def make(tmp: Path) -> dict[str, Any]:
-        told = _run({**job, "proxy": proxy, "results": str(partial), "scratch": str(tmp)}, model, store)
-        rows = [asdict(loss) for loss in _losses(model, job["groups"], told)]
-        whole, cache = (told["results"].get(name, {}).get("kl") for name in (WHOLE, KV_CACHE))
-        facts = {"layers": rows, "whole": whole, "kv_cache": cache, "tokens": told["tokens"]}
+        summary = _run({**job, "proxy": proxy, "results": str(partial), "scratch": str(tmp)}, model, store)
+        rows = [asdict(loss) for loss in _losses(model, job["groups"], summary)]
+        whole, cache = (summary["results"].get(name, {}).get("kl") for name in (WHOLE, KV_CACHE))
+        facts = {"layers": rows, "whole": whole, "kv_cache": cache, "tokens": summary["tokens"]}
         facts["correlation"] = {} if proxy else _correlation(rows)
         (tmp / "sensitivity.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return facts
@@ -161,9 +161,9 @@ def select(
     order = [loss.name for loss in sorted(found.losses, key=lambda loss: -(loss.kl or 0.0) / loss.bytes)]
     order = [group for group in order if not (refused and names.role(model.architecture, group) == "o")]
     order = order[: len(job["groups"]) - 1]  # one must be left to quantize
-    budget, form = recipe.quantization.kept_budget, recipe.quantization.kept_format
-    job |= {"budget": budget, "order": order, "kept_format": form, "rest": _why_not_less(found, refused)}
-    ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order, "kept_format": form}
+    budget, kept_format = recipe.quantization.kept_budget, recipe.quantization.kept_format
+    job |= {"budget": budget, "order": order, "kept_format": kept_format, "rest": _why_not_less(found, refused)}
+    ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order, "kept_format": kept_format}
     partial = _partial(store, "selection", ingredients)
 
     def make(tmp: Path) -> dict[str, Any]:
@@ -172,11 +172,11 @@ def select(
             errors = {loss.name: loss.output_error for loss in found.losses}
             lines = [known, {"output_errors": errors, "tokens": found.tokens}]
             replace_file(partial, "".join(json.dumps(line) + "\n" for line in lines))
-        told = _run({**job, "results": str(partial), "scratch": str(tmp)}, model, store)
-        modules = [module for group in told["kept"] for module in job["groups"][group]]
-        kept = f"{len(modules)} linear layers in {form.upper()}"
-        store.out.info(f"KL {told['kl_before']:.3g} -> {told['kl']:.3g} with {kept}")
-        return {"modules": modules, **told}
+        summary = _run({**job, "results": str(partial), "scratch": str(tmp)}, model, store)
+        modules = [module for group in summary["kept"] for module in job["groups"][group]]
+        kept = f"{len(modules)} linear layers in {kept_format.upper()}"
+        store.out.info(f"KL {summary['kl_before']:.3g} -> {summary['kl']:.3g} with {kept}")
+        return {"modules": modules, **summary}
 
     facts = store.stage("selection", ingredients, make).facts
     partial.unlink(missing_ok=True)
@@ -203,7 +203,7 @@ def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensit
 def _job(
     snapshot: Snapshot, calibration: Calibration, model: ModelFacts, recipe: Recipe, store: Store
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the child is told, and the ingredients of the stage's key."""
+    """What the child is summary, and the ingredients of the stage's key."""
     part, evaluation, rows = recipe.sensitivity, recipe.evaluation, recipe.calibration
     data = check_texts(recipe)
     texts = calibrate(Rows(**data.model_dump(), samples=part.texts), store=store, use=USE)
@@ -274,10 +274,10 @@ def _partial(store: Store, stage: str, ingredients: Mapping[str, Any]) -> Path:
     return path
 
 
-def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], told: Mapping[str, Any]) -> list[Loss]:
+def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], summary: Mapping[str, Any]) -> list[Loss]:
     found = []
     for name, modules in groups.items():
-        measured, output = told["results"].get(name, {}), told["output_errors"].get(name)
+        measured, output = summary["results"].get(name, {}), summary["output_errors"].get(name)
         tensors = [model.tensors[f"{module}.weight"] for module in modules]
         number_format, architecture = model.number_format, model.architecture
         served = {names.engine_layer(architecture, one): model.tensors[f"{one}.weight"][1] for one in modules}
@@ -288,8 +288,8 @@ def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], told: Mappin
                 layer=name.removeprefix("model."),
                 kl=measured.get("kl"),
                 agreement=measured.get("agreement"),
-                proxy=told["weight_errors"][name] if output is None else output,
-                weight_error=told["weight_errors"][name],
+                proxy=summary["weight_errors"][name] if output is None else output,
+                weight_error=summary["weight_errors"][name],
                 output_error=output,
                 bytes=sum(written_bytes(dtype, shape) - number_format.own_bytes(shape) for dtype, shape in tensors)
                 - scalars,
@@ -324,14 +324,14 @@ def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, A
     modelopt.check(weights, model.architecture, job["kept"], model.number_format)
     log = store.log("sensitivity")
     with SourceFiles.of_job(job).blamed():
-        told, _ = process.run_job(
+        events, _ = process.run_job(
             workers.SENSITIVITY,
             job,
             log=log,
             bar=process.Bar(store.out, "starting ModelOpt"),
             env=modelopt.ENVIRONMENT,
         )
-    summary: dict[str, Any] = told["summary"]
+    summary: dict[str, Any] = events["summary"]
     return summary
 
 

@@ -77,7 +77,7 @@ def _wanted(job: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class What:
+class Quantized:
     """What is quantized: groups in NVFP4, groups in FP8, the KV cache, and the layers that patterns put in FP8."""
 
     nvfp4: Sequence[str] = ()
@@ -86,11 +86,11 @@ class What:
     named: bool = False
 
 
-def _quantized(job: Mapping[str, Any], name: str) -> What:
+def _quantized(job: Mapping[str, Any], name: str) -> Quantized:
     """What is, for this result."""
     if name == WHOLE:
-        return What(list(job["groups"]), cache=job["fp8_kv"], named=True)
-    return What(cache=job["fp8_kv"]) if name == KV_CACHE else What([name])
+        return Quantized(list(job["groups"]), cache=job["fp8_kv"], named=True)
+    return Quantized(cache=job["fp8_kv"]) if name == KV_CACHE else Quantized([name])
 
 
 def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
     def kl(number: int) -> float:
         kept = sorted(order[:number])
         rest = [group for group in job["groups"] if group not in kept]
-        what = What(rest, kept if form == "FP8" else (), cache=job["fp8_kv"], named=True)
+        what = Quantized(rest, kept if form == "FP8" else (), cache=job["fp8_kv"], named=True)
         name = f"in {form}: {', '.join(kept)}" if kept else WHOLE
         return meter.kl(name, what, label=f"{number} of {len(job['groups'])} in {form}")
 
@@ -209,7 +209,7 @@ class Simulated:
                 module.disable()
 
     @contextmanager
-    def quantized(self, what: What) -> Iterator[None]:
+    def quantized(self, what: Quantized) -> Iterator[None]:
         """Weights are rounded in each forward: little beside the batch's arithmetic, and never two models in memory.
 
         A layer that was calibrated for NVFP4 has its largest values, which are all that FP8 needs.
@@ -249,7 +249,7 @@ class Simulated:
                 return
             busy = True
             for group in groups:
-                with self.quantized(What([group])):
+                with self.quantized(Quantized([group])):
                     changed = layer(*inputs, **named)
                 sums[group].append(_relative(_first(changed), _first(output)))
             busy = False
@@ -302,12 +302,12 @@ class Meter:
         reference.mkdir()
         watched: AbstractContextManager[dict[str, float]] = nullcontext({}) if done.output_errors else model.watched()
         with watched as errors:
-            told = self._score("BF16", reference, top=0 if job["proxy"] else job["top"])
-        self._reference, self.tokens = reference, told["tokens"]
+            summary = self._score("BF16", reference, top=0 if job["proxy"] else job["top"])
+        self._reference, self.tokens = reference, summary["tokens"]
         if errors:
             done.add(output_errors=errors, tokens=self.tokens)
 
-    def kl(self, name: str, what: What, label: str = "") -> float:
+    def kl(self, name: str, what: Quantized, label: str = "") -> float:
         """Mean KL(BF16 || this quantized) in nats a token, from the results or measured now."""
         self._count += 1
         if name not in self._done:
