@@ -12,6 +12,7 @@ from builder.cli.options import (
     add_recipe,
     forced_stages,
     path,
+    placeholder,
     resolve,
     with_same_recipe,
 )
@@ -36,7 +37,7 @@ def add(commands: Any) -> None:
                          help="measure the checkpoint without its FP8 KV cache as well")  # fmt: skip
     add_force(command)
     for option, key, kind, text in TASK_FLAGS:
-        command.add_argument(option, dest=key, type=kind, help=text)
+        command.add_argument(option, dest=key, type=kind, metavar=placeholder(option, kind), help=text)
     add_output(command)
 
     command = add_command(

@@ -91,16 +91,22 @@ def port(text: str) -> int:
     return number
 
 
+def placeholder(option: str, kind: Callable[[str], Any]) -> str:
+    """What help shows as the value of an option: N for an integer, X for a number, else the option's last word."""
+    return {int: "N", float: "X"}.get(kind, option.rpartition("-")[2].upper())  # type: ignore[call-overload, no-any-return]
+
+
 def add_recipe(command: argparse.ArgumentParser) -> None:
     """The options that set values of the recipe."""
+    command.usage = f"{command.prog} --model MODEL [--gpu GPU] [OPTION ...]"  # naming all of them takes 20 lines
     group = command.add_argument_group("recipe (flag > --set > --recipe > --preset > GPU profile > default)")
     for option, key, kind, text in RECIPE_FLAGS:
-        group.add_argument(option, dest=key, type=kind, help=text)
-    for option, key, placeholder, text in LIST_FLAGS:
-        group.add_argument(option, dest=key, action="append", metavar=placeholder, help=text)
+        group.add_argument(option, dest=key, type=kind, metavar=placeholder(option, kind), help=text)
+    for option, key, shown, text in LIST_FLAGS:
+        group.add_argument(option, dest=key, action="append", metavar=shown, help=text)
     for option, key, value, text in SWITCHES:
         group.add_argument(option, dest=key, action="store_const", const=value, help=text)
-    group.add_argument("--preset", help="latency or throughput")
+    group.add_argument("--preset", metavar="NAME", help="latency or throughput")
     group.add_argument("--recipe", type=path, metavar="FILE", help="a YAML recipe (examples: configs/recipes/)")
     group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set any recipe key; repeatable")
 
