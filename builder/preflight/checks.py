@@ -1,4 +1,4 @@
-"""What can be refused or said before any work: the target on this machine, the model by its config.json, what fits."""
+"""Checks before any expensive work: machine, model, tokenizer, excluded layers, accuracy gate, disk and memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FP8_KV = "FP8 KV cache"  # the note that is a warning
 
 
 def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
-    """Whether this machine has what the target needs, before the first expensive byte."""
+    """UnsupportedError if this machine cannot build the target or, with `serving`, serve it."""
     target(resolved.recipe.target).check_machine(resolved, serving=serving)
     if serving:
         installation.check_paths()
@@ -41,7 +41,10 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
 
 
 def check_model(inputs: Inputs, *, layouts: bool = True) -> Settings:
-    """The target's settings for a model. With `layouts` also that the target can load it."""
+    """The target's settings for a model: flags or arguments.
+
+    layouts: also check that the target can load the model. UsageError or UnsupportedError if it cannot.
+    """
     by = target(inputs.resolved.recipe.target)
     if layouts:
         by.check_model(inputs)
@@ -49,8 +52,11 @@ def check_model(inputs: Inputs, *, layouts: bool = True) -> Settings:
 
 
 def check_tokenizer(recipe: Recipe, directory: Path, config: Mapping[str, Any]) -> None:
-    """UsageError, by the tokenizer files in `directory`, for end ids that the model does not have, and for calibration
-    rows of messages (in a file here or bundled) that its chat template can't write."""
+    """Checks the recipe against the tokenizer files in `directory`.
+
+    UsageError for end ids that the model does not have, and for calibration conversations (in a local or bundled file)
+    that its chat template cannot render.
+    """
     size, largest = tokenizer_files.vocab_size(config), tokenizer_files.largest_token_id(directory)
     known = largest + 1 if size is None else min(size, largest + 1)
     wrong = [id for id in recipe.repository.end_ids or () if id >= known]
@@ -63,13 +69,13 @@ def check_tokenizer(recipe: Recipe, directory: Path, config: Mapping[str, Any]) 
 
 
 def tokenizer_notes(recipe: Recipe, directory: Path, config: Mapping[str, Any]) -> list[Note]:
-    """What a user should know of the model's tokenizer: above all whether its files agree on what ends an answer."""
+    """What a user should know about the tokenizer, above all whether its files agree on what ends an answer."""
     ids = special_ids(directory, recipe.repository.end_ids)
     return [Note(rule, text) for rule, text in tokenizer_files.notes(directory, config, ids["end_ids"])]
 
 
 def notes(inputs: Inputs, settings: Settings, directory: Path | None = None) -> list[Note]:
-    """What a user should know before building this model for this target, and a reader of the report after it.
+    """What a user should know about this model on this target, for the plan and the report.
 
     directory: holds the model's tokenizer files.
     """
@@ -81,8 +87,10 @@ def notes(inputs: Inputs, settings: Settings, directory: Path | None = None) -> 
 
 
 def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> ModelFacts:
-    """The model with the layers that the recipe leaves in BF16 or FP8. UsageError or UnsupportedError where it
-    can't."""
+    """The model with the layers that the recipe leaves in BF16 or FP8.
+
+    UsageError for a pattern that matches nothing, UnsupportedError for layers that must not be left in that format.
+    """
     part, known = recipe.quantization, exclude.linears(model.tensors, model.architecture)
     kept = exclude.keep(part.kept_patterns, known, architecture=model.architecture)
     fp8 = exclude.keep(part.fp8_patterns, known, "--keep-fp8", model.architecture)
@@ -93,7 +101,7 @@ def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> Mode
 
 
 def with_chosen(recipe: Recipe, model: ModelFacts, modules: Sequence[str]) -> ModelFacts:
-    """The model with these layers kept too, in the format that auto is said for."""
+    """The model with these layers excluded too, in the format that `auto` was given for."""
     fp8 = recipe.quantization.kept_format == "fp8"
     kept = {*(model.fp8 if fp8 else model.kept), *modules}
     ordered = tuple(name for name in exclude.linears(model.tensors, model.architecture) if name in kept)
@@ -101,7 +109,7 @@ def with_chosen(recipe: Recipe, model: ModelFacts, modules: Sequence[str]) -> Mo
 
 
 def check_kept(recipe: Recipe, model: ModelFacts, settings: Settings) -> None:
-    """UnsupportedError if ranks or engine could not have the kept layers in their formats."""
+    """UnsupportedError if the target cannot load the excluded layers in their formats."""
     exclude.check_split(model.kept, model.fp8, model.config, sharding.Parallel(recipe.engine.tp, recipe.engine.pp))
     known = exclude.linears(model.tensors, model.architecture)
     excluded = Excluded(model.kept, model.fp8, known, model.architecture)
@@ -109,7 +117,7 @@ def check_kept(recipe: Recipe, model: ModelFacts, settings: Settings) -> None:
 
 
 def check_gate(recipe: Recipe, settings: Settings) -> None:
-    """UsageError, before anything is built, for a gate on a served model that will return no logits to judge by."""
+    """UsageError for a gate on the served model if that model will return no logits of a prompt."""
     if not recipe.evaluation.limits or "served" not in recipe.evaluation.runners:
         return
     if not target(recipe.target).returns_logits(settings):
@@ -123,7 +131,7 @@ def check_gate(recipe: Recipe, settings: Settings) -> None:
 def host_refusal(
     calibration: Calibration, model: ModelFacts, found: Sizes, host: Machine, remaining: Sequence[str]
 ) -> UnsupportedError | None:
-    """Whether the stages that remain find no room on this machine: its disk, or its memory where no GPU calibrates."""
+    """The error if the remaining stages need more disk, or calibrating on the CPU more memory, than there is."""
     missing = sum(found.disk.get(stage, 0) for stage in remaining if stage != "snapshot")
     if refusal := suggestions.disk_refusal(found, host, missing):
         return refusal
@@ -133,26 +141,28 @@ def host_refusal(
 
 
 def sizes(recipe: Recipe, model: ModelFacts, asked: Serving) -> Sizes:
-    """Of this recipe's model, checkpoint, ranks and engine."""
+    """The sizes of this recipe's model, checkpoint, ranks and engine."""
     rows = recipe.calibration
     local = local_directory(recipe.model) is not None
     return memory.sizes(model, asked, calibration_tokens=rows.batch_size * rows.seq_len, local=local)
 
 
 def read_model(model: Model, store: Store) -> ModelFacts:
-    """config.json and tensor headers: from the directory, or from the Hub by ranged reads."""
+    """Reads config.json and the tensor headers from the directory, or from the Hub by ranged requests."""
     return facts_of(open_source(model, store=store))
 
 
 def facts_of(source: Source) -> ModelFacts:
-    """The facts of a model that was opened."""
+    """The facts of a model that open_source opened."""
     return ModelFacts(source.config, source.tensors, directory=source.directory)
 
 
 def check_architecture(model: Model, facts: ModelFacts, store: Store) -> None:
-    """IntegrityError if the model's tensors are not those that transformers builds from its config.json, for an
-    architecture without a table in tensor_names.py. In a child, by headers: no weight is read. Nothing where
-    transformers is not installed, or where the model's class comes with the model."""
+    """Compares the tensor names and shapes with those that transformers derives from config.json.
+
+    Only for an architecture that tensor_names does not know; a worker process does it, and no weight is read. Skipped
+    if transformers is not installed or the model's class comes with the model. IntegrityError if they differ.
+    """
     installed = "absent" not in library_versions("torch", "transformers").values()
     if tensor_names.known(facts.config) or needs_remote_code(facts.config) or not installed:
         return

@@ -36,9 +36,9 @@ CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE,
 
 @dataclass(frozen=True)
 class Serving:
-    """What memory hangs on at run time. `target` is that of the recipe, `fraction` kv_cache_free_gpu_mem_fraction.
+    """What determines memory use at run time. All sizes are in tokens or sequences.
 
-    `most_kv_tokens` is a limit of the cache that was asked for (llmapi), None where memory alone sets it.
+    fraction: kv_cache_free_gpu_mem_fraction. most_kv_tokens: the recipe's own limit of the KV cache (llmapi), or None.
     """
 
     max_batch_size: int
@@ -56,13 +56,17 @@ class Serving:
 
     @property
     def facts(self) -> TargetFacts:
-        """What is known of the target."""
+        """The properties of the target."""
         return target_facts(self.target)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes, but for `parameters` and `kv_bytes_per_token` (of a rank). `ranks` is one rank after the other."""
+    """Sizes in bytes, except `parameters`, which is a count.
+
+    download: the model's tensors. unified, checkpoint: the Hugging Face and the TensorRT-LLM layout. ranks: the file of
+    each rank. disk: bytes kept in the output directory by stage. kv_bytes_per_token: of one rank.
+    """
 
     parameters: int
     download: int
@@ -77,10 +81,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """A card (or this machine, for the reference executor) at run time: bytes of its fullest rank.
+    """The memory estimate for one card (or this machine, for the reference executor), in bytes of the largest rank.
 
-    `needed` is what one sequence of max_seq_len takes with everything else, `lacking` how much less the card has.
-    `largest_batch` sequences of max_seq_len fit in KV cache and workspace at once.
+    needed: weights, workspace and the KV cache of one sequence of max_seq_len. lacking: how much the card is short of
+    that. sequences: how many of max_seq_len the KV cache holds. largest_batch: the largest max_batch_size that fits.
     """
 
     card: str
@@ -96,12 +100,13 @@ class Memory:
 
     @property
     def fits(self) -> bool:
+        """Whether at least one sequence of full length fits."""
         return self.lacking == 0
 
 
 @dataclass(frozen=True)
 class Machine:
-    """This machine: free disk where the output goes, host memory in all and now, in bytes."""
+    """This machine, in bytes: free disk at the output directory, total and available host memory."""
 
     disk: int
     memory: int
@@ -109,7 +114,7 @@ class Machine:
 
 
 def serving(recipe: Recipe, flags: Sequence[Flag] | Sequence[Argument]) -> Serving:
-    """From the resolved flags, in which the rules have had their say already."""
+    """From the resolved flags or arguments, which already follow TensorRT-LLM's rules."""
     values: dict[str, Any] = {flag.name: flag.value for flag in flags}
     return Serving(
         max_batch_size=int(values["max_batch_size"]),
@@ -128,7 +133,10 @@ def serving(recipe: Recipe, flags: Sequence[Flag] | Sequence[Argument]) -> Servi
 
 
 def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, local: bool = False) -> Sizes:
-    """What is downloaded, kept and held while calibrating. `local`: the model is a directory and is not copied."""
+    """The bytes to download, to keep on disk, and to hold in memory while calibrating.
+
+    calibration_tokens: tokens of one batch. local: the model is a directory, which is not copied.
+    """
     unified = _unified(model, asked.fp8_kv)
     layout = asked.facts.has_engine or model.architecture.engine is not None  # llmapi needs none of TensorRT-LLM's own
     whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1, target="engine"))) if layout else 0
@@ -171,7 +179,7 @@ def _cache(fp8_kv: bool) -> KvCacheFormat:
 
 
 def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
-    """Tensor bytes of each rank's file in the TensorRT-LLM layout, as ranks.py splits it; an engine holds the same.
+    """Tensor bytes of each rank's file in the TensorRT-LLM layout (checkpoint/sharding.py). An engine is as large.
 
     q, k and v are one layer with one pair of scalars; each layer has three KV scales. Tied embeddings are held twice,
     except by the LLM API where one rank has both ends of the model: its lm_head is the embedding's own tensor
@@ -198,12 +206,12 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
 
 
 def price_of_kept(model: ModelFacts, asked: Serving) -> int:
-    """Bytes that the layers left in BF16 add to the TensorRT-LLM layout, all ranks together."""
+    """Bytes that the layers left in BF16 add to the TensorRT-LLM layout, summed over all ranks."""
     return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, kept=()), asked))
 
 
 def price_of_fp8(model: ModelFacts, asked: Serving) -> int:
-    """The same of the layers left in FP8."""
+    """Bytes that the layers left in FP8 add to the TensorRT-LLM layout, summed over all ranks."""
     return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, fp8=()), asked))
 
 
@@ -235,10 +243,11 @@ def _share(name: str, shape: Sequence[int], model: ModelFacts, tp: int) -> tuple
 
 
 def calibration_memory(model: ModelFacts, tokens: int) -> int:
-    """While calibrating, on the GPUs if there are any, else in host memory: weights in 16 bits, one tensor in
-    float32 (the largest that is quantized, while it is scaled and packed), and a forward pass's largest activations.
+    """Bytes while calibrating `tokens` tokens at a time, on the GPUs if there are any, else in host memory.
 
-    An estimate: ModelOpt was measured on small models only. No gradients: inference_mode.
+    The sum of the weights in 16 bits, the largest quantized tensor in float32 (while it is scaled and packed), and the
+    largest activations of a forward pass; there are no gradients (inference_mode). An estimate: ModelOpt was measured
+    on small models only.
     """
     weights = sum(written_bytes(dtype, shape) for dtype, shape in model.written.values())
     largest = max((math.prod(s) for n, (_, s) in model.tensors.items() if model.quantizes(n, s)), default=0)
@@ -246,9 +255,9 @@ def calibration_memory(model: ModelFacts, tokens: int) -> int:
 
 
 def activation_width(config: Mapping[str, Any], tp: int) -> int:
-    """Values for a token that live at once: residual and normed input, and of the larger half of a layer its tensors.
+    """Activation values that exist at once for one token: residual, normalized input, and the larger of two sets.
 
-    Attention: q, k, v and the heads' output. MLP: gate, up and their product, of each expert that a token goes to.
+    Attention: q, k, v and the output of all heads. MLP: gate, up and their product, for each expert of the token.
     """
     heads, size = int(config["num_attention_heads"]), head_size(config)
     attention = (2 * heads // tp + 2 * max(kv_heads(config) // tp, 1)) * size
@@ -259,9 +268,9 @@ def activation_width(config: Mapping[str, Any], tp: int) -> int:
 
 
 def kv_bytes_per_token(config: Mapping[str, Any], asked: Serving) -> int:
-    """Keys and values of a rank's layers for one token; Qwen3-8B: 36 x 2 x 8 x 128 = 72 KiB in FP8.
+    """Bytes of keys and values for one token, on the rank with the most layers.
 
-    The rank with the most layers; KV heads are repeated where there are fewer than ranks.
+    Qwen3-8B in FP8: 36 x 2 x 8 x 128 = 72 KiB. KV heads are repeated if there are fewer than ranks.
     """
     layers = math.ceil(_layers(config) / asked.pp)
     heads = max(kv_heads(config) // asked.tp, 1)
@@ -271,7 +280,7 @@ def kv_bytes_per_token(config: Mapping[str, Any], asked: Serving) -> int:
 
 
 def workspace(config: Mapping[str, Any], asked: Serving) -> int:
-    """Activations of max_num_tokens, logits in float32, and the attention operator's workspace for a full batch."""
+    """Bytes for activations of max_num_tokens, logits in float32, and the attention operator's workspace."""
     width, one_by_one = activation_width(config, asked.tp), asked.facts.float32
     tokens = min(asked.max_num_tokens, asked.max_batch_size * asked.max_seq_len)
     logits = 4 * asked.max_batch_size * int(config.get("vocab_size") or 0)
@@ -281,7 +290,9 @@ def workspace(config: Mapping[str, Any], asked: Serving) -> int:
 
 
 def attention_workspace(config: Mapping[str, Any], asked: Serving, tokens: int) -> int:
-    """attentionOp.cpp@00dbe288 (1.2), getWorkspaceSizeForContext, for B = max_batch_size, L = max_input_len, T tokens.
+    """Bytes as in attentionOp.cpp@00dbe288 (1.2), getWorkspaceSizeForContext.
+
+    B = max_batch_size, L = max_input_len, T = tokens in an iteration.
 
     Without context FMHA (all but the last two in the model's 16-bit type): q_buf_2 B x L x q width, k and v
     B x L x kv width each, qk_buf and qk_buf_float (float32) B x heads x L x L, the mask T x L, qkv_buf_2 T x q width,
@@ -301,7 +312,7 @@ def attention_workspace(config: Mapping[str, Any], asked: Serving, tokens: int) 
 
 
 def weights(model: ModelFacts, asked: Serving) -> int:
-    """The fullest rank's; for the reference executor all weights in float32, as it unpacks them."""
+    """Bytes of weights on the largest rank. The reference executor unpacks all weights to float32."""
     if not asked.facts.float32:
         return max(rank_bytes(model, asked))
     tied = model.config.get("tie_word_embeddings") and model.head not in model.tensors and model.embedding
@@ -310,14 +321,17 @@ def weights(model: ModelFacts, asked: Serving) -> int:
 
 
 def needed(model: ModelFacts, asked: Serving, *, held: int | None = None) -> int:
-    """Bytes for weights, workspace and one sequence of max_seq_len, whose KV blocks get `fraction` of what is left."""
+    """The least memory, in bytes: weights, workspace, and KV cache for one sequence of max_seq_len.
+
+    The KV cache gets only `fraction` of what is left. held: the weights' bytes, if known.
+    """
     held = weights(model, asked) if held is None else held
     sequence = _blocks(asked.max_seq_len) * kv_bytes_per_token(model.config, asked)
     return held + workspace(model.config, asked) + math.ceil(sequence / _fraction(asked))
 
 
 def memory(model: ModelFacts, asked: Serving, card: str, available: int) -> Memory:
-    """What a card of `available` bytes holds at run time: KV gets kv_cache_free_gpu_mem_fraction of what is left."""
+    """The estimate for a card of `available` bytes. The KV cache gets `fraction` of what is left."""
     held, work = weights(model, asked), workspace(model.config, asked)
     per_token = kv_bytes_per_token(model.config, asked)
     pool = max(0, math.floor((available - held - work) * _fraction(asked)))
@@ -339,7 +353,7 @@ def memory(model: ModelFacts, asked: Serving, card: str, available: int) -> Memo
 
 
 def largest_batch(model: ModelFacts, asked: Serving, available: int) -> int:
-    """The most sequences of max_seq_len whose KV cache and, as max_batch_size, whose workspace fit together."""
+    """The largest max_batch_size whose workspace fits with the KV cache of as many sequences of max_seq_len."""
     held = weights(model, asked)
     sequence = _blocks(asked.max_seq_len) * kv_bytes_per_token(model.config, asked)
 
@@ -354,7 +368,7 @@ def largest_batch(model: ModelFacts, asked: Serving, available: int) -> int:
 
 
 def largest(fits: Any, low: int, high: int) -> int:
-    """The largest n of low..high with fits(n), which is monotone; `low` if there is none above it."""
+    """The largest n in low..high for which fits(n) is true, or `low` if there is none. fits must be monotone."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -362,7 +376,7 @@ def largest(fits: Any, low: int, high: int) -> int:
 
 
 def machine(output: Path) -> Machine:
-    """Free disk at (the nearest existing parent of) the output directory, and /proc/meminfo."""
+    """Free disk at the output directory, or its nearest existing parent, and memory from /proc/meminfo."""
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
@@ -372,10 +386,10 @@ def machine(output: Path) -> Machine:
 def cards(
     asked: Serving, gpu: GpuProfile, host: Machine, here: Iterable[str] = ()
 ) -> tuple[list[tuple[str, int]], str]:
-    """[(card, bytes)] by memory, smallest first, and which of them the verdict is for.
+    """[(card, bytes)] by memory, smallest first, and the name of the card that decides whether the build fits.
 
-    The card that the user named, alone; else one card of each size that the profile's cards have, and the verdict is
-    for the card in this machine (`here`: its GPUs' names), else for the largest. The reference target's is the host.
+    If the user named a card: only that. Otherwise one card for each memory size in the profile, and the card in this
+    machine decides (`here`: its GPUs' names), or else the largest. For the reference target it is the host.
     """
     if not asked.facts.needs_gpu:
         return [("this machine", host.memory)], "this machine"

@@ -18,14 +18,17 @@ from builder.model.dtypes import NOT_WRITTEN
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model as its headers tell: config.json, {tensor: (dtype, shape)}; the linear layers that stay in BF16 or in
-    FP8, and the format of the others."""
+    """A model before any weight is read.
+
+    tensors: {name: (dtype, shape)}. kept, fp8: the linear layers that stay in BF16 or in FP8; number_format: that of
+    the others. directory: holds config.json and the tokenizer files.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     kept: tuple[str, ...] = ()
     fp8: tuple[str, ...] = ()
-    directory: Path | None = None  # where config.json and the tokenizer files are
+    directory: Path | None = None
     number_format: NumberFormat = NVFP4
 
     @cached_property
@@ -39,12 +42,12 @@ class ModelFacts:
         return quantizable and tensor.removesuffix(".weight") not in self._kept
 
     def format_of(self, tensor: str) -> NumberFormat:
-        """The format of such a layer, by its weight's name."""
+        """The format of a quantized layer, by the name of its weight."""
         return FP8 if tensor.removesuffix(".weight") in self._fp8 else self.number_format
 
     @cached_property
     def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """The tensors that transformers loads and saves: a head that is the embedding is not one of its own."""
+        """The tensors that transformers loads and saves: without an output layer that is tied to the embedding."""
         tied = {self.head} if self.config.get("tie_word_embeddings") else set()
         return {name: info for name, info in self.tensors.items() if name not in tied and not NOT_WRITTEN.search(name)}
 

@@ -1,4 +1,4 @@
-"""The smallest change of a recipe that would fit, and the refusal that names it. Pure."""
+"""If a build does not fit: the smallest change that would, and the error that suggests it. Pure."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ MOST_GPUS = 16  # on one machine
 
 @dataclass(frozen=True)
 class Change:
-    """Other settings that fit, and the command line's flags for them."""
+    """Settings that fit, and the command-line flags for them."""
 
     serving: Serving
     flags: tuple[str, ...]
 
 
 def smallest(model: ModelFacts, asked: Serving, available: int, *, fp8_kv: bool = True) -> Change | None:
-    """The first that fits of: a smaller iteration or batch, shorter sequences, FP8 KV, more GPUs; each as large as it
-    can be. `fp8_kv`: whether the card has it. None where nothing here helps.
+    """The first change that fits, in this order: fewer tokens in an iteration, a smaller batch, shorter sequences, an
+    FP8 KV cache, more GPUs. Each is reduced as little as possible. None if no change fits.
+
+    fp8_kv: whether the card supports an FP8 KV cache.
     """
     for changed in _candidates(model, asked, available, fp8_kv):
         if preflight_memory.needed(model, changed) <= available:
@@ -49,7 +51,7 @@ def _candidates(model: ModelFacts, asked: Serving, available: int, fp8_kv: bool)
 
 
 def _more_gpus(model: ModelFacts, asked: Serving) -> list[Serving]:
-    """The fewest GPUs first; of as many, tensor parallel before pipeline parallel, which shortens no answer's wait."""
+    """Fewest GPUs first; tensor parallelism before pipeline parallelism, which does not reduce latency."""
     sizes = [
         (tp, pp)
         for tp in range(asked.tp, MOST_GPUS + 1)
@@ -60,7 +62,7 @@ def _more_gpus(model: ModelFacts, asked: Serving) -> list[Serving]:
 
 
 def _smaller(model: ModelFacts, asked: Serving, available: int) -> Iterator[Serving]:
-    """One size at a time, as large as it may be; then the batch and the length together."""
+    """Reduces one size at a time, as little as possible; then the batch and the length together."""
 
     held = preflight_memory.weights(model, asked)
 
@@ -80,7 +82,7 @@ def _smaller(model: ModelFacts, asked: Serving, available: int) -> Iterator[Serv
 
 
 def _shorter(asked: Serving, length: int) -> Serving:
-    """max_seq_len with a prompt of three quarters of it at most, and an iteration that holds such a prompt."""
+    """Shorter sequences: the prompt may be at most three quarters of max_seq_len."""
     prompt = min(asked.max_input_len, length - length // 4)
     return replace(asked, max_seq_len=length, max_input_len=prompt)
 
@@ -106,7 +108,7 @@ def _flags(asked: Serving, changed: Serving) -> tuple[str, ...]:
 def refusal(
     model: ModelFacts, asked: Serving, found: Memory, *, fp8_kv: bool = True
 ) -> tuple[UnsupportedError, Change | None]:
-    """What does not fit, by how much, and what would."""
+    """The error for a model that does not fit on a card, and the change that would make it fit, if there is one."""
     change = smallest(model, asked, found.memory, fp8_kv=fp8_kv)
     where = "each of the GPUs" if asked.tp * asked.pp > 1 else "it"
     needs = found.needed - found.weights - found.workspace
@@ -122,7 +124,7 @@ def refusal(
 
 
 def disk_refusal(sizes: Sizes, host: Machine, missing: int) -> UnsupportedError | None:
-    """`missing` bytes of artifacts are to be made; None if they fit on the disk."""
+    """The error if `missing` bytes of artifacts do not fit on the disk, else None."""
     if missing <= host.disk:
         return None
     parts = ", ".join(f"{stage} {size(n)}" for stage, n in sizes.disk.items() if n and stage != "snapshot")
@@ -135,7 +137,7 @@ def disk_refusal(sizes: Sizes, host: Machine, missing: int) -> UnsupportedError 
 
 
 def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> UnsupportedError | None:
-    """None if calibrating fits into the memory that this machine has in all; what is free now is another question."""
+    """The error if calibrating needs more memory than this machine has in total, else None."""
     needed = preflight_memory.calibration_memory(model, rows.batch_size * rows.seq_len)
     if needed <= host.memory:
         return None
@@ -170,7 +172,7 @@ class MemoryCheck:
 
 
 def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, here: Sequence[str] = ()) -> MemoryCheck:
-    """For the card that is here, else the profile's largest. A profile without any known memory refuses nothing."""
+    """Checks the memory of the card that decides (memory.cards). Nothing is rejected if no card's memory is known."""
     known, name = preflight_memory.cards(asked, gpu, host, here)
     found = tuple(preflight_memory.memory(model, asked, card, available) for card, available in known)
     about = next((m for m in found if m.card == name), None)

@@ -1,7 +1,7 @@
-"""The build record: what a repository's manifests don't hold, beside the link that people use.
+"""The build record, <output>/builds/<name>.json: what a report needs and a repository's manifests do not hold.
 
-<output>/builds/<name>.json: every value of the recipe with the place that set it, the GPU profile, the reasons of the
-flags, what the plan said, the stages. It names paths relative to <output>, so that an output directory can be moved.
+It has every recipe value with its origin, the GPU profile, the flags with their reasons, the notes of the plan, and the
+stages. Paths are relative to <output>, so that the directory can be moved.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _REPOSITORY = re.compile(r"repository/[0-9a-f]{16}")
 def write(prepared: Prepared, *, link: Path, source: str, store: Store) -> Path:
     """Writes the record of the build that `link` names, whose stages are in `store.done`.
 
-    `source` is where the model came from: a link is moved only by builds of the same one (publish.py).
+    source: the model's source (links.source_of). Only builds with the same source move a link.
     """
     stages = {done.stage: done for done in store.done}  # of a store that built twice, the last
     resolved, host = prepared.resolved, preflight_memory.machine(store.root)
@@ -70,14 +70,14 @@ def write(prepared: Prepared, *, link: Path, source: str, store: Store) -> Path:
 
 
 def find(root: Path, repository: Path) -> Mapping[str, Any] | None:
-    """The newest record of this repository, or None. One that was changed does not count."""
+    """The newest record of this repository, or None. A record that was edited is ignored."""
     records = [record for record in map(_read, sorted((root / DIRECTORY).glob("*.json"))) if record]
     found = [record for record in records if (root / record["repository"]).resolve() == repository]
     return max(found, key=lambda record: float(record["written"]), default=None)
 
 
 def by_name(root: Path) -> dict[str, Mapping[str, Any]]:
-    """The records that can be read, by the name of their link."""
+    """The readable records by the name of their link."""
     found = {path.stem: _read(path) or _read_older(path) for path in sorted((root / DIRECTORY).glob("*.json"))}
     return {name: record for name, record in found.items() if record}
 
@@ -94,7 +94,7 @@ def unlinked(root: Path) -> dict[str, Path]:
 
 
 def stale(root: Path, *, gone: Sequence[Path] = ()) -> list[Path]:
-    """The records whose repository is gone, or is in `gone`."""
+    """The records whose repository does not exist any more, or is in `gone`."""
     return [path for path, repository in _of(root) if repository in gone or not repository.is_dir()]
 
 
@@ -109,9 +109,9 @@ def _of(root: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def command(resolved: Resolved, commits: Mapping[str, str] | None = None) -> list[str]:
-    """A command line that comes to the same recipe without any recipe file or preset: only what is no default.
+    """The command line that gives the same recipe without a recipe file or preset. Defaults are left out.
 
-    `commits` pins revisions, by key of the recipe.
+    commits: revisions to pin, by recipe key.
     """
     recipe, commits = resolved.recipe, commits or {}
     argv = ["builder", "build", "--model", recipe.model.id, "--gpu", resolved.gpu.name]
@@ -124,7 +124,7 @@ def command(resolved: Resolved, commits: Mapping[str, str] | None = None) -> lis
 
 
 def _commits(store: Store) -> dict[str, str]:
-    """What the branches and tags of the Hub were when this was built."""
+    """The commits that the Hub's branches and tags resolved to in this build."""
     facts = {done.stage: done.facts for done in store.done}
     found = {
         "model.revision": facts.get("snapshot", {}).get("revision"),

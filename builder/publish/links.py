@@ -1,9 +1,9 @@
-"""The link to a repository, <output>/models/<name>, which people and compose serve by, and whose it is.
+"""The link to a repository, <output>/models/<name>: how its name is chosen, and which build may move it.
 
-A name is short: model, GPU profile, format. Where another build has it already (another directory or organization,
-revision, KV cache type, sizes), the new one gets what distinguishes it, and keeps that name from then on: a link is
-only ever moved by a build of the same model with the same recipe, apart from what it calibrates on and measures.
-`name` in the recipe (--name) overrides all of this.
+A name is model, GPU profile and format. If another build has that name already (of another directory, organization or
+revision, or with another KV cache type or other sizes), the new build adds what distinguishes it and keeps that name.
+Only a build of the same model with the same recipe moves a link; calibration data and measurements may differ. `name`
+in the recipe (--name) overrides all of this.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WORDS = {
 
 
 def link(resolved: Resolved, repository: Path, store: Store) -> Path:
-    """The path of this build's link; `move` makes it."""
+    """The path of this build's link, which `move` creates."""
     models = store.root / MODELS
     if resolved.recipe.name:
         return models / resolved.recipe.name
@@ -60,10 +60,12 @@ def link(resolved: Resolved, repository: Path, store: Store) -> Path:
 
 
 def move(name: Path, repository: Path) -> None:
-    """Points the link to the repository, in one step. UsageError where something else than a link is in its place."""
+    """Points the link to the repository atomically. UsageError if something other than a link has that name."""
     target = os.path.relpath(repository, name.parent)
     if os.path.lexists(name) and not name.is_symlink():
-        raise UsageError(f"{name} is no link, so it is left as it is.", hint="Move it away, or choose another --name.")
+        raise UsageError(
+            f"{name} is not a link, so it was not replaced.", hint="Move it away, or choose another --name."
+        )
     replace_link(name, target)
 
 
@@ -85,7 +87,7 @@ def source_of(model: Model) -> str:
 
 
 def identity(resolved: Resolved) -> dict[str, Any]:
-    """The values of a recipe that distinguish one served model from another; a digest for the source."""
+    """The recipe values that distinguish one served model from another, and a digest of the model's source."""
     return _select(digest_of(source_of(resolved.recipe.model)), {key: value for key, value, _ in resolved.explained()})
 
 
@@ -110,12 +112,12 @@ def _select(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> set[str]:
-    """The keys that both recipes have and that differ: an older record lacks those that are new since."""
+    """The keys that both recipes have and that differ. An older record lacks keys that are new."""
     return {key for key in mine.keys() & theirs.keys() if mine[key] != theirs[key]}
 
 
 def _candidates(resolved: Resolved, mine: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """The short name; then with what distinguishes this build from the one that has it; then with a digest."""
+    """The short name; then one with what distinguishes this build from the one that has it; then one with a digest."""
     short = base_name(resolved.recipe, resolved.gpu.name)
     yield short
     differing = _differing(mine, records.get(short, {}))
@@ -142,7 +144,7 @@ def _revision(revision: Any) -> str:
 
 
 def _is_free(path: Path, target: str) -> bool:
-    """Nothing is there, or a link to nothing, or this build's own link."""
+    """Whether the path does not exist, is a broken link, or is this build's own link."""
     if not os.path.lexists(path):
         return True
     return path.is_symlink() and (os.readlink(path) == target or not path.exists())

@@ -1,7 +1,7 @@
-"""Whether a build was accepted: an artifact of its own beside the repository, which `serve` and the report read.
+"""The verdict on a build, kept as an artifact that `serve` and the report read.
 
-A repository that some build accepted may be served; one that was only ever rejected may not. One that nothing is known
-of (made by an older version, or copied out of its store) may.
+A repository may be served if at least one build accepted it, or if there is no verdict on it (it was made by an older
+version, or copied out of its store). A repository that every build rejected is not served.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Status = Literal["passed", "failed", "not checked"]
 
 @dataclass(frozen=True)
 class BuildVerdict:
-    """`reasons` say what failed, or why quality was not checked, or which limits were met; `by` what judged."""
+    """reasons: what failed, which limits were met, or why quality was not checked. by: the check that decided."""
 
     status: Status
     reasons: tuple[str, ...]
@@ -28,13 +28,13 @@ class BuildVerdict:
 
 
 def keep(verdict: BuildVerdict, of: Sequence[str], asked: Mapping[str, Any], *, store: Store) -> None:
-    """Records the verdict on the artifacts with these digests, as judged by the limits in `asked`."""
+    """Stores a verdict. of: digests of the artifacts that it is about. asked: the limits that it was judged by."""
     facts = {"status": verdict.status, "reasons": list(verdict.reasons), "by": verdict.by}
     store.stage(STAGE, {"of": list(of), "asked": dict(asked), **facts}, lambda directory: facts)
 
 
 def latest(repository: str, chain: Sequence[str], everything: Sequence[Artifact]) -> BuildVerdict | None:
-    """The newest verdict on a repository, or without one on what it was made from; all named by their digests."""
+    """The newest verdict on a repository or, if there is none, on the artifacts it was made from. Both by digest."""
     found = _of([repository], everything) or _of(chain, everything)
     newest = max(found, key=lambda one: float(one.manifest["started"]), default=None)
     return _verdict(newest) if newest else None
@@ -55,12 +55,12 @@ def check(repository: Path) -> None:
     raise EvaluationError(
         f"{repository} failed the {rejected[-1].by} of its build: {rejected[-1].reasons[0]}.",
         why="\n".join(rejected[-1].reasons[1:]),
-        hint="Build it with less loss, or serve it all the same: --ungated (UNGATED=1 with compose)",
+        hint="Build it with less loss, or serve it anyway: --ungated (UNGATED=1 with compose)",
     )
 
 
 def _of(chain: Sequence[str], everything: Sequence[Artifact]) -> list[Artifact]:
-    """Oldest first."""
+    """The verdicts on these digests, oldest first."""
     verdicts = sorted((a for a in everything if a.stage == STAGE), key=lambda a: float(a.manifest["started"]))
     return [one for one in verdicts if {*map(str, one.manifest["ingredients"].get("of", ()))} & set(chain)]
 

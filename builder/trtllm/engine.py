@@ -1,4 +1,4 @@
-"""Checkpoint -> Engine: runs trtllm-build where it exists; for the reference target writes what stands in its place."""
+"""Checkpoint -> Engine: runs trtllm-build or, for the reference target, writes the same directory without kernels."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from builder.trtllm.compatibility import BUILT_WITH, installed
 
 @dataclass(frozen=True)
 class Engine:
-    """config.json {version, pretrained_config, build_config} beside rank*.engine, or rank*.safetensors (reference).
+    """A directory with config.json {version, pretrained_config, build_config} and rank*.engine.
 
-    built_with.json beside them tells what upstream's config.json does not: target, SM, GPU, driver, TensorRT.
+    The reference target has rank*.safetensors. built_with.json adds target, SM, GPU, driver and TensorRT version.
     """
 
     path: Path
@@ -55,13 +55,13 @@ class EngineJob:
 
 
 def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
-    """Before the first expensive byte: can this machine build the target, and serve it? UnsupportedError if not."""
+    """UnsupportedError if this machine cannot build the target or, with `serving`, serve it. Called before any work."""
     if not target_facts(resolved.recipe.target).builds_tensorrt:
         return
     if os.environ.get("BUILDER_FORCE_NUM_PROFILES"):
         raise UsageError(
-            "BUILDER_FORCE_NUM_PROFILES is set: trtllm-build would make another engine than the recipe says.",
-            why="A debug override of TensorRT-LLM (rule R48); no stage's key would know of it.",
+            "BUILDER_FORCE_NUM_PROFILES is set: trtllm-build would build a different engine than the recipe describes.",
+            why="It is a debug override of TensorRT-LLM (rule R48) and not part of any stage's key.",
             hint="unset BUILDER_FORCE_NUM_PROFILES",
         )
     if shutil.which("trtllm-build") is None:
@@ -77,12 +77,12 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
 
 
 def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> None:
-    """trtllm-build times kernels on GPU 0, for GPU 0: without one it crashes (rule R08), on another it builds another
-    engine than the profile says."""
+    """trtllm-build times kernels on GPU 0 and builds for it. Without a GPU it crashes (rule R08); on a GPU of another
+    architecture it would build for that one."""
     sm, world_size = resolved.gpu.sm, resolved.recipe.engine.world_size
     if not seen:
         raise UnsupportedError(
-            "trtllm-build is here, but no GPU is seen, so no TensorRT engine can be built.",
+            "trtllm-build is installed, but no GPU is visible, so no TensorRT engine can be built.",
             why="It measures its kernels on the GPU that will run them (rule R08).",
             hint="Give the container its GPUs; CUDA_VISIBLE_DEVICES may hide them. Or build for the reference "
             "executor: --gpu cpu. `builder plan` works everywhere.",
@@ -103,7 +103,10 @@ def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> N
 
 
 def build(checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], resolved: Resolved, *, store: Store) -> Engine:
-    """The engine for these flags: by trtllm-build, or for the reference target the checkpoint and the same config."""
+    """Builds the engine with these flags, or finds it in the store.
+
+    For the reference target it is the checkpoint with the same config.json.
+    """
     recipe = resolved.recipe
     by_tensorrt = target_facts(recipe.target).builds_tensorrt
     ingredients = {
@@ -138,7 +141,7 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], resolved: 
 def _write_built_with(
     directory: Path, target: str, flags: Sequence[trtllm_flags.Flag], facts: Mapping[str, Any]
 ) -> None:
-    """What guards.py compares before the engine is served, in its directory: a copy of it elsewhere tells too."""
+    """Records what the engine was built with in its directory, so that a copied engine can still be validated."""
     by_tensorrt = target_facts(target).builds_tensorrt
     gpu = next(iter(visible() or []), None) if by_tensorrt else None
     record = {
@@ -181,7 +184,7 @@ def _write_reference(job: EngineJob, store: Store) -> Mapping[str, Any]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for the same bytes; a copy where the file system has no hard links."""
+    """Hard-links a file, or copies it if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -195,7 +198,7 @@ def _run_trtllm_build(job: EngineJob, store: Store) -> Mapping[str, Any]:
 
 
 def timing_cache(root: Path, version: str) -> Path:
-    """The kernel timings that builds of one kind share: TensorRT takes them on its own version and card alone."""
+    """The timing cache that builds with the same TensorRT version and GPU share; TensorRT accepts no other."""
     tensorrt, gpu = library_versions("tensorrt")["tensorrt"], next(iter(visible() or []), None)
     words = [f"tensorrt_llm-{version}"]
     words += [f"tensorrt-{tensorrt}"] if tensorrt != "absent" else []
@@ -205,8 +208,8 @@ def timing_cache(root: Path, version: str) -> Path:
 
 @contextmanager
 def _own_timing_cache(kept: Path) -> Iterator[Path]:
-    """A copy for one build, which takes the place of the kept one when the build was good: trtllm-build writes the file
-    at its very end, in place, so that a kill or a second build would leave half of it to all later ones."""
+    """A copy of the timing cache for one build, which replaces the shared one if the build succeeds. trtllm-build writes
+    the file in place at its end, so an interrupted or concurrent build would leave a damaged cache."""
     own = kept.parent / f".{kept.stem}.{os.getpid()}.tmp"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +224,7 @@ def _built(job: EngineJob, store: Store, own: Path, kept: Path) -> Mapping[str, 
     layout, directory = job.checkpoint.tensorrt_llm, job.directory
     argv = trtllm_flags.command(job.flags, checkpoint=layout, output=directory, timing_cache=own)
     log = store.log("trtllm-build")
-    store.out.info(f"trtllm-build works; what it says: {log}")
+    store.out.info(f"running trtllm-build; its log: {log}")
     pretrained = json.loads((layout / "config.json").read_text(encoding="utf-8"))
     world_size = pretrained["mapping"]["world_size"]
     finished, said = _watched(argv, log, kept.parent, world_size, store)
@@ -242,7 +245,7 @@ def _built(job: EngineJob, store: Store, own: Path, kept: Path) -> Mapping[str, 
 def _watched(
     argv: Sequence[str], log: Path, cwd: Path, world_size: int, store: Store
 ) -> tuple[process.Finished, build_log.BuildLog]:
-    """Runs trtllm-build; its phases are shown as its log tells them, a known failure with its hint."""
+    """Runs trtllm-build and shows its phases from the log. A known failure is raised with its cause and hint."""
     with store.out.progress("trtllm-build: starting") as bar:
 
         def show(phase: str, after: float) -> None:
@@ -262,11 +265,14 @@ def _watched(
 
 
 def check_built(directory: Path, version: str, world_size: int) -> Mapping[str, Any]:
-    """trtllm-build can end with 0 and half an engine; and the engine must be of the version that will serve it."""
+    """Checks the result, as trtllm-build can exit with 0 and leave files out. Returns the engine's config.json.
+
+    StageError if a file is missing, IntegrityError if another TensorRT-LLM version built it.
+    """
     ranks = [directory / f"rank{rank}.engine" for rank in range(world_size)]
     if not all(file.is_file() and file.stat().st_size for file in (directory / "config.json", *ranks)):
         wanted = "rank0.engine" if world_size == 1 else f"rank0.engine to rank{world_size - 1}.engine"
-        raise StageError(f"trtllm-build ended well but left no config.json with {wanted}.")
+        raise StageError(f"trtllm-build exited with 0 but did not write config.json and {wanted}.")
     built: Mapping[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if built.get("version") != version:
         raise IntegrityError(

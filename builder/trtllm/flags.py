@@ -1,6 +1,6 @@
-"""The trtllm-build flags that a recipe comes to, each with its reason and source. Pure: no GPU, no import.
+"""Recipe, GPU profile and model -> trtllm-build flags, each with its reason and source. Pure: no GPU, no TensorRT-LLM.
 
-Version facts are data in configs/trtllm/<version>/ (trtllm_facts.py), its rules are in trtllm_rules.py.
+Version facts are data in configs/trtllm/<version>/ (versions.py); rules.py applies their rules.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ NOT_THE_ENGINES = ("dry_run", "visualize_network")
 def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[Flag]:
     """The flags for this recipe, GPU and model (its config.json), in the order of the command line.
 
-    What a card answered to a probe goes before the profile and the tables; what trtllm-build would silently rewrite is
-    resolved here first. Raises UsageError for flags that this version does not have or take together,
-    UnsupportedError for what it, the card or the model can't do.
+    Probe answers of a card take precedence over the profile and the tables. What trtllm-build would silently rewrite is
+    resolved here. UsageError for flags that this version does not have or does not allow together, UnsupportedError for
+    what the version, the card or the model cannot do.
     """
     asked, gpu = resolved.recipe, resolved.gpu
     subject = _subject(resolved, model_config, answers)
@@ -76,7 +76,7 @@ def notes(
     flags: Sequence[Flag],
     answers: Sequence[Answer] = (),
 ) -> list[Note]:
-    """What is left to know about these flags: what they cost, what trtllm-build will choose or warn of."""
+    """What a user should know about these flags: what they cost, and what trtllm-build will choose or warn about."""
     if not target_facts(resolved.recipe.target).builds_tensorrt:
         return []
     subject = _subject(resolved, model_config, answers)
@@ -91,10 +91,10 @@ def notes(
 
 
 def window_notes(model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list[Note]:
-    """What to know of a model that was trained to attend to its last tokens alone, if sequences may be longer.
+    """A note for a model with sliding-window attention, if sequences may be longer than the window.
 
-    LLaMAConfig and QWenConfig.from_hugging_face (tensorrt_llm/models, 1.2) read no sliding_window, so an engine knows
-    none; upstream sets it where the engine is run (examples/models/core/llama/README.md, Mistral v0.1:
+    LLaMAConfig and QWenConfig.from_hugging_face (tensorrt_llm/models, 1.2) do not read sliding_window, so an engine
+    has none; upstream sets it when the engine is run (examples/models/core/llama/README.md, Mistral v0.1:
     max_attention_window_size). The reference executor attends to all tokens too.
     """
     window = attention.sliding_window(model_config)
@@ -142,7 +142,7 @@ def _share(width: int | None, tp: int) -> int | None:
 
 
 def check_format(resolved: schema.Resolved) -> None:
-    """The card computes in the recipe's formats, and this version of TensorRT-LLM lets it."""
+    """UnsupportedError if the card, or this TensorRT-LLM version on it, does not support a format of the recipe."""
     asked, gpu = resolved.recipe, resolved.gpu
     target = target_facts(asked.target)
     if not target.needs_gpu or gpu.sm is None:
@@ -173,13 +173,13 @@ def check_format(resolved: schema.Resolved) -> None:
 
 
 def _runs_on(name: str) -> str:
-    """Which GPUs run a format, by their profiles."""
+    """The GPU profiles that run a format, for a message."""
     profiles = [gpu for gpu in map(gpus.load, gpus.names()) if name in gpu.formats]
     return f"{name} runs on {', '.join(gpu.name for gpu in profiles)}." if profiles else ""
 
 
 def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:
-    """Outputs of a rank's linear layers, as far as config.json tells; those of o_proj and down_proj are hidden_size."""
+    """Output sizes of a rank's linear layers by name. o_proj and down_proj have hidden_size outputs."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     found = {"hidden_size": hidden, "intermediate_size": _share(config.get("intermediate_size"), tp)}
     if hidden and heads:
@@ -202,7 +202,7 @@ def _check_gemm(subject: Subject, number_format: NumberFormat, outputs: Mapping[
 
 
 def _check_said_once(resolved: schema.Resolved) -> None:
-    """A size has its own key in the recipe; engine.flags may repeat it but not contradict it."""
+    """UsageError if engine.flags contradicts a size that has its own recipe key."""
     engine = resolved.recipe.engine
     for name in SIZES:
         if name in engine.flags and engine.flags[name] != str(getattr(engine, name)):
@@ -214,7 +214,7 @@ def _check_said_once(resolved: schema.Resolved) -> None:
 
 
 def _asked_flags(version: Version, asked: Mapping[str, str]) -> dict[str, Flag]:
-    """engine.flags as Flags. A switch that is `enable` or `true` has the value ""; one that is off is left out."""
+    """engine.flags as Flags. A switch that is on (`enable`, `true`) has the value ""; one that is off is left out."""
     found = {}
     for name, value in asked.items():
         if name in SIZES:  # said with the same value in its own place
@@ -228,7 +228,10 @@ def _asked_flags(version: Version, asked: Mapping[str, str]) -> dict[str, Flag]:
 
 
 def sizes(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[Flag]:
-    """The four sizes. One that nobody asked for shrinks to what the model was trained for; an asked one is refused."""
+    """The four sizes as flags.
+
+    A default max_seq_len is reduced to the model's positions; UnsupportedError for one that the user set and is longer.
+    """
     engine = resolved.recipe.engine
     found = {name: getattr(engine, name) for name in SIZES}
     reasons = {name: resolved.origins.get(f"engine.{name}", "default") for name in found}
@@ -263,12 +266,12 @@ def _positions(config: Mapping[str, Any]) -> int | None:
 
 
 def asked_for(origin: str) -> bool:
-    """Whether a user set the value, not the default or the GPU's profile."""
+    """Whether a user set the value: it comes neither from a default nor from the GPU profile."""
     return origin != "default" and not origin.startswith("GPU profile")
 
 
 def command(flags: Sequence[Flag], *, checkpoint: Path, output: Path, timing_cache: Path) -> list[str]:
-    """The trtllm-build command line. Paths come last: the flags before them are the same on every machine."""
+    """The trtllm-build command line. Paths come last, because the flags before them are the same on every machine."""
     argv = ["trtllm-build"]
     for flag in flags:
         argv += [f"--{flag.name}", *([flag.value] if flag.value else [])]

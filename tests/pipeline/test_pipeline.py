@@ -149,7 +149,7 @@ def test_a_repository_for_a_card_is_made_where_it_is_and_served_nowhere_else(
     argv = [*FOR_A_CARD, "--output", str(output)]
     monkeypatch.setattr(engine, "visible", list)
     assert main.main(["render", *argv]) == 3  # no GPU: refused before any work
-    assert "no GPU is seen" in capsys.readouterr().err
+    assert "no GPU is visible" in capsys.readouterr().err
     monkeypatch.setattr(engine, "visible", lambda: [RTX_5090])
     assert main.main(["render", *argv, "--json"]) == 0
     said = capsys.readouterr()

@@ -227,7 +227,7 @@ def test_an_engine_is_built_on_the_card_of_its_profile_or_not_at_all(
 ) -> None:
     """Rule R08: without a GPU trtllm-build crashes; on another card it would build another engine."""
     monkeypatch.setattr(engine, "visible", list)
-    with pytest.raises(UnsupportedError, match="no GPU is seen") as caught:
+    with pytest.raises(UnsupportedError, match="no GPU is visible") as caught:
         engine.check_machine(resolved("sm120"))
     assert caught.value.exit_code == 3
     engine.check_machine(resolved("cpu"))
