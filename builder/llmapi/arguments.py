@@ -1,7 +1,7 @@
-"""The LLM arguments that a recipe comes to for Triton's llmapi model, each with its reason and source. Pure.
+"""Recipe, GPU profile and model -> arguments of TensorRT-LLM's LLM class, each with its reason and source. Pure.
 
-Version facts are data (llmapi_facts.py). What the LLM class would silently rewrite, filter or ignore is settled in
-llmapi_settle.py; what a user should know of it is in llmapi_notes.py. Files named in sources are NVIDIA/TensorRT-LLM's.
+Version facts are data (versions.py). normalize.py applies what the LLM class would silently rewrite, filter or ignore;
+notes.py explains it to users. Files named in sources are in NVIDIA/TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ UNUSED = (
 
 
 def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[Argument]:
-    """The arguments for this recipe, GPU and model (its config.json). UsageError, UnsupportedError as in trtllm.py."""
+    """The arguments for this recipe, GPU and model (its config.json).
+
+    UsageError for arguments that this version does not have or does not allow together, UnsupportedError for what the
+    version, the card or the model cannot do.
+    """
     asked = resolved.recipe
     subject = _subject(resolved, model_config)
     _check_target(resolved)
@@ -70,7 +74,7 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[
 
 
 def tree(arguments: Sequence[Argument]) -> dict[str, Any]:
-    """Dotted names as the nested mapping that a model.yaml holds."""
+    """Arguments with dotted names as the nested mapping of a model.yaml."""
     made: dict[str, Any] = {}
     for argument in arguments:
         *parents, last = argument.name.split(".")
@@ -82,8 +86,10 @@ def tree(arguments: Sequence[Argument]) -> dict[str, Any]:
 
 
 def check_machine(resolved: schema.Resolved) -> None:
-    """Before the first expensive byte: can this machine serve it? UnsupportedError if not, IntegrityError for another
-    version of TensorRT-LLM."""
+    """UnsupportedError if this machine cannot serve it, IntegrityError if it has another TensorRT-LLM version.
+
+    Called before any work.
+    """
     wanted = resolved.recipe.engine.tensorrt_llm
     installed, images = library_versions("tensorrt_llm")["tensorrt_llm"], llmapi_versions.load(wanted).images
     if shutil.which("trtllm-serve") is None and importlib.util.find_spec("tensorrt_llm") is None:
@@ -141,7 +147,7 @@ def _check_target(resolved: schema.Resolved) -> None:
 
 
 def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
-    """UnsupportedError for a model (its config.json) that the PyTorch backend can't serve, split so, on this card."""
+    """UnsupportedError for a model (its config.json) that the PyTorch backend cannot serve on this card, split so."""
     subject = _subject(resolved, config)
     served.check_llmapi(config, subject.facts.version)
     engine = resolved.recipe.engine
@@ -159,7 +165,7 @@ def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
 
 
 def _check_said_once(resolved: schema.Resolved, own: Mapping[str, Any]) -> None:
-    """A value with a key of its own in the recipe; llmapi.args may repeat it but not contradict it."""
+    """UsageError if llmapi.args contradicts a value that has its own recipe key."""
     values = {key: value for key, value, _ in resolved.explained()}
     for name in own.keys() & SAID.keys():
         said = values[SAID[name]]
@@ -230,7 +236,7 @@ def _kv_dtype(subject: Subject) -> Argument:
 
 
 def _asked_sizes(resolved: schema.Resolved, config: Mapping[str, Any]) -> list[Argument]:
-    """The four sizes. A profile's small batch pays for engines without context FMHA, which this backend always has."""
+    """The four sizes. A profile reduces the batch for engines without context FMHA; this backend always has it."""
     found = []
     for flag in trtllm_flags.sizes(resolved, config):
         value, reason, source = int(flag.value), flag.reason, flag.source
@@ -246,7 +252,7 @@ def _from(resolved: schema.Resolved, key: str) -> tuple[str, str]:
 
 
 def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}; below a name that takes a mapping nothing is taken apart."""
+    """{"a": {"b": 1}} as {"a.b": 1}. A mapping is kept as a value if the argument takes a mapping."""
     whole = {name for name, spec in llmapi_versions.read()["arguments"].items() if spec["type"] == "mapping"}
     flat: dict[str, Any] = {}
     for key, value in nested.items():

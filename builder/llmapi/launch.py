@@ -1,6 +1,6 @@
-"""How a server of the llmapi target starts: its command for one or several ranks, its environment, what is checked.
+"""Starts a server of the llmapi target: the command for one or several ranks, the environment, and its checks.
 
-Files named in comments are NVIDIA/TensorRT-LLM's. Upstream's ways to start it contradict each other: llmapi_notes.py.
+Files named in comments are in NVIDIA/TensorRT-LLM. Upstream documents contradict each other on this: see notes.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if any("PartReasoningText" in f.read_text("utf-8", "replace") for f in files):
 
 
 def arguments(models: Path) -> Mapping[str, Any] | None:
-    """What the repository's model.yaml holds; None for one of another target."""
+    """The content of the repository's model.yaml; None for a repository of another target."""
     file = models / compatibility.ENGINE_MODEL / "1" / "model.yaml"
     if not file.is_file():
         return None
@@ -62,16 +62,18 @@ def arguments(models: Path) -> Mapping[str, Any] | None:
 
 
 def world_size(models: Path) -> int:
-    """The ranks of the llmapi target's repository, 1 for another target's."""
+    """The number of ranks of a repository of the llmapi target; 1 for one of another target."""
     given = arguments(models) or {}
     return int(given.get("tensor_parallel_size", 1)) * int(given.get("pipeline_parallel_size", 1))
 
 
 def command(servers: Sequence[list[str]]) -> list[str]:
-    """The command line that starts a server with these ranks. One is started as it is, unless the wrapper is wanted.
+    """The command line that starts a server with these ranks.
 
-    Several as upstream's CI starts them: once per rank the wrapper, which runs the server on the first and a worker on
-    the others (tests/integration/defs/triton_server/test_triton_llmapi.py@222982db,
+    One rank is started directly, unless BUILDER_LLMAPI_LAUNCH asks for the wrapper.
+
+    Several are started as in upstream's CI: the wrapper runs once per rank, as the server on the first and as a worker
+    on the others (tests/integration/defs/triton_server/test_triton_llmapi.py@222982db,
     triton_backend/scripts/launch_triton_server.py@0a2e2c1f). ServingError where one of the programs is missing.
     """
     if len(servers) == 1 and os.environ.get(ALWAYS) != "1":
@@ -106,10 +108,10 @@ def _programs(ranks: int) -> tuple[str, str]:
 
 
 def environment(models: Path, given: Mapping[str, str]) -> dict[str, str]:
-    """What a server of this repository gets of `given`. ServingError where TensorRT-LLM could not be imported in it.
+    """The environment of a server of this repository, from `given`.
 
-    For the llmapi target: no variables of an MPI job, no usage data unless model.yaml asks for it, and the packages
-    without which TensorRT-LLM can't be imported.
+    For the llmapi target it has no variables of an MPI job, disables usage data unless model.yaml enables it, and adds
+    the packages that TensorRT-LLM needs. ServingError if TensorRT-LLM cannot be imported with it.
     """
     asked = arguments(models)
     if asked is None:
@@ -138,13 +140,13 @@ def without_job(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def with_overlay(variables: Mapping[str, str], overlay: str) -> dict[str, str]:
-    """The same, with the packages in this directory before the installed ones."""
+    """The environment with the packages in this directory before the installed ones."""
     path = os.pathsep.join([overlay, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))])
     return {**variables, OVERLAY: overlay, "PYTHONPATH": path}
 
 
 def import_error(variables: Mapping[str, str]) -> str:
-    """Why TensorRT-LLM can't be imported with this environment, "" where nothing is known against it. In a child."""
+    """Why TensorRT-LLM cannot be imported with this environment, "" if it can. A child process tries it."""
     python = shutil.which("python3", path=variables.get("PATH"))
     if python is None:
         return ""

@@ -1,4 +1,4 @@
-"""LoRA adapters that the llmapi target serves beside the model: what their directories must hold."""
+"""LoRA adapters that the llmapi target serves with the model: checks of their directories."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DEFAULT_RANK = 64  # lora_helper.py@585c7567, LoraConfig.max_lora_rank
 
 
 def directories(arguments: Mapping[str, Any]) -> list[Path]:
-    """The adapters of these arguments (by dotted name), in order."""
+    """The directories of the adapters in these arguments (by dotted name), in order."""
     return [Path(path) for path in arguments.get(DIRECTORIES) or ()]
 
 
 def check(arguments: Mapping[str, Any]) -> None:
-    """UsageError for an adapter that is not there, that the class can't load, or whose name another one has too."""
+    """UsageError for an adapter that does not exist, that the LLM class cannot load, or whose name is used twice."""
     names: dict[str, Path] = {}
     for directory in directories(arguments):
         if not directory.is_absolute():
@@ -64,7 +64,7 @@ def _check_adapter(directory: Path, most: int) -> None:
 
 
 def digests(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of each adapter's files, for the key of the repository that serves them."""
+    """The sha256 of each adapter's files, for the repository's key."""
     found = {}
     for directory in directories(arguments):
         digest = hashlib.sha256()

@@ -1,6 +1,6 @@
-"""LLM arguments as the LLM class would end up with them: what it rewrites, filters, ignores or refuses late. Pure.
+"""Normalizes LLM arguments as the LLM class would: what it rewrites, filters, ignores or rejects late. Pure.
 
-Each change carries its reason and its source; the plan shows them. Files named in sources are NVIDIA/TensorRT-LLM's.
+Each change has its reason and source, which the plan shows. Files named in sources are in NVIDIA/TensorRT-LLM.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SM100_FAMILY = (100, 103)  # is_sm_100f
 
 @dataclass(frozen=True)
 class Argument:
-    """One LLM argument by its dotted name, its value as YAML holds it, why, and who says so."""
+    """One LLM argument: its dotted name, its value as in YAML, the reason, and the source."""
 
     name: str
     value: Any
@@ -34,7 +34,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rules look at besides the arguments."""
+    """What the rules depend on besides the arguments."""
 
     facts: Facts
     sm: int | None
@@ -45,9 +45,9 @@ class Subject:
 
 
 def settle(subject: Subject, arguments: Mapping[str, Argument]) -> dict[str, Argument]:
-    """The arguments as the LLM class would end up with them, each change with its source. Idempotent.
+    """The arguments as the LLM class would normalize them, each change with its source. Idempotent.
 
-    UsageError, UnsupportedError for what it would refuse late, or would take and not heed.
+    UsageError or UnsupportedError for what the class would reject late, or would accept and ignore.
     """
     settled = dict(arguments)
     _refuse(subject, settled)
@@ -63,7 +63,7 @@ def settle(subject: Subject, arguments: Mapping[str, Argument]) -> dict[str, Arg
 
 
 def put(settled: dict[str, Argument], name: str, value: Any, reason: str, source: str) -> None:
-    """Changes an argument and keeps why; one that has this value already stays as it is."""
+    """Changes an argument and records the reason; one that has this value already is not changed."""
     if name not in settled or settled[name].value != value:
         settled[name] = Argument(name, value, reason, source)
 
@@ -107,7 +107,7 @@ def _refuse(subject: Subject, settled: Mapping[str, Argument]) -> None:
 
 
 def _refuse_without_effect(subject: Subject, values: Mapping[str, Any]) -> None:
-    """What the class takes and heeds only beside another argument."""
+    """Rejects arguments that have an effect only together with another one."""
     for name, value in values.items():
         spec = subject.facts.arguments.get(name, {})
         needed = spec.get("needs")
@@ -154,7 +154,7 @@ def _refuse_moe(subject: Subject, values: Mapping[str, Any]) -> None:
 
 
 def _refuse_compiled(values: Mapping[str, Any]) -> None:
-    """Prefill CUDA graphs that contradict torch.compile's own names for them (normalize_prefill_cuda_graph_config)."""
+    """Rejects prefill CUDA graphs that contradict torch.compile's settings (normalize_prefill_cuda_graph_config)."""
     backend = values.get("prefill_cuda_graph_backend")
     compiled = [name for name in values if name.startswith("torch_compile_config.")]
     old = values.get("torch_compile_config.enable_piecewise_cuda_graph")
@@ -227,7 +227,7 @@ def _refuse_lora(values: Mapping[str, Any]) -> None:
 
 
 def _graphs(settled: dict[str, Argument]) -> None:
-    """cuda_graph_config: null turns them off; sizes beyond the largest batch are dropped upstream without a word."""
+    """cuda_graph_config: null disables CUDA graphs; upstream silently drops sizes above the largest batch."""
     if "cuda_graph_config" in settled:
         for name in [name for name in settled if name.startswith("cuda_graph_config.")]:
             del settled[name]
@@ -244,7 +244,7 @@ def _graphs(settled: dict[str, Argument]) -> None:
 
 
 def _compiled(subject: Subject, settled: dict[str, Argument]) -> None:
-    """Sizes that torch.compile captures are sorted, and their deprecated names become prefill_cuda_graph_backend."""
+    """Sorts the sizes that torch.compile captures, and replaces deprecated names by prefill_cuda_graph_backend."""
     old, new = "torch_compile_config.capture_num_tokens", "prefill_capture_num_tokens"
     if old in settled and settled[old].value:
         ordered = sorted(set(settled[old].value), reverse=True)
@@ -289,7 +289,7 @@ def _attention(settled: dict[str, Argument]) -> None:
 
 
 def _speculation(subject: Subject, settled: dict[str, Argument]) -> None:
-    """Written down, for the defaults differ between states; n-grams are drafted where the overlap scheduler is off."""
+    """Writes the defaults of speculation explicitly, as versions differ; n-grams need the overlap scheduler off."""
     kind = settled.get("speculative_config.decoding_type", _NONE).value
     if kind is None:
         return
@@ -324,7 +324,7 @@ def _statistics(settled: dict[str, Argument]) -> None:
 
 
 def _parallel(subject: Subject, settled: dict[str, Argument]) -> None:
-    """Both, whatever one of them is set to."""
+    """Both parallel sizes, if one of them is set."""
     names = ("use_cute_dsl_bf16_bmm", "use_cute_dsl_bf16_gemm")
     if not subject.facts.takes(names[0]) or subject.sm not in SM100_FAMILY:
         return

@@ -1,4 +1,4 @@
-"""What a plan for the llmapi target should say besides its arguments. Pure."""
+"""The notes of a plan for the llmapi target. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RANKS = (
 
 
 def notes(resolved: schema.Resolved, arguments: Sequence[Argument]) -> list[Note]:
-    """What is left to know about these arguments."""
+    """What a user should know about these arguments."""
     values = {argument.name: argument.value for argument in arguments}
     facts = llmapi_versions.load(resolved.recipe.engine.tensorrt_llm)
     texts = [
@@ -62,7 +62,7 @@ def _of_version(facts: Facts) -> Iterator[str]:
 
 
 def _of_asked(facts: Facts, arguments: Sequence[Argument]) -> Iterator[str]:
-    """Of what was asked for: values that the version may not know, and arguments that it takes and ignores."""
+    """Notes on arguments that the user set: values that the version may not know, and arguments that it ignores."""
     for argument in arguments:
         if argument.reason != ASKED:
             continue

@@ -66,9 +66,9 @@ def render(
 def write(
     models: Path, unified: Path, snapshot: Path, arguments: Sequence[Argument], resolved: Resolved
 ) -> dict[str, Any]:
-    """Renders the model into `models`, checks it, and returns what a client has to know.
+    """Renders the model into `models`, checks it, and returns the facts that a client needs.
 
-    IntegrityError for a checkpoint that says something else than the arguments.
+    IntegrityError if the checkpoint contradicts the arguments.
     """
     check_checkpoint(unified, arguments)
     part, tensors = resolved.recipe.repository, json.loads(TENSORS.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def write(
     parameters = {name: str(value).lower() for name, value in switches.items()}
     parameters["vocab_size"] = str(read_json(unified / "config.json")["vocab_size"])
     parameters["end_ids"] = json.dumps(special_ids(snapshot, part.end_ids)["end_ids"])
-    parameters["tensorrt_llm"] = resolved.recipe.engine.tensorrt_llm  # guards.py compares it
+    parameters["tensorrt_llm"] = resolved.recipe.engine.tensorrt_llm  # compatibility.py compares it
     values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
     directory = models / MODEL / "1"
     directory.mkdir(parents=True)
@@ -89,7 +89,7 @@ def write(
 
 
 def model_yaml(unified: Path, arguments: Sequence[Argument], *, decoupled: bool) -> str:
-    """The file's text. triton_config is as upstream's own model.py wants it, so that either may read it."""
+    """The text of model.yaml. triton_config is as in upstream's model.py, so that either can read it."""
     content = {
         "model": str(unified),
         "backend": "pytorch",
@@ -100,7 +100,7 @@ def model_yaml(unified: Path, arguments: Sequence[Argument], *, decoupled: bool)
 
 
 def check_checkpoint(unified: Path, arguments: Sequence[Argument]) -> None:
-    """kv_cache_config.dtype against hf_quant_config.json: upstream stops at a difference, when weights are loaded."""
+    """IntegrityError if kv_cache_config.dtype contradicts hf_quant_config.json; upstream fails on it when it loads."""
     quantization = read_json(unified / "hf_quant_config.json").get("quantization") or {}
     said = quantization.get("kv_cache_quant_algo")
     asked = next(argument.value for argument in arguments if argument.name == "kv_cache_config.dtype")

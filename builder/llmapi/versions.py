@@ -1,4 +1,4 @@
-"""What TensorRT-LLM's LLM class takes in each version, from configs/trtllm/llmapi.yaml, and what is refused. Pure."""
+"""The arguments of TensorRT-LLM's LLM class in each version, from configs/trtllm/llmapi.yaml. Pure."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Facts:
         return name in self.arguments
 
     def certain(self, name: str, value: Any) -> bool:
-        """Whether the state before the version takes this value too."""
+        """Whether the state before this version accepts the value too."""
         try:
             _check_value(self, self.earlier[name], name, value)
         except (KeyError, UsageError):
@@ -57,7 +57,7 @@ class Facts:
 
 @functools.cache
 def read() -> dict[str, Any]:
-    """The whole file."""
+    """The content of configs/trtllm/llmapi.yaml."""
     file = paths.data("configs", "trtllm", "llmapi.yaml")
     raw: dict[str, Any] = parse_yaml(file.read_text(encoding="utf-8"))
     return raw
@@ -65,7 +65,7 @@ def read() -> dict[str, Any]:
 
 @functools.cache
 def load(version: str) -> Facts:
-    """The facts of a version. UnsupportedError with the known ones for another."""
+    """The facts of a version. UnsupportedError, which names the known versions, for any other."""
     raw = read()
     asked = order(version)
     found = next((r for r in raw["versions"] if order(r["first"]) <= asked <= order(r["last"])), None)
@@ -87,7 +87,7 @@ def load(version: str) -> Facts:
 
 
 def _in_state(raw: Mapping[str, Any], state: str) -> dict[str, Spec]:
-    """The arguments that one state of main has, as they are there."""
+    """The arguments of one state of upstream's main branch."""
     states = list(raw["states"])
     now = states.index(state)
     found: dict[str, Spec] = {}
@@ -107,7 +107,7 @@ def _in_state(raw: Mapping[str, Any], state: str) -> dict[str, Spec]:
 
 
 def _in_both(earlier: Mapping[str, Spec], later: Mapping[str, Spec]) -> dict[str, Spec]:
-    """What two states take alike: the words that both know, the tighter limits, the earlier default."""
+    """What both states accept: their common values, the tighter limits, and the earlier default."""
     found = {}
     for name in earlier.keys() & later.keys():
         first, second = earlier[name], later[name]
@@ -126,7 +126,7 @@ def _in_both(earlier: Mapping[str, Spec], later: Mapping[str, Spec]) -> dict[str
 
 
 def _others(raw: Mapping[str, Any], here: Mapping[str, Spec], state: str) -> Iterator[tuple[str, Spec]]:
-    """The arguments of other versions. Only one whose last state lies before this one is `gone`."""
+    """The arguments of other versions. One whose last state is before this version is `gone`."""
     states = list(raw["states"])
     for name, spec in raw["arguments"].items():
         if name not in here:
@@ -158,7 +158,7 @@ def _unknown_version(version: str, ranges: list[dict[str, Any]]) -> UnsupportedE
 
 
 def check(facts: Facts, name: str, value: Any) -> None:
-    """UsageError unless this version's LLM class takes `name` (dotted below a config) with this value."""
+    """UsageError unless this version's LLM class accepts `name` (dotted) with this value."""
     refused = next((reason for key, reason in facts.refused.items() if name == key or name.startswith(f"{key}.")), None)
     if refused:
         raise UsageError(f"llmapi.args.{name} is not taken here: {refused}.", hint=f"Leave {name} out.")

@@ -1,4 +1,4 @@
-"""What trtllm-build's log says: the phase that it is in, the memory it took, and why it failed.
+"""Reads trtllm-build's log: the current phase, the memory used, and why it failed.
 
 The lines are those of tensorrt_llm/commands/build.py@65f1d153, tensorrt_llm/builder.py and _common.py (1.2), and of
 TensorRT's builder; the known failures are data, in configs/trtllm/known_errors.yaml.
@@ -35,7 +35,7 @@ READ_BYTES = 32 << 20  # of a failed build's log; a missing FMHA kernel lists ev
 
 @dataclass(frozen=True)
 class Known:
-    """A failure that is known: what it looks like, why it happens, what to do, who says so."""
+    """A known failure: its pattern, its cause, what to do, and the source."""
 
     name: str
     pattern: re.Pattern[str]
@@ -45,10 +45,11 @@ class Known:
 
 
 class BuildLog:
-    """Hears a log line by line. `phases`: seconds of each, ranks added up; `peak_gpu_memory`: the largest rank's bytes.
+    """Reads a log line by line.
 
-    `show` is told of each phase that begins, and of the seconds until then. With --workers the ranks' lines mix:
-    a phase is then the one that a rank began last.
+    phases: seconds by phase, summed over ranks. peak_gpu_memory: bytes of the largest rank. show: called with each
+    phase that begins and the seconds until then. With --workers the lines of ranks mix, and the phase is the one that
+    any rank began last.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class BuildLog:
                 return
 
     def end(self) -> None:
-        """No line follows."""
+        """Ends the last phase."""
         self._add()
 
     def rounded(self) -> dict[str, float]:
@@ -80,7 +81,7 @@ class BuildLog:
         return {phase: round(took, 1) for phase, took in self.phases.items()}
 
     def summary(self) -> str:
-        """For people: the phases that took a second or more, and the memory."""
+        """A sentence: the phases that took a second or more, and the memory."""
         parts = [f"{phase} {seconds(took)}" for phase, took in self.phases.items() if took >= 1]
         parts += [f"{size(self.peak_gpu_memory)} of GPU memory at most"] if self.peak_gpu_memory else []
         return ", ".join(parts)
@@ -99,20 +100,19 @@ class BuildLog:
 
 @functools.cache
 def known_errors(of: str = "errors") -> tuple[Known, ...]:
-    """The table of trtllm-build's (`errors`) or a server's (`serving`), in its order: where several match, the first is
-    the cause of the others."""
+    """The known failures of trtllm-build (`errors`) or a server (`serving`). The first match counts."""
     file = paths.data("configs", "trtllm", "known_errors.yaml")
     raw: list[dict[str, Any]] = parse_yaml(file.read_text(encoding="utf-8"))[of]
     return tuple(Known(pattern=re.compile("|".join(entry.pop("patterns"))), **entry) for entry in raw)
 
 
 def diagnose(text: str, of: str = "errors") -> Known | None:
-    """The first known failure that this text speaks of."""
+    """The first known failure that this text matches, or None."""
     return next((known for known in known_errors(of) if known.pattern.search(text)), None)
 
 
 def explained(error: StageError, log: Path) -> StageError:
-    """The error of a failed trtllm-build, with the known cause before the log's last lines, and its hint."""
+    """The error of a failed trtllm-build, with the cause if it is known, the last lines of the log, and a hint."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - READ_BYTES))
         text = file.read().decode("utf-8", "replace")

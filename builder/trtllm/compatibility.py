@@ -1,6 +1,6 @@
-"""Before a server starts: do the engine, the repository that names it and this machine agree? IntegrityError if not.
+"""Checks before a server starts that engine, repository and machine are compatible. IntegrityError if they are not.
 
-What Triton's C++ backend would do instead stands beside each check: it fails late, or goes on and says nothing.
+Each check says what Triton's C++ backend would do without it: fail late, or continue silently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from builder.machine.gpus import Seen, visible
 from builder.recipe.target_facts import ENGINE, REFERENCE, TARGETS, target_facts
 
 ENGINE_MODEL, BLS_MODEL = "tensorrt_llm", "tensorrt_llm_bls"
-BUILT_WITH = "built_with.json"  # in the engine's directory, so that a copy of it tells too
+BUILT_WITH = "built_with.json"  # in the engine's directory, so that a copied engine can still be validated
 LOGITS_TYPES = {"float16": "TYPE_FP16", "float32": "TYPE_FP32", "bfloat16": "TYPE_BF16"}
 LOGITS = ("context_logits", "generation_logits", "draft_logits")
 # Parameters of the C++ backend that need an engine with paged context FMHA, and what it does with them without one
@@ -45,7 +45,7 @@ RENDER = "Or make the repository again: the same `builder build`, with --from re
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One thing that does not agree: what, why it matters, what to do."""
+    """One incompatibility: what, why it matters, and what to do."""
 
     what: str
     why: str
@@ -54,7 +54,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Served:
-    """What a repository's config.pbtxt files say of its engine. `logits`: tensor name -> data type."""
+    """What a repository's config.pbtxt files say about its engine. logits: tensor name -> data type."""
 
     file: Path
     engine: Path
@@ -68,7 +68,7 @@ class Served:
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """An engine's config.json, which is upstream's, and what it was built with, which is ours ({} where unknown)."""
+    """An engine's config.json, written by trtllm-build, and our built_with.json ({} if there is none)."""
 
     path: Path
     config: Mapping[str, Any]
@@ -82,25 +82,27 @@ class EngineFacts:
 
     @property
     def is_tensorrt(self) -> bool:
-        """Whether trtllm-build made it."""
+        """Whether trtllm-build built it."""
         return self.target in TARGETS and target_facts(self.target).builds_tensorrt
 
     @property
     def world_size(self) -> int:
+        """The number of ranks."""
         pretrained = self.config.get("pretrained_config") or {}
         return int((pretrained.get("mapping") or {}).get("world_size") or 1)
 
     @property
     def build(self) -> Mapping[str, Any]:
+        """build_config of config.json."""
         found: Mapping[str, Any] = self.config.get("build_config") or {}
         return found
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What would run the engine: GPUs and installed libraries, None where it is not known.
+    """What would run the engine: GPUs and installed library versions; None where unknown.
 
-    `chosen`: CUDA_VISIBLE_DEVICES picked the GPUs, so that their numbers here are not the machine's.
+    chosen: CUDA_VISIBLE_DEVICES is set, so GPU numbers here are not those of the machine.
     """
 
     gpus: Sequence[Seen] | None = None
@@ -110,10 +112,10 @@ class Runtime:
 
 
 def check(models: Path, runtime: Runtime | None = None) -> None:
-    """Raises IntegrityError with everything that does not agree, the most important first.
+    """Raises IntegrityError with all incompatibilities, the most important first.
 
-    `runtime` is this machine unless given. Of the llmapi target's repository the version is compared; one without
-    TensorRT-LLM has nothing to compare.
+    runtime: this machine by default. For a repository of the llmapi target only the TensorRT-LLM version is compared,
+    if it is installed.
     """
     served = read_served(models)
     found = missing(served) if served else list(_llmapi(models, runtime))
@@ -127,7 +129,7 @@ def check(models: Path, runtime: Runtime | None = None) -> None:
 
 
 def read_served(models: Path) -> Served | None:
-    """The engine's config.pbtxt, parsed as Triton does; None where the repository has no engine of TensorRT-LLM's."""
+    """What config.pbtxt says about the engine, parsed as Triton parses it; None for a repository without an engine."""
     config = parse(models / ENGINE_MODEL / "config.pbtxt")
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     if not parameters.get("gpt_model_path"):
@@ -150,19 +152,19 @@ def read_served(models: Path) -> Served | None:
 
 
 def read_engine(directory: Path) -> EngineFacts:
-    """An engine's facts from its directory, wherever that lies now. Files that are absent count as empty."""
+    """An engine's facts from its directory. A missing file counts as empty."""
     config = _json(directory / "config.json", CONFIG_TYPES)
     return EngineFacts(directory, config, _json(directory / BUILT_WITH, BUILT_WITH_TYPES))
 
 
 def here() -> Runtime:
-    """This machine: its GPUs by NVML, the libraries that are installed for this Python or in Triton's image."""
+    """This machine: GPUs from NVML, and versions of the libraries in this Python or in Triton's image."""
     chosen = "CUDA_VISIBLE_DEVICES" in os.environ
     return Runtime(visible(), installed("tensorrt_llm"), installed("tensorrt"), chosen)
 
 
 def lacking_paged_fmha(build_config: Mapping[str, Any], asked: Sequence[str]) -> list[str]:
-    """Those of `asked` (names in NEED_PAGED_FMHA) that an engine with this build_config can't do."""
+    """Those of `asked` (names in NEED_PAGED_FMHA) that an engine with this build_config does not support."""
     return [] if has_paged_fmha(build_config) else [name for name in NEED_PAGED_FMHA if name in asked]
 
 
@@ -172,9 +174,9 @@ def has_paged_fmha(build_config: Mapping[str, Any]) -> bool:
 
 
 def missing(served: Served) -> list[Mismatch]:
-    """The engine's directory or files that are not where the repository says.
+    """A missing engine directory, or missing files in it.
 
-    A missing directory makes the backend say that both model paths are empty: it takes it for an unset parameter
+    For a missing directory the backend reports that both model paths are empty: it takes it for an unset parameter
     (model_instance_state.cc@c8c6df08, the constructor).
     """
     if not served.engine.is_dir():
@@ -193,7 +195,7 @@ def missing(served: Served) -> list[Mismatch]:
 
 
 def mismatches(served: Served, engine: EngineFacts, runtime: Runtime) -> list[Mismatch]:
-    """Everything that does not agree, the most important first. The reference executor needs no GPU and no version."""
+    """All incompatibilities, the most important first. The reference executor needs no GPU and no TensorRT-LLM."""
     found: list[Mismatch] = []
     if engine.is_tensorrt:
         found += [*_versions(engine, runtime), *_cards(engine, runtime)]
@@ -222,7 +224,7 @@ def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
 
 
 def _llmapi(models: Path, runtime: Runtime | None) -> Iterator[Mismatch]:
-    """The LLM class takes arguments of another version where their names are the same, and heeds them otherwise."""
+    """The LLM class of another version accepts arguments of the same name, but may treat them differently."""
     config = parse(models / ENGINE_MODEL / "config.pbtxt")
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     rendered = parameters.get("tensorrt_llm")
@@ -237,7 +239,7 @@ def _llmapi(models: Path, runtime: Runtime | None) -> Iterator[Mismatch]:
 
 
 def _cards(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
-    """As many GPUs as ranks, and of the engine's architecture. Rank n takes GPU n (worldConfig.cpp)."""
+    """Each rank needs a GPU of the engine's architecture. Rank n uses GPU n (worldConfig.cpp)."""
     sm, ranks, gpus = engine.built_with.get("sm"), engine.world_size, runtime.gpus
     if gpus is None:
         return
@@ -311,7 +313,7 @@ def _logits(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
 
 
 def _streaming(served: Served) -> Iterator[Mismatch]:
-    """Pieces come only from a decoupled model, and every model on their way must be one."""
+    """Streaming needs every model on the way of a response to be decoupled."""
     engine, bls = served.decoupled, served.bls_decoupled
     if bls is not None and bls != engine:
         yield Mismatch(
@@ -334,7 +336,7 @@ def _refusal(found: Sequence[Mismatch]) -> IntegrityError:
 
 
 def parse(file: Path) -> Any:
-    """A config.pbtxt as a ModelConfig; None where there is none."""
+    """A config.pbtxt as a ModelConfig; None if the file does not exist."""
     if not file.is_file():
         return None
     from google.protobuf import text_format
@@ -347,12 +349,12 @@ def parse(file: Path) -> Any:
 
 
 def _number(text: str | None, default: int) -> int:
-    """As the backend reads it: what is no number counts as unset (std::stoi throws, and the default is kept)."""
+    """Reads a number as the backend does: anything else counts as unset (std::stoi throws, and the default is kept)."""
     return int(text) if text and text.strip().isdecimal() else default
 
 
 def _json(file: Path, types: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A JSON object whose values are of these types where they are there; an empty one where the file is absent."""
+    """A JSON object whose values have these types, if present; an empty object if the file does not exist."""
     if not file.is_file():
         return {}
     try:
@@ -381,7 +383,7 @@ def _check_types(value: Mapping[str, Any], types: Mapping[str, Any]) -> None:
 
 
 def installed(name: str) -> str | None:
-    """A distribution's version, for this Python or in Triton's image; None where it is not installed."""
+    """The version of a distribution in this Python or in Triton's image; None if it is not installed."""
     sites = [str(site) for pattern in SITES for site in Path("/").glob(pattern.lstrip("/"))]
     found = next(iter(metadata.distributions(name=name, path=[*sys.path, *sites])), None)
     return found.version if found else None

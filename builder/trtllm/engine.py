@@ -208,8 +208,10 @@ def timing_cache(root: Path, version: str) -> Path:
 
 @contextmanager
 def _own_timing_cache(kept: Path) -> Iterator[Path]:
-    """A copy of the timing cache for one build, which replaces the shared one if the build succeeds. trtllm-build writes
-    the file in place at its end, so an interrupted or concurrent build would leave a damaged cache."""
+    """A copy of the timing cache for one build, which replaces the shared one if the build succeeds.
+
+    trtllm-build writes the file in place at its end, so an interrupted or concurrent build would damage it.
+    """
     own = kept.parent / f".{kept.stem}.{os.getpid()}.tmp"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

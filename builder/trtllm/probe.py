@@ -1,6 +1,6 @@
-"""Asks the card at hand: builds a two-layer engine for each doubtful flag (`builder probe`).
+"""`builder probe`: builds a two-layer engine on this machine's card for each flag whose support is in doubt.
 
-An engine that was built shows that it builds, and no more: it is not run.
+A probe shows only that an engine builds; the engine is not run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODEL = {"head_size": 128, "kv_cache_dtype": "fp8", "architecture": "Qwen3ForCau
 
 @dataclass
 class Session:
-    """The questions asked of one card. `force` asks what is answered already, once."""
+    """A run of probes on one card. force: repeat those that have an answer, once."""
 
     container: Container
     card: gpus.Seen
@@ -49,14 +49,14 @@ class Session:
         return self.container.file(self.store.root)
 
     def known(self, probe: Probe) -> dict[str, Any] | None:
-        """The kept answer to this very question. `unknown` is none: it is asked again."""
+        """The stored answer to this probe, or None. An `unknown` one does not count: the probe runs again."""
         if self.force and probe.name not in self._asked:
             return None
         record = probe_store.read(self.file).get(probe.name)
         return record if record and holds(record, probe) and record["outcome"] != UNKNOWN else None
 
     def ask(self, probe: Probe, base: Mapping[str, str]) -> dict[str, Any]:
-        """Builds its engine now; returns the record, which is not kept yet."""
+        """Builds the engine of a probe and returns the record, which is not stored yet."""
         self._asked.add(probe.name)
         version = trtllm_versions.load(self.container.tensorrt_llm)
         log, start = self.store.log(f"probe-{probe.name}"), time.monotonic()
@@ -86,7 +86,7 @@ class Session:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """One engine is built at a time: another probe of this container waits, and finds the answer."""
+        """Builds one engine at a time: a concurrent probe of this container waits and then finds the answer."""
         with self.store.locked("probe", self.container.name):
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class Session:
 
 
 def session(gpu: str, store: Store, *, limit: float = TIME_LIMIT, force: bool = False) -> Session:
-    """For a profile's name or `auto`. UnsupportedError unless this machine has that card and a trtllm-build."""
+    """A session for a GPU profile or `auto`. UnsupportedError unless this machine has that card and trtllm-build."""
     if limit <= 0:
         raise UsageError(f"An engine can't be built in {limit} s.", hint=f"--time-limit {TIME_LIMIT}")
     named = None if gpu == "auto" else gpus.named(gpu)
@@ -140,7 +140,7 @@ def _container(sm: int) -> Container:
 
 
 def questions(asking: Session, only: Sequence[str] = ()) -> list[Probe]:
-    """All for this card, or those named. UsageError for a name that is none."""
+    """All probes for this card, or those named. UsageError for an unknown name."""
     found = probe_results.probes(trtllm_versions.load(asking.container.tensorrt_llm), asking.container.sm)
     names = [probe.name for probe in found]
     wrong = [name for name in only if name not in names]
@@ -152,9 +152,9 @@ def questions(asking: Session, only: Sequence[str] = ()) -> list[Probe]:
 
 
 def run(asking: Session, wanted: Sequence[Probe]) -> dict[str, dict[str, Any]]:
-    """Asks what has no answer yet and keeps each answer at once; returns the records by the question's name.
+    """Runs the probes that have no answer yet and stores each answer immediately. Returns the records by probe name.
 
-    StageError if not even a plain engine builds: then no failure says anything about a flag, and none is kept.
+    StageError if not even a plain engine builds: a failure then says nothing about a flag, and nothing is stored.
     """
     out, root, found = asking.store.out, asking.store.root, {}
     base = _base(asking) if any(asking.known(probe) is None for probe in wanted) else {}
@@ -174,7 +174,7 @@ def run(asking: Session, wanted: Sequence[Probe]) -> dict[str, dict[str, Any]]:
 
 
 def _base(asking: Session) -> Mapping[str, str]:
-    """The flags of the first control that builds here."""
+    """The flags of the first control engine that builds on this machine."""
     root = asking.store.root
     failed: list[tuple[Probe, dict[str, Any]]] = []
     for probe in [probe for probe in questions(asking) if probe.control]:
@@ -194,7 +194,7 @@ def _base(asking: Session) -> Mapping[str, str]:
 
 
 def command(probe: Probe, base: Mapping[str, str], gpu: str, version: str, work: Path) -> list[str]:
-    """Writes the two-layer checkpoint under `work`; returns the trtllm-build command that answers the question."""
+    """Writes the two-layer checkpoint to `work` and returns the trtllm-build command of the probe."""
     from builder.trtllm import probe_model
 
     model = {**MODEL, **probe.about}
@@ -219,7 +219,7 @@ def command(probe: Probe, base: Mapping[str, str], gpu: str, version: str, work:
 
 
 def judge(log: str, failed: StageError | None, probe: Probe, version: trtllm_versions.Version) -> tuple[str, str]:
-    """(outcome, reason) from the log and the error, if it ended with one. What proves nothing is UNKNOWN."""
+    """(outcome, reason) from the log and the error, if there was one. UNKNOWN if it proves nothing."""
     doubts, lines = version.probes, log.splitlines()
 
     def said(*texts: str) -> str | None:
@@ -241,7 +241,7 @@ def judge(log: str, failed: StageError | None, probe: Probe, version: trtllm_ver
 
 @contextmanager
 def _working(directory: Path) -> Iterator[Path]:
-    """An empty directory that goes with the block; one that a killed probe left is emptied first."""
+    """An empty directory for the block. What a killed probe left in it is removed first."""
     shutil.rmtree(directory, ignore_errors=True)
     try:
         directory.mkdir(parents=True)
@@ -253,7 +253,7 @@ def _working(directory: Path) -> Iterator[Path]:
 
 
 def unanswered(found: Mapping[str, Mapping[str, Any]]) -> StageError | None:
-    """What to say of questions whose engines ended in a way that proves nothing."""
+    """The error for probes whose engines failed in a way that proves nothing; None if there are none."""
     names = [name for name, record in found.items() if record["outcome"] == UNKNOWN]
     if not names:
         return None

@@ -1,4 +1,4 @@
-"""A two-layer model in NVFP4 to build engines of: real shapes and names, random weights of a sane size."""
+"""A two-layer NVFP4 model for probes: real shapes and names, random weights of a realistic scale."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INPUT_SCALE = 8 / (6 * 448)  # activations of 8 at most: normed ones are near 1
 
 
 def config(*, architecture: str = "Qwen3ForCausalLM", head_size: int = 128) -> dict[str, Any]:
-    """Its config.json, as Hugging Face spells it."""
+    """The config.json of the model in the Hugging Face layout."""
     return {
         "architectures": [architecture],
         "dtype": "bfloat16",
@@ -43,7 +43,7 @@ def config(*, architecture: str = "Qwen3ForCausalLM", head_size: int = 128) -> d
 
 
 def write_checkpoint(model: Mapping[str, Any], destination: Path, *, fp8_kv: bool) -> Path:
-    """Both layouts of it under `destination`; returns TensorRT-LLM's, written by the code that real models take."""
+    """Writes both layouts to `destination` and returns the TensorRT-LLM one, written by the code for real models."""
     unified = destination / "unified"
     unified.mkdir(parents=True)
     write(unified / "model.safetensors", _tensors(model, fp8_kv))
@@ -74,7 +74,7 @@ def _tensors(model: Mapping[str, Any], fp8_kv: bool) -> Iterator[NewTensor]:
 
 
 def _linear(name: str, shape: tuple[int, int], random: np.random.Generator) -> Iterator[NewTensor]:
-    """Any byte is two E2M1 codes; the global scale makes the deviation of a weight 1 / sqrt(inputs)."""
+    """An NVFP4 layer: any byte is two E2M1 codes; the global scale gives weights a deviation of 1 / sqrt(inputs)."""
     out, inputs = shape
     packed = random.integers(0, 256, out * inputs // 2, dtype=np.uint8)
     yield NewTensor(f"{name}.weight", "U8", (out, inputs // 2), [packed.tobytes()])

@@ -1,6 +1,6 @@
-"""What probes asked of a card and what it answered, and how an answer goes before the tables. Pure.
+"""Probes and their answers, and how answers take precedence over the tables. Pure.
 
-The questions are data in configs/trtllm/<version>/probes.yaml; builder/trtllm/probe.py asks them and keeps the answers.
+Probes are data in configs/trtllm/<version>/probes.yaml; builder/trtllm/probe.py runs them and stores the answers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KV_CACHE_ALGO = {name: one.quant_algo for name, one in kv_cache.FORMATS.items()}
 
 @dataclass(frozen=True)
 class Probe:
-    """One question, as probes.yaml tells; `about` may hold head_size, kv_cache_dtype and architecture."""
+    """One probe of probes.yaml. about: the models it applies to, by head_size, kv_cache_dtype and architecture."""
 
     name: str
     question: str
@@ -35,13 +35,13 @@ class Probe:
     control: bool = False
 
     def asked(self) -> dict[str, Any]:
-        """What an answer hangs on: kept beside it, so that another question is asked again."""
+        """What the answer depends on. Stored with it, so that a changed probe runs again."""
         return {key: asdict(self)[key] for key in ("flags", "about", "built_with", "falls_back")}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a card answered: `outcome`, `reason` (why it fails), `built` (on what and when), `source` (the file)."""
+    """The answer to a probe. reason: why it failed. built: on which card and when. source: the file."""
 
     probe: Probe
     sm: int
@@ -52,7 +52,7 @@ class Answer:
 
 
 def probes(version: Version, sm: int | None) -> list[Probe]:
-    """The questions for an architecture, in the order in which to ask them."""
+    """The probes for a GPU architecture, in the order in which to run them."""
     found = []
     for raw in version.probes.get("probes", []):
         sizes = raw.get("head_sizes") or [None]
@@ -65,7 +65,7 @@ def probes(version: Version, sm: int | None) -> list[Probe]:
 
 
 def about(subject: Subject, answers: Sequence[Answer]) -> list[Answer]:
-    """The answers that are about this card and model. The engines of probes compute in bfloat16."""
+    """The answers that apply to this card and model. Probe engines compute in bfloat16."""
     found: list[Answer] = []
     if subject.dtype == "float16":
         return found
@@ -82,14 +82,14 @@ def about(subject: Subject, answers: Sequence[Answer]) -> list[Answer]:
 
 
 def head_sizes(subject: Subject, answers: Sequence[Answer]) -> tuple[int, ...]:
-    """The profile's table of FMHA kernels, and the model's head size if a card has built context FMHA for it."""
+    """The head sizes with FMHA kernels: the profile's, and the model's if a probe built context FMHA for it."""
     built = any(a.outcome == WORKS and a.probe.flags.get("context_fmha") == "enable" for a in about(subject, answers))
     more = (subject.head_size,) if built and subject.head_size not in (None, *subject.fmha_head_sizes) else ()
     return (*subject.fmha_head_sizes, *(size for size in more if size)) if subject.fmha_head_sizes else ()
 
 
 def without_fmha(subject: Subject, answers: Sequence[Answer]) -> bool:
-    """Whether some form of context FMHA failed for this model: then it is not to be recommended."""
+    """Whether any form of context FMHA failed for this model, so that it must not be recommended."""
     found = about(subject, answers)
     return any(a.outcome == FAILS and a.probe.flags.get("context_fmha") == "enable" for a in found)
 
@@ -97,9 +97,9 @@ def without_fmha(subject: Subject, answers: Sequence[Answer]) -> bool:
 def upgrade(
     profile: Mapping[str, Flag], asked: Mapping[str, Flag], subject: Subject, answers: Sequence[Answer]
 ) -> dict[str, Flag]:
-    """A profile's flags with those on that a card has proved; a later question's answer goes before an earlier one's.
+    """Enables the profile's flags that a probe has proved on this card. Later probes take precedence.
 
-    Nothing that the recipe asks for changes, and nothing that the profile has on goes off.
+    Flags of the recipe are not changed, and no flag that the profile enables is disabled.
     """
     found = dict(profile)
     for answer in about(subject, answers):
@@ -114,7 +114,7 @@ def upgrade(
 
 
 def refuse(subject: Subject, flags: Mapping[str, Flag], answers: Sequence[Answer]) -> None:
-    """UnsupportedError for flags that failed on this card: before any work, whoever asks for them."""
+    """UnsupportedError for flags that failed on this card, wherever they come from. Called before any work."""
     settings = Settings(subject, flags)
     for answer in about(subject, answers):
         probe = answer.probe
@@ -129,7 +129,7 @@ def refuse(subject: Subject, flags: Mapping[str, Flag], answers: Sequence[Answer
 
 
 def notes(subject: Subject, flags: Sequence[Flag], answers: Sequence[Answer]) -> list[Note]:
-    """What a plan should say of the answers: what they changed, and what they are not."""
+    """Notes on the answers for a plan: what they changed, and what they do not prove."""
     found = []
     sources = {answer.source for answer in answers}
     changed = [flag for flag in flags if flag.source in sources]

@@ -1,8 +1,8 @@
-"""What cards answered to probes, as files. Reading them asks nothing of a card.
+"""The answers of probes, as files: one for each container and GPU architecture. Reading them needs no GPU.
 
-    <root>/probes/tensorrt_llm-1.2.1-tensorrt-10.14.1.48-sm120.json    one a container and architecture
+    <root>/probes/tensorrt_llm-1.2.1-tensorrt-10.14.1.48-sm120.json
 
-A file may be copied from the machine with the card to the one that plans.
+A file may be copied from the machine with the card to the machine that plans.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from builder.trtllm.probe_results import Answer, Probe
 
 @dataclass(frozen=True)
 class Container:
-    """What an answer holds for: versions and architecture."""
+    """The versions and the GPU architecture that an answer is valid for."""
 
     tensorrt_llm: str
     tensorrt: str
@@ -34,17 +34,18 @@ class Container:
 
     @property
     def name(self) -> str:
+        """The file's name without suffix."""
         return f"tensorrt_llm-{self.tensorrt_llm}-tensorrt-{self.tensorrt}-sm{self.sm}"
 
     def file(self, root: Path) -> Path:
-        """Where its answers are kept."""
+        """The file with its answers."""
         return root / "probes" / f"{self.name}.json"
 
 
 def answers(resolved: schema.Resolved, root: Path) -> list[Answer]:
-    """What this kind of card answered in the recipe's container, in the order of the questions.
+    """The probe answers for the recipe's card and container, in the order of the probes.
 
-    The container is the one at hand; where none is, the one that configs/containers.yaml names for the version.
+    The container is the current one or, outside a container, the one in configs/containers.yaml for the version.
     """
     sm, wanted = resolved.gpu.sm, resolved.recipe.engine.tensorrt_llm
     if not target_facts(resolved.recipe.target).builds_tensorrt or sm is None:
@@ -69,12 +70,12 @@ def answers(resolved: schema.Resolved, root: Path) -> list[Answer]:
 
 
 def holds(record: Mapping[str, Any], probe: Probe) -> bool:
-    """Whether it answers the question as probes.yaml asks it today."""
+    """Whether the record answers the probe as probes.yaml defines it now."""
     return bool(record["asked"] == probe.asked())
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
-    """The records of a file by name; none where there is no file. IntegrityError where it is something else."""
+    """The records of a file by probe name; {} if there is no file. IntegrityError for any other content."""
     try:
         kept: dict[str, dict[str, Any]] = parse_json(read_regular(file))["answers"]
         texts = [record[key] for record in kept.values() for key in ("outcome", "reason", "card", "date")]
@@ -90,7 +91,7 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def keep(root: Path, container: Container, probe: Probe, record: Mapping[str, Any]) -> None:
-    """Adds an answer to the file: whole or not at all. The caller holds the lock, so that none is lost."""
+    """Adds an answer to the file atomically. The caller holds the lock, so that no answer is lost."""
     path = container.file(root)
     content = {**vars(container), "answers": {**read(path), probe.name: record}}
     replace_file(path, json.dumps(content, indent=1))

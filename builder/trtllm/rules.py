@@ -1,7 +1,7 @@
-"""The rules of trtllm-build (configs/trtllm/<version>/rules.json), applied before it could apply them silently. Pure.
+"""Applies the rules of trtllm-build (configs/trtllm/<version>/rules.json) before trtllm-build does so silently. Pure.
 
-`refuse` raises what it would only fail on later, `rewrite` settles what it would override or ignore, `check_kernels`
-looks at the outcome as the C++ side will, and `notes` says what is left to know. The order is build()'s.
+`refuse` rejects what trtllm-build would fail on later, `rewrite` applies what it would override or ignore,
+`check_kernels` checks the result as the C++ side will, and `notes` explains the rest. The order is that of build().
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SWIGLU = ("gemm_swiglu_plugin", "low_latency_gemm_swiglu_plugin")
 
 @dataclass(frozen=True)
 class Flag:
-    """One trtllm-build flag as it will be passed, why, and who says so. A switch has the value ""."""
+    """One trtllm-build flag as it will be passed, with its reason and source. A switch has the value ""."""
 
     name: str
     value: str
@@ -47,7 +47,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rules look at besides the flags: version, card, model, number formats. None where it is not known."""
+    """What the rules depend on besides the flags: version, card, model, number formats. None: not known."""
 
     version: Version
     sm: int | None
@@ -74,19 +74,19 @@ class Subject:
         return self.architecture in self.version.rules[rule]["only"]
 
     def source(self, rule: str) -> str:
-        """Where a rule was read."""
+        """The source of a rule."""
         return f"{self.version.rules[rule]['where']}, rule {rule}"
 
 
 class Settings:
-    """The flags while rules are applied. `put` changes one and keeps why."""
+    """The flags while rules are applied. `put` changes one and records the reason."""
 
     def __init__(self, subject: Subject, flags: Mapping[str, Flag]) -> None:
         self.subject = subject
         self.flags = dict(flags)
 
     def value(self, name: str) -> str:
-        """What is passed, or trtllm-build's default. A switch that is on has the value ""."""
+        """The value that is passed, or trtllm-build's default. A switch that is on has the value ""."""
         return self.flags[name].value if name in self.flags else str(self.subject.version.flags[name]["default"])
 
     def number(self, name: str) -> int:
@@ -96,7 +96,7 @@ class Settings:
         return self.value(name) in ("enable", "")
 
     def asked(self, name: str) -> bool:
-        """Passed, and not as what turns it off."""
+        """Whether the flag is passed with a value that enables it."""
         return name in self.flags and self.flags[name].value not in ("disable", "0")
 
     def put(self, name: str, value: str, reason: str, rule: str) -> None:
@@ -105,7 +105,7 @@ class Settings:
 
 
 def rewrite(subject: Subject, flags: Mapping[str, Flag]) -> dict[str, Flag]:
-    """The flags as trtllm-build would end up with them; each change carries its rule. Idempotent."""
+    """The flags as trtllm-build would rewrite them. Each change names its rule. Idempotent."""
     settings = Settings(subject, flags)
     _kv_cache_type(settings)
     _sizes(settings)
@@ -157,7 +157,7 @@ def _fusions(s: Settings) -> None:
 
 
 def _attention(s: Settings) -> None:
-    """What context FMHA, its paged and its FP8 form mean for each other and for the KV cache."""
+    """How context FMHA, paged and FP8 context FMHA, and the KV cache constrain each other."""
     subject, paged, fp8 = s.subject, "use_paged_context_fmha", "use_fp8_context_fmha"
     fp8_kv = subject.kv_cache_algo == "FP8"
     if s.on("streamingllm"):
@@ -198,7 +198,7 @@ def _plugins(s: Settings) -> None:
 
 
 def _logits(s: Settings) -> None:
-    """gather_all_token_logits is a shorthand, and no field of the engine: the two that it stands for are passed."""
+    """gather_all_token_logits is a shorthand that the engine does not store: the two flags behind it are passed."""
     asked = s.flags.pop("gather_all_token_logits", None)
     if asked is not None and asked.value not in ("disable", "0"):
         for name in ("gather_context_logits", "gather_generation_logits"):
@@ -206,7 +206,7 @@ def _logits(s: Settings) -> None:
 
 
 def refuse(subject: Subject, flags: Mapping[str, Flag]) -> None:
-    """What trtllm-build would fail on, some of it late: refused now. UsageError for flags, UnsupportedError else."""
+    """Rejects what trtllm-build would fail on, often late. UsageError for flags, UnsupportedError otherwise."""
     s = Settings(subject, flags)
     _refuse_ours(s)
     _refuse_combinations(s)
@@ -238,7 +238,7 @@ def _reason(s: Settings, rule: str) -> str:
 
 
 def _refuse_ours(s: Settings) -> None:
-    """Flags that the builder itself sets: the stage's key and directory hang on them."""
+    """Rejects flags that the builder sets itself: the stage's key and directory depend on them."""
     for name, rule in (("checkpoint_dir", "R01"), ("model_config", "R01"), ("build_config", "R09")):
         if name in s.flags:
             raise _usage(s, rule, f"--{name} is not yours to set.", "Leave it out: sizes and flags are in the recipe.")
@@ -267,7 +267,7 @@ def _refuse_combinations(s: Settings) -> None:
 
 
 def _refuse_unserved(s: Settings) -> None:
-    """Engines that build, and that the C++ backend refuses to load or that generate nothing."""
+    """Rejects engines that would build, but that the C++ backend does not load or that generate nothing."""
     for name in ("remove_input_padding", "gpt_attention_plugin"):
         if s.value(name) == "disable":
             raise _usage(
@@ -333,7 +333,7 @@ def _refuse_eagle(s: Settings) -> None:
 
 
 def check_kernels(subject: Subject, flags: Mapping[str, Flag]) -> None:
-    """The outcome as the C++ side will see it. UnsupportedError where it would stop, or fall back badly."""
+    """Checks the flags as the C++ side will. UnsupportedError where it would stop or fall back to slow kernels."""
     s = Settings(subject, flags)
     fmha, paged, fp8 = (s.on(n) for n in ("context_fmha", "use_paged_context_fmha", "use_fp8_context_fmha"))
     if fp8 and (not fmha or (subject.sm is not None and subject.sm not in subject.version.rules["R42"]["sms"])):
@@ -371,7 +371,7 @@ def check_kernels(subject: Subject, flags: Mapping[str, Flag]) -> None:
 
 
 def notes(subject: Subject, flags: Mapping[str, Flag]) -> list[Note]:
-    """What trtllm-build would warn of or choose by itself, and what the flags cost."""
+    """Notes on what trtllm-build would warn about or choose itself, and on what the flags cost."""
     s = Settings(subject, flags)
     found = _costs(s)
     if s.on("remove_input_padding") and s.on("context_fmha"):
@@ -394,7 +394,7 @@ def notes(subject: Subject, flags: Mapping[str, Flag]) -> list[Note]:
 
 
 def _costs(s: Settings) -> list[Note]:
-    """What context FMHA off, or paged FMHA off, takes away."""
+    """Which features are lost without context FMHA or paged context FMHA."""
     found = []
     if not s.on("context_fmha"):
         batch, longest, heads = s.number("max_batch_size"), s.number("max_input_len"), s.subject.heads

@@ -1,6 +1,6 @@
-"""The facts of each TensorRT-LLM version: its flags, rules, removals and doubts, and what it refuses. Pure.
+"""The facts of each TensorRT-LLM version: flags, rules, removed and doubtful features. Pure.
 
-They are data in configs/trtllm/<version>/; this file holds no version number.
+They are data in configs/trtllm/<version>/; this file contains no version number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from builder.core.untrusted_text import parse_yaml
 
 @dataclass(frozen=True)
 class Version:
-    """What one TensorRT-LLM version is, as configs/trtllm/<version>/ tells."""
+    """One TensorRT-LLM version, from configs/trtllm/<version>/."""
 
     version: str
     facts: Mapping[str, Any]
@@ -35,14 +35,14 @@ class Version:
 
 
 def versions() -> list[str]:
-    """The versions we hold facts of, oldest first."""
+    """The known versions, oldest first."""
     found = [path.name for path in paths.data("configs", "trtllm").iterdir() if path.is_dir()]
     return sorted(found, key=order)
 
 
 @functools.cache
 def load(version: str) -> Version:
-    """The facts of a version. One without an engine path, or that we know nothing of, is refused with the way out."""
+    """The facts of a version. UnsupportedError for an unknown version or one without an engine path."""
     if version not in versions():
         raise _unknown_version(version)
     directory = paths.data("configs", "trtllm", version)
@@ -79,7 +79,7 @@ def _unknown_version(version: str) -> UnsupportedError:
 
 
 def check(version: Version, name: str, value: str) -> None:
-    """Raises UsageError unless this version's trtllm-build takes `--name value`, and names the right one."""
+    """UsageError, with the nearest valid flag or value, unless this version's trtllm-build accepts `--name value`."""
     if name not in version.flags:
         raise _unknown_flag(version, name)
     spec = version.flags[name]

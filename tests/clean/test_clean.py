@@ -1,4 +1,4 @@
-"""`builder clean`: only what is the store's own and was asked for, whole or not at all, as planned."""
+"""`builder clean` removes exactly what was planned: only the store's own stages, only on request, completely."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def link(root: Path, name: str, repository: Artifact) -> Path:
 
 
 def removed(root: Path, **request: Any) -> set[Path]:
-    """What the plan says, which is then carried out and must be what went."""
+    """Plans, carries out, checks that exactly the planned paths are gone, and returns them."""
     before = {path for path in root.rglob("*") if ".trtllm" not in path.name}
     made = removal.plan(root, Request(**request))
     assert removal.carry_out(made) == []
@@ -116,7 +116,7 @@ def test_a_link_removed_by_hand_takes_its_repository_along(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("newest", ["first", "second"])
 def test_of_two_checkpoints_with_the_same_content_none_goes(tmp_path: Path, newest: str) -> None:
-    """The code changed and its output did not: which of them the next build looks for, the digest does not say."""
+    """The code changed and its output did not: the digest does not tell which of them the next build will look for."""
     checkpoints = [stage(tmp_path, "checkpoint", {"code": code}, "same bytes") for code in ("old", "new")]
     assert checkpoints[0].digest == checkpoints[1].digest
     repository = stage(tmp_path, "repository", {"checkpoint": checkpoints[newest == "second"].digest})
@@ -126,7 +126,7 @@ def test_of_two_checkpoints_with_the_same_content_none_goes(tmp_path: Path, newe
 
 
 def test_measurements_go_with_what_they_are_of(tmp_path: Path) -> None:
-    """Scores of a kept checkpoint, the texts that they are of and their tables stay; not those of a removed one."""
+    """Scores of a kept checkpoint stay, with their texts and tables; those of a removed one don't."""
     kept, lost = (stage(tmp_path, "checkpoint", {"n": n}) for n in (1, 2))
     link(tmp_path, "a", stage(tmp_path, "repository", {"checkpoint": kept.digest}))
     texts = stage(tmp_path, "texts", {})
@@ -148,7 +148,7 @@ def test_young_measurements_keep_an_old_model(tmp_path: Path) -> None:
 
 
 def test_a_damaged_stage_in_the_middle_protects_what_it_was_made_from(tmp_path: Path) -> None:
-    """The engine's manifest can't be read, so no digest leads to the checkpoint: the build record does."""
+    """The engine's manifest can't be read, so no digest leads to the checkpoint; the build record does."""
     made = report_store.build(tmp_path)
     [engine] = (tmp_path / "engine").iterdir()
     (engine / "manifest.json").write_text("{")
@@ -189,7 +189,7 @@ def test_a_served_repository_stays_with_all_that_it_needs(tmp_path: Path) -> Non
 
 
 def test_what_is_not_the_stores_is_left_alone_and_named(tmp_path: Path) -> None:
-    """Stray files, links, directories of the user's with the names of stages, files added to a stage."""
+    """Stray files, links, the user's own directories with names of stages, files added to a stage."""
     mine = stage(tmp_path, "engine", {"mine": 1})
     (mine.path / "notes.txt").write_text("of the user's")
     elsewhere = tmp_path / "elsewhere"
@@ -221,7 +221,7 @@ def test_what_is_not_the_stores_is_left_alone_and_named(tmp_path: Path) -> None:
 
 
 def test_what_can_not_go_keeps_what_it_was_made_from(tmp_path: Path) -> None:
-    """A file of the user's lies in the repository: without its engine the rest of it would be worth nothing."""
+    """The user's file keeps the repository, which would be useless without its engine."""
     first = chain(tmp_path, 1)
     (first[2].path / "notes.txt").write_text("of the user's")
     for request in (Request(everything=True), Request(older_than=0.0), Request(names=(first[2].path.name,))):

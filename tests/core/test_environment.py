@@ -1,4 +1,4 @@
-"""What children may know: planted secrets are in no child's environment but, for the Hub's, in those that need them."""
+"""Secrets planted in our environment reach no worker process, except for the Hub's token where it is needed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_job_gets_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of its own environment, its supervisor's, and those of what it starts."""
+    """Neither in its own environment, nor in its supervisor's, nor in those of its descendants."""
     plant(monkeypatch)
     code = "cat /proc/self/environ /proc/$PPID/environ; sh -c 'cat /proc/$PPID/environ'"
     process.run(process.Command(["sh", "-c", code], env={"OF_THE_JOB": "1"}), log=tmp_path / "log")
@@ -108,7 +108,7 @@ def test_addresses_lose_their_credentials(address: str, left: str) -> None:
 
 
 def test_what_the_work_needs_passes() -> None:
-    """CUDA's, MPI's, TensorRT-LLM's, threads, caches, certificates for the Hub; and what the user names."""
+    """Variables of CUDA, MPI, TensorRT-LLM, threads, caches, the Hub's certificates, and those that the user names."""
     needed = [
         "PATH",
         "HOME",

@@ -1,4 +1,4 @@
-"""Signals by name, wherever a process's end is reported."""
+"""Signals are named wherever the end of a process is reported."""
 
 from __future__ import annotations
 

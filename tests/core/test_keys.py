@@ -1,4 +1,4 @@
-"""Each input of each stage is changed in turn: the keys that must change do, and those that must not do not."""
+"""Changes each input of each stage in turn: exactly the keys that depend on it change."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def leaves(model: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 def test_every_value_of_the_recipe_is_decided_about() -> None:
-    """A new one needs a line here: which stage's key holds it?"""
+    """A new value needs a line here: which stage's key contains it?"""
     assert set(leaves(schema.Recipe)) == {*CHAIN, *ELSEWHERE}
 
 
@@ -122,7 +122,7 @@ def resolved(**more: Any) -> schema.Resolved:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole chain, really built, with the texts of the measurements beside it."""
+    """A store with the whole chain built for real, and with the texts of the measurements."""
     output = tmp_path_factory.mktemp("keys") / "out"
     argv = [sys.executable, "-m", "builder", "build", "--output", str(output), "--json", "--no-quality-check"]
     argv += [
@@ -201,7 +201,7 @@ def test_variables_that_change_no_number(root: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes NVML and PyTorch's metadata those of a machine with a card; each time another one."""
+    """Makes NVML and PyTorch's metadata look like those of a machine with a GPU, another one with each call."""
 
     def put(**nvml: Any) -> None:
         directory = tmp_path / f"machine{len(list(tmp_path.iterdir()))}"
@@ -240,7 +240,7 @@ def test_a_pytorch_for_cpus_calibrates_on_none(
 
 
 def test_a_gpu_that_pytorch_does_not_see_is_refused() -> None:
-    """On this machine PyTorch sees none: what the key says would not be what calculates."""
+    """PyTorch sees no GPU on this machine, so the key would name a device that is not used."""
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         assert device.check_device(["any"]) == torch.cuda.get_device_name(0)
@@ -282,7 +282,7 @@ def test_smoke_tests_of_a_gpu_are_of_that_gpu_and_driver(
 
 
 def test_an_engine_made_again_is_tested_again(root: Path) -> None:
-    """Its repository's files are the same, for they name the engine and do not hold it."""
+    """The repository's files stay the same, because they name the engine and do not contain it."""
     assert smoke_key(root, "engine", key="1" * 16) != smoke_key(root, "engine", key="2" * 16)
 
 
@@ -307,7 +307,7 @@ def test_penalties_are_an_input_of_the_llmapi_repository(root: Path, monkeypatch
 
 
 def test_an_engine_is_of_one_version_of_tensorrt_llm(root: Path, models: variants.Models) -> None:
-    """The repository's templates are of one version alone, so that the whole chain can't be asked for another."""
+    """There are repository templates for one version only, so the whole chain can't be built for another one."""
 
     def key(version: str) -> str:
         asked = resolved(**{"engine.tensorrt_llm": version, "gpu": "sm120"})
@@ -384,7 +384,7 @@ def test_each_value_that_scores_depend_on(
 
 
 def test_scores_of_a_served_model_are_of_its_engine(root: Path, models: variants.Models) -> None:
-    """As in the smoke test: an engine made again leaves the repository's digest as it was."""
+    """As for the smoke test: rebuilding the engine does not change the repository's digest."""
     assert models.repository is not None
     copied = shutil.copytree(models.repository.path, root.parent / "other" / ("3" * 16))
     other = replace(models, repository=replace(models.repository, path=copied))

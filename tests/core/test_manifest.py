@@ -1,4 +1,4 @@
-"""Whatever is written into a manifest, a record or an engine's files: damaged, or as it was; never a traceback."""
+"""Any content of a manifest, a record or an engine's files is rejected as damaged or read; never a traceback."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def mutations(value: Any, count: int, seed: int) -> Iterator[str]:
-    """Texts of a file in place of the JSON value: each node deleted, and `count` times another value or key."""
+    """Mutated texts of a JSON file: with each node deleted, and `count` times with another value or key."""
     generator = random.Random(seed)
     nodes = [path for path in places(value) if path]
 
@@ -70,7 +70,7 @@ def mutations(value: Any, count: int, seed: int) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with every kind of artifact that a report reads; the model is small, so that opening it is quick."""
+    """A store with every kind of artifact that a report reads, with a small model so that opening it is fast."""
     root = tmp_path_factory.mktemp("built")
     link = report_store.build(root, link="a")
     report_store.evaluate(link)
@@ -114,7 +114,7 @@ def test_a_changed_manifest_is_damaged_everywhere(built: Path, stage: str) -> No
 
 
 def _is_equal(text: str, whole: Any) -> bool:
-    """1 and 1.0 or True are equal to Python, and not to a reader of JSON: the texts count."""
+    """Compares as JSON text, because 1, 1.0 and True are equal in Python."""
     try:
         return json.dumps(json.loads(text), sort_keys=True) == json.dumps(whole, sort_keys=True)
     except (ValueError, RecursionError):
@@ -122,7 +122,7 @@ def _is_equal(text: str, whole: Any) -> bool:
 
 
 def _open_all(root: Path, directory: Path, stage: str) -> None:
-    """All that reads a store, with a manifest in it that is damaged."""
+    """Calls everything that reads a store, on a store with a damaged manifest."""
     name = f"{stage}/{directory.name}"
     assert stores.verify(root, QUIET)[name][0].startswith("manifest.json is damaged")
     assert Store(root, QUIET).find(stage, directory.name) is None
@@ -172,7 +172,7 @@ def test_a_changed_evaluation_is_none(built: Path) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", compatibility.BUILT_WITH])
 def test_an_engines_files_can_hold_anything(tmp_path: Path, name: str) -> None:
-    """Of a copy outside of a store, which no manifest protects."""
+    """In a copy outside of a store, where no manifest protects them."""
     config = {
         "version": "1.2.1",
         "pretrained_config": {"logits_dtype": "float32", "mapping": {"world_size": 1}},
@@ -225,7 +225,7 @@ def test_answers_of_probes_can_hold_anything(tmp_path: Path) -> None:
 
 
 def other_content(file: Path) -> None:
-    """Of the same size, at the same time."""
+    """Changes a file, but neither its size nor its time."""
     before, content = file.stat(), bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -245,7 +245,7 @@ def test_a_file_of_equal_size_and_other_content_is_refused(tmp_path: Path) -> No
 
 
 def test_an_added_file_is_refused_and_bytecode_is_not(tmp_path: Path) -> None:
-    """Triton would load a model that was added, and run its Python."""
+    """Triton would load an added model and run its Python code."""
     link = report_store.build(tmp_path, link="a")
     added = link.resolve() / "models" / "mine" / "1" / "model.py"
     (link.resolve() / "__pycache__").mkdir()

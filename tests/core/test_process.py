@@ -1,4 +1,4 @@
-"""Child processes: exit codes read, output in the log, events heard, none left behind."""
+"""Processes: exit codes, logs, events, and that none is left behind."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_output_is_in_the_log_and_events_are_heard(tmp_path: Path) -> None:
 
 
 def test_each_line_is_heard_once_while_the_child_runs(tmp_path: Path) -> None:
-    """Also a line that comes in pieces, the last one without its end, and those of a child that fails."""
+    """Including a line written in pieces, a last line without a line feed, and lines of a failing process."""
     heard: list[str] = []
     (tmp_path / "log").write_text("of another run\n")
     code = f"""
@@ -173,7 +173,7 @@ def test_a_stopped_child_says_what_it_was(tmp_path: Path) -> None:
 
 
 def test_a_job_is_told_by_a_file_and_its_events_are_heard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file stays beside the log: typed again, the command of the log does the same."""
+    """The job file stays beside the log, so that the command in the log can be run again."""
     module = tmp_path / "job_module.py"
     module.write_text(
         "import json, os, sys\n"
@@ -208,7 +208,7 @@ def test_a_job_is_told_by_a_file_and_its_events_are_heard(tmp_path: Path, capsys
 def test_what_a_job_fails_with_is_what_its_parent_raises(
     failure: str, raises: type[BuilderError], says: str, tmp_path: Path
 ) -> None:
-    """A fault of ours leaves its traceback in the log; what people can mend has its own message and exit code."""
+    """A bug leaves its traceback in the log; an error that users can fix keeps its message and exit code."""
     (tmp_path / "failing_module.py").write_text(
         "import sys\n"
         "from builder.core import errors\n"

@@ -1,4 +1,4 @@
-"""What leaves as text: no secret, no terminal code, and paths as they are."""
+"""Output contains no secrets and no terminal escape codes, and paths are unchanged."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_plain_text_of_any_language_is_shown_as_it_is() -> None:
 
 @pytest.mark.parametrize("live", [False, True])
 def test_no_code_reaches_the_terminal(live: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through every way out, on a terminal (drawn by rich) and without one. `[/]` is markup that rich refuses."""
+    """Through every output function, on a terminal (drawn by rich) and without one. rich rejects `[/]` as markup."""
     texts = []
     for stream in ("stdout", "stderr"):
         made = io.StringIO()
@@ -154,7 +154,7 @@ def test_secrets_reach_neither_messages_nor_json(
 
 
 def test_a_calibration_row_s_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They are quoted where no column is found."""
+    """The error for a missing column quotes them."""
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({NASTY + "x" * 1000: 1}) + '\n{"text": "good"}\n')
     rows = read_jsonl(file, 8, None)

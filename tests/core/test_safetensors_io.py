@@ -1,4 +1,4 @@
-"""Our safetensors reader and writer against the safetensors library itself, both ways, and against damaged files."""
+"""Our safetensors reader and writer, against the safetensors library in both directions, and on damaged files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TENSORS = st.dictionaries(
 
 
 def content(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Bytes that tell tensors apart (0 and 1 only, which are right for bool too)."""
+    """Distinct bytes for each tensor (only 0 and 1, which are also valid for bool)."""
     return bytes((len(name) * 7 + i * i) % 3 % 2 for i in range(byte_size(dtype, shape)))
 
 

@@ -1,4 +1,4 @@
-"""The store: whole or absent, found again by key, safe against a kill, a full disk and a second build."""
+"""The store: artifacts are complete or absent, and survive kills, full disks and concurrent builds."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ ANOTHERS = {"calibration/rows.py": {"tokenizer.chat_template", "tokenizer.specia
     ],
 )
 def test_a_stages_key_holds_every_source_that_it_imports(stage: str, sources: tuple[str, ...]) -> None:
-    """An edit that could change the output must change the key: what the listed files import is listed too."""
+    """An edit that could change the output must change the key, so imports of listed files must be listed, too."""
     package = Path(stores.__file__).parents[1]
     listed = [package.parent / source for source in sources]
     assert package / stage in listed

@@ -1,4 +1,4 @@
-"""Closed, full and abandoned standard streams: the right exit code, no traceback, nothing half-made."""
+"""Closed, full and abandoned standard streams: the right exit code, no traceback, no unfinished output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUILDER = shlex.join([sys.executable, "-m", "builder"])
 
 
 def shell(command: str, cwd: Path | None = None) -> tuple[int, str]:
-    """The exit code of the first command of a pipe, and all that is shown of both streams."""
+    """The exit code of the first command of a pipe, and the output of both streams."""
     script = f"{command}\nexit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     return done.returncode, done.stdout + done.stderr
@@ -52,7 +52,7 @@ def test_an_error_keeps_its_exit_code(redirection: str) -> None:
     ("redirection", "code"), [(">&- 2>&-", 0), ("2>/dev/full", 0), (">/dev/full", 1), ("| true", 1)]
 )
 def test_a_stage_is_made_whole(redirection: str, code: int, tmp_path: Path) -> None:
-    """A closed descriptor's number must not go to a file of the store, where the next message would be written."""
+    """A file of the store must not get the number of a closed descriptor, or messages would be written into it."""
     fetch = f"{BUILDER} fetch --model {MODEL} --gpu cpu --output {tmp_path}"
     found, said = shell(f"{fetch} {redirection}")
     assert (found, "Traceback" in said) == (code, False), said

@@ -1,4 +1,4 @@
-"""Whoever is killed, and whenever: no process, no shared memory and no directory is left."""
+"""Whichever process is killed, at any time: no process, shared memory or directory is left behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARK = "BUILDER_TEST_RUN"
 
 
 def marked(run: str) -> list[int]:
-    """Every process of a run that is alive. Not by parents, which change, but by what it inherits."""
+    """All living processes of a run, found by an inherited variable, since parents change."""
     found = []
     for pid, _, state, _ in supervisor.processes():
         if state != "Z" and f"{MARK}={run}".encode() in supervisor._environment(pid):
@@ -58,7 +58,7 @@ except KeyboardInterrupt:
 
 
 def victim(run: str, who: str) -> int | None:
-    """The process to kill: the first of the run, its supervisor, or the server."""
+    """The process to kill: the run's first one, its supervisor, or the server."""
     for pid in marked(run):
         try:
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -134,7 +134,7 @@ def run(tmp_path: Path) -> Iterator[str]:
     ],
 )
 def test_what_a_child_leaves_behind_goes_with_it(tmp_path: Path, run: str, command: str) -> None:
-    """As trtllm-build --workers, failed or interrupted: what it started ends too, in whatever session it is."""
+    """Like trtllm-build --workers, failed or interrupted: its processes are killed, even in sessions of their own."""
     seconds = str(10**6 + os.getpid())  # tells its processes from all others, whatever environment they have
     argv = [sys.executable, "-c", JOB, str(tmp_path / "log"), command.replace("300", seconds)]
     subprocess.run(argv, env=os.environ | {MARK: run}, stderr=subprocess.DEVNULL, timeout=60)
@@ -162,7 +162,7 @@ def test_it_ends_as_its_command_did(command: str, code: int) -> None:
 
 
 def test_it_starts_fast(tmp_path: Path) -> None:
-    """It stands before every child: its own modules are few. Counted, for a busy machine makes times meaningless."""
+    """Every command waits for it, so it must import few modules. They are counted, since times vary with load."""
     code = f"""
         import sys
         before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""Hostile JSON and YAML: a ValueError in bounded time, and the recipe that holds it a message."""
+"""Hostile JSON and YAML ends in a ValueError within limits, and in a recipe in an error message."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_odd_recipes_are_usage_errors(text: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_regular_file(tmp_path: Path) -> None:
-    """None of them may hang."""
+    """None of them may block."""
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero"), Path("/dev/null")):
         with pytest.raises(ValueError, match=r"a directory|not a regular file"):
@@ -187,7 +187,7 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
 
 
 def test_a_recipe_may_come_through_a_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As from `--recipe <(command)`; one that nobody writes to is not waited for for ever."""
+    """As in `--recipe <(command)`; a pipe without a writer must not block forever."""
     read, write = os.pipe()
 
     def slowly() -> None:

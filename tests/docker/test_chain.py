@@ -1,4 +1,4 @@
-"""The three commands and the container flags, with a real engine on CPU images. docker/test prepares and runs it."""
+"""The three commands and the container flags, with a real Docker engine and CPU images. docker/test runs it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def client() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Compose's settings; at the end nothing of the project is left."""
+    """Compose's settings. Removes all of the project's containers and volumes at the end."""
     root = tmp_path_factory.mktemp("compose")
     for parent in (root, *root.parents[:2]):
         parent.chmod(0o755)
@@ -88,7 +88,7 @@ def builder(*argv: str, **changed: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def built(environment: dict[str, str]) -> Path:
-    """`docker compose run build`, once: the repository on the host."""
+    """Runs `docker compose run build` once; the repository on the host."""
     model = f"{Path(MODEL).resolve()}:/models/tiny-qwen3:ro"
     done = compose(
         environment, "run", "--rm", "-T", "--volume", model, "build", "--model", "/models/tiny-qwen3",
@@ -151,7 +151,7 @@ def test_the_artifacts_belong_to_the_caller(built: Path, environment: dict[str, 
 
 
 def test_what_it_cost_is_measured_on_what_was_built(built: Path, environment: dict[str, str], tmp_path: Path) -> None:
-    """On texts and by tasks: lm-eval is in the image, and writes nowhere but to its volumes."""
+    """On texts and by tasks: lm-eval is in the image, and writes only to its volumes."""
     task_files.write(tmp_path, documents=4, seen_as=Path("/tasks"))
     for path in (tmp_path, *tmp_path.iterdir()):
         path.chmod(0o755)
@@ -172,7 +172,7 @@ def test_what_it_cost_is_measured_on_what_was_built(built: Path, environment: di
 
 
 def test_a_gpu_that_is_not_there_is_said_by_the_doctor(environment: dict[str, str], client: Any) -> None:
-    """The compose file as it is, GPU reservation and all. Where the engine is ours, docker/gpu-hook lets it start."""
+    """With the compose file as it is, GPU reservation included. docker/gpu-hook lets it start on our own engine."""
     before = gpu_requests()
     argv = ["run", "--rm", "-T", "build", "--model", "Qwen/Qwen3-8B", "--gpu", "sm120"]
     done = compose(environment, *argv, COMPOSE_FILE="docker-compose.yml")
@@ -243,7 +243,7 @@ def start(built: Path, *argv: str) -> subprocess.Popen[str]:
 
 
 def said(child: subprocess.Popen[str]) -> dict[str, str]:
-    """What --json tells once the server is ready."""
+    """The JSON that --json prints once the server is ready."""
     assert child.stdout
     text = ""
     for line in child.stdout:
@@ -270,7 +270,7 @@ def test_a_kill_leaves_no_container(built: Path, client: Any) -> None:
 
 
 def test_a_stop_signal_leaves_no_container_nor_one_of_a_builder_that_is_gone(built: Path, client: Any) -> None:
-    """The signal comes while the server starts."""
+    """The signal arrives while the server starts."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     client.containers.create(IMAGE, labels={OWNER: f"{serving_container._place()}/{gone.pid}.1"})

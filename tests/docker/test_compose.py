@@ -1,4 +1,4 @@
-"""The container files agree with the matrix, with each other and with what a server really shows. No engine needed."""
+"""The container files agree with configs/containers.yaml, each other, and a real server. Needs no Docker engine."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_images_openai_stays_and_the_llmapi_target_gets_another() -> None:
 
 
 def test_the_image_gets_nothing_but_what_it_needs() -> None:
-    """.dockerignore lets in exactly what the Dockerfile copies or mounts: no .env, no artifacts, no .git."""
+    """.dockerignore admits exactly what the Dockerfile copies or mounts: no .env, no artifacts, no .git."""
     let_in = set(re.findall(r"^!(.+)$", Path(".dockerignore").read_text(), re.M))
     copied = {name for line in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.M) for name in line.split()}
     mounted = set(re.findall(r"type=bind,source=([\w./]+)", DOCKERFILE))
@@ -124,7 +124,7 @@ def test_the_image_gets_nothing_but_what_it_needs() -> None:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The metrics of the Triton server here."""
+    """The metrics of a Triton server that runs here."""
     models = one_model(tmp_path_factory.mktemp("metrics") / "models")
     with serve(models, out=Output("quiet")) as server:
         text = urllib.request.urlopen(f"http://{server.metrics_url}/metrics").read().decode()

@@ -1,7 +1,7 @@
-"""A Hub that is hijacked, broken, slow or no Hub at all: each fault ends in one of our errors, soon; nothing is written
-or deleted outside the cache; and the same command works as soon as the Hub does.
+"""A Hub that is hijacked, broken or slow, or a server that is not a Hub: each fault soon ends in one of our errors;
+nothing outside of the cache is written or deleted; and the same command works once the Hub does.
 
-The jobs run as in a build (builder/hub/download.py, the real huggingface_hub), but in forks of one process.
+The jobs run as in a build (builder/hub/download.py with the real huggingface_hub), but in forks of one process.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def jobs(server: Jobs) -> Iterator[Jobs]:
 
 
 def outside(jobs: Jobs) -> dict[str, bytes]:
-    """All files that are not in the cache's directories for this repository, and what they hold."""
+    """All files, with their content, outside of the cache's directories for this repository."""
     own = [
         jobs.cache / f"models--{REPO.replace('/', '--')}",
         jobs.cache / ".locks" / f"models--{REPO.replace('/', '--')}",
@@ -350,7 +350,7 @@ def test_a_damaged_index_of_the_cache_is_fetched_again(jobs: Jobs) -> None:
 
 
 def test_links_out_of_the_cache_are_not_followed(jobs: Jobs) -> None:
-    """A damaged file is removed from the cache, and what a planted link names stays."""
+    """A damaged file is removed from the cache, but not the target of a planted link."""
     commit = jobs.hub.add(REPO, SMALL)
     first = jobs.run("download", commit)
     victim = jobs.root / "victim"

@@ -1,4 +1,4 @@
-"""fetch with the real huggingface_hub against a local server that speaks the Hub's API, and over local directories."""
+"""The snapshot stage, with the real huggingface_hub against a local server with the Hub's API, and with directories."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def config(**changes: object) -> bytes:
 
 
 def big_model(target: Path, megabytes: int = 26) -> Path:
-    """A model whose weights are larger than huggingface_hub's chunks of 10 MiB, so that a part of them can survive."""
+    """A model whose weights exceed huggingface_hub's chunks of 10 MiB, so that a partial file can remain."""
     wide = config(
         intermediate_size=megabytes * 1_000_000 // (3 * 2 * 64 * 2) // 16 * 16
     )  # gate, up and down of 2 layers
@@ -68,7 +68,7 @@ def _bytes(shape: tuple[int, ...]) -> bytes:
 
 
 def weights(hub: Hub) -> str:
-    """The pattern of the CDN's address of model.safetensors."""
+    """A pattern for the CDN's URL of model.safetensors."""
     (commit,) = next(iter(hub.repos.values())).commits.values()
     return f"/cdn/{commit['model.safetensors'].sha256}"
 
@@ -350,7 +350,7 @@ def test_a_damaged_cache_is_noticed_offline(
 def test_a_snapshot_of_an_incomplete_cache_is_not_taken_for_the_whole_model(
     hub: Hub, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    """Offline only the cache is listed: what it lacks is not known. Online, and when more is there, it is made anew."""
+    """Offline, only the cache can be listed, which may be incomplete. Online, or with more files, it is made again."""
     hub.add("tiny/qwen2", SMALL)
     whole = fetch(MODEL, store=Store(tmp_path / "other", Output("quiet")))
     generation = whole.path / "generation_config.json"
@@ -374,7 +374,7 @@ def test_a_snapshot_of_an_incomplete_cache_is_not_taken_for_the_whole_model(
 
 
 def test_a_file_of_the_cache_with_other_content_is_noticed(hub: Hub, store: Store) -> None:
-    """Of the same size; the snapshot was found by names and sizes before."""
+    """Even if the size is unchanged."""
     hub.add("tiny/qwen2", SMALL)
     before = fetch(MODEL, store=store)
     path = before.path / "config.json"
@@ -485,7 +485,7 @@ def test_what_the_caller_checks_is_checked_before_any_weight(hub: Hub, store: St
 
 
 def test_a_plan_reads_headers_and_no_weights(hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shapes of every tensor for a few kilobytes: what `builder plan` is made of."""
+    """`builder plan` gets the shapes of all tensors from a few kilobytes."""
     hub.add("tiny/qwen3", SHARDED)
     source = open_source(Model(id="tiny/qwen3"), store=store)
     config, tensors = source.config, source.tensors

@@ -1,4 +1,4 @@
-"""A plan where the Hub can't be reached: it asks for nothing that it does not need, and takes what the store has."""
+"""A plan without a connection to the Hub uses commits from the store, and requests only what it needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def states(found: plan.Plan) -> dict[str, str]:
 
 @pytest.fixture
 def filled(hub: Hub, tmp_path: Path) -> tuple[str, str]:
-    """The commits of a model and a data set on the Hub."""
+    """Builds the stages of a model and a data set from the Hub; returns their commits."""
     rows = tmp_path / "rows"
     rows.mkdir()
     lines = [json.dumps({"article": f"The article number {i}. " * 20}) for i in range(20)]
@@ -45,7 +45,7 @@ def filled(hub: Hub, tmp_path: Path) -> tuple[str, str]:
 
 
 def make(root: Path, model: str) -> None:
-    """The two stages that come from the Hub."""
+    """Makes the two stages that come from the Hub."""
     store = Store(root, Output("quiet"))
     asked = resolved(model).recipe
     snapshot.fetch(asked.model, store=store)
@@ -89,7 +89,7 @@ def test_a_commit_that_is_in_the_store_is_asked_of_nobody(hub: Hub, filled: tupl
 
 
 def test_what_the_store_lacks_is_no_guess(hub: Hub, filled: tuple[str, str], tmp_path: Path) -> None:
-    """Another model, a branch that may have moved, other rows: an error or an open stage, never another's commit."""
+    """For another model, a branch that may have moved or other rows: an error or an open stage, no wrong commit."""
     make(tmp_path / "out", "tiny/llama")
     hub.__exit__()
     for model, more in (("tiny/other", {}), ("tiny/llama", {"model__revision": "v2"})):

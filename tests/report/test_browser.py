@@ -1,4 +1,4 @@
-"""The report's page in a real browser: light and dark, wide and narrow, printed. See `make test-browser`."""
+"""The report's page in a real browser: light and dark, wide and narrow, and printed. See `make test-browser`."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A page with every section, and one of names and answers that are too long for any screen."""
+    """A page with every section, and one with names and answers that are too long for any screen."""
     root = tmp_path_factory.mktemp("pages")
     full = report_store.build(root / "full")
     report_store.evaluate(full)
@@ -147,7 +147,7 @@ def test_it_renders_in_light_and_dark_and_never_scrolls_sideways(
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("page", ["full", "crowded"])
 def test_every_text_can_be_read(browser: Browser, pages: dict[str, Path], page: str, dark: bool) -> None:
-    """Contrast of 4.5 at least, as WCAG 2.2 asks for (1.4.3), with everything unfolded."""
+    """Contrast is at least 4.5 (WCAG 2.2, 1.4.3), with all details open."""
     browser.open(pages[page], width=WIDE, dark=dark)
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.evaluate(CONTRAST) == []

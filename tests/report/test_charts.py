@@ -1,4 +1,4 @@
-"""Charts: well-formed, in proportion, told in words too, and never wider than the page."""
+"""Charts are well-formed, to scale, described for screen readers, and never wider than the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: what it says of a repository, what it never claims, and that nothing in it can become markup."""
+"""The report: what it shows and never claims, and that nothing in it can become markup."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BAD = SmokeReport((Check("HTTP infer", False, "refused", 0.1),))
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, sections, and the visible text."""
+    """Parses a page: tags with their attributes, sections, and the visible text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def link(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with everything: record, smoke test, evaluation that passed its gate, tasks."""
+    """A repository with everything: build record, smoke test, an evaluation that passed its gate, tasks."""
     made = report_store.build(tmp_path_factory.mktemp("report") / "out")
     report_store.evaluate(made)
     report_store.ask(made)
@@ -208,7 +208,7 @@ def test_a_repository_outside_any_store_still_gets_a_report(tmp_path: Path) -> N
 
 
 def test_tasks_stand_beside_the_evaluation_on_texts(link: Path, tmp_path: Path) -> None:
-    """The newest evaluation by tasks; one on texts is not hidden by it. Page, card and a row of the table each."""
+    """The newest evaluation by tasks does not hide the one on texts. Both are in the page, the card and the table."""
     found = gather(link)
     assert found.evaluation is not None
     assert [(row.runner, row.value, row.flips) for row in found.tasks] == [
@@ -278,7 +278,7 @@ def test_a_failed_gate_is_the_verdict_and_says_what_failed(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory, an answer and a warning of somebody who means harm."""
+    """A report with a hostile model directory, answer and warning."""
     root = tmp_path_factory.mktemp("hostile")
     model = shutil.copytree(report_store.MODEL, root / "<img src=x onerror=alert(3)>|`*_[x](javascript:alert(4))")
     sample = {"prompt": HOSTILE, "answer": HOSTILE}

@@ -1,4 +1,4 @@
-"""A BOS that the chat template writes is not added again: calibration, evaluation and both served models agree."""
+"""A BOS token that the chat template writes is not added again, in calibration, evaluation and both served models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ QUIET = Output("quiet")
 
 
 def with_bos(directory: Path) -> Path:
-    """The bundled tokenizer with a post-processor and a chat template that both write a BOS token, as Llama 3 has."""
+    """The bundled tokenizer with a post-processor and a chat template that both write BOS, as for Llama 3."""
     directory.mkdir(parents=True, exist_ok=True)
     for file in TINY.glob("*.json"):
         shutil.copyfile(file, directory / file.name)
@@ -67,7 +67,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(snapshot: Path) -> list[int]:
-    """The conversation's ids: one BOS."""
+    """The ids of the conversation, with one BOS."""
     tokenizer = Tokenizer.from_file(str(snapshot / "tokenizer.json"))
     ids = tokenizer.encode(rendered(), add_special_tokens=False).ids
     assert ids.count(BOS) == 1
@@ -132,8 +132,8 @@ def prompt_ids(url: str, prompt: str) -> list[int]:
 
 
 def test_the_llmapi_model(expected: list[int], tmp_path: Path) -> None:
-    """A server that takes as many tokens as the conversation has: with a second BOS it would be too long. It ends at
-    the recipe's end ids, the model's own not among them."""
+    """The server accepts exactly as many tokens as the conversation has, so a second BOS would be too long. It stops at
+    the recipe's end ids, which do not include the model's own."""
     list_id = Tokenizer.from_file(str(TINY / "tokenizer.json")).encode(" list").ids[0]
     exports.export(exports.quantized(TINY), tmp_path / "unified")
     huggingface.complete(tmp_path / "unified", TINY)
@@ -165,7 +165,7 @@ def test_the_llmapi_model(expected: list[int], tmp_path: Path) -> None:
 
 @given(front=st.lists(st.integers(0, 3), max_size=2), text=st.lists(st.integers(0, 3), max_size=6))
 def test_what_is_taken_away_is_one_front(front: list[int], text: list[int]) -> None:
-    """For any ids: the front stands there once at least, and nothing of the text is lost but a front at its start."""
+    """For any ids: the result begins with the prefix, and only a repeated prefix is removed."""
     ids = special_tokens.without_repeated_prefix([*front, *text], front)
     assert ids in ([*front, *text], text)
     assert ids[: len(front)] == front

@@ -1,4 +1,4 @@
-"""Chat templates are somebody else's programs: rendered as transformers does, and ended where they don't end."""
+"""Chat templates are untrusted programs: rendered as transformers does, and killed if they don't end."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_hostile_template_is_ended(template: str) -> None:
 
 
 def test_a_conversation_of_a_thousand_has_its_own_limit() -> None:
-    """What is refused once does not keep the others from being rendered, and the process stays the same."""
+    """A rejected conversation does not affect the others, and the worker process stays the same."""
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}"
     with Renderer(ChatTemplate(template + "{% endfor %}", "chat_template.jinja")) as renderer:
         start = time.monotonic()
@@ -116,7 +116,7 @@ def test_it_renders_what_transformers_renders(name: str) -> None:
 
 
 def test_the_same_text_on_every_day() -> None:
-    """Llama 3.1 writes the date: a calibration of tomorrow would be another one under the same key."""
+    """Llama 3.1 writes the date, so calibration would depend on the day but its key would not."""
     assert render("{{ strftime_now('%d %b %Y') }}") == "01 Jan 2025"
 
 
@@ -149,7 +149,7 @@ def plan_of(model: Path, store: Store, data: str) -> plan.Plan:
 
 
 def test_messages_for_a_model_without_a_template(model: Path, store: Store) -> None:
-    """Known before any weight is hashed; the advice is not the set that failed, and following it works."""
+    """Detected before any weight is hashed; the hint names another data set, and following it works."""
     without_template(model)
     for command in (
         lambda: plan_of(model, store, "builtin:python-docs"),
@@ -182,7 +182,7 @@ def test_a_template_that_can_not_be_used(template: str, model: Path, store: Stor
 
 
 def test_rows_that_only_the_finished_calibration_shows(model: Path, store: Store, tmp_path: Path) -> None:
-    """Of a Hub dataset: the rows are there before the model is loaded."""
+    """Rows of a Hub dataset are checked before the model is loaded."""
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"messages": DIALOGUE}) + "\n")
     found = calibration_rows.calibrate(schema.Calibration(data=str(file)), store=store)
@@ -193,7 +193,7 @@ def test_rows_that_only_the_finished_calibration_shows(model: Path, store: Store
 
 
 def test_one_row_that_never_ends(tmp_path: Path) -> None:
-    """A template that only some conversations keep busy: its row is named."""
+    """If a template hangs on some conversations only, the message names the row."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = "{% if messages | length > 2 %}" + NESTED + "{% endif %}{{ messages[0].content }}"
@@ -213,7 +213,7 @@ def test_the_bundled_text_set_is_the_half_of_the_other() -> None:
 @pytest.mark.parametrize("name", ["tiny-qwen3", "llama", "gemma"])
 @pytest.mark.parametrize("ending", ["Grüße 🙂", "Grüße "])
 def test_a_last_message_that_goes_on(name: str, ending: str) -> None:
-    """As lm-eval asks with a beginning of the answer."""
+    """As lm-eval does to prefill the answer."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     messages = [DIALOGUE[0], {"role": "assistant", "content": ending}]

@@ -1,4 +1,4 @@
-"""A model's tokenizer files, judged before any weight is read: what is broken, foreign, or disagrees on the end."""
+"""Tokenizer files are checked before any weight is read: broken files, other models' files, contradictory end ids."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The bundled model, its weights as links."""
+    """A copy of the bundled model, with links to its weights."""
     directory = tmp_path / "model"
     directory.mkdir()
     for file in TINY.iterdir():
@@ -176,7 +176,7 @@ def add_token(directory: Path, content: str, *, special: bool = True) -> int:
 
 
 def test_an_added_token_without_an_embedding_is_a_note_unless_a_text_uses_it(model: Path) -> None:
-    """Gemma 3's text-only sizes name <image_soft_token> and have no row for it."""
+    """Gemma 3's text-only sizes list <image_soft_token> but have no embedding for it."""
     assert add_token(model, "<image_soft_token>") == 4096
     check(model)
     ((rule, text),) = tokenizer_files.notes(model, read_json(model / "config.json"), [IM_END, ENDOFTEXT])
@@ -193,7 +193,7 @@ def test_an_added_token_under_another_id_that_nobody_uses_is_a_note(model: Path)
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     check(model)
     ((rule, text),) = tokenizer_files.notes(model, read_json(model / "config.json"), [IM_END, ENDOFTEXT])
-    assert (rule, "'</think>' of tokenizer.json get other ids" in text) == ("special tokens", True)
+    assert (rule, "'</think>' of tokenizer.json do not get the ids" in text) == ("special tokens", True)
 
 
 # ---- what ends an answer
@@ -235,7 +235,7 @@ def test_end_ids_of_four_sources(
 
 
 def test_the_end_of_turn_of_other_templates(model: Path) -> None:
-    """Which special token follows an answer: none for a template of plain words."""
+    """The special token that follows an answer; None for a template that writes plain words."""
     cases = {
         "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}": None,
         "{% for m in messages %}{{ m.content | trim }}{{ eos_token }}{% endfor %}": (IM_END, "<|im_end|>"),
@@ -268,7 +268,7 @@ def test_end_ids_that_are_none(end_ids: Any) -> None:
 
 
 def as_transformers_5(directory: Path, name: str = "TokenizersBackend") -> None:
-    """tokenizer_config.json as transformers 5.14 saves it; the template has a file of its own."""
+    """tokenizer_config.json as transformers 5.14 saves it, with the template in its own file."""
     config = json.loads(text_of(directory, "tokenizer_config.json"))
     (directory / "chat_template.jinja").write_text(config["chat_template"])
     saved = {
@@ -286,7 +286,7 @@ def as_transformers_5(directory: Path, name: str = "TokenizersBackend") -> None:
 
 @pytest.mark.parametrize("name", ["TokenizersBackend", "Qwen2Tokenizer", "NoSuchTokenizer"])
 def test_a_tokenizer_saved_by_transformers_5(name: str, model: Path, tmp_path: Path) -> None:
-    """transformers 4.57 knows neither the class nor a list of extra tokens; both versions load what we make of it."""
+    """transformers 4.57 supports neither the class nor a list of extra tokens; both versions load our copy."""
     transformers = pytest.importorskip("transformers")
     from builder.tokenizer import loading as tokenizer_loading
 
