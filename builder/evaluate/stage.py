@@ -150,7 +150,7 @@ def _score(
 
 def _run(job: Mapping[str, Any], store: Store) -> None:
     """The child, which publishes what it measures."""
-    with SourceFiles.of_job(job).blamed():
+    with SourceFiles.of_job(job).explain_failures():
         process.run_job(
             workers.EVALUATE,
             job,

@@ -183,7 +183,7 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
     """
     kind: Kind = "public" if job["trust_remote_code"] else "hub"
     offline = os.environ.get("HF_HUB_OFFLINE", "0")
-    with SourceFiles.of_job(job).blamed():
+    with SourceFiles.of_job(job).explain_failures():
         summary, _ = process.run_job(
             workers.TASKS,
             job,

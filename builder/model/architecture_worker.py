@@ -1,8 +1,8 @@
-"""The child process that compares a model's headers with what transformers builds from its config.json:
+"""The worker that compares a model's headers with what transformers builds from its config.json:
 python -m builder.model.architecture_worker JOB.json
 
-For architectures without a table in tensor_names.py, before a weight is downloaded: it makes a file with the model's
-header and a hole for its weights, and has transformers load that on the meta device.
+For architectures without a table of tensors in configs/architectures, before any weight is downloaded: it writes a
+sparse file with the model's header and no weights, and lets transformers load that on the meta device.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from builder.model.hashed_files import private_directory
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises as model_loading.check_architecture does. The job holds the model's name, config and tensors."""
+    """The job holds the model's `name`, `config` and `tensors`, {name: [dtype, shape]}. Raises what
+    loading.check_architecture raises."""
     with private_directory() as directory:
         (directory / CONFIG).write_text(json.dumps(job["config"]), encoding="utf-8")
-        write_hole(directory / WEIGHTS, job["tensors"])
+        write_sparse(directory / WEIGHTS, job["tensors"])
         model_loading.check_architecture(directory, job["name"], trust_remote_code=False)
     return {}
 
 
-def write_hole(path: Path, tensors: Mapping[str, Any]) -> None:
-    """A safetensors file with these tensors, {name: [dtype, shape]}, that takes no room: all of their bytes are 0."""
+def write_sparse(path: Path, tensors: Mapping[str, Any]) -> None:
+    """Writes a safetensors file with these tensors, {name: [dtype, shape]}, all zeros, as a sparse file: it takes no
+    space on the disk."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():

@@ -1,7 +1,7 @@
-"""Whether a source model is whole: its tensors against its index and its config.json, from headers alone. Pure.
+"""Checks that a source model is complete: its tensors against its index and config.json, by headers alone. Pure.
 
-transformers fills what is missing with random numbers and only logs it, so nothing after this notices. Used alike for
-a local directory and, before any weight is downloaded, for a model on the Hub.
+transformers initializes missing tensors at random and only logs that, so no later stage would notice. Local directories
+and models on the Hub are checked alike, the latter before any weight is downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from builder.model.tensor_names import Want
 
 Header = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
 SHOWN = 10  # names in a message
-# Wrappers that leave their name in front of every tensor, and what saves the model itself.
+# Prefixes that wrappers leave in every tensor's name, and the wrappers.
 WRAPPERS: Mapping[str, str] = {
     "_orig_mod.": "torch.compile",
     "module.": "DataParallel or DistributedDataParallel",
@@ -29,7 +29,7 @@ WRAPPERS: Mapping[str, str] = {
     "base_model.model.": "PEFT",
     "pretrained_model.": "TRL",
 }
-# transformers takes these for what they are: copies of a buffer that it computes itself.
+# Copies of a buffer that transformers computes itself; it ignores them too.
 IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 EXPERT = re.compile(r"(.*\.experts)\.(\d{1,6})\.(.+)")
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -41,11 +41,12 @@ def check(
     index: Mapping[str, str] | None,
     where: str,
 ) -> dict[str, Header]:
-    """The model's tensors, {name: (dtype, shape)}. `files` is what each safetensors file's header holds.
+    """The model's tensors, {name: (dtype, shape)}.
 
-    IntegrityError with names where tensors are missing, unexpected, misshapen or stored twice, or where the index says
-    something else than the files; UnsupportedError for a quantized model, UsageError for one whose config.json lacks
-    what its tensors are judged by.
+    files: the header of each safetensors file, {file: {tensor: (dtype, shape)}}. index: {tensor: file}, None without
+    one. where: the model's name in messages. IntegrityError, with names, if tensors are missing, unexpected, of another
+    shape or stored twice, or if the index and the files disagree; UnsupportedError for a quantized model; UsageError if
+    config.json lacks a size that the shapes depend on.
     """
     tensors = _merged(files, where)
     if index is not None:
@@ -64,7 +65,7 @@ def check(
 
 
 def names(found: Iterable[str]) -> str:
-    """The first of these names, for a message."""
+    """The first SHOWN of these names, for a message."""
     listed = sorted(found)
     return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
 
@@ -76,7 +77,7 @@ def _merged(files: Mapping[str, Mapping[str, Header]], where: str) -> dict[str, 
         holders = [file for file, header in sorted(files.items()) if twice[0] in header]
         raise IntegrityError(
             f"{where} stores {len(twice)} tensor{'s' * (len(twice) > 1)} in more than one file.",
-            why=f"{names(twice)}. {twice[0]} is in {' and in '.join(holders)}, and only one of them would be loaded.",
+            why=f"{names(twice)}. {twice[0]} is in {' and in '.join(holders)}; only one copy would be loaded.",
             hint="Save the model again with transformers' save_pretrained, into an empty directory.",
         )
     return {name: info for header in files.values() for name, info in header.items()}
@@ -86,12 +87,12 @@ def _check_index(files: Mapping[str, Mapping[str, Header]], index: Mapping[str, 
     absent = sorted(f"{name} (not in {file})" for name, file in index.items() if name not in files.get(file, {}))
     unlisted = sorted(f"{name} (in {file})" for file, h in files.items() for name in h if index.get(name) != file)
     if absent or unlisted:
-        why = [f"Named by the index, but not in that file: {names(absent)}."] * bool(absent)
+        why = [f"In the index, but not in that file: {names(absent)}."] * bool(absent)
         why += [f"In a file, but not in the index: {names(unlisted)}."] * bool(unlisted)
         raise IntegrityError(
             f"{where}: model.safetensors.index.json and the files disagree on {len(absent) + len(unlisted)} tensors.",
             why="\n".join(why),
-            hint="Copy or download the whole model again, all files of one version.",
+            hint="Copy or download the whole model again, all files of the same revision.",
         )
 
 
@@ -101,15 +102,15 @@ def _check_wrapper(tensors: Mapping[str, Header], where: str) -> None:
         if found:
             raise IntegrityError(
                 f"{where} was saved inside a wrapper: {len(found)} of its {len(tensors)} tensors are named {prefix}...",
-                why=f"{wrapper} puts that before every name, as in {found[0]}. transformers would not find these "
-                "weights, and would take random ones.",
+                why=f"{wrapper} adds this prefix, as in {found[0]}. transformers would not find these weights and "
+                "would use random ones.",
                 hint="Save the model without its wrapper (model._orig_mod, model.module or merge_and_unload()), with "
                 "save_pretrained.",
             )
 
 
 def _check_table(config: Mapping[str, Any], tensors: Mapping[str, Header], where: str) -> None:
-    """Against the architecture's own table."""
+    """Compares all tensors with those that the architecture has for this config.json."""
     found = {name: shape for name, (_, shape) in tensors.items() if not IGNORED.search(name)}
     table = tensor_names.table(config)
     assert table is not None
@@ -117,22 +118,22 @@ def _check_table(config: Mapping[str, Any], tensors: Mapping[str, Header], where
     prefix, _, base_norm = norm.partition(".")
     if norm not in found and base_norm in found:
         raise IntegrityError(
-            f"{where} holds the tensors of a base model: their names lack the prefix {prefix}., and there is no head.",
+            f"{where} holds a base model: the names of its tensors lack the prefix {prefix}., and it has no head.",
             why=f"It has {base_norm} where {config['architectures'][0]} has {norm}.",
             hint="Load it once with transformers' AutoModelForCausalLM, and save that with save_pretrained.",
         )
     _check_layers(config, found, where)
     want = tensor_names.expected(config)
     head, embedding = tensor_names.head(config), tensor_names.embedding(config)
-    if config.get("tie_word_embeddings") and head in found:  # stored although it is the embedding: many savers do
+    if config.get("tie_word_embeddings") and head in found:  # many models store the tied head too
         want[head] = want[embedding]
     missing, unexpected = sorted(want.keys() - found.keys()), sorted(found.keys() - want.keys())
     misshapen = {name: found[name] for name in sorted(found.keys() & want.keys()) if found[name] != want[name].shape}
     if missing or unexpected or misshapen:
-        raise _not_whole(config, missing, unexpected, misshapen, want, where)
+        raise _incomplete(config, missing, unexpected, misshapen, want, where)
 
 
-def _not_whole(
+def _incomplete(
     config: Mapping[str, Any],
     missing: Sequence[str],
     unexpected: Sequence[str],
@@ -143,16 +144,16 @@ def _not_whole(
     counts = {"missing": len(missing), "unexpected": len(unexpected), "misshapen": len(misshapen)}
     why = [f"Missing: {names(missing)}."] * bool(missing) + [f"Unexpected: {names(unexpected)}."] * bool(unexpected)
     why += [
-        f"{name} is {list(shape)}, and config.json makes it {list(want[name].shape)} ({want[name].by})."
+        f"{name} is {list(shape)}; by config.json it is {list(want[name].shape)} ({want[name].by})."
         for name, shape in list(misshapen.items())[:SHOWN]
     ]
     hint = "Copy or download the whole model again, with the config.json that belongs to it."
     ends = {tensor_names.embedding(config), head := tensor_names.head(config)}
     if list(missing) == [head] and not unexpected:
-        hint = f"If the head is the embedding, config.json must say tie_word_embeddings: true. Else: {hint}"
+        hint = f"If the head is tied to the embedding, set tie_word_embeddings to true in config.json. If not: {hint}"
     elif list(misshapen) and set(misshapen) <= ends:
         hint = (
-            "Set vocab_size in config.json to the number of rows that are stored, or save the model again after "
+            "Set vocab_size in config.json to the number of rows in the file, or save the model again after "
             "model.resize_token_embeddings(ROWS)."
         )
     return IntegrityError(
@@ -164,21 +165,22 @@ def _not_whole(
 
 
 def _check_layers(config: Mapping[str, Any], tensors: Iterable[str], where: str) -> None:
-    """As many decoder layers as config.json says; DeepSeek's and GLM's extra ones predict further tokens."""
+    """IntegrityError unless there are num_hidden_layers decoder layers; DeepSeek and GLM may have more, which predict
+    further tokens."""
     layers, extra = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers") or 0
     numbers = {number for number in (_layer_of(config, name) for name in tensors) if number is not None}
     if not layers or not numbers:
         return
     if (absent := next((n for n in range(layers) if n not in numbers), None)) is not None:
-        problem = f"nothing of layer {absent} is in its files"
+        problem = f"its files hold no tensor of layer {absent}"
     elif max(numbers) >= layers + extra:
         problem = f"its files hold layers up to {max(numbers)}"
     else:
         return
     raise IntegrityError(
-        f"{where} is not whole: config.json says num_hidden_layers {layers}, and {problem}.",
-        why=f"Layers are numbered from 0, and {len(numbers)} are in the files. transformers would fill missing ones "
-        "with random numbers, and leave out those that are too many.",
+        f"{where} is not complete: config.json says num_hidden_layers {layers}, but {problem}.",
+        why=f"Layers are numbered from 0; the files hold {len(numbers)}. transformers would initialize missing layers "
+        "at random and ignore surplus ones.",
         hint="Copy or download the whole model again, with the config.json that belongs to it.",
     )
 
@@ -193,13 +195,13 @@ def _layer_of(config: Mapping[str, Any], name: str) -> int | None:
 
 
 def _check_embedding(config: Mapping[str, Any], tensors: Mapping[str, Header], where: str) -> None:
-    """For architectures without a table: embedding and head have vocab_size rows."""
+    """For architectures without a table: IntegrityError unless embedding and head have vocab_size rows."""
     rows = config.get("vocab_size")
     shapes = {name: shape for name, (_, shape) in sorted(tensors.items()) if _is_embedding(catalog.of(config), name)}
     wrong = {name: shape for name, shape in shapes.items() if shape[:1] != (rows,)}
     if rows and wrong:
         want = {name: Want((rows, *shape[1:]), "vocab_size rows") for name, shape in wrong.items()}
-        raise _not_whole(config, (), (), wrong, want, where)
+        raise _incomplete(config, (), (), wrong, want, where)
 
 
 def _is_embedding(architecture: Architecture, name: str) -> bool:
@@ -209,7 +211,8 @@ def _is_embedding(architecture: Architecture, name: str) -> bool:
 
 
 def _check_experts(config: Mapping[str, Any], tensors: Iterable[str], where: str) -> None:
-    """Where experts have tensors of their own, all have the same, and they are as many as config.json says."""
+    """IntegrityError unless all experts have the same tensors, and are as many as config.json says. Checks models that
+    store each expert's tensors apart."""
     found: dict[tuple[str, str], set[int]] = {}
     for match in map(EXPERT.match, tensors):
         if match:
@@ -220,7 +223,7 @@ def _check_experts(config: Mapping[str, Any], tensors: Iterable[str], where: str
     missing = [f"{parent}.{n}.{leaf}" for (parent, leaf), there in found.items() for n in numbers if n not in there]
     extra = [f"{parent}.{n}.{leaf}" for (parent, leaf), there in found.items() for n in there if n not in numbers]
     if missing or extra:
-        raise _not_whole(config, missing, extra, {}, {}, where)
+        raise _incomplete(config, missing, extra, {}, {}, where)
 
 
 def _check_floats(tensors: Mapping[str, Header], where: str) -> None:
@@ -228,7 +231,7 @@ def _check_floats(tensors: Mapping[str, Header], where: str) -> None:
     odd = [text for text in odd if not quantization_signs.BUFFERS.search(text.partition(" ")[0])]
     if odd:
         raise UnsupportedError(
-            f"{where} has {len(odd)} tensors of a type that no weights are quantized from here.",
-            why=f"{names(odd)}; taken are {', '.join(quantization_signs.FLOATS)}.",
+            f"{where} has {len(odd)} tensors of a dtype that can't be quantized.",
+            why=f"{names(odd)}. Supported dtypes: {', '.join(quantization_signs.FLOATS)}.",
             hint="Load the model with transformers, model.to(torch.bfloat16), and save it with save_pretrained.",
         )

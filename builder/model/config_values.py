@@ -1,6 +1,6 @@
-"""Whether the numbers, words and switches in a model's config.json are values that a model can have. Pure.
+"""Rejects values in a model's config.json that have the wrong type or are out of range. Pure.
 
-Only keys that this project or the architectures it serves read are checked; all others are left to transformers.
+Only keys that this project or the architectures it serves read are checked; transformers checks the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 from builder.core.errors import UsageError
 
 MOST_LAYERS = 10_000
-# Largest values by far above those of any released model: what is larger is a slip, and would fill the memory.
+# (least, most). The upper limits are far above those of any released model; larger values are mistakes, and would
+# exhaust memory.
 SIZES: Mapping[str, tuple[int, int]] = {
     "hidden_size": (1, 1 << 20),
     "intermediate_size": (1, 1 << 24),
@@ -38,7 +39,7 @@ SIZES: Mapping[str, tuple[int, int]] = {
     "num_nextn_predict_layers": (0, MOST_LAYERS),
     "num_labels": (0, 1 << 26),
 }
-# What every size, and every split over GPUs, is computed from.
+# The keys that all sizes, and all splits over GPUs, are computed from.
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 NUMBERS: Mapping[str, tuple[float, float]] = {
     "rms_norm_eps": (0.0, 1.0),
@@ -68,7 +69,7 @@ ROPE_NUMBERS: Mapping[str, tuple[float, float]] = {
     "mscale": (0.0, 1e6),
     "mscale_all_dim": (0.0, 1e6),
 }
-# What transformers reads without a default (modeling_rope_utils.py), of the kinds that have a TensorRT-LLM layout.
+# Keys without a default in transformers (modeling_rope_utils.py), for the kinds that TensorRT-LLM's engines support.
 ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -79,26 +80,26 @@ TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def check(config: Mapping[str, Any], where: str) -> None:
-    """UsageError with every value of this config.json that has the wrong type or lies out of range.
+    """UsageError that lists every value of this config.json with a wrong type or out of range.
 
-    A key that is absent or null is no fault here; see `require`.
+    Absent and null keys are accepted; see `require`.
     """
     wrong = [*_keys(config), *_ropes(config)]
     refuse(wrong or list(_relations(config)), where)
 
 
 def require(config: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-    """UsageError if one of these keys is absent or null: sizes and layouts can't be computed without it."""
+    """UsageError if one of these keys is absent or null: sizes and layouts are computed from them."""
     refuse([f"{key} is missing" for key in keys if config.get(key) is None], where)
 
 
 def refuse(wrong: Sequence[str], where: str) -> None:
-    """UsageError that lists these problems, if there are any."""
+    """UsageError that lists these problems, at most ten of them, if there are any."""
     if wrong:
         raise UsageError(
-            f"{where}/config.json has {len(wrong)} value{'s' * (len(wrong) > 1)} that can't be right.",
+            f"{where}/config.json has {len(wrong)} invalid value{'s' * (len(wrong) > 1)}.",
             why="\n".join([*wrong[:10], *["..."] * (len(wrong) > 10)]),
-            hint="Correct them, or copy config.json again from where the model came from.",
+            hint="Correct config.json, or copy it again from the original model.",
         )
 
 
@@ -114,7 +115,7 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("dtype", "torch_dtype"):
         yield from _unless(config, key, lambda v: v in DTYPES if isinstance(v, str) else False, ", ".join(DTYPES))
     for key in TOKENS:
-        yield from _unless(config, key, _token, "a token's id, or a list of them")
+        yield from _unless(config, key, _token, "a token id or a list of token ids")
     yield from _unless(config, "architectures", _words, "a list of class names")
     yield from _unless(config, "layer_types", _words, "a list of names")
     yield from _unless(config, "text_config", lambda v: isinstance(v, Mapping), "an object")
@@ -123,7 +124,7 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
 def _unless(config: Mapping[str, Any], key: str, valid: Callable[[Any], bool], needed: str) -> Iterator[str]:
     value = config.get(key)
     if value is not None and not valid(value):
-        yield f"{key} is {shown(value)}; needed: {needed}"
+        yield f"{key} is {shown(value)}; expected: {needed}"
 
 
 def shown(value: Any) -> str:
@@ -137,12 +138,12 @@ def shown(value: Any) -> str:
 
 
 def whole(value: Any, low: int, high: int) -> bool:
-    """Whether this is an integer (and no boolean) of low..high."""
+    """Whether this is an integer (not a boolean) from low to high."""
     return type(value) is int and low <= value <= high
 
 
 def number(value: Any, least: float, most: float) -> bool:
-    """Whether this is a finite number (and no boolean) of least..most."""
+    """Whether this is a finite number (not a boolean) from least to most."""
     return type(value) in (int, float) and least <= value <= most and math.isfinite(value)
 
 
@@ -160,13 +161,13 @@ def _token(value: Any) -> bool:
 
 
 def _ropes(config: Mapping[str, Any]) -> Iterator[str]:
-    """rope_scaling (transformers 4) and rope_parameters (5), which may hold one set for each kind of layer."""
+    """Problems in rope_scaling (transformers 4) and rope_parameters (5), which may have parts for kinds of layers."""
     for key in ROPES:
         value = config.get(key)
         if value is None:
             continue
         if not isinstance(value, Mapping):
-            yield f"{key} is {shown(value)}; needed: an object"
+            yield f"{key} is {shown(value)}; expected: an object"
             continue
         yield from _rope(key, value)
         for kind, part in value.items():
@@ -179,7 +180,7 @@ def _rope(name: str, part: Mapping[str, Any]) -> Iterator[str]:
         for problem in _unless(part, key, partial(number, least=least, most=most), f"{least:g} to {most:g}"):
             yield f"{name}.{problem}"
     original, most_positions = "original_max_position_embeddings", SIZES["max_position_embeddings"][1]
-    for problem in _unless(part, original, lambda v: number(v, 1, most_positions), "a number from 1 on"):
+    for problem in _unless(part, original, lambda v: number(v, 1, most_positions), "a number, at least 1"):
         yield f"{name}.{problem}"
     for key in ("rope_type", "type"):
         for problem in _unless(part, key, _word, "a name"):
@@ -190,18 +191,18 @@ def _rope(name: str, part: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _relations(config: Mapping[str, Any]) -> Iterator[str]:
-    """What values that are right by themselves must be to each other."""
+    """Values that contradict each other."""
     hidden, heads, kv_heads = (config.get(k) for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     if hidden and heads and not (config.get("head_dim") or config.get("head_size")) and hidden % heads:
-        yield f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing"
+        yield f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is missing"
     if heads and kv_heads and heads % kv_heads:
-        yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
     if (config.get("head_dim") or 0) % 2:
-        yield f"head_dim {config['head_dim']} is odd, and rotary embeddings turn pairs of values"
+        yield f"head_dim {config['head_dim']} is odd; rotary embeddings rotate pairs of values"
     experts = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
     if experts and (config.get("num_experts_per_tok") or 0) > experts:
-        yield f"num_experts_per_tok {config['num_experts_per_tok']} is more than the {experts} experts"
+        yield f"num_experts_per_tok {config['num_experts_per_tok']} is more than the number of experts, {experts}"
     vocab, pad = config.get("vocab_size"), config.get("pad_token_id")
     # torch.nn.Embedding: "Padding_idx must be within num_embeddings".
     if vocab and whole(pad, vocab, 1 << 62):
-        yield f"pad_token_id {pad} is no row of an embedding of vocab_size {vocab}"
+        yield f"pad_token_id {pad} is outside of the vocabulary of vocab_size {vocab}"

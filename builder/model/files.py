@@ -1,6 +1,6 @@
-"""Which files make a causal LM that can be quantized here, and what is wrong with a directory or a listing of them.
+"""The files of a causal LM: which ones are needed, and errors that say what to do if some are missing or unusable.
 
-Names, a parsed config.json, file headers in; the wanted names and their hashes, or an error that says what to do, out.
+Takes file names, so that a directory and a listing of the Hub are checked alike.
 """
 
 from __future__ import annotations
@@ -48,19 +48,22 @@ LARGEST_BLOB = 1 << 24  # bytes; the Hub takes at most 10 MB outside LFS
 
 
 def wanted(names: Collection[str], shards: Collection[str] | None, *, remote_code: bool) -> list[str]:
-    """The files of a model among `names`: config, tokenizer, the index's shards (None: no index), code if asked."""
+    """The files to fetch among `names`: config.json, tokenizer, weights, and Python code if remote_code.
+
+    shards: the files that the index names, None without an index.
+    """
     companions = _matching(names, [GENERATION, *TOKENIZER, *(["*.py"] if remote_code else [])])
     weights = [WEIGHTS] if shards is None else [INDEX, *shards]
     return sorted({CONFIG, *companions, *weights})
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a model directory that its tokenizer is made of."""
+    """Paths of the tokenizer's files in a model directory."""
     return [directory / name for name in tokenizer_names([path.name for path in directory.iterdir() if path.is_file()])]
 
 
 def tokenizer_names(names: Collection[str]) -> list[str]:
-    """Those of these file names that a tokenizer is made of."""
+    """The tokenizer's files among these names, sorted."""
     return sorted(_matching(names, TOKENIZER))
 
 
@@ -69,8 +72,8 @@ def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
 
 
 def check_names(names: Collection[str], where: str) -> None:
-    """UsageError or UnsupportedError unless config.json, safetensors weights and tokenizer.json are among `names`, or
-    if a quantizer's file is."""
+    """UsageError or UnsupportedError unless `names` include config.json, safetensors weights and tokenizer.json, and no
+    file of a quantizer."""
     if CONFIG not in names:
         kinds.check_names(names, where)
         raise UsageError(
@@ -84,8 +87,8 @@ def check_names(names: Collection[str], where: str) -> None:
     if "tokenizer.json" not in names:
         raise UnsupportedError(
             f"{where} has no tokenizer.json.",
-            why="The served repository tokenizes with the fast tokenizer, whose file that is.",
-            hint="Write one with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
+            why="It is the file of the fast tokenizer, which the served repository uses.",
+            hint="Create it with transformers: AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)",
         )
 
 
@@ -94,8 +97,8 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
     if pickles:
         return UnsupportedError(
             f"{where} has its weights only as pickles ({', '.join(pickles[:3])}).",
-            why="Loading a pickle runs whatever code is inside it, so none is ever opened here.",
-            hint="Convert it once where you trust it, with transformers: "
+            why="Loading a pickle runs the code inside it, so pickles are never opened.",
+            hint="Convert it with transformers, on a machine where you trust it: "
             'AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").save_pretrained(DIRECTORY)',
         )
     if kinds.ADAPTER in names:
@@ -114,7 +117,7 @@ def parse_config(text: bytes, where: str) -> dict[str, Any]:
     try:
         config = parse_json(text)
     except ValueError as error:
-        raise UsageError(f"{where}/{CONFIG} is no JSON.", why=str(error), hint="Save the model again.") from None
+        raise UsageError(f"{where}/{CONFIG} is not JSON.", why=str(error), hint="Save the model again.") from None
     if not isinstance(config, dict):
         raise UsageError(f"{where}/{CONFIG} is a {type(config).__name__}, not an object.", hint="Save the model again.")
     return catalog.with_common_keys(config)
@@ -134,33 +137,34 @@ def json_object(path: Path, where: str = "") -> dict[str, Any]:
         raise IntegrityError(f"{where}/{path.name} can't be used.", why=str(error), hint=SAVE_AGAIN) from None
     except ValueError as error:
         why = str(error) if path.stat().st_size else "the file is empty"
-        raise IntegrityError(f"{where}/{path.name} is no JSON.", why=why, hint=SAVE_AGAIN) from None
+        raise IntegrityError(f"{where}/{path.name} is not JSON.", why=why, hint=SAVE_AGAIN) from None
     if not isinstance(content, dict):
         raise IntegrityError(f"{where}/{path.name} is a JSON {type(content).__name__}, not an object.", hint=SAVE_AGAIN)
     return content
 
 
 def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
-    """Raises UnsupportedError unless this is an unquantized causal LM whose code transformers brings itself, UsageError
-    for values that no model can have."""
+    """UnsupportedError unless this is an unquantized causal LM whose code is part of transformers, UsageError for
+    invalid values. trust_remote_code: accepts code that comes with the model."""
     config_values.check(config, where)
     kinds.check_config(config, where)
     quantization_signs.check_config(config, where)
     if needs_remote_code(config) and not trust_remote_code:
         raise UnsupportedError(
             f"{where} needs its own Python code (auto_map in config.json).",
-            why=f"transformers has no model type {config.get('model_type')!r}, and a model's code is not run unasked.",
+            why=f"transformers has no model type {config.get('model_type')!r}, and the code of a model runs only with "
+            "--trust-remote-code.",
             hint=_with_remote_code(config),
         )
 
 
 def _with_remote_code(config: Mapping[str, Any]) -> str:
-    """The hint for a model that brings its own code: how far --trust-remote-code gets it."""
+    """The hint for a model that brings its own code: what --trust-remote-code makes possible."""
     if served.by_any_target(config):
         return "Read that code, then add --trust-remote-code."
     return (
-        f"Choose another model: no target serves {catalog.name_of(config)}, with or without its code. Only a "
-        "checkpoint can be made: read that code, then `builder quantize` with --trust-remote-code."
+        f"Choose another model: no target serves {catalog.name_of(config)}, even with its code. To make only a "
+        "checkpoint, read that code, then run `builder quantize` with --trust-remote-code."
     )
 
 
@@ -177,30 +181,36 @@ def needs_remote_code(config: Mapping[str, Any]) -> bool:
 
 
 def index_of(index: bytes, where: str) -> dict[str, str]:
-    """{tensor: file} of model.safetensors.index.json. IntegrityError if it is no such index."""
+    """{tensor: file}, from the content of model.safetensors.index.json. IntegrityError if it is not such an index."""
     try:
         found = parse_json(index)["weight_map"]
         if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
-            raise ValueError("weight_map is no mapping of tensors to files")
+            raise ValueError("weight_map does not map tensors to files")
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(
-            f"{where}/{INDEX} is no index of safetensors.", why=repr(error), hint="Fetch or save the model again."
+            f"{where}/{INDEX} is not an index of safetensors files.",
+            why=repr(error),
+            hint="Fetch or save the model again.",
         ) from None
     strange = sorted({n for n in found.values() if "/" in n or "\\" in n or not n.endswith(".safetensors")})
     if strange:
-        raise IntegrityError(f"{where}/{INDEX} names strange files: {strange[:3]!a}.", hint="Do not use this model.")
+        raise IntegrityError(
+            f"{where}/{INDEX} refers to files that are not *.safetensors in the model's directory.",
+            why=f"{strange[:3]!a}.",
+            hint="Do not use this model.",
+        )
     return found
 
 
 def shards_of(index: bytes, names: Collection[str], where: str) -> list[str]:
-    """The shard names of model.safetensors.index.json. IntegrityError if one is missing or is no plain file name, or
-    if there is a whole model.safetensors beside them."""
+    """The files that model.safetensors.index.json names, sorted. IntegrityError if one is missing from `names` or is in
+    another directory, or if there is a model.safetensors too."""
     shards = sorted(set(index_of(index, where).values()))
     if WEIGHTS in names and WEIGHTS not in shards:
         raise IntegrityError(
             f"{where} has two sets of weights: {WEIGHTS}, and {len(shards)} files that {INDEX} names.",
-            why=f"transformers loads {WEIGHTS} and ignores the others; other programs do it the other way round.",
-            hint=f"Remove the set that is not meant: {WEIGHTS}, or {INDEX} and its files.",
+            why=f"transformers loads {WEIGHTS} and ignores the others; other programs load the others.",
+            hint=f"Remove the wrong set: {WEIGHTS}, or {INDEX} and its files.",
         )
     missing = [name for name in shards if name not in names]
     if missing:
@@ -213,7 +223,7 @@ def shards_of(index: bytes, names: Collection[str], where: str) -> list[str]:
 
 
 def check_no_pointer(path: Path) -> None:
-    """IntegrityError if this is what `git clone` leaves without Git LFS: a pointer of some 130 bytes."""
+    """IntegrityError if the file is a Git LFS pointer, which `git clone` leaves without Git LFS (about 130 bytes)."""
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise IntegrityError(
@@ -225,7 +235,7 @@ def check_no_pointer(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Hashed:
-    """What a file's content is: sha256, sha1 as of a git blob (small files only), bytes."""
+    """Hashes and size of a file: sha256, sha1 of its git blob ("" for large files), bytes."""
 
     sha256: str
     git_sha1: str
@@ -233,7 +243,10 @@ class Hashed:
 
 
 def hash_files(root: Path, names: Sequence[str], told: Callable[[int], None]) -> dict[str, Hashed]:
-    """Hashes a few files at a time: one core hashes slower than a disk reads. `told` hears the bytes done so far."""
+    """{name: hashes}, four files at a time, because one core hashes slower than a disk reads.
+
+    told: called with the number of bytes hashed so far.
+    """
     done, lock = 0, threading.Lock()
 
     def count(n: int) -> None:

@@ -1,6 +1,6 @@
-"""The files of a source model after they were hashed: loaded are these and no others, and none that changed since.
+"""The files of a source model once they are hashed: only these are loaded, and none that changed since.
 
-Standard library only: parents hand it to their children in the job.
+Standard library only: the command passes them to its workers in the job.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ PREFIX = "builder-model-"
 
 
 def times(root: Path, names: Sequence[str]) -> dict[str, list[int]]:
-    """Size, time of the content and time of the inode: the last one can't be set back by `cp -p` or `touch`."""
+    """[size, mtime, ctime] of each file, times in nanoseconds. `cp -p` and `touch` can't set the ctime back."""
     stats = {name: (root / name).stat() for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
 
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """A model's directory, and of each file that belongs to it {"size", "sha256"} and, where known, its times."""
+    """A model's directory; {"size", "sha256"} of each of its files, and the `times` of those that are known."""
 
     root: Path
     files: Mapping[str, Mapping[str, Any]]
@@ -36,7 +36,7 @@ class SourceFiles:
 
     @classmethod
     def of_job(cls, job: Mapping[str, Any]) -> SourceFiles:
-        """What `as_job` put into a child's job. A job without `source` takes the directory as it is now."""
+        """The files that `as_job` put into a worker's job; without `source` in it the directory as it is now."""
         root = Path(job["model"])
         if "source" in job:
             return cls(root, job["source"]["files"], job["source"]["times"])
@@ -44,20 +44,22 @@ class SourceFiles:
         return cls(root, {name: {"size": size, "sha256": ""} for name, (size, *_) in now.items()}, now)
 
     def as_job(self) -> dict[str, Any]:
-        """{"model": directory, "source": ...} for a child's job."""
+        """{"model": directory, "source": ...} for a worker's job."""
         source = {"files": {name: dict(entry) for name, entry in self.files.items()}, "times": dict(self.times)}
         return {"model": str(self.root.absolute()), "source": source}
 
     def check_unchanged(self) -> None:
-        """IntegrityError if a file has another content than when it was hashed. One whose times are the same has not;
-        any other is hashed again, so that a touched or copied file of the same content passes."""
+        """IntegrityError if the content of a file changed since it was hashed.
+
+        A file with the same times is unchanged. Any other is hashed again, so that a touched or copied file passes.
+        """
         changed = [name for name in self.files if self._changed(name)]
         if changed:
             raise IntegrityError(
                 f"{self.root} changed after its files were hashed: {', '.join(sorted(changed)[:10])}.",
-                why="What was made of them would be stored under the key of the files that were there before.",
-                hint="Wait until nothing writes to the model any more (a copy, a download, a training run), then run "
-                "the same command again.",
+                why="The result would be stored under the key of the old files.",
+                hint="Wait until nothing writes to the model (a copy, a download, a training run), then run the same "
+                "command again.",
             )
 
     def _changed(self, name: str) -> bool:
@@ -70,9 +72,9 @@ class SourceFiles:
             return True
 
     @contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Where a child fails in the block because a file changed, says that: one that is mapped and gets shorter ends
-        its reader by SIGBUS."""
+    def explain_failures(self) -> Iterator[None]:
+        """If a worker fails in the block and a file changed, raises that as the reason: a mapped file that is truncated
+        kills its reader with SIGBUS."""
         try:
             yield
         except StageError:
@@ -80,10 +82,10 @@ class SourceFiles:
             raise
 
     @contextmanager
-    def alone(self, without: Sequence[str] = ()) -> Iterator[Path]:
-        """A directory with links to exactly these files, but for those in `without`. Whatever else lies beside them, an
-        adapter or a second set of weights, is not loaded by accident. It has the model's name, which code that comes
-        with a model is cached under."""
+    def linked(self, without: Sequence[str] = ()) -> Iterator[Path]:
+        """A directory with links to exactly these files, except those in `without`, so that nothing else in the model's
+        directory is loaded by accident: an adapter, a second set of weights. It has the name of the model's directory,
+        under which transformers caches code that comes with a model."""
         with private_directory() as parent:
             directory = parent / (self.root.name or "model")
             directory.mkdir()
@@ -94,8 +96,8 @@ class SourceFiles:
 
 @contextmanager
 def private_directory() -> Iterator[Path]:
-    """A temporary directory of this process; it takes away those that killed processes of this user left."""
-    # A number of ours means nothing in another container that shares /tmp.
+    """A temporary directory of this process. Also removes those that killed processes of this user left behind."""
+    # Process numbers of another container that shares /tmp have no meaning here, so the namespace is in the name.
     prefix = f"{PREFIX}{''.join(filter(str.isdecimal, os.readlink('/proc/self/ns/pid')))}-"
     for path in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
         pid = path.name.removeprefix(prefix).partition("-")[0]

@@ -1,6 +1,6 @@
-"""What a directory or a config.json holds instead of a text decoder with all its weights: named in the user's words.
+"""Rejects models other than text decoders: adapters, other file formats, multimodal and encoder models. Pure.
 
-Called before anything else is judged, so that a multimodal model or an adapter is called what it is. Pure.
+Runs before all other checks, so that a message says what the model is and not which file or key it lacks.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any
 
 from builder.core.errors import UnsupportedError, UsageError
 
-# transformers names what it can decode token by token so; its encoder-decoders and multimodal models otherwise.
+# How transformers names classes that decode token by token; encoder-decoders and multimodal models have other names.
 CAUSAL = ("ForCausalLM", "LMHeadModel")
 ADAPTER = "adapter_config.json"  # PEFT's save_pretrained
-# Files of other formats, with what they are and what to do. Only asked where config.json is missing.
+# Files of other formats: what they are, and what to do. Looked for only if config.json is missing.
 OTHER_FORMATS = (
     ("model_index.json", "a diffusers pipeline", "Give a text model, such as Qwen/Qwen3-8B."),
-    ("*.gguf", "a GGUF model", "Give the model that it was converted from, as saved by transformers."),
-    ("params.json", "a model in its maker's own format", "Give the version of it that is made for transformers."),
+    ("*.gguf", "a GGUF model", "Give the model that it was converted from, in the format of transformers."),
+    ("params.json", "a model in the format of its publisher", "Give the version that was published for transformers."),
     ("model_config.yaml", "a NeMo model", "Export it to the Hugging Face format first."),
-    ("*.onnx", "an ONNX model", "Give the model that it was exported from, as saved by transformers."),
+    ("*.onnx", "an ONNX model", "Give the model that it was exported from, in the format of transformers."),
 )
-# Keys of config.json that only models with more than text have: of transformers' multimodal classes, and of the code
-# that comes with others (LLaVA, Phi-4 multimodal, InternVL, MiniCPM-V, Qwen-VL).
+# Keys that only multimodal models have in config.json: those of transformers' classes, and of models that bring their
+# own code (LLaVA, Phi-4 multimodal, InternVL, MiniCPM-V, Qwen-VL).
 MULTIMODAL = (
     "vision_config", "audio_config", "video_config", "image_token_id", "image_token_index", "audio_token_id",
     "vision_start_token_id", "mm_vision_tower", "vision_tower", "mm_projector_type", "audio_processor", "embd_layer",
@@ -32,37 +32,37 @@ MULTIMODAL = (
 OTHER_TASKS: Mapping[str, str] = {
     "ForSequenceClassification": "it classifies texts",
     "ForTokenClassification": "it classifies tokens",
-    "ForQuestionAnswering": "it marks answers in a text",
+    "ForQuestionAnswering": "it finds answers in a text",
     "ForMaskedLM": "it fills gaps in a text",
     "ForRewardModel": "it scores texts",
-    "Model": "it has no language model head, as embedding models",
+    "Model": "it has no language model head, like embedding models",
 }
 TEXT_MODEL = "Give a decoder-only text model, such as Qwen/Qwen3-8B."
 
 
 def check_names(names: Collection[str], where: str) -> None:
-    """UsageError or UnsupportedError for a directory without config.json whose files show what it is."""
+    """UsageError or UnsupportedError if the files of a directory without config.json show that it is something else."""
     if ADAPTER in names:
         raise adapter(where)
     for pattern, kind, hint in OTHER_FORMATS:
         found = sorted(name for name in names if fnmatchcase(name, pattern))
         if found:
             raise UnsupportedError(
-                f"{where} is {kind}, and only models saved by transformers are read.",
+                f"{where} is {kind}; only models in the format of transformers are supported.",
                 why=f"It has {', '.join(found[:3])} and no config.json.",
                 hint=hint,
             )
 
 
 def adapter(where: str) -> UsageError:
-    """The refusal of a LoRA or other PEFT adapter, with or without a config.json beside it."""
+    """The error for a LoRA or another PEFT adapter, with or without a config.json beside it."""
     return UsageError(
-        f"{where} is an adapter (LoRA), not a whole model.",
-        why=f"{ADAPTER} belongs to PEFT: the directory holds only what training changed, and its base model is "
-        "needed too.",
-        hint="Merge it into its base model and give that directory: with peft, "
-        "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIRECTORY); copy the "
-        "tokenizer files there too.",
+        f"{where} is an adapter (LoRA), not a complete model.",
+        why=f"{ADAPTER} is PEFT's file: the directory holds only the weights that training changed, without the base "
+        "model.",
+        hint="Merge it into its base model and give that directory. With peft: "
+        "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIRECTORY); then copy "
+        "the tokenizer files there.",
     )
 
 
@@ -73,8 +73,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     if found or (name.endswith("ForConditionalGeneration") and "text_config" in config):
         sign = f"its config.json has {', '.join(found[:3])}" if found else "its config.json has a text_config"
         raise UnsupportedError(
-            f"{where} is a multimodal model ({name or 'no architecture named'}): only text models are built here.",
-            why=f"It reads more than text: {sign}. Its other parts would be neither quantized nor served.",
+            f"{where} is a multimodal model ({name or 'no architecture named'}); only text models are supported.",
+            why=f"It takes more than text: {sign}. Its other parts would be neither quantized nor served.",
             hint=TEXT_MODEL,
         )
     if config.get("is_encoder_decoder"):
@@ -87,7 +87,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         task = next((text for end, text in OTHER_TASKS.items() if name.endswith(end)), "")
         raise UnsupportedError(
             f"{where} is not a causal language model.",
-            why=f"Its config.json names the architecture {name or '(none)'}{': ' + task if task else ''}; needed is "
-            f"one that ends in {' or '.join(CAUSAL)}.",
+            why=f"Its config.json names the architecture {name or '(none)'}{': ' + task if task else ''}. The names "
+            f"of causal language models end in {' or '.join(CAUSAL)}.",
             hint=TEXT_MODEL,
         )

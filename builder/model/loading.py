@@ -1,7 +1,7 @@
-"""The one way a model is loaded in transformers: from exactly the files that were hashed, every tensor in its place.
+"""Loads a model with transformers from exactly the files that were hashed, and checks that every tensor was used.
 
-transformers (4.57 and 5) fills missing or misshapen tensors with random numbers, leaves out those it does not expect,
-and only logs both. Here each of them is an error. Imports transformers when called.
+transformers (4.57 and 5) initializes missing tensors and those of another shape at random, ignores unexpected ones, and
+only logs both. Here each of them is an error. Imports transformers when called.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from builder.model.hashed_files import SourceFiles
 def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
     """The source model of a job (`model`, `source`, `trust_remote_code`) as transformers' causal language model.
 
-    IntegrityError with the names of all tensors that are missing, unexpected or misshapen, or if a file changed since
-    it was hashed; UnsupportedError if transformers can't read the model at all. Architectures without a table in
-    tensor_names.py are put together without weights first, so that this is known before any weight is read.
+    dtype, options: passed on to from_pretrained. IntegrityError with the names of all tensors that are missing,
+    unexpected or of another shape, or if a file changed since it was hashed; UnsupportedError if transformers can't
+    read the model. Models without a table of tensors are built without weights first, so that this is known before any
+    weight is read.
     """
     source = SourceFiles.of_job(job)
     source.check_unchanged()
-    # transformers rejects sampling values that do not fit together, some only when it saves the quantized model.
-    with source.alone(without=[GENERATION]) as directory:
+    # transformers rejects contradictory sampling values in it, some only when it saves the quantized model.
+    with source.linked(without=[GENERATION]) as directory:
         config = parse_config((directory / CONFIG).read_bytes(), str(source.root))
         if not tensor_names.known(config):
             check_architecture(directory, source.root, trust_remote_code=job["trust_remote_code"])
@@ -39,12 +40,12 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
         check_tied(config, directory, source.root)
     _set_end_ids(model, source.root)
     source.check_unchanged()
-    model.name_or_path = model.config._name_or_path = str(source.root)  # not the directory of links
+    model.name_or_path = model.config._name_or_path = str(source.root)  # not that of the links
     return model.eval()
 
 
 def to_quantize(job: Mapping[str, Any], **options: Any) -> Any:
-    """The source model in the 16-bit type that it is served in (weight_types.py)."""
+    """The source model in the 16-bit dtype that it is served in (dtypes.py)."""
     import torch
 
     source = SourceFiles.of_job(job)
@@ -57,15 +58,17 @@ def to_quantize(job: Mapping[str, Any], **options: Any) -> Any:
 
 
 def _set_end_ids(model: Any, directory: Path) -> None:
-    """The end ids of generation_config.json, all that is read of it here."""
+    """Sets eos_token_id from generation_config.json. Nothing else of that file is used."""
     ends = json_object(directory / GENERATION).get("eos_token_id")
     if ends is not None and getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = ends
 
 
 def check_tied(config: Mapping[str, Any], directory: Path, shown: Path) -> None:
-    """IntegrityError if the model's head is its embedding by config.json, and something else in the files: transformers
-    4.57 drops the head that is stored, 5 keeps it, and a TensorRT-LLM engine takes what was exported."""
+    """IntegrityError if config.json ties the head to the embedding and the files hold two different ones.
+
+    transformers 4.57 ignores the stored head, 5 keeps it, and a TensorRT-LLM engine uses what was exported.
+    """
     if not config.get("tie_word_embeddings"):
         return
     head, embedding, stored = tensor_names.head(config), tensor_names.embedding(config), Tensors(directory)
@@ -74,20 +77,20 @@ def check_tied(config: Mapping[str, Any], directory: Path, shown: Path) -> None:
     pairs = zip(stored.chunks(head), stored.chunks(embedding), strict=False)
     if stored[head].nbytes != stored[embedding].nbytes or any(one != other for one, other in pairs):
         raise IntegrityError(
-            f"{shown} says tie_word_embeddings, and its {head} differs from its {embedding}.",
-            why="Either the head was trained by itself, or one of the two is left from another model.",
-            hint="Set tie_word_embeddings to false in config.json if the head that is stored is the right one.",
+            f"{shown} sets tie_word_embeddings, but its {head} differs from its {embedding}.",
+            why="Either the head was trained separately, or one of the two belongs to another model.",
+            hint="If the stored head is the right one, set tie_word_embeddings to false in config.json.",
         )
 
 
 def check_architecture(directory: Path, shown: Path | str, *, trust_remote_code: bool) -> None:
-    """Raises as `load` does, by the headers alone: transformers builds the model on the meta device, which has no
-    memory behind it, and reads no weight."""
+    """Raises what `load` raises, by the headers alone: transformers builds the model on the meta device, which
+    allocates no memory, and reads no weight."""
     from_directory(directory, shown, trust_remote_code=trust_remote_code, dtype="auto", device_map="meta")
 
 
 def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: bool, **options: Any) -> Any:
-    """The model in a directory that holds nothing else; `shown` is its name in messages."""
+    """Loads the model from a directory that holds nothing else. shown: its name in messages."""
     from transformers import AutoModelForCausalLM
 
     with refused(shown):
@@ -97,7 +100,7 @@ def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: boo
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed, by `info`, instead of in a RuntimeError
+            ignore_mismatched_sizes=True,  # `info` lists them instead of a RuntimeError
             **options,
         )
     check_loaded(model, info, shown)
@@ -106,8 +109,11 @@ def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: boo
 
 @contextmanager
 def refused(shown: Path | str) -> Iterator[None]:
-    """Turns what transformers raises while it reads a model into an error of ours. It has no class for that: a wrong
-    value in config.json may end in any exception. Errors of the machine (memory, disk) pass through."""
+    """Turns exceptions of transformers in the block into IntegrityError or UnsupportedError.
+
+    transformers has no class for a model that it can't read: a wrong value in config.json may raise any exception.
+    Errors of the machine (memory, disk) pass through unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -115,47 +121,47 @@ def refused(shown: Path | str) -> Iterator[None]:
         machine = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
         if machine or "out of memory" in text or "DefaultCPUAllocator" in text:
             raise
-        if "conversion of the weights" in text:  # 5.x joins a mixture's experts, and lacks some
+        if "conversion of the weights" in text:  # 5.x merges the experts of a mixture; some are missing
             raise IntegrityError(
-                f"{shown} is not whole: transformers can't join its experts' tensors.",
-                why=f"{text} The log shows which.",
+                f"{shown} is not complete: transformers can't merge the tensors of its experts.",
+                why=f"{text} The log names them.",
                 hint="Copy or download the whole model again, with the config.json that belongs to it.",
             ) from error
         raise UnsupportedError(
             f"transformers has no causal language model for {shown}.",
             why=f"{type(error).__name__}: {text}",
-            hint="Choose a decoder that transformers knows, with the config.json that belongs to it; code that comes "
-            "with a model is run with --trust-remote-code alone.",
+            hint="Choose a decoder that transformers supports, with the config.json that belongs to it. Code that "
+            "comes with a model runs only with --trust-remote-code.",
         ) from error
 
 
 def check_loaded(model: Any, info: Mapping[str, Any], shown: Path | str) -> None:
-    """IntegrityError unless every tensor of the model came from the files, and every tensor of the files went into it.
+    """IntegrityError unless every tensor of the model came from the files and every tensor of the files was used.
 
-    transformers has already taken out of `info` what the class declares ignorable (`_keys_to_ignore_on_load_*`) and
-    tied weights.
+    info: transformers' loading info, which leaves out tied weights and what the class declares ignorable
+    (`_keys_to_ignore_on_load_*`).
     """
     why = [
         f"{label}: {names(_keys(info.get(key, ())))}."
         for key, label in (
-            ("missing_keys", "Missing, which transformers fills with random numbers"),
-            ("unexpected_keys", "Unexpected, which transformers leaves out"),
+            ("missing_keys", "Missing, which transformers initializes at random"),
+            ("unexpected_keys", "Unexpected, which transformers ignores"),
             ("mismatched_keys", "Of another shape than the model's"),
             ("error_msgs", "Errors"),
-            ("conversion_errors", "Not to be joined"),
+            ("conversion_errors", "Not mergeable"),
         )
         if info.get(key)
     ]
     if why:
         raise IntegrityError(
-            f"{shown} is not the whole {type(model).__name__} that its config.json describes.",
+            f"{shown} is not the complete {type(model).__name__} that its config.json describes.",
             why="\n".join(why),
             hint="Copy or download the whole model again, with the config.json that belongs to it.",
         )
 
 
 def _keys(found: Iterable[Any]) -> list[str]:
-    """Names; 5 has (name, shape found, shape wanted) of mismatched ones."""
+    """Names. transformers 5 gives (name, shape found, shape needed) for mismatched tensors."""
     return [_key(one) for one in found]
 
 

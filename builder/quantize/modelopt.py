@@ -137,7 +137,7 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
     def make(tmp: Path) -> dict[str, Any]:
         weights = [snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")]
         check(weights, architecture, kept, part.number_format)
-        with snapshot.source.blamed():
+        with snapshot.source.explain_failures():
             facts = _run(job, tmp, store)
         found = validate.inspect(tmp)
         found.check()

@@ -106,7 +106,7 @@ def test_text_models_are_not_taken_for_another_kind(model: str) -> None:
         (["adapter_config.json", "adapter_model.safetensors", "config.json"], "adapter \\(LoRA\\).*merge_and_unload"),
         (["model_index.json"], "a diffusers pipeline"),
         (["model-Q4_K_M.gguf", "README.md"], "a GGUF model"),
-        (["params.json", "consolidated.safetensors"], "its maker's own format"),
+        (["params.json", "consolidated.safetensors"], "the format of its publisher"),
         (["README.md"], "has no config.json"),
     ],
 )

@@ -408,7 +408,7 @@ FEW = (SMALL / "model.safetensors").read_bytes()
     ("source", "files", "error", "says"),
     [
         (SMALL, {"config__json": None}, UsageError, "has no config.json.*It has .*tokenizer.json"),
-        (SMALL, {"config__json": b"{"}, UsageError, "is no JSON"),
+        (SMALL, {"config__json": b"{"}, UsageError, "is not JSON"),
         (SMALL, {"config__json": b"[]"}, UsageError, "is a list"),
         (SMALL, {"config__json": config(architectures=["BertForMaskedLM"])}, UnsupportedError, "BertForMaskedLM.*Qwen"),
         (
@@ -442,7 +442,7 @@ FEW = (SMALL / "model.safetensors").read_bytes()
             SHARDED,
             {"model__safetensors__index__json": b'{"weight_map": {"w": "../../etc/x.safetensors"}}'},
             IntegrityError,
-            "strange files",
+            "refers to files",
         ),
     ],
 )

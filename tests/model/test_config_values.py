@@ -87,17 +87,17 @@ def test_odd_values_end_in_a_plan_or_in_words(source: Path, tmp_path: Path, stor
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"num_hidden_layers": 1e9}, r"num_hidden_layers is 1000000000\.0; needed: a whole number"),
+        ({"num_hidden_layers": 1e9}, r"num_hidden_layers is 1000000000\.0; expected: a whole number"),
         ({"hidden_size": "4096"}, "hidden_size is '4096'"),
         ({"vocab_size": True}, "vocab_size is true"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing for 'llama3'"),
         ({"rope_parameters": {"full_attention": {"factor": "x"}}}, r"rope_parameters\.full_attention\.factor is 'x'"),
-        ({"dtype": "int8"}, "dtype is 'int8'; needed: bfloat16, float16, float32"),
-        ({"num_attention_heads": 8, "num_key_value_heads": 3}, "no multiple of num_key_value_heads"),
+        ({"dtype": "int8"}, "dtype is 'int8'; expected: bfloat16, float16, float32"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"hidden_size": 100, "num_attention_heads": 8}, "head_dim is missing"),
-        ({"num_experts": 4, "num_experts_per_tok": 8}, "more than the 4 experts"),
-        ({"vocab_size": 100, "pad_token_id": 100}, "pad_token_id 100 is no row"),
+        ({"num_experts": 4, "num_experts_per_tok": 8}, "more than the number of experts, 4"),
+        ({"vocab_size": 100, "pad_token_id": 100}, "pad_token_id 100 is outside"),
         ({"eos_token_id": [1, "x"]}, "eos_token_id is a list of 2"),
     ],
 )
@@ -109,7 +109,7 @@ def test_values_that_no_model_can_have_are_named(config: dict[str, Any], says: s
 def test_deep_nesting_is_no_json(tmp_path: Path, store: Store) -> None:
     model = copy(LLAMA, tmp_path / "model")
     (model / "config.json").write_text("[" * 100_000)
-    with pytest.raises(UsageError, match="no JSON"):
+    with pytest.raises(UsageError, match="is not JSON"):
         snapshot.fetch(Model(id=str(model)), store=store)
 
 

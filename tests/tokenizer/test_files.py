@@ -66,14 +66,14 @@ def text_of(directory: Path, name: str) -> str:
 
 
 BROKEN: dict[str, tuple[str, Any, str]] = {
-    "empty": ("tokenizer.json", "", "no JSON.*the file is empty"),
-    "cut": ("tokenizer.json", lambda text: text[:5000], "no JSON"),
+    "empty": ("tokenizer.json", "", "not JSON.*the file is empty"),
+    "cut": ("tokenizer.json", lambda text: text[:5000], "not JSON"),
     "a list": ("tokenizer.json", "[]", "a JSON list, not an object"),
     "null": ("tokenizer.json", "null", "a JSON NoneType, not an object"),
-    "nested": ("tokenizer.json", "[" * 100_000, "no JSON"),
-    "not UTF-8": ("tokenizer.json", b"\xff\xfe{}", "no JSON"),
+    "nested": ("tokenizer.json", "[" * 100_000, "not JSON"),
+    "not UTF-8": ("tokenizer.json", b"\xff\xfe{}", "not JSON"),
     "no model": ("tokenizer.json", "{}", "can't be loaded as a tokenizer.*Model missing"),
-    "a page of HTML": ("tokenizer.json", "<html><body>Log in</body></html>", "no JSON"),
+    "a page of HTML": ("tokenizer.json", "<html><body>Log in</body></html>", "not JSON"),
     "a panic": (
         "tokenizer.json",
         {
@@ -98,7 +98,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
                            "rstrip": False, "normalized": False, "special": True}]},
         "do not get the ids that the file lists: '<.endoftext.>' is listed as 7",
     ),
-    "config empty": ("tokenizer_config.json", "", "tokenizer_config.json is no JSON.*the file is empty"),
+    "config empty": ("tokenizer_config.json", "", "tokenizer_config.json is not JSON.*the file is empty"),
     "config a list": ("tokenizer_config.json", "[1]", "tokenizer_config.json is a JSON list"),
     "config's class": ("tokenizer_config.json", {"tokenizer_class": 3}, "tokenizer_class is 3"),
     "config's eos": ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5, not a text"),
@@ -110,7 +110,7 @@ BROKEN: dict[str, tuple[str, Any, str]] = {
     "map a list": ("special_tokens_map.json", "[]", "special_tokens_map.json is a JSON list"),
     "map's eos": ("special_tokens_map.json", {"eos_token": {"lstrip": True}}, "special_tokens_map.json .*eos_token"),
     "added_tokens.json": ("added_tokens.json", '{"<x>": "seven"}', "'<x>' has the id 'seven'"),
-    "generation": ("generation_config.json", "{", "generation_config.json is no JSON"),
+    "generation": ("generation_config.json", "{", "generation_config.json is not JSON"),
     "generation's eos": ("generation_config.json", {"eos_token_id": ["a"]}, r"generation_config.json has \['a'\]"),
 }  # fmt: skip
 

@@ -323,7 +323,7 @@ def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, A
     weights = [Path(file) for file in job["weights"]]
     modelopt.check(weights, model.architecture, job["kept"], model.number_format)
     log = store.log("sensitivity")
-    with SourceFiles.of_job(job).blamed():
+    with SourceFiles.of_job(job).explain_failures():
         events, _ = process.run_job(
             workers.SENSITIVITY,
             job,
