@@ -1,4 +1,4 @@
-"""What ModelOpt's export lacks before everyone can load it. Standard library only."""
+"""Completes ModelOpt's export so that transformers 4.57 and 5 load it. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from builder.tokenizer import files as tokenizer_files
 
 
 def complete(unified: Path, source: Path) -> None:
-    """Makes ModelOpt's export load under transformers 4.57 and 5 alike, and readable for others than its writer.
+    """Makes ModelOpt's export in `unified` load under transformers 4.57 and 5, and readable for other users.
 
-    The exporter's config.json follows the transformers that ran it: under 5 the rotary base stands in `rope_parameters`
-    alone, and 4.57 then takes 10000 without a word.
+    source: the model's directory. The exported config.json has the form of the transformers version that ran: 5 writes
+    the rotary base to `rope_parameters` only, and 4.57 then silently uses 10000.
     """
     config, original = read_json(unified / "config.json"), read_json(source / "config.json")
     config |= {key: original[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if key in original}
@@ -28,9 +28,9 @@ def complete(unified: Path, source: Path) -> None:
     quantization = read_json(said).get("quantization") or {} if said.is_file() else {}
     if quantization.get("quant_algo") == MIXED:
         write_quant_cfg(unified, quantization)
-    # The source's own: what transformers 5 writes instead, 4.57 can't load ("Tokenizer class TokenizersBackend ...").
+    # The source's files: 4.57 can't load those that transformers 5 writes ("Tokenizer class TokenizersBackend ...").
     tokenizer_files.copy(source, unified)
-    if (source / GENERATION).is_file():  # ModelOpt's export turns do_sample on in its own
+    if (source / GENERATION).is_file():  # ModelOpt's export turns do_sample on in its copy
         shutil.copyfile(source / GENERATION, unified / GENERATION)
     mode = (unified / "config.json").stat().st_mode
     for path in unified.iterdir():
@@ -39,9 +39,9 @@ def complete(unified: Path, source: Path) -> None:
 
 
 def _both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling (transformers 4) and rope_parameters (5), each made from the other where absent."""
+    """rope_theta and rope_scaling (transformers 4) and rope_parameters (5), each derived from the other if absent."""
     parameters = dict(config.get("rope_parameters") or {})
-    if any(isinstance(value, dict) for value in parameters.values()):  # per kind of layer: Gemma 3
+    if any(isinstance(value, dict) for value in parameters.values()):  # one part for each kind of layer: Gemma 3
         full = parameters.get("full_attention", {})
         local = parameters.get("sliding_attention", {})
         made = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}

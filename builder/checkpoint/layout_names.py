@@ -1,4 +1,4 @@
-"""The tensors of each layout of a checkpoint, by name and shape, without the scales of quantized layers. Pure."""
+"""Names and shapes of the tensors in each layout of a checkpoint, except the scales of quantized layers. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LayoutNames:
 
 
 def unified(config: Mapping[str, Any]) -> LayoutNames | None:
-    """Of the Hugging Face layout; None for an architecture without a table of tensors."""
+    """The Hugging Face layout; None for an architecture without a table of tensors."""
     architecture = catalog.of(config)
     table = architecture.tensors
     if table is None:
@@ -45,8 +45,8 @@ def unified(config: Mapping[str, Any]) -> LayoutNames | None:
 
 
 def tensorrt_llm(config: Mapping[str, Any]) -> LayoutNames | None:
-    """Of TensorRT-LLM's layout, by its own config.json, where fused layers are concatenated in dim 0; None if no known
-    architecture is served as this one."""
+    """TensorRT-LLM's layout, in which fused layers are concatenated in dim 0, by its own config.json; None for an
+    architecture that no known model is served as."""
     engine = catalog.engine_of(config)
     if engine is None:
         return None

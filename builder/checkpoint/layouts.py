@@ -1,11 +1,12 @@
-"""The two layouts of a quantized checkpoint, and the way from one to the other.
+"""The two layouts of a quantized checkpoint, and the conversion of the first into the second.
 
-`unified/`       what ModelOpt exports: Hugging Face names, `hf_quant_config.json`, one or more shards.
-`tensorrt_llm/`  what trtllm-build reads: `config.json`, `rank0.safetensors`; the same bytes under other names.
-What each linear layer stores is its number format's (builder/formats). Where layers are in several formats both
-layouts say MIXED_PRECISION, and name each layer's format in `quant_cfg.json`.
-Standard library only: tensors are streamed, never loaded. Files named in comments are those under `tensorrt_llm/` of
-NVIDIA/TensorRT-LLM 1.x, or under `modelopt/torch/` of ModelOpt, which was measured as 0.37 and 0.47.
+`unified/`       ModelOpt's export: Hugging Face names, `hf_quant_config.json`, one or more files.
+`tensorrt_llm/`  the input of trtllm-build: `config.json`, `rank0.safetensors`; the same bytes under other names.
+The number format of a linear layer defines its tensors (builder/formats), the architecture their names
+(builder/architectures). If layers have different formats, both layouts say MIXED_PRECISION and list the format of each
+layer in `quant_cfg.json`.
+Standard library only: tensors are streamed, never loaded. Files named in comments are under `tensorrt_llm/` of
+NVIDIA/TensorRT-LLM 1.x, or under `modelopt/torch/` of ModelOpt 0.37 and 0.47.
 """
 
 from __future__ import annotations
@@ -31,15 +32,14 @@ from builder.formats.declared import MIXED, DeclaredFormats, declared
 from builder.formats.kv_cache import KvCacheFormat
 
 RANK_FILE = "rank0.safetensors"
-QUANT_CFG = "quant_cfg.json"  # beside config.json where quant_algo is MIXED_PRECISION
-
-
+QUANT_CFG = "quant_cfg.json"  # beside config.json if quant_algo is MIXED_PRECISION
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A quantized model in both layouts. `digest` is of its files' contents, `facts` what quantizing it told."""
+    """A quantized model in both layouts. digest: of the contents of its files. facts: what the stage that made it
+    recorded."""
 
     path: Path
     digest: str
@@ -55,20 +55,21 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; IntegrityError where the file is absent or something else."""
+    """The JSON object in a file; IntegrityError if the file is absent or holds something else."""
     try:
         content = parse_json(read_regular(path))
     except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} cannot be read as JSON.", why=str(error)) from None
+        raise IntegrityError(f"{path} can't be read as JSON.", why=str(error)) from None
     if not isinstance(content, dict):
-        raise IntegrityError(f"{path} is no JSON object.")
+        raise IntegrityError(f"{path} is not a JSON object.")
     return content
 
 
 def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destination: Path) -> None:
-    """Writes `destination` (config.json, rank0.safetensors) from ModelOpt's export and the source model's config.json.
+    """Writes the TensorRT-LLM layout (config.json, rank0.safetensors) of a unified one to `destination`.
 
-    UnsupportedError for another architecture or number format, IntegrityError where tensors are missing or disagree.
+    source_config: the source model's config.json. UnsupportedError for an architecture or number format without such a
+    layout, IntegrityError if tensors are missing or disagree.
     """
     architecture, engine = served.check_engine(source_config)
     assert architecture.tensors is not None
@@ -94,15 +95,17 @@ def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destinat
 
 
 def write_quant_cfg(directory: Path, quantization: Mapping[str, Any]) -> None:
-    """What TensorRT-LLM reads beside config.json where quant_algo is MIXED_PRECISION: for engines models/
-    modeling_utils.py, PretrainedConfig.from_json_file, and for the Hugging Face layout, whose own list of the layers
-    1.2 does not look at, _torch/model_config.py, load_modelopt_quant_config."""
+    """Writes quant_cfg.json, which TensorRT-LLM reads beside config.json if quant_algo is MIXED_PRECISION.
+
+    For engines: models/modeling_utils.py, PretrainedConfig.from_json_file. For the Hugging Face layout, whose own list
+    of layers 1.2 ignores: _torch/model_config.py, load_modelopt_quant_config.
+    """
     keys = ("quant_algo", "kv_cache_quant_algo", "quantized_layers")
     write_json(directory / QUANT_CFG, {key: quantization.get(key) for key in keys})
 
 
 class _Layout:
-    """The TensorRT-LLM tensors made so far, and which unified ones went into them."""
+    """The TensorRT-LLM tensors made so far, and the unified tensors that were used for them."""
 
     def __init__(self, source: Tensors, declared: DeclaredFormats) -> None:
         self.source, self.declared = source, declared
@@ -112,10 +115,10 @@ class _Layout:
         self._used: set[str] = set()
 
     def join(self, name: str, *sources: str) -> None:
-        """Makes a tensor of one or several, concatenated in dim 0."""
+        """Makes a tensor from one or more, concatenated in dim 0."""
         infos = [self.source[s] for s in self._take(sources)]
         if len({(info.dtype, info.shape[1:]) for info in infos}) > 1:
-            raise IntegrityError(f"{', '.join(sources)} differ in dtype or width, so {name} cannot be made of them.")
+            raise IntegrityError(f"{', '.join(sources)} differ in dtype or width, so they can't be joined to {name}.")
         shape = infos[0].shape
         if len(infos) > 1:
             shape = (sum(info.shape[0] for info in infos), *shape[1:])
@@ -123,17 +126,17 @@ class _Layout:
 
     @property
     def whole_format(self) -> NumberFormat | None:
-        """The one format of all quantized layers; None where each layer's must be named."""
+        """The format of all quantized layers; None if the formats of the layers must be listed."""
         used = set(self.formats.values())
         one = next(iter(used), self.declared.default)
         return one if one and one.whole_model and len(used) < 2 else None
 
     def agree(self, name: str, *sources: str, shape: tuple[int, ...] | None = None) -> None:
-        """Makes a scalar of several that must be the same: one GEMM has one global scale."""
+        """Makes a scalar from several that must be equal, because one GEMM has one global scale."""
         if len({bytes(self.source.data(s)) for s in self._take(sources)}) > 1:
             raise IntegrityError(
                 f"{', '.join(sources)} differ.",
-                why=f"TensorRT-LLM multiplies them as one layer, which has one {name.rsplit('.', 1)[-1]}.",
+                why=f"TensorRT-LLM computes them as one layer, which has one {name.rsplit('.', 1)[-1]}.",
                 hint="Quantize again with a quantizer that shares the scales of q, k and v, as ModelOpt does.",
             )
         info = self.source[sources[0]]
@@ -141,12 +144,12 @@ class _Layout:
         self.made.append(NewTensor(name, info.dtype, shape, self.source.chunks(sources[0])))
 
     def scalar(self, source: str) -> float:
-        """A positive F32 scale as a number."""
+        """The value of an F32 scale, finite and positive."""
         self._take([source])
         data = bytes(self.source.data(source))
         value = float(struct.unpack("<f", data)[0]) if len(data) == 4 else math.nan
         if not (math.isfinite(value) and value > 0):
-            raise IntegrityError(f"{source} is {value}, where a scale must be finite and positive.")
+            raise IntegrityError(f"{source} is {value}; a scale must be finite and positive.", hint="Quantize again.")
         return value
 
     def _take(self, names: Iterable[str]) -> Iterable[str]:
@@ -157,17 +160,18 @@ class _Layout:
         return names
 
     def check_nothing_left(self) -> None:
-        """A tensor without a place in TensorRT-LLM's model must not vanish silently."""
+        """UnsupportedError if a tensor of the unified layout was not used: none may be dropped silently."""
         ignored = (".rotary_emb.inv_freq", ".k_scale", ".v_scale")
         left = sorted(n for n in self.source if n not in self._used and not n.endswith(ignored))
         if left:
             raise UnsupportedError(
                 f"{len(left)} tensors have no place in the TensorRT-LLM layout: {', '.join(left[:10])}.",
-                why="The model has parts that this architecture usually has not.",
+                why="The model has parts that its architecture usually does not have.",
             )
 
 
 def _layer(layout: _Layout, table: TensorNames, layer: int, cache: KvCacheFormat) -> None:
+    """Makes the tensors of one decoder layer."""
     theirs, ours = f"{table.layers}.{layer}.", f"{names.ENGINE_LAYERS}.{layer}."
     for name, role in names.ENGINE_NORMS.items():
         if role in table.norms:
@@ -175,8 +179,8 @@ def _layer(layout: _Layout, table: TensorNames, layer: int, cache: KvCacheFormat
     for name, roles in names.ENGINE_LINEARS.items():
         _linear(layout, ours + name, [theirs + table.linears[role] for role in roles])
     if cache.quantized:
-        # "Recommend default kv cache scaling factor to be 1": clamped as ModelOpt's TensorRT-LLM export does
-        # (export/quant_utils.py, get_kv_cache_scaling_factor). TensorRT-LLM takes max(k, v) for both.
+        # At least 1, as ModelOpt's TensorRT-LLM export writes it ("Recommend default kv cache scaling factor to be 1",
+        # export/quant_utils.py, get_kv_cache_scaling_factor). TensorRT-LLM uses max(k, v) for both.
         k, v = (max(layout.scalar(f"{theirs}{table.attention}.{name}"), 1.0) for name in cache.unified)
         for name, value in zip(cache.tensorrt_llm, (k, v, max(k, v)), strict=True):
             data = struct.pack("<f", value)
@@ -184,6 +188,8 @@ def _layer(layout: _Layout, table: TensorNames, layer: int, cache: KvCacheFormat
 
 
 def _linear(layout: _Layout, name: str, projections: list[str]) -> None:
+    """Makes the weight, bias and scales of a linear layer from those of its projections."""
+
     def named(suffix: str) -> list[str]:
         return [f"{projection}.{suffix}" for projection in projections]
 
@@ -203,14 +209,16 @@ def _linear(layout: _Layout, name: str, projections: list[str]) -> None:
 
 
 def _head(layout: _Layout, table: TensorNames, *, tied: bool) -> None:
-    """PretrainedModel.load takes a checkpoint without lm_head.weight, but leaves the weights as they were: so it is
-    always written, from the embedding where the two are tied (as ModelOpt's TensorRT-LLM export does)."""
+    """Makes lm_head.weight, from the embedding if the two are tied, as ModelOpt's TensorRT-LLM export does.
+
+    PretrainedModel.load accepts a checkpoint without it, but then leaves the weights uninitialized.
+    """
     source = f"{table.head}.weight"
     if source not in layout.source and tied:
         source = f"{table.embedding}.weight"
     layout.join(f"{names.ENGINE_HEAD}.weight", source)
     if layout.made[-1].dtype not in DTYPES:
-        raise IntegrityError(f"{source} is quantized ({layout.made[-1].dtype}), and the output layer must not be.")
+        raise IntegrityError(f"{source} is quantized ({layout.made[-1].dtype}); the output layer must not be.")
     layout.unquantized.append(names.ENGINE_HEAD)
 
 
@@ -221,9 +229,10 @@ def _config(
     layout: _Layout,
     quantization: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Every field that PretrainedConfig and the model's own configuration class read, none left to a default.
+    """The content of config.json: every field that PretrainedConfig and the model's configuration class read, so that
+    nothing depends on their defaults.
 
-    logits_dtype is PretrainedConfig's default, which Triton's templates expect (TYPE_FP32); ModelOpt writes float16.
+    logits_dtype: Triton's templates expect PretrainedConfig's default (TYPE_FP32); ModelOpt writes float16.
     """
     made = {tensor.name: tensor for tensor in layout.made}
     rotary_base, rotary_scaling = rope(source)
@@ -251,7 +260,7 @@ def _config(
         "use_parallel_embedding": True,
         "embedding_sharding_dim": 0,
         "disable_weight_only_quant_plugin": False,
-        # The long form of `moe` changes with the version; both configuration classes take these two instead.
+        # The nested form, `moe`, differs between versions; both configuration classes accept these two instead.
         "moe_num_experts": 0,
         "moe_top_k": 0,
         **{key: source.get(key, value) for key, value in engine.config.items()},
@@ -261,7 +270,8 @@ def _config(
 
 
 def _quantization(layout: _Layout, kv_algo: str | None) -> dict[str, Any]:
-    """As ModelOpt writes it (export/model_config_export.py). Where layers differ quant_cfg.json holds their formats."""
+    """The `quantization` field as ModelOpt writes it (export/model_config_export.py). If the formats of the layers
+    differ, quant_cfg.json lists them."""
     one = layout.whole_format
     if one is None:
         return {"quant_algo": MIXED, "kv_cache_quant_algo": kv_algo}
@@ -270,7 +280,7 @@ def _quantization(layout: _Layout, kv_algo: str | None) -> dict[str, Any]:
 
 
 def _biases(made: Mapping[str, NewTensor], engine: Engine) -> dict[str, bool]:
-    """attn_bias and mlp_bias. Each stands for several linear layers of all decoder layers, which must agree."""
+    """attn_bias and mlp_bias. Each covers several linear layers of all decoder layers, which must agree."""
     has = {linear: _bias(made, linear) for linear in names.ENGINE_LINEARS}
     dense = has["attention.qkv"] and engine.output_bias
     wanted = {**has, "attention.dense": dense, "mlp.gate": has["mlp.fc"], "mlp.proj": has["mlp.fc"]}
@@ -280,6 +290,7 @@ def _biases(made: Mapping[str, NewTensor], engine: Engine) -> dict[str, bool]:
 
 
 def _bias(made: Mapping[str, NewTensor], linear: str) -> bool:
+    """Whether this linear layer has a bias, in all decoder layers. UnsupportedError if only some have it."""
     weights = [name for name in made if name.endswith(f"{linear}.weight")]
     with_bias = [name for name in weights if name.removesuffix("weight") + "bias" in made]
     if with_bias and with_bias != weights:
@@ -288,7 +299,7 @@ def _bias(made: Mapping[str, NewTensor], linear: str) -> bool:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces a JSON file in one step; its mode honours the umask."""
+    """Replaces a JSON file atomically; its mode follows the umask."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(new, path)

@@ -1,8 +1,9 @@
-"""One whole TensorRT-LLM layout <-> one file for each rank of tensor and pipeline parallelism. Lossless both ways.
+"""Splits a TensorRT-LLM layout into one file for each rank of tensor and pipeline parallelism, and joins them again.
 
-What goes where is TensorRT-LLM's own (models/convert_utils.py@03961722: split_matrix_tp, dup_kv_weight;
-mapping.py@b35ac1b6: rank = pp_rank * tp_size + tp_rank) and, byte for byte, ModelOpt's (export/postprocess.py).
-Tensors are mapped and written by chunks, never held: a column split is a range of bytes, a row split a strided view.
+Both directions are lossless. The split is TensorRT-LLM's (models/convert_utils.py@03961722: split_matrix_tp,
+dup_kv_weight; mapping.py@b35ac1b6: rank = pp_rank * tp_size + tp_rank) and, byte for byte, ModelOpt's
+(export/postprocess.py). Tensors are mapped and written in chunks, never loaded whole: a column split is a range of
+bytes, a row split a strided view.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from builder.formats.registry import NVFP4
 
 LAYERS = f"{names.ENGINE_LAYERS}."
 EMBEDDING, FINAL_NORM, HEAD = names.ENGINE_EMBEDDING, names.ENGINE_FINAL_NORM, names.ENGINE_HEAD
-# How tensor parallelism takes a layer apart. Column parallel: the output, dim 0. Row parallel: the input, dim 1, with a
-# whole bias, added after the all-reduce (layers/linear.py@03961722, RowLinear). The embedding is sharded because
-# the configuration says use_parallel_embedding with embedding_sharding_dim 0, as ModelOpt writes it
+# How tensor parallelism splits a layer. Column parallel: its outputs, dim 0. Row parallel: its inputs, dim 1; the bias
+# is whole and added after the all-reduce (layers/linear.py@03961722, RowLinear). The embedding is split because
+# config.json says use_parallel_embedding with embedding_sharding_dim 0, as ModelOpt writes it
 # (models/modeling_utils.py, parallelize_embedding; layers/embedding.py@0f02b7af: ceil(vocab / tp) rows each).
 COLUMN, ROW, VOCAB, QKV = ("mlp.fc", "mlp.gate"), ("attention.dense", "mlp.proj"), (EMBEDDING, HEAD), "attention.qkv"
 
@@ -49,13 +50,14 @@ class Parallel:
 
     @property
     def world_size(self) -> int:
+        """The number of ranks."""
         return self.tp * self.pp
 
     def layers(self, pp_rank: int, layers: int) -> range:
-        """The decoder layers of a pipeline stage; the first ones get one more where the division leaves a rest.
+        """The decoder layers of a pipeline stage. If the division leaves a remainder, the first stages get one more.
 
-        Mapping.pp_layers (mapping.py, torch.tensor_split); the runtime counts alike (cpp/include/tensorrt_llm/runtime/
-        modelConfig.h@012f8ad2, getFirstLocalLayer).
+        Sources: Mapping.pp_layers (mapping.py, torch.tensor_split); the runtime counts the same way
+        (cpp/include/tensorrt_llm/runtime/modelConfig.h@012f8ad2, getFirstLocalLayer).
         """
         base, rest = divmod(layers, self.pp)
         first = pp_rank * base + min(pp_rank, rest)
@@ -63,8 +65,9 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a rank holds of a tensor: ranges of dim 0, one of dim 1 in parts of the width, and zero rows at the end."""
+class Shard:
+    """What a rank holds of a tensor: ranges of rows (dim 0), one of `n` equal parts of the columns (dim 1), and rows of
+    zeros at the end."""
 
     rows: tuple[tuple[int, int], ...]
     column: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts
@@ -79,9 +82,10 @@ class Share:
 def check(
     config: Mapping[str, Any], tp: int, pp: int, *, number_format: NumberFormat = NVFP4, gemm: bool = False
 ) -> None:
-    """UnsupportedError where a model, by its config.json in either layout, can't be split so. Reads no weight.
+    """UnsupportedError if a model, by its config.json in either layout, can't be split over these sizes.
 
-    gemm: whether TensorRT-LLM's GEMM for the format multiplies a rank's part, which may need more inputs at once.
+    Reads no weight. gemm: whether TensorRT-LLM's GEMM for the format computes a rank's part; it may need a larger
+    multiple of inputs.
     """
     if tp * pp == 1:
         return
@@ -89,10 +93,10 @@ def check(
     if wrong:
         fits = [1, *(n for n in range(2, tp) if not _wrong(config, n, number_format, gemm))]
         raise UnsupportedError(
-            f"This model can't be split over --tp {tp}.",
+            f"This model can't be split with --tp {tp}.",
             why="\n".join(wrong),
-            hint=f"--tp {fits[-1]} is the largest smaller one that can be."
-            + (" The layers can be split too: --pp." if config["num_hidden_layers"] >= 2 * pp else ""),
+            hint=f"The largest possible size below it: --tp {fits[-1]}."
+            + (" Or split the layers with --pp." if config["num_hidden_layers"] >= 2 * pp else ""),
         )
     layers = config["num_hidden_layers"]
     if pp > layers:
@@ -100,55 +104,57 @@ def check(
 
 
 def _wrong(config: Mapping[str, Any], tp: int, number_format: NumberFormat, gemm: bool) -> list[str]:
-    """A row split must not cut a group of inputs, whose scale could not be cut with it."""
+    """Reasons why a model can't be split over `tp` GPUs. A row split must not divide a group of inputs, which has one
+    scale."""
     heads, kv_heads, size = _heads(config)
     group = number_format.group_size or 1
     inputs = math.lcm(group, number_format.gemm_inputs) if gemm else group
     wrong = []
     if heads % tp:
-        wrong.append(f"{heads} attention heads can't be divided by {tp}.")
+        wrong.append(f"{heads} attention heads are not divisible by {tp}.")
     if kv_heads % tp and tp % kv_heads:
-        wrong.append(f"{kv_heads} KV heads can neither be divided by {tp} nor repeated to {tp}.")
-    # The hidden size is not cut, but ModelOpt asks it of all (export/postprocess.py, check_weight_shape_valid).
+        wrong.append(f"{kv_heads} KV heads can be neither divided by {tp} nor repeated to {tp}.")
+    # The hidden size is not split, but ModelOpt requires it of all (export/postprocess.py, check_weight_shape_valid).
     widths = [("hidden_size", config["hidden_size"], group), ("intermediate_size", config["intermediate_size"], inputs)]
     for name, width, unit in [*widths, ("heads x head size", heads * size, inputs)]:
         if width % (unit * tp):
-            scale = f"{number_format.title} has one scale for {group} inputs" if group > 1 else "each GPU takes a part"
-            why = scale if unit == group else f"its GEMM takes {unit} inputs at once"
-            wrong.append(f"{name} {width} is no multiple of {unit} x {tp}: {why}.")
+            scale = f"{number_format.title} has one scale for {group} inputs" if group > 1 else "all parts are equal"
+            why = scale if unit == group else f"its GEMM needs a multiple of {unit} inputs"
+            wrong.append(f"{name} {width} is not a multiple of {unit} x {tp}: {why}.")
     return wrong
 
 
 def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Attention heads, KV heads, head size."""
     return int(config["num_attention_heads"]), attention.kv_heads(config), attention.head_size(config)
 
 
-def share(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, tp_rank: int) -> Share:
-    """What one tensor-parallel rank holds of the tensor `name` (by its TensorRT-LLM name) of this whole shape."""
+def shard(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, tp_rank: int) -> Shard:
+    """What a tensor parallel rank holds of the tensor with this TensorRT-LLM name and whole shape."""
     module, _, leaf = name.rpartition(".")
     rows = int(whole[0]) if whole else 1
-    everything = Share(((0, rows),))
+    everything = Shard(((0, rows),))
     if leaf.endswith("cache_scaling_factor") or "norm" in module or module == FINAL_NORM:
         return everything
     axes = _axes(name, whole)
     if not axes:
         return everything
     if module.endswith(QKV):
-        return Share(_qkv_rows(config, tp, tp_rank)) if "out" in axes else everything
+        return Shard(_qkv_rows(config, tp, tp_rank)) if "out" in axes else everything
     if module in VOCAB:
         each = math.ceil(rows / tp)
         start, end = min(each * tp_rank, rows), min(each * (tp_rank + 1), rows)
-        return Share(((start, end),), padding=each - (end - start))
+        return Shard(((start, end),), padding=each - (end - start))
     split_axis = _split_axis(module, name)
     if split_axis not in axes:
         return everything
     if axes.index(split_axis) == 0:
-        return Share(((tp_rank * rows // tp, (tp_rank + 1) * rows // tp),))
-    return Share(((0, rows),), column=(tp_rank, tp))
+        return Shard(((tp_rank * rows // tp, (tp_rank + 1) * rows // tp),))
+    return Shard(((0, rows),), column=(tp_rank, tp))
 
 
 def _axes(name: str, shape: Sequence[int]) -> tuple[Axis, ...]:
-    """What the dimensions of a linear layer's tensor follow. UnsupportedError for a tensor of no known format."""
+    """What each dimension of a linear layer's tensor runs over. UnsupportedError for a tensor of an unknown format."""
     try:
         return registry.axes(name.rpartition(".")[2], shape)
     except KeyError:
@@ -165,11 +171,11 @@ def _split_axis(module: str, name: str) -> Axis:
 
 
 def _unknown(name: str) -> UnsupportedError:
-    return UnsupportedError(f"How to split {name} over several GPUs is not known here.", hint="--tp 1 --pp 1")
+    return UnsupportedError(f"{name} can't be split over several GPUs: its split is not known.", hint="--tp 1 --pp 1")
 
 
 def _qkv_rows(config: Mapping[str, Any], tp: int, tp_rank: int) -> tuple[tuple[int, int], ...]:
-    """q, k and v are split each by itself, in whole heads; with fewer KV heads than ranks neighbours hold the same."""
+    """The rows of q, k and v, each split in whole heads; with fewer KV heads than ranks, neighbours hold the same."""
     heads, kv_heads, size = _heads(config)
     q, kv = heads // tp, max(kv_heads // tp, 1)
     first = tp_rank * kv_heads // tp
@@ -183,9 +189,10 @@ def _qkv_rows(config: Mapping[str, Any], tp: int, tp_rank: int) -> tuple[tuple[i
 
 
 def local_name(name: str, layers: range, parallel: Parallel, pp_rank: int) -> str | None:
-    """The tensor's name in the files of a pipeline stage, which count their layers from 0; None if it isn't there.
+    """The tensor's name in a pipeline stage's files, which number their layers from 0; None if it isn't there.
 
-    layers: the stage's. TensorRT-LLM's modules are numbered in their list (models/modeling_utils.py, DecoderLayerList).
+    layers: of the stage. TensorRT-LLM numbers modules by their place in the list (models/modeling_utils.py,
+    DecoderLayerList).
     """
     if name.startswith(LAYERS):
         index, _, rest = name.removeprefix(LAYERS).partition(".")
@@ -195,9 +202,9 @@ def local_name(name: str, layers: range, parallel: Parallel, pp_rank: int) -> st
 
 
 def split(source: Path, destination: Path, parallel: Parallel) -> dict[str, Any]:
-    """Writes rank*.safetensors and config.json for these sizes from a whole layout; returns the facts.
+    """Writes rank*.safetensors and config.json for these sizes from a whole layout; returns the mapping.
 
-    UnsupportedError where the model can't be split so.
+    UnsupportedError if the model can't be split over them.
     """
     config = read_json(source / "config.json")
     tensors = Tensors(source, [source / RANK_FILE])
@@ -222,20 +229,20 @@ def split(source: Path, destination: Path, parallel: Parallel) -> dict[str, Any]
 
 
 def rank_tensors(tensors: Tensors, config: Mapping[str, Any], parallel: Parallel, rank: int) -> list[NewTensor]:
-    """The tensors of one rank, whose bytes are read from the whole ones when they are written."""
+    """The tensors of one rank; their bytes are read from the whole tensors when they are written."""
     pp_rank, tp_rank = divmod(rank, parallel.tp)
     layers = parallel.layers(pp_rank, config["num_hidden_layers"])
     made = []
     for name, info in tensors.items():
         local = local_name(name, layers, parallel, pp_rank)
         if local is not None:
-            part = share(name, info.shape, config, parallel.tp, tp_rank)
+            part = shard(name, info.shape, config, parallel.tp, tp_rank)
             shape = part.shape(info.shape) if info.shape else ()
             made.append(NewTensor(local, info.dtype, shape, _chunks(tensors, name, info, part)))
     return made
 
 
-def _chunks(tensors: Tensors, name: str, info: TensorInfo, part: Share) -> Iterator[bytes | memoryview]:
+def _chunks(tensors: Tensors, name: str, info: TensorInfo, part: Shard) -> Iterator[bytes | memoryview]:
     table = _table(tensors.data(name), info)
     columns = _columns(table.shape[1], part)
     step = max(1, CHUNK_BYTES // max(table.shape[1], 1))
@@ -248,22 +255,21 @@ def _chunks(tensors: Tensors, name: str, info: TensorInfo, part: Share) -> Itera
 
 
 def _table(data: memoryview | bytearray, info: TensorInfo) -> np.ndarray[Any, Any]:
-    """A tensor's bytes as [dim 0, bytes of a row]. Two FP4 values are one byte and stored as U8: nothing is cut."""
+    """A tensor's bytes as [dim 0, bytes of a row]. Two FP4 values share a byte of a U8 tensor, which is never split."""
     return np.frombuffer(data, np.uint8).reshape(info.shape[0] if info.shape else 1, -1)
 
 
-def _columns(row_bytes: int, part: Share) -> slice:
+def _columns(row_bytes: int, part: Shard) -> slice:
     index, parts = part.column
     if row_bytes % parts:
-        raise IntegrityError(f"A row of {row_bytes} bytes can't be cut into {parts} equal parts.")
+        raise IntegrityError(f"A row of {row_bytes} bytes can't be split into {parts} equal parts.")
     return slice(row_bytes * index // parts, row_bytes * (index + 1) // parts)
 
 
 def local_layers(layers: Mapping[str, Any], config: Mapping[str, Any], parallel: Parallel) -> dict[str, Any]:
-    """`exclude_modules` or `quantized_layers`, {layer: format}, in the stages' own layer numbers: one for all of them,
-    so they must agree.
+    """`exclude_modules` or `quantized_layers`, {layer: format}, in the layer numbers of the pipeline stages.
 
-    UnsupportedError where a layer's number would mean another layer, in another format, of another stage.
+    All stages share one list, so UnsupportedError if a number means layers of different formats in different stages.
     """
     if parallel.pp == 1:
         return dict(layers)
@@ -281,15 +287,15 @@ def local_layers(layers: Mapping[str, Any], config: Mapping[str, Any], parallel:
             raise UnsupportedError(
                 f"The formats of {', '.join(wrong[:5])} are not the same in all {parallel.pp} pipeline stages.",
                 why="TensorRT-LLM numbers the layers of each stage from 0, and all stages share one configuration.",
-                hint="Split by --tp alone.",
+                hint="Split with --tp only.",
             )
     return {name: value for name, value in layers.items() if not name.startswith(LAYERS)} | everywhere
 
 
 class Joined:
-    """The rank files of a directory as one whole model: `names`, and `data(name)` with the whole tensor's bytes.
+    """The rank files of a directory, joined to one model: `names`, and `data(name)` with the bytes of a whole tensor.
 
-    IntegrityError where files are missing, or where ranks differ in what they must share.
+    IntegrityError if files are missing, or if ranks differ in what they must share.
     """
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
@@ -303,17 +309,18 @@ class Joined:
 
     @property
     def names(self) -> list[str]:
+        """The names of the whole model's tensors."""
         return list(self._where)
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype and shape of the whole tensor; its offsets are those in a file of its own."""
+        """Dtype and shape of the whole tensor, with offsets as in a file that holds nothing else."""
         pp_rank, local = self._where[name]
         part = self._ranks[pp_rank * self.parallel.tp][local]
         shape = whole_shape(name, part.shape, self.config, self.parallel.tp)
         return TensorInfo(part.dtype, shape, 0, byte_size(part.dtype, shape))
 
     def data(self, name: str) -> bytearray:
-        """The whole tensor, put together from the ranks of its pipeline stage."""
+        """The bytes of the whole tensor, joined from the ranks of its pipeline stage."""
         pp_rank, local = self._where[name]
         info, tp = self.info(name), self.parallel.tp
         whole = bytearray(info.nbytes)
@@ -321,9 +328,10 @@ class Joined:
         filled: set[tuple[int, int, int]] = set()
         for tp_rank in range(tp):
             tensors = self._ranks[pp_rank * tp + tp_rank]
-            part = share(name, info.shape, self.config, tp, tp_rank)
+            part = shard(name, info.shape, self.config, tp, tp_rank)
             if local not in tensors or tensors[local].shape != (part.shape(info.shape) if info.shape else ()):
-                raise IntegrityError(f"rank{pp_rank * tp + tp_rank}.safetensors: {local} is missing or misshapen.")
+                file = f"rank{pp_rank * tp + tp_rank}.safetensors"
+                raise IntegrityError(f"{file}: {local} is missing or has the wrong shape.")
             _put(table, _table(tensors.data(local), tensors[local]), part, filled, local)
         return whole
 
@@ -331,17 +339,17 @@ class Joined:
 def _put(
     table: np.ndarray[Any, Any],
     held: np.ndarray[Any, Any],
-    part: Share,
+    part: Shard,
     filled: set[tuple[int, int, int]],
     name: str,
 ) -> None:
-    """Lays a rank's rows into the whole table; what lies there already must be the same."""
+    """Copies a rank's rows into the whole table. IntegrityError if rows that another rank holds too differ."""
     columns, at = _columns(table.shape[1], part), 0
     for start, end in part.rows:
         rows = held[at : at + end - start]
         place, key = table[start:end, columns], (start, end, columns.start)
         if key in filled and not np.array_equal(place, rows):
-            raise IntegrityError(f"{name} differs between the ranks, which must hold the same of it.")
+            raise IntegrityError(f"{name} differs between ranks that must hold the same part of it.")
         place[:] = rows
         filled.add(key)
         at += end - start
@@ -355,7 +363,7 @@ def _global_name(local: str, first: int) -> str:
 
 
 def whole_shape(name: str, part: Sequence[int], config: Mapping[str, Any], tp: int) -> tuple[int, ...]:
-    """The whole tensor's shape from that of a rank's part: the inverse of Share.shape."""
+    """The shape of a whole tensor from that of a rank's part: the inverse of Shard.shape."""
     module, _, leaf = name.rpartition(".")
     if leaf.endswith("cache_scaling_factor") or "norm" in module or module == FINAL_NORM:
         return tuple(part)
@@ -372,18 +380,18 @@ def whole_shape(name: str, part: Sequence[int], config: Mapping[str, Any], tp: i
 
 
 def parallel_of(config: Mapping[str, Any]) -> Parallel:
-    """The sizes that a checkpoint's config.json says."""
+    """The parallel sizes in the config.json of a checkpoint."""
     mapping = config.get("mapping") or {}
     return Parallel(mapping.get("tp_size", 1), mapping.get("pp_size", 1))
 
 
 def rank_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
-    """rank0 to rankN-1 of a layout, or IntegrityError if they are not as many as its config.json says."""
+    """The files rank0 to rankN-1 of a layout. IntegrityError if their number is not that of its config.json."""
     world_size, parallel = (config.get("mapping") or {}).get("world_size", 1), parallel_of(config)
     found = {file.name for file in directory.glob("rank*.safetensors")}
     names = [f"rank{rank}.safetensors" for rank in range(world_size)]
     if found != set(names):
-        raise IntegrityError(f"{directory} holds {len(found)} rank files, its config.json says {world_size}.")
+        raise IntegrityError(f"{directory} holds {len(found)} rank files; its config.json says {world_size}.")
     if parallel.world_size != world_size:
         raise IntegrityError(
             f"{directory}/config.json: tp_size {parallel.tp} x pp_size {parallel.pp} ranks, not {world_size}."
@@ -392,9 +400,9 @@ def rank_files(directory: Path, config: Mapping[str, Any]) -> list[Path]:
 
 
 def split_checkpoint(checkpoint: Checkpoint, parallel: Parallel, *, store: Store) -> Checkpoint:
-    """The checkpoint as the engine wants it: itself for one GPU, else a stage of its own with the split layout.
+    """The checkpoint that the engine is built from: itself for one GPU, else a stage of its own with the split layout.
 
-    So one calibration feeds every tp and pp: the checkpoint's key knows nothing of them, this one's does.
+    The key of the calibrated checkpoint does not depend on tp and pp, so one calibration serves all of them.
     """
     if parallel.world_size == 1:
         return checkpoint

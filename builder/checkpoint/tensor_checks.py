@@ -1,6 +1,7 @@
-"""What is wrong with the numbers of a tensor: NaN, Inf, nothing but zeros, memory that nobody filled.
+"""Detects bad values in a tensor: NaN, Inf, all zeros, uninitialized memory.
 
-numpy is imported at the top: only stages import this file.
+Each check returns what is wrong, as the rest of a sentence after the tensor's name, or "". Imports numpy at the top,
+because only stages import this module.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import numpy as np
 
 from builder.core.safetensors_io import TensorInfo
 
-# For each float dtype: its bits as an integer, those without the sign, and the smallest magnitude that is no number.
+# For each float dtype: the integer type of its bits, the mask without the sign bit, and the smallest magnitude that is
+# Inf or NaN.
 BITS: Mapping[str, tuple[str, int, int]] = {
     "BF16": ("<u2", 0x7FFF, 0x7F80),
     "F16": ("<u2", 0x7FFF, 0x7C00),
@@ -19,23 +21,23 @@ BITS: Mapping[str, tuple[str, int, int]] = {
     "F8_E4M3": ("u1", 0x7F, 0x7F),  # no infinity, NaN is 0x7f and 0xff
 }
 SMALLEST_NORMAL = 2.0**-126
-# A scale is an amax over 2688 or 448. The largest activations known in LLMs are thousands (arXiv 2402.17762).
+# A scale is an amax divided by 2688 or 448, and the largest known activations in LLMs are thousands (arXiv 2402.17762).
 IMPLAUSIBLE = 1e9
 STEP = 1 << 20
 
 
 def wrong_scale(value: float) -> str:
-    """What is wrong with a scale; "" if nothing is."""
+    """Checks the value of a scale."""
     if SMALLEST_NORMAL <= value <= IMPLAUSIBLE:
         return ""
     if 0 < value < SMALLEST_NORMAL:
-        return f"is {value:.3g}, a denormal: uninitialised memory looks so"
-    return f"is {value:.3g}, a scale must be finite, positive and plausible"
+        return f"is {value:.3g}, a denormal, as in uninitialized memory"
+    return f"is {value:.3g}; a scale must be finite, positive and plausible"
 
 
 def wrong_blocks(data: memoryview) -> str:
-    """What is wrong with E4M3 block scales. Single zeros are fine: a block whose scale underflowed. Denormals too:
-    E4M3 is made to use them."""
+    """Checks E4M3 block scales. Single zeros are valid (the scale of that block underflowed), and so are denormals,
+    which E4M3 is designed to use."""
     if 0 < _peak(data, "u1", 0xFF) < 0x7F:
         return ""
     raw = np.frombuffer(data, "u1")
@@ -44,13 +46,13 @@ def wrong_blocks(data: memoryview) -> str:
 
 
 def wrong_codes(data: memoryview) -> str:
-    """What is wrong with packed E2M1 values: nothing but zeros, which are the codes 0 and 8."""
+    """Checks packed E2M1 values: they must not all be zero (codes 0 and 8)."""
     return "" if _peak(data, "u1", 0x77, stop=True) else "is all zero"
 
 
 def wrong_floats(info: TensorInfo, data: memoryview, *, zeros: bool = False) -> str:
-    """What is wrong with a tensor of floats: NaN, Inf, or unless `zeros` are fine (a layer that was kept as it came) a
-    matrix of nothing but zeros. "" if nothing is."""
+    """Checks a tensor of floats for NaN and Inf, and that a matrix is not all zero; `zeros` accepts that, in a layer
+    that was left unquantized."""
     if info.dtype not in BITS or not info.nbytes:
         return ""
     form, magnitude, limit = BITS[info.dtype]
@@ -62,7 +64,7 @@ def wrong_floats(info: TensorInfo, data: memoryview, *, zeros: bool = False) -> 
 
 
 def _peak(data: memoryview, form: str, mask: int, *, stop: bool = False) -> int:
-    """Largest value of `bits & mask`, megabyte by megabyte; with `stop` the first that is not zero."""
+    """The largest value of `bits & mask`, read in steps of a megabyte; with `stop`, the first one that is not zero."""
     peak = 0
     for start in range(0, len(data), STEP):
         peak = max(peak, int((np.frombuffer(data[start : start + STEP], form) & mask).max()))

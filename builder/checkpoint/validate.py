@@ -1,7 +1,7 @@
-"""The gate over a quantized checkpoint: every tensor that must be there is, and holds what it must.
+"""Validates a quantized checkpoint: every expected tensor exists, with the right dtype, shape and plausible values.
 
-`isfinite` is not enough: uninitialised scales (`torch.empty(1)` that no calibration filled) were seen as 1e-44,
--1.3e-05 and 1.8e+25. Memory maps, tensor by tensor: a checkpoint is read once and never held.
+`isfinite` is not enough: uninitialized scales (`torch.empty(1)` that no calibration filled) were seen as 1e-44,
+-1.3e-05 and 1.8e+25. Tensors are memory-mapped one by one: a checkpoint is read once and never loaded whole.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Summary:
-    """A layout in numbers. `linears`: linear layers by format (its `label`; "kept" for those left as they were).
+    """A layout in numbers.
 
-    `bits_per_weight`: of the layers in the checkpoint's main format, with all scales; `effective_bits`: of all linear
-    layers. `nbytes`: bytes by kind of tensor.
+    linears: the number of linear layers by the label of their format; "kept" for unquantized ones. bits_per_weight: of
+    the layers in the checkpoint's main format, with all scales. effective_bits: of all linear layers. nbytes: bytes by
+    kind of tensor.
     """
 
     tensors: int
@@ -71,7 +72,7 @@ class Inspection:
 
     @property
     def summary(self) -> dict[str, int | float]:
-        """The layouts' summaries in one table for people: `unified.bits_per_weight`, `unified.nbytes.lm_head`, ..."""
+        """The summaries of the layouts in one table: `unified.bits_per_weight`, `unified.nbytes.lm_head`, ..."""
         table = {}
         for layout, summary in self.layouts.items():
             for name, value in summary.facts().items():
@@ -80,17 +81,19 @@ class Inspection:
         return table
 
     def check(self) -> None:
-        """IntegrityError with the names of the tensors, if there is any problem."""
+        """IntegrityError that names the tensors, if there is any problem."""
         if self.problems:
             listed = "\n".join(f"  {problem}" for problem in self.problems[:10])
             read_from_rows = all(problem.tensor.endswith(_calibrated()) for problem in self.problems)
             cause = (
-                "the rows: try other --calib-data" if read_from_rows else "the model: fetch it again, or another one"
+                "the calibration rows: try other --calib-data"
+                if read_from_rows
+                else "the model: fetch it again, or try another one"
             )
             raise IntegrityError(
                 f"The quantized checkpoint has {len(self.problems)} problems.",
                 why=listed + ("\n  ..." if len(self.problems) > 10 else ""),
-                hint=f"Quantize again (`--force quantize`). If they stay, it is {cause}.",
+                hint=f"Quantize again (`--force quantize`). If the problems remain, the cause is {cause}.",
             )
 
     def facts(self) -> dict[str, Any]:
@@ -103,8 +106,11 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor must be. `label`: the kind that the summary counts its bytes under, None where its name says it.
-    `linear`: the format of the linear layer whose weight it is."""
+    """What a tensor must be.
+
+    label: the kind of tensor that the summary counts its bytes as; None if that follows from its name. linear: the
+    format of the linear layer whose weight it is.
+    """
 
     content: Content
     dtypes: tuple[str, ...]
@@ -118,15 +124,18 @@ KV_SCALE = Expected("scale", ("F32",), SCALAR, "kv_scales")
 
 @dataclass
 class Layout:
-    """One set of files under one naming: what is read, what its configuration says, what was found."""
+    """The files of one layout: their tensors, what their configuration says, the problems found.
+
+    names: None if the shapes of the tensors do not follow from the configuration. rank: of a split TensorRT-LLM layout.
+    """
 
     name: str
     tensors: Tensors
     config: Mapping[str, Any]
     formats: DeclaredFormats
     cache: KvCacheFormat
-    names: LayoutNames | None  # None where the configuration does not say every tensor's shape
-    rank: int = 0  # of TensorRT-LLM's, where its configuration says that there are several
+    names: LayoutNames | None
+    rank: int = 0
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -135,7 +144,7 @@ class Layout:
 
     @property
     def main(self) -> NumberFormat:
-        """The format that the checkpoint is called by: the one with the fewest bits."""
+        """The format that names the checkpoint: the one with the fewest bits."""
         return min(self.formats.used, key=lambda one: one.bits, default=NVFP4)
 
     def report(self, tensor: str, what: str) -> None:
@@ -143,12 +152,12 @@ class Layout:
 
 
 def inspect(path: Path) -> Inspection:
-    """Inspects a checkpoint with both layouts, or a directory with one of them. UsageError if it holds none."""
+    """Inspects a checkpoint with both layouts, or a directory with one of them. UsageError if there is none."""
     layouts = [layout for folder in (path, path / "unified", path / "tensorrt_llm") for layout in _layouts(folder)]
     if not layouts:
         raise UsageError(
             f"{path} holds no quantized checkpoint.",
-            why="Neither hf_quant_config.json nor config.json with rank*.safetensors is there.",
+            why="It has neither hf_quant_config.json nor config.json with rank*.safetensors.",
             hint="Give a directory that `builder quantize` or ModelOpt wrote.",
         )
     summaries = {layout.name: _inspect(layout) for layout in layouts}
@@ -200,7 +209,7 @@ def _inspect(layout: Layout) -> Summary:
                 _check_bits(layout, name, want.linear, number)
     linears = Counter(want.linear for want in expected.values() if want.linear)
     if not linears[layout.main]:
-        layout.report("every linear layer", f"is unquantized, the configuration says {layout.main.title}")
+        layout.report("every linear layer", f"is unquantized; the configuration says {layout.main.title}")
     found = dict.fromkeys((NVFP4, FP8, BF16, *linears))
     return Summary(
         tensors=len(layout.tensors),
@@ -213,14 +222,14 @@ def _inspect(layout: Layout) -> Summary:
 
 
 def _bits(formats: Sequence[NumberFormat], nbytes: Mapping[str, int], weights: Mapping[NumberFormat, int]) -> float:
-    """Bits per weight of the layers in these formats, with all that is stored of them; 0 where there are none."""
+    """Bits per weight of the layers in these formats, including scales; 0 if there are no such layers."""
     labels = {tensor.label for one in formats for tensor in one.tensors}
     number = sum(weights.get(one, 0) for one in formats)
     return round(8 * sum(nbytes.get(label, 0) for label in labels) / number, 4) if number else 0.0
 
 
 def _calibrated() -> tuple[str, ...]:
-    """Ends of the names of scales that calibration reads from the rows; all others come from the model's weights."""
+    """Suffixes of the scales that come from the calibration rows; all others come from the model's weights."""
     tensors = [tensor for one in registry.all_formats().values() for tensor in one.tensors if tensor.calibrated]
     scales = [name for one in kv_cache.FORMATS.values() for name in (*one.unified, *one.tensorrt_llm)]
     return (*(leaf for t in tensors for leaf in (t.unified, t.tensorrt_llm)), *scales)
@@ -236,11 +245,12 @@ def _kind(layout: Layout, name: str, want: Expected) -> str:
 
 
 def _head(layout: Layout) -> str:
+    """The name of the output layer."""
     return layout.names.head if layout.names else names.ENGINE_HEAD
 
 
 def _from_config(layout: Layout, known: LayoutNames) -> dict[str, Expected]:
-    """All tensors of an architecture that this project knows, with their shapes; of a rank, all that it holds."""
+    """All tensors of a known architecture with their shapes; for a rank, those that it holds."""
     config = layout.config
     parallel = sharding.parallel_of(config)
     pp_rank, tp_rank = divmod(layout.rank, parallel.tp)
@@ -265,10 +275,10 @@ def _from_config(layout: Layout, known: LayoutNames) -> dict[str, Expected]:
 
 
 def _share(name: str, want: Expected, config: Mapping[str, Any], tp: int, tp_rank: int) -> Expected:
-    """The part of a tensor that a tensor parallel rank holds."""
+    """What a tensor parallel rank holds of an expected tensor."""
     if tp == 1 or not want.shapes or want.shapes == SCALAR:
         return want
-    shapes = tuple(sharding.share(name, whole, config, tp, tp_rank).shape(whole) for whole in want.shapes)
+    shapes = tuple(sharding.shard(name, whole, config, tp, tp_rank).shape(whole) for whole in want.shapes)
     return replace(want, shapes=shapes)
 
 
@@ -291,9 +301,9 @@ def _linear(layout: Layout, module: str, out_features: int, in_features: int) ->
 
 
 def _kv_scales(layout: Layout, module: str) -> dict[str, Expected]:
-    """The scales of the KV cache that belong to the attention of this projection, once for each attention."""
+    """The KV cache scales of the attention that this projection belongs to, for one projection of each attention."""
     attention, _, projection = module.rpartition(".")
-    if layout.unified and projection in ("k_proj", "qkv_proj"):  # ModelOpt says k_proj and v_proj for Phi-3 too
+    if layout.unified and projection in ("k_proj", "qkv_proj"):  # ModelOpt uses k_proj, v_proj for Phi-3 too
         return {f"{attention}.{scale}": KV_SCALE for scale in layout.cache.unified}
     if not layout.unified and projection == "qkv":
         return {f"{attention}.{scale}": KV_SCALE for scale in layout.cache.tensorrt_llm}
@@ -301,7 +311,7 @@ def _kv_scales(layout: Layout, module: str) -> dict[str, Expected]:
 
 
 def _from_tensors(layout: Layout) -> dict[str, Expected]:
-    """What the tensors of any other decoder demand of each other: each linear layer has the tensors of its format."""
+    """For other decoders, from the tensors themselves: each linear layer must have all tensors of its format."""
     expected: dict[str, Expected] = {}
     for name, info in layout.tensors.items():
         module = name.removesuffix(".weight")
@@ -322,7 +332,7 @@ def _from_tensors(layout: Layout) -> dict[str, Expected]:
 
 
 def _by_dtype(layout: Layout, name: str, info: TensorInfo) -> Expected:
-    """For a tensor that nothing demands: its numbers are checked all the same."""
+    """For a tensor that is not expected: its values are checked too."""
     if name.endswith((".k_scale", ".v_scale", "_cache_scaling_factor")):
         return KV_SCALE
     if info.dtype == "F8_E4M3":
@@ -331,9 +341,9 @@ def _by_dtype(layout: Layout, name: str, info: TensorInfo) -> Expected:
 
 
 def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> bool:
-    """Dtype and shape; False where the content cannot be judged because the tensor is something else."""
+    """Checks dtype and shape. False if they are so wrong that the content can't be checked."""
     if name.startswith(f"{_head(layout)}.") and (info.dtype not in FLOATS or not name.endswith((".weight", ".bias"))):
-        layout.report(name, f"is {info.dtype}: the output layer is quantized and must not be")
+        layout.report(name, f"is {info.dtype}: the output layer must not be quantized")
         return False
     if info.dtype not in want.dtypes:
         layout.report(name, f"is {info.dtype}, not {' or '.join(want.dtypes)}")
@@ -359,7 +369,7 @@ def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected) 
 
 
 def _check_bits(layout: Layout, name: str, number_format: NumberFormat, weights: int) -> None:
-    """The size of a layer in a format with groups: the weight with the scales of its groups."""
+    """Checks the bits per weight of a layer in a format with groups, including the scales of the groups."""
     module = name.removesuffix(number_format.weight.leaf(unified=layout.unified))
     leaves = [t.leaf(unified=layout.unified) for t in number_format.tensors if len(t.dims) == 2]
     stored = [layout.tensors.get(f"{module}{leaf}") for leaf in leaves]

@@ -308,7 +308,7 @@ def test_gemma3s_two_rope_bases_survive(tmp_path: Path) -> None:
 
 def test_no_json_says_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(IntegrityError, match="no JSON object"):
+    with pytest.raises(IntegrityError, match="not a JSON object"):
         layouts.read_json(tmp_path / "config.json")
     with pytest.raises(IntegrityError, match="cannot be read"):
         layouts.read_json(tmp_path / "absent.json")

@@ -251,7 +251,7 @@ def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str
 def test_a_model_that_cannot_be_split_so_is_refused_at_once(tmp_path: Path) -> None:
     refused = builder("build", "--model", MODEL, *SMALL, "--tp", "3", "--output", str(tmp_path))
     assert refused.returncode == 3
-    assert "8 attention heads can't be divided by 3" in refused.stderr
+    assert "8 attention heads are not divisible by 3" in refused.stderr
     assert not (tmp_path / "calibration").exists()
 
 
