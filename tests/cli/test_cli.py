@@ -125,7 +125,7 @@ def test_build_with_dry_run_is_plan(tmp_path: Path) -> None:
         (["build", "--model", MODEL, "--gpu", "sm42"], 3, "no GPU profile or card named 'sm42'"),
         (["build", "--model", MODEL, "--gpu", "cpu", "--set", "engine.max_batchsize=8"], 2, "engine.max_batch_size"),
         (["build", "--model", MODEL, "--gpu", "cpu", "--set", "nonsense"], 2, "not of the form"),
-        (["build", "--model", "no/such/directory/", "--gpu", "cpu"], 2, "neither a directory nor an id"),
+        (["build", "--model", "no/such/directory/", "--gpu", "cpu"], 2, "neither a directory nor a Hub id"),
         (["build", "--model", "../../../../../../../../etc", "--gpu", "cpu"], 2, "/etc has no config.json"),
         (["build", "--model", MODEL, "--gpu", "cpu", "--recipe", "absent.yaml"], 2, "Can't read the recipe"),
         (["build", "--model", MODEL, "--gpu", "sm120"], 3, "trtllm-build is not on this machine's PATH"),

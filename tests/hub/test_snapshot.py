@@ -324,12 +324,12 @@ def test_places_that_can_not_be(hub: Hub, store: Store, tmp_path: Path, monkeypa
     with pytest.raises(UsageError, match=r"Can't write to the Hub's cache .*/file/hub"):
         fetch(MODEL, store=store)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with pytest.raises(UsageError, match="is no revision"):
+    with pytest.raises(UsageError, match="is not a revision"):
         fetch(Model(id="tiny/qwen2", revision="../../../etc/passwd"), store=store)
     repo = hub.repos["model", "tiny/qwen2"]
     repo.commits["../../elsewhere"] = repo.commits[repo.refs["main"]]
     repo.refs["main"] = "../../elsewhere"
-    with pytest.raises(IntegrityError, match="is no commit"):
+    with pytest.raises(IntegrityError, match="is not a commit"):
         fetch(MODEL, store=store)
 
 
@@ -429,10 +429,10 @@ FEW = (SMALL / "model.safetensors").read_bytes()
             UsageError,
             r"an adapter \(LoRA\).*Merge it",
         ),
-        (SMALL, {"model__safetensors": FEW[:-100]}, IntegrityError, "no whole safetensors.*truncated"),
-        (SMALL, {"model__safetensors": FEW[:5]}, IntegrityError, "no whole safetensors"),
-        (SMALL, {"model__safetensors": b""}, IntegrityError, "no whole safetensors"),
-        (SMALL, {"model__safetensors": b"\xff" * 100}, IntegrityError, "no whole safetensors"),
+        (SMALL, {"model__safetensors": FEW[:-100]}, IntegrityError, "not a complete safetensors.*truncated"),
+        (SMALL, {"model__safetensors": FEW[:5]}, IntegrityError, "not a complete safetensors"),
+        (SMALL, {"model__safetensors": b""}, IntegrityError, "not a complete safetensors"),
+        (SMALL, {"model__safetensors": b"\xff" * 100}, IntegrityError, "not a complete safetensors"),
         (SMALL, {"model__safetensors": POINTER}, IntegrityError, "Git LFS pointer of 132 bytes.*lfs pull"),
         (SMALL, {"tokenizer__json": POINTER}, IntegrityError, "Git LFS pointer"),
         (SMALL, {"tokenizer__json": None}, UnsupportedError, "no tokenizer.json.*AutoTokenizer"),
@@ -580,11 +580,11 @@ def test_links(store: Store, tmp_path: Path) -> None:
     assert fetch(Model(id=str(linked)), store=store).path == directory
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    with pytest.raises(UsageError, match=r"link that leads nowhere|can't be opened"):
+    with pytest.raises(UsageError, match=r"broken link|can't be opened"):
         fetch(Model(id=str(loop)), store=store)
     (directory / "config.json").unlink()
     (directory / "config.json").symlink_to("config.json")
-    with pytest.raises(UsageError, match="link that leads nowhere"):
+    with pytest.raises(UsageError, match="broken link"):
         fetch(Model(id=str(directory)), store=store)
     with pytest.raises(UsageError, match=r"Did you mean .*/model\?"):
         fetch(Model(id=str(tmp_path / "modell")), store=store)
