@@ -11,7 +11,7 @@ from builder.llmapi.versions import Facts
 from builder.recipe import schema
 from builder.trtllm.flags import Note
 
-STARTED = "one: tritonserver alone; several: mpirun, and trtllm-llmapi-launch once per rank (as upstream's CI)"
+STARTED = "one rank: tritonserver; several: mpirun runs trtllm-llmapi-launch for each rank (as in upstream's CI)"
 DISPUTED = (
     "upstream's guides contradict that: one rank by trtllm-llmapi-launch (else MPI_ERR_SPAWN; BUILDER_LLMAPI_LAUNCH=1 "
     "does so), several by one server below mpirun -n 1"

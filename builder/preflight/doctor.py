@@ -1,4 +1,4 @@
-"""Says before anything starts whether this machine, or this container, fits: each check with what it saw and a hint."""
+"""`builder doctor`: checks this machine or container before anything starts. Each check has a result and a hint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,11 @@ TOOLKIT = "https://docs.nvidia.com/datacenter/cloud-native/container-toolkit"
 
 @dataclass(frozen=True)
 class Check:
-    """`hint` is what to type or install where the state is not ok; a `failed` one ends a build before it begins."""
+    """The result of one check.
+
+    seen: what was found. needed: what is required. hint: what to type or install if the state is not ok. A build in the
+    container does not start with a `failed` check.
+    """
 
     name: str
     state: Literal["ok", "warning", "failed"]
@@ -43,8 +47,10 @@ class Check:
 
 
 def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: str | None = None) -> list[Check]:
-    """Every check that makes sense here. `gpu` is the profile to build for, None for whatever card is there; `target`
-    is its own unless another is asked for."""
+    """The checks that apply to this machine, in the order of the table.
+
+    gpu: the profile to build for; None: any card in this machine. target: the profile's own by default.
+    """
     facts = target_facts(target or (gpu.target if gpu else ENGINE.name))
     inside = bool(os.environ.get(INSIDE))
     found = [Check("place", "ok", "in a container" if inside else "on the host")]
@@ -73,7 +79,7 @@ def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: 
 
 
 def require(gpu: GpuProfile, tensorrt_llm: str, output: Path, *, target: str | None = None) -> None:
-    """UnsupportedError with every failed check and its hint."""
+    """UnsupportedError that lists all failed checks with their hints."""
     failed = [check for check in examine(gpu, tensorrt_llm, output, target=target) if check.state == "failed"]
     if failed:
         where = "container" if os.environ.get(INSIDE) else "machine"
@@ -85,7 +91,7 @@ def require(gpu: GpuProfile, tensorrt_llm: str, output: Path, *, target: str | N
 
 
 def show(checks: Sequence[Check], row: Container, out: Output) -> bool:
-    """A table, or one object with --json. True if nothing failed."""
+    """Prints the checks as a table, or one object with --json. Returns whether no check failed."""
     passed = all(check.state != "failed" for check in checks)
     out.table("doctor", ["state", "check", "seen", "needed"], [(c.state, c.name, c.seen, c.needed) for c in checks])
     out.result({"passed": passed, "image": asdict(row), "checks": [asdict(check) for check in checks]})
@@ -99,10 +105,10 @@ def show(checks: Sequence[Check], row: Container, out: Output) -> bool:
 
 def _gpu(gpu: GpuProfile | None, cards: Sequence[Seen] | None, inside: bool) -> Check:
     """The first GPU counts: the engine is built on it, for it."""
-    needed = f"a card of {gpu.name}: {gpu.title}" if gpu else "an NVIDIA GPU"
+    needed = f"a card of profile {gpu.name}: {gpu.title}" if gpu else "an NVIDIA GPU"
     if cards is None:
-        hint = "Name the one to build on: CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=INDEX"
-        return Check("GPU", "warning", "several unlike ones, or parts of one", needed, hint)
+        hint = "Choose the GPU to build on: CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=INDEX"
+        return Check("GPU", "warning", "several different GPUs, or MIG slices", needed, hint)
     if not cards:
         hint = "Install NVIDIA's driver, so that `nvidia-smi` lists the card; or build for the CPU: --gpu cpu"
         if inside:
@@ -113,7 +119,7 @@ def _gpu(gpu: GpuProfile | None, cards: Sequence[Seen] | None, inside: bool) -> 
         return Check("GPU", "failed", "no NVIDIA GPU is visible", needed, hint)
     seen = ", ".join(f"{card.name} (sm{card.sm})" for card in cards)
     if gpu and gpu.sm != cards[0].sm:
-        return Check("GPU", "failed", seen, needed, f"Build for the card that is here: --gpu sm{cards[0].sm}")
+        return Check("GPU", "failed", seen, needed, f"Build for the card in this machine: --gpu sm{cards[0].sm}")
     return Check("GPU", "ok", seen, needed)
 
 
@@ -121,13 +127,13 @@ def _driver(row: Container, seen: str) -> Iterator[Check]:
     if row.driver is None or row.cuda is None:
         return
     wanted, floor = row.driver, containers.driver_floor(row.cuda)
-    needed = f"{wanted} (CUDA {row.cuda})"
+    needed = f"{wanted} or later (CUDA {row.cuda})"
     older = next((r for r in containers.rows() if r.driver and _fits(seen, r.driver)), None)
     other = f" Or take an image for this driver: TensorRT-LLM {older.tensorrt_llm}, {older.image}." if older else ""
     if _fits(seen, wanted):
         yield Check("driver", "ok", seen, needed)
     elif floor and _fits(seen, floor):
-        hint = f"A driver from {floor} on runs this CUDA, but not all of it. Install {wanted} or later.{other}"
+        hint = f"Drivers from {floor} run this CUDA version with limits. Install {wanted} or later.{other}"
         yield Check("driver", "warning", seen, needed, hint)
     else:
         yield Check("driver", "failed", seen, needed, f"Install NVIDIA's driver {wanted} or later.{other}")
@@ -138,7 +144,7 @@ def _fits(driver: str, wanted: str) -> bool:
 
 
 def _versions(row: Container, target: TargetFacts) -> Iterator[Check]:
-    """What the image holds against its row. An engine runs only on the version that built it."""
+    """Compares the installed versions with those of the image. An engine runs only on the version that built it."""
     wanted = {"tensorrt_llm": row.tensorrt_llm, "tensorrt": row.tensorrt, "nvidia-modelopt": row.modelopt}
     hint = f"Build the image on {row.image} (docker compose build build)"
     for name, version in wanted.items():
@@ -153,35 +159,39 @@ def _versions(row: Container, target: TargetFacts) -> Iterator[Check]:
 
 
 def _openai() -> Check:
-    """Whether TensorRT-LLM can be imported with the openai that a server's processes would take."""
+    """Whether TensorRT-LLM can be imported with the openai package that a server's processes would use."""
     overlay, variables = os.environ.get(llmapi_launch.OVERLAY, ""), dict(os.environ)
     seen = compatibility.installed("openai") or "absent"
     wrong = llmapi_launch.import_error(variables)
     if wrong and overlay:
-        seen += f", and a newer one for the llmapi target in {overlay}"
+        seen += f", and another version for the llmapi target in {overlay}"
         wrong = llmapi_launch.import_error(llmapi_launch.with_overlay(variables, overlay))
     hint = llmapi_launch.CURE if wrong else ""
-    return Check("openai", "failed" if wrong else "ok", wrong or seen, "what TensorRT-LLM imports of it", hint)
+    return Check("openai", "failed" if wrong else "ok", wrong or seen, "a version that TensorRT-LLM can import", hint)
 
 
 def _mpi() -> Iterator[Check]:
-    """What starts several ranks, and an Open MPI that starts none."""
+    """The programs that start several ranks, and versions of Open MPI that cannot spawn processes."""
     for name in ("mpirun", llmapi_launch.WRAPPER):
         path = shutil.which(name)
-        hint = "Serve in NVIDIA's Triton image with TensorRT-LLM, which brings it; one rank is served without."
+        hint = "Serve in NVIDIA's Triton image with TensorRT-LLM, which contains it. One rank does not need it."
         yield Check(
-            name, "ok" if path else "warning", path or "not on the PATH", "for --tp and --pp", "" if path else hint
+            name,
+            "ok" if path else "warning",
+            path or "not on the PATH",
+            "on the PATH, for more than one rank",
+            "" if path else hint,
         )
     version, bad = _open_mpi(), llmapi_versions.read()["open_mpi_without_spawn"]
     if version in bad:
-        hint = f"Take an image with another Open MPI, or try {llmapi_launch.ALWAYS}=1 builder serve"
+        hint = f"Use an image with another Open MPI version, or try {llmapi_launch.ALWAYS}=1 builder serve"
         yield Check("Open MPI", "warning", f"{version}, which can't spawn processes", f"not {', '.join(bad)}", hint)
     elif version:
         yield Check("Open MPI", "ok", version)
 
 
 def _open_mpi() -> str:
-    """The version of mpirun's Open MPI, "" where there is none."""
+    """The version of mpirun's Open MPI, "" if there is none."""
     try:
         done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -200,7 +210,7 @@ def _shm() -> Check:
 
 
 def _limits() -> Iterator[Check]:
-    """NVIDIA asks for both; memory can be pinned, and engines built, with less in most cases."""
+    """NVIDIA asks for both limits; with less, pinning memory and building engines still work in most cases."""
     wanted = {
         "memlock": (resource.RLIMIT_MEMLOCK, None),
         "stack": (resource.RLIMIT_STACK, containers.needs().stack_bytes),
@@ -219,12 +229,12 @@ def _limits() -> Iterator[Check]:
 
 
 def _docker(row: Container | None) -> Iterator[Check]:
-    """On a host without trtllm-build: the engine, compose, and the toolkit that hands GPUs to containers."""
+    """On a host without trtllm-build: Docker, compose, and the toolkit that gives containers access to GPUs."""
     info = _docker_json("info", "--format", "{{json .}}")
-    needed = f"a running engine, for {row.image}" if row else "a running engine"
+    needed = f"running, to use {row.image}" if row else "running"
     if not info or not info.get("ServerVersion"):
         hint = "Install Docker and start it (systemctl start docker), as a user of the group docker"
-        yield Check("Docker", "failed", "no engine answers", needed, hint)
+        yield Check("Docker", "failed", "not running, or this user has no access", needed, hint)
         return
     yield Check("Docker", "ok", str(info["ServerVersion"]), needed)
     compose = _docker_json("compose", "version", "--format", "json") or {}
@@ -237,25 +247,25 @@ def _docker(row: Container | None) -> Iterator[Check]:
     yield Check(
         "container toolkit",
         "ok" if there else "failed",
-        "known to the engine" if there else "the engine knows no way to a GPU",
-        "nvidia runtime, hook or CDI devices",
+        "configured in Docker" if there else "not configured in Docker",
+        "the nvidia runtime, its hook, or CDI devices",
         f"Install NVIDIA's container toolkit ({TOOLKIT}): nvidia-ctk runtime configure --runtime docker, "
-        "then restart the engine",
+        "then restart Docker",
     )
 
 
 def _room(info: Mapping[str, Any], row: Container | None) -> Iterator[Check]:
-    """For the image, where the engine's directory is one of this machine's. It may have been pulled already."""
+    """Disk space for the image, if Docker's directory is on this machine. The image may be there already."""
     root = Path(info.get("DockerRootDir") or "/nowhere")
     if row and row.gb and root.is_dir():
         free = shutil.disk_usage(root).free
         state: Literal["ok", "warning"] = "ok" if free >= row.gb * 1e9 else "warning"
-        hint = "Free some space (docker system prune), or give the engine another data-root"
+        hint = "Free some space (docker system prune), or set another data-root for Docker"
         yield Check("Docker's disk", state, f"{size(free)} free", f"{size(row.gb * 1e9)} for {row.image}", hint)
 
 
 def _hook() -> bool:
-    """The engine takes GPU requests where this is on its PATH, without any runtime of that name."""
+    """Docker accepts GPU requests if this hook is on its PATH, even without the nvidia runtime."""
     return shutil.which("nvidia-container-runtime-hook") is not None
 
 
@@ -277,7 +287,9 @@ def _disk(output: Path) -> Check:
     there = _nearest(output)
     free = shutil.disk_usage(there).free
     hint = "Free some space, or choose another --output. `builder plan` says what a model needs"
-    return Check("disk", "ok" if free >= needed else "failed", f"{size(free)} free", f"{size(needed)} at least", hint)
+    return Check(
+        "disk", "ok" if free >= needed else "failed", f"{size(free)} free", f"at least {size(needed)} free", hint
+    )
 
 
 def _writable(output: Path, inside: bool) -> Iterator[Check]:
@@ -297,7 +309,7 @@ def _tmp() -> Path:
 
 
 def _refusal(directory: Path) -> str:
-    """Why nothing can be written there: by trying, in the nearest directory that exists."""
+    """Tries to write in the directory, or its nearest existing parent; returns why that failed, or ""."""
     try:
         with tempfile.TemporaryFile(dir=_nearest(directory)):
             return ""
@@ -306,12 +318,12 @@ def _refusal(directory: Path) -> str:
 
 
 def _nearest(path: Path) -> Path:
-    """Itself or the parent that exists. Not Path.exists: that raises below a directory that we may not enter."""
+    """The path or its nearest existing parent. Path.exists would raise below a directory that cannot be entered."""
     return next(there for there in (path.absolute(), *path.absolute().parents) if os.path.exists(there))
 
 
 def profile(name: str | None) -> GpuProfile | None:
-    """The named profile; for `auto` or nothing the one of the card here, None where NVML sees none that we know."""
+    """The named profile; for `auto` or None, that of the card in this machine, or None if no known card is found."""
     if name not in (None, "auto"):
         return gpus.named(str(name))
     try:

@@ -1,4 +1,4 @@
-"""The doctor's checks: each says what it saw, what is needed and what to do."""
+"""builder doctor: each check has what was seen, what is needed, and what to do."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_a_disk_too_small_for_the_image_is_warned_of(monkeypatch: pytest.MonkeyP
 def test_without_docker_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     [check] = doctor._docker(ROW)
-    assert (check.state, check.seen) == ("failed", "no engine answers")
+    assert (check.state, check.seen) == ("failed", "not running, or this user has no access")
 
 
 UNWRITABLE = """

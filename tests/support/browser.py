@@ -1,4 +1,4 @@
-"""A headless Chromium, asked through the DevTools protocol over a pipe: https://chromedevtools.github.io/devtools-protocol/
+"""A headless Chromium, controlled through the DevTools protocol over a pipe: https://chromedevtools.github.io/devtools-protocol/
 
 A window can't be narrower than some 500 px; emulated device metrics can.
 """
@@ -35,7 +35,7 @@ ANSWER_SECONDS = 120.0
 
 
 class Browser:
-    """One page of one fresh browser. `open` shows a file, `evaluate` asks it, `screenshot` is a PNG."""
+    """A page in a new browser. `open` loads a file, `evaluate` runs JavaScript in it, `screenshot` returns a PNG."""
 
     def __init__(self) -> None:
         self._profile = tempfile.mkdtemp(prefix="chromium-")
@@ -74,7 +74,7 @@ class Browser:
         shutil.rmtree(self._profile, ignore_errors=True)
 
     def open(self, page: Path, *, width: int, dark: bool, media: str = "screen") -> None:
-        """Shows a file in a window of this width; what it asks the network for is noted in `requested`."""
+        """Loads a file in a window of this width, in px; records its network requests in `requested`."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self._call(
@@ -87,7 +87,7 @@ class Browser:
             self._receive()
 
     def evaluate(self, expression: str) -> Any:
-        """What a JavaScript expression comes to, awaited if it is a promise."""
+        """The value of a JavaScript expression, awaited if it is a promise."""
         answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -101,7 +101,7 @@ class Browser:
 
     @property
     def requested(self) -> list[str]:
-        """Addresses that the page asked for since it was opened."""
+        """URLs that the page has requested since it was opened."""
         return [event.partition(" ")[2] for event in self._events if event.startswith("Network.requestWillBeSent ")]
 
     def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Browser:
 
 
 def _high_pipe() -> tuple[int, int]:
-    """A pipe whose descriptors are in nobody's way."""
+    """A pipe with high descriptor numbers, so that the browser's own (3 and 4) stay free."""
     low = os.pipe()
     high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in low)
     for end in low:

@@ -42,7 +42,7 @@ def machine(
     tensorrt: str | None = "10.14.1.48",
     build: bool = True,
 ) -> dict[str, str]:
-    """The environment of a process on such a machine; without a capability it has no GPU. CALLS is directory/calls."""
+    """The environment of a process on such a machine; without a capability, it has no GPU. CALLS: directory/calls."""
     programs, libraries = directory / "bin", directory / "site"
     programs.mkdir(parents=True)
     libraries.mkdir()

@@ -96,7 +96,7 @@ def _export(model: Any, unified: Path, tensorrt_llm: Path | None, tp: int, pp: i
 
 
 def rewrite(checkpoint: Path, destination: Path, changes: Mapping[str, NewTensor | None]) -> Path:
-    """A copy of a checkpoint of one file, in either layout, with tensors replaced, added or (None) left out."""
+    """Copies a checkpoint of one file, in either layout, with tensors replaced, added or (None) removed."""
     tensors = Tensors(checkpoint)
     shutil.copytree(checkpoint, destination, ignore=shutil.ignore_patterns("*.safetensors"))
     kept = [NewTensor(n, i.dtype, i.shape, tensors.chunks(n)) for n, i in tensors.items() if n not in changes]

@@ -65,7 +65,7 @@ class Request:
 
     @property
     def header(self) -> bool:
-        """Whether this asks for a part of a file alone: a range with an end, which downloads don't use."""
+        """Whether this requests only a header: a range with an end, which downloads don't use."""
         return bool(re.fullmatch(r"bytes=\d+-\d+", self.range or ""))
 
 
@@ -98,11 +98,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that break the connection are no news here."""
+        """Ignores connections that clients have closed."""
 
 
 class Hub:
-    """The server, its repositories, its faults and what it was asked."""
+    """The server, with its repositories, its faults and the requests that it received."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -137,7 +137,7 @@ class Hub:
         return f"http://{CDN_ADDRESS}:{self._servers[1].server_port}"
 
     def add(self, name: str, directory: Path, *, repo_type: str = "model", ref: str = "main") -> str:
-        """Commits what lies in `directory` to a branch. Returns the commit, which depends on the content only."""
+        """Commits the files of `directory` to a branch. Returns the commit, which depends only on the content."""
         files = {p.relative_to(directory).as_posix(): _file(p) for p in sorted(directory.rglob("*")) if p.is_file()}
         commit = hashlib.sha1(json.dumps([(n, f.sha256) for n, f in files.items()]).encode()).hexdigest()
         repo = self.repos.setdefault((repo_type, name), Repo())
@@ -163,7 +163,7 @@ class Hub:
             self.requests.append(request)
 
     def downloads(self, name: str) -> list[Request]:
-        """The GETs that asked for the content of `name` (at the CDN for large files), and for more than its header."""
+        """GET requests for the content of `name` (at the CDN for large files), without those for its header only."""
         wanted = {f"/cdn/{f.sha256}" for r in self.repos.values() for c in r.commits.values() if (f := c.get(name))}
         return [
             r
@@ -364,7 +364,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _error(self, status: int, code: str, message: str, **headers: str) -> None:
-        """As the Hub does: the reason in X-Error-Code and X-Error-Message."""
+        """Answers with an error like the Hub's, with the reason in X-Error-Code and X-Error-Message."""
         coded = {"X-Error-Code": code} if code else {}
         self._send(status, json.dumps({"error": message}).encode(), {**coded, "X-Error-Message": message, **headers})
 
@@ -397,7 +397,7 @@ def _entry(repo: Repo, name: str, file: File) -> dict[str, Any]:
 
 
 def _paths(repo: Repo, files: dict[str, File], body: str) -> list[dict[str, Any]]:
-    """What POST paths-info asks for, as a form or as JSON."""
+    """The paths in a POST to paths-info, which is a form or JSON."""
     asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body).get("paths", [])
     folders = [p for p in asked if any(n.startswith(f"{p}/") for n in files)]
     return [_entry(repo, n, files[n]) for n in asked if n in files] + [_folder(p) for p in folders]
@@ -408,7 +408,7 @@ def _folder(path: str) -> dict[str, Any]:
 
 
 def _tree(repo: Repo, files: dict[str, File], below: str) -> list[dict[str, Any]]:
-    """Everything below a folder; folders too. (Clients ask with and without `recursive`; more is never wrong here.)"""
+    """Everything below a folder, including folders. (Also without `recursive`: clients ignore the rest.)"""
     parents = {str(parent) for name in files for parent in Path(name).parents}
     folders = [_folder(path) for path in sorted(parents - {".", below})]
     return folders + [_entry(repo, name, file) for name, file in files.items()]

@@ -40,14 +40,14 @@ MODULES = ("tensorrt_llm.executor.request", "tensorrt_llm.llmapi.llm_utils")
 
 
 def put_stand_in(models: Path, llm: str = "LLM") -> None:
-    """As a module beside model.py, where the stub looks first. `llm` is the class in this file that it takes."""
+    """Puts the stand-in beside model.py, where the stub looks first. `llm`: the class of this file to use."""
     here = Path(__file__).parent
     code = MODULE.format(paths=[str(here), str(here.parents[1])], llm=llm)
     (models / "tensorrt_llm" / "1" / "tensorrt_llm.py").write_text(code)
 
 
 class Built(dict):
-    """Stands for an object of one of the configuration classes."""
+    """An object of one of the configuration classes."""
 
 
 def update_llm_args_with_extra_dict(llm_args, llm_args_dict, extra_llm_api_options=None):
@@ -107,7 +107,7 @@ class CompletionOutput:
 
 
 class RequestOutput:
-    """What generate_async returns: it yields itself, more complete each time."""
+    """The result of generate_async: yields itself, with more tokens each time."""
 
     def __init__(self, loop):
         self.outputs, self.finished, self.aborted = [CompletionOutput()], False, threading.Event()
@@ -243,14 +243,14 @@ class LLM:
 
 
 class WithoutLogits(LLM):
-    """Of a version that gives no logits of a prompt, whatever it is asked."""
+    """A version that never returns logits of a prompt."""
 
     def generate_async(self, inputs, sampling_params=None, **more):
         return super().generate_async(inputs, replace(sampling_params, return_context_logits=False), **more)
 
 
 class WithoutSalt(LLM):
-    """Of a version that reuses blocks of the KV cache under any salt."""
+    """A version that reuses blocks of the KV cache whatever the salt."""
 
     def generate_async(self, inputs, sampling_params=None, cache_salt=None, **more):
         return super().generate_async(inputs, sampling_params, **more)
@@ -264,7 +264,7 @@ class OutOfMemory(LLM):
 
 
 class Shifted(LLM):
-    """The logits of each token one row too late, which no count of rows would show."""
+    """Returns each token's logits one row too late, which the number of rows does not reveal."""
 
     def _steps(self, ids, wanted, streaming, result, reused):
         put = result.put

@@ -1,4 +1,4 @@
-"""A store with a repository to report on, made without quantizing or serving: the model is fetched, the rest stands in.
+"""A store with a repository to report on, made without quantizing or serving: only the snapshot is real.
 
 The manifests have the facts and ingredients that the real stages write; figures are invented.
 """
@@ -45,7 +45,7 @@ def build(
     recorded: bool = True,
     smoke: bool = True,
 ) -> Path:
-    """Leaves a repository with its upstream artifacts, link and build record; returns the link."""
+    """Adds a repository with its upstream artifacts, link and build record. Returns the link."""
     store = Store(root, Output("quiet"))
     resolved = schema.resolve({"model.id": model, "gpu": gpu, "engine.max_batch_size": 4})
     target = resolved.recipe.target
@@ -88,7 +88,7 @@ def build(
 
 
 def evaluate(link: Path, *, score: float = 98.7, limit: float | None = 98.0, data: str = "wikitext") -> None:
-    """Leaves an evaluation of the repository's checkpoint, as `builder eval` keeps it."""
+    """Adds an evaluation of the repository's checkpoint, as `builder eval` stores it."""
     root = link.resolve().parent.parent
     store = Store(root, Output("quiet"))
     found = {path.parent.parent.name: json.loads(path.read_text()) for path in root.glob("*/*/manifest.json")}
@@ -126,7 +126,7 @@ def evaluate(link: Path, *, score: float = 98.7, limit: float | None = 98.0, dat
 
 
 def ask(link: Path, *, task: str = "gsm8k", value: float = 0.512) -> None:
-    """Leaves an evaluation by tasks, without texts, of the repository's checkpoint."""
+    """Adds an evaluation of the repository's checkpoint by tasks, without texts."""
     root = link.resolve().parent.parent
     store = Store(root, Output("quiet"))
     found = {path.parent.parent.name: json.loads(path.read_text()) for path in root.glob("*/*/manifest.json")}

@@ -1,4 +1,4 @@
-"""Source models with one thing wrong: copies of the bundled ones, for tests."""
+"""Copies of the bundled models with one defect each, for tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Change = Callable[[NewTensor], list[NewTensor]]
 
 
 def copy(source: Path, target: Path, change: Change | None = None, **config: Any) -> Path:
-    """A copy, with each tensor replaced by what `change` makes of it, and with these values in its config.json."""
+    """A copy with each tensor replaced by the result of `change`, and with these values in its config.json."""
     shutil.copytree(source, target)
     if change:
         for file in sorted(target.glob("*.safetensors")):
@@ -35,7 +35,7 @@ def copy(source: Path, target: Path, change: Change | None = None, **config: Any
 
 
 def set_config(model: Path, **values: Any) -> None:
-    """None removes a key."""
+    """Sets keys of config.json; None removes one."""
     old = json.loads((model / "config.json").read_text())
     merged = {key: value for key, value in {**old, **values}.items() if key not in values or value is not None}
     (model / "config.json").write_text(json.dumps(merged))
@@ -48,17 +48,17 @@ def _write_index(model: Path) -> None:
 
 
 def without(*names: str) -> Change:
-    """Leaves these tensors out."""
+    """A `change` that drops these tensors."""
     return lambda t: [] if t.name in names else [t]
 
 
 def renamed(old: str, new: str) -> Change:
-    """Every name that begins with `old` begins with `new`."""
+    """A `change` that replaces the prefix `old` of tensor names by `new`."""
     return lambda t: [_named(t, new + t.name.removeprefix(old)) if t.name.startswith(old) else t]
 
 
 def also(name: str, new: str, dtype: str | None = None, shape: tuple[int, ...] | None = None) -> Change:
-    """A further tensor beside one of this name; with a shape, of zeros in a type of one byte a value, or BF16."""
+    """A `change` that adds a tensor beside the named one; with a shape, zeros of a one-byte type or BF16."""
 
     def change(t: NewTensor) -> list[NewTensor]:
         if t.name != name:
@@ -70,7 +70,7 @@ def also(name: str, new: str, dtype: str | None = None, shape: tuple[int, ...] |
 
 
 def typed(name: str, dtype: str) -> Change:
-    """The tensor in another type, all zeros."""
+    """A `change` that replaces a tensor by zeros of another type."""
     return lambda t: [NewTensor(t.name, dtype, t.shape, [zeros(dtype, t.shape)]) if t.name == name else t]
 
 

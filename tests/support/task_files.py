@@ -88,7 +88,7 @@ def write(directory: Path, *, documents: int = 24, words: int = 12, seen_as: Pat
 
 
 def measure_here(models: Models, asked: Resolved, store: Store) -> tasks.TaskTable:
-    """The work in this process, which has torch and lm-eval loaded; the job goes through JSON as it does there."""
+    """Runs the worker's code in this process, where torch and lm-eval are loaded; the job still goes through JSON."""
 
     from builder.evaluate import tasks_worker  # lm-eval: not for those who write files only
 
@@ -105,7 +105,7 @@ def measure_here(models: Models, asked: Resolved, store: Store) -> tasks.TaskTab
 
 
 def answers_of(checkpoint: Path, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """What next_word's answer is by the executor's own greedy tokens, in this process."""
+    """The answers to next_word from the executor's own greedy tokens, in this process."""
     import torch
 
     from builder.reference.model import ReferenceModel

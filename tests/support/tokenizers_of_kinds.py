@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that served models have, trained here on the fixture's texts in a fraction of a second."""
+"""Tokenizers of the kinds that real models have, trained on the fixture's texts in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXTS = [json.loads(line)["text"] for line in (DATA / "eval" / "prose.jsonl").re
 
 @cache
 def llama2() -> Tokenizer:
-    """Of Llama 2 and Mistral 0.1 to 0.3: BPE with byte fallback, a space piece in front of every text, and <s>."""
+    """Like Llama 2 and Mistral 0.1 to 0.3: BPE with byte fallback; a space piece and <s> before every text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     special = ["<unk>", "<s>", "</s>"]
@@ -36,7 +36,7 @@ def llama2() -> Tokenizer:
 
 @cache
 def unigram() -> Tokenizer:
-    """Of T5, Gemma's ancestors and many SentencePiece models: Unigram pieces, a space piece in front, no bytes."""
+    """Like T5 and many SentencePiece models: Unigram pieces, a space piece before every text, no byte fallback."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -50,7 +50,7 @@ def unigram() -> Tokenizer:
 
 @cache
 def byte_level() -> Tokenizer:
-    """The fixture's, of Qwen's kind."""
+    """The fixture's own tokenizer, like Qwen's."""
     return Tokenizer.from_file(str(DATA / "tiny-qwen3" / "tokenizer.json"))
 
 
@@ -58,7 +58,7 @@ KINDS = {"llama2": llama2, "unigram": unigram, "byte-level": byte_level}
 
 
 def write_snapshot(directory: Path, tokenizer: Tokenizer, end: str) -> Path:
-    """As much of a snapshot as a repository is rendered from."""
+    """Writes the part of a snapshot that rendering a repository needs."""
     directory.mkdir(parents=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     ids = {"eos_token_id": tokenizer.token_to_id(end), "pad_token_id": tokenizer.token_to_id(end)}

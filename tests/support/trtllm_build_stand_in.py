@@ -27,7 +27,7 @@ def say(text: str, who: str = "TRT-LLM") -> None:
 
 
 def build(rank: int, output: Path, timing_cache: str) -> None:
-    """What one rank says and writes."""
+    """Prints and writes what one rank does."""
     say("Total time of constructing network from module object 0.3 seconds")
     say("Total optimization profiles added: 1")
     say("Total time to initialize the weights in network Unnamed Network 0: 00:00:00")
@@ -46,7 +46,7 @@ def build(rank: int, output: Path, timing_cache: str) -> None:
 
 
 def build_config(arguments: argparse.Namespace) -> dict[str, object]:
-    """The flags that were given, over the defaults (BuildConfig, PluginConfig)."""
+    """The given flags merged into the defaults (BuildConfig, PluginConfig)."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     config, plugins = dict(SPEC["build_config_defaults"]), {}
     for flag in SPEC["flags"]:
