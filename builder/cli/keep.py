@@ -84,5 +84,5 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
 
 def _existing(root: Path) -> Path:
     if not root.is_dir():
-        raise UsageError(f"There is nothing at {root}.", hint="Name the directory that a build wrote: --output DIR")
+        raise UsageError(f"There is no directory {root}.", hint="Name the output directory of a build: --output DIR")
     return root.resolve()

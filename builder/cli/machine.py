@@ -93,8 +93,10 @@ def run_gpus(arguments: argparse.Namespace, out: Output) -> int:
 
 
 def run_explain(arguments: argparse.Namespace, out: Output) -> int:
-    """Explains a flag, an LLM argument or a rule in every version; with --rules lists the rules. UsageError for another
-    name, and for none."""
+    """Explains a flag, an LLM argument or a rule in every version; with --rules, lists the rules.
+
+    UsageError for an unknown name, and without a name.
+    """
     from builder.cli import explain
 
     if bool(arguments.topic) == arguments.rules:

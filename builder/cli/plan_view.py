@@ -214,7 +214,7 @@ def show_command(found: Plan, out: Output) -> None:
     """
     if found.launch.model_yaml:
         raise no_engine()
-    none = None if found.launch.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
+    why_none = None if found.launch.command else f"The {found.resolved.recipe.target} target runs no trtllm-build."
     shell = []
     if found.launch.command:
         cache = Path(found.launch.command[found.launch.command.index("--output_timing_cache") + 1])
@@ -223,8 +223,8 @@ def show_command(found: Plan, out: Output) -> None:
         shell.append(shlex.join(found.launch.command))
     for line in shell:
         out.text(line)
-    if none:
-        out.info(f"{none} To see an engine's: --gpu sm120 (`builder gpus`).")
+    if why_none:
+        out.info(f"{why_none} To see the command for an engine, name a GPU: --gpu sm120 (`builder gpus`).")
     if word := found.launch.placeholder:
         command = "`builder quantize`" if word == "CHECKPOINT" else "`builder engine`"
         out.warn(f"{word} stands for a directory that does not exist yet: {command} creates it in the store.")
@@ -236,7 +236,7 @@ def show_command(found: Plan, out: Output) -> None:
             "command": found.launch.command,
             "shell": shell,
             "placeholder": found.launch.placeholder,
-            "why": none,
+            "why": why_none,
             "flags": [vars(flag) for flag in found.settings],
             "blocked": found.blocked.what if found.blocked else None,
         }

@@ -68,7 +68,7 @@ def _add_benchmark(command: argparse.ArgumentParser) -> None:
 
 
 def _add_running(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--http", metavar="HOST:PORT", help="use the server that runs there; start none")
+    command.add_argument("--http", metavar="HOST:PORT", help="use the server that runs there instead of starting one")
     command.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC port (with --http)")
 
 
@@ -217,4 +217,7 @@ def _warn_of_old_names(arguments: argparse.Namespace, out: Output) -> None:
 
 def _check_both_ports(arguments: argparse.Namespace) -> None:
     if bool(arguments.http) != bool(arguments.grpc):
-        raise UsageError("A running server is asked on both its ports.", hint="--http HOST:PORT --grpc HOST:PORT")
+        raise UsageError(
+            "--http and --grpc must be given together: both ports of a running server are used.",
+            hint="--http HOST:PORT --grpc HOST:PORT",
+        )

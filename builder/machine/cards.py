@@ -40,20 +40,20 @@ def find(name: str, cards: Sequence[Card]) -> list[Card]:
     Of cards with equal memory only the first is returned (H100 SXM for `H100`, not H100 PCIe too), so more than one
     result means that the name is ambiguous.
     """
-    asked = _key(name)
-    if not asked:
+    wanted = _key(name)
+    if not wanted:
         return []
-    found = [card for card in cards if asked in map(_key, (card.name, *card.also))]
-    found = found or [card for card in cards if asked == _key(_QUALIFIER.sub("", card.name))]
+    found = [card for card in cards if wanted in map(_key, (card.name, *card.also))]
+    found = found or [card for card in cards if wanted == _key(_QUALIFIER.sub("", card.name))]
     return list({card.memory_gb: card for card in reversed(found)}.values())[::-1]
 
 
 def nearest(name: str, known: Iterable[str]) -> list[str]:
     """Up to four known names that may have been meant: those that start like this, or else similar ones."""
     keys = {_key(one) or plain(one): one for one in known}
-    asked = _key(name)
-    starts = [one for key, one in keys.items() if asked and key.startswith(asked)]
-    return starts[:4] or [keys[key] for key in difflib.get_close_matches(asked, keys, n=4, cutoff=0.7)]
+    wanted = _key(name)
+    starts = [one for key, one in keys.items() if wanted and key.startswith(wanted)]
+    return starts[:4] or [keys[key] for key in difflib.get_close_matches(wanted, keys, n=4, cutoff=0.7)]
 
 
 def _key(name: str) -> str:

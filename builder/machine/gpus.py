@@ -239,12 +239,12 @@ def visible() -> list[Seen] | None:
     return _chosen(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _chosen(found: Sequence[tuple[str, Seen]], asked: str | None) -> list[Seen] | None:
+def _chosen(found: Sequence[tuple[str, Seen]], devices: str | None) -> list[Seen] | None:
     """Applies CUDA_VISIBLE_DEVICES: indices or UUID prefixes, up to the first invalid one (CUDA Programming Guide)."""
-    if asked is None:
+    if devices is None:
         return [seen for _, seen in found]
     chosen: list[Seen] = []
-    for word in (word.strip() for word in asked.split(",")):
+    for word in (word.strip() for word in devices.split(",")):
         if word.startswith("MIG-"):
             return None
         by_uuid = [seen for uuid, seen in found if word.startswith("GPU-") and uuid.startswith(word)]

@@ -87,8 +87,8 @@ class Evaluation(Part):
     @property
     def limits(self) -> dict[str, float]:
         """The limits of the gate, by metric. Empty without a gate."""
-        asked = {"score": self.min_score, "kl": self.max_kl}
-        return {metric: limit for metric, limit in asked.items() if limit is not None}
+        limits = {"score": self.min_score, "kl": self.max_kl}
+        return {metric: limit for metric, limit in limits.items() if limit is not None}
 
     @model_validator(mode="after")
     def _gate_has_its_metric(self) -> Evaluation:

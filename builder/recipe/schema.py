@@ -203,16 +203,16 @@ def resolve(
     layers += [(f"--set {text}", parse_set(text)) for text in sets]
     layers += [("command line", nest(key, value)) for key, value in flags.items()]
 
-    asked = "auto"
+    name = "auto"
     for _, layer in layers:
-        asked = layer.get("gpu", asked)
-    if not isinstance(asked, str):
-        raise UsageError(f"gpu: {asked!r} is not the name of a GPU.", hint="`builder gpus` lists them; --gpu sm120")
-    gpu = gpus.detect() if asked == "auto" else gpus.named(asked)
+        name = layer.get("gpu", name)
+    if not isinstance(name, str):
+        raise UsageError(f"gpu: {name!r} is not the name of a GPU.", hint="`builder gpus` lists them; --gpu sm120")
+    gpu = gpus.detect() if name == "auto" else gpus.named(name)
     layers.insert(0, (f"GPU profile {gpu.name}", {**gpu.recipe, "gpu": gpu.name, "target": gpu.target}))
 
     merged, origins = merge(layers)
-    if asked != "auto":
+    if name != "auto":
         merged["gpu"] = gpu.name
     try:
         recipe = Recipe.model_validate(merged)
@@ -242,21 +242,27 @@ def known_keys() -> list[str]:
 
 
 def _usage_error(error: ValidationError, origins: Mapping[str, str]) -> UsageError:
-    lines = []
+    lines, meant = [], []
     for problem in error.errors():
         key = ".".join(str(piece) for piece in problem["loc"])
         origin = f" (from {origins[key]})" if key in origins else ""
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, known_keys(), n=1) or difflib.get_close_matches(
-                key.split(".")[-1], known_keys(), n=1, cutoff=0.4
-            )
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            lines.append(f"there is no key {key!r}{origin}{hint}")
+            lines.append(f"there is no key {key!r}{origin}")
+            meant += _similar_keys(key)
         elif problem["type"] == "missing" and key in ("model", "model.id"):
             lines.append("no model is named")
         else:
-            lines.append(f"{key or 'recipe'}: {problem['msg']}{origin}")
+            message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to what our validators raise
+            lines.append(f"{key or 'recipe'}: {message}{origin}")
     hint = "`builder schema` prints every key; examples are in configs/recipes/."
     if lines == ["no model is named"]:
         hint = "Add --model Qwen/Qwen3-8B, or a local directory."
-    return UsageError("The recipe can't be used: " + "; ".join(lines) + ".", hint=hint)
+    why = f"Did you mean {' and '.join(map(repr, meant))}?" if meant else ""
+    return UsageError("The recipe is not valid: " + "; ".join(lines) + ".", why=why, hint=hint)
+
+
+def _similar_keys(key: str) -> list[str]:
+    """The recipe key most like this one, compared as a whole or else by its last word. May be empty."""
+    last = key.split(".")[-1]
+    whole = difflib.get_close_matches(key, known_keys(), n=1)
+    return whole or difflib.get_close_matches(last, known_keys(), n=1, cutoff=0.4)

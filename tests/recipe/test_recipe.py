@@ -78,9 +78,9 @@ def test_the_committed_schema_is_the_generated_one() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("engine: {max_batchsize: 8}", "did you mean 'engine.max_batch_size'"),
+        ("engine: {max_batchsize: 8}", "Did you mean 'engine.max_batch_size'"),
         ("quantisation: {format: nvfp4}", "no key 'quantisation'"),
-        ("max_batch_size: 8", "did you mean 'engine.max_batch_size'"),
+        ("max_batch_size: 8", "Did you mean 'engine.max_batch_size'"),
         ("engine: {max_batch_size: 0}", "greater than or equal to 1"),
         ("engine: {max_batch_size: many}", "valid integer"),
         ("engine: {max_input_len: 100, max_seq_len: 100}", "no room for an answer"),

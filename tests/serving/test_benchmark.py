@@ -178,7 +178,7 @@ def test_the_command_saves_the_results_for_the_report(
     assert "Serving was not benchmarked" not in page
     assert "## Benchmark" in (tmp_path / "c.md").read_text(encoding="utf-8")
     assert main.main([*argv, *running[:2]]) == 2
-    assert "both its ports" in capsys.readouterr().err
+    assert "--http and --grpc must be given together" in capsys.readouterr().err
 
 
 def test_results_are_not_saved_outside_a_store_or_in_one_that_is_not_writable(
