@@ -1,10 +1,10 @@
-"""Runs a TensorRT-LLM NVFP4 checkpoint with torch: what its numbers mean, decided in one place. Imports torch.
+"""Runs a TensorRT-LLM checkpoint with torch; the reference for what the numbers of a checkpoint mean. Imports torch.
 
-Weights are unpacked once at load. Activations are quantized before each linear layer (dynamic blocks of 16 under the
-calibrated `activation_scaling_factor`; E4M3 under it where the layer is FP8), keys after RoPE and values before they
-enter the FP8 cache. Qwen3, Qwen2, Llama and Mistral. Read from TensorRT-LLM 1.2: `attention.qkv` is q, k, v in this
-order, `mlp.fc` the gate_proj (layers/mlp.py, GatedMLP: proj(act(fc(x)) * gate(x))). There FP8Linear rounds both scales
-to the model's dtype where gemm_plugin is not fp8 (quantization/layers.py); here they are what the checkpoint says.
+Weights are dequantized once, when they are loaded. Inputs of linear layers are rounded as the format of the layer says
+(builder/formats), keys (after RoPE) and values as the format of the KV cache says. From TensorRT-LLM 1.2:
+`attention.qkv` is q, k and v in this order; `mlp.fc` is the gate projection (layers/mlp.py, GatedMLP:
+proj(act(fc(x)) * gate(x))). One difference: its FP8Linear rounds both scales to the model's dtype unless gemm_plugin is
+fp8 (quantization/layers.py); here they are those of the checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = {
 }
 _KINDS = {kind: name for name, kind in _DTYPES.items()}
 KV_CACHE_ALGOS = tuple(one.quant_algo for one in kv_cache.FORMATS.values())
-_CACHE_START = 256  # tokens; the cache doubles when it is full
+_CACHE_START = 256  # tokens; a full cache doubles its capacity
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. `kv_scale` is None where the cache is not quantized."""
+    """One decoder layer. kv_scale: None if the KV cache is not quantized."""
 
     input_norm: Norm
     qkv: Linear
@@ -86,18 +86,19 @@ class Layer:
     proj: Linear
 
     def mlp(self, x: Tensor) -> Tensor:
+        """The gated MLP, [n, hidden] -> [n, hidden]."""
         return self.proj(F.silu(self.fc(x)) * self.gate(x))
 
 
 class KVCache:
-    """Keys and values of one sequence: per layer [kv heads, capacity, head size], of which `length` tokens are used."""
+    """Keys and values of one sequence: [KV heads, capacity, head size] per layer, of which `length` tokens are used."""
 
     def __init__(self, layers: int) -> None:
         self.length = 0
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores [kv heads, tokens, head size] at the end; returns everything stored for this layer."""
+        """Appends [KV heads, tokens, head size] to a layer; returns all its keys and values. `length` stays."""
         end = self.length + keys.shape[1]
         held = self._layers[layer]
         if held is None or held[0].shape[1] < end:
@@ -108,7 +109,7 @@ class KVCache:
 
 
 def _grown(old: Tensor | None, like: Tensor, tokens: int) -> Tensor:
-    """Room for at least `tokens`, twice the old room, with the old content at the front."""
+    """A larger copy of a layer's cache: at least `tokens`, and at least twice the old capacity."""
     capacity = max(tokens, _CACHE_START if old is None else 2 * old.shape[1])
     new = like.new_zeros(like.shape[0], capacity, like.shape[2])
     if old is not None:
@@ -117,7 +118,7 @@ def _grown(old: Tensor | None, like: Tensor, tokens: int) -> Tensor:
 
 
 class ReferenceModel:
-    """A checkpoint ready to run. `max_seq_len` is the engine's, or the model's where the directory is a checkpoint."""
+    """A loaded checkpoint. max_seq_len: of the engine; of the model if the directory holds a checkpoint."""
 
     def __init__(self, config: Mapping[str, Any], max_seq_len: int, tensors: _Tensors) -> None:
         self.config, self.max_seq_len, self.dtype = config, max_seq_len, tensors.dtype
@@ -132,9 +133,10 @@ class ReferenceModel:
 
     @classmethod
     def load(cls, directory: Path, dtype: torch.dtype = torch.float32) -> ReferenceModel:
-        """From `config.json` (a checkpoint's or an engine's) and `rank*.safetensors`. Arithmetic is in `dtype`.
+        """Loads `config.json` (of a checkpoint or an engine) and `rank*.safetensors`. dtype: of the arithmetic.
 
-        Several ranks are put together again: one process runs what as many GPUs would.
+        Several ranks are joined, so that one process runs the model. UnsupportedError for an architecture, activation
+        or format that the executor does not support, IntegrityError if tensors are missing.
         """
         from safetensors import safe_open
 
@@ -149,13 +151,14 @@ class ReferenceModel:
             return cls(config, int(length), _Tensors(file, config, formats, dtype))
 
     def new_cache(self) -> KVCache:
+        """An empty cache for one sequence."""
         return KVCache(len(self.layers))
 
     @torch.no_grad()
     def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
-        """Token ids [n], the next ones of the cache's sequence -> logits [n, vocab] float32. The cache grows by n.
+        """Logits [n, vocab] float32 of the next n token ids of the cache's sequence. The cache grows by n.
 
-        ValueError for no token, an unknown one, or a sequence longer than `max_seq_len`.
+        ValueError for no token, one outside of the vocabulary, or a sequence longer than max_seq_len.
         """
         self._check_ids(ids, cache)
         x = F.embedding(ids, self.embedding).to(self.dtype)
@@ -172,7 +175,10 @@ class ReferenceModel:
     def _attend(
         self, layer: Layer, index: int, x: Tensor, turn: list[Tensor], mask: Tensor | None, cache: KVCache
     ) -> Tensor:
-        """Grouped-query attention of [n, hidden] over the cache and itself -> [n, heads * head size]."""
+        """Grouped-query attention of x [n, hidden] over the cache and itself -> [n, heads * head size].
+
+        turn: cosine and sine [n, head size]. mask: [n, tokens], None if every token is visible.
+        """
         size = self.head_size
         heads = layer.qkv(x).reshape(len(x), -1, size).transpose(0, 1)
         q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads])
@@ -190,7 +196,7 @@ class ReferenceModel:
 
     def _check_ids(self, ids: Tensor, cache: KVCache) -> None:
         if not len(ids):
-            raise ValueError("there is no token to run")
+            raise ValueError("no token ids")
         if int(ids.min()) < 0 or int(ids.max()) >= len(self.embedding):
             raise ValueError(f"a token id is outside of the vocabulary (0 to {len(self.embedding) - 1})")
         if cache.length + len(ids) > self.max_seq_len:
@@ -198,7 +204,7 @@ class ReferenceModel:
 
 
 class _Ranks:
-    """Several rank files with the two methods of safetensors' `safe_open` that are used here."""
+    """Several rank files, with the two methods of safetensors' `safe_open` that are used here."""
 
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
         self._joined = Joined(directory, config)
@@ -212,23 +218,25 @@ class _Ranks:
 
 
 class _Tensors:
-    """The tensors of a checkpoint by name, in the form that the model computes with."""
+    """The tensors of a checkpoint by name, converted to what the model computes with."""
 
     def __init__(self, file: Any, config: Mapping[str, Any], formats: DeclaredFormats, dtype: torch.dtype) -> None:
         self._file, self._names, self._config, self.dtype = file, set(file.keys()), config, dtype
         self._formats = formats
 
     def plain(self, name: str) -> Tensor:
-        """As stored: a view of the mapped file. IntegrityError if there is none."""
+        """A tensor as it is stored, a view of the mapped file. IntegrityError if it is missing."""
         if name not in self._names:
             raise IntegrityError(f"The checkpoint has no tensor {name}.", hint="Quantize again.")
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
     def maybe(self, name: str) -> Tensor | None:
+        """A tensor in the arithmetic's dtype; None if it is missing."""
         return self.plain(name).to(self.dtype) if name in self._names else None
 
     def linear(self, name: str) -> Linear:
+        """A linear layer with its weight dequantized."""
         kind = _KINDS[self.plain(f"{name}.weight").dtype]
         number_format = self._formats.stored(name, kind)
         stored = {one.name: self.plain(f"{name}.{one.tensorrt_llm}") for one in number_format.tensors}
@@ -237,12 +245,15 @@ class _Tensors:
         return Linear(weight, self.maybe(f"{name}.bias"), number_format, stored)
 
     def norm(self, name: str) -> Norm:
+        """An RMS norm."""
         return Norm(self.plain(f"{name}.weight").to(self.dtype), self._config["norm_epsilon"])
 
     def maybe_norm(self, name: str) -> Norm | None:
+        """An RMS norm; None if the model does not have it."""
         return self.norm(name) if f"{name}.weight" in self._names else None
 
     def layer(self, name: str) -> Layer:
+        """A decoder layer."""
         attention, mlp = f"{name}.attention", f"{name}.mlp"
         return Layer(
             input_norm=self.norm(f"{name}.input_layernorm"),
@@ -258,7 +269,8 @@ class _Tensors:
         )
 
     def _kv_scale(self, attention: str) -> Tensor | None:
-        """One for keys and values: the larger (TensorRT-LLM, models/modeling_utils.py, process_kv_scaling_factor)."""
+        """The scale of keys and values, the larger of the two (TensorRT-LLM, models/modeling_utils.py,
+        process_kv_scaling_factor)."""
         if not self._config["quantization"].get("kv_cache_quant_algo"):
             return None
         if f"{attention}.k_cache_scaling_factor" not in self._names:
@@ -267,13 +279,13 @@ class _Tensors:
 
 
 def _formats(directory: Path, quantization: Mapping[str, Any]) -> DeclaredFormats:
-    """What the checkpoint's configuration declares of each layer."""
+    """The format of each layer, as the checkpoint's configuration declares it."""
     listed = read_json(directory / QUANT_CFG) if quantization["quant_algo"] == MIXED else {}
     return declared({**quantization, **listed})
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """UnsupportedError for what this executor would run wrongly in silence."""
+    """UnsupportedError for a checkpoint that this executor would silently compute wrongly."""
     quantization = config["quantization"]
     wrong = [
         f"{name} {found!r}"
@@ -289,5 +301,5 @@ def _check(config: Mapping[str, Any]) -> None:
     if wrong:
         raise UnsupportedError(
             f"The reference executor can't run this checkpoint: {', '.join(wrong)}.",
-            why=f"It runs NVFP4 checkpoints, also with layers in FP8 or BF16, of {', '.join(engine_architectures())}.",
+            why=f"It runs NVFP4 checkpoints of {', '.join(engine_architectures())}; layers may be in FP8 or BF16.",
         )

@@ -1,4 +1,4 @@
-"""The tensors of one request to the `tensorrtllm` backend -> what the scheduler runs. Knows nothing of Triton.
+"""Reads and validates the tensors of a request to the `tensorrtllm` backend. Does not depend on Triton.
 
 Names, defaults and limits are those of TensorRT-LLM 1.2's C++ backend (inflight_batcher_llm/src/utils.cc@19290813,
 batch_manager/llmRequest.cpp@119c6e60, trtGptModel.h@2e2327b9). Imports torch.
@@ -17,7 +17,7 @@ from builder.reference.sampling import RequestError, Sampling, Words
 
 Tensors = Mapping[str, "np.ndarray[Any, Any]"]
 
-# Given and not empty, each of these would change the answer; the reference executor can't do it.
+# Inputs that would change the output and that the reference executor does not support, with the feature.
 _UNSUPPORTED = {
     "encoder_input_features": "encoder-decoder models",
     "draft_input_ids": "speculative decoding",
@@ -46,7 +46,7 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine was built for. A checkpoint directory has no build_config: the model itself is the limit."""
+    """The limits that an engine was built with. A checkpoint has no build_config; its limits are those of the model."""
 
     vocab_size: int
     max_batch_size: int
@@ -56,7 +56,7 @@ class Limits:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], *, chunked_context: bool = False) -> Limits:
-        """From an engine's or a checkpoint's config.json. The prompt's limit follows TRTGptModel's constructor."""
+        """From the config.json of an engine or a checkpoint; max_input_len as TRTGptModel's constructor computes it."""
         pretrained = config.get("pretrained_config", config)
         build = config.get("build_config")
         vocab_size, positions = pretrained["vocab_size"], pretrained["max_position_embeddings"]
@@ -75,8 +75,12 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One row of a request, checked: the prompt, how to continue it, and what to send back."""
+class Request:
+    """One row of a request, validated: the prompt, its sampling parameters, and which outputs to return.
+
+    end_id: None if the request has none. exclude_input: whether output_ids leave the prompt out. log_probs, logits and
+    counts are returned if the field is true.
+    """
 
     prompt: list[int]
     max_tokens: int
@@ -93,17 +97,20 @@ class Wish:
 
 
 def is_stop(tensors: Tensors) -> bool:
-    """The request does not ask for tokens: it ends the one with the same request id."""
+    """Whether the request cancels the one with the same request id instead of generating tokens."""
     return bool(_scalar(tensors, "stop", 0, False))
 
 
-def read(tensors: Tensors, limits: Limits, *, exclude_input: bool, normalize_log_probs: bool) -> list[Wish]:
-    """The rows of one request. Raises RequestError with a text for its client."""
+def read(tensors: Tensors, limits: Limits, *, exclude_input: bool, normalize_log_probs: bool) -> list[Request]:
+    """The rows of a request. RequestError, whose text goes to the client, if it is invalid.
+
+    exclude_input: if the request does not say. normalize_log_probs: a parameter of the model.
+    """
     if "input_ids" not in tensors or tensors["input_ids"].size == 0:
         raise RequestError("input_ids is missing or empty.")
     if "request_output_len" not in tensors:
         raise RequestError("request_output_len is missing.")
-    _refuse_unsupported(tensors)
+    _reject_unsupported(tensors)
     rows = np.atleast_2d(tensors["input_ids"])
     return [
         _row(tensors, index, _prompt(tensors, rows, index, limits), limits, exclude_input, normalize_log_probs)
@@ -111,20 +118,20 @@ def read(tensors: Tensors, limits: Limits, *, exclude_input: bool, normalize_log
     ]
 
 
-def _refuse_unsupported(tensors: Tensors) -> None:
+def _reject_unsupported(tensors: Tensors) -> None:
     for name, feature in _UNSUPPORTED.items():
         if name in tensors and tensors[name].size:
-            raise RequestError(f"The reference executor does not do {feature}: {name} must not be sent.")
+            raise RequestError(f"The reference executor does not support {feature}; leave {name} out.")
     for name in ("beam_width", "num_return_sequences"):
         if _scalar(tensors, name, 0, 1) != 1:
-            raise RequestError(f"The reference executor does no beam search: {name} must be 1.")
+            raise RequestError(f"The reference executor does not support beam search; {name} must be 1.")
     if _scalar(tensors, "return_perf_metrics", 0, False):
-        raise RequestError("The reference executor keeps no performance metrics: return_perf_metrics must be false.")
+        raise RequestError("The reference executor has no performance metrics; return_perf_metrics must be false.")
 
 
 def _prompt(tensors: Tensors, rows: Any, index: int, limits: Limits) -> list[int]:
     row = rows[index]
-    if len(rows) > 1:  # only then are rows padded; a single one is taken whole, as the C++ backend does
+    if len(rows) > 1:  # a single row is not padded, and the C++ backend ignores input_lengths then
         row = row[: int(_scalar(tensors, "input_lengths", index, len(row)))]
     prompt = [int(token) for token in row]
     if not prompt:
@@ -140,20 +147,20 @@ def _prompt(tensors: Tensors, rows: Any, index: int, limits: Limits) -> list[int
 
 def _row(
     tensors: Tensors, row: int, prompt: list[int], limits: Limits, exclude_input: bool, normalize_log_probs: bool
-) -> Wish:
+) -> Request:
     def get(name: str, default: Any) -> Any:
         return _scalar(tensors, name, row, default)
 
     max_tokens = int(get("request_output_len", 0))
     if max_tokens < 1:
-        raise RequestError(f"request_output_len must be at least 1, not {max_tokens}.")
+        raise RequestError(f"request_output_len must be at least 1 (got {max_tokens}).")
     end_id = int(get("end_id", -1))
     if not -1 <= end_id < limits.vocab_size:
         raise RequestError(f"end_id ({end_id}) is not within [-1, {limits.vocab_size}).")
     if get("return_context_logits", False) and not limits.context_logits:
         raise RequestError("return_context_logits needs an engine built with gather_context_logits.")
     sampling = _sampling(tensors, row, limits.vocab_size)
-    return Wish(
+    return Request(
         prompt=prompt,
         max_tokens=min(max_tokens, limits.max_seq_len - len(prompt)),
         sampling=replace(sampling, normalize_log_probs=normalize_log_probs),
@@ -193,12 +200,15 @@ def _bias(tensors: Tensors, row: int, vocab_size: int) -> torch.Tensor | None:
         return None
     array = np.atleast_2d(array)[row]
     if array.shape != (vocab_size,):
-        raise RequestError(f"embedding_bias must have {vocab_size} values, not {array.size}.")
+        raise RequestError(f"embedding_bias must have {vocab_size} values (got {array.size}).")
     return torch.from_numpy(array.astype(np.float32))
 
 
 def words(matrix: np.ndarray[Any, Any] | None, name: str, vocab_size: int | None = None) -> Words:
-    """[2, n]: token ids, and where each word ends, padded with -1. [[5, 6, 9], [2, 3, -1]] -> ((5, 6), (9,))."""
+    """The words in a [2, n] tensor: token ids, and the offset where each word ends, padded with -1.
+
+    [[5, 6, 9], [2, 3, -1]] -> ((5, 6), (9,)). name: of the tensor, for messages. vocab_size: rejects ids outside of it.
+    """
     if matrix is None or matrix.size == 0:
         return ()
     if matrix.ndim != 2 or matrix.shape[0] != 2:
@@ -209,7 +219,7 @@ def words(matrix: np.ndarray[Any, Any] | None, name: str, vocab_size: int | None
     if any(value != -1 for value in ends[len(used) :]) or any(
         not start < end <= len(ids) for start, end in zip(starts, used, strict=False)
     ):
-        raise RequestError(f"{name}: the second row must hold growing offsets up to {len(ids)}, then -1.")
+        raise RequestError(f"{name}: the second row must be increasing offsets up to {len(ids)}, then -1.")
     found = tuple(tuple(ids[start:end]) for start, end in zip(starts, used, strict=False))
     if vocab_size is not None and any(not 0 <= token < vocab_size for word in found for token in word):
         raise RequestError(f"{name}: token ids must be within [0, {vocab_size}).")
@@ -217,7 +227,7 @@ def words(matrix: np.ndarray[Any, Any] | None, name: str, vocab_size: int | None
 
 
 def _scalar(tensors: Tensors, name: str, row: int, default: Any) -> Any:
-    """The value for one row: tensors of one value per row arrive as [rows] or [rows, 1]."""
+    """The value of a tensor for one row. Tensors with one value per row have the shape [rows] or [rows, 1]."""
     array = tensors.get(name)
     if array is None or array.size == 0:
         return default

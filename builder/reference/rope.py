@@ -1,7 +1,7 @@
-"""Rotary position embedding as a TensorRT-LLM config.json describes it: base, and scaling none, linear, llama3 or yarn.
+"""Rotary position embedding by a TensorRT-LLM config.json: unscaled, or with linear, llama3 or yarn scaling.
 
-The formulas are transformers' (modeling_rope_utils.py, 4.57 and 5), which the models were trained with; TensorRT-LLM's
-are the same (functional.py, RopeEmbeddingUtils). Imports torch.
+The formulas are those of transformers (modeling_rope_utils.py, 4.57 and 5); TensorRT-LLM's are the same (functional.py,
+RopeEmbeddingUtils). Imports torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from builder.core.errors import UnsupportedError
 
 
 def frequencies(head_size: int, base: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:
-    """Angles per position [head_size / 2] float32, and the factor that multiplies sine and cosine (yarn's, else 1)."""
+    """Angles per position, [head_size / 2] float32, and the factor that multiplies sine and cosine (1 except for yarn).
+
+    base, scaling: rotary_base and rotary_scaling of config.json. UnsupportedError for another kind of scaling.
+    """
     inverse = 1.0 / (base ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size))
     scaling = scaling or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -30,12 +33,12 @@ def frequencies(head_size: int, base: float, scaling: Mapping[str, Any] | None) 
     if kind == "yarn":
         return _yarn(inverse, base, scaling)
     raise UnsupportedError(
-        f"The reference executor does not know rotary scaling {kind!r}.", why="It knows linear, llama3 and yarn."
+        f"The reference executor does not support rotary scaling {kind!r}.", why="It supports linear, llama3 and yarn."
     )
 
 
 def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
-    """Long waves are slowed by the factor, short ones kept, those between interpolated."""
+    """Divides low frequencies by the factor, keeps high ones and interpolates between them."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inverse / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -61,6 +64,8 @@ def _yarn(inverse: Tensor, base: float, scaling: Mapping[str, Any]) -> tuple[Ten
 
 
 def _attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
+    """YaRN's factor on sine and cosine, which scales the attention logits by its square."""
+
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -71,6 +76,7 @@ def _attention_factor(factor: float, scaling: Mapping[str, Any]) -> float:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x [heads, tokens, size] rotated by angles [tokens, size]; the two halves are the pairs (GPT-NeoX)."""
+    """Rotates x [heads, tokens, size] by angles whose cosine and sine are [tokens, size]. Pairs are (i, i + size / 2),
+    as in GPT-NeoX."""
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat((-second, first), dim=-1) * sine

@@ -1,7 +1,7 @@
-"""From one position's logits to one token: bias, temperature, penalties, bad words, top-k, top-p.
+"""Samples a token from the logits of one position: bias, temperature, penalties, bad words, top-k, top-p.
 
-The order and the arithmetic are those of TensorRT-LLM's decoder (kernels/penaltyKernels.cu@249d93d5,
-banBadWords.cu@23bc5b7c, samplingTopKKernels.cu@03961722). Imports torch: only the executor's process loads this file.
+Order and arithmetic are those of TensorRT-LLM's decoder (kernels/penaltyKernels.cu@249d93d5, banBadWords.cu@23bc5b7c,
+samplingTopKKernels.cu@03961722). Imports torch: only the process of the executor imports this module.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Words = tuple[tuple[int, ...], ...]  # several words, each a row of token ids
 
 
 class RequestError(UsageError):
-    """One request asks for what cannot be: its client gets this text, nobody else notices."""
+    """A request is invalid. Its client gets this text; other requests are not affected."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request wants its tokens chosen. top_k 0 and top_p 0 mean "not given"; both: greedy, as in TensorRT-LLM."""
+    """The sampling parameters of a request. top_k 0 and top_p 0 mean "not given"; both: greedy, as in TensorRT-LLM."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -36,7 +36,7 @@ class Sampling:
     min_tokens: int = 0
     bad_words: Words = ()
     bias: Tensor | None = None  # [vocab]
-    normalize_log_probs: bool = True  # over the top-k's share, so 0 for greedy: TensorRT-LLM's default
+    normalize_log_probs: bool = True  # within the top-k, so 0 for greedy: TensorRT-LLM's default
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -55,13 +55,14 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Temperature 0 is greedy whatever else is set (in TensorRT-LLM not if top_p alone is set: a trap there)."""
+        """Whether the most likely token is chosen. Temperature 0 is always greedy; in TensorRT-LLM it is not if only
+        top_p is set."""
         return self.temperature == 0 or self.top_k == 1 or (self.top_k == 0 and self.top_p <= 0)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The token and its log-probability: over the whole vocabulary, and as TensorRT-LLM reports it per token."""
+    """A token with its log-probability over the whole vocabulary, and as TensorRT-LLM reports it per token."""
 
     token: int
     log_prob: float
@@ -69,7 +70,10 @@ class Choice:
 
 
 def adjust(logits: Tensor, ids: Sequence[int], generated: int, end_id: int | None, how: Sampling) -> Tensor:
-    """The logits [vocab] after bias, temperature, penalties and bans. `ids` is prompt and answer so far."""
+    """The logits [vocab] float32 after bias, temperature, penalties and banned tokens.
+
+    ids: prompt and generated tokens. generated: the number of generated tokens, for min_tokens.
+    """
     logits = logits.to(torch.float32)
     if how.bias is not None:
         logits = logits + how.bias
@@ -95,19 +99,19 @@ def _penalize(logits: Tensor, ids: Sequence[int], how: Sampling) -> Tensor:
 
 
 def _banned(word: Sequence[int], ids: Sequence[int]) -> int | None:
-    """The token which would complete this bad word now."""
+    """The token that would complete this bad word; None if its beginning is not at the end of `ids`."""
     start = len(word) - 1
     return word[-1] if start == 0 or tuple(ids[-start:]) == tuple(word[:-1]) else None
 
 
 def choose(logits: Tensor, how: Sampling, generator: torch.Generator) -> Choice:
-    """Draws one token from adjusted logits [vocab]; ties go to the lower id."""
+    """Samples one token from adjusted logits [vocab]. Of equal logits the lower id ranks first."""
     log_probs = torch.log_softmax(logits, dim=-1)
     if how.greedy:
         token = int(torch.argmax(logits))
         log_prob = float(log_probs[token])
         return Choice(token, log_prob, 0.0 if how.normalize_log_probs else log_prob)
-    # Top-p looks inside the top-k's mass: u is in (0, p], the first token whose share reaches it is taken.
+    # Top-p applies within the top-k: u is in (0, p], and the first token whose cumulative share reaches it is chosen.
     k = min(how.top_k, logits.shape[0]) if how.top_k else logits.shape[0]
     ranked, order = torch.sort(log_probs, descending=True, stable=True)
     share = torch.softmax(ranked[:k], dim=-1).cumsum(dim=-1)
@@ -119,5 +123,5 @@ def choose(logits: Tensor, how: Sampling, generator: torch.Generator) -> Choice:
 
 
 def ends_with(ids: Sequence[int], words: Words) -> bool:
-    """True when prompt and answer so far end with one of the stop words."""
+    """Whether prompt and generated tokens end with one of the stop words."""
     return any(tuple(ids[-len(word) :]) == word for word in words)

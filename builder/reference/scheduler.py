@@ -1,7 +1,7 @@
-"""Iteration-level scheduling: one thread steps all running sequences in turn, one token each.
+"""Iteration-level scheduling: one thread steps all active sequences in turn, one token each.
 
-A sequence keeps its own KV cache and is computed alone, so its greedy answer does not depend on its neighbours.
-An error in one sequence ends that one. Knows nothing of Triton.
+Each sequence has its own KV cache and is computed alone, so its greedy output does not depend on other sequences. An
+error in a sequence ends only that one. Does not depend on Triton.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from builder.reference.sampling import Choice, Sampling, Words, adjust, choose, ends_with
 
-# Asking Triton whether a client is gone is a message to another process: not for every token. TensorRT-LLM's backend
-# asks as often (model_instance_state.cc: cancellation_check_period_ms).
+# Asking Triton whether a request was cancelled is a message to another process, so not for every token. TensorRT-LLM's
+# backend has the same period (model_instance_state.cc: cancellation_check_period_ms).
 CANCELLATION_CHECK_SECONDS = 0.1
 
-Ending = Literal["", "end_id", "stop_word", "length", "cancelled"]
+FinishReason = Literal["", "end_id", "stop_word", "length", "cancelled"]
 
 
 class Model(Protocol):
-    """What the scheduler needs of a model: builder.reference.model.ReferenceModel has it."""
+    """What the scheduler needs of a model, such as builder.reference.model.ReferenceModel."""
 
     def new_cache(self) -> Any: ...
 
@@ -34,21 +34,25 @@ class Model(Protocol):
 
 
 class Listener(Protocol):
-    """Who asked for a sequence. All but `gone` are called from the scheduler's thread."""
+    """Receives the progress of a sequence. All methods are called from the scheduler's thread."""
 
     def advanced(self, sequence: Sequence) -> None:
-        """A token more, or the end (`sequence.ending` tells)."""
+        """The sequence has a new token, or has finished (`sequence.finish_reason`)."""
 
     def failed(self, sequence: Sequence, error: Exception) -> None:
-        """It ended with an error."""
+        """The sequence failed."""
 
-    def gone(self) -> bool:
-        """The client does not wait any more."""
+    def cancelled(self) -> bool:
+        """Whether the client no longer waits for the sequence."""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt, how to continue it, and the continuation so far. The end token is never part of `generated`."""
+    """A prompt, its sampling parameters, and the tokens generated so far, without the end token.
+
+    row: which prompt of a request with several this is. keep_context_logits, keep_generation_logits: whether the logits
+    of prompt and generated tokens are kept.
+    """
 
     prompt: list[int]
     max_tokens: int
@@ -66,16 +70,16 @@ class Sequence:
     cumulative_log_prob: float = 0.0
     context_logits: Tensor | None = None  # [prompt, vocab]
     generation_logits: list[Tensor] = field(default_factory=list)  # each [vocab]
-    ending: Ending = ""
+    finish_reason: FinishReason = ""
 
     def __post_init__(self) -> None:
         self._cache: Any = None
         self._generator = torch.Generator().manual_seed(self.sampling.seed)
 
     def step(self, model: Model) -> None:
-        """One token more, or the end. The first step reads the whole prompt."""
+        """Generates one token, or finishes. The first step runs the whole prompt."""
         if self.max_tokens < 1:
-            self.ending = "length"
+            self.finish_reason = "length"
             return
         if self._cache is None:
             self._cache = model.new_cache()
@@ -90,7 +94,7 @@ class Sequence:
 
     def _accept(self, choice: Choice, logits: Tensor) -> None:
         if choice.token == self.end_id:
-            self.ending = "end_id"
+            self.finish_reason = "end_id"
             return
         self.generated.append(choice.token)
         self.log_probs.append(choice.reported_log_prob)
@@ -98,18 +102,18 @@ class Sequence:
         if self.keep_generation_logits:
             self.generation_logits.append(logits)
         if ends_with(self.prompt + self.generated, self.stop_words):
-            self.ending = "stop_word"
+            self.finish_reason = "stop_word"
         elif len(self.generated) >= self.max_tokens:
-            self.ending = "length"
+            self.finish_reason = "length"
 
     def cancel(self) -> None:
-        """Ends it without a token more."""
-        self.ending = "cancelled"
+        """Ends the sequence without another token."""
+        self.finish_reason = "cancelled"
         self._cache = None
 
 
 class Scheduler:
-    """`max_active` sequences take turns, the others wait in order of arrival."""
+    """Runs up to `max_active` sequences in turn; others wait in order of arrival. `log` receives internal errors."""
 
     def __init__(self, model: Model, max_active: int, log: Callable[[str], None] = lambda text: None) -> None:
         self._model, self._max_active, self._log = model, max_active, log
@@ -117,12 +121,13 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._stopped_ids: set[str] = set()
         self._closed = False
-        self._active: list[Sequence] = []  # touched by the worker alone
+        self._active: list[Sequence] = []  # used by the thread only
         self._checked = 0.0
-        self._worker = threading.Thread(target=self._run, name="reference-executor", daemon=True)
-        self._worker.start()
+        self._thread = threading.Thread(target=self._run, name="reference-executor", daemon=True)
+        self._thread.start()
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Queues sequences. RuntimeError after `close`."""
         with self._wake:
             if self._closed:
                 raise RuntimeError("the reference executor is shutting down")
@@ -130,30 +135,30 @@ class Scheduler:
             self._wake.notify()
 
     def stop(self, request_id: str) -> None:
-        """Ends every sequence with this request id. An unknown one is no error: it may have just finished."""
+        """Cancels every sequence with this request id. An unknown id is ignored: its request may have just finished."""
         with self._wake:
             self._stopped_ids.add(request_id)
             self._wake.notify()
 
     def close(self, timeout: float = 10.0) -> None:
-        """Ends the worker; what still runs or waits is told that it was cancelled."""
+        """Ends the thread and cancels all active and waiting sequences. timeout: seconds to wait for the thread."""
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._worker.join(timeout)
+        self._thread.join(timeout)
 
     def _run(self) -> None:
         with torch.inference_mode():
             while self._admit():
                 for sequence in self._active:
                     self._step(sequence)
-                self._active = [sequence for sequence in self._active if not sequence.ending]
+                self._active = [sequence for sequence in self._active if not sequence.finish_reason]
         for sequence in (*self._active, *self._waiting):
             sequence.cancel()
-            self._tell(sequence)
+            self._notify(sequence)
 
     def _admit(self) -> bool:
-        """Waits for work, cancels what is to be cancelled, fills the free places. False: the end."""
+        """Waits for work, cancels sequences, and activates waiting ones. False if the scheduler was closed."""
         with self._wake:
             while not (self._waiting or self._active or self._stopped_ids or self._closed):
                 self._wake.wait()
@@ -166,7 +171,7 @@ class Scheduler:
                 self._active.append(self._waiting.popleft())
         for sequence in cancelled:
             sequence.cancel()
-            self._tell(sequence)
+            self._notify(sequence)
         return True
 
     def _cancelled(self) -> list[Sequence]:
@@ -175,27 +180,27 @@ class Scheduler:
         found = [sequence for sequence in everyone if sequence.request_id and sequence.request_id in stopped]
         if time.monotonic() - self._checked >= CANCELLATION_CHECK_SECONDS:
             self._checked = time.monotonic()
-            found += [sequence for sequence in everyone if sequence not in found and sequence.listener.gone()]
+            found += [sequence for sequence in everyone if sequence not in found and sequence.listener.cancelled()]
         return found
 
     def _step(self, sequence: Sequence) -> None:
         try:
             sequence.step(self._model)
-        except Exception as error:  # one sequence's error is no other's
+        except Exception as error:  # other sequences go on
             self._fail(sequence, error)
         else:
-            self._tell(sequence)
+            self._notify(sequence)
 
-    def _tell(self, sequence: Sequence) -> None:
+    def _notify(self, sequence: Sequence) -> None:
         try:
             sequence.listener.advanced(sequence)
         except Exception as error:
             self._fail(sequence, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """The worker outlives every error: the sequence is answered and forgotten."""
+        """Reports an error to the listener and drops the sequence; the thread goes on."""
         sequence.cancel()
         try:
             sequence.listener.failed(sequence, error)
         except Exception as second:
-            self._log(f"a request failed ({error!r}) and could not be told so: {second!r}")
+            self._log(f"a request failed ({error!r}), and so did its error response: {second!r}")

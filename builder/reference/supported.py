@@ -1,4 +1,4 @@
-"""What the reference executor can run. Imports nothing heavy, so that a plan can reject a model before any work."""
+"""What the reference executor supports. Imports nothing heavy, so that a plan can reject a model before any work."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def check_model(config: Mapping[str, Any]) -> None:
     if wrong:
         raise UnsupportedError(
             f"The reference executor can't run this model: {', '.join(f'{n} {v!r}' for n, (v, _) in wrong.items())}.",
-            why="; ".join(f"It knows {name} {', '.join(known)}" for name, (_, known) in wrong.items()) + ".",
+            why="; ".join(f"It supports {name} {', '.join(known)}" for name, (_, known) in wrong.items()) + ".",
             hint="TensorRT-LLM may run it on a GPU: --gpu sm120, for example (`builder gpus`).",
         )

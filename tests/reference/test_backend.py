@@ -54,14 +54,14 @@ class Recorder:
 
     def advanced(self, sequence: Sequence) -> None:
         self.pieces.append(list(sequence.generated))
-        if sequence.ending:
+        if sequence.finish_reason:
             self.done.set()
 
     def failed(self, sequence: Sequence, error: Exception) -> None:
         self.error = error
         self.done.set()
 
-    def gone(self) -> bool:
+    def cancelled(self) -> bool:
         return self.left
 
 
@@ -86,7 +86,7 @@ def alone(one: Sequence) -> list[int]:
     """The same sequence without any scheduler."""
     twin = Sequence(one.prompt, one.max_tokens, one.sampling, Recorder(), one.end_id, one.stop_words)
     with torch.inference_mode():
-        while not twin.ending:
+        while not twin.finish_reason:
             twin.step(PrefixModel())
     return twin.generated
 
@@ -188,17 +188,17 @@ def tensors(**more: Any) -> dict[str, np.ndarray[Any, Any]]:
     return {name: np.asarray(value) for name, value in given.items() if value is not None}
 
 
-def wish(**more: Any) -> Any:
+def row(**more: Any) -> Any:
     return read(tensors(**more), LIMITS, exclude_input=True, normalize_log_probs=True)[0]
 
 
 def test_a_request_is_read_with_tensorrt_llms_defaults() -> None:
-    asked = wish()
-    assert (asked.prompt, asked.max_tokens, asked.end_id, asked.streaming) == ([1, 2, 3], 4, None, False)
-    assert asked.sampling.greedy
-    assert asked.exclude_input
-    assert not asked.log_probs
-    asked = wish(
+    request = row()
+    assert (request.prompt, request.max_tokens, request.end_id, request.streaming) == ([1, 2, 3], 4, None, False)
+    assert request.sampling.greedy
+    assert request.exclude_input
+    assert not request.log_probs
+    request = row(
         end_id=[[7]],
         runtime_top_k=[5],
         runtime_top_p=[0.0],
@@ -209,16 +209,16 @@ def test_a_request_is_read_with_tensorrt_llms_defaults() -> None:
         bad_words_list=[[[0], [-1]]],
         embedding_bias=np.zeros((1, 0), np.float32),
     )
-    assert (asked.end_id, asked.sampling.top_k, asked.sampling.seed) == (7, 5, 2**63)
-    assert asked.streaming
-    assert not asked.exclude_input
-    assert asked.stop_words == ((4, 5), (6,))
-    assert asked.sampling.bad_words == ()
-    assert asked.sampling.bias is None
+    assert (request.end_id, request.sampling.top_k, request.sampling.seed) == (7, 5, 2**63)
+    assert request.streaming
+    assert not request.exclude_input
+    assert request.stop_words == ((4, 5), (6,))
+    assert request.sampling.bad_words == ()
+    assert request.sampling.bias is None
 
 
 def test_max_tokens_shrinks_to_what_fits() -> None:
-    assert wish(request_output_len=[[1000]]).max_tokens == 13
+    assert row(request_output_len=[[1000]]).max_tokens == 13
 
 
 @pytest.mark.parametrize(
@@ -226,22 +226,22 @@ def test_max_tokens_shrinks_to_what_fits() -> None:
     [
         ({"input_ids": None}, "input_ids is missing"),
         ({"request_output_len": None}, "request_output_len is missing"),
-        ({"request_output_len": [0]}, "at least 1, not 0"),
-        ({"request_output_len": [-3]}, "at least 1, not -3"),
+        ({"request_output_len": [0]}, "at least 1 .got 0"),
+        ({"request_output_len": [-3]}, "at least 1 .got -3"),
         ({"input_ids": [[1] * 13]}, r"Prompt length \(13\) exceeds maximum input length \(12\)"),
         ({"input_ids": [[1, VOCAB]]}, r"within \[0, 32\)"),
         ({"input_ids": [[1, -1]]}, r"within \[0, 32\)"),
         ({"end_id": [VOCAB]}, "end_id"),
-        ({"beam_width": [2]}, "reference executor does no beam search"),
-        ({"num_return_sequences": [2]}, "reference executor does no beam search"),
-        ({"lora_task_id": [1]}, "reference executor does not do LoRA"),
+        ({"beam_width": [2]}, "does not support beam search"),
+        ({"num_return_sequences": [2]}, "does not support beam search"),
+        ({"lora_task_id": [1]}, "does not support LoRA"),
         ({"prompt_embedding_table": [[[1.0]]]}, "prompt embedding tables"),
         ({"draft_input_ids": [[1]]}, "speculative decoding"),
         ({"guided_decoding_guide": np.array([[b"{}"]], object)}, "guided decoding"),
         ({"embedding_bias": [[0.0] * 5]}, "must have 32 values"),
-        ({"stop_words_list": [[[1, 2], [2, 1]]]}, "growing offsets"),
-        ({"stop_words_list": [[[1, 2], [3, -1]]]}, "growing offsets"),
-        ({"stop_words_list": [[[1, 2], [-1, 2]]]}, "growing offsets"),
+        ({"stop_words_list": [[[1, 2], [2, 1]]]}, "increasing offsets"),
+        ({"stop_words_list": [[[1, 2], [3, -1]]]}, "increasing offsets"),
+        ({"stop_words_list": [[[1, 2], [-1, 2]]]}, "increasing offsets"),
         ({"bad_words_list": [[[99], [1]]]}, "token ids"),
         ({"temperature": [-1.0]}, "temperature"),
         ({"return_perf_metrics": [True]}, "performance metrics"),
@@ -249,7 +249,7 @@ def test_max_tokens_shrinks_to_what_fits() -> None:
 )
 def test_a_wrong_request_is_refused_with_its_reason(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
-        wish(**wrong)
+        row(**wrong)
 
 
 def test_context_logits_need_an_engine_built_for_them() -> None:
@@ -299,7 +299,7 @@ def test_limits_follow_the_engine() -> None:
 def test_one_sequence(scheduler: Scheduler) -> None:
     one = sequence([1, 2, 3])
     run(scheduler, one)
-    assert one.ending == "length"
+    assert one.finish_reason == "length"
     assert len(one.generated) == 6
     assert [len(piece) for piece in one.listener.pieces] == [1, 2, 3, 4, 5, 6]
     assert one.generated == alone(one)
@@ -310,15 +310,15 @@ def test_the_end_token_is_not_part_of_the_answer_but_a_stop_word_is(scheduler: S
     ended = sequence([5], end_id=free[3])
     stopped = sequence([5], stop_words=((free[2], free[3]), (99,)))
     run(scheduler, ended, stopped)
-    assert (ended.generated, ended.ending) == (free[:3], "end_id")
-    assert (stopped.generated, stopped.ending) == (free[:4], "stop_word")
+    assert (ended.generated, ended.finish_reason) == (free[:3], "end_id")
+    assert (stopped.generated, stopped.finish_reason) == (free[:4], "stop_word")
 
 
 def test_a_stop_word_may_begin_in_the_prompt(scheduler: Scheduler) -> None:
     first = alone(sequence([5, 6]))[0]
     one = sequence([5, 6], stop_words=((6, first),))
     run(scheduler, one)
-    assert (one.generated, one.ending) == ([first], "stop_word")
+    assert (one.generated, one.finish_reason) == ([first], "stop_word")
     assert not ends_with([5], ((4, 5),))
 
 
@@ -365,7 +365,7 @@ def test_a_listener_that_breaks_harms_nobody_else() -> None:
     run(scheduler, good)
     scheduler.close()
     assert good.generated == alone(good)
-    assert "could not be told" in said[0]
+    assert "so did its error response" in said[0]
 
 
 def test_a_request_id_stops_its_sequences_running_or_waiting() -> None:
@@ -380,7 +380,7 @@ def test_a_request_id_stops_its_sequences_running_or_waiting() -> None:
     for one in (running, waiting, other):
         assert one.listener.done.wait(10)
     scheduler.close()
-    assert (running.ending, waiting.ending, other.ending) == ("cancelled", "cancelled", "length")
+    assert (running.finish_reason, waiting.finish_reason, other.finish_reason) == ("cancelled", "cancelled", "length")
     assert 2 <= len(running.generated) < 10_000
     assert not waiting.generated
 
@@ -392,7 +392,7 @@ def test_a_client_that_left_costs_no_more_steps() -> None:
     left.listener.left = True
     assert left.listener.done.wait(10)
     scheduler.close()
-    assert left.ending == "cancelled"
+    assert left.finish_reason == "cancelled"
 
 
 def test_closing_tells_those_who_still_wait() -> None:
@@ -400,7 +400,7 @@ def test_closing_tells_those_who_still_wait() -> None:
     running, waiting = sequence([1], 10_000), sequence([2])
     scheduler.submit([running, waiting])
     scheduler.close()
-    assert (running.ending, waiting.ending) == ("cancelled", "cancelled")
+    assert (running.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
     with pytest.raises(RuntimeError, match="shutting down"):
         scheduler.submit([waiting])
 
@@ -409,31 +409,31 @@ def test_closing_tells_those_who_still_wait() -> None:
 
 
 def finished(**more: Any) -> tuple[Any, Sequence]:
-    asked = wish(**more)
+    request = row(**more)
     one = Sequence(
-        asked.prompt,
-        asked.max_tokens,
-        asked.sampling,
+        request.prompt,
+        request.max_tokens,
+        request.sampling,
         Recorder(),
-        asked.end_id,
-        keep_context_logits=asked.context_logits,
-        keep_generation_logits=asked.generation_logits,
+        request.end_id,
+        keep_context_logits=request.context_logits,
+        keep_generation_logits=request.generation_logits,
     )
     with torch.inference_mode():
-        while not one.ending:
+        while not one.finish_reason:
             one.step(PrefixModel())
-    return asked, one
+    return request, one
 
 
 def test_a_whole_answer_has_the_shapes_of_the_c_backend() -> None:
-    asked, one = finished(
+    request, one = finished(
         return_log_probs=[True],
         return_context_logits=[True],
         return_generation_logits=[True],
         return_num_input_tokens=[True],
         return_num_output_tokens=[True],
     )
-    out = arrays(asked, one, rows=1)
+    out = arrays(request, one, rows=1)
     assert out["output_ids"].tolist() == [[one.generated]]
     assert out["sequence_length"].tolist() == [[4]]
     assert out["cum_log_probs"].shape == (1, 1)
@@ -443,15 +443,15 @@ def test_a_whole_answer_has_the_shapes_of_the_c_backend() -> None:
     assert out["num_input_tokens"].tolist() == [[3]]
     assert out["num_output_tokens"].tolist() == [[4]]
     assert "batch_index" not in out
-    assert "batch_index" in arrays(asked, one, rows=2)
+    assert "batch_index" in arrays(request, one, rows=2)
     assert out["generation_logits"][0, 0].argmax(-1).tolist() == one.generated
 
 
 def test_the_prompt_comes_along_only_when_asked_and_not_streamed() -> None:
-    asked, one = finished(exclude_input_in_output=[False])
-    assert arrays(asked, one, rows=1)["output_ids"].tolist() == [[[1, 2, 3, *one.generated]]]
-    asked, one = finished(exclude_input_in_output=[False], streaming=[True])
-    assert arrays(asked, one, rows=1)["output_ids"].tolist() == [[one.generated[-1:]]]
+    request, one = finished(exclude_input_in_output=[False])
+    assert arrays(request, one, rows=1)["output_ids"].tolist() == [[[1, 2, 3, *one.generated]]]
+    request, one = finished(exclude_input_in_output=[False], streaming=[True])
+    assert arrays(request, one, rows=1)["output_ids"].tolist() == [[one.generated[-1:]]]
 
 
 def test_what_was_not_asked_for_has_no_placeholder() -> None:
@@ -460,8 +460,8 @@ def test_what_was_not_asked_for_has_no_placeholder() -> None:
 
 def test_a_stream_that_ends_by_the_end_token_has_an_empty_last_piece() -> None:
     free = finished()[1].generated
-    asked, one = finished(end_id=[free[2]], streaming=[True], return_generation_logits=[True])
-    out = arrays(asked, one, rows=1)
+    request, one = finished(end_id=[free[2]], streaming=[True], return_generation_logits=[True])
+    out = arrays(request, one, rows=1)
     assert out["output_ids"].shape == (1, 1, 0)
     assert out["sequence_length"].tolist() == [[0]]
     assert out["generation_logits"].shape == (1, 0, 1, VOCAB)
