@@ -97,7 +97,8 @@ def check_machine(resolved: schema.Resolved) -> None:
             "TensorRT-LLM is not installed on this machine, so its LLM API can't be served or tested here.",
             why=f"The recipe's version is {wanted}. "
             + (f"It comes in NVIDIA's images {images}." if images else "No image of Triton's with it is known."),
-            hint="Run where it is, or stop at the repository: `builder render`. `builder plan` works everywhere.",
+            hint="Run in an image that has it, or stop at the repository: `builder render`. `builder plan` works "
+            "everywhere.",
         )
     if installed not in ("absent", wanted):
         raise IntegrityError(
@@ -108,9 +109,9 @@ def check_machine(resolved: schema.Resolved) -> None:
     world_size, have = resolved.recipe.engine.world_size, len(gpus())
     if 0 < have < world_size:
         raise UnsupportedError(
-            f"{world_size} GPUs are needed to serve and test it, and this machine has {have}.",
-            why="--tp times --pp is the number of ranks, and each takes a GPU of its own.",
-            hint="Stop at the repository: `builder render`. Or split it less.",
+            f"Serving and testing it needs {world_size} GPUs, and this machine has {have}.",
+            why="--tp times --pp is the number of ranks, and each rank needs its own GPU.",
+            hint="Make only the repository: `builder render`. Or reduce --tp and --pp.",
         )
 
 
@@ -130,19 +131,19 @@ def _check_target(resolved: schema.Resolved) -> None:
         raise UnsupportedError(
             f"The llmapi target needs a GPU, and the profile {resolved.gpu.name!r} has none.",
             why="TensorRT-LLM's PyTorch backend does not run on a CPU.",
-            hint="Name the card's profile, as --gpu sm120, or leave --target out.",
+            hint="Give the card's profile, for example --gpu sm120, or omit --target.",
         )
     if resolved.recipe.engine.flags:
         raise UsageError(
-            "engine.flags are trtllm-build's, and the llmapi target does not run it.",
-            hint="Arguments of the LLM class are set by --set llmapi.args.NAME=VALUE.",
+            "engine.flags are flags of trtllm-build, which the llmapi target does not run.",
+            hint="Set arguments of the LLM class with --set llmapi.args.NAME=VALUE.",
         )
     for key in UNUSED:
         origin = resolved.origins.get(key, "default")
         if trtllm_flags.asked_for(origin) and not origin.startswith("preset"):  # a preset speaks to every target
             raise UsageError(
-                f"{key} has no meaning for the llmapi target: one model answers, and the LLM API batches and waits.",
-                hint=f"Leave {key} out.",
+                f"{key} has no effect with the llmapi target: there is one model, and the LLM API does the batching.",
+                hint=f"Omit {key}.",
             )
 
 
@@ -180,8 +181,8 @@ def _check_said_once(resolved: schema.Resolved, own: Mapping[str, Any]) -> None:
         if not same:
             value = str(own[name]).lower() if isinstance(own[name], (bool, str)) else own[name]
             raise UsageError(
-                f"{name} is said twice: {SAID[name]} is {said}, llmapi.args.{name} {own[name]}.",
-                hint=f"Say it once: --set {SAID[name]}={value}",
+                f"{name} is set twice: {SAID[name]} is {said}, llmapi.args.{name} is {own[name]}.",
+                hint=f"Set it once: --set {SAID[name]}={value}",
             )
 
 
@@ -242,7 +243,11 @@ def _asked_sizes(resolved: schema.Resolved, config: Mapping[str, Any]) -> list[A
         value, reason, source = int(flag.value), flag.reason, flag.source
         if flag.name == "max_batch_size" and reason.startswith("GPU profile"):
             default = int(schema.Engine.model_fields["max_batch_size"].default)
-            value, reason, source = default, "the default; the profile's is for engines without context FMHA", "recipe"
+            value, reason, source = (
+                default,
+                "the default; the profile's suits engines without context FMHA",
+                "recipe",
+            )
         found.append(Argument(flag.name, value, reason, source))
     return found
 

@@ -83,7 +83,7 @@ def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> N
     if not seen:
         raise UnsupportedError(
             "trtllm-build is installed, but no GPU is visible, so no TensorRT engine can be built.",
-            why="It measures its kernels on the GPU that will run them (rule R08).",
+            why="It times kernels on the GPU that will run them (rule R08).",
             hint="Give the container its GPUs; CUDA_VISIBLE_DEVICES may hide them. Or build for the reference "
             "executor: --gpu cpu. `builder plan` works everywhere.",
         )
@@ -97,8 +97,8 @@ def _check_gpus(resolved: Resolved, seen: Sequence[Seen], *, serving: bool) -> N
     if serving and len(seen) < world_size:
         raise UnsupportedError(
             f"The engine needs {world_size} GPUs to be served and tested, and this machine has {len(seen)}.",
-            why="--tp times --pp is the number of its ranks, and each takes a GPU of its own.",
-            hint="Only build it here, rank by rank: --no-smoke. Or split it less.",
+            why="--tp times --pp is the number of its ranks, and each rank needs its own GPU.",
+            hint="Build it here without serving: --no-smoke. Or reduce --tp and --pp.",
         )
 
 

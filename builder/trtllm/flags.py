@@ -207,9 +207,9 @@ def _check_said_once(resolved: schema.Resolved) -> None:
     for name in SIZES:
         if name in engine.flags and engine.flags[name] != str(getattr(engine, name)):
             raise UsageError(
-                f"{name} is said twice: engine.{name} is {getattr(engine, name)}, engine.flags.{name} "
+                f"{name} is set twice: engine.{name} is {getattr(engine, name)}, engine.flags.{name} is "
                 f"{engine.flags[name]}.",
-                hint=f"Say it once: --set engine.{name}={engine.flags[name]}",
+                hint=f"Set it once: --set engine.{name}={engine.flags[name]}",
             )
 
 

@@ -10,13 +10,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from builder.cli import main, options
 from builder.core import store
-from builder.core.output import Output
 
 MODEL = "tests/data/tiny-qwen3"
 
@@ -250,26 +248,6 @@ def test_help_shows_the_exit_codes_and_examples() -> None:
     text = main.parser().format_help()
     assert "builder build --model Qwen/Qwen3-8B --gpu sm120" in text
     assert "130 interrupted" in text
-
-
-def test_plain_progress_has_an_estimate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builder.core.output.PLAIN_PROGRESS_SECONDS", 0.0)
-    with Output("human").progress("calibrate", 10, "rows") as bar:
-        bar.update(5)
-    assert "calibrate: 5/10 rows, about" in capsys.readouterr().err
-
-
-def test_restarting_progress_restarts_its_estimate(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr("builder.core.output.time", SimpleNamespace(monotonic=lambda: clock.now))
-    with Output("human").progress("loading", unit="tokens") as bar:
-        for clock.now, done, label in ((100, 0, "prose"), (110, 50, "prose"), (200, 0, "chat"), (230, 50, "chat")):
-            bar.update(done, 100, label)
-    said = capsys.readouterr().err
-    assert "prose: 50/100 tokens, about 10.0s left" in said
-    assert "chat: 50/100 tokens, about 30.0s left" in said
 
 
 def test_a_hint_names_only_flags_that_exist() -> None:

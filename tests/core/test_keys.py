@@ -350,7 +350,7 @@ def models(root: Path) -> variants.Models:
 def scores_key(root: Path, models: variants.Models, runner: str, **more: Any) -> str:
     asked = resolved(**{"evaluation.runners": [runner], **more})
     with pytest.raises(WouldRun) as would:
-        evaluate_stage.evaluate(models, asked, store=Store(root, QUIET, dry=True))
+        evaluate_stage.evaluate(models, asked.recipe, store=Store(root, QUIET, dry=True))
     assert would.value.stage == "scores"
     return would.value.key
 
@@ -407,7 +407,7 @@ def loss_key(root: Path, models: variants.Models, **more: Any) -> str:
     facts = ModelFacts(models.snapshot.config, tensors, ())
     assert models.calibration is not None
     _, ingredients = sensitivity_stage._job(
-        models.snapshot, models.calibration, facts, resolved(**more), Store(root, QUIET)
+        models.snapshot, models.calibration, facts, resolved(**more).recipe, Store(root, QUIET)
     )
     return stores.key_of("sensitivity", ingredients)
 

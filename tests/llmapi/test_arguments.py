@@ -186,7 +186,7 @@ def test_what_the_recipe_says_elsewhere_is_not_said_otherwise() -> None:
         ("kv_cache_config.dtype=auto", "--set quantization.kv_cache_dtype=auto"),
         ("trust_remote_code=true", "--set model.trust_remote_code=true"),
     ):
-        with pytest.raises(UsageError, match="said twice") as caught:
+        with pytest.raises(UsageError, match="set twice") as caught:
             values(f"llmapi.args.{setting}")
         assert hint in caught.value.hint
     policy = "llmapi.args.scheduler_config.capacity_scheduler_policy=GUARANTEED_NO_EVICT"
@@ -261,7 +261,7 @@ def test_a_machine_without_tensorrt_llm_is_told_at_once(monkeypatch: pytest.Monk
         llmapi_arguments.check_machine(resolved())
     monkeypatch.setattr(llmapi_arguments, "library_versions", lambda name: {name: "1.2.1"})
     monkeypatch.setattr(llmapi_arguments, "gpus", lambda: ["NVIDIA B200"])
-    with pytest.raises(UnsupportedError, match="2 GPUs are needed"):
+    with pytest.raises(UnsupportedError, match="needs 2 GPUs"):
         llmapi_arguments.check_machine(resolved("engine.tp=2"))
 
 
@@ -384,9 +384,9 @@ def test_the_plan_shows_arguments_and_yaml_and_makes_no_engine(qwen3_8b: Path, t
     assert "flags" not in plan
     assert "not installed" in plan["blocked"]
     assert plan["sizes"]["disk"]["engine"] == 0
-    assert any("leaves out CUDA graphs" in note["text"] for note in plan["notes"])
+    assert any("does not include CUDA graphs" in note["text"] for note in plan["notes"])
     assert not any("engine.flags" in note["text"] for note in plan["notes"])
-    assert any("heeds no repetition" in note["text"] for note in plan["notes"])
+    assert any("ignores repetition" in note["text"] for note in plan["notes"])
     assert list(tmp_path.iterdir()) == []
 
 

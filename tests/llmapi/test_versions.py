@@ -303,7 +303,7 @@ def test_adapters_are_checked_and_named(tmp_path: Path) -> None:
     one = adapter(tmp_path / "one")
     found = taken(FIRST, f"lora_config.lora_dir=[{one}]", "lora_config.max_loras=2")
     assert (found["lora_config.lora_dir"], found["lora_config.max_loras"]) == ([str(one)], 2)
-    assert "LoRA on NVFP4 layers was not run here" in noted(FIRST, f"lora_config.lora_dir=[{one}]")
+    assert "LoRA on NVFP4 layers was not tested" in noted(FIRST, f"lora_config.lora_dir=[{one}]")
     before = lora.digests({lora.DIRECTORIES: [str(one)]})
     (one / lora.WEIGHTS[0]).write_bytes(b"others")
     assert lora.digests({lora.DIRECTORIES: [str(one)]}) != before
@@ -343,7 +343,7 @@ def test_usage_data_is_off_unless_it_is_asked_for() -> None:
     assert "Usage data is not sent" in noted(NEW)
     asked = "telemetry_config.disabled=false"
     assert taken(NEW, asked)["telemetry_config.disabled"] is False
-    assert "Usage data goes to NVIDIA" in noted(NEW, asked)
+    assert "Usage data is sent to NVIDIA" in noted(NEW, asked)
 
 
 def test_the_plan_says_where_a_value_is_not_certain_or_has_no_effect() -> None:

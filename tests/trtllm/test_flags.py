@@ -248,7 +248,7 @@ def test_what_is_no_version_at_all() -> None:
         ("gemm_plugin=nvfp8", ("not 'nvfp8'", "Did you mean 'nvfp4'")),
         ("kv_cache_type=page", ("continuous, paged, disabled", "Did you mean 'paged'")),
         ("strip_plan=maybe", ("takes one of enable, disable",)),
-        ("max_batch_size=8", ("max_batch_size is said twice", "--set engine.max_batch_size=8")),
+        ("max_batch_size=8", ("max_batch_size is set twice", "--set engine.max_batch_size=8")),
         ("output_dir=/x", ("not yours to set",)),
     ],
 )
