@@ -1,7 +1,7 @@
 """Data sets to evaluate on: rows of text, and the token sequences that are scored.
 
-The rules are the recipe's (`evaluation`): the first texts that are not empty, those of few tokens dropped, the others
-cut, messages as lines `role: content`. A sequence's first token is context only.
+The recipe (`evaluation`) sets how many texts are read, which are dropped as too short and where the others are cut.
+Messages become lines `role: content`. The first token of a sequence is context and is not scored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token ids of the kept texts in order, and how many texts were read, dropped and cut."""
+    """Token ids of the scored texts, in order, and how many texts were read, dropped as too short, and cut."""
 
     ids: list[Ids]
     read: int
@@ -45,12 +45,12 @@ class Sequences:
 
     @property
     def starts(self) -> list[int]:
-        """Where each text's scored tokens begin among all of the data set's, and at the end their number."""
+        """Offsets of each text's scored tokens among all of the data set's, [texts + 1]; the last is their number."""
         return [0, *np.cumsum([len(ids) - 1 for ids in self.ids]).tolist()]
 
 
 def read_texts(part: Evaluation, *, store: Store) -> list[Texts]:
-    """The data sets of a recipe, each a stage of the store. UsageError for one without a usable text."""
+    """The data sets of a recipe; each is a stage of the store. UsageError if one has no usable text."""
     found: list[Texts] = []
     for number, one in enumerate(part.data):
         rows = schema.Calibration(**one.model_dump(), samples=part.texts)
@@ -62,16 +62,16 @@ def read_texts(part: Evaluation, *, store: Store) -> list[Texts]:
 
 
 def longest(part: Evaluation, positions: int, engine: schema.Engine) -> int:
-    """Tokens of a text at most, so that every runner can take it: `reserve` less than the model's length, and where the
-    served model is measured too no more than its prompts may have."""
+    """The largest number of tokens of a text that every runner accepts: the model's length less `reserve`, and no more
+    than max_input_len if the served model is measured. UsageError if that is less than `min_tokens`."""
     limit = min(engine.max_seq_len, positions) - part.reserve
     if "served" in part.runners:
         limit = min(limit, engine.max_input_len)
     limit = min(limit, part.max_tokens or limit)
     if limit < part.min_tokens:
         raise UsageError(
-            f"Texts would be cut at {limit} tokens, and shorter ones than {part.min_tokens} are dropped: none is left.",
-            hint="Leave more room: --max-seq-len, --set evaluation.reserve=0 or --set evaluation.min_tokens=2",
+            f"No text would be left: texts are cut at {limit} tokens, and texts below {part.min_tokens} are dropped.",
+            hint="Allow longer texts: --max-seq-len, --set evaluation.reserve=0 or --set evaluation.min_tokens=2",
         )
     return limit
 
@@ -84,7 +84,7 @@ def text_of(row: Mapping[str, Any]) -> str:
 
 
 def sequences(texts: Path, tokenizer: Any, *, name: str, min_tokens: int, max_tokens: int) -> Sequences:
-    """The kept texts as token ids. UsageError if none has `min_tokens`."""
+    """Tokenizes the texts of a JSONL file, drops short ones and cuts long ones. UsageError if none is left."""
     ids: list[Ids] = []
     read = dropped = cut = most = 0
     encode = encoder(tokenizer)
@@ -99,14 +99,14 @@ def sequences(texts: Path, tokenizer: Any, *, name: str, min_tokens: int, max_to
     if not ids:
         raise UsageError(
             f"All {read} texts of {name} are too short.",
-            why=f"The longest has {most} tokens, and texts with less than {min_tokens} are dropped.",
-            hint="Take longer texts with --data, or --set evaluation.min_tokens=2",
+            why=f"The longest has {most} tokens; texts with fewer than {min_tokens} are dropped.",
+            hint="Use longer texts with --data, or --set evaluation.min_tokens=2",
         )
     return Sequences(ids, read, dropped, cut)
 
 
 def shuffled(ids: Sequence[Ids], seed: int) -> list[Ids]:
-    """The same tokens of each text in another order: what a model of the language must find less likely."""
+    """The tokens of each text in random order, which a model that knows the language must find less likely."""
     generator = np.random.default_rng(seed)
     return [generator.permutation(one) for one in ids]
 

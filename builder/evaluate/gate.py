@@ -1,4 +1,4 @@
-"""How much loss is too much: the recipe's limits against what was measured."""
+"""The accuracy gate: compares the measured loss with the recipe's limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Measured = Mapping[str, Mapping[str, Mapping[str, Estimate]]]
 
 @dataclass(frozen=True)
 class GateResult:
-    """`failed` names runner, data set, metric, figure and limit. Empty, and nothing collapsed: passed."""
+    """`failed`: one sentence per violated limit, with runner, data set, metric, figure and limit. Empty: passed."""
 
     limits: Mapping[str, float]
     failed: Sequence[str]
@@ -26,13 +26,13 @@ class GateResult:
         return not self.failed
 
     def check(self, where: str) -> None:
-        """EvaluationError with all that failed."""
+        """EvaluationError that lists every violated limit. `where`: the file with the tables."""
         if self.failed:
             raise EvaluationError(
                 f"The model fails the gate: {self.failed[0]}.",
                 why="\n".join(self.failed),
-                hint=f"Everything is kept; the tables: {where}\n"
-                "Keep more of the model (--kv-cache-dtype auto), or ask for less: --min-score, --max-kl",
+                hint=f"All artifacts are kept. The tables: {where}\n"
+                "Quantize less (--kv-cache-dtype auto, --keep-fp8), or lower the limits: --min-score, --max-kl",
             )
 
 
@@ -42,18 +42,18 @@ def judge(
     collapsed: Mapping[str, Sequence[str]],
     not_measured: Mapping[str, str],
 ) -> GateResult | None:
-    """None without a gate. EvaluationError if a metric that it needs was not measured for a runner that was asked.
+    """The gate's result, None if the recipe has no limits. EvaluationError if a requested runner was not measured.
 
-    `collapsed` holds the data sets on which a runner found shuffled tokens as likely as text: it passes no gate.
+    collapsed: runner -> data sets on which it finds shuffled tokens as likely as text; such a runner never passes.
     """
     asked = part.limits
     if not asked:
         return None
     for runner, why in not_measured.items():
         raise EvaluationError(
-            f"The gate can't be judged: {' and '.join(asked)} of {runner} was not measured.",
+            f"The gate can't be applied: {' and '.join(asked)} of {runner} was not measured.",
             why=why,
-            hint="Measure it, or leave it out: --runner bf16 --runner checkpoint",
+            hint="Measure it, or choose other runners: --runner bf16 --runner checkpoint",
         )
     failed = []
     for runner, sets in measured.items():
@@ -67,7 +67,7 @@ def judge(
 
 
 def _failure(runner: str, name: str, metric: str, figure: Estimate, limit: float) -> str:
-    """What failed, or nothing. A figure that is no number fails."""
+    """The violated limit as a sentence, "" if it holds. NaN violates it."""
     if metric == "score":
         return "" if figure.value >= limit else f"score of {runner} on {name} is {figure.value:.2f}, below {limit:g}"
     return "" if figure.value <= limit else f"KL of {runner} on {name} is {figure.value:.4f}, above {limit:g}"

@@ -1,7 +1,7 @@
 """Scores of tokens -> what a model lost: perplexity, KL, agreement, flips, each with a bootstrap confidence interval.
 
-Every mean is over tokens, in float64; the resamples are of whole texts, for a text's tokens depend on one another.
-Over several data sets a mean is token-weighted, and each resample draws from every data set as many texts as it has.
+Means are over tokens, in float64. Resamples draw whole texts, because the tokens of a text depend on one another. Over
+several data sets means are token-weighted, and each resample draws from every data set as many texts as it has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CONFIDENCE = 0.95
-# Against BF16 alone: without it they are not measured.
+# Metrics that compare with BF16: without its scores they are not measured.
 AGAINST_BF16 = ("score", "kl", "agreement", "flips")
 
 
@@ -36,7 +36,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Sums:
-    """Per text: its scored tokens, and sums over them. Those against BF16 are None for BF16 itself and without it."""
+    """Sums over the scored tokens of each text, arrays [texts]. Those that compare with BF16 are None for BF16 itself
+    and where it was not measured."""
 
     tokens: Array
     nll: Array
@@ -48,7 +49,7 @@ class Sums:
 
 
 def read(scores: Path, reference: Path | None) -> Sums:
-    """From the column files of a data set's scores, and BF16's."""
+    """Reads the column files of a data set's scores (`ColumnFiles`), and those of BF16 to compare with."""
     starts = np.load(scores / "starts.npy")
 
     def per_text(column: Array) -> Array:
@@ -72,9 +73,10 @@ def read(scores: Path, reference: Path | None) -> Sums:
 def measure(sets: Sequence[Sums], *, resamples: int, seed: int) -> dict[str, Estimate]:
     """The figures of one model over some data sets, by name.
 
-    nll: nats a token. ppl: exp(nll). score: PPL of BF16 / PPL x 100. kl: mean KL(BF16 || model), a lower bound
-    (scoring.divergence). accuracy: share of tokens that are the likeliest. agreement: share of positions where both
-    hold the same token likeliest. flips: share where one is right and the other wrong (arXiv 2407.09141, section 3).
+    nll: mean negative log-likelihood, nats per token. ppl: exp(nll). score: PPL of BF16 / PPL x 100.
+    kl: mean KL(BF16 || model) in nats per token, a lower bound (scoring.divergence). accuracy: share of tokens that are
+    the model's top token. agreement: share of positions where both models have the same top token. flips: share of
+    positions where exactly one of the two predicts the text's token (arXiv 2407.09141, section 3).
     """
     names = [name for name in Sums.__dataclass_fields__ if all(getattr(one, name) is not None for one in sets)]
     columns = [np.stack([getattr(one, name) for name in names], axis=1) for one in sets]

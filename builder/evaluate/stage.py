@@ -1,8 +1,8 @@
-"""Snapshot, Checkpoint, Repository -> Evaluation: what quantization cost, measured on each of its forms.
+"""Snapshot, Checkpoint, Repository -> Evaluation: what quantization costs, measured on each variant of the model.
 
-Every runner scores the same tokens, in a process of its own, so that memory comes back; BF16 goes first and keeps the
-likeliest tokens of each position, which the others are compared with. Each data set of each runner is a stage of the
-store: what was finished is never measured again. Nothing heavy is imported here.
+All runners score the same tokens. Each runs in its own process, which returns its memory when it exits. BF16 runs first
+and stores the likeliest tokens of each position; the others are compared with them. Each data set of each runner is a
+stage of the store, so finished measurements are never repeated. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -39,9 +39,12 @@ TABLE_SOURCES = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`measured`: runner -> data set, or of several "overall" -> metric; `sets`: runner -> data set -> counts, seconds.
+    """The figures of all runners.
 
-    `collapsed`: runner -> data sets on which it finds shuffled tokens as likely as text; `not_measured`: runner -> why.
+    measured: runner -> data set ("overall" for several together) -> metric -> estimate.
+    sets: runner -> data set -> counts of texts and tokens, and seconds.
+    collapsed: runner -> data sets on which it finds shuffled tokens as likely as text.
+    not_measured: runner -> the reason.
     """
 
     measured: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
@@ -53,7 +56,7 @@ class Evaluation:
     path: Path = Path()
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. A figure that is no number is None there."""
+        """For JSON. NaN and infinity become None."""
         figures = {
             runner: {
                 name: {metric: _plain(estimate) for metric, estimate in found.items()} for name, found in sets.items()
@@ -65,7 +68,7 @@ class Evaluation:
         return {"measured": figures, **rest, "tasks": asdict(self.tasks), "verdict": verdict}
 
     def check(self) -> None:
-        """EvaluationError where the gate failed, NotMeasurable where none but BF16 could be measured."""
+        """EvaluationError if the gate failed, NotMeasurable if nothing but BF16 could be measured."""
         if self.verdict:
             self.verdict.check(str(self.path / "evaluation.json"))
         answered = {row.runner for row in self.tasks.rows}
@@ -75,16 +78,15 @@ class Evaluation:
         }
         if refused and not (set(self.measured) | answered) - {"bf16"}:
             runner, why = next(iter(refused.items()))
-            raise NotMeasurable(f"{runner} can't be measured.", why=why)
+            raise NotMeasurable(f"The runner {runner} can't be measured.", why=why)
 
 
 def evaluate(models: Models, recipe: Recipe, *, store: Store, with_tasks: bool = False) -> Evaluation:
-    """Measures every runner of the recipe on every data set, and judges by the gate, if there is one.
+    """Measures every runner of the recipe on every data set and applies the gate, if the recipe has one.
 
-    With `with_tasks` also on the recipe's tasks.
-
-    IntegrityError if model and tokenizer don't belong together, EvaluationError if the gate needs what could not be
-    measured. A gate that failed is told by the verdict; `check` raises it.
+    with_tasks: measure the recipe's tasks too. IntegrityError if the tokenizer does not match the model,
+    EvaluationError if a runner that the gate needs could not be measured. A failed gate is returned as the verdict;
+    `Evaluation.check` raises it.
     """
     part = recipe.evaluation
     texts = datasets.read_texts(part, store=store)
@@ -109,7 +111,7 @@ def _score(
     recipe: Recipe,
     store: Store,
 ) -> list[Artifact]:
-    """The scores of each data set, from the store or by a child process."""
+    """The scores of each data set, from the store or measured by a worker process."""
     prepared, part = runner_job(variant, models, recipe, store), recipe.evaluation
     positions = int(models.snapshot.config.get("max_position_embeddings") or recipe.engine.max_seq_len)
     longest = datasets.longest(part, positions, recipe.engine)
@@ -138,7 +140,7 @@ def _score(
     if missing and store.dry:
         names = ", ".join(str(one["name"]) for one in missing)
         raise WouldRun(
-            "scores", f"{variant.label} is not measured on {names}", key_of("scores", missing[0]["ingredients"])
+            "scores", f"{variant.label} has not been measured on {names}", key_of("scores", missing[0]["ingredients"])
         )
     kept = f", {len(sets) - len(missing)} found in the store" if len(missing) < len(sets) else ""
     store.out.stage("evaluate", f"{variant.label} on {len(sets)} data sets{kept}")
@@ -149,7 +151,7 @@ def _score(
 
 
 def _run(job: Mapping[str, Any], store: Store) -> None:
-    """The child, which publishes what it measures."""
+    """Runs the worker, which stores each data set's scores as soon as it has them."""
     with SourceFiles.of_job(job).explain_failures():
         process.run_job(
             workers.EVALUATE,
@@ -191,7 +193,7 @@ def _tables(
 
 
 def _judged(found: Evaluation, scores: Mapping[str, Sequence[Artifact]], recipe: Recipe, store: Store) -> Evaluation:
-    """With its verdict, kept in the store. What the gate can't judge is an error after the tables are kept."""
+    """The evaluation with its verdict, stored. If the gate can't be applied, the tables are stored before the error."""
     part = recipe.evaluation
     unjudged: EvaluationError | None = None
     try:
@@ -230,13 +232,13 @@ COLUMNS = ["runner", "data", "PPL", "score", "KL to BF16", "same top token", "fl
 
 
 def show(found: Evaluation, out: Output) -> None:
-    """Tables for people; with --json one object."""
+    """Prints the tables; with --json one object."""
     show_tables(found, out)
     out.result(found.as_dict() | {"path": str(found.path)})
 
 
 def show_tables(found: Evaluation, out: Output) -> None:
-    """What was scored, then the figures of every runner on every data set, then the gate's verdict."""
+    """Prints what was scored, the figures of each runner on each data set, the tasks and the gate's verdict."""
     first = next(iter(found.sets.values()), {})
     rows = [
         (name, *(facts[key] for key in ("texts", "dropped", "cut", "tokens")), _times(found, name))

@@ -1,6 +1,6 @@
-"""The child process that knows lm-eval's tasks by name: python -m builder.evaluate.task_names JOB.json
+"""Worker process that checks the names of lm-eval tasks: python -m builder.evaluate.task_names JOB.json
 
-A wrong name is told before anything is downloaded or computed. Imports lm_eval's list of tasks, and no torch.
+Unknown names are reported before anything is downloaded or computed. Imports lm_eval's list of tasks, but not torch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from builder.core.process import worker_main
 
 
 def manager_of(names: Sequence[str], directory: str | None) -> TaskManager:
-    """What knows the tasks. To read lm-eval's own fourteen thousand takes ten seconds: not where none of them is named.
-
-    A directory's group may be made of lm-eval's tasks, so only its single tasks stand alone.
-    """
+    """The task manager for these names. Reading lm-eval's own 14,000 tasks takes ten seconds, so it is skipped when all
+    names are single tasks of the directory; a group there may refer to lm-eval's tasks."""
     if directory:
         own = TaskManager(include_path=directory, include_defaults=False)
         if set(names) <= set(own.all_subtasks):
@@ -29,15 +27,15 @@ def manager_of(names: Sequence[str], directory: str | None) -> TaskManager:
 
 
 def check(job: Mapping[str, Any]) -> None:
-    """UsageError for a name that is none, with those that look like it."""
+    """UsageError for an unknown task, with similar names."""
     known = manager_of(job["names"], job["directory"]).all_tasks
     for name in job["names"]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             raise UsageError(
                 f"lm-eval has no task {name!r}.",
-                why="" if job["directory"] else "Tasks of your own are read from --task-dir DIRECTORY.",
-                hint=f"Did you mean {', '.join(near)}?" if near else "All of them: lm-eval ls tasks",
+                why="" if job["directory"] else "Your own tasks are read from --task-dir DIRECTORY.",
+                hint=f"Did you mean {', '.join(near)}?" if near else "List all tasks: lm-eval ls tasks",
             )
 
 

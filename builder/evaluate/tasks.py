@@ -1,7 +1,7 @@
-"""Snapshot, Checkpoint, Repository -> TaskTable: how many questions each variant of the model answers rightly.
+"""Snapshot, Checkpoint, Repository -> TaskTable: how many questions each variant of the model answers correctly.
 
-The questions, the judging and the statistics are lm-eval's (task_child.py); each task of each variant is a stage of the
-store, which holds all that lm-eval returned. Nothing heavy is imported here.
+lm-eval supplies the questions, the scoring and the statistics (tasks_worker.py). Each task of each variant is a stage
+of the store that holds everything lm-eval returned. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ SOURCES = (
     "builder/core/file_names.py",
 )
 LIBRARIES = ("lm_eval", "datasets")
-CONCURRENCY = 64  # requests under way at a server, at most: it batches them
+CONCURRENCY = 64  # requests that are sent to a server at the same time, at most: it batches them
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a task for one variant: `value` and its standard error, over so many `documents`.
+    """One figure of a task for one variant: `value` and its standard error over `documents`.
 
-    `change` is the value less that of BF16; `flips` the share of documents that only one of the two has right
-    (arXiv 2407.09141, section 3): a change of zero may hide many. None where there is nothing to compare.
+    `change` is the value minus BF16's. `flips` is the share of documents that only one of the two answers correctly
+    (arXiv 2407.09141, section 3): a change of zero can hide many. None where there is nothing to compare.
     """
 
     runner: str
@@ -58,9 +58,9 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """`not_measured`: runner -> task -> why. `of` are the digests of what was measured.
+    """`not_measured`: runner -> task -> the reason. `of`: digests of the stored results.
 
-    `paths`: runner -> task -> where all that lm-eval returned lies, in the output directory.
+    `paths`: runner -> task -> the directory with everything lm-eval returned, relative to the output directory.
     """
 
     rows: Sequence[Row] = ()
@@ -70,14 +70,17 @@ class TaskTable:
 
 
 def check(part: recipe_evaluation.Tasks, store: Store) -> None:
-    """Before any work: that lm-eval is here, and has tasks of these names. Kept in the store: it takes ten seconds."""
+    """Checks before any work that lm-eval is installed and has these tasks. The answer is cached: it takes ten seconds.
+
+    UnsupportedError without lm-eval, UsageError for an unknown task or an unreadable task file.
+    """
     if importlib.util.find_spec("lm_eval") is None:
         raise UnsupportedError(
-            "Tasks are asked by lm-eval, which is not installed.", hint="pip install 'trtllm-builder[tasks]'"
+            "Tasks need lm-eval, which is not installed.", hint="pip install 'trtllm-builder[tasks]'"
         )
     if part.directory and not Path(part.directory).is_dir():
         raise UsageError(
-            f"There is no directory {part.directory}.", hint="Name the one that holds the tasks: --task-dir"
+            f"There is no directory {part.directory}.", hint="Name the directory with your tasks: --task-dir"
         )
     if part.directory:
         _check_files(Path(part.directory))
@@ -98,7 +101,7 @@ def check(part: recipe_evaluation.Tasks, store: Store) -> None:
 
 
 def _check_files(directory: Path) -> None:
-    """UsageError for what lm-eval would read without end or by its last line: it parses the task files with PyYAML."""
+    """UsageError for files that lm-eval, which parses with PyYAML, would read forever or misread (repeated keys)."""
     for path in sorted(directory.rglob("*")):
         if path.is_dir():
             continue
@@ -109,12 +112,12 @@ def _check_files(directory: Path) -> None:
                 check_yaml(read_regular(path, LARGEST_YAML))
         except (OSError, ValueError) as error:
             raise UsageError(
-                f"The task file {path} can't be used.", why=str(error), hint="Mend or remove it."
+                f"The task file {path} can't be used.", why=str(error), hint="Repair or remove it."
             ) from None
 
 
 def measure(models: Models, recipe: Recipe, *, store: Store) -> TaskTable:
-    """Asks every variant of the recipe the questions of every task, and compares each with BF16."""
+    """Runs every task on every variant of the recipe, and compares the results with BF16's."""
     found: dict[str, dict[str, Artifact]] = {}
     not_measured: dict[str, dict[str, str]] = {}
     for variant in of_model.list_variants(recipe):
@@ -133,10 +136,10 @@ def measure(models: Models, recipe: Recipe, *, store: Store) -> TaskTable:
 def _answers(
     variant: Variant, models: Models, recipe: Recipe, store: Store
 ) -> tuple[dict[str, Artifact], dict[str, str]]:
-    """By task what the store holds or a child measured, and why it could not."""
+    """The results by task, from the store or from a worker, and the reasons by task where there are none."""
     part, engine = recipe.tasks, recipe.engine
     if variant.runner == "reference":
-        why = "Tasks are asked of local weights and of what is served; the executor answers there: --runner served"
+        why = "Tasks run on local weights and on the served model. The executor answers when served: --runner served"
         return {}, dict.fromkeys(part.names, why)
     try:
         prepared = of_model.runner_job(variant, models, recipe, store)
@@ -177,9 +180,9 @@ def _answers(
 
 
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """The child, which publishes what it measures. The Hub's data sets are not in the snapshot: it may download.
+    """Runs the worker, which stores each task's results. It may download, because the tasks' data is on the Hub.
 
-    Code that comes with the model must not find the user's token.
+    If the model's own code is run, the worker does not get the user's token.
     """
     kind: Kind = "public" if job["trust_remote_code"] else "hub"
     offline = os.environ.get("HF_HUB_OFFLINE", "0")
@@ -196,7 +199,7 @@ def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:
 
 
 def _compared(found: Mapping[str, Mapping[str, Artifact]]) -> Iterator[Row]:
-    """The figures of each variant, task by task in the order of the names, beside BF16's."""
+    """The figures of each variant and task, compared with BF16's."""
     theirs = {
         (name, one["task"], one["metric"], one["filter"]): (artifact, one)
         for name, artifact in found.get("bf16", {}).items()
@@ -223,7 +226,7 @@ def _flips(ours: Artifact, theirs: Artifact, row: Mapping[str, Any]) -> float | 
 
 
 def _judged(path: Path, row: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int], float]]:
-    """Of each document of the row's tasks what lm-eval's metric made of the answer."""
+    """Yields ((task, document), metric value) for each answered document of the row's tasks."""
     for task, file in row["samples"].items():
         with open(path / file, encoding="utf-8") as lines:
             for line in lines:
@@ -238,7 +241,7 @@ def _directory(part: recipe_evaluation.Tasks) -> str | None:
 
 
 def _files(part: recipe_evaluation.Tasks) -> str | None:
-    """What lies in the directory of task files: their data is there too, or the store does not see it change."""
+    """A digest of the directory with the task files and their data, so that a change makes a new stage."""
     return sources_digest(Path(part.directory).absolute()) if part.directory else None
 
 
@@ -246,7 +249,7 @@ COLUMNS = ["runner", "task", "metric", "value", "change", "flips", "questions", 
 
 
 def show(found: TaskTable, root: Path, out: Output) -> None:
-    """A table for people, and where in the output directory `root` all that lm-eval returned lies."""
+    """Prints the table, and where below the output directory `root` the full results of lm-eval are."""
     rows: list[Sequence[str]] = [
         (row.runner, row.task, row.metric, _with_error(row), _signed(row.change), _percent(row.flips),
          str(row.documents), "-" if row.fewshot is None else str(row.fewshot))

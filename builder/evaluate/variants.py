@@ -1,7 +1,7 @@
-"""The forms of a model that are measured (BF16, simulated, on disk, in the executor, served), and what opens each.
+"""The variants of a model that can be measured: BF16, simulated, on disk, in the reference executor, served.
 
-Whoever measures adds to a variant's job what it measures, and hands it to a child process (builder.runners opens it
-there). Nothing heavy is imported here.
+A measurement takes a variant's job, adds what to measure, and passes it to a worker process, which opens the variant
+with the module of `builder.evaluate.runners` that the job names. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv
 
 @dataclass(frozen=True)
 class Models:
-    """What there is to measure; a part that no runner of the recipe needs may be None."""
+    """The artifacts to measure. One that no runner of the recipe needs may be None."""
 
     snapshot: Snapshot
     calibration: Calibration | None = None
@@ -75,7 +75,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Variant:
-    """`label` names its row; `runner` is what opens it; `fp8_kv` whether the cache is quantized."""
+    """`label` names its row in tables, `runner` the module that opens it; `fp8_kv`: whether the KV cache is FP8."""
 
     label: str
     runner: str
@@ -83,12 +83,15 @@ class Variant:
 
 
 def list_variants(recipe: Recipe) -> list[Variant]:
-    """In the order of RUNNERS: BF16 first."""
+    """The variants that the recipe measures, in the order of RUNNERS: BF16 first.
+
+    UsageError if the recipe compares KV caches and has no FP8 KV cache.
+    """
     part, fp8 = recipe.evaluation, recipe.quantization.cache_format.quantized
     found = [Variant(name, name, fp8) for name in RUNNERS if name in part.runners]
     if part.compare_kv and not fp8:
         raise UsageError(
-            "There is no FP8 KV cache to compare: the recipe leaves it in the model's own type.",
+            "There is no FP8 KV cache to compare: the recipe keeps the cache in the model's own type.",
             hint="Compare with --kv-cache-dtype fp8",
         )
     if part.compare_kv:
@@ -99,14 +102,14 @@ def list_variants(recipe: Recipe) -> list[Variant]:
 
 @dataclass(frozen=True)
 class RunnerJob:
-    """What the child is told, and what a stored measurement depends on: the ingredients of its stage."""
+    """The worker's job, and the ingredients that a stored measurement of this variant depends on."""
 
     job: Mapping[str, Any]
     ingredients: Mapping[str, Any]
 
 
 def runner_job(variant: Variant, models: Models, recipe: Recipe, store: Store) -> RunnerJob:
-    """How a variant is prepared. NotMeasurable where it has no such variant."""
+    """The job that opens a variant. NotMeasurable if an artifact that it needs does not exist."""
     job = {
         "runner": variant.runner,
         "label": variant.label,
@@ -125,7 +128,7 @@ def runner_job(variant: Variant, models: Models, recipe: Recipe, store: Store) -
         **{key: job[key] for key in ("dtype", "fp8_kv", "trust_remote_code")},
         **{key: more.get("calibration", {}).get(key, []) for key in ("kept", "fp8")},
         **{key: more.get("calibration", {}).get(key) for key in ("seq_len", "batch_size")},
-        # The repository's files name its engine and do not hold it: an engine made again leaves their digest as it was.
+        # A repository refers to its engine by path, so rebuilding the engine does not change the repository's digest.
         "repository": repository_key(models.repository) if variant.runner == "served" and models.repository else None,
         "libraries": library_versions(*LIBRARIES),
         "sources": sources_digest(*SOURCES),
@@ -136,7 +139,7 @@ def runner_job(variant: Variant, models: Models, recipe: Recipe, store: Store) -
 
 
 def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple[dict[str, Any], list[str]]:
-    """What this variant needs beside the snapshot, and the digests of the artifacts that it is."""
+    """What the runner needs besides the snapshot, and the digests of the artifacts that it measures."""
     if variant.runner == "bf16":
         return {}, [models.snapshot.digest]
     if variant.runner == "simulated":
