@@ -229,7 +229,7 @@ def test_an_engine_that_gathers_no_logits_is_not_measurable(models: Models, stor
     asked = resolve(evaluation__runners=["bf16", "checkpoint", "served"])
     found = evaluate_stage.evaluate(ungathered, asked.recipe, store=store)
     assert set(found.measured) == {"bf16", "checkpoint"}
-    assert "returns no logits of a prompt" in found.not_measured["served"]
+    assert "returns no prompt logits" in found.not_measured["served"]
     assert "gather_context_logits=enable" in found.not_measured["served"]
     found.check()
     with pytest.raises(NotMeasurable, match="served can't be measured") as caught:
@@ -272,7 +272,7 @@ def test_a_tokenizer_of_another_model_is_found_before_any_figure(tmp_path: Path)
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     store = Store(tmp_path / "artifacts", QUIET)
     snapshot = hub_snapshot.fetch(schema.Model(id=str(model)), store=store)
-    with pytest.raises(IntegrityError, match="do not belong together"):
+    with pytest.raises(IntegrityError, match="its tokenizer belongs to another model"):
         evaluate_stage.evaluate(Models(snapshot), resolve(evaluation__runners=["bf16"]).recipe, store=store)
     assert not list(store.root.glob("scores/[!.]*"))
 

@@ -52,5 +52,5 @@ def test_the_checkpoint_on_disk_has_the_simulations_logits(job: dict[str, Any]) 
 
 @pytest.mark.parametrize("job", ["qwen3_moe"], indirect=True)
 def test_experts_that_transformers_joins_are_not_measured_wrongly(job: dict[str, Any]) -> None:
-    with pytest.raises(NotMeasurable, match=r"experts.0.* is no linear layer"):
+    with pytest.raises(NotMeasurable, match=r"experts.0.* is not a linear layer"):
         logits("checkpoint", job)

@@ -158,7 +158,7 @@ def test_one_that_gives_no_logits_is_not_measurable(models: Models, store: Store
     without = other(models, tmp_path / "without", "WithoutLogits")
     measured = evaluate_stage.evaluate(without, resolve(evaluation__runners=["bf16", "served"]).recipe, store=store)
     assert list(measured.measured) == ["bf16"]
-    assert "returns no logits of a prompt" in measured.not_measured["served"]
+    assert "returns no prompt logits" in measured.not_measured["served"]
     with pytest.raises(NotMeasurable, match="served can't be measured"):
         measured.check()
     gated = resolve(evaluation__runners=["bf16", "served"], evaluation__min_score=1.0)

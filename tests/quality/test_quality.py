@@ -373,5 +373,5 @@ def test_a_family_without_a_runner_for_its_checkpoint_is_measured_by_simulation(
     with torch.inference_mode(), quality_worker._first(json.loads(json.dumps(jobs))) as (label, runner):
         assert label == "simulated"
         assert runner.vocab_size > 0
-    with pytest.raises(NotMeasurable, match="is no linear layer"), quality_worker._first(jobs[:1]):
+    with pytest.raises(NotMeasurable, match="is not a linear layer"), quality_worker._first(jobs[:1]):
         pass

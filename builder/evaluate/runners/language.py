@@ -1,4 +1,4 @@
-"""Does a model know the language of the texts? Without that no figure of it means anything. Imports nothing heavy."""
+"""Checks that a model knows the language of the texts; otherwise its figures mean nothing. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ def knows(checked: Mapping[str, Any]) -> bool:
 
 
 def check_known_language(checked: Mapping[str, Any], name: str, vocab_size: int) -> None:
-    """IntegrityError where the unquantized model does not know the texts: no figure of it would mean anything."""
+    """IntegrityError if the unquantized model does not know the language of the texts."""
     text, other, chance = checked["checked_nll"], checked["shuffled_nll"], math.log(vocab_size)
     if knows(checked) and text < chance:
         return
     raise IntegrityError(
-        f"The model and its tokenizer do not belong together, or the texts of {name} are in no language that it knows.",
-        why=f"The texts' NLL is {text:.2f} nats a token, that of the same tokens shuffled {other:.2f}, and chance "
-        f"(one of {vocab_size} tokens) {chance:.2f}: a model must find text likelier than both.",
-        hint="Fetch model and tokenizer from the same place, or take other texts with --data.",
+        f"The model does not know the language of the texts {name}, or its tokenizer belongs to another model.",
+        why=f"The NLL of the texts is {text:.2f} nats per token, of the same tokens shuffled {other:.2f}, of guessing "
+        f"(one of {vocab_size} tokens) {chance:.2f}. A model must find text likelier than both.",
+        hint="Fetch model and tokenizer from the same place, or use other texts: --data.",
     )
 
 
 def check_vocabulary(largest: int, vocab_size: int) -> None:
-    """IntegrityError where the tokenizer makes tokens that the model has no embedding for."""
+    """IntegrityError if the tokenizer produces tokens that the model has no embedding for. largest: a token id."""
     if largest >= vocab_size:
         raise IntegrityError(
-            "The model and its tokenizer do not belong together.",
-            why=f"The tokenizer made token {largest} of a text, and the model knows 0 to {vocab_size - 1}.",
+            "The tokenizer does not belong to this model.",
+            why=f"It produced token {largest}, and the model's vocabulary is 0 to {vocab_size - 1}.",
             hint="Fetch model and tokenizer from the same place.",
         )

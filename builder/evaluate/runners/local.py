@@ -3,8 +3,8 @@
 | runner | weights | inputs of linear layers | KV cache |
 | bf16 | the model's | - | - |
 | simulated | NVFP4 by ModelOpt, calibrated as the checkpoint was | NVFP4, dynamic blocks | FP8, its own amax |
-| checkpoint | unpacked from `unified/` | NVFP4 under its input_scale | FP8 under its k_scale, v_scale |
-A layer that was left in FP8 or BF16 is it in both of the last.
+| checkpoint | dequantized from `unified/` | NVFP4 under its input_scale | FP8 under its k_scale, v_scale |
+The table shows NVFP4; a layer in another format (builder/formats) is rounded as that format says.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Causal:
 
 @contextmanager
 def bf16(job: Mapping[str, Any]) -> Iterator[Causal]:
-    """The model as it came. With CUDA accelerate spreads it over the GPUs and, if it must, memory (not run)."""
+    """The model as it is in the snapshot. With CUDA, accelerate spreads it over GPUs and host memory (not tested)."""
     yield Causal(model_loading.load(job, dtype=_dtype(job, "auto"), **_where()), job["batch_tokens"])
     SourceFiles.of_job(job).check_unchanged()
 
 
 @contextmanager
 def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
-    """ModelOpt's fake-quantized model, calibrated anew on the checkpoint's rows: independent of what was written."""
+    """ModelOpt's fake-quantized model, calibrated again on the checkpoint's rows: independent of the files written."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import unified_export_hf
 
@@ -86,7 +86,7 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
 
 @contextmanager
 def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
-    """The unified layout as it lies on disk, read by us; `fp8_kv` false leaves the cache in the arithmetic's type."""
+    """The unified layout on disk, dequantized here. Without `fp8_kv` the KV cache stays in the dtype of computation."""
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
     from transformers.masking_utils import sdpa_mask
@@ -121,8 +121,8 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
 
 
 def _dtype(job: Mapping[str, Any], default: Any) -> Any:
-    """Of the arithmetic: the recipe's; by itself the model's own on a GPU and float32 on a CPU, as the reference
-    executor's, so that runners differ in what they quantize and not in how they add."""
+    """The dtype of computation: the recipe's. By default the model's own on a GPU and, as in the reference executor,
+    float32 on a CPU, so that runners differ only in what they quantize."""
     if job["dtype"] != "auto":
         return getattr(torch, job["dtype"])
     return default if torch.cuda.is_available() else torch.float32
@@ -160,7 +160,7 @@ def _scales(formats: DeclaredFormats) -> tuple[str, ...]:
 
 
 def _quantize_inputs(model: Any, stored: Tensors, formats: DeclaredFormats) -> None:
-    """Each quantized linear layer rounds its input as its format says. NotMeasurable if one of these is no Linear."""
+    """Makes each quantized linear layer round its input as its format says. NotMeasurable if one is not a Linear."""
     modules = dict(model.named_modules())
     last: dict[str, Any] = {}
     for key in stored:
@@ -171,17 +171,17 @@ def _quantize_inputs(model: Any, stored: Tensors, formats: DeclaredFormats) -> N
         module = modules.get(name)
         if not isinstance(module, torch.nn.Linear):
             raise NotMeasurable(
-                f"{name} is no linear layer in transformers' {type(model).__name__}.",
-                why="transformers joins a mixture's experts in one tensor; this runner does not.",
-                hint="Measure ModelOpt's simulation, or what is served: --runner simulated, --runner served",
+                f"{name} is not a linear layer in transformers' {type(model).__name__}.",
+                why="transformers stores the experts of a mixture in one tensor, which this runner does not support.",
+                hint="Measure ModelOpt's simulation or the served model: --runner simulated, --runner served",
             )
         tensors = _tensors_of(stored, name, number_format)
         module.register_forward_pre_hook(_Rounded(number_format, tensors, last))
 
 
 class _Rounded:
-    """A linear layer's input under its scale. Layers that follow one another with the same input (q, k, v; gate, up)
-    share `last`: it is rounded once."""
+    """Rounds a linear layer's input. Consecutive layers with the same input (q, k, v; gate, up) share `last`, so it is
+    rounded once."""
 
     def __init__(self, number_format: NumberFormat, stored: Mapping[str, Tensor], last: dict[str, Any]) -> None:
         calibrated = [one.name for one in number_format.tensors if one.calibrated]
@@ -199,7 +199,7 @@ class _Rounded:
 
 
 def _quantize_cache(model: Any, stored: Tensors) -> None:
-    """The scales for `_attend`, where the checkpoint has them."""
+    """Sets the scales that `_attend` reads, where the checkpoint has them."""
     modules = dict(model.named_modules())
     for key in stored:
         kind = key.rpartition(".")[2]
@@ -211,7 +211,7 @@ def _quantize_cache(model: Any, stored: Tensors) -> None:
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-    """transformers' sdpa over keys (after RoPE) and values that went through an FP8 cache."""
+    """transformers' sdpa over keys (after RoPE) and values rounded as in an FP8 cache."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     for_cache = [(key, getattr(module, "k_scale", None)), (value, getattr(module, "v_scale", None))]

@@ -1,7 +1,7 @@
-"""Logits -> numbers of each token: negative log-likelihood, likeliest token, KL to BF16. Imports torch.
+"""Logits -> scores of each token: negative log-likelihood, top token, KL to BF16. Imports torch.
 
-The likelihood is that of the token which really stands in the text, never that of the likeliest one: the latter is a
-model's confidence in itself, and lower the worse a confused model is.
+The negative log-likelihood is that of the text's own token. That of the model's top token would only measure the
+model's confidence.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from builder.evaluate.datasets import Ids
 
 Columns = dict[str, np.ndarray[Any, Any]]
 _NPY: Any = np.lib.format  # its functions have no types
-REFERENCE = ("top_ids", "top_logp", "rest_logp")  # the columns that a KL needs of BF16
+REFERENCE = ("top_ids", "top_logp", "rest_logp")  # BF16's columns that KL is computed from
 _STEP = 512  # positions at a time: bounds the float32 copies of the logits
 
 
 class Runner(Protocol):
-    """A model in one of its forms. `batch_tokens` is what it would take at once, padding included."""
+    """A variant of a model that can be scored. `batch_tokens`: tokens of a batch, with padding, at most."""
 
     vocab_size: int
     batch_tokens: int
 
     def logits(self, batch: Sequence[Ids]) -> Iterator[Tensor]:
-        """For each sequence its logits [tokens, vocab], in any float dtype, on any device."""
+        """The logits of each sequence, [tokens, vocab], in any float dtype and on any device."""
 
 
 def score(logits: Tensor, ids: Ids, *, top: int = 0, reference: Columns | None = None) -> Columns:
-    """Columns of one text of n tokens, each of n - 1 rows: nll (natural log), best (token), right (best is the text's).
+    """Scores one text of n tokens from its logits [n, vocab]: columns of n - 1 rows.
 
-    With `top` also top_ids and top_logp [n - 1, top], the likeliest tokens in any order, and rest_logp, that of all
-    others; with these of BF16 as `reference` also kl.
+    nll: negative log-likelihood of the next token, in nats. best: the top token. right: whether it is the text's token.
+    top > 0: also top_ids and top_logp [n - 1, top], the likeliest tokens in any order, and rest_logp, the
+    log-probability of all others. reference: these three columns of BF16, from which kl is computed.
     """
     parts = []
     targets = torch.from_numpy(ids[1:].astype(np.int64)).to(logits.device)
@@ -70,16 +71,16 @@ def _score(logits: Tensor, targets: Tensor, top: int, reference: Columns | None)
 
 
 def _rest(logits: Tensor, ids: Tensor, whole: Tensor) -> Tensor:
-    """Log-probability [n] of all tokens but these; -inf where there are no others. A sum, not 1 less a sum: that would
-    be nothing but rounding where little is left."""
+    """Log-probability [n] of all tokens but these; -inf if there are no others. Summed directly: 1 minus the sum of the
+    others would be rounding error where little is left."""
     return logits.scatter(-1, ids, -torch.inf).logsumexp(-1) - whole[:, 0]
 
 
 def divergence(p: Tensor, rest_p: Tensor, q: Tensor, rest_q: Tensor) -> Tensor:
     """KL(P || Q) [n] in nats, from log-probabilities [n, k] of P's k likeliest tokens under P and Q, and of the rest.
 
-    All other tokens count as one. That can only lessen a divergence (the log sum inequality; Cover and Thomas, Elements
-    of Information Theory, theorem 2.7.1), so it is a lower bound, and exact where k is the vocabulary.
+    All other tokens are merged into one, which can only reduce the divergence (the log sum inequality; Cover and
+    Thomas, Elements of Information Theory, theorem 2.7.1). So this is a lower bound, exact if k is the vocabulary.
     """
     p, rest_p, q, rest_q = (x.double() for x in (p, rest_p, q, rest_q))
     rest = torch.where(rest_p > -torch.inf, rest_p.exp() * (rest_p - rest_q), 0.0)
@@ -87,9 +88,9 @@ def divergence(p: Tensor, rest_p: Tensor, q: Tensor, rest_q: Tensor) -> Tensor:
 
 
 class ColumnFiles:
-    """Columns on disk, `<name>.npy`, written and read piece by piece: memory does not grow with the number of texts.
+    """Columns on disk, `<name>.npy`, written and read in pieces, so memory does not grow with the number of texts.
 
-    Mapped files would count as ours once touched; these are read and written by offset.
+    Not memory maps: their pages count as this process's memory once touched.
     """
 
     def __init__(self, directory: Path, rows: int | None = None) -> None:
@@ -97,7 +98,7 @@ class ColumnFiles:
         self._files: dict[str, tuple[Any, int, np.dtype[Any], tuple[int, ...]]] = {}
 
     def write(self, start: int, columns: Columns) -> None:
-        """Rows from `start` on."""
+        """Writes rows from `start` on; a column's file is created by its first write."""
         for name, column in columns.items():
             if name not in self._files:
                 self._files[name] = self._create(name, column)
@@ -106,7 +107,7 @@ class ColumnFiles:
             file.write(np.ascontiguousarray(column).data)
 
     def read(self, start: int, rows: int, *names: str) -> Columns:
-        """These rows of these columns."""
+        """Reads `rows` rows of the named columns."""
         found = {}
         for name in names:
             if name not in self._files:
@@ -119,6 +120,7 @@ class ColumnFiles:
         return found
 
     def close(self) -> None:
+        """Closes all files."""
         for file, *_ in self._files.values():
             file.close()
         self._files.clear()
@@ -138,7 +140,8 @@ class ColumnFiles:
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indexes of texts of like length, the longest first, at most `tokens` with padding (one text may have more)."""
+    """Batches of text indexes, similar lengths together, longest first; at most `tokens` tokens with padding, unless a
+    single text has more."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     start = 0
     while start < len(order):
@@ -148,10 +151,10 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
 
 
 def run(runner: Runner, batch: Sequence[Ids], each: Callable[[int, Tensor], None]) -> None:
-    """Hands (index in the batch, logits) to `each`, for all of a batch, the longest text first.
+    """Calls `each(index in the batch, logits)` for every text of a batch, longest first.
 
-    Where memory is short, in the model or in `each`, `runner.batch_tokens` is halved and that part begun again.
-    UnsupportedError where a single text does not fit.
+    If memory runs out, in the model or in `each`, halves `runner.batch_tokens` and retries that part. UnsupportedError
+    if a single text does not fit.
     """
     done = 0
     while done < len(batch):
@@ -175,6 +178,6 @@ def run(runner: Runner, batch: Sequence[Ids], each: Callable[[int, Tensor], None
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Torch has several ways to say it, on a GPU and on a CPU."""
+    """Whether an error means that memory ran out; torch raises different ones for GPUs and CPUs."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text

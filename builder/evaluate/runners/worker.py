@@ -1,7 +1,7 @@
-"""The child process of one runner: python -m builder.evaluate.runners.worker JOB.json
+"""Worker process of one runner: python -m builder.evaluate.runners.worker JOB.json
 
-Scores one data set after the other and publishes each in the store by itself, so that a run which dies goes on at the
-first data set that it did not finish. Events go to the parent (builder.core.process.emit).
+Scores one data set after the other and stores each as its own stage, so an interrupted run resumes at the first
+unfinished data set. Events go to the parent (builder.core.process.emit).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from builder.model.hashed_files import SourceFiles
 from builder.quantize.device import check_device
 from builder.tokenizer import loading as tokenizer_loading
 
-# The check that a model knows the language of the texts: so many texts, so many tokens of each.
+# The language check (check_language): number of texts, and tokens of each.
 CHECK_TEXTS, CHECK_TOKENS = 8, 256
 
 
 def run(job: Mapping[str, Any]) -> None:
-    """Opens the runner and scores the data sets of the job that the store lacks."""
+    """Opens the runner and scores the data sets of the job that are not in the store."""
     import torch
 
     emit(progress={"label": f"{job['label']}: loading", "done": 0, "total": None})
@@ -47,7 +47,7 @@ def run(job: Mapping[str, Any]) -> None:
 
 
 def opener(name: str) -> Callable[[Mapping[str, Any]], AbstractContextManager[Runner]]:
-    """What opens a runner. Each imports what it needs alone."""
+    """The context manager that opens a runner, by its name. Each runner's imports happen only when it is opened."""
     if name == "reference":
         from builder.evaluate.runners import executor
 
@@ -97,7 +97,11 @@ def score_set(
     reference: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Writes a column file per number, rows in the order of the texts, and the texts' starts. Returns counts."""
+    """Scores the texts into `directory`: one column file per score (scoring.score), rows in the order of the texts, and
+    starts.npy. Returns counts.
+
+    top: how many likely tokens to store per position. reference: the directory of BF16's scores, to compute KL.
+    """
     starts = texts.starts
     if reference is not None:
         _same_texts(reference, starts)
@@ -125,14 +129,14 @@ def score_set(
 
 
 def check_language(runner: Runner, ids: Sequence[Ids], seed: int) -> dict[str, float]:
-    """Mean NLL of the beginnings of some texts, and of the same tokens shuffled."""
+    """Mean NLL of the beginnings of a few texts, and of the same tokens shuffled, in nats per token."""
     step = max(1, len(ids) // CHECK_TEXTS)
     some = sorted((one[:CHECK_TOKENS] for one in ids[::step][:CHECK_TEXTS]), key=lambda one: -len(one))
     return {"checked_nll": mean_nll(runner, some), "shuffled_nll": mean_nll(runner, shuffled(some, seed))}
 
 
 def mean_nll(runner: Runner, ids: Sequence[Ids]) -> float:
-    """Of a token of these texts, in nats."""
+    """Mean negative log-likelihood of these texts, in nats per token."""
     found: dict[int, float] = {}
     ids = sorted(ids, key=lambda one: -len(one))  # scoring.run takes the longest first
 
@@ -146,11 +150,11 @@ def mean_nll(runner: Runner, ids: Sequence[Ids]) -> float:
 def _same_texts(reference: Path, starts: Sequence[int]) -> None:
     theirs = np.load(reference / "starts.npy").tolist()
     if theirs != list(starts):
-        raise IntegrityError("The texts were tokenized otherwise for BF16.", hint="Run the same command again.")
+        raise IntegrityError("The texts were tokenized differently for BF16.", hint="Run the same command again.")
 
 
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
-    """Too little memory, in words; None for a fault of ours."""
+    """The error to show if memory ran out; None for any other."""
     if not scoring.out_of_memory(error):
         return None
     return UnsupportedError(
