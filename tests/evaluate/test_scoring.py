@@ -210,7 +210,7 @@ def test_a_foreign_tokenizer_is_found(tiny: local.Causal, prose: list[Ids], seed
     foreign = [other[ids] for ids in prose]
     with pytest.raises(IntegrityError, match="its tokenizer belongs to another model") as caught:
         language.check_known_language(worker.check_language(tiny, foreign, seed=0), "prose", tiny.vocab_size)
-    assert "chance (one of 4096 tokens) 8.32" in caught.value.why
+    assert "guessing (one of 4096 tokens) 8.32" in caught.value.why
 
 
 def test_tokens_that_the_model_does_not_have_are_found() -> None:

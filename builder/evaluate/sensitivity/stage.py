@@ -1,10 +1,12 @@
-"""Snapshot, Calibration -> Sensitivity: what each linear layer loses in NVFP4, and which to keep for a KL budget.
+"""Snapshot, Calibration -> Sensitivity: the loss of each linear layer, and which to exclude for a KL budget.
 
-The unit is what a server multiplies as one and can leave in BF16: q, k and v; gate and up; the output projection; down.
-Everything is measured by a child process (sensitivity_child.py), against BF16, on texts of the recipe's.
-Why not ModelOpt's AutoQuantize (0.47.0, quantization/algorithms.py): it solves for a size (`effective_bits`), not for a
-loss, and never measures the mixture that it chose; its gradient method needs gradients of all weights and its KL method
-is this measurement, cut at a threshold without regard to bytes, with lm_head searched too and nothing kept when killed.
+The unit is a group of layers that a server multiplies as one: q, k and v; gate and up; the output projection; down.
+A worker process (worker.py) measures everything against BF16, on the recipe's texts.
+
+Why not ModelOpt's AutoQuantize (0.47.0, quantization/algorithms.py): it optimizes for a size (`effective_bits`), not
+for a loss, and never measures the mixture that it selects. Its gradient method needs gradients of all weights. Its KL
+method is this measurement with a threshold that ignores bytes; it also searches lm_head and loses all results if
+interrupted.
 """
 
 from __future__ import annotations
@@ -47,16 +49,17 @@ if TYPE_CHECKING:
     from builder.preflight.model_facts import ModelFacts
 
 USE = Use("texts", "--sensitivity-data", "--set sensitivity.data='{{data: ID, {key}: {value}}}'")
-WHOLE, KV_CACHE = "whole model", "KV cache"  # as sensitivity_child.py names them
+WHOLE, KV_CACHE = "whole model", "KV cache"  # as worker.py names them
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One group of layers in NVFP4 and all else in BF16. `kl` is to BF16 at the output, nats a token; `agreement` the
-    share of positions with the same likeliest token; `bytes` what keeping it in BF16 adds to the TensorRT-LLM layout.
+    """The loss of one group of layers: quantized alone, with everything else in BF16. None: not measured.
 
-    Relative errors, of the weights and of what the decoder layer puts out: ||y - y in NVFP4|| / ||y||. `proxy` is the
-    latter where it was measured. None: not measured.
+    kl: KL divergence from BF16 at the output, nats per token. agreement: share of positions with the same top token.
+    weight_error, output_error: ||y - quantized y|| / ||y|| of the weights, and of the decoder layer's output.
+    proxy: the output error, or the weight error if that was not measured.
+    bytes: what keeping the group in BF16 adds to the TensorRT-LLM layout.
     """
 
     name: str
@@ -71,9 +74,9 @@ class Loss:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`losses` in the order of the layers; `whole` and `kv_cache` are KLs of everything, and of the FP8 cache alone.
+    """`losses` in layer order. `whole`, `kv_cache`: KL with everything quantized, and with only the KV cache.
 
-    `correlation`: Spearman's, of each proxy with the KL.
+    `correlation`: Spearman's rank correlation of each proxy with the KL.
     """
 
     losses: tuple[Loss, ...]
@@ -86,7 +89,7 @@ class Sensitivity:
 
     @property
     def worst(self) -> list[Loss]:
-        """Worst first."""
+        """The losses, largest first."""
         return sorted(self.losses, key=lambda loss: -(loss.proxy if loss.kl is None else loss.kl))
 
 
@@ -99,9 +102,9 @@ def sensitivity(
     store: Store,
     proxy: bool = False,
 ) -> Sensitivity:
-    """Measures every group by itself; a run that was killed goes on where it was. UsageError without texts.
+    """Measures each group alone; an interrupted run resumes. UsageError if the recipe names no texts.
 
-    With `proxy` no KL is measured: one pass over the texts, in which each decoder layer runs once more for each group.
+    proxy: measure output errors only, in one pass over the texts that runs each decoder layer once more per group.
     """
     job, ingredients = _job(snapshot, calibration, model, recipe, store)
     return _sensitivity(job, ingredients, model, store, proxy)
@@ -135,8 +138,7 @@ def _sensitivity(
 
 @dataclass(frozen=True)
 class Selection:
-    """The modules that `auto` keeps in BF16 or FP8, and the KL of the whole model with all in NVFP4 and with these
-    kept."""
+    """The modules that `auto` keeps in BF16 or FP8, the KL of the model with them, and the KL without them."""
 
     modules: tuple[str, ...]
     kl: float
@@ -152,9 +154,10 @@ def select(
     store: Store,
     refused: str = "",
 ) -> Selection:
-    """The layers with the most KL for their bytes, as few as hold the budget beside `model.kept`: measured, not summed.
+    """Selects the layers to keep: largest KL per byte first, as few as needed to meet the recipe's KL budget.
 
-    refused: why attention's output projections can't be kept, if so. UnsupportedError where the budget can't be held.
+    Each candidate mixture is measured, because the KLs of single groups do not add up. `model.kept` is kept anyway.
+    refused: why attention output projections can't be kept, "" if they can. UnsupportedError if that is not enough.
     """
     job, ingredients = _job(snapshot, calibration, model, recipe, store)
     found = _sensitivity(job, ingredients, model, store)
@@ -184,12 +187,12 @@ def select(
 
 
 def _why_not_less(found: Sensitivity, refused: str) -> str:
-    cache = f"The FP8 KV cache alone has {found.kv_cache:.3g}. " if found.kv_cache is not None else ""
+    cache = f"The FP8 KV cache alone costs {found.kv_cache:.3g}. " if found.kv_cache is not None else ""
     return cache + (f"Output projections can't be kept: {refused}." if refused else "")
 
 
 def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensitivity:
-    """The proxy of weights alone: from the files, tensor by tensor. Nothing is kept of it."""
+    """The errors of the weights alone, computed from the files tensor by tensor. The result is not stored."""
     from builder.evaluate.sensitivity import weight_error
 
     groups = _groups(model)
@@ -241,19 +244,19 @@ def _job(
 
 
 def check_texts(recipe: Recipe) -> DataSet:
-    """The texts of the recipe, or UsageError where it names none."""
+    """The recipe's texts. UsageError if it names none."""
     if recipe.sensitivity.data is None:
         raise UsageError(
-            "There are no texts to measure the loss of each layer on.",
-            why="The layers that are kept are fitted to them, so you choose them.",
-            hint="--sensitivity-data FILE.jsonl or a dataset of the Hub, other texts than those of --data; or --proxy, "
-            "the errors of the weights alone",
+            "The recipe names no texts to measure the loss of each layer on.",
+            why="The selection of layers is fitted to these texts, so they are yours to choose.",
+            hint="--sensitivity-data FILE.jsonl or a Hub dataset, with other texts than --data; or --proxy for the "
+            "errors of the weights alone",
         )
     return recipe.sensitivity.data
 
 
 def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
-    """Of the layers that no pattern keeps."""
+    """The groups of layers that no pattern keeps."""
     named = {*model.kept, *model.fp8}
     known = exclude.linears(model.tensors, model.architecture)
     return exclude.groups((name for name in known if name not in named), model.architecture)
@@ -264,8 +267,8 @@ def _weights(snapshot: Snapshot) -> list[Path]:
 
 
 def _partial(store: Store, stage: str, ingredients: Mapping[str, Any]) -> Path:
-    """Where results lie until the stage is whole. It outlives a killed run, but for a stage that is forced; its name
-    holds the stage's key."""
+    """The file of results until the stage is complete. It survives an interrupted run, unless the stage is forced. Its
+    name contains the stage's key."""
     path = store.root / "partial" / f"{stage}-{key_of(stage, ingredients)}.jsonl"
     if not store.dry:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -307,7 +310,7 @@ def _correlation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation, -1 to 1; 0 where one side does not vary. Ties get the mean of their ranks."""
+    """Spearman's rank correlation, -1 to 1; 0 if one side is constant. Ties get the mean of their ranks."""
     import numpy as np
 
     def ranks(values: Sequence[float]) -> Any:
@@ -319,7 +322,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, Any]:
-    """The child, and its summary."""
+    """Runs the worker and returns its summary."""
     weights = [Path(file) for file in job["weights"]]
     modelopt.check(weights, model.architecture, job["kept"], model.number_format)
     log = store.log("sensitivity")
@@ -336,7 +339,10 @@ def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, A
 
 
 def show(found: Sensitivity, command: Sequence[str], out: Output) -> None:
-    """A table, worst first, and what the whole model loses. `command` quantizes by the same recipe."""
+    """Prints the losses, largest first, the loss of the whole model, and the next command.
+
+    command: the words of the command that quantizes with the same recipe.
+    """
     columns = ["layer", "KL", "same token", "output error", "weight error", "bytes to keep"]
     rows = [
         (

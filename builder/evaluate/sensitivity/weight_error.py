@@ -1,6 +1,6 @@
 """How much a number format changes the weights of each linear layer, from a model's files. Imports torch.
 
-The cheap stand-in for a measured loss where a model is too large to run: tensor by tensor, never the model in memory.
+A cheap proxy for the measured loss of a model that is too large to run. Reads one tensor at a time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ def weight_errors(
     number_format: NumberFormat = NVFP4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Of each group ||W - quantized W|| / ||W||, in the Frobenius norm over all its modules. IntegrityError for a
-    weight with NaN or Inf."""
+    """||W - quantized W|| / ||W|| of each group, in the Frobenius norm over all its modules.
+
+    IntegrityError for a weight with NaN or Inf.
+    """
     tensors = Tensors(files[0].parent, files)
     found = {}
     for done, (group, modules) in enumerate(groups.items()):
@@ -40,7 +42,7 @@ def weight_errors(
 
 
 def _group_error(tensors: Tensors, modules: Sequence[str], number_format: NumberFormat, *, fused: bool) -> float:
-    """What is multiplied as one has one global scale, the largest (of q, k and v; of gate and up)."""
+    """`fused`: the modules are served as one layer and share one global scale, the largest (q, k, v; gate, up)."""
     weights = [f"{module}.weight" for module in modules]
     amaxes = [_load(tensors, name).abs().amax() for name in weights]
     error = whole = 0.0

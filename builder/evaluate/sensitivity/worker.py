@@ -1,9 +1,9 @@
-"""The child process that measures what each layer loses: python -m builder.evaluate.sensitivity.worker JOB.json
+"""Worker process that measures what each layer loses: python -m builder.evaluate.sensitivity.worker JOB.json
 
-One group of linear layers at a time goes through ModelOpt's quantizers, all others stay as they came; the KL to BF16 at
-the output is the group's loss. With a budget it looks for the layers to keep instead. Each result is a line of its own
-in the job's results file before the next is measured, so that a run which died goes on where it was. With `proxy` only
-BF16 is run, and each decoder layer some times more.
+One group of linear layers at a time is quantized by ModelOpt's quantizers while all others stay in BF16; the KL from
+BF16 at the output is the group's loss. With a budget it searches for the layers to keep instead. Each result is written
+as a line of the job's results file before the next one is measured, so an interrupted run resumes. With `proxy` only
+BF16 is run, and each decoder layer once more per group.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WHOLE, KV_CACHE = "whole model", "KV cache"  # the names of two results that are
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The losses of all groups; with a `budget` the groups to keep and the loss that is left then."""
+    """Measures the losses of all groups; with a `budget`, selects the groups to keep and measures what is left."""
     done = Results(Path(job["results"]))
     if job["budget"] is None and done.output_errors and all(name in done for name in _wanted(job)):
         return _summary(job, done)
@@ -62,7 +62,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_source(job: Mapping[str, Any]) -> None:
-    """IntegrityError if the model changed while it was measured; no result is kept to go on with then."""
+    """IntegrityError if the model changed during the measurement; its results are then discarded."""
     try:
         SourceFiles.of_job(job).check_unchanged()
     except IntegrityError:
@@ -78,44 +78,50 @@ def _wanted(job: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What is quantized: groups in NVFP4, groups in FP8, the KV cache, and the layers that patterns put in FP8."""
+    """Which layers to quantize for one measurement.
 
-    nvfp4: Sequence[str] = ()
+    groups: in the model's format. fp8: groups in FP8. cache: whether the KV cache too. named: whether the layers that
+    the recipe's patterns put in FP8 too.
+    """
+
+    groups: Sequence[str] = ()
     fp8: Sequence[str] = ()
     cache: bool = False
     named: bool = False
 
 
 def _quantized(job: Mapping[str, Any], name: str) -> Quantized:
-    """What is, for this result."""
+    """Which layers to quantize for the result with this name."""
     if name == WHOLE:
         return Quantized(list(job["groups"]), cache=job["fp8_kv"], named=True)
     return Quantized(cache=job["fp8_kv"]) if name == KV_CACHE else Quantized([name])
 
 
 def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
-    """The fewest of `order`, from its first on, that must stay in BF16 or FP8 so that the KL is no more than the
-    budget: by bisection, each step measured. UnsupportedError if it is more with all of them."""
-    order, budget, form = job["order"], job["budget"], job["kept_format"].upper()
-    flag = "--keep-fp8" if form == "FP8" else "--keep-bf16"
+    """The shortest prefix of `order` that must stay in BF16 or FP8 so that the KL is within the budget.
+
+    By bisection; every step is measured. UnsupportedError if the whole of `order` is not enough.
+    """
+    order, budget, title = job["order"], job["budget"], job["kept_format"].upper()
+    flag = "--keep-fp8" if title == "FP8" else "--keep-bf16"
 
     def kl(number: int) -> float:
         kept = sorted(order[:number])
         rest = [group for group in job["groups"] if group not in kept]
-        what = Quantized(rest, kept if form == "FP8" else (), cache=job["fp8_kv"], named=True)
-        name = f"in {form}: {', '.join(kept)}" if kept else WHOLE
-        return meter.kl(name, what, label=f"{number} of {len(job['groups'])} in {form}")
+        what = Quantized(rest, kept if title == "FP8" else (), cache=job["fp8_kv"], named=True)
+        name = f"in {title}: {', '.join(kept)}" if kept else WHOLE
+        return meter.kl(name, what, label=f"{number} of {len(job['groups'])} in {title}")
 
     low, high = 0, len(order)
     if kl(0) <= budget:
         high = 0
     elif (least := kl(high)) > budget:
         raise UnsupportedError(
-            f"A KL of {budget:g} can't be held: {least:.3g} are left with all layers in {form} that can be.",
-            why=f"Quantized as a whole the model has {kl(0):.3g}. {job['rest']}",
+            f"A KL of {budget:g} can't be reached: it is {least:.3g} with every possible layer in {title}.",
+            why=f"With all layers quantized it is {kl(0):.3g}. {job['rest']}",
             hint=f"Allow more, as {flag} auto:{_ceiling(least)}"
-            + (f", or keep layers in BF16: --keep-bf16 auto:{budget:g}" if form == "FP8" else "")
-            + (", or leave the cache alone: --kv-cache-dtype auto" if job["fp8_kv"] else ""),
+            + (f", or keep layers in BF16: --keep-bf16 auto:{budget:g}" if title == "FP8" else "")
+            + (", or keep the KV cache in the model's type: --kv-cache-dtype auto" if job["fp8_kv"] else ""),
         )
     while low < high:
         middle = (low + high) // 2
@@ -124,7 +130,7 @@ def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ceiling(kl: float) -> str:
-    """Two digits, not less."""
+    """A KL rounded up to two significant digits."""
     step = 10 ** (math.floor(math.log10(kl)) - 1)
     return f"{math.ceil(kl / step) * step:.6g}"
 
@@ -141,7 +147,7 @@ def _summary(job: Mapping[str, Any], done: Results) -> dict[str, Any]:
 
 
 class Results:
-    """Lines of JSON, one for each result. What a killed run left half-written is passed over."""
+    """The results file: one JSON line per result. Incomplete lines of an interrupted run are ignored."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -167,17 +173,17 @@ class Results:
         return self._found[name]
 
     def add(self, **line: Any) -> None:
-        """One line, on the disk when this returns."""
+        """Appends one result; it is on the disk when this returns."""
         self._take(line)
         with open(self._path, "ab") as file:
-            # The first newline ends what a killed run may have left.
+            # The first newline ends an incomplete line of an interrupted run.
             file.write(f"\n{json.dumps(line)}\n".encode())
             file.flush()
             os.fsync(file.fileno())
 
 
 class Simulated:
-    """The calibrated model with ModelOpt's quantizers, all off; `quantized` turns some on for a while."""
+    """The calibrated model with ModelOpt's quantizers, all disabled; `quantized` enables some for the block."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         from modelopt.torch.export import unified_export_hf
@@ -195,9 +201,9 @@ class Simulated:
         lost = [name for members in job["groups"].values() for name in members if name not in modules]
         if lost:
             raise UnsupportedError(
-                f"{len(lost)} linear layers are no modules of their own in {type(self.model).__name__}: {lost[0]}, ...",
-                why="transformers joins the experts of a mixture in one module.",
-                hint="The proxy needs no modules: builder sensitivity --proxy",
+                f"{len(lost)} linear layers are not separate modules in {type(self.model).__name__}: {lost[0]}, ...",
+                why="transformers stores the experts of a mixture in one module.",
+                hint="Use the proxy, which reads the weights only: builder sensitivity --proxy",
             )
         self.groups = {group: [modules[name] for name in members] for group, members in job["groups"].items()}
         self.named = [modules[name] for name in job["fp8"]]
@@ -210,12 +216,13 @@ class Simulated:
 
     @contextmanager
     def quantized(self, what: Quantized) -> Iterator[None]:
-        """Weights are rounded in each forward: little beside the batch's arithmetic, and never two models in memory.
+        """Quantizes these layers while the block runs.
 
-        A layer that was calibrated for NVFP4 has its largest values, which are all that FP8 needs.
+        Weights are rounded in each forward pass, which costs little and avoids a second model in memory. A layer that
+        was calibrated for NVFP4 knows its largest values, which is all that FP8 needs.
         """
         fp8 = self._quantizers(module for group in what.fp8 for module in self.groups[group])
-        quantizers = self._quantizers(module for group in what.nvfp4 for module in self.groups[group])
+        quantizers = self._quantizers(module for group in what.groups for module in self.groups[group])
         quantizers += fp8 + (self._quantizers(self.named) if what.named else []) + (self.cache if what.cache else [])
         before = [(quantizer.num_bits, quantizer.block_sizes) for quantizer in fp8]
         try:
@@ -235,9 +242,11 @@ class Simulated:
 
     @contextmanager
     def watched(self) -> Iterator[dict[str, float]]:
-        """Errors of the groups, filled when the block ends: what a group in NVFP4 changes in the output of its decoder
-        layer, relative to that, the root mean square over all tokens that run in the block. Each layer runs once more
-        for each of its groups, on inputs in BF16: the whole costs some five forward passes, however many layers.
+        """Measures {group: output error} for all tokens that run in the block; filled when the block ends.
+
+        The error is what the quantized group changes in its decoder layer's output, relative to it, as a root mean
+        square over tokens. Each layer runs once more for each of its groups, on BF16 inputs: about five forward passes
+        in all.
         """
         sums: dict[str, list[float]] = {group: [] for group in self.groups}
         found: dict[str, float] = {}
@@ -269,7 +278,7 @@ class Simulated:
         found |= {group: math.sqrt(sum(parts) / len(parts)) for group, parts in sums.items() if parts}
 
     def _layers(self) -> list[tuple[Any, list[str]]]:
-        """The decoder layers with their groups."""
+        """The decoder layers, each with the names of its groups."""
         found: dict[str, list[str]] = {}
         for group in self.groups:
             if inside := re.match(r"(.*?\blayers\.\d+)\.", group):
@@ -278,19 +287,20 @@ class Simulated:
 
 
 def _first(output: Any) -> torch.Tensor:
-    """The hidden states: transformers 4 has layers that return a tuple."""
+    """The hidden states of a layer's output; transformers 4 has layers that return a tuple."""
     tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 
 
 def _relative(changed: torch.Tensor, output: torch.Tensor) -> float:
-    """Mean over tokens of the squared relative error: a few tokens have outputs a hundred times as large."""
+    """Mean over tokens of the squared relative error. Relative per token, because the outputs of a few tokens are a
+    hundred times as large."""
     error = (changed - output).double().pow(2).sum(-1)
     return float((error / output.double().pow(2).sum(-1).clamp(min=1e-30)).mean())
 
 
 class Meter:
-    """Measures KL to BF16 on the texts. BF16's likeliest tokens are computed once and read back batch by batch."""
+    """Measures KL from BF16 on the texts. BF16's likeliest tokens are computed once and read back batch by batch."""
 
     def __init__(
         self, model: Simulated, texts: Sequences, scratch: Path, done: Results, job: Mapping[str, Any]
@@ -308,7 +318,7 @@ class Meter:
             done.add(output_errors=errors, tokens=self.tokens)
 
     def kl(self, name: str, what: Quantized, label: str = "") -> float:
-        """Mean KL(BF16 || this quantized) in nats a token, from the results or measured now."""
+        """Mean KL(BF16 || quantized) in nats per token, from the results file or measured now."""
         self._count += 1
         if name not in self._done:
             with self._model.quantized(what), tempfile.TemporaryDirectory(dir=self._scratch) as directory:
@@ -316,7 +326,7 @@ class Meter:
                 kl = np.load(f"{directory}/kl.npy").mean(dtype=np.float64)
                 same = np.load(f"{directory}/best.npy") == np.load(self._reference / "best.npy")
             if not math.isfinite(kl):
-                raise IntegrityError(f"NaN or Inf came up with {name} quantized.", hint="Calibrate on other texts.")
+                raise IntegrityError(f"NaN or Inf with {name} quantized.", hint="Calibrate on other texts.")
             self._done.add(name=name, kl=float(kl), agreement=float(same.mean()))
         return self._done[name]["kl"]
 
@@ -331,7 +341,7 @@ class Meter:
 
 
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
-    """As of the child that quantizes."""
+    """The error to show, as in the worker that quantizes."""
     return worker.known(error, {**job, "destination": job["results"]})
 
 
