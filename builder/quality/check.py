@@ -1,9 +1,9 @@
 """Snapshot, Checkpoint -> Quality: the small check that every build makes before it publishes.
 
-Some 32 texts of at most 256 tokens, half of them held-out rows of the calibration data where there are any, by the
-BF16 model and by the checkpoint on disk: perplexity, KL, agreement, and a few greedy answers side by side. One child
-process measures both. Where the score is low it also tries what would help, on fewer texts, so that the message can
-name the next command. `builder eval` measures more, and more precisely. Nothing heavy is imported here.
+Measures perplexity, KL and agreement of the BF16 model and of the checkpoint on disk, on about 32 texts of at most 256
+tokens, half of them calibration rows that were not used; and compares a few greedy answers. One worker process measures
+both models. If the score is low it also estimates remedies on fewer texts, so that the message can suggest the next
+command. `builder eval` measures more, and more precisely. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ HELD_OUT = "held-out"
 MIN_TOKENS = 8
 RESAMPLES, SEED = 300, 0
 TOP = 1024  # as evaluation.top
-# What is continued where the model has no chat template, and asked where it has one.
+# Questions for models with a chat template, and texts to continue for models without.
 PROMPTS = (
     {"ask": "What is the capital of France?", "continue": "The capital of France is"},
     {"ask": "Name three primary colors.", "continue": "The three primary colors are"},
@@ -53,7 +53,7 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 32
 LIBRARIES = 600_000_000  # bytes of a process that has torch and transformers
-# Layers that are tried in FP8 where the score is low, by what they cost.
+# Layers that are tried in FP8 if the score is low, cheapest first.
 KEPT = (("*.{down}",), ("*.{attention}.*",), ("*.{mlp}.*",), ("*.{mlp}.*", "*.{q}"))
 
 
@@ -68,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Flags that would help, the score that they were estimated to reach, and the bytes that they would add."""
+    """Flags that would raise the score, the estimated score with them, and the bytes that they add."""
 
     flags: tuple[str, ...]
     score: float
@@ -77,9 +77,10 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Quality:
-    """`figures` of the quantized model by metric (metrics.measure), over all texts; `runner` is what measured it.
+    """The result of the check.
 
-    `unmeasured` says why there are none. `remedies` are empty where the score is high. `collapsed`: the quantized model
+    runner: what measured the quantized model. figures, bf16: by metric (metrics.measure), over all texts.
+    unmeasured: why there are no figures. remedies: empty if the score is high. collapsed: whether the quantized model
     finds shuffled tokens as likely as text.
     """
 
@@ -102,7 +103,7 @@ class Quality:
         return self.figures["score"].value if self.figures else None
 
     def failure(self, min_score: float) -> str:
-        """What is too low, or nothing. A score that is no number fails."""
+        """Why the check fails, "" if it passes. A NaN score fails."""
         if self.score is None:
             return ""
         if self.collapsed:
@@ -115,7 +116,7 @@ class Quality:
 
 
 def read_quality(facts: Mapping[str, Any], digest: str = "", path: Path | None = None) -> Quality:
-    """A stored one."""
+    """The result from a stored stage's facts."""
 
     def estimates(found: Mapping[str, Mapping[str, float]]) -> dict[str, Estimate]:
         return {name: Estimate(**one) for name, one in found.items()}
@@ -129,9 +130,9 @@ def read_quality(facts: Mapping[str, Any], digest: str = "", path: Path | None =
 
 
 def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machine, *, store: Store) -> Quality:
-    """Measured now or found in the store.
+    """Runs the check, or reads it from the store.
 
-    Where it can't be measured (memory, a model that no runner opens or that knows no text) `unmeasured` says why.
+    If it can't be measured (memory, no runner for the model, unknown language), `unmeasured` of the result says why.
     """
     part = recipe.quality
     if not modelopt.gpus() and (least := memory(model, part)) > host.memory:
@@ -173,15 +174,15 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
         if error.code != -signal.SIGKILL:
             error.hint += "\nTo build without this check: --no-quality-check"
             raise
-        return Quality(unmeasured=f"its process was killed, probably for want of memory: it needs about {needs}")
+        return Quality(unmeasured=f"its process was killed, probably because memory ran out; it needs about {needs}")
     return read_quality(made.facts, made.digest, made.path)
 
 
 def memory(model: ModelFacts, part: Settings, *, float32: bool = False) -> int:
-    """Bytes for one of the two models at a time: in BF16 no more than calibrating takes, and the logits of a batch.
+    """Bytes that the check needs: one model at a time (in BF16 no more than calibration) and the logits of a batch.
 
-    In host memory where there is no GPU; on the GPUs and in host memory together where there is one (accelerate). The
-    process of SmolLM2-135M had 2.4 GB in float32: libraries 0.6, weights 0.6, and thrice the logits.
+    Host memory without a GPU; otherwise GPU and host memory together (accelerate). SmolLM2-135M took 2.4 GB in float32:
+    libraries 0.6, weights 0.6, the rest three copies of the logits.
     """
     vocab = int(model.config.get("vocab_size") or 0)
     weights = calibration_memory(model, part.max_tokens) * (2 if float32 else 1)
@@ -189,10 +190,10 @@ def memory(model: ModelFacts, part: Settings, *, float32: bool = False) -> int:
 
 
 def cost(model: ModelFacts, recipe: Recipe, host: Machine) -> tuple[float, int]:
-    """About how many seconds it takes on this machine, and how many bytes of memory.
+    """The estimated seconds on this machine, and bytes of memory.
 
-    SmolLM2-135M took some 100 s of CPU time for 6,460 tokens by both models: 7e10 operations a second on two cores. A
-    GPU's time is that of reading the weights twice (not measured). What would help is not in it: about as much again.
+    SmolLM2-135M took about 100 s of CPU time for 6,460 tokens and both models: 7e10 operations per second on two cores.
+    A GPU's time is that of reading the weights twice (not measured). Remedies, which take as long again, are excluded.
     """
     part, gpu = recipe.quality, bool(modelopt.gpus())
     weights = sum(math.prod(shape) for _, shape in model.tensors.values())
@@ -204,13 +205,13 @@ def cost(model: ModelFacts, recipe: Recipe, host: Machine) -> tuple[float, int]:
 
 
 def _dtype(model: ModelFacts, part: Settings, host: Machine) -> str:
-    """float32 on a CPU (evaluation's auto), unless only BF16 fits."""
+    """The dtype of computation: float32 on a CPU (evaluation's auto), unless only BF16 fits into memory."""
     roomy = bool(modelopt.gpus()) or memory(model, part, float32=True) <= host.memory
     return "auto" if roomy else "bfloat16"
 
 
 def _texts(recipe: Recipe, store: Store) -> dict[str, list[dict[str, Any]]]:
-    """Rows by set: the calibration data's first rows after those calibrated on, and bundled ones for the rest."""
+    """Rows by set: the calibration data's first rows after those that were used, and bundled texts for the rest."""
     rows, part = recipe.calibration, recipe.quality
     wanted = part.texts // 2
     file = local_file(rows.data, USE)
@@ -227,7 +228,7 @@ def _texts(recipe: Recipe, store: Store) -> dict[str, list[dict[str, Any]]]:
 
 
 def _candidates(model: ModelFacts, fp8_kv: bool) -> list[dict[str, Any]]:
-    """What could be changed: flags, the linear layers in FP8, whether the KV cache stays FP8, bytes added."""
+    """The remedies to try: flags, the linear layers in FP8, whether the KV cache stays FP8, and the bytes they add."""
     architecture, excluded = model.architecture, {*model.kept, *model.fp8}
     known = [name for name in exclude.linears(model.tensors, architecture) if name not in excluded]
     found: list[dict[str, Any]] = []
@@ -260,7 +261,7 @@ def _price(model: ModelFacts, name: str) -> int:
 def _measure(
     directory: Path, job: Mapping[str, Any], texts: Mapping[str, Sequence[Mapping[str, Any]]], store: Store
 ) -> dict[str, Any]:
-    """Has the child score, and makes figures of its columns, which are not kept."""
+    """Runs the worker and computes the figures from its column files, which are then deleted."""
     work = directory / "work"
     work.mkdir()
     sets = {}

@@ -1,8 +1,7 @@
-"""What would make a bad checkpoint better, estimated on some texts: other layers in FP8, the KV cache left as it is.
+"""Remedies for a low score, estimated on a few texts: more layers in FP8, or the KV cache in the model's type.
 
-Works on the runner `checkpoint` as it is open: weights of the BF16 model, rounded to FP8, take the place of NVFP4 ones,
-and are taken out again. FP8 inputs are rounded under their own largest value, where a build takes a calibrated one, so
-the scores are estimates.
+Works on the open runner `checkpoint`: weights of the BF16 model, rounded to FP8, temporarily replace quantized ones.
+Inputs are rounded under their own largest value, while a build uses a calibrated one, so the scores are estimates.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from builder.evaluate.datasets import Sequences
 from builder.evaluate.runners.worker import mean_nll
 from builder.formats.arithmetic import fp8
 
-TEXTS = 8  # of all sets together: with five candidates about as long as the check itself
+TEXTS = 8  # of all sets together; five candidates then take about as long as the check itself
 
 
 def estimate(
@@ -31,7 +30,7 @@ def estimate(
 ) -> list[dict[str, Any]]:
     """[{"flags", "score", "nbytes"}] in the order of the candidates. `work` holds the scores of both models.
 
-    On some of the texts it is measured which share of the loss stays, and the loss on all texts is taken times that.
+    Measures on a few texts which share of the loss remains, and multiplies the loss on all texts by it.
     """
     names = list(sets)
     loss = _mean(work / "quantized", names) - _mean(work / "bf16", names)
@@ -40,7 +39,7 @@ def estimate(
     original, before = (_mean(work / variant, names, sets, step) for variant in ("bf16", "quantized"))
     stored, found = Tensors(snapshot), []
     for number, candidate in enumerate(candidates):
-        emit(progress={"label": "quality: what would help", "done": number, "total": len(candidates)})
+        emit(progress={"label": "quality: remedies", "done": number, "total": len(candidates)})
         with _kept(runner.model, candidate["modules"], stored), _cache(runner.model, candidate["fp8_kv"]):
             share = (mean_nll(runner, texts) - original) / max(before - original, 1e-6)
         score = round(100 * math.exp(-loss * share), 3)
@@ -49,7 +48,7 @@ def estimate(
 
 
 def _mean(scores: Path, names: Sequence[str], sets: Mapping[str, Sequences] | None = None, step: int = 1) -> float:
-    """Mean NLL of a token of all texts, or of every so many of each set."""
+    """Mean NLL of all texts, or of every `step`-th text of each set, in nats per token."""
     columns = []
     for name in names:
         nll = np.load(scores / name / "nll.npy")
@@ -87,7 +86,7 @@ def _through_fp8(x: Tensor) -> Tensor:
 
 @contextmanager
 def _cache(model: Any, quantized: bool) -> Iterator[None]:
-    """The KV cache as it is, or in the type of the arithmetic while the block runs."""
+    """Keeps the KV cache as it is, or in the dtype of computation while the block runs."""
     scaled = [] if quantized else [one for one in model.modules() if getattr(one, "k_scale", None) is not None]
     before = [(one, one.k_scale, one.v_scale) for one in scaled]
     for one in scaled:

@@ -1,8 +1,8 @@
-"""The child process of the quality check: python -m builder.quality.worker JOB.json
+"""Worker process of the quality check: python -m builder.quality.worker JOB.json
 
-Opens BF16, then the checkpoint (or where that has no runner ModelOpt's simulation), one after the other in one process,
-so that torch is imported once. Scores go into files that the parent reads (runners.worker.score_set); the rest
-is the summary.
+Opens BF16, then the checkpoint (or ModelOpt's simulation, if no runner opens the checkpoint) in one process, so that
+torch is imported once. Scores go into files that the parent reads (runners.worker.score_set); everything else is in the
+summary.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from builder.evaluate.runners import scoring, worker
 from builder.evaluate.runners.language import check_known_language, check_vocabulary, knows
 from builder.evaluate.runners.scoring import Runner
 
-CHECK_TEXTS = 4  # of each set, shuffled to see whether the model knows their language
-REMEDIES_BELOW = 93.0  # a score above it needs no advice
+CHECK_TEXTS = 4  # texts of each set in the language check
+REMEDIES_BELOW = 93.0  # the score from which no remedies are estimated
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of the check, but for the figures, which are in the column files; or why it can't be made."""
+    """The facts of the check without its figures, which are in the column files; or the reason it can't be made."""
     import torch
 
     try:
@@ -61,7 +61,7 @@ def _compared(job: Mapping[str, Any]) -> dict[str, Any]:
         collapsed = not all(knows(_checked(runner, name, one, job, "quantized")) for name, one in sets.items())
         ours = _answers(runner, tokenizer, prompts, job["answer_tokens"])
         remedies = _remedies(runner, sets, job, label)
-    answers = zip(prompts, original, ours, strict=False)  # none by some runners
+    answers = zip(prompts, original, ours, strict=False)  # some runners give none
     return {
         "runner": label,
         "texts": {name: len(one.ids) for name, one in sets.items()},
@@ -74,11 +74,11 @@ def _compared(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class UnknownLanguage(Exception):
-    """The BF16 model knows none of the texts: no figure of it would mean anything."""
+    """The BF16 model knows the language of none of the texts, so no figure would mean anything."""
 
 
 def _sequences(job: Mapping[str, Any], tokenizer: Any) -> Iterator[tuple[str, Sequences]]:
-    """Token ids by set. A set whose texts are all too short is left out; UsageError where that leaves none."""
+    """Token ids by set. A set whose texts are all too short is left out; UsageError if none remains."""
     errors = []
     for name, rows in job["sets"].items():
         try:
@@ -98,7 +98,7 @@ def _open(variant: Mapping[str, Any]) -> Iterator[Runner]:
 
 @contextmanager
 def _first(variants: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Runner]]:
-    """The first variant that can be opened. NotMeasurable with the first one's reason where none can."""
+    """Opens the first variant that can be opened. NotMeasurable with the first one's reason if none can."""
     refused: NotMeasurable | None = None
     for variant in variants:
         opened = _open(variant)
@@ -119,7 +119,7 @@ def _first(variants: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Runner]
 def _known_sets(
     runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any]
 ) -> tuple[dict[str, Sequences], list[str]]:
-    """The sets whose language BF16 knows: no figure on another means anything. UnknownLanguage if it knows none."""
+    """The sets whose language BF16 knows, and notes about the others. UnknownLanguage if it knows none."""
     found, notes, refused = {}, [], ""
     for name, texts in sets.items():
         try:
@@ -127,18 +127,18 @@ def _known_sets(
             found[name] = texts
         except IntegrityError as error:
             refused = error.why
-            notes.append(f"the {name} texts were left out: they are in no language that the model knows")
+            notes.append(f"the {name} texts were left out: the model does not know their language")
     if not found:
         raise UnknownLanguage(
-            f"the BF16 model finds text no likelier than the same tokens shuffled ({refused}) Its weights may be "
-            "random or damaged, its tokenizer another model's, or its language none of the texts'; calibration rows "
-            "beyond --calib-samples are used too, where there are any"
+            f"the BF16 model finds text no likelier than the same tokens shuffled. {refused} Its weights may be random "
+            "or damaged, its tokenizer may belong to another model, or it may not know the language of the texts. "
+            "Calibration rows beyond --calib-samples are used as texts too, if there are any"
         )
     return found, notes
 
 
 def _checked(runner: Runner, name: str, texts: Sequences, job: Mapping[str, Any], variant: str) -> dict[str, float]:
-    """Mean NLL of some texts, which are scored already, and of the same tokens shuffled."""
+    """Mean NLL of a few texts, from their scores, and of the same tokens shuffled, in nats per token."""
     nll, starts = np.load(Path(job["work"]) / variant / name / "nll.npy"), texts.starts
     some = range(0, len(texts.ids), max(1, len(texts.ids) // CHECK_TEXTS))[:CHECK_TEXTS]
     text = np.concatenate([nll[starts[index] : starts[index + 1]] for index in some])
@@ -167,19 +167,19 @@ def _score(runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any]
 
 
 def _prompt(tokenizer: Any, prompt: Mapping[str, str]) -> tuple[str, list[int]]:
-    """What is shown, and its tokens: a question by the chat template, or without one a text to continue."""
+    """The prompt to show, and its token ids: a question in the chat template, or a text to continue without one."""
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt["ask"]}]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             return prompt["ask"], list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        except Exception:  # any template, any fault: its author's code
-            emit(info="the chat template refuses a plain question, so texts are continued instead")
+        except Exception:  # a template is its author's code and may raise anything
+            emit(info="the chat template rejects a plain question, so texts are continued instead")
     return prompt["continue"], list(tokenizer(prompt["continue"])["input_ids"])
 
 
 def _answers(runner: Any, tokenizer: Any, prompts: Sequence[tuple[str, list[int]]], most: int) -> list[str]:
-    """Greedy answers; none by a runner that has no transformers model."""
+    """Greedy answers of at most `most` tokens; none from a runner without a transformers model."""
     import torch
     from transformers import GenerationConfig
 
@@ -201,7 +201,7 @@ def _answers(runner: Any, tokenizer: Any, prompts: Sequence[tuple[str, list[int]
 
 
 def _remedies(runner: Any, sets: Mapping[str, Sequences], job: Mapping[str, Any], label: str) -> list[dict[str, Any]]:
-    """What was tried, where the score is low and the checkpoint itself is what was measured."""
+    """The estimated remedies, if the score is low and the checkpoint itself was measured."""
     work = Path(job["work"])
 
     def mean(variant: str) -> float:
@@ -217,9 +217,9 @@ def _remedies(runner: Any, sets: Mapping[str, Sequences], job: Mapping[str, Any]
 
 
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
-    """Too little memory is no fault of the model; None for a fault of ours.
+    """NotMeasurable if memory ran out; None for any other error.
 
-    accelerate puts what neither GPUs nor host memory hold on the disk, and refuses without a folder to offload to.
+    If neither GPUs nor host memory hold the model, accelerate wants to offload to disk and raises without a folder.
     """
     if not (scoring.out_of_memory(error) or "offload" in str(error)):
         return None

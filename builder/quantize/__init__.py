@@ -1,1 +1,1 @@
-"""Snapshot -> Checkpoint, one file per backend. `modelopt` is the default and, so far, the only one."""
+"""Snapshot -> Checkpoint, one module per backend. `modelopt` is the only backend so far."""

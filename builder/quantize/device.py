@@ -1,4 +1,4 @@
-"""In a child: whether PyTorch computes where the key of the stage says."""
+"""In worker processes: checks that PyTorch computes on the device that the stage's key names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from builder.core.errors import UnsupportedError
 
 
 def check_device(expected: Sequence[str]) -> str:
-    """The device that is used. UnsupportedError where GPUs are expected and PyTorch sees none: what a CPU calculates
-    would be kept under a GPU's key."""
+    """The name of the device that is used. UnsupportedError if GPUs are expected and PyTorch sees none, because a CPU's
+    results would be stored under a GPU's key."""
     import torch
 
     if torch.cuda.is_available():
@@ -18,6 +18,6 @@ def check_device(expected: Sequence[str]) -> str:
         raise UnsupportedError(
             f"The driver lists {expected[0]}, and PyTorch sees no GPU.",
             why=f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}; an older driver can't run it.",
-            hint="Update the driver, or do it on the CPU: the same command with CUDA_VISIBLE_DEVICES= before it",
+            hint="Update the driver, or compute on the CPU: put CUDA_VISIBLE_DEVICES= before the same command",
         )
     return "cpu"

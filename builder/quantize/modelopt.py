@@ -1,7 +1,6 @@
-"""Snapshot and Calibration -> Checkpoint with NVIDIA ModelOpt: NVFP4 weights and activations, FP8 KV cache; single
-layers in BF16 or FP8.
+"""Snapshot, Calibration -> Checkpoint with NVIDIA ModelOpt, in the formats of the recipe.
 
-This file runs in the parent and imports nothing heavy; `builder.quantize.worker` does the work in a process of its own.
+This module runs in the parent process and imports nothing heavy; `builder.quantize.worker` does the work.
 """
 
 from __future__ import annotations
@@ -55,18 +54,18 @@ SOURCES = (
     "builder/model/dtypes.py",
 )
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",  # everything it needs is in the snapshot
+    "HF_HUB_OFFLINE": "1",  # everything is in the snapshot
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONHASHSEED": "0",
-    # Threads that spin while they wait cost a busy machine most of its time: 21 s instead of 3 for 64 batches, 2 cores.
+    # Threads that spin while they wait slow a busy machine down: 21 s instead of 3 for 64 batches on 2 cores.
     "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
-    **cuda_order(),  # `gpus` counts them in this order
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS repeats its results with it (its manual, "Reproducibility")
+    **cuda_order(),  # the order of `gpus`
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes cuBLAS reproducible (its manual, "Reproducibility")
 }
-# What else changes results, passed on to the child as it is: TF32 in place of FP32, the instruction sets and precision
-# of CPU kernels, and threads, over which sums are split (PyTorch, oneDNN and oneMKL manuals, "environment variables").
+# Other variables that change results; the worker inherits them: TF32 instead of FP32, instruction sets and precision of
+# CPU kernels, and the number of threads that sums are split over (manuals of PyTorch, oneDNN and oneMKL).
 NUMERICS = (
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
@@ -150,7 +149,7 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
 def gpus() -> list[str]:
     """The names of the GPUs that CUDA_VISIBLE_DEVICES leaves visible, in CUDA's order.
 
-    Where NVML does not tell which (parts of a GPU, MIG), those that the driver's files name.
+    If NVML does not tell (MIG, for example), all GPUs that the driver lists in /proc.
     """
     seen = visible()
     if seen is not None:
@@ -160,12 +159,12 @@ def gpus() -> list[str]:
 
 
 def calibrating() -> list[str]:
-    """The GPUs that PyTorch calculates on, for keys: the results differ between them. None with a build for CPUs."""
+    """The GPUs that PyTorch computes on, for keys, because results differ between GPUs; [] with a CPU build."""
     return [] if library_versions("torch")["torch"].endswith("+cpu") else gpus()
 
 
 def numerics() -> dict[str, str]:
-    """The variables of this environment that change what libraries calculate, as far as they are set."""
+    """The environment variables that are set and change numerical results, for keys."""
     names = NUMERICS if visible() is not None else (*NUMERICS, "CUDA_VISIBLE_DEVICES")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -180,7 +179,7 @@ def check(
     absent = [name for name in ("torch", "transformers", "nvidia-modelopt") if library_versions(name)[name] == "absent"]
     if absent:
         raise UnsupportedError(
-            f"Quantizing needs {', '.join(absent)}, which this Python has not.",
+            f"Quantizing needs {', '.join(absent)}, not installed in this Python environment.",
             hint="Install the project with its quantize extra, or run the build in the container.",
         )
     shapes = {name: info.shape for file in weights for name, info in read_header(file).items()}
@@ -197,12 +196,12 @@ def check_sizes(weights: Mapping[str, Sequence[int]], number_format: NumberForma
             f"{len(wrong)} linear layers have an input size that is no multiple of {number_format.group_size}, "
             f"as {number_format.title} requires.",
             why="\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)),
-            hint="Choose another model: the sizes are part of its architecture.",
+            hint="Choose another model. The sizes are part of its architecture.",
         )
 
 
 def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
-    """Runs the child; returns the facts."""
+    """Runs the worker and returns the facts of the checkpoint."""
     log = store.log("quantize")
     events, finished = process.run_job(
         workers.QUANTIZE,
@@ -222,8 +221,8 @@ def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any]) -> 
     store.out.info(f"{linears} linear layers in NVFP4{kept}, calibrated on {tokens:,} tokens")
     if summary["large_kv"]:
         store.out.warn(
-            f"{summary['large_kv']} of {summary['kv_scales']} KV cache scales are above 0.5: FP8 may cost accuracy; "
-            "--kv-cache-dtype auto leaves the cache alone"
+            f"{summary['large_kv']} of {summary['kv_scales']} KV cache scales are above 0.5, so an FP8 KV cache may "
+            "cost accuracy; --kv-cache-dtype auto keeps the model's own type"
         )
     if summary["no_tensorrt_llm"]:
         store.out.warn(f"only the unified layout was written: {summary['no_tensorrt_llm']}")

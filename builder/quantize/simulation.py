@@ -1,7 +1,7 @@
 """ModelOpt's fake quantizers without CUDA: the same arithmetic, eager, from `builder.formats.arithmetic.nvfp4`.
 
 ModelOpt has kernels for CUDA only, so a forward of an NVFP4-simulated model fails on a CPU with "amax must be a CUDA
-tensor for dynamic block quantization". Imports torch and ModelOpt: for the quantize stage's child and for tests.
+tensor for dynamic block quantization". Imports torch and ModelOpt: for worker processes and tests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from builder.formats.arithmetic import fp8, nvfp4
 
 
 def enable_cpu_simulation() -> None:
-    """From now on ModelOpt simulates NVFP4 with our arithmetic, in this process. Works with 0.37 to 0.47."""
+    """Makes ModelOpt (0.37 to 0.47) simulate NVFP4 with our arithmetic, from now on, in this process."""
     from modelopt.torch.quantization import tensor_quant
     from modelopt.torch.quantization.nn.modules import tensor_quantizer
 
@@ -33,7 +33,7 @@ def _dynamic_block(
     scale_num_bits: int,
     scale_exponent_bits: int,
 ) -> Tensor:
-    """Stands in for tensor_quant.dynamic_block_quantize_op: NVFP4 (E2M1, E4M3 scales, blocks of 16), nothing else."""
+    """Replaces tensor_quant.dynamic_block_quantize_op, for NVFP4 only (E2M1, E4M3 scales, blocks of 16)."""
     asked = (num_bits, exponent_bits, scale_num_bits, scale_exponent_bits, block_size)
     if asked != (4, 2, 8, 4, nvfp4.BLOCK):
         raise NotImplementedError(f"only NVFP4 is simulated on a CPU, not (bits, exponent, ..., block) = {asked}")
@@ -49,7 +49,7 @@ def _static_block(
     out_dtype: torch.dtype | None = None,
     *_: Any,
 ) -> Tensor:
-    """Stands in for static_blockwise_fp4_fake_quant: block scales from given amaxes (gemm/fp4_kernel.py, 0.47.0)."""
+    """Replaces static_blockwise_fp4_fake_quant: block scales from given amaxes (gemm/fp4_kernel.py, 0.47.0)."""
     scale = amax.float() / nvfp4.E2M1_MAX
     if quantize_block_scales:
         whole = (global_amax if global_amax is not None else amax.amax()).float()

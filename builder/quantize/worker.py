@@ -1,8 +1,7 @@
-"""The child process of the quantize stage: python -m builder.quantize.worker JOB.json
+"""Worker process of the quantize stage: python -m builder.quantize.worker JOB.json
 
-The job names a local model directory, calibration rows, a sequence length, a batch size, the KV cache's type, the
-modules that stay in BF16 or FP8 and a destination, where it leaves `unified/` and `tensorrt_llm/`. Events go to the
-parent (builder.core.process.emit).
+The job names a local model directory, calibration rows, a sequence length, a batch size, the number formats and a
+destination, where the worker writes `unified/` and `tensorrt_llm/`. Events go to the parent (core.process.emit).
 ModelOpt 0.37 to 0.47, with transformers 4.57 or 5, with or without CUDA.
 """
 
@@ -34,7 +33,7 @@ from builder.quantize.device import check_device
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Both layouts from one calibration; returns what the parent remembers: counts and seconds of each part."""
+    """Writes both layouts from one calibration. Returns facts for the manifest: counts, seconds of each part."""
     destination, source = Path(job["destination"]), Path(job["model"])
     unified = destination / "unified"
     clock = _Clock()
@@ -69,7 +68,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _import_all() -> None:
-    """The heavy imports, with the garbage collector off: it takes a fifth of their time (0.9 of 4.4 s, 2 cores)."""
+    """Does the heavy imports with the garbage collector off, which saves a fifth of their time (0.9 of 4.4 s)."""
     gc.disable()
     emit(progress={"label": "importing ModelOpt", "done": 0, "total": None})
     import modelopt.torch.export
@@ -81,18 +80,18 @@ def _import_all() -> None:
 
 
 def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    """The model in the type that it is served in, on the GPUs if there are any, and the batches of token ids, each
+    """The model in the dtype that it is served in, on the GPUs if there are any, and the batches of token ids, each
     [rows, <= seq_len]."""
     import torch
 
-    batches = _batches(job)  # first: what is wrong with tokenizer, template or rows is known before weights are loaded
+    batches = _batches(job)  # first, so that errors in tokenizer, template or rows come before weights are loaded
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     where: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
     return model_loading.to_quantize(job, **where), batches
 
 
 def _batches(job: Mapping[str, Any]) -> list[Any]:
-    """The calibration rows as batches of token ids, no longer than the model's own limit."""
+    """The calibration rows as batches of token ids, cut at the model's own length limit."""
     from transformers import AutoConfig
 
     from builder.calibration.rows import check_tokens, token_batches
@@ -112,8 +111,8 @@ def _batches(job: Mapping[str, Any]) -> list[Any]:
 
 
 def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[str, int]:
-    """Inserts the quantizers that the formats ask for and runs the batches through (max calibration); returns counts
-    of layers."""
+    """Inserts the formats' quantizers and runs the batches through the model (max calibration). Returns counts of
+    layers."""
     import modelopt.torch.quantization as mtq
     import torch
 
@@ -151,7 +150,7 @@ def _export(model: Any, unified: Path, formats: ModelFormats) -> None:
 
 
 def _second_layout(unified: Path, source: Path, tensorrt_llm: Path) -> str | None:
-    """Completes the first layout and makes the second of it; says why not, for an architecture that has none."""
+    """Completes the Hugging Face layout and derives the TensorRT-LLM one. Returns why there is none, if so."""
     emit(progress={"label": "writing the TensorRT-LLM layout", "done": 0, "total": None})
     huggingface.complete(unified, source)
     config = catalog.with_common_keys(layouts.read_json(source / "config.json"))
@@ -165,7 +164,7 @@ def _second_layout(unified: Path, source: Path, tensorrt_llm: Path) -> str | Non
 
 
 class _unsupported:
-    """What ModelOpt doesn't implement for a model, as our error. `doing` is the verb of the message."""
+    """Turns ModelOpt's NotImplementedError into an UnsupportedError. `doing` is the verb of its message."""
 
     def __init__(self, doing: str) -> None:
         self.doing = doing
@@ -181,7 +180,7 @@ class _unsupported:
 
 
 class _Clock:
-    """Seconds between laps, by name."""
+    """Measures the seconds of each part, by name."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -194,7 +193,7 @@ class _Clock:
 
 
 def _count_warnings() -> Counter[str]:
-    """From now on: how often each warning was given, by `warnings` or ModelOpt's loggers. They reach the log too."""
+    """Counts, from now on, the warnings of `warnings` and of ModelOpt's loggers. They are logged as well."""
     said: Counter[str] = Counter()
 
     class Counting(logging.StreamHandler):  # type: ignore[type-arg]
@@ -215,35 +214,35 @@ def _count_warnings() -> Counter[str]:
 
 
 def _not_finite(model: Path, said: str) -> IntegrityError:
-    """ModelOpt's calibrator saw NaN or Inf: the tensors of the model that hold some, if it is the model's fault."""
+    """The error for NaN or Inf during calibration: names the model's tensors that hold some, if any do."""
     tensors = Tensors(model)
     found = [(name, wrong_floats(info, tensors.data(name))) for name, info in tensors.items()]
     named = [f"{name} {wrong}" for name, wrong in found if wrong]
     return IntegrityError(
-        "NaN or Inf came up while calibrating.",
+        "NaN or Inf during calibration.",
         why="\n".join(named[:10]) or said,
         hint="Fetch the model again, or choose another revision: these weights can't be quantized."
         if named
-        else "The weights are finite, so it is the arithmetic: try other --calib-data, or a model in another dtype.",
+        else "The weights are finite, so activations overflow. Use other --calib-data, or a model in another dtype.",
     )
 
 
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
-    """What a user can do something about, in words; None for a fault of ours."""
+    """The error to show for a problem that the user can solve; None for any other."""
     text = str(error)
     if isinstance(error, AssertionError) and "in amax" in text:
         return _not_finite(Path(job["model"]), text)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return StageError(
             f"The disk that holds {Path(job['destination']).parent} is full.",
-            why="Nothing half-made was kept.",
+            why="No partial checkpoint was kept.",
             hint="Free some space (`builder clean` removes what no repository needs) or choose another --output.",
         )
     if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
         return UnsupportedError(
             "The model does not fit into this machine's memory.",
             why=text.splitlines()[0] if text else "",
-            hint="Calibrate with less at once (--calib-seq-len 512), or use a machine with more memory.",
+            hint="Use shorter rows (--calib-seq-len 512), or a machine with more memory.",
         )
     return None
 

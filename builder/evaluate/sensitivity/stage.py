@@ -206,7 +206,7 @@ def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensit
 def _job(
     snapshot: Snapshot, calibration: Calibration, model: ModelFacts, recipe: Recipe, store: Store
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the child is summary, and the ingredients of the stage's key."""
+    """The job of the worker, and the ingredients of the stage's key."""
     part, evaluation, rows = recipe.sensitivity, recipe.evaluation, recipe.calibration
     data = check_texts(recipe)
     texts = calibrate(Rows(**data.model_dump(), samples=part.texts), store=store, use=USE)
