@@ -47,10 +47,12 @@ class Checkpoint:
 
     @property
     def unified(self) -> Path:
+        """The Hugging Face layout."""
         return self.path / "unified"
 
     @property
     def tensorrt_llm(self) -> Path:
+        """The layout that trtllm-build reads."""
         return self.path / "tensorrt_llm"
 
 

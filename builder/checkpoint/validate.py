@@ -140,6 +140,7 @@ class Layout:
 
     @property
     def unified(self) -> bool:
+        """Whether this is the Hugging Face layout."""
         return self.name == "unified"
 
     @property
@@ -148,6 +149,7 @@ class Layout:
         return min(self.formats.used, key=lambda one: one.bits, default=NVFP4)
 
     def report(self, tensor: str, what: str) -> None:
+        """Records a problem of a tensor."""
         self.problems.append(Problem(self.name, tensor, what))
 
 

@@ -119,7 +119,7 @@ def test_its_headers_are_checked_by_name_and_shape(model: Path, tmp_path: Path) 
     assert "InventedForCausalLM" in str(caught.value)
     headers = {name: (info.dtype, info.shape) for name, info in Tensors(model).items()}
     whole = {"model.safetensors": headers}
-    with pytest.raises(IntegrityError, match="nothing of layer 2"):
+    with pytest.raises(IntegrityError, match="no tensor of layer 2"):
         completeness.check({**facts.config, "num_hidden_layers": 3}, whole, None, "it")
 
 

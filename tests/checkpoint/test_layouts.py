@@ -1,4 +1,4 @@
-"""The TensorRT-LLM layout against ModelOpt's own export of the same calibration; what makes a unified one complete."""
+"""The TensorRT-LLM layout against ModelOpt's export of the same calibration; completing a unified layout."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from builder.core.safetensors_io import NewTensor, Tensors, write
 Exports = dict[str, Path]
 
 # Fields of ModelOpt's config.json that ours leaves out: no TensorRT-LLM class of these models reads them.
-# `bias`, `lm_head_bias` and `rmsnorm` are its own words, `rank` is rank 0's in every file, `decoder` is its own name.
+# `bias`, `lm_head_bias`, `rmsnorm` and `decoder` are fields of ModelOpt only; `rank` is 0 in every file.
 DROPPED = {"rank", "decoder", "rmsnorm", "lm_head_bias", "bias"}
-# Where ModelOpt's value is not kept. PretrainedConfig's default and Triton's `logits_datatype` are 32 bit.
+# Fields whose value differs from ModelOpt's. PretrainedConfig's default and Triton's `logits_datatype` are 32 bit.
 WRONG = {"logits_dtype": "float32"}
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    """For each model a directory with ModelOpt's `unified` and `modelopt`, and `ours` made from the first."""
+    """For each model a directory with ModelOpt's `unified` and `modelopt` layouts, and `ours`, made from the first."""
     made = {}
     for name, source in exports.MODELS.items():
         made[name] = tmp_path_factory.mktemp(name)
@@ -45,7 +45,7 @@ def f32(name: str, value: float) -> NewTensor:
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
-def test_all_tensors_are_modelopts_own(exported: Exports, name: str) -> None:
+def test_all_tensors_equal_modelopts(exported: Exports, name: str) -> None:
     ours, theirs = Tensors(exported[name] / "ours"), Tensors(exported[name] / "modelopt")
     assert set(ours) == set(theirs)
     different = [n for n in ours if (ours[n].dtype, ours[n].shape) != (theirs[n].dtype, theirs[n].shape)]
@@ -63,7 +63,7 @@ def test_the_config_agrees_with_modelopts_where_it_is_right(exported: Exports, n
     assert {key: ours[key] for key in expected} == expected
 
 
-def test_the_config_says_what_modelopt_leaves_out(exported: Exports) -> None:
+def test_the_config_has_the_fields_that_modelopt_omits(exported: Exports) -> None:
     qwen3 = layouts.read_json(exported["qwen3"] / "ours" / "config.json")
     assert qwen3["qwen_type"] == "qwen3"
     assert qwen3["attn_bias"] is False
@@ -104,7 +104,7 @@ def test_shards_give_the_same_file(exported: Exports, tmp_path: Path) -> None:
         assert (tmp_path / "ours" / file).read_bytes() == (exported["llama"] / "ours" / file).read_bytes()
 
 
-def test_kv_scales_are_at_least_one_and_tensorrt_llm_takes_the_larger(exported: Exports, tmp_path: Path) -> None:
+def test_kv_scales_are_at_least_one_and_tensorrt_llm_uses_the_larger(exported: Exports, tmp_path: Path) -> None:
     scales = {"model.layers.0.self_attn.k_proj.k_scale": 2.5, "model.layers.0.self_attn.v_proj.v_scale": 0.25}
     unified = exports.rewrite(exported["llama"] / "unified", tmp_path / "u", {n: f32(n, v) for n, v in scales.items()})
     layouts.write_tensorrt_llm(unified, source_config("llama"), tmp_path / "ours")
@@ -136,7 +136,7 @@ def test_an_unquantized_layer_is_excluded_by_its_tensorrt_llm_name(exported: Exp
 
 
 LAYER = "model.layers.0.self_attn."
-REFUSED: dict[str, tuple[dict[str, NewTensor | None], type[Exception], str]] = {
+REJECTED: dict[str, tuple[dict[str, NewTensor | None], type[Exception], str]] = {
     "scales that differ": (
         {f"{LAYER}k_proj.input_scale": f32(f"{LAYER}k_proj.input_scale", 0.5)},
         IntegrityError,
@@ -185,16 +185,16 @@ REFUSED: dict[str, tuple[dict[str, NewTensor | None], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_rearranged_is_refused(exported: Exports, tmp_path: Path, case: str) -> None:
-    changes, error, match = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_exports_without_a_tensorrt_llm_layout_are_rejected(exported: Exports, tmp_path: Path, case: str) -> None:
+    changes, error, match = REJECTED[case]
     unified = exports.rewrite(exported["llama"] / "unified", tmp_path / "u", changes)
     with pytest.raises(error, match=match):
         layouts.write_tensorrt_llm(unified, source_config("llama"), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
 
 
-def test_other_models_and_formats_are_refused(exported: Exports, tmp_path: Path) -> None:
+def test_other_models_and_formats_are_rejected(exported: Exports, tmp_path: Path) -> None:
     gemma = layouts.read_json(exports.DATA / "arch-variants" / "gemma2" / "config.json")
     with pytest.raises(UnsupportedError, match=r"Gemma2ForCausalLM[\s\S]*LlamaForCausalLM.*Qwen3ForCausalLM"):
         layouts.write_tensorrt_llm(exported["llama"] / "unified", gemma, tmp_path / "ours")
@@ -247,13 +247,13 @@ def test_rope_in_both_spellings(case: str) -> None:
         ({"partial_rotary_factor": 0.5}, UnsupportedError),
     ],
 )
-def test_a_rope_that_tensorrt_llm_would_get_wrong_is_refused(config: dict[str, Any], error: type[Exception]) -> None:
+def test_a_rope_that_tensorrt_llm_does_not_compute_is_rejected(config: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         rope({**SIZE, **config})
 
 
 def loaded(directory: Path) -> tuple[float, str, Any]:
-    """Rope base, rope type and dtype as the installed transformers, 4 or 5, understands a config.json."""
+    """Rope base, rope type and dtype that the installed transformers, 4 or 5, reads from a config.json."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory)
@@ -263,7 +263,7 @@ def loaded(directory: Path) -> tuple[float, str, Any]:
 
 @pytest.mark.parametrize("spelling", [4, 5])
 @pytest.mark.parametrize("scaling", [None, LLAMA3])
-def test_a_complete_config_is_read_alike(tmp_path: Path, spelling: int, scaling: dict[str, Any] | None) -> None:
+def test_a_completed_config_is_read_alike(tmp_path: Path, spelling: int, scaling: dict[str, Any] | None) -> None:
     import torch
 
     plain = {k: v for k, v in source_config("llama").items() if not k.startswith("rope") and "dtype" not in k}
@@ -282,7 +282,7 @@ def test_a_complete_config_is_read_alike(tmp_path: Path, spelling: int, scaling:
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
-def test_an_export_becomes_complete(exported: Exports, tmp_path: Path, name: str) -> None:
+def test_an_export_is_completed(exported: Exports, tmp_path: Path, name: str) -> None:
     from transformers import AutoTokenizer
 
     unified, source = shutil.copytree(exported[name] / "unified", tmp_path / "u"), exports.MODELS[name]
@@ -295,7 +295,7 @@ def test_an_export_becomes_complete(exported: Exports, tmp_path: Path, name: str
     assert AutoTokenizer.from_pretrained(unified).encode("a b") == AutoTokenizer.from_pretrained(source).encode("a b")
 
 
-def test_gemma3s_two_rope_bases_survive(tmp_path: Path) -> None:
+def test_both_rope_bases_of_gemma_3_are_kept(tmp_path: Path) -> None:
     source = exports.DATA / "arch-variants" / "gemma3_text"
     original = layouts.read_json(source / "config.json")
     del original["rope_theta"], original["rope_local_base_freq"]
@@ -306,7 +306,7 @@ def test_gemma3s_two_rope_bases_survive(tmp_path: Path) -> None:
     assert written["rope_parameters"] == original["rope_parameters"]
 
 
-def test_no_json_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_json_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(IntegrityError, match="not a JSON object"):
         layouts.read_json(tmp_path / "config.json")

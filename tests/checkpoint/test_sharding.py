@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallel: against ModelOpt's own split, and put together again by the reference executor."""
+"""Tensor and pipeline parallel: compared with ModelOpt's split, and joined again by the reference executor."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODELOPTS += [("qwen3", 8, 1), ("llama", 4, 1), ("qwen2", 4, 2), ("qwen3", 1, 3)
 
 
 @pytest.mark.parametrize(("name", "tp", "pp"), MODELOPTS)
-def test_every_rank_is_modelopts_own(checkpoints: dict[str, Path], tmp_path: Path, name: str, tp: int, pp: int) -> None:
+def test_every_rank_equals_modelopts(checkpoints: dict[str, Path], tmp_path: Path, name: str, tp: int, pp: int) -> None:
     exports.export(exports.quantized(exports.MODELS[name]), tmp_path / "u", tmp_path / "modelopt", tp=tp, pp=pp)
     ours = split(checkpoints[name], tmp_path, tp, pp)
     assert checkpoint_layouts.read_json(ours / "config.json")["mapping"] == {
@@ -62,7 +62,7 @@ def logits(directory: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
-def test_the_ranks_put_together_give_the_same_logits(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_joined_ranks_give_the_same_logits(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     expected = logits(checkpoints[name] / "tensorrt_llm")
     for tp, pp in [*SIZES, (8, 1)] if name == "qwen3" else SIZES:
         directory = split(checkpoints[name], tmp_path, tp, pp)
@@ -71,13 +71,13 @@ def test_the_ranks_put_together_give_the_same_logits(checkpoints: dict[str, Path
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
-def test_every_rank_passes_the_gate(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_every_rank_passes_validation(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     inspected = validate.inspect(split(checkpoints[name], tmp_path, 4, 2))
     assert not inspected.problems
     assert list(inspected.layouts) == [f"tensorrt_llm rank{rank}" for rank in range(8)]
 
 
-def test_the_gate_sees_a_rank_that_is_another_ranks(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_validation_detects_the_file_of_another_rank(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     directory = split(checkpoints["llama"], tmp_path, 1, 2)
     (directory / "rank0.safetensors").write_bytes((directory / "rank1.safetensors").read_bytes())
     found = {problem.tensor: problem.what for problem in validate.inspect(directory).problems}
@@ -91,7 +91,7 @@ def test_the_gate_sees_a_rank_that_is_another_ranks(checkpoints: dict[str, Path]
 
 
 def change(file: Path, name: str, data: bytes, shape: tuple[int, ...] | None = None) -> None:
-    """Other bytes for one tensor of a file."""
+    """Replaces the bytes of one tensor in a file."""
     tensors = Tensors(file.parent, [file])
     content = {n: (i.dtype, i.shape, bytes(tensors.data(n))) for n, i in tensors.items()}
     content[name] = (content[name][0], shape or content[name][1], data)
@@ -101,7 +101,7 @@ def change(file: Path, name: str, data: bytes, shape: tuple[int, ...] | None = N
 @pytest.mark.parametrize(
     ("name", "tp"), [("transformer.ln_f.weight", 2), ("transformer.layers.1.attention.qkv.weight", 4)]
 )
-def test_ranks_that_must_agree_and_do_not(checkpoints: dict[str, Path], tmp_path: Path, name: str, tp: int) -> None:
+def test_ranks_that_disagree_are_rejected(checkpoints: dict[str, Path], tmp_path: Path, name: str, tp: int) -> None:
     directory = split(checkpoints["llama"], tmp_path, tp, 1)
     file = directory / "rank1.safetensors"
     change(file, name, bytes(Tensors(directory, [file])[name].nbytes))
@@ -109,7 +109,7 @@ def test_ranks_that_must_agree_and_do_not(checkpoints: dict[str, Path], tmp_path
         ReferenceModel.load(directory)
 
 
-def test_missing_ranks_are_counted(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_ranks_are_reported(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     directory = split(checkpoints["llama"], tmp_path, 2, 1)
     (directory / "rank1.safetensors").unlink()
     with pytest.raises(IntegrityError, match=r"1 rank files.*says 2"):
@@ -118,7 +118,7 @@ def test_missing_ranks_are_counted(checkpoints: dict[str, Path], tmp_path: Path)
 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[dict[str, Any], Parallel]:
-    """A made-up model, as small as its sizes allow, and a way to split it."""
+    """An invented model, as small as its sizes allow, and a way to split it."""
     tp = draw(st.sampled_from([1, 2, 3, 4, 8]))
     size = draw(st.sampled_from([16, 32]))
     kv_heads = draw(st.sampled_from([n for n in range(1, 2 * tp + 1) if n % tp == 0 or tp % n == 0]))
@@ -140,7 +140,7 @@ def layouts(draw: st.DrawFn) -> tuple[dict[str, Any], Parallel]:
 
 
 def made_up(config: dict[str, Any], seed: int) -> list[NewTensor]:
-    """Random bytes for every tensor that such a model has, with biases everywhere."""
+    """Random bytes for every tensor of such a model, with biases everywhere."""
     from random import Random
 
     random, made = Random(seed), []
@@ -194,7 +194,7 @@ def test_split_then_join_is_identity(case: tuple[dict[str, Any], Parallel], seed
 
 
 @given(st.integers(1, 100), st.integers(1, 100))
-def test_layers_are_divided_as_torch_divides(layers: int, pp: int) -> None:
+def test_layers_are_divided_as_torch_does(layers: int, pp: int) -> None:
     """TensorRT-LLM's Mapping.pp_layers is torch.tensor_split."""
     theirs = [part.tolist() for part in torch.tensor_split(torch.arange(layers), pp)]
     assert [list(Parallel(1, pp).layers(rank, layers)) for rank in range(pp)] == theirs
@@ -211,11 +211,11 @@ QWEN3_8B = {
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (8, 1), (16, 1), (32, 1), (1, 36), (8, 5)])
-def test_a_model_that_can_be_split_so(sizes: tuple[int, int]) -> None:
+def test_sizes_that_a_model_can_be_split_over(sizes: tuple[int, int]) -> None:
     sharding.check(QWEN3_8B, *sizes)
 
 
-REFUSED: list[tuple[dict[str, Any], int, int, str, str]] = [
+REJECTED: list[tuple[dict[str, Any], int, int, str, str]] = [
     ({}, 3, 1, "32 attention heads are not divisible by 3", "--tp 2"),
     ({"num_key_value_heads": 12, "num_attention_heads": 48}, 8, 1, "12 KV heads can be neither", "--tp 4"),
     (
@@ -231,8 +231,8 @@ REFUSED: list[tuple[dict[str, Any], int, int, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "tp", "pp", "why", "hint"), REFUSED)
-def test_a_model_that_cannot_be_split_so(change: dict[str, Any], tp: int, pp: int, why: str, hint: str) -> None:
+@pytest.mark.parametrize(("change", "tp", "pp", "why", "hint"), REJECTED)
+def test_sizes_that_a_model_cannot_be_split_over(change: dict[str, Any], tp: int, pp: int, why: str, hint: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         sharding.check({**QWEN3_8B, **change}, tp, pp)
     assert why in str(caught.value)
@@ -240,7 +240,7 @@ def test_a_model_that_cannot_be_split_so(change: dict[str, Any], tp: int, pp: in
     assert caught.value.exit_code == 3
 
 
-def test_the_gemm_wants_32_inputs_of_a_rank() -> None:
+def test_the_gemm_needs_a_multiple_of_32_inputs_per_rank() -> None:
     odd = {**QWEN3_8B, "intermediate_size": 16 * 4 * 3}
     sharding.check(odd, 4, 1)
     with pytest.raises(UnsupportedError, match="intermediate_size 192 is not a multiple of 32 x 4: its GEMM") as caught:
@@ -260,7 +260,7 @@ def test_unquantized_layers_must_be_the_same_in_all_stages() -> None:
         exclusions(0)
 
 
-def test_an_unknown_tensor_is_not_guessed_at() -> None:
+def test_an_unknown_tensor_is_rejected() -> None:
     with pytest.raises(UnsupportedError, match=r"transformer\.layers\.0\.mlp\.router\.weight can't be split"):
         sharding.shard("transformer.layers.0.mlp.router.weight", (8, 64), QWEN3_8B, 2, 0)
 

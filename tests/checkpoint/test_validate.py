@@ -1,4 +1,4 @@
-"""The gate: silent on real exports in both layouts, and naming the tensor for every kind of damage."""
+"""Validation accepts real exports in both layouts, and names the tensor for every kind of damage."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_one_layout_alone_is_enough(checkpoints: dict[str, Path], folder: str) -
     assert not inspection.problems
 
 
-def test_an_engine_directory_wraps_its_config(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_the_config_of_an_engine_directory_is_unwrapped(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     engine = exports.rewrite(checkpoints["qwen3"] / "tensorrt_llm", tmp_path / "engine", {})
     config = {"version": "1.2.1", "pretrained_config": layouts.read_json(engine / "config.json"), "build_config": {}}
     (engine / "config.json").write_text(json.dumps(config))
@@ -186,7 +186,7 @@ def test_an_isolated_zero_block_scale_is_an_underflow(checkpoints: dict[str, Pat
 
 
 def test_nothing_quantized_at_all(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """config.json says NVFP4, the weights are the source model's."""
+    """config.json says NVFP4, but the weights are those of the source model."""
     directory = exports.rewrite(checkpoints["llama"] / "unified", tmp_path / "u", {})
     (directory / "model.safetensors").write_bytes((exports.MODELS["llama"] / "model.safetensors").read_bytes())
     found = {problem.tensor: problem.what for problem in inspect(directory).problems}
@@ -224,7 +224,7 @@ def test_an_excluded_layer_may_stay_unquantized(checkpoints: dict[str, Path], tm
 
 
 @pytest.mark.parametrize("name", ["phi3", "gemma2", "gemma3_text", "qwen3_moe"])
-def test_other_decoders_are_judged_by_their_tensors(tmp_path: Path, name: str) -> None:
+def test_other_decoders_are_validated_by_their_tensors(tmp_path: Path, name: str) -> None:
     exports.export(exports.quantized(exports.DATA / "arch-variants" / name), tmp_path / "u")
     inspection = inspect(tmp_path / "u")
     assert inspection.problems == ()
@@ -242,7 +242,7 @@ def test_other_decoders_are_judged_by_their_tensors(tmp_path: Path, name: str) -
     )
 
 
-def test_what_is_no_checkpoint(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_directories_without_a_checkpoint_are_rejected(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no quantized checkpoint"):
         inspect(exports.MODELS["llama"])
     with pytest.raises(UsageError, match="no quantized checkpoint"):

@@ -1,4 +1,4 @@
-"""Whatever stands in config.json or in a recipe: a plan or an error in words, at once and in bounded memory."""
+"""Any value in config.json or a recipe leads to a plan or to a clear error, quickly and in bounded memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def odd_configs(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
 
 
 def outcome(model: Path, out: Path, **more: Any) -> BuilderError | None:
-    """What a plan for the model ends with, if with an error."""
+    """The error that a plan for the model raises, if any."""
     try:
         resolved = schema.resolve(flags(model, **more))
         plan.plan(resolved, Store(out, Output("quiet"), dry=True))
@@ -59,7 +59,7 @@ def outcome(model: Path, out: Path, **more: Any) -> BuilderError | None:
 
 
 @pytest.mark.parametrize("source", ALL, ids=lambda path: path.name)
-def test_odd_values_end_in_a_plan_or_in_words(source: Path, tmp_path: Path, store: Store) -> None:
+def test_odd_values_lead_to_a_plan_or_to_a_clear_error(source: Path, tmp_path: Path, store: Store) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for file in source.iterdir():
@@ -101,12 +101,12 @@ def test_odd_values_end_in_a_plan_or_in_words(source: Path, tmp_path: Path, stor
         ({"eos_token_id": [1, "x"]}, "eos_token_id is a list of 2"),
     ],
 )
-def test_values_that_no_model_can_have_are_named(config: dict[str, Any], says: str) -> None:
+def test_invalid_values_are_named(config: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         config_values.check(config, "model")
 
 
-def test_deep_nesting_is_no_json(tmp_path: Path, store: Store) -> None:
+def test_deeply_nested_json_is_rejected(tmp_path: Path, store: Store) -> None:
     model = copy(LLAMA, tmp_path / "model")
     (model / "config.json").write_text("[" * 100_000)
     with pytest.raises(UsageError, match="is not JSON"):
@@ -122,14 +122,14 @@ NUMBERS = [
 
 @pytest.mark.parametrize("key", NUMBERS)
 @pytest.mark.parametrize("value", [10**9, 10**30, -1, float("inf"), float("nan")])
-def test_a_recipe_number_of_any_size_ends_at_once(key: str, value: float, tmp_path: Path) -> None:
+def test_recipe_numbers_of_any_size_are_handled_quickly(key: str, value: float, tmp_path: Path) -> None:
     began = time.monotonic()
     for gpu, target in (("sm120", "engine"), ("sm120", "llmapi"), ("cpu", "reference")):
         outcome(SHARDED, tmp_path, **{"gpu": gpu, "target": target, key: value})
     assert time.monotonic() - began < 10 * SECONDS
 
 
-def test_a_billion_gpus_are_refused(tmp_path: Path) -> None:
+def test_a_billion_gpus_are_rejected(tmp_path: Path) -> None:
     error = outcome(SHARDED, tmp_path, **{"gpu": "sm120", "engine.tp": 10**9})
     assert "engine.tp" in str(error)
     error = outcome(SHARDED, tmp_path, **{"gpu": "sm120", "engine.tp": 1024, "engine.pp": 1024})

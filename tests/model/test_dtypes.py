@@ -1,4 +1,4 @@
-"""The type that weights are quantized and served in, and the bytes that a plan counts for it, against real exports."""
+"""The dtype that weights are quantized and served in, and the bytes that a plan counts for it, against real exports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def source(target: Path, stated: str | None, *stored: torch.dtype, **changes: Any) -> Path:
-    """The tiny Llama with its tensors in these types, one after the other, and its config.json saying `stated`."""
+    """The tiny Llama with its tensors in these dtypes, in turn, and `stated` as the dtype in its config.json."""
     shutil.copytree(LLAMA, target)
     config = json.loads((target / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")} | changes
@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str | None, tuple[torch.dtype, ...], str]] = {
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_the_plan_has_the_type_and_bytes_that_are_written(tmp_path: Path, case: str, tied: bool) -> None:
+def test_the_plan_has_the_dtype_and_bytes_that_are_written(tmp_path: Path, case: str, tied: bool) -> None:
     stated, stored, written = CASES[case]
     model = source(tmp_path / "model", stated, *stored, tie_word_embeddings=tied)
     facts = checks.read_model(schema.Model(id=str(model)), Store(tmp_path / "store", Output("quiet")))
@@ -98,7 +98,7 @@ def test_float32_weights_need_no_more_memory_to_calibrate_than_bfloat16(tmp_path
     assert found[0] == found[1]
 
 
-def test_flags_and_arguments_follow_the_type(tmp_path: Path) -> None:
+def test_flags_and_arguments_follow_the_dtype(tmp_path: Path) -> None:
     store = Store(tmp_path / "store", Output("quiet"), dry=True)
     for stated, stored, written in CASES.values():
         model = source(tmp_path / f"{stated} {stored} {written}".replace(" ", "-"), stated, *stored)
@@ -119,7 +119,7 @@ def _llmapi(model: Path) -> schema.Resolved:
     return schema.resolve({"model.id": str(model), "gpu": "sm100", "target": "llmapi"})
 
 
-def test_sampling_values_that_transformers_rejects_are_not_read(tmp_path: Path) -> None:
+def test_sampling_values_that_transformers_rejects_are_ignored(tmp_path: Path) -> None:
     """Vicuna's and others' generation_config.json have a temperature without do_sample: 4.57 and 5 load that, and
     refuse to save it. Of the file only the end ids are taken; the checkpoint has the file as it came."""
     model = source(tmp_path / "model", "bfloat16", BFLOAT16)

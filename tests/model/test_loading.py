@@ -1,4 +1,4 @@
-"""Loaded is exactly what was hashed, every tensor in its place; real transformers, real ModelOpt, miniature models."""
+"""Only files that were hashed are loaded, and every tensor is used. With real transformers and ModelOpt."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def snapshot_job(snapshot: Snapshot) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("source", [SHARDED, LLAMA, QWEN2, GEMMA2, MOE], ids=lambda path: path.name)
-def test_a_whole_model_loads(source: Path, store: Store) -> None:
+def test_a_complete_model_loads(source: Path, store: Store) -> None:
     snapshot = fetch(Model(id=str(source)), store=store)
     model = model_loading.load(snapshot_job(snapshot), dtype="auto")
     assert model.config._name_or_path == str(source)
@@ -71,7 +71,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_loading_names_what_transformers_would_make_up_or_leave_out(name: str, tmp_path: Path) -> None:
+def test_loading_names_tensors_that_transformers_would_initialize_or_ignore(name: str, tmp_path: Path) -> None:
     source, change, config, says = WRONG[name]
     model = copy(source, tmp_path / "model", change, **config)
     with pytest.raises(IntegrityError, match="(?s)" + says) as caught:
@@ -80,14 +80,14 @@ def test_loading_names_what_transformers_would_make_up_or_leave_out(name: str, t
     assert str(model) in caught.value.what
 
 
-def test_a_config_that_transformers_cannot_read_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_config_that_transformers_cannot_read_is_rejected(tmp_path: Path) -> None:
     model = copy(LLAMA, tmp_path / "model", model_type="no such type")
     with pytest.raises(UnsupportedError, match="no causal language model"):
         model_loading.load(job(model), dtype="auto")
 
 
-def test_headers_alone_show_that_an_architecture_without_a_table_is_not_whole(tmp_path: Path, store: Store) -> None:
-    """In a child, on the meta device: before a weight is downloaded or read."""
+def test_headers_show_that_a_model_without_a_table_is_incomplete(tmp_path: Path, store: Store) -> None:
+    """In a worker, on the meta device, before a weight is downloaded or read."""
     sound = Model(id=str(GEMMA2))
     checks.check_architecture(sound, checks.read_model(sound, store), store)
     model = copy(GEMMA2, tmp_path / "model", without("model.layers.1.post_feedforward_layernorm.weight"))
@@ -109,7 +109,7 @@ def test_only_the_files_that_were_hashed_are_loaded(tmp_path: Path, store: Store
 
 
 def change(model: Path) -> None:
-    """Another weight, of the same size and under the same time of change."""
+    """Changes a weight but neither the size nor the modification time of the file."""
     file = model / WEIGHTS
     was = file.stat()
     with open(file, "r+b") as opened:
@@ -131,7 +131,7 @@ def test_weights_that_changed_since_they_were_hashed_are_not_loaded(tmp_path: Pa
         snapshot.source.check_unchanged()
 
 
-def test_the_same_content_under_another_time_is_no_change(tmp_path: Path, store: Store) -> None:
+def test_a_file_with_the_same_content_and_another_time_is_unchanged(tmp_path: Path, store: Store) -> None:
     model = copy(LLAMA, tmp_path / "model")
     snapshot = fetch(Model(id=str(model)), store=store)
     os.utime(model / WEIGHTS)
@@ -140,7 +140,7 @@ def test_the_same_content_under_another_time_is_no_change(tmp_path: Path, store:
     snapshot.source.check_unchanged()
 
 
-def test_a_file_of_the_hubs_cache_that_changed_is_noticed(hub: Any, tmp_path: Path, store: Store) -> None:
+def test_a_changed_file_in_the_hubs_cache_is_detected(hub: Any, tmp_path: Path, store: Store) -> None:
     hub.add("tiny/model", LLAMA)
     snapshot = fetch(Model(id="tiny/model"), store=store)
     snapshot.source.check_unchanged()
@@ -182,7 +182,7 @@ def build(model: Path, store: Store) -> BuilderError | None:
     return None
 
 
-def test_weights_that_change_while_they_are_calibrated_are_not_stored(tmp_path: Path) -> None:
+def test_weights_that_change_during_calibration_are_not_stored(tmp_path: Path) -> None:
     model = copy(LLAMA, tmp_path / "model")
     store = Store(tmp_path / "out", Watching("calibrating", lambda: change(model)))
     error = build(model, store)
@@ -195,11 +195,11 @@ def test_weights_that_change_while_they_are_calibrated_are_not_stored(tmp_path: 
 
 
 def rewrite(model: Path) -> None:
-    """As a copy that is not done begins: the file is cut, and a child that has it mapped dies of SIGBUS."""
+    """Truncates the file, as a new copy does first: a worker that has it mapped is killed by SIGBUS."""
     (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:-2] + b"xy")
 
 
-def test_weights_that_are_written_anew_while_they_are_loaded_are_named(tmp_path: Path) -> None:
+def test_weights_that_are_rewritten_during_loading_are_named(tmp_path: Path) -> None:
     model = copy(LLAMA, tmp_path / "model")
     store = Store(tmp_path / "out", Watching("loading the model", lambda: rewrite(model)))
     error = build(model, store)
@@ -207,7 +207,7 @@ def test_weights_that_are_written_anew_while_they_are_loaded_are_named(tmp_path:
     assert not list((store.root / "checkpoint").glob("[0-9a-f]*"))
 
 
-def test_weights_that_change_while_they_are_measured_are_noticed(tmp_path: Path, store: Store) -> None:
+def test_weights_that_change_during_evaluation_are_detected(tmp_path: Path, store: Store) -> None:
     from builder.evaluate.runners import local
 
     model = copy(LLAMA, tmp_path / "model")
@@ -217,7 +217,7 @@ def test_weights_that_change_while_they_are_measured_are_noticed(tmp_path: Path,
         change(model)
 
 
-def test_a_build_of_half_a_model_ends_with_6_and_stores_nothing(tmp_path: Path) -> None:
+def test_a_build_of_an_incomplete_model_exits_with_6_and_stores_nothing(tmp_path: Path) -> None:
     for name, made in (
         ("missing", copy(SHARDED, tmp_path / "missing", without("model.layers.3.mlp.up_proj.weight"))),
         ("compiled", copy(SHARDED, tmp_path / "compiled", renamed("", "_orig_mod."))),
@@ -258,7 +258,7 @@ def test_nothing_is_left_in_the_temporary_directory(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path: Path) -> None:
+def test_a_stored_tied_head_must_equal_the_embedding(tmp_path: Path) -> None:
     same = copy(QWEN2, tmp_path / "same", also("model.embed_tokens.weight", "lm_head.weight"))
     model_loading.load(job(same), dtype="auto")
     other = copy(QWEN2, tmp_path / "other", also("model.embed_tokens.weight", "lm_head.weight", "BF16", (4096, 64)))

@@ -1,4 +1,4 @@
-"""The reference executor without Triton: what a request means, how tokens are chosen, how sequences take turns."""
+"""The reference executor without Triton: sampling, reading requests, scheduling, responses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMITS = Limits(vocab_size=VOCAB, max_batch_size=3, max_input_len=12, max_seq_le
 
 
 class PrefixModel:
-    """Logits that depend on every token of the sequence and on nothing else: a mixed-up cache shows at once."""
+    """Logits that depend on every token of the sequence and on nothing else, so that a mixed-up cache is visible."""
 
     def __init__(self, broken_token: int | None = None, pause: float = 0.0) -> None:
         self.broken_token, self.pause = broken_token, pause
@@ -44,7 +44,7 @@ class PrefixModel:
 
 
 class Recorder:
-    """A listener that keeps what it was told."""
+    """A listener that records its calls."""
 
     def __init__(self) -> None:
         self.pieces: list[list[int]] = []
@@ -83,7 +83,7 @@ def scheduler() -> Any:
 
 
 def alone(one: Sequence) -> list[int]:
-    """The same sequence without any scheduler."""
+    """The result of the same sequence without a scheduler."""
     twin = Sequence(one.prompt, one.max_tokens, one.sampling, Recorder(), one.end_id, one.stop_words)
     with torch.inference_mode():
         while not twin.finish_reason:
@@ -91,7 +91,7 @@ def alone(one: Sequence) -> list[int]:
     return twin.generated
 
 
-# ---- choosing a token
+# ---- sampling
 
 
 def test_greedy_is_the_default_and_temperature_zero() -> None:
@@ -107,7 +107,7 @@ def test_greedy_is_the_default_and_temperature_zero() -> None:
     seed=st.integers(0, 2**64 - 1),
 )
 @settings(max_examples=200)
-def test_a_drawn_token_lies_within_top_k_and_top_p(logits: list[float], top_k: int, top_p: float, seed: int) -> None:
+def test_a_sampled_token_is_within_top_k_and_top_p(logits: list[float], top_k: int, top_p: float, seed: int) -> None:
     values = torch.tensor(logits)
     how = Sampling(top_k=top_k, top_p=top_p, seed=seed)
     token = choose(values, how, torch.Generator().manual_seed(seed)).token
@@ -174,16 +174,16 @@ def test_bad_words_and_min_tokens_mask() -> None:
         {"temperature": float("nan")},
     ],
 )
-def test_impossible_sampling_is_refused(wrong: dict[str, Any]) -> None:
+def test_invalid_sampling_parameters_are_rejected(wrong: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="must be"):
         Sampling(**wrong)
 
 
-# ---- what a request means
+# ---- reading requests
 
 
 def tensors(**more: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """A request as Triton hands it over: batch dimension first, one value per row for the others."""
+    """A request as Triton passes it: batch dimension first, one value per row for the others."""
     given: dict[str, Any] = {"input_ids": [[1, 2, 3]], "input_lengths": [3], "request_output_len": [4], **more}
     return {name: np.asarray(value) for name, value in given.items() if value is not None}
 
@@ -217,7 +217,7 @@ def test_a_request_is_read_with_tensorrt_llms_defaults() -> None:
     assert request.sampling.bias is None
 
 
-def test_max_tokens_shrinks_to_what_fits() -> None:
+def test_max_tokens_is_limited_by_max_seq_len() -> None:
     assert row(request_output_len=[[1000]]).max_tokens == 13
 
 
@@ -247,7 +247,7 @@ def test_max_tokens_shrinks_to_what_fits() -> None:
         ({"return_perf_metrics": [True]}, "performance metrics"),
     ],
 )
-def test_a_wrong_request_is_refused_with_its_reason(wrong: dict[str, Any], says: str) -> None:
+def test_an_invalid_request_is_rejected_with_a_reason(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError, match=says):
         row(**wrong)
 
@@ -269,14 +269,14 @@ def test_rows_of_a_batch_lose_their_padding() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4), max_size=5), st.integers(0, 3))
-def test_word_lists_survive_the_way_there(wanted: list[list[int]], padding: int) -> None:
+def test_word_lists_are_decoded(wanted: list[list[int]], padding: int) -> None:
     ids = [token for word in wanted for token in word] + [0] * padding
     ends = np.cumsum([len(word) for word in wanted]).tolist()
     matrix = np.array([ids, ends + [-1] * (len(ids) - len(ends))], np.int32)
     assert words(matrix, "stop_words_list", VOCAB) == tuple(tuple(word) for word in wanted)
 
 
-def test_stop_is_a_request_of_its_own() -> None:
+def test_a_stop_request_is_recognized() -> None:
     assert is_stop({"stop": np.array([True])})
     assert not is_stop({"stop": np.array([False])})
     assert not is_stop({})
@@ -293,7 +293,7 @@ def test_limits_follow_the_engine() -> None:
     assert Limits.read(config).max_input_len == 24
 
 
-# ---- taking turns
+# ---- scheduling
 
 
 def test_one_sequence(scheduler: Scheduler) -> None:
@@ -305,7 +305,7 @@ def test_one_sequence(scheduler: Scheduler) -> None:
     assert one.generated == alone(one)
 
 
-def test_the_end_token_is_not_part_of_the_answer_but_a_stop_word_is(scheduler: Scheduler) -> None:
+def test_the_end_token_is_left_out_of_the_output_and_a_stop_word_is_not(scheduler: Scheduler) -> None:
     free = alone(sequence([5]))
     ended = sequence([5], end_id=free[3])
     stopped = sequence([5], stop_words=((free[2], free[3]), (99,)))
@@ -324,7 +324,7 @@ def test_a_stop_word_may_begin_in_the_prompt(scheduler: Scheduler) -> None:
 
 @settings(max_examples=20)
 @given(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5), min_size=1, max_size=8))
-def test_an_answer_does_not_depend_on_its_neighbours(prompts: list[list[int]]) -> None:
+def test_the_output_does_not_depend_on_other_sequences(prompts: list[list[int]]) -> None:
     scheduler = Scheduler(PrefixModel(), max_active=3)
     together = [
         sequence(prompt, 1 + index % 5, sampling=Sampling(top_k=index % 3, seed=index))
@@ -343,7 +343,7 @@ def test_sequences_take_turns_and_no_more_than_max_active() -> None:
     assert model.order == [1, 2, 1, 2, 1, 2, 1, 2, 3, 3]
 
 
-def test_a_bug_in_one_step_ends_that_sequence_alone() -> None:
+def test_an_error_in_one_step_ends_only_that_sequence() -> None:
     scheduler = Scheduler(PrefixModel(broken_token=9), max_active=3)
     good, bad, other = sequence([1]), sequence([9]), sequence([2])
     run(scheduler, good, bad, other)
@@ -356,7 +356,7 @@ def test_a_bug_in_one_step_ends_that_sequence_alone() -> None:
     scheduler.close()
 
 
-def test_a_listener_that_breaks_harms_nobody_else() -> None:
+def test_an_error_in_a_listener_does_not_affect_other_sequences() -> None:
     said: list[str] = []
     scheduler = Scheduler(PrefixModel(), 3, said.append)
     bad, good = sequence([1]), sequence([2])
@@ -368,7 +368,7 @@ def test_a_listener_that_breaks_harms_nobody_else() -> None:
     assert "so did its error response" in said[0]
 
 
-def test_a_request_id_stops_its_sequences_running_or_waiting() -> None:
+def test_stop_cancels_active_and_waiting_sequences_of_a_request() -> None:
     scheduler = Scheduler(PrefixModel(pause=0.01), max_active=1)
     running, waiting = sequence([1], 10_000, request_id="a"), sequence([2], 10_000, request_id="a")
     other = sequence([3], 2, request_id="b")
@@ -385,7 +385,7 @@ def test_a_request_id_stops_its_sequences_running_or_waiting() -> None:
     assert not waiting.generated
 
 
-def test_a_client_that_left_costs_no_more_steps() -> None:
+def test_a_cancelled_sequence_is_not_stepped_again() -> None:
     scheduler = Scheduler(PrefixModel(pause=0.01), max_active=1)
     left = sequence([1], 10_000)
     scheduler.submit([left])
@@ -395,7 +395,7 @@ def test_a_client_that_left_costs_no_more_steps() -> None:
     assert left.finish_reason == "cancelled"
 
 
-def test_closing_tells_those_who_still_wait() -> None:
+def test_close_cancels_waiting_sequences() -> None:
     scheduler = Scheduler(PrefixModel(pause=0.01), max_active=1)
     running, waiting = sequence([1], 10_000), sequence([2])
     scheduler.submit([running, waiting])
@@ -405,7 +405,7 @@ def test_closing_tells_those_who_still_wait() -> None:
         scheduler.submit([waiting])
 
 
-# ---- what goes back
+# ---- responses
 
 
 def finished(**more: Any) -> tuple[Any, Sequence]:
@@ -425,7 +425,7 @@ def finished(**more: Any) -> tuple[Any, Sequence]:
     return request, one
 
 
-def test_a_whole_answer_has_the_shapes_of_the_c_backend() -> None:
+def test_a_complete_response_has_the_shapes_of_the_c_backend() -> None:
     request, one = finished(
         return_log_probs=[True],
         return_context_logits=[True],
@@ -447,18 +447,18 @@ def test_a_whole_answer_has_the_shapes_of_the_c_backend() -> None:
     assert out["generation_logits"][0, 0].argmax(-1).tolist() == one.generated
 
 
-def test_the_prompt_comes_along_only_when_asked_and_not_streamed() -> None:
+def test_the_prompt_is_returned_only_if_requested_and_not_streamed() -> None:
     request, one = finished(exclude_input_in_output=[False])
     assert arrays(request, one, rows=1)["output_ids"].tolist() == [[[1, 2, 3, *one.generated]]]
     request, one = finished(exclude_input_in_output=[False], streaming=[True])
     assert arrays(request, one, rows=1)["output_ids"].tolist() == [[one.generated[-1:]]]
 
 
-def test_what_was_not_asked_for_has_no_placeholder() -> None:
+def test_outputs_that_were_not_requested_are_left_out() -> None:
     assert set(arrays(*finished(), rows=1)) == {"output_ids", "sequence_length"}
 
 
-def test_a_stream_that_ends_by_the_end_token_has_an_empty_last_piece() -> None:
+def test_the_last_response_of_a_stream_is_empty_at_the_end_token() -> None:
     free = finished()[1].generated
     request, one = finished(end_id=[free[2]], streaming=[True], return_generation_logits=[True])
     out = arrays(request, one, rows=1)

@@ -1,4 +1,4 @@
-"""The reference executor against ModelOpt's own simulation of the same calibration, for every architecture it runs."""
+"""The reference executor against ModelOpt's simulation of the same calibration, for every architecture it runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENS = 160
 
 @dataclass(frozen=True)
 class Pair:
-    """One calibration in two forms: the TensorRT-LLM layout, and ModelOpt's fake-quantized model before its export."""
+    """One calibration twice: the TensorRT-LLM layout, and ModelOpt's fake-quantized model before its export."""
 
     tensorrt_llm: Path
     simulated: Any
@@ -69,7 +69,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def _as_exported(model: Any) -> Any:
-    """The exporter's fusing: q, k and v share their ranges, so do gate and up. Its dummy forward is part of it."""
+    """Fuses as the exporter does: q, k and v share their ranges, as do gate and up. Includes its dummy forward pass."""
     from modelopt.torch.export import unified_export_hf
 
     with torch.inference_mode():
@@ -86,7 +86,7 @@ def _kv_scales(model: ReferenceModel) -> list[torch.Tensor]:
     return [layer.kv_scale for layer in model.layers if layer.kv_scale is not None for _ in "kv"]
 
 
-def test_weights_are_exactly_modelopts(pair: Pair) -> None:
+def test_weights_equal_modelopts_exactly(pair: Pair) -> None:
     model = ReferenceModel.load(pair.tensorrt_llm)
     for theirs, ours in zip(pair.simulated.float().model.layers, model.layers, strict=True):
         attention, mlp = theirs.self_attn, theirs.mlp
@@ -107,7 +107,7 @@ def test_weights_are_exactly_modelopts(pair: Pair) -> None:
 
 
 def test_logits_agree_with_modelopts(pair: Pair) -> None:
-    """In float64: all that is left of a difference is the rounding of logits of up to 32 to float32, 2^-20 = 1e-6.
+    """In float64: the only difference left is the rounding of logits of up to 32 to float32, 2^-20 = 1e-6.
 
     Both sides round the same numbers to NVFP4 and FP8, and at 1e-16 no rounding falls otherwise; measured 9.5e-7.
     It means something: without quantization the logits are 0.19 to 0.34 (rms) away, with unclamped scales 0.12 to 0.31.
@@ -117,8 +117,8 @@ def test_logits_agree_with_modelopts(pair: Pair) -> None:
     assert (ours - pair.theirs(torch.float64)).pow(2).mean().sqrt() > 0.01  # the scale of the cache is seen
 
 
-def test_logits_agree_in_float32_but_for_roundings_that_fall_otherwise(pair: Pair) -> None:
-    """NVFP4 is not continuous: a sum that differs by 1e-7 may round to the other code, and layers later that shows.
+def test_logits_agree_in_float32_except_for_different_roundings(pair: Pair) -> None:
+    """NVFP4 is not continuous: a sum that differs by 1e-7 may round to another code, which later layers amplify.
 
     On the machine of measurement the two were equal to the bit. Another BLAS may add in another order; what that does
     was seen there by running 160 tokens one by one: 0.05 of the logits' deviation (rms) on the Qwen3, 1e-6 on the
@@ -130,7 +130,7 @@ def test_logits_agree_in_float32_but_for_roundings_that_fall_otherwise(pair: Pai
 
 
 def test_one_by_one_equals_all_at_once(pair: Pair) -> None:
-    """Prefill, then token by token, then the rest at once: the cache is the same. In float64, for the reason above."""
+    """Prefill, then token by token, then the rest together: the cache is the same. In float64, for the reason above."""
     model, whole = pair.ours(torch.float64)
     cache = model.new_cache()
     pieces = [pair.ids[:50], *pair.ids[50:90].split(1), pair.ids[90:]]
@@ -149,7 +149,7 @@ def _change(directory: Path, **fields: Any) -> None:
     (directory / "config.json").write_text(json.dumps(config | fields))
 
 
-def test_an_engine_directory_is_read_and_its_length_is_the_limit(pair: Pair, copy: Path) -> None:
+def test_an_engine_directory_is_read_and_its_max_seq_len_is_the_limit(pair: Pair, copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     engine = {"version": "1.2.1", "pretrained_config": config, "build_config": {"max_seq_len": 12}}
     (copy / "config.json").write_text(json.dumps(engine))
@@ -177,7 +177,7 @@ def test_ids_are_checked(pair: Pair) -> None:
         {"rotary_scaling": {"type": "dynamic", "factor": 2.0}},
     ],
 )
-def test_what_it_cannot_run_it_refuses(copy: Path, change: dict[str, Any]) -> None:
+def test_unsupported_checkpoints_are_rejected(copy: Path, change: dict[str, Any]) -> None:
     _change(copy, **change)
     with pytest.raises(UnsupportedError):
         ReferenceModel.load(copy)
@@ -214,7 +214,7 @@ ROPE = [
 
 
 @pytest.mark.parametrize("scaling", ROPE, ids=lambda scaling: scaling["rope_type"])
-def test_rotary_scaling_is_transformers(scaling: dict[str, Any]) -> None:
+def test_rotary_scaling_equals_that_of_transformers(scaling: dict[str, Any]) -> None:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
