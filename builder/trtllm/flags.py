@@ -152,8 +152,8 @@ def check_format(resolved: schema.Resolved) -> None:
     for name in filter(None, wanted):
         if name not in gpu.formats:
             raise UnsupportedError(
-                f"{gpu.name} can't run {name}: it is no format of {gpu.title}.",
-                why=f"{gpu.name} runs {', '.join(gpu.formats)}. {_runs_on(name)}",
+                f"{gpu.name} can't run {name}.",
+                why=f"{gpu.name} ({gpu.title}) runs {', '.join(gpu.formats)}. {_runs_on(name)}",
                 hint="A Blackwell card (`builder gpus`), or the reference executor on this machine's CPU: --gpu cpu",
             )
         since = gpu.formats[name].since

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import builder
@@ -241,6 +242,12 @@ def models() -> Iterator[str]:
             yield from say(f"{code(found.name)} with {code(refusal.key)} has no engine: {text(refusal.why)}")
 
 
+def _path(layer: str) -> str:
+    """builder/core/ for a package, builder/plan.py for a module."""
+    package = Path(builder.__file__).parent / layer
+    return f"builder/{layer}/" if package.is_dir() else f"builder/{layer}.py"
+
+
 def packages() -> Iterator[str]:
     """The packages of builder/, lowest layer first, from the docstring of builder/__init__.py."""
     yield from say(
@@ -248,7 +255,7 @@ def packages() -> Iterator[str]:
         "Lowest layer first. A module imports from its own package and from those above it in this table only.",
     )
     layers = re.findall(r"^    (\w+) +(\S.+)$", builder.__doc__ or "", re.M)
-    yield from table(("package", "contents"), [(code(f"builder/{name}"), text(what)) for name, what in layers])
+    yield from table(("package", "contents"), [(code(_path(name)), text(what)) for name, what in layers])
 
 
 def formats() -> Iterator[str]:

@@ -70,7 +70,7 @@ def test_nvfp4_runs_only_on_blackwell() -> None:
 def test_a_card_without_nvfp4_is_rejected_with_its_formats(name: str) -> None:
     with pytest.raises(UnsupportedError, match=f"{name} can't run nvfp4") as caught:
         flags(name)
-    assert f"{name} runs {', '.join(gpus.load(name).formats)}" in caught.value.why
+    assert f"{name} ({gpus.load(name).title}) runs {', '.join(gpus.load(name).formats)}" in caught.value.why
     assert "--gpu cpu" in caught.value.hint
     assert flags(name, "target=reference")
 
