@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from builder.architectures import catalog
 from builder.core.errors import UsageError
 
 MOST_LAYERS = 10_000
@@ -52,9 +53,8 @@ NUMBERS: Mapping[str, tuple[float, float]] = {
 }
 SWITCHES = (
     "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "is_encoder_decoder", "use_qk_norm",
-    "qk_layernorm", "use_logn_attn", "residual_mlp", "remove_duplicated_kv_heads", "has_partial_lora_mask",
 )  # fmt: skip
-WORDS = ("model_type", "hidden_act", "hidden_activation", "qwen_type")
+WORDS = ("model_type", "hidden_act", "hidden_activation")
 DTYPES = ("bfloat16", "float16", "float32")
 ROPES = ("rope_scaling", "rope_parameters")
 ROPE_NUMBERS: Mapping[str, tuple[float, float]] = {
@@ -108,9 +108,9 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
         yield from _unless(config, key, partial(whole, low=low, high=high), f"a whole number, {low} to {high}")
     for key, (least, most) in NUMBERS.items():
         yield from _unless(config, key, partial(number, least=least, most=most), f"a number, {least:g} to {most:g}")
-    for key in SWITCHES:
+    for key in (*SWITCHES, *engine_fields(bool)):
         yield from _unless(config, key, lambda v: isinstance(v, bool), "true or false")
-    for key in WORDS:
+    for key in (*WORDS, *engine_fields(str)):
         yield from _unless(config, key, _word, "a name")
     for key in ("dtype", "torch_dtype"):
         yield from _unless(config, key, lambda v: v in DTYPES if isinstance(v, str) else False, ", ".join(DTYPES))
@@ -119,6 +119,12 @@ def _keys(config: Mapping[str, Any]) -> Iterator[str]:
     yield from _unless(config, "architectures", _words, "a list of class names")
     yield from _unless(config, "layer_types", _words, "a list of names")
     yield from _unless(config, "text_config", lambda v: isinstance(v, Mapping), "an object")
+
+
+def engine_fields(kind: type) -> list[str]:
+    """Fields of TensorRT-LLM's configuration classes whose values are of this type, and which config.json may set."""
+    engines = [one.engine.config for one in catalog.every() if one.engine]
+    return list(dict.fromkeys(key for config in engines for key, value in config.items() if isinstance(value, kind)))
 
 
 def _unless(config: Mapping[str, Any], key: str, valid: Callable[[Any], bool], needed: str) -> Iterator[str]:

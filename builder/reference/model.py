@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from builder.architectures import names
 from builder.checkpoint.layouts import QUANT_CFG, read_json
 from builder.checkpoint.sharding import Joined
 from builder.core.errors import IntegrityError, UnsupportedError
@@ -125,10 +126,10 @@ class ReferenceModel:
         self.heads, self.head_size = config["num_attention_heads"], config["head_size"]
         self.kv_heads = config["num_key_value_heads"]
         self._cache = kv_cache.of_checkpoint(config["quantization"].get("kv_cache_quant_algo"))
-        self.embedding = tensors.plain("transformer.vocab_embedding.weight")
-        self.layers = [tensors.layer(f"transformer.layers.{i}") for i in range(config["num_hidden_layers"])]
-        self.norm = tensors.norm("transformer.ln_f")
-        self.head = tensors.linear("lm_head")
+        self.embedding = tensors.plain(f"{names.ENGINE_EMBEDDING}.weight")
+        self.layers = [tensors.layer(f"{names.ENGINE_LAYERS}.{i}") for i in range(config["num_hidden_layers"])]
+        self.norm = tensors.norm(names.ENGINE_FINAL_NORM)
+        self.head = tensors.linear(names.ENGINE_HEAD)
         self._angles, self._rope_factor = frequencies(self.head_size, config["rotary_base"], config["rotary_scaling"])
 
     @classmethod

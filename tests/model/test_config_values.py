@@ -28,6 +28,7 @@ ODD: tuple[Any, ...] = (
 # Keys that no bundled config.json has, and that this project or a served architecture reads.
 MORE = (
     *config_values.SIZES, *config_values.NUMBERS, *config_values.SWITCHES, *config_values.WORDS, "dtype", "torch_dtype",
+    *config_values.engine_fields(object),
     "quantization_config", "compression_config", "auto_map", "text_config", "layer_types", "architectures",
 )  # fmt: skip
 KINDS = ("linear", "yarn", "llama3", "longrope", None)
