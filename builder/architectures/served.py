@@ -49,7 +49,7 @@ def check_llmapi(config: Mapping[str, Any], version: str) -> None:
     known = catalog.served_by("llmapi", version)
     if (name := catalog.name_of(config)) not in known:
         raise UnsupportedError(
-            f"{name} is no architecture that the llmapi target is known to serve.",
+            f"{name} is not an architecture that the llmapi target is known to serve.",
             why=f"Known: {', '.join(known)} (tensorrt_llm/_torch/models).",
             hint="Take one of these models, or stop at the checkpoint: `builder quantize`.",
         )

@@ -1,6 +1,6 @@
-"""The child process that reads a Hub dataset: python -m builder.calibration.hub_dataset '{"job": "rows", "repo": ...}'
+"""Worker process that reads a Hub dataset: python -m builder.calibration.hub_dataset '{"job": "rows", "repo": ...}'
 
-Streams with the `datasets` library (3.1 to 5.x): as many bytes as the first rows need, pinned to a commit.
+Streams with the `datasets` library (3.1 to 5.x), pinned to a commit: downloads only what the first rows need.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def rows(job: dict[str, Any]) -> dict[str, Any]:
 
 def _numbered(job: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, row in enumerate(_stream(job), 1):
-        DEADLINE.begin(job["limit"])  # for each row: a large file may have to come before the first
+        DEADLINE.begin(job["limit"])  # per row: a large file may have to be downloaded before the first
         emit(progress={"label": "rows", "done": number - 1, "total": job["samples"]})
         yield number, row
 
 
 def _stream(job: dict[str, Any]) -> Any:
     repo, config, split = job["repo"], job["config"], job["split"]
-    # Before 4.0 a dataset could be a script, and the library asks on the terminal whether to run it.
+    # Before 4.0 a dataset could be a script, and the library would ask on the terminal whether to run it.
     refuse = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
     try:
         return datasets.load_dataset(repo, config, split=split, streaming=True, revision=job["commit"], **refuse)
     except datasets.exceptions.DatasetNotFoundError as error:
-        # Its causes are cut off, so the words are all there is. The dataset itself was found when it was resolved; a
-        # commit that the recipe names was not asked for until now.
+        # The exception has no causes, so its text is all there is. The dataset itself exists, since it was resolved;
+        # a commit that the recipe names is requested here for the first time.
         if "gated" in str(error):
             raise gated_error("dataset", repo) from None
         if "Revision" in str(error):
@@ -62,9 +62,9 @@ def _stream(job: dict[str, Any]) -> Any:
         said = " ".join(str(error).split())
         if "script" in said:
             raise UnsupportedError(
-                f"The dataset {repo} is a Python script, and a dataset's code is not run.",
+                f"The dataset {repo} is a Python script, and code of datasets is never run.",
                 why=said[:300],
-                hint="Many have a converted branch: "
+                hint="Many datasets have a converted branch: "
                 + job["hint"].format(key="revision", value="refs/convert/parquet"),
             ) from None
         if "onfig" in said:
@@ -81,7 +81,7 @@ def _stream(job: dict[str, Any]) -> Any:
 
 
 def main(arguments: str) -> int:
-    """Runs the job; errors are events too; the exit code is theirs."""
+    """Runs the job and reports errors as events; returns the exit code."""
     job = json.loads(arguments)
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     return report(lambda: rows(job), "dataset", job["repo"], job["revision"], job["limit"])

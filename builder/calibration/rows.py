@@ -1,7 +1,7 @@
 """Text -> Calibration: a JSONL file, a bundled set or a Hub dataset becomes rows.jsonl, the first usable rows in order.
 
-A row is {"text": ...} or {"messages": [{"role", "content"}, ...]}. No tokenizer here: `token_batches` is called by the
-process that quantizes.
+A row is {"text": ...} or {"messages": [{"role", "content"}, ...]}. Tokenizing (`token_batches`) happens in the worker
+that quantizes.
 """
 
 from __future__ import annotations
@@ -30,22 +30,25 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = "rows.jsonl"
-# The largest inputs of the bundled model's 42 linear layers by the first N tokens of builtin:python-docs-text, beside
-# those of all 13,137: with 48 tokens 37 layers lack more than a tenth of their range (the worst 60 %), with 2,048 it is
-# 8 layers (37 %). What lies outside of the range is clipped when served.
+# Measured on the bundled model's 42 linear layers: the range of inputs over the first N tokens of
+# builtin:python-docs-text, compared with all 13,137. With 48 tokens, 37 layers miss more than a tenth of their range
+# (60 % at worst); with 2,048, 8 layers (37 %). Inputs outside the range are clipped when served.
 MIN_TOKENS = 2048
-FEW_ROWS = 32  # who asks for fewer rows asks for few tokens too
+FEW_ROWS = 32  # below this, a recipe deliberately calibrates on little text
 SOURCES = ("builder/calibration/rows.py", "builder/core/untrusted_text.py", "builder/calibration/hub_dataset.py")
 LONGEST_ROW = 64_000_000  # bytes
 BUILTIN = "builtin:"
-# Where the text is looked for when no column is named: the usual names, the most specific ones first.
+# The columns that are searched for text if none is named, most specific first.
 COLUMNS = ("messages", "conversations", "text", "article", "content", "document", "prompt", "question", "instruction")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
 class Use:
-    """What rows are read for: the stage that keeps them, and what messages tell to type for a key and a value."""
+    """What the rows are used for: the stage that stores them, and the flags to suggest in error messages.
+
+    flag: names the data. hint: sets a key, with the placeholders {key} and {value}.
+    """
 
     stage: str
     flag: str
@@ -69,14 +72,14 @@ class Calibration:
 
 @dataclass
 class Rows:
-    """Usable rows, and why the others are none: {line or row number: reason}."""
+    """Usable rows, and the reasons for rejecting the others: {line or row number: reason}."""
 
     usable: list[dict[str, Any]]
     unusable: dict[int, str]
 
 
 def calibrate(calibration: schema.Calibration, *, store: Store, use: Use = CALIBRATION) -> Calibration:
-    """The calibration rows of a recipe. UsageError if there is no usable one."""
+    """The calibration rows of a recipe, as a stage of the store. UsageError if no row is usable."""
     part = calibration
     file = local_file(part.data, use)
     ingredients: dict[str, Any] = {"samples": part.samples, "column": part.column, "code": sources_digest(*SOURCES)}
@@ -99,7 +102,7 @@ def calibrate(calibration: schema.Calibration, *, store: Store, use: Use = CALIB
 
 
 def local_file(data: str, use: Use) -> Path | None:
-    """The local file that `data` names, or None for a Hub dataset."""
+    """The local file that `data` names, or None for a Hub dataset. UsageError for a file that is not JSONL."""
     if data.startswith(BUILTIN):
         known = {path.stem: path for path in paths.data("configs", "calibration").glob("*.jsonl")}
         name = data.removeprefix(BUILTIN)
@@ -125,7 +128,7 @@ def local_file(data: str, use: Use) -> Path | None:
 
 
 def read_jsonl(file: Path, samples: int, column: str | None) -> Rows:
-    """The first `samples` usable rows of a JSONL file; blank lines are no rows."""
+    """The first `samples` usable rows of a JSONL file; blank lines are ignored."""
 
     def parsed() -> Iterator[tuple[int, Any]]:
         with open(file, "rb") as lines:
@@ -140,7 +143,7 @@ def read_jsonl(file: Path, samples: int, column: str | None) -> Rows:
 
 
 def _bounded(lines: IO[bytes]) -> Iterator[bytes]:
-    """Lines of at most LONGEST_ROW bytes and one more: the rest of a longer one is skipped, not read into memory."""
+    """Lines, cut after LONGEST_ROW + 1 bytes; the rest of a longer line is skipped without holding it in memory."""
     while line := lines.readline(LONGEST_ROW + 1):
         rest = line
         while len(rest) > LONGEST_ROW and not rest.endswith(b"\n"):
@@ -149,7 +152,7 @@ def _bounded(lines: IO[bytes]) -> Iterator[bytes]:
 
 
 def _parse(line: bytes) -> Any:
-    """A JSON value, or the ValueError that says why it is none."""
+    """A JSON value, or a ValueError with the reason why the line is not one."""
     if len(line.rstrip(b"\r\n")) > LONGEST_ROW:
         return ValueError(f"is longer than {LONGEST_ROW} bytes")
     try:
@@ -161,7 +164,10 @@ def _parse(line: bytes) -> Any:
 
 
 def collect(rows: Iterable[tuple[int, Any]], samples: int, column: str | None) -> Rows:
-    """The first `samples` usable ones of numbered rows, in canonical form, and the reasons of those passed over."""
+    """The first `samples` usable rows of numbered ones, in canonical form, and why others were rejected.
+
+    column: where the text is; None searches COLUMNS.
+    """
     found = Rows([], {})
     for number, row in rows:
         try:
@@ -174,7 +180,7 @@ def collect(rows: Iterable[tuple[int, Any]], samples: int, column: str | None) -
 
 
 def canonical(row: Any, column: str | None) -> dict[str, Any]:
-    """{"text"} or {"messages"} out of a row. ValueError says why there is none."""
+    """A row as {"text"} or {"messages"}. ValueError with the reason if it has neither."""
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, Mapping):
@@ -208,7 +214,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no text") from None
+        raise ValueError("holds half of a surrogate pair, which is not text") from None
     return text
 
 
@@ -222,7 +228,7 @@ def _rows_of_hub(part: schema.Calibration, commit: str, tmp: Path, store: Store,
 
 
 def _write(rows: Rows, file: Path, part: schema.Calibration, store: Store, use: Use) -> dict[str, Any]:
-    """Writes rows.jsonl and says what was passed over. UsageError if nothing is left."""
+    """Writes rows.jsonl and reports rejected rows. UsageError if no row is left."""
     reasons = [f"row {number} {reason}" for number, reason in list(rows.unusable.items())[:5]]
     if not rows.usable:
         raise UsageError(
@@ -232,9 +238,9 @@ def _write(rows: Rows, file: Path, part: schema.Calibration, store: Store, use: 
         )
     if rows.unusable:
         more = ", ..." if len(rows.unusable) > 5 else ""
-        store.out.warn(f"{len(rows.unusable)} rows of {part.data} were passed over: {'; '.join(reasons)}{more}")
+        store.out.warn(f"{len(rows.unusable)} rows of {part.data} were skipped: {'; '.join(reasons)}{more}")
     if len(rows.usable) < part.samples:
-        store.out.info(f"{part.data} has {len(rows.usable)} rows where {part.samples} were asked for: all are used")
+        store.out.info(f"{part.data} has only {len(rows.usable)} of the {part.samples} requested rows; all are used")
     content = dump(rows.usable)
     file.write_bytes(content)
     return {
@@ -246,14 +252,14 @@ def _write(rows: Rows, file: Path, part: schema.Calibration, store: Store, use: 
 
 
 def dump(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as JSONL, one way only: the same rows are the same bytes."""
+    """Rows as JSONL, deterministic: equal rows give equal bytes."""
     return "".join(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n" for row in rows).encode()
 
 
 def token_batches(rows_path: Path, tokenizer: Any, *, seq_len: int, batch_size: int) -> list[torch.Tensor]:
     """Token ids of the rows, int64 [rows <= batch_size, tokens <= seq_len], in the order of the rows.
 
-    Only rows of equal length share a batch: padding would be calibrated like text (ModelOpt sees every position).
+    Only rows of equal length share a batch, because ModelOpt would calibrate on padding as on text.
     """
     import torch
 
@@ -272,12 +278,13 @@ def token_batches(rows_path: Path, tokenizer: Any, *, seq_len: int, batch_size: 
         if len(alike) == batch_size:
             waiting[len(ids)] = []
     if not batches:
-        raise UsageError("The tokenizer makes no token of the calibration text.", hint="Choose another --calib-data.")
+        why = "The tokenizer produces no tokens from the calibration text."
+        raise UsageError(why, hint="Choose another --calib-data.")
     return [torch.tensor(rows, dtype=torch.int64) for _, rows in batches]
 
 
 def required_tokens(part: schema.Calibration) -> int:
-    """How many tokens the rows must have; 0 where the recipe itself asks for so few."""
+    """How many tokens the rows must have in all; 0 if the recipe deliberately asks for less text."""
     few = part.samples < FEW_ROWS or part.samples * part.seq_len < MIN_TOKENS
     return 0 if few else MIN_TOKENS
 
@@ -287,14 +294,14 @@ def check_tokens(tokens: int, rows: int, least: int) -> None:
     if tokens < least:
         raise UsageError(
             f"The calibration rows ({rows}) have {tokens} tokens, too few: at least {least:,} are needed.",
-            why="The ranges of the activations are read from them, and what lies outside is clipped when served.",
-            hint="Give more text, or take the bundled one: --calib-data builtin:python-docs. To calibrate on these "
-            f"rows all the same, ask for no more: --calib-samples {min(rows, FEW_ROWS - 1)}",
+            why="Calibration reads the ranges of the activations from them; values outside are clipped when served.",
+            hint="Use more text, or the bundled set: --calib-data builtin:python-docs. To calibrate on these rows "
+            f"anyway: --calib-samples {min(rows, FEW_ROWS - 1)}",
         )
 
 
 def _token_ids(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> Iterator[list[int]]:
-    """The ids of each row. A chat template has written its special tokens itself: none are added to its text."""
+    """The token ids of each row. A chat template writes special tokens itself, so none are added to its text."""
     encode = encoder(tokenizer)
     with ExitStack() as stack:
         render: Callable[[int, Any], str] | None = None
@@ -309,8 +316,8 @@ def _token_ids(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> Iterator[li
 
 @contextmanager
 def _conversations(tokenizer: Any) -> Iterator[Callable[[int, Any], str]]:
-    """Renders conversations by the tokenizer's chat template, in a process with limits; by the model's own code, which
-    the user trusts, where that does it. UsageError, with the row's number, for one that can't be rendered."""
+    """A function that renders a conversation with the tokenizer's chat template, in a process with limits; with the
+    model's own code if the user trusts it. UsageError with the row's number if one can't be rendered."""
     if type(tokenizer).__module__.startswith("transformers_modules"):
         yield lambda number, messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
         return
@@ -339,8 +346,8 @@ def _template_file(tokenizer: Any) -> str:
     return found.file if found else "its chat template"
 
 
-def no_chat_template(why: str = "A base model has never seen dialogue, so none is made up here.") -> UsageError:
-    """For rows of messages and a model that has no way to write them."""
+def no_chat_template(why: str = "It is probably a base model, which has never seen dialogue.") -> UsageError:
+    """The error for rows of messages and a tokenizer without a chat template."""
     return UsageError(
         "The calibration rows are messages, and this model's tokenizer has no chat template.",
         why=why,

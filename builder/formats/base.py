@@ -158,7 +158,7 @@ class NumberFormat:
     def modelopt(self, mtq: Any) -> dict[str, Any]:
         """A copy of the ModelOpt configuration for a whole model; `mtq` is modelopt.torch.quantization."""
         if self.modelopt_config is None:
-            raise ValueError(f"{self.name} is no format for a whole model")
+            raise ValueError(f"{self.name} is not a format for a whole model")
         config: dict[str, Any] = copy.deepcopy(getattr(mtq, self.modelopt_config))
         return config
 

@@ -1,7 +1,7 @@
 """Reads the headers of a Hub model's safetensors files, with the same checks as for local files.
 
 huggingface_hub's own `get_safetensors_metadata` accepts headers that are impossible, and reads the index only if there
-is no model.safetensors.
+is not model.safetensors.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def _refuse_of_the_other_kind(kind: str, config: Mapping[str, Any]) -> None:
     )
     wrong = [name for name in theirs if name in config]
     if wrong:
-        raise UsageError(f"speculative_config.{wrong[0]} is no field of {kind}.", hint=f"Leave {wrong[0]} out.")
+        raise UsageError(f"speculative_config.{wrong[0]} is not a field of {kind}.", hint=f"Leave {wrong[0]} out.")
 
 
 def _refuse_lora(values: Mapping[str, Any]) -> None:

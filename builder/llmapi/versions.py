@@ -210,7 +210,7 @@ def _check_list(name: str, value: list[Any], of: list[str] | str | None) -> None
 
 
 def _unknown_argument(facts: Facts, name: str) -> UsageError:
-    what = f"{name} is no known argument of the LLM class of TensorRT-LLM {facts.version}."
+    what = f"{name} is not a known argument of the LLM class of TensorRT-LLM {facts.version}."
     if name in facts.others:
         gone = facts.others[name].get("gone")
         why = f"It was removed: {gone}." if gone else "It came later, or is not certain for this version."

@@ -1,9 +1,9 @@
 """Which linear layers stay in BF16 or FP8: a recipe's patterns -> Hugging Face module names. Pure.
 
-TensorRT-LLM builds what exclude_modules names by fnmatch as plain layers (quantization/quantize.py@89fd9b74,
-quantize_layers). Layers that are multiplied as one are kept together: it has one attention.qkv for q, k and v, and its
-fuse_gate_mlp concatenates a kept mlp.fc with mlp.gate, whatever the latter is in (models/modeling_utils.py, 1.2).
-ModelOpt gives both sets one scale each (0.47.0, export/unified_export_hf.py, requantize_resmooth_fused_llm_layers).
+TensorRT-LLM builds layers that match exclude_modules (fnmatch) as plain layers (quantization/quantize.py@89fd9b74,
+quantize_layers). Layers that are served as one are kept together: TensorRT-LLM has one attention.qkv for q, k and v,
+and its fuse_gate_mlp concatenates mlp.fc with mlp.gate whatever their formats (models/modeling_utils.py, 1.2). ModelOpt
+gives each of these groups one scale (0.47.0, export/unified_export_hf.py, requantize_resmooth_fused_llm_layers).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from builder.core.errors import UnsupportedError, UsageError
 
 
 def linears(tensors: Mapping[str, tuple[str, Sequence[int]]], architecture: Architecture = UNKNOWN) -> list[str]:
-    """The modules that would be quantized, by a model's headers {tensor: (dtype, shape)}, in the layers' order."""
+    """The modules that can be quantized, from a model's headers {tensor: (dtype, shape)}, in layer order."""
     weights = [name for name, (_, shape) in tensors.items() if names.is_quantizable(architecture, name, shape)]
     return sorted((name.removesuffix(".weight") for name in weights), key=_in_order)
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """Numbers as numbers: layers.2 before layers.10."""
+    """A sort key that compares numbers as numbers: layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def groups(modules: Iterable[str], architecture: Architecture = UNKNOWN) -> dict[str, tuple[str, ...]]:
-    """Modules that are kept or quantized together, by names.group_of, in their order."""
+    """{group: modules that are kept or quantized together}, in order (names.group_of)."""
     found: dict[str, list[str]] = {}
     for module in modules:
         found.setdefault(names.group_of(architecture, module), []).append(module)
@@ -42,8 +42,10 @@ def groups(modules: Iterable[str], architecture: Architecture = UNKNOWN) -> dict
 def keep(
     patterns: Sequence[str], known: Sequence[str], flag: str = "--keep-bf16", architecture: Architecture = UNKNOWN
 ) -> tuple[str, ...]:
-    """What the flag's patterns (`model.layers.0.*`, `*.down_proj`) keep of the `known` linear layers, whole groups of
-    them. UsageError for a pattern that matches nothing, UnsupportedError where nothing would be left for NVFP4."""
+    """The modules of `known` that the patterns (`model.layers.0.*`, `*.down_proj`) keep, extended to whole groups.
+
+    UsageError for a pattern that matches nothing, UnsupportedError if no layer would be left to quantize.
+    """
     named: set[str] = set()
     for pattern in patterns:
         matching = {module for module in known if fnmatchcase(module, pattern)}
@@ -58,28 +60,28 @@ def keep(
 
 
 def check_apart(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -> None:
-    """UsageError for a layer that would be both in BF16 and in FP8, UnsupportedError where none is left for NVFP4."""
+    """UsageError for a layer in both BF16 and FP8, UnsupportedError if no layer would be left to quantize."""
     if both := [module for module in kept if module in set(fp8)]:
         raise UsageError(
             f"{', '.join(both[:3])}{', ...' * (len(both) > 3)} would be both in BF16 and in FP8.",
-            why="q, k and v are kept together, as are gate and up, so a pattern may mean more than it names.",
-            hint="Take the pattern out of --keep-bf16 or out of --keep-fp8.",
+            why="q, k and v are kept together, as are gate and up, so a pattern can select more layers than it names.",
+            hint="Remove the pattern from --keep-bf16 or from --keep-fp8.",
         )
     if kept and fp8 and len(kept) + len(fp8) == len(known):
         raise _nothing_left(known, "--keep-fp8")
 
 
 def _nothing_left(known: Sequence[str], flag: str) -> UnsupportedError:
-    form = "FP8" if flag == "--keep-fp8" else "BF16"
+    title = "FP8" if flag == "--keep-fp8" else "BF16"
     return UnsupportedError(
-        f"All {len(known)} linear layers would stay in {form}: nothing is left to quantize.",
+        f"All {len(known)} linear layers would stay in {title}: nothing is left to quantize.",
         why="This builder makes NVFP4 checkpoints.",
         hint=f"Keep fewer: {flag} '{known[-1]}'",
     )
 
 
 def widened(patterns: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """Those of the kept modules that no pattern names: they are multiplied together with one that is named."""
+    """The kept modules that no pattern names: they are served as one layer with a named one."""
     return [module for module in modules if not any(fnmatchcase(module, pattern) for pattern in patterns)]
 
 
@@ -89,17 +91,17 @@ def _matches_nothing(pattern: str, known: Sequence[str], flag: str) -> UsageErro
     near += [leaf for leaf in difflib.get_close_matches(f"*.{pattern.rpartition('.')[2]}", leaves, n=2, cutoff=0.6)]
     return UsageError(
         f"{flag} {pattern!r} matches no linear layer that would be quantized.",
-        why=f"Names are Hugging Face's, as {known[0]}; embeddings, norms and lm_head are never quantized."
+        why=f"Names are Hugging Face module names, such as {known[0]}; embeddings, norms and lm_head stay unquantized."
         if known
-        else "The model has no linear layer that would be.",
-        hint=f"Near: {', '.join(near or [*known[:1], *leaves])}",
+        else "The model has no such layer.",
+        hint=f"Similar: {', '.join(near or [*known[:1], *leaves])}",
     )
 
 
 def check_split(
     kept: Sequence[str], fp8: Sequence[str], config: Mapping[str, Any], parallel: sharding.Parallel
 ) -> None:
-    """UnsupportedError where the kept layers can't be named in all pipeline stages."""
+    """UnsupportedError if the formats of the kept layers can't be written for these pipeline stages."""
     architecture = catalog.of(config)
     forms = [(module, form) for form, modules in (("BF16", kept), ("FP8", fp8)) for module in modules]
     layers = {names.engine_layer(architecture, module): form for module, form in forms}
@@ -109,11 +111,11 @@ def check_split(
 def check_flags(
     kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str], architecture: Architecture = UNKNOWN
 ) -> None:
-    """UnsupportedError for layers in BF16 or FP8 that trtllm-build would take for NVFP4 under the resolved flags."""
+    """UnsupportedError for layers in BF16 or FP8 that trtllm-build would treat as NVFP4 under these flags."""
     # models/modeling_utils.py (1.2), DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
     if (kept or fp8) and flags.get("norm_quant_fusion") == "enable":
         raise UnsupportedError(
-            "norm_quant_fusion takes every layer for NVFP4, and some would stay in BF16 or FP8.",
+            "norm_quant_fusion treats every layer as NVFP4, and some stay in BF16 or FP8.",
             hint="--set engine.flags.norm_quant_fusion=disable",
         )
     outputs = [(module, "BF16") for module in kept] + [(module, "FP8") for module in fp8]
@@ -122,9 +124,9 @@ def check_flags(
         module, form = outputs[0]
         raise UnsupportedError(
             f"{module} can't stay in {form} in this engine: {reason}.",
-            why="The attention kernel's output is FP8 or FP4 then, by the NVFP4 layer's input scale that follows it "
+            why="The attention kernel then outputs FP8 or FP4, scaled for the NVFP4 layer that follows it "
             "(gptAttentionPlugin.cpp, supportsFormatCombination; models/modeling_utils.py, set_fp8_context_fhma; 1.2).",
-            hint="Keep other layers, or take --gpu sm120, whose engines have none of both.",
+            hint="Keep other layers, or use --gpu sm120, whose engines use neither.",
         )
 
 

@@ -193,7 +193,7 @@ def check_sizes(weights: Mapping[str, Sequence[int]], number_format: NumberForma
     wrong = [f"{name} {list(shape)}" for name, shape in weights.items() if not number_format.fits(shape)]
     if wrong:
         raise UnsupportedError(
-            f"{len(wrong)} linear layers have an input size that is no multiple of {number_format.group_size}, "
+            f"{len(wrong)} linear layers have an input size that is not a multiple of {number_format.group_size}, "
             f"as {number_format.title} requires.",
             why="\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)),
             hint="Choose another model. The sizes are part of its architecture.",

@@ -73,12 +73,12 @@ def test_a_file(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found.rows == 4
     assert found.text_sha256 == hashlib.sha256(found.path.read_bytes()).hexdigest()
     said = capsys.readouterr().err
-    assert re.search(r"3 rows of .* passed over: row 5 is no JSON.*row 6 has an empty 'text'; row 7 has no", said)
+    assert re.search(r"3 rows of .* skipped: row 5 is no JSON.*row 6 has an empty 'text'; row 7 has no", said)
 
     assert calibrate(Part(data=str(file), samples=4), store=store) == found
     assert "found" in capsys.readouterr().err
     assert calibrate(Part(data=str(file), samples=9), store=store).rows == 5
-    assert "has 5 rows where 9 were asked for" in capsys.readouterr().err
+    assert "has only 5 of the 9 requested rows" in capsys.readouterr().err
     # The same content under another name is the same calibration; another content under the same name is not.
     moved = file.rename(tmp_path / "moved.jsonl")
     assert calibrate(Part(data=str(moved), samples=4), store=store).path == found.path

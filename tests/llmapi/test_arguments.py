@@ -242,7 +242,7 @@ def test_the_cpu_is_refused() -> None:
 
 
 def test_models_that_the_backend_is_not_known_to_serve_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="Gemma2ForCausalLM is no architecture"):
+    with pytest.raises(UnsupportedError, match="Gemma2ForCausalLM is not an architecture"):
         values(config={**QWEN3_8B, "architectures": ["Gemma2ForCausalLM"]})
     assert values(config={**QWEN3_8B, "architectures": ["Phi3ForCausalLM"]})
     with pytest.raises(UnsupportedError, match="32 attention heads are not divisible by 3"):

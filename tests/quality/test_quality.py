@@ -263,18 +263,18 @@ def test_held_out_rows_are_the_next_ones_and_none_is_calibrated_on(built: tuple[
     root, made = built
     assert made.calibration
     calibrated = [json.loads(line) for line in made.calibration.path.read_text().splitlines()]
-    found = check._texts(resolve(), Store(root, Output("quiet")))
+    found = check._texts(resolve().recipe, Store(root, Output("quiet")))
     assert [len(rows) for rows in found.values()] == [6, 6]
     for rows in found.values():
         assert not [row for row in rows if row in calibrated]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(9)))
     own = {"calibration__data": str(file), "calibration__samples": 7}
-    found = check._texts(resolve(**own), Store(root, Output("quiet")))
+    found = check._texts(resolve(**own).recipe, Store(root, Output("quiet")))
     assert found["held-out"] == [{"text": "row 7"}, {"text": "row 8"}]
     assert len(found["bundled"]) == 10
     assert list(
-        check._texts(resolve(**own, calibration__column="text", quality__texts=1), Store(root, Output("quiet")))
+        check._texts(resolve(**own, calibration__column="text", quality__texts=1).recipe, Store(root, Output("quiet")))
     ) == ["bundled"]
 
 

@@ -88,7 +88,7 @@ def block_scales(weight: Tensor, global_scale: Tensor) -> Tensor:
 def quantize(weight: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Weight [..., K] -> (packed uint8 [..., K/2], block scales E4M3 [..., K/16], global scale float32 []).
 
-    Give `global_scale` where several tensors share one (q/k/v, gate/up). ValueError if K is no multiple of 16, or if
+    Give `global_scale` where several tensors share one (q/k/v, gate/up). ValueError if K is not a multiple of 16, or if
     the global scale is not finite and positive (an all-zero weight, NaN): ModelOpt writes NaN scales there.
     """
     blocks = _blocks(weight)
