@@ -23,7 +23,7 @@ from builder.core.errors import BuilderError, IntegrityError, StageError, Unsupp
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, read_header, write
 from builder.core.store import Store
-from builder.hub import snapshot as fetch_module
+from builder.hub import client
 from builder.hub.snapshot import Snapshot, fetch, listing, local_directory, open_source
 from builder.model import files as model_files
 from builder.model import tensor_names
@@ -135,7 +135,7 @@ def test_a_commit_that_the_store_has_needs_no_process(
     commit = hub.add("tiny/qwen2", SMALL)
     model = Model(id="tiny/qwen2", revision=commit)
     first = fetch(model, store=store)
-    monkeypatch.setattr(fetch_module.process, "run", lambda *_, **__: pytest.fail("a child was started"))
+    monkeypatch.setattr(client.process, "run", lambda *_, **__: pytest.fail("a child was started"))
     assert fetch(model, store=store).digest == first.digest
 
 
@@ -182,7 +182,7 @@ def test_a_download_that_was_ended_is_finished_by_the_next_run(
 def test_a_stuck_transfer_is_begun_again(
     hub: Hub, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fetch_module, "STALL_SECONDS", 0.6)
+    monkeypatch.setattr(client, "STALL_SECONDS", 0.6)
     hub.add("tiny/qwen2", SMALL)
     hub.fail(Fault(weights(hub), "hang", after=1000))
     assert_same(fetch(Model(id="tiny/qwen2"), store=store), SMALL)
@@ -437,7 +437,7 @@ FEW = (SMALL / "model.safetensors").read_bytes()
         (SMALL, {"tokenizer__json": POINTER}, IntegrityError, "Git LFS pointer"),
         (SMALL, {"tokenizer__json": None}, UnsupportedError, "no tokenizer.json.*AutoTokenizer"),
         (SHARDED, {SHARD: None}, IntegrityError, f"lacks 1 of the 3.*{SHARD}"),
-        (SHARDED, {"model__safetensors__index__json": b"{}"}, IntegrityError, "no index"),
+        (SHARDED, {"model__safetensors__index__json": b"{}"}, IntegrityError, "not an index"),
         (
             SHARDED,
             {"model__safetensors__index__json": b'{"weight_map": {"w": "../../etc/x.safetensors"}}'},
