@@ -68,6 +68,7 @@ def job(tmp_path: Path) -> Callable[..., Job]:
             "kept": [],
             "fp8": [],
             "fp8_kv": True,
+            "format": "nvfp4",
             "trust_remote_code": False,
             "dtype": "auto",
             "batch_tokens": 4096,

@@ -246,5 +246,5 @@ def test_its_weight_errors_can_be_compared_with_nvfp4s() -> None:
 
 def test_modelopt_is_told_its_configuration() -> None:
     modelopt.check_sizes({"a.weight": (8, 64)}, FORMAT)
-    with pytest.raises(UnsupportedError, match="no multiple of 32, as W4A16 in blocks of 32 requires"):
+    with pytest.raises(UnsupportedError, match="not a multiple of 32, as W4A16 in blocks of 32 requires"):
         modelopt.check_sizes({"a.weight": (8, 48)}, FORMAT)
