@@ -22,7 +22,7 @@ from builder.core.store import Store
 from builder.hub.snapshot import fetch
 from builder.model import quantization_signs
 from builder.preflight import checks, memory
-from builder.quantize import exclude, worker
+from builder.quantize import exclude, quantizers
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.recipe import schema
 from builder.recipe.quantization import Quantization
@@ -73,16 +73,16 @@ def test_a_layer_of_zeros_is_refused_with_a_way_that_works(tmp_path: Path) -> No
 def test_one_weight_that_is_not_zero_is_enough() -> None:
     lone = torch.zeros(64, 64)
     lone[-1, -1] = 1e-30
-    worker._check_not_zero({"a": lone, "b": -lone})
+    quantizers._check_not_zero({"a": lone, "b": -lone})
     with pytest.raises(UnsupportedError, match=r"1 linear layers.*: c"):
-        worker._check_not_zero({"a": lone, "c": -torch.zeros(64, 64)})
+        quantizers._check_not_zero({"a": lone, "c": -torch.zeros(64, 64)})
 
 
 @pytest.mark.parametrize(
     ("tensor", "says", "not_said"),
     [
-        ("model.layers.0.mlp.up_proj.weight", "it is the model", "calib-data"),
-        ("model.embed_tokens.weight", "it is the model", "calib-data"),
+        ("model.layers.0.mlp.up_proj.weight", "the cause is the model", "calib-data"),
+        ("model.embed_tokens.weight", "the cause is the model", "calib-data"),
         ("model.layers.0.mlp.up_proj.input_scale", "other --calib-data", "the model"),
         ("transformer.layers.0.attention.kv_cache_scaling_factor", "other --calib-data", "the model"),
     ],
@@ -136,7 +136,7 @@ def test_what_counts_as_asked_for() -> None:
 def test_a_bf16_model_is_asked_for_where_there_is_one(config: dict[str, Any], native: bool) -> None:
     with pytest.raises(UnsupportedError) as caught:
         quantization_signs.check_config(config, "it")
-    assert ("Some did not" in caught.value.hint) is native
+    assert ("Some models have none" in caught.value.hint) is native
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_bf16_model_is_asked_for_where_there_is_one(config: dict[str, Any], na
 def test_tensors_tell_the_same(tensor: str, native: bool) -> None:
     with pytest.raises(UnsupportedError) as caught:
         quantization_signs.check_tensors({tensor: ("U8", (4, 4))}, "it")
-    assert ("Some did not" in caught.value.hint) is native
+    assert ("Some models have none" in caught.value.hint) is native
 
 
 def test_the_estimate_of_memory_is_that_of_16_bits() -> None:
