@@ -91,7 +91,8 @@ def _matches_nothing(pattern: str, known: Sequence[str], flag: str) -> UsageErro
     near += [leaf for leaf in difflib.get_close_matches(f"*.{pattern.rpartition('.')[2]}", leaves, n=2, cutoff=0.6)]
     return UsageError(
         f"{flag} {pattern!r} matches no linear layer that would be quantized.",
-        why=f"Names are those of Hugging Face, as {known[0]}; embeddings, norms and lm_head are never quantized."
+        why=f"Patterns match Hugging Face module names, such as {known[0]}. Embeddings, norms and lm_head are never "
+        "quantized."
         if known
         else "The model has no such layer.",
         hint=f"Similar: {', '.join(near or [*known[:1], *leaves])}",

@@ -209,7 +209,7 @@ def test_a_server_that_dies_is_an_error_and_the_next_run_goes_on(
         return whole_ask(self, ids)
 
     monkeypatch.setattr(triton.Served, "_ask", dying)
-    with pytest.raises(ServingError, match=r"while it was measured|did not answer") as caught:
+    with pytest.raises(ServingError, match=r"during the measurement|did not answer") as caught:
         evaluate_stage.evaluate(models, asked.recipe, store=other)
     assert "same command again" in caught.value.hint
     [kept] = other.root.glob("scores/*/manifest.json")
@@ -253,7 +253,7 @@ def test_a_gate_on_a_served_model_that_gives_no_logits_is_refused_before_the_bui
 
 
 def test_logits_that_no_answer_can_carry_are_not_measurable() -> None:
-    with pytest.raises(NotMeasurable, match="do not fit into one answer") as caught:
+    with pytest.raises(NotMeasurable, match="do not fit into one gRPC message") as caught:
         triton.check({"target": "engine", "vocab_size": 151_936}, True, 4000, free=0)
     assert "evaluation.max_tokens=3531" in caught.value.hint
     triton.check({"target": "engine", "vocab_size": 151_936}, True, 3531, free=0)
@@ -302,7 +302,7 @@ def test_no_data_set_no_runner_and_no_room_are_refused() -> None:
     for flags in ({"evaluation__data": []}, {"evaluation__runners": ["bf61"]}, {"evaluation__runners": []}):
         with pytest.raises(UsageError, match="evaluation"):
             resolve(**flags)
-    with pytest.raises(UsageError, match="none is left"):
+    with pytest.raises(UsageError, match="No text would be left"):
         datasets.longest(Part(), 20, schema.Engine())
     with pytest.raises(UsageError, match="no FP8 KV cache to compare"):
         variants.list_variants(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto").recipe)

@@ -81,7 +81,7 @@ def models(built: Built) -> Models:
 def found(models: Models, store: Store, directory: Path) -> tasks.TaskTable:
     """Every form, two kinds of tasks."""
     asked = resolve(directory, evaluation__runners=["bf16", "simulated", "checkpoint", "reference", "served"])
-    return measure_here(models, asked, store)
+    return measure_here(models, asked.recipe, store)
 
 
 def samples(store: Store, found: tasks.TaskTable, runner: str, task: str) -> list[dict[str, Any]]:
@@ -169,16 +169,16 @@ def test_what_was_asked_is_not_asked_again(
     found: tasks.TaskTable, models: Models, store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "_run", lambda job, store: pytest.fail("asked again"))
-    again = tasks.measure(models, resolve(directory), store=store)
+    again = tasks.measure(models, resolve(directory).recipe, store=store)
     assert again.rows == tuple(row for row in found.rows if row.runner in ("bf16", "checkpoint"))
 
 
 def test_what_is_forced_is_asked_again(models: Models, store: Store, directory: Path) -> None:
     asked = resolve(directory, evaluation__runners=["bf16"], tasks__names="follows", tasks__limit=3)
-    first = measure_here(models, asked, store)
+    first = measure_here(models, asked.recipe, store)
     manifest = store.root / first.paths["bf16"]["follows"] / "manifest.json"
     before = manifest.stat().st_mtime_ns
-    assert measure_here(models, asked, Store(store.root, QUIET, force=["tasks"])).rows == first.rows
+    assert measure_here(models, asked.recipe, Store(store.root, QUIET, force=["tasks"])).rows == first.rows
     assert manifest.stat().st_mtime_ns > before
 
 
@@ -197,7 +197,7 @@ def test_cleaning_keeps_what_was_asked_of_a_kept_model(found: tasks.TaskTable, m
 def test_limit_examples_and_seed_are_lm_evals(models: Models, store: Store, directory: Path) -> None:
     def prompts(**more: Any) -> list[str]:
         asked = resolve(directory, evaluation__runners=["bf16"], tasks__names="next_word", tasks__limit=4, **more)
-        table = measure_here(models, asked, store)
+        table = measure_here(models, asked.recipe, store)
         assert table.rows[0].documents == 4
         return [sample["arguments"][0][0] for sample in samples(store, table, "bf16", "next_word")]
 
@@ -212,9 +212,9 @@ def test_another_file_is_another_task(models: Models, store: Store, tmp_path: Pa
     """The directory is an ingredient: its data too."""
     mine = task_files.write(tmp_path / "mine", documents=5)
     asked = resolve(mine, evaluation__runners=["bf16"], tasks__names="follows")
-    assert measure_here(models, asked, store).rows[0].documents == 5
+    assert measure_here(models, asked.recipe, store).rows[0].documents == 5
     task_files.write(mine, documents=6)
-    assert measure_here(models, asked, store).rows[0].documents == 6
+    assert measure_here(models, asked.recipe, store).rows[0].documents == 6
 
 
 def test_a_server_that_dies_is_an_error_and_what_was_finished_is_kept(
@@ -235,13 +235,13 @@ def test_a_server_that_dies_is_an_error_and_what_was_finished_is_kept(
         return whole(self, *more)
 
     monkeypatch.setattr(triton.Served, "generate", dying)
-    with pytest.raises(ServingError, match="while it was measured") as caught:
-        measure_here(models, asked, other)
+    with pytest.raises(ServingError, match="during the measurement") as caught:
+        measure_here(models, asked.recipe, other)
     assert "same command again" in caught.value.hint
     [kept] = other.root.glob("tasks/*/manifest.json")
     before = kept.stat().st_mtime_ns
     monkeypatch.setattr(triton.Served, "generate", whole)
-    rows = measure_here(models, asked, other).rows
+    rows = measure_here(models, asked.recipe, other).rows
     assert [row.task for row in rows] == ["next_word", "next_word_again"]
     assert rows[0].value == rows[1].value
     assert kept.stat().st_mtime_ns == before
@@ -340,7 +340,7 @@ def test_lm_evals_own_gsm8k_with_data_of_the_hub(
     (source / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{paths}---\n")
     hub.add("openai/gsm8k", source, repo_type="dataset")
     asked = resolve(None, evaluation__runners=["bf16"], tasks__names="gsm8k", tasks__limit=3)
-    table = tasks.measure(models, asked, store=store)
+    table = tasks.measure(models, asked.recipe, store=store)
     assert [(row.metric, row.documents, row.fewshot) for row in table.rows] == [
         ("exact_match (strict-match)", 3, 5),
         ("exact_match (flexible-extract)", 3, 5),

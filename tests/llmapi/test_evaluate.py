@@ -135,7 +135,7 @@ def test_it_is_the_same_model_in_this_process_bit_by_bit(
 def test_it_answers_tasks_as_the_engine_target_does(models: Models, store: Store, tmp_path: Path) -> None:
     """By HTTP, with this target's names of the inputs: stop words, lengths, greedy; the executor's own text."""
     more = {"tasks__names": "next_word", "tasks__limit": 6, "tasks__directory": str(task_files.write(tmp_path))}
-    table = task_files.measure_here(models, resolve(evaluation__runners=["served"], **more), store)
+    table = task_files.measure_here(models, resolve(evaluation__runners=["served"], **more).recipe, store)
     assert [(row.runner, row.documents) for row in table.rows] == [("served", 6)]
     lines = (store.root / table.paths["served"]["next_word"] / "samples_next_word.jsonl").read_text().splitlines()
     samples = [json.loads(line) for line in lines]

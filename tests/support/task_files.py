@@ -12,7 +12,7 @@ import pytest
 from builder.core.store import Store
 from builder.evaluate import tasks
 from builder.evaluate.variants import Models
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe
 
 PROSE = Path(__file__).parents[1] / "data" / "eval" / "prose.jsonl"
 
@@ -87,7 +87,7 @@ def write(directory: Path, *, documents: int = 24, words: int = 12, seen_as: Pat
     return directory
 
 
-def measure_here(models: Models, asked: Resolved, store: Store) -> tasks.TaskTable:
+def measure_here(models: Models, recipe: Recipe, store: Store) -> tasks.TaskTable:
     """Runs the worker's code in this process, where torch and lm-eval are loaded; the job still goes through JSON."""
 
     from builder.evaluate import tasks_worker  # lm-eval: not for those who write files only
@@ -101,7 +101,7 @@ def measure_here(models: Models, asked: Resolved, store: Store) -> tasks.TaskTab
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "_run", run)
-        return tasks.measure(models, asked, store=store)
+        return tasks.measure(models, recipe, store=store)
 
 
 def answers_of(checkpoint: Path, tokenizer: Any, prompts: list[str]) -> list[str]:
