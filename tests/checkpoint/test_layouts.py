@@ -310,5 +310,5 @@ def test_a_file_that_is_not_json_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(IntegrityError, match="not a JSON object"):
         layouts.read_json(tmp_path / "config.json")
-    with pytest.raises(IntegrityError, match="cannot be read"):
+    with pytest.raises(IntegrityError, match="can't be read"):
         layouts.read_json(tmp_path / "absent.json")

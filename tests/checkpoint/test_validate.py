@@ -121,7 +121,7 @@ DAMAGE: dict[str, tuple[tuple[str, str], Change, str]] = {
     "an infinite scale": (up("input"), value(INFINITY), "is inf"),
     "a negative scale": (up("input"), value(-1.3e-05), "is -1.3e-05"),
     "a denormal scale": (up("input"), value(1e-44), "a denormal"),
-    "a zero scale": (up("input"), value(0.0), "is 0,"),
+    "a zero scale": (up("input"), value(0.0), "is 0;"),
     "an absurd scale": (up("input"), value(1.8e25), "is 1.8e+25"),
     "a missing scale": (up("input"), missing, "is missing"),
     "missing block scales": (up("block"), missing, "is missing"),
@@ -143,7 +143,7 @@ DAMAGE: dict[str, tuple[tuple[str, str], Change, str]] = {
     "NaN in the embedding": (EMBEDDING, data(b"\xc0\x7f"), "has 1 NaN and 0 Inf"),
     "Inf in a norm": (NORM, data(b"\x80\xff"), "has 0 NaN and 1 Inf"),
     "an embedding of zeros": (EMBEDDING, zero, "is all zero"),
-    "a quantized head": (HEAD, dtype("U8", 1), "the output layer is quantized"),
+    "a quantized head": (HEAD, dtype("U8", 1), "the output layer must not be quantized"),
 }
 
 
