@@ -122,9 +122,9 @@ def check_gate(recipe: Recipe, settings: Settings) -> None:
         return
     if not target(recipe.target).returns_logits(settings):
         raise UsageError(
-            "The gate asks for the served model's perplexity, and it would return no logits of a prompt.",
+            "The gate needs the served model's perplexity, but that model would not return prompt logits.",
             why="trtllm-build leaves them out unless gather_context_logits is on.",
-            hint="Add --set engine.flags.gather_context_logits=enable, or judge what is on disk: --runner checkpoint",
+            hint="Add --set engine.flags.gather_context_logits=enable, or evaluate the checkpoint: --runner checkpoint",
         )
 
 

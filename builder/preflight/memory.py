@@ -16,7 +16,6 @@ from typing import Any
 
 from builder.architectures import names
 from builder.architectures.attention import head_size, kv_heads
-from builder.architectures.facts import Architecture
 from builder.checkpoint.sharding import Parallel
 from builder.core.safetensors_io import byte_size
 from builder.formats import kv_cache
@@ -26,6 +25,7 @@ from builder.machine.cards import Card, find
 from builder.machine.gpus import GpuProfile
 from builder.model.dtypes import written_bytes
 from builder.preflight.model_facts import ModelFacts
+from builder.preflight.rank_shapes import rank_shape, stage_layer
 from builder.recipe.schema import Recipe
 from builder.recipe.target_facts import TargetFacts, target_facts
 from builder.trtllm.rules import Flag
@@ -194,8 +194,8 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     if model.config.get("tie_word_embeddings") and not shared:
         tensors |= {model.head: model.embedding} if model.embedding else {}
     for name, (dtype, shape) in tensors.items():
-        stage = stage_of.get(_stage_layer(model.architecture, name), asked.pp - 1)
-        part = _share(name, shape, model, asked.tp)
+        stage = stage_of.get(stage_layer(model.architecture, name), asked.pp - 1)
+        part = rank_shape(name, shape, model, asked.tp)
         if model.quantizes(name, shape):
             number_format = model.format_of(name)
             fused = names.role(model.architecture, name.removesuffix(".weight")) in ("k", "v")
@@ -213,33 +213,6 @@ def price_of_kept(model: ModelFacts, asked: Serving) -> int:
 def price_of_fp8(model: ModelFacts, asked: Serving) -> int:
     """Bytes that the layers left in FP8 add to the TensorRT-LLM layout, summed over all ranks."""
     return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, fp8=()), asked))
-
-
-def _stage_layer(architecture: Architecture, name: str) -> int:
-    """The layer whose pipeline stage holds this tensor: the embedding is with the first, what follows the layers with
-    the last (-1)."""
-    layer = names.layer_of(architecture, name)
-    if layer is not None:
-        return layer
-    return 0 if names.is_embedding(architecture, name.removesuffix(".weight")) else -1
-
-
-def _share(name: str, shape: Sequence[int], model: ModelFacts, tp: int) -> tuple[int, ...]:
-    """A rank's shape of a Hugging Face tensor; all ranks of a stage have the same (checkpoint/sharding.py, `share`)."""
-    module, _, leaf = name.rpartition(".")
-    role = names.role(model.architecture, module)
-    if tp == 1 or not shape:
-        return tuple(shape)
-    if role in ("k", "v"):
-        heads = kv_heads(model.config)
-        return (shape[0] * max(heads // tp, 1) // heads, *shape[1:])
-    if role in names.COLUMN_PARALLEL:
-        return (shape[0] // tp, *shape[1:])
-    if role in names.ROW_PARALLEL and leaf == "weight":
-        return (shape[0], shape[1] // tp)
-    if names.is_embedding(model.architecture, module) or names.is_head(model.architecture, module):
-        return (math.ceil(shape[0] / tp), *shape[1:])
-    return tuple(shape)
 
 
 def calibration_memory(model: ModelFacts, tokens: int) -> int:

@@ -14,7 +14,7 @@ from builder.preflight.memory import Machine, Memory, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
 from builder.recipe.schema import Calibration
 
-SHORTEST = 256  # tokens: a shorter max_seq_len is no use to anybody
+SHORTEST = 256  # tokens: a shorter max_seq_len is not useful
 MOST_GPUS = 16  # on one machine
 
 
@@ -112,7 +112,7 @@ def refusal(
     change = smallest(model, asked, found.memory, fp8_kv=fp8_kv)
     where = "each of the GPUs" if asked.tp * asked.pp > 1 else "it"
     needs = found.needed - found.weights - found.workspace
-    hint = f"The smallest change that fits: {' '.join(change.flags)}" if change else "Take a smaller model."
+    hint = f"The smallest change that fits: {' '.join(change.flags)}" if change else "Use a smaller model."
     error = UnsupportedError(
         f"It does not fit on {found.card}: {size(found.needed)} are needed, {size(found.lacking)} more than "
         f"{where} has ({size(found.memory)}).",
@@ -148,11 +148,11 @@ def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> 
         lambda n: preflight_memory.calibration_memory(model, n) <= host.memory, 0, rows.seq_len
     )
     elsewhere = f"Calibrate on a machine with {size(needed)} of memory, or with GPUs"
-    hint = f"{elsewhere}; or take a smaller model."
+    hint = f"{elsewhere}; or use a smaller model."
     if batch:
-        hint = f"Fewer rows at once: --set calibration.batch_size={batch}. Or: {elsewhere}."
+        hint = f"Use smaller batches: --set calibration.batch_size={batch}. Or: {elsewhere}."
     elif length >= SHORTEST:
-        hint = f"Shorter rows: --calib-seq-len {length} --set calibration.batch_size=1. Or: {elsewhere}."
+        hint = f"Use shorter rows: --calib-seq-len {length} --set calibration.batch_size=1. Or: {elsewhere}."
     return UnsupportedError(
         f"Calibrating takes about {size(needed)} of memory, and this machine has {size(host.memory)}.",
         why=f"The weights in their own type, activations of {rows.batch_size} x {rows.seq_len} tokens: an estimate.",

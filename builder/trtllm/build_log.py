@@ -61,7 +61,8 @@ class BuildLog:
         self._phase, self._start = START, clock()
         self._since = self._start
 
-    def hear(self, line: str) -> None:
+    def read_line(self, line: str) -> None:
+        """Updates the phase and the peak of GPU memory from one line."""
         if peak := GPU_PEAK.search(line):
             self.peak_gpu_memory = max(self.peak_gpu_memory or 0, int(peak[1]) << 20)
         for pattern, phase in PHASES:

@@ -25,7 +25,7 @@ LOGITS = ("context_logits", "generation_logits", "draft_logits")
 # Parameters of the C++ backend that need an engine with paged context FMHA, and what it does with them without one
 # (cpp/tensorrt_llm/batch_manager/trtGptModelInflightBatching.cpp@00825c4e: fixExecutorConfig, the constructor).
 NEED_PAGED_FMHA = {
-    "enable_kv_cache_reuse": "The C++ backend would switch it off, with a line in its log.",
+    "enable_kv_cache_reuse": "The C++ backend would turn it off and only log that.",
     "enable_chunked_context": "The C++ backend would not load the engine.",
 }
 # Where Triton's images keep TensorRT-LLM's Python package: a venv of their own since 26.06, the system's before.
@@ -40,7 +40,7 @@ MOST_RANKS = 4096  # of an engine; a damaged number would be a list of as many f
 BUILT_WITH_TYPES: Mapping[str, Any] = {"target": str, "tensorrt": str, "sm": int, "gpu": str}
 ENGINE_VERSION = "An engine runs only on the version that built it."
 LLM_ARGUMENTS = "Names, meanings and defaults of the LLM class's arguments differ between versions."
-RENDER = "Or make the repository again: the same `builder build`, with --from render."
+RENDER = "Or render the repository again: the same `builder build`, with --from render."
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def missing(served: Served) -> list[Mismatch]:
     """
     if not served.engine.is_dir():
         what = f"There is no engine at {served.engine}, where {served.file} looks for it."
-        why = "It was moved, removed, or lies under another path in this container."
+        why = "It was moved or removed, or has another path in this container."
     else:
         engine = read_engine(served.engine)
         suffix = "engine" if engine.is_tensorrt else "safetensors"
@@ -189,8 +189,11 @@ def missing(served: Served) -> list[Mismatch]:
         absent = [name for name in files if not (served.engine / name).is_file()]
         if not absent:
             return []
-        what, why = f"The engine at {served.engine} lacks {', '.join(absent)}.", "Not all of it was copied, or built."
-    hint = "Put it back there, or run the same `builder build` again: it makes what is missing and points to it."
+        what, why = (
+            f"The engine at {served.engine} lacks {', '.join(absent)}.",
+            "The copy or the build is incomplete.",
+        )
+    hint = "Restore it there, or run the same `builder build` again, which rebuilds what is missing."
     return [Mismatch(what=what, why=why, hint=hint)]
 
 
@@ -217,8 +220,8 @@ def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
     if built and have and built != have:
         yield Mismatch(
             what=f"The engine was built by TensorRT {built}, and this machine has {have}.",
-            why="A TensorRT engine runs only on the version that built it; Triton would end with a version tag that "
-            "does not match.",
+            why="A TensorRT engine runs only on the version that built it; Triton would exit with a version tag "
+            "mismatch.",
             hint="Serve it in the image that built it, or build it again here: the same `builder build`.",
         )
 
@@ -247,9 +250,9 @@ def _cards(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
     if len(gpus) < ranks:
         yield Mismatch(
             what=f"The engine has {ranks} rank{'s' * (ranks > 1)}, and "
-            f"{len(gpus) or 'no'} GPU{' is' if len(gpus) < 2 else 's are'} seen here.",
-            why="Each rank takes a GPU of its own; with fewer TensorRT-LLM warns, and puts several on one.",
-            hint=f"Serve it on a machine that shows {ranks} of {card}; a container must be given its GPUs, and "
+            f"{len(gpus) or 'no'} GPU{' is' if len(gpus) < 2 else 's are'} visible here.",
+            why="Each rank needs its own GPU; with fewer, TensorRT-LLM only warns and puts several on one.",
+            hint=f"Serve it on a machine with {ranks} of {card}; a container needs access to its GPUs, and "
             "CUDA_VISIBLE_DEVICES may hide some. Without a GPU: build for the reference executor, --gpu cpu.",
         )
         return
@@ -263,8 +266,8 @@ def _cards(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
     for index, gpu in wrong[:1]:
         yield Mismatch(
             what=f"The engine was built for {card}, and GPU {index} here, {gpu.name}, is sm{gpu.sm}.",
-            why="A TensorRT engine runs only on the architecture that it was built for; Triton would end with an "
-            "incompatible device.",
+            why="A TensorRT engine runs only on the architecture that it was built for; Triton would exit with an "
+            "incompatible device error.",
             hint=hint,
         )
 
@@ -285,7 +288,7 @@ def _sizes(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
         yield Mismatch(
             what=f"max_batch_size is {asked} in {served.file}, and the engine was built for {batch}.",
             # ExecutorConfig{... maxBatchSize = std::nullopt ...}: model_instance_state.cc@c8c6df08.
-            why="The C++ backend never reads it: the engine goes on with its own, and requests wait without a word.",
+            why="The C++ backend ignores it: the engine keeps its own limit, and further requests wait.",
             hint=f"Set it to {batch} at most, or build with --max-batch-size {asked}. {RENDER}",
         )
     beams, asked = engine.build.get("max_beam_width") or 1, served.max_beam_width
@@ -299,7 +302,7 @@ def _sizes(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
 
 
 def _logits(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
-    """TLLM_CHECK(contextLogitsType == model_state_->getLogitsDataType()), when it answers
+    """TLLM_CHECK(contextLogitsType == model_state_->getLogitsDataType()), when it sends a response
     (model_instance_state.cc@c8c6df08)."""
     dtype = (engine.config.get("pretrained_config") or {}).get("logits_dtype")
     wanted = LOGITS_TYPES.get(dtype or "")
@@ -307,18 +310,18 @@ def _logits(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
     if wrong:
         yield Mismatch(
             what=f"{served.file} declares {', '.join(wrong)}, and the engine's logits are {dtype}: {wanted}.",
-            why="The C++ backend loads it, and fails each request that asks for logits.",
+            why="The C++ backend would load the engine and fail each request for logits.",
             hint=f"Set the type there to {wanted}. {RENDER}",
         )
 
 
 def _streaming(served: Served) -> Iterator[Mismatch]:
-    """Streaming needs every model on the way of a response to be decoupled."""
+    """Streaming needs every model on the path of a response to be decoupled."""
     engine, bls = served.decoupled, served.bls_decoupled
     if bls is not None and bls != engine:
         yield Mismatch(
             what=f"decoupled is {str(engine).lower()} for {ENGINE_MODEL} and {str(bls).lower()} for {BLS_MODEL}.",
-            why="Streaming needs both; with one of them requests that stream fail.",
+            why="Streaming needs both to be decoupled; otherwise streaming requests fail.",
             hint=f"Set model_transaction_policy of both config.pbtxt files to the same. {RENDER}",
         )
 
@@ -329,7 +332,7 @@ def _refusal(found: Sequence[Mismatch]) -> IntegrityError:
         return IntegrityError(first.what, why=first.why, hint=first.hint)
     why = [f"{number}. {one.what} {one.why}" for number, one in enumerate(found, 1)]
     return IntegrityError(
-        f"Engine, repository and machine disagree in {len(found)} things; nothing was started.",
+        f"Engine, repository and machine are incompatible in {len(found)} ways; no server was started.",
         why="\n".join(why),
         hint="\n".join(f"{number}. {one.hint}" for number, one in enumerate(found, 1)),
     )
@@ -345,7 +348,7 @@ def parse(file: Path) -> Any:
     try:
         return text_format.Parse(file.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{file} does not parse.", why=str(error), hint=f"Mend it. {RENDER}") from error
+        raise IntegrityError(f"{file} does not parse.", why=str(error), hint=f"Fix it. {RENDER}") from error
 
 
 def _number(text: str | None, default: int) -> int:

@@ -215,7 +215,7 @@ def _own_timing_cache(kept: Path) -> Iterator[Path]:
     own = kept.parent / f".{kept.stem}.{os.getpid()}.tmp"
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        own.write_bytes(kept.read_bytes() if kept.exists() else b"")  # an empty one is a new one
+        own.write_bytes(kept.read_bytes() if kept.exists() else b"")  # an empty file starts a new cache
         yield own
         own.replace(kept)
     finally:
@@ -258,7 +258,7 @@ def _watched(
 
         said = build_log.BuildLog(world_size, show)
         try:
-            finished = process.run(process.Command(argv, env=cuda_order(), cwd=cwd), log=log, on_line=said.hear)
+            finished = process.run(process.Command(argv, env=cuda_order(), cwd=cwd), log=log, on_line=said.read_line)
         except StageError as error:
             raise build_log.explained(error, log) from error
         said.end()

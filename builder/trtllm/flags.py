@@ -35,7 +35,7 @@ SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
 # _init_max_seq_len (tensorrt_llm/builder.py): these kinds of rotary scaling do not lengthen max_position_embeddings.
 UNSCALED = ("su", "longrope", "llama3")
 # Fields of BuildConfig that EngineConfig.to_dict removes: they describe a run of the builder (rule R51).
-NOT_THE_ENGINES = ("dry_run", "visualize_network")
+NOT_IN_ENGINE = ("dry_run", "visualize_network")
 
 
 def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[Flag]:
@@ -48,9 +48,9 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers:
     asked, gpu = resolved.recipe, resolved.gpu
     subject = _subject(resolved, model_config, answers)
     check_format(resolved)
-    _check_said_once(resolved)
+    _check_set_once(resolved)
     flags = {flag.name: flag for flag in sizes(resolved, model_config)}
-    if (world_size := asked.engine.world_size) > 1:  # whether it can be split so: ranks.check
+    if (world_size := asked.engine.world_size) > 1:  # sharding.check checks the split
         flags["workers"] = Flag("workers", str(world_size), "one for each rank; capped at the machine's GPUs", R08)
     ours = _asked_flags(subject.version, asked.engine.flags)
     profile = {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
@@ -102,8 +102,8 @@ def window_notes(model_config: Mapping[str, Any], flags: Sequence[Flag]) -> list
     if window is None or longest <= window:
         return []
     text = (
-        f"The model attends to its last {window} tokens (sliding_window), what is served here to all of up to "
-        f"{longest}: longer sequences get other answers than transformers gives. --max-seq-len {window} keeps them out."
+        f"The model attends to its last {window} tokens (sliding_window), the served model to all of up to "
+        f"{longest}: longer sequences get different answers than in transformers. --max-seq-len {window} avoids this."
     )
     return [Note("model", text)]
 
@@ -194,14 +194,14 @@ def _check_gemm(subject: Subject, number_format: NumberFormat, outputs: Mapping[
     wrong += [f"{n} outputs ({name})" for name, n in outputs.items() if n % number_format.gemm_outputs]
     if wrong:
         raise UnsupportedError(
-            f"The {number_format.title} GEMM plugin can't multiply this model's layers: {', '.join(wrong)}.",
+            f"The {number_format.title} GEMM plugin does not support this model's layer sizes: {', '.join(wrong)}.",
             why=f"On each GPU inputs must be a multiple of {number_format.gemm_inputs} and outputs of "
             f"{number_format.gemm_outputs} (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6).",
-            hint="TensorRT's own kernels may take them: --set engine.flags.gemm_plugin=disable. Or another model.",
+            hint="TensorRT's kernels may support them: --set engine.flags.gemm_plugin=disable, or use another model.",
         )
 
 
-def _check_said_once(resolved: schema.Resolved) -> None:
+def _check_set_once(resolved: schema.Resolved) -> None:
     """UsageError if engine.flags contradicts a size that has its own recipe key."""
     engine = resolved.recipe.engine
     for name in SIZES:
@@ -217,7 +217,7 @@ def _asked_flags(version: Version, asked: Mapping[str, str]) -> dict[str, Flag]:
     """engine.flags as Flags. A switch that is on (`enable`, `true`) has the value ""; one that is off is left out."""
     found = {}
     for name, value in asked.items():
-        if name in SIZES:  # said with the same value in its own place
+        if name in SIZES:  # set to the same value under its own key
             continue
         if name in version.flags and version.flags[name]["kind"] == "store_true":
             if value.lower() in ("disable", "false"):
@@ -286,10 +286,10 @@ def build_config(version: Version, flags: Sequence[Flag], pretrained: Mapping[st
     `pretrained` is the checkpoint's config.json. Source: BuildConfig.to_dict, EngineConfig.to_dict (builder.py, 1.2).
     """
     values = {flag.name: flag.value for flag in flags}
-    config = {name: value for name, value in version.build_config_defaults.items() if name not in NOT_THE_ENGINES}
+    config = {name: value for name, value in version.build_config_defaults.items() if name not in NOT_IN_ENGINE}
     for name, spec in version.flags.items():
         field = spec.get("build_config_field")
-        if spec["group"] != "plugin" and field and name in values and field not in NOT_THE_ENGINES:
+        if spec["group"] != "plugin" and field and name in values and field not in NOT_IN_ENGINE:
             config[field] = _config_value(spec, values[name])
     plugins = _plugin_config(version, values, pretrained)
     config["kv_cache_type"] = str(config["kv_cache_type"] or "paged").upper()

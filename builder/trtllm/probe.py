@@ -25,9 +25,9 @@ from builder.trtllm import versions as trtllm_versions
 from builder.trtllm.probe_results import FAILS, UNKNOWN, WORKS, Answer, Probe
 from builder.trtllm.probe_store import Container, holds
 
-TIME_LIMIT = 1800  # seconds; a guess on the safe side: no two-layer engine was timed on a card
+TIME_LIMIT = 1800  # seconds; a generous guess: no two-layer engine was timed on a card
 SIZES = {"max_batch_size": 4, "max_input_len": 256, "max_seq_len": 512, "max_num_tokens": 512}
-# Answers hang on warnings (cpp/tensorrt_llm/common/logger.cpp, tensorrt_llm/logger.py).
+# Answers depend on warnings (cpp/tensorrt_llm/common/logger.cpp, tensorrt_llm/logger.py).
 LOG_LEVEL = {"TLLM_LOG_LEVEL": "INFO"}
 MODEL = {"head_size": 128, "kv_cache_dtype": "fp8", "architecture": "Qwen3ForCausalLM"}
 
@@ -46,6 +46,7 @@ class Session:
 
     @property
     def file(self) -> Path:
+        """The file that stores the answers of this card and container."""
         return self.container.file(self.store.root)
 
     def known(self, probe: Probe) -> dict[str, Any] | None:
@@ -101,27 +102,25 @@ def session(gpu: str, store: Store, *, limit: float = TIME_LIMIT, force: bool = 
         raise UsageError(f"An engine can't be built in {limit} s.", hint=f"--time-limit {TIME_LIMIT}")
     named = None if gpu == "auto" else gpus.named(gpu)
     if named and named.sm is None:
-        raise UnsupportedError(
-            f"There is nothing to ask of {gpu}: it builds no engine.", hint="builder probe --gpu sm120"
-        )
+        raise UnsupportedError(f"{gpu} has no probes: it builds no engine.", hint="builder probe --gpu sm120")
     try:
         card = gpus.first()
     except UnsupportedError as error:
         raise UnsupportedError(
-            "No GPU is seen here, and a probe asks a card.",
+            "No GPU is visible, and a probe builds an engine on a GPU.",
             why=error.why,
-            hint="Run it on the machine that will build. `builder plan` goes by the tables until then.",
+            hint="Run it on the machine that will build. `builder plan` uses the tables until then.",
         ) from error
     profile = named or gpus.for_capability(card.major, card.minor, card.name)
     if profile.sm != card.sm:
         raise UnsupportedError(
             f"{profile.name} was asked for, and this machine's {card.name} is sm{card.sm}.",
-            why="A card can only answer for its own architecture.",
-            hint="Ask this one: builder probe --gpu auto",
+            why="A probe is valid only for the architecture that it ran on.",
+            hint="Probe this card: builder probe --gpu auto",
         )
     if shutil.which("trtllm-build") is None:
         raise UnsupportedError(
-            "trtllm-build is not on this machine's PATH, so no engine can be built to ask it.",
+            "trtllm-build is not on this machine's PATH, so no engine can be built to probe it.",
             hint="Run inside the image that will build: NVIDIA's Triton image with TensorRT-LLM.",
         )
     return Session(_container(card.sm), card, profile.name, store, limit, force)
@@ -132,7 +131,7 @@ def _container(sm: int) -> Container:
     absent = [name for name, version in found.items() if version == "absent"]
     if absent:
         raise UnsupportedError(
-            f"This Python does not have {' and '.join(absent)}, so it is not known for what an answer would hold.",
+            f"This Python does not have {' and '.join(absent)}, so it is unknown which versions an answer holds for.",
             hint="Install builder into the Python that trtllm-build runs in.",
         )
     trtllm_versions.load(found["tensorrt_llm"])  # UnsupportedError for a version without facts
@@ -146,7 +145,7 @@ def questions(asking: Session, only: Sequence[str] = ()) -> list[Probe]:
     wrong = [name for name in only if name not in names]
     if wrong:
         raise UsageError(
-            f"There is no question {wrong[0]!r} for sm{asking.container.sm}.", why=f"They are: {', '.join(names)}."
+            f"There is no probe {wrong[0]!r} for sm{asking.container.sm}.", why=f"The probes are: {', '.join(names)}."
         )
     return [probe for probe in found if not only or probe.name in only]
 
@@ -187,9 +186,9 @@ def _base(asking: Session) -> Mapping[str, str]:
                 probe_store.keep(root, asking.container, believed, answer)
             return probe.flags
     raise StageError(
-        "Not even a plain engine of two layers can be built here, so no failure would say anything about a flag.",
+        "Even a plain two-layer engine does not build here, so a failure would prove nothing about a flag.",
         why="\n".join(f"{probe.name}: {record['reason']}" for probe, record in failed),
-        hint=f"Nothing was kept. The full log: {failed[-1][1]['log'] if failed else '-'}",
+        hint=f"No answer was stored. The full log: {failed[-1][1]['log'] if failed else '-'}",
     )
 
 
@@ -210,11 +209,11 @@ def command(probe: Probe, base: Mapping[str, str], gpu: str, version: str, work:
     }
     resolved = schema.resolve(values)
     config = probe_model.config(architecture=model["architecture"], head_size=model["head_size"])
-    # The tables would refuse some of what is asked; here it is taken as given.
+    # The tables would reject some of these flags; here they are assumed to work.
     assumed = Answer(probe, resolved.gpu.sm or 0, WORKS, "", "", "")
     found = trtllm_flags.resolve(resolved, config, [assumed])
     layout = probe_model.write_checkpoint(config, work / "checkpoint", fp8_kv=model["kv_cache_dtype"] == "fp8")
-    # A timing cache of its own: with a kept one tactics would not be tried again.
+    # A separate timing cache: with a shared one TensorRT would not try the tactics again.
     return trtllm_flags.command(found, checkpoint=layout, output=work / "engine", timing_cache=work / "model.cache")
 
 
@@ -258,9 +257,9 @@ def unanswered(found: Mapping[str, Mapping[str, Any]]) -> StageError | None:
     if not names:
         return None
     return StageError(
-        f"{len(names)} of {len(found)} questions have no answer: {', '.join(names)}.",
+        f"{len(names)} of {len(found)} probes have no answer: {', '.join(names)}.",
         why="\n".join(f"{name}: {found[name]['reason']} ({found[name]['log']})" for name in names[:5]),
-        hint="Ask again when the card and its memory are free: builder probe. A plan goes by the tables until then.",
+        hint="Run them again when the card and its memory are free: builder probe. A plan uses the tables until then.",
     )
 
 
@@ -272,7 +271,7 @@ def show(asking: Session, found: Mapping[str, Mapping[str, Any]]) -> None:
     out.table(title, ["question", "answer", "on", "why"], rows)
     out.result({"gpu": asking.gpu, "card": asking.card.name, **vars(on), "file": str(asking.file), "answers": found})
     if found:
-        out.info("built, not run: that an engine builds does not show that its numbers are right")
+        out.info("built, not run: the output of these engines was not checked")
         out.text(f"kept       {asking.file}")
         out.text(f"next       builder plan --model MODEL --gpu {asking.gpu} --output {asking.store.root}")
     else:

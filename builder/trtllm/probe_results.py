@@ -124,7 +124,7 @@ def refuse(subject: Subject, flags: Mapping[str, Flag], answers: Sequence[Answer
             raise UnsupportedError(
                 f"{said} failed on this kind of card: probe {probe.name}, {answer.built}.",
                 why=f"{answer.reason}\nKept in {answer.source}",
-                hint=f"{sets}. Or ask the card again: builder probe --only {probe.name} --force",
+                hint=f"{sets}. Or repeat the probe: builder probe --only {probe.name} --force",
             )
 
 
@@ -136,8 +136,8 @@ def notes(subject: Subject, flags: Sequence[Flag], answers: Sequence[Answer]) ->
     if changed:
         on = ", ".join(f"{flag.name}={flag.value}" for flag in changed)
         back = " ".join(f"--set engine.flags.{flag.name}=disable" for flag in changed if flag.value == "enable")
-        text = "a two-layer engine was built so on this kind of card, which does not show that its numbers are right"
-        found.append(Note("probe", f"{on}: {text}. As the profile has it: {back}"))
+        text = "a two-layer engine with this was built on this kind of card, but its output was not checked"
+        found.append(Note("probe", f"{on}: {text}. To restore the profile's value: {back}"))
     for answer in about(subject, answers):
         if answer.outcome == FAILS:
             said = (answer.reason.splitlines() or ["-"])[-1]

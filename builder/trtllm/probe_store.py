@@ -80,12 +80,14 @@ def read(file: Path) -> dict[str, dict[str, Any]]:
         kept: dict[str, dict[str, Any]] = parse_json(read_regular(file))["answers"]
         texts = [record[key] for record in kept.values() for key in ("outcome", "reason", "card", "date")]
         if not all(isinstance(text, str) for text in texts) or not all(record["asked"] for record in kept.values()):
-            raise ValueError("an answer says something else than what a probe writes")
+            raise ValueError("an answer does not have the fields that a probe writes")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(
-            f"{file} holds no answers of a probe.", why=str(error), hint="Remove it, and ask again: builder probe"
+            f"{file} is not a file of probe answers.",
+            why=str(error),
+            hint="Remove it, then: builder probe",
         ) from error
     return kept
 

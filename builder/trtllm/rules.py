@@ -120,40 +120,40 @@ def _kv_cache_type(s: Settings) -> None:
     if "paged_kv_cache" in s.flags:  # R12: refuse() saw that the two agree
         del s.flags["paged_kv_cache"]
     if "kv_cache_type" not in s.flags:
-        s.flags["kv_cache_type"] = Flag("kv_cache_type", "paged", "what is unset is paged", s.subject.source("R13"))
+        s.flags["kv_cache_type"] = Flag("kv_cache_type", "paged", "paged by default", s.subject.source("R13"))
     if s.asked("paged_state"):
         s.put("paged_state", "disable", "these models have no recurrent state", "R14")
 
 
 def _sizes(s: Settings) -> None:
     if s.number("max_input_len") > s.number("max_seq_len"):
-        s.put("max_input_len", s.value("max_seq_len"), "a prompt is no longer than prompt and answer", "R17")
+        s.put("max_input_len", s.value("max_seq_len"), "a prompt cannot be longer than max_seq_len", "R17")
     most = s.number("max_batch_size") * s.number("max_seq_len")
     if not s.on("remove_input_padding"):
-        s.put("max_num_tokens", str(most), "padded batches: max_batch_size x max_seq_len, whatever is asked", "R19")
+        s.put("max_num_tokens", str(most), "with padding it is always max_batch_size x max_seq_len", "R19")
         return
     if s.number("max_num_tokens") > most:
-        s.put("max_num_tokens", str(most), "max_batch_size x max_seq_len is all there can be", "R22")
+        s.put("max_num_tokens", str(most), "capped at max_batch_size x max_seq_len", "R22")
     fmha = s.on("context_fmha")
     if not fmha and s.number("max_num_tokens") < s.number("max_input_len"):
-        s.put("max_num_tokens", s.value("max_input_len"), "without FMHA a prompt can't be cut in chunks", "R20")
+        s.put("max_num_tokens", s.value("max_input_len"), "without FMHA a prompt cannot be split into chunks", "R20")
     if fmha and s.number("max_num_tokens") < s.number("tokens_per_block"):
-        s.put("max_num_tokens", s.value("tokens_per_block"), "a chunk of a prompt is a KV block at least", "R21")
+        s.put("max_num_tokens", s.value("tokens_per_block"), "a chunk of a prompt is at least one KV block", "R21")
     if "opt_num_tokens" in s.flags and s.number("opt_num_tokens") > s.number("max_num_tokens"):
-        s.put("opt_num_tokens", s.value("max_num_tokens"), "no more than max_num_tokens", "R25")
+        s.put("opt_num_tokens", s.value("max_num_tokens"), "capped at max_num_tokens", "R25")
 
 
 def _fusions(s: Settings) -> None:
     subject = s.subject
     if s.asked("reduce_fusion") and not (subject.tp > 1 and subject.is_one_of("R35")):
-        s.put("reduce_fusion", "disable", "only Llama, Gemma 2 and Medusa with tensor parallelism have it", "R35")
+        s.put("reduce_fusion", "disable", "only Llama, Gemma 2 and Medusa with tensor parallelism support it", "R35")
     if s.asked("user_buffer") and not s.on("reduce_fusion"):
         s.put("user_buffer", "disable", "it needs reduce_fusion", "R36")
     fusable = subject.is_one_of("R34") and subject.quant_algo == "NVFP4"
     if s.asked("norm_quant_fusion") and (s.on("reduce_fusion") or not fusable):
-        s.put("norm_quant_fusion", "disable", "only LlamaForCausalLM in NVFP4 without reduce_fusion has it", "R34")
+        s.put("norm_quant_fusion", "disable", "only LlamaForCausalLM in NVFP4 without reduce_fusion supports it", "R34")
     if s.asked("use_fused_mlp") and subject.quant_algo not in (None, "FP8"):
-        s.put("use_fused_mlp", "disable", f"without effect under {subject.quant_algo}", "R40")
+        s.put("use_fused_mlp", "disable", f"no effect with {subject.quant_algo}", "R40")
 
 
 def _attention(s: Settings) -> None:
@@ -165,10 +165,10 @@ def _attention(s: Settings) -> None:
     if s.value("speculative_decoding_mode") == "eagle":
         s.put(paged, "enable", "EAGLE needs it", "R38")
     if not s.on("context_fmha"):
-        s.put(paged, "disable", "context FMHA is off, and it goes with it", "R26")
-        s.put(fp8, "disable", "context FMHA is off, and it goes with it", "R26")
+        s.put(paged, "disable", "it needs context FMHA, which is off", "R26")
+        s.put(fp8, "disable", "it needs context FMHA, which is off", "R26")
     elif subject.quant_algo not in FP8_FAMILY:
-        s.put(fp8, "disable", "it comes with FP8, W4A8_AWQ or NVFP4 weights alone", "R27")
+        s.put(fp8, "disable", "it needs FP8, W4A8_AWQ or NVFP4 weights", "R27")
         if fp8_kv:
             s.put(paged, "disable", "an FP8 KV cache needs FP8 context FMHA, which these weights don't have", "R27")
     elif subject.sm is not None and subject.sm < subject.version.rules["R28"]["sm_from"]:
@@ -177,9 +177,9 @@ def _attention(s: Settings) -> None:
             s.put(paged, "disable", f"an FP8 KV cache needs FP8 context FMHA, and sm{subject.sm} has none", "R28")
     elif s.on(paged):
         if fp8_kv:
-            s.put(fp8, "enable", "paged FMHA reads the FP8 KV cache in its own type", "R30")
+            s.put(fp8, "enable", "paged FMHA with an FP8 KV cache must be FP8 too", "R30")
         else:
-            s.put(fp8, "disable", "paged FMHA reads the KV cache in its own type, which is not FP8", "R29")
+            s.put(fp8, "disable", "paged FMHA can be FP8 only with an FP8 KV cache", "R29")
     if subject.kv_cache_algo == "INT8":
         s.put(paged, "disable", "it does not work with an INT8 KV cache", "R31")
 
@@ -187,14 +187,14 @@ def _attention(s: Settings) -> None:
 def _plugins(s: Settings) -> None:
     world = s.subject.tp * s.subject.pp
     if s.subject.has_nvfp4 and s.value("gemm_plugin") != "disable":
-        s.put("gemm_plugin", "nvfp4", "a checkpoint with NVFP4 layers; only `disable` would be kept", "R33")
+        s.put("gemm_plugin", "nvfp4", "always used for NVFP4 layers, unless it is set to `disable`", "R33")
     dtype = s.subject.dtype or "auto"
     if world == 1 and s.asked("nccl_plugin"):
-        s.put("nccl_plugin", "disable", "one GPU has nobody to talk to", "R37")
+        s.put("nccl_plugin", "disable", "a single GPU needs no communication", "R37")
     elif world > 1 and s.value("nccl_plugin") not in (dtype, "auto"):
-        s.put("nccl_plugin", dtype, "several GPUs always use NCCL, in the model's type, whatever is asked", "R37")
+        s.put("nccl_plugin", dtype, "several GPUs always use NCCL, in the model's type", "R37")
     if "workers" in s.flags and s.number("workers") > world:
-        s.put("workers", str(world), "one worker a rank; more than there are GPUs is capped", "R08")
+        s.put("workers", str(world), "one worker per rank; capped at the number of GPUs", "R08")
 
 
 def _logits(s: Settings) -> None:
@@ -202,7 +202,7 @@ def _logits(s: Settings) -> None:
     asked = s.flags.pop("gather_all_token_logits", None)
     if asked is not None and asked.value not in ("disable", "0"):
         for name in ("gather_context_logits", "gather_generation_logits"):
-            s.put(name, "", "gather_all_token_logits stands for it", "R49")
+            s.put(name, "", "set by gather_all_token_logits", "R49")
 
 
 def refuse(subject: Subject, flags: Mapping[str, Flag]) -> None:
@@ -241,10 +241,10 @@ def _refuse_ours(s: Settings) -> None:
     """Rejects flags that the builder sets itself: the stage's key and directory depend on them."""
     for name, rule in (("checkpoint_dir", "R01"), ("model_config", "R01"), ("build_config", "R09")):
         if name in s.flags:
-            raise _usage(s, rule, f"--{name} is not yours to set.", "Leave it out: sizes and flags are in the recipe.")
+            raise _usage(s, rule, f"--{name} is set by the builder.", "Remove it: the recipe has sizes and flags.")
     for name in ("output_dir", "input_timing_cache", "output_timing_cache", "dry_run"):
         if name in s.flags:
-            raise UsageError(f"--{name} is not yours to set.", hint="Leave it out: the engine has its own directory.")
+            raise UsageError(f"--{name} is set by the builder.", hint="Remove it: the engine has its own directory.")
 
 
 def _refuse_combinations(s: Settings) -> None:
@@ -283,33 +283,35 @@ def _refuse_model(s: Settings) -> None:
     subject = s.subject
     if s.on("streamingllm") and not subject.is_one_of("R05"):
         raise _usage(
-            s, "R05", "streamingllm can't be had: an attention sink, nothing to do with streaming answers.",
-            "Leave it out. Answers are streamed with repository.decoupled, the default.",
+            s, "R05", "streamingllm is not supported for this architecture.",
+            "Remove it: it adds attention sinks. repository.decoupled, the default, streams responses.",
         )  # fmt: skip
     if s.on("pp_reduce_scatter") and not subject.is_one_of("R06"):
-        raise _usage(s, "R06", "pp_reduce_scatter is for MixtralForCausalLM alone.", "Leave it out.")
+        raise _usage(s, "R06", "Only MixtralForCausalLM supports pp_reduce_scatter.", "Leave it out.")
     if subject.has_nvfp4:
         odd = {name: n for name, n in subject.in_features.items() if n % (NVFP4.group_size or 1)}
         if odd:
             found = ", ".join(f"{name} {n}" for name, n in odd.items())
             raise _unsupported(
                 s, "R41", f"NVFP4 needs inputs that are a multiple of 16 on each GPU, and this model has {found}.",
-                "Take another model or, if --tp made it odd, a smaller --tp.",
+                "Use another model or, if --tp is the cause, a smaller --tp.",
             )  # fmt: skip
         if s.asked("lora_plugin") or "lora_dir" in s.flags:
-            raise _unsupported(s, "R41", "NVFP4 layers take no LoRA.", "Merge the LoRA into the model first.")
+            raise _unsupported(s, "R41", "NVFP4 layers do not support LoRA.", "Merge the LoRA into the model first.")
 
 
 def _refuse_formats(s: Settings) -> None:
     subject = s.subject
     blocked = [name for name in s.subject.version.rules["R11"]["flags"] if s.asked(name)]
     if subject.sm in subject.version.rules["R11"]["sms"] and blocked:
-        raise _unsupported(s, "R11", f"sm{subject.sm} has no --{blocked[0]}.", f"Leave {blocked[0]} out.")
+        raise _unsupported(s, "R11", f"sm{subject.sm} does not support --{blocked[0]}.", f"Leave {blocked[0]} out.")
     low, high = subject.version.rules["R32"]["sm_range"]
     if subject.sm is not None and low <= subject.sm < high:
         for what in (subject.quant_algo, subject.kv_cache_algo and f"{subject.kv_cache_algo} KV cache"):
             if what in (*INTEGER, "INT8 KV cache"):
-                raise _unsupported(s, "R32", f"sm{subject.sm} runs no {what}.", "Take nvfp4 with an fp8 KV cache.")
+                raise _unsupported(
+                    s, "R32", f"sm{subject.sm} does not support {what}.", "Use nvfp4 and an fp8 KV cache"
+                )
     if subject.kv_cache_algo == "INT8" and "use_paged_context_fmha" in s.flags and s.on("use_paged_context_fmha"):
         raise _usage(
             s, "R31", "An INT8 KV cache does not work with paged context FMHA.",
@@ -329,7 +331,7 @@ def _refuse_eagle(s: Settings) -> None:
     for name in ("max_batch_size", "max_draft_len"):
         most = s.subject.version.rules["R38"][name]
         if s.number(name) > most:
-            raise _usage(s, "R38", f"EAGLE takes a {name} of {most} at most, not {s.value(name)}.", f"{name}: {most}")
+            raise _usage(s, "R38", f"EAGLE supports {name} up to {most}, not {s.value(name)}.", f"{name}: {most}")
 
 
 def check_kernels(subject: Subject, flags: Mapping[str, Flag]) -> None:
@@ -351,7 +353,7 @@ def check_kernels(subject: Subject, flags: Mapping[str, Flag]) -> None:
         raise _unsupported(
             s, "R44", f"sm{subject.sm} has no FP8 context FMHA kernel for heads of {subject.head_size}, only for "
             f"{', '.join(map(str, subject.fmha_head_sizes))} (NVIDIA/TensorRT-LLM #17911).",
-            "Turn it off, at the price that the plan names: --set engine.flags.context_fmha=disable",
+            "Turn it off (the plan shows what that costs): --set engine.flags.context_fmha=disable",
         )  # fmt: skip
     if subject.kv_cache_algo == "NVFP4" and not fp8:
         raise _unsupported(s, "R45", "An NVFP4 KV cache needs FP8 context FMHA.", "--kv-cache-dtype fp8")
@@ -375,21 +377,21 @@ def notes(subject: Subject, flags: Mapping[str, Flag]) -> list[Note]:
     s = Settings(subject, flags)
     found = _costs(s)
     if s.on("remove_input_padding") and s.on("context_fmha"):
-        found.append(Note("R18", "max_input_len sets no limit: with packed tokens and FMHA only max_seq_len does."))
+        found.append(Note("R18", "max_input_len has no effect: with packed tokens and FMHA only max_seq_len does."))
     limit = subject.version.rules["R23"]["limit"]
     if s.number("max_num_tokens") > limit:
-        found.append(Note("R23", f"max_num_tokens over {limit} rarely gains, and may pass TensorRT's limits."))
+        found.append(Note("R23", f"max_num_tokens over {limit} rarely helps and may exceed TensorRT's limits."))
     if "opt_num_tokens" not in s.flags and not s.on("multiple_profiles") and s.on("remove_input_padding"):
         best = min(s.number("max_batch_size") * s.number("max_beam_width"), s.number("max_num_tokens"))
         found.append(Note("R24", f"kernels are tuned for {best} tokens (opt_num_tokens, chosen by trtllm-build)."))
     if "fast_build" in s.flags:
         text = "fast_build moves the weights into rank*_managed_weights.safetensors beside the engine (manage_weights)."
-        found.append(Note("R50", f"{text} Upstream's help warns of some loss of performance."))
+        found.append(Note("R50", f"{text} trtllm-build's help warns that performance may drop."))
     if "visualize_network" in s.flags:
         where = s.value("visualize_network")
         text = f"visualize_network writes the network as ONNX into {where} when the engine is built, and only then:"
         found.append(Note("R51", f"{text} a cached engine writes nothing, and its config.json does not record it."))
-    found.append(Note("R10", "trtllm-build warns of gather_generation_logits in every run; it means nothing."))
+    found.append(Note("R10", "trtllm-build warns about gather_generation_logits in every run; ignore that warning."))
     return found
 
 

@@ -247,7 +247,7 @@ def test_a_gate_on_a_served_model_that_gives_no_logits_is_refused_before_the_bui
         engine__flags__gather_context_logits="disable",
     )
     store = Store(tmp_path / "artifacts", QUIET)
-    with pytest.raises(UsageError, match="would return no logits of a prompt"):
+    with pytest.raises(UsageError, match="would not return prompt logits"):
         pipeline.build(asked, store)
     assert not store.done
 

@@ -157,7 +157,7 @@ def test_a_repository_for_a_card_is_made_where_it_is_and_served_nowhere_else(
     repository = json.loads(said.out)["repository"]
     monkeypatch.setattr(compatibility, "visible", list)
     assert main.main(["serve", repository]) == 6
-    assert "The engine has 1 rank, and no GPU is seen here" in capsys.readouterr().err
+    assert "The engine has 1 rank, and no GPU is visible here" in capsys.readouterr().err
     monkeypatch.setattr(compatibility, "visible", lambda: [Seen("NVIDIA B200", 10, 0, "590.44.01")])
     assert main.main(["smoke", repository]) == 6
     assert "built for sm120 (NVIDIA GeForce RTX 5090), and GPU 0 here, NVIDIA B200, is sm100" in capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_a_gate_ends_a_build_with_4_publishes_nothing_and_keeps_everything(
         assert stages[-1]["why"].endswith(f"a gate (score {limit}): {row[1]}")
     for more, why in (
         (["--data", "tests/data/eval/chat.jsonl"], "its texts are not read yet"),
-        (["--runner", "bf16", "--runner", "simulated"], "simulated is not measured on texts"),
+        (["--runner", "bf16", "--runner", "simulated"], "simulated has not been measured on texts"),
     ):
         stages = json.loads(builder("plan", *asked, *more, "--min-score", "50").stdout)["stages"]
         assert (stages[-1]["state"], stages[-1]["why"]) == ("will run", f"a gate (score 50): {why}")

@@ -240,7 +240,7 @@ def test_where_the_heads_do_not_divide_the_layers_do() -> None:
 def test_where_nothing_helps_the_refusal_says_so() -> None:
     found = preflight_memory.memory(QWEN3_8B, ASKED, "a watch", 10**6)
     error, change = suggestions.refusal(QWEN3_8B, ASKED, found)
-    assert (change, error.exit_code, error.hint) == (None, 3, "Take a smaller model.")
+    assert (change, error.exit_code, error.hint) == (None, 3, "Use a smaller model.")
     assert "weights 6.40 GB" in error.why
 
 

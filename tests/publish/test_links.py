@@ -166,7 +166,7 @@ def test_a_given_name_takes_the_link_whatever_it_named(store: Store) -> None:
 def test_a_given_name_takes_no_directory_away(store: Store) -> None:
     place = store.root / "models" / "prod"
     place.mkdir(parents=True)
-    with pytest.raises(UsageError, match="is no link"):
+    with pytest.raises(UsageError, match="is not a link"):
         links.move(place, store.root / "repository" / "one")
     assert place.is_dir()
 

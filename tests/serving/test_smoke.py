@@ -254,7 +254,7 @@ def test_an_invalid_request_does_not_affect_concurrent_ones(served: Server) -> N
     )
     assert alone[0] in got
     errors = " ".join(one for one in got if isinstance(one, str))
-    assert "reference executor does no beam search" in errors
+    assert "reference executor does not support beam search" in errors
     assert "Prompt length (300) exceeds maximum input length (256)" in errors
     assert "input_ids must be within" in errors
 

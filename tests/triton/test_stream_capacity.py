@@ -57,6 +57,6 @@ def test_the_plan_shows_the_streams_and_their_memory(tmp_path: Path, capsys: pyt
     found = json.loads(capsys.readouterr().out)["streams"]
     assert found == {"at_once": 8, "bytes": stream_capacity.memory(8, 4096), "why": "max_batch_size 8"}
     assert main([*argv, "--gpu", "cpu", "--max-batch-size", "256"]) == 0
-    assert "32 (max_batch_size 256, at most 32), a process each: " in capsys.readouterr().out
+    assert "32 (max_batch_size 256, at most 32), one process each: " in capsys.readouterr().out
     assert main([*argv, "--gpu", "sm100", "--target", "llmapi", "--json"]) in (0, 3)
     assert json.loads(capsys.readouterr().out)["streams"] is None

@@ -160,7 +160,7 @@ def test_phases_of_two_ranks_one_after_the_other() -> None:
         *rank,
         "[I] Total time of building all engines: 1",
     ]:
-        log.hear(line)
+        log.read_line(line)
     log.end()
     assert log.peak_gpu_memory == 70725 << 20
     assert [phase for phase, _ in shown].count("building the TensorRT engine") == 2

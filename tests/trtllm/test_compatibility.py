@@ -102,7 +102,7 @@ def test_the_llmapi_targets_repository_is_for_one_version(tmp_path: Path) -> Non
          "--gpu auto"),
         (Runtime([B200, RTX_5090], "1.2.1"), "GPU 0 here, NVIDIA B200, is sm100", "CUDA_VISIBLE_DEVICES=1"),
         (Runtime([B200, RTX_5090], chosen=True), "GPU 0 here, NVIDIA B200, is sm100", "--gpu auto"),
-        (Runtime([], "1.2.1"), "has 1 rank, and no GPU is seen here", "--gpu cpu"),
+        (Runtime([], "1.2.1"), "has 1 rank, and no GPU is visible here", "--gpu cpu"),
     ],
 )  # fmt: skip
 def test_a_machine_that_can_not_run_the_engine(models: Path, runtime: Runtime, what: str, hint: str) -> None:
@@ -115,7 +115,7 @@ def test_as_many_gpus_as_ranks(tmp_path: Path) -> None:
     engine = write_engine(tmp_path / "engine", world_size=4)
     repository.write(tmp_path / "models", engine, SNAPSHOT, schema.Repository())
     compatibility.check(tmp_path / "models", Runtime([RTX_5090] * 4))
-    assert "4 ranks, and 2 GPUs are seen here" in refused(tmp_path / "models", Runtime([RTX_5090] * 2)).what
+    assert "4 ranks, and 2 GPUs are visible here" in refused(tmp_path / "models", Runtime([RTX_5090] * 2)).what
     assert "GPU 3 here" in refused(tmp_path / "models", Runtime([RTX_5090] * 3 + [B200])).what
     (engine / "rank2.engine").unlink()
     assert "lacks rank2.engine" in refused(tmp_path / "models", Runtime([RTX_5090] * 4)).what
@@ -124,15 +124,15 @@ def test_as_many_gpus_as_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "what", "why"),
     [
-        ("max_batch_size: 8", "max_batch_size: 64", "max_batch_size is 64", "never reads it"),
+        ("max_batch_size: 8", "max_batch_size: 64", "max_batch_size is 64", "ignores it"),
         ('"max_beam_width" value: { string_value: "1"', '"max_beam_width" value: { string_value: "4"',
          "max_beam_width is 4", "would not load"),
         ('"enable_kv_cache_reuse" value: { string_value: "false"',
-         '"enable_kv_cache_reuse" value: { string_value: "True"', "enable_kv_cache_reuse is true", "switch it off"),
+         '"enable_kv_cache_reuse" value: { string_value: "True"', "enable_kv_cache_reuse is true", "turn it off"),
         ('"enable_chunked_context" value: { string_value: "false"',
          '"enable_chunked_context" value: { string_value: "1"', "enable_chunked_context is true", "would not load"),
         ('"generation_logits"\n    data_type: TYPE_FP16', '"generation_logits"\n    data_type: TYPE_FP32',
-         "declares generation_logits TYPE_FP32, and the engine's logits are float16", "fails each request"),
+         "declares generation_logits TYPE_FP32, and the engine's logits are float16", "fail each request"),
         ("decoupled: true", "decoupled: false", "decoupled is false for tensorrt_llm and true", "Streaming needs both"),
     ],
 )  # fmt: skip
@@ -159,7 +159,7 @@ def test_all_that_disagrees_is_said_at_once_the_machine_first(models: Path) -> N
     edit(models, '"enable_chunked_context" value: { string_value: "false"',
          '"enable_chunked_context" value: { string_value: "true"')  # fmt: skip
     error = refused(models, Runtime([B200], "1.1.0", "10.13.3.9"))
-    assert "disagree in 5 things" in error.what
+    assert "are incompatible in 5 ways" in error.what
     order = ["TensorRT-LLM 1.2.1", "TensorRT 10.14", "sm120", "enable_chunked_context", "max_batch_size"]
     places = [error.why.index(f"{number}. ") for number in range(1, 6)]
     assert [name in line for name, line in zip(order, error.why.splitlines(), strict=True)] == [True] * 5
@@ -200,7 +200,7 @@ def test_the_reference_engine_needs_no_gpu_and_no_version(tmp_path: Path) -> Non
     edit(models, "max_batch_size: 8", "max_batch_size: 64")
     edit(models, '"enable_kv_cache_reuse" value: { string_value: "false"',
          '"enable_kv_cache_reuse" value: { string_value: "true"')  # fmt: skip
-    assert "disagree in 2 things" in refused(models).what
+    assert "are incompatible in 2 ways" in refused(models).what
     (engine / "rank0.safetensors").unlink()
     assert "lacks rank0.safetensors" in refused(models).what
 
@@ -223,7 +223,7 @@ def test_nothing_is_started_that_would_not_run(models: Path, monkeypatch: pytest
     """`builder serve`, `builder smoke` and the smoke stage come through here; this machine shows no GPU."""
     monkeypatch.setattr(server, "find_server", lambda: pytest.fail("a server was looked for"))
     monkeypatch.setattr(compatibility, "visible", list)
-    with pytest.raises(IntegrityError, match="no GPU is seen here"), server.serve(models, out=Output("quiet")):
+    with pytest.raises(IntegrityError, match="no GPU is visible here"), server.serve(models, out=Output("quiet")):
         pytest.fail("it serves")
 
 

@@ -123,8 +123,8 @@ def test_the_phases_and_the_memory_that_trtllm_build_tells(
     ("behaviour", "error", "message"),
     [
         ("crash", StageError, "FMHA kernel not found"),
-        ("empty", StageError, "left no config.json"),
-        ("hollow", StageError, "left no config.json"),
+        ("empty", StageError, "did not write config.json"),
+        ("hollow", StageError, "did not write config.json"),
         ("other-version", IntegrityError, "built by TensorRT-LLM 1.1.0"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_rank_that_was_forgotten_is_seen(
     stand_in: None, split: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STAND_IN", "one-rank")
-    with pytest.raises(StageError, match=r"no config.json with rank0.engine to rank1.engine"):
+    with pytest.raises(StageError, match=r"did not write config.json and rank0.engine to rank1.engine"):
         build(split, "sm120", tmp_path / "out", "engine.tp=2")
 
 

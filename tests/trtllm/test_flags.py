@@ -249,7 +249,7 @@ def test_what_is_no_version_at_all() -> None:
         ("kv_cache_type=page", ("continuous, paged, disabled", "Did you mean 'paged'")),
         ("strip_plan=maybe", ("takes one of enable, disable",)),
         ("max_batch_size=8", ("max_batch_size is set twice", "--set engine.max_batch_size=8")),
-        ("output_dir=/x", ("not yours to set",)),
+        ("output_dir=/x", ("set by the builder",)),
     ],
 )
 def test_a_wrong_flag_is_answered_with_the_right_one(flag: str, parts: tuple[str, ...]) -> None:
