@@ -181,7 +181,7 @@ def stage_needed(recipe: Recipe) -> str:
 
 
 def evaluate_built(built: Built, recipe: Recipe, store: Store, *, with_tasks: bool = False) -> Evaluation:
-    """The evaluation of what was built; with `ask` on the recipe's tasks too."""
+    """The evaluation of what was built; with `with_tasks` on the recipe's tasks too."""
     from builder.evaluate.stage import evaluate  # numpy: only for those who measure
 
     return evaluate(built.models, recipe, store=store, with_tasks=with_tasks)
