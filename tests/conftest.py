@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from builder.hub import client
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What our stand-ins for trtllm-build read (children get a list of variables only).
 os.environ.setdefault("BUILDER_CHILD_ENV", "STAND_IN,STAND_IN_SAYS,CALLS,CARD")
+# A shell's background job ignores SIGINT, and so would every process that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is no failure. What else hypothesis sets (derandomize where CI is true) stays.
 settings.register_profile("patient", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
