@@ -13,7 +13,7 @@ REAL := $(VENV)/real
 CHAT_MODEL := $(REAL)/smollm2-135m-instruct
 PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
 LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
-.PHONY: help demo demo-chat docs test test-browser test-real test-trtllm chaos docker-test lint $(LINTERS) hooks bench clean
+.PHONY: help demo demo-chat docs test test-slow test-browser test-real test-trtllm chaos docker-test lint $(LINTERS) hooks bench clean
 
 UNKNOWN := $(if $(filter test,$(MAKECMDGOALS)),$(filter-out $(PACKAGES),$(PACKAGE)))
 $(if $(UNKNOWN),$(error There are no tests of $(UNKNOWN). Packages with tests: $(PACKAGES)))
@@ -33,6 +33,9 @@ demo-chat: $(CHAT_MODEL)/config.json ## build a real chat model (135M parameters
 # Two files at once: half of the time a test waits, for a server or a child that imports torch.
 test: $(VENV)/ready ## every test that needs neither a GPU nor Docker; PACKAGE="quantize triton" for some packages' tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(addprefix tests/,$(PACKAGE))
+
+test-slow: $(VENV)/ready ## whole builds and lm-eval's tasks: tests of half a minute each
+	$(VENV)/bin/python -m pytest -m slow -n 2 --dist loadfile
 
 # Debian's package: a browser that draws what readers will see.
 test-browser: $(VENV)/ready ## the report's page in Chromium

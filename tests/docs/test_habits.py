@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tomllib
@@ -17,7 +18,9 @@ HOOKS = yaml.safe_load(Path(".pre-commit-config.yaml").read_text())["repos"]
 
 
 def make(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *argv], capture_output=True, text=True)
+    """Runs make as from a shell, also where these tests run below `make test`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *argv], capture_output=True, text=True, env=environment)
 
 
 def test_make_alone_lists_every_target_with_a_line_of_text() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import documents
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PAGE = documents.ROOT / "docs" / "contributing" / "extending.md"
 COPIED = ("builder", "configs", "triton_templates", "tests/data/tiny-qwen3", "tests/data/arch-variants")
 BLOCKS = [block for block in documents.blocks(PAGE) if block.title or block.language in documents.SHELLS]

@@ -346,6 +346,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "builder", *argv], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_auto_keeps_what_holds_the_budget_and_the_plan_knows_the_price(
     measured: tuple[sensitivity_stage.Sensitivity, Store],
 ) -> None:

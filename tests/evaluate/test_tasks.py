@@ -36,6 +36,8 @@ from builder.recipe import schema
 from builder.recipe.evaluation import Tasks
 from builder.recipe.schema import Resolved
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny-qwen3"
 QUIET = Output("quiet")

@@ -33,6 +33,8 @@ from builder.recipe import schema
 from builder.serving.client import Client, ServerError
 from builder.serving.server import Server, ServerOptions, serve
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny-qwen3"
 QUIET = Output("quiet")

@@ -323,6 +323,7 @@ def small() -> dict[str, Any]:
     return {"calibration.data": "builtin:python-docs", "calibration.samples": 4, "calibration.seq_len": 64}
 
 
+@pytest.mark.slow
 def test_one_build_leaves_a_tested_repository(
     small: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,6 +181,7 @@ def test_the_report_tells_what_was_built_and_what_was_not_measured(built: tuple[
     assert all(stage["cached"] for stage in json.loads(again.stdout)["stages"]), "the command makes the same again"
 
 
+@pytest.mark.slow
 def test_a_gate_ends_a_build_with_4_publishes_nothing_and_keeps_everything(
     built: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_gate_ends_a_build_with_4_publishes_nothing_and_keeps_everything(
     assert seconds.sub("", forced.stdout) == seconds.sub("", evaluated.stdout), "all but the times"
 
 
+@pytest.mark.slow
 def test_two_and_two_gpus_need_no_second_calibration(built: tuple[Path, dict[str, Any]]) -> None:
     """The same checkpoint, split; the reference executor puts the ranks together, and the answers are the same."""
     output, said = built

@@ -172,6 +172,7 @@ def test_without_the_check_it_is_published_and_said_to_be_unchecked(tmp_path: Pa
     assert row["why"].endswith("of memory")
 
 
+@pytest.mark.slow
 def test_a_failed_gate_publishes_nothing_and_is_served_only_ungated(
     built: tuple[Path, Built], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
