@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from hub_server import Hub
-
 from tests.chaos import processes, trials
 from tests.chaos.trials import Skipped, Trial
 from tests.chaos.world import BrokenReference, World, isolate
+from tests.support.hub_server import Hub
 
 
 def main() -> int:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import Hub
 
 from tests.chaos import invariants, processes, trials
 from tests.chaos.running import Finished, Run, Signal
 from tests.chaos.trials import Trial
 from tests.chaos.world import World
+from tests.support.hub_server import Hub
 
 TRACEBACK = "Traceback (most recent call last):\n  File ...\nKeyboardInterrupt\n"
 

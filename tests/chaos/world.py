@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hub_server import Hub
-
 from tests.chaos import invariants
 from tests.chaos.running import Finished, Run, Signal
+from tests.support.hub_server import Hub
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 HUB_MODEL = "chaos/tiny"
