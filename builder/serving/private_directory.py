@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from builder.core import interrupts
 from builder.core.errors import BuilderError, IntegrityError, ServingError
 from builder.serving.installation import Installation
 from builder.serving.safe_links import ALLOWED, is_safe, link_model
@@ -82,12 +83,18 @@ def serving_directory(*, executable: bool = True) -> Iterator[ServingDirectory]:
         _keep_log(directory)
         raise
     except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
         raise
     else:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
     finally:
         os.close(lock)
+
+
+def _remove(directory: Path) -> None:
+    """Removes it whole: a second interrupt waits until the end."""
+    with interrupts.deferred():
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def check_place() -> None:

@@ -229,7 +229,7 @@ def test_triton_is_served_hardened_and_smoked(environment: dict[str, str], built
     assert smoke.returncode == 0, smoke.stderr
     assert "16 of 16 passed" in smoke.stderr
     other = compose(environment, "run", "--rm", "-T", "--no-deps", "smoke", MODEL_REPOSITORY="other")
-    assert (other.returncode, "There is tiny-qwen3-cpu-nvfp4." in other.stderr) == (2, True), other.stderr
+    assert (other.returncode, "It contains tiny-qwen3-cpu-nvfp4." in other.stderr) == (2, True), other.stderr
 
     occupied = compose(environment, "up", "-d", "triton", COMPOSE_PROJECT_NAME=f"{PROJECT}-2")
     assert occupied.returncode == 1
