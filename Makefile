@@ -31,7 +31,7 @@ demo-chat: $(CHAT_MODEL)/config.json ## build a real chat model (135M parameters
 	$(VENV)/bin/python examples/chat.py $(OUTPUT)/models/demo-chat "What is the capital of France?"
 
 # Two files at once: half of the time a test waits, for a server or a child that imports torch.
-test: $(VENV)/ready ## every test that needs neither a GPU nor Docker; PACKAGE="quantize triton" for some packages' tests
+test: $(VENV)/ready ## the tests that need neither a GPU nor Docker, but for test-slow; PACKAGE="quantize triton" for some packages' tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(addprefix tests/,$(PACKAGE))
 
 test-slow: $(VENV)/ready ## whole builds and lm-eval's tasks: tests of half a minute each

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from builder.architectures.catalog import conventions
 from builder.architectures.facts import Architecture, NormRole, Role, TensorNames
@@ -114,9 +114,3 @@ def is_quantizable(architecture: Architecture, tensor: str, shape: Sequence[int]
     if architecture.tensors:
         return role(architecture, tensor.removesuffix(".weight")) is not None
     return not any(part in tensor for part in conventions().never_quantized)
-
-
-def layer_names(tensors: TensorNames, layer: int, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(role, full module name) of `tensors.linears` or `tensors.norms` in one decoder layer."""
-    for known, name in names.items():
-        yield known, f"{tensors.layers}.{layer}.{name}"

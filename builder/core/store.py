@@ -291,13 +291,13 @@ def sources_digest(*sources: str | Path) -> str:
 
     `sources`: files or directories, relative to the project, such as "builder/core/store.py".
     """
-    package = Path(__file__).resolve().parents[2]
-    paths = [package / source for source in sources]
-    files = [f for path in paths for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if not f.is_dir()]
-    named = [
-        (f.relative_to(package) if f.is_relative_to(package) else f.name, f) for f in files
-    ]  # users' tasks: no path
-    return digest_of([[str(name), sha256(f)] for name, f in named if "__pycache__" not in f.parts])
+    root = Path(__file__).resolve().parents[2]
+    paths = [root / source for source in sources]
+    found = {f for path in paths for f in (path.rglob("*") if path.is_dir() else [path]) if not f.is_dir()}
+    files = [f for f in found if "__pycache__" not in f.parts]
+    # A user's task file is known by its name, so that moving it does not change the key.
+    named = sorted((str(f.relative_to(root)) if f.is_relative_to(root) else f.name, f) for f in files)
+    return digest_of([[name, sha256(f)] for name, f in named])
 
 
 def _hash_files(directory: Path, hashed: Mapping[str, str]) -> dict[str, dict[str, Any]]:

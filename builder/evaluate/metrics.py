@@ -16,8 +16,6 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CONFIDENCE = 0.95
-# Metrics that compare with BF16: without its scores they are not measured.
-AGAINST_BF16 = ("score", "kl", "agreement", "flips")
 
 
 @dataclass(frozen=True)

@@ -21,43 +21,16 @@ from builder.quantize import modelopt
 from builder.recipe.evaluation import RUNNERS
 from builder.recipe.schema import Recipe
 from builder.recipe.target_facts import target_facts
+from builder.serving.sources import SERVED_SOURCES
 from builder.triton.repository import Repository, repository_key
 
 SOURCES = (
     "builder/evaluate/variants.py",
     "builder/evaluate/runners",
     "builder/evaluate/datasets.py",
-    "builder/calibration/rows.py",
-    "builder/tokenizer/chat_template.py",
-    "builder/tokenizer/chat_template_worker.py",
-    "builder/tokenizer/special_tokens.py",
-    "builder/tokenizer/files.py",
-    "builder/tokenizer/loading.py",
-    "builder/serving/client.py",
-    "builder/serving/server.py",
-    "builder/serving/launch.py",
-    "builder/serving/readiness.py",
-    "builder/llmapi/launch.py",
-    "builder/serving/safe_links.py",
-    "builder/serving/private_directory.py",
-    "builder/serving/installation.py",
-    "builder/trtllm/compatibility.py",
-    "builder/architectures",
-    "builder/reference",
-    "builder/recipe/target_facts.py",
-    "builder/formats",
-    "builder/checkpoint/sharding.py",
     "builder/quantize",
-    "builder/checkpoint/layouts.py",
-    "builder/checkpoint/layout_names.py",
-    "builder/checkpoint/validate.py",
-    "builder/model/files.py",
-    "builder/model/loading.py",
-    "builder/core/safetensors_io.py",
-    "builder/model/hashed_files.py",
-    "builder/checkpoint/tensor_checks.py",
-    "builder/checkpoint/huggingface.py",
-    "builder/model/dtypes.py",
+    *modelopt.SOURCES,
+    *SERVED_SOURCES,
 )
 LIBRARIES = (*modelopt.LIBRARIES, "tritonclient", "nvidia-pytriton", "tensorrt_llm", "tensorrt")
 KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv

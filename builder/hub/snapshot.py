@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,15 @@ from builder.tokenizer import files as tokenizer_files
 class Source:
     """A model before any weight is read: its config.json, always with a dtype, and {tensor: (dtype, shape)}.
 
-    `directory`: where config.json and the tokenizer files are. `files`: names of the model's files, for a local
-    directory. `commit`: for a Hub model.
+    `directory`: where config.json and the tokenizer files are. `times`: of the model's files before any was read, for
+    a local directory. `commit`: for a Hub model.
     """
 
     model: Model
     directory: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Header]
-    files: tuple[str, ...] = ()
+    times: Mapping[str, Sequence[int]] = field(default_factory=dict)
     commit: str | None = None
 
 
@@ -79,8 +79,8 @@ def open_source(model: Model, *, store: Store) -> Source:
     """
     directory = local_directory(model)
     if directory is not None:
-        files, config, tensors = _read_directory(directory, trust_remote_code=model.trust_remote_code)
-        return Source(model, directory, dtypes.with_type(config, tensors), tensors, files=tuple(files))
+        found, config, tensors = _read_directory(directory, trust_remote_code=model.trust_remote_code)
+        return Source(model, directory, dtypes.with_type(config, tensors), tensors, times=found)
     commit = _commit(model, store)
     config, tensors, root = _known_headers(model, commit, store) or _headers(model, commit, store)
     return Source(model, root, dtypes.with_type(config, tensors), tensors, commit=commit)
@@ -96,7 +96,7 @@ def fetch(
     Raises what `open_source` raises.
     """
     source = source or open_source(model, store=store)
-    artifact = _fetch_directory(source, store, before) if source.files else _fetch_hub(source, store, before)
+    artifact = _fetch_directory(source, store, before) if source.times else _fetch_hub(source, store, before)
     path = Path(artifact.facts["external"]["root"])
     if source.commit and not artifact.cached:  # the headers in `source` came from the Hub; now check the files
         check_tensors(path, sorted(artifact.facts["external"]["files"]), source.config, model.id)
@@ -142,9 +142,12 @@ def _no_directory(name: str, path: Path, present: bool) -> UsageError:
 
 
 def _fetch_directory(source: Source, store: Store, before: Callable[[], object]) -> Artifact:
-    """The snapshot of a local directory. Its key is made of names, sizes and times, so that it is hashed only once."""
-    directory, names, model = source.directory, source.files, source.model
-    found = times(directory, names)
+    """The snapshot of a local directory. Its key is made of names, sizes and times, so that it is hashed only once.
+
+    The times are those from before config.json and the headers were read, so a change since then is noticed too.
+    """
+    directory, found, model = source.directory, source.times, source.model
+    names = list(found)
     ingredients = {"directory": str(directory), "files": found, "trust_remote_code": model.trust_remote_code}
 
     def make(_: Path) -> dict[str, Any]:
@@ -158,23 +161,19 @@ def _fetch_directory(source: Source, store: Store, before: Callable[[], object])
     return store.stage("snapshot", ingredients, make)
 
 
-def check_directory(directory: Path, *, trust_remote_code: bool) -> list[str]:
-    """Checks a model in a local directory and returns the names of its files. Of weights, reads only the headers.
-
-    UsageError if it can't be read; otherwise what model.files, model.completeness and tokenizer.files raise.
-    """
-    return _read_directory(directory, trust_remote_code=trust_remote_code)[0]
-
-
 def _read_directory(
     directory: Path, *, trust_remote_code: bool
-) -> tuple[list[str], Mapping[str, Any], dict[str, Header]]:
-    """The names of the model's files, its config.json and its tensors."""
+) -> tuple[dict[str, list[int]], Mapping[str, Any], dict[str, Header]]:
+    """The times of the model's files, its config.json and its tensors. Of weights, only the headers are read.
+
+    UsageError if the directory can't be read; otherwise what model.files, model.completeness and tokenizer.files raise.
+    """
     try:
         entries = sorted(directory.iterdir())
+        before = times(directory, [path.name for path in entries if path.is_file()])
     except OSError as error:
         raise UsageError(f"Can't read {directory}.", why=str(error)) from None
-    names = [path.name for path in entries if path.is_file()]
+    names = list(before)
     broken = [path.name for path in entries if path.is_symlink() and not path.exists()]
     where = str(directory)
     if model_files.CONFIG in broken:
@@ -193,7 +192,7 @@ def _read_directory(
     except OSError as error:
         raise UsageError(f"Can't read the model in {directory}.", why=str(error)) from None
     tokenizer_files.check(directory, config, where)
-    return wanted, config, tensors
+    return {name: before[name] for name in wanted}, config, tensors
 
 
 def check_tensors(directory: Path, names: Sequence[str], config: Mapping[str, Any], where: str) -> dict[str, Header]:

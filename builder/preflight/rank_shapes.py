@@ -21,7 +21,7 @@ def stage_layer(architecture: Architecture, name: str) -> int:
 
 
 def rank_shape(name: str, shape: Sequence[int], model: ModelFacts, tp: int) -> tuple[int, ...]:
-    """A rank's shape of a Hugging Face tensor; all ranks of a stage have the same (checkpoint/sharding.py, `share`)."""
+    """A rank's shape of a Hugging Face tensor; all ranks of a stage have the same (checkpoint/sharding.py, `shard`)."""
     module, _, leaf = name.rpartition(".")
     role = names.role(model.architecture, module)
     if tp == 1 or not shape:

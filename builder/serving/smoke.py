@@ -17,32 +17,17 @@ from builder.core.output import Output, seconds
 from builder.core.store import Store, library_versions, sources_digest
 from builder.machine.gpus import visible
 from builder.recipe.target_facts import target_facts
+from builder.serving.sources import SERVED_SOURCES
 
 if TYPE_CHECKING:
     from builder.triton.repository import Repository
 
 
 SOURCES = (
+    *SERVED_SOURCES,
     "builder/serving/smoke.py",
     "builder/serving/smoke_checks.py",
     "builder/serving/smoke_prompts.py",
-    "builder/serving/client.py",
-    "builder/serving/server.py",
-    "builder/serving/launch.py",
-    "builder/serving/readiness.py",
-    "builder/llmapi/launch.py",
-    "builder/serving/safe_links.py",
-    "builder/serving/private_directory.py",
-    "builder/serving/installation.py",
-    "builder/trtllm/compatibility.py",
-    "builder/architectures",
-    "builder/reference",
-    "builder/recipe/target_facts.py",
-    "builder/formats",
-    "builder/checkpoint/sharding.py",
-    "builder/checkpoint/layouts.py",
-    "builder/core/safetensors_io.py",
-    "builder/model/files.py",
 )
 
 LIBRARIES = (

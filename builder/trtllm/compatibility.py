@@ -38,7 +38,6 @@ CONFIG_TYPES: Mapping[str, Any] = {
 }
 MOST_RANKS = 4096  # of an engine; a damaged number would be a list of as many file names
 BUILT_WITH_TYPES: Mapping[str, Any] = {"target": str, "tensorrt": str, "sm": int, "gpu": str}
-ENGINE_VERSION = "An engine runs only on the version that built it."
 LLM_ARGUMENTS = "Names, meanings and defaults of the LLM class's arguments differ between versions."
 RENDER = "Or render the repository again: the same `builder build`, with --from render."
 

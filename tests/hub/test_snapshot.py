@@ -139,6 +139,19 @@ def test_a_commit_that_the_store_has_needs_no_process(
     assert fetch(model, store=store).digest == first.digest
 
 
+def test_a_directory_that_changes_after_it_was_opened_is_no_snapshot(store: Store, tmp_path: Path) -> None:
+    """A plan and a build decide by the config.json and the headers that they read, so these must be the files' own."""
+    directory = copy(SHARDED, tmp_path / "model")
+    model = Model(id=str(directory))
+    source = open_source(model, store=store)
+    changed = {**json.loads((directory / "config.json").read_text()), "rope_theta": 5.0}
+    (directory / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(IntegrityError, match="changed while it was read"):
+        fetch(model, store=store, source=source)
+    assert not list((store.root / "snapshot").glob("[0-9a-f]*"))
+    assert fetch(model, store=store).config["rope_theta"] == 5.0
+
+
 @pytest.mark.parametrize("kind", ["cut", "reset"])
 def test_resumes_where_the_connection_broke(kind: str, hub: Hub, store: Store, tmp_path: Path) -> None:
     source = big_model(tmp_path / "source")

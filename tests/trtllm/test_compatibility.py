@@ -82,7 +82,7 @@ def test_what_agrees_passes(models: Path, tmp_path: Path) -> None:
 
 
 def test_the_llmapi_targets_repository_is_for_one_version(tmp_path: Path) -> None:
-    """What llmapi_repository.py writes: no engine, and the version among its parameters."""
+    """What builder.llmapi.repository writes: no engine, and the version among its parameters."""
     config = tmp_path / "tensorrt_llm" / "config.pbtxt"
     config.parent.mkdir()
     config.write_text('backend: "python"\nparameters { key: "tensorrt_llm" value: { string_value: "1.2.1" } }\n')
