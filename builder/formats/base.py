@@ -47,6 +47,8 @@ class StoredTensor:
     label: the line of the checkpoint's summary that counts its bytes.
     tensorrt_llm_shape: its shape in TensorRT-LLM's layout, where that is not the shape in the other.
     calibrated: whether it is read from the calibration rows, and not from the model's weights.
+    compressed_tensors: the last part of its name in the compressed-tensors layout; None where that is the unified one.
+    reciprocal: whether compressed-tensors divides by it where the other layouts multiply, and so stores 1 / x.
     """
 
     name: str
@@ -58,6 +60,8 @@ class StoredTensor:
     label: str
     tensorrt_llm_shape: tuple[int, ...] | None = None
     calibrated: bool = False
+    compressed_tensors: str | None = None
+    reciprocal: bool = False
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -92,6 +96,20 @@ class StoredTensor:
         return byte_size(self.dtypes[0], self.shape(weight))
 
 
+@dataclass(frozen=True)
+class Scheme:
+    """A number format as compressed-tensors describes it in a group of config.json (0.18, quantization/quant_args.py).
+
+    compressor: the name of the class that packs it (config/base.py, CompressionFormat).
+    weights, inputs: the arguments that differ from the defaults of QuantizationArgs; inputs is None where they are not
+        quantized.
+    """
+
+    compressor: str
+    weights: Mapping[str, Any]
+    inputs: Mapping[str, Any] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class NumberFormat:
     """A number format of linear layers. Subclasses add the arithmetic.
@@ -114,6 +132,7 @@ class NumberFormat:
         and the source; None where every GPU runs it.
     gemm_plugin: the value of trtllm-build's --gemm_plugin that it brings along (tensorrt_llm/builder.py, 1.2).
     gemm_inputs, gemm_outputs: what a GPU's part of a layer must be a multiple of for TensorRT-LLM's GEMM.
+    compressed_tensors: what compressed-tensors calls it; None where that library has no such format.
     """
 
     name: str
@@ -131,6 +150,7 @@ class NumberFormat:
     gemm_plugin: str | None = None
     gemm_inputs: int = 1
     gemm_outputs: int = 1
+    compressed_tensors: Scheme | None = None
 
     @property
     def weight(self) -> StoredTensor:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from builder.formats.base import IN, OUT, NumberFormat, StoredTensor
+from builder.formats.base import IN, OUT, NumberFormat, Scheme, StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 # A weight's and an input's quantizer: what FP8_DEFAULT_CFG says of both, in all versions of ModelOpt.
 E4M3 = {"num_bits": (4, 3), "axis": None}
+# compressed-tensors' arguments of the same (0.18, quantization/quant_scheme.py, FP8).
+PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 
 
 class Fp8(NumberFormat):
@@ -60,4 +62,5 @@ FORMAT = Fp8(
     quantizers={"weight": E4M3, "input": E4M3},
     prepare_export=True,
     gpu_format="fp8",
+    compressed_tensors=Scheme("float-quantized", PER_TENSOR, {**PER_TENSOR, "observer": "static_minmax"}),
 )  # fmt: skip

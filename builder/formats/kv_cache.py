@@ -25,7 +25,8 @@ class KvCacheFormat:
     name: in recipes; title: for people; quant_algo: in checkpoints, None where the cache is not quantized.
     nbytes: of a value. modelopt_config: the configuration of modelopt.torch.quantization that calibrates the scales.
     gpu_format: the entry of `formats` in configs/gpus/*.yaml that a GPU must have.
-    unified, tensorrt_llm: the names of a layer's scales (F32, one number) after the attention's name.
+    unified, tensorrt_llm, compressed_tensors: the names of a layer's scales (F32, one number) after the attention's
+        name, in the order of `unified`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class KvCacheFormat:
     gpu_format: str | None = None
     unified: tuple[str, ...] = ()
     tensorrt_llm: tuple[str, ...] = ()
+    compressed_tensors: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> bool:
@@ -68,6 +70,7 @@ FP8 = KvCacheFormat(
     gpu_format="fp8_kv_cache",
     unified=("k_proj.k_scale", "v_proj.v_scale"),
     tensorrt_llm=("k_cache_scaling_factor", "v_cache_scaling_factor", "kv_cache_scaling_factor"),
+    compressed_tensors=("k_scale", "v_scale"),
 )
 AUTO = KvCacheFormat(name="auto", title="KV cache in the model's type", quant_algo=None, nbytes=2)
 FORMATS: Mapping[str, KvCacheFormat] = {one.name: one for one in (FP8, AUTO)}

@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from builder.formats.base import OUT, Dim, NumberFormat, StoredTensor
+from builder.formats.base import OUT, Dim, NumberFormat, Scheme, StoredTensor
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 BLOCK = 16
+# The arguments of compressed-tensors (0.18, quantization/quant_scheme.py, NVFP4). Its dequantization divides
+# by the global scales (quantization/lifecycle/forward_helpers.py, _dequantize).
+E2M1 = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": BLOCK,
+    "scale_dtype": "torch.float8_e4m3fn",
+}
+SCHEME = Scheme("nvfp4-pack-quantized", E2M1, {**E2M1, "dynamic": "local", "observer": "static_minmax"})
 
 
 class Nvfp4(NumberFormat):
@@ -46,14 +56,21 @@ FORMAT = Nvfp4(
     quant_algo="NVFP4",
     bits=4.5,  # 4 for each value, 8 for every 16
     tensors=(
-        StoredTensor("weight", "weight", "weight", ("U8",), (OUT, Dim("in", 2)), "codes", "nvfp4_weights"),
+        StoredTensor(
+            "weight", "weight", "weight", ("U8",), (OUT, Dim("in", 2)), "codes", "nvfp4_weights",
+            compressed_tensors="weight_packed",
+        ),
         StoredTensor(
             "block_scale", "weight_scale", "weights_scaling_factor", ("F8_E4M3",), (OUT, Dim("in", BLOCK)),
             "block_scales", "block_scales",
         ),
-        StoredTensor("weight_scale", "weight_scale_2", "weights_scaling_factor_2", ("F32",), (), "scale", "scales"),
         StoredTensor(
-            "input_scale", "input_scale", "activation_scaling_factor", ("F32",), (), "scale", "scales", calibrated=True
+            "weight_scale", "weight_scale_2", "weights_scaling_factor_2", ("F32",), (), "scale", "scales",
+            compressed_tensors="weight_global_scale", reciprocal=True,
+        ),
+        StoredTensor(
+            "input_scale", "input_scale", "activation_scaling_factor", ("F32",), (), "scale", "scales", calibrated=True,
+            compressed_tensors="input_global_scale", reciprocal=True,
         ),
     ),
     label="nvfp4",
@@ -66,4 +83,5 @@ FORMAT = Nvfp4(
     # aligned to 16 Bytes" (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).
     gemm_inputs=32,
     gemm_outputs=8,
+    compressed_tensors=SCHEME,
 )  # fmt: skip
