@@ -16,28 +16,18 @@ from typing import Any
 
 from builder.architectures import catalog, names
 from builder.checkpoint import layout_names, sharding
+from builder.checkpoint.inspection import findings
+from builder.checkpoint.inspection.findings import Finding
 from builder.checkpoint.layout_names import LayoutNames
 from builder.checkpoint.layouts import QUANT_CFG, read_json
 from builder.checkpoint.tensor_checks import wrong_blocks, wrong_codes, wrong_floats, wrong_scale
-from builder.core.errors import IntegrityError, UsageError
+from builder.core.errors import UsageError
 from builder.core.safetensors_io import TensorInfo, Tensors
 from builder.formats import kv_cache, registry
 from builder.formats.base import FLOATS, SCALAR, Content, NumberFormat
 from builder.formats.declared import MIXED, DeclaredFormats, declared
 from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import BF16, FP8, NVFP4
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with one tensor of one layout."""
-
-    layout: str
-    tensor: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.layout}: {self.tensor} {self.what}"
 
 
 @dataclass(frozen=True)
@@ -64,10 +54,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The problems found, and one summary for each layout (`unified`, `tensorrt_llm`)."""
+    """What was found, and one summary for each layout (`unified`, `tensorrt_llm`)."""
 
     path: Path
-    problems: tuple[Problem, ...]
+    findings: tuple[Finding, ...]
     layouts: Mapping[str, Summary]
 
     @property
@@ -80,26 +70,23 @@ class Inspection:
                 table.update({f"{layout}.{name}{part}": n for part, n in parts.items()})
         return table
 
-    def check(self) -> None:
-        """IntegrityError that names the tensors, if there is any problem."""
-        if self.problems:
-            listed = "\n".join(f"  {problem}" for problem in self.problems[:10])
-            read_from_rows = all(problem.tensor.endswith(_calibrated()) for problem in self.problems)
-            cause = (
-                "the calibration rows: try other --calib-data"
-                if read_from_rows
-                else "the model: fetch it again, or try another one"
-            )
-            raise IntegrityError(
-                f"The quantized checkpoint has {len(self.problems)} problems.",
-                why=listed + ("\n  ..." if len(self.problems) > 10 else ""),
-                hint=f"Quantize again (`--force quantize`). If the problems remain, the cause is {cause}.",
-            )
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that make answers wrong; the others are warnings."""
+        return tuple(one for one in self.findings if one.severity == "error")
+
+    def check(self, path: Path | None = None) -> None:
+        """IntegrityError that names the tensors, their effect and what helps, if there is any error.
+
+        path: the checkpoint's place in fixes, if it stays there.
+        """
+        if self.errors:
+            raise findings.error(self.errors, path)
 
     def facts(self) -> dict[str, Any]:
         """For manifests and --json."""
         return {
-            "problems": [asdict(problem) for problem in self.problems],
+            "findings": findings.facts(self.findings),
             "layouts": {name: summary.facts() for name, summary in self.layouts.items()},
         }
 
@@ -124,7 +111,7 @@ KV_SCALE = Expected("scale", ("F32",), SCALAR, "kv_scales")
 
 @dataclass
 class Layout:
-    """The files of one layout: their tensors, what their configuration says, the problems found.
+    """The files of one layout: their tensors, what their configuration says, what was found.
 
     names: None if the shapes of the tensors do not follow from the configuration. rank: of a split TensorRT-LLM layout.
     """
@@ -136,7 +123,8 @@ class Layout:
     cache: KvCacheFormat
     names: LayoutNames | None
     rank: int = 0
-    problems: list[Problem] = field(default_factory=list)
+    here: bool = False
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def unified(self) -> bool:
@@ -148,13 +136,16 @@ class Layout:
         """The format that names the checkpoint: the one with the fewest bits."""
         return min(self.formats.used, key=lambda one: one.bits, default=NVFP4)
 
-    def report(self, tensor: str, what: str) -> None:
-        """Records a problem of a tensor."""
-        self.problems.append(Problem(self.name, tensor, what))
+    def report(self, tensor: str, what: str, kind: str) -> None:
+        """Records a finding about a tensor."""
+        self.findings.append(findings.finding(self.name, tensor, what, kind, here=self.here))
 
 
-def inspect(path: Path) -> Inspection:
-    """Inspects a checkpoint with both layouts, or a directory with one of them. UsageError if there is none."""
+def inspect(path: Path, *, here: bool = False) -> Inspection:
+    """Inspects a checkpoint with both layouts, or a directory with one of them. UsageError if there is none.
+
+    here: this build has just made it, which decides what helps.
+    """
     layouts = [layout for folder in (path, path / "unified", path / "tensorrt_llm") for layout in _layouts(folder)]
     if not layouts:
         raise UsageError(
@@ -162,8 +153,10 @@ def inspect(path: Path) -> Inspection:
             why="It has neither hf_quant_config.json nor config.json with rank*.safetensors.",
             hint="Give a directory that `builder quantize` or ModelOpt wrote.",
         )
+    for layout in layouts:
+        layout.here = here
     summaries = {layout.name: _inspect(layout) for layout in layouts}
-    return Inspection(path, tuple(problem for layout in layouts for problem in layout.problems), summaries)
+    return Inspection(path, tuple(one for layout in layouts for one in layout.findings), summaries)
 
 
 def _layouts(folder: Path) -> Iterator[Layout]:
@@ -195,7 +188,7 @@ def _inspect(layout: Layout) -> Summary:
     expected = _from_config(layout, layout.names) if layout.names else _from_tensors(layout)
     for name in expected:
         if name not in layout.tensors:
-            layout.report(name, "is missing")
+            layout.report(name, "is missing", "missing")
     nbytes: Counter[str] = Counter()
     weights: Counter[NumberFormat] = Counter()
     for name, info in layout.tensors.items():
@@ -211,7 +204,9 @@ def _inspect(layout: Layout) -> Summary:
                 _check_bits(layout, name, want.linear, number)
     linears = Counter(want.linear for want in expected.values() if want.linear)
     if not linears[layout.main]:
-        layout.report("every linear layer", f"is unquantized; the configuration says {layout.main.title}")
+        layout.report(
+            "every linear layer", f"is unquantized; the configuration says {layout.main.title}", "unquantized"
+        )
     found = dict.fromkeys((NVFP4, FP8, BF16, *linears))
     return Summary(
         tensors=len(layout.tensors),
@@ -326,10 +321,10 @@ def _from_tensors(layout: Layout) -> dict[str, Expected]:
             expected |= _linear(layout, module, weight[0], weight[1])
         expected |= _kv_scales(layout, module)
     if layout.cache.quantized and not any(want is KV_SCALE for want in expected.values()):
-        layout.report("k_scale and v_scale", "are missing in all layers")
+        layout.report("k_scale and v_scale", "are missing in all layers", "missing")
     for layer in range(layout.config.get("num_hidden_layers", 0)) if layout.unified else ():
         if not any(f".layers.{layer}." in name for name in layout.tensors):
-            layout.report(f"layer {layer}", "has no tensor")
+            layout.report(f"layer {layer}", "has no tensor", "missing")
     return expected
 
 
@@ -345,13 +340,13 @@ def _by_dtype(layout: Layout, name: str, info: TensorInfo) -> Expected:
 def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> bool:
     """Checks dtype and shape. False if they are so wrong that the content can't be checked."""
     if name.startswith(f"{_head(layout)}.") and (info.dtype not in FLOATS or not name.endswith((".weight", ".bias"))):
-        layout.report(name, f"is {info.dtype}: the output layer must not be quantized")
+        layout.report(name, f"is {info.dtype}: the output layer must not be quantized", "quantized-head")
         return False
     if info.dtype not in want.dtypes:
-        layout.report(name, f"is {info.dtype}, not {' or '.join(want.dtypes)}")
+        layout.report(name, f"is {info.dtype}, not {' or '.join(want.dtypes)}", "dtype")
         return False
     if want.shapes and info.shape not in want.shapes:
-        layout.report(name, f"has the shape {list(info.shape)}, not {list(want.shapes[0])}")
+        layout.report(name, f"has the shape {list(info.shape)}, not {list(want.shapes[0])}", "shape")
         return want.content != "scale"
     return True
 
@@ -367,7 +362,16 @@ def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected) 
     else:
         wrong = wrong_floats(info, data, zeros=want.linear is BF16)
     if wrong:
-        layout.report(name, wrong)
+        layout.report(name, wrong, _kind_of_value(layout, name, want, wrong))
+
+
+def _kind_of_value(layout: Layout, name: str, want: Expected, wrong: str) -> str:
+    """The kind of finding that a bad value is."""
+    if want.content == "scale":
+        return "kv-scale" if want is KV_SCALE else "input-scale" if name.endswith(_calibrated()) else "weight-scale"
+    if want.content == "block_scales":
+        return "block-scales"
+    return "zero" if wrong == "is all zero" else "not-finite"
 
 
 def _check_bits(layout: Layout, name: str, number_format: NumberFormat, weights: int) -> None:
@@ -377,4 +381,6 @@ def _check_bits(layout: Layout, name: str, number_format: NumberFormat, weights:
     stored = [layout.tensors.get(f"{module}{leaf}") for leaf in leaves]
     bits = 8 * sum(info.nbytes for info in stored if info) / weights if weights else 0.0
     if abs(bits - number_format.bits) > 0.1:
-        layout.report(name, f"takes {bits:.2f} bits per weight with its block scales, not {number_format.bits}")
+        layout.report(
+            name, f"takes {bits:.2f} bits per weight with its block scales, not {number_format.bits}", "shape"
+        )

@@ -97,6 +97,6 @@ def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
     inspection = inspect(arguments.path)
     out.table("checkpoint", ["fact", "value"], inspection.summary.items())
     out.result(inspection.facts())
-    inspection.check()
+    inspection.check(arguments.path)
     out.info("no problem found")
     return 0

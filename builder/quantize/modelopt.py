@@ -44,6 +44,7 @@ SOURCES = (
     "builder/formats",
     "builder/checkpoint/layout_names.py",
     "builder/checkpoint/validate.py",
+    "builder/checkpoint/inspection",
     "builder/model/files.py",
     "builder/model/loading.py",
     "builder/checkpoint/sharding.py",
@@ -138,7 +139,7 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
         check(weights, architecture, kept, part.number_format)
         with snapshot.source.explain_failures():
             facts = _run(job, tmp, store)
-        found = validate.inspect(tmp)
+        found = validate.inspect(tmp, here=True)
         found.check()
         return {**facts, "kept": list(kept), "fp8": list(fp8), "inspection": found.facts()}
 

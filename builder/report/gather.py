@@ -319,7 +319,7 @@ def _total(files: Mapping[str, int], start: str = "", end: str = "") -> int:
 def _warnings(found: _Found) -> list[str]:
     facts = found.facts("checkpoint")
     texts = [f"{text} ({times} times)" if times > 1 else text for text, times in facts.get("warnings", {}).items()]
-    texts += [f"{p['layout']}: {p['tensor']} {p['what']}" for p in facts.get("inspection", {}).get("problems", [])]
+    texts += [f"{p['layout']}: {p['tensor']} {p['what']}" for p in facts.get("inspection", {}).get("findings", [])]
     if facts.get("no_tensorrt_llm"):
         texts.append(f"There is no TensorRT-LLM layout: {facts['no_tensorrt_llm']}")
     for runner, sets in found.evaluation.collapsed.items() if found.evaluation else ():

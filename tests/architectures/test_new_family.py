@@ -154,7 +154,7 @@ def test_its_checkpoint_is_laid_out_validated_and_run_as_the_known_familys(famil
         mine, known = (tmp_path / which / "tensorrt_llm" / file for which in ("own", "known"))
         assert mine.read_bytes() == known.read_bytes(), file
     found = validate.inspect(tmp_path / "own")
-    assert not found.problems
+    assert not found.findings
     assert found.layouts == validate.inspect(tmp_path / "known").layouts
 
 

@@ -64,7 +64,7 @@ def test_a_layer_of_zeros_is_refused_with_a_way_that_works(tmp_path: Path) -> No
     kept = exclude.keep([advised], exclude.linears(facts.tensors))
     made = quantized(model, part, store, kept=kept)
     found = validate.inspect(made.path)
-    assert not found.problems
+    assert not found.findings
     assert all(layout.linears["kept"] == 1 for layout in found.layouts.values())
     with pytest.raises(UnsupportedError, match="nothing but zeros"):
         quantized(model, part, store, fp8=[ZERO])

@@ -73,20 +73,20 @@ def test_joined_ranks_give_the_same_logits(checkpoints: dict[str, Path], tmp_pat
 @pytest.mark.parametrize("name", exports.MODELS)
 def test_every_rank_passes_validation(checkpoints: dict[str, Path], tmp_path: Path, name: str) -> None:
     inspected = validate.inspect(split(checkpoints[name], tmp_path, 4, 2))
-    assert not inspected.problems
+    assert not inspected.findings
     assert list(inspected.layouts) == [f"tensorrt_llm rank{rank}" for rank in range(8)]
 
 
 def test_validation_detects_the_file_of_another_rank(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     directory = split(checkpoints["llama"], tmp_path, 1, 2)
     (directory / "rank0.safetensors").write_bytes((directory / "rank1.safetensors").read_bytes())
-    found = {problem.tensor: problem.what for problem in validate.inspect(directory).problems}
+    found = {problem.tensor: problem.what for problem in validate.inspect(directory).findings}
     assert found["transformer.vocab_embedding.weight"] == "is missing"
     directory = split(checkpoints["llama"], tmp_path, 2, 1)
     weight = "transformer.layers.0.mlp.proj.weight"
     whole_one = Tensors(checkpoints["llama"] / "tensorrt_llm")
     change(directory / "rank1.safetensors", weight, bytes(whole_one.data(weight)), whole_one[weight].shape)
-    what = next(p.what for p in validate.inspect(directory).problems if p.tensor == weight)
+    what = next(p.what for p in validate.inspect(directory).findings if p.tensor == weight)
     assert what.startswith(f"has the shape {list(whole_one[weight].shape)}")
 
 

@@ -11,7 +11,7 @@ import exports
 import pytest
 
 from builder.checkpoint import layouts
-from builder.checkpoint.validate import Inspection, Problem, inspect
+from builder.checkpoint.validate import Inspection, inspect
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.safetensors_io import NewTensor, TensorInfo, Tensors
 
@@ -72,7 +72,7 @@ def damaged(directory: Path, destination: Path, tensor: str, change: Change) -> 
 @pytest.mark.parametrize("name", exports.MODELS)
 def test_real_checkpoints_pass(checkpoints: dict[str, Path], name: str) -> None:
     inspection = inspect(checkpoints[name])
-    assert inspection.problems == ()
+    assert inspection.findings == ()
     inspection.check()
     layers = layouts.read_json(exports.MODELS[name] / "config.json")["num_hidden_layers"]
     unified, tensorrt_llm = inspection.layouts["unified"], inspection.layouts["tensorrt_llm"]
@@ -83,21 +83,21 @@ def test_real_checkpoints_pass(checkpoints: dict[str, Path], name: str) -> None:
         assert sum(summary.nbytes.values()) == sum(info.nbytes for info in Tensors(checkpoints[name] / folder).values())
     assert unified.nbytes["nvfp4_weights"] == tensorrt_llm.nbytes["nvfp4_weights"] == 8 * unified.nbytes["block_scales"]
     assert inspection.summary["unified.nbytes.kv_scales"] == 8 * layers
-    assert json.loads(json.dumps(inspection.facts()))["problems"] == []
+    assert json.loads(json.dumps(inspection.facts()))["findings"] == []
 
 
 @pytest.mark.parametrize("folder", ["unified", "tensorrt_llm"])
 def test_one_layout_alone_is_enough(checkpoints: dict[str, Path], folder: str) -> None:
     inspection = inspect(checkpoints["llama"] / folder)
     assert list(inspection.layouts) == [folder]
-    assert not inspection.problems
+    assert not inspection.findings
 
 
 def test_the_config_of_an_engine_directory_is_unwrapped(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     engine = exports.rewrite(checkpoints["qwen3"] / "tensorrt_llm", tmp_path / "engine", {})
     config = {"version": "1.2.1", "pretrained_config": layouts.read_json(engine / "config.json"), "build_config": {}}
     (engine / "config.json").write_text(json.dumps(config))
-    assert not inspect(engine).problems
+    assert not inspect(engine).findings
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -153,9 +153,9 @@ def test_damage_is_found_and_named(checkpoints: dict[str, Path], tmp_path: Path,
     names, change, said = DAMAGE[case]
     tensor = names[folder == "tensorrt_llm"]
     inspection = damaged(checkpoints["qwen3"] / folder, tmp_path / folder, tensor, change)
-    assert any(problem.tensor == tensor and said in problem.what for problem in inspection.problems)
+    assert any(problem.tensor == tensor and said in problem.what for problem in inspection.findings)
     # Without its block scales a weight has too few bits: the one other tensor that may be named.
-    assert {problem.tensor for problem in inspection.problems} <= {tensor, tensor.rpartition(".")[0] + ".weight"}
+    assert {problem.tensor for problem in inspection.findings} <= {tensor, tensor.rpartition(".")[0] + ".weight"}
     with pytest.raises(IntegrityError) as caught:
         inspection.check()
     assert caught.value.exit_code == 6
@@ -167,7 +167,7 @@ def test_bits_per_weight(checkpoints: dict[str, Path], tmp_path: Path, folder: s
     tensor = up("weight")[folder == "tensorrt_llm"]
     for change, bits in ((bfloat16, "16.50"), (halved, "2.50")):
         inspection = damaged(checkpoints["qwen3"] / folder, tmp_path / bits / folder, tensor, change)
-        assert any(f"takes {bits} bits per weight" in problem.what for problem in inspection.problems)
+        assert any(f"takes {bits} bits per weight" in problem.what for problem in inspection.findings)
 
 
 def test_the_first_ten_problems_and_their_number(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -182,14 +182,14 @@ def test_the_first_ten_problems_and_their_number(checkpoints: dict[str, Path], t
 
 def test_an_isolated_zero_block_scale_is_an_underflow(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     directory = checkpoints["qwen3"] / "unified"
-    assert not damaged(directory, tmp_path / "u", f"{THEIRS}mlp.up_proj.weight_scale", data(b"\x00")).problems
+    assert not damaged(directory, tmp_path / "u", f"{THEIRS}mlp.up_proj.weight_scale", data(b"\x00")).findings
 
 
 def test_nothing_quantized_at_all(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """config.json says NVFP4, but the weights are those of the source model."""
     directory = exports.rewrite(checkpoints["llama"] / "unified", tmp_path / "u", {})
     (directory / "model.safetensors").write_bytes((exports.MODELS["llama"] / "model.safetensors").read_bytes())
-    found = {problem.tensor: problem.what for problem in inspect(directory).problems}
+    found = {problem.tensor: problem.what for problem in inspect(directory).findings}
     assert (
         found["model.layers.0.self_attn.q_proj.weight"] == "takes 16.00 bits per weight with its block scales, not 4.5"
     )
@@ -200,7 +200,7 @@ def test_nothing_quantized_at_all(checkpoints: dict[str, Path], tmp_path: Path) 
 def test_a_layer_missing_altogether(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     directory = checkpoints["llama"] / "tensorrt_llm"
     gone = {name: None for name in Tensors(directory) if ".layers.1." in name}
-    problems = inspect(exports.rewrite(directory, tmp_path / "t", gone)).problems
+    problems = inspect(exports.rewrite(directory, tmp_path / "t", gone)).findings
     assert {p.tensor for p in problems} == set(gone)
     assert {p.what for p in problems} == {"is missing"}
 
@@ -213,33 +213,29 @@ def test_an_excluded_layer_may_stay_unquantized(checkpoints: dict[str, Path], tm
     }
     changes[f"{module}.weight"] = bfloat16(f"{module}.weight", tensors[f"{module}.weight"], b"")
     directory = exports.rewrite(unified, tmp_path / "u", changes)
-    assert inspect(directory).problems
+    assert inspect(directory).findings
     config = layouts.read_json(directory / "hf_quant_config.json")
     config["quantization"]["exclude_modules"].append("model.layers.1.mlp.down*")
     (directory / "hf_quant_config.json").write_text(json.dumps(config))
-    assert not inspect(directory).problems
+    assert not inspect(directory).findings
     source = layouts.read_json(exports.MODELS["llama"] / "config.json")
     layouts.write_tensorrt_llm(directory, source, tmp_path / "t")
-    assert not inspect(tmp_path / "t").problems
+    assert not inspect(tmp_path / "t").findings
 
 
 @pytest.mark.parametrize("name", ["phi3", "gemma2", "gemma3_text", "qwen3_moe"])
 def test_other_decoders_are_validated_by_their_tensors(tmp_path: Path, name: str) -> None:
     exports.export(exports.quantized(exports.DATA / "arch-variants" / name), tmp_path / "u")
     inspection = inspect(tmp_path / "u")
-    assert inspection.problems == ()
+    assert inspection.findings == ()
     assert inspection.layouts["unified"].linears["nvfp4"] >= 8
     linear = next(name for name in Tensors(tmp_path / "u") if name.endswith("o_proj.input_scale"))
-    assert damaged(tmp_path / "u", tmp_path / "a", linear, value(1e-44)).problems[0].tensor == linear
-    assert damaged(tmp_path / "u", tmp_path / "b", linear, missing).problems == (
-        Problem("unified", linear, "is missing"),
-    )
+    assert damaged(tmp_path / "u", tmp_path / "a", linear, value(1e-44)).findings[0].tensor == linear
+    assert damaged(tmp_path / "u", tmp_path / "b", linear, missing).findings[0].tensor == linear
     weight = linear.replace("input_scale", "weight")
-    assert weight in {problem.tensor for problem in damaged(tmp_path / "u", tmp_path / "c", weight, bfloat16).problems}
+    assert weight in {problem.tensor for problem in damaged(tmp_path / "u", tmp_path / "c", weight, bfloat16).findings}
     k_scale = next(name for name in Tensors(tmp_path / "u") if name.endswith("k_scale"))
-    assert damaged(tmp_path / "u", tmp_path / "d", k_scale, missing).problems == (
-        Problem("unified", k_scale, "is missing"),
-    )
+    assert damaged(tmp_path / "u", tmp_path / "d", k_scale, missing).findings[0].tensor == k_scale
 
 
 def test_directories_without_a_checkpoint_are_rejected(checkpoints: dict[str, Path], tmp_path: Path) -> None:

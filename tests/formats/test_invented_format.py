@@ -182,7 +182,7 @@ def test_the_second_layout_has_its_tensors(checkpoint: Path) -> None:
 
 def test_the_gate_knows_it(checkpoint: Path) -> None:
     found = validate.inspect(checkpoint)
-    assert not found.problems
+    assert not found.findings
     layers = model().config["num_hidden_layers"]
     assert found.layouts["unified"].linears == {"nvfp4": 0, "fp8": 0, "kept": 1, "w4": 7 * layers - 1}
     assert found.facts()["layouts"]["unified"]["w4_linears"] == 7 * layers - 1
@@ -193,7 +193,7 @@ def test_the_gate_knows_it(checkpoint: Path) -> None:
     damaged = exports.rewrite(
         checkpoint / "unified", checkpoint / "u", {name: NewTensor(name, "F32", unified[name].shape, [data])}
     )
-    assert [str(p) for p in validate.inspect(damaged).problems if p.tensor == name]
+    assert [str(p) for p in validate.inspect(damaged).findings if p.tensor == name]
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (2, 2)])
@@ -205,7 +205,7 @@ def test_ranks_hold_their_shares_and_compute_the_same(checkpoint: Path, tmp_path
             sharding.split(whole, parts, Parallel(tp, pp))
         return
     sharding.split(whole, parts, Parallel(tp, pp))
-    assert not validate.inspect(parts).problems
+    assert not validate.inspect(parts).findings
     hidden, inner = excluded["hidden_size"], excluded["intermediate_size"]
     rank = Tensors(parts, [parts / "rank1.safetensors"])
     assert rank["transformer.layers.0.mlp.proj.prequant_scaling_factor"].shape == (inner // tp,)

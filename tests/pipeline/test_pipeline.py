@@ -75,7 +75,7 @@ def test_the_checkpoint_is_in_both_layouts_and_was_inspected(built: tuple[Path, 
     assert (manifest.parent / "tensorrt_llm" / "rank0.safetensors").is_file()
     for layout in ("unified", "tensorrt_llm"):
         assert 4.5 <= facts["inspection"]["layouts"][layout]["bits_per_weight"] < 4.51
-    assert facts["inspection"]["problems"] == []
+    assert facts["inspection"]["findings"] == []
     inspected = builder("inspect", str(manifest.parent))
     assert (inspected.returncode, "no problem found" in inspected.stderr) == (0, True)
 

@@ -156,7 +156,7 @@ def test_the_tensorrt_llm_layout_is_modelopts_own(tmp_path: Path, name: str) -> 
 def test_every_rank_is_modelopts_own(tmp_path: Path, tp: int, pp: int, patterns: list[str]) -> None:
     theirs, ours = export("qwen3", patterns, tmp_path, tp=tp, pp=pp)
     sharding.split(ours, tmp_path / "split", Parallel(tp, pp))
-    assert not validate.inspect(tmp_path / "split").problems
+    assert not validate.inspect(tmp_path / "split").findings
     for rank in range(tp * pp):
         held = [Tensors(at, [at / f"rank{rank}.safetensors"]) for at in (tmp_path / "split", theirs)]
         assert {n: bytes(held[0].data(n)) for n in held[0]} == {n: bytes(held[1].data(n)) for n in held[1]}
@@ -190,7 +190,7 @@ def test_the_price_is_to_the_byte_what_is_written(tmp_path: Path, name: str) -> 
 
 def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
     found = validate.inspect(made)
-    assert not found.problems
+    assert not found.findings
     kept = facts(TINY, PATTERNS).kept
     unified, ours = found.layouts["unified"], found.layouts["tensorrt_llm"]
     assert (unified.linears["kept"], unified.linears["nvfp4"]) == (len(kept), 42 - len(kept))
@@ -214,7 +214,7 @@ def test_a_layer_in_bf16_that_the_configuration_does_not_name_is_a_problem(
     config = json.loads(file.read_text())
     config["quantization"]["exclude_modules"] = ["lm_head"]
     file.write_text(json.dumps(config))
-    problems = {(problem.tensor, problem.what) for problem in validate.inspect(copy).problems}
+    problems = {(problem.tensor, problem.what) for problem in validate.inspect(copy).findings}
     name = "model.layers.3.mlp.down_proj" if layout == "unified" else "transformer.layers.3.mlp.proj"
     assert (f"{name}.weight", "is BF16, not U8") in problems
 

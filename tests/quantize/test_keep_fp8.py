@@ -157,7 +157,7 @@ def test_the_tensorrt_llm_layout_is_modelopts_own(tmp_path: Path, rows: Path, na
             "kv_cache_quant_algo": "FP8",
         }
     )
-    assert not validate.inspect(tmp_path / "ours").problems
+    assert not validate.inspect(tmp_path / "ours").findings
 
 
 def test_the_hugging_face_layout_says_what_modelopt_says(tmp_path: Path, made: Path) -> None:
@@ -193,7 +193,7 @@ def test_pipeline_stages_share_one_quant_cfg(tmp_path: Path, rows: Path) -> None
     assert len(layers) == 2 * 5
     assert layers["transformer.layers.1.mlp.fc"] == {"quant_algo": "FP8"}
     assert layers["transformer.layers.0.mlp.fc"] == {"quant_algo": "NVFP4", "group_size": 16}
-    assert not validate.inspect(tmp_path / "split").problems
+    assert not validate.inspect(tmp_path / "split").findings
     whole, split = (ReferenceModel.load(tmp_path / at) for at in ("tensorrt_llm", "split"))
     ids = torch.arange(3, 4000, 97)
     assert torch.equal(whole.forward(ids, whole.new_cache()), split.forward(ids, split.new_cache()))
@@ -227,7 +227,7 @@ def test_the_price_is_to_the_byte_what_is_written(tmp_path: Path, rows: Path, na
 
 def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
     found = validate.inspect(made)
-    assert not found.problems
+    assert not found.findings
     unified, ours = found.layouts["unified"], found.layouts["tensorrt_llm"]
     assert (unified.linears["nvfp4"], unified.linears["fp8"], unified.linears["kept"]) == (42 - 13 - 1, 13, 1)
     assert (ours.linears["nvfp4"], ours.linears["fp8"], ours.linears["kept"]) == (30 - 9 - 1, 5 + 1 + 2 + 1, 1)
@@ -250,14 +250,14 @@ def test_the_inspection_finds_what_is_wrong_with_them(made: Path, tmp_path: Path
         f"{module}.{names[1]}": None,
         f"{module}.weight": NewTensor(f"{module}.weight", "F8_E4M3", whole.shape, [b"\x7f" * whole.nbytes]),
     }
-    found = validate.inspect(exports.rewrite(made / layout, tmp_path / "changed", changes)).problems
+    found = validate.inspect(exports.rewrite(made / layout, tmp_path / "changed", changes)).findings
     assert {problem.tensor for problem in found} == set(changes)
     copied = exports.rewrite(made / layout, tmp_path / "named", {})
     file = copied / ("hf_quant_config.json" if unified else "quant_cfg.json")
     config = json.loads(file.read_text())
     (config["quantization"] if unified else config)["quantized_layers"][module] = {"quant_algo": "NVFP4"}
     file.write_text(json.dumps(config))
-    problems = {(problem.tensor, problem.what) for problem in validate.inspect(copied).problems}
+    problems = {(problem.tensor, problem.what) for problem in validate.inspect(copied).findings}
     assert (f"{module}.weight", "is F8_E4M3, not U8") in problems
     if not unified:
         file.unlink()
@@ -424,7 +424,7 @@ def test_auto_holds_the_budget_with_fp8_and_the_plan_knows_the_price(tmp_path: P
     chosen = json.loads((stages["selection"] / "manifest.json").read_text())["facts"]
     assert chosen["kl"] <= 0.7 * whole < chosen["kl_before"]
     found = validate.inspect(stages["checkpoint"])
-    assert not found.problems
+    assert not found.findings
     assert found.layouts["unified"].linears["fp8"] == len(chosen["modules"]) > 0
     assert found.layouts["unified"].linears["kept"] == 1
     told = json.loads(run("plan", *argv, "--json").stdout)
@@ -454,7 +454,7 @@ def test_the_reference_engine_has_the_formats_beside_it(tmp_path: Path, rows: Pa
     assert built.engine is not None
     assert built.checkpoint is not None
     assert built.checkpoint.facts["fp8"] == [f"model.layers.1.mlp.{x}_proj" for x in ("down", "gate", "up")]
-    assert not validate.inspect(built.engine.path).problems
+    assert not validate.inspect(built.engine.path).findings
     model = ReferenceModel.load(built.engine.path)
     logits = model.forward(torch.arange(5, 60), model.new_cache())
     assert bool(torch.isfinite(logits).all())

@@ -45,7 +45,7 @@ def test_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_inspect(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = shutil.copytree(checkpoints["qwen3"], tmp_path / "checkpoint")
-    assert one_object("inspect", str(checkpoint), code=0, capsys=capsys)["problems"] == []
+    assert one_object("inspect", str(checkpoint), code=0, capsys=capsys)["findings"] == []
     rank = checkpoint / "tensorrt_llm" / "rank0.safetensors"
     content = bytearray(rank.read_bytes())
     content[-4096:] = b"\xff" * 4096

@@ -57,7 +57,7 @@ def build(
         "no_tensorrt_llm": None,
         "seconds": {"load": 0.1, "calibrate": 4.5},
         "max_rss": 814_452_736,
-        "inspection": {"problems": [], "layouts": layouts},
+        "inspection": {"findings": [], "layouts": layouts},
     }
     made_from = {"snapshot": snapshot.digest, "calibration": calibration.digest}
     quantization = resolved.recipe.quantization.model_dump()
