@@ -21,7 +21,8 @@ SCALAR: tuple[tuple[int, ...], ...] = ((), (1,))  # the shapes in which writers 
 
 Axis = Literal["out", "in"]
 # What the numbers of a tensor are, which says what can be wrong with them (checkpoint/tensor_checks.py).
-Content = Literal["codes", "block_scales", "scale", "floats"]
+# "codes" are packed E2M1, "integers" INT8 or packed INT4, "positive" floats of which each is a scale.
+Content = Literal["codes", "integers", "block_scales", "scale", "positive", "floats"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,14 @@ class StoredTensor:
         as one layer, tensors with a dimension of outputs are concatenated along it; others must be equal.
     label: the line of the checkpoint's summary that counts its bytes.
     tensorrt_llm_shape: its shape in TensorRT-LLM's layout, where that is not the shape in the other.
+    tensorrt_llm_dtype: its dtype there, where the same bytes have another one (packed INT4: U8 and I8).
     calibrated: whether it is read from the calibration rows, and not from the model's weights.
     compressed_tensors: the last part of its name in the compressed-tensors layout; None where that is the unified one.
     reciprocal: whether compressed-tensors divides by it where the other layouts multiply, and so stores 1 / x.
+    optional: whether a layer may lack it, which means ones: ModelOpt's exporter folds the scales of an input into what
+        computes this input (export/quant_utils.py, fuse_prequant_layernorm).
+    folded: the roles (architectures/names.py) of the layers for which it always does so.
+    filled: whether TensorRT-LLM's layout then holds these ones, because its layers always have the tensor.
     """
 
     name: str
@@ -59,9 +65,13 @@ class StoredTensor:
     content: Content
     label: str
     tensorrt_llm_shape: tuple[int, ...] | None = None
+    tensorrt_llm_dtype: str | None = None
     calibrated: bool = False
     compressed_tensors: str | None = None
     reciprocal: bool = False
+    optional: bool = False
+    folded: tuple[str, ...] = ()
+    filled: bool = False
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -90,6 +100,10 @@ class StoredTensor:
         """[outputs, inputs] of the layer whose weight this tensor is: the inverse of `shape`."""
         sizes = {dim.axis: size * dim.group for dim, size in zip(self.dims, stored, strict=True)}
         return sizes["out"], sizes["in"]
+
+    def held(self, role: str | None, *, unified: bool) -> bool:
+        """Whether a layer with this role has it in a layout, as ModelOpt exports the layer."""
+        return role not in self.folded or (self.filled and not unified)
 
     def nbytes(self, weight: Sequence[int]) -> int:
         """Its bytes in a layer whose weight is [outputs, inputs]."""
@@ -121,6 +135,7 @@ class NumberFormat:
     tensors: what is stored of a layer, the weight first; the bias is not among them.
     label: what the checkpoint's summary calls its layers: "fp8" for fp8_linears.
     group_size: inputs that share a scale; None where there are no groups.
+    entry: what ModelOpt says of its layers beside quant_algo and group_size (has_zero_point, pre_quant_scale).
     whole_model: whether a recipe can choose it for all layers (quantization.format).
     modelopt_config: the configuration of modelopt.torch.quantization that quantizes a whole model to it.
     quantizers: for single layers in it, what ModelOpt's quantizers are set to, by their names before `_quantizer`.
@@ -142,6 +157,7 @@ class NumberFormat:
     tensors: tuple[StoredTensor, ...]
     label: str
     group_size: int | None = None
+    entry: Mapping[str, Any] = field(default_factory=dict)
     whole_model: bool = False
     modelopt_config: str | None = None
     quantizers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
@@ -161,7 +177,7 @@ class NumberFormat:
     def layer_entry(self) -> dict[str, Any]:
         """A layer's entry in quant_cfg.json (ModelOpt, export/quant_utils.py, process_layer_quant_config)."""
         group = {} if self.group_size is None else {"group_size": self.group_size}
-        return {"quant_algo": self.quant_algo, **group}
+        return {"quant_algo": self.quant_algo, **group, **self.entry}
 
     def fits(self, weight: Sequence[int]) -> bool:
         """Whether a weight [outputs, inputs] is made of whole groups."""
@@ -171,9 +187,10 @@ class NumberFormat:
         """Bytes of a projection [outputs, inputs], without what it shares with those that are served with it."""
         return sum(tensor.nbytes(weight) for tensor in self.tensors if tensor.per_output)
 
-    def shared_bytes(self, weight: Sequence[int]) -> int:
-        """Bytes that a served layer has once, of however many projections it is made."""
-        return sum(tensor.nbytes(weight) for tensor in self.tensors if not tensor.per_output)
+    def shared_bytes(self, weight: Sequence[int], role: str | None = None, *, unified: bool = False) -> int:
+        """Bytes that a served layer with this role has once in a layout, of however many projections it is made."""
+        shared = [one for one in self.tensors if not one.per_output and one.held(role, unified=unified)]
+        return sum(tensor.nbytes(weight) for tensor in shared)
 
     def modelopt(self, mtq: Any) -> dict[str, Any]:
         """A copy of the ModelOpt configuration for a whole model; `mtq` is modelopt.torch.quantization."""

@@ -168,7 +168,8 @@ def _unified(model: ModelFacts, fp8_kv: bool) -> int:
     for name, (dtype, shape) in model.written.items():
         if model.quantizes(name, shape):
             number_format = model.format_of(name)
-            total += number_format.own_bytes(shape) + number_format.shared_bytes(shape)
+            role = names.role(model.architecture, name.removesuffix(".weight"))
+            total += number_format.own_bytes(shape) + number_format.shared_bytes(shape, role, unified=True)
         else:
             total += written_bytes(dtype, shape)
     return total
@@ -198,8 +199,9 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
         part = rank_shape(name, shape, model, asked.tp)
         if model.quantizes(name, shape):
             number_format = model.format_of(name)
-            fused = names.role(model.architecture, name.removesuffix(".weight")) in ("k", "v")
-            stages[stage] += number_format.own_bytes(part) + (0 if fused else number_format.shared_bytes(part))
+            role = names.role(model.architecture, name.removesuffix(".weight"))
+            fused = role in ("k", "v")
+            stages[stage] += number_format.own_bytes(part) + (0 if fused else number_format.shared_bytes(part, role))
         else:
             stages[stage] += written_bytes(dtype, part)
     return [n for n in stages for _ in range(asked.tp)]
