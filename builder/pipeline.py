@@ -142,7 +142,7 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
         prepared = choose_excluded(prepared, snapshot, calibration, store)
         check_room(prepared)
     request = QuantizeRequest(
-        recipe.quantization, recipe.calibration, prepared.model.kept, prepared.model.fp8, recipe.model.trust_remote_code
+        recipe.quantization, recipe.calibration, prepared.model.layers, recipe.model.trust_remote_code
     )
     checkpoint = quantize(snapshot, calibration, request, store=store)
     built = Built(snapshot, prepared, calibration, checkpoint)

@@ -5,13 +5,14 @@ Sizes come from config.json and the headers of the safetensors files alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from builder import pipeline
 from builder.core.errors import BuilderError, EvaluationError
 from builder.core.output import seconds, size
 from builder.core.store import STAGES, Artifact, Store, WouldRun
+from builder.formats import registry as formats
 from builder.preflight import checks, memory, suggestions
 from builder.preflight.memory import Machine, Sizes
 from builder.preflight.prepare import Prepared, prepare
@@ -31,7 +32,7 @@ class Plan:
     prepared: the recipe and what follows from it, with the layers that `auto` chose. launch: the command or model.yaml.
     memory: the estimate for each card of the profile. missing: bytes still to be written to the output directory.
     blocked: why this machine cannot build it. refusal: what does not fit, on the card or on this machine.
-    open_choice: `auto` has not chosen its layers yet. price, fp8_price: the bytes that layers in BF16 and FP8 add.
+    open_choice: `auto` has not chosen its layers yet. prices: the bytes that the single layers add, by their format.
     streams: concurrent streams, their bytes of host memory, and why that many; None if the target has no limit.
     """
 
@@ -45,8 +46,7 @@ class Plan:
     blocked: BuilderError | None
     refusal: BuilderError | None
     open_choice: bool
-    price: int
-    fp8_price: int
+    prices: Mapping[str, int]
     streams: tuple[int, int, str] | None
 
     @property
@@ -95,8 +95,9 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         blocked=blocked,
         refusal=refusal,
         open_choice=resolved.recipe.quantization.kept_budget is not None and selection is None,
-        price=memory.price_of_kept(prepared.model, prepared.serving),
-        fp8_price=memory.price_of_fp8(prepared.model, prepared.serving),
+        prices={
+            name: memory.price(prepared.model, prepared.serving, formats.get(name)) for name in prepared.model.layers
+        },
         streams=prepared.target.streams(prepared.inputs, prepared.serving.max_batch_size),
     )
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.output import Output, size
+from builder.formats import registry as formats
+from builder.formats.registry import BF16, FP8
 from builder.plan import Plan
 from builder.preflight import checks
 from builder.preflight.suggestions import MemoryCheck
@@ -109,17 +111,14 @@ def _fit_rows(found: Plan) -> list[tuple[str, str, str]]:
 
 def _kept_rows(found: Plan) -> list[tuple[str, str]]:
     part, model = found.resolved.recipe.quantization, found.prepared.model
-    kept = (
-        ("bf16", "BF16", model.kept, found.price),
-        ("fp8", "FP8", model.fp8, found.fp8_price),
-    )
     rows = []
-    for name, label, modules, price in kept:
+    for name in dict.fromkeys((BF16.name, FP8.name, *model.layers)):
+        modules = model.modules(name)
         auto = part.kept_budget is not None and part.kept_format == name
-        text = f"{len(modules)} linear layers, {size(price)} more"
+        text = f"{len(modules)} linear layers, {size(found.prices.get(name, 0))} more"
         if auto and found.open_choice:
             text += f"; auto:{part.kept_budget:g} has not chosen its layers yet, so no size here includes them"
-        rows += [(f"left in {label}", text)] if modules or auto else []
+        rows += [(f"left in {formats.get(name).title}", text)] if modules or auto else []
     return rows
 
 
@@ -176,11 +175,9 @@ def _as_object(found: Plan) -> dict[str, Any]:
         "memory": [{**asdict(m), "fits": m.fits} for m in found.memory.cards],
         "verdict": _verdict(found.memory),
         "kept": {
-            "modules": list(found.prepared.model.kept),
-            "bytes": None if found.open_choice else found.price,
             "open_choice": found.open_choice,
-            "fp8_modules": list(found.prepared.model.fp8),
-            "fp8_bytes": None if found.open_choice else found.fp8_price,
+            "layers": {name: list(modules) for name, modules in found.prepared.model.layers.items()},
+            "bytes": None if found.open_choice else dict(found.prices),
         },
         "streams": None
         if found.streams is None

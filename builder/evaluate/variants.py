@@ -99,8 +99,7 @@ def runner_job(variant: Variant, models: Models, recipe: Recipe, store: Store) -
         "runner": variant.runner,
         "tokenizer": models.snapshot.digest,
         **{key: job[key] for key in ("dtype", "fp8_kv", "trust_remote_code")},
-        **{key: more.get("calibration", {}).get(key, []) for key in ("kept", "fp8")},
-        **{key: more.get("calibration", {}).get(key) for key in ("seq_len", "batch_size")},
+        **{key: more.get("calibration", {}).get(key) for key in ("format", "layers", "seq_len", "batch_size")},
         # A repository refers to its engine by path, so rebuilding the engine does not change the repository's digest.
         "repository": repository_key(models.repository) if variant.runner == "served" and models.repository else None,
         "libraries": library_versions(*LIBRARIES),
@@ -119,8 +118,7 @@ def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple
         assert models.calibration is not None
         assert models.checkpoint is not None
         rows = {"rows": str(models.calibration.path.absolute())}
-        rows |= {key: models.checkpoint.facts[key] for key in ("kept", "fp8")}
-        rows |= {"format": recipe.quantization.format}
+        rows |= {"format": recipe.quantization.format, "layers": models.checkpoint.facts["layers"]}
         rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
         return {"calibration": rows}, [models.snapshot.digest, models.calibration.digest]
     if variant.runner == "served":

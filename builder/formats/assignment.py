@@ -1,4 +1,8 @@
-"""The formats that a model is quantized to: of all its linear layers, of single ones, and of the KV cache."""
+"""The formats that a model is quantized to: of all its linear layers, of single ones, and of the KV cache.
+
+Single layers are named by their format, `Layers`, in recipes' consequences, in jobs and in facts of artifacts:
+{format name: Hugging Face modules}. Every linear layer that they don't name is in the model's own format.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,9 @@ from typing import Any
 from builder.formats import kv_cache, registry
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
-from builder.formats.registry import BF16, FP8, NVFP4
+from builder.formats.registry import NVFP4
+
+Layers = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,21 @@ class ModelFormats:
 
 
 def of_job(job: Mapping[str, Any]) -> ModelFormats:
-    """From the entries of a worker's job: `format` and `kv_cache_dtype` as in the recipe, and the modules that stay in
-    BF16 (`kept`) or FP8 (`fp8`)."""
+    """From the entries of a worker's job: `format` (of the whole model), `layers` and `kv_cache_dtype`."""
     return ModelFormats(
         registry.get(job.get("format", NVFP4.name)),
-        {BF16: tuple(job.get("kept", ())), FP8: tuple(job.get("fp8", ()))},
+        {registry.get(name): tuple(modules) for name, modules in job.get("layers", {}).items()},
         kv_cache.get(job["kv_cache_dtype"]),
     )
+
+
+def by_layer(layers: Layers) -> dict[str, NumberFormat]:
+    """{module: its format} of the single layers."""
+    return {module: registry.get(name) for name, modules in layers.items() for module in modules}
+
+
+def merged(layers: Layers, name: str, modules: Sequence[str], order: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The single layers with these modules in the format `name` too, each format's in the order of `order`."""
+    added = {*layers.get(name, ()), *modules}
+    rest = {one: tuple(found) for one, found in layers.items() if one != name}
+    return {**rest, name: tuple(module for module in order if module in added)} if added else rest

@@ -12,6 +12,8 @@ from builder.checkpoint import sharding
 from builder.core import process, workers
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.store import Store, library_versions
+from builder.formats.assignment import merged
+from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, local_directory, open_source
 from builder.model import tensor_names
 from builder.model.files import needs_remote_code
@@ -95,24 +97,24 @@ def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> Mode
     kept = exclude.keep(part.kept_patterns, known, architecture=model.architecture)
     fp8 = exclude.keep(part.fp8_patterns, known, "--keep-fp8", model.architecture)
     exclude.check_apart(kept, fp8, known)
-    model = replace(model, kept=kept, fp8=fp8, number_format=part.number_format)
+    named = {BF16.name: kept, FP8.name: fp8}
+    layers = {name: modules for name, modules in named.items() if modules}
+    model = replace(model, layers=layers, number_format=part.number_format)
     check_kept(recipe, model, settings)
     return model
 
 
 def with_chosen(recipe: Recipe, model: ModelFacts, modules: Sequence[str]) -> ModelFacts:
     """The model with these layers excluded too, in the format that `auto` was given for."""
-    fp8 = recipe.quantization.kept_format == "fp8"
-    kept = {*(model.fp8 if fp8 else model.kept), *modules}
-    ordered = tuple(name for name in exclude.linears(model.tensors, model.architecture) if name in kept)
-    return replace(model, fp8=ordered) if fp8 else replace(model, kept=ordered)
+    order = exclude.linears(model.tensors, model.architecture)
+    return replace(model, layers=merged(model.layers, recipe.quantization.kept_format, modules, order))
 
 
 def check_kept(recipe: Recipe, model: ModelFacts, settings: Settings) -> None:
     """UnsupportedError if the target cannot load the excluded layers in their formats."""
-    exclude.check_split(model.kept, model.fp8, model.config, sharding.Parallel(recipe.engine.tp, recipe.engine.pp))
+    exclude.check_split(model.single, model.config, sharding.Parallel(recipe.engine.tp, recipe.engine.pp))
     known = exclude.linears(model.tensors, model.architecture)
-    excluded = Excluded(model.kept, model.fp8, known, model.architecture)
+    excluded = Excluded(model.single, known, model.number_format, model.architecture)
     target(recipe.target).check_excluded(excluded, settings)
 
 

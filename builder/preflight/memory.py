@@ -19,6 +19,7 @@ from builder.architectures.attention import head_size, kv_heads
 from builder.checkpoint.sharding import Parallel
 from builder.core.safetensors_io import byte_size
 from builder.formats import kv_cache
+from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
 from builder.llmapi.arguments import Argument
 from builder.machine.cards import Card, find
@@ -207,14 +208,10 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     return [n for n in stages for _ in range(asked.tp)]
 
 
-def price_of_kept(model: ModelFacts, asked: Serving) -> int:
-    """Bytes that the layers left in BF16 add to the TensorRT-LLM layout, summed over all ranks."""
-    return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, kept=()), asked))
-
-
-def price_of_fp8(model: ModelFacts, asked: Serving) -> int:
-    """Bytes that the layers left in FP8 add to the TensorRT-LLM layout, summed over all ranks."""
-    return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, fp8=()), asked))
+def price(model: ModelFacts, asked: Serving, number_format: NumberFormat) -> int:
+    """Bytes that the single layers in a format add to the TensorRT-LLM layout, summed over all ranks."""
+    without = {name: modules for name, modules in model.layers.items() if name != number_format.name}
+    return sum(rank_bytes(model, asked)) - sum(rank_bytes(replace(model, layers=without), asked))
 
 
 def calibration_memory(model: ModelFacts, tokens: int) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from builder.architectures import catalog, names
 from builder.architectures.facts import Architecture
+from builder.formats.assignment import Layers, by_layer
 from builder.formats.base import NumberFormat
-from builder.formats.registry import FP8, NVFP4
+from builder.formats.registry import BF16, NVFP4
 from builder.model import tensor_names
 from builder.model.dtypes import NOT_WRITTEN
 
@@ -20,14 +21,13 @@ from builder.model.dtypes import NOT_WRITTEN
 class ModelFacts:
     """A model before any weight is read.
 
-    tensors: {name: (dtype, shape)}. kept, fp8: the linear layers that stay in BF16 or in FP8; number_format: that of
-    the others. directory: holds config.json and the tokenizer files.
+    tensors: {name: (dtype, shape)}. layers: the linear layers in a format of their own, by its name; number_format:
+    that of the others. directory: holds config.json and the tokenizer files.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    kept: tuple[str, ...] = ()
-    fp8: tuple[str, ...] = ()
+    layers: Layers = field(default_factory=dict)
     directory: Path | None = None
     number_format: NumberFormat = NVFP4
 
@@ -38,12 +38,20 @@ class ModelFacts:
 
     def quantizes(self, tensor: str, shape: Sequence[int]) -> bool:
         """Whether this tensor is the weight of a layer that is quantized."""
-        quantizable = names.is_quantizable(self.architecture, tensor, shape)
-        return quantizable and tensor.removesuffix(".weight") not in self._kept
+        return names.is_quantizable(self.architecture, tensor, shape) and self.format_of(tensor) is not BF16
 
     def format_of(self, tensor: str) -> NumberFormat:
-        """The format of a quantized layer, by the name of its weight."""
-        return FP8 if tensor.removesuffix(".weight") in self._fp8 else self.number_format
+        """The format of a linear layer that can be quantized, by the name of its weight."""
+        return self.single.get(tensor.removesuffix(".weight"), self.number_format)
+
+    def modules(self, name: str) -> Sequence[str]:
+        """The linear layers in a format of their own, by the format's name."""
+        return self.layers.get(name, ())
+
+    @cached_property
+    def single(self) -> Mapping[str, NumberFormat]:
+        """{module: format} of the linear layers in a format of their own."""
+        return by_layer(self.layers)
 
     @cached_property
     def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
@@ -61,11 +69,3 @@ class ModelFacts:
         """(dtype, shape) of the embedding; None if no tensor has such a name."""
         weights = ((name.removesuffix(".weight"), info) for name, info in self.tensors.items())
         return next((info for name, info in weights if names.is_embedding(self.architecture, name)), None)
-
-    @cached_property
-    def _kept(self) -> frozenset[str]:
-        return frozenset(self.kept)
-
-    @cached_property
-    def _fp8(self) -> frozenset[str]:
-        return frozenset(self.fp8)

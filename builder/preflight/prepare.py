@@ -11,6 +11,7 @@ from functools import cached_property
 
 from builder.core.output import size
 from builder.core.store import STAGES, Store
+from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
 from builder.preflight import checks, memory, suggestions
 from builder.preflight.memory import Serving, Sizes
@@ -119,9 +120,9 @@ def tell(prepared: Prepared, store: Store) -> None:
     for note in checks.tokenizer_notes(recipe, prepared.source.directory, model.config):
         store.out.warn(note.text)
     part = recipe.quantization
-    for name, patterns, kept in (("BF16", part.kept_patterns, model.kept), ("FP8", part.fp8_patterns, model.fp8)):
-        if more := exclude.widened(patterns, kept):
+    for one, patterns in ((BF16, part.kept_patterns), (FP8, part.fp8_patterns)):
+        if more := exclude.widened(patterns, model.modules(one.name)):
             names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
-            store.out.info(f"{len(more)} more layers stay in {name}, multiplied as one with those named: {names}")
+            store.out.info(f"{len(more)} more layers stay in {one.title}, multiplied as one with those named: {names}")
     for note in prepared.target.warnings(prepared.inputs, prepared.settings):
         store.out.warn(note.text)

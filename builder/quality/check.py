@@ -229,8 +229,8 @@ def _texts(recipe: Recipe, store: Store) -> dict[str, list[dict[str, Any]]]:
 
 def _candidates(model: ModelFacts, fp8_kv: bool) -> list[dict[str, Any]]:
     """The remedies to try: flags, the linear layers in FP8, whether the KV cache stays FP8, and the bytes they add."""
-    architecture, excluded = model.architecture, {*model.kept, *model.fp8}
-    known = [name for name in exclude.linears(model.tensors, architecture) if name not in excluded]
+    architecture = model.architecture
+    known = [name for name in exclude.linears(model.tensors, architecture) if name not in model.single]
     found: list[dict[str, Any]] = []
     if fp8_kv:
         found.append({"flags": ["--kv-cache-dtype", "auto"], "modules": [], "fp8_kv": False, "nbytes": 0})

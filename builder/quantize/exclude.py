@@ -18,6 +18,8 @@ from builder.architectures.catalog import UNKNOWN
 from builder.architectures.facts import Architecture
 from builder.checkpoint import sharding
 from builder.core.errors import UnsupportedError, UsageError
+from builder.formats.base import NumberFormat
+from builder.formats.registry import BF16, FP8, NVFP4
 
 
 def linears(tensors: Mapping[str, tuple[str, Sequence[int]]], architecture: Architecture = UNKNOWN) -> list[str]:
@@ -99,48 +101,52 @@ def _matches_nothing(pattern: str, known: Sequence[str], flag: str) -> UsageErro
     )
 
 
-def check_split(
-    kept: Sequence[str], fp8: Sequence[str], config: Mapping[str, Any], parallel: sharding.Parallel
-) -> None:
-    """UnsupportedError if the formats of the kept layers can't be written for these pipeline stages."""
+def check_split(formats: Mapping[str, NumberFormat], config: Mapping[str, Any], parallel: sharding.Parallel) -> None:
+    """UnsupportedError if the formats of single layers can't be written for these pipeline stages."""
     architecture = catalog.of(config)
-    forms = [(module, form) for form, modules in (("BF16", kept), ("FP8", fp8)) for module in modules]
-    layers = {names.engine_layer(architecture, module): form for module, form in forms}
+    layers = {names.engine_layer(architecture, module): one.title for module, one in formats.items()}
     sharding.local_layers(layers, config, parallel)
 
 
 def check_flags(
-    kept: Sequence[str], fp8: Sequence[str], flags: Mapping[str, str], architecture: Architecture = UNKNOWN
+    formats: Mapping[str, NumberFormat], flags: Mapping[str, str], architecture: Architecture = UNKNOWN
 ) -> None:
-    """UnsupportedError for layers in BF16 or FP8 that trtllm-build would treat as NVFP4 under these flags."""
+    """UnsupportedError for layers in a format of their own that trtllm-build would treat as NVFP4 under these flags."""
     # models/modeling_utils.py (1.2), DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
-    if (kept or fp8) and flags.get("norm_quant_fusion") == "enable":
+    if formats and flags.get("norm_quant_fusion") == "enable":
         raise UnsupportedError(
-            "norm_quant_fusion treats every layer as NVFP4, and some stay in BF16 or FP8.",
+            f"norm_quant_fusion treats every layer as NVFP4, and some stay in {_titles(formats)}.",
             hint="--set engine.flags.norm_quant_fusion=disable",
         )
-    outputs = [(module, "BF16") for module in kept] + [(module, "FP8") for module in fp8]
-    outputs = [(module, form) for module, form in outputs if names.role(architecture, module) == "o"]
+    outputs = [(module, one) for module, one in formats.items() if names.role(architecture, module) == "o"]
     if outputs and (reason := output_must_be_quantized(flags)):
-        module, form = outputs[0]
+        module, one = outputs[0]
         raise UnsupportedError(
-            f"{module} can't stay in {form} in this engine: {reason}.",
+            f"{module} can't stay in {one.title} in this engine: {reason}.",
             why="The attention kernel then outputs FP8 or FP4, scaled for the NVFP4 layer that follows it "
             "(gptAttentionPlugin.cpp, supportsFormatCombination; models/modeling_utils.py, set_fp8_context_fhma; 1.2).",
             hint="Keep other layers, or use --gpu sm120, whose engines use neither.",
         )
 
 
+def _titles(formats: Mapping[str, NumberFormat]) -> str:
+    return " or ".join(sorted({one.title for one in formats.values()}))
+
+
 # Formats of q_proj and o_proj that TensorRT-LLM's LLM class does not join where a checkpoint has layers in FP8.
-APART = (("NVFP4", "FP8"), ("BF16", "FP8"), ("BF16", "NVFP4"))
+APART = ((NVFP4, FP8), (BF16, FP8), (BF16, NVFP4))
 BY_Q_PROJ = "the attention's output is in q_proj's format there"
 
 
 def check_llm_class(
-    kept: Sequence[str], fp8: Sequence[str], known: Sequence[str], architecture: Architecture = UNKNOWN
+    formats: Mapping[str, NumberFormat],
+    known: Sequence[str],
+    whole: NumberFormat = NVFP4,
+    architecture: Architecture = UNKNOWN,
 ) -> None:
-    """UnsupportedError for layers in FP8 that TensorRT-LLM's LLM class (1.2) would load or feed in another format."""
-    if not fp8:
+    """UnsupportedError for layers that TensorRT-LLM's LLM class (1.2) would load or feed in another format, where a
+    checkpoint has more than one quantized format."""
+    if not any(one not in (BF16, whole) for one in formats.values()):
         return
     roles = {module: names.role(architecture, module) for module in known}
     if fused := [module for module in known if roles[module] == "qkv"]:
@@ -149,13 +155,14 @@ def check_llm_class(
             why="It looks for q_proj's (_torch/models/modeling_utils.py, apply_layerwise_quant_config).",
             hint="Keep layers in BF16: --keep-bf16",
         )
-    forms = dict.fromkeys(known, "NVFP4") | dict.fromkeys(kept, "BF16") | dict.fromkeys(fp8, "FP8")
+    every = dict.fromkeys(known, whole) | dict(formats)
     for output in (module for module in known if roles[module] == "o"):
         attention = output.rpartition(".")[0]
         q_proj = next((n for n in known if roles[n] == "q" and n.startswith(f"{attention}.")), "")
-        if (forms.get(q_proj), forms[output]) in APART:
+        if (every.get(q_proj), every[output]) in APART:
             raise UnsupportedError(
-                f"{output} in {forms[output]} can't follow {q_proj} in {forms[q_proj]} with --target llmapi.",
+                f"{output} in {every[output].title} can't follow {q_proj} in {every[q_proj].title} with "
+                "--target llmapi.",
                 why=f"TensorRT-LLM's LLM class: {BY_Q_PROJ} (_torch/models/modeling_utils.py, "
                 "apply_layerwise_quant_config; _torch/attention_backend/trtllm.py@00bede19, forward).",
                 hint=f"Keep both alike: --keep-fp8 '{attention}.*', or {output} in BF16.",

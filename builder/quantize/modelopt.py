@@ -6,9 +6,11 @@ This module runs in the parent process and imports nothing heavy; `builder.quant
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from builder.architectures import catalog, names
@@ -20,6 +22,7 @@ from builder.core import process, workers
 from builder.core.errors import UnsupportedError
 from builder.core.safetensors_io import read_header
 from builder.core.store import Store, library_versions, sources_digest
+from builder.formats.assignment import Layers, by_layer
 from builder.formats.base import NumberFormat
 from builder.formats.registry import NVFP4
 from builder.hub.snapshot import Snapshot
@@ -86,13 +89,13 @@ NUMERICS = (
 class QuantizeRequest:
     """What to quantize to, and how to calibrate.
 
-    kept, fp8: the modules that stay in BF16 or FP8: what the recipe's patterns match, and what `auto` chose.
+    layers: the linear layers in a format of their own, by its name: what the recipe's patterns match, and what `auto`
+        chose.
     """
 
     quantization: Quantization
     calibration: schema.Calibration
-    kept: Sequence[str] = ()
-    fp8: Sequence[str] = ()
+    layers: Layers = field(default_factory=dict)
     trust_remote_code: bool = False
 
 
@@ -102,15 +105,15 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
     UnsupportedError if ModelOpt or the format can't take the model, before any calibration where that can be known;
     IntegrityError with the tensors' names if the inspection finds a problem. Such a checkpoint is not kept.
     """
-    part, rows, kept, fp8 = asked.quantization, asked.calibration, asked.kept, asked.fp8
+    part, rows = asked.quantization, asked.calibration
+    layers = {name: list(modules) for name, modules in sorted(asked.layers.items()) if modules}
     architecture = catalog.of(snapshot.config)
     ingredients = {
         "snapshot": snapshot.digest,
         "architecture": catalog.ingredients(architecture),
         "calibration": calibration.digest,
         "quantization": part.model_dump(exclude={"keep_bf16", "keep_fp8"}),
-        "kept": list(kept),
-        "fp8": list(fp8),
+        "layers": layers,
         "seq_len": rows.seq_len,
         "batch_size": rows.batch_size,
         "min_tokens": required_tokens(rows),
@@ -128,20 +131,19 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
         "min_tokens": ingredients["min_tokens"],
         "format": part.format,
         "kv_cache_dtype": part.kv_cache_dtype,
-        "kept": list(kept),
-        "fp8": list(fp8),
+        "layers": layers,
         "trust_remote_code": asked.trust_remote_code,
         "gpus": ingredients["gpus"],
     }
 
     def make(tmp: Path) -> dict[str, Any]:
         weights = [snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")]
-        check(weights, architecture, kept, part.number_format)
+        check(weights, architecture, layers, part.number_format)
         with snapshot.source.explain_failures():
             facts = _run(job, tmp, store)
         found = validate.inspect(tmp, here=True)
         found.check()
-        return {**facts, "kept": list(kept), "fp8": list(fp8), "inspection": found.facts()}
+        return {**facts, "layers": layers, "inspection": found.facts()}
 
     artifact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
@@ -173,10 +175,10 @@ def numerics() -> dict[str, str]:
 def check(
     weights: Sequence[Path],
     architecture: Architecture,
-    kept: Sequence[str] = (),
+    layers: Layers = MappingProxyType({}),
     number_format: NumberFormat = NVFP4,
 ) -> None:
-    """UnsupportedError if a library is absent, or if a linear layer that isn't kept in BF16 does not fit the format."""
+    """UnsupportedError if a library is absent, or if a linear layer does not fit its format."""
     absent = [name for name in ("torch", "transformers", "nvidia-modelopt") if library_versions(name)[name] == "absent"]
     if absent:
         raise UnsupportedError(
@@ -184,9 +186,12 @@ def check(
             hint="Install the project with its quantize extra, or run the build in the container.",
         )
     shapes = {name: info.shape for file in weights for name, info in read_header(file).items()}
-    unkept = {name: shape for name, shape in sorted(shapes.items()) if name.removesuffix(".weight") not in kept}
-    found = {name: shape for name, shape in unkept.items() if names.is_quantizable(architecture, name, shape)}
-    check_sizes(found, number_format)
+    single, found = by_layer(layers), defaultdict[NumberFormat, dict[str, Sequence[int]]](dict)
+    for name, shape in sorted(shapes.items()):
+        if names.is_quantizable(architecture, name, shape):
+            found[single.get(name.removesuffix(".weight"), number_format)][name] = shape
+    for one, members in found.items():
+        check_sizes(members, one)
 
 
 def check_sizes(weights: Mapping[str, Sequence[int]], number_format: NumberFormat = NVFP4) -> None:

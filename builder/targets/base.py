@@ -12,6 +12,8 @@ from builder.architectures.facts import Architecture
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import UsageError
 from builder.core.store import Artifact, Store
+from builder.formats.base import NumberFormat
+from builder.formats.registry import NVFP4
 from builder.hub.snapshot import Snapshot
 from builder.llmapi.arguments import Argument
 from builder.recipe.schema import Resolved
@@ -37,11 +39,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Excluded:
-    """The linear layers that are not quantized to NVFP4, in BF16 and in FP8, and all linear layers of the model."""
+    """The linear layers in a format of their own, all linear layers of the model, and the format of the others."""
 
-    bf16: Sequence[str]
-    fp8: Sequence[str]
+    formats: Mapping[str, NumberFormat]
     known: Sequence[str]
+    whole: NumberFormat = NVFP4
     architecture: Architecture = UNKNOWN
 
 
@@ -85,7 +87,7 @@ class Target(Protocol):
         """The resolved settings, each with its reason and source. UsageError or UnsupportedError for a bad one."""
 
     def check_excluded(self, excluded: Excluded, settings: Settings) -> None:
-        """UnsupportedError for layers in BF16 or FP8 that the target would load in another format."""
+        """UnsupportedError for layers in a format of their own that the target would load in another."""
 
     def why_output_is_quantized(self, settings: Settings, number_format: str) -> str:
         """Why attention's output projections must not be left in `number_format`; "" if they may."""

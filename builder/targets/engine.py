@@ -58,7 +58,7 @@ class EngineTarget:
     def check_excluded(self, excluded: Excluded, settings: Settings) -> None:
         """UnsupportedError for layers that trtllm-build would take for NVFP4 under these flags."""
         values = {flag.name: flag.value for flag in flags_of(settings)}
-        exclude.check_flags(excluded.bf16, excluded.fp8, values, excluded.architecture)
+        exclude.check_flags(excluded.formats, values, excluded.architecture)
 
     def why_output_is_quantized(self, settings: Settings, number_format: str) -> str:
         """The attention kernel's own output format decides, whatever the projection is left in."""

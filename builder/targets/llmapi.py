@@ -39,7 +39,7 @@ class LlmApiTarget:
 
     def check_excluded(self, excluded: Excluded, settings: Settings) -> None:
         """UnsupportedError for layers in FP8 that the LLM class would load or feed in another format."""
-        exclude.check_llm_class(excluded.bf16, excluded.fp8, excluded.known, excluded.architecture)
+        exclude.check_llm_class(excluded.formats, excluded.known, excluded.whole, excluded.architecture)
 
     def why_output_is_quantized(self, settings: Settings, number_format: str) -> str:
         """The LLM class takes q_proj's format for the attention's output, which matters where it is FP8."""

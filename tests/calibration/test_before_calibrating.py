@@ -62,12 +62,12 @@ def test_a_layer_of_zeros_is_refused_with_a_way_that_works(tmp_path: Path) -> No
     [advised] = re.findall(r"--keep-bf16 '([^']+)'", caught.value.hint)
     facts = checks.read_model(schema.Model(id=str(model)), store)
     kept = exclude.keep([advised], exclude.linears(facts.tensors))
-    made = quantized(model, part, store, kept=kept)
+    made = quantized(model, part, store, layers={"bf16": kept})
     found = validate.inspect(made.path)
     assert not found.findings
     assert all(layout.linears["kept"] == 1 for layout in found.layouts.values())
     with pytest.raises(UnsupportedError, match="nothing but zeros"):
-        quantized(model, part, store, fp8=[ZERO])
+        quantized(model, part, store, layers={"fp8": [ZERO]})
 
 
 def test_one_weight_that_is_not_zero_is_enough() -> None:

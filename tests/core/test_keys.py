@@ -404,7 +404,7 @@ def test_variables_that_scores_and_losses_depend_on(
 
 def loss_key(root: Path, models: variants.Models, **more: Any) -> str:
     tensors = {name: (info.dtype, info.shape) for name, info in Tensors(MODEL).items()}
-    facts = ModelFacts(models.snapshot.config, tensors, ())
+    facts = ModelFacts(models.snapshot.config, tensors)
     assert models.calibration is not None
     _, ingredients = sensitivity_stage._job(
         models.snapshot, models.calibration, facts, resolved(**more).recipe, Store(root, QUIET)

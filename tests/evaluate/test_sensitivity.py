@@ -46,7 +46,7 @@ Job = dict[str, Any]
 
 def facts(source: Path, kept: tuple[str, ...] = ()) -> ModelFacts:
     tensors = {name: (info.dtype, info.shape) for name, info in Tensors(source).items()}
-    return ModelFacts(read_json(source / "config.json"), tensors, kept)
+    return ModelFacts(read_json(source / "config.json"), tensors, {"bf16": kept} if kept else {})
 
 
 GROUPS = {name: list(modules) for name, modules in exclude.groups(exclude.linears(facts(LLAMA).tensors)).items()}
@@ -65,8 +65,7 @@ def job(tmp_path: Path) -> Callable[..., Job]:
             "calibration": {"rows": str(rows), "seq_len": 64, "batch_size": 1},
             "lengths": {"min_tokens": 2, "max_tokens": 60},
             "groups": GROUPS,
-            "kept": [],
-            "fp8": [],
+            "layers": {},
             "fp8_kv": True,
             "format": "nvfp4",
             "trust_remote_code": False,
@@ -331,7 +330,7 @@ def test_the_stage_tells_the_losses_and_is_found_again(measured: tuple[sensitivi
     for loss in found.losses:
         members = exclude.groups(exclude.linears(facts(TINY).tensors))[loss.name]
         asked = memory.Serving(max_batch_size=1, max_input_len=8, max_seq_len=16, max_num_tokens=16)
-        assert loss.bytes == memory.price_of_kept(facts(TINY, members), asked)
+        assert loss.bytes == memory.price(facts(TINY, members), asked, BF16)
     told = json.loads(found.path.read_text())
     assert {"name", "layer", "kl", "proxy", "bytes"} <= set(told["layers"][0])
     assert not list((store.root / "partial").iterdir())
@@ -364,13 +363,7 @@ def test_auto_keeps_what_holds_the_budget_and_the_plan_knows_the_price(
         return json.loads(done.stdout)
 
     before = plan()
-    assert before["kept"] == {
-        "modules": [],
-        "bytes": None,
-        "open_choice": True,
-        "fp8_modules": [],
-        "fp8_bytes": None,
-    }
+    assert before["kept"] == {"open_choice": True, "layers": {}, "bytes": None}
     states = {stage["stage"]: stage["state"] for stage in before["stages"]}
     assert (states["sensitivity"], states["selection"], states["checkpoint"]) == ("cached", "will run", "will run")
     assert "has not chosen its layers yet" in run("plan", *argv).stdout
@@ -383,11 +376,11 @@ def test_auto_keeps_what_holds_the_budget_and_the_plan_knows_the_price(
     assert 0 < len(chosen["modules"]) < 42
 
     after = plan()
-    assert set(after["kept"]["modules"]) == set(chosen["modules"])
+    assert set(after["kept"]["layers"]["bf16"]) == set(chosen["modules"])
     layouts = validate.inspect(stages["checkpoint"]).layouts
     assert layouts["unified"].linears["kept"] == len(chosen["modules"])
     assert after["sizes"]["checkpoint"] == sum(layouts["tensorrt_llm"].nbytes.values())
-    assert after["kept"]["bytes"] == after["sizes"]["checkpoint"] - before["sizes"]["checkpoint"] > 0
+    assert after["kept"]["bytes"]["bf16"] == after["sizes"]["checkpoint"] - before["sizes"]["checkpoint"] > 0
     assert {stage["state"] for stage in after["stages"][:6]} == {"cached"}
 
 

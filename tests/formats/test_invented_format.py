@@ -160,7 +160,9 @@ def test_its_gpus_are_those_that_it_names(gpu: str, runs: bool) -> None:
 
 def test_the_plan_knows_its_bytes(checkpoint: Path) -> None:
     stored = {n: i for n, i in Tensors(checkpoint / "unified").items()}
-    kept = ModelFacts(model().config, model().tensors, ("model.layers.1.mlp.down_proj",), number_format=FORMAT)
+    kept = ModelFacts(
+        model().config, model().tensors, {"bf16": ("model.layers.1.mlp.down_proj",)}, number_format=FORMAT
+    )
     sizes = memory.sizes(kept, ASKED)
     assert sizes.unified == sum(info.nbytes for info in stored.values())
     assert sizes.checkpoint == sum(info.nbytes for info in Tensors(checkpoint / "tensorrt_llm").values())

@@ -76,14 +76,14 @@ def test_the_plan_has_the_dtype_and_bytes_that_are_written(tmp_path: Path, case:
     rows.write_text('{"text": "How a text becomes tokens, and tokens become numbers."}\n')
     job = {"model": str(model), "rows": str(rows), "seq_len": 64, "batch_size": 1, "kv_cache_dtype": "fp8"}
     kept = ["model.layers.0.self_attn.o_proj"]
-    worker.run(job | {"kept": kept, "trust_remote_code": False, "destination": str(tmp_path / "made")})
+    worker.run(job | {"layers": {"bf16": kept}, "trust_remote_code": False, "destination": str(tmp_path / "made")})
 
     unified = Tensors(tmp_path / "made" / "unified")
     types = {info.dtype for name, info in unified.items() if "scale" not in name and info.dtype != "U8"}
     assert types == {"BF16" if written == "bfloat16" else "F16"}
     assert read_json(tmp_path / "made" / "unified" / "config.json")["dtype"] == written
     assert read_json(tmp_path / "made" / "tensorrt_llm" / "config.json")["dtype"] == written
-    facts = replace(facts, kept=tuple(kept))
+    facts = replace(facts, layers={"bf16": kept})
     assert memory.sizes(facts, ASKED).unified == sum(info.nbytes for info in unified.values())
     whole = Tensors(tmp_path / "made" / "tensorrt_llm", [tmp_path / "made" / "tensorrt_llm" / "rank0.safetensors"])
     assert memory.rank_bytes(facts, ASKED) == [sum(info.nbytes for info in whole.values())]

@@ -79,9 +79,9 @@ def test_a_plan_with_a_gate_and_a_quality_check_prepares_once_too(tmp_path: Path
 
 def test_what_is_prepared_is_what_the_stages_get(tmp_path: Path) -> None:
     prepared = prepare(asked(**{"quantization.keep_bf16": "*.0.*.o_proj"}), Store(tmp_path, Output("quiet")))
-    assert prepared.model.kept == ("model.layers.0.self_attn.o_proj",)
+    assert prepared.model.modules("bf16") == ("model.layers.0.self_attn.o_proj",)
     assert prepared.serving.target == "reference"
     more = prepared.with_chosen(["model.layers.1.self_attn.o_proj"])
-    assert len(more.model.kept) == 2
+    assert len(more.model.modules("bf16")) == 2
     assert more.sizes.unified > prepared.sizes.unified
     assert more.settings is prepared.settings

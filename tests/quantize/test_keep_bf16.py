@@ -53,13 +53,13 @@ SECOND = ["model.layers.1.mlp.*", "model.layers.3.mlp.*", "model.layers.5.mlp.*"
 def facts(source: Path, patterns: list[str] | None = None) -> ModelFacts:
     tensors = {name: (info.dtype, info.shape) for name, info in Tensors(source).items()}
     kept = exclude.keep(patterns or [], exclude.linears(tensors))
-    return ModelFacts(checkpoint_layouts.read_json(source / "config.json"), tensors, kept)
+    return ModelFacts(checkpoint_layouts.read_json(source / "config.json"), tensors, {"bf16": kept})
 
 
 def export(name: str, patterns: list[str], directory: Path, **sizes: int) -> tuple[Path, Path]:
     """ModelOpt's TensorRT-LLM layout of the model with these layers kept, and ours made of its unified one."""
     source = exports.MODELS[name]
-    model = exports.quantized(source, kept=facts(source, patterns).kept)
+    model = exports.quantized(source, kept=facts(source, patterns).modules("bf16"))
     exports.export(model, directory / "unified", directory / "modelopt", **sizes)
     config = checkpoint_layouts.read_json(source / "config.json")
     checkpoint_layouts.write_tensorrt_llm(directory / "unified", config, directory / "tensorrt_llm")
@@ -82,7 +82,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_patterns_name_modules_and_take_along_what_is_multiplied_with_them() -> None:
-    kept = set(facts(TINY, PATTERNS).kept)
+    kept = set(facts(TINY, PATTERNS).modules("bf16"))
     assert len([name for name in kept if name.startswith("model.layers.1.")]) == 7
     assert {f"model.layers.2.self_attn.{x}_proj" for x in "qkv"} < kept
     assert {f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up")} < kept
@@ -92,7 +92,7 @@ def test_patterns_name_modules_and_take_along_what_is_multiplied_with_them() -> 
         "model.layers.2.self_attn.q_proj",
         "model.layers.2.self_attn.v_proj",
     ]
-    assert facts(TINY).kept == ()
+    assert facts(TINY).modules("bf16") == ()
 
 
 names = st.sets(st.sampled_from(exclude.linears(facts(TINY).tensors)), min_size=1, max_size=8)
@@ -167,9 +167,9 @@ def test_every_rank_is_modelopts_own(tmp_path: Path, tp: int, pp: int, patterns:
 
 def test_stages_that_disagree_are_refused_before_anything_runs() -> None:
     config = {**facts(TINY).config}
-    exclude.check_split(facts(TINY, SECOND).kept, (), config, Parallel(1, 3))
+    exclude.check_split(facts(TINY, SECOND).single, config, Parallel(1, 3))
     with pytest.raises(UnsupportedError, match="not the same in all 3 pipeline stages"):
-        exclude.check_split(facts(TINY, PATTERNS).kept, (), config, Parallel(1, 3))
+        exclude.check_split(facts(TINY, PATTERNS).single, config, Parallel(1, 3))
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
@@ -184,14 +184,14 @@ def test_the_price_is_to_the_byte_what_is_written(tmp_path: Path, name: str) -> 
             held = sorted((whole.parent / f"tp{tp}").glob("rank*.safetensors"))
             written.append([sum(info.nbytes for info in Tensors(file.parent, [file]).values()) for file in held])
         assert memory.rank_bytes(model, asked) == written[0]
-        assert memory.price_of_kept(model, asked) == sum(written[0]) - sum(written[1]) > 0
+        assert memory.price(model, asked, BF16) == sum(written[0]) - sum(written[1]) > 0
     assert memory.sizes(model, ASKED).unified == sum(i.nbytes for i in Tensors(tmp_path / "kept" / "unified").values())
 
 
 def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
     found = validate.inspect(made)
     assert not found.findings
-    kept = facts(TINY, PATTERNS).kept
+    kept = facts(TINY, PATTERNS).modules("bf16")
     unified, ours = found.layouts["unified"], found.layouts["tensorrt_llm"]
     assert (unified.linears["kept"], unified.linears["nvfp4"]) == (len(kept), 42 - len(kept))
     assert (ours.linears["kept"], ours.linears["nvfp4"]) == (5 + 1 + 2 + 1 + 1, 30 - 10)
@@ -229,7 +229,7 @@ def test_half_a_group_is_refused_by_the_layout(tmp_path: Path) -> None:
 def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, rows: Path) -> None:
     """As in test_reference_model.py, in float64: no KV cache, so that its clamped scales don't matter."""
     job = {"model": str(TINY), "rows": str(rows), "seq_len": 128, "batch_size": 1, "trust_remote_code": False}
-    kept = facts(TINY, PATTERNS).kept
+    kept = facts(TINY, PATTERNS).modules("bf16")
 
     def calibrated() -> tuple[Any, torch.Tensor]:
         model, batches = worker._load(job)
@@ -260,16 +260,14 @@ def test_the_stage_keeps_them_bit_by_bit_and_knows_them_in_its_key(tmp_path: Pat
 
     def run(patterns: list[str], store: Store = store) -> Checkpoint:
         asked = Quantization(keep_bf16=tuple(patterns))
-        return quantize(
-            snapshot, calibration, QuantizeRequest(asked, part, kept=facts(TINY, patterns).kept), store=store
-        )
+        return quantize(snapshot, calibration, QuantizeRequest(asked, part, facts(TINY, patterns).layers), store=store)
 
     made = run(["*.0.self_attn.q_proj"])
     source, stored = Tensors(TINY), Tensors(made.unified)
     for x in "qkv":
         name = f"model.layers.0.self_attn.{x}_proj.weight"
         assert bytes(stored.data(name)) == bytes(source.data(name))
-    assert made.facts["kept"] == [f"model.layers.0.self_attn.{x}_proj" for x in "kqv"]
+    assert made.facts["layers"]["bf16"] == [f"model.layers.0.self_attn.{x}_proj" for x in "kqv"]
     assert (made.facts["quantized_linears"], made.facts["kept_linears"]) == (39, 3)
     assert made.facts["kv_scales"] == 12
     dry = Store(tmp_path, Output("quiet"), dry=True)
@@ -279,9 +277,12 @@ def test_the_stage_keeps_them_bit_by_bit_and_knows_them_in_its_key(tmp_path: Pat
 
 
 def test_the_simulation_that_is_evaluated_keeps_them_too(rows: Path) -> None:
-    kept = facts(exports.MODELS["llama"], ["*.1.mlp.down_proj"]).kept
+    kept = facts(exports.MODELS["llama"], ["*.1.mlp.down_proj"]).modules("bf16")
     job = {"model": str(exports.MODELS["llama"]), "trust_remote_code": False, "dtype": "auto", "batch_tokens": 512}
-    job |= {"fp8_kv": True, "calibration": {"rows": str(rows), "seq_len": 32, "batch_size": 1, "kept": kept}}
+    job |= {
+        "fp8_kv": True,
+        "calibration": {"rows": str(rows), "seq_len": 32, "batch_size": 1, "layers": {"bf16": kept}},
+    }
     with local.simulated(job) as runner:
         first, second = (layer.mlp.down_proj for layer in runner.model.model.layers)
         assert (first.input_quantizer.is_enabled, second.input_quantizer.is_enabled) == (True, False)
@@ -293,7 +294,7 @@ def test_a_mixture_whose_experts_are_one_module_is_refused(rows: Path) -> None:
     source = exports.DATA / "arch-variants" / "qwen3_moe"
     job = {"model": str(source), "rows": str(rows), "seq_len": 32, "batch_size": 1, "trust_remote_code": False}
     model, batches = worker._load(job)
-    kept = facts(source, ["*.0.mlp.experts.0.down_proj"]).kept
+    kept = facts(source, ["*.0.mlp.experts.0.down_proj"]).modules("bf16")
     formats = ModelFormats(layers={BF16: kept}, cache=kv_cache.FP8)
     if f"{kept[0]}" in dict(model.named_modules()):  # transformers 4 has a module for each expert
         assert worker._calibrate(model, batches, formats)["kept_linears"] == len(kept)
@@ -323,12 +324,15 @@ def test_attentions_output_is_kept_only_where_the_kernel_can_do_without_its_scal
         with pytest.raises(UnsupportedError, match=refused):
             checks.keep_patterns(resolved.recipe, model, trtllm_flags.resolve(resolved, config))
     else:
-        assert len(checks.keep_patterns(resolved.recipe, model, trtllm_flags.resolve(resolved, config)).kept) == 6
+        assert (
+            len(checks.keep_patterns(resolved.recipe, model, trtllm_flags.resolve(resolved, config)).modules("bf16"))
+            == 6
+        )
 
 
 def test_norm_quant_fusion_takes_every_layer_for_quantized() -> None:
     with pytest.raises(UnsupportedError, match="norm_quant_fusion"):
-        exclude.check_flags(["model.layers.0.mlp.down_proj"], (), {"norm_quant_fusion": "enable"})
+        exclude.check_flags({"model.layers.0.mlp.down_proj": BF16}, {"norm_quant_fusion": "enable"})
 
 
 @pytest.mark.parametrize("value", ["''", "[1, 2]", "{a: b}"])
@@ -342,7 +346,7 @@ def test_the_plan_names_the_price(tmp_path: Path) -> None:
     argv += ["--keep-bf16", "*.down_proj", "--keep-bf16", "*.0.self_attn.q_proj"]
     done = subprocess.run([*argv, "--json"], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)["kept"]
-    assert len(found["modules"]) == 6 + 3
+    assert len(found["layers"]["bf16"]) == 6 + 3
     model = facts(TINY, ["*.down_proj", "*.0.self_attn.q_proj"])
-    assert found["bytes"] == memory.price_of_kept(model, ASKED)
+    assert found["bytes"]["bf16"] == memory.price(model, ASKED, BF16)
     assert "9 linear layers" in subprocess.run(argv, capture_output=True, text=True, check=True).stdout

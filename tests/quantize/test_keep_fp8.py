@@ -51,8 +51,8 @@ SECOND = ["model.layers.1.mlp.*", "model.layers.3.mlp.*", "model.layers.5.mlp.*"
 def facts(source: Path, fp8: list[str] | None = None, kept: list[str] | None = None) -> ModelFacts:
     tensors = {name: (info.dtype, info.shape) for name, info in Tensors(source).items()}
     known = exclude.linears(tensors)
-    names = exclude.keep(kept or [], known), exclude.keep(fp8 or [], known, "--keep-fp8")
-    return ModelFacts(layouts.read_json(source / "config.json"), tensors, *names)
+    layers = {"bf16": exclude.keep(kept or [], known), "fp8": exclude.keep(fp8 or [], known, "--keep-fp8")}
+    return ModelFacts(layouts.read_json(source / "config.json"), tensors, layers)
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +68,13 @@ def job(source: Path, rows: Path) -> dict[str, Any]:
 
 def formats(model: ModelFacts, *, fp8_kv: bool = True) -> ModelFormats:
     cache = kv_cache.FP8 if fp8_kv else kv_cache.AUTO
-    return ModelFormats(layers={BF16_FORMAT: model.kept, FP8: model.fp8}, cache=cache)
+    return ModelFormats(layers={BF16_FORMAT: model.modules("bf16"), FP8: model.modules("fp8")}, cache=cache)
 
 
 def calibrated(source: Path, rows: Path, model: ModelFacts, *, fp8_kv: bool = True) -> Any:
     made, batches = worker._load(job(source, rows))
     counts = worker._calibrate(made, batches, formats(model, fp8_kv=fp8_kv))
-    assert (counts["fp8_linears"], counts["kept_linears"]) == (len(model.fp8), len(model.kept))
+    assert (counts["fp8_linears"], counts["kept_linears"]) == (len(model.modules("fp8")), len(model.modules("bf16")))
     return made
 
 
@@ -95,9 +95,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
 
 def test_patterns_take_along_what_is_multiplied_with_them() -> None:
     model = facts(TINY, PATTERNS, BF16)
-    assert len(model.fp8) == 7 + 3 + 2 + 1
-    assert {f"model.layers.2.self_attn.{x}_proj" for x in "qkv"} < set(model.fp8)
-    assert model.kept == ("model.layers.4.self_attn.o_proj",)
+    assert len(model.modules("fp8")) == 7 + 3 + 2 + 1
+    assert {f"model.layers.2.self_attn.{x}_proj" for x in "qkv"} < set(model.modules("fp8"))
+    assert model.modules("bf16") == ("model.layers.4.self_attn.o_proj",)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_the_tensorrt_llm_layout_is_modelopts_own(tmp_path: Path, rows: Path, na
 
 def test_the_hugging_face_layout_says_what_modelopt_says(tmp_path: Path, made: Path) -> None:
     model = facts(TINY, PATTERNS, BF16)
-    exports.export(exports.quantized(TINY, kept=model.kept, fp8=model.fp8), tmp_path)
+    exports.export(exports.quantized(TINY, kept=model.modules("bf16"), fp8=model.modules("fp8")), tmp_path)
     ours, theirs = (layouts.read_json(at / "hf_quant_config.json") for at in (made / "unified", tmp_path))
     assert ours == theirs
     ours, theirs = (layouts.read_json(at / "config.json")["quantization_config"] for at in (made / "unified", tmp_path))
@@ -186,7 +186,7 @@ def test_what_is_served_as_one_has_one_scale(made: Path) -> None:
 
 def test_pipeline_stages_share_one_quant_cfg(tmp_path: Path, rows: Path) -> None:
     model = facts(TINY, SECOND)
-    exclude.check_split((), model.fp8, model.config, Parallel(1, 3))
+    exclude.check_split(model.single, model.config, Parallel(1, 3))
     write(calibrated(TINY, rows, model), TINY, tmp_path, model)
     sharding.split(tmp_path / "tensorrt_llm", tmp_path / "split", Parallel(2, 3))
     layers = layouts.read_json(tmp_path / "split" / "quant_cfg.json")["quantized_layers"]
@@ -197,10 +197,9 @@ def test_pipeline_stages_share_one_quant_cfg(tmp_path: Path, rows: Path) -> None
     whole, split = (ReferenceModel.load(tmp_path / at) for at in ("tensorrt_llm", "split"))
     ids = torch.arange(3, 4000, 97)
     assert torch.equal(whole.forward(ids, whole.new_cache()), split.forward(ids, split.new_cache()))
-    for modules in (facts(TINY, ["*.0.mlp.*"]).fp8, facts(TINY, SECOND, ["*.5.self_attn.*"])):
-        kept, fp8 = (modules.kept, modules.fp8) if isinstance(modules, ModelFacts) else ((), modules)
+    for other in (facts(TINY, ["*.0.mlp.*"]), facts(TINY, SECOND, ["*.5.self_attn.*"])):
         with pytest.raises(UnsupportedError, match="not the same in all 3 pipeline stages"):
-            exclude.check_split(kept, fp8, model.config, Parallel(1, 3))
+            exclude.check_split(other.single, model.config, Parallel(1, 3))
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
@@ -215,14 +214,15 @@ def test_the_price_is_to_the_byte_what_is_written(tmp_path: Path, rows: Path, na
         sharding.split(tmp_path / "tensorrt_llm", at, Parallel(tp))
         held = [Tensors(at, [at / f"rank{rank}.safetensors"]) for rank in range(tp)]
         assert memory.rank_bytes(model, asked) == [sum(info.nbytes for info in one.values()) for one in held]
-        plain = memory.rank_bytes(replace(model, kept=(), fp8=()), asked)
-        together = memory.price_of_kept(model, asked) + memory.price_of_fp8(model, asked)
+        plain = memory.rank_bytes(replace(model, layers={}), asked)
+        together = memory.price(model, asked, BF16_FORMAT) + memory.price(model, asked, FP8)
         assert together == sum(memory.rank_bytes(model, asked)) - sum(plain)
     # A byte a weight in place of 4.5 bits.
     weights = sum(
-        model.tensors[f"{module}.weight"][1][0] * model.tensors[f"{module}.weight"][1][1] for module in model.fp8
+        model.tensors[f"{module}.weight"][1][0] * model.tensors[f"{module}.weight"][1][1]
+        for module in model.modules("fp8")
     )
-    assert memory.price_of_fp8(model, ASKED) == weights * 7 // 16
+    assert memory.price(model, ASKED, FP8) == weights * 7 // 16
 
 
 def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
@@ -232,7 +232,7 @@ def test_the_inspection_accepts_and_counts_them(made: Path) -> None:
     assert (unified.linears["nvfp4"], unified.linears["fp8"], unified.linears["kept"]) == (42 - 13 - 1, 13, 1)
     assert (ours.linears["nvfp4"], ours.linears["fp8"], ours.linears["kept"]) == (30 - 9 - 1, 5 + 1 + 2 + 1, 1)
     model, weights = facts(TINY, PATTERNS, BF16), {n: i.nbytes // 2 for n, i in Tensors(TINY).items()}
-    bits = {**dict.fromkeys(model.fp8, 8.0), **dict.fromkeys(model.kept, 16.0)}
+    bits = {**dict.fromkeys(model.modules("fp8"), 8.0), **dict.fromkeys(model.modules("bf16"), 16.0)}
     linears = {name: weights[f"{name}.weight"] for name in exclude.linears(model.tensors)}
     expected = sum(n * bits.get(name, unified.bits_per_weight) for name, n in linears.items()) / sum(linears.values())
     assert unified.effective_bits == pytest.approx(expected, abs=2e-3)
@@ -289,7 +289,7 @@ def runner(rows: Path) -> Callable[..., list[torch.Tensor]]:
     base = {**job(TINY, rows), "dtype": "auto", "batch_tokens": 512, "fp8_kv": True}
 
     def logits(name: str, model: ModelFacts = facts(TINY), **more: Any) -> list[torch.Tensor]:  # noqa: B008
-        rules = {"rows": str(rows), "seq_len": 128, "batch_size": 1, "kept": model.kept, "fp8": model.fp8}
+        rules = {"rows": str(rows), "seq_len": 128, "batch_size": 1, "layers": model.layers}
         with torch.no_grad(), getattr(local, name)({**base, "calibration": rules, **more}) as found:
             return list(found.logits(ids))
 
@@ -370,9 +370,9 @@ def test_the_llm_class_takes_the_attentions_format_of_q_proj(fp8: str, kept: lis
 
 def test_the_llm_class_finds_no_format_for_a_fused_qkv() -> None:
     known = exclude.linears(facts(exports.DATA / "arch-variants" / "phi3").tensors)
-    exclude.check_llm_class(known[:1], (), known)
+    exclude.check_llm_class({known[0]: BF16_FORMAT}, known)
     with pytest.raises(UnsupportedError, match=r"finds no format for .*qkv_proj"):
-        exclude.check_llm_class((), known[-1:], known)
+        exclude.check_llm_class({known[-1]: FP8}, known)
 
 
 def test_a_version_not_known_to_build_the_mix_is_refused_for_engines_alone() -> None:
@@ -387,13 +387,13 @@ def test_a_group_in_fp8_is_simulated_as_if_calibrated_for_it(rows: Path, tmp_pat
     """`auto` builds the mixture that it measured."""
     groups = exclude.groups(exclude.linears(facts(LLAMA).tensors))
     chosen = ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj", "model.layers.1.mlp.down_proj"]
-    asked = {"model": str(LLAMA), "calibration": job(LLAMA, rows), "groups": groups, "kept": [], "fp8": []}
+    asked = {"model": str(LLAMA), "calibration": job(LLAMA, rows), "groups": groups, "layers": {}}
     asked |= {"fp8_kv": True, "trust_remote_code": False, "dtype": "auto"}
     ids = torch.arange(5, 60)[None]
     model = measuring.Simulated(asked)
     rest = [group for group in groups if group not in chosen]
     fp8 = [module for group in chosen for module in groups[group]]
-    named = measuring.Simulated({**asked, "fp8": fp8, "groups": {group: groups[group] for group in rest}})
+    named = measuring.Simulated({**asked, "layers": {"fp8": fp8}, "groups": {group: groups[group] for group in rest}})
     with torch.no_grad():
         before = model.model(ids).logits
         assert torch.equal(named.model(ids).logits, before)  # the layers named are FP8 only in the whole
@@ -428,8 +428,9 @@ def test_auto_holds_the_budget_with_fp8_and_the_plan_knows_the_price(tmp_path: P
     assert found.layouts["unified"].linears["fp8"] == len(chosen["modules"]) > 0
     assert found.layouts["unified"].linears["kept"] == 1
     told = json.loads(run("plan", *argv, "--json").stdout)
-    assert set(told["kept"]["fp8_modules"]) == set(chosen["modules"])
-    assert told["kept"]["fp8_bytes"] == memory.price_of_fp8(replace(facts(LLAMA), fp8=tuple(chosen["modules"])), ASKED)
+    assert set(told["kept"]["layers"]["fp8"]) == set(chosen["modules"])
+    priced = replace(facts(LLAMA), layers={"fp8": tuple(chosen["modules"])})
+    assert told["kept"]["bytes"]["fp8"] == memory.price(priced, ASKED, FP8)
     assert told["sizes"]["checkpoint"] == sum(found.layouts["tensorrt_llm"].nbytes.values())
     shown = run("plan", *argv).stdout
     assert f"{len(chosen['modules'])} linear layers" in next(
@@ -453,7 +454,7 @@ def test_the_reference_engine_has_the_formats_beside_it(tmp_path: Path, rows: Pa
         built = pipeline.build(asked, Store(tmp_path, Output("quiet")), until="engine")
     assert built.engine is not None
     assert built.checkpoint is not None
-    assert built.checkpoint.facts["fp8"] == [f"model.layers.1.mlp.{x}_proj" for x in ("down", "gate", "up")]
+    assert built.checkpoint.facts["layers"]["fp8"] == [f"model.layers.1.mlp.{x}_proj" for x in ("down", "gate", "up")]
     assert not validate.inspect(built.engine.path).findings
     model = ReferenceModel.load(built.engine.path)
     logits = model.forward(torch.arange(5, 60), model.new_cache())

@@ -9,6 +9,7 @@ import imports
 import pytest
 
 from builder.core.errors import UsageError
+from builder.formats.registry import FP8
 from builder.recipe import schema
 from builder.recipe.target_facts import TARGETS
 from builder.targets import base, target
@@ -59,7 +60,7 @@ def test_what_counts_as_a_comparison(text: str, is_one: bool) -> None:
 
 def test_each_target_decides_about_layers_that_are_left_in_fp8() -> None:
     """q_proj in NVFP4 and o_proj in FP8: only the LLM class does not join them."""
-    excluded = Excluded((), ("model.layers.0.self_attn.o_proj",), ("model.layers.0.self_attn.o_proj",))
+    excluded = Excluded({"model.layers.0.self_attn.o_proj": FP8}, ("model.layers.0.self_attn.o_proj",))
     assert target("llmapi").why_output_is_quantized([], "fp8")
     assert not target("llmapi").why_output_is_quantized([], "bf16")
     assert not target("reference").why_output_is_quantized([], "fp8")

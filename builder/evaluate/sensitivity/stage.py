@@ -156,7 +156,7 @@ def select(
 ) -> Selection:
     """Selects the layers to keep: largest KL per byte first, as few as needed to meet the recipe's KL budget.
 
-    Each candidate mixture is measured, because the KLs of single groups do not add up. `model.kept` is kept anyway.
+    Each candidate mixture is measured, because the KLs of single groups do not add up. `model.layers` stay as they are.
     refused: why attention output projections can't be kept, "" if they can. UnsupportedError if that is not enough.
     """
     job, ingredients = _job(snapshot, calibration, model, recipe, store)
@@ -215,8 +215,7 @@ def _job(
         "lengths": {"min_tokens": evaluation.min_tokens, "max_tokens": longest},
         "groups": {name: list(modules) for name, modules in _groups(model).items()},
         "format": model.number_format.name,
-        "kept": list(model.kept),
-        "fp8": list(model.fp8),
+        "layers": {name: list(modules) for name, modules in model.layers.items()},
         "fp8_kv": recipe.quantization.cache_format.quantized,
         "trust_remote_code": recipe.model.trust_remote_code,
         **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top")},
@@ -257,9 +256,8 @@ def check_texts(recipe: Recipe) -> DataSet:
 
 def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
     """The groups of layers that no pattern keeps."""
-    named = {*model.kept, *model.fp8}
     known = exclude.linears(model.tensors, model.architecture)
-    return exclude.groups((name for name in known if name not in named), model.architecture)
+    return exclude.groups((name for name in known if name not in model.single), model.architecture)
 
 
 def _weights(snapshot: Snapshot) -> list[Path]:
@@ -324,7 +322,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, Any]:
     """Runs the worker and returns its summary."""
     weights = [Path(file) for file in job["weights"]]
-    modelopt.check(weights, model.architecture, job["kept"], model.number_format)
+    modelopt.check(weights, model.architecture, job["layers"], model.number_format)
     log = store.log("sensitivity")
     with SourceFiles.of_job(job).explain_failures():
         events, _ = process.run_job(

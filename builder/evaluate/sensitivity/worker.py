@@ -206,7 +206,9 @@ class Simulated:
                 hint="Use the proxy, which reads the weights only: builder sensitivity --proxy",
             )
         self.groups = {group: [modules[name] for name in members] for group, members in job["groups"].items()}
-        self.named = [modules[name] for name in job["fp8"]]
+        self.named = [
+            modules[name] for one, names in job["layers"].items() if one != registry.BF16.name for name in names
+        ]
         self.cache = [
             module for name, module in modules.items() if name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
         ]
