@@ -10,6 +10,7 @@ File format: the header length as 8 little-endian bytes, a JSON header, then the
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -56,13 +57,22 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class FileRange:
+    """Bytes of a file, [begin, end). `write` copies them without reading them into this process."""
+
+    path: Path
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class NewTensor:
     """A tensor to write. `chunks` is iterated once, when the tensor is written, and must yield exactly its bytes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    chunks: Iterable[Buffer]
+    chunks: Iterable[Buffer | FileRange]
 
 
 def byte_size(dtype: str, shape: Sequence[int]) -> int:
@@ -185,6 +195,11 @@ class Tensors(Mapping[str, TensorInfo]):
                 self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(self._maps[file])[info.begin : info.end]
 
+    def place(self, name: str) -> FileRange:
+        """Where the tensor's bytes are."""
+        info = self._infos[name]
+        return FileRange(self._file[name], info.begin, info.end)
+
     def release(self, name: str) -> None:
         """Drops the tensor's pages from memory, so that a loop over all tensors keeps one resident.
 
@@ -267,12 +282,56 @@ def write(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] 
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes, as safetensors does
     try:
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+        with open(path, "wb", buffering=0) as file:
+            _append(file.fileno(), len(text).to_bytes(8, "little") + text)
             for tensor in ordered:
-                written = sum(file.write(chunk) for chunk in tensor.chunks)
+                written = sum(_append(file.fileno(), chunk) for chunk in tensor.chunks)
                 if written != byte_size(tensor.dtype, tensor.shape):
                     raise ValueError(f"{tensor.name}: got {written} bytes for {tensor.dtype} {list(tensor.shape)}")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+def _append(target: int, chunk: Buffer | FileRange) -> int:
+    """Writes a chunk at the file's position; returns its size in bytes."""
+    if isinstance(chunk, FileRange):
+        return _copy(chunk, target)
+    view, done = memoryview(chunk).cast("B"), 0
+    while done < len(view):
+        done += os.write(target, view[done:])
+    return done
+
+
+# copy_file_range(2) fails with one of these where the file systems of the two files do not support it.
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+def _copy(place: FileRange, target: int) -> int:
+    """Appends a range of a file, in the kernel where the file systems support that; returns its size in bytes."""
+    source, at = os.open(place.path, os.O_RDONLY), place.begin
+    try:
+        while at < place.end:
+            try:
+                done = os.copy_file_range(source, target, place.end - at, at)
+            except OSError as error:
+                if error.errno not in _NO_KERNEL_COPY:
+                    raise
+                done = _append(target, os.pread(source, min(CHUNK_BYTES, place.end - at), at))
+            if not done:
+                raise IntegrityError(f"{place.path} became shorter while it was read.")
+            at += done
+    finally:
+        os.close(source)
+    return place.end - place.begin
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a file's header: strings that do not describe tensors; {} if there is none."""
+    with open(path, "rb") as file:
+        length = header_length(file.read(HEAD_BYTES), path.stat().st_size, str(path))
+        file.seek(8)
+        header = parse_json(file.read(length))
+    found = header.get("__metadata__") if isinstance(header, dict) else None
+    entries = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, str)}

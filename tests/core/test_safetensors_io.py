@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builder.core.errors import IntegrityError
-from builder.core.safetensors_io import NewTensor, TensorInfo, Tensors, byte_size, read_header, write
+from builder.core.safetensors_io import (
+    FileRange,
+    NewTensor,
+    TensorInfo,
+    Tensors,
+    byte_size,
+    read_header,
+    read_metadata,
+    write,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 TORCH_NAMES = {
@@ -194,3 +204,35 @@ def test_writing_holds_one_chunk(tmp_path: Path) -> None:
         tracemalloc.stop()
     info = read_header(tmp_path / "x.safetensors")["a"]
     assert info == TensorInfo("U8", (1 << 26,), info.begin, info.begin + (1 << 26))
+
+
+@pytest.mark.parametrize("kernel_copy", [True, False])
+def test_a_tensor_is_copied_from_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_copy: bool
+) -> None:
+    data = bytes(range(256)) * 40
+    write(tmp_path / "a.safetensors", [NewTensor("x", "U8", (5,), [b"12345"]), NewTensor("y", "F32", (2560,), [data])])
+    if not kernel_copy:  # as across two file systems
+
+        def refuse(*_: object) -> int:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+    source = Tensors(tmp_path, [tmp_path / "a.safetensors"])
+    made = [NewTensor(name, info.dtype, info.shape, [source.place(name)]) for name, info in source.items()]
+    write(tmp_path / "b.safetensors", made)
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_a_source_that_shrinks_while_it_is_copied_leaves_no_file(tmp_path: Path) -> None:
+    (tmp_path / "raw").write_bytes(b"123")
+    with pytest.raises(IntegrityError, match="shorter"):
+        write(tmp_path / "x.safetensors", [NewTensor("a", "U8", (4,), [FileRange(tmp_path / "raw", 0, 4)])])
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_the_metadata_of_a_file_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "x.safetensors", [NewTensor("a", "U8", (1,), [b"1"])], {"format": "pt", "note": "ü"})
+    assert read_metadata(tmp_path / "x.safetensors") == {"format": "pt", "note": "ü"}
+    write(tmp_path / "y.safetensors", [])
+    assert read_metadata(tmp_path / "y.safetensors") == {}
