@@ -181,9 +181,9 @@ def _layer(layout: _Layout, table: TensorNames, layer: int, cache: KvCacheFormat
     for name, roles in names.ENGINE_LINEARS.items():
         _linear(layout, ours + name, [theirs + table.linears[role] for role in roles])
     if cache.quantized:
-        # At least 1, as ModelOpt's TensorRT-LLM export writes it ("Recommend default kv cache scaling factor to be 1",
-        # export/quant_utils.py, get_kv_cache_scaling_factor). TensorRT-LLM uses max(k, v) for both.
-        k, v = (max(layout.scalar(f"{theirs}{table.attention}.{name}"), 1.0) for name in cache.unified)
+        # TensorRT-LLM uses max(k, v) for both.
+        least = cache.least_scale
+        k, v = (max(layout.scalar(f"{theirs}{table.attention}.{name}"), least) for name in cache.unified)
         for name, value in zip(cache.tensorrt_llm, (k, v, max(k, v)), strict=True):
             data = struct.pack("<f", value)
             layout.made.append(NewTensor(f"{ours}attention.{name}", "F32", (1,), [data]))

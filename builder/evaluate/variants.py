@@ -16,6 +16,8 @@ from builder.calibration.rows import Calibration
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import NotMeasurable, UsageError
 from builder.core.store import Store, library_versions, sources_digest
+from builder.formats import kv_cache
+from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Snapshot
 from builder.quantize import modelopt
 from builder.recipe.evaluation import RUNNERS
@@ -48,28 +50,28 @@ class Models:
 
 @dataclass(frozen=True)
 class Variant:
-    """`label` names its row in tables, `runner` the module that opens it; `fp8_kv`: whether the KV cache is FP8."""
+    """`label` names its row in tables, `runner` the module that opens it; `cache`: the KV cache's format."""
 
     label: str
     runner: str
-    fp8_kv: bool
+    cache: KvCacheFormat
 
 
 def list_variants(recipe: Recipe) -> list[Variant]:
     """The variants that the recipe measures, in the order of RUNNERS: BF16 first.
 
-    UsageError if the recipe compares KV caches and has no FP8 KV cache.
+    UsageError if the recipe compares KV caches and its own is not quantized.
     """
-    part, fp8 = recipe.evaluation, recipe.quantization.cache_format.quantized
-    found = [Variant(name, name, fp8) for name in RUNNERS if name in part.runners]
-    if part.compare_kv and not fp8:
+    part, cache = recipe.evaluation, recipe.quantization.cache_format
+    found = [Variant(name, name, cache) for name in RUNNERS if name in part.runners]
+    if part.compare_kv and not cache.quantized:
         raise UsageError(
-            "There is no FP8 KV cache to compare: the recipe keeps the cache in the model's own type.",
+            "There is no quantized KV cache to compare: the recipe keeps the cache in the model's own type.",
             hint="Compare with --kv-cache-dtype fp8",
         )
     if part.compare_kv:
-        fp8_rows = [] if "checkpoint" in part.runners else [Variant("checkpoint", "checkpoint", True)]
-        found += [*fp8_rows, Variant(KV_AUTO, "checkpoint", False)]
+        quantized = [] if "checkpoint" in part.runners else [Variant("checkpoint", "checkpoint", cache)]
+        found += [*quantized, Variant(KV_AUTO, "checkpoint", kv_cache.AUTO)]
     return found
 
 
@@ -86,7 +88,7 @@ def runner_job(variant: Variant, models: Models, recipe: Recipe, store: Store) -
     job = {
         "runner": variant.runner,
         "label": variant.label,
-        "fp8_kv": variant.fp8_kv,
+        "kv_cache_dtype": variant.cache.name,
         **models.snapshot.source.as_job(),
         "trust_remote_code": recipe.model.trust_remote_code,
         "root": str(store.root),
@@ -98,7 +100,7 @@ def runner_job(variant: Variant, models: Models, recipe: Recipe, store: Store) -
         "of": of,
         "runner": variant.runner,
         "tokenizer": models.snapshot.digest,
-        **{key: job[key] for key in ("dtype", "fp8_kv", "trust_remote_code")},
+        **{key: job[key] for key in ("dtype", "kv_cache_dtype", "trust_remote_code")},
         **{key: more.get("calibration", {}).get(key) for key in ("format", "layers", "seq_len", "batch_size")},
         # A repository refers to its engine by path, so rebuilding the engine does not change the repository's digest.
         "repository": repository_key(models.repository) if variant.runner == "served" and models.repository else None,

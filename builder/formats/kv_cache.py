@@ -6,6 +6,7 @@ the larger for both (models/modeling_utils.py, process_kv_scaling_factor).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,33 +17,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE_BYTES = 4  # of an F32 scale
+UNIFIED = ("k_proj.k_scale", "v_proj.v_scale")
+TENSORRT_LLM = ("k_cache_scaling_factor", "v_cache_scaling_factor", "kv_cache_scaling_factor")
 
 
 @dataclass(frozen=True)
 class KvCacheFormat:
-    """A format of the KV cache.
+    """A format of the KV cache. Subclasses add the arithmetic.
 
     name: in recipes; title: for people; quant_algo: in checkpoints, None where the cache is not quantized.
-    nbytes: of a value. modelopt_config: the configuration of modelopt.torch.quantization that calibrates the scales.
+    bits: of a value, with the scales of its group.
+    modelopt_config: the configuration of modelopt.torch.quantization that calibrates the scales.
     gpu_format: the entry of `formats` in configs/gpus/*.yaml that a GPU must have.
+    targets: the targets that run it; targets_source: why not the others.
+    fp8_attention: whether TensorRT-LLM attends over it in FP8.
     unified, tensorrt_llm, compressed_tensors: the names of a layer's scales (F32, one number) after the attention's
         name, in the order of `unified`.
+    least_scale: the smallest scale in TensorRT-LLM's layout, as ModelOpt's export to it writes them.
     """
 
     name: str
     title: str
     quant_algo: str | None
-    nbytes: int
+    bits: float
     modelopt_config: str | None = None
     gpu_format: str | None = None
+    targets: tuple[str, ...] = ("engine", "llmapi")
+    targets_source: str = ""
+    fp8_attention: bool = False
     unified: tuple[str, ...] = ()
     tensorrt_llm: tuple[str, ...] = ()
     compressed_tensors: tuple[str, ...] = ()
+    least_scale: float = 0.0
 
     @property
     def quantized(self) -> bool:
         """Whether the cache has scales."""
         return self.quant_algo is not None
+
+    def nbytes(self, values: int) -> int:
+        """Bytes of so many values, which are whole groups."""
+        return math.ceil(values * self.bits / 8)
 
     def scale_bytes(self, *, unified: bool) -> int:
         """Bytes of one layer's scales in a layout."""
@@ -53,32 +68,65 @@ class KvCacheFormat:
         return getattr(mtq, self.modelopt_config)["quant_cfg"] if self.modelopt_config else {}
 
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Keys (after RoPE) or values as they are read back from the cache, in the dtype of `x`."""
-        if not self.quantized:
-            return x
+        """Keys (after RoPE) or values [..., head size] as they are read back from the cache, in the dtype of `x`."""
+        return x
+
+
+class Fp8Cache(KvCacheFormat):
+    """E4M3 under one scale."""
+
+    def round(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Rounds to E4M3."""
         from builder.formats.arithmetic import fp8
 
         return fp8.round_e4m3(x, scale)
 
 
-FP8 = KvCacheFormat(
+class Nvfp4Cache(KvCacheFormat):
+    """E2M1 in blocks of 16 values of a head, with an E4M3 scale each that is computed as the cache is filled, under one
+    calibrated scale."""
+
+    def round(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Rounds as NVFP4 activations are."""
+        from builder.formats.arithmetic import nvfp4
+
+        return nvfp4.fake_quantize(x, scale)
+
+
+FP8 = Fp8Cache(
     name="fp8",
     title="FP8 KV cache",
     quant_algo="FP8",
-    nbytes=1,
+    bits=8.0,
     modelopt_config="FP8_KV_CFG",
     gpu_format="fp8_kv_cache",
-    unified=("k_proj.k_scale", "v_proj.v_scale"),
-    tensorrt_llm=("k_cache_scaling_factor", "v_cache_scaling_factor", "kv_cache_scaling_factor"),
+    fp8_attention=True,
+    unified=UNIFIED,
+    tensorrt_llm=TENSORRT_LLM,
     compressed_tensors=("k_scale", "v_scale"),
+    # "Recommend default kv cache scaling factor to be 1" (export/quant_utils.py, get_kv_cache_scaling_factor).
+    least_scale=1.0,
 )
-AUTO = KvCacheFormat(name="auto", title="KV cache in the model's type", quant_algo=None, nbytes=2)
-FORMATS: Mapping[str, KvCacheFormat] = {one.name: one for one in (FP8, AUTO)}
-# Formats of TensorRT-LLM's that are rejected, and why (rules R31, R32 and R45 of configs/trtllm).
+AUTO = KvCacheFormat(name="auto", title="KV cache in the model's type", quant_algo=None, bits=16.0)
+# Scale: amax / (6 x 448), in both layouts (ModelOpt 0.37 to 0.47, export/unified_export_hf.py and quant_utils.py).
+NVFP4 = Nvfp4Cache(
+    name="nvfp4",
+    title="NVFP4 KV cache",
+    quant_algo="NVFP4",
+    bits=4.5,  # 4 for each value, 8 for every 16
+    modelopt_config="NVFP4_KV_CFG",
+    gpu_format="nvfp4_kv_cache",
+    targets=("llmapi",),
+    targets_source="TensorRT-LLM added it to the PyTorch backend (NVIDIA/TensorRT-LLM #6244)",
+    fp8_attention=True,  # in both phases, says NVIDIA/TensorRT-LLM #6244
+    unified=UNIFIED,
+    tensorrt_llm=TENSORRT_LLM,
+)
+FORMATS: Mapping[str, KvCacheFormat] = {one.name: one for one in (FP8, AUTO, NVFP4)}
+# Formats of TensorRT-LLM's that are rejected, and why (rules R31 and R32 of configs/trtllm).
 REJECTED = {
-    "nvfp4": "an NVFP4 KV cache does not run on sm120 (NVIDIA/TensorRT-LLM #10241), and is never calibrated here",
-    "int8": "an INT8 KV cache does not work with paged context FMHA, so it costs KV reuse and chunked context, "
-    "and sm100 to sm119 do not support it",
+    "int8": "an INT8 KV cache does not work with paged context FMHA, so it costs KV reuse and chunked context; no "
+    "target but trtllm-build before sm100 runs it, and ModelOpt's Hugging Face exporter does not write it",
 }
 
 

@@ -120,7 +120,7 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any]) -> Subject:
         facts=llmapi_versions.load(resolved.recipe.engine.tensorrt_llm),
         sm=resolved.gpu.sm,
         experts=int(config.get("num_experts") or config.get("num_local_experts") or 0),
-        fp8_kv=resolved.recipe.quantization.cache_format.quantized,
+        cache=resolved.recipe.quantization.cache_format,
         head_size=head_size(config) if "num_attention_heads" in config else None,
         fmha_head_sizes=tuple(resolved.gpu.fmha_head_sizes),
     )
@@ -155,7 +155,7 @@ def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
     number_format = resolved.recipe.quantization.number_format
     sharding.check(config, engine.tp, engine.pp, number_format=number_format, gemm=True)
     lora.check(_flatten(resolved.recipe.llmapi.args))
-    if subject.fp8_kv and subject.fmha_head_sizes and subject.head_size not in subject.fmha_head_sizes:
+    if subject.cache.quantized and subject.fmha_head_sizes and subject.head_size not in subject.fmha_head_sizes:
         raise UnsupportedError(
             f"sm{subject.sm} has no fused attention kernel for heads of {subject.head_size} with an FP8 KV cache, only "
             f"for {', '.join(map(str, subject.fmha_head_sizes))}.",
@@ -231,8 +231,10 @@ def _derived(subject: Subject, resolved: schema.Resolved, config: Mapping[str, A
 def _kv_dtype(subject: Subject) -> Argument:
     source = f"{EXECUTOR}/model_loader.py, validate_and_set_kv_cache_quant"
     name = "kv_cache_config.dtype"
-    if subject.fp8_kv:
-        return Argument(name, "fp8", "what the checkpoint says (hf_quant_config.json), which auto would take", source)
+    if subject.cache.quantized:
+        return Argument(
+            name, subject.cache.name, "what the checkpoint says (hf_quant_config.json), which auto would take", source
+        )
     return Argument(name, "auto", "the checkpoint has no KV scales, so the cache is in the model's own type", source)
 
 

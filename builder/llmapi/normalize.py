@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from builder.core.errors import UnsupportedError, UsageError
+from builder.formats import kv_cache
+from builder.formats.kv_cache import KvCacheFormat
 from builder.llmapi.versions import Facts
 
 ASKED = "asked for"
@@ -39,7 +41,7 @@ class Subject:
     facts: Facts
     sm: int | None
     experts: int = 0
-    fp8_kv: bool = True
+    cache: KvCacheFormat = kv_cache.FP8
     head_size: int | None = None
     fmha_head_sizes: tuple[int, ...] = field(default=())
 

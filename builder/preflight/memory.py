@@ -46,7 +46,7 @@ class Serving:
     max_input_len: int
     max_seq_len: int
     max_num_tokens: int
-    fp8_kv: bool = True
+    cache: KvCacheFormat = kv_cache.FP8
     context_fmha: bool = True
     paged_fmha: bool = True
     tp: int = 1
@@ -122,7 +122,7 @@ def serving(recipe: Recipe, flags: Sequence[Flag] | Sequence[Argument]) -> Servi
         max_input_len=int(values["max_input_len"]),
         max_seq_len=int(values["max_seq_len"]),
         max_num_tokens=int(values["max_num_tokens"]),
-        fp8_kv=recipe.quantization.cache_format.quantized,
+        cache=recipe.quantization.cache_format,
         context_fmha=values.get("context_fmha", "enable") == "enable",
         paged_fmha=values.get("use_paged_context_fmha", "enable") == "enable",
         tp=recipe.engine.tp,
@@ -138,7 +138,7 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
 
     calibration_tokens: tokens of one batch. local: the model is a directory, which is not copied.
     """
-    unified = _unified(model, asked.fp8_kv)
+    unified = _unified(model, asked.cache)
     layout = asked.facts.has_engine or model.architecture.engine is not None  # llmapi needs none of TensorRT-LLM's own
     whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1, target="engine"))) if layout else 0
     ranks = rank_bytes(model, asked)
@@ -163,9 +163,9 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
     )
 
 
-def _unified(model: ModelFacts, fp8_kv: bool) -> int:
+def _unified(model: ModelFacts, cache: KvCacheFormat) -> int:
     """ModelOpt's Hugging Face layout: each projection is a layer with all tensors of its format."""
-    total = _cache(fp8_kv).scale_bytes(unified=True) * _layers(model.config)
+    total = cache.scale_bytes(unified=True) * _layers(model.config)
     for name, (dtype, shape) in model.written.items():
         if model.quantizes(name, shape):
             number_format = model.format_of(name)
@@ -174,10 +174,6 @@ def _unified(model: ModelFacts, fp8_kv: bool) -> int:
         else:
             total += written_bytes(dtype, shape)
     return total
-
-
-def _cache(fp8_kv: bool) -> KvCacheFormat:
-    return kv_cache.FP8 if fp8_kv else kv_cache.AUTO
 
 
 def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
@@ -190,7 +186,7 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     parallel, layers = Parallel(asked.tp, asked.pp), _layers(model.config)
     spans = [parallel.layers(stage, layers) for stage in range(asked.pp)]
     stage_of = {layer: stage for stage, span in enumerate(spans) for layer in span}
-    stages = [_cache(asked.fp8_kv).scale_bytes(unified=False) * len(span) for span in spans]
+    stages = [asked.cache.scale_bytes(unified=False) * len(span) for span in spans]
     tensors = dict(model.written)
     shared = not asked.facts.has_engine and asked.pp == 1
     if model.config.get("tie_word_embeddings") and not shared:
@@ -248,7 +244,7 @@ def kv_bytes_per_token(config: Mapping[str, Any], asked: Serving) -> int:
     heads = max(kv_heads(config) // asked.tp, 1)
     if asked.facts.float32:  # the executor computes and caches in float32 (reference/model.py, `load`)
         return 2 * _layers(config) * kv_heads(config) * head_size(config) * 4
-    return 2 * layers * heads * head_size(config) * _cache(asked.fp8_kv).nbytes
+    return asked.cache.nbytes(2 * layers * heads * head_size(config))
 
 
 def workspace(config: Mapping[str, Any], asked: Serving) -> int:
@@ -276,7 +272,7 @@ def attention_workspace(config: Mapping[str, Any], asked: Serving, tokens: int) 
     batch, length = asked.max_batch_size, asked.max_input_len
     common = CUBLAS_WORKSPACE + 8 * tokens
     if asked.context_fmha:
-        paged = tokens * q * _cache(asked.fp8_kv).nbytes
+        paged = tokens * q * (1 if asked.cache.fp8_attention else 2)
         return common + (paged if asked.paged_fmha else tokens * (q + 2 * kv))
     quadratic = 6 * batch * heads * length**2
     linear = 2 * batch * length * (q + 2 * kv) + 2 * tokens * (length + q) + 8 * tokens

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from builder.checkpoint import sharding
 from builder.core.errors import UnsupportedError
 from builder.core.output import size
+from builder.formats import kv_cache
+from builder.formats.kv_cache import KvCacheFormat
 from builder.machine.gpus import GpuProfile
 from builder.preflight import memory as preflight_memory
 from builder.preflight.memory import Machine, Memory, Serving, Sizes
@@ -26,28 +28,33 @@ class Change:
     flags: tuple[str, ...]
 
 
-def smallest(model: ModelFacts, asked: Serving, available: int, *, fp8_kv: bool = True) -> Change | None:
-    """The first change that fits, in this order: fewer tokens in an iteration, a smaller batch, shorter sequences, an
-    FP8 KV cache, more GPUs. Each is reduced as little as possible. None if no change fits.
+def smallest(
+    model: ModelFacts, asked: Serving, available: int, *, caches: Sequence[KvCacheFormat] = (kv_cache.FP8,)
+) -> Change | None:
+    """The first change that fits, in this order: fewer tokens in an iteration, a smaller batch, shorter sequences, a
+    smaller KV cache, more GPUs. Each is reduced as little as possible. None if no change fits.
 
-    fp8_kv: whether the card supports an FP8 KV cache.
+    caches: the quantized formats of the KV cache that the card runs, the most accurate first.
     """
-    for changed in _candidates(model, asked, available, fp8_kv):
+    for changed in _candidates(model, asked, available, caches):
         if preflight_memory.needed(model, changed) <= available:
             return Change(changed, _flags(asked, changed))
     return None
 
 
-def _candidates(model: ModelFacts, asked: Serving, available: int, fp8_kv: bool) -> Iterator[Serving]:
+def _candidates(
+    model: ModelFacts, asked: Serving, available: int, caches: Sequence[KvCacheFormat]
+) -> Iterator[Serving]:
     yield from _smaller(model, asked, available)
-    if not asked.fp8_kv and fp8_kv and asked.facts.needs_gpu:
-        yield replace(asked, fp8_kv=True)
-        yield from _smaller(model, replace(asked, fp8_kv=True), available)
+    less = [cache for cache in caches if cache.bits < asked.cache.bits] if asked.facts.needs_gpu else []
+    for cache in less:
+        yield replace(asked, cache=cache)
+        yield from _smaller(model, replace(asked, cache=cache), available)
     if asked.facts.needs_gpu:
         parallel = _more_gpus(model, asked)
         yield from parallel
         for more in parallel:
-            yield from _smaller(model, replace(more, fp8_kv=asked.fp8_kv or fp8_kv), available)
+            yield from _smaller(model, replace(more, cache=less[0] if less else asked.cache), available)
 
 
 def _more_gpus(model: ModelFacts, asked: Serving) -> list[Serving]:
@@ -102,14 +109,14 @@ def _flags(asked: Serving, changed: Serving) -> tuple[str, ...]:
         for name in names
         if getattr(changed, name) != getattr(asked, name)
     ]
-    return (*flags, *(["--kv-cache-dtype fp8"] if changed.fp8_kv != asked.fp8_kv else []))
+    return (*flags, *([f"--kv-cache-dtype {changed.cache.name}"] if changed.cache != asked.cache else []))
 
 
 def refusal(
-    model: ModelFacts, asked: Serving, found: Memory, *, fp8_kv: bool = True
+    model: ModelFacts, asked: Serving, found: Memory, *, caches: Sequence[KvCacheFormat] = (kv_cache.FP8,)
 ) -> tuple[UnsupportedError, Change | None]:
     """The error for a model that does not fit on a card, and the change that would make it fit, if there is one."""
-    change = smallest(model, asked, found.memory, fp8_kv=fp8_kv)
+    change = smallest(model, asked, found.memory, caches=caches)
     where = "each of the GPUs" if asked.tp * asked.pp > 1 else "it"
     needs = found.needed - found.weights - found.workspace
     hint = f"The smallest change that fits: {' '.join(change.flags)}" if change else "Use a smaller model."
@@ -178,4 +185,5 @@ def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, her
     about = next((m for m in found if m.card == name), None)
     if about is None or about.fits:
         return MemoryCheck(found, name, None, None)
-    return MemoryCheck(found, name, *refusal(model, asked, about, fp8_kv="fp8_kv_cache" in gpu.formats))
+    runs = [cache for cache in kv_cache.FORMATS.values() if cache.gpu_format in gpu.formats]
+    return MemoryCheck(found, name, *refusal(model, asked, about, caches=runs))

@@ -26,6 +26,7 @@ from builder.core.output import size
 from builder.core.store import Store, digest_of, sources_digest
 from builder.evaluate.metrics import Estimate, measure, read
 from builder.evaluate.variants import Models, Variant, runner_job
+from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import FP8
 from builder.preflight.memory import Machine, calibration_memory
 from builder.preflight.model_facts import ModelFacts
@@ -138,9 +139,9 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
     if not modelopt.gpus() and (least := memory(model, part)) > host.memory:
         return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
     texts = _texts(recipe, store)
-    fp8_kv = recipe.quantization.cache_format.quantized
+    cache = recipe.quantization.cache_format
     variants = [
-        runner_job(Variant(name, name, fp8_kv), models, recipe, store) for name in ("bf16", "checkpoint", "simulated")
+        runner_job(Variant(name, name, cache), models, recipe, store) for name in ("bf16", "checkpoint", "simulated")
     ]
     dtype = _dtype(model, part, host)
     jobs = [{**variant.job, "dtype": dtype} for variant in variants]
@@ -151,7 +152,7 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
         "seed": SEED,
         "answer_tokens": ANSWER_TOKENS,
         "prompts": PROMPTS,
-        "remedies": _candidates(model, fp8_kv),
+        "remedies": _candidates(model, cache),
     }
     ingredients = {
         "of": [models.snapshot.digest, models.checkpoint.digest if models.checkpoint else ""],
@@ -227,13 +228,13 @@ def _texts(recipe: Recipe, store: Store) -> dict[str, list[dict[str, Any]]]:
     return {name: found for name, found in ((BUNDLED, bundled), (HELD_OUT, held_out)) if found}
 
 
-def _candidates(model: ModelFacts, fp8_kv: bool) -> list[dict[str, Any]]:
-    """The remedies to try: flags, the linear layers in FP8, whether the KV cache stays FP8, and the bytes they add."""
+def _candidates(model: ModelFacts, cache: KvCacheFormat) -> list[dict[str, Any]]:
+    """The remedies to try: flags, the linear layers in FP8, the KV cache's format, and the bytes they add."""
     architecture = model.architecture
     known = [name for name in exclude.linears(model.tensors, architecture) if name not in model.single]
     found: list[dict[str, Any]] = []
-    if fp8_kv:
-        found.append({"flags": ["--kv-cache-dtype", "auto"], "modules": [], "fp8_kv": False, "nbytes": 0})
+    if cache.quantized:
+        found.append({"flags": ["--kv-cache-dtype", "auto"], "modules": [], "kv_cache_dtype": "auto", "nbytes": 0})
     parts = names.parts(architecture)
     for patterns in ([pattern.format(**parts) for pattern in row] for row in KEPT):
         if not all(fnmatch.filter(known, pattern) for pattern in patterns):
@@ -245,10 +246,10 @@ def _candidates(model: ModelFacts, fp8_kv: bool) -> list[dict[str, Any]]:
         if len(modules) < len(known):
             flags = [word for pattern in patterns for word in ("--keep-fp8", pattern)]
             more = sum(_price(model, name) for name in modules)
-            found.append({"flags": flags, "modules": modules, "fp8_kv": fp8_kv, "nbytes": more})
-    if fp8_kv and len(found) > 1:  # the most that can be done
+            found.append({"flags": flags, "modules": modules, "kv_cache_dtype": cache.name, "nbytes": more})
+    if cache.quantized and len(found) > 1:  # the most that can be done
         flags = [*found[-1]["flags"], "--kv-cache-dtype", "auto"]
-        found.append({**found[-1], "flags": flags, "fp8_kv": False})
+        found.append({**found[-1], "flags": flags, "kv_cache_dtype": "auto"})
     return found
 
 

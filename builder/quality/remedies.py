@@ -40,7 +40,10 @@ def estimate(
     stored, found = Tensors(snapshot), []
     for number, candidate in enumerate(candidates):
         emit(progress={"label": "quality: remedies", "done": number, "total": len(candidates)})
-        with _kept(runner.model, candidate["modules"], stored), _cache(runner.model, candidate["fp8_kv"]):
+        with (
+            _kept(runner.model, candidate["modules"], stored),
+            _cache(runner.model, candidate["kv_cache_dtype"] != "auto"),
+        ):
             share = (mean_nll(runner, texts) - original) / max(before - original, 1e-6)
         score = round(100 * math.exp(-loss * share), 3)
         found.append({"flags": list(candidate["flags"]), "score": score, "nbytes": int(candidate["nbytes"])})

@@ -17,6 +17,7 @@ from builder.core import process
 from builder.core.errors import StageError, UnsupportedError, UsageError
 from builder.core.output import seconds
 from builder.core.store import Store, disk_error, library_versions
+from builder.formats import kv_cache
 from builder.machine import gpus
 from builder.recipe import schema
 from builder.trtllm import engine, probe_results, probe_store
@@ -212,7 +213,7 @@ def command(probe: Probe, base: Mapping[str, str], gpu: str, version: str, work:
     # The tables would reject some of these flags; here they are assumed to work.
     assumed = Answer(probe, resolved.gpu.sm or 0, WORKS, "", "", "")
     found = trtllm_flags.resolve(resolved, config, [assumed])
-    layout = probe_model.write_checkpoint(config, work / "checkpoint", fp8_kv=model["kv_cache_dtype"] == "fp8")
+    layout = probe_model.write_checkpoint(config, work / "checkpoint", kv_cache.get(model["kv_cache_dtype"]))
     # A separate timing cache: with a shared one TensorRT would not try the tactics again.
     return trtllm_flags.command(found, checkpoint=layout, output=work / "engine", timing_cache=work / "model.cache")
 

@@ -12,7 +12,7 @@ import numpy as np
 from builder.architectures import catalog, shapes
 from builder.checkpoint import layouts
 from builder.core.safetensors_io import NewTensor, write
-from builder.formats import kv_cache
+from builder.formats.kv_cache import KvCacheFormat
 
 HIDDEN, INNER, WORDS, HEADS, KV_HEADS, LAYERS = 512, 1024, 512, 4, 2, 2
 POSITIONS = 2048
@@ -42,19 +42,19 @@ def config(*, architecture: str = "Qwen3ForCausalLM", head_size: int = 128) -> d
     }
 
 
-def write_checkpoint(model: Mapping[str, Any], destination: Path, *, fp8_kv: bool) -> Path:
+def write_checkpoint(model: Mapping[str, Any], destination: Path, cache: KvCacheFormat) -> Path:
     """Writes both layouts to `destination` and returns the TensorRT-LLM one, written by the code for real models."""
     unified = destination / "unified"
     unified.mkdir(parents=True)
-    write(unified / "model.safetensors", _tensors(model, fp8_kv))
-    quantization = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8" if fp8_kv else None, "group_size": 16}
+    write(unified / "model.safetensors", _tensors(model, cache))
+    quantization = {"quant_algo": "NVFP4", "kv_cache_quant_algo": cache.quant_algo, "group_size": 16}
     producer = {"name": "trtllm-builder probe"}
     layouts.write_json(unified / "hf_quant_config.json", {"producer": producer, "quantization": quantization})
     layouts.write_tensorrt_llm(unified, model, destination / "tensorrt_llm")
     return destination / "tensorrt_llm"
 
 
-def _tensors(model: Mapping[str, Any], fp8_kv: bool) -> Iterator[NewTensor]:
+def _tensors(model: Mapping[str, Any], cache: KvCacheFormat) -> Iterator[NewTensor]:
     """Random linear layers in NVFP4, norms of ones, a random embedding and head."""
     random, architecture = np.random.default_rng(0), catalog.of(model)
     names = architecture.tensors
@@ -66,7 +66,7 @@ def _tensors(model: Mapping[str, Any], fp8_kv: bool) -> Iterator[NewTensor]:
         for norm, width in shapes.norms(model).items():
             if norm in names.norms:
                 yield _bf16(f"{start}{names.norms[norm]}.weight", np.ones(width.size))
-        for scale in kv_cache.FP8.unified if fp8_kv else ():
+        for scale in cache.unified:
             yield _scalar(f"{start}{names.attention}.{scale}", 1.0)
     yield _bf16(f"{names.final_norm}.weight", np.ones(HIDDEN))
     for name in (names.embedding, names.head):

@@ -31,7 +31,7 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
         warnings.simplefilter("ignore")
         quantizer.run({**common, **calibration, **made})
     layouts = {"unified": str(tmp_path / "made" / "unified"), "calibration": calibration}
-    return {**common, **layouts, "dtype": "float32", "batch_tokens": 4096, "fp8_kv": True}
+    return {**common, **layouts, "dtype": "float32", "batch_tokens": 4096, "kv_cache_dtype": "fp8"}
 
 
 def logits(name: str, job: dict[str, Any]) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_the_checkpoint_on_disk_has_the_simulations_logits(job: dict[str, Any]) 
     simulated, ours = logits("simulated", job), logits("checkpoint", job)
     loss = (logits("bf16", job) - simulated).pow(2).mean().sqrt()
     assert (ours - simulated).pow(2).mean().sqrt() < 0.1 * loss
-    without = logits("checkpoint", {**job, "fp8_kv": False})
+    without = logits("checkpoint", {**job, "kv_cache_dtype": "auto"})
     assert (without - simulated).pow(2).mean().sqrt() > 0.1 * loss
 
 

@@ -66,7 +66,7 @@ def job(tmp_path: Path) -> Callable[..., Job]:
             "lengths": {"min_tokens": 2, "max_tokens": 60},
             "groups": GROUPS,
             "layers": {},
-            "fp8_kv": True,
+            "kv_cache_dtype": "fp8",
             "format": "nvfp4",
             "trust_remote_code": False,
             "dtype": "auto",
@@ -197,7 +197,13 @@ def test_as_few_layers_are_kept_as_hold_the_budget(
     named = {f"layer {n}": loss for n, loss in enumerate(losses)}
     meter = Ledger(named, cache)
     order = sorted(named, key=lambda name: -named[name])[: len(named) - 1]
-    asked = {"order": order, "groups": {n: [n] for n in named}, "budget": budget, "fp8_kv": fp8_kv, "rest": "because"}
+    asked = {
+        "order": order,
+        "groups": {n: [n] for n in named},
+        "budget": budget,
+        "kv_cache_dtype": "fp8" if fp8_kv else "auto",
+        "rest": "because",
+    }
     asked["kept_format"] = "bf16"
 
     def kl(number: int) -> float:

@@ -236,7 +236,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_measured(checkpoints: dict[str,
     from builder.evaluate.runners import local
 
     unified = checkpoints["llama"] / "unified"
-    asked = {**job(LLAMA), "dtype": "auto", "batch_tokens": 512, "fp8_kv": False}
+    asked = {**job(LLAMA), "dtype": "auto", "batch_tokens": 512, "kv_cache_dtype": "auto"}
     with local.checkpoint({**asked, "unified": str(unified)}):
         pass
     lacking = rewrite(unified, tmp_path / "lacking", {NORM: None})

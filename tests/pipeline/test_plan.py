@@ -24,6 +24,7 @@ from builder.core.errors import UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
 from builder.core.store import Store, WouldRun
+from builder.formats import kv_cache
 from builder.machine.gpus import Seen
 from builder.preflight import checks, suggestions
 from builder.preflight import memory as preflight_memory
@@ -84,7 +85,7 @@ def test_sizes_of_qwen3_8b_are_the_known_ones() -> None:
     assert round(sizes.unified / GB, 2) == 6.40
     assert round(sizes.download / GB, 2) == 16.38
     assert sizes.kv_bytes_per_token == 72 * 1024
-    assert preflight_memory.kv_bytes_per_token(QWEN3_8B.config, replace(ASKED, fp8_kv=False)) == 144 * 1024
+    assert preflight_memory.kv_bytes_per_token(QWEN3_8B.config, replace(ASKED, cache=kv_cache.AUTO)) == 144 * 1024
     assert sizes.artifacts == sizes.unified + 2 * sizes.checkpoint
 
 
@@ -162,7 +163,7 @@ servings = st.builds(
     max_input_len=st.integers(1, 8192),
     max_seq_len=st.integers(2, 16384),
     max_num_tokens=st.integers(1, 32768),
-    fp8_kv=st.booleans(),
+    cache=st.sampled_from(list(kv_cache.FORMATS.values())),
     context_fmha=st.booleans(),
     paged_fmha=st.booleans(),
     tp=st.sampled_from([1, 2, 4]),
@@ -182,8 +183,8 @@ def test_more_never_needs_less(asked: Serving, batch: int, prompt: int, length: 
         max_num_tokens=asked.max_num_tokens + tokens,
     )
     assert preflight_memory.needed(SMALL, more) >= preflight_memory.needed(SMALL, asked)
-    assert preflight_memory.needed(SMALL, replace(asked, fp8_kv=False)) >= preflight_memory.needed(
-        SMALL, replace(asked, fp8_kv=True)
+    assert preflight_memory.needed(SMALL, replace(asked, cache=kv_cache.AUTO)) >= preflight_memory.needed(
+        SMALL, replace(asked, cache=kv_cache.FP8)
     )
     assert (
         preflight_memory.memory(SMALL, more, "card", GB).sequences

@@ -280,7 +280,7 @@ def test_the_simulation_that_is_evaluated_keeps_them_too(rows: Path) -> None:
     kept = facts(exports.MODELS["llama"], ["*.1.mlp.down_proj"]).modules("bf16")
     job = {"model": str(exports.MODELS["llama"]), "trust_remote_code": False, "dtype": "auto", "batch_tokens": 512}
     job |= {
-        "fp8_kv": True,
+        "kv_cache_dtype": "fp8",
         "calibration": {"rows": str(rows), "seq_len": 32, "batch_size": 1, "layers": {"bf16": kept}},
     }
     with local.simulated(job) as runner:

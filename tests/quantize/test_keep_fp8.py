@@ -286,7 +286,7 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, rows: Pat
 def runner(rows: Path) -> Callable[..., list[torch.Tensor]]:
     """Logits of the first texts by a runner in transformers."""
     ids = [batch.flatten()[:100].numpy() for batch in worker._load(job(TINY, rows))[1]]
-    base = {**job(TINY, rows), "dtype": "auto", "batch_tokens": 512, "fp8_kv": True}
+    base = {**job(TINY, rows), "dtype": "auto", "batch_tokens": 512, "kv_cache_dtype": "fp8"}
 
     def logits(name: str, model: ModelFacts = facts(TINY), **more: Any) -> list[torch.Tensor]:  # noqa: B008
         rules = {"rows": str(rows), "seq_len": 128, "batch_size": 1, "layers": model.layers}
@@ -388,7 +388,7 @@ def test_a_group_in_fp8_is_simulated_as_if_calibrated_for_it(rows: Path, tmp_pat
     groups = exclude.groups(exclude.linears(facts(LLAMA).tensors))
     chosen = ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj", "model.layers.1.mlp.down_proj"]
     asked = {"model": str(LLAMA), "calibration": job(LLAMA, rows), "groups": groups, "layers": {}}
-    asked |= {"fp8_kv": True, "trust_remote_code": False, "dtype": "auto"}
+    asked |= {"kv_cache_dtype": "fp8", "trust_remote_code": False, "dtype": "auto"}
     ids = torch.arange(5, 60)[None]
     model = measuring.Simulated(asked)
     rest = [group for group in groups if group not in chosen]

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from builder.architectures import served
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError
 from builder.core.safetensors_io import NewTensor
+from builder.formats import kv_cache
 from builder.preflight import memory
 from builder.recipe import schema
 from builder.trtllm import flags as trtllm_flags
@@ -115,7 +116,7 @@ def test_the_two_layer_model_is_one_that_runs(architecture: str, head_size: int,
     from builder.reference.model import ReferenceModel
 
     config = probe_model.config(architecture=architecture, head_size=head_size)
-    layout = probe_model.write_checkpoint(config, tmp_path, fp8_kv=fp8_kv)
+    layout = probe_model.write_checkpoint(config, tmp_path, kv_cache.FP8 if fp8_kv else kv_cache.AUTO)
     served.check_engine(config)
     model = ReferenceModel.load(layout)
     logits = model.forward(torch.arange(1, 40), model.new_cache())

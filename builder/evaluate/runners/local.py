@@ -26,11 +26,12 @@ from builder.formats import kv_cache
 from builder.formats.assignment import of_job
 from builder.formats.base import NumberFormat
 from builder.formats.declared import DeclaredFormats, declared
+from builder.formats.kv_cache import KvCacheFormat
 from builder.model import loading as model_loading
 from builder.model.files import parse_config
 from builder.model.hashed_files import SourceFiles
 
-ATTENTION = "builder_fp8_kv"  # the name of our attention function in transformers
+ATTENTION = "builder_kv_cache"  # the name of our attention function in transformers
 # A batch on a CPU: with 8192 tokens the fixture takes 25 % more CPU time than with 2048, for its caches; and too many
 # bytes of logits are answered by the kernel's killer, not by an error one could catch.
 _CPU_TOKENS, _CPU_LOGITS = 2048, 1 << 30
@@ -72,8 +73,7 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
     from builder.quantize.simulation import enable_cpu_simulation
 
     model, rows = worker._load({**job, **job["calibration"]})
-    cache = kv_cache.FP8 if job["fp8_kv"] else kv_cache.AUTO
-    worker._calibrate(model, rows, of_job({**job["calibration"], "kv_cache_dtype": cache.name}))
+    worker._calibrate(model, rows, of_job({**job["calibration"], "kv_cache_dtype": job["kv_cache_dtype"]}))
     if not torch.cuda.is_available():
         enable_cpu_simulation()
     unified_export_hf.requantize_resmooth_fused_llm_layers(model)  # q, k and v share a range, as in the checkpoint
@@ -86,7 +86,8 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
 
 @contextmanager
 def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
-    """The unified layout on disk, dequantized here. Without `fp8_kv` the KV cache stays in the dtype of computation."""
+    """The unified layout on disk, dequantized here. `kv_cache_dtype` auto keeps the KV cache in the dtype of
+    computation; otherwise it is in the format that the checkpoint declares."""
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
     from transformers.masking_utils import sdpa_mask
@@ -100,7 +101,8 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
     stored = Tensors(unified)
-    formats = declared(read_json(unified / "hf_quant_config.json")["quantization"])
+    quantization = read_json(unified / "hf_quant_config.json")["quantization"]
+    formats = declared(quantization)
     scales = _scales(formats)
     dtype = _dtype(job, None) or torch.bfloat16
     model, info = getattr(transformers, name).from_pretrained(
@@ -115,8 +117,8 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
     )
     model_loading.check_loaded(model, info, unified)
     _quantize_inputs(model, stored, formats)
-    if job["fp8_kv"]:
-        _quantize_cache(model, stored)
+    if kv_cache.get(job["kv_cache_dtype"]).quantized:
+        _quantize_cache(model, stored, kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo")))
     yield Causal(model, job["batch_tokens"])
 
 
@@ -198,8 +200,8 @@ class _Rounded:
         return (last["rounded"],)
 
 
-def _quantize_cache(model: Any, stored: Tensors) -> None:
-    """Sets the scales that `_attend` reads, where the checkpoint has them."""
+def _quantize_cache(model: Any, stored: Tensors, cache: KvCacheFormat) -> None:
+    """Sets the format and the scales that `_attend` reads, where the checkpoint has them."""
     modules = dict(model.named_modules())
     for key in stored:
         kind = key.rpartition(".")[2]
@@ -208,12 +210,13 @@ def _quantize_cache(model: Any, stored: Tensors) -> None:
             if attention is None:
                 raise UnsupportedError(f"{key} belongs to no attention of {type(model).__name__}.")
             setattr(attention, kind, _tensor(stored, key).reshape(()))
+            attention.kv_cache_format = cache
 
 
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
-    """transformers' sdpa over keys (after RoPE) and values rounded as in an FP8 cache."""
+    """transformers' sdpa over keys (after RoPE) and values rounded as in the checkpoint's KV cache."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     for_cache = [(key, getattr(module, "k_scale", None)), (value, getattr(module, "v_scale", None))]
-    key, value = (x if s is None else kv_cache.FP8.round(x, s.to(x.device)) for x, s in for_cache)
+    key, value = (x if s is None else module.kv_cache_format.round(x, s.to(x.device)) for x, s in for_cache)
     return sdpa_attention_forward(module, query, key, value, mask, **options)

@@ -216,7 +216,7 @@ def _job(
         "groups": {name: list(modules) for name, modules in _groups(model).items()},
         "format": model.number_format.name,
         "layers": {name: list(modules) for name, modules in model.layers.items()},
-        "fp8_kv": recipe.quantization.cache_format.quantized,
+        "kv_cache_dtype": recipe.quantization.kv_cache_dtype,
         "trust_remote_code": recipe.model.trust_remote_code,
         **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top")},
         "calibration": {"seq_len": rows.seq_len, "batch_size": rows.batch_size},

@@ -73,7 +73,12 @@ def _check_source(job: Mapping[str, Any]) -> None:
 def _wanted(job: Mapping[str, Any]) -> list[str]:
     if job["proxy"]:
         return []
-    return [WHOLE, *([KV_CACHE] if job["fp8_kv"] else []), *job["groups"]]
+    return [WHOLE, *([KV_CACHE] if _caches(job) else []), *job["groups"]]
+
+
+def _caches(job: Mapping[str, Any]) -> bool:
+    """Whether the KV cache is quantized."""
+    return kv_cache.get(job["kv_cache_dtype"]).quantized
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,8 @@ class Quantized:
 def _quantized(job: Mapping[str, Any], name: str) -> Quantized:
     """Which layers to quantize for the result with this name."""
     if name == WHOLE:
-        return Quantized(list(job["groups"]), cache=job["fp8_kv"], named=True)
-    return Quantized(cache=job["fp8_kv"]) if name == KV_CACHE else Quantized([name])
+        return Quantized(list(job["groups"]), cache=_caches(job), named=True)
+    return Quantized(cache=_caches(job)) if name == KV_CACHE else Quantized([name])
 
 
 def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
     def kl(number: int) -> float:
         kept = sorted(order[:number])
         rest = [group for group in job["groups"] if group not in kept]
-        what = Quantized(rest, kept if title == "FP8" else (), cache=job["fp8_kv"], named=True)
+        what = Quantized(rest, kept if title == "FP8" else (), cache=_caches(job), named=True)
         name = f"in {title}: {', '.join(kept)}" if kept else WHOLE
         return meter.kl(name, what, label=f"{number} of {len(job['groups'])} in {title}")
 
@@ -121,7 +126,7 @@ def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
             why=f"With all layers quantized it is {kl(0):.3g}. {job['rest']}",
             hint=f"Allow more, as {flag} auto:{_ceiling(least)}"
             + (f", or keep layers in BF16: --keep-bf16 auto:{budget:g}" if title == "FP8" else "")
-            + (", or keep the KV cache in the model's type: --kv-cache-dtype auto" if job["fp8_kv"] else ""),
+            + (", or keep the KV cache in the model's type: --kv-cache-dtype auto" if _caches(job) else ""),
         )
     while low < high:
         middle = (low + high) // 2
@@ -189,8 +194,7 @@ class Simulated:
         from modelopt.torch.export import unified_export_hf
 
         self.model, rows = worker._load({**job, **job["calibration"]})
-        cache = kv_cache.FP8 if job["fp8_kv"] else kv_cache.AUTO
-        worker._calibrate(self.model, rows, of_job({**job, "kv_cache_dtype": cache.name}))
+        worker._calibrate(self.model, rows, of_job(job))
         if not torch.cuda.is_available():
             enable_cpu_simulation()
         unified_export_hf.requantize_resmooth_fused_llm_layers(self.model)  # shared ranges, as in the checkpoint
