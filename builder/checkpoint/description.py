@@ -44,6 +44,7 @@ SHOWN = 3  # names in a message
 _PREFIXES = re.compile(r"^(?:model\.|language_model\.)+")
 # Tools that write ModelOpt's layouts: their names in `producer`.
 TOOLS = ("modelopt",)
+UNNAMED = "unknown"  # what layouts.write_tensorrt_llm writes where the unified layout names no tool
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ def _producer(documents: Mapping[str, Any], where: str) -> Producer:
         (one["producer"] for one in holders if isinstance(one.get("producer"), Mapping)), {}
     )
     found = Producer(str(stated.get("name") or "")[:60], str(stated.get("version") or "")[:60])
-    if found.name and found.name.lower() not in TOOLS:
+    if found.name and found.name.lower() not in (*TOOLS, UNNAMED):
         raise UnsupportedError(
             f"{where} was written by {ascii(str(found))[1:-1]}, a tool that is not known here.",
             why=f"Its files have the form of ModelOpt's. Known tools: {', '.join(TOOLS)}; another one may "

@@ -1,16 +1,20 @@
-"""Detects bad values in a tensor: NaN, Inf, all zeros, uninitialized memory.
+"""Detects bad values in a tensor: NaN, Inf, all zeros, holes, uninitialized memory.
 
-Each check returns what is wrong, as the rest of a sentence after the tensor's name, or "". Imports numpy at the top,
+`wrong_...` return what is wrong, as the rest of a sentence after the tensor's name, or "". Imports numpy at the top,
 because only stages import this module.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from builder.core.safetensors_io import TensorInfo
+from builder.formats.base import Content
 
 # For each float dtype: the integer type of its bits, the mask without the sign bit, and the smallest magnitude that is
 # Inf or NaN.
@@ -24,6 +28,55 @@ SMALLEST_NORMAL = 2.0**-126
 # A scale is an amax divided by 2688 or 448, and the largest known activations in LLMs are thousands (arXiv 2402.17762).
 IMPLAUSIBLE = 1e9
 STEP = 1 << 20
+# Zeros of this many bytes in a row, whole pages of a file that was not written to the end, are reported as a hole.
+PAGE, HOLE = 4096, 1 << 16
+# The lower three bits of an E2M1 code that mean 6, the largest magnitude.
+LARGEST = 7
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is wrong with a tensor, as the rest of a sentence after its name, or "". peak: its largest magnitude, where
+    the check reads all of it; None elsewhere."""
+
+    wrong: str
+    peak: float | None = None
+
+
+def check(content: Content, info: TensorInfo, data: memoryview, *, zeros: bool = False) -> Checked:
+    """Checks the numbers of a tensor. zeros: accept a matrix of zeros, in a layer that was left unquantized."""
+    if content == "scale":
+        value = scalar(info, data)
+        return Checked(wrong_scale(value), value)
+    if content == "block_scales":
+        return Checked(wrong_blocks(data), e4m3(_peak(data, "u1", 0x7F)))
+    if content == "codes":
+        return Checked(wrong_codes(data))
+    if content == "integers":
+        return _integers(info, data)
+    wrong = wrong_floats(info, data, zeros=zeros)
+    if content == "positive" and not wrong:
+        wrong = wrong_positive(info, data)
+    peak = e4m3(_peak(data, "u1", 0x7F)) if info.dtype == "F8_E4M3" and not wrong else None
+    return Checked(wrong, peak)
+
+
+def scalar(info: TensorInfo, data: memoryview) -> float:
+    """The value of one number."""
+    return float(floats(info.dtype, data)[0])
+
+
+def floats(dtype: str, data: memoryview) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """F32, F16 or BF16 values as float32."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float32)
+
+
+def e4m3(code: int) -> float:
+    """The value of a positive E4M3 number."""
+    exponent, mantissa = code >> 3, code & 7
+    return math.ldexp(8 + mantissa, exponent - 10) if exponent else math.ldexp(mantissa, -9)
 
 
 def wrong_scale(value: float) -> str:
@@ -33,6 +86,13 @@ def wrong_scale(value: float) -> str:
     if 0 < value < SMALLEST_NORMAL:
         return f"is {value:.3g}, a denormal, as in uninitialized memory"
     return f"is {value:.3g}; a scale must be finite, positive and plausible"
+
+
+def wrong_positive(info: TensorInfo, data: memoryview) -> str:
+    """Checks finite floats of which each is a scale."""
+    values = floats(info.dtype, data)
+    wrong = int(np.count_nonzero(values <= 0))
+    return f"has {wrong} values of {values.size} that are zero or negative" if wrong else ""
 
 
 def wrong_blocks(data: memoryview) -> str:
@@ -48,6 +108,42 @@ def wrong_blocks(data: memoryview) -> str:
 def wrong_codes(data: memoryview) -> str:
     """Checks packed E2M1 values: they must not all be zero (codes 0 and 8)."""
     return "" if _peak(data, "u1", 0x77, stop=True) else "is all zero"
+
+
+def uses_largest(data: memoryview) -> bool:
+    """Whether packed E2M1 values contain the largest magnitude, as they do where block scales are amax / 6."""
+    for start in range(0, len(data), STEP):
+        part = np.frombuffer(data[start : start + STEP], "u1")
+        if ((part & 0x07) == LARGEST).any() or ((part & 0x70) == LARGEST << 4).any():
+            return True
+    return False
+
+
+def hole(data: memoryview) -> tuple[int, int] | None:
+    """(first byte, length) of the first run of zeros of at least HOLE bytes, whole pages; None if there is none."""
+    pages = len(data) // PAGE
+    if pages * PAGE < HOLE:
+        return None
+    words = np.frombuffer(data[: pages * PAGE], "<u8").reshape(pages, -1)
+    empty = words[:, 0] == 0  # one word of each page, so that a weight without holes is not read for this
+    if not empty.any():
+        return None
+    suspects = np.flatnonzero(empty)
+    zero = np.zeros(pages + 1, bool)
+    zero[suspects] = [not words[page].any() for page in suspects]
+    starts = np.flatnonzero(zero & ~np.roll(zero, 1))
+    for start in starts:
+        length = int(np.argmin(zero[start:])) * PAGE
+        if length >= HOLE:
+            return int(start) * PAGE, length
+    return None
+
+
+def _integers(info: TensorInfo, data: memoryview) -> Checked:
+    """INT8 values, or packed INT4 (U8, or I8 of the same bytes), which must not all be zero."""
+    if not _peak(data, "u1", 0xFF, stop=True):
+        return Checked("is all zero")
+    return Checked("")
 
 
 def wrong_floats(info: TensorInfo, data: memoryview, *, zeros: bool = False) -> str:

@@ -112,12 +112,29 @@ def parse_header(header: bytes, size: int, where: str) -> dict[str, TensorInfo]:
     """
     data_start = 8 + len(header)
     try:
-        entries = parse_json(header, unique=True)
-        infos = {name: _info(e, data_start) for name, e in entries.items() if name != "__metadata__"}
+        infos = _entries(header)
         _check_layout(infos, data_start, size)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(where, f"Its header is invalid: {error}") from None
     return infos
+
+
+def read_entries(path: Path) -> dict[str, TensorInfo]:
+    """The same as `read_header`, but the tensors are compared neither with the file's size nor with each other: for
+    reports on damaged files. IntegrityError if there is no readable header."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = header_length(file.read(HEAD_BYTES), size, str(path))
+        file.seek(8)
+        try:
+            return _entries(file.read(length))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(str(path), f"Its header is invalid: {error}") from None
+
+
+def _entries(header: bytes) -> dict[str, TensorInfo]:
+    entries = parse_json(header, unique=True)
+    return {name: _info(entry, 8 + len(header)) for name, entry in entries.items() if name != "__metadata__"}
 
 
 def _info(entry: Mapping[str, Any], data_start: int) -> TensorInfo:
@@ -177,6 +194,16 @@ class Tensors(Mapping[str, TensorInfo]):
                 self._infos[name], self._file[name] = info, file
         if files is None:
             self._check_index(directory)
+
+    @classmethod
+    def of(cls, files: Mapping[Path, Mapping[str, TensorInfo]]) -> Tensors:
+        """The tensors of these files as given, unchecked: {file: {name: TensorInfo}}. Names must not occur twice."""
+        made = cls.__new__(cls)
+        made.files = tuple(files)
+        made._infos = {name: info for infos in files.values() for name, info in infos.items()}
+        made._file = {name: file for file, infos in files.items() for name in infos}
+        made._maps = {}
+        return made
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]

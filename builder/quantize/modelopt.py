@@ -48,6 +48,7 @@ SOURCES = (
     "builder/checkpoint/layout_names.py",
     "builder/checkpoint/validate.py",
     "builder/checkpoint/inspection",
+    "builder/checkpoint/description.py",
     "builder/model/files.py",
     "builder/model/loading.py",
     "builder/checkpoint/sharding.py",

@@ -194,7 +194,7 @@ def test_nothing_quantized_at_all(checkpoints: dict[str, Path], tmp_path: Path) 
         found["model.layers.0.self_attn.q_proj.weight"] == "takes 16.00 bits per weight with its block scales, not 4.5"
     )
     assert found["model.layers.1.mlp.down_proj.weight_scale"] == "is missing"
-    assert sum(what == "is missing" for what in found.values()) == 2 * (7 * 3 + 2)
+    assert sum(what == "is missing" for what in found.values()) == 2 * 7 * 3
 
 
 def test_a_layer_missing_altogether(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -217,6 +217,11 @@ def test_an_excluded_layer_may_stay_unquantized(checkpoints: dict[str, Path], tm
     config = layouts.read_json(directory / "hf_quant_config.json")
     config["quantization"]["exclude_modules"].append("model.layers.1.mlp.down*")
     (directory / "hf_quant_config.json").write_text(json.dumps(config))
+    [contradiction] = inspect(directory).findings
+    assert (contradiction.tensor, contradiction.kind) == ("hf_quant_config.json", "configuration")
+    model_config = layouts.read_json(directory / "config.json")
+    model_config["quantization_config"]["ignore"].append("model.layers.1.mlp.down*")
+    (directory / "config.json").write_text(json.dumps(model_config))
     assert not inspect(directory).findings
     source = layouts.read_json(exports.MODELS["llama"] / "config.json")
     layouts.write_tensorrt_llm(directory, source, tmp_path / "t")
@@ -257,4 +262,4 @@ def test_a_git_lfs_pointer_is_named(checkpoints: dict[str, Path], tmp_path: Path
     directory = exports.rewrite(checkpoints["llama"] / "unified", tmp_path / "u", {})
     (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(IntegrityError, match="Git LFS"):
-        inspect(directory)
+        inspect(directory).check()
