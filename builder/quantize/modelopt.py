@@ -15,6 +15,7 @@ from typing import Any
 
 from builder.architectures import catalog, names
 from builder.architectures.facts import Architecture
+from builder.calibration import coverage
 from builder.calibration.rows import Calibration, required_tokens
 from builder.checkpoint import validate
 from builder.checkpoint.layouts import Checkpoint
@@ -36,6 +37,8 @@ SOURCES = (
     "builder/quantize/modelopt.py",
     "builder/quantize/worker.py",
     "builder/quantize/quantizers.py",
+    "builder/quantize/experts.py",
+    "builder/calibration/coverage.py",
     "builder/quantize/device.py",
     "builder/calibration/rows.py",
     "builder/tokenizer/chat_template.py",
@@ -222,10 +225,12 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
 
 
 def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
-    linears, tokens = summary["quantized_linears"], summary["calibration_tokens"]
+    linears = summary["quantized_linears"]
     kept = f", {summary['fp8_linears']} in FP8" if summary["fp8_linears"] else ""
     kept += f", {summary['kept_linears']} left in BF16" if summary["kept_linears"] else ""
-    store.out.info(f"{linears} linear layers in NVFP4{kept}, calibrated on {tokens:,} tokens")
+    store.out.info(f"{linears} linear layers in NVFP4{kept}, calibrated on {coverage.summary(summary)}")
+    for sentence in coverage.shortfalls(summary):
+        store.out.warn(f"calibration covers little: {sentence}")
     if summary["large_kv"]:
         store.out.warn(
             f"{summary['large_kv']} of {summary['kv_scales']} KV cache scales are above 0.5, so an FP8 KV cache may "

@@ -20,6 +20,7 @@ from typing import Any
 
 from builder.architectures import catalog, served
 from builder.architectures.attention import rope
+from builder.calibration import coverage
 from builder.checkpoint import huggingface, layouts
 from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
@@ -28,7 +29,7 @@ from builder.core.safetensors_io import Tensors
 from builder.formats.assignment import ModelFormats, of_job
 from builder.model import loading as model_loading
 from builder.model.hashed_files import SourceFiles
-from builder.quantize import quantizers
+from builder.quantize import experts, quantizers
 from builder.quantize.device import check_device
 
 
@@ -45,6 +46,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     clock.lap("load")
     formats = of_job(job)
     counts = _calibrate(model, batches, formats)
+    covered = coverage.of_batches(batches, _limit(job, model.config))
     clock.lap("calibrate")
     _export(model, unified, formats)
     del model  # the second layout is made from the first, byte by byte: never two models in memory
@@ -54,12 +56,12 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     # Weights in memory are pages of the files until they are touched, and tokenizer files were copied just now.
     SourceFiles.of_job(job).check_unchanged()
     clock.lap("layouts")
-    tokens = sum(batch.numel() for batch in batches)
     large = sum(n for text, n in said.items() if "Large KV activation" in text)
     return {
         **counts,
         "device": device,
-        "calibration_tokens": tokens,
+        "calibration_tokens": covered["tokens"],
+        "coverage": covered,
         "large_kv": large,
         "warnings": dict(said),
         "no_tensorrt_llm": lacking,
@@ -102,28 +104,34 @@ def _batches(job: Mapping[str, Any]) -> list[Any]:
     tokenizer = tokenizer_loading.load(source, trust_remote_code=trust)
     with model_loading.refused(source):
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=trust)
-    longest = getattr(config, "max_position_embeddings", None) or job["seq_len"]
-    batches = token_batches(
-        Path(job["rows"]), tokenizer, seq_len=min(job["seq_len"], longest), batch_size=job["batch_size"]
-    )
+    limit = _limit(job, config)
+    batches = token_batches(Path(job["rows"]), tokenizer, seq_len=limit, batch_size=job["batch_size"])
     check_tokens(sum(batch.numel() for batch in batches), sum(map(len, batches)), job.get("min_tokens", 0))
     return batches
 
 
-def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[str, int]:
+def _limit(job: Mapping[str, Any], config: Any) -> int:
+    """The most tokens of a row: the job's, or the model's own limit."""
+    return int(min(job["seq_len"], getattr(config, "max_position_embeddings", None) or job["seq_len"]))
+
+
+def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[str, Any]:
     """Inserts the formats' quantizers and runs the batches through the model (max calibration). Returns counts of
-    layers."""
+    layers, and the tokens of each expert."""
     import modelopt.torch.quantization as mtq
     import torch
 
-    counts: dict[str, int] = {}
+    counts: dict[str, Any] = {}
+    routed = experts.RoutedTokens()
 
     def forward(model: Any) -> None:
+        nonlocal routed
         counts.update(quantizers.check(model, formats))
         body = model.base_model  # without lm_head: it isn't quantized, and its logits are the largest tensor of all
-        for done, ids in enumerate(batches):
-            emit(progress={"label": "calibrating", "done": done, "total": len(batches)})
-            body(ids.to(model.device), use_cache=False)  # with a cache 0.47's layerwise calibration is wrong
+        with experts.counted(model) as routed:
+            for done, ids in enumerate(batches):
+                emit(progress={"label": "calibrating", "done": done, "total": len(batches)})
+                body(ids.to(model.device), use_cache=False)  # with a cache 0.47's layerwise calibration is wrong
         emit(progress={"label": "calibrating", "done": len(batches), "total": len(batches)})
 
     with torch.inference_mode(), _unsupported("quantize"):
@@ -131,7 +139,8 @@ def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[st
         never = [table.head] if table else []  # ModelOpt knows it as lm_head only
         mtq.quantize(model, quantizers.config(mtq, formats, never), forward)
         quantizers.share_ranges(model, formats)
-    return counts
+        few = experts.widen_ranges(model, routed)
+    return {**counts, **routed.facts(), **({"rare_experts": few} if few else {})}
 
 
 def _export(model: Any, unified: Path, formats: ModelFormats) -> None:

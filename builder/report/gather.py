@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.calibration import coverage
 from builder.core.errors import UsageError
 from builder.core.store import STAGES, Artifact, artifacts, read, root_of, tests_of, upstream
 from builder.evaluate.tasks import Row
@@ -95,6 +96,7 @@ class Report:
     losses: Sequence[Loss]
     smoke: SmokeReport | None
     benchmark: BenchmarkReport | None
+    calibration: str  # what calibration saw (calibration.coverage.summary)
     warnings: Sequence[str]
     unmeasured: Sequence[str]
     command: str | None  # the build command
@@ -146,6 +148,7 @@ def gather(path: Path) -> Report:
         losses=found.losses,
         smoke=smoke,
         benchmark=BenchmarkReport.from_dict(found.benchmark.facts) if found.benchmark else None,
+        calibration=coverage.summary(found.facts("checkpoint")),
         warnings=_warnings(found),
         unmeasured=_unmeasured(found, target),
         command=shlex.join(command) if command else None,
@@ -318,6 +321,7 @@ def _total(files: Mapping[str, int], start: str = "", end: str = "") -> int:
 
 def _warnings(found: _Found) -> list[str]:
     facts = found.facts("checkpoint")
+    little = [f"Calibration covers little: {sentence}." for sentence in coverage.shortfalls(facts)]
     texts = [f"{text} ({times} times)" if times > 1 else text for text, times in facts.get("warnings", {}).items()]
     texts += [f"{p['layout']}: {p['tensor']} {p['what']}" for p in facts.get("inspection", {}).get("findings", [])]
     if facts.get("no_tensorrt_llm"):
@@ -326,7 +330,7 @@ def _warnings(found: _Found) -> list[str]:
         texts.append(
             f"{runner} rates shuffled tokens as likely as text ({', '.join(sets)}): not a working language model."
         )
-    return texts + [f"{note['rule']}: {note['text']}" for note in found.record.get("notes", [])]
+    return little + texts + [f"{note['rule']}: {note['text']}" for note in found.record.get("notes", [])]
 
 
 def _unmeasured(found: _Found, target: str) -> list[str]:

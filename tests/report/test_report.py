@@ -492,3 +492,18 @@ def test_the_loss_by_layer_is_drawn_where_it_was_measured(link: Path) -> None:
     assert "loss" in Page(html(found)).sections
     assert "The worst: model.layers.6, 0.007." in Page(html(found)).text
     assert markdown(found).index("`model.layers.6`") < markdown(found).index("`model.layers.0`")
+
+
+def test_what_calibration_saw_is_a_row_and_what_it_lacks_a_warning(tmp_path: Path) -> None:
+    coverage = {"rows": 8, "tokens": 4096, "cut": 0, "limit": 512}
+    experts = {"model.layers.7.mlp.experts": [12, 900]}
+    link = report_store.build(tmp_path / "out", calibrated={"coverage": coverage, "experts": experts})
+    found = gather(link)
+    row = "8 rows, 4,096 tokens; 2 experts in 1 layer, the least used saw 12 tokens"
+    assert found.calibration == row
+    assert [text for text in found.warnings if "covers little" in text] == [
+        "Calibration covers little: only 8 rows of text, where at least 32 are advised.",
+        "Calibration covers little: 1 of 2 experts of model.layers.7.mlp.experts saw fewer than 256 tokens.",
+    ]
+    assert f"Calibrated on {row}." in html(found)
+    assert "| Calibrated on | 8 rows, 4,096 tokens" in markdown(found)

@@ -41,6 +41,7 @@ def build(
     model: str = MODEL,
     sample: Mapping[str, str] = SAMPLE,
     warnings: Mapping[str, int] | None = None,
+    calibrated: Mapping[str, Any] | None = None,
     link: str = "",
     recorded: bool = True,
     smoke: bool = True,
@@ -54,6 +55,7 @@ def build(
     layouts = {"unified": LAYOUT, "tensorrt_llm": LAYOUT}
     facts = {
         "warnings": dict(warnings or {}),
+        **(calibrated or {}),
         "no_tensorrt_llm": None,
         "seconds": {"load": 0.1, "calibrate": 4.5},
         "max_rss": 814_452_736,
