@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from builder.architectures import catalog, names
 from builder.architectures.facts import Architecture
+from builder.checkpoint.compressed_tensors import config as compressed_tensors
 from builder.checkpoint.layouts import QUANT_CFG, read_json
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import TensorInfo, Tensors, read_header
@@ -337,10 +338,12 @@ def _cache_leaves(layout: Layout) -> tuple[str, ...]:
 
 
 def _compressed(config: Mapping[str, Any], headers: Mapping[str, TensorInfo], where: str) -> Description:
-    raise UnsupportedError(
-        f"{where} is in the compressed-tensors layout, which is not read yet.",
-        hint="Give the original model, or ModelOpt's checkpoint of it.",
-    )
+    block = _mapping(config.get("quantization_config") or config.get("compression_config"), f"{where}/{CONFIG}")
+    modules = _linears("compressed_tensors", config, headers)
+    formats, cache = compressed_tensors.declared(block, modules), compressed_tensors.cache_of(block)
+    tool = Producer("compressed-tensors", str(block.get("version") or "")[:60])
+    found = Description("compressed_tensors", config, formats, cache, headers, tool)
+    return replace(found, contradictions=tuple(against_tensors(found)))
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

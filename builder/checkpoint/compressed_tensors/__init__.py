@@ -1,0 +1,1 @@
+"""The layout of compressed-tensors, which vLLM, SGLang and transformers read and llm-compressor writes."""
