@@ -43,8 +43,9 @@ SHOWN = 3  # names in a message
 # language model is saved as model.language_model.layers, and was quantized as model.layers or language_model.layers
 # (vllm/model_executor/layers/quantization/modelopt.py, is_layer_excluded).
 _PREFIXES = re.compile(r"^(?:model\.|language_model\.)+")
-# Tools that write ModelOpt's layouts: their names in `producer`.
-TOOLS = ("modelopt",)
+# Tools that write ModelOpt's layouts: their names in `producer`. The second is `builder convert`, for checkpoints of
+# llm-compressor.
+TOOLS = ("modelopt", "trtllm-builder")
 UNNAMED = "unknown"  # what layouts.write_tensorrt_llm writes where the unified layout names no tool
 
 
@@ -265,7 +266,7 @@ def _producer(documents: Mapping[str, Any], where: str) -> Producer:
             "mean something else by the same names.",
             hint="Quantize the original model instead, or give a checkpoint that ModelOpt or llm-compressor wrote.",
         )
-    if re.match(r"[1-9]", found.version):
+    if found.name.lower() == "modelopt" and re.match(r"[1-9]", found.version):
         raise UnsupportedError(
             f"{where} was written by {ascii(str(found))[1:-1]}, a version that is not known here.",
             why="ModelOpt 0.x wrote the layouts that are supported.",
@@ -341,7 +342,9 @@ def _compressed(config: Mapping[str, Any], headers: Mapping[str, TensorInfo], wh
     block = _mapping(config.get("quantization_config") or config.get("compression_config"), f"{where}/{CONFIG}")
     modules = _linears("compressed_tensors", config, headers)
     formats, cache = compressed_tensors.declared(block, modules), compressed_tensors.cache_of(block)
-    tool = Producer("compressed-tensors", str(block.get("version") or "")[:60])
+    stated = block.get("producer")  # our own conversions keep it
+    known = stated if isinstance(stated, Mapping) else {"name": "compressed-tensors", "version": block.get("version")}
+    tool = Producer(str(known.get("name") or "")[:60], str(known.get("version") or "")[:60])
     found = Description("compressed_tensors", config, formats, cache, headers, tool)
     return replace(found, contradictions=tuple(against_tensors(found)))
 

@@ -23,15 +23,17 @@ from typing import Any
 from builder.core.errors import IntegrityError
 from builder.core.untrusted_text import parse_json, read_regular
 
-# Bits per element; safetensors/src/tensor.rs, `Dtype::bitsize`.
+# Bits per element, in the order of safetensors/src/tensor.rs, `enum Dtype`, which files are sorted by.
 DTYPE_BITS = {
+    "BOOL": 8,
     "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
     **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
 }
+_ORDER = {dtype: number for number, dtype in enumerate(DTYPE_BITS)}
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs, MAX_HEADER_SIZE
 CHUNK_BYTES = 16 * 1024 * 1024
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -227,6 +229,12 @@ class Tensors(Mapping[str, TensorInfo]):
         info = self._infos[name]
         return FileRange(self._file[name], info.begin, info.end)
 
+    def read(self, name: str) -> bytes:
+        """The bytes of a small tensor, without mapping the file: a mapped scale would keep 64 kB around it resident."""
+        info = self._infos[name]
+        with open(self._file[name], "rb", buffering=0) as file:
+            return os.pread(file.fileno(), info.nbytes, info.begin)
+
     def release(self, name: str) -> None:
         """Drops the tensor's pages from memory, so that a loop over all tensors keeps one resident.
 
@@ -294,10 +302,11 @@ def _files(directory: Path) -> tuple[Path, ...]:
 def write(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a file chunk by chunk; a failure leaves no file behind.
 
-    Tensors are ordered by element size, largest first, so that each one is aligned to its element size.
+    Tensors are in the order of the safetensors library, so that its files are reproduced: by dtype, the widest first,
+    which aligns each one to its element size, then by name.
     ValueError for a name that occurs twice or chunks that don't add up to the tensor's size.
     """
-    ordered = sorted(tensors, key=lambda t: (-DTYPE_BITS.get(t.dtype, 0), t.name))
+    ordered = sorted(tensors, key=lambda t: (-_ORDER.get(t.dtype, 0), t.name.encode()))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for tensor in ordered:

@@ -78,6 +78,9 @@ def test_we_read_what_the_library_writes(tmp_path_factory: pytest.TempPathFactor
     for name, (dtype, shape) in tensors.items():
         assert (ours[name].dtype, ours[name].shape) == (dtype, shape)
         assert bytes(ours.data(name)) == b"".join(ours.chunks(name)) == content(name, dtype, shape)
+    again = [NewTensor(name, info.dtype, info.shape, [ours.place(name)]) for name, info in ours.items()]
+    write(directory / "again.safetensors", again, {"a": "b"})
+    assert (directory / "again.safetensors").read_bytes() == (directory / "theirs.safetensors").read_bytes()
 
 
 def test_all_shards_of_a_directory_are_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ conversion there and back gives the same bytes. Readers of safetensors ignore su
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from builder.checkpoint.compressed_tensors import scales
 from builder.checkpoint.compressed_tensors.scales import WIDTH, Scale
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.core.safetensors_io import NewTensor, TensorInfo, Tensors, read_metadata
+from builder.core.safetensors_io import NewTensor, Tensors, read_metadata
 from builder.formats.base import NumberFormat, StoredTensor
 from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import BF16
@@ -35,72 +35,67 @@ class Made:
     suspicious: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Way:
-    """A direction: the last part of a tensor's name before and after, and the conversions of its scales."""
-
-    to_compressed: bool
-
-    def leaves(self, tensor: StoredTensor) -> tuple[str, str]:
-        there = tensor.compressed_tensors or tensor.unified
-        return (tensor.unified, there) if self.to_compressed else (there, tensor.unified)
-
-    def cache(self, cache: KvCacheFormat) -> dict[str, str]:
-        pairs = zip(cache.unified, cache.compressed_tensors, strict=True)
-        return {a: b for a, b in pairs} if self.to_compressed else {b: a for a, b in pairs}
-
-    def scale(self, tensor: StoredTensor | None) -> tuple[Callable[[Scale], Scale], Callable[[Scale], Scale]]:
-        """Forward and backward."""
-        there, back = partial(to_compressed, tensor), partial(to_unified, tensor)
-        return (there, back) if self.to_compressed else (back, there)
+def to_divisor(tensor: StoredTensor | None, scale: Scale) -> Scale:
+    """A unified scale as compressed-tensors stores it: [1] or [outputs, 1]. tensor: None for one of the KV cache."""
+    reciprocal = tensor is not None and tensor.reciprocal
+    made = scales.multiplier_to_divisor(scale) if reciprocal else scales.widened(scale)
+    return Scale(made.dtype, (len(made.data) // 4, 1) if tensor is not None and tensor.dims else (1,), made.data)
 
 
-def to_compressed(tensor: StoredTensor | None, scale: Scale) -> Scale:
-    """A unified scale as compressed-tensors stores it: [1] or [outputs, 1]. tensor: None for a scale of the KV cache."""
-    made = scales.multiplier_to_divisor(scale) if tensor is not None and tensor.reciprocal else scales.widened(scale)
-    column = tensor is not None and bool(tensor.dims)
-    return Scale(made.dtype, (len(made.data) // 4, 1) if column else (1,), made.data)
-
-
-def to_unified(tensor: StoredTensor | None, scale: Scale) -> Scale:
+def to_multiplier(tensor: StoredTensor | None, scale: Scale) -> Scale:
     """The inverse: [] or [outputs], F32."""
-    made = scales.divisor_to_multiplier(scale) if tensor is not None and tensor.reciprocal else scales.widened(scale)
-    column = tensor is not None and bool(tensor.dims)
-    return Scale(made.dtype, (len(made.data) // 4,) if column else (), made.data)
+    reciprocal = tensor is not None and tensor.reciprocal
+    made = scales.divisor_to_multiplier(scale) if reciprocal else scales.widened(scale)
+    return Scale(made.dtype, (len(made.data) // 4,) if tensor is not None and tensor.dims else (), made.data)
+
+
+class _Names:
+    """What the tensors of one layout are called in the other."""
+
+    def __init__(self, layers: Mapping[str, NumberFormat], cache: KvCacheFormat, *, to_compressed: bool) -> None:
+        self.layers, self.to_compressed = layers, to_compressed
+        self._leaves = {one: dict(self._pairs(one)) for one in set(layers.values()) if one.quant_algo is not None}
+        scales = zip(cache.unified, cache.compressed_tensors, strict=True)
+        self._cache = {f".{a}": f".{b}" for a, b in (pair if to_compressed else pair[::-1] for pair in scales)}
+
+    def _pairs(self, one: NumberFormat) -> Iterator[tuple[str, tuple[str, StoredTensor]]]:
+        for tensor in one.tensors:
+            there = tensor.unified if tensor.compressed_tensors is None else tensor.compressed_tensors
+            before, after = (tensor.unified, there) if self.to_compressed else (there, tensor.unified)
+            if there:
+                yield before, (after, tensor)
+
+    def of(self, name: str) -> tuple[str, StoredTensor | None, bool]:
+        """The new name; which tensor of its layer's format it is, if it is one; whether it is a scale, which may be
+        stored in another shape or as a reciprocal. UnsupportedError if there is no place for it."""
+        for old, new in self._cache.items():
+            if name.endswith(old):
+                return name.removesuffix(old) + new, None, True
+        module, _, leaf = name.rpartition(".")
+        one = self.layers.get(module, BF16)
+        if one.quant_algo is None or leaf == BIAS:
+            return name, None, False
+        if leaf not in self._leaves[one]:
+            raise _no_place(name, one, self.to_compressed)
+        new, tensor = self._leaves[one][leaf]
+        return f"{module}.{new}", tensor, tensor.content in ("scale", "positive") and len(tensor.dims) < 2
 
 
 def convert(source: Tensors, layers: Mapping[str, NumberFormat], cache: KvCacheFormat, *, to_compressed: bool) -> Made:
     """All tensors in the other layout. layers: {linear layer: the format that it is stored in}.
 
     UnsupportedError for a tensor of a quantized layer that the other layout has no place for, IntegrityError for a
-    scale that is not a number or one for each output.
+    scale that is not a number, or one for each output.
     """
-    way, made = _Way(to_compressed), Made()
-    recorded = records(source)
-    known = {one: {way.leaves(t)[0]: t for t in one.tensors} for one in set(layers.values())}
-    caches = way.cache(cache)
+    names, made, recorded = _Names(layers, cache, to_compressed=to_compressed), Made(), records(source)
     for name, info in source.items():
-        module, _, leaf = name.rpartition(".")
-        one = layers.get(module, BF16)
-        tensor = known.get(one, {}).get(leaf)
-        kv = next((new for old, new in caches.items() if name.endswith(f".{old}")), None)
-        if one.quant_algo is not None and tensor is None and kv is None and leaf != BIAS:
-            raise _no_place(name, one, to_compressed)
-        if tensor is not None and one.quant_algo is not None:
-            new = f"{module}.{way.leaves(tensor)[1]}"
-        else:
-            new = name[: -len(next(old for old, target in caches.items() if target == kv))] + kv if kv else name
-        if kv or (tensor is not None and one.quant_algo is not None and _is_scale(tensor)):
-            _scale(made, source, name, new, way.scale(None if kv else tensor), recorded.get(name))
+        new, tensor, scale = names.of(name)
+        if scale:
+            there, back = partial(to_divisor, tensor), partial(to_multiplier, tensor)
+            _scale(made, source, name, new, (there, back) if to_compressed else (back, there), recorded.get(name))
         else:
             made.tensors.append(NewTensor(new, info.dtype, info.shape, [source.place(name)]))
     return made
-
-
-def _is_scale(tensor: StoredTensor) -> bool:
-    """Whether compressed-tensors stores a tensor in another shape or as a reciprocal: numbers of the whole layer, and
-    one for each output."""
-    return tensor.content in ("scale", "positive") and len(tensor.dims) < 2
 
 
 def _scale(
@@ -114,7 +109,7 @@ def _scale(
     info = source[name]
     if info.dtype not in WIDTH or not info.nbytes:
         raise IntegrityError(f"{name} is {info.dtype} {list(info.shape)}, which is no scale.", hint="builder inspect")
-    scale = Scale(info.dtype, info.shape, bytes(source.data(name)))
+    scale = Scale(info.dtype, info.shape, source.read(name))
     result, record = scales.converted(scale, *ways, recorded)
     made.tensors.append(NewTensor(new, result.dtype, result.shape, [result.data]))
     if record is not None:

@@ -1,0 +1,60 @@
+"""The configuration of ModelOpt's Hugging Face layout: hf_quant_config.json, and the same in config.json. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from builder.formats.base import NumberFormat, Scheme
+from builder.formats.declared import MIXED
+from builder.formats.kv_cache import KvCacheFormat
+
+METHOD = "modelopt"
+SHARED = ("num_bits", "type", "group_size")  # what ModelOpt says of a group, beside `dynamic`
+
+
+def quantization(
+    formats: Mapping[str, NumberFormat], unquantized: Iterable[str], cache: KvCacheFormat
+) -> dict[str, Any]:
+    """`quantization` of hf_quant_config.json for {quantized linear layer: its format}, as ModelOpt writes it."""
+    used = set(formats.values())
+    kv = {"kv_cache_quant_algo": cache.quant_algo}
+    if len(used) == 1 and (one := used.pop()).whole_model:
+        entry = one.layer_entry
+        rest = {key: value for key, value in entry.items() if key != "quant_algo"}
+        return {"quant_algo": one.quant_algo, **kv, **rest, "exclude_modules": sorted(set(unquantized))}
+    return {"quant_algo": MIXED, **kv, "quantized_layers": {name: one.layer_entry for name, one in formats.items()}}
+
+
+def block(document: Mapping[str, Any], formats: Mapping[str, NumberFormat]) -> dict[str, Any]:
+    """quantization_config of config.json for a hf_quant_config.json (ModelOpt 0.47, export/convert_hf_config.py)."""
+    stated = document["quantization"]
+    grouped: dict[NumberFormat, list[str]] = {}
+    for module, one in formats.items():
+        grouped.setdefault(one, []).append(module)
+    mixed = stated["quant_algo"] == MIXED
+    groups = {
+        f"group_{n}": {**_group(one.compressed_tensors), "targets": sorted(modules) if mixed else ["Linear"]}
+        for n, (one, modules) in enumerate(grouped.items())
+        if one.compressed_tensors is not None
+    }
+    layers = {"quantized_layers": stated["quantized_layers"]} if mixed else {}
+    cached = {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+    return {
+        **({"config_groups": groups} if len(groups) == len(grouped) else {}),
+        **layers,
+        "ignore": stated.get("exclude_modules") or [],
+        "quant_algo": stated["quant_algo"],
+        **(cached if stated.get("kv_cache_quant_algo") == "FP8" else {}),
+        "producer": document["producer"],
+        "quant_method": METHOD,
+    }
+
+
+def _group(scheme: Scheme) -> dict[str, Any]:
+    def arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+        channel = {"strategy": "channel"} if given.get("strategy") == "channel" else {}
+        return {"dynamic": False, **{key: given[key] for key in SHARED if key in given}, **channel}
+
+    inputs = {} if scheme.inputs is None else {"input_activations": arguments(scheme.inputs)}
+    return {**inputs, "weights": arguments(scheme.weights)}
