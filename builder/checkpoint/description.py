@@ -16,28 +16,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from builder.architectures import catalog, names
 from builder.architectures.facts import Architecture
 from builder.checkpoint.compressed_tensors import config as compressed_tensors
-from builder.checkpoint.layouts import QUANT_CFG, read_json
+from builder.checkpoint.layouts import read_json
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import TensorInfo, Tensors, read_header
 from builder.formats import kv_cache
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED, DeclaredFormats, declared
 from builder.formats.kv_cache import KvCacheFormat
+from builder.model.quantization_signs import CONFIG, DOCUMENTS, HF_QUANT_CONFIG, QUANT_CFG, Layout, layout_of
 
-Layout = Literal["unified", "tensorrt_llm", "compressed_tensors"]
+__all__ = ["CONFIG", "DOCUMENTS", "HF_QUANT_CONFIG", "QUANT_CFG", "Layout", "layout_of"]
+
 TITLES: Mapping[Layout, str] = {
     "unified": "ModelOpt's Hugging Face layout",
     "tensorrt_llm": "TensorRT-LLM's layout",
     "compressed_tensors": "the compressed-tensors layout",
 }
-CONFIG, HF_QUANT_CONFIG = "config.json", "hf_quant_config.json"
-DOCUMENTS = (CONFIG, HF_QUANT_CONFIG, QUANT_CFG)  # all files that a description is made from, beside the tensors
-RANK = re.compile(r"rank\d+\.safetensors")
 SHOWN = 3  # names in a message
 # The first parts of module names that differ between a checkpoint's tensors and its configuration: a multimodal model's
 # language model is saved as model.language_model.layers, and was quantized as model.layers or language_model.layers
@@ -103,7 +102,7 @@ def describe(
     where: its name in messages. UnsupportedError for a layout, tool, format or group size that is not supported;
     IntegrityError for a configuration that can't be read.
     """
-    config = _mapping(documents.get(CONFIG, {}), f"{where}/{CONFIG}")
+    config = catalog.with_common_keys(_mapping(documents.get(CONFIG, {}), f"{where}/{CONFIG}"))
     layout = layout_of(documents)
     if layout is None:
         raise UnsupportedError(
@@ -137,19 +136,6 @@ def describe_directory(path: Path) -> Description:
     ranks = sorted(path.glob("rank*.safetensors"))
     headers = read_header(ranks[0]) if ranks else dict(Tensors(path))
     return describe(documents, headers, str(path))
-
-
-def layout_of(documents: Mapping[str, Any]) -> Layout | None:
-    """The layout by the configuration files; None if there is no quantization that is known."""
-    config = documents.get(CONFIG, {})
-    config = config if isinstance(config, Mapping) else {}
-    block = config.get("quantization_config") or config.get("compression_config")
-    method = str(block.get("quant_method") or "").lower() if isinstance(block, Mapping) else ""
-    if "architecture" in config and isinstance(config.get("quantization"), Mapping):
-        return "tensorrt_llm"
-    if method == "compressed-tensors":
-        return "compressed_tensors"
-    return "unified" if HF_QUANT_CONFIG in documents or method == "modelopt" else None
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,12 @@ def listing(job: Job) -> dict[str, Any]:
 def headers(job: Job) -> dict[str, Any]:
     """The model's tensors, from ranged reads of the safetensors headers: no weight is downloaded.
 
-    {"config", "index": {tensor: file} or None, "tensors": {file: {tensor: [dtype, shape]}}, "root": directory with the
-    small files}
+    {"config", "files": names, "index": {tensor: file} or None, "tensors": {file: {tensor: [dtype, shape]}}, "root":
+    directory with the small files}. In TensorRT-LLM's layout, the tensors are those of the first rank.
     """
     selected = select(job)
-    shards = {name: entry.size for name, entry in selected.files.items() if name.endswith(".safetensors")}
+    weights = model_files.split_ranks(selected.files)[:1] or [n for n in selected.files if n.endswith(".safetensors")]
+    shards = {name: selected.files[name].size for name in weights}
     if constants.HF_HUB_OFFLINE:
         found = remote_headers.cached(selected.root, shards)
     else:
@@ -83,7 +84,10 @@ def headers(job: Job) -> dict[str, Any]:
     if model_files.INDEX in selected.files:
         index = model_files.index_of(read_regular(selected.root / model_files.INDEX), job.repo)
     tensors = {file: {name: [info.dtype, list(info.shape)] for name, info in t.items()} for file, t in found.items()}
-    return {"config": selected.config, "index": index, "root": str(selected.root), "tensors": tensors}
+    files = sorted(selected.files)
+    return {
+        "config": selected.config, "files": files, "index": index, "root": str(selected.root), "tensors": tensors,
+    }  # fmt: skip
 
 
 def download(job: Job) -> dict[str, Any]:

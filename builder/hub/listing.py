@@ -21,6 +21,7 @@ from builder.hub import guard
 from builder.hub.cache import MOST_FILES, HubFile, Job, cached_files, drop_damaged, is_plain
 from builder.hub.errors import with_retries
 from builder.model import files as model_files
+from builder.model import quantization_signs
 from builder.tokenizer import files as tokenizer_files
 
 LARGEST_CONFIG = 256_000_000  # bytes of a file that is parsed before the download; the largest known index has 30 MB
@@ -50,7 +51,11 @@ def select(job: Job) -> Selection:
         shards = model_files.shards_of(_download_small(job, model_files.INDEX, listed).read_bytes(), listed, job.repo)
     names = model_files.wanted(listed, shards, remote_code=job.trust_remote_code)
     files = {name: listed[name] for name in names}
-    _check_tokenizer(job, config_path.parent, files, config)
+    for name in quantization_signs.DOCUMENTS:
+        if name in files:
+            _download_small(job, name, files)
+    if not model_files.split_ranks(listed):
+        _check_tokenizer(job, config_path.parent, files, config)
     return Selection(files, config, config_path.parent)
 
 

@@ -20,7 +20,7 @@ from builder.core.store import Artifact, Store, key_of
 from builder.core.untrusted_text import read_regular
 from builder.hub import stored_commits
 from builder.hub.client import HUB_ID, endpoint, offline, resolve, run_hub_job
-from builder.model import completeness, dtypes
+from builder.model import completeness, dtypes, quantization_signs
 from builder.model import files as model_files
 from builder.model.completeness import Header
 from builder.model.hashed_files import SourceFiles, times
@@ -33,7 +33,8 @@ class Source:
     """A model before any weight is read: its config.json, always with a dtype, and {tensor: (dtype, shape)}.
 
     `directory`: where config.json and the tokenizer files are. `times`: of the model's files before any was read, for
-    a local directory. `commit`: for a Hub model.
+    a local directory. `commit`: for a Hub model. `documents`: of a quantized model, the parsed files that describe its
+    quantization, by name; its `config` is config.json without that part.
     """
 
     model: Model
@@ -42,6 +43,12 @@ class Source:
     tensors: Mapping[str, Header]
     times: Mapping[str, Sequence[int]] = field(default_factory=dict)
     commit: str | None = None
+    documents: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the model is quantized already, in a layout that can be served."""
+        return bool(self.documents)
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,22 @@ def open_source(model: Model, *, store: Store) -> Source:
     directory = local_directory(model)
     if directory is not None:
         found, config, tensors = _read_directory(directory, trust_remote_code=model.trust_remote_code)
-        return Source(model, directory, dtypes.with_type(config, tensors), tensors, times=found)
+        return _source(model, directory, config, tensors, times=found)
     commit = _commit(model, store)
     config, tensors, root = _known_headers(model, commit, store) or _headers(model, commit, store)
-    return Source(model, root, dtypes.with_type(config, tensors), tensors, commit=commit)
+    return _source(model, root, config, tensors, commit=commit)
+
+
+def _source(
+    model: Model, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Header], **known: Any
+) -> Source:
+    """The source with the documents of a quantized model, which are taken out of its config."""
+    names = [name for name in quantization_signs.DOCUMENTS if (directory / name).is_file()]
+    documents: dict[str, Any] = {}
+    if quantization_signs.is_described(names, config):
+        documents = {name: model_files.json_object(directory / name, model.id) for name in names}
+        config = {key: value for key, value in config.items() if key not in quantization_signs.KEYS}
+    return Source(model, directory, dtypes.with_type(config, tensors), tensors, documents=documents, **known)
 
 
 def fetch(
@@ -99,7 +118,8 @@ def fetch(
     artifact = _fetch_directory(source, store, before) if source.times else _fetch_hub(source, store, before)
     path = Path(artifact.facts["external"]["root"])
     if source.commit and not artifact.cached:  # the headers in `source` came from the Hub; now check the files
-        check_tensors(path, sorted(artifact.facts["external"]["files"]), source.config, model.id)
+        described = source.documents.get(model_files.CONFIG, source.config)
+        check_tensors(path, sorted(artifact.facts["external"]["files"]), described, model.id)
     return Snapshot(path, artifact.digest, model.id, source.commit, source.config, artifact)
 
 
@@ -174,6 +194,7 @@ def _read_directory(
     except OSError as error:
         raise UsageError(f"Can't read {directory}.", why=str(error)) from None
     names = list(before)
+    is_split = bool(model_files.split_ranks(names))
     broken = [path.name for path in entries if path.is_symlink() and not path.exists()]
     where = str(directory)
     if model_files.CONFIG in broken:
@@ -191,18 +212,20 @@ def _read_directory(
         tensors = check_tensors(directory, wanted, config, where)
     except OSError as error:
         raise UsageError(f"Can't read the model in {directory}.", why=str(error)) from None
-    tokenizer_files.check(directory, config, where)
+    if not is_split:
+        tokenizer_files.check(directory, config, where)
     return {name: before[name] for name in wanted}, config, tensors
 
 
 def check_tensors(directory: Path, names: Sequence[str], config: Mapping[str, Any], where: str) -> dict[str, Header]:
-    """{tensor: (dtype, shape)} of a model's files, from their headers. Raises what completeness.check raises."""
-    shards = [name for name in names if name.endswith(".safetensors")]
+    """{tensor: (dtype, shape)} of a model's files, from their headers: in TensorRT-LLM's layout, of the first rank.
+    Raises what completeness.check raises."""
+    shards = model_files.split_ranks(names)[:1] or [name for name in names if name.endswith(".safetensors")]
     files = {name: {t: (i.dtype, i.shape) for t, i in read_header(directory / name).items()} for name in shards}
     index = None
     if model_files.INDEX in names:
         index = model_files.index_of(_read(directory / model_files.INDEX), where)
-    return completeness.check(config, files, index, where)
+    return completeness.check(config, files, index, where, quantized=quantization_signs.is_described(names, config))
 
 
 def _read(path: Path) -> bytes:
@@ -256,7 +279,8 @@ def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], d
         file: {name: (dtype, tuple(shape)) for name, (dtype, shape) in header.items()}
         for file, header in found["tensors"].items()
     }
-    tensors = completeness.check(found["config"], files, found["index"], model.id)
+    quantized = quantization_signs.is_described(found["files"], found["config"])
+    tensors = completeness.check(found["config"], files, found["index"], model.id, quantized=quantized)
     return found["config"], tensors, Path(found["root"])
 
 

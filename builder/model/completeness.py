@@ -40,19 +40,24 @@ def check(
     files: Mapping[str, Mapping[str, Header]],
     index: Mapping[str, str] | None,
     where: str,
+    *,
+    quantized: bool = False,
 ) -> dict[str, Header]:
     """The model's tensors, {name: (dtype, shape)}.
 
     files: the header of each safetensors file, {file: {tensor: (dtype, shape)}}. index: {tensor: file}, None without
     one. where: the model's name in messages. IntegrityError, with names, if tensors are missing, unexpected, of another
     shape or stored twice, or if the index and the files disagree; UnsupportedError for a quantized model; UsageError if
-    config.json lacks a size that the shapes depend on.
+    config.json lacks a size that the shapes depend on. quantized: the model is in a layout that can be served; its
+    tensors depend on its formats, so they are checked later, with its description (checkpoint/quantized_source.py).
     """
     tensors = _merged(files, where)
     if index is not None:
         _check_index(files, index, where)
-    quantization_signs.check_tensors(tensors, where)
     _check_wrapper(tensors, where)
+    if quantized:
+        return tensors
+    quantization_signs.check_tensors(tensors, where)
     if tensor_names.known(config):
         config_values.require(config, tensor_names.NEEDED, where)
         _check_table(config, tensors, where)

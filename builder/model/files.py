@@ -48,13 +48,22 @@ LARGEST_BLOB = 1 << 24  # bytes; the Hub takes at most 10 MB outside LFS
 
 
 def wanted(names: Collection[str], shards: Collection[str] | None, *, remote_code: bool) -> list[str]:
-    """The files to fetch among `names`: config.json, tokenizer, weights, and Python code if remote_code.
+    """The files to fetch among `names`: config.json, tokenizer, weights, what describes their quantization, and Python
+    code if remote_code.
 
     shards: the files that the index names, None without an index.
     """
     companions = _matching(names, [GENERATION, *TOKENIZER, *(["*.py"] if remote_code else [])])
     weights = [WEIGHTS] if shards is None else [INDEX, *shards]
-    return sorted({CONFIG, *companions, *weights})
+    if parts := split_ranks(names):
+        weights = parts
+    described = [name for name in quantization_signs.DOCUMENTS if name in names]
+    return sorted({CONFIG, *companions, *weights, *described})
+
+
+def split_ranks(names: Collection[str]) -> list[str]:
+    """The weights of a checkpoint in TensorRT-LLM's layout, [] for another model."""
+    return [] if WEIGHTS in names or INDEX in names else quantization_signs.ranks(names)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -73,7 +82,7 @@ def _matching(names: Collection[str], patterns: Sequence[str]) -> list[str]:
 
 def check_names(names: Collection[str], where: str) -> None:
     """UsageError or UnsupportedError unless `names` include config.json, safetensors weights and tokenizer.json, and no
-    file of a quantizer."""
+    file of a quantizer whose checkpoints can't be served. TensorRT-LLM's layout needs no tokenizer."""
     if CONFIG not in names:
         kinds.check_names(names, where)
         raise UsageError(
@@ -81,6 +90,8 @@ def check_names(names: Collection[str], where: str) -> None:
             why=_contents(names),
             hint="Give the directory (or Hub id) of a transformers model: config.json, *.safetensors, tokenizer.json.",
         )
+    if split_ranks(names):
+        return
     if WEIGHTS not in names and INDEX not in names:
         raise _no_weights(names, where)
     quantization_signs.check_names(names, where)
@@ -103,6 +114,8 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
         )
     if kinds.ADAPTER in names:
         return kinds.adapter(where)
+    if gguf := sorted(n for n in names if n.endswith(".gguf")):
+        return quantization_signs.foreign(where, quantization_signs.GGUF, f"Its weights are {', '.join(gguf[:3])}.")
     others = sorted(n for n in names if n.endswith(".safetensors"))
     found = f"Found {', '.join(others[:3])}." if others else _contents(names)
     return UsageError(
@@ -144,8 +157,10 @@ def json_object(path: Path, where: str = "") -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], where: str, *, trust_remote_code: bool) -> None:
-    """UnsupportedError unless this is an unquantized causal LM whose code is part of transformers, UsageError for
-    invalid values. trust_remote_code: accepts code that comes with the model."""
+    """UnsupportedError unless this is a causal LM whose code is part of transformers, unquantized or in a layout that
+    can be served; UsageError for invalid values. trust_remote_code: accepts code that comes with the model."""
+    if quantization_signs.layout_of({CONFIG: config}) == "tensorrt_llm":
+        return  # a checkpoint for trtllm-build: its config.json has other keys, which its description reads
     config_values.check(config, where)
     kinds.check_config(config, where)
     quantization_signs.check_config(config, where)

@@ -84,15 +84,6 @@ def not_in_the_index(target: Path) -> Path:
     return model
 
 
-def with_file(name: str) -> Make:
-    def make(target: Path) -> Path:
-        model = copy(LLAMA, target)
-        (model / name).write_text('{"quantization": {"quant_algo": "FP8"}}')
-        return model
-
-    return make
-
-
 def made(source: Path, change: object = None, **config: object) -> Make:
     return lambda target: copy(source, target, change, **config)  # type: ignore[arg-type]
 
@@ -130,28 +121,7 @@ REJECTED: dict[str, tuple[Make, type[BuilderError], str]] = {
     ),
     "an expert is missing": (made(MOE, without(EXPERT)), IntegrityError, f"missing.*{EXPERT}"),
     "fewer experts": (made(MOE, num_experts=3), IntegrityError, r"unexpected.*experts\.3"),
-    "quantized by ModelOpt": (with_file("hf_quant_config.json"), UnsupportedError, "quantized already.*hf_quant_conf"),
-    "quantized by GPTQ": (with_file("quantize_config.json"), UnsupportedError, "quantized already"),
-    "quantized, its config says": (
-        made(LLAMA, quantization_config={"quant_method": "awq"}),
-        UnsupportedError,
-        r"quantized already \(awq\)",
-    ),
-    "quantized, a part of its config says": (
-        made(LLAMA, text_config={"compression_config": {"format": "int"}}),
-        UnsupportedError,
-        "quantized already",
-    ),
-    "quantized by a scale's name": (
-        made(SHARDED, also(UP, UP + "_scale", "F32", ())), UnsupportedError, "quantized already.*weight_scale",
-    ),
-    "quantized by an inverse scale": (
-        made(GEMMA2, also(NORM, Q + "_scale_inv", "F32", (1,))), UnsupportedError, "weight_scale_inv",
-    ),
-    "packed by GPTQ": (
-        made(LLAMA, also(NORM, Q.replace(".weight", ".qweight"), "I32", (8, 64))), UnsupportedError, "qweight",
-    ),
-    "FP8 by type alone": (made(SHARDED, typed(UP, "F8_E4M3")), UnsupportedError, "quantized already.*F8_E4M3"),
+    "FP8 by type alone": (made(SHARDED, typed(UP, "F8_E4M3")), UnsupportedError, "quantized by a tool.*F8_E4M3"),
     "packed by type alone": (made(PHI3, typed("model.layers.0.mlp.down_proj.weight", "U8")), UnsupportedError, "U8"),
     "weights in float64": (made(LLAMA, typed(Q, "F64")), UnsupportedError, "F64.*Supported dtypes: BF16"),
 }  # fmt: skip
