@@ -1,7 +1,8 @@
 """The two layouts of a quantized checkpoint, and the conversion of the first into the second.
 
 `unified/`       ModelOpt's export: Hugging Face names, `hf_quant_config.json`, one or more files.
-`tensorrt_llm/`  the input of trtllm-build: `config.json`, `rank0.safetensors`; the same bytes under other names.
+`tensorrt_llm/`  the input of trtllm-build: `config.json`, `rank0.safetensors`; the same bytes under other names, and
+                 ones where a format's input scales are folded into a norm (AWQ).
 The number format of a linear layer defines its tensors (builder/formats), the architecture their names
 (builder/architectures). If layers have different formats, both layouts say MIXED_PRECISION and list the format of each
 layer in `quant_cfg.json`.
@@ -34,6 +35,7 @@ from builder.formats.kv_cache import KvCacheFormat
 RANK_FILE = "rank0.safetensors"
 QUANT_CFG = "quant_cfg.json"  # beside config.json if quant_algo is MIXED_PRECISION
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+ONES = {"BF16": b"\x80\x3f", "F16": b"\x00\x3c", "F32": b"\x00\x00\x80\x3f"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destinat
     quant_config = read_json(unified / "hf_quant_config.json")
     quantization = quant_config.get("quantization") or {}
     formats, cache = declared(quantization), kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo"))
-    layout = _Layout(Tensors(unified), formats)
+    tensors = Tensors(unified)
+    embedding = tensors.get(f"{table.embedding}.weight")
+    layout = _Layout(tensors, formats, embedding.dtype if embedding else "BF16")
     for layer in range(source_config["num_hidden_layers"]):
         _layer(layout, table, layer, cache)
     layout.join(f"{names.ENGINE_EMBEDDING}.weight", f"{table.embedding}.weight")
@@ -109,22 +113,27 @@ def write_quant_cfg(directory: Path, quantization: Mapping[str, Any]) -> None:
 class _Layout:
     """The TensorRT-LLM tensors made so far, and the unified tensors that were used for them."""
 
-    def __init__(self, source: Tensors, declared: DeclaredFormats) -> None:
-        self.source, self.declared = source, declared
+    def __init__(self, source: Tensors, declared: DeclaredFormats, dtype: str) -> None:
+        self.source, self.declared, self.dtype = source, declared, dtype
         self.made: list[NewTensor] = []
         self.unquantized: list[str] = []
         self.formats: dict[str, NumberFormat] = {}  # of the quantized layers, by their TensorRT-LLM names
         self._used: set[str] = set()
 
-    def join(self, name: str, *sources: str) -> None:
-        """Makes a tensor from one or more, concatenated in dim 0."""
+    def join(self, name: str, *sources: str, dtype: str | None = None) -> None:
+        """Makes a tensor from one or more, concatenated in dim 0, under the dtype of the first or another name of it."""
         infos = [self.source[s] for s in self._take(sources)]
         if len({(info.dtype, info.shape[1:]) for info in infos}) > 1:
             raise IntegrityError(f"{', '.join(sources)} differ in dtype or width, so they can't be joined to {name}.")
         shape = infos[0].shape
         if len(infos) > 1:
             shape = (sum(info.shape[0] for info in infos), *shape[1:])
-        self.made.append(NewTensor(name, infos[0].dtype, shape, self.source.chunks(*sources)))
+        self.made.append(NewTensor(name, dtype or infos[0].dtype, shape, self.source.chunks(*sources)))
+
+    def ones(self, name: str, size: int) -> None:
+        """Makes a tensor of ones [size], in the dtype of the embedding."""
+        dtype = self.dtype
+        self.made.append(NewTensor(name, dtype, (size,), [ONES[dtype] * size]))
 
     @property
     def whole_format(self) -> NumberFormat | None:
@@ -195,19 +204,24 @@ def _linear(layout: _Layout, name: str, projections: list[str]) -> None:
     def named(suffix: str) -> list[str]:
         return [f"{projection}.{suffix}" for projection in projections]
 
-    layout.join(f"{name}.weight", *named("weight"))
+    info = layout.source.get(f"{projections[0]}.weight")
+    number_format = layout.declared.stored(projections[0], info.dtype if info else "")
+    layout.join(f"{name}.weight", *named("weight"), dtype=number_format.weight.tensorrt_llm_dtype)
     if any(bias in layout.source for bias in named("bias")):
         layout.join(f"{name}.bias", *named("bias"))
-    number_format = layout.declared.stored(projections[0], layout.source[f"{projections[0]}.weight"].dtype)
     if number_format.quant_algo is None:
         layout.unquantized.append(name)
         return
     layout.formats[name] = number_format
     for tensor in number_format.tensors[1:]:
-        if tensor.per_output:
-            layout.join(f"{name}.{tensor.tensorrt_llm}", *named(tensor.unified))
+        made, sources = f"{name}.{tensor.tensorrt_llm}", named(tensor.unified)
+        if tensor.optional and not any(source in layout.source for source in sources):
+            if tensor.filled and info:
+                layout.ones(made, number_format.weight.weight_shape(info.shape)[1])
+        elif tensor.per_output:
+            layout.join(made, *sources, dtype=tensor.tensorrt_llm_dtype)
         else:
-            layout.agree(f"{name}.{tensor.tensorrt_llm}", *named(tensor.unified), shape=tensor.tensorrt_llm_shape)
+            layout.agree(made, *sources, shape=tensor.tensorrt_llm_shape)
 
 
 def _head(layout: _Layout, table: TensorNames, *, tied: bool) -> None:

@@ -140,7 +140,7 @@ def shard(name: str, whole: Sequence[int], config: Mapping[str, Any], tp: int, t
     if not axes:
         return everything
     if module.endswith(QKV):
-        return Shard(_qkv_rows(config, tp, tp_rank)) if "out" in axes else everything
+        return Shard(_qkv_rows(config, tp, tp_rank, rows)) if "out" in axes else everything
     if module in VOCAB:
         each = math.ceil(rows / tp)
         start, end = min(each * tp_rank, rows), min(each * (tp_rank + 1), rows)
@@ -174,9 +174,13 @@ def _unknown(name: str) -> UnsupportedError:
     return UnsupportedError(f"{name} can't be split over several GPUs: its split is not known.", hint="--tp 1 --pp 1")
 
 
-def _qkv_rows(config: Mapping[str, Any], tp: int, tp_rank: int) -> tuple[tuple[int, int], ...]:
-    """The rows of q, k and v, each split in whole heads; with fewer KV heads than ranks, neighbours hold the same."""
-    heads, kv_heads, size = _heads(config)
+def _qkv_rows(config: Mapping[str, Any], tp: int, tp_rank: int, rows: int) -> tuple[tuple[int, int], ...]:
+    """The rows of q, k and v, each split in whole heads; with fewer KV heads than ranks, neighbours hold the same.
+
+    rows: of the whole tensor; half as many as outputs where a row holds two (packed INT4).
+    """
+    heads, kv_heads, _ = _heads(config)
+    size = rows // (heads + 2 * kv_heads)
     q, kv = heads // tp, max(kv_heads // tp, 1)
     first = tp_rank * kv_heads // tp
     k_start = (heads + first) * size
@@ -373,7 +377,8 @@ def whole_shape(name: str, part: Sequence[int], config: Mapping[str, Any], tp: i
     if module in VOCAB:
         return (config["vocab_size"], *part[1:])
     if module.endswith(QKV):
-        heads, kv_heads, size = _heads(config)
+        heads, kv_heads, _ = _heads(config)
+        size = part[0] // (heads // tp + 2 * max(kv_heads // tp, 1))  # rows of a head
         return ((heads + 2 * kv_heads) * size, *part[1:]) if "out" in axes else tuple(part)
     split_axis = _split_axis(module, name)
     return tuple(n * tp if axis == split_axis else n for axis, n in zip(axes, part, strict=True))

@@ -39,6 +39,7 @@ SOURCES = (
     "builder/quantize/quantizers.py",
     "builder/quantize/experts.py",
     "builder/calibration/coverage.py",
+    "builder/quantize/simulation.py",
     "builder/quantize/device.py",
     "builder/calibration/rows.py",
     "builder/tokenizer/chat_template.py",

@@ -121,12 +121,17 @@ def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[st
     import modelopt.torch.quantization as mtq
     import torch
 
+    from builder.quantize.simulation import enable_cpu_simulation
+
     counts: dict[str, Any] = {}
     routed = experts.RoutedTokens()
+    if not torch.cuda.is_available():
+        enable_cpu_simulation()  # AWQ's search multiplies with quantized weights
 
     def forward(model: Any) -> None:
         nonlocal routed
-        counts.update(quantizers.check(model, formats))
+        if not counts:  # AWQ and SmoothQuant run the batches more than once
+            counts.update(quantizers.check(model, formats))
         body = model.base_model  # without lm_head: it isn't quantized, and its logits are the largest tensor of all
         with experts.counted(model) as routed:
             for done, ids in enumerate(batches):

@@ -32,6 +32,7 @@ from builder.reference.supported import ACTIVATIONS, engine_architectures
 
 _DTYPES = {
     "U8": torch.uint8,
+    "I8": torch.int8,
     "F8_E4M3": torch.float8_e4m3fn,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -240,7 +241,9 @@ class _Tensors:
         """A linear layer with its weight dequantized."""
         kind = _KINDS[self.plain(f"{name}.weight").dtype]
         number_format = self._formats.stored(name, kind)
-        stored = {one.name: self.plain(f"{name}.{one.tensorrt_llm}") for one in number_format.tensors}
+        leaves = {one.name: f"{name}.{one.tensorrt_llm}" for one in number_format.tensors}
+        lacking = [one.name for one in number_format.tensors if one.optional and leaves[one.name] not in self._names]
+        stored = {key: self.plain(leaf) for key, leaf in leaves.items() if key not in lacking}
         weight = number_format.dequantize(stored, self.dtype)
         del stored["weight"]
         return Linear(weight, self.maybe(f"{name}.bias"), number_format, stored)

@@ -134,10 +134,18 @@ def _where() -> dict[str, Any]:
     return {"device_map": "auto"} if torch.cuda.is_available() else {}
 
 
+_KINDS = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+
+
 def _tensor(stored: Tensors, name: str) -> Tensor:
-    kinds = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "BF16": torch.bfloat16, "F16": torch.float16}
     info = stored[name]
-    kind = kinds.get(info.dtype, torch.float32)
+    kind = _KINDS.get(info.dtype, torch.float32)
     return torch.frombuffer(bytearray(stored.data(name)), dtype=kind).reshape(info.shape)
 
 
@@ -150,8 +158,10 @@ def _weight(stored: Tensors, formats: DeclaredFormats, name: str, dtype: torch.d
 
 
 def _tensors_of(stored: Tensors, module: str, number_format: NumberFormat) -> dict[str, Tensor]:
-    """A linear layer's tensors by their names in its format."""
-    return {one.name: _tensor(stored, f"{module}.{one.unified}") for one in number_format.tensors}
+    """A linear layer's tensors by their names in its format, without those that it may lack and does."""
+    leaves = {one.name: f"{module}.{one.unified}" for one in number_format.tensors}
+    lacking = [one.name for one in number_format.tensors if one.optional and leaves[one.name] not in stored]
+    return {name: _tensor(stored, leaf) for name, leaf in leaves.items() if name not in lacking}
 
 
 def _scales(formats: DeclaredFormats) -> tuple[str, ...]:
@@ -186,10 +196,10 @@ class _Rounded:
     rounded once."""
 
     def __init__(self, number_format: NumberFormat, stored: Mapping[str, Tensor], last: dict[str, Any]) -> None:
-        calibrated = [one.name for one in number_format.tensors if one.calibrated]
+        calibrated = [one.name for one in number_format.tensors if one.calibrated and one.name in stored]
         self._format, self._last = number_format, last
         self._stored = {name: stored[name] for name in calibrated}
-        self._key = (number_format.name, *(stored[name].numpy().tobytes() for name in calibrated))
+        self._key = (number_format.name, *(stored[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in calibrated))
 
     def __call__(self, layer: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         last = self._last
