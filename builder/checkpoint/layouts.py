@@ -121,7 +121,7 @@ class _Layout:
         self._used: set[str] = set()
 
     def join(self, name: str, *sources: str, dtype: str | None = None) -> None:
-        """Makes a tensor from one or more, concatenated in dim 0, under the dtype of the first or another name of it."""
+        """Makes a tensor from one or more, concatenated in dim 0; `dtype`: how the same bytes are called there."""
         infos = [self.source[s] for s in self._take(sources)]
         if len({(info.dtype, info.shape[1:]) for info in infos}) > 1:
             raise IntegrityError(f"{', '.join(sources)} differ in dtype or width, so they can't be joined to {name}.")

@@ -65,7 +65,12 @@ def _may_lack(layout: Layout, want: Expected) -> bool:
     layout has (ModelOpt's recipes "cast" write none)."""
     if is_kv_scale(want):
         return not layout.tensorrt_llm and not layout.said.has_cache_scales
-    return want.stored is not None and want.stored.optional
+    stored = want.stored
+    if stored is None or not stored.optional:
+        return False
+    # Where TensorRT-LLM's layers always have it: all of an engine, and of its LLM class those that no norm feeds.
+    folded = names.role(layout.architecture, want.module) in stored.folded
+    return not stored.filled or (folded and not layout.tensorrt_llm)
 
 
 def _from_config(layout: Layout, known: LayoutNames) -> dict[str, Expected]:

@@ -199,7 +199,8 @@ class _Rounded:
         calibrated = [one.name for one in number_format.tensors if one.calibrated and one.name in stored]
         self._format, self._last = number_format, last
         self._stored = {name: stored[name] for name in calibrated}
-        self._key = (number_format.name, *(stored[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in calibrated))
+        raw = [stored[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in calibrated]
+        self._key = (number_format.name, *raw)
 
     def __call__(self, layer: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         last = self._last

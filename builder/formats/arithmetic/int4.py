@@ -1,7 +1,7 @@
 """INT4 in blocks of inputs with one scale each, two outputs in a byte. Imports torch.
 
 value = INT4 * scale, with INT4 from -8 to 7 in two's complement. A byte holds the weights of an even output (low
-nibble) and of the next one (high) for the same input: ModelOpt, export/quant_utils.py, pack_int4_in_uint8, 0.37 to 0.47.
+nibble) and of the next one (high) for the same input (ModelOpt, export/quant_utils.py, pack_int4_in_uint8).
 """
 
 from __future__ import annotations
