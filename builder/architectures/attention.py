@@ -25,6 +25,42 @@ def kv_heads(config: Mapping[str, Any]) -> int:
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
+# Kinds of decoder layers (`layer_types`, `layers_block_type`) that keep no keys and values: their state does not grow.
+_WITHOUT_CACHE = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
+
+
+def attention_layers(config: Mapping[str, Any]) -> int:
+    """The number of layers that keep keys and values. Layers of a hybrid model may keep a state of constant size
+    instead, or share the keys and values of an earlier layer."""
+    layers = int(config["num_hidden_layers"])
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    if pattern := config.get("hybrid_override_pattern"):  # Nemotron-H: M is Mamba, - an MLP, E experts
+        return int(pattern.count("*"))
+    if isinstance(kinds, list):
+        return sum(kind not in _WITHOUT_CACHE for kind in kinds[:layers]) - int(config.get("num_kv_shared_layers") or 0)
+    if interval := config.get("full_attention_interval"):  # Qwen3-Next: each n-th layer is full attention
+        return layers // int(interval)
+    return layers
+
+
+def cached_values(config: Mapping[str, Any], tp: int = 1) -> int:
+    """The number of values that one token adds to the KV cache of a tensor parallel rank, in all layers together.
+
+    Multi-head latent attention keeps one compressed vector and the rotated part of the key for all heads, on each rank
+    (DeepSeek-V2, arXiv 2405.04434, section 2.1). Layers of full attention may have heads of their own (Gemma 4). KV
+    heads are repeated if there are fewer than ranks.
+    """
+    layers = attention_layers(config)
+    if latent := config.get("kv_lora_rank"):
+        return layers * (int(latent) + int(config.get("qk_rope_head_dim") or 0))
+    each = 2 * max(kv_heads(config) // tp, 1) * head_size(config)
+    full = (config.get("layer_types") or []).count("full_attention") if config.get("global_head_dim") else 0
+    if not full:
+        return layers * each
+    heads = int(config.get("num_global_key_value_heads") or kv_heads(config))
+    return (layers - full) * each + full * 2 * max(heads // tp, 1) * int(config["global_head_dim"])
+
+
 def sliding_window(config: Mapping[str, Any]) -> int | None:
     """The number of last tokens that the attention of some layers is limited to; None if no layer is limited."""
     facts = catalog.of(config).sliding_window or SlidingWindow(source="transformers: most configurations")

@@ -65,7 +65,8 @@ def name_of(config: Mapping[str, Any]) -> str:
 
 def find(config: Mapping[str, Any]) -> Architecture | None:
     """The architecture of a model by its config.json; None if nothing is known about it."""
-    return read(directory()).get(name_of(config))
+    name = name_of(config)
+    return read(directory()).get(name) or next((one for one in every() if name in one.also), None)
 
 
 def of(config: Mapping[str, Any]) -> Architecture:
@@ -77,6 +78,11 @@ def by_model_type(config: Mapping[str, Any]) -> Architecture:
     """As `of`, by `model_type` where config.json names no known architecture."""
     kind = config.get("model_type")
     return find(config) or next((one for one in every() if kind in one.model_types), None) or of(config)
+
+
+def language_model_of(name: str) -> Architecture | None:
+    """The architecture of the language model inside a multimodal one; None if it is not known."""
+    return next((one for one in every() if name in [part.name for part in one.language_model_of]), None)
 
 
 def engine_architecture(config: Mapping[str, Any]) -> str:
@@ -93,7 +99,8 @@ def engine_of(config: Mapping[str, Any]) -> Engine | None:
 
 def ingredients(architecture: Architecture) -> dict[str, Any]:
     """What can change a checkpoint that is made of a model of this architecture, for keys: no sources, no titles."""
-    found = architecture.model_dump(mode="json", include={"name", "config", "biases", "tensors", "engine"})
+    parts = {"name", "config", "biases", "tensors", "engine", "never_quantized", "renamed"}
+    found = architecture.model_dump(mode="json", include=parts)
     for part in ("tensors", "engine"):
         found[part] = {key: value for key, value in (found[part] or {}).items() if key not in ("source", "since")}
     return found if architecture.tensors else {**found, **conventions().model_dump(mode="json", exclude={"source"})}
@@ -111,5 +118,6 @@ def _reaches(since: str | None, version: str | None) -> bool:
 
 def with_common_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with the common keys added for those that the family spells otherwise, such as n_embd."""
-    keys = of(config).config.keys
-    return {**config, **{key: config[own] for key, own in keys.items() if own in config and config.get(key) is None}}
+    keys = {key: own for key, own in of(config).config.keys.items() if config.get(key) is None and own in config}
+    found = {key: config[own] for key, own in keys.items()}
+    return {**config, **{key: len(value) if isinstance(value, list) else value for key, value in found.items()}}

@@ -31,8 +31,8 @@ class Facts(BaseModel):
 class Config(Facts):
     """How the family's config.json differs from the common one.
 
-    `keys`: {common key: this family's}, such as {hidden_size: n_embd}. `defaults`: what the transformers configuration
-    class takes for keys that config.json leaves out.
+    `keys`: {common key: this family's}, such as {hidden_size: n_embd}; a list stands for its length. `defaults`: what
+    the transformers configuration class takes for keys that config.json leaves out.
     """
 
     keys: Mapping[str, str] = Field(default_factory=dict)
@@ -112,15 +112,74 @@ class Served(Facts):
     source: str
 
 
+class LlmApi(Served):
+    """That TensorRT-LLM's LLM class serves the architecture, and what it needs for that.
+
+    `arguments`: {argument: value} that upstream's model class sets where the user sets nothing (`get_model_defaults`),
+    or that its code requires. `unquantized`: patterns of modules whose quantized tensors its loader does not take.
+    `needs`: the source of both.
+    """
+
+    arguments: Mapping[str, Any] = Field(default_factory=dict)
+    unquantized: tuple[str, ...] = ()
+    needs: str = ""
+    refused: tuple[Refusal, ...] = ()
+
+    @model_validator(mode="after")
+    def _sourced(self) -> LlmApi:
+        if (self.arguments or self.unquantized) and not self.needs:
+            raise ValueError("arguments and unquantized need their source in `needs`")
+        return self
+
+
+class NotServed(Facts):
+    """Why no target serves the architecture, for the error message."""
+
+    why: str
+    source: str
+
+
+class StackedExperts(Facts):
+    """Experts that a model's files hold as two three-dimensional parameters instead of one matrix for each.
+
+    `gate_up` and `down`: the last parts of the parameters' names. `inputs_first`: whether they are [experts, inputs,
+    outputs], else [experts, outputs, inputs]. `apart`: whether ModelOpt's exporter writes the matrices of each expert
+    (`experts.N.gate_proj`, ...) or the stacked parameters, with their scales beside them
+    (`experts.down_proj_weight_scale`).
+    """
+
+    gate_up: str
+    down: str
+    inputs_first: bool
+    apart: bool
+    source: str
+
+
+class Multimodal(Facts):
+    """The multimodal architecture whose language model this is. Its config.json holds this one's as `text_config`."""
+
+    name: str
+    source: str
+
+
 class Architecture(Facts):
     """One architecture: what `architectures` in config.json calls it, and everything that is known about it.
 
+    `also`: other names of it in `architectures`; a checkpoint gets `name`, which TensorRT-LLM knows.
     `biases`: {role: `always`, or the key of config.json that adds it}; other layers have none. `qk_norm`: whether
-    queries and keys are normalized. `tensors`: None if only transformers knows them. Without `engine`, `llmapi` or
-    `reference` that target does not serve it.
+    queries and keys are normalized. `tensors`: None if only transformers knows them. `never_quantized`: parts of the
+    names of two-dimensional weights that quantizers leave alone, beyond the usual ones. `float32`: patterns of tensors
+    that transformers keeps in float32. `not_loaded`: patterns of tensors that it ignores, such as the layers that
+    predict further tokens. `renamed`: tensors that transformers writes under another name than TensorRT-LLM reads.
+    `language_model_of`: multimodal architectures whose language model this is. Without
+    `engine`, `llmapi` or `reference` that target does not serve it.
+
+    `quantized_with`: the versions of ModelOpt that a test quantized a small model of this architecture with, on a CPU;
+    `not_quantized`: why there is none.
     """
 
     name: str
+    also: tuple[str, ...] = ()
     title: str
     model_types: tuple[str, ...]
     source: str
@@ -129,9 +188,18 @@ class Architecture(Facts):
     qk_norm: bool = False
     sliding_window: SlidingWindow | None = None
     tensors: TensorNames | None = None
+    never_quantized: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    not_loaded: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = Field(default_factory=dict)
+    experts: StackedExperts | None = None
+    language_model_of: tuple[Multimodal, ...] = ()
     engine: Engine | None = None
-    llmapi: Served | None = None
+    llmapi: LlmApi | None = None
     reference: Served | None = None
+    not_served: NotServed | None = None
+    quantized_with: tuple[str, ...] = ()
+    not_quantized: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Architecture:
@@ -139,6 +207,10 @@ class Architecture(Facts):
             raise ValueError("engine and reference need the table of tensors")
         if self.tensors and self.qk_norm != ("q" in self.tensors.norms):
             raise ValueError("qk_norm and tensors.norms disagree")
+        if self.not_served and (self.engine or self.llmapi or self.reference):
+            raise ValueError("not_served contradicts the targets")
+        if self.quantized_with and self.not_quantized:
+            raise ValueError("quantized_with contradicts not_quantized")
         if (self.engine or self.reference) and not self.config.defaults.keys() >= NEEDED_DEFAULTS:
             raise ValueError(f"engine and reference need config.defaults of {', '.join(sorted(NEEDED_DEFAULTS))}")
         return self

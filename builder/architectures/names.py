@@ -113,4 +113,4 @@ def is_quantizable(architecture: Architecture, tensor: str, shape: Sequence[int]
         return False
     if architecture.tensors:
         return role(architecture, tensor.removesuffix(".weight")) is not None
-    return not any(part in tensor for part in conventions().never_quantized)
+    return not any(part in tensor for part in (*conventions().never_quantized, *architecture.never_quantized))

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from builder.architectures import catalog
 from builder.checkpoint.layouts import read_json, write_json, write_quant_cfg
+from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats.declared import MIXED
-from builder.model.files import GENERATION
+from builder.model.files import GENERATION, INDEX
 from builder.tokenizer import files as tokenizer_files
 
 
@@ -20,11 +22,17 @@ def complete(unified: Path, source: Path) -> None:
     the rotary base to `rope_parameters` only, and 4.57 then silently uses 10000.
     """
     config, original = read_json(unified / "config.json"), read_json(source / "config.json")
+    known = catalog.find(original)
+    if known:
+        config["architectures"] = [known.name]  # transformers writes the name of its own class
     config |= {key: original[key] for key in ("rope_theta", "rope_scaling", "rope_parameters") if key in original}
     config |= _both_rope_spellings(config)
     dtype = config.get("dtype") or config.get("torch_dtype")
-    write_json(unified / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
     said = unified / "hf_quant_config.json"
+    for file, content in ((unified / "config.json", config | {"dtype": dtype, "torch_dtype": dtype}), (said, None)):
+        if content is not None or file.is_file():
+            write_json(file, _without_marks(read_json(file) if content is None else content))
+    _rename(unified, known.renamed if known else {})
     quantization = read_json(said).get("quantization") or {} if said.is_file() else {}
     if quantization.get("quant_algo") == MIXED:
         write_quant_cfg(unified, quantization)
@@ -36,6 +44,38 @@ def complete(unified: Path, source: Path) -> None:
     for path in unified.iterdir():
         if path.is_file():
             path.chmod(mode)  # ModelOpt's safetensors have mode 0600
+
+
+def _without_marks(value: Any) -> Any:
+    """The JSON value with module names as they are meant.
+
+    ModelOpt 0.47 appends a mark to a name while it undoes transformers' renaming, and does not find it again where
+    `model` is renamed too: "backbone.embeddings.\x00backbone.pt_name_sentinel" (export/quant_aware_conversion.py,
+    build_reverse_name_mapper).
+    """
+    if isinstance(value, str):
+        return value.partition(".\x00")[0]
+    if isinstance(value, list):
+        return [_without_marks(one) for one in value]
+    if isinstance(value, dict):
+        return {_without_marks(key): _without_marks(one) for key, one in value.items()}
+    return value
+
+
+def _rename(unified: Path, names: Mapping[str, str]) -> None:
+    """Gives tensors the names that TensorRT-LLM reads, {name that transformers writes: name}."""
+    for file in sorted(unified.glob("*.safetensors")) if names else ():
+        tensors = Tensors(unified, [file])
+        if not names.keys() & tensors.keys():
+            continue
+        made = [NewTensor(names.get(n, n), i.dtype, i.shape, tensors.chunks(n)) for n, i in tensors.items()]
+        write(renamed := file.with_suffix(".renamed"), made, {"format": "pt"})
+        renamed.replace(file)
+    index = unified / INDEX
+    if names and index.is_file():
+        content = read_json(index)
+        content["weight_map"] = {names.get(name, name): file for name, file in content["weight_map"].items()}
+        write_json(index, content)
 
 
 def _both_rope_spellings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from builder.architectures import served
+from builder.architectures import catalog, served
 from builder.architectures.attention import head_size
 from builder.checkpoint import sharding
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
@@ -67,10 +67,33 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[
         llmapi_versions.check(subject.facts, name, value)
     _check_said_once(resolved, own)
     arguments = {argument.name: argument for argument in _derived(subject, resolved, model_config)}
+    arguments |= _of_family(model_config, resolved, arguments)
     for name, value in own.items():
         if name not in SAID:
             arguments[name] = Argument(name, value, ASKED, "recipe")
     return list(settle(subject, arguments).values())
+
+
+def _of_family(
+    config: Mapping[str, Any], resolved: schema.Resolved, arguments: Mapping[str, Argument]
+) -> dict[str, Argument]:
+    """The arguments that the model's architecture needs (configs/architectures, `llmapi`).
+
+    UsageError if the recipe asks for another value: a state that can't be reused would give wrong answers in silence.
+    """
+    found = catalog.of(config)
+    part = found.llmapi
+    made: dict[str, Argument] = {}
+    for name, value in (part.arguments if part else {}).items():
+        derived = arguments.get(name)
+        if derived and derived.reason == ASKED and derived.value != value:
+            raise UsageError(
+                f"{name} must be {str(value).lower()} for {found.name}, and the recipe says {derived.value}.",
+                why=f"{part.needs if part else ''}.",
+                hint=f"Leave {SAID.get(name, name)} out.",
+            )
+        made[name] = Argument(name, value, f"what {found.name} needs", part.needs if part else "")
+    return made
 
 
 def tree(arguments: Sequence[Argument]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from builder.architectures.facts import Architecture
 from builder.calibration import rows as calibration_rows
 from builder.checkpoint import sharding
 from builder.core import process, workers
@@ -23,6 +25,7 @@ from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, kv_safety
 from builder.quantize.modelopt import ENVIRONMENT, gpus
 from builder.recipe.schema import Calibration, Model, Recipe, Resolved
+from builder.recipe.target_facts import LLMAPI
 from builder.serving import installation, limits, private_directory
 from builder.targets import target
 from builder.targets.base import Excluded, Inputs, Settings
@@ -93,8 +96,9 @@ def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> Mode
 
     UsageError for a pattern that matches nothing, UnsupportedError for layers that must not be left in that format.
     """
-    part, known = recipe.quantization, exclude.linears(model.tensors, model.architecture)
-    kept = exclude.keep(part.kept_patterns, known, architecture=model.architecture)
+    part, known = recipe.quantization, exclude.linears(model.written, model.architecture)
+    patterns = [*part.kept_patterns, *by_family(recipe, model.architecture, known)]
+    kept = exclude.keep(patterns, known, architecture=model.architecture)
     fp8 = exclude.keep(part.fp8_patterns, known, "--keep-fp8", model.architecture)
     exclude.check_apart(kept, fp8, known)
     named = {BF16.name: kept, FP8.name: fp8}
@@ -104,16 +108,22 @@ def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> Mode
     return model
 
 
+def by_family(recipe: Recipe, architecture: Architecture, known: Sequence[str]) -> list[str]:
+    """The patterns of layers that the target loads in BF16 alone (configs/architectures, `unquantized`)."""
+    part = architecture.llmapi if recipe.target == LLMAPI.name else None
+    return [one for one in (part.unquantized if part else ()) if any(fnmatchcase(name, one) for name in known)]
+
+
 def with_chosen(recipe: Recipe, model: ModelFacts, modules: Sequence[str]) -> ModelFacts:
     """The model with these layers excluded too, in the format that `auto` was given for."""
-    order = exclude.linears(model.tensors, model.architecture)
+    order = exclude.linears(model.written, model.architecture)
     return replace(model, layers=merged(model.layers, recipe.quantization.kept_format, modules, order))
 
 
 def check_kept(recipe: Recipe, model: ModelFacts, settings: Settings) -> None:
     """UnsupportedError if the target cannot load the excluded layers in their formats."""
     exclude.check_split(model.single, model.config, sharding.Parallel(recipe.engine.tp, recipe.engine.pp))
-    known = exclude.linears(model.tensors, model.architecture)
+    known = exclude.linears(model.written, model.architecture)
     excluded = Excluded(model.single, known, model.number_format, model.architecture)
     target(recipe.target).check_excluded(excluded, settings)
 

@@ -14,8 +14,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from builder.architectures import names
-from builder.architectures.attention import head_size, kv_heads
+from builder.architectures import names, written
+from builder.architectures.attention import attention_layers, cached_values, head_size, kv_heads
 from builder.checkpoint.sharding import Parallel
 from builder.core.safetensors_io import byte_size
 from builder.formats import kv_cache
@@ -24,7 +24,6 @@ from builder.formats.kv_cache import KvCacheFormat
 from builder.llmapi.arguments import Argument
 from builder.machine.cards import Card, find
 from builder.machine.gpus import GpuProfile
-from builder.model.dtypes import written_bytes
 from builder.preflight.model_facts import ModelFacts
 from builder.preflight.rank_shapes import rank_shape, stage_layer
 from builder.recipe.schema import Recipe
@@ -165,15 +164,23 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
 
 def _unified(model: ModelFacts, cache: KvCacheFormat) -> int:
     """ModelOpt's Hugging Face layout: each projection is a layer with all tensors of its format."""
-    total = cache.scale_bytes(unified=True) * _layers(model.config)
+    total = cache.scale_bytes(unified=True) * attention_layers(model.config)
     for name, (dtype, shape) in model.written.items():
         if model.quantizes(name, shape):
             number_format = model.format_of(name)
             role = names.role(model.architecture, name.removesuffix(".weight"))
             total += number_format.own_bytes(shape) + number_format.shared_bytes(shape, role, unified=True)
+        elif sizes := written.stacked(model.architecture, name, shape):
+            total += _stacked(model.number_format, sizes)
         else:
-            total += written_bytes(dtype, shape)
+            total += byte_size(dtype, shape)
     return total
+
+
+def _stacked(number_format: NumberFormat, sizes: tuple[int, int, int]) -> int:
+    """Bytes of (experts, outputs, inputs) that are stacked in one parameter: they have one scale for all of them."""
+    experts, outputs, inputs = sizes
+    return experts * number_format.own_bytes((outputs, inputs)) + number_format.shared_bytes((outputs, inputs))
 
 
 def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
@@ -194,13 +201,15 @@ def rank_bytes(model: ModelFacts, asked: Serving) -> list[int]:
     for name, (dtype, shape) in tensors.items():
         stage = stage_of.get(stage_layer(model.architecture, name), asked.pp - 1)
         part = rank_shape(name, shape, model, asked.tp)
-        if model.quantizes(name, shape):
+        if sizes := written.stacked(model.architecture, name, shape):
+            stages[stage] += _stacked(model.number_format, sizes) // asked.tp
+        elif model.quantizes(name, shape):
             number_format = model.format_of(name)
             role = names.role(model.architecture, name.removesuffix(".weight"))
             fused = role in ("k", "v")
             stages[stage] += number_format.own_bytes(part) + (0 if fused else number_format.shared_bytes(part, role))
         else:
-            stages[stage] += written_bytes(dtype, part)
+            stages[stage] += byte_size(dtype, part)
     return [n for n in stages for _ in range(asked.tp)]
 
 
@@ -217,8 +226,8 @@ def calibration_memory(model: ModelFacts, tokens: int) -> int:
     largest activations of a forward pass; there are no gradients (inference_mode). An estimate: ModelOpt was measured
     on small models only.
     """
-    weights = sum(written_bytes(dtype, shape) for dtype, shape in model.written.values())
-    largest = max((math.prod(s) for n, (_, s) in model.tensors.items() if model.quantizes(n, s)), default=0)
+    weights = sum(byte_size(dtype, shape) for dtype, shape in model.written.values())
+    largest = max((math.prod(s) for n, (_, s) in model.written.items() if model.quantizes(n, s)), default=0)
     return weights + 4 * largest + tokens * activation_width(model.config, 1) * 2
 
 
@@ -240,11 +249,11 @@ def kv_bytes_per_token(config: Mapping[str, Any], asked: Serving) -> int:
 
     Qwen3-8B in FP8: 36 x 2 x 8 x 128 = 72 KiB. KV heads are repeated if there are fewer than ranks.
     """
-    layers = math.ceil(_layers(config) / asked.pp)
-    heads = max(kv_heads(config) // asked.tp, 1)
     if asked.facts.float32:  # the executor computes and caches in float32 (reference/model.py, `load`)
-        return 2 * _layers(config) * kv_heads(config) * head_size(config) * 4
-    return asked.cache.nbytes(2 * layers * heads * head_size(config))
+        return 4 * cached_values(config)
+    layers = _layers(config)
+    share = math.ceil(cached_values(config, asked.tp) * math.ceil(layers / asked.pp) / layers)
+    return asked.cache.nbytes(share)
 
 
 def workspace(config: Mapping[str, Any], asked: Serving) -> int:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from builder.architectures import catalog, names
+from builder.architectures import catalog, names, written
 from builder.architectures.facts import Architecture
 from builder.formats.assignment import Layers, by_layer
 from builder.formats.base import NumberFormat
@@ -55,9 +55,11 @@ class ModelFacts:
 
     @cached_property
     def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """The tensors that transformers loads and saves: without an output layer that is tied to the embedding."""
+        """The tensors that a checkpoint is made of (architectures/written.py), without an output layer that is tied to
+        the embedding."""
         tied = {self.head} if self.config.get("tie_word_embeddings") else set()
-        return {name: info for name, info in self.tensors.items() if name not in tied and not NOT_WRITTEN.search(name)}
+        found = {n: info for n, info in self.tensors.items() if n not in tied and not NOT_WRITTEN.search(n)}
+        return written.tensors(self.config, found)
 
     @property
     def head(self) -> str:
@@ -67,5 +69,5 @@ class ModelFacts:
     @cached_property
     def embedding(self) -> tuple[str, tuple[int, ...]] | None:
         """(dtype, shape) of the embedding; None if no tensor has such a name."""
-        weights = ((name.removesuffix(".weight"), info) for name, info in self.tensors.items())
+        weights = ((name.removesuffix(".weight"), info) for name, info in self.written.items())
         return next((info for name, info in weights if names.is_embedding(self.architecture, name)), None)

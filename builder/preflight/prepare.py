@@ -120,7 +120,11 @@ def tell(prepared: Prepared, store: Store) -> None:
     for note in checks.tokenizer_notes(recipe, prepared.source.directory, model.config):
         store.out.warn(note.text)
     part = recipe.quantization
-    for one, patterns in ((BF16, part.kept_patterns), (FP8, part.fp8_patterns)):
+    needed = checks.by_family(recipe, model.architecture, model.modules(BF16.name))
+    if needed:
+        found = ", ".join(needed)
+        store.out.info(f"{found} stays in BF16: TensorRT-LLM's {model.architecture.name} takes these layers so alone")
+    for one, patterns in ((BF16, [*part.kept_patterns, *needed]), (FP8, part.fp8_patterns)):
         if more := exclude.widened(patterns, model.modules(one.name)):
             names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
             store.out.info(f"{len(more)} more layers stay in {one.title}, multiplied as one with those named: {names}")

@@ -231,7 +231,7 @@ def _texts(recipe: Recipe, store: Store) -> dict[str, list[dict[str, Any]]]:
 def _candidates(model: ModelFacts, cache: KvCacheFormat) -> list[dict[str, Any]]:
     """The remedies to try: flags, the linear layers in FP8, the KV cache's format, and the bytes they add."""
     architecture = model.architecture
-    known = [name for name in exclude.linears(model.tensors, architecture) if name not in model.single]
+    known = [name for name in exclude.linears(model.written, architecture) if name not in model.single]
     found: list[dict[str, Any]] = []
     if cache.quantized:
         found.append({"flags": ["--kv-cache-dtype", "auto"], "modules": [], "kv_cache_dtype": "auto", "nbytes": 0})
@@ -255,7 +255,7 @@ def _candidates(model: ModelFacts, cache: KvCacheFormat) -> list[dict[str, Any]]
 
 def _price(model: ModelFacts, name: str) -> int:
     """Bytes that a layer in FP8 takes beyond those in the model's format, without the scales that both have."""
-    shape = model.tensors[f"{name}.weight"][1]
+    shape = model.written[f"{name}.weight"][1]
     return FP8.own_bytes(shape) - model.number_format.own_bytes(shape)
 
 

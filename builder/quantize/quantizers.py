@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from builder.architectures import catalog, names
+from builder.architectures.attention import attention_layers
 from builder.core.errors import UnsupportedError
 from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16, FP8
 from builder.quantize import modelopt
+
+# ModelOpt 0.47 leaves these alone (configs/ptq/units/default_disabled_quantizers); 0.37 does not know them yet.
+NEVER = ("*linear_attn.conv1d", "*linear_attn.in_proj_a", "*linear_attn.in_proj_b", "*linear_attn.in_proj_ba")
 
 
 def config(mtq: Any, formats: ModelFormats, never: Sequence[str] = ()) -> dict[str, Any]:
@@ -31,7 +35,7 @@ def config(mtq: Any, formats: ModelFormats, never: Sequence[str] = ()) -> dict[s
         for number_format, modules in formats.layers.items()
         for module in modules
         for part, settings in number_format.quantizers.items()
-    } | {f"{glob.escape(module)}.*_quantizer": None for module in never}
+    } | {f"{module}.*_quantizer": None for module in (*map(glob.escape, never), *NEVER)}
     if isinstance(ours, dict):
         ours.update({name: settings for name, settings in dict(cache).items() if name != "default"})
         ours.update({name: {"enable": False} if one is None else dict(one) for name, one in single.items()})
@@ -102,10 +106,11 @@ def _check_cache(model: Any, formats: ModelFormats) -> int:
     """The number of quantizers of the KV cache that are on."""
     ends = ("k_bmm_quantizer", "v_bmm_quantizer")
     found = [module for name, module in model.named_modules() if name.endswith(ends) and module.is_enabled]
-    if formats.cache.quantized and len(found) < 2 * model.config.num_hidden_layers:
+    layers = attention_layers(catalog.with_common_keys(model.config.to_dict()))
+    if formats.cache.quantized and len(found) < 2 * layers:
         raise UnsupportedError(
             f"ModelOpt can't quantize the KV cache of {type(model).__name__}.",
-            why=f"It put {len(found)} quantizers into {model.config.num_hidden_layers} layers' attention.",
+            why=f"It put {len(found)} quantizers into {layers} layers' attention.",
             hint="Leave the cache in the model's own type: --kv-cache-dtype auto",
         )
     return len(found)

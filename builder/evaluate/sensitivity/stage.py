@@ -256,7 +256,7 @@ def check_texts(recipe: Recipe) -> DataSet:
 
 def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
     """The groups of layers that no pattern keeps."""
-    known = exclude.linears(model.tensors, model.architecture)
+    known = exclude.linears(model.written, model.architecture)
     return exclude.groups((name for name in known if name not in model.single), model.architecture)
 
 
@@ -279,9 +279,9 @@ def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], summary: Map
     found = []
     for name, modules in groups.items():
         measured, output = summary["results"].get(name, {}), summary["output_errors"].get(name)
-        tensors = [model.tensors[f"{module}.weight"] for module in modules]
+        tensors = [model.written[f"{module}.weight"] for module in modules]
         number_format, architecture = model.number_format, model.architecture
-        served = {names.engine_layer(architecture, one): model.tensors[f"{one}.weight"][1] for one in modules}
+        served = {names.engine_layer(architecture, one): model.written[f"{one}.weight"][1] for one in modules}
         scalars = sum(number_format.shared_bytes(shape) for shape in served.values())
         found.append(
             Loss(

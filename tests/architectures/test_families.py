@@ -1,0 +1,88 @@
+"""Each family in configs/architectures that transformers has, as a small model that ModelOpt really quantizes.
+
+What this project says of a family before any weight is read (which layers are quantized, bytes, layers with a KV cache)
+is compared with what ModelOpt's exporter writes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import exports
+import families
+import pytest
+
+from builder.architectures import catalog, names
+from builder.architectures.attention import attention_layers
+from builder.architectures.facts import Architecture
+from builder.checkpoint import huggingface
+from builder.core.safetensors_io import Tensors
+from builder.formats import kv_cache
+from builder.model import completeness
+from builder.preflight import memory
+from builder.preflight.memory import Serving
+from builder.preflight.model_facts import ModelFacts
+from builder.quantize import exclude
+
+EVERY = {one.model_types[0]: one for one in catalog.every()}
+VERSION = ".".join(map(str, exports.MODELOPT))
+FEW = ("qwen3_next", "glm4_moe", "gpt_oss", "nemotron_h", "qwen3_5_moe_text")  # a kind of layer or expert each
+CASES = [
+    pytest.param(name, marks=() if name in FEW else pytest.mark.slow)
+    for name in families.MODELS
+    if VERSION in EVERY[name].quantized_with
+]
+
+
+def test_each_family_says_whether_it_was_quantized_here() -> None:
+    assert {name for name, one in EVERY.items() if one.quantized_with} == set(families.MODELS)
+    assert all(one.quantized_with or one.not_quantized for one in EVERY.values())
+    assert {version for one in EVERY.values() for version in one.quantized_with} == {"0.37", "0.47"}
+
+
+@pytest.mark.parametrize("model_type", CASES)
+def test_what_is_said_of_a_family_is_what_modelopt_writes(model_type: str, tmp_path: Path) -> None:
+    config = catalog.with_common_keys(families.write(model_type, tmp_path / "source"))
+    assert catalog.of(config) == EVERY[model_type]
+    headers = {name: (info.dtype, info.shape) for name, info in Tensors(tmp_path / "source").items()}
+    completeness.check(config, {"model.safetensors": headers}, None, model_type)
+    model = ModelFacts(config, headers)
+    exports.export(exports.quantized(tmp_path / "source"), tmp_path / "unified")
+    tensors = Tensors(tmp_path / "unified")
+    check_layers(model, tensors)
+    check_bytes(model, tensors)
+    huggingface.complete(tmp_path / "unified", tmp_path / "source")
+    check_completed(EVERY[model_type], tmp_path / "unified")
+
+
+def check_layers(model: ModelFacts, tensors: Tensors) -> None:
+    """The layers that are quantized, by the model's headers and in the export."""
+    written = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
+    assert set(exclude.linears(model.written, model.architecture)) == written
+    scaled = {name for name in tensors if name.endswith("_weight_scale")}  # experts that are stacked in one parameter
+    experts = model.architecture.experts
+    assert bool(scaled) == bool(experts and not experts.apart)
+
+
+def check_bytes(model: ModelFacts, tensors: Tensors) -> None:
+    asked = Serving(1, 1, 1, 1, cache=kv_cache.FP8, target="llmapi")
+    sizes = memory.sizes(model, asked)
+    assert sizes.unified == sum(info.nbytes for info in tensors.values())
+    scales = sum(name.endswith((".k_scale", ".v_scale")) for name in tensors)
+    assert scales * 4 == kv_cache.FP8.scale_bytes(unified=True) * attention_layers(model.config)
+
+
+def check_completed(known: Architecture, unified: Path) -> None:
+    """The finished layout: TensorRT-LLM's name of the architecture, and excluded modules that exist."""
+    config: dict[str, Any] = json.loads((unified / "config.json").read_text())
+    assert config["architectures"] == [known.name]
+    tensors = Tensors(unified)
+    assert not known.renamed.keys() & tensors.keys()
+    quantization = json.loads((unified / "hf_quant_config.json").read_text())["quantization"]
+    modules = {name.rpartition(".")[0] for name in tensors}
+    for excluded in quantization["exclude_modules"]:
+        start = excluded.rstrip("*")
+        tied = names.is_head(known, excluded) or names.is_embedding(known, excluded)
+        assert tied or any(module.startswith(start) for module in modules), excluded
