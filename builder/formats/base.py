@@ -145,7 +145,9 @@ class NumberFormat:
         the scale in float32, as its simulation does.
     gpu_format: the entry of `formats` in configs/gpus/*.yaml that a GPU must have, with the version of TensorRT-LLM
         and the source; None where every GPU runs it.
-    gemm_plugin: the value of trtllm-build's --gemm_plugin that it brings along (tensorrt_llm/builder.py, 1.2).
+    targets: the targets whose TensorRT-LLM runs it on any GPU; targets_source: why not the others.
+    gemm_plugin, gemm_plugin_why, gemm_plugin_source: trtllm-build's --gemm_plugin for it, the reason and its source.
+        "auto" is the model's own type.
     gemm_inputs, gemm_outputs: what a GPU's part of a layer must be a multiple of for TensorRT-LLM's GEMM.
     compressed_tensors: what compressed-tensors calls it; None where that library has no such format.
     """
@@ -163,7 +165,11 @@ class NumberFormat:
     quantizers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     prepare_export: bool = False
     gpu_format: str | None = None
-    gemm_plugin: str | None = None
+    targets: tuple[str, ...] = ("engine", "llmapi")
+    targets_source: str = ""
+    gemm_plugin: str = "auto"
+    gemm_plugin_why: str = "cuBLASLt in the model's type for layers that are not quantized, such as lm_head"
+    gemm_plugin_source: str = "tensorrt_llm/plugin/plugin.py@c20322ff"
     gemm_inputs: int = 1
     gemm_outputs: int = 1
     compressed_tensors: Scheme | None = None

@@ -62,5 +62,8 @@ FORMAT = Fp8(
     quantizers={"weight": E4M3, "input": E4M3},
     prepare_export=True,
     gpu_format="fp8",
+    gemm_plugin="disable",
+    gemm_plugin_why="TensorRT's own FP8 kernels: upstream recommends the plugin for small batches only",
+    gemm_plugin_source="nvidia.github.io/TensorRT-LLM/performance/performance-tuning-guide/useful-build-time-flags.html",
     compressed_tensors=Scheme("float-quantized", PER_TENSOR, {**PER_TENSOR, "observer": "static_minmax"}),
 )  # fmt: skip

@@ -79,6 +79,9 @@ FORMAT = Nvfp4(
     modelopt_config="NVFP4_DEFAULT_CFG",
     gpu_format="nvfp4",
     gemm_plugin="nvfp4",
+    gemm_plugin_why="CUTLASS FP4 GEMM, with tactics measured during the build; TensorRT-LLM's own choice for NVFP4 "
+    "checkpoints",
+    gemm_plugin_source="cpp/tensorrt_llm/plugins/fp4GemmPlugin (1.2-era main); tensorrt_llm/builder.py (1.2), rule R33",
     # The GEMM refuses other inputs and outputs (in half precision) of a GPU when it first runs: "K dim should be
     # aligned to 16 Bytes" (cpp/tensorrt_llm/plugins/fp4GemmPlugin/fp4GemmPlugin.cpp@1a43c7d6, enqueue).
     gemm_inputs=32,

@@ -16,6 +16,7 @@ from builder.architectures.attention import head_size
 from builder.checkpoint import sharding
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.store import library_versions
+from builder.formats.registry import NVFP4
 from builder.llmapi import lora
 from builder.llmapi import versions as llmapi_versions
 from builder.llmapi.normalize import ARGS, ASKED, EXECUTOR, Argument, Subject, settle
@@ -143,6 +144,7 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any]) -> Subject:
         facts=llmapi_versions.load(resolved.recipe.engine.tensorrt_llm),
         sm=resolved.gpu.sm,
         experts=int(config.get("num_experts") or config.get("num_local_experts") or 0),
+        number_format=resolved.recipe.quantization.number_format,
         cache=resolved.recipe.quantization.cache_format,
         head_size=head_size(config) if "num_attention_heads" in config else None,
         fmha_head_sizes=tuple(resolved.gpu.fmha_head_sizes),
@@ -245,7 +247,7 @@ def _derived(subject: Subject, resolved: schema.Resolved, config: Mapping[str, A
         reason = "off here: the class sends NVIDIA usage data by default (GPU, CPU, architecture, these values)"
         source = "tensorrt_llm/usage/usage_lib.py@03fa4799; PR #12384"
         found.append(Argument("telemetry_config.disabled", True, reason, source))
-    if subject.experts:
+    if subject.experts and subject.number_format is NVFP4:
         found.append(Argument("moe_config.backend", "CUTLASS", "the one that runs NVFP4 experts on every card; "
                               "its default changed from CUTLASS to AUTO", f"{ARGS}, MoeConfig"))  # fmt: skip
     return found

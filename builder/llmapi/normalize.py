@@ -12,7 +12,9 @@ from typing import Any
 
 from builder.core.errors import UnsupportedError, UsageError
 from builder.formats import kv_cache
+from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
+from builder.formats.registry import NVFP4
 from builder.llmapi.versions import Facts
 
 ASKED = "asked for"
@@ -41,6 +43,7 @@ class Subject:
     facts: Facts
     sm: int | None
     experts: int = 0
+    number_format: NumberFormat = NVFP4
     cache: KvCacheFormat = kv_cache.FP8
     head_size: int | None = None
     fmha_head_sizes: tuple[int, ...] = field(default=())
@@ -135,7 +138,8 @@ def _refuse_moe(subject: Subject, values: Mapping[str, Any]) -> None:
             f"{asked[0]} is for models with experts, and this one has none.", hint=f"Leave {asked[0]} out."
         )
     backend = values.get("moe_config.backend")
-    if backend is not None and subject.sm is not None and subject.sm not in subject.facts.moe_sms[backend]:
+    nvfp4 = subject.number_format is NVFP4  # what `moe_sms` is about
+    if nvfp4 and backend is not None and subject.sm is not None and subject.sm not in subject.facts.moe_sms[backend]:
         runs = subject.facts.moe_sms[backend]
         on = f"it runs them on {', '.join(f'sm{n}' for n in runs)}" if runs else "it runs them on none"
         raise UnsupportedError(

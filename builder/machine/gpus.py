@@ -15,6 +15,8 @@ from builder.core.untrusted_text import parse_yaml
 from builder.machine import cards
 from builder.machine.cards import Card
 
+TARGETS = ("engine", "llmapi")  # those that need a GPU
+
 
 @dataclass(frozen=True)
 class ProfileFlag:
@@ -26,11 +28,19 @@ class ProfileFlag:
 
 
 @dataclass(frozen=True)
-class Format:
-    """A number format that the architecture runs, with the first TensorRT-LLM version that supports it there."""
+class Support:
+    """The first TensorRT-LLM version that runs a number format on the architecture."""
 
     since: str
     source: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A number format that suits the architecture, and why."""
+
+    format: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class GpuProfile:
     """What is known about a GPU architecture, and the settings that suit it.
 
     `sm` is ten times the compute capability (120 = 12.0), None for the CPU. `recipe` overrides defaults of the recipe.
+    `best` are the number formats to choose from where the user names none, the best first. `formats` are those that it
+    runs, by target (targets that need a GPU).
     `fmha_head_sizes` are the head sizes with context FMHA kernels; empty if no limit is known. `card` is the card that
     the user named, None if a profile was named or detected.
     """
@@ -49,10 +61,15 @@ class GpuProfile:
     flags: Mapping[str, ProfileFlag]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     cards: Sequence[Card] = ()
-    formats: Mapping[str, Format] = field(default_factory=dict)
+    best: Sequence[Choice] = ()
+    formats: Mapping[str, Mapping[str, Support]] = field(default_factory=dict)
     fmha_head_sizes: Sequence[int] = ()
     notes: Sequence[str] = ()
     card: Card | None = None
+
+    def support(self, entry: str, target: str) -> Support | None:
+        """Since when a target runs an entry of `formats` on it; None if it doesn't."""
+        return self.formats.get(entry, {}).get(target)
 
 
 @dataclass(frozen=True)
@@ -93,10 +110,18 @@ def load(name: str) -> GpuProfile:
         flags={**inherited, **own},
         recipe=raw.get("recipe", {}),
         cards=[Card(**{**card, "also": tuple(card.get("also", ()))}) for card in card_facts.get("cards", [])],
-        formats={key: Format(**value) for key, value in card_facts.get("formats", {}).items()},
+        best=[Choice(**choice) for choice in card_facts.get("best", [])],
+        formats={key: _by_target(value) for key, value in card_facts.get("formats", {}).items()},
         fmha_head_sizes=card_facts.get("fmha_head_sizes", []),
         notes=card_facts.get("notes", []),
     )
+
+
+def _by_target(entry: Mapping[str, Any]) -> dict[str, Support]:
+    """{target: its support} of {since, source}, which is that of both targets, or of the same by target."""
+    if "since" in entry:
+        return dict.fromkeys(TARGETS, Support(**entry))
+    return {target: Support(**said) for target, said in entry.items()}
 
 
 def named(text: str) -> GpuProfile:
@@ -192,8 +217,11 @@ def nearest(sm: int) -> list[GpuProfile]:
 def show(out: Output) -> None:
     """Prints the profiles with the formats they run, and every card once. With --json, everything."""
     profiles = [load(name) for name in names()]
-    rows = [(p.name, p.target, ", ".join(p.formats) or "-", p.title) for p in profiles]
-    out.table("GPU profiles", ["profile", "target", "runs", "for"], rows)
+    rows = [
+        (p.name, p.best[0].format if p.best else "-", *(_running(p, target) for target in TARGETS), p.title)
+        for p in profiles
+    ]
+    out.table("GPU profiles", ["profile", "default", *(f"runs ({target})" for target in TARGETS), "for"], rows)
     table = []
     for card, profile in _owners().items():
         figures = (card.memory_gb, card.bandwidth_gb_s, card.fp8_tflops, card.fp4_tflops)
@@ -202,6 +230,11 @@ def show(out: Output) -> None:
     header = ["profile", "card", "GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS", "other names"]
     out.table("cards", header, table)
     out.result({p.name: {k: v for k, v in asdict(p).items() if k not in ("name", "card")} for p in profiles})
+
+
+def _running(profile: GpuProfile, target: str) -> str:
+    """The formats that a target runs, for a table."""
+    return ", ".join(name for name in profile.formats if profile.support(name, target)) or "-"
 
 
 def cuda_order() -> dict[str, str]:

@@ -14,6 +14,7 @@ from builder.machine.gpus import GpuProfile
 from builder.preflight import memory as preflight_memory
 from builder.preflight.memory import Machine, Memory, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
+from builder.recipe import card_formats
 from builder.recipe.schema import Calibration
 
 SHORTEST = 256  # tokens: a shorter max_seq_len is not useful
@@ -185,5 +186,5 @@ def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, her
     about = next((m for m in found if m.card == name), None)
     if about is None or about.fits:
         return MemoryCheck(found, name, None, None)
-    runs = [cache for cache in kv_cache.FORMATS.values() if cache.gpu_format in gpu.formats]
+    runs = [cache for cache in card_formats.running_caches(gpu, asked.target) if cache.quantized]
     return MemoryCheck(found, name, *refusal(model, asked, about, caches=runs))

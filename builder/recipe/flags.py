@@ -15,7 +15,8 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--calib-data", "calibration.data", str, "a .jsonl file, a Hub dataset id, or builtin:python-docs"),
     ("--calib-samples", "calibration.samples", int, "number of rows to calibrate on"),
     ("--calib-seq-len", "calibration.seq_len", int, "longest row, in tokens; longer ones are cut"),
-    ("--kv-cache-dtype", "quantization.kv_cache_dtype", str, "fp8, or auto: the model's own type"),
+    ("--format", "quantization.format", str, "nvfp4, fp8, int4_awq, ... (default: the card's best, `builder gpus`)"),
+    ("--kv-cache-dtype", "quantization.kv_cache_dtype", str, "fp8, nvfp4, or auto: the model's own type"),
     (
         "--sensitivity-data",
         "sensitivity.data",

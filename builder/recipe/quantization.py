@@ -67,8 +67,14 @@ def _budget(entry: str) -> float:
 class Quantization(Part):
     """Which number formats. NVFP4 is E2M1 with one E4M3 scale for each 16 values, for weights and activations."""
 
-    format: Annotated[FormatName, Field(description="weights and activations of the linear layers")] = "nvfp4"
-    kv_cache_dtype: Annotated[KvCacheName, Field(description="fp8, or auto: the model's own")] = "fp8"
+    # These two defaults are for code that makes a recipe without a GPU profile: `resolve` chooses them by the profile.
+    format: Annotated[
+        FormatName, Field(description="weights and activations of the linear layers; default: the card's best")
+    ] = "nvfp4"
+    kv_cache_dtype: Annotated[
+        KvCacheName,
+        Field(description="of the KV cache; auto: the model's own type; default: fp8 where it costs nothing"),
+    ] = "fp8"
     keep_bf16: Annotated[
         tuple[str, ...],
         Field(description="linear layers kept in BF16: name patterns such as *.down_proj; auto:0.05 chooses by KL"),

@@ -15,10 +15,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from builder.core.errors import UsageError
 from builder.machine import gpus
+from builder.recipe import card_formats
 from builder.recipe.base import Natural, Part, Positive, Processes, Ranks
 from builder.recipe.evaluation import Evaluation, Quality, Sensitivity, Tasks
 from builder.recipe.quantization import Quantization
 from builder.recipe.sources import flatten, load_preset, load_yaml, merge, nest, parse_set
+from builder.recipe.target_facts import TARGETS
 
 Target = Literal["engine", "llmapi", "reference"]
 
@@ -214,11 +216,26 @@ def resolve(
     merged, origins = merge(layers)
     if name != "auto":
         merged["gpu"] = gpu.name
+    if merged["target"] in TARGETS:  # validation rejects another
+        _choose_formats(merged, origins, gpu)
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise _usage_error(error, origins) from error
     return Resolved(recipe, gpu, origins)
+
+
+def _choose_formats(merged: dict[str, Any], origins: dict[str, str], gpu: gpus.GpuProfile) -> None:
+    """Fills in the formats of the weights and of the KV cache that no source names: the card's best."""
+    part, target = merged.setdefault("quantization", {}), merged["target"]
+    if not isinstance(part, dict):
+        return  # which validation rejects
+    if "format" not in part:
+        part["format"], why = card_formats.default_format(gpu, target)
+        origins["quantization.format"] = f"GPU profile {gpu.name}: {why}"
+    if "kv_cache_dtype" not in part:
+        part["kv_cache_dtype"], why = card_formats.default_cache(gpu, target, str(part["format"]))
+        origins["quantization.kv_cache_dtype"] = f"GPU profile {gpu.name}: {why}"
 
 
 def schema() -> dict[str, Any]:

@@ -15,10 +15,10 @@ from builder.architectures import attention, catalog
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.release import order
 from builder.formats.base import NumberFormat
+from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import FP8
-from builder.machine import gpus
 from builder.model import dtypes
-from builder.recipe import schema
+from builder.recipe import card_formats, schema
 from builder.recipe.target_facts import target_facts
 from builder.trtllm import probe_results, rules
 from builder.trtllm.probe_results import Answer
@@ -53,7 +53,9 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers:
     if (world_size := asked.engine.world_size) > 1:  # sharding.check checks the split
         flags["workers"] = Flag("workers", str(world_size), "one for each rank; capped at the machine's GPUs", R08)
     ours = _asked_flags(subject.version, asked.engine.flags)
+    number_format = asked.quantization.number_format
     profile = {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
+    profile["gemm_plugin"] = _gemm_plugin(number_format)
     flags |= probe_results.upgrade(profile, ours, subject, answers) | ours
     dtype = subject.dtype
     if dtype == "float16" and "gpt_attention_plugin" not in asked.engine.flags:
@@ -63,11 +65,15 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers:
     rules.refuse(subject, flags)
     flags = rules.rewrite(subject, flags)
     probe_results.refuse(subject, flags, answers)
-    number_format = asked.quantization.number_format
     if target_facts(asked.target).builds_tensorrt and flags["gemm_plugin"].value == number_format.gemm_plugin:
         _check_gemm(subject, number_format, _out_features(model_config, asked.engine.tp))
     rules.check_kernels(subject, flags)
     return list(flags.values())
+
+
+def _gemm_plugin(one: NumberFormat) -> Flag:
+    """The GEMM plugin that suits the format of the weights."""
+    return Flag("gemm_plugin", one.gemm_plugin, one.gemm_plugin_why, one.gemm_plugin_source)
 
 
 def notes(
@@ -142,27 +148,19 @@ def _share(width: int | None, tp: int) -> int | None:
 
 
 def check_format(resolved: schema.Resolved) -> None:
-    """UnsupportedError if the card, or this TensorRT-LLM version on it, does not support a format of the recipe."""
-    asked, gpu = resolved.recipe, resolved.gpu
-    target = target_facts(asked.target)
-    if not target.needs_gpu or gpu.sm is None:
+    """UnsupportedError if the card, the target or this TensorRT-LLM version on it does not run a format of the recipe.
+
+    The error names the formats that do, and what else would help.
+    """
+    asked = resolved.recipe
+    part, target = asked.quantization, target_facts(asked.target)
+    if not target.needs_gpu or resolved.gpu.sm is None:
         return
-    part = asked.quantization
-    wanted = [part.number_format.gpu_format, part.cache_format.gpu_format, FP8.gpu_format if part.keep_fp8 else None]
-    for name in filter(None, wanted):
-        if name not in gpu.formats:
-            raise UnsupportedError(
-                f"{gpu.name} can't run {name}.",
-                why=f"{gpu.name} ({gpu.title}) runs {', '.join(gpu.formats)}. {_runs_on(name)}",
-                hint="A Blackwell card (`builder gpus`), or the reference executor on this machine's CPU: --gpu cpu",
-            )
-        since = gpu.formats[name].since
-        if order(asked.engine.tensorrt_llm) < order(since):
-            raise UnsupportedError(
-                f"{gpu.name} runs {name} since TensorRT-LLM {since}, and {asked.engine.tensorrt_llm} was asked for.",
-                why=gpu.formats[name].source,
-                hint=f"--set engine.tensorrt_llm={versions()[-1]}",
-            )
+    for one in dict.fromkeys((part.number_format, *((FP8,) if part.keep_fp8 else ()), part.cache_format)):
+        if not card_formats.runs(one, resolved.gpu, asked.target):
+            raise _does_not_run(one, resolved)
+        if not card_formats.runs(one, resolved.gpu, asked.target, asked.engine.tensorrt_llm):
+            raise _too_old(one, resolved)
     if target.builds_tensorrt and part.keep_fp8 and "mixed_precision" in load(asked.engine.tensorrt_llm).facts:
         raise UnsupportedError(
             f"trtllm-build {asked.engine.tensorrt_llm} is not known to build {part.number_format.title} with layers in "
@@ -172,10 +170,44 @@ def check_format(resolved: schema.Resolved) -> None:
         )
 
 
-def _runs_on(name: str) -> str:
-    """The GPU profiles that run a format, for a message."""
-    profiles = [gpu for gpu in map(gpus.load, gpus.names()) if name in gpu.formats]
-    return f"{name} runs on {', '.join(gpu.name for gpu in profiles)}." if profiles else ""
+def _does_not_run(one: NumberFormat | KvCacheFormat, resolved: schema.Resolved) -> UnsupportedError:
+    asked, gpu = resolved.recipe, resolved.gpu
+    flag, known = _alternatives(one, resolved)
+    cards, others = card_formats.cards_with(one, asked.target), card_formats.other_targets(one, gpu, asked.target)
+    elsewhere = f"With it, {one.title} runs on {', '.join(cards)}." if cards else one.targets_source
+    hints = [f"{flag} {known[0]}" if known else "", *(f"--target {name}" for name in others)]
+    hints += [f"a card of {cards[0]}" if cards and not others else "", "the reference executor on a CPU: --gpu cpu"]
+    return UnsupportedError(
+        f"{gpu.name} can't run {one.title} with the {asked.target} target.",
+        why=f"{gpu.name} ({gpu.title}) runs {', '.join(known)} with this target. {elsewhere}".strip(),
+        hint="; or ".join(filter(None, hints)),
+    )
+
+
+def _too_old(one: NumberFormat | KvCacheFormat, resolved: schema.Resolved) -> UnsupportedError:
+    asked, gpu = resolved.recipe, resolved.gpu
+    since = card_formats.support(one, gpu, asked.target)
+    assert since is not None
+    flag, known = _alternatives(one, resolved, asked.engine.tensorrt_llm)
+    newest = versions()[-1] if target_facts(asked.target).builds_tensorrt else since.since
+    newer = newest if order(newest) >= order(since.since) else since.since
+    hint = f"--set engine.tensorrt_llm={newer}" + (f"; or {flag} {known[0]}" if known else "")
+    return UnsupportedError(
+        f"{gpu.name} runs {one.title} with the {asked.target} target since TensorRT-LLM {since.since}, and "
+        f"{asked.engine.tensorrt_llm} was asked for.",
+        why=since.source,
+        hint=hint,
+    )
+
+
+def _alternatives(
+    one: NumberFormat | KvCacheFormat, resolved: schema.Resolved, version: str | None = None
+) -> tuple[str, list[str]]:
+    """The command-line flag for another format in its place, and the formats that run, the best first."""
+    gpu, target = resolved.gpu, resolved.recipe.target
+    if isinstance(one, NumberFormat):
+        return "--format", [other.name for other in card_formats.running(gpu, target, version)]
+    return "--kv-cache-dtype", [other.name for other in card_formats.running_caches(gpu, target, version)]
 
 
 def _out_features(config: Mapping[str, Any], tp: int) -> dict[str, int]:

@@ -17,7 +17,13 @@ from builder.formats.registry import NVFP4
 from builder.trtllm.versions import Version
 
 FP8_FAMILY = ("FP8", "W4A8_AWQ", "NVFP4")  # and not MIXED_PRECISION, whatever it mixes (builder.py, 1.2, build)
-INTEGER = ("W8A16", "W4A16", "W8A8_SQ_PER_CHANNEL", "INT8", "FP8_PER_CHANNEL_PER_TOKEN")
+# What rule R32 refuses: QuantMode's is_int8_weight_only, is_int4_weight_only (also per group), has_act_and_weight_quant
+# and the scalings per channel and per token (tensorrt_llm/quantization/mode.py, 1.2, from_quant_algo).
+INTEGER = (
+    "W8A16", "W4A16", "W4A16_AWQ", "W4A8_AWQ", "W8A16_GPTQ", "W4A16_GPTQ", "FP8_PER_CHANNEL_PER_TOKEN",
+    "W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_TENSOR_PLUGIN", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
+    "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
+)  # fmt: skip
 FMHA_ON = "Context FMHA is on with --gpu sm120-fmha, or --set engine.flags.context_fmha=enable (paged FMHA likewise)."
 IN_WORDS = {
     "C++ check fails": "TensorRT-LLM's C++ runtime would not load the engine",

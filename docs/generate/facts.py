@@ -18,6 +18,7 @@ from builder.formats.base import StoredTensor
 from builder.llmapi import versions as llmapi
 from builder.machine import containers, gpus
 from builder.machine.cards import Card
+from builder.recipe import card_formats
 from builder.trtllm import versions as trtllm
 from docs.generate.markdown import code, say, table, text
 
@@ -33,19 +34,22 @@ def gpu_profiles() -> Iterator[str]:
     )
     profiles = [gpus.load(name) for name in gpus.names()]
     yield from table(
-        ("profile", "for", "default target", "number formats (TensorRT-LLM version)"),
+        ("profile", "for", "default target", "default format"),
         [
-            (
-                f"[`{p.name}`](#{p.name})",
-                text(p.title),
-                code(p.target),
-                text(", ".join(f"{name} ({form.since})" for name, form in p.formats.items())),
-            )
+            (f"[`{p.name}`](#{p.name})", text(p.title), code(p.target), code(p.best[0].format if p.best else ""))
             for p in profiles
         ],
     )
+    yield from say(
+        "The default format is chosen without `--format`. A target that does not run it gets the next one of the "
+        "profile's list."
+    )
     for profile in profiles:
         yield from say(f"## {profile.name}", text(profile.title))
+        if profile.sm is not None:
+            rows = [(code(one.format), text(one.reason)) for one in profile.best]
+            yield from table(("formats, the best first", "reason"), rows)
+            yield from table(("number format", "target", "since TensorRT-LLM", "source"), _runs(profile))
         if profile.recipe:
             yield from ("It sets in the recipe:", "", "```yaml", *_yaml(profile.recipe), "```", "")
         yield from (f"- {text(note)}" for note in profile.notes)
@@ -55,6 +59,14 @@ def gpu_profiles() -> Iterator[str]:
             yield from table(("flag of trtllm-build", "value", "reason", "source"), rows)
         if profile.cards:
             yield from table(CARD_COLUMNS, map(_card, profile.cards))
+
+
+def _runs(profile: gpus.GpuProfile) -> Iterator[tuple[str, ...]]:
+    """The rows of the formats that a profile runs; one row where the targets do not differ."""
+    for name, by_target in profile.formats.items():
+        for said in dict.fromkeys(by_target.values()):
+            targets = ", ".join(code(target) for target, one in by_target.items() if one == said)
+            yield code(name), targets, text(said.since), text(said.source)
 
 
 def _card(card: Card) -> tuple[str, ...]:
@@ -268,11 +280,11 @@ def formats() -> Iterator[str]:
     known = registry.all_formats().values()
     rows = []
     for found in known:
-        runs = [name for name in gpus.names() if found.gpu_format in (None, *gpus.load(name).formats)]
+        runs = [", ".join(map(code, card_formats.cards_with(found, target))) or "none" for target in gpus.TARGETS]
         whole = "yes" if found.whole_model else "single layers"
         group = text(found.group_size or "")
-        rows.append((code(found.name), text(found.title), text(found.bits), group, whole, ", ".join(map(code, runs))))
-    headers = ("format", "name", "bits per weight", "group size", "whole model", "GPU profiles that run it")
+        rows.append((code(found.name), text(found.title), text(found.bits), group, whole, *runs))
+    headers = ("format", "name", "bits per weight", "group size", "whole model", "GPUs, `engine`", "GPUs, `llmapi`")
     yield from table(headers, rows)
     yield from say(
         "The profile `cpu` serves every format with the reference executor.",
@@ -286,8 +298,11 @@ def formats() -> Iterator[str]:
         ]
         yield from table(("Hugging Face layout", "TensorRT-LLM layout", "dtype", "shape"), tensors)
     yield from say("## KV cache", "`quantization.kv_cache_dtype`, or `--kv-cache-dtype`.")
-    rows = [(code(c.name), text(c.title), str(c.nbytes)) for c in kv_cache.FORMATS.values()]
-    yield from table(("value", "name", "bytes per value"), rows)
+    rows = []
+    for cache in kv_cache.FORMATS.values():
+        runs = [", ".join(map(code, card_formats.cards_with(cache, target))) or "none" for target in gpus.TARGETS]
+        rows.append((code(cache.name), text(cache.title), text(f"{cache.bits:g}"), *runs))
+    yield from table(("value", "name", "bits per value", "GPUs, `engine`", "GPUs, `llmapi`"), rows)
     rejected = [(code(name), text(why)) for name, why in kv_cache.REJECTED.items()]
     yield from table(("rejected value", "reason"), rejected)
 

@@ -213,8 +213,8 @@ def test_the_plan_notes_what_the_flags_cost(tmp_path: Path) -> None:
     done = run("plan", "--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json")
     notes = {note["rule"]: note["text"] for note in json.loads(done.stdout)["notes"]}
     assert "no KV cache reuse between requests, no chunked context" in notes["R26"]
-    refused = run("plan", "--model", MODEL, "--gpu", "sm89", "--output", str(tmp_path))
-    assert (refused.returncode, "sm89 can't run nvfp4" in refused.stderr) == (3, True)
+    refused = run("plan", "--model", MODEL, "--gpu", "sm89", "--format", "nvfp4", "--output", str(tmp_path))
+    assert (refused.returncode, "sm89 can't run NVFP4" in refused.stderr) == (3, True)
 
 
 def test_the_plan_warns_of_an_fp8_cache_for_an_attention_bias_without_qk_norm(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_its_gpus_are_those_that_it_names(gpu: str, runs: bool) -> None:
     if runs:
         trtllm_flags.check_format(resolved(gpu=gpu))
         return
-    with pytest.raises(UnsupportedError, match="nvfp4 runs on sm100"):
+    with pytest.raises(UnsupportedError, match="W4A16 in blocks of 32 runs on sm100"):
         trtllm_flags.check_format(resolved(gpu=gpu))
 
 

@@ -232,8 +232,8 @@ def test_versions_that_were_not_read_are_refused(version: str) -> None:
 
 @pytest.mark.parametrize("gpu", ["sm80", "sm89", "sm90"])
 def test_a_card_without_nvfp4_is_refused(gpu: str) -> None:
-    with pytest.raises(UnsupportedError, match="can't run nvfp4"):
-        values(gpu=gpu)
+    with pytest.raises(UnsupportedError, match="can't run NVFP4"):
+        values("quantization.format=nvfp4", gpu=gpu)
 
 
 def test_the_cpu_is_refused() -> None:

@@ -10,12 +10,27 @@ from model_configs import QWEN3_8B
 
 from builder.core import paths
 from builder.core.errors import UnsupportedError
+from builder.core.release import order
+from builder.formats import kv_cache, registry
 from builder.machine import gpus
-from builder.recipe import schema
+from builder.recipe import card_formats, schema
 from builder.trtllm import flags as trtllm_flags
 
 BLACKWELL = ["sm100", "sm103", "sm120", "sm120-fmha", "sm121"]
-OLDER = ["sm80", "sm86", "sm89", "sm90"]
+OLDER = [name for name in ("sm80", "sm86", "sm89", "sm90") if card_formats.running(gpus.load(name), "engine")]
+# Formats of TensorRT-LLM's that no recipe can choose.
+NOT_OURS = (
+    "nvfp4_awq",
+    "w4a16_nvfp4",
+    "fp8_pc_pt",
+    "int8_sq",
+    "int4_awq",
+    "mxfp4",
+    "fp8_block_scales",
+    "w4a8_awq",
+    "w4a8_gptq",
+    "w4a16_gptq",
+)
 
 
 def flags(gpu: str, *sets: str) -> dict[str, str]:
@@ -24,7 +39,7 @@ def flags(gpu: str, *sets: str) -> dict[str, str]:
 
 
 def test_the_list_of_profiles() -> None:
-    assert gpus.names() == sorted([*BLACKWELL, *OLDER, "cpu"])
+    assert gpus.names() == sorted([*BLACKWELL, "sm80", "sm86", "sm89", "sm90", "cpu"])
 
 
 @pytest.mark.parametrize("name", gpus.names())
@@ -39,17 +54,23 @@ def test_a_profile_has_a_source_for_every_fact(name: str) -> None:
         assert card.source
         if card.bandwidth_gb_s:
             assert card.memory_gb
-    for said_format in profile.formats.values():
-        assert said_format.source
-        assert said_format.since in trtllm_flags.versions() or said_format.since == "1.2.0"
+    for by_target in profile.formats.values():
+        for target, support in by_target.items():
+            assert support.source
+            order(support.since)
+            if target == "engine":
+                assert support.since in (*trtllm_flags.versions(), "1.2.0")
     assert bool(profile.cards) == bool(profile.formats) == (profile.sm is not None)
+    assert profile.best[0].reason
 
 
 @pytest.mark.parametrize("name", gpus.names())
 def test_a_profile_has_no_unused_key(name: str) -> None:
     raw = yaml.safe_load(paths.data("configs", "gpus", f"{name}.yaml").read_text())
     known = {"title", "sm", "target", "flags", "flags_of", "card_facts_of", "recipe"}
-    assert set(raw) <= known | {"cards", "formats", "fmha_head_sizes", "notes"}
+    assert set(raw) <= known | {"cards", "best", "formats", "fmha_head_sizes", "notes"}
+    entries = {one.gpu_format for one in (*registry.all_formats().values(), *kv_cache.FORMATS.values())}
+    assert set(raw.get("formats", {})) <= {*entries, *NOT_OURS}
 
 
 @pytest.mark.parametrize("name", [name for name in BLACKWELL if name != "sm120"])
@@ -68,18 +89,21 @@ def test_nvfp4_runs_only_on_blackwell() -> None:
 
 @pytest.mark.parametrize("name", OLDER)
 def test_a_card_without_nvfp4_is_rejected_with_its_formats(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"{name} can't run nvfp4") as caught:
-        flags(name)
-    assert f"{name} ({gpus.load(name).title}) runs {', '.join(gpus.load(name).formats)}" in caught.value.why
+    with pytest.raises(UnsupportedError, match=f"{name} can't run NVFP4 with the engine target") as caught:
+        flags(name, "quantization.format=nvfp4")
+    known = [one.name for one in card_formats.running(gpus.load(name), "engine")]
+    assert f"{name} ({gpus.load(name).title}) runs {', '.join(known)} with this target" in caught.value.why
+    assert "NVFP4 runs on sm100, sm103, sm120, sm120-fmha, sm121" in caught.value.why
+    assert caught.value.hint.startswith(f"--format {gpus.load(name).best[0].format}")
     assert "--gpu cpu" in caught.value.hint
-    assert flags(name, "target=reference")
+    assert flags(name, "quantization.format=nvfp4", "target=reference")
 
 
 def test_a_card_newer_than_the_version_is_rejected() -> None:
     assert flags("sm103")
-    with pytest.raises(UnsupportedError, match=r"sm103 runs nvfp4 since TensorRT-LLM 1\.2\.0") as caught:
+    with pytest.raises(UnsupportedError, match=r"sm103 runs NVFP4 .* since TensorRT-LLM 1\.2\.0") as caught:
         flags("sm103", "engine.tensorrt_llm=1.1.0")
-    assert caught.value.hint == "--set engine.tensorrt_llm=1.2.1"
+    assert caught.value.hint.startswith("--set engine.tensorrt_llm=1.2.1")
     assert flags("sm120-fmha", "engine.tensorrt_llm=1.0.0")
 
 
@@ -136,3 +160,55 @@ def test_a_profile_is_loaded_by_its_exact_name_only() -> None:
     with pytest.raises(UnsupportedError, match="no GPU profile or card named 'SM120'") as caught:
         gpus.load("SM120")
     assert "Did you mean 'sm120' or 'sm120-fmha'?" in caught.value.why
+
+
+def every_case() -> list[tuple[str, str, str]]:
+    """(profile, target, format) of every format on every card, by the targets that need a GPU."""
+    names = [one.name for one in registry.for_whole_model()]
+    return [(gpu, target, name) for gpu in [*OLDER, *BLACKWELL] for target in gpus.TARGETS for name in names]
+
+
+@pytest.mark.parametrize(("gpu", "target", "name"), every_case())
+def test_a_format_runs_or_the_error_names_what_does(gpu: str, target: str, name: str) -> None:
+    """Following any advice of the error leads to a plan that is not refused."""
+    profile, one = gpus.load(gpu), registry.get(name)
+    newest = {"engine": "1.2.1", "llmapi": "1.4.0rc1"}[target]
+    sets = [f"target={target}", f"quantization.format={name}", f"engine.tensorrt_llm={newest}"]
+    resolved = schema.resolve({"model.id": "m", "gpu": gpu}, sets=sets)
+    if card_formats.runs(one, profile, target):
+        assert (one.gpu_format is None) or card_formats.support(one, profile, target)
+        trtllm_flags.check_format(resolved)
+        return
+    with pytest.raises(UnsupportedError, match=f"{gpu} can't run") as caught:
+        trtllm_flags.check_format(resolved)
+    advice = re.findall(r"--(format|target) (\w+)", caught.value.hint)
+    assert advice
+    for option, value in advice:
+        key = {"format": "quantization.format", "target": "target"}[option]
+        newer = "1.4.0rc1" if value == "llmapi" else newest
+        followed = [*sets, f"{key}={value}", f"engine.tensorrt_llm={newer}"]
+        trtllm_flags.check_format(schema.resolve({"model.id": "m", "gpu": gpu}, sets=followed))
+
+
+@pytest.mark.parametrize("target", gpus.TARGETS)
+@pytest.mark.parametrize("gpu", [*OLDER, *BLACKWELL])
+def test_without_a_format_the_best_one_is_chosen_and_named(gpu: str, target: str) -> None:
+    resolved = schema.resolve({"model.id": "m", "gpu": gpu, "target": target})
+    part, origins = resolved.recipe.quantization, resolved.origins
+    assert part.format == card_formats.running(resolved.gpu, target)[0].name
+    assert origins["quantization.format"].startswith(f"GPU profile {gpu}: the best that {gpu} runs: ")
+    assert origins["quantization.kv_cache_dtype"].startswith(f"GPU profile {gpu}: ")
+    assert not trtllm_flags.asked_for(origins["quantization.format"])
+    trtllm_flags.check_format(resolved)
+
+
+@pytest.mark.parametrize(("gpu", "name"), [(gpu, name) for gpu, target, name in every_case() if target == "engine"])
+def test_the_default_cache_costs_neither_kv_reuse_nor_chunked_context(gpu: str, name: str) -> None:
+    """The flags of each card, for each format that trtllm-build runs there."""
+    if not card_formats.runs(registry.get(name), gpus.load(gpu), "engine"):
+        pytest.skip("the card does not run it")
+    found = flags(gpu, f"quantization.format={name}")
+    assert found["use_paged_context_fmha"] == ("disable" if gpu == "sm120" else "enable")
+    cache = schema.resolve({"model.id": "m", "gpu": gpu, "quantization.format": name}).recipe.quantization.cache_format
+    assert (found["use_fp8_context_fmha"] == "enable") == (cache.fp8_attention and gpu != "sm120")
+    assert found["gemm_plugin"] == registry.get(name).gemm_plugin

@@ -473,7 +473,7 @@ def test_an_nvfp4_kv_cache() -> None:
         is_refused("R45", UnsupportedError, "no NVFP4 KV cache", lambda about=about: rules.refuse(about, {}))  # type: ignore[misc]
     off = {"use_fp8_context_fmha": "disable", "use_paged_context_fmha": "disable"}
     is_refused("R45", UnsupportedError, "needs FP8", lambda: checked(subject(sm=100, kv_cache_algo="NVFP4"), **off))
-    with pytest.raises(UnsupportedError, match="sm120-fmha can't run nvfp4_kv_cache"):
+    with pytest.raises(UnsupportedError, match="sm120-fmha can't run NVFP4 KV cache"):
         flags_of(**{"quantization.kv_cache_dtype": "nvfp4"})
 
 
