@@ -17,7 +17,8 @@ from builder.recipe import card_formats, schema
 from builder.trtllm import flags as trtllm_flags
 
 BLACKWELL = ["sm100", "sm103", "sm120", "sm120-fmha", "sm121"]
-OLDER = [name for name in ("sm80", "sm86", "sm89", "sm90") if card_formats.running(gpus.load(name), "engine")]
+KNOWN = [one.name for one in registry.for_whole_model()]
+OLDER = [name for name in ("sm80", "sm86", "sm89", "sm90") if gpus.load(name).best[0].format in KNOWN]
 # Formats of TensorRT-LLM's that no recipe can choose.
 NOT_OURS = (
     "nvfp4_awq",
