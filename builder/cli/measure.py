@@ -59,6 +59,19 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("path", type=path, metavar="CHECKPOINT", help="directory of a quantized checkpoint")
 
+    command = add_command(
+        commands, "repair", "replace scales of a checkpoint that are not numbers", run_repair,
+        examples=[
+            "builder repair ./Qwen3-8B-NVFP4",
+            "builder repair ./Qwen3-8B-NVFP4 --output ./Qwen3-8B-NVFP4-repaired",
+            "builder repair ./Qwen3-8B-NVFP4 --undo",
+        ],
+    )  # fmt: skip
+    command.add_argument("path", type=path, metavar="CHECKPOINT", help="directory of a checkpoint, Hugging Face layout")
+    command.add_argument("--output", type=path, metavar="DIRECTORY",
+                         help="write a repaired copy there and leave CHECKPOINT as it is")  # fmt: skip
+    command.add_argument("--undo", action="store_true", help="remove the patches of earlier repairs")
+
 
 def run_eval(arguments: argparse.Namespace, out: Output) -> int:
     """Builds what is to be measured, unless the store has it, and measures it. EvaluationError if a gate fails."""
@@ -91,12 +104,37 @@ def run_sensitivity(arguments: argparse.Namespace, out: Output) -> int:
 
 
 def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
-    """Validates any checkpoint, as `quantize` validates its own. IntegrityError for one that is damaged."""
+    """Validates any checkpoint, as a build validates its own. IntegrityError for one that is damaged."""
+    from builder.checkpoint.inspection.show import show
     from builder.checkpoint.validate import inspect
 
     inspection = inspect(arguments.path)
-    out.table("checkpoint", ["fact", "value"], inspection.summary.items())
     out.result(inspection.facts())
+    show(inspection, out)
     inspection.check(arguments.path)
-    out.info("no problem found")
+    if not inspection.findings:
+        out.info("no problem found")
+    return 0
+
+
+def run_repair(arguments: argparse.Namespace, out: Output) -> int:
+    """Repairs a checkpoint, or undoes it. IntegrityError if problems are left that a repair can't cure."""
+    from builder.checkpoint import repair
+    from builder.checkpoint.inspection.show import show_repair
+    from builder.checkpoint.validate import inspect
+    from builder.core.errors import UsageError
+
+    if arguments.undo:
+        if arguments.output:
+            raise UsageError("--undo and --output exclude each other.", hint="A copy is undone by removing it.")
+        patches = repair.undo(arguments.path)
+        out.result({"directory": str(arguments.path), "removed": patches})
+        out.info(f"removed {', '.join(patches)}; the files are as they were")
+        return 0
+    done = repair.repair(arguments.path, output=arguments.output)
+    out.result(done.facts())
+    show_repair(done, out)
+    left = inspect(done.directory)
+    out.result(left.facts())
+    left.check(done.directory)
     return 0

@@ -14,6 +14,7 @@ import errno
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -36,6 +37,8 @@ DTYPE_BITS = {
 _ORDER = {dtype: number for number, dtype in enumerate(DTYPE_BITS)}
 MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs, MAX_HEADER_SIZE
 CHUNK_BYTES = 16 * 1024 * 1024
+# A file whose tensors replace those of the same name, where the index names it for them (`builder repair`).
+PATCH = re.compile(r"repair-(\d{4})\.safetensors")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 # How much of a file's beginning is read first: enough for the header length, and to recognize a Git LFS pointer.
 HEAD_BYTES = len(LFS_POINTER)
@@ -75,6 +78,11 @@ class NewTensor:
     dtype: str
     shape: tuple[int, ...]
     chunks: Iterable[Buffer | FileRange]
+
+
+def patch_name(number: int) -> str:
+    """The name of the n-th patch of a directory, from 1 on; it sorts after the files that it corrects."""
+    return f"repair-{number:04}.safetensors"
 
 
 def byte_size(dtype: str, shape: Sequence[int]) -> int:
@@ -179,7 +187,8 @@ class Tensors(Mapping[str, TensorInfo]):
     """All tensors of a directory, or of the given files, mapped read-only. Maps names to TensorInfo.
 
     If there is an index (`model.safetensors.index.json`), it selects the files and must match them tensor by tensor.
-    IntegrityError if it doesn't, if a tensor occurs twice, or if there is no safetensors file.
+    A tensor that is also in a patch is read from where the index says. IntegrityError if index and files disagree, if a
+    tensor occurs twice, or if there is no safetensors file.
     """
 
     def __init__(self, directory: Path, files: Sequence[Path] | None = None) -> None:
@@ -189,13 +198,17 @@ class Tensors(Mapping[str, TensorInfo]):
         self._infos: dict[str, TensorInfo] = {}
         self._file: dict[str, Path] = {}
         self._maps: dict[Path, mmap.mmap] = {}
+        index = _index(directory) if files is None else None
         for file in self.files:
             for name, info in read_header(file).items():
-                if name in self._infos:
+                if name in self._infos and index is not None and PATCH.fullmatch(file.name):
+                    if index.get(name) != file.name:
+                        continue
+                elif name in self._infos:
                     raise IntegrityError(f"The tensor {name} is both in {self._file[name].name} and in {file.name}.")
                 self._infos[name], self._file[name] = info, file
-        if files is None:
-            self._check_index(directory)
+        if index is not None:
+            self._check_index(directory, index)
 
     @classmethod
     def of(cls, files: Mapping[Path, Mapping[str, TensorInfo]]) -> Tensors:
@@ -253,10 +266,7 @@ class Tensors(Mapping[str, TensorInfo]):
                 yield data[start : start + CHUNK_BYTES]
             self.release(name)
 
-    def _check_index(self, directory: Path) -> None:
-        index = _index(directory)
-        if index is None:
-            return
+    def _check_index(self, directory: Path, index: Mapping[str, str]) -> None:
         wrong = sorted(
             n for n in index.keys() | self._file.keys() if index.get(n) != getattr(self._file.get(n), "name", 0)
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.errors import IntegrityError
-from builder.core.safetensors_io import TensorInfo, Tensors, read_entries
+from builder.core.safetensors_io import PATCH, TensorInfo, Tensors, read_entries
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.model.files import INDEX, WEIGHTS
 
@@ -132,17 +132,17 @@ def _owners(found: Mapping[Path, Mapping[str, TensorInfo]], index: _Index | None
     owner: dict[str, Path] = {}
     for file, infos in found.items():
         for name in infos:
-            if name not in owner:
-                owner[name] = file
-                continue
-            opened.problems.append((name, f"is both in {owner[name].name} and in {file.name}", "duplicate"))
-            if index and index.weight_map.get(name) == file.name:
+            named = index is not None and index.weight_map.get(name) == file.name
+            if name in owner and not (index is not None and PATCH.fullmatch(file.name)):
+                opened.problems.append((name, f"is both in {owner[name].name} and in {file.name}", "duplicate"))
+            if name not in owner or named:
                 owner[name] = file
     return owner
 
 
 def _check_index(index: _Index, found: Mapping[Path, Mapping[str, TensorInfo]], opened: Opened) -> None:
-    where = {name: file.name for file, infos in found.items() for name in infos}
+    where = {name: file.name for file, infos in found.items() for name in infos if not PATCH.fullmatch(file.name)}
+    where |= {n: f.name for f, infos in found.items() for n in infos if index.weight_map.get(n) == f.name}
     names = {file.name: infos for file, infos in found.items()}
     for name, file in index.weight_map.items():
         if name in opened.lost or name in names.get(file, {}):
@@ -157,7 +157,7 @@ def _check_index(index: _Index, found: Mapping[Path, Mapping[str, TensorInfo]], 
         opened.lost.update({name} - where.keys())
     for name in sorted(where.keys() - index.weight_map.keys()):
         opened.problems.append((name, f"is in {where[name]}, and not in the index", "index"))
-    total = sum(info.nbytes for infos in found.values() for info in infos.values())
+    total = sum(info.nbytes for info in opened.tensors.values())
     if isinstance(index.total_size, int | float) and not opened.problems and index.total_size != total:
         what = f"says {index.total_size:,} bytes; its tensors have {total:,}"
         opened.problems.append((INDEX, what, "index-size"))
