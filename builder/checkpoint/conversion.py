@@ -196,7 +196,8 @@ def _head(found: Description) -> str:
 def _producer(found: Description) -> dict[str, str]:
     """The tool that computed the weights, as the new files name it."""
     known = found.producer.name and found.producer.name != compressed_config.METHOD
-    return asdict(found.producer) if known else {"name": "trtllm-builder", "version": __version__}
+    source = f"{compressed_config.METHOD} {found.producer.version}".strip()
+    return asdict(found.producer) if known else {"name": "trtllm-builder", "version": __version__, "source": source}
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,6 +60,10 @@ def document(
     # vLLM looks a fused layer up by its class before it looks at its parts' names, so Linear stands for one format only
     # (model_executor/layers/quantization/compressed_tensors/utils.py, find_matched_target).
     several = len(grouped) > 1
+    if cache.quantized and not cache.compressed_tensors:
+        raise UnsupportedError(
+            f"compressed-tensors has no {cache.title}.", why="It has an FP8 KV cache.", hint="--to unified"
+        )
     groups = {
         f"group_{n}": _group(_scheme(one), _targets(modules, [*formats, *kept]) if several else ["Linear"])
         for n, (one, modules) in enumerate(grouped.items())

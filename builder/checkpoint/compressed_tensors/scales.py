@@ -2,9 +2,11 @@
 
 ModelOpt multiplies by a global scale, `code * (block_scale * scale)`, and compressed-tensors divides by it,
 `code * (block_scale / global_scale)` (quantization/lifecycle/forward_helpers.py, _dequantize, 0.18). Both compute in
-float32 and round the weight to BF16. With global_scale = float32(1 / scale) the weights are the same bits for all but
-480 of the 2**23 significands of a float32 scale, and with one of its two neighbours for all but 50; there, weights that
-lie on the boundary between two BF16 numbers get the other one. (tests/checkpoint/test_compressed_scales.py counts.)
+float32 and round the weight to BF16. With global_scale = float32(1 / scale), or one of its two neighbours where that
+one fails, the weights are the same bits for all but 50 of the 2**23 significands of a float32 scale. Of the 128 that a
+BF16 weight's maximum leads to (over 2688), one fails, 1.75: there `code * (block_scale * scale)` is halfway between two
+BF16 numbers for some codes and block scales, the division misses that by the last bit of a float32, and these weights
+differ by the last bit of a BF16. tests/checkpoint/test_compressed_scales.py counts all of them.
 
 A reciprocal can't always be inverted: of two neighbouring floats just below a power of two, both may have the same one.
 `converted` therefore says what has to be recorded so that the way back gives the same bytes. Standard library only.
