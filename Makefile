@@ -56,7 +56,7 @@ $(CHAT_MODEL)/config.json: tests/support/real_model.py | $(VENV)/ready
 
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready ## the tests that depend on them with the TensorRT-LLM image's versions
-	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/formats tests/quantize/test_modelopt.py tests/quantize/test_keep_bf16.py tests/quantize/test_keep_fp8.py tests/quantize/test_experts.py tests/reference/test_model.py tests/calibration/test_rows.py tests/hub/test_snapshot.py tests/hub/test_faults.py tests/tokenizer/test_files.py tests/tokenizer/test_chat_template.py tests/model/test_loading.py tests/model/test_dtypes.py tests/calibration/test_before_calibrating.py
+	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/formats tests/checkpoint/test_conversion.py tests/quantize/test_modelopt.py tests/quantize/test_keep_bf16.py tests/quantize/test_keep_fp8.py tests/quantize/test_experts.py tests/reference/test_model.py tests/calibration/test_rows.py tests/hub/test_snapshot.py tests/hub/test_faults.py tests/tokenizer/test_files.py tests/tokenizer/test_chat_template.py tests/model/test_loading.py tests/model/test_dtypes.py tests/calibration/test_before_calibrating.py
 
 # Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
 chaos: $(VENV)/ready ## kills, full disks, racing commands: then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')

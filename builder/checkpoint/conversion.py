@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from builder.checkpoint.description import CONFIG, HF_QUANT_CONFIG, Description,
 from builder.checkpoint.layouts import QUANT_CFG, write_json, write_quant_cfg
 from builder.core import atomic
 from builder.core.errors import BuilderError, StageError, UnsupportedError, UsageError
-from builder.core.output import size
+from builder.core.output import Output, size
 from builder.core.safetensors_io import Tensors
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
@@ -79,6 +80,28 @@ def source_directory(path: Path) -> Path:
             hint="Name a directory that `builder quantize`, ModelOpt or llm-compressor wrote.",
         )
     return found
+
+
+def parse_size(text: str) -> int:
+    """Bytes from 500MB or 5GB, decimal units. UsageError for anything else."""
+    found = re.fullmatch(r"(\d{1,6})\s*(MB|GB)", text.strip(), re.IGNORECASE)
+    if found is None or not int(found[1]):
+        raise UsageError(f"{text!r} is not a size of files.", hint="Write it as 500MB or 5GB.")
+    return int(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2].upper()]
+
+
+def convert_with_progress(source: Path, destination: Path, layout: Layout, options: Options, out: Output) -> Converted:
+    """`convert` with a bar that counts megabytes."""
+    total = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 1e6
+    with out.progress(f"converting to {layout}", total, "MB") as bar:
+        done = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            bar.update(done / 1e6)
+
+        return convert(source, destination, layout, replace(options, done=count))
 
 
 def convert(source: Path, destination: Path, layout: Layout, options: Options = Options()) -> Converted:

@@ -1,20 +1,22 @@
-"""The commands for what was built: reports, integrity, garbage collection."""
+"""The commands for what was built: reports, other layouts, integrity, garbage collection."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from builder.cli.options import add_command, add_output, path
 from builder.core.errors import UsageError
-from builder.core.output import Output
+from builder.core.output import Output, size
 
 TITLE = "keep"
+LAYOUTS = ("unified", "tensorrt_llm", "compressed-tensors")  # checkpoint/conversion.py
 
 
 def add(commands: Any) -> None:
-    """Adds report, verify and clean."""
+    """Adds report, convert, verify and clean."""
     command = add_command(
         commands, "report", "write what is known of a repository as HTML and Markdown", run_report,
         examples=[
@@ -26,6 +28,7 @@ def add(commands: Any) -> None:
     for option, text in (("html", "the page"), ("markdown", "the model card"), ("csv", "the table that grows")):
         command.add_argument(f"--{option}", type=path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
 
+    _add_convert(commands)
     command = add_command(commands, "verify", "check every stored file against its SHA-256", run_verify,
                           examples=["builder verify", "builder verify --output /data/artifacts"])  # fmt: skip
     add_output(command)
@@ -44,6 +47,48 @@ def add(commands: Any) -> None:
                          help="also remove what no link needs and no build used for this long: 7d, 12h")  # fmt: skip
     command.add_argument("--all", action="store_true", help="remove all builds and their links")
     command.add_argument("--dry-run", action="store_true", help="only list what would be removed, what stays, and why")
+
+
+def _add_convert(commands: Any) -> None:
+    command = add_command(
+        commands, "convert", "write a quantized checkpoint in another layout, without quantizing again", run_convert,
+        examples=[
+            "builder convert artifacts/store/checkpoint/KEY qwen3-8b-vllm --to compressed-tensors",
+            "builder convert Qwen3-8B-NVFP4-llmc qwen3-8b --to unified --shard-size 2GB",
+            "builder convert engine-input qwen3-8b --to unified --model Qwen3-8B",
+        ],
+    )  # fmt: skip
+    command.add_argument("source", metavar="SOURCE", type=path,
+                         help="a directory with a quantized checkpoint, or a checkpoint of the store")  # fmt: skip
+    command.add_argument("destination", metavar="DESTINATION", type=path, help="the directory to write; must not exist")
+    command.add_argument("--to", metavar="LAYOUT", required=True, choices=LAYOUTS,
+                         help=f"the layout to write: {', '.join(LAYOUTS)}")  # fmt: skip
+    command.add_argument("--model", type=path, metavar="DIR",
+                         help="the source model's directory, for its config.json and tokenizer: "
+                         "TensorRT-LLM's layout lacks them")  # fmt: skip
+    command.add_argument("--shard-size", metavar="SIZE", default="5GB",
+                         help="largest file to write, as 500MB or 5GB (default: 5GB)")  # fmt: skip
+
+
+def run_convert(arguments: argparse.Namespace, out: Output) -> int:
+    """Converts; warns of what the new layout can't hold and of scales that can't be right."""
+    from builder.checkpoint import conversion
+
+    shard_bytes = conversion.parse_size(arguments.shard_size)
+    source = conversion.source_directory(arguments.source)
+    made = conversion.convert_with_progress(
+        source, arguments.destination, conversion.LAYOUTS[arguments.to],
+        conversion.Options(arguments.model, shard_bytes), out,
+    )  # fmt: skip
+    for sentence in made.lost:
+        out.warn(sentence)
+    if made.suspicious:
+        shown = ", ".join(made.suspicious[:3]) + ", ..." * (len(made.suspicious) > 3)
+        out.warn(f"{len(made.suspicious)} scales are not finite and positive: {shown}")
+    out.result({"source": str(source), "destination": str(arguments.destination), **asdict(made)})
+    out.text(f"{arguments.destination}: {len(made.files)} files of weights, {size(made.nbytes)}")
+    out.text(f"Check it: builder inspect {arguments.destination}")
+    return 0
 
 
 def run_report(arguments: argparse.Namespace, out: Output) -> int:
