@@ -1,7 +1,7 @@
-"""Splits a TensorRT-LLM layout into one file for each rank of tensor and pipeline parallelism, and joins them again.
+"""Splits a TensorRT-LLM layout into one file for each rank of tensor and pipeline parallelism.
 
-Both directions are lossless. The split is TensorRT-LLM's (models/convert_utils.py@03961722: split_matrix_tp,
-dup_kv_weight; mapping.py@b35ac1b6: rank = pp_rank * tp_size + tp_rank) and, byte for byte, ModelOpt's
+`joining` is the other direction; both are lossless. The split is TensorRT-LLM's (models/convert_utils.py@03961722:
+split_matrix_tp, dup_kv_weight; mapping.py@b35ac1b6: rank = pp_rank * tp_size + tp_rank) and, byte for byte, ModelOpt's
 (export/postprocess.py). Tensors are mapped and written in chunks, never loaded whole: a column split is a range of
 bytes, a row split a strided view.
 """
@@ -25,7 +25,7 @@ from builder.checkpoint.layouts import (
     write_json,
 )
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.core.safetensors_io import CHUNK_BYTES, NewTensor, TensorInfo, Tensors, byte_size, write
+from builder.core.safetensors_io import CHUNK_BYTES, NewTensor, TensorInfo, Tensors, write
 from builder.core.store import Store, sources_digest
 from builder.formats import registry
 from builder.formats.base import Axis, NumberFormat
@@ -247,23 +247,24 @@ def rank_tensors(tensors: Tensors, config: Mapping[str, Any], parallel: Parallel
 
 
 def _chunks(tensors: Tensors, name: str, info: TensorInfo, part: Shard) -> Iterator[bytes | memoryview]:
-    table = _table(tensors.data(name), info)
-    columns = _columns(table.shape[1], part)
-    step = max(1, CHUNK_BYTES // max(table.shape[1], 1))
+    rows = table(tensors.data(name), info)
+    taken = columns(rows.shape[1], part)
+    step = max(1, CHUNK_BYTES // max(rows.shape[1], 1))
     for start, end in part.rows:
         for at in range(start, end, step):
-            yield table[at : min(at + step, end), columns].tobytes()
+            yield rows[at : min(at + step, end), taken].tobytes()
             tensors.release(name)
     if part.padding:
-        yield bytes(part.padding * (columns.stop - columns.start))
+        yield bytes(part.padding * (taken.stop - taken.start))
 
 
-def _table(data: memoryview | bytearray, info: TensorInfo) -> np.ndarray[Any, Any]:
+def table(data: memoryview | bytearray, info: TensorInfo) -> np.ndarray[Any, Any]:
     """A tensor's bytes as [dim 0, bytes of a row]. Two FP4 values share a byte of a U8 tensor, which is never split."""
     return np.frombuffer(data, np.uint8).reshape(info.shape[0] if info.shape else 1, -1)
 
 
-def _columns(row_bytes: int, part: Shard) -> slice:
+def columns(row_bytes: int, part: Shard) -> slice:
+    """A rank's bytes of each row. IntegrityError if the rows can't be split in equal parts."""
     index, parts = part.column
     if row_bytes % parts:
         raise IntegrityError(f"A row of {row_bytes} bytes can't be split into {parts} equal parts.")
@@ -294,76 +295,6 @@ def local_layers(layers: Mapping[str, Any], config: Mapping[str, Any], parallel:
                 hint="Split with --tp only.",
             )
     return {name: value for name, value in layers.items() if not name.startswith(LAYERS)} | everywhere
-
-
-class Joined:
-    """The rank files of a directory, joined to one model: `names`, and `data(name)` with the bytes of a whole tensor.
-
-    IntegrityError if files are missing, or if ranks differ in what they must share.
-    """
-
-    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        self.config, self.parallel = config, parallel_of(config)
-        self._ranks = [Tensors(directory, [file]) for file in rank_files(directory, config)]
-        self._where: dict[str, tuple[int, str]] = {}  # whole name -> pipeline stage, name there
-        for pp_rank in range(self.parallel.pp):
-            first = self.parallel.layers(pp_rank, config["num_hidden_layers"])[0]
-            for local in self._ranks[pp_rank * self.parallel.tp]:
-                self._where[_global_name(local, first)] = pp_rank, local
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the whole model's tensors."""
-        return list(self._where)
-
-    def info(self, name: str) -> TensorInfo:
-        """Dtype and shape of the whole tensor, with offsets as in a file that holds nothing else."""
-        pp_rank, local = self._where[name]
-        part = self._ranks[pp_rank * self.parallel.tp][local]
-        shape = whole_shape(name, part.shape, self.config, self.parallel.tp)
-        return TensorInfo(part.dtype, shape, 0, byte_size(part.dtype, shape))
-
-    def data(self, name: str) -> bytearray:
-        """The bytes of the whole tensor, joined from the ranks of its pipeline stage."""
-        pp_rank, local = self._where[name]
-        info, tp = self.info(name), self.parallel.tp
-        whole = bytearray(info.nbytes)
-        table = _table(whole, info)
-        filled: set[tuple[int, int, int]] = set()
-        for tp_rank in range(tp):
-            tensors = self._ranks[pp_rank * tp + tp_rank]
-            part = shard(name, info.shape, self.config, tp, tp_rank)
-            if local not in tensors or tensors[local].shape != (part.shape(info.shape) if info.shape else ()):
-                file = f"rank{pp_rank * tp + tp_rank}.safetensors"
-                raise IntegrityError(f"{file}: {local} is missing or has the wrong shape.")
-            _put(table, _table(tensors.data(local), tensors[local]), part, filled, local)
-        return whole
-
-
-def _put(
-    table: np.ndarray[Any, Any],
-    held: np.ndarray[Any, Any],
-    part: Shard,
-    filled: set[tuple[int, int, int]],
-    name: str,
-) -> None:
-    """Copies a rank's rows into the whole table. IntegrityError if rows that another rank holds too differ."""
-    columns, at = _columns(table.shape[1], part), 0
-    for start, end in part.rows:
-        rows = held[at : at + end - start]
-        place, key = table[start:end, columns], (start, end, columns.start)
-        if key in filled and not np.array_equal(place, rows):
-            raise IntegrityError(f"{name} differs between ranks that must hold the same part of it.")
-        place[:] = rows
-        filled.add(key)
-        at += end - start
-
-
-def _global_name(local: str, first: int) -> str:
-    if not local.startswith(LAYERS):
-        return local
-    index, _, rest = local.removeprefix(LAYERS).partition(".")
-    return f"{LAYERS}{int(index) + first}.{rest}"
 
 
 def whole_shape(name: str, part: Sequence[int], config: Mapping[str, Any], tp: int) -> tuple[int, ...]:

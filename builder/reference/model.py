@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from builder.architectures import names
+from builder.checkpoint.joining import Joined
 from builder.checkpoint.layouts import QUANT_CFG, read_json
-from builder.checkpoint.sharding import Joined
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.formats import kv_cache
 from builder.formats.base import NumberFormat

@@ -16,6 +16,7 @@ SERVED_SOURCES = (
     "builder/recipe/target_facts.py",
     "builder/formats",
     "builder/checkpoint/sharding.py",
+    "builder/checkpoint/joining.py",
     "builder/checkpoint/layouts.py",
     "builder/core/safetensors_io.py",
     "builder/model/files.py",

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from builder.checkpoint import layouts as checkpoint_layouts
 from builder.checkpoint import sharding, validate
+from builder.checkpoint.joining import Joined
 from builder.checkpoint.layouts import Checkpoint
-from builder.checkpoint.sharding import Joined, Parallel
+from builder.checkpoint.sharding import Parallel
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, Tensors, write
