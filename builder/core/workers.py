@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 QUANTIZE: Final = "builder.quantize.worker"
+SCALES: Final = "builder.quantize.scales_worker"
 EVALUATE: Final = "builder.evaluate.runners.worker"
 SENSITIVITY: Final = "builder.evaluate.sensitivity.worker"
 TASK_NAMES: Final = "builder.evaluate.task_names"

@@ -150,6 +150,7 @@ class NumberFormat:
         "auto" is the model's own type.
     gemm_inputs, gemm_outputs: what a GPU's part of a layer must be a multiple of for TensorRT-LLM's GEMM.
     compressed_tensors: what compressed-tensors calls it; None where that library has no such format.
+    input_range: the largest magnitude of an input under the scale 1, where an `input_scale` is stored.
     """
 
     name: str
@@ -173,6 +174,7 @@ class NumberFormat:
     gemm_inputs: int = 1
     gemm_outputs: int = 1
     compressed_tensors: Scheme | None = None
+    input_range: float | None = None
 
     @property
     def weight(self) -> StoredTensor:

@@ -66,4 +66,5 @@ FORMAT = Fp8(
     gemm_plugin_why="TensorRT's own FP8 kernels: upstream recommends the plugin for small batches only",
     gemm_plugin_source="nvidia.github.io/TensorRT-LLM/performance/performance-tuning-guide/useful-build-time-flags.html",
     compressed_tensors=Scheme("float-quantized", PER_TENSOR, {**PER_TENSOR, "observer": "static_minmax"}),
+    input_range=448.0,
 )  # fmt: skip

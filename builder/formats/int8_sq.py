@@ -60,4 +60,5 @@ FORMAT = Int8Sq(
     whole_model=True,
     modelopt_config="INT8_SMOOTHQUANT_CFG",
     gpu_format="int8_sq",
+    input_range=127.0,
 )  # fmt: skip

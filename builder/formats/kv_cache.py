@@ -33,6 +33,7 @@ class KvCacheFormat:
     fp8_attention: whether TensorRT-LLM attends over it in FP8.
     unified, tensorrt_llm, compressed_tensors: the names of a layer's scales (F32, one number) after the attention's
         name, in the order of `unified`.
+    scale_range: the largest magnitude of a key or value under the scale 1.
     least_scale: the smallest scale in TensorRT-LLM's layout, as ModelOpt's export to it writes them.
     """
 
@@ -49,6 +50,7 @@ class KvCacheFormat:
     tensorrt_llm: tuple[str, ...] = ()
     compressed_tensors: tuple[str, ...] = ()
     least_scale: float = 0.0
+    scale_range: float = 1.0
 
     @property
     def quantized(self) -> bool:
@@ -104,6 +106,7 @@ FP8 = Fp8Cache(
     unified=UNIFIED,
     tensorrt_llm=TENSORRT_LLM,
     compressed_tensors=("k_scale", "v_scale"),
+    scale_range=448.0,
     # "Recommend default kv cache scaling factor to be 1" (export/quant_utils.py, get_kv_cache_scaling_factor).
     least_scale=1.0,
 )
@@ -121,6 +124,7 @@ NVFP4 = Nvfp4Cache(
     fp8_attention=True,  # in both phases, says NVIDIA/TensorRT-LLM #6244
     unified=UNIFIED,
     tensorrt_llm=TENSORRT_LLM,
+    scale_range=6 * 448.0,
 )
 FORMATS: Mapping[str, KvCacheFormat] = {one.name: one for one in (FP8, AUTO, NVFP4)}
 # Formats of TensorRT-LLM's that are rejected, and why (rules R31 and R32 of configs/trtllm).

@@ -75,6 +75,7 @@ FORMAT = Nvfp4(
     ),
     label="nvfp4",
     group_size=BLOCK,
+    input_range=6 * 448.0,  # the largest E2M1 value under the largest E4M3 scale
     whole_model=True,
     modelopt_config="NVFP4_DEFAULT_CFG",
     gpu_format="nvfp4",

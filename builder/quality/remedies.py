@@ -63,13 +63,13 @@ def _mean(scores: Path, names: Sequence[str], sets: Mapping[str, Sequences] | No
 @contextmanager
 def _kept(model: Any, modules: Sequence[str], stored: Tensors) -> Iterator[None]:
     """These linear layers in FP8 while the block runs."""
-    from builder.evaluate.runners.local import _tensor
+    from builder.quantize.stored_model import tensor
 
     before = []
     for name in modules:
         module = model.get_submodule(name)
         before.append((module, module.weight.data, dict(module._forward_pre_hooks)))
-        weight = _tensor(stored, f"{name}.weight").to(module.weight.device)
+        weight = tensor(stored, f"{name}.weight").to(module.weight.device)
         module._forward_pre_hooks.clear()
         module.weight.data = _through_fp8(weight.float()).to(module.weight.dtype)
         module.register_forward_pre_hook(lambda layer, inputs: (_through_fp8(inputs[0]),))

@@ -14,6 +14,7 @@ from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
 from builder.core.errors import UnsupportedError
 from builder.formats.assignment import ModelFormats
+from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import BF16, FP8
 from builder.quantize import modelopt
 
@@ -45,6 +46,22 @@ def config(mtq: Any, formats: ModelFormats, never: Sequence[str] = ()) -> dict[s
             {"quantizer_name": name, **({"enable": False} if one is None else {"cfg": dict(one)})}
             for name, one in single.items()
         )
+    return made
+
+
+def config_of_inputs(mtq: Any, cache: KvCacheFormat) -> dict[str, Any]:
+    """The configuration for `mtq.quantize` that reads the ranges of inputs and of the KV cache; weights stay.
+
+    FP8's quantizers record the largest magnitude, which is what the scale of an input is made of in every format.
+    """
+    made: dict[str, Any] = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    ours, entries = made["quant_cfg"], copy.deepcopy(cache.modelopt(mtq))
+    if isinstance(ours, dict):
+        ours.update({name: settings for name, settings in dict(entries).items() if name != "default"})
+        del ours["*weight_quantizer"]
+    else:
+        ours.extend(entry for entry in entries if entry["quantizer_name"] != "*")
+        ours[:] = [entry for entry in ours if entry["quantizer_name"] != "*weight_quantizer"]
     return made
 
 

@@ -21,7 +21,7 @@ from builder.core.store import Store, WouldRun
 from builder.evaluate import stage as evaluate_stage
 from builder.evaluate import tasks, variants
 from builder.evaluate.sensitivity import stage as sensitivity_stage
-from builder.quantize import modelopt
+from builder.quantize import modelopt, scales
 from builder.serving import smoke
 
 QUIET = Output("quiet")
@@ -99,7 +99,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from builder.core.output import Output
-from builder.quantize import modelopt
+from builder.quantize import modelopt, scales
 from builder.core.store import Store
 def slow(directory):
     (directory / "half").write_text("half-made")
@@ -128,7 +128,7 @@ SECOND = """
 import sys, time
 from pathlib import Path
 from builder.core.output import Output
-from builder.quantize import modelopt
+from builder.quantize import modelopt, scales
 from builder.core.store import Store
 def make(directory):
     print("made", flush=True)
@@ -278,6 +278,7 @@ ANOTHERS = {"calibration/rows.py": {"tokenizer.chat_template", "tokenizer.specia
     ("stage", "sources"),
     [
         ("quantize/modelopt.py", modelopt.SOURCES),
+        ("quantize/scales.py", scales.SOURCES),
         ("calibration/rows.py", calibration_rows.SOURCES),
         ("serving/smoke.py", smoke.SOURCES),
         ("evaluate/sensitivity/stage.py", sensitivity_stage.SOURCES),

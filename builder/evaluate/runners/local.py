@@ -28,8 +28,8 @@ from builder.formats.base import NumberFormat
 from builder.formats.declared import DeclaredFormats, declared
 from builder.formats.kv_cache import KvCacheFormat
 from builder.model import loading as model_loading
-from builder.model.files import parse_config
 from builder.model.hashed_files import SourceFiles
+from builder.quantize import stored_model
 
 ATTENTION = "builder_kv_cache"  # the name of our attention function in transformers
 # A batch on a CPU: with 8192 tokens the fixture takes 25 % more CPU time than with 2048, for its caches; and too many
@@ -88,34 +88,18 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
 def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
     """The unified layout on disk, dequantized here. `kv_cache_dtype` auto keeps the KV cache in the dtype of
     computation; otherwise it is in the format that the checkpoint declares."""
-    import transformers
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
     from transformers.masking_utils import sdpa_mask
 
-    unified = Path(job["unified"])
-    raw = parse_config((unified / "config.json").read_bytes(), str(unified))
-    name = (raw.get("architectures") or ["unknown"])[0]
-    if not hasattr(transformers, name):
-        raise NotMeasurable(f"transformers has no {name}.", hint="Measure it served: --runner served")
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    unified = Path(job["unified"])
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
     stored = Tensors(unified)
     quantization = read_json(unified / "hf_quant_config.json")["quantization"]
     formats = declared(quantization)
-    scales = _scales(formats)
     dtype = _dtype(job, None) or torch.bfloat16
-    model, info = getattr(transformers, name).from_pretrained(
-        None,
-        config=config,
-        state_dict={key: _weight(stored, formats, key, dtype) for key in stored if not key.endswith(scales)},
-        dtype=dtype,
-        attn_implementation=ATTENTION,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # `info` lists them
-        **_where(),
-    )
-    model_loading.check_loaded(model, info, unified)
+    model = stored_model.load(unified, config, formats, dtype=dtype, attn_implementation=ATTENTION, **_where())
     _quantize_inputs(model, stored, formats)
     if kv_cache.get(job["kv_cache_dtype"]).quantized:
         _quantize_cache(model, stored, kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo")))
@@ -134,52 +118,11 @@ def _where() -> dict[str, Any]:
     return {"device_map": "auto"} if torch.cuda.is_available() else {}
 
 
-_KINDS = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
-
-
-def _tensor(stored: Tensors, name: str) -> Tensor:
-    info = stored[name]
-    kind = _KINDS.get(info.dtype, torch.float32)
-    return torch.frombuffer(bytearray(stored.data(name)), dtype=kind).reshape(info.shape)
-
-
-def _weight(stored: Tensors, formats: DeclaredFormats, name: str, dtype: torch.dtype) -> Tensor:
-    module, _, leaf = name.rpartition(".")
-    number_format = formats.stored(module, stored[name].dtype)
-    if leaf != number_format.weight.unified or number_format.quant_algo is None:
-        return _tensor(stored, name).to(dtype)
-    return number_format.dequantize(_tensors_of(stored, module, number_format), dtype)
-
-
-def _tensors_of(stored: Tensors, module: str, number_format: NumberFormat) -> dict[str, Tensor]:
-    """A linear layer's tensors by their names in its format, without those that it may lack and does."""
-    leaves = {one.name: f"{module}.{one.unified}" for one in number_format.tensors}
-    lacking = [one.name for one in number_format.tensors if one.optional and leaves[one.name] not in stored]
-    return {name: _tensor(stored, leaf) for name, leaf in leaves.items() if name not in lacking}
-
-
-def _scales(formats: DeclaredFormats) -> tuple[str, ...]:
-    """Ends of the names of tensors that are not parameters of the model: scales."""
-    leaves = [tensor.unified for one in formats.used for tensor in one.tensors[1:]]
-    cache = [name for one in kv_cache.FORMATS.values() for name in one.unified]
-    return tuple(f".{name}" for name in (*leaves, *cache))
-
-
 def _quantize_inputs(model: Any, stored: Tensors, formats: DeclaredFormats) -> None:
     """Makes each quantized linear layer round its input as its format says. NotMeasurable if one is not a Linear."""
     modules = dict(model.named_modules())
     last: dict[str, Any] = {}
-    for key in stored:
-        name, _, leaf = key.rpartition(".")
-        number_format = formats.stored(name, stored[key].dtype)
-        if leaf != number_format.weight.unified or number_format.quant_algo is None:
-            continue
+    for name, number_format in stored_model.linears(stored, formats).items():
         module = modules.get(name)
         if not isinstance(module, torch.nn.Linear):
             raise NotMeasurable(
@@ -187,7 +130,7 @@ def _quantize_inputs(model: Any, stored: Tensors, formats: DeclaredFormats) -> N
                 why="transformers stores the experts of a mixture in one tensor, which this runner does not support.",
                 hint="Measure ModelOpt's simulation or the served model: --runner simulated, --runner served",
             )
-        tensors = _tensors_of(stored, name, number_format)
+        tensors = stored_model.tensors_of(stored, name, number_format)
         module.register_forward_pre_hook(_Rounded(number_format, tensors, last))
 
 
@@ -220,7 +163,7 @@ def _quantize_cache(model: Any, stored: Tensors, cache: KvCacheFormat) -> None:
             attention = modules.get(key.rpartition(".")[0].rpartition(".")[0])
             if attention is None:
                 raise UnsupportedError(f"{key} belongs to no attention of {type(model).__name__}.")
-            setattr(attention, kind, _tensor(stored, key).reshape(()))
+            setattr(attention, kind, stored_model.tensor(stored, key).reshape(()))
             attention.kv_cache_format = cache
 
 

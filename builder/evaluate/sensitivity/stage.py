@@ -43,6 +43,7 @@ SOURCES = (
     "builder/evaluate/runners/local.py",
     "builder/evaluate/runners/scoring.py",
     "builder/quantize/simulation.py",
+    "builder/quantize/stored_model.py",
     *modelopt.SOURCES,
 )
 if TYPE_CHECKING:

@@ -1,0 +1,98 @@
+"""The unified layout of a quantized checkpoint as a model of transformers, its weights dequantized. Imports torch.
+
+Experts of a mixture are stored one by one; transformers 5 joins those of a layer as it does for any other checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from builder.core.errors import NotMeasurable
+from builder.core.safetensors_io import Tensors
+from builder.formats import kv_cache
+from builder.formats.base import NumberFormat
+from builder.formats.declared import DeclaredFormats
+from builder.model import loading as model_loading
+from builder.model.files import parse_config
+
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+
+
+def load(unified: Path, config: Any, formats: DeclaredFormats, *, dtype: torch.dtype, **options: Any) -> Any:
+    """The model in `dtype`, each weight dequantized as it is read.
+
+    config: transformers' configuration of the model, without its quantization. options: passed on to from_pretrained.
+    NotMeasurable if transformers has no such model; IntegrityError if tensors are missing, unexpected or of another
+    shape.
+    """
+    import transformers
+
+    raw = parse_config((unified / "config.json").read_bytes(), str(unified))
+    name = (raw.get("architectures") or ["unknown"])[0]
+    if not hasattr(transformers, name):
+        raise NotMeasurable(f"transformers has no {name}.", hint="Measure it served: --runner served")
+    stored, scales = Tensors(unified), scale_ends(formats)
+    model, info = getattr(transformers, name).from_pretrained(
+        None,
+        config=config,
+        state_dict={key: weight(stored, formats, key, dtype) for key in stored if not key.endswith(scales)},
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `info` lists them
+        **options,
+    )
+    model_loading.check_loaded(model, info, unified)
+    return model.eval()
+
+
+def tensor(stored: Tensors, name: str) -> Tensor:
+    """A stored tensor, copied out of the file."""
+    info = stored[name]
+    kind = _DTYPES.get(info.dtype, torch.float32)
+    return torch.frombuffer(bytearray(stored.data(name)), dtype=kind).reshape(info.shape)
+
+
+def weight(stored: Tensors, formats: DeclaredFormats, name: str, dtype: torch.dtype) -> Tensor:
+    """A parameter of the model in `dtype`; the weight of a quantized linear layer is dequantized."""
+    module, _, leaf = name.rpartition(".")
+    number_format = formats.stored(module, stored[name].dtype)
+    if leaf != number_format.weight.unified or number_format.quant_algo is None:
+        return tensor(stored, name).to(dtype)
+    return number_format.dequantize(tensors_of(stored, module, number_format), dtype)
+
+
+def tensors_of(stored: Tensors, module: str, number_format: NumberFormat) -> dict[str, Tensor]:
+    """A linear layer's tensors by their names in its format, without those that were not calibrated or that it may
+    lack."""
+    names = {one.name: f"{module}.{one.unified}" for one in number_format.tensors}
+    may_lack = {one.name for one in number_format.tensors if one.optional or one.calibrated}
+    return {name: tensor(stored, key) for name, key in names.items() if key in stored or name not in may_lack}
+
+
+def linears(stored: Mapping[str, Any], formats: DeclaredFormats) -> dict[str, NumberFormat]:
+    """{linear layer: its format} of the quantized ones."""
+    found = {}
+    for key, info in stored.items():
+        module, _, leaf = key.rpartition(".")
+        number_format = formats.stored(module, info.dtype)
+        if leaf == number_format.weight.unified and number_format.quant_algo is not None:
+            found[module] = number_format
+    return found
+
+
+def scale_ends(formats: DeclaredFormats) -> tuple[str, ...]:
+    """Ends of the names of tensors that are not parameters of the model: scales."""
+    leaves = [one.unified for number_format in formats.used for one in number_format.tensors[1:]]
+    cache = [name for one in kv_cache.FORMATS.values() for name in one.unified]
+    return tuple(f".{name}" for name in (*leaves, *cache))
