@@ -52,6 +52,7 @@ SOURCES = (
     "builder/checkpoint/layout_names.py",
     "builder/checkpoint/validate.py",
     "builder/checkpoint/inspection",
+    "builder/checkpoint/compressed_tensors/config.py",
     "builder/checkpoint/description.py",
     "builder/model/files.py",
     "builder/model/loading.py",
