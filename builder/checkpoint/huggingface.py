@@ -11,7 +11,7 @@ from builder.architectures import catalog
 from builder.checkpoint.layouts import read_json, write_json, write_quant_cfg
 from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats.declared import MIXED
-from builder.model.files import GENERATION, INDEX
+from builder.model.files import GENERATION, INDEX, parse_config
 from builder.tokenizer import files as tokenizer_files
 
 
@@ -21,7 +21,8 @@ def complete(unified: Path, source: Path) -> None:
     source: the model's directory. The exported config.json has the form of the transformers version that ran: 5 writes
     the rotary base to `rope_parameters` only, and 4.57 then silently uses 10000.
     """
-    config, original = read_json(unified / "config.json"), read_json(source / "config.json")
+    config = read_json(unified / "config.json")
+    original = parse_config((source / "config.json").read_bytes(), str(source))
     known = catalog.find(original)
     if known:
         config["architectures"] = [known.name]  # transformers writes the name of its own class

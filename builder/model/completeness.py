@@ -15,7 +15,7 @@ from builder.architectures import catalog
 from builder.architectures import names as module_names
 from builder.architectures.facts import Architecture
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.model import config_values, quantization_signs, tensor_names
+from builder.model import config_values, multimodal, quantization_signs, tensor_names
 from builder.model.tensor_names import Want
 
 Header = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
@@ -43,7 +43,7 @@ def check(
     *,
     quantized: bool = False,
 ) -> dict[str, Header]:
-    """The model's tensors, {name: (dtype, shape)}.
+    """The model's tensors, {name: (dtype, shape)}; of a multimodal model, those of its language model.
 
     files: the header of each safetensors file, {file: {tensor: (dtype, shape)}}. index: {tensor: file}, None without
     one. where: the model's name in messages. IntegrityError, with names, if tensors are missing, unexpected, of another
@@ -54,6 +54,7 @@ def check(
     tensors = _merged(files, where)
     if index is not None:
         _check_index(files, index, where)
+    tensors = multimodal.language_tensors(config, tensors)
     _check_wrapper(tensors, where)
     if quantized:
         return tensors

@@ -18,7 +18,7 @@ from typing import Any
 from builder.architectures import catalog, served
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.untrusted_text import parse_json, read_regular
-from builder.model import config_values, kinds, quantization_signs
+from builder.model import config_values, kinds, multimodal, quantization_signs
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -126,14 +126,15 @@ def _no_weights(names: Collection[str], where: str) -> UsageError | UnsupportedE
 
 
 def parse_config(text: bytes, where: str) -> dict[str, Any]:
-    """config.json, with the common keys where the architecture has others. UsageError if it is not a JSON object."""
+    """config.json, with the common keys where the architecture has others; of a multimodal model, that of its language
+    model (multimodal.py). UsageError if it is not a JSON object."""
     try:
         config = parse_json(text)
     except ValueError as error:
         raise UsageError(f"{where}/{CONFIG} is not JSON.", why=str(error), hint="Save the model again.") from None
     if not isinstance(config, dict):
         raise UsageError(f"{where}/{CONFIG} is a {type(config).__name__}, not an object.", hint="Save the model again.")
-    return catalog.with_common_keys(config)
+    return catalog.with_common_keys(multimodal.language_config(config))
 
 
 def json_object(path: Path, where: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from builder.core.errors import UnsupportedError, UsageError
+from builder.model import multimodal
 
 # How transformers names classes that decode token by token; encoder-decoders and multimodal models have other names.
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -67,15 +68,18 @@ def adapter(where: str) -> UsageError:
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """UnsupportedError unless config.json describes a text-only causal language model."""
+    """UnsupportedError unless config.json describes a causal language model, or was taken out of a multimodal model
+    (multimodal.py)."""
     name = (config.get("architectures") or [""])[0]
     found = [key for key in MULTIMODAL if config.get(key) not in (None, False, {}, [])]
     if found or (name.endswith("ForConditionalGeneration") and "text_config" in config):
         sign = f"its config.json has {', '.join(found[:3])}" if found else "its config.json has a text_config"
         raise UnsupportedError(
-            f"{where} is a multimodal model ({name or 'no architecture named'}); only text models are supported.",
-            why=f"It takes more than text: {sign}. Its other parts would be neither quantized nor served.",
-            hint=TEXT_MODEL,
+            f"{where} is a multimodal model ({name or 'no architecture named'}), and its language model can't be taken "
+            "alone.",
+            why=f"It takes more than text: {sign}. Only text is served, and language models are taken out of these: "
+            f"{', '.join(multimodal.known())}.",
+            hint=f"{TEXT_MODEL} This ends here: no flag makes this model work.",
         )
     if config.get("is_encoder_decoder"):
         raise UnsupportedError(

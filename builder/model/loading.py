@@ -6,6 +6,7 @@ only logs both. Here each of them is an error. Imports transformers when called.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import Tensors
-from builder.model import dtypes, tensor_names
+from builder.model import dtypes, multimodal, tensor_names
 from builder.model.completeness import names
 from builder.model.files import CONFIG, GENERATION, json_object, parse_config
 from builder.model.hashed_files import SourceFiles
@@ -30,10 +31,12 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
     source = SourceFiles.of_job(job)
     source.check_unchanged()
     # transformers rejects contradictory sampling values in it, some only when it saves the quantized model.
-    with source.linked(without=[GENERATION]) as directory:
-        config = parse_config((directory / CONFIG).read_bytes(), str(source.root))
+    with source.linked(without=[GENERATION, CONFIG]) as directory:
+        config = parse_config((source.root / CONFIG).read_bytes(), str(source.root))
+        options |= _write_config(source.root, directory, config)
         if not tensor_names.known(config):
-            check_architecture(directory, source.root, trust_remote_code=job["trust_remote_code"])
+            mapping = {key: options[key] for key in ("key_mapping",) if key in options}
+            check_architecture(directory, source.root, trust_remote_code=job["trust_remote_code"], **mapping)
         model = from_directory(
             directory, source.root, trust_remote_code=job["trust_remote_code"], dtype=dtype, **options
         )
@@ -42,6 +45,17 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
     source.check_unchanged()
     model.name_or_path = model.config._name_or_path = str(source.root)  # not that of the links
     return model.eval()
+
+
+def _write_config(root: Path, directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives the directory its config.json: the model's own file or, of a multimodal model, that of its language model.
+    Returns the further options for from_pretrained."""
+    if multimodal.MARK not in config:
+        (directory / CONFIG).symlink_to(root.absolute() / CONFIG)
+        return {}
+    own = {key: value for key, value in config.items() if key != multimodal.MARK}
+    (directory / CONFIG).write_text(json.dumps(own), encoding="utf-8")
+    return {"key_mapping": multimodal.key_mapping()}
 
 
 def to_quantize(job: Mapping[str, Any], **options: Any) -> Any:
@@ -83,10 +97,10 @@ def check_tied(config: Mapping[str, Any], directory: Path, shown: Path) -> None:
         )
 
 
-def check_architecture(directory: Path, shown: Path | str, *, trust_remote_code: bool) -> None:
+def check_architecture(directory: Path, shown: Path | str, *, trust_remote_code: bool, **options: Any) -> None:
     """Raises what `load` raises, by the headers alone: transformers builds the model on the meta device, which
     allocates no memory, and reads no weight."""
-    from_directory(directory, shown, trust_remote_code=trust_remote_code, dtype="auto", device_map="meta")
+    from_directory(directory, shown, trust_remote_code=trust_remote_code, dtype="auto", device_map="meta", **options)
 
 
 def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: bool, **options: Any) -> Any:
@@ -103,6 +117,11 @@ def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: boo
             ignore_mismatched_sizes=True,  # `info` lists them instead of a RuntimeError
             **options,
         )
+    if "key_mapping" in options:
+        # transformers 5 would give the names back when it saves; and tensors of other parts are not missed here.
+        vars(model).pop("_weight_conversions", None)
+        unexpected = [key for key in _keys(info.get("unexpected_keys", ())) if multimodal.language_name(key)]
+        info = {**info, "unexpected_keys": unexpected}
     check_loaded(model, info, shown)
     return model
 

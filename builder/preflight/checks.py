@@ -17,7 +17,7 @@ from builder.core.store import Store, library_versions
 from builder.formats.assignment import merged
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, local_directory, open_source
-from builder.model import tensor_names
+from builder.model import multimodal, tensor_names
 from builder.model.files import needs_remote_code
 from builder.preflight import memory, suggestions
 from builder.preflight.memory import Machine, Serving, Sizes
@@ -87,6 +87,8 @@ def notes(inputs: Inputs, settings: Settings, directory: Path | None = None) -> 
     recipe = inputs.resolved.recipe
     risk = kv_safety.warning(inputs.config, recipe.quantization.kv_cache_dtype)
     known = [Note(FP8_KV, risk)] if risk else []
+    if text := multimodal.note(inputs.config):
+        known.append(Note("multimodal", text))
     known += tokenizer_notes(recipe, directory, inputs.config) if directory else []
     return known + target(recipe.target).notes(inputs, settings)
 

@@ -13,6 +13,7 @@ from builder.core.output import size
 from builder.core.store import STAGES, Store
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
+from builder.model import multimodal
 from builder.preflight import checks, memory, suggestions
 from builder.preflight.memory import Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
@@ -119,6 +120,8 @@ def tell(prepared: Prepared, store: Store) -> None:
     recipe, model = prepared.recipe, prepared.model
     for note in checks.tokenizer_notes(recipe, prepared.source.directory, model.config):
         store.out.warn(note.text)
+    if text := multimodal.note(model.config):
+        store.out.warn(text)
     part = recipe.quantization
     needed = checks.by_family(recipe, model.architecture, model.modules(BF16.name))
     if needed:

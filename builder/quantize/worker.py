@@ -28,6 +28,7 @@ from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
 from builder.formats.assignment import ModelFormats, of_job
 from builder.model import loading as model_loading
+from builder.model.files import parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import experts, quantizers
 from builder.quantize.device import check_device
@@ -167,7 +168,7 @@ def _second_layout(unified: Path, source: Path, tensorrt_llm: Path) -> str | Non
     """Completes the Hugging Face layout and derives the TensorRT-LLM one. Returns why there is none, if so."""
     emit(progress={"label": "writing the TensorRT-LLM layout", "done": 0, "total": None})
     huggingface.complete(unified, source)
-    config = catalog.with_common_keys(layouts.read_json(source / "config.json"))
+    config = parse_config((source / "config.json").read_bytes(), str(source))
     try:
         served.check_engine(config)
         rope(config)
