@@ -142,14 +142,15 @@ class NotServed(Facts):
 class StackedExperts(Facts):
     """Experts that a model's files hold as two three-dimensional parameters instead of one matrix for each.
 
-    `gate_up` and `down`: the last parts of the parameters' names. `inputs_first`: whether they are [experts, inputs,
-    outputs], else [experts, outputs, inputs]. `apart`: whether ModelOpt's exporter writes the matrices of each expert
-    (`experts.N.gate_proj`, ...) or the stacked parameters, with their scales beside them
-    (`experts.down_proj_weight_scale`).
+    `gate_up` and `down`: the last parts of the parameters' names; `module`: that of the experts, beside them.
+    `inputs_first`: whether they are [experts, inputs, outputs], else [experts, outputs, inputs]. `apart`: whether
+    ModelOpt's exporter writes the matrices of each expert (`experts.N.gate_proj`, ...) or the stacked parameters, with
+    their scales beside them (`experts.down_proj_weight_scale`).
     """
 
     gate_up: str
     down: str
+    module: str
     inputs_first: bool
     apart: bool
     source: str

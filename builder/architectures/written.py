@@ -65,9 +65,8 @@ def _apart(experts: StackedExperts | None, name: str, shape: tuple[int, ...]) ->
 def _parent(experts: StackedExperts | None, name: str) -> str | None:
     """The module of the experts, if the tensor is one of their stacked parameters."""
     for part in (experts.gate_up, experts.down) if experts else ():
-        if name.endswith(f".{part}"):
-            parent = name.removesuffix(f".{part}") + f".{part}".removesuffix(f".{part.rpartition('.')[2]}")
-            return parent if "experts" in part else f"{name.removesuffix(f'.{part}')}.experts"
+        if experts and name.endswith(f".{part}"):
+            return f"{name.removesuffix(part)}{experts.module}"
     return None
 
 

@@ -240,7 +240,9 @@ def activation_width(config: Mapping[str, Any], tp: int) -> int:
     attention = (2 * heads // tp + 2 * max(kv_heads(config) // tp, 1)) * size
     mlp = 3 * int(config.get("intermediate_size") or 0) // tp
     if config.get("moe_intermediate_size"):
-        mlp = 3 * int(config["moe_intermediate_size"]) * int(config.get("num_experts_per_tok") or 1) // tp
+        each = config["moe_intermediate_size"]  # Hunyuan: one for each layer
+        width = max(each) if isinstance(each, list) else int(each)
+        mlp = 3 * width * int(config.get("num_experts_per_tok") or 1) // tp
     return 2 * int(config["hidden_size"]) + max(attention, mlp)
 
 

@@ -54,7 +54,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "exaone_moe": {**EXPERTS, **SLIDING, "num_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
                    "topk_group": 1},
     "gemma3_text": SLIDING,
-    "gemma4_text": {**SLIDING, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16,
+    "gemma4_text": {**SLIDING, "vocab_size_per_layer_input": 4096, "hidden_size_per_layer_input": 16,
                     "global_head_dim": 32, "num_kv_shared_layers": 0},
     "glm4_moe": ROUTED,
     "glm4_moe_lite": {**ROUTED, **LATENT},
