@@ -76,9 +76,9 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
         ("model", f"{recipe.model.id}, {_parameters(found.sizes.parameters)}", origin["model.id"]),
         ("GPU", f"{card}{gpu.name}: {gpu.title}" + parallel * (recipe.engine.world_size > 1), origin["gpu"]),
         ("target", f"{recipe.target}, TensorRT-LLM {recipe.engine.tensorrt_llm}", origin["target"]),
-        ("weights", recipe.quantization.format.upper(), origin["quantization.format"]),
+        ("format", recipe.quantization.number_format.title, origin["quantization.format"]),
         *((what, text, "recipe") for what, text in _kept_rows(found)),
-        ("KV cache", recipe.quantization.kv_cache_dtype, origin["quantization.kv_cache_dtype"]),
+        ("KV cache", recipe.quantization.cache_format.title, origin["quantization.kv_cache_dtype"]),
         ("calibration", f"{rows.samples} rows of {rows.data}, up to {rows.seq_len} tokens", origin["calibration.data"]),
         *_fit_rows(found),
     ]

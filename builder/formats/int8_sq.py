@@ -61,4 +61,7 @@ FORMAT = Int8Sq(
     modelopt_config="INT8_SMOOTHQUANT_CFG",
     gpu_format="int8_sq",
     input_range=127.0,
+    targets=("engine",),
+    targets_source="TensorRT-LLM's PyTorch backend has no W8A8 linear layer (_torch/modules/linear.py@ed53795b, "
+    "get_quant_method; NVIDIA/TensorRT-LLM #3701).",
 )  # fmt: skip

@@ -39,4 +39,6 @@ FORMAT = replace(
     entry={"has_zero_point": False, "pre_quant_scale": True},
     modelopt_config="NVFP4_AWQ_LITE_CFG",
     gpu_format="nvfp4_awq",
+    targets=("llmapi",),
+    targets_source="Only TensorRT-LLM's PyTorch backend scales the inputs of NVFP4 layers (NVIDIA/TensorRT-LLM #8698).",
 )

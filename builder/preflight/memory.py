@@ -52,6 +52,7 @@ class Serving:
     pp: int = 1
     fraction: Fraction = Fraction(9, 10)
     target: str = "engine"
+    tensorrt_llm: str = "1.2.1"
     most_kv_tokens: int | None = None
 
     @property
@@ -128,6 +129,7 @@ def serving(recipe: Recipe, flags: Sequence[Flag] | Sequence[Argument]) -> Servi
         pp=recipe.engine.pp,
         fraction=Fraction(str(recipe.repository.kv_cache_free_gpu_mem_fraction)),
         target=recipe.target,
+        tensorrt_llm=recipe.engine.tensorrt_llm,
         most_kv_tokens=values.get("kv_cache_config.max_tokens"),
     )
 

@@ -69,6 +69,17 @@ class Prepared:
         """What a user should know before the build, and a reader of the report after it."""
         return checks.notes(self.inputs, self.settings, self.model.directory)
 
+    def chosen_formats(self) -> list[tuple[str, str, str]]:
+        """(what, format, reason) of the formats that the GPU profile chose, because the user named none."""
+        part, found = self.recipe.quantization, []
+        for what, key, value in (
+            ("format", "quantization.format", part.format),
+            ("KV cache", "quantization.kv_cache_dtype", part.kv_cache_dtype),
+        ):
+            origin, _, reason = self.resolved.origins.get(key, "").partition(": ")
+            found += [(what, value, reason)] if origin == f"GPU profile {self.resolved.gpu.name}" else []
+        return found
+
     def stages(self, wanted: Sequence[str], store: Store) -> Stages:
         """What the target needs to go on from the checkpoint."""
         return Stages(self.inputs, self.settings, wanted, store)
@@ -118,6 +129,8 @@ def check_fit(prepared: Prepared, store: Store, *, made: Callable[[], list[str]]
 def tell(prepared: Prepared, store: Store) -> None:
     """Prints what a build should not keep to itself: notes on the tokenizer, and layers that follow those named."""
     recipe, model = prepared.recipe, prepared.model
+    for what, value, why in prepared.chosen_formats():
+        store.out.info(f"{what}: {value}, {why}")
     for note in checks.tokenizer_notes(recipe, prepared.source.directory, model.config):
         store.out.warn(note.text)
     if text := multimodal.note(model.config):

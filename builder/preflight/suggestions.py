@@ -9,6 +9,7 @@ from builder.checkpoint import sharding
 from builder.core.errors import UnsupportedError
 from builder.core.output import size
 from builder.formats import kv_cache
+from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
 from builder.machine.gpus import GpuProfile
 from builder.preflight import memory as preflight_memory
@@ -29,33 +30,47 @@ class Change:
     flags: tuple[str, ...]
 
 
-def smallest(
-    model: ModelFacts, asked: Serving, available: int, *, caches: Sequence[KvCacheFormat] = (kv_cache.FP8,)
-) -> Change | None:
-    """The first change that fits, in this order: fewer tokens in an iteration, a smaller batch, shorter sequences, a
-    smaller KV cache, more GPUs. Each is reduced as little as possible. None if no change fits.
+@dataclass(frozen=True)
+class Smaller:
+    """Formats of the KV cache and of the weights that the card runs, the most accurate first."""
 
-    caches: the quantized formats of the KV cache that the card runs, the most accurate first.
+    caches: Sequence[KvCacheFormat] = (kv_cache.FP8,)
+    formats: Sequence[NumberFormat] = ()
+
+
+def smallest(model: ModelFacts, asked: Serving, available: int, runs: Smaller = Smaller()) -> Change | None:
+    """The first change that fits, in this order: fewer tokens in an iteration, a smaller batch, shorter sequences, a
+    smaller KV cache, a smaller format of the weights, more GPUs. Each is reduced as little as possible. None if no
+    change fits.
     """
-    for changed in _candidates(model, asked, available, caches):
-        if preflight_memory.needed(model, changed) <= available:
-            return Change(changed, _flags(asked, changed))
+    for changed_model, changed in _candidates(model, asked, available, runs):
+        if preflight_memory.needed(changed_model, changed) <= available:
+            flags = [f"--format {changed_model.number_format.name}"] if changed_model is not model else []
+            return Change(changed, (*flags, *_flags(asked, changed)))
     return None
 
 
 def _candidates(
-    model: ModelFacts, asked: Serving, available: int, caches: Sequence[KvCacheFormat]
-) -> Iterator[Serving]:
-    yield from _smaller(model, asked, available)
-    less = [cache for cache in caches if cache.bits < asked.cache.bits] if asked.facts.needs_gpu else []
-    for cache in less:
-        yield replace(asked, cache=cache)
-        yield from _smaller(model, replace(asked, cache=cache), available)
-    if asked.facts.needs_gpu:
+    model: ModelFacts, asked: Serving, available: int, runs: Smaller
+) -> Iterator[tuple[ModelFacts, Serving]]:
+    on_gpu = asked.facts.needs_gpu
+    caches = [cache for cache in runs.caches if cache.bits < asked.cache.bits] if on_gpu else []
+    smaller = [asked, *(replace(asked, cache=cache) for cache in caches)]
+    for serving in smaller:
+        if serving is not asked:
+            yield model, serving
+        yield from ((model, one) for one in _smaller(model, serving, available))
+    for one in runs.formats if on_gpu else ():
+        less = replace(model, number_format=one)
+        if one.bits < model.number_format.bits and _divides(less, asked.tp, asked.pp):
+            yield less, asked
+            yield from ((less, serving) for serving in _smaller(less, asked, available))
+    if on_gpu:
         parallel = _more_gpus(model, asked)
-        yield from parallel
+        yield from ((model, more) for more in parallel)
         for more in parallel:
-            yield from _smaller(model, replace(more, cache=less[0] if less else asked.cache), available)
+            cached = replace(more, cache=caches[0] if caches else asked.cache)
+            yield from ((model, serving) for serving in _smaller(model, cached, available))
 
 
 def _more_gpus(model: ModelFacts, asked: Serving) -> list[Serving]:
@@ -114,10 +129,10 @@ def _flags(asked: Serving, changed: Serving) -> tuple[str, ...]:
 
 
 def refusal(
-    model: ModelFacts, asked: Serving, found: Memory, *, caches: Sequence[KvCacheFormat] = (kv_cache.FP8,)
+    model: ModelFacts, asked: Serving, found: Memory, runs: Smaller = Smaller()
 ) -> tuple[UnsupportedError, Change | None]:
     """The error for a model that does not fit on a card, and the change that would make it fit, if there is one."""
-    change = smallest(model, asked, found.memory, caches=caches)
+    change = smallest(model, asked, found.memory, runs)
     where = "each of the GPUs" if asked.tp * asked.pp > 1 else "it"
     needs = found.needed - found.weights - found.workspace
     hint = f"The smallest change that fits: {' '.join(change.flags)}" if change else "Use a smaller model."
@@ -186,5 +201,8 @@ def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, her
     about = next((m for m in found if m.card == name), None)
     if about is None or about.fits:
         return MemoryCheck(found, name, None, None)
-    runs = [cache for cache in card_formats.running_caches(gpu, asked.target) if cache.quantized]
-    return MemoryCheck(found, name, *refusal(model, asked, about, caches=runs))
+    runs = Smaller(
+        [cache for cache in card_formats.running_caches(gpu, asked.target, asked.tensorrt_llm) if cache.quantized],
+        sorted(card_formats.running(gpu, asked.target, asked.tensorrt_llm), key=lambda one: -one.bits),
+    )
+    return MemoryCheck(found, name, *refusal(model, asked, about, runs))

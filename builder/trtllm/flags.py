@@ -129,6 +129,7 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any], answers: Sequ
         sm=gpu.sm,
         architecture=catalog.engine_architecture(config),
         quant_algo=asked.quantization.quant_algo,
+        whole_algo=asked.quantization.number_format.quant_algo,
         kv_cache_algo=asked.quantization.cache_format.quant_algo,
         tp=tp,
         pp=asked.engine.pp,
@@ -343,7 +344,18 @@ def _plugin_config(version: Version, values: Mapping[str, str], pretrained: Mapp
     plugins["paged_state"] = False  # rule R14: these models have no recurrent state
     plugins["nccl_plugin"] = pretrained["dtype"] if pretrained["mapping"]["world_size"] > 1 else None  # rule R37
     plugins["manage_weights"] = "fast_build" in values  # rule R50
-    return plugins
+    return plugins | _quantized_plugins(pretrained)
+
+
+def _quantized_plugins(pretrained: Mapping[str, Any]) -> dict[str, Any]:
+    """The plugins that build() turns on for the checkpoint's format (builder.py, 1.2; plugin.py@c20322ff)."""
+    algo, dtype = (pretrained.get("quantization") or {}).get("quant_algo"), pretrained["dtype"]
+    if algo == "W4A16_AWQ":  # weight only, per group
+        return {"weight_only_groupwise_quant_matmul_plugin": dtype}
+    if algo == "FP8_PER_CHANNEL_PER_TOKEN":  # set_fp8_rowwise_quant_plugins
+        plugins = dict.fromkeys(("fp8_rowwise_gemm_plugin", "rmsnorm_quantization_plugin"), dtype)
+        return {**plugins, "quantize_per_token_plugin": True, "quantize_tensor_plugin": True}
+    return {}
 
 
 def _config_value(spec: Mapping[str, Any], raw: Any) -> Any:

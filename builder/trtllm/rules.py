@@ -53,12 +53,16 @@ class Note:
 
 @dataclass(frozen=True)
 class Subject:
-    """What the rules depend on besides the flags: version, card, model, number formats. None: not known."""
+    """What the rules depend on besides the flags: version, card, model, number formats. None: not known.
+
+    quant_algo: what the checkpoint says; whole_algo: that of the layers in the model's own format.
+    """
 
     version: Version
     sm: int | None
     architecture: str | None = None
     quant_algo: str | None = NVFP4.quant_algo
+    whole_algo: str | None = NVFP4.quant_algo
     kv_cache_algo: str | None = kv_cache.FP8.quant_algo
     tp: int = 1
     pp: int = 1
@@ -73,7 +77,7 @@ class Subject:
     @property
     def has_nvfp4(self) -> bool:
         """Whether any layer is NVFP4: with others in FP8 the checkpoint says MIXED_PRECISION."""
-        return self.quant_algo in (NVFP4.quant_algo, MIXED)
+        return NVFP4.quant_algo in (self.quant_algo, self.whole_algo if self.quant_algo == MIXED else None)
 
     def is_one_of(self, rule: str) -> bool:
         """Whether the model is of one of the architectures that a rule names, by TensorRT-LLM's names."""

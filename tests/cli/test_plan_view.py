@@ -33,7 +33,7 @@ def test_decisions_come_first_and_defaults_are_left_out(tmp_path: Path, capsys: 
     ]  # fmt: skip
     decisions = {row[0]: row[1] for row in found["plan"]}
     assert decisions["target"].startswith("engine, TensorRT-LLM")
-    assert decisions["weights"] == "NVFP4"
+    assert decisions["format"] == "NVFP4"
     assert decisions["left in BF16"].startswith("6 linear layers")
     assert decisions["fits"].startswith("yes, on ")
     values = {row[0]: row[2] for row in found["values that are not defaults"][1:]}
