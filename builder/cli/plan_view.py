@@ -78,7 +78,11 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
         ("target", f"{recipe.target}, TensorRT-LLM {recipe.engine.tensorrt_llm}", origin["target"]),
         ("format", recipe.quantization.number_format.title, origin["quantization.format"]),
         *((what, text, "recipe") for what, text in _kept_rows(found)),
-        ("KV cache", recipe.quantization.cache_format.title, origin["quantization.kv_cache_dtype"]),
+        (
+            "KV cache",
+            recipe.quantization.cache_format.title.replace("KV cache", "").strip(),
+            origin["quantization.kv_cache_dtype"],
+        ),
         ("calibration", f"{rows.samples} rows of {rows.data}, up to {rows.seq_len} tokens", origin["calibration.data"]),
         *_fit_rows(found),
     ]

@@ -67,7 +67,7 @@ def default_format(gpu: GpuProfile, target: str) -> tuple[str, str]:
     known = {one.name: one for one in registry.for_whole_model()}
     for choice in gpu.best:
         if choice.format in known and runs(known[choice.format], gpu, target):
-            return choice.format, f"the best that {gpu.name} runs: {choice.reason}"
+            return choice.format, f"the best that {gpu.name} runs"
     return registry.for_whole_model()[0].name, f"{gpu.name} names none that suits it better"
 
 
@@ -77,12 +77,12 @@ def default_cache(gpu: GpuProfile, target: str, weights: str) -> tuple[str, str]
     weights: the format in `quantization.format`.
     """
     if not target_facts(target).needs_gpu or gpu.sm is None:
-        return kv_cache.FP8.name, "half the bytes of the model's type"
+        return kv_cache.FP8.name, "half the bytes"
     if not runs(kv_cache.FP8, gpu, target):
         return kv_cache.AUTO.name, f"{gpu.name} has no FP8 KV cache"
     if gpu.sm < FIRST_FP8:
-        return kv_cache.AUTO.name, f"{gpu.name} has no FP8 attention, so FP8 would cost KV reuse and chunked context"
+        return kv_cache.AUTO.name, "no FP8 attention here, so FP8 would cost KV reuse and chunked context"
     one = registry.all_formats().get(weights)
     if one is not None and one.quant_algo not in FP8_ATTENTION:
-        return kv_cache.AUTO.name, "with these weights an FP8 cache would cost KV reuse and chunked context"
-    return kv_cache.FP8.name, "half the bytes of the model's type, read by FP8 attention"
+        return kv_cache.AUTO.name, "FP8 would cost KV reuse and chunked context with these weights"
+    return kv_cache.FP8.name, "half the bytes, read by FP8 attention"

@@ -197,7 +197,7 @@ def test_without_a_format_the_best_one_is_chosen_and_named(gpu: str, target: str
     resolved = schema.resolve({"model.id": "m", "gpu": gpu, "target": target})
     part, origins = resolved.recipe.quantization, resolved.origins
     assert part.format == card_formats.running(resolved.gpu, target)[0].name
-    assert origins["quantization.format"].startswith(f"GPU profile {gpu}: the best that {gpu} runs: ")
+    assert origins["quantization.format"].startswith(f"GPU profile {gpu}: the best that {gpu} runs")
     assert origins["quantization.kv_cache_dtype"].startswith(f"GPU profile {gpu}: ")
     assert not trtllm_flags.asked_for(origins["quantization.format"])
     trtllm_flags.check_format(resolved)
