@@ -46,6 +46,7 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
 # Flags without a value: (option, dotted key, the value that it sets, help).
 SWITCHES: tuple[tuple[str, str, bool, str], ...] = (
     ("--no-quality-check", "quality.check", False, "publish without measuring what quantization cost"),
+    ("--calibrate-scales", "calibration.scales", True, "calibrate only the scales of a quantized model's activations"),
     ("--trust-remote-code", "model.trust_remote_code", True, "run Python code that comes with the model"),
 )
 # Flags of `eval` only.

@@ -53,6 +53,9 @@ class Calibration(Part):
     samples: Annotated[Positive, Field(description="number of rows, from the first row on")] = 512
     seq_len: Annotated[Positive, Field(description="longest row, in tokens; longer ones are cut")] = 2048
     batch_size: Annotated[Positive, Field(description="rows of equal length per forward pass")] = 1
+    scales: Annotated[
+        bool, Field(description="for a quantized model: calibrate its activation and KV cache scales; weights stay")
+    ] = False
 
     @model_validator(mode="before")
     @classmethod

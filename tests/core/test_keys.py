@@ -93,6 +93,7 @@ ELSEWHERE = {
     "model.revision": HUB,
     "quantization.format": ONE,
     "calibration.data": "below",
+    "calibration.scales": "test_scales.py: for quantized models only",
     "engine.tensorrt_llm": "below",
     "llmapi.args": "below",
     **{f"evaluation.{name}": MEASURED for name in schema.Evaluation.model_fields},
