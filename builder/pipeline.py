@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,10 @@ from builder.evaluate.variants import Models
 from builder.hub.snapshot import Snapshot, fetch
 from builder.preflight import checks
 from builder.preflight.prepare import Prepared, check_fit, prepare, tell
+from builder.preflight.quantized import NO_ORIGINAL, Quantized, check_runners, not_quantizable
 from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
+from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.recipe.schema import Recipe, Resolved
 from builder.serving.smoke import SmokeReport, smoke_test
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
 class Built:
     """The artifacts of a build. A part is None where the build stopped before it.
 
-    link: None also where the verdict is "failed". repository: None also where the quality check failed.
+    original: what a quantized model was made from, if a measurement needs it. link: None also where the verdict is
+    "failed". repository: None also where the quality check failed.
     """
 
     snapshot: Snapshot
@@ -49,11 +53,12 @@ class Built:
     evaluation: Evaluation | None = None
     verdict: BuildVerdict | None = None
     link: Path | None = None
+    original: Snapshot | None = None
 
     @property
     def models(self) -> Models:
         """What an evaluation can measure."""
-        return Models(self.snapshot, self.calibration, self.checkpoint, self.repository)
+        return Models(self.original or self.snapshot, self.calibration, self.checkpoint, self.repository)
 
 
 # How far a build must go for each runner of an evaluation.
@@ -86,16 +91,21 @@ def measure(resolved: Resolved, store: Store) -> Evaluation:
     recipe = resolved.recipe
     if recipe.tasks.names:
         tasks.check(recipe.tasks, store)
-    return evaluate_built(_run(resolved, store, stage_needed(recipe)), recipe, store, with_tasks=True)
+    built = _run(resolved, store, stage_needed(recipe), measured=True)
+    return evaluate_built(built, recipe, store, with_tasks=True)
 
 
-def _run(resolved: Resolved, store: Store, until: str, *, quality: bool = False) -> Built:
-    """Checks everything that can be checked before any work, then runs the stages."""
+def _run(resolved: Resolved, store: Store, until: str, *, quality: bool = False, measured: bool = False) -> Built:
+    """Checks everything that can be checked before any work, then runs the stages.
+
+    measured: the recipe's runners will measure the result."""
     wanted = stages_until(until)
     check_target(resolved, store, until)
     if "checkpoint" not in wanted:
         return Built(fetch(resolved.recipe.model, store=store))
     prepared = prepare(resolved, store, layouts="engine" in wanted)
+    if prepared.quantized and (measured or resolved.recipe.evaluation.limits):
+        check_runners(resolved.recipe, prepared.quantized)
     return run_stages(prepared, store, until, quality=quality and "repository" in wanted)
 
 
@@ -133,6 +143,9 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
     if "checkpoint" not in wanted:
         return Built(snapshot)
     tell(prepared, store)
+    if prepared.quantized is not None:
+        imported = _imported(prepared, prepared.quantized, snapshot, store)
+        return _serve(_checked(imported, store) if quality else imported, wanted, store)
 
     calibration = calibrate(recipe.calibration, store=store)
     check_conversations(read_rows(calibration), snapshot.path)
@@ -146,16 +159,37 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
     )
     checkpoint = quantize(snapshot, calibration, request, store=store)
     built = Built(snapshot, prepared, calibration, checkpoint)
+    return _serve(_checked(built, store) if quality else built, wanted, store)
 
-    if quality and not store.dry:
-        from builder.quality.accept import check_checkpoint  # numpy: only for those who measure
 
-        found, verdict = check_checkpoint(prepared, built.models, store)
-        built = replace(built, quality=found, verdict=verdict)
+def _imported(prepared: Prepared, quantized: Quantized, snapshot: Snapshot, store: Store) -> Built:
+    """The checkpoint of a model that is quantized already, and the model that it was made from if it was named."""
+    asked = ImportRequest(quantized.found, quantized.cache, quantized.formats, quantized.original)
+    checkpoint, source, recipe = import_checkpoint(snapshot, asked, store=store), quantized.original, prepared.recipe
+    measured = source is not None and (recipe.quality.check or recipe.evaluation.limits)
+    original = fetch(source.model, store=store, source=source) if source and measured else None
+    return Built(snapshot, prepared, checkpoint=checkpoint, original=original)
+
+
+def _checked(built: Built, store: Store) -> Built:
+    """With the result of the quality check, and a verdict only if it failed."""
+    assert built.prepared is not None
+    if store.dry or (built.prepared.quantized and built.original is None):
+        return built
+    from builder.quality.accept import check_checkpoint  # numpy: only for those who measure
+
+    found, verdict = check_checkpoint(built.prepared, built.models, store)
+    return replace(built, quality=found, verdict=verdict)
+
+
+def _serve(built: Built, wanted: Sequence[str], store: Store) -> Built:
+    """The stages after the checkpoint, unless it failed the quality check."""
+    assert built.prepared is not None
+    assert built.checkpoint is not None
     if "ranks" not in wanted or built.verdict:
         return built
-
-    served = prepared.target.serve_layout(checkpoint, snapshot, prepared.stages(wanted, store))
+    snapshot = tokenizer_source(built.checkpoint, built.snapshot)
+    served = built.prepared.target.serve_layout(built.checkpoint, snapshot, built.prepared.stages(wanted, store))
     built = replace(built, engine=served.engine, repository=served.repository)
     if built.repository is not None and "smoke" in wanted:
         built = replace(built, smoke=smoke_test(built.repository, store=store))
@@ -168,7 +202,9 @@ def _published(built: Built, store: Store) -> Built:
 
     assert built.prepared is not None
     assert built.repository is not None
-    verdict = judge(built.prepared.recipe, built.repository, built.evaluation, built.quality, store=store)
+    recipe, found = built.prepared.recipe, built.prepared.quantized
+    unchecked = NO_ORIGINAL if found and not found.original and recipe.quality.check else "--no-quality-check"
+    verdict = judge(recipe, built.repository, built.evaluation, built.quality, store=store, unchecked=unchecked)
     link = None if verdict.status == "failed" else publish(built.prepared, built.repository, store)
     return replace(built, verdict=verdict, link=link)
 
@@ -195,6 +231,8 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     if not proxy:
         sensitivity_stage.check_texts(recipe)
     prepared = prepare(resolved, store, layouts=False)
+    if prepared.quantized:
+        raise not_quantizable(recipe.model.id, "The loss of each layer is measured")
     snapshot = fetch(recipe.model, store=store, source=prepared.source)
     if proxy and recipe.sensitivity.data is None:
         return sensitivity_stage.weight_errors(snapshot, prepared.model, store)

@@ -16,6 +16,7 @@ from builder.formats import registry as formats
 from builder.preflight import checks, memory, suggestions
 from builder.preflight.memory import Machine, Sizes
 from builder.preflight.prepare import Prepared, prepare
+from builder.preflight.quantized import NO_ORIGINAL
 from builder.preflight.suggestions import MemoryCheck
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Recipe, Resolved
@@ -68,6 +69,7 @@ class Plan:
 def plan(resolved: Resolved, store: Store) -> Plan:
     """The plan for a recipe. `store` is a dry one: it finds artifacts and makes none."""
     prepared = prepare(resolved, store)
+    resolved = prepared.resolved
     blocked = _blocked(resolved)
     pipeline.check_target(resolved, store, "smoke")
     done, first = pipeline.stored(prepared, store)
@@ -82,8 +84,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     remaining = [stage for stage, state, _ in stages if state != "cached"]
     refusal = checked.refusal
     if refusal is None and blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
-        rows = resolved.recipe.calibration
-        refusal = checks.host_refusal(rows, prepared.model, prepared.sizes, host, remaining)
+        refusal = checks.host_refusal(prepared.calibration, prepared.model, prepared.sizes, host, remaining)
     return Plan(
         prepared=prepared,
         stages=stages,
@@ -115,6 +116,7 @@ def _stages(prepared: Prepared, done: Sequence[Artifact], first: WouldRun | None
     rows: list[Row] = [(artifact.stage, "cached", artifact.path.name) for artifact in done]
     skipped = set() if prepared.target.facts.has_engine else {"ranks", "engine"}
     skipped |= set() if prepared.recipe.engine.world_size > 1 else {"ranks"}
+    skipped |= {"calibration"} if prepared.quantized else set()
     stages = [stage for stage in STAGES if stage not in skipped]
     if prepared.recipe.quantization.kept_budget is not None:
         at = stages.index("checkpoint")
@@ -130,6 +132,8 @@ def _quality(prepared: Prepared, store: Store) -> list[Row]:
     recipe, part = prepared.recipe, prepared.recipe.quality
     if recipe.evaluation.limits:
         return []
+    if prepared.quantized and not prepared.quantized.original:
+        return [("quality", "skipped", NO_ORIGINAL)]
     if not part.check:
         return [("quality", "skipped", "--no-quality-check: what quantization costs will not be known")]
     from builder.quality.check import check_quality, cost  # numpy

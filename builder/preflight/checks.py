@@ -143,13 +143,15 @@ def check_gate(recipe: Recipe, settings: Settings) -> None:
 
 
 def host_refusal(
-    calibration: Calibration, model: ModelFacts, found: Sizes, host: Machine, remaining: Sequence[str]
+    calibration: Calibration | None, model: ModelFacts, found: Sizes, host: Machine, remaining: Sequence[str]
 ) -> UnsupportedError | None:
-    """The error if the remaining stages need more disk, or calibrating on the CPU more memory, than there is."""
+    """The error if the remaining stages need more disk, or calibrating on the CPU more memory, than there is.
+
+    calibration: None if nothing is calibrated."""
     missing = sum(found.disk.get(stage, 0) for stage in remaining if stage != "snapshot")
     if refusal := suggestions.disk_refusal(found, host, missing):
         return refusal
-    if "checkpoint" not in remaining or gpus():
+    if calibration is None or "checkpoint" not in remaining or gpus():
         return None
     return suggestions.calibration_refusal(model, calibration, host)
 

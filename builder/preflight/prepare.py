@@ -9,17 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import size
 from builder.core.store import STAGES, Store
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
 from builder.model import multimodal
-from builder.preflight import checks, memory, suggestions
+from builder.preflight import checks, memory, quantized, suggestions
 from builder.preflight.memory import Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
+from builder.preflight.quantized import Quantized
 from builder.quantize import exclude
 from builder.quantize.modelopt import gpus
-from builder.recipe.schema import Recipe, Resolved
+from builder.recipe.schema import Calibration, Recipe, Resolved
 from builder.targets import target
 from builder.targets.base import Inputs, Settings, Stages, Target
 from builder.trtllm import probe_store
@@ -31,13 +33,15 @@ class Prepared:
     """A recipe with everything that follows from it and its model.
 
     source: the model's config.json and tensor headers. model: the same with the layers that are not quantized to NVFP4.
-    settings: trtllm-build's flags or the LLM class's arguments, each with its reason.
+    settings: trtllm-build's flags or the LLM class's arguments, each with its reason. quantized: what the model is if
+    it is quantized already; its formats are then in the recipe, and `model` is what it was before.
     """
 
     inputs: Inputs
     source: Source
     settings: Settings
     model: ModelFacts
+    quantized: Quantized | None = None
 
     @property
     def resolved(self) -> Resolved:
@@ -62,12 +66,19 @@ class Prepared:
     @cached_property
     def sizes(self) -> Sizes:
         """Bytes to download, to keep and to hold while calibrating."""
-        return checks.sizes(self.recipe, self.model, self.serving)
+        found = checks.sizes(self.recipe, self.model, self.serving)
+        return found if self.quantized is None else self.quantized.sizes(found)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """How the model is calibrated; None if it is not, because it is quantized already."""
+        return None if self.quantized else self.recipe.calibration
 
     @cached_property
     def notes(self) -> list[Note]:
         """What a user should know before the build, and a reader of the report after it."""
-        return checks.notes(self.inputs, self.settings, self.model.directory)
+        own = self.quantized.notes if self.quantized else []
+        return own + checks.notes(self.inputs, self.settings, self.model.directory)
 
     def chosen_formats(self) -> list[tuple[str, str, str]]:
         """(what, format, reason) of the formats that the GPU profile chose, because the user named none."""
@@ -95,12 +106,34 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
     layouts: also that the target can load the model. UsageError or UnsupportedError for what cannot be built.
     """
     source = open_source(resolved.recipe.model, store=store)
+    if source.quantized:
+        return _prepare_quantized(resolved, source, store, layouts)
+    if resolved.recipe.model.original:
+        raise UsageError(
+            f"{source.model.id} is not quantized, so --original has no meaning.",
+            why="--original names the model that a quantized one was made from.",
+            hint="Leave --original out.",
+        )
     inputs = Inputs(resolved, source.config, probe_store.answers(resolved, store.root))
     settings = checks.check_model(inputs, layouts=layouts)
     checks.check_gate(resolved.recipe, settings)
     checks.check_tokenizer(resolved.recipe, source.directory, source.config)
     model = checks.keep_patterns(resolved.recipe, checks.facts_of(source), settings)
     return Prepared(inputs, source, settings, model)
+
+
+def _prepare_quantized(resolved: Resolved, source: Source, store: Store, layouts: bool) -> Prepared:
+    """The same for a model that is quantized already: its own formats are checked against GPU and target."""
+    resolved, source, model, found = quantized.take(resolved, source, store=store)
+    inputs = Inputs(resolved, source.config, probe_store.answers(resolved, store.root))
+    try:
+        settings = checks.check_model(inputs, layouts=layouts)
+        checks.check_kept(resolved.recipe, model, settings)
+    except UnsupportedError as error:
+        raise quantized.explained(error) from None
+    checks.check_gate(resolved.recipe, settings)
+    checks.check_tokenizer(resolved.recipe, source.directory, source.config)
+    return Prepared(inputs, source, settings, model, found)
 
 
 def check_fit(prepared: Prepared, store: Store, *, made: Callable[[], list[str]] = list) -> None:
@@ -119,7 +152,7 @@ def check_fit(prepared: Prepared, store: Store, *, made: Callable[[], list[str]]
         return
     there = made()
     remaining = [stage for stage in STAGES if stage not in there]
-    if refusal := checks.host_refusal(prepared.recipe.calibration, prepared.model, sizes, host, remaining):
+    if refusal := checks.host_refusal(prepared.calibration, prepared.model, sizes, host, remaining):
         raise refusal
     if tight and "checkpoint" in remaining:
         needs, free = size(sizes.calibration_memory), size(host.available)
@@ -135,6 +168,17 @@ def tell(prepared: Prepared, store: Store) -> None:
         store.out.warn(note.text)
     if text := multimodal.note(model.config):
         store.out.warn(text)
+    for note in prepared.quantized.notes if prepared.quantized else ():
+        store.out.warn(note.text)
+    if prepared.quantized is None:
+        _tell_layers(prepared, store)
+    for note in prepared.target.warnings(prepared.inputs, prepared.settings):
+        store.out.warn(note.text)
+
+
+def _tell_layers(prepared: Prepared, store: Store) -> None:
+    """Prints the layers that stay in another format without having been named."""
+    recipe, model = prepared.recipe, prepared.model
     part = recipe.quantization
     needed = checks.by_family(recipe, model.architecture, model.modules(BF16.name))
     if needed:
@@ -144,5 +188,3 @@ def tell(prepared: Prepared, store: Store) -> None:
         if more := exclude.widened(patterns, model.modules(one.name)):
             names = ", ".join(more[:4]) + ", ..." * (len(more) > 4)
             store.out.info(f"{len(more)} more layers stay in {one.title}, multiplied as one with those named: {names}")
-    for note in prepared.target.warnings(prepared.inputs, prepared.settings):
-        store.out.warn(note.text)

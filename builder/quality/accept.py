@@ -31,9 +31,17 @@ def check_checkpoint(prepared: Prepared, models: Models, store: Store) -> tuple[
 
 
 def judge(
-    recipe: Recipe, repository: Repository, evaluation: Evaluation | None, quality: Quality | None, *, store: Store
+    recipe: Recipe,
+    repository: Repository,
+    evaluation: Evaluation | None,
+    quality: Quality | None,
+    *,
+    store: Store,
+    unchecked: str = "--no-quality-check",
 ) -> BuildVerdict:
-    """The verdict on a repository: of the accuracy gate, or else of the quality check."""
+    """The verdict on a repository: of the accuracy gate, or else of the quality check.
+
+    unchecked: why there was no quality check."""
     if evaluation and evaluation.verdict:
         limits = ", ".join(f"{metric} {limit:g}" for metric, limit in evaluation.verdict.limits.items())
         passed = evaluation.verdict.passed
@@ -49,7 +57,7 @@ def judge(
         found = BuildVerdict("passed", (f"a score of {quality.score:.2f}, at least {limit:g} was asked",))
         asked = {"min_score": limit, "quality": quality.digest}
     else:
-        found = BuildVerdict("not checked", (quality.unmeasured if quality else "--no-quality-check",))
+        found = BuildVerdict("not checked", (quality.unmeasured if quality else unchecked,))
         asked = {}
     verdict.keep(found, [repository.digest], asked, store=store)
     return found

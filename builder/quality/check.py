@@ -140,9 +140,10 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
         return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
     texts = _texts(recipe, store)
     cache = recipe.quantization.cache_format
-    variants = [
-        runner_job(Variant(name, name, cache), models, recipe, store) for name in ("bf16", "checkpoint", "simulated")
-    ]
+    # Without a calibration it was quantized elsewhere: there is nothing to simulate, and nothing to choose anew.
+    made_here = models.calibration is not None
+    names = ("bf16", "checkpoint", "simulated") if made_here else ("bf16", "checkpoint")
+    variants = [runner_job(Variant(name, name, cache), models, recipe, store) for name in names]
     dtype = _dtype(model, part, host)
     jobs = [{**variant.job, "dtype": dtype} for variant in variants]
     positions = int(models.snapshot.config.get("max_position_embeddings") or part.max_tokens)
@@ -152,7 +153,7 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
         "seed": SEED,
         "answer_tokens": ANSWER_TOKENS,
         "prompts": PROMPTS,
-        "remedies": _candidates(model, cache),
+        "remedies": _candidates(model, cache) if made_here else [],
     }
     ingredients = {
         "of": [models.snapshot.digest, models.checkpoint.digest if models.checkpoint else ""],

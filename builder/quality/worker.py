@@ -209,7 +209,7 @@ def _remedies(runner: Any, sets: Mapping[str, Sequences], job: Mapping[str, Any]
             np.concatenate([np.load(work / variant / name / "nll.npy") for name in sets]).mean(dtype=np.float64)
         )
 
-    if label != "checkpoint" or 100 * np.exp(mean("bf16") - mean("quantized")) >= REMEDIES_BELOW:
+    if not job["remedies"] or label != "checkpoint" or 100 * np.exp(mean("bf16") - mean("quantized")) >= REMEDIES_BELOW:
         return []
     from builder.quality import remedies
 

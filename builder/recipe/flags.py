@@ -9,6 +9,7 @@ from typing import Any
 RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--model", "model.id", str, "Hub id (Qwen/Qwen3-8B) or a local directory"),
     ("--revision", "model.revision", str, "branch, tag or commit on the Hub"),
+    ("--original", "model.original", str, "for a quantized model: the model that it was made from"),
     ("--name", "name", str, "name of the link in OUTPUT/models (default: from model and recipe)"),
     ("--gpu", "gpu", str, "card or GPU profile: rtx5090, b200, sm120, cpu, or auto (`builder gpus`)"),
     ("--target", "target", str, "engine (trtllm-build), llmapi (no engine) or reference (no GPU)"),

@@ -31,6 +31,12 @@ class Model(Part):
     id: Annotated[str, Field(min_length=1, description="Hub id (Qwen/Qwen3-8B) or a local directory")]
     revision: Annotated[str | None, Field(description="branch, tag or commit on the Hub; default: main")] = None
     trust_remote_code: Annotated[bool, Field(description="run Python code that comes with the model")] = False
+    original: Annotated[
+        str | None,
+        Field(
+            min_length=1, description="for a quantized model: the one that it was made from, a Hub id or a directory"
+        ),
+    ] = None
 
 
 # The default of TensorRT-LLM's own quantize.py (examples/quantization/quantize.py@c8c6df08). It has several

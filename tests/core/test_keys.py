@@ -91,6 +91,7 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
 ELSEWHERE = {
     "model.id": "below",
     "model.revision": HUB,
+    "model.original": "of a quantized model alone (test_quantized_models.py)",
     "quantization.format": ONE,
     "calibration.data": "below",
     "calibration.scales": "test_scales.py: for quantized models only",

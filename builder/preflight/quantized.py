@@ -1,0 +1,210 @@
+"""A model that is quantized already, in a plan and before a build: what it is, and what of the recipe it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from builder.checkpoint import quantized_source
+from builder.checkpoint.description import TITLES, Description, describe
+from builder.checkpoint.quantized_source import Formats
+from builder.core.errors import UnsupportedError, UsageError
+from builder.core.safetensors_io import TensorInfo, byte_size
+from builder.core.store import Store
+from builder.formats import kv_cache
+from builder.formats.kv_cache import KvCacheFormat
+from builder.formats.registry import FP8
+from builder.hub.snapshot import Source, open_source
+from builder.preflight.memory import Sizes
+from builder.preflight.model_facts import ModelFacts
+from builder.quantize import exclude
+from builder.recipe.schema import Model, Recipe, Resolved
+from builder.trtllm.flags import asked_for
+from builder.trtllm.rules import Note
+
+ORIGIN = "the checkpoint"  # where format and KV cache of the recipe come from
+# Keys that decide how to quantize, and the flags that set them.
+DECIDED = {"format": "--format", "keep_bf16": "--keep-bf16", "keep_fp8": "--keep-fp8"}
+NO_ORIGINAL = "no original to compare with; --original names the model that this one was made from"
+NO_SCALES = "KV scales"  # the note that is a warning
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized model. cache: the KV cache that it will be served with. original: what it was made from, if named."""
+
+    found: Description
+    formats: Formats
+    cache: KvCacheFormat
+    original: Source | None = None
+
+    def sizes(self, found: Sizes) -> Sizes:
+        """The sizes of a build from the unquantized model, as they are for this one: less to download, and nothing
+        loaded into memory."""
+        download = sum(info.nbytes for info in self.found.headers.values())
+        snapshot = download if found.disk["snapshot"] else 0
+        disk = {**found.disk, "snapshot": snapshot}
+        return replace(found, download=download, disk=disk, calibration_memory=0)
+
+    @property
+    def notes(self) -> list[Note]:
+        """What a user should know about it."""
+        if self.cache is self.found.cache:
+            return []
+        return [
+            Note(
+                NO_SCALES,
+                f"the checkpoint declares an {self.found.cache.title} and has no scales for it, so the cache stays in "
+                "the model's own type; --calibrate-scales measures them",
+            )
+        ]
+
+
+def take(resolved: Resolved, source: Source, *, store: Store) -> tuple[Resolved, Source, ModelFacts, Quantized]:
+    """What follows from a quantized source: the recipe with its formats, the source with the config.json and tokenizer
+    of the original where it has none, and the facts of the model.
+
+    UsageError for a recipe that says how to quantize, or a KV cache that the checkpoint lacks; UnsupportedError and
+    IntegrityError for a checkpoint that can't be taken.
+    """
+    where = source.model.id
+    _check_recipe(resolved, where)
+    headers = {
+        name: TensorInfo(kind, shape, 0, byte_size(kind, shape)) for name, (kind, shape) in source.tensors.items()
+    }
+    found = describe(source.documents, headers, where)
+    quantized_source.check(found, where)
+    original = _original(resolved, found, store)
+    if found.layout == "tensorrt_llm":
+        assert original is not None
+        _check_same_model(found, original, where)
+        source = replace(source, config=original.config, directory=original.directory)
+        tensors = dict(original.tensors)
+        formats = quantized_source.formats_of_engine_layout(found, tensors, original.config)
+    else:
+        tensors = quantized_source.unquantized(found, where)
+        formats = quantized_source.formats(found)
+    cache = _cache(resolved, found, where)
+    model = ModelFacts(source.config, tensors, formats.layers, source.directory, formats.whole)
+    linears = exclude.linears(model.tensors, model.architecture)
+    return _with_formats(resolved, formats, cache, linears), source, model, Quantized(found, formats, cache, original)
+
+
+def _check_recipe(resolved: Resolved, where: str) -> None:
+    """UsageError if a user said how to quantize."""
+    given = [flag for key, flag in DECIDED.items() if asked_for(resolved.origins.get(f"quantization.{key}", "default"))]
+    if given:
+        raise UsageError(
+            f"{where} is quantized already, and {', '.join(given)} would quantize it.",
+            why="A quantized checkpoint is served in its own formats. Quantizing it again would lose accuracy twice.",
+            hint=f"Leave {' and '.join(given)} out, or give the original model.",
+        )
+
+
+def _original(resolved: Resolved, found: Description, store: Store) -> Source | None:
+    """The model that --original names. UsageError if the layout needs it, or if that is quantized too."""
+    name = resolved.recipe.model.original
+    if name is None and found.layout == "tensorrt_llm":
+        raise UsageError(
+            f"{resolved.recipe.model.id} is in {TITLES[found.layout]}, which has no tokenizer.",
+            why="Its config.json describes an engine, not a model of transformers.",
+            hint="Name the model that it was made from: --original Qwen/Qwen3-8B. With --no-quality-check, its weights "
+            "are not downloaded.",
+        )
+    if name is None:
+        return None
+    opened = open_source(Model(id=name), store=store)
+    if opened.quantized:
+        raise UsageError(
+            f"{name} is quantized too; --original names the model that was quantized.",
+            hint="Give the BF16 model, or leave --original out.",
+        )
+    return opened
+
+
+def _check_same_model(found: Description, original: Source, where: str) -> None:
+    """UsageError if the original has other sizes than the checkpoint."""
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    sizes = {key: (found.config.get(key), original.config.get(key)) for key in keys}
+    wrong = [f"{key} {one} and {two}" for key, (one, two) in sizes.items() if one != two]
+    if wrong:
+        raise UsageError(
+            f"{where} was not made from {original.model.id}.",
+            why=f"They differ: {', '.join(wrong)}.",
+            hint="Name the model that it was made from with --original.",
+        )
+
+
+def _cache(resolved: Resolved, found: Description, where: str) -> KvCacheFormat:
+    """The KV cache to serve with. UsageError if a user asked for another one than the checkpoint has."""
+    part, key = resolved.recipe.quantization, "quantization.kv_cache_dtype"
+    cache = found.served_cache
+    if not asked_for(resolved.origins.get(key, "default")) or part.kv_cache_dtype == cache.name:
+        return cache
+    if cache is kv_cache.AUTO:
+        raise UsageError(
+            f"{where} has no scales for an {part.cache_format.title}.",
+            why="The scales are measured on texts, and this checkpoint was exported without them.",
+            hint="Measure them: --calibrate-scales. Or leave --kv-cache-dtype out.",
+        )
+    raise UsageError(
+        f"{where} has an {cache.title}, and --kv-cache-dtype {part.kv_cache_dtype} asks for another one.",
+        why="A quantized checkpoint is served as it is.",
+        hint="Leave --kv-cache-dtype out, or give the original model.",
+    )
+
+
+def _summarized(modules: Sequence[str], linears: Sequence[str]) -> list[tuple[str, bool]]:
+    """(name, True) for a last part of names that stands for all of its layers, else (module, False)."""
+    kinds = {kind: [one for one in linears if one.rpartition(".")[2] == kind] for kind in (_last(m) for m in modules)}
+    whole = {kind for kind, same in kinds.items() if set(same) <= set(modules)}
+    return [(kind, True) for kind in sorted(whole)] + [(m, False) for m in modules if _last(m) not in whole]
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _with_formats(resolved: Resolved, formats: Formats, cache: KvCacheFormat, linears: Sequence[str]) -> Resolved:
+    """The recipe with the checkpoint's formats in the place of the defaults. linears: the model's linear layers."""
+    recipe = resolved.recipe
+    fp8 = tuple(
+        f"*.{name}" if every else name for name, every in _summarized(formats.layers.get(FP8.name, ()), linears)
+    )
+    stated = {"format": formats.whole.name, "kv_cache_dtype": cache.name, "keep_fp8": fp8}
+    part = recipe.quantization.model_copy(update=stated)
+    origins = {**resolved.origins, **{f"quantization.{key}": ORIGIN for key, value in stated.items() if value}}
+    return replace(resolved, recipe=recipe.model_copy(update={"quantization": part}), origins=origins)
+
+
+def check_runners(recipe: Recipe, quantized: Quantized) -> None:
+    """UsageError for a measurement that needs what a quantized model does not have."""
+    if "simulated" in recipe.evaluation.runners:
+        raise not_quantizable(recipe.model.id, "The runner `simulated` measures")
+    if quantized.original is None and ("bf16" in recipe.evaluation.runners or recipe.evaluation.limits):
+        raise UsageError(
+            f"{recipe.model.id} is quantized, and there is no original to compare it with.",
+            why="The runner `bf16` and the limits of the gate compare with the model before it was quantized.",
+            hint="Name that model: --original Qwen/Qwen3-8B. Or measure the checkpoint alone: --runner checkpoint",
+        )
+
+
+def not_quantizable(where: str, doing: str) -> UsageError:
+    """The error for a command that quantizes, with a model that is quantized already."""
+    return UsageError(
+        f"{where} is quantized already.",
+        why=f"{doing} what quantizing a model costs.",
+        hint="Give the original model.",
+    )
+
+
+def explained(error: UnsupportedError) -> UnsupportedError:
+    """An error of the target or the GPU, for a model whose formats can't be chosen any more: without such a hint."""
+    if not any(flag in error.hint for flag in ("--format", "--kv-cache-dtype", "--keep-")):
+        return error
+    return UnsupportedError(
+        error.what,
+        why=f"{error.why} The checkpoint is in these formats already.".strip(),
+        hint="Give the original model, which is quantized to what this GPU and target run, or choose another --gpu or "
+        "--target.",
+    )
