@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from builder import __version__
 from builder.architectures import catalog, served
 from builder.architectures.attention import rope
 from builder.checkpoint import conversion, huggingface, layouts, unified_config, validate
@@ -60,6 +61,7 @@ def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store)
         "snapshot": snapshot.digest,
         "architecture": catalog.ingredients(catalog.of(snapshot.config)),
         "cache": asked.cache.name,
+        "version": __version__,  # which a converted checkpoint names as its tool
         "companions": {} if asked.original is None else _companions(asked.original),
         "sources": sources_digest(*SOURCES),
     }

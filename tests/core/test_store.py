@@ -21,7 +21,7 @@ from builder.core.store import Store, WouldRun
 from builder.evaluate import stage as evaluate_stage
 from builder.evaluate import tasks, variants
 from builder.evaluate.sensitivity import stage as sensitivity_stage
-from builder.quantize import modelopt, scales
+from builder.quantize import imported, modelopt, scales
 from builder.serving import smoke
 
 QUIET = Output("quiet")
@@ -272,6 +272,10 @@ NO_INGREDIENTS |= {"model.completeness", "model.config_values", "model.kinds", "
 NO_INGREDIENTS |= {"model.tensor_names", "serving.limits", "tokenizer.worker", "trtllm.build_log"}
 # rows.py also makes tokens of the rows, but in the stage that quantizes; its own stage keeps text.
 ANOTHERS = {"calibration/rows.py": {"tokenizer.chat_template", "tokenizer.special_tokens", "tokenizer.files"}}
+# What takes a quantized model over makes checkpoints, in a stage with a key of its own; measurements read them.
+TAKEN_OVER = {"checkpoint.conversion", "checkpoint.quantized_source", "checkpoint.unified_config"}
+ANOTHERS |= {"evaluate/stage.py": TAKEN_OVER, "evaluate/tasks_worker.py": TAKEN_OVER}
+NO_INGREDIENTS |= {"builder"}  # its version is an ingredient of its own where a file names it
 
 
 @pytest.mark.parametrize(
@@ -279,6 +283,7 @@ ANOTHERS = {"calibration/rows.py": {"tokenizer.chat_template", "tokenizer.specia
     [
         ("quantize/modelopt.py", modelopt.SOURCES),
         ("quantize/scales.py", scales.SOURCES),
+        ("quantize/imported.py", imported.SOURCES),
         ("calibration/rows.py", calibration_rows.SOURCES),
         ("serving/smoke.py", smoke.SOURCES),
         ("evaluate/sensitivity/stage.py", sensitivity_stage.SOURCES),
