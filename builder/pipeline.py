@@ -21,6 +21,7 @@ from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
 from builder.quantize.modelopt import QuantizeRequest, quantize
+from builder.quantize.scales import ScalesRequest
 from builder.recipe.schema import Recipe, Resolved
 from builder.serving.smoke import SmokeReport, smoke_test
 from builder.targets import target
@@ -164,11 +165,17 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 
 def _imported(prepared: Prepared, quantized: Quantized, snapshot: Snapshot, store: Store) -> Built:
     """The checkpoint of a model that is quantized already, and the model that it was made from if it was named."""
-    asked = ImportRequest(quantized.found, quantized.cache, quantized.formats, quantized.original)
-    checkpoint, source, recipe = import_checkpoint(snapshot, asked, store=store), quantized.original, prepared.recipe
+    source, recipe = quantized.original, prepared.recipe
+    asked = ImportRequest(quantized.found, quantized.cache, quantized.formats, source)
+    if recipe.calibration.scales:
+        rows = calibrate(recipe.calibration, store=store)
+        check_conversations(read_rows(rows), prepared.source.directory)
+        part = ScalesRequest(recipe.calibration, quantized.cache.name, recipe.model.trust_remote_code)
+        asked = replace(asked, rows=rows, scales=part)
+    checkpoint = import_checkpoint(snapshot, asked, store=store)
     measured = source is not None and (recipe.quality.check or recipe.evaluation.limits)
     original = fetch(source.model, store=store, source=source) if source and measured else None
-    return Built(snapshot, prepared, checkpoint=checkpoint, original=original)
+    return Built(snapshot, prepared, asked.rows, checkpoint, original=original)
 
 
 def _checked(built: Built, store: Store) -> Built:

@@ -116,7 +116,7 @@ def _stages(prepared: Prepared, done: Sequence[Artifact], first: WouldRun | None
     rows: list[Row] = [(artifact.stage, "cached", artifact.path.name) for artifact in done]
     skipped = set() if prepared.target.facts.has_engine else {"ranks", "engine"}
     skipped |= set() if prepared.recipe.engine.world_size > 1 else {"ranks"}
-    skipped |= {"calibration"} if prepared.quantized else set()
+    skipped |= set() if prepared.calibration else {"calibration"}
     stages = [stage for stage in STAGES if stage not in skipped]
     if prepared.recipe.quantization.kept_budget is not None:
         at = stages.index("checkpoint")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from builder.core.errors import UnsupportedError, UsageError
+from builder.core.errors import UnsupportedError
 from builder.core.output import size
 from builder.core.store import STAGES, Store
 from builder.formats.registry import BF16, FP8
@@ -71,8 +71,9 @@ class Prepared:
 
     @property
     def calibration(self) -> Calibration | None:
-        """How the model is calibrated; None if it is not, because it is quantized already."""
-        return None if self.quantized else self.recipe.calibration
+        """How the model, or only its scales, is calibrated; None for a quantized model that is served as it is."""
+        part = self.recipe.calibration
+        return part if part.scales or not self.quantized else None
 
     @cached_property
     def notes(self) -> list[Note]:
@@ -108,12 +109,7 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
     source = open_source(resolved.recipe.model, store=store)
     if source.quantized:
         return _prepare_quantized(resolved, source, store, layouts)
-    if resolved.recipe.model.original:
-        raise UsageError(
-            f"{source.model.id} is not quantized, so --original has no meaning.",
-            why="--original names the model that a quantized one was made from.",
-            hint="Leave --original out.",
-        )
+    quantized.check_unquantized(resolved.recipe)
     inputs = Inputs(resolved, source.config, probe_store.answers(resolved, store.root))
     settings = checks.check_model(inputs, layouts=layouts)
     checks.check_gate(resolved.recipe, settings)

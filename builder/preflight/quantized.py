@@ -31,25 +31,28 @@ NO_SCALES = "KV scales"  # the note that is a warning
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized model. cache: the KV cache that it will be served with. original: what it was made from, if named."""
+    """A quantized model. cache: the KV cache that it will be served with. original: what it was made from, if named.
+    calibrates: whether its scales of inputs and KV cache are calibrated."""
 
     found: Description
     formats: Formats
     cache: KvCacheFormat
     original: Source | None = None
+    calibrates: bool = False
 
     def sizes(self, found: Sizes) -> Sizes:
-        """The sizes of a build from the unquantized model, as they are for this one: less to download, and nothing
-        loaded into memory."""
+        """The sizes of a build from the unquantized model, as they are for this one: less to download, and no model in
+        memory unless scales are calibrated."""
         download = sum(info.nbytes for info in self.found.headers.values())
-        snapshot = download if found.disk["snapshot"] else 0
-        disk = {**found.disk, "snapshot": snapshot}
-        return replace(found, download=download, disk=disk, calibration_memory=0)
+        disk = {**found.disk, "snapshot": download if found.disk["snapshot"] else 0}
+        return replace(
+            found, download=download, disk=disk, calibration_memory=found.calibration_memory * self.calibrates
+        )
 
     @property
     def notes(self) -> list[Note]:
         """What a user should know about it."""
-        if self.cache is self.found.cache:
+        if self.calibrates or self.cache is self.found.cache:
             return []
         return [
             Note(
@@ -82,12 +85,13 @@ def take(resolved: Resolved, source: Source, *, store: Store) -> tuple[Resolved,
         tensors = dict(original.tensors)
         formats = quantized_source.formats_of_engine_layout(found, tensors, original.config)
     else:
-        tensors = quantized_source.unquantized(found, where)
+        tensors = quantized_source.unquantized(found, where, scales=resolved.recipe.calibration.scales)
         formats = quantized_source.formats(found)
     cache = _cache(resolved, found, where)
     model = ModelFacts(source.config, tensors, formats.layers, source.directory, formats.whole)
     linears = exclude.linears(model.tensors, model.architecture)
-    return _with_formats(resolved, formats, cache, linears), source, model, Quantized(found, formats, cache, original)
+    quantized = Quantized(found, formats, cache, original, resolved.recipe.calibration.scales)
+    return _with_formats(resolved, formats, cache, linears), source, model, quantized
 
 
 def _check_recipe(resolved: Resolved, where: str) -> None:
@@ -138,6 +142,8 @@ def _check_same_model(found: Description, original: Source, where: str) -> None:
 def _cache(resolved: Resolved, found: Description, where: str) -> KvCacheFormat:
     """The KV cache to serve with. UsageError if a user asked for another one than the checkpoint has."""
     part, key = resolved.recipe.quantization, "quantization.kv_cache_dtype"
+    if resolved.recipe.calibration.scales and part.cache_format.quantized:
+        return part.cache_format
     cache = found.served_cache
     if not asked_for(resolved.origins.get(key, "default")) or part.kv_cache_dtype == cache.name:
         return cache
@@ -175,6 +181,17 @@ def _with_formats(resolved: Resolved, formats: Formats, cache: KvCacheFormat, li
     part = recipe.quantization.model_copy(update=stated)
     origins = {**resolved.origins, **{f"quantization.{key}": ORIGIN for key, value in stated.items() if value}}
     return replace(resolved, recipe=recipe.model_copy(update={"quantization": part}), origins=origins)
+
+
+def check_unquantized(recipe: Recipe) -> None:
+    """UsageError for settings that only a quantized model has."""
+    given = {"--original": recipe.model.original, "--calibrate-scales": recipe.calibration.scales}
+    if named := [flag for flag, value in given.items() if value]:
+        raise UsageError(
+            f"{recipe.model.id} is not quantized, and {' and '.join(named)} is for models that are.",
+            why="An unquantized model is calibrated whole, and compared with itself.",
+            hint=f"Leave {' and '.join(named)} out.",
+        )
 
 
 def check_runners(recipe: Recipe, quantized: Quantized) -> None:

@@ -1,7 +1,8 @@
 """Snapshot of a quantized model -> Checkpoint: the same weights in the layouts that the targets need.
 
-Nothing is quantized. The Hugging Face layout is copied, or converted from another layout; TensorRT-LLM's is derived
-from it, as after quantizing; the inspection is that of every build.
+Nothing is quantized, though scales of inputs and of the KV cache may be calibrated. The Hugging Face layout is copied,
+or converted from another layout; TensorRT-LLM's is derived from it, as after quantizing; the inspection is that of
+every build.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from builder import __version__
 from builder.architectures import catalog, served
 from builder.architectures.attention import rope
+from builder.calibration.rows import Calibration
 from builder.checkpoint import conversion, huggingface, layouts, unified_config, validate
 from builder.checkpoint.description import CONFIG, HF_QUANT_CONFIG, Description
 from builder.checkpoint.layouts import Checkpoint, read_json, write_json
@@ -25,16 +27,10 @@ from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Snapshot, Source
 from builder.model import files as model_files
 from builder.model.hashed_files import times
+from builder.quantize import scales
+from builder.quantize.scales import ScalesRequest
 
-SOURCES = (
-    "builder/architectures",
-    "builder/checkpoint",
-    "builder/core/safetensors_io.py",
-    "builder/formats",
-    "builder/model",
-    "builder/quantize/imported.py",
-    "builder/tokenizer/files.py",
-)
+SOURCES = (*scales.SOURCES, "builder/checkpoint", "builder/model", "builder/quantize/imported.py")
 
 
 @dataclass(frozen=True)
@@ -43,13 +39,15 @@ class ImportRequest:
 
     found: what the checkpoint is. cache: the KV cache that it will be served with: the declared one, or none if its
     scales are missing. formats: of its layers, by Hugging Face names. original: has the config.json and tokenizer of a
-    layout without them.
+    layout without them. rows, scales: what to calibrate new scales on, and how; None leaves them.
     """
 
     found: Description
     cache: KvCacheFormat
     formats: Formats
     original: Source | None = None
+    rows: Calibration | None = None
+    scales: ScalesRequest | None = None
 
 
 def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store) -> Checkpoint:
@@ -63,6 +61,7 @@ def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store)
         "cache": asked.cache.name,
         "version": __version__,  # which a converted checkpoint names as its tool
         "companions": {} if asked.original is None else _companions(asked.original),
+        "scales": scales.ingredients(asked.rows, asked.scales) if asked.rows and asked.scales else None,
         "sources": sources_digest(*SOURCES),
     }
 
@@ -71,11 +70,14 @@ def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store)
         unified.mkdir()
         lost = _unified(snapshot, asked, unified, companions)
         huggingface.complete(unified, companions)
+        calibrated = {}
+        if asked.rows and asked.scales:
+            calibrated = scales.calibrate_scales(unified, asked.rows, asked.scales, store=store)
         lacking = _second_layout(unified, snapshot.config, tmp / "tensorrt_llm")
         snapshot.source.check_unchanged()
         found = validate.inspect(tmp)
         found.check(snapshot.path)
-        facts = _facts(asked)
+        facts = {**calibrated, **_facts(asked)}
         store.out.info(summary(facts["imported"]))
         for sentence in (*lost, *([f"only the unified layout was written: {lacking}"] if lacking else [])):
             store.out.warn(sentence)
@@ -106,7 +108,8 @@ def _companions(original: Source) -> dict[str, str]:
 def _unified(snapshot: Snapshot, asked: ImportRequest, unified: Path, companions: Path) -> tuple[str, ...]:
     """Writes the Hugging Face layout, weights and configuration. Returns what it can't hold of the source."""
     if asked.found.layout != "unified":
-        made = conversion.write(snapshot.path, unified, "unified", conversion.Options(model=companions), asked.found)
+        found = replace(asked.found, cache=asked.found.served_cache)
+        made = conversion.write(snapshot.path, unified, "unified", conversion.Options(model=companions), found)
         return made.lost
     for name in snapshot.files:
         shutil.copyfile(snapshot.path / name, unified / name)
@@ -124,13 +127,13 @@ def _describe(unified: Path, asked: ImportRequest) -> None:
     quantized = {module: one for module, one in found.layers.items() if one.quant_algo is not None}
     kept = [module for module, one in found.layers.items() if one.quant_algo is None]
     forgotten = any(found.formats.of(module).quant_algo is not None for module in kept)
-    if (unified / HF_QUANT_CONFIG).is_file() and not forgotten and asked.cache is found.cache:
+    if (unified / HF_QUANT_CONFIG).is_file() and not forgotten and found.served_cache is found.cache:
         return
     head = catalog.of(found.config).tensors
     excluded = {*kept, *found.formats.excluded, head.head if head else "lm_head"}
     document = {
         "producer": {"name": found.producer.name or "modelopt", "version": found.producer.version},
-        "quantization": unified_config.quantization(quantized, excluded, asked.cache),
+        "quantization": unified_config.quantization(quantized, excluded, found.served_cache),
     }
     config = read_json(unified / CONFIG)
     write_json(unified / CONFIG, {**config, "quantization_config": unified_config.block(document, quantized)})
