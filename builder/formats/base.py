@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from builder.core.errors import UnsupportedError
 from builder.core.safetensors_io import byte_size
 
 if TYPE_CHECKING:
@@ -138,11 +139,8 @@ class NumberFormat:
     entry: what ModelOpt says of its layers beside quant_algo and group_size (has_zero_point, pre_quant_scale).
     whole_model: whether a recipe can choose it for all layers (quantization.format).
     modelopt_config: the configuration of modelopt.torch.quantization that quantizes a whole model to it.
-    quantizers: for single layers in it, what ModelOpt's quantizers are set to, by their names before `_quantizer`.
-        None turns a quantizer off.
-    prepare_export: whether layers must be prepared for ModelOpt's Hugging Face exporter, which for this format neither
-        shares the ranges of layers that are served as one (export/unified_export_hf.py, 0.37 to 0.47) nor divides by
-        the scale in float32, as its simulation does.
+    prepare_export: whether weights are rounded before ModelOpt's Hugging Face exporter and its simulation get them,
+        which round them in other ways than its TensorRT-LLM exporter (quantize/quantizers.py).
     gpu_format: the entry of `formats` in configs/gpus/*.yaml that a GPU must have, with the version of TensorRT-LLM
         and the source; None where every GPU runs it.
     targets: the targets whose TensorRT-LLM runs it on any GPU; targets_source: why not the others.
@@ -163,7 +161,6 @@ class NumberFormat:
     entry: Mapping[str, Any] = field(default_factory=dict)
     whole_model: bool = False
     modelopt_config: str | None = None
-    quantizers: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     prepare_export: bool = False
     gpu_format: str | None = None
     targets: tuple[str, ...] = ("engine", "llmapi")
@@ -201,11 +198,28 @@ class NumberFormat:
         return sum(tensor.nbytes(weight) for tensor in shared)
 
     def modelopt(self, mtq: Any) -> dict[str, Any]:
-        """A copy of the ModelOpt configuration for a whole model; `mtq` is modelopt.torch.quantization."""
+        """A copy of the ModelOpt configuration for a whole model; `mtq` is modelopt.torch.quantization.
+
+        UnsupportedError where the installed version has none.
+        """
         if self.modelopt_config is None:
             raise ValueError(f"{self.name} is not a format for a whole model")
+        if not hasattr(mtq, self.modelopt_config):
+            raise UnsupportedError(
+                f"The installed ModelOpt cannot quantize to {self.title}.",
+                why=f"It has no {self.modelopt_config}.",
+                hint="Install a later nvidia-modelopt (0.47 has it), or choose another --format.",
+            )
         config: dict[str, Any] = copy.deepcopy(getattr(mtq, self.modelopt_config))
         return config
+
+    def quantizers(self, mtq: Any) -> dict[str, Mapping[str, Any] | None]:
+        """What ModelOpt's quantizers of a single layer are set to, by their names before `_quantizer`, as in the
+        configuration for a whole model. None turns a quantizer off."""
+        config = self.modelopt(mtq)["quant_cfg"]
+        if not isinstance(config, dict):  # a list from ModelOpt 0.44 on
+            config = {one["quantizer_name"]: one.get("cfg") for one in config}
+        return {part: config.get(f"*{part}_quantizer") for part in ("weight", "input")}
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The weight [outputs, inputs] in `kind` from the layer's tensors, by their `name`."""

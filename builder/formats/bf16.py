@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builder.formats.base import FLOATS, IN, OUT, NumberFormat, StoredTensor
 
@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 
 class Bf16(NumberFormat):
     """BF16: nothing is rounded."""
+
+    def modelopt(self, mtq: Any) -> dict[str, Any]:
+        """A configuration without quantizers, in the form that this version of ModelOpt has."""
+        as_dict = isinstance(mtq.FP8_DEFAULT_CFG["quant_cfg"], dict)
+        off = {"default": {"enable": False}} if as_dict else [{"quantizer_name": "*", "enable": False}]
+        return {"quant_cfg": off, "algorithm": "max"}
+
+    def quantizers(self, mtq: Any) -> dict[str, Mapping[str, Any] | None]:
+        """All off."""
+        return {"*": None}
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The weight in `kind`."""
@@ -34,5 +44,4 @@ FORMAT = Bf16(
     bits=16.0,
     tensors=(StoredTensor("weight", "weight", "weight", FLOATS, (OUT, IN), "floats", "kept_linears"),),
     label="kept",
-    quantizers={"*": None},
 )

@@ -1,4 +1,4 @@
-"""FP8: E4M3 weights and activations, one FP32 scale for the weight and one for the input. For single layers.
+"""FP8: E4M3 weights and activations, one FP32 scale for the weight and one for the input.
 
 The scale of the weight has the name of NVFP4's block scales in both layouts. In TensorRT-LLM's both scales have the
 shape [1], as ModelOpt's TensorRT-LLM export writes them. Arithmetic: builder/formats/arithmetic/fp8.py.
@@ -14,8 +14,6 @@ from builder.formats.base import IN, OUT, NumberFormat, Scheme, StoredTensor
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-# A weight's and an input's quantizer: what FP8_DEFAULT_CFG says of both, in all versions of ModelOpt.
-E4M3 = {"num_bits": (4, 3), "axis": None}
 # compressed-tensors' arguments of the same (0.18, quantization/quant_scheme.py, FP8).
 PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 
@@ -39,7 +37,7 @@ class Fp8(NumberFormat):
         """Rounds to E4M3 under the scale that maps `amax` to the largest E4M3 value."""
         from builder.formats.arithmetic import fp8
 
-        return fp8.fake_quantize(weight.float(), amax.float() / fp8.E4M3_MAX)
+        return fp8.round_weight(weight, amax.float() / fp8.E4M3_MAX)
 
 
 FORMAT = Fp8(
@@ -59,7 +57,8 @@ FORMAT = Fp8(
         ),
     ),
     label="fp8",
-    quantizers={"weight": E4M3, "input": E4M3},
+    whole_model=True,
+    modelopt_config="FP8_DEFAULT_CFG",
     prepare_export=True,
     gpu_format="fp8",
     gemm_plugin="disable",

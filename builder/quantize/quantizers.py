@@ -14,6 +14,7 @@ from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
 from builder.core.errors import UnsupportedError
 from builder.formats.assignment import ModelFormats
+from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import BF16, FP8
 from builder.quantize import modelopt
@@ -35,7 +36,7 @@ def config(mtq: Any, formats: ModelFormats, never: Sequence[str] = ()) -> dict[s
         f"{glob.escape(module)}.{part}_quantizer": settings
         for number_format, modules in formats.layers.items()
         for module in modules
-        for part, settings in number_format.quantizers.items()
+        for part, settings in number_format.quantizers(mtq).items()
     } | {f"{module}.*_quantizer": None for module in (*map(glob.escape, never), *NEVER)}
     if isinstance(ours, dict):
         ours.update({name: settings for name, settings in dict(cache).items() if name != "default"})
@@ -73,7 +74,7 @@ def share_ranges(model: Any, formats: ModelFormats) -> None:
     from modelopt.torch.export.quant_utils import preprocess_linear_fusion
 
     modules, architecture = dict(model.named_modules()), catalog.of(model.config.to_dict())
-    for number_format, layers in formats.layers.items():
+    for number_format, layers in by_format(model, formats).items():
         fused: dict[tuple[str, str], list[Any]] = {}
         for name in layers if number_format.prepare_export else ():
             parent, _, leaf = name.rpartition(".")
@@ -83,26 +84,38 @@ def share_ranges(model: Any, formats: ModelFormats) -> None:
 
 
 def round_weights(model: Any, formats: ModelFormats) -> None:
-    """Rounds the weights of layers in formats whose exporter divides by the scale in BF16.
+    """Rounds the weights of FP8 layers as ModelOpt's TensorRT-LLM exporter does, which divides by the scale in float32.
 
-    ModelOpt's TensorRT-LLM exporter divides in float32, as its simulation does, so one weight of fifty would get the
-    neighbouring code. A weight that already has a value of the format gets the same code in all three.
+    Its Hugging Face exporter divides in BF16 if the scale is one number, so one weight of fifty would get the
+    neighbouring code; its simulation multiplies by the reciprocal, which rounds some ties otherwise. A weight that
+    already has a value of the format gets the same code in all three.
     """
     modules = dict(model.named_modules())
-    for number_format, layers in formats.layers.items():
+    for number_format, layers in by_format(model, formats).items():
         for name in layers if number_format.prepare_export else ():
             module = modules[name]
-            module.weight.copy_(module.weight_quantizer(module.weight))
+            module.weight.copy_(number_format.round_weight(module.weight, module.weight_quantizer.amax))
+
+
+def by_format(model: Any, formats: ModelFormats) -> dict[NumberFormat, list[str]]:
+    """{format: its linear layers} of a model with ModelOpt's quantizers, without those that are off."""
+    single = {module: one for one, modules in formats.layers.items() for module in modules}
+    found: dict[NumberFormat, list[str]] = {}
+    for name, module in model.named_modules():
+        if _quantizes_weight(module):
+            found.setdefault(single.get(name, formats.whole), []).append(name)
+    return found
 
 
 def check(model: Any, formats: ModelFormats) -> dict[str, int]:
     """Counts the quantizers before they see data. UnsupportedError for what would be quantized wrongly in silence."""
     modules = dict(model.named_modules())
     linears = {name: module.weight.shape for name, module in modules.items() if _quantizes_weight(module)}
-    modelopt.check_sizes(linears, formats.whole)
+    for one, layers in by_format(model, formats).items():
+        modelopt.check_sizes({name: linears[name] for name in layers}, one)
     _check_not_zero({name: modules[name].weight for name in linears})
     _check_single_layers(model, formats, linears)
-    if not linears:
+    if not linears and formats.whole is not BF16:
         raise UnsupportedError(f"ModelOpt finds nothing to quantize in {type(model).__name__}.", hint=ANOTHER)
     quantized = sum(len(layers) for one, layers in formats.layers.items() if one is not BF16)
     return {

@@ -96,7 +96,7 @@ def test_what_a_configuration_declares() -> None:
     "quantization",
     [
         {"quant_algo": "NVFP4", "group_size": 32},
-        {"quant_algo": "FP8"},
+        {"quant_algo": "W8A16"},
         {"quant_algo": None},
         {"quant_algo": MIXED, "quantized_layers": {"a": {"quant_algo": "W4A8_AWQ"}}},
     ],

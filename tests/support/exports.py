@@ -25,23 +25,37 @@ MODELS = {
 MODELOPT = tuple(int(part) for part in version("nvidia-modelopt").split(".")[:2])
 
 
+def batches(seed: int = 0) -> list[Any]:
+    """Random tokens to calibrate with."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 4000, (2, 64), generator=generator) for _ in range(2)]
+
+
 def quantized(
-    source: Path, *, kv_cache: bool = True, seed: int = 0, kept: Sequence[str] = (), fp8: Sequence[str] = ()
+    source: Path,
+    *,
+    config: str = "NVFP4_DEFAULT_CFG",
+    kv_cache: bool = True,
+    seed: int = 0,
+    kept: Sequence[str] = (),
+    fp8: Sequence[str] = (),
 ) -> Any:
-    """The model with ModelOpt's quantizers, calibrated with random tokens: NVFP4, none in the modules `kept`, FP8 in
-    those of `fp8`, and FP8 for the KV cache if asked."""
+    """The model with ModelOpt's quantizers, calibrated with random tokens: as `config` of ModelOpt says, none in the
+    modules `kept`, FP8 in those of `fp8`, and FP8 for the KV cache if asked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ModelOpt's own, on import and after
-        return _quantized(source, kv_cache, seed, kept, fp8)
+        return _quantized(source, config, kv_cache, seed, kept, fp8)
 
 
-def _quantized(source: Path, kv_cache: bool, seed: int, kept: Sequence[str], fp8: Sequence[str]) -> Any:
+def _quantized(source: Path, name: str, kv_cache: bool, seed: int, kept: Sequence[str], fp8: Sequence[str]) -> Any:
     import modelopt.torch.quantization as mtq
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    config = copy.deepcopy(mtq.NVFP4_DEFAULT_CFG)
+    config = copy.deepcopy(getattr(mtq, name))
     if kv_cache and isinstance(config["quant_cfg"], dict):  # up to 0.43
         config["quant_cfg"].update(mtq.FP8_KV_CFG["quant_cfg"])
     elif kv_cache:
@@ -54,12 +68,10 @@ def _quantized(source: Path, kv_cache: bool, seed: int, kept: Sequence[str], fp8
         config["quant_cfg"] += [{"quantizer_name": name, **off} for name, off in asked.items()]
         names = [f"{name}.{x}_quantizer" for name in fp8 for x in ("weight", "input")]
         config["quant_cfg"] += [{"quantizer_name": name, "cfg": e4m3} for name in names]
-    generator = torch.Generator().manual_seed(seed)
-    batches = [torch.randint(0, 4000, (2, 64), generator=generator) for _ in range(2)]
 
     def calibrate(model: Any) -> None:
-        for batch in batches:
-            model(batch, use_cache=False)
+        for batch in batches(seed):
+            model(batch % model.config.vocab_size, use_cache=False)
 
     with torch.no_grad():
         mtq.quantize(model, config, calibrate)

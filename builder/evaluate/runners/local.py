@@ -69,11 +69,14 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import unified_export_hf
 
-    from builder.quantize import worker
+    from builder.quantize import quantizers, worker
     from builder.quantize.simulation import enable_cpu_simulation
 
     model, rows = worker._load({**job, **job["calibration"]})
-    worker._calibrate(model, rows, of_job({**job["calibration"], "kv_cache_dtype": job["kv_cache_dtype"]}))
+    formats = of_job({**job["calibration"], "kv_cache_dtype": job["kv_cache_dtype"]})
+    worker._calibrate(model, rows, formats)
+    with torch.inference_mode():
+        quantizers.round_weights(model, formats)
     if not torch.cuda.is_available():
         enable_cpu_simulation()
     unified_export_hf.requantize_resmooth_fused_llm_layers(model)  # q, k and v share a range, as in the checkpoint

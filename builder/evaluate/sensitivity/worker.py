@@ -31,7 +31,6 @@ from builder.evaluate.runners.worker import score_set
 from builder.evaluate.sensitivity.weight_error import weight_errors
 from builder.formats import kv_cache, registry
 from builder.formats.assignment import of_job
-from builder.formats.fp8 import E4M3
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import worker
 from builder.quantize.device import check_device
@@ -233,7 +232,7 @@ class Simulated:
         before = [(quantizer.num_bits, quantizer.block_sizes) for quantizer in fp8]
         try:
             for quantizer in fp8:
-                quantizer.num_bits, quantizer.block_sizes = E4M3["num_bits"], None
+                quantizer.num_bits, quantizer.block_sizes = (4, 3), None  # as FP8_DEFAULT_CFG says
             for quantizer in quantizers:
                 quantizer.enable()
             yield

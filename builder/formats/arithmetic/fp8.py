@@ -1,4 +1,4 @@
-"""FP8 E4M3 for layers with one scale for the weight and one for the input, and for the KV cache. Imports torch.
+"""FP8 E4M3 for linear layers, with a scale for a tensor or for each of its rows, and for the KV cache. Imports torch.
 
 value = E4M3 * scale
 """
@@ -9,17 +9,38 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+_ZERO = 2.0**-24  # a row whose largest value is not above it becomes zero
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The E4M3 weight of an FP8 layer and its scale -> values in `dtype`."""
+    """The E4M3 weight of an FP8 layer and its scale, or one for each row [rows, 1] -> values in `dtype`."""
     return (weight.float() * _factors(scale)[1]).to(dtype)
+
+
+def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight [rows, n] through E4M3 under its scale, or one for each row [rows, 1], and back, in float32.
+
+    By division, as ModelOpt's TensorRT-LLM exporter rounds it (export/quant_utils.py, to_quantized_weight). A row of
+    zeros stays one.
+    """
+    codes = (weight.float() / torch.where(scale > 0, scale, 1.0)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes.float() * _factors(scale)[1]
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
     """The input of an FP8 layer through E4M3 under its calibrated input_scale and back, in x's dtype."""
     up, down = _factors(scale)
     return ((x.float() * up).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * down).to(x.dtype)
+
+
+def fake_quantize_rows(x: Tensor) -> Tensor:
+    """Each row of x [..., n] through E4M3 under a scale of its own and back, in x's dtype.
+
+    As ModelOpt's simulation rounds them (quantization/tensor_quant.py, fp8_eager, 0.37 to 0.47).
+    """
+    largest = x.abs().amax(-1, keepdim=True).float()
+    up = E4M3_MAX / torch.where(largest <= _ZERO, 1.0, largest)
+    return ((x.float() * up).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * (1 / up)).to(x.dtype)
 
 
 def _factors(scale: Tensor) -> tuple[Tensor, Tensor]:
