@@ -25,11 +25,11 @@ from builder.checkpoint.compressed_tensors import tensors as compressed
 from builder.checkpoint.description import CONFIG, HF_QUANT_CONFIG, Description, Layout, describe_directory
 from builder.checkpoint.layouts import QUANT_CFG, write_json, write_quant_cfg
 from builder.core import atomic
-from builder.core.errors import BuilderError, StageError, UnsupportedError, UsageError
+from builder.core.errors import BuilderError, StageError, UsageError
 from builder.core.output import Output, size
 from builder.core.safetensors_io import Tensors
 from builder.formats.base import NumberFormat
-from builder.formats.declared import MIXED
+from builder.formats.declared import MIXED, declared
 
 # The layouts by the names that users type; each is also a directory of a checkpoint in the store.
 LAYOUTS: Mapping[str, Layout] = {
@@ -115,7 +115,7 @@ def convert(source: Path, destination: Path, layout: Layout, options: Options = 
     found = describe_directory(source)
     if found.layout == layout:
         raise UsageError(f"{source} is in this layout already.", hint=f"Copy it: cp -r {source} {destination}")
-    with _complete(destination, sum(info.nbytes for info in found.headers.values())) as new:
+    with _complete(destination, sum(file.stat().st_size for file in source.glob("*.safetensors"))) as new:
         return write(source, new, layout, options, found)
 
 
@@ -181,24 +181,68 @@ def _to_unified(source: Path, destination: Path, found: Description, options: Op
         "quantization": unified_config.quantization(quantized, [*kept, _head(found)], found.cache),
     }
     files = _write(destination, made, options)
-    block = unified_config.block(document, quantized)
-    write_json(destination / CONFIG, {**_plain(found.config), "quantization_config": block})
-    write_json(destination / HF_QUANT_CONFIG, document)
-    if document["quantization"]["quant_algo"] == MIXED:
-        write_quant_cfg(destination, document["quantization"])
+    _write_configuration(destination, _plain(found.config), document)
     return _result("unified", destination, files, made)
 
 
 def _to_tensorrt_llm(source: Path, destination: Path, found: Description, options: Options) -> Converted:
     config = catalog.with_common_keys(_plain(found.config))
-    layouts.write_tensorrt_llm(source, config, destination)
+    with _with_hf_quant_config(source, destination, found) as unified:
+        layouts.write_tensorrt_llm(unified, config, destination)
     lost = _clamped(source, found)
     options.done(sum(info.nbytes for info in found.headers.values()))
     return _result("tensorrt_llm", destination, sorted(destination.glob("*.safetensors")), compressed.Made(), lost)
 
 
 def _from_tensorrt_llm(source: Path, destination: Path, found: Description, options: Options) -> Converted:
-    raise UnsupportedError("TensorRT-LLM's layout can't be converted yet.")
+    from builder.checkpoint.from_tensorrt_llm import unified_parts  # numpy: only where ranks are joined
+
+    if options.model is None:
+        raise UsageError(
+            "TensorRT-LLM's layout has no config.json and tokenizer of the model.",
+            why="The Hugging Face layouts need them.",
+            hint="Name the directory of the model that the checkpoint was made from: --model DIRECTORY",
+        )
+    config = _plain(layouts.read_json(options.model / CONFIG))
+    tensors, document = unified_parts(source, catalog.with_common_keys(config))
+    made = compressed.Made(tensors)
+    files = _write(destination, made, options)
+    _write_configuration(destination, config, document)
+    _copy_companions(options.model, destination)
+    lost = "KV cache scales below 1 are 1 in TensorRT-LLM's layout: what they were before is not known."
+    return _result("unified", destination, files, made, (lost,) if found.cache.quantized else ())
+
+
+def _write_configuration(destination: Path, config: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+    """hf_quant_config.json, the same in config.json, and quant_cfg.json where formats are mixed."""
+    stated = document["quantization"]
+    mixed = stated["quant_algo"] == MIXED
+    formats = declared(stated)
+    layers = formats.layers if formats.default is None else {"Linear": formats.default}
+    block = unified_config.block(document, layers)
+    write_json(destination / CONFIG, {**config, "quantization_config": block})
+    write_json(destination / HF_QUANT_CONFIG, document)
+    if mixed:
+        write_quant_cfg(destination, stated)
+
+
+@contextmanager
+def _with_hf_quant_config(source: Path, destination: Path, found: Description) -> Iterator[Path]:
+    """A directory with the files of a unified checkpoint and hf_quant_config.json, which some leave out."""
+    if (source / HF_QUANT_CONFIG).is_file():
+        yield source
+        return
+    view = destination / ".view"
+    view.mkdir()
+    try:
+        for path in source.iterdir():
+            (view / path.name).symlink_to(path.absolute())
+        quantized, kept = _quantized(found)
+        stated = unified_config.quantization(quantized, [*kept, _head(found)], found.cache)
+        write_json(view / HF_QUANT_CONFIG, {"producer": _producer(found), "quantization": stated})
+        yield view
+    finally:
+        shutil.rmtree(view, ignore_errors=True)
 
 
 def _clamped(source: Path, found: Description) -> tuple[str, ...]:

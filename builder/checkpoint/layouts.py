@@ -128,7 +128,7 @@ class _Layout:
         shape = infos[0].shape
         if len(infos) > 1:
             shape = (sum(info.shape[0] for info in infos), *shape[1:])
-        self.made.append(NewTensor(name, dtype or infos[0].dtype, shape, self.source.chunks(*sources)))
+        self.made.append(NewTensor(name, dtype or infos[0].dtype, shape, [self.source.place(s) for s in sources]))
 
     def ones(self, name: str, size: int) -> None:
         """Makes a tensor of ones [size], in the dtype of the embedding."""
@@ -144,7 +144,7 @@ class _Layout:
 
     def agree(self, name: str, *sources: str, shape: tuple[int, ...] | None = None) -> None:
         """Makes a scalar from several that must be equal, because one GEMM has one global scale."""
-        if len({bytes(self.source.data(s)) for s in self._take(sources)}) > 1:
+        if len({self.source.read(s) for s in self._take(sources)}) > 1:
             raise IntegrityError(
                 f"{', '.join(sources)} differ.",
                 why=f"TensorRT-LLM computes them as one layer, which has one {name.rsplit('.', 1)[-1]}.",
@@ -152,12 +152,12 @@ class _Layout:
             )
         info = self.source[sources[0]]
         shape = info.shape if shape is None else shape
-        self.made.append(NewTensor(name, info.dtype, shape, self.source.chunks(sources[0])))
+        self.made.append(NewTensor(name, info.dtype, shape, [self.source.place(sources[0])]))
 
     def scalar(self, source: str) -> float:
         """The value of an F32 scale, finite and positive."""
         self._take([source])
-        data = bytes(self.source.data(source))
+        data = self.source.read(source)
         value = float(struct.unpack("<f", data)[0]) if len(data) == 4 else math.nan
         if not (math.isfinite(value) and value > 0):
             raise IntegrityError(f"{source} is {value}; a scale must be finite and positive.", hint="Quantize again.")

@@ -15,7 +15,7 @@ import exports
 import pytest
 import torch
 
-from builder.checkpoint import conversion
+from builder.checkpoint import conversion, sharding
 from builder.checkpoint.conversion import Options, convert
 from builder.checkpoint.description import describe_directory
 from builder.core.errors import IntegrityError, StageError, UnsupportedError, UsageError
@@ -167,6 +167,54 @@ def test_transformers_loads_it_and_gives_our_logits(made: Path) -> None:
     ids = torch.arange(3, 40)[None]
     with torch.inference_mode():
         assert torch.equal(theirs(ids, use_cache=False).logits, ours(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(("model", "parallel"), [("qwen3", (1, 1)), ("llama", (1, 1)), ("qwen2", (2, 2))])
+def test_every_pair_of_layouts(made: Path, tmp_path: Path, model: str, parallel: tuple[int, int]) -> None:
+    """Around the star from TensorRT-LLM's layout, split over ranks: all but the scales of the KV cache are the same."""
+    source, one, two = made / model / "unified", tmp_path / "one", tmp_path / "two"
+    assert convert(made / model / "compressed_tensors", one, "tensorrt_llm").lost
+    convert(source, two, "tensorrt_llm")
+    assert (one / "rank0.safetensors").read_bytes() == (two / "rank0.safetensors").read_bytes()
+    assert json.loads((one / "config.json").read_text()) == json.loads((two / "config.json").read_text())
+    ranks = one
+    if parallel != (1, 1):
+        ranks = tmp_path / "ranks"
+        sharding.split(one, ranks, sharding.Parallel(*parallel))
+    options = Options(model=exports.MODELS[model])
+    convert(ranks, tmp_path / "compressed", "compressed_tensors", options)
+    found = convert(ranks, tmp_path / "unified", "unified", options)
+    assert "KV cache scales" in found.lost[0]
+    convert(tmp_path / "compressed", tmp_path / "back", "unified")
+    before = Tensors(source)
+    for root in (tmp_path / "unified", tmp_path / "back"):
+        after = Tensors(root)
+        assert set(after) == set(before)
+        for name, info in before.items():
+            if not name.endswith(("k_scale", "v_scale")):
+                assert (after[name].dtype, after[name].shape) == (info.dtype, info.shape), name
+                assert after.data(name) == before.data(name), name
+        assert describe_directory(root).layers == describe_directory(source).layers
+        assert not describe_directory(root).contradictions
+    assert (tmp_path / "back" / "generation_config.json").is_file()
+
+
+def test_a_layout_without_the_models_own_files_asks_for_them(made: Path, tmp_path: Path) -> None:
+    convert(made / "qwen2" / "unified", tmp_path / "one", "tensorrt_llm")
+    with pytest.raises(UsageError, match="and tokenizer of the model"):
+        convert(tmp_path / "one", tmp_path / "two", "unified")
+    with pytest.raises(IntegrityError, match="not of this model"):
+        convert(tmp_path / "one", tmp_path / "two", "unified", Options(model=exports.MODELS["qwen3"]))
+
+
+def test_a_description_in_config_json_alone_is_enough(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "qwen2" / "unified", tmp_path / "bare")
+    (tmp_path / "bare" / "hf_quant_config.json").unlink()
+    for layout, weights in (("tensorrt_llm", "rank0.safetensors"), ("compressed_tensors", "model.safetensors")):
+        convert(tmp_path / "bare", tmp_path / layout, layout)
+        convert(made / "qwen2" / "unified", tmp_path / f"{layout}-2", layout)
+        assert (tmp_path / layout / weights).read_bytes() == (tmp_path / f"{layout}-2" / weights).read_bytes()
+        assert not list((tmp_path / layout).glob(".*"))
 
 
 def test_shards(made: Path, tmp_path: Path) -> None:
