@@ -166,10 +166,11 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 def _imported(prepared: Prepared, quantized: Quantized, snapshot: Snapshot, store: Store) -> Built:
     """The checkpoint of a model that is quantized already, and the model that it was made from if it was named."""
     source, recipe = quantized.original, prepared.recipe
-    asked = ImportRequest(quantized.found, quantized.cache, quantized.formats, source)
+    layouts = ("unified", "tensorrt_llm") if quantized.writes_engine_layout else ("unified",)
+    asked = ImportRequest(quantized.found, quantized.cache, quantized.formats, layouts, source)
     if recipe.calibration.scales:
         rows = calibrate(recipe.calibration, store=store)
-        check_conversations(read_rows(rows), prepared.source.directory)
+        check_conversations(read_rows(rows), prepared.model.directory or snapshot.path)
         part = ScalesRequest(recipe.calibration, quantized.cache.name, recipe.model.trust_remote_code)
         asked = replace(asked, rows=rows, scales=part)
     checkpoint = import_checkpoint(snapshot, asked, store=store)

@@ -128,7 +128,7 @@ def _prepare_quantized(resolved: Resolved, source: Source, store: Store, layouts
     except UnsupportedError as error:
         raise quantized.explained(error) from None
     checks.check_gate(resolved.recipe, settings)
-    checks.check_tokenizer(resolved.recipe, source.directory, source.config)
+    checks.check_tokenizer(resolved.recipe, model.directory or source.directory, source.config)
     return Prepared(inputs, source, settings, model, found)
 
 
@@ -160,7 +160,7 @@ def tell(prepared: Prepared, store: Store) -> None:
     recipe, model = prepared.recipe, prepared.model
     for what, value, why in prepared.chosen_formats():
         store.out.info(f"{what}: {value}, {why}")
-    for note in checks.tokenizer_notes(recipe, prepared.source.directory, model.config):
+    for note in checks.tokenizer_notes(recipe, model.directory or prepared.source.directory, model.config):
         store.out.warn(note.text)
     if text := multimodal.note(model.config):
         store.out.warn(text)

@@ -19,6 +19,7 @@ from builder.preflight.memory import Sizes
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude
 from builder.recipe.schema import Model, Recipe, Resolved
+from builder.recipe.target_facts import target_facts
 from builder.trtllm.flags import asked_for
 from builder.trtllm.rules import Note
 
@@ -32,21 +33,28 @@ NO_SCALES = "KV scales"  # the note that is a warning
 @dataclass(frozen=True)
 class Quantized:
     """A quantized model. cache: the KV cache that it will be served with. original: what it was made from, if named.
-    calibrates: whether its scales of inputs and KV cache are calibrated."""
+    calibrates: whether its scales of inputs and KV cache are calibrated. writes_engine_layout: whether TensorRT-LLM's
+    layout is written, which only engines, the reference executor and its runner read.
+    """
 
     found: Description
     formats: Formats
     cache: KvCacheFormat
     original: Source | None = None
     calibrates: bool = False
+    writes_engine_layout: bool = True
 
     def sizes(self, found: Sizes) -> Sizes:
         """The sizes of a build from the unquantized model, as they are for this one: less to download, and no model in
         memory unless scales are calibrated."""
         download = sum(info.nbytes for info in self.found.headers.values())
         disk = {**found.disk, "snapshot": download if found.disk["snapshot"] else 0}
+        memory, layout = found.calibration_memory * self.calibrates, found.checkpoint
+        if not self.writes_engine_layout:
+            disk["checkpoint"], layout = found.unified, 0
+        artifacts = sum(disk.values()) - disk["snapshot"]
         return replace(
-            found, download=download, disk=disk, calibration_memory=found.calibration_memory * self.calibrates
+            found, download=download, disk=disk, checkpoint=layout, artifacts=artifacts, calibration_memory=memory
         )
 
     @property
@@ -70,7 +78,7 @@ def take(resolved: Resolved, source: Source, *, store: Store) -> tuple[Resolved,
     UsageError for a recipe that says how to quantize, or a KV cache that the checkpoint lacks; UnsupportedError and
     IntegrityError for a checkpoint that can't be taken.
     """
-    where = source.model.id
+    recipe, where = resolved.recipe, source.model.id
     _check_recipe(resolved, where)
     headers = {
         name: TensorInfo(kind, shape, 0, byte_size(kind, shape)) for name, (kind, shape) in source.tensors.items()
@@ -81,17 +89,22 @@ def take(resolved: Resolved, source: Source, *, store: Store) -> tuple[Resolved,
     if found.layout == "tensorrt_llm":
         assert original is not None
         _check_same_model(found, original, where)
-        source = replace(source, config=original.config, directory=original.directory)
+        source = replace(source, config=original.config)
         tensors = dict(original.tensors)
         formats = quantized_source.formats_of_engine_layout(found, tensors, original.config)
     else:
-        tensors = quantized_source.unquantized(found, where, scales=resolved.recipe.calibration.scales)
+        tensors = quantized_source.unquantized(found, where, scales=recipe.calibration.scales)
         formats = quantized_source.formats(found)
     cache = _cache(resolved, found, where)
-    model = ModelFacts(source.config, tensors, formats.layers, source.directory, formats.whole)
+    companions = original.directory if original and found.layout == "tensorrt_llm" else source.directory
+    model = ModelFacts(source.config, tensors, formats.layers, companions, formats.whole)
     linears = exclude.linears(model.tensors, model.architecture)
-    quantized = Quantized(found, formats, cache, original, resolved.recipe.calibration.scales)
+    quantized = Quantized(found, formats, cache, original, recipe.calibration.scales, _needs_engine_layout(recipe))
     return _with_formats(resolved, formats, cache, linears), source, model, quantized
+
+
+def _needs_engine_layout(recipe: Recipe) -> bool:
+    return target_facts(recipe.target).has_engine or "reference" in recipe.evaluation.runners
 
 
 def _check_recipe(resolved: Resolved, where: str) -> None:

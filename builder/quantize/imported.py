@@ -8,7 +8,7 @@ every build.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from builder.checkpoint import conversion, huggingface, layouts, unified_config,
 from builder.checkpoint.description import CONFIG, HF_QUANT_CONFIG, Description
 from builder.checkpoint.layouts import Checkpoint, read_json, write_json
 from builder.checkpoint.quantized_source import Formats
-from builder.core.errors import UnsupportedError
+from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.store import Store, sha256, sources_digest
 from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Snapshot, Source
@@ -38,13 +38,15 @@ class ImportRequest:
     """What to take over.
 
     found: what the checkpoint is. cache: the KV cache that it will be served with: the declared one, or none if its
-    scales are missing. formats: of its layers, by Hugging Face names. original: has the config.json and tokenizer of a
-    layout without them. rows, scales: what to calibrate new scales on, and how; None leaves them.
+    scales are missing. formats: of its layers, by Hugging Face names. layouts: those to write, `unified` among them.
+    original: has the config.json and tokenizer of a layout without them. rows, scales: what to calibrate new scales on,
+    and how; None leaves them.
     """
 
     found: Description
     cache: KvCacheFormat
     formats: Formats
+    layouts: Sequence[str]
     original: Source | None = None
     rows: Calibration | None = None
     scales: ScalesRequest | None = None
@@ -59,6 +61,7 @@ def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store)
         "snapshot": snapshot.digest,
         "architecture": catalog.ingredients(catalog.of(snapshot.config)),
         "cache": asked.cache.name,
+        "layouts": list(asked.layouts),
         "version": __version__,  # which a converted checkpoint names as its tool
         "companions": {} if asked.original is None else _companions(asked.original),
         "scales": scales.ingredients(asked.rows, asked.scales) if asked.rows and asked.scales else None,
@@ -73,7 +76,9 @@ def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store)
         calibrated = {}
         if asked.rows and asked.scales:
             calibrated = scales.calibrate_scales(unified, asked.rows, asked.scales, store=store)
-        lacking = _second_layout(unified, snapshot.config, tmp / "tensorrt_llm")
+        lacking = None
+        if "tensorrt_llm" in asked.layouts:
+            lacking = _second_layout(unified, snapshot.config, tmp / "tensorrt_llm")
         snapshot.source.check_unchanged()
         found = validate.inspect(tmp)
         found.check(snapshot.path)
@@ -147,7 +152,14 @@ def _second_layout(unified: Path, config: Mapping[str, Any], destination: Path) 
         rope(config)
     except UnsupportedError as error:
         return error.what
-    layouts.write_tensorrt_llm(unified, config, destination)
+    try:
+        layouts.write_tensorrt_llm(unified, config, destination)
+    except IntegrityError as error:  # scales that TensorRT-LLM's fused layers must share, and other tools' need not
+        raise UnsupportedError(
+            "This checkpoint can't be built into an engine.",
+            why=f"{error.what} {error.why}".strip(),
+            hint="Serve it without an engine, on a GPU: --target llmapi. Or quantize the original model.",
+        ) from None
     return None
 
 
