@@ -71,24 +71,45 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
     origin = {key: why for key, _, why in found.resolved.explained()}
     parallel = f", {recipe.engine.world_size} GPUs (tp {recipe.engine.tp}, pp {recipe.engine.pp})"
     card = f"{gpu.card.name}, " if gpu.card else ""
-    rows = recipe.calibration
     decisions = [
         ("model", f"{recipe.model.id}, {_parameters(found.sizes.parameters)}", origin["model.id"]),
         ("GPU", f"{card}{gpu.name}: {gpu.title}" + parallel * (recipe.engine.world_size > 1), origin["gpu"]),
         ("target", f"{recipe.target}, TensorRT-LLM {recipe.engine.tensorrt_llm}", origin["target"]),
-        ("format", recipe.quantization.number_format.title, origin["quantization.format"]),
-        *((what, text, "recipe") for what, text in _kept_rows(found)),
+        *_format_rows(found, origin["quantization.format"]),
         (
             "KV cache",
             recipe.quantization.cache_format.title.replace("KV cache", "").strip(),
             origin["quantization.kv_cache_dtype"],
         ),
-        ("calibration", f"{rows.samples} rows of {rows.data}, up to {rows.seq_len} tokens", origin["calibration.data"]),
+        _calibration_row(found, origin["calibration.data"]),
         *_fit_rows(found),
     ]
     if found.blocked:
         decisions.append(("on this machine", f"no: {found.blocked.what}", found.blocked.hint))
     return decisions
+
+
+def _format_rows(found: Plan, origin: str) -> list[tuple[str, str, str]]:
+    """The formats of the layers: chosen, or those that a quantized model is in."""
+    taken = found.prepared.quantized
+    if taken is None:
+        part = found.resolved.recipe.quantization
+        return [("format", part.number_format.title, origin), *((w, text, "recipe") for w, text in _kept_rows(found))]
+    tool, layout, kinds = taken.explained()
+    written = "ModelOpt's Hugging Face layout" + ", TensorRT-LLM's layout" * taken.writes_engine_layout
+    return [
+        ("quantized already", f"by {tool}, in {layout}", "its files"),
+        *((f"in {title}", text, "its config and headers") for title, text in kinds),
+        ("will be written", f"{written}; no weight is quantized again", "target"),
+    ]
+
+
+def _calibration_row(found: Plan, origin: str) -> tuple[str, str, str]:
+    rows = found.prepared.calibration
+    if rows is None:
+        return "calibration", "none", "quantized already"
+    what = "scales of inputs and KV cache only: " * (found.prepared.quantized is not None)
+    return "calibration", f"{what}{rows.samples} rows of {rows.data}, up to {rows.seq_len} tokens", origin
 
 
 def _parameters(count: int) -> str:
@@ -178,6 +199,7 @@ def _as_object(found: Plan) -> dict[str, Any]:
         "sizes": asdict(found.sizes),
         "memory": [{**asdict(m), "fits": m.fits} for m in found.memory.cards],
         "verdict": _verdict(found.memory),
+        "quantized": found.prepared.quantized.facts() if found.prepared.quantized else None,
         "kept": {
             "open_choice": found.open_choice,
             "layers": {name: list(modules) for name, modules in found.prepared.model.layers.items()},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from builder.checkpoint import quantized_source
 from builder.checkpoint.description import TITLES, Description, describe
@@ -56,6 +58,29 @@ class Quantized:
         return replace(
             found, download=download, disk=disk, checkpoint=layout, artifacts=artifacts, calibration_memory=memory
         )
+
+    def explained(self) -> tuple[str, str, list[tuple[str, str]]]:
+        """The tool, the layout, and for each format of linear layers its title and which layers are in it."""
+        kinds: dict[str, Counter[str]] = {}
+        for module, one in self.found.layers.items():
+            kinds.setdefault(one.title, Counter())[_last(module)] += 1
+        texts = [
+            (title, f"{counts.total()} linear layers: {', '.join(sorted(counts))}") for title, counts in kinds.items()
+        ]
+        return str(self.found.producer), TITLES[self.found.layout], texts
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        tool, _, kinds = self.explained()
+        return {
+            "tool": tool,
+            "layout": self.found.layout,
+            "formats": dict(kinds),
+            "kv_cache": self.cache.name,
+            "declared_kv_cache": self.found.cache.name,
+            "bytes": sum(info.nbytes for info in self.found.headers.values()),
+            "original": self.original.model.id if self.original else None,
+        }
 
     @property
     def notes(self) -> list[Note]:
