@@ -5,6 +5,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 TRTLLM := .venv-trtllm-1.2.1
+LLMCOMPRESSOR := .venv-llmcompressor
 OUTPUT ?= artifacts
 # A second process per core fights over two cores; spinning OpenMP threads make it worse.
 export OMP_WAIT_POLICY := PASSIVE
@@ -13,7 +14,7 @@ REAL := $(VENV)/real
 CHAT_MODEL := $(REAL)/smollm2-135m-instruct
 PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
 LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
-.PHONY: help demo demo-chat docs test test-slow test-browser test-real test-trtllm chaos docker-test lint $(LINTERS) hooks bench clean
+.PHONY: help demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos docker-test lint $(LINTERS) hooks bench clean
 
 UNKNOWN := $(if $(filter test,$(MAKECMDGOALS)),$(filter-out $(PACKAGES),$(PACKAGE)))
 $(if $(UNKNOWN),$(error There are no tests of $(UNKNOWN). Packages with tests: $(PACKAGES)))
@@ -76,6 +77,9 @@ TRTLLM_TESTS := \
 test-trtllm: $(TRTLLM)/ready ## the tests that depend on them with the TensorRT-LLM image's versions
 	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile $(TRTLLM_TESTS)
 
+test-llmcompressor: $(LLMCOMPRESSOR)/ready ## compares the compressed-tensors layout with what llm-compressor writes (its own environment)
+	$(LLMCOMPRESSOR)/bin/python -m pytest -n 0 tests/checkpoint/test_llmcompressor.py
+
 # Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
 chaos: $(VENV)/ready ## kills, full disks, racing commands: then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')
 	$(VENV)/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
@@ -118,9 +122,10 @@ bench: $(VENV)/ready ## the measured ratios
 	$(VENV)/bin/python benchmarks/chain.py
 	$(VENV)/bin/python benchmarks/plan.py
 	$(VENV)/bin/python benchmarks/evaluate.py
+	$(VENV)/bin/python benchmarks/convert.py
 
 clean: ## remove the environments
-	rm -rf $(VENV) $(TRTLLM)
+	rm -rf $(VENV) $(TRTLLM) $(LLMCOMPRESSOR)
 
 # torch goes first: anything else that asked for it would take the newest build with gigabytes of CUDA packages.
 # nvidia-pytriton carries the Triton server; what it depends on (cuda-python and more) serves nothing here.
@@ -138,6 +143,14 @@ $(TRTLLM)/ready: pyproject.toml requirements/trtllm-1.2.1.txt
 	$(TRTLLM)/bin/pip install -q torch==2.13.0
 	$(TRTLLM)/bin/pip install -q -r requirements/trtllm-1.2.1.txt
 	$(TRTLLM)/bin/pip install -q --no-deps -e .
+	touch $@
+
+$(LLMCOMPRESSOR)/ready: pyproject.toml requirements/llmcompressor.txt
+	@$(call system_packages)
+	$(PYTHON) -m venv $(LLMCOMPRESSOR)
+	$(LLMCOMPRESSOR)/bin/pip install -q torch==2.13.0
+	$(LLMCOMPRESSOR)/bin/pip install -q -r requirements/llmcompressor.txt
+	$(LLMCOMPRESSOR)/bin/pip install -q --no-deps -e .
 	touch $@
 
 # venv and the shared libpython that Triton's python stub is linked to: Debian and Ubuntu package both apart.

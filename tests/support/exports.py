@@ -9,7 +9,7 @@ import copy
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ MODELS = {
     "mistral": DATA / "arch-variants" / "mistral",
     "qwen2": DATA / "arch-variants" / "qwen2",
 }
-MODELOPT = tuple(int(part) for part in version("nvidia-modelopt").split(".")[:2])
+try:
+    MODELOPT = tuple(int(part) for part in version("nvidia-modelopt").split(".")[:2])
+except PackageNotFoundError:  # in llm-compressor's environment
+    MODELOPT = ()
 
 
 def batches(seed: int = 0) -> list[Any]:
