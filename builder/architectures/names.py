@@ -30,6 +30,9 @@ ENGINE_EMBEDDING, ENGINE_FINAL_NORM, ENGINE_HEAD = "transformer.vocab_embedding"
 # Tensor parallelism splits the outputs of these layers, dim 0, and the inputs of the others, dim 1.
 COLUMN_PARALLEL: tuple[Role, ...] = ("q", "k", "v", "qkv", "gate", "up", "gate_up")
 ROW_PARALLEL: tuple[Role, ...] = ("o", "down")
+MLP: tuple[Role, ...] = ("gate", "up", "gate_up", "down")
+# MLPs and experts whose layers have no role: the patterns of ModelOpt's NVFP4_MLP_ONLY_CFG (0.47).
+_MLP = re.compile(r"mlp|block_sparse_moe|\.experts\.|\.mixer\.(?:up|down)_proj$")
 _EXPERTS = re.compile(r"(.*\.experts)\.\d+\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -47,6 +50,18 @@ def _table(tensors: TensorNames) -> list[tuple[str, Role]]:
 @functools.cache
 def _conventional() -> list[tuple[str, Role]]:
     return [(name, known) for known, names in conventions().linears.items() for name in names]
+
+
+def in_mlp(architecture: Architecture, module: str) -> bool:
+    """Whether a linear layer belongs to an MLP or to the experts of a mixture."""
+    own = role(architecture, module)
+    return own in MLP if own is not None else _MLP.search(module) is not None
+
+
+def in_attention(architecture: Architecture, module: str) -> bool:
+    """Whether a linear layer is a projection of softmax attention: of queries, keys, values or its output."""
+    own = role(architecture, module)
+    return own is not None and own not in MLP
 
 
 def fused_name(architecture: Architecture, module: str) -> str | None:

@@ -120,7 +120,7 @@ def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple
         assert models.calibration is not None
         assert models.checkpoint is not None
         rows = {"rows": str(models.calibration.path.absolute())}
-        rows |= {"format": recipe.quantization.format, "layers": models.checkpoint.facts["layers"]}
+        rows |= {"format": recipe.quantization.number_format.name, "layers": models.checkpoint.facts["layers"]}
         rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
         return {"calibration": rows}, [models.snapshot.digest, models.calibration.digest]
     if variant.runner == "served":

@@ -45,6 +45,14 @@ def by_layer(layers: Layers) -> dict[str, NumberFormat]:
     return {module: registry.get(name) for name, modules in layers.items() for module in modules}
 
 
+def grouped(formats: Mapping[str, NumberFormat]) -> dict[str, tuple[str, ...]]:
+    """{format name: modules} for {module: format}: the inverse of `by_layer`."""
+    found: dict[str, tuple[str, ...]] = {}
+    for module, one in formats.items():
+        found[one.name] = (*found.get(one.name, ()), module)
+    return found
+
+
 def merged(layers: Layers, name: str, modules: Sequence[str], order: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The single layers with these modules in the format `name` too, each format's in the order of `order`."""
     added = {*layers.get(name, ()), *modules}

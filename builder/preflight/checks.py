@@ -14,7 +14,7 @@ from builder.checkpoint import sharding
 from builder.core import process, workers
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.store import Store, library_versions
-from builder.formats.assignment import merged
+from builder.formats.assignment import grouped, merged
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, local_directory, open_source
 from builder.model import multimodal, tensor_names
@@ -94,7 +94,8 @@ def notes(inputs: Inputs, settings: Settings, directory: Path | None = None) -> 
 
 
 def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> ModelFacts:
-    """The model with the layers that the recipe leaves in BF16 or FP8.
+    """The model with the layers that the recipe puts in another format than most: by its scheme, and by patterns, which
+    override the scheme.
 
     UsageError for a pattern that matches nothing, UnsupportedError for layers that must not be left in that format.
     """
@@ -103,8 +104,10 @@ def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> Mode
     kept = exclude.keep(patterns, known, architecture=model.architecture)
     fp8 = exclude.keep(part.fp8_patterns, known, "--keep-fp8", model.architecture)
     exclude.check_apart(kept, fp8, known)
-    named = {BF16.name: kept, FP8.name: fp8}
-    layers = {name: modules for name, modules in named.items() if modules}
+    scheme = exclude.assigned(part.scheme, known, model.architecture) if part.scheme else {}
+    formats = {**scheme, **dict.fromkeys(kept, BF16), **dict.fromkeys(fp8, FP8)}
+    exclude.check_left(formats, known, part.number_format)
+    layers = grouped({name: formats[name] for name in known if name in formats})
     model = replace(model, layers=layers, number_format=part.number_format)
     check_kept(recipe, model, settings)
     return model

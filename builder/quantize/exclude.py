@@ -20,6 +20,7 @@ from builder.checkpoint import sharding
 from builder.core.errors import UnsupportedError, UsageError
 from builder.formats.base import NumberFormat
 from builder.formats.registry import BF16, FP8, NVFP4
+from builder.formats.schemes import LayerScheme
 
 
 def linears(tensors: Mapping[str, tuple[str, Sequence[int]]], architecture: Architecture = UNKNOWN) -> list[str]:
@@ -61,6 +62,23 @@ def keep(
     return modules
 
 
+def assigned(
+    scheme: LayerScheme, known: Sequence[str], architecture: Architecture = UNKNOWN
+) -> dict[str, NumberFormat]:
+    """{module: format} of the modules of `known` that a scheme does not leave in its format of most layers.
+
+    UnsupportedError for a model without MLPs or experts.
+    """
+    rest = [module for module in known if not names.in_mlp(architecture, module)]
+    if known and len(rest) == len(known):
+        raise UnsupportedError(
+            f"--format {scheme.name} quantizes MLPs and experts, and the model has none.",
+            hint=f"--format {scheme.whole.name}",
+        )
+    attention = [module for module in rest if names.in_attention(architecture, module)]
+    return dict.fromkeys(rest, BF16) | dict.fromkeys(attention, scheme.attention)
+
+
 def check_apart(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -> None:
     """UsageError for a layer in both BF16 and FP8, UnsupportedError if no layer would be left to quantize."""
     if both := [module for module in kept if module in set(fp8)]:
@@ -73,12 +91,20 @@ def check_apart(kept: Sequence[str], fp8: Sequence[str], known: Sequence[str]) -
         raise _nothing_left(known, "--keep-fp8")
 
 
+def check_left(formats: Mapping[str, NumberFormat], known: Sequence[str], whole: NumberFormat) -> None:
+    """UnsupportedError if patterns leave no layer in the format of most layers, with schemes and families counted."""
+    if known and len(formats) == len(known) and whole not in formats.values():
+        raise UnsupportedError(
+            f"No linear layer would be in {whole.title}: all {len(known)} are in {_titles(formats)}.",
+            hint="Keep fewer layers with --keep-bf16 and --keep-fp8, or choose another --format.",
+        )
+
+
 def _nothing_left(known: Sequence[str], flag: str) -> UnsupportedError:
     title = "FP8" if flag == "--keep-fp8" else "BF16"
     return UnsupportedError(
         f"All {len(known)} linear layers would stay in {title}: nothing is left to quantize.",
-        why="This builder makes NVFP4 checkpoints.",
-        hint=f"Keep fewer: {flag} '{known[-1]}'",
+        hint=f"Keep fewer: {flag} '{known[-1]}'. For a whole model in {title}: --format {title.lower()}",
     )
 
 

@@ -135,7 +135,7 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
         "seq_len": rows.seq_len,
         "batch_size": rows.batch_size,
         "min_tokens": ingredients["min_tokens"],
-        "format": part.format,
+        "format": part.number_format.name,
         "kv_cache_dtype": part.kv_cache_dtype,
         "layers": layers,
         "trust_remote_code": asked.trust_remote_code,

@@ -115,7 +115,7 @@ def check(model: Any, formats: ModelFormats) -> dict[str, int]:
         modelopt.check_sizes({name: linears[name] for name in layers}, one)
     _check_not_zero({name: modules[name].weight for name in linears})
     _check_single_layers(model, formats, linears)
-    if not linears and formats.whole is not BF16:
+    if not linears and formats.whole is not BF16 and not _quantizes_experts(modules):
         raise UnsupportedError(f"ModelOpt finds nothing to quantize in {type(model).__name__}.", hint=ANOTHER)
     quantized = sum(len(layers) for one, layers in formats.layers.items() if one is not BF16)
     return {
@@ -130,6 +130,14 @@ ANOTHER = "Choose another model."
 
 def _quantizes_weight(module: Any) -> bool:
     return hasattr(module, "weight") and getattr(getattr(module, "weight_quantizer", None), "is_enabled", False)
+
+
+def _quantizes_experts(modules: Mapping[str, Any]) -> bool:
+    """Whether there are weights to quantize in modules that hold all experts of a mixture, as in transformers 5."""
+    return any(
+        ".experts." in name and "weight_quantizer" in name and getattr(one, "is_enabled", False)
+        for name, one in modules.items()
+    )
 
 
 def _check_cache(model: Any, formats: ModelFormats) -> int:

@@ -83,6 +83,6 @@ def default_cache(gpu: GpuProfile, target: str, weights: str) -> tuple[str, str]
     if gpu.sm < FIRST_FP8:
         return kv_cache.AUTO.name, "no FP8 attention here, so FP8 would cost KV reuse and chunked context"
     one = registry.all_formats().get(weights)
-    if one is not None and one.quant_algo not in FP8_ATTENTION:
+    if one is None or one.quant_algo not in FP8_ATTENTION:  # None: a scheme, whose attention is not in NVFP4
         return kv_cache.AUTO.name, "FP8 would cost KV reuse and chunked context with these weights"
     return kv_cache.FP8.name, "half the bytes, read by FP8 attention"

@@ -9,16 +9,17 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from builder.formats import kv_cache
+from builder.formats import kv_cache, schemes
 from builder.formats import registry as formats
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
 from builder.formats.kv_cache import KvCacheFormat
+from builder.formats.schemes import SCHEMES, LayerScheme
 from builder.recipe.base import Part
 
 
 def _format_names() -> list[str]:
-    return [one.name for one in formats.for_whole_model()]
+    return schemes.names()
 
 
 def _cache_names() -> list[str]:
@@ -107,10 +108,30 @@ class Quantization(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _kept_layers_differ(self) -> Quantization:
+        one, patterns = self.number_format, (*self.keep_bf16, *self.keep_fp8)
+        if one is formats.BF16 and patterns:
+            raise ValueError("format bf16 quantizes no layer, so keep_bf16 and keep_fp8 have nothing to keep")
+        if self.keep_fp8 and (one is formats.FP8 or any(tensor.optional for tensor in one.tensors)):
+            why = "all its layers are in FP8" if one is formats.FP8 else "ModelOpt would smooth those layers too"
+            raise ValueError(f"keep_fp8 can't be combined with format {self.format}: {why}; use keep_bf16")
+        return self
+
     @property
     def number_format(self) -> NumberFormat:
-        """The format of the linear layers."""
-        return formats.get(self.format)
+        """The format of the linear layers; of a scheme, that of its MLPs or experts."""
+        return schemes.whole(self.format)
+
+    @property
+    def scheme(self) -> LayerScheme | None:
+        """What `format` names, if it gives attention another format."""
+        return SCHEMES.get(self.format)
+
+    @property
+    def title(self) -> str:
+        """What `format` is, for people."""
+        return self.scheme.title if self.scheme else self.number_format.title
 
     @property
     def cache_format(self) -> KvCacheFormat:
@@ -120,7 +141,8 @@ class Quantization(Part):
     @property
     def quant_algo(self) -> str | None:
         """What the checkpoint's configuration calls its weights."""
-        return MIXED if self.keep_fp8 else self.number_format.quant_algo
+        mixed = self.keep_fp8 or (self.scheme is not None and len(self.scheme.formats) > 1)
+        return MIXED if mixed else self.number_format.quant_algo
 
     @property
     def kept_patterns(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ from builder.formats import kv_cache, registry
 from builder.formats.assignment import ModelFormats
 from builder.formats.base import NumberFormat
 from builder.formats.declared import declared
+from builder.preflight import checks
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import quantizers, worker
+from builder.recipe import schema
 from builder.reference.model import ReferenceModel
 
 ENGINES = dict(exports.MODELS)  # they have both layouts
@@ -162,3 +165,44 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, name: str
         theirs = model.double()(ids[None], use_cache=False).logits[0].float()
     reference = ReferenceModel.load(made / "tensorrt_llm", torch.float64)
     assert (reference.forward(ids, reference.new_cache()) - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3_moe"])
+def test_a_scheme_without_attention_is_modelopts_own(tmp_path: Path, variant: str) -> None:
+    source = exports.DATA / "arch-variants" / variant
+    layers = scheme_layers(source, "nvfp4_mlp_only")
+    assert {name.rpartition(".")[2] for name in layers["bf16"]} == {f"{x}_proj" for x in "qkvo"}
+    formats = ModelFormats(registry.NVFP4, {registry.BF16: layers["bf16"]}, kv_cache.FP8)
+    made = ours(source, formats, tmp_path / "ours")
+    check_unified(made, exports.quantized(source, config="NVFP4_MLP_ONLY_CFG"), formats, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_a_scheme_with_attention_in_fp8_is_modelopts_mixed_precision(tmp_path: Path, variant: str) -> None:
+    source = exports.MODELS[variant]
+    layers = scheme_layers(source, "nvfp4-fp8_attention")
+    formats = ModelFormats(registry.NVFP4, {registry.FP8: layers["fp8"]}, kv_cache.FP8)
+    made = ours(source, formats, tmp_path / "ours")
+    theirs = exports.quantized(source, fp8=layers["fp8"])
+    with torch.inference_mode():
+        quantizers.share_ranges(theirs, formats)
+        quantizers.round_weights(theirs, formats)
+    exports.export(theirs, tmp_path / "theirs")
+    assert not differ(held(made / "unified"), held(tmp_path / "theirs"))
+    said = [layouts.read_json(at / "hf_quant_config.json") for at in (made / "unified", tmp_path / "theirs")]
+    assert said[0] == said[1]
+    assert said[0]["quantization"]["quant_algo"] == "MIXED_PRECISION"
+    found = validate.inspect(made)
+    assert not found.findings
+    assert found.layouts["unified"].linears["fp8"] == len(layers["fp8"])
+    reference = ReferenceModel.load(made / "tensorrt_llm")
+    assert reference.layers[0].qkv.number_format is registry.FP8
+    assert reference.layers[0].fc.number_format is registry.NVFP4
+
+
+def scheme_layers(source: Path, name: str) -> Mapping[str, Sequence[str]]:
+    """What preflight makes of a scheme for a model."""
+    tensors = {one: (info.dtype, info.shape) for one, info in Tensors(source).items()}
+    model = ModelFacts(layouts.read_json(source / "config.json"), tensors)
+    asked = schema.resolve({"model.id": str(source), "gpu": "cpu", "quantization.format": name})
+    return checks.keep_patterns(asked.recipe, model, []).layers
