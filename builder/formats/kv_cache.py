@@ -111,7 +111,9 @@ FP8 = Fp8Cache(
     least_scale=1.0,
 )
 AUTO = KvCacheFormat(name="auto", title="KV cache in the model's type", quant_algo=None, bits=16.0)
-# Scale: amax / (6 x 448), in both layouts (ModelOpt 0.37 to 0.47, export/unified_export_hf.py and quant_utils.py).
+# Scale: amax / (6 x 448) in ModelOpt 0.37, amax / 448 in 0.47's Hugging Face layout (export/unified_export_hf.py). Values
+# are written and read under the same scale, so both are right; TensorRT-LLM of autumn 2025 multiplies by 6, later ones
+# don't (_torch/modules/linear.py). TensorRT-LLM's layout keeps the value: no engine reads it.
 NVFP4 = Nvfp4Cache(
     name="nvfp4",
     title="NVFP4 KV cache",
@@ -129,8 +131,9 @@ NVFP4 = Nvfp4Cache(
 FORMATS: Mapping[str, KvCacheFormat] = {one.name: one for one in (FP8, AUTO, NVFP4)}
 # Formats of TensorRT-LLM's that are rejected, and why (rules R31 and R32 of configs/trtllm).
 REJECTED = {
-    "int8": "an INT8 KV cache does not work with paged context FMHA, so it costs KV reuse and chunked context; no "
-    "target but trtllm-build before sm100 runs it, and ModelOpt's Hugging Face exporter does not write it",
+    "int8": "an INT8 KV cache does not work with paged context FMHA, so in an engine it costs KV reuse and chunked "
+    "context, and sm100 to sm119 do not support it; the PyTorch backend took it up in autumn 2026, for BF16 weights "
+    "alone, and ModelOpt's Hugging Face exporter does not write it",
 }
 
 

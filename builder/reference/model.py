@@ -74,14 +74,14 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. kv_scale: None if the KV cache is not quantized."""
+    """One decoder layer. kv_scales: of the keys and of the values, None if the KV cache is not quantized."""
 
     input_norm: Norm
     qkv: Linear
     q_norm: Norm | None
     k_norm: Norm | None
     dense: Linear
-    kv_scale: Tensor | None
+    kv_scales: tuple[Tensor, Tensor] | None
     post_norm: Norm
     fc: Linear
     gate: Linear
@@ -187,8 +187,8 @@ class ReferenceModel:
         q = layer.q_norm(q) if layer.q_norm else q
         k = layer.k_norm(k) if layer.k_norm else k
         q, k = rotate(q, *turn), rotate(k, *turn)
-        if layer.kv_scale is not None:
-            k, v = (self._cache.round(part, layer.kv_scale) for part in (k, v))
+        if layer.kv_scales is not None:
+            k, v = (self._cache.round(part, scale) for part, scale in zip((k, v), layer.kv_scales, strict=True))
         k, v = cache.append(index, k, v)
         groups = self.heads // self.kv_heads
         out = F.scaled_dot_product_attention(
@@ -265,21 +265,29 @@ class _Tensors:
             q_norm=self.maybe_norm(f"{attention}.q_layernorm"),
             k_norm=self.maybe_norm(f"{attention}.k_layernorm"),
             dense=self.linear(f"{attention}.dense"),
-            kv_scale=self._kv_scale(attention),
+            kv_scales=self._kv_scales(attention),
             post_norm=self.norm(f"{name}.post_layernorm"),
             fc=self.linear(f"{mlp}.fc"),
             gate=self.linear(f"{mlp}.gate"),
             proj=self.linear(f"{mlp}.proj"),
         )
 
-    def _kv_scale(self, attention: str) -> Tensor | None:
-        """The scale of keys and values, the larger of the two (TensorRT-LLM, models/modeling_utils.py,
-        process_kv_scaling_factor)."""
-        if not self._config["quantization"].get("kv_cache_quant_algo"):
+    def _kv_scales(self, attention: str) -> tuple[Tensor, Tensor] | None:
+        """The scales of keys and values. An engine takes the larger of the two for both (TensorRT-LLM,
+        models/modeling_utils.py, process_kv_scaling_factor)."""
+        cache = kv_cache.of_checkpoint(self._config["quantization"].get("kv_cache_quant_algo"))
+        if not cache.quantized:
             return None
         if f"{attention}.k_cache_scaling_factor" not in self._names:
-            return self.plain(f"{attention}.kv_cache_scaling_factor")
-        return torch.maximum(*(self.plain(f"{attention}.{part}_cache_scaling_factor") for part in "kv"))
+            both = self.plain(f"{attention}.kv_cache_scaling_factor")
+            return both, both
+        keys, values = (self.plain(f"{attention}.{part}_cache_scaling_factor") for part in "kv")
+        if (
+            "engine" not in cache.targets
+        ):  # the PyTorch backend has a scale for each (_torch/modules/linear.py, kv_scales)
+            return keys, values
+        both = torch.maximum(keys, values)
+        return both, both
 
 
 def _formats(directory: Path, quantization: Mapping[str, Any]) -> DeclaredFormats:

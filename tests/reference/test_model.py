@@ -83,7 +83,7 @@ def _kv_quantizers(model: Any) -> list[Any]:
 
 
 def _kv_scales(model: ReferenceModel) -> list[torch.Tensor]:
-    return [layer.kv_scale for layer in model.layers if layer.kv_scale is not None for _ in "kv"]
+    return [scale for layer in model.layers for scale in layer.kv_scales or ()]
 
 
 def test_weights_equal_modelopts_exactly(pair: Pair) -> None:

@@ -1,0 +1,141 @@
+"""Formats of the KV cache: equal to ModelOpt's exports in both layouts and at tp 1 and 2, run by the executor, and
+planned to the byte."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import exports
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder.checkpoint import layouts, sharding, validate
+from builder.checkpoint.sharding import Parallel
+from builder.core.safetensors_io import Tensors
+from builder.evaluate.runners import local
+from builder.formats import kv_cache
+from builder.formats.assignment import ModelFormats
+from builder.formats.kv_cache import KvCacheFormat
+from builder.formats.registry import NVFP4
+from builder.preflight import memory
+from builder.preflight.memory import Serving
+from builder.preflight.model_facts import ModelFacts
+from builder.quantize import worker
+from builder.reference.model import ReferenceModel
+
+MODELS = ("qwen3", "llama")
+FORMATS = list(kv_cache.FORMATS.values())
+ASKED = Serving(max_batch_size=2, max_input_len=64, max_seq_len=128, max_num_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, KvCacheFormat], Path]:
+    """Checkpoints in both layouts as the stage writes them, beside ModelOpt's exports of the same calibrated model."""
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows.write_text("".join((exports.DATA / "eval" / "prose.jsonl").read_text().splitlines(keepends=True)[:2]))
+    done: dict[tuple[str, str], Path] = {}
+
+    def make(name: str, cache: KvCacheFormat) -> Path:
+        if (name, cache.name) not in done:
+            source, at = exports.MODELS[name], tmp_path_factory.mktemp(f"{name}-{cache.name}")
+            job = {"model": str(source), "rows": str(rows), "seq_len": 64, "batch_size": 1, "trust_remote_code": False}
+            model, batches = worker._load(job)
+            formats = ModelFormats(NVFP4, {}, cache)
+            worker._calibrate(model, batches, formats)
+            for tp in (1, 2):
+                exports.export(copy.deepcopy(model), at / f"theirs{tp}", at / f"modelopt{tp}", tp=tp)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ModelOpt's own
+                worker._export(model, at / "unified", formats)
+            assert worker._second_layout(at / "unified", source, at / "tensorrt_llm") is None
+            done[name, cache.name] = at
+        return done[name, cache.name]
+
+    return make
+
+
+@pytest.mark.parametrize("cache", FORMATS, ids=lambda one: one.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_both_layouts_are_modelopts_own(
+    made: Callable[[str, KvCacheFormat], Path], tmp_path: Path, name: str, cache: KvCacheFormat
+) -> None:
+    at = made(name, cache)
+    ours, theirs = Tensors(at / "unified"), Tensors(at / "theirs1")
+    assert {n: bytes(ours.data(n)) for n in ours} == {n: bytes(theirs.data(n)) for n in theirs}
+    for file in ("hf_quant_config.json", "config.json"):
+        key = "quantization" if file.startswith("hf") else "quantization_config"
+        assert layouts.read_json(at / "unified" / file)[key] == layouts.read_json(at / "theirs1" / file)[key]
+    for tp in (1, 2):
+        sharding.split(at / "tensorrt_llm", tmp_path / str(tp), Parallel(tp))
+        for rank in range(tp):
+            ours, theirs = (
+                Tensors(where, [where / f"rank{rank}.safetensors"])
+                for where in (tmp_path / str(tp), at / f"modelopt{tp}")
+            )
+            assert {n: bytes(ours.data(n)) for n in ours} == {n: bytes(theirs.data(n)) for n in theirs}
+        said = [layouts.read_json(where / "config.json") for where in (tmp_path / str(tp), at / f"modelopt{tp}")]
+        assert said[0]["quantization"]["kv_cache_quant_algo"] == cache.quant_algo
+        assert said[0]["quantization"] == said[1]["quantization"]
+    assert not validate.inspect(at).errors
+
+
+@pytest.mark.parametrize("cache", FORMATS, ids=lambda one: one.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plan_knows_its_bytes(
+    made: Callable[[str, KvCacheFormat], Path], tmp_path: Path, name: str, cache: KvCacheFormat
+) -> None:
+    at, source = made(name, cache), exports.MODELS[name]
+    model = ModelFacts(
+        layouts.read_json(source / "config.json"), {n: (i.dtype, i.shape) for n, i in Tensors(source).items()}
+    )
+    for tp in (1, 2):
+        found = memory.sizes(model, replace(ASKED, cache=cache, tp=tp))
+        sharding.split(at / "tensorrt_llm", tmp_path / str(tp), Parallel(tp))
+        assert found.unified == sum(info.nbytes for info in Tensors(at / "unified").values())
+        assert found.checkpoint == sum(info.nbytes for info in Tensors(at / "tensorrt_llm").values())
+        ranks = [Tensors(tmp_path / str(tp), [tmp_path / str(tp) / f"rank{rank}.safetensors"]) for rank in range(tp)]
+        assert list(found.ranks) == [sum(info.nbytes for info in rank.values()) for rank in ranks]
+    per_value = found.kv_bytes_per_token / memory.kv_bytes_per_token(
+        model.config, replace(ASKED, cache=kv_cache.AUTO, tp=2)
+    )
+    assert per_value == cache.bits / 16
+
+
+def test_a_smaller_cache_changes_more_and_the_executor_agrees_with_the_checkpoint_runner(
+    made: Callable[[str, KvCacheFormat], Path],
+) -> None:
+    """Logits of the executor and of transformers over the same files. FP8 changes them less than NVFP4."""
+    ids = torch.arange(5, 60)
+    exact: Any = None
+    errors = []
+    for cache in (kv_cache.AUTO, kv_cache.FP8, kv_cache.NVFP4):
+        at = made("qwen3", cache)
+        executor = ReferenceModel.load(at / "tensorrt_llm")
+        found = executor.forward(ids, executor.new_cache())
+        job = {"unified": str(at / "unified"), "model": str(exports.MODELS["qwen3"]), "dtype": "float32"}
+        job |= {"trust_remote_code": False, "batch_tokens": 512, "kv_cache_dtype": cache.name}
+        with torch.no_grad(), local.checkpoint(job) as runner:
+            [other] = runner.logits([ids.numpy()])
+        if cache is not kv_cache.FP8 or exports.MODELOPT < (0, 40):  # 0.47's FP8 scale is below 1 in one layout alone
+            assert (found - other).norm() / other.norm() < 0.02
+        exact = found if exact is None else exact
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors[0] == 0 < errors[1] < errors[2] < 0.5
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=16, max_size=16), st.sampled_from([4.0, 100.0, 1000.0]))
+def test_nvfp4_rounds_each_block_under_its_own_scale(values: list[float], largest: float) -> None:
+    """An eighth of the block's largest value is the most that E2M1 and an E4M3 scale are off by."""
+    x, scale = torch.tensor([values]), torch.tensor(largest / (6 * 448))
+    rounded = kv_cache.NVFP4.round(x, scale)
+    top = x.abs().max()
+    if 2**-6 * 6 * scale < top <= largest:  # the block's scale is a normal E4M3 number
+        assert (rounded - x).abs().max() <= top * 0.25
+    assert torch.equal(kv_cache.AUTO.round(x, scale), x)
