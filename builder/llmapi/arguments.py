@@ -26,7 +26,7 @@ from builder.quantize.modelopt import gpus
 from builder.recipe import schema
 from builder.trtllm import flags as trtllm_flags
 
-__all__ = ["Argument", "Subject", "check_machine", "check_model", "notes", "resolve", "settle", "tree"]
+__all__ = ["Argument", "Subject", "check_card", "check_machine", "check_model", "notes", "resolve", "settle", "tree"]
 TOKENS_PER_BLOCK = 32
 # Arguments that have a key of their own in the recipe.
 SAID = {
@@ -151,13 +151,18 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any]) -> Subject:
     )
 
 
-def _check_target(resolved: schema.Resolved) -> None:
+def check_card(resolved: schema.Resolved) -> None:
+    """UnsupportedError for a GPU profile without a GPU."""
     if resolved.gpu.sm is None:
         raise UnsupportedError(
             f"The llmapi target needs a GPU, and the profile {resolved.gpu.name!r} has none.",
             why="TensorRT-LLM's PyTorch backend does not run on a CPU.",
             hint="Give the card's profile, for example --gpu sm120, or omit --target.",
         )
+
+
+def _check_target(resolved: schema.Resolved) -> None:
+    check_card(resolved)
     if resolved.recipe.engine.flags:
         raise UsageError(
             "engine.flags are flags of trtllm-build, which the llmapi target does not run.",

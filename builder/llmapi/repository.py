@@ -50,7 +50,8 @@ def render(
         "libraries": library_versions("jinja2", "pyyaml"),
         "sources": sources_digest(
             "builder/llmapi/repository.py", "builder/triton/repository.py", "builder/triton/model_config.py",
-            "builder/model/files.py", "builder/tokenizer/special_ids.py", TEMPLATE, model_config.MACROS, TENSORS,
+            "builder/model/files.py", "builder/model/multimodal.py", "builder/tokenizer/special_ids.py", TEMPLATE,
+            model_config.MACROS, TENSORS,
         ),
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, local_directory, open_source
 from builder.model import multimodal, tensor_names
 from builder.model.files import needs_remote_code
-from builder.preflight import memory, suggestions
+from builder.preflight import advice, memory, suggestions
 from builder.preflight.memory import Machine, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, kv_safety
@@ -48,8 +48,16 @@ def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
 def check_model(inputs: Inputs, *, layouts: bool = True) -> Settings:
     """The target's settings for a model: flags or arguments.
 
-    layouts: also check that the target can load the model. UsageError or UnsupportedError if it cannot.
+    layouts: also check that the target can load the model. UsageError or UnsupportedError if it cannot, with advice
+    that was tried (advice.py).
     """
+    try:
+        return _settings(inputs, layouts)
+    except (UnsupportedError, UsageError) as error:
+        raise advice.tried(error, inputs, _settings) from error
+
+
+def _settings(inputs: Inputs, layouts: bool) -> Settings:
     by = target(inputs.resolved.recipe.target)
     if layouts:
         by.check_model(inputs)

@@ -55,6 +55,7 @@ SOURCES = (
     "builder/checkpoint/compressed_tensors/config.py",
     "builder/checkpoint/description.py",
     "builder/model/files.py",
+    "builder/model/multimodal.py",
     "builder/model/loading.py",
     "builder/checkpoint/sharding.py",
     "builder/core/safetensors_io.py",

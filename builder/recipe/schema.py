@@ -6,8 +6,8 @@ Settings are resolved in this order: flag, --set, recipe file, preset, GPU profi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -187,6 +187,11 @@ class Resolved:
     recipe: Recipe
     gpu: gpus.GpuProfile
     origins: Mapping[str, str]
+    again: Callable[[Mapping[str, Any]], Resolved] | None = field(default=None, compare=False, repr=False)
+
+    def changed(self, flags: Mapping[str, Any]) -> Resolved:
+        """The recipe of the same sources and these flags ({dotted key: value}). Raises what `resolve` raises."""
+        return self.again(flags) if self.again else self
 
     def explained(self) -> list[tuple[str, Any, str]]:
         """(dotted key, value, source) for every value, in the order of the recipe. The source may be "default"."""
@@ -231,7 +236,11 @@ def resolve(
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise _usage_error(error, origins) from error
-    return Resolved(recipe, gpu, origins)
+
+    def again(more: Mapping[str, Any]) -> Resolved:
+        return resolve({**flags, **more}, sets=sets, recipe_file=recipe_file, preset=preset)
+
+    return Resolved(recipe, gpu, origins, again)
 
 
 def _choose_formats(merged: dict[str, Any], origins: dict[str, str], gpu: gpus.GpuProfile) -> None:

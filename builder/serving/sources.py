@@ -20,4 +20,5 @@ SERVED_SOURCES = (
     "builder/checkpoint/layouts.py",
     "builder/core/safetensors_io.py",
     "builder/model/files.py",
+    "builder/model/multimodal.py",
 )

@@ -30,6 +30,7 @@ class LlmApiTarget:
 
     def check_model(self, inputs: Inputs) -> None:
         """UnsupportedError for a model that the PyTorch backend does not serve on this card."""
+        arguments.check_card(inputs.resolved)
         config_values.require(inputs.config, config_values.SHAPE, inputs.resolved.recipe.model.id)
         arguments.check_model(inputs.resolved, inputs.config)
 

@@ -61,6 +61,7 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
             "builder/triton/template_values.py",
             "builder/trtllm/compatibility.py",
             "builder/model/files.py",
+            "builder/model/multimodal.py",
             "builder/tokenizer/files.py",
             "builder/tokenizer/special_ids.py",
             templates,

@@ -320,7 +320,7 @@ def _refuse_formats(s: Settings) -> None:
         for what in (subject.quant_algo, subject.kv_cache_algo and f"{subject.kv_cache_algo} KV cache"):
             if what in (*INTEGER, "INT8 KV cache"):
                 raise _unsupported(
-                    s, "R32", f"sm{subject.sm} does not support {what}.", "Use nvfp4 and an fp8 KV cache"
+                    s, "R32", f"sm{subject.sm} does not support {what}.", "--format nvfp4 --kv-cache-dtype fp8"
                 )
     if subject.kv_cache_algo == "INT8" and "use_paged_context_fmha" in s.flags and s.on("use_paged_context_fmha"):
         raise _usage(
@@ -351,7 +351,8 @@ def check_kernels(subject: Subject, flags: Mapping[str, Flag]) -> None:
     if fp8 and (not fmha or (subject.sm is not None and subject.sm not in subject.version.rules["R42"]["sms"])):
         raise _unsupported(
             s, "R42", f"FP8 context FMHA needs context FMHA and a card that has it; this is sm{subject.sm}.",
-            "--set engine.flags.use_fp8_context_fmha=disable",
+            "--set engine.flags.use_fp8_context_fmha=disable"
+            + " --set engine.flags.use_paged_context_fmha=disable" * paged,  # it would turn it on again
         )  # fmt: skip
     sms = subject.version.rules["R43"]["sms"]
     if s.on("fuse_fp4_quant") and (not fmha or (subject.sm is not None and subject.sm not in sms)):

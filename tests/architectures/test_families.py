@@ -24,7 +24,7 @@ from builder.model import completeness
 from builder.preflight import memory
 from builder.preflight.memory import Serving
 from builder.preflight.model_facts import ModelFacts
-from builder.quantize import exclude
+from builder.quantize import exclude, quantizers
 
 EVERY = {one.model_types[0]: one for one in catalog.every()}
 VERSION = ".".join(map(str, exports.MODELOPT))
@@ -49,7 +49,7 @@ def test_what_is_said_of_a_family_is_what_modelopt_writes(model_type: str, tmp_p
     headers = {name: (info.dtype, info.shape) for name, info in Tensors(tmp_path / "source").items()}
     completeness.check(config, {"model.safetensors": headers}, None, model_type)
     model = ModelFacts(config, headers)
-    exports.export(exports.quantized(tmp_path / "source"), tmp_path / "unified")
+    exports.export(exports.quantized(tmp_path / "source", kept=quantizers.NEVER), tmp_path / "unified")
     tensors = Tensors(tmp_path / "unified")
     check_layers(model, tensors)
     check_bytes(model, tensors)
