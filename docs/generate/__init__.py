@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from docs.generate import facts, usage
+from docs.generate import facts, families, usage
 
 PAGES: Mapping[str, Callable[[], Iterator[str]]] = {
     "commands": usage.commands,
     "recipe": usage.recipe,
     "presets": usage.presets,
     "gpus": facts.gpu_profiles,
-    "models": facts.models,
+    "models": families.models,
     "formats": facts.formats,
     "engine-flags": facts.engine_flags,
     "rules": facts.rules,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import builder
-from builder.architectures import catalog
 from builder.core import paths
 from builder.core.untrusted_text import parse_yaml
 from builder.formats import kv_cache, registry
@@ -229,29 +228,6 @@ def known_errors() -> Iterator[str]:
             f"Source: {text(entry['source'])}",
             "",
         )
-
-
-def models() -> Iterator[str]:
-    """Model architectures, and which target serves each since which version."""
-    yield from say(
-        "# Models",
-        "From `configs/architectures/`. The engine and reference targets serve an architecture that has a TensorRT-LLM "
-        "layout; `--target llmapi` serves it with TensorRT-LLM's `LLM` class. A version is the first that serves it.",
-    )
-    rows = []
-    for found in catalog.every():
-        engine = found.engine.since if found.engine else "no"
-        others = ("no" if part is None else part.since or "yes" for part in (found.llmapi, found.reference))
-        rows.append((code(found.name), text(found.title), engine, *others, text(found.source)))
-    headers = ("architecture in config.json", "family", "engine", "llmapi", "reference executor", "source of the facts")
-    yield from table(headers, sorted(rows, key=lambda row: row[2:5] == ("no", "no", "no")))
-    yield from say(
-        "A model of another architecture can be quantized (`builder quantize`, Hugging Face layout) if ModelOpt knows "
-        "its layers.",
-    )
-    for found in catalog.every():
-        for refusal in found.engine.refused if found.engine else ():
-            yield from say(f"{code(found.name)} with {code(refusal.key)} has no engine: {text(refusal.why)}")
 
 
 def _path(layer: str) -> str:
