@@ -18,7 +18,7 @@ from builder.core.output import Output
 from builder.core.store import Store
 from builder.hub.snapshot import open_source
 from builder.model import files as model_files
-from builder.preflight import checks
+from builder.preflight import advice, checks
 from builder.recipe import schema
 from builder.targets.base import Inputs
 from builder.trtllm import flags as trtllm_flags
@@ -139,9 +139,9 @@ def test_the_llm_api_is_advised_only_for_what_it_serves(name: str) -> None:
         served.check_engine(config)
         return
     except UnsupportedError as error:
-        advised = "--target llmapi" in error.hint
-    resolved = schema.resolve({"model.id": "m", "gpu": "sm100", "target": "llmapi"})
-    if advised:
+        advised = advice.settings(error.hint)
+    resolved = schema.resolve({"model.id": "m", "target": "llmapi", **advised, "gpu": "sm100"})
+    if "target" in advised:
         checks.check_model(Inputs(resolved, config))
     else:
         with pytest.raises(UnsupportedError):
