@@ -164,7 +164,18 @@ def _statements(documents: Mapping[str, Any], where: str, layout: Layout) -> lis
         listed = _mapping(documents[QUANT_CFG], f"{where}/{QUANT_CFG}")
         base = {**found[0].quantization, "quantized_layers": None} if found else {}
         found.append(_Statement(QUANT_CFG, {**base, **_normal(listed, f"{where}/{QUANT_CFG}")}))
-    return found
+    return [_with_group_size(one, found) for one in found]
+
+
+def _with_group_size(said: _Statement, others: Sequence[_Statement]) -> _Statement:
+    """A statement that leaves the group size out has that of another file: ModelOpt's config.json has none of AWQ's
+    (export/convert_hf_config.py, 0.37 to 0.47)."""
+    algo, size = (said.quantization.get(key) for key in ("quant_algo", "group_size"))
+    same = [one.quantization for one in others if one.quantization.get("quant_algo") == algo]
+    known = next((one["group_size"] for one in same if one.get("group_size") is not None), None)
+    if size is not None or known is None:
+        return said
+    return replace(said, quantization={**said.quantization, "group_size": known})
 
 
 def _of_block(block: Mapping[str, Any], where: str) -> dict[str, Any]:

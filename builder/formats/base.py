@@ -179,6 +179,11 @@ class NumberFormat:
         return self.tensors[0]
 
     @property
+    def scales_inputs(self) -> bool:
+        """Whether each input of a layer has a scale of its own, which quantizing searches (AWQ, SmoothQuant)."""
+        return any(tensor.dims == (IN,) for tensor in self.tensors)
+
+    @property
     def layer_entry(self) -> dict[str, Any]:
         """A layer's entry in quant_cfg.json (ModelOpt, export/quant_utils.py, process_layer_quant_config)."""
         group = {} if self.group_size is None else {"group_size": self.group_size}

@@ -9,7 +9,7 @@ class, which reads pre_quant_scale of o_proj and down_proj only. Arithmetic: bui
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from builder.formats import smoothing
@@ -31,6 +31,10 @@ class Int4Awq(NumberFormat):
             if name == "*weight_quantizer":
                 settings["block_sizes"] = {-1: self.group_size, "type": "static"}
         return config
+
+    def fits(self, weight: Sequence[int]) -> bool:
+        """Whether a weight [outputs, inputs] is made of whole groups and pairs of outputs."""
+        return super().fits(weight) and weight[0] % 2 == 0
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """Unpacks the weight [outputs, inputs]."""

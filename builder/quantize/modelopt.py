@@ -25,7 +25,7 @@ from builder.core.safetensors_io import read_header
 from builder.core.store import Store, library_versions, sources_digest
 from builder.formats.assignment import Layers, by_layer
 from builder.formats.base import NumberFormat
-from builder.formats.registry import NVFP4
+from builder.formats.registry import NVFP4, for_whole_model
 from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
 from builder.recipe import schema
@@ -205,11 +205,15 @@ def check_sizes(weights: Mapping[str, Sequence[int]], number_format: NumberForma
     """UnsupportedError if one of these weights, [outputs, inputs], is not made of the format's groups."""
     wrong = [f"{name} {list(shape)}" for name, shape in weights.items() if not number_format.fits(shape)]
     if wrong:
+        others = (one for one in for_whole_model() if one.quant_algo is not None)
+        fitting = ", ".join(one.name for one in others if all(map(one.fits, weights.values())))
         raise UnsupportedError(
             f"{len(wrong)} linear layers have an input size that is not a multiple of {number_format.group_size}, "
             f"as {number_format.title} requires.",
             why="\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)),
-            hint="Choose another model. The sizes are part of its architecture.",
+            hint=f"Formats that fit these sizes: --format {fitting}"
+            if fitting
+            else "Choose another model. The sizes are part of its architecture.",
         )
 
 

@@ -90,24 +90,45 @@ def export(model: Any, unified: Path, tensorrt_llm: Path | None = None, *, tp: i
 
 def _export(model: Any, unified: Path, tensorrt_llm: Path | None, tp: int, pp: int) -> None:
     import torch
-    from modelopt.torch.export import export_hf_checkpoint, export_tensorrt_llm_checkpoint
+    from modelopt.torch.export import export_hf_checkpoint
     from modelopt.torch.quantization.qtensor import nvfp4_tensor
 
     if MODELOPT < (0, 45):  # it asks CUDA for its version on a CPU too
         nvfp4_tensor.fp4_compatible = lambda: False
     if tensorrt_llm is not None:
-        # Without tensorrt_llm 0.37 refuses "qwen". The decoder's name changes nothing but config["decoder"].
-        qwen = "Qwen" in type(model).__name__ and MODELOPT >= (0, 44)
-        decoder = "qwen" if qwen else "llama"
-        export_tensorrt_llm_checkpoint(
-            copy.deepcopy(model),
-            decoder,
-            torch.bfloat16,
-            export_dir=str(tensorrt_llm),
-            inference_tensor_parallel=tp,
-            inference_pipeline_parallel=pp,
-        )
+        _export_tensorrt_llm(copy.deepcopy(model), tensorrt_llm, tp, pp)
     export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=str(unified))
+
+
+def export_resmoothed(model: Any, tensorrt_llm: Path, *, tp: int = 1) -> None:
+    """ModelOpt's TensorRT-LLM export of an AWQ model, after what its Hugging Face exporter does first: one scale for
+    layers with the same input, folded into the norm. By itself this export keeps them. Changes the model."""
+    import torch
+    from modelopt.torch.export import unified_export_hf
+    from modelopt.torch.quantization.qtensor import nvfp4_tensor
+
+    if MODELOPT < (0, 45):
+        nvfp4_tensor.fp4_compatible = lambda: False
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        unified_export_hf.requantize_resmooth_fused_llm_layers(model)
+        _export_tensorrt_llm(model, tensorrt_llm, tp, 1)
+
+
+def _export_tensorrt_llm(model: Any, directory: Path, tp: int, pp: int) -> None:
+    import torch
+    from modelopt.torch.export import export_tensorrt_llm_checkpoint
+
+    # Without tensorrt_llm 0.37 refuses "qwen". The decoder's name changes nothing but config["decoder"].
+    qwen = "Qwen" in type(model).__name__ and MODELOPT >= (0, 44)
+    export_tensorrt_llm_checkpoint(
+        model,
+        "qwen" if qwen else "llama",
+        torch.bfloat16,
+        export_dir=str(directory),
+        inference_tensor_parallel=tp,
+        inference_pipeline_parallel=pp,
+    )
 
 
 def rewrite(checkpoint: Path, destination: Path, changes: Mapping[str, NewTensor | None]) -> Path:
