@@ -18,7 +18,7 @@ from builder.core.safetensors_io import TensorInfo
 from builder.formats.assignment import Layers
 from builder.formats.base import NumberFormat, StoredTensor
 from builder.formats.registry import BF16
-from builder.model import completeness
+from builder.model import completeness, quantization_signs
 from builder.model.completeness import Header
 
 # Tensors of compressed-tensors that repeat the shape of a packed weight.
@@ -64,11 +64,15 @@ def unquantized(found: Description, where: str, *, scales: bool = False) -> dict
         if one.quant_algo is not None:
             tensors[f"{module}.weight"] = "BF16", _layer(found, module, one, problems)
             used |= {f"{module}.{_leaf(found, tensor)}" for tensor in one.tensors} | {f"{module}.{SHAPES}"}
-    _raise(problems, found, where, scales=scales)
     cache = tuple(f".{name.rpartition('.')[2]}" for name in (*found.cache.unified, *found.cache.compressed_tensors))
     for name, info in found.headers.items():
-        if name not in used and not (cache and name.endswith(cache)):
-            tensors[name] = info.dtype, info.shape
+        if name in used or (cache and name.endswith(cache)):
+            continue
+        module, _, leaf = name.rpartition(".")
+        if leaf in quantization_signs.LEAVES:  # of a layer without a weight
+            problems.missing.append(f"{module}.weight")
+        tensors[name] = info.dtype, info.shape
+    _raise(problems, found, where, scales=scales)
     config = {key: value for key, value in found.config.items() if key not in ("quantization_config", "quantization")}
     return completeness.check(config, {"": tensors}, None, where)
 
@@ -105,6 +109,7 @@ def _fits(info: TensorInfo, tensor: StoredTensor, weight: tuple[int, ...], found
 
 def _raise(problems: _Problems, found: Description, where: str, *, scales: bool) -> None:
     shown = completeness.names
+    problems.missing = sorted(set(problems.missing))
     if problems.missing or problems.wrong:
         why = [f"Missing: {shown(problems.missing)}."] * bool(problems.missing)
         why += [f"Not what their format says: {shown(problems.wrong)}."] * bool(problems.wrong)

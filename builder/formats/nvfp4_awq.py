@@ -38,6 +38,7 @@ FORMAT = replace(
     tensors=_TENSORS,
     entry={"has_zero_point": False, "pre_quant_scale": True},
     modelopt_config="NVFP4_AWQ_LITE_CFG",
+    compressed_tensors=None,  # it has no scales of inputs that a runtime applies
     gpu_format="nvfp4_awq",
     targets=("llmapi",),
     targets_source="Only TensorRT-LLM's PyTorch backend scales the inputs of NVFP4 layers (NVIDIA/TensorRT-LLM #8698).",
