@@ -111,9 +111,9 @@ FP8 = Fp8Cache(
     least_scale=1.0,
 )
 AUTO = KvCacheFormat(name="auto", title="KV cache in the model's type", quant_algo=None, bits=16.0)
-# Scale: amax / (6 x 448) in ModelOpt 0.37, amax / 448 in 0.47's Hugging Face layout (export/unified_export_hf.py). Values
-# are written and read under the same scale, so both are right; TensorRT-LLM of autumn 2025 multiplies by 6, later ones
-# don't (_torch/modules/linear.py). TensorRT-LLM's layout keeps the value: no engine reads it.
+# Scale: amax / (6 x 448) in ModelOpt 0.37, amax / 448 in 0.47's Hugging Face layout (export/unified_export_hf.py).
+# Values are written and read under the same scale, so both are right; TensorRT-LLM of autumn 2025 multiplies by 6,
+# later ones don't (_torch/modules/linear.py). TensorRT-LLM's layout keeps the value: no engine reads it.
 NVFP4 = Nvfp4Cache(
     name="nvfp4",
     title="NVFP4 KV cache",

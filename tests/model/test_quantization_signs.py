@@ -17,6 +17,7 @@ from builder.core.errors import UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor
 from builder.core.store import Store
+from builder.formats import registry
 from builder.hub.snapshot import fetch, open_source
 from builder.model import quantization_signs
 from builder.recipe import schema
@@ -175,6 +176,11 @@ def test_each_method_of_transformers_has_a_name() -> None:
     methods = pytest.importorskip("transformers.utils.quantization_config").QuantizationMethod
     known = {*quantization_signs.METHODS, "compressed-tensors"}
     assert not {str(method.value) for method in methods} - known
+
+
+def test_hints_name_formats_that_exist() -> None:
+    tools = [*quantization_signs.METHODS.values(), *quantization_signs.FILES.values(), quantization_signs.GGUF]
+    assert {tool.format for tool in tools} <= {one.name for one in registry.for_whole_model()}
 
 
 @pytest.mark.parametrize("source", [SHARDED, MOE], ids=lambda path: path.name)
