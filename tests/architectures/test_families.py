@@ -7,6 +7,7 @@ is compared with what ModelOpt's exporter writes.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import pytest
 from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
 from builder.architectures.facts import Architecture
-from builder.checkpoint import huggingface
-from builder.core.safetensors_io import Tensors
+from builder.checkpoint import huggingface, validate
+from builder.core.safetensors_io import NewTensor, Tensors
 from builder.formats import kv_cache
 from builder.model import completeness
 from builder.preflight import memory
@@ -55,6 +56,20 @@ def test_what_is_said_of_a_family_is_what_modelopt_writes(model_type: str, tmp_p
     check_bytes(model, tensors)
     huggingface.complete(tmp_path / "unified", tmp_path / "source")
     check_completed(EVERY[model_type], tmp_path / "unified")
+    inspection = validate.inspect(tmp_path / "unified")
+    assert not inspection.findings, inspection.findings
+    broken(tmp_path / "unified")
+    assert validate.inspect(tmp_path / "unified").findings
+
+
+def broken(unified: Path) -> None:
+    """Makes the first scale of a layer in the middle of the file infinite."""
+    tensors = Tensors(unified)
+    name = [one for one in tensors if one.endswith("weight_scale_2")][-1]
+    changed = {name: NewTensor(name, "F32", tensors[name].shape, [b"\x00\x00\x80\x7f"])}
+    exports.rewrite(unified, unified.with_name("broken"), changed)
+    shutil.rmtree(unified)
+    unified.with_name("broken").rename(unified)
 
 
 def check_layers(model: ModelFacts, tensors: Tensors) -> None:

@@ -111,8 +111,10 @@ def write(model_type: str, directory: Path) -> dict[str, Any]:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config(model_type), dtype=torch.bfloat16)
         with torch.no_grad():
-            for weight in (one for one in model.parameters() if one.dim() > 1):
-                weight.normal_(0, 0.05)
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.normal_(0, 0.05)
+                weight.nan_to_num_(neginf=-1.0)  # A_log of linear attention may be the logarithm of 0
         model.save_pretrained(directory)
     found: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return found

@@ -166,10 +166,25 @@ def _from_tensors(layout: Layout) -> dict[str, Expected]:
                 made = {f"{module}.{leaf}": replace(made[f"{module}.{layout.leaf(number_format.weight)}"], shapes=None)}
             expected |= made
         attention, _, projection = module.rpartition(".")
-        # ModelOpt uses k_proj and v_proj for Phi-3 too.
-        if projection in (("qkv",) if layout.tensorrt_llm else ("k_proj", "qkv_proj")):
+        # ModelOpt uses k_proj and v_proj for Phi-3 and for DeepSeek's latent attention too.
+        if projection in (("qkv",) if layout.tensorrt_llm else ("k_proj", "qkv_proj", "kv_b_proj")):
             expected |= _cache(layout, attention)
+    expected |= _stacked(layout)
     for layer in range(layout.config.get("num_hidden_layers", 0)) if not layout.tensorrt_llm else ():
         if not any(f".layers.{layer}." in name for name in layout.tensors) and not layout.opened.incomplete:
             layout.report(f"layer {layer}", "has no tensor", "missing")
     return expected
+
+
+def _stacked(layout: Layout) -> dict[str, Expected]:
+    """Experts that ModelOpt writes in one parameter, with the scales of all of them beside it."""
+    experts, found = layout.architecture.experts, {}
+    for name, info in layout.tensors.items() if experts and not experts.apart else ():
+        number_format = layout.formats.of(name)
+        if len(info.shape) != 3 or info.dtype not in number_format.weight.dtypes or number_format.quant_algo is None:
+            continue
+        for tensor in number_format.tensors:
+            own = name if tensor is number_format.weight else f"{name}_{tensor.unified}"
+            shapes = None if len(tensor.axes) == 2 else SCALAR
+            found[own] = Expected(tensor.content, tensor.dtypes, shapes, "experts")
+    return found
