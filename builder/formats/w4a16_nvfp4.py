@@ -34,6 +34,9 @@ FORMAT = W4a16Nvfp4(
     whole_model=True,
     modelopt_config="W4A16_NVFP4_CFG",
     gpu_format="w4a16_nvfp4",
+    targets=("llmapi",),
+    targets_source="Only TensorRT-LLM's PyTorch backend knows W4A16_NVFP4, since the release candidates of 1.3 "
+    "(NVIDIA/TensorRT-LLM #14775, #16511).",
     # compressed-tensors 0.18, quantization/quant_scheme.py, NVFP4A16
     compressed_tensors=Scheme("nvfp4-pack-quantized", nvfp4.E2M1),
 )

@@ -282,10 +282,8 @@ class _Tensors:
             both = self.plain(f"{attention}.kv_cache_scaling_factor")
             return both, both
         keys, values = (self.plain(f"{attention}.{part}_cache_scaling_factor") for part in "kv")
-        if (
-            "engine" not in cache.targets
-        ):  # the PyTorch backend has a scale for each (_torch/modules/linear.py, kv_scales)
-            return keys, values
+        if "engine" not in cache.targets:
+            return keys, values  # as the PyTorch backend does (_torch/modules/linear.py, kv_scales)
         both = torch.maximum(keys, values)
         return both, both
 

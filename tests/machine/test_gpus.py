@@ -17,21 +17,9 @@ from builder.recipe import card_formats, schema
 from builder.trtllm import flags as trtllm_flags
 
 BLACKWELL = ["sm100", "sm103", "sm120", "sm120-fmha", "sm121"]
-KNOWN = [one.name for one in registry.for_whole_model()]
-OLDER = [name for name in ("sm80", "sm86", "sm89", "sm90") if gpus.load(name).best[0].format in KNOWN]
+OLDER = ["sm80", "sm86", "sm89", "sm90"]
 # Formats of TensorRT-LLM's that no recipe can choose.
-NOT_OURS = (
-    "nvfp4_awq",
-    "w4a16_nvfp4",
-    "fp8_pc_pt",
-    "int8_sq",
-    "int4_awq",
-    "mxfp4",
-    "fp8_block_scales",
-    "w4a8_awq",
-    "w4a8_gptq",
-    "w4a16_gptq",
-)
+NOT_OURS = ("mxfp4", "fp8_block_scales", "w4a8_awq", "w4a8_gptq", "w4a16_gptq")
 
 
 def flags(gpu: str, *sets: str) -> dict[str, str]:
@@ -40,7 +28,7 @@ def flags(gpu: str, *sets: str) -> dict[str, str]:
 
 
 def test_the_list_of_profiles() -> None:
-    assert gpus.names() == sorted([*BLACKWELL, "sm80", "sm86", "sm89", "sm90", "cpu"])
+    assert gpus.names() == sorted([*BLACKWELL, *OLDER, "cpu"])
 
 
 @pytest.mark.parametrize("name", gpus.names())

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from builder.core import paths
 from builder.core.errors import UnsupportedError, UsageError
+from builder.formats import registry
 from builder.recipe import schema, sources
 
 MODEL = {"model.id": "tests/data/tiny-qwen3"}
@@ -65,6 +66,13 @@ def test_a_shipped_recipe_resolves_and_fits_the_schema(file: Path) -> None:
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 def test_a_shipped_preset_resolves(file: Path) -> None:
     assert schema.resolve({**MODEL, "gpu": "sm120"}, preset=file.stem).recipe
+
+
+def test_every_format_has_a_preset() -> None:
+    for one in registry.for_whole_model():
+        resolved = schema.resolve({**MODEL, "gpu": "sm120"}, preset=one.name)
+        assert resolved.recipe.quantization.number_format is one
+        assert resolved.origins["quantization.format"] == f"preset {one.name}"
     jsonschema.validate(yaml.safe_load(file.read_text()), SCHEMA)
 
 
