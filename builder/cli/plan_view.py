@@ -94,7 +94,7 @@ def _format_rows(found: Plan, origin: str) -> list[tuple[str, str, str]]:
     taken = found.prepared.quantized
     if taken is None:
         part = found.resolved.recipe.quantization
-        return [("format", part.number_format.title, origin), *((w, text, "recipe") for w, text in _kept_rows(found))]
+        return [("format", part.title, origin), *((w, text, "recipe") for w, text in _kept_rows(found))]
     tool, layout, kinds = taken.explained()
     written = "ModelOpt's Hugging Face layout" + ", TensorRT-LLM's layout" * taken.writes_engine_layout
     return [

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from builder.formats import registry
 from builder.formats.base import NumberFormat
+from builder.formats.declared import MIXED
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,9 @@ def names() -> list[str]:
 def whole(name: str) -> NumberFormat:
     """The format of most layers for a name in recipes. KeyError for an unknown one."""
     return SCHEMES[name].whole if name in SCHEMES else registry.get(name)
+
+
+def quant_algo(name: str) -> str | None:
+    """What a checkpoint's configuration calls its weights for a name in recipes. KeyError for an unknown one."""
+    mixed = name in SCHEMES and len(SCHEMES[name].formats) > 1
+    return MIXED if mixed else whole(name).quant_algo

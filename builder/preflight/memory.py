@@ -38,6 +38,7 @@ CUBLAS_WORKSPACE = 33_554_432  # cpp/tensorrt_llm/common: CUBLAS_WORKSPACE_SIZE,
 class Serving:
     """What determines memory use at run time. All sizes are in tokens or sequences.
 
+    fixed_formats: the model is quantized already, so no other format can be suggested.
     fraction: kv_cache_free_gpu_mem_fraction. most_kv_tokens: the recipe's own limit of the KV cache (llmapi), or None.
     """
 
@@ -53,6 +54,7 @@ class Serving:
     fraction: Fraction = Fraction(9, 10)
     target: str = "engine"
     tensorrt_llm: str = "1.2.1"
+    fixed_formats: bool = False
     most_kv_tokens: int | None = None
 
     @property

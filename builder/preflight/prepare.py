@@ -61,7 +61,7 @@ class Prepared:
     @cached_property
     def serving(self) -> Serving:
         """What memory at run time depends on."""
-        return memory.serving(self.recipe, self.settings)
+        return replace(memory.serving(self.recipe, self.settings), fixed_formats=self.quantized is not None)
 
     @cached_property
     def sizes(self) -> Sizes:

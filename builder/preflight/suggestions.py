@@ -201,6 +201,8 @@ def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, her
     about = next((m for m in found if m.card == name), None)
     if about is None or about.fits:
         return MemoryCheck(found, name, None, None)
+    if asked.fixed_formats:
+        return MemoryCheck(found, name, *refusal(model, asked, about, Smaller(caches=())))
     runs = Smaller(
         [cache for cache in card_formats.running_caches(gpu, asked.target, asked.tensorrt_llm) if cache.quantized],
         sorted(card_formats.running(gpu, asked.target, asked.tensorrt_llm), key=lambda one: -one.bits),

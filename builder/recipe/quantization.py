@@ -141,8 +141,13 @@ class Quantization(Part):
     @property
     def quant_algo(self) -> str | None:
         """What the checkpoint's configuration calls its weights."""
-        mixed = self.keep_fp8 or (self.scheme is not None and len(self.scheme.formats) > 1)
-        return MIXED if mixed else self.number_format.quant_algo
+        return MIXED if self.keep_fp8 else schemes.quant_algo(self.format)
+
+    @property
+    def quantized_formats(self) -> tuple[NumberFormat, ...]:
+        """The quantized formats of its layers, the model's own first."""
+        named = self.scheme.formats if self.scheme else (self.number_format,)
+        return tuple(dict.fromkeys((*named, *((formats.FP8,) if self.keep_fp8 else ()))))
 
     @property
     def kept_patterns(self) -> tuple[str, ...]:

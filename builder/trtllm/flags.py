@@ -15,8 +15,8 @@ from builder.architectures import attention, catalog
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.release import order
 from builder.formats.base import NumberFormat
+from builder.formats.declared import MIXED
 from builder.formats.kv_cache import KvCacheFormat
-from builder.formats.registry import FP8
 from builder.model import dtypes
 from builder.recipe import card_formats, schema
 from builder.recipe.target_facts import target_facts
@@ -157,32 +157,45 @@ def check_format(resolved: schema.Resolved) -> None:
     part, target = asked.quantization, target_facts(asked.target)
     if not target.needs_gpu or resolved.gpu.sm is None:
         return
-    for one in dict.fromkeys((part.number_format, *((FP8,) if part.keep_fp8 else ()), part.cache_format)):
+    wanted: list[NumberFormat | KvCacheFormat] = [*part.quantized_formats, part.cache_format]
+    for one in wanted:
         if not card_formats.runs(one, resolved.gpu, asked.target):
             raise _does_not_run(one, resolved)
         if not card_formats.runs(one, resolved.gpu, asked.target, asked.engine.tensorrt_llm):
             raise _too_old(one, resolved)
-    if target.builds_tensorrt and part.keep_fp8 and "mixed_precision" in load(asked.engine.tensorrt_llm).facts:
+    facts = load(asked.engine.tensorrt_llm).facts if target.builds_tensorrt else {}
+    if part.quant_algo == MIXED and "mixed_precision" in facts:
         raise UnsupportedError(
             f"trtllm-build {asked.engine.tensorrt_llm} is not known to build {part.number_format.title} with layers in "
             "FP8.",
-            why=str(load(asked.engine.tensorrt_llm).facts["mixed_precision"]),
+            why=str(facts["mixed_precision"]),
             hint=f"--set engine.tensorrt_llm={versions()[-1]}, or keep these layers in BF16: --keep-bf16",
         )
 
 
 def _does_not_run(one: NumberFormat | KvCacheFormat, resolved: schema.Resolved) -> UnsupportedError:
     asked, gpu = resolved.recipe, resolved.gpu
-    flag, known = _alternatives(one, resolved)
+    flag, known = _alternatives(one, resolved, asked.engine.tensorrt_llm)
     cards, others = card_formats.cards_with(one, asked.target), card_formats.other_targets(one, gpu, asked.target)
     elsewhere = f"With it, {one.title} runs on {', '.join(cards)}." if cards else one.targets_source
-    hints = [f"{flag} {known[0]}" if known else "", *(f"--target {name}" for name in others)]
+    hints = [f"{flag} {known[0]}" if known else "", *(_other_target(one, resolved, name) for name in others)]
     hints += [f"a card of {cards[0]}" if cards and not others else "", "the reference executor on a CPU: --gpu cpu"]
     return UnsupportedError(
         f"{gpu.name} can't run {one.title} with the {asked.target} target.",
         why=f"{gpu.name} ({gpu.title}) runs {', '.join(known)} with this target. {elsewhere}".strip(),
         hint="; or ".join(filter(None, hints)),
     )
+
+
+def _other_target(one: NumberFormat | KvCacheFormat, resolved: schema.Resolved, target: str) -> str:
+    """The command-line flags for another target, with a TensorRT-LLM version of its that runs the format."""
+    version = resolved.recipe.engine.tensorrt_llm
+    since = card_formats.support(one, resolved.gpu, target)
+    if target_facts(target).builds_tensorrt:
+        needed = versions()[-1] if version not in versions() else version
+    else:
+        needed = since.since if since and order(since.since) > order(version) else version
+    return f"--target {target}" + (f" --set engine.tensorrt_llm={needed}" if needed != version else "")
 
 
 def _too_old(one: NumberFormat | KvCacheFormat, resolved: schema.Resolved) -> UnsupportedError:

@@ -170,13 +170,12 @@ def test_a_format_runs_or_the_error_names_what_does(gpu: str, target: str, name:
         return
     with pytest.raises(UnsupportedError, match=f"{gpu} can't run") as caught:
         trtllm_flags.check_format(resolved)
-    advice = re.findall(r"--(format|target) (\w+)", caught.value.hint)
-    assert advice
-    for option, value in advice:
-        key = {"format": "quantization.format", "target": "target"}[option]
-        newer = "1.4.0rc1" if value == "llmapi" else newest
-        followed = [*sets, f"{key}={value}", f"engine.tensorrt_llm={newer}"]
-        trtllm_flags.check_format(schema.resolve({"model.id": "m", "gpu": gpu}, sets=followed))
+    advice = [re.findall(r"--(format|target|set) (\S+)", part) for part in caught.value.hint.split("; or ")]
+    assert any(advice)
+    for flags_of_advice in filter(None, advice):
+        keys = {"format": "quantization.format={}", "target": "target={}", "set": "{}"}
+        followed = [keys[option].format(value) for option, value in flags_of_advice]
+        trtllm_flags.check_format(schema.resolve({"model.id": "m", "gpu": gpu}, sets=[*sets, *followed]))
 
 
 @pytest.mark.parametrize("target", gpus.TARGETS)

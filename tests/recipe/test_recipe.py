@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from builder.core import paths
 from builder.core.errors import UnsupportedError, UsageError
-from builder.formats import registry
+from builder.formats import schemes
 from builder.recipe import schema, sources
 
 MODEL = {"model.id": "tests/data/tiny-qwen3"}
@@ -70,10 +70,10 @@ def test_a_shipped_preset_resolves(file: Path) -> None:
 
 
 def test_every_format_has_a_preset() -> None:
-    for one in registry.for_whole_model():
-        resolved = schema.resolve({**MODEL, "gpu": "sm120"}, preset=one.name)
-        assert resolved.recipe.quantization.number_format is one
-        assert resolved.origins["quantization.format"] == f"preset {one.name}"
+    for name in schemes.names():
+        resolved = schema.resolve({**MODEL, "gpu": "sm120"}, preset=name)
+        assert resolved.recipe.quantization.format == name
+        assert resolved.origins["quantization.format"] == f"preset {name}"
 
 
 def test_the_committed_schema_is_the_generated_one() -> None:
