@@ -22,6 +22,7 @@ from builder.publish.verdict import BuildVerdict
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.quantize.scales import ScalesRequest
+from builder.quantize.unquantized import write_checkpoint
 from builder.recipe.schema import Recipe, Resolved
 from builder.serving.smoke import SmokeReport, smoke_test
 from builder.targets import target
@@ -147,6 +148,10 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
     if prepared.quantized is not None:
         imported = _imported(prepared, prepared.quantized, snapshot, store)
         return _serve(_checked(imported, store) if quality else imported, wanted, store)
+
+    if recipe.quantization.as_it_is:
+        plain = Built(snapshot, prepared, checkpoint=write_checkpoint(snapshot, store=store))
+        return _serve(plain, wanted, store)
 
     calibration = calibrate(recipe.calibration, store=store)
     check_conversations(read_rows(calibration), snapshot.path)

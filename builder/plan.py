@@ -132,6 +132,8 @@ def _quality(prepared: Prepared, store: Store) -> list[Row]:
     recipe, part = prepared.recipe, prepared.recipe.quality
     if recipe.evaluation.limits:
         return []
+    if recipe.quantization.as_it_is:
+        return [("quality", "skipped", "nothing is quantized")]
     if prepared.quantized and not prepared.quantized.original:
         return [("quality", "skipped", NO_ORIGINAL)]
     if not part.check:

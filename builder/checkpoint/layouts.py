@@ -69,6 +69,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def hf_quant_config(unified: Path) -> dict[str, Any]:
+    """hf_quant_config.json of a Hugging Face layout; without quantization where there is no such file."""
+    file = unified / "hf_quant_config.json"
+    return read_json(file) if file.is_file() else {"quantization": {"quant_algo": None, "kv_cache_quant_algo": None}}
+
+
 def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destination: Path) -> None:
     """Writes the TensorRT-LLM layout (config.json, rank0.safetensors) of a unified one to `destination`.
 
@@ -78,7 +84,7 @@ def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destinat
     architecture, engine = served.check_engine(source_config)
     assert architecture.tensors is not None
     table = architecture.tensors
-    quant_config = read_json(unified / "hf_quant_config.json")
+    quant_config = hf_quant_config(unified)
     quantization = quant_config.get("quantization") or {}
     formats, cache = declared(quantization), kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo"))
     tensors = Tensors(unified)
@@ -292,6 +298,8 @@ def _quantization(layout: _Layout, kv_algo: str | None) -> dict[str, Any]:
     if one is None:
         return {"quant_algo": MIXED, "kv_cache_quant_algo": kv_algo}
     entry = {"quant_algo": one.quant_algo, "kv_cache_quant_algo": kv_algo, **one.layer_entry}
+    if one.quant_algo is None:
+        return entry
     return {**entry, "exclude_modules": sorted(layout.unquantized)}
 
 

@@ -30,7 +30,7 @@ from builder.core.store import Store, sources_digest
 from builder.formats import registry
 from builder.formats.base import Axis, NumberFormat
 from builder.formats.declared import MIXED, declared
-from builder.formats.registry import NVFP4
+from builder.formats.registry import BF16, NVFP4
 
 LAYERS = f"{names.ENGINE_LAYERS}."
 EMBEDDING, FINAL_NORM, HEAD = names.ENGINE_EMBEDDING, names.ENGINE_FINAL_NORM, names.ENGINE_HEAD
@@ -215,7 +215,7 @@ def split(source: Path, destination: Path, parallel: Parallel) -> dict[str, Any]
     quantization, layers, listed = dict(config["quantization"]), {}, {}
     if quantization["quant_algo"] == MIXED:
         listed = read_json(source / QUANT_CFG)
-    strictest = max(declared({**quantization, **listed}).used, key=lambda one: one.group_size or 1, default=NVFP4)
+    strictest = max(declared({**quantization, **listed}).used, key=lambda one: one.group_size or 1, default=BF16)
     check(config, parallel.tp, parallel.pp, number_format=strictest)
     if listed:
         layers = {QUANT_CFG: {**listed, "quantized_layers": local_layers(listed["quantized_layers"], config, parallel)}}

@@ -117,6 +117,8 @@ def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple
     if variant.runner == "bf16":
         return {}, [models.snapshot.digest]
     if variant.runner == "simulated":
+        if recipe.quantization.as_it_is:
+            raise NotMeasurable("Nothing is quantized, so there is nothing to simulate.", hint="--runner checkpoint")
         assert models.calibration is not None
         assert models.checkpoint is not None
         rows = {"rows": str(models.calibration.path.absolute())}

@@ -44,4 +44,5 @@ FORMAT = Bf16(
     bits=16.0,
     tensors=(StoredTensor("weight", "weight", "weight", FLOATS, (OUT, IN), "floats", "kept_linears"),),
     label="kept",
+    whole_model=True,
 )

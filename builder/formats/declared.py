@@ -69,7 +69,9 @@ class DeclaredFormats:
     @property
     def used(self) -> tuple[NumberFormat, ...]:
         """The quantized formats that are declared."""
-        return tuple(dict.fromkeys(self.layers.values())) if self.default is None else (self.default,)
+        if self.default is None:
+            return tuple(dict.fromkeys(self.layers.values()))
+        return (self.default,) if self.default is not BF16 else ()
 
     def excludes(self, module: str) -> bool:
         """Whether an entry of `excluded` names this module or one that contains it."""
@@ -141,6 +143,8 @@ def declared(quantization: Mapping[str, Any], aliases: Callable[[str], Sequence[
     """What a checkpoint's `quantization` declares. UnsupportedError for formats that are not known here."""
     algo, layers = quantization.get("quant_algo"), quantization.get("quantized_layers") or {}
     excluded = tuple(quantization.get("exclude_modules") or ())
+    if algo is None:
+        return DeclaredFormats(BF16, {}, excluded, aliases)
     if algo != MIXED:
         one = of_entry(quantization)
         if one is None or not one.whole_model:

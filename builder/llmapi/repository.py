@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from builder.checkpoint.layouts import Checkpoint, read_json
+from builder.checkpoint.layouts import Checkpoint, hf_quant_config, read_json
 from builder.core import paths
 from builder.core.errors import IntegrityError
 from builder.core.store import Store, library_versions, sources_digest
@@ -102,7 +102,7 @@ def model_yaml(unified: Path, arguments: Sequence[Argument], *, decoupled: bool)
 
 def check_checkpoint(unified: Path, arguments: Sequence[Argument]) -> None:
     """IntegrityError if kv_cache_config.dtype contradicts hf_quant_config.json; upstream fails on it when it loads."""
-    quantization = read_json(unified / "hf_quant_config.json").get("quantization") or {}
+    quantization = hf_quant_config(unified).get("quantization") or {}
     said = quantization.get("kv_cache_quant_algo")
     asked = next(argument.value for argument in arguments if argument.name == "kv_cache_config.dtype")
     if (asked == "fp8") != (said == "FP8"):

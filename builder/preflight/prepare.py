@@ -67,13 +67,16 @@ class Prepared:
     def sizes(self) -> Sizes:
         """Bytes to download, to keep and to hold while calibrating."""
         found = checks.sizes(self.recipe, self.model, self.serving)
+        if self.recipe.quantization.as_it_is:
+            return replace(found, calibration_memory=0)
         return found if self.quantized is None else self.quantized.sizes(found)
 
     @property
     def calibration(self) -> Calibration | None:
-        """How the model, or only its scales, is calibrated; None for a quantized model that is served as it is."""
+        """How the model, or only its scales, is calibrated; None for a model that is served as it is."""
         part = self.recipe.calibration
-        return part if part.scales or not self.quantized else None
+        needed = part.scales if self.quantized else not self.recipe.quantization.as_it_is
+        return part if needed else None
 
     @cached_property
     def notes(self) -> list[Note]:

@@ -136,6 +136,8 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
     If it can't be measured (memory, no runner for the model, unknown language), `unmeasured` of the result says why.
     """
     part = recipe.quality
+    if recipe.quantization.as_it_is:
+        return Quality(unmeasured="nothing is quantized")
     if not modelopt.gpus() and (least := memory(model, part)) > host.memory:
         return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
     texts = _texts(recipe, store)

@@ -134,6 +134,11 @@ class Quantization(Part):
         return self.scheme.title if self.scheme else self.number_format.title
 
     @property
+    def as_it_is(self) -> bool:
+        """Whether nothing is quantized, neither weights nor the KV cache."""
+        return self.number_format is formats.BF16 and not self.cache_format.quantized
+
+    @property
     def cache_format(self) -> KvCacheFormat:
         """The format of the KV cache."""
         return kv_cache.get(self.kv_cache_dtype)

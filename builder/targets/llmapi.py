@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from builder.checkpoint.layouts import Checkpoint
+from builder.core.errors import UnsupportedError
+from builder.formats.registry import BF16
 from builder.hub.snapshot import Snapshot
 from builder.llmapi import arguments, repository
 from builder.model import config_values
@@ -31,6 +33,7 @@ class LlmApiTarget:
     def check_model(self, inputs: Inputs) -> None:
         """UnsupportedError for a model that the PyTorch backend does not serve on this card."""
         arguments.check_card(inputs.resolved)
+        _check_cache(inputs)
         config_values.require(inputs.config, config_values.SHAPE, inputs.resolved.recipe.model.id)
         arguments.check_model(inputs.resolved, inputs.config)
 
@@ -74,3 +77,15 @@ class LlmApiTarget:
     def streams(self, inputs: Inputs, max_batch_size: int) -> tuple[int, int, str] | None:
         """No limit: the LLM API's own server carries them."""
         return None
+
+
+def _check_cache(inputs: Inputs) -> None:
+    """UnsupportedError for a quantized KV cache beside weights that are not quantized."""
+    part = inputs.resolved.recipe.quantization
+    if part.number_format is BF16 and part.cache_format.quantized:
+        raise UnsupportedError(
+            f"--target llmapi takes no {part.cache_format.title} beside weights in BF16.",
+            why="TensorRT-LLM's LLM class rejects a checkpoint whose hf_quant_config.json has no quant_algo "
+            "(tensorrt_llm/llmapi/llm_utils.py), and without that file finds no scales of the cache.",
+            hint="--kv-cache-dtype auto",
+        )

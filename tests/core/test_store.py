@@ -21,7 +21,7 @@ from builder.core.store import Store, WouldRun
 from builder.evaluate import stage as evaluate_stage
 from builder.evaluate import tasks, variants
 from builder.evaluate.sensitivity import stage as sensitivity_stage
-from builder.quantize import imported, modelopt, scales
+from builder.quantize import imported, modelopt, scales, unquantized
 from builder.serving import smoke
 
 QUIET = Output("quiet")
@@ -284,6 +284,7 @@ NO_INGREDIENTS |= {"builder"}  # its version is an ingredient of its own where a
         ("quantize/modelopt.py", modelopt.SOURCES),
         ("quantize/scales.py", scales.SOURCES),
         ("quantize/imported.py", imported.SOURCES),
+        ("quantize/unquantized.py", unquantized.SOURCES),
         ("calibration/rows.py", calibration_rows.SOURCES),
         ("serving/smoke.py", smoke.SOURCES),
         ("evaluate/sensitivity/stage.py", sensitivity_stage.SOURCES),

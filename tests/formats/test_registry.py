@@ -90,6 +90,8 @@ def test_what_a_configuration_declares() -> None:
     assert [mixed.of(name) for name in "abc"] == [NVFP4, FP8, BF16]
     assert mixed.stored("c", "F8_E4M3") is FP8
     assert mixed.used == (NVFP4, FP8)
+    plain = declared({"quant_algo": None, "kv_cache_quant_algo": "FP8"})
+    assert (plain.of("a"), plain.used) == (BF16, ())
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,6 @@ def test_what_a_configuration_declares() -> None:
     [
         {"quant_algo": "NVFP4", "group_size": 32},
         {"quant_algo": "W8A16"},
-        {"quant_algo": None},
         {"quant_algo": MIXED, "quantized_layers": {"a": {"quant_algo": "W4A8_AWQ"}}},
     ],
 )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder.checkpoint.layouts import read_json
+from builder.checkpoint.layouts import hf_quant_config
 from builder.core.errors import NotMeasurable, UnsupportedError
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Ids
@@ -99,7 +99,7 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
     unified = Path(job["unified"])
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
     stored = Tensors(unified)
-    quantization = read_json(unified / "hf_quant_config.json")["quantization"]
+    quantization = hf_quant_config(unified)["quantization"]
     formats = declared(quantization)
     dtype = _dtype(job, None) or torch.bfloat16
     model = stored_model.load(unified, config, formats, dtype=dtype, attn_implementation=ATTENTION, **_where())
