@@ -18,6 +18,7 @@ from builder.model import dtypes, multimodal, tensor_names
 from builder.model.completeness import names
 from builder.model.files import CONFIG, GENERATION, json_object, parse_config
 from builder.model.hashed_files import SourceFiles
+from builder.model.imports import only_needed
 
 
 def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
@@ -105,7 +106,8 @@ def check_architecture(directory: Path, shown: Path | str, *, trust_remote_code:
 
 def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: bool, **options: Any) -> Any:
     """Loads the model from a directory that holds nothing else. shown: its name in messages."""
-    from transformers import AutoModelForCausalLM
+    with only_needed():
+        from transformers import AutoModelForCausalLM
 
     with refused(shown):
         model, info = AutoModelForCausalLM.from_pretrained(

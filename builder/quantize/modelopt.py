@@ -57,6 +57,7 @@ SOURCES = (
     "builder/model/files.py",
     "builder/model/multimodal.py",
     "builder/model/loading.py",
+    "builder/model/imports.py",
     "builder/checkpoint/sharding.py",
     "builder/core/safetensors_io.py",
     "builder/model/hashed_files.py",
