@@ -56,6 +56,7 @@ $(CHAT_MODEL)/config.json: tests/support/real_model.py | $(VENV)/ready
 	PYTHONPATH=$(REAL)/packages HF_HUB_OFFLINE=1 $(VENV)/bin/python tests/support/real_model.py $(CHAT_MODEL)
 
 TRTLLM_TESTS := \
+  tests/architectures/test_families.py \
   tests/calibration/test_before_calibrating.py \
   tests/calibration/test_rows.py \
   tests/checkpoint/test_conversion.py \
@@ -64,6 +65,7 @@ TRTLLM_TESTS := \
   tests/hub/test_snapshot.py \
   tests/model/test_dtypes.py \
   tests/model/test_loading.py \
+  tests/model/test_multimodal.py \
   tests/quantize/test_experts.py \
   tests/quantize/test_keep_bf16.py \
   tests/quantize/test_keep_fp8.py \
