@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from builder.calibration.rows import Calibration, calibrate, check_conversations, read_rows
 from builder.checkpoint.layouts import Checkpoint
+from builder.checkpoint.requested_layouts import write_requested
 from builder.core.output import Output
 from builder.core.store import STAGES, Artifact, Store, WouldRun
 from builder.evaluate import tasks
@@ -48,6 +49,7 @@ class Built:
     prepared: Prepared | None = None
     calibration: Calibration | None = None
     checkpoint: Checkpoint | None = None
+    layouts: Artifact | None = None
     quality: Quality | None = None
     engine: Engine | None = None
     repository: Repository | None = None
@@ -197,12 +199,17 @@ def _checked(built: Built, store: Store) -> Built:
 
 def _serve(built: Built, wanted: Sequence[str], store: Store) -> Built:
     """The stages after the checkpoint, unless it failed the quality check."""
-    assert built.prepared is not None
-    assert built.checkpoint is not None
-    if "ranks" not in wanted or built.verdict:
+    prepared, checkpoint = built.prepared, built.checkpoint
+    assert prepared is not None
+    assert checkpoint is not None
+    if built.verdict:
         return built
-    snapshot = tokenizer_source(built.checkpoint, built.snapshot)
-    served = built.prepared.target.serve_layout(built.checkpoint, snapshot, built.prepared.stages(wanted, store))
+    requested = write_requested(checkpoint, prepared.recipe.quantization.layouts, store=store)
+    built = replace(built, layouts=requested)
+    if "ranks" not in wanted:
+        return built
+    snapshot = tokenizer_source(checkpoint, built.snapshot)
+    served = prepared.target.serve_layout(checkpoint, snapshot, prepared.stages(wanted, store))
     built = replace(built, engine=served.engine, repository=served.repository)
     if built.repository is not None and "smoke" in wanted:
         built = replace(built, smoke=smoke_test(built.repository, store=store))

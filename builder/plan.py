@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from builder import pipeline
+from builder.checkpoint.requested_layouts import COMPRESSED_TENSORS
 from builder.core.errors import BuilderError, EvaluationError
 from builder.core.output import seconds, size
 from builder.core.store import STAGES, Artifact, Store, WouldRun
@@ -116,6 +117,7 @@ def _stages(prepared: Prepared, done: Sequence[Artifact], first: WouldRun | None
     rows: list[Row] = [(artifact.stage, "cached", artifact.path.name) for artifact in done]
     skipped = set() if prepared.target.facts.has_engine else {"ranks", "engine"}
     skipped |= set() if prepared.recipe.engine.world_size > 1 else {"ranks"}
+    skipped |= set() if COMPRESSED_TENSORS in prepared.recipe.quantization.layouts else {"layouts"}
     skipped |= set() if prepared.calibration else {"calibration"}
     stages = [stage for stage in STAGES if stage not in skipped]
     if prepared.recipe.quantization.kept_budget is not None:

@@ -23,6 +23,7 @@ STAGE_NAMES = {
     "fetch": "snapshot",
     "calibrate": "calibration",
     "quantize": "checkpoint",
+    "layouts": "layouts",
     "split": "ranks",
     "engine": "engine",
     "render": "repository",

@@ -13,7 +13,7 @@ from builder.recipe.schema import Resolved
 
 def show(built: Built, resolved: Resolved, store: Store, until: str, out: Output) -> None:
     """Prints the result of a build that ran up to the stage `until`; with --json as one object."""
-    last = _built_here(store)[-1]
+    last = _last(store)
     out.result(_as_object(built, store))
     if all(done.cached for done in store.done):
         out.info("nothing to do: every stage is cached")
@@ -28,6 +28,8 @@ def show(built: Built, resolved: Resolved, store: Store, until: str, out: Output
     if built.smoke and built.smoke.sample:
         out.text(f"prompt     {built.smoke.sample.prompt!r}")
         out.text(f"answer     {built.smoke.sample.answer!r}")
+    if built.layouts:
+        out.text(f"layouts    {built.layouts.path / 'compressed_tensors'}")
     if built.link is None:
         made = built.repository.path if built.repository else last.path
         out.text(f"{made}  (not published: it failed the {built.verdict.by})" if built.verdict else str(last.path))
@@ -45,11 +47,16 @@ def _built_here(store: Store) -> list[Artifact]:
     return [done for done in store.done if done.stage not in ("quality", "verdict")]
 
 
+def _last(store: Store) -> Artifact:
+    """The artifact that the chain ended with; layouts that were requested lie beside it."""
+    return [done for done in _built_here(store) if done.stage != "layouts"][-1]
+
+
 def _as_object(built: Built, store: Store) -> dict[str, Any]:
     """The result for --json."""
     done_here = _built_here(store)
     return {
-        "path": str(done_here[-1].path),
+        "path": str(_last(store).path),
         "repository": str(built.link) if built.link else None,
         "unpublished": str(built.repository.path) if built.repository and not built.link else None,
         "stages": [

@@ -50,7 +50,8 @@ class StoredTensor:
     tensorrt_llm_shape: its shape in TensorRT-LLM's layout, where that is not the shape in the other.
     tensorrt_llm_dtype: its dtype there, where the same bytes have another one (packed INT4: U8 and I8).
     calibrated: whether it is read from the calibration rows, and not from the model's weights.
-    compressed_tensors: the last part of its name in the compressed-tensors layout; None where that is the unified one.
+    compressed_tensors: the last part of its name in the compressed-tensors layout; None where that is the unified one,
+        "" where it has no place there.
     reciprocal: whether compressed-tensors divides by it where the other layouts multiply, and so stores 1 / x.
     optional: whether a layer may lack it, which means ones: ModelOpt's exporter folds the scales of an input into what
         computes this input (export/quant_utils.py, fuse_prequant_layernorm).

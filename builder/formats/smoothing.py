@@ -23,7 +23,7 @@ def pre_quant_scale(label: str, *, folded: Sequence[str] = (), filled: bool = Fa
     """The tensor with these scales [inputs], in the dtype of the model. `folded`: the roles of layers without it."""
     return StoredTensor(
         "pre_quant_scale", "pre_quant_scale", "prequant_scaling_factor", FLOATS, (IN,), "positive", label,
-        calibrated=True, optional=bool(folded), folded=tuple(folded), filled=filled,
+        calibrated=True, optional=bool(folded), folded=tuple(folded), filled=filled, compressed_tensors="",
     )  # fmt: skip
 
 

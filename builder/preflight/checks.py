@@ -11,6 +11,7 @@ from typing import Any
 from builder.architectures.facts import Architecture
 from builder.calibration import rows as calibration_rows
 from builder.checkpoint import sharding
+from builder.checkpoint.requested_layouts import COMPRESSED_TENSORS
 from builder.core import process, workers
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.store import Store, library_versions
@@ -171,7 +172,9 @@ def sizes(recipe: Recipe, model: ModelFacts, asked: Serving) -> Sizes:
     """The sizes of this recipe's model, checkpoint, ranks and engine."""
     rows = recipe.calibration
     local = local_directory(recipe.model) is not None
-    return memory.sizes(model, asked, calibration_tokens=rows.batch_size * rows.seq_len, local=local)
+    found = memory.sizes(model, asked, calibration_tokens=rows.batch_size * rows.seq_len, local=local)
+    requested = COMPRESSED_TENSORS in recipe.quantization.layouts  # its tensors have the bytes of the unified ones
+    return found.with_disk("layouts", found.unified) if requested else found
 
 
 def read_model(model: Model, store: Store) -> ModelFacts:

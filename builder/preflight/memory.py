@@ -81,6 +81,10 @@ class Sizes:
     calibration_memory: int
     kv_bytes_per_token: int
 
+    def with_disk(self, stage: str, nbytes: int) -> Sizes:
+        """With the bytes of another stage."""
+        return replace(self, disk={**self.disk, stage: nbytes}, artifacts=self.artifacts + nbytes)
+
 
 @dataclass(frozen=True)
 class Memory:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from builder.checkpoint import requested_layouts
 from builder.core.errors import UnsupportedError
 from builder.core.output import size
 from builder.core.store import STAGES, Store
@@ -118,6 +119,8 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
     checks.check_gate(resolved.recipe, settings)
     checks.check_tokenizer(resolved.recipe, source.directory, source.config)
     model = checks.keep_patterns(resolved.recipe, checks.facts_of(source), settings)
+    part = resolved.recipe.quantization
+    requested_layouts.check(part.layouts, [part.number_format, *model.single.values()], part.cache_format)
     return Prepared(inputs, source, settings, model)
 
 
@@ -130,6 +133,8 @@ def _prepare_quantized(resolved: Resolved, source: Source, store: Store, layouts
         checks.check_kept(resolved.recipe, model, settings)
     except UnsupportedError as error:
         raise quantized.explained(error) from None
+    part = resolved.recipe.quantization
+    requested_layouts.check(part.layouts, found.found.layers.values(), found.cache)
     checks.check_gate(resolved.recipe, settings)
     checks.check_tokenizer(resolved.recipe, model.directory or source.directory, source.config)
     return Prepared(inputs, source, settings, model, found)

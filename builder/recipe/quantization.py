@@ -50,6 +50,7 @@ KvCacheName = Annotated[
 ]
 
 
+LayoutName = Literal["unified", "tensorrt_llm", "compressed-tensors"]  # checkpoint/conversion.py, LAYOUTS
 AUTO = "auto:"  # before a KL budget, in keep_bf16 and keep_fp8
 
 
@@ -84,6 +85,19 @@ class Quantization(Part):
         tuple[str, ...],
         Field(description="linear layers in FP8 (E4M3, one scale for the weight and one for its input), same syntax"),
     ] = ()
+
+    layouts: Annotated[
+        tuple[LayoutName, ...],
+        Field(
+            description="of the checkpoint, beside those that the target needs: compressed-tensors for other servers"
+        ),
+    ] = ("unified", "tensorrt_llm")
+
+    @field_validator("layouts", mode="before")
+    @classmethod
+    def _separated_by_commas(cls, value: Any) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        return tuple(name.strip() if isinstance(name, str) else name for name in names)
 
     @field_validator("keep_bf16", "keep_fp8", mode="before")
     @classmethod

@@ -291,6 +291,7 @@ def _size(found: _Found) -> Size:
         ("Model as downloaded", sum(model.values())),
         ("Checkpoint, Hugging Face layout", _total(checkpoint, "unified/")),
         ("Checkpoint, TensorRT-LLM layout", _total(checkpoint, "tensorrt_llm/")),
+        ("Checkpoint, compressed-tensors layout", sum(_files(found, "layouts").values())),
         ("Checkpoint, split by rank", sum(_files(found, "ranks").values())),
         ("Engine", _total(_files(found, "engine"))),
         ("Triton repository", _total(_files(found, "repository"))),

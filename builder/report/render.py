@@ -43,6 +43,7 @@ STAGE_VERBS = {
     "snapshot": "download and hash the model",
     "calibration": "collect calibration rows",
     "checkpoint": "quantize and validate",
+    "layouts": "write the layouts requested",
     "ranks": "shard by rank",
     "engine": "build the engine",
     "repository": "render the repository",

@@ -60,6 +60,7 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
     "quantization.kv_cache_dtype": ("auto", "checkpoint"),
     "quantization.keep_bf16": (["*.o_proj"], "checkpoint"),
     "quantization.keep_fp8": (["*.down_proj"], "checkpoint"),
+    "quantization.layouts": ("compressed-tensors", "layouts"),
     "calibration.config": ("other", None),
     "calibration.split": ("test", None),
     "calibration.revision": ("main", None),

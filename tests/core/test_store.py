@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.calibration import rows as calibration_rows
+from builder.checkpoint import requested_layouts
 from builder.core import store as stores
 from builder.core.errors import IntegrityError, StageError, UsageError
 from builder.core.output import Output
@@ -285,6 +286,7 @@ NO_INGREDIENTS |= {"builder"}  # its version is an ingredient of its own where a
         ("quantize/scales.py", scales.SOURCES),
         ("quantize/imported.py", imported.SOURCES),
         ("quantize/unquantized.py", unquantized.SOURCES),
+        ("checkpoint/requested_layouts.py", requested_layouts.SOURCES),
         ("calibration/rows.py", calibration_rows.SOURCES),
         ("serving/smoke.py", smoke.SOURCES),
         ("evaluate/sensitivity/stage.py", sensitivity_stage.SOURCES),
