@@ -23,9 +23,9 @@ from builder.core import process, workers
 from builder.core.errors import UnsupportedError
 from builder.core.safetensors_io import read_header
 from builder.core.store import Store, library_versions, sources_digest
-from builder.formats.assignment import Layers, by_layer
+from builder.formats.assignment import Layers, ModelFormats, by_layer, of_job
 from builder.formats.base import NumberFormat
-from builder.formats.registry import NVFP4, for_whole_model
+from builder.formats.registry import BF16, NVFP4, for_whole_model
 from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
 from builder.recipe import schema
@@ -229,14 +229,14 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
         env=ENVIRONMENT,
     )
     run = {"log": str(log), "job": str(process.job_file(log)), "max_rss": finished.max_rss}
-    return _facts(events["summary"], store, run)
+    return _facts(events["summary"], store, run, of_job(job))
 
 
-def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any]) -> dict[str, Any]:
-    linears = summary["quantized_linears"]
-    kept = f", {summary['fp8_linears']} in FP8" if summary["fp8_linears"] else ""
-    kept += f", {summary['kept_linears']} left in BF16" if summary["kept_linears"] else ""
-    store.out.info(f"{linears} linear layers in NVFP4{kept}, calibrated on {coverage.summary(summary)}")
+def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any], formats: ModelFormats) -> dict[str, Any]:
+    counts = [f"{summary['quantized_linears']} linear layers in {formats.whole.title}"]
+    for one, modules in formats.layers.items():
+        counts += [f"{len(modules)} {'left ' * (one is BF16)}in {one.title}"] if modules else []
+    store.out.info(f"{', '.join(counts)}, calibrated on {coverage.summary(summary)}")
     for sentence in coverage.shortfalls(summary):
         store.out.warn(f"calibration covers little: {sentence}")
     if summary["large_kv"]:

@@ -133,14 +133,15 @@ def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[st
 
     def forward(model: Any) -> None:
         nonlocal routed
-        if not counts:  # AWQ and SmoothQuant run the batches more than once
+        label = "searching input scales" if counts else "calibrating"  # AWQ runs the batches twice
+        if not counts:
             counts.update(quantizers.check(model, formats))
         body = model.base_model  # without lm_head: it isn't quantized, and its logits are the largest tensor of all
         with experts.counted(model) as routed:
             for done, ids in enumerate(batches):
-                emit(progress={"label": "calibrating", "done": done, "total": len(batches)})
+                emit(progress={"label": label, "done": done, "total": len(batches)})
                 body(ids.to(model.device), use_cache=False)  # with a cache 0.47's layerwise calibration is wrong
-        emit(progress={"label": "calibrating", "done": len(batches), "total": len(batches)})
+        emit(progress={"label": label, "done": len(batches), "total": len(batches)})
 
     with torch.inference_mode(), _unsupported("quantize"):
         table = catalog.of(model.config.to_dict()).tensors

@@ -127,7 +127,7 @@ class Quantization(Part):
         one, patterns = self.number_format, (*self.keep_bf16, *self.keep_fp8)
         if one is formats.BF16 and patterns:
             raise ValueError("format bf16 quantizes no layer, so keep_bf16 and keep_fp8 have nothing to keep")
-        if self.keep_fp8 and (one is formats.FP8 or any(tensor.optional for tensor in one.tensors)):
+        if self.keep_fp8 and (one is formats.FP8 or one.scales_inputs):
             why = "all its layers are in FP8" if one is formats.FP8 else "ModelOpt would smooth those layers too"
             raise ValueError(f"keep_fp8 can't be combined with format {self.format}: {why}; use keep_bf16")
         return self

@@ -29,6 +29,7 @@ from builder.formats.assignment import ModelFormats
 from builder.formats.base import NumberFormat
 from builder.formats.declared import declared
 from builder.quantize import stored_model, worker
+from builder.recipe.quantization import Quantization
 from builder.reference.model import ReferenceModel
 
 NAMES = ("int8_sq", "int4_awq", "int4_awq_64", "nvfp4_awq")
@@ -195,6 +196,14 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, name: str
         expected = model(ids[None], use_cache=False).logits[0]
     reference = ReferenceModel.load(tmp_path / "tensorrt_llm", torch.float64)
     assert (reference.forward(ids, reference.new_cache()) - expected).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_single_layers_stay_in_bf16_or_nothing(name: str) -> None:
+    """ModelOpt searches scales for the inputs of every quantized layer, those in FP8 too."""
+    assert Quantization(format=name, keep_bf16=("*.down_proj",)).keep_bf16
+    with pytest.raises(ValueError, match=f"keep_fp8 can't be combined with format {name}: .*; use keep_bf16"):
+        Quantization(format=name, keep_fp8=("*.down_proj",))
 
 
 def test_widths_that_are_not_whole_blocks_are_rejected() -> None:
