@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     add_output(command)
 
     command = add_command(
-        commands, "sensitivity", "measure what each linear layer loses in NVFP4", run_sensitivity,
+        commands, "sensitivity", "measure what each linear layer loses by quantization", run_sensitivity,
         examples=[
             "builder sensitivity --model Qwen/Qwen3-8B --gpu sm120 --sensitivity-data texts.jsonl",
             "builder sensitivity --model tests/data/tiny-qwen3 --gpu cpu --proxy",

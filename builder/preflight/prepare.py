@@ -33,7 +33,7 @@ from builder.trtllm.rules import Note
 class Prepared:
     """A recipe with everything that follows from it and its model.
 
-    source: the model's config.json and tensor headers. model: the same with the layers that are not quantized to NVFP4.
+    source: the model's config.json and tensor headers. model: the same with the layers that are in another format.
     settings: trtllm-build's flags or the LLM class's arguments, each with its reason. quantized: what the model is if
     it is quantized already; its formats are then in the recipe, and `model` is what it was before.
     """
@@ -101,7 +101,7 @@ class Prepared:
         return Stages(self.inputs, self.settings, wanted, store)
 
     def with_chosen(self, modules: Sequence[str]) -> Prepared:
-        """With these layers excluded from NVFP4 too: those that `auto` chose."""
+        """With these layers in another format too: those that `auto` chose."""
         return replace(self, model=checks.with_chosen(self.recipe, self.model, modules))
 
 
