@@ -10,6 +10,8 @@ OUTPUT ?= artifacts
 # A second process per core fights over two cores; spinning OpenMP threads make it worse.
 export OMP_WAIT_POLICY := PASSIVE
 
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
+
 REAL := $(VENV)/real
 CHAT_MODEL := $(REAL)/smollm2-135m-instruct
 PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
@@ -31,12 +33,13 @@ demo-chat: $(CHAT_MODEL)/config.json ## build a real chat model (135M parameters
 	  --calib-data builtin:python-docs --calib-samples 32 --calib-seq-len 512 --keep-fp8 '*.mlp.*' --keep-fp8 '*.q_proj'
 	$(VENV)/bin/python examples/chat.py $(OUTPUT)/models/demo-chat "What is the capital of France?"
 
-# Two files at once: half of the time a test waits, for a server or a child that imports torch.
+# Three files at once on two cores: a third of the time a test waits, for a server, a child or the disk. The longest come
+# first (tests/conftest.py), so that none is left to run alone.
 test: $(VENV)/ready ## the tests that need neither a GPU nor Docker, but for test-slow; PACKAGE="quantize triton" for some packages' tests
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(addprefix tests/,$(PACKAGE))
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(addprefix tests/,$(PACKAGE))
 
 test-slow: $(VENV)/ready ## whole builds and lm-eval's tasks: tests of half a minute each
-	$(VENV)/bin/python -m pytest -m slow -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -m slow $(PARALLEL)
 
 # Debian's package: a browser that draws what readers will see.
 test-browser: $(VENV)/ready ## the report's page in Chromium
@@ -77,7 +80,7 @@ TRTLLM_TESTS := \
 
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
 test-trtllm: $(TRTLLM)/ready ## the tests that depend on them with the TensorRT-LLM image's versions
-	$(TRTLLM)/bin/python -m pytest -n 2 --dist loadfile $(TRTLLM_TESTS)
+	$(TRTLLM)/bin/python -m pytest $(PARALLEL) $(TRTLLM_TESTS)
 
 test-llmcompressor: $(LLMCOMPRESSOR)/ready ## compares the compressed-tensors layout with what llm-compressor writes (its own environment)
 	$(LLMCOMPRESSOR)/bin/python -m pytest -n 0 tests/checkpoint/test_llmcompressor.py

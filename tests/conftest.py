@@ -28,6 +28,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("patient", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+# The files that take longest, in this order. Whichever process takes one of them last works alone.
+LONGEST = [
+    f"tests/{name}.py"
+    for name in (
+        "pipeline/test_pipeline", "evaluate/test_evaluate", "quality/test_quality", "quantize/test_keep_fp8",
+        "docs/test_examples", "llmapi/test_serving", "evaluate/test_tasks", "evaluate/test_sensitivity",
+        "core/test_keys", "cli/test_cli", "serving/test_smoke", "calibration/test_before_calibrating",
+        "quantize/test_keep_bf16", "serving/test_smoke_sound", "hub/test_snapshot", "calibration/test_rows", "quantize/test_modelopt",
+    )
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; all others in their own order."""
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:

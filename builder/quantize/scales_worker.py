@@ -34,10 +34,10 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     unified = Path(job["model"])
-    worker._import_all()
     check_device(job.get("gpus", ()))
     found, cache = describe_directory(unified), kv_cache.get(job["kv_cache_dtype"])
     batches = worker._batches(job)
+    worker._import_all()
     model = _load(unified, found, trust_remote_code=job["trust_remote_code"])
     limit = worker._limit(job, model.config)
     with torch.inference_mode():

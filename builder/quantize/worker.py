@@ -40,11 +40,13 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     destination, source = Path(job["destination"]), Path(job["model"])
     unified = destination / "unified"
     clock = _Clock()
-    _import_all()
     device = check_device(job.get("gpus", ()))
+    batches = _batches(job)  # first, so that errors in tokenizer, template or rows come before ModelOpt is imported
+    clock.lap("rows")
+    _import_all()
     said = _count_warnings()
     clock.lap("import")
-    model, batches = _load(job)
+    model = _model(job)
     clock.lap("load")
     formats = of_job(job)
     counts = _calibrate(model, batches, formats)
@@ -85,19 +87,24 @@ def _import_all() -> None:
 
 
 def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
-    """The model in the dtype that it is served in, on the GPUs if there are any, and the batches of token ids, each
-    [rows, <= seq_len]."""
+    """The model and the batches of token ids, each [rows, <= seq_len]."""
+    batches = _batches(job)
+    return _model(job), batches
+
+
+def _model(job: Mapping[str, Any]) -> Any:
+    """The model in the dtype that it is served in, on the GPUs if there are any."""
     import torch
 
-    batches = _batches(job)  # first, so that errors in tokenizer, template or rows come before weights are loaded
     emit(progress={"label": "loading the model", "done": 0, "total": None})
     where: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
-    return model_loading.to_quantize(job, **where), batches
+    return model_loading.to_quantize(job, **where)
 
 
 def _batches(job: Mapping[str, Any]) -> list[Any]:
     """The calibration rows as batches of token ids, cut at the model's own length limit."""
-    from transformers import AutoConfig
+    with only_needed():
+        from transformers import AutoConfig
 
     from builder.calibration.rows import check_tokens, token_batches
     from builder.tokenizer import loading as tokenizer_loading
