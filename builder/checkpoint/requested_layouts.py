@@ -35,7 +35,14 @@ def check(layouts: Collection[str], formats: Iterable[NumberFormat], cache: KvCa
     """UnsupportedError if compressed-tensors is requested and lacks one of these formats."""
     if COMPRESSED_TENSORS not in layouts:
         return
-    lacking = [one.title for one in dict.fromkeys(formats) if one.quant_algo and one.compressed_tensors is None]
+    used = dict.fromkeys(formats)
+    if not any(one.quant_algo for one in used):
+        raise UnsupportedError(
+            "Nothing is quantized, so there is no compressed-tensors layout.",
+            why="vLLM, SGLang and transformers read the Hugging Face layout of an unquantized model.",
+            hint="Leave compressed-tensors out of --layouts.",
+        )
+    lacking = [one.title for one in used if one.quant_algo and one.compressed_tensors is None]
     lacking += [cache.title] if cache.quantized and not cache.compressed_tensors else []
     if lacking:
         known = ", ".join(one.name for one in registry.all_formats().values() if one.compressed_tensors)

@@ -86,7 +86,8 @@ def run_convert(arguments: argparse.Namespace, out: Output) -> int:
         shown = ", ".join(made.suspicious[:3]) + ", ..." * (len(made.suspicious) > 3)
         out.warn(f"{len(made.suspicious)} scales are not finite and positive: {shown}")
     out.result({"source": str(source), "destination": str(arguments.destination), **asdict(made)})
-    out.text(f"{arguments.destination}: {len(made.files)} files of weights, {size(made.nbytes)}")
+    files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
+    out.text(f"{arguments.destination}: {files}, {size(made.nbytes)}")
     out.text(f"Check it: builder inspect {arguments.destination}")
     return 0
 
