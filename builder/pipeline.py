@@ -14,10 +14,10 @@ from builder.core.output import Output
 from builder.core.store import STAGES, Artifact, Store, WouldRun
 from builder.evaluate import tasks
 from builder.evaluate.variants import Models
-from builder.hub.snapshot import Snapshot, fetch
+from builder.hub.snapshot import Snapshot, fetch, open_source
 from builder.preflight import checks
 from builder.preflight.prepare import Prepared, check_fit, prepare, tell
-from builder.preflight.quantized import NO_ORIGINAL, Quantized, check_runners, not_quantizable
+from builder.preflight.quantized import NO_ORIGINAL, Quantized, check_runners, not_quantizable, opened
 from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
@@ -106,7 +106,10 @@ def _run(resolved: Resolved, store: Store, until: str, *, quality: bool = False,
     wanted = stages_until(until)
     check_target(resolved, store, until)
     if "checkpoint" not in wanted:
-        return Built(fetch(resolved.recipe.model, store=store))
+        source = open_source(resolved.recipe.model, store=store)
+        if source.quantized:
+            opened(source)  # says what can't be served before it is downloaded
+        return Built(fetch(resolved.recipe.model, store=store, source=source))
     prepared = prepare(resolved, store, layouts="engine" in wanted)
     if prepared.quantized and (measured or resolved.recipe.evaluation.limits):
         check_runners(resolved.recipe, prepared.quantized)

@@ -35,7 +35,8 @@ LONGEST = [
         "pipeline/test_pipeline", "evaluate/test_evaluate", "quality/test_quality", "quantize/test_keep_fp8",
         "docs/test_examples", "llmapi/test_serving", "evaluate/test_tasks", "evaluate/test_sensitivity",
         "core/test_keys", "cli/test_cli", "serving/test_smoke", "calibration/test_before_calibrating",
-        "quantize/test_keep_bf16", "serving/test_smoke_sound", "hub/test_snapshot", "calibration/test_rows", "quantize/test_modelopt",
+        "quantize/test_keep_bf16", "serving/test_smoke_sound", "hub/test_snapshot", "calibration/test_rows",
+        "quantize/test_modelopt",
     )
 ]  # fmt: skip
 

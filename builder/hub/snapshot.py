@@ -199,6 +199,11 @@ def _read_directory(
     where = str(directory)
     if model_files.CONFIG in broken:
         raise UsageError(f"{where}/config.json is a broken link.", hint="Copy or download the model again.")
+    if model_files.CONFIG not in names and (directory / "unified" / model_files.CONFIG).is_file():
+        raise UsageError(
+            f"{where} holds a checkpoint in several layouts, each in a directory of its own.",
+            hint=f"Give the Hugging Face layout: --model {directory / 'unified'}",
+        )
     model_files.check_names(names, where)
     config = model_files.parse_config(_read(directory / model_files.CONFIG), where)
     model_files.check_config(config, where, trust_remote_code=trust_remote_code)

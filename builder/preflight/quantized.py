@@ -17,6 +17,7 @@ from builder.formats import kv_cache
 from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import FP8
 from builder.hub.snapshot import Source, open_source
+from builder.model.multimodal import MARK
 from builder.preflight.memory import Sizes
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude
@@ -105,11 +106,7 @@ def take(resolved: Resolved, source: Source, *, store: Store) -> tuple[Resolved,
     """
     recipe, where = resolved.recipe, source.model.id
     _check_recipe(resolved, where)
-    headers = {
-        name: TensorInfo(kind, shape, 0, byte_size(kind, shape)) for name, (kind, shape) in source.tensors.items()
-    }
-    found = describe(source.documents, headers, where)
-    quantized_source.check(found, where)
+    found = opened(source)
     original = _original(resolved, found, store)
     if found.layout == "tensorrt_llm":
         assert original is not None
@@ -126,6 +123,22 @@ def take(resolved: Resolved, source: Source, *, store: Store) -> tuple[Resolved,
     linears = exclude.linears(model.tensors, model.architecture)
     quantized = Quantized(found, formats, cache, original, recipe.calibration.scales, _needs_engine_layout(recipe))
     return _with_formats(resolved, formats, cache, linears), source, model, quantized
+
+
+def opened(source: Source) -> Description:
+    """The description of a quantized source. UnsupportedError or IntegrityError for one that can't be taken."""
+    where = source.model.id
+    if MARK in source.config:
+        raise UnsupportedError(
+            f"{where} is a multimodal model that is quantized already.",
+            why="Only text is served, and the language model of a quantized checkpoint is not taken out of it.",
+            hint="Give the original model: its language model is taken out and quantized.",
+        )
+    tensors = source.tensors.items()
+    headers = {name: TensorInfo(kind, shape, 0, byte_size(kind, shape)) for name, (kind, shape) in tensors}
+    found = describe(source.documents, headers, where)
+    quantized_source.check(found, where)
+    return found
 
 
 def _needs_engine_layout(recipe: Recipe) -> bool:

@@ -14,6 +14,7 @@ import pytest
 from hub_server import Hub
 
 from builder import pipeline, plan
+from builder.architectures import catalog
 from builder.checkpoint import conversion
 from builder.checkpoint.layouts import read_json
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
@@ -340,6 +341,38 @@ def test_a_damaged_or_unknown_checkpoint_is_named_before_any_weight_is_read(
     with pytest.raises(error):
         taken(model, tmp_path / "out")
     assert not list((tmp_path / "out").glob("snapshot/[0-9a-f]*"))
+
+
+def test_fetch_refuses_what_can_not_be_served_before_a_weight_is_downloaded(
+    nvfp4: Path, tmp_path: Path, hub: Hub
+) -> None:
+    hub.add("nvidia/tiny-groups", said(group_size=32)(nvfp4, tmp_path / "model"))
+    with pytest.raises(UnsupportedError, match="groups of 16"):
+        pipeline.build(resolved("nvidia/tiny-groups"), Store(tmp_path / "out", Output("quiet")), until="snapshot")
+    assert not [r for r in hub.requests if r.path.startswith("/cdn/") and r.method == "GET" and not r.header]
+
+
+def test_a_checkpoint_of_the_store_is_named_by_one_of_its_layouts(nvfp4: Path, tmp_path: Path) -> None:
+    built = taken(nvfp4, tmp_path / "out")
+    assert built.checkpoint is not None
+    with pytest.raises(UsageError, match="several layouts") as raised:
+        planned(built.checkpoint.path, tmp_path / "out")
+    assert raised.value.hint.endswith(f"--model {built.checkpoint.path / 'unified'}")
+
+
+def test_a_quantized_multimodal_model_is_refused(nvfp4: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(nvfp4, tmp_path / "model")
+    multimodal = next(one for one in catalog.every() if one.language_model_of)
+    config = {**read_json(model / "config.json"), "model_type": multimodal.model_types[0]}
+    outer = {
+        "architectures": [multimodal.language_model_of[0].name],
+        "text_config": config,
+        "vision_config": {"depth": 1},
+    }
+    (model / "config.json").write_text(json.dumps(outer))
+    with pytest.raises(UnsupportedError, match="multimodal model that is quantized") as raised:
+        planned(model, tmp_path / "out", gpu="sm120", target="llmapi")
+    assert "original model" in raised.value.hint
 
 
 def test_a_nan_is_found_when_it_is_taken_over(nvfp4: Path, tmp_path: Path) -> None:
