@@ -120,12 +120,20 @@ def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: boo
             **options,
         )
     if "key_mapping" in options:
-        # transformers 5 would give the names back when it saves; and tensors of other parts are not missed here.
-        vars(model).pop("_weight_conversions", None)
+        _forget_names(model, options["key_mapping"])
         unexpected = [key for key in _keys(info.get("unexpected_keys", ())) if multimodal.language_name(key)]
         info = {**info, "unexpected_keys": unexpected}
     check_loaded(model, info, shown)
     return model
+
+
+def _forget_names(model: Any, mapping: Mapping[str, str]) -> None:
+    """Keeps transformers 5 and ModelOpt from giving the multimodal names back when they save: they undo what loading
+    did (core_model_loading.py, revert_weight_conversion; modelopt/torch/export/quant_aware_conversion.py)."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        kept = [one for one in conversions if not {*getattr(one, "source_patterns", ())} & mapping.keys()]
+        model._weight_conversions = [one for one in kept if type(one).__name__ != "PrefixChange"]
 
 
 @contextmanager

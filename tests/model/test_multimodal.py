@@ -76,6 +76,20 @@ def test_the_language_model_is_taken_out(model_type: str, text_type: str, name: 
     check_saved(model, found.tensors, source, tmp_path / "unified", name)
 
 
+@pytest.mark.skipif(exports.MODELOPT < (0, 44), reason="transformers 4.57 does not have Qwen3.5")
+def test_its_export_has_the_names_of_the_language_model(tmp_path: Path) -> None:
+    """ModelOpt and transformers 5 undo the renaming of loading when they write, but for that of the language model."""
+    source = write("qwen3_5", "qwen3_5_text", tmp_path / "source")
+    found = open_source(Model(id=str(source)), store=Store(tmp_path / "out", Output("quiet"), dry=True))
+    model = loading.to_quantize({"model": str(source), "trust_remote_code": False})
+    exports.export(exports.quantized(model), tmp_path / "unified")
+    written = {name for name in Tensors(tmp_path / "unified") if not name.endswith(("_scale", "_scale_2"))}
+    assert written == set(found.tensors)
+    said = json.loads((tmp_path / "unified" / "hf_quant_config.json").read_text())
+    excluded = said["quantization"]["exclude_modules"]
+    assert not [name for name in excluded if "language_model" in name]
+
+
 def check_saved(model: Any, tensors: Any, source: Path, unified: Path, name: str) -> None:
     """What is saved is a text model: its names, its class, nothing of the multimodal one."""
     model.save_pretrained(unified)

@@ -37,7 +37,7 @@ def batches(seed: int = 0) -> list[Any]:
 
 
 def quantized(
-    source: Path,
+    source: Path | Any,
     *,
     config: str = "NVFP4_DEFAULT_CFG",
     kv_cache: bool = True,
@@ -45,19 +45,22 @@ def quantized(
     kept: Sequence[str] = (),
     fp8: Sequence[str] = (),
 ) -> Any:
-    """The model with ModelOpt's quantizers, calibrated with random tokens: as `config` of ModelOpt says, none in the
-    modules `kept`, FP8 in those of `fp8`, and FP8 for the KV cache if asked."""
+    """The model (a directory, or loaded) with ModelOpt's quantizers, calibrated with random tokens: as `config` of
+    ModelOpt says, none in the modules `kept`, FP8 in those of `fp8`, and FP8 for the KV cache if asked."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ModelOpt's own, on import and after
         return _quantized(source, config, kv_cache, seed, kept, fp8)
 
 
-def _quantized(source: Path, name: str, kv_cache: bool, seed: int, kept: Sequence[str], fp8: Sequence[str]) -> Any:
+def _quantized(
+    source: Path | Any, name: str, kv_cache: bool, seed: int, kept: Sequence[str], fp8: Sequence[str]
+) -> Any:
     import modelopt.torch.quantization as mtq
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    is_loaded = not isinstance(source, Path)
+    model: Any = source if is_loaded else AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     config = copy.deepcopy(getattr(mtq, name))
     if kv_cache and isinstance(config["quant_cfg"], dict):  # up to 0.43
         config["quant_cfg"].update(mtq.FP8_KV_CFG["quant_cfg"])
