@@ -15,12 +15,16 @@ import exports
 import pytest
 
 from builder.architectures import catalog
+from builder.calibration.rows import calibrate
 from builder.checkpoint.layouts import read_json
 from builder.core.errors import IntegrityError
+from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, Tensors, write
+from builder.core.store import Store
 from builder.formats import kv_cache
 from builder.formats.registry import BF16, FP8, NVFP4, all_formats
-from builder.quantize import scales_worker, stored_scales, worker
+from builder.quantize import scales, scales_worker, stored_scales, worker
+from builder.recipe import schema
 
 DATA = Path(__file__).parents[1] / "data"
 TINY, MOE = DATA / "tiny-qwen3", DATA / "arch-variants" / "qwen3_moe"
@@ -173,3 +177,19 @@ def test_every_format_that_stores_a_scale_of_inputs_knows_its_range() -> None:
         assert (one.input_range is not None) is stores, one.name
     assert BF16.input_range is None
     assert all(one.scale_range > 1 for one in kv_cache.FORMATS.values() if one.quantized)
+
+
+@pytest.mark.slow
+def test_the_worker_writes_them_and_says_what_it_saw(
+    checkpoint: Callable[..., Path], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = without_scales(checkpoint(TINY), tmp_path / "copy")
+    store = Store(tmp_path / "store", Output("human"))
+    part = schema.Calibration(data=str(rows), samples=8, seq_len=128)
+    facts = scales.calibrate_scales(copy, calibrate(part, store=store), scales.ScalesRequest(part), store=store)
+    assert values(copy) == pytest.approx(values(checkpoint(TINY)), rel=0.5)
+    assert facts["input_scales"] == 42
+    assert facts["max_rss"] > 0
+    said = capsys.readouterr().err
+    assert "42 scales of inputs and 12 of the KV cache, calibrated on 8 rows" in said
+    assert "only 8 rows of text" in said
