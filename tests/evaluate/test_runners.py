@@ -20,11 +20,12 @@ IDS = [np.random.default_rng(0).integers(0, 4000, n).astype(np.int32) for n in (
 
 @pytest.fixture
 def job(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """What a runner is told of a model quantized just now."""
-    model = DATA / "arch-variants" / request.param
+    """What a runner is told of a model quantized just now: `llama`, or `llama int8_sq` for another format."""
+    name, _, number_format = request.param.partition(" ")
+    model = DATA / "arch-variants" / name
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join((DATA / "eval" / "prose.jsonl").read_text().splitlines(keepends=True)[:4]))
-    calibration = {"rows": str(rows), "seq_len": 64, "batch_size": 1}
+    calibration = {"rows": str(rows), "seq_len": 64, "batch_size": 1, "format": number_format or "nvfp4"}
     common = {"model": str(model), "trust_remote_code": False}
     made = {"kv_cache_dtype": "fp8", "destination": str(tmp_path / "made")}
     with warnings.catch_warnings():
@@ -48,6 +49,16 @@ def test_the_checkpoint_on_disk_has_the_simulations_logits(job: dict[str, Any]) 
     assert (ours - simulated).pow(2).mean().sqrt() < 0.1 * loss
     without = logits("checkpoint", {**job, "kv_cache_dtype": "auto"})
     assert (without - simulated).pow(2).mean().sqrt() > 0.1 * loss
+
+
+@pytest.mark.parametrize("job", ["llama int8_sq", "llama int4_awq_64", "llama nvfp4_awq"], indirect=True)
+def test_scales_of_inputs_are_applied(job: dict[str, Any]) -> None:
+    """Some codes of ModelOpt's simulation are the neighbours of its exporter's (tests/formats/test_awq_exports.py)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ModelOpt's, of lm_head and of what it can't fold
+        simulated = logits("simulated", job)
+    loss = (logits("bf16", job) - simulated).pow(2).mean().sqrt()
+    assert (logits("checkpoint", job) - simulated).pow(2).mean().sqrt() < 0.2 * loss
 
 
 @pytest.mark.parametrize("job", ["qwen3_moe"], indirect=True)
