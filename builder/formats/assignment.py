@@ -13,7 +13,7 @@ from typing import Any
 from builder.formats import kv_cache, registry
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
-from builder.formats.registry import NVFP4
+from builder.formats.registry import BF16, FP8, NVFP4
 
 Layers = Mapping[str, Sequence[str]]
 
@@ -43,6 +43,12 @@ def of_job(job: Mapping[str, Any]) -> ModelFormats:
 def by_layer(layers: Layers) -> dict[str, NumberFormat]:
     """{module: its format} of the single layers."""
     return {module: registry.get(name) for name, modules in layers.items() for module in modules}
+
+
+def to_keep(whole: NumberFormat) -> NumberFormat:
+    """The format to put single layers in where a model in `whole` loses too much: FP8, or BF16 where the layers would
+    be no larger in FP8, or where it can't be combined with `whole` (recipe/quantization.py)."""
+    return BF16 if whole.scales_inputs or whole.bits >= FP8.bits else FP8
 
 
 def grouped(formats: Mapping[str, NumberFormat]) -> dict[str, tuple[str, ...]]:

@@ -26,8 +26,10 @@ from builder.core.output import size
 from builder.core.store import Store, digest_of, sources_digest
 from builder.evaluate.metrics import Estimate, measure, read
 from builder.evaluate.variants import Models, Variant, runner_job
+from builder.formats.assignment import to_keep
+from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
-from builder.formats.registry import FP8
+from builder.formats.registry import BF16
 from builder.preflight.memory import Machine, calibration_memory
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, modelopt
@@ -54,7 +56,7 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 32
 LIBRARIES = 600_000_000  # bytes of a process that has torch and transformers
-# Layers that are tried in FP8 if the score is low, cheapest first.
+# Layers that are tried in FP8 (or BF16: formats/assignment.py, to_keep) if the score is low, cheapest first.
 KEPT = (("*.{down}",), ("*.{attention}.*",), ("*.{mlp}.*",), ("*.{mlp}.*", "*.{q}"))
 
 
@@ -237,8 +239,18 @@ def _candidates(model: ModelFacts, cache: KvCacheFormat) -> list[dict[str, Any]]
     known = [name for name in exclude.linears(model.written, architecture) if name not in model.single]
     found: list[dict[str, Any]] = []
     if cache.quantized:
-        found.append({"flags": ["--kv-cache-dtype", "auto"], "modules": [], "kv_cache_dtype": "auto", "nbytes": 0})
-    parts = names.parts(architecture)
+        found.append(
+            {
+                "flags": ["--kv-cache-dtype", "auto"],
+                "modules": [],
+                "format": BF16.name,
+                "kv_cache_dtype": "auto",
+                "nbytes": 0,
+            }
+        )
+    if model.number_format.scales_inputs:  # norms hold scales that the BF16 model's weights must not be multiplied by
+        return found
+    parts, kept = names.parts(architecture), to_keep(model.number_format)
     for patterns in ([pattern.format(**parts) for pattern in row] for row in KEPT):
         if not all(fnmatch.filter(known, pattern) for pattern in patterns):
             continue
@@ -247,19 +259,27 @@ def _candidates(model: ModelFacts, cache: KvCacheFormat) -> list[dict[str, Any]]
         together = [group for group in groups.values() if members.intersection(group)]
         modules = [name for group in together for name in group]
         if len(modules) < len(known):
-            flags = [word for pattern in patterns for word in ("--keep-fp8", pattern)]
-            more = sum(_price(model, name) for name in modules)
-            found.append({"flags": flags, "modules": modules, "kv_cache_dtype": cache.name, "nbytes": more})
+            flags = [word for pattern in patterns for word in (f"--keep-{kept.name}", pattern)]
+            more = sum(_price(model, name, kept) for name in modules)
+            found.append(
+                {
+                    "flags": flags,
+                    "modules": modules,
+                    "format": kept.name,
+                    "kv_cache_dtype": cache.name,
+                    "nbytes": more,
+                }
+            )
     if cache.quantized and len(found) > 1:  # the most that can be done
         flags = [*found[-1]["flags"], "--kv-cache-dtype", "auto"]
         found.append({**found[-1], "flags": flags, "kv_cache_dtype": "auto"})
     return found
 
 
-def _price(model: ModelFacts, name: str) -> int:
-    """Bytes that a layer in FP8 takes beyond those in the model's format, without the scales that both have."""
+def _price(model: ModelFacts, name: str, kept: NumberFormat) -> int:
+    """Bytes that a layer in another format takes beyond those in the model's, without the scales that both have."""
     shape = model.written[f"{name}.weight"][1]
-    return FP8.own_bytes(shape) - model.number_format.own_bytes(shape)
+    return kept.own_bytes(shape) - model.number_format.own_bytes(shape)
 
 
 def _measure(

@@ -1,7 +1,8 @@
-"""Remedies for a low score, estimated on a few texts: more layers in FP8, or the KV cache in the model's type.
+"""Remedies for a low score, estimated on a few texts: layers in FP8 or BF16, or the KV cache in the model's type.
 
-Works on the open runner `checkpoint`: weights of the BF16 model, rounded to FP8, temporarily replace quantized ones.
-Inputs are rounded under their own largest value, while a build uses a calibrated one, so the scores are estimates.
+Works on the open runner `checkpoint`: weights of the BF16 model, rounded to the remedy's format, temporarily replace
+quantized ones. Inputs are rounded under their own largest value, while a build uses a calibrated one, so the scores
+are estimates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from builder.core.process import emit
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Sequences
 from builder.evaluate.runners.worker import mean_nll
+from builder.formats import registry
 from builder.formats.arithmetic import fp8
+from builder.formats.base import NumberFormat
 
 TEXTS = 8  # of all sets together; five candidates then take about as long as the check itself
 
@@ -41,7 +44,7 @@ def estimate(
     for number, candidate in enumerate(candidates):
         emit(progress={"label": "quality: remedies", "done": number, "total": len(candidates)})
         with (
-            _kept(runner.model, candidate["modules"], stored),
+            _kept(runner.model, candidate["modules"], stored, registry.get(candidate["format"])),
             _cache(runner.model, candidate["kv_cache_dtype"] != "auto"),
         ):
             share = (mean_nll(runner, texts) - original) / max(before - original, 1e-6)
@@ -61,8 +64,8 @@ def _mean(scores: Path, names: Sequence[str], sets: Mapping[str, Sequences] | No
 
 
 @contextmanager
-def _kept(model: Any, modules: Sequence[str], stored: Tensors) -> Iterator[None]:
-    """These linear layers in FP8 while the block runs."""
+def _kept(model: Any, modules: Sequence[str], stored: Tensors, number_format: NumberFormat) -> Iterator[None]:
+    """These linear layers in a format, FP8 or BF16, while the block runs."""
     from builder.quantize.stored_model import tensor
 
     before = []
@@ -71,8 +74,10 @@ def _kept(model: Any, modules: Sequence[str], stored: Tensors) -> Iterator[None]
         before.append((module, module.weight.data, dict(module._forward_pre_hooks)))
         weight = tensor(stored, f"{name}.weight").to(module.weight.device)
         module._forward_pre_hooks.clear()
-        module.weight.data = _through_fp8(weight.float()).to(module.weight.dtype)
-        module.register_forward_pre_hook(lambda layer, inputs: (_through_fp8(inputs[0]),))
+        rounded = number_format.round_weight(weight, weight.abs().amax())
+        module.weight.data = rounded.to(module.weight.dtype)
+        if number_format is registry.FP8:
+            module.register_forward_pre_hook(lambda layer, inputs: (_through_fp8(inputs[0]),))
     try:
         yield
     finally:

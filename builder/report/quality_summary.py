@@ -95,7 +95,8 @@ def _next_steps(found: Quality, min_score: float, command: Sequence[str]) -> lis
     measure = ["builder", "sensitivity", *command[2:]]
     lines.append(f"{shlex.join([*measure, *texts])}    # shows which layers lose most")
     if not any("auto:" in word for word in command):  # a recipe can have only one budget
-        automatic = [*command, "--keep-fp8", f"auto:{budget:g}", *texts]
+        kept = [word for remedy in found.remedies for word in remedy.flags if word.startswith("--keep-")]
+        automatic = [*command, kept[0] if kept else "--keep-fp8", f"auto:{budget:g}", *texts]
         lines.append(f"{shlex.join(automatic)}    # selects the layers automatically")
     return ["Try next, in this order:", *lines, "Or accept it: --set quality.min_score=N, --no-quality-check"]
 

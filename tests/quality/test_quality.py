@@ -13,15 +13,19 @@ import exports
 import pytest
 
 from builder import pipeline
+from builder.checkpoint.layouts import read_json
 from builder.cli import main
 from builder.core.errors import EvaluationError, NotMeasurable
 from builder.core.output import Output
+from builder.core.safetensors_io import Tensors
 from builder.core.store import Store, WouldRun, read
 from builder.evaluate.metrics import Estimate
+from builder.formats import kv_cache, registry
 from builder.pipeline import Built
 from builder.preflight import checks as preflight_checks
 from builder.preflight import memory
 from builder.preflight.memory import Machine
+from builder.preflight.model_facts import ModelFacts
 from builder.preflight.prepare import prepare
 from builder.publish import links as publish_links
 from builder.publish import verdict
@@ -376,3 +380,29 @@ def test_a_family_without_a_runner_for_its_checkpoint_is_measured_by_simulation(
         assert runner.vocab_size > 0
     with pytest.raises(NotMeasurable, match="is not a linear layer"), quality_worker._first(jobs[:1]):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("nvfp4", {"--kv-cache-dtype", "--keep-fp8"}),
+        ("w4a16_nvfp4", {"--kv-cache-dtype", "--keep-fp8"}),
+        ("fp8", {"--kv-cache-dtype", "--keep-bf16"}),
+        ("fp8_pc_pt", {"--kv-cache-dtype", "--keep-bf16"}),
+        ("int4_awq", {"--kv-cache-dtype"}),  # the BF16 model's weights don't belong behind its norms
+    ],
+)
+def test_remedies_can_be_combined_with_the_format(name: str, flags: set[str]) -> None:
+    source = TINY
+    tensors = {one: (info.dtype, info.shape) for one, info in Tensors(source).items()}
+    model = ModelFacts(read_json(source / "config.json"), tensors, number_format=registry.get(name))
+    found = check._candidates(model, kv_cache.FP8)
+    assert {word for one in found for word in one["flags"] if word.startswith("--")} == flags
+    assert all(one["nbytes"] > 0 for one in found if one["modules"])
+    for one in found:
+        values: dict[str, Any] = {"model.id": str(source), "gpu": "cpu", "quantization.format": name}
+        for flag, value in zip(one["flags"][::2], one["flags"][1::2], strict=True):
+            key = f"quantization.{flag[2:].replace('-', '_')}"
+            values[key] = [*values[key], value] if isinstance(values.get(key), list) else [value]
+        values |= {key: value[0] for key, value in values.items() if key.endswith("kv_cache_dtype")}
+        schema.resolve(values)  # the recipe takes it
