@@ -1,8 +1,8 @@
 """Whether calibration saw enough: the thresholds, and the sentences for what fell short. Pure; the build and the report
 both use it.
 
-`facts` are those of a checkpoint: `coverage`, from builder/calibration/rows.py, and `experts`, from
-builder/quantize/experts.py. Checkpoints made before these existed have neither, and nothing is said about them.
+`facts` are those of a checkpoint: `coverage`, made by `of_batches`, and `experts`, from builder/quantize/experts.py.
+Checkpoints from which nothing was calibrated, or that were made before these existed, have neither.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ NAMED = 3  # layers that a sentence names
 
 
 def shortfalls(facts: Mapping[str, Any]) -> list[str]:
-    """What calibration covered too little, a sentence each; [] if nothing, or if the checkpoint was not calibrated."""
+    """What calibration covered too little, a sentence each; [] if nothing, or if nothing was read from rows."""
     coverage: Mapping[str, Any] = facts.get("coverage") or {}
-    return [*_texts(coverage), *experts_few(facts.get("experts") or {}, all_tokens=facts.get("experts_see_all", False))]
+    if not coverage:
+        return []
+    few = experts_few(facts.get("experts") or {}, all_tokens=facts.get("experts_see_all", False))
+    return [*_texts(coverage), *few]
 
 
 def _texts(coverage: Mapping[str, Any]) -> list[str]:
-    if not coverage:
-        return []
     rows, tokens, cut = coverage["rows"], coverage["tokens"], coverage["cut"]
     found = []
     if rows < FEW_ROWS:

@@ -26,6 +26,12 @@ class ModelFormats:
     layers: Mapping[NumberFormat, Sequence[str]] = field(default_factory=dict)
     cache: KvCacheFormat = kv_cache.AUTO
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything of it is read from calibration rows: inputs, or keys and values."""
+        used = [self.whole, *(one for one, modules in self.layers.items() if modules)]
+        return self.cache.quantized or any(tensor.calibrated for one in used for tensor in one.tensors)
+
     def modules(self, number_format: NumberFormat) -> Sequence[str]:
         """The single layers in a format."""
         return self.layers.get(number_format, ())

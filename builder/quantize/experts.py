@@ -119,13 +119,12 @@ def _widen(experts: Any, indices: Sequence[int]) -> None:
         {name: one for name, one in expert.named_modules() if name.endswith("input_quantizer") and one.is_enabled}
         for expert in experts
     ]
-    for name in inputs[0]:
-        known = [one[name].amax.float() for one in inputs if getattr(one[name], "amax", None) is not None]
+    for name in dict.fromkeys(name for one in inputs for name in one):  # single experts may be left in BF16
+        known = [one[name].amax.float() for one in inputs if name in one and one[name].amax is not None]
         if not known:
             continue
         widest = torch.stack(known).amax(0)
-        for index in indices:
-            quantizer = inputs[index][name]
+        for quantizer in [inputs[index][name] for index in indices if name in inputs[index]]:
             if hasattr(quantizer, "_amax"):
                 del quantizer._amax  # its setter would keep the shape of a range that may be absent
             quantizer.amax = widest.clone()

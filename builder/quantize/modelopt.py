@@ -236,7 +236,8 @@ def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any], for
     counts = [f"{summary['quantized_linears']} linear layers in {formats.whole.title}"]
     for one, modules in formats.layers.items():
         counts += [f"{len(modules)} {'left ' * (one is BF16)}in {one.title}"] if modules else []
-    store.out.info(f"{', '.join(counts)}, calibrated on {coverage.summary(summary)}")
+    saw = coverage.summary(summary)
+    store.out.info(", ".join(counts) + (f", calibrated on {saw}" if saw else ""))
     for sentence in coverage.shortfalls(summary):
         store.out.warn(f"calibration covers little: {sentence}")
     if summary["large_kv"]:

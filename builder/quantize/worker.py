@@ -50,7 +50,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     clock.lap("load")
     formats = of_job(job)
     counts = _calibrate(model, batches, formats)
-    covered = coverage.of_batches(batches, _limit(job, model.config))
+    covered = coverage.of_batches(batches, _limit(job, model.config)) if formats.calibrated else {}
     clock.lap("calibrate")
     _export(model, unified, formats)
     del model  # the second layout is made from the first, byte by byte: never two models in memory
@@ -64,7 +64,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **counts,
         "device": device,
-        "calibration_tokens": covered["tokens"],
+        "calibration_tokens": sum(batch.numel() for batch in batches),
         "coverage": covered,
         "large_kv": large,
         "warnings": dict(said),

@@ -40,6 +40,7 @@ def test_each_shortfall_is_a_sentence(changed: dict[str, int], said: str) -> Non
         facts(cut=64, limit=512),  # as long as anybody's rows
         facts(cut=32, limit=64),  # half of them whole
         {},  # a checkpoint of an older version, or one that was imported
+        {"coverage": {}, "experts": {"mlp.experts": [0, 1]}},  # weights alone are quantized
         {"coverage": ENOUGH, "experts": {"mlp.experts": [EXPERT_TOKENS, 9999]}},
         {"coverage": ENOUGH, "experts": {"mlp.experts": [0, 9999]}, "experts_see_all": True},
     ],
@@ -75,3 +76,14 @@ def test_rows_are_counted_by_batches(shapes: list[tuple[int, int]]) -> None:
     assert found["rows"] == sum(rows for rows, _ in shapes)
     assert found["tokens"] == sum(rows * min(tokens, limit) for rows, tokens in shapes)
     assert found["cut"] == sum(rows for rows, tokens in shapes if tokens >= limit)
+
+
+def test_only_what_is_read_from_rows_counts_as_calibrated() -> None:
+    from builder.formats import kv_cache
+    from builder.formats.assignment import ModelFormats
+    from builder.formats.registry import BF16, FP8, NVFP4
+
+    assert ModelFormats(NVFP4).calibrated
+    assert ModelFormats(BF16, {FP8: ("a",)}).calibrated
+    assert ModelFormats(BF16, cache=kv_cache.FP8).calibrated
+    assert not ModelFormats(BF16, {FP8: ()}).calibrated

@@ -135,9 +135,11 @@ def expert(amax: float | None) -> nn.Module:
 
 def test_rare_experts_of_their_own_modules_get_the_layers_widest_range() -> None:
     model = nn.Module()
-    model.experts = nn.ModuleList([expert(2.0), expert(8.0), expert(0.5), expert(None)])
-    tokens = experts.RoutedTokens({"experts": [500, 600, EXPERT_TOKENS - 1, 0]})
-    assert experts.widen_ranges(model, tokens) == {"experts": [2, 3]}
-    assert [one.up_proj.input_quantizer.amax.item() for one in model.experts] == [2.0, 8.0, 8.0, 8.0]
+    model.experts = nn.ModuleList([expert(2.0), expert(8.0), expert(0.5), expert(None), expert(1.0)])
+    kept = model.experts[4].up_proj.input_quantizer
+    kept.is_enabled = False  # left in BF16
+    tokens = experts.RoutedTokens({"experts": [500, 600, EXPERT_TOKENS - 1, 0, 3]})
+    assert experts.widen_ranges(model, tokens) == {"experts": [2, 3, 4]}
+    assert [one.up_proj.input_quantizer.amax.item() for one in model.experts] == [2.0, 8.0, 8.0, 8.0, 1.0]
     tokens.see_all = True
     assert experts.widen_ranges(model, tokens) == {}
