@@ -204,6 +204,7 @@ def command(probe: Probe, base: Mapping[str, str], gpu: str, version: str, work:
         "gpu": gpu,
         "target": "engine",
         "engine.tensorrt_llm": version,
+        "quantization.format": "nvfp4",  # of the two-layer model
         "quantization.kv_cache_dtype": model["kv_cache_dtype"],
         **{f"engine.{name}": value for name, value in SIZES.items()},
         **{f"engine.flags.{name}": value for name, value in flags.items()},

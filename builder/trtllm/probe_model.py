@@ -48,7 +48,7 @@ def write_checkpoint(model: Mapping[str, Any], destination: Path, cache: KvCache
     unified.mkdir(parents=True)
     write(unified / "model.safetensors", _tensors(model, cache))
     quantization = {"quant_algo": "NVFP4", "kv_cache_quant_algo": cache.quant_algo, "group_size": 16}
-    producer = {"name": "trtllm-builder probe"}
+    producer = {"name": "trtllm-builder"}
     layouts.write_json(unified / "hf_quant_config.json", {"producer": producer, "quantization": quantization})
     layouts.write_tensorrt_llm(unified, model, destination / "tensorrt_llm")
     return destination / "tensorrt_llm"

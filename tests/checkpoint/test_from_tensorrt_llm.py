@@ -157,3 +157,20 @@ def test_another_models_configuration_and_missing_tensors_are_named(tmp_path: Pa
     more = exports.rewrite(whole, tmp_path / "more", {extra.name: extra})
     with pytest.raises(UnsupportedError, match=r"1 tensors have no place .*: transformer.layers.1.mlp.router.weight"):
         again(more, "llama", tmp_path / "again")
+
+
+def test_inspection_requires_the_scales_that_servers_always_read(tmp_path: Path) -> None:
+    """INT4: TensorRT-LLM's LLM class reads those of o_proj and down_proj, an engine those of every layer; NVFP4: none."""
+    name, engine = (
+        "model.layers.0.self_attn.o_proj.pre_quant_scale",
+        "transformer.layers.1.mlp.fc.prequant_scaling_factor",
+    )
+    for one in ("int4_awq_64", "nvfp4_awq"):
+        unified, whole = both(tmp_path / one, registry.get(one), "llama")
+        assert not validate.inspect(unified.parent).findings
+        lacking = exports.rewrite(unified, tmp_path / one / "lacking", {name: None})
+        found = [(finding.tensor, finding.kind) for finding in validate.inspect(lacking).findings]
+        assert found == ([(name, "missing")] if one == "int4_awq_64" else [])
+    whole = tmp_path / "int4_awq_64" / "tensorrt_llm"
+    found = validate.inspect(exports.rewrite(whole, tmp_path / "engine", {engine: None})).findings
+    assert [(finding.tensor, finding.kind) for finding in found] == [(engine, "missing")]
