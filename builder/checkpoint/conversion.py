@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import __version__
-from builder.architectures import catalog
+from builder.architectures import catalog, names
 from builder.checkpoint import layouts, shards, unified_config
 from builder.checkpoint.compressed_tensors import config as compressed_config
 from builder.checkpoint.compressed_tensors import tensors as compressed
@@ -158,10 +158,14 @@ def _by_way_of_unified(
 
 
 def _quantized(found: Description) -> tuple[dict[str, NumberFormat], list[str]]:
-    """{quantized linear layer: its format}, and the linear layers that are not quantized."""
+    """{quantized linear layer: its format}, and the modules with other matrices, which servers must not take for
+    quantized ones: layers that were left as they are, routers of mixtures, vision towers."""
     quantized = {module: one for module, one in found.layers.items() if one.quant_algo is not None}
-    kept = [module for module, one in found.layers.items() if one.quant_algo is None]
-    return quantized, kept
+    matrices = [name.removesuffix(".weight") for name, info in found.headers.items() if len(info.shape) == 2]
+    architecture = catalog.of(found.config)
+    known = {*found.layers, *(name for name in matrices if f"{name}.weight" in found.headers)}
+    kept = [module for module in known if module not in quantized and not names.is_embedding(architecture, module)]
+    return quantized, sorted(kept)
 
 
 def _to_compressed(source: Path, destination: Path, found: Description, options: Options) -> Converted:

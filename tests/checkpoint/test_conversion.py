@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import exports
+import fabricated
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from builder.checkpoint.conversion import Options, convert
 from builder.checkpoint.description import describe_directory
 from builder.core.errors import IntegrityError, StageError, UnsupportedError, UsageError
 from builder.core.safetensors_io import NewTensor, Tensors, read_metadata
+from builder.formats import registry
 from builder.formats.base import NumberFormat
 
 MIXED = ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj")
@@ -215,6 +217,24 @@ def test_a_description_in_config_json_alone_is_enough(made: Path, tmp_path: Path
         convert(made / "qwen2" / "unified", tmp_path / f"{layout}-2", layout)
         assert (tmp_path / layout / weights).read_bytes() == (tmp_path / f"{layout}-2" / weights).read_bytes()
         assert not list((tmp_path / layout).glob(".*"))
+
+
+@pytest.mark.parametrize("number_format", ["nvfp4", "w4a16_nvfp4", "fp8", "fp8_pc_pt"])
+def test_every_format_of_a_mixture_whose_routers_stay_as_they_are(tmp_path: Path, number_format: str) -> None:
+    source = fabricated.unified(
+        exports.DATA / "arch-variants" / "qwen3_moe", registry.get(number_format), tmp_path / "unified"
+    )
+    convert(source, tmp_path / "there", "compressed_tensors")
+    stated = json.loads((tmp_path / "there" / "config.json").read_text())["quantization_config"]
+    assert stated["config_groups"]["group_0"]["targets"] == ["Linear"]
+    routers = [n.removesuffix(".weight") for n in Tensors(source) if n.endswith(".mlp.gate.weight")]
+    assert routers
+    assert {"lm_head", *routers} == set(stated["ignore"])
+    convert(tmp_path / "there", tmp_path / "back", "unified")
+    before, after = (root / "model.safetensors" for root in (source, tmp_path / "back"))
+    assert after.read_bytes() == before.read_bytes()
+    listed = json.loads((tmp_path / "back" / "hf_quant_config.json").read_text())["quantization"]
+    assert set(listed["exclude_modules"]) == {"lm_head", *routers}
 
 
 def test_shards(made: Path, tmp_path: Path) -> None:
