@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: boo
     with only_needed():
         from transformers import AutoModelForCausalLM
 
-    with refused(shown):
+    with refused(shown), _whole_names(directory) if "key_mapping" in options else nullcontext():
         model, info = AutoModelForCausalLM.from_pretrained(
             str(directory),
             local_files_only=True,
@@ -125,6 +125,23 @@ def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: boo
         info = {**info, "unexpected_keys": unexpected}
     check_loaded(model, info, shown)
     return model
+
+
+@contextmanager
+def _whole_names(directory: Path) -> Iterator[None]:
+    """Keeps transformers 4 from adding the base model's prefix to names that `key_mapping` has made complete: it looks
+    for the prefix in the names before they are mapped (modeling_utils.py, _get_key_renaming_mapping, 4.57)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, __version__
+
+    if not __version__.startswith("4."):
+        yield
+        return
+    kind: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(directory, local_files_only=True))]
+    prefix, kind.base_model_prefix = kind.base_model_prefix, ""
+    try:
+        yield
+    finally:
+        kind.base_model_prefix = prefix
 
 
 def _forget_names(model: Any, mapping: Mapping[str, str]) -> None:
