@@ -161,11 +161,13 @@ def _unsupported(entries: Sequence[Mapping[str, Any]]) -> UnsupportedError:
     """The error for entries {"quant_algo", "group_size"} that no format has."""
     algos = sorted({str(entry.get("quant_algo")) for entry in entries})
     why = [f"{algo}: {OTHER_ALGOS[algo]}." for algo in algos if algo in OTHER_ALGOS]
-    for one in all_formats().values():
-        same = [entry for entry in entries if one.quant_algo and entry.get("quant_algo") == one.quant_algo]
-        sizes = sorted({str(entry.get("group_size")) for entry in same} - {"None", str(one.group_size)})
-        if sizes:
-            why.append(f"{one.title} has groups of {one.group_size}; this checkpoint says {', '.join(sizes)}.")
+    for algo in algos:
+        known = [one.group_size for one in all_formats().values() if one.quant_algo == algo]
+        stated = {entry.get("group_size") for entry in entries if entry.get("quant_algo") == algo}
+        if known and (odd := sorted(map(str, stated - {None, *known}))):
+            sizes = " or ".join(str(size) for size in known if size)
+            has = f"has groups of {sizes}" if sizes else "has no groups"
+            why.append(f"{algo} {has}; this checkpoint says {', '.join(odd)}.")
     names = ", ".join(one.name for one in for_whole_model())
     return UnsupportedError(
         f"The checkpoint's weights are in {', '.join(algos)} (quant_algo), which is not supported.",

@@ -213,6 +213,7 @@ def test_a_cache_without_scales_is_served_in_the_models_type() -> None:
         (quantization(quant_algo="FP8_PB_WO"), "a scale for each block of 128x128"),
         (quantization(quant_algo="W4A8_MXFP4_FP8"), "MXFP4 weights with FP8 activations"),
         (quantization(group_size=32), "NVFP4 has groups of 16; this checkpoint says 32"),
+        (quantization(quant_algo="FP8", group_size=128), "FP8 has no groups; this checkpoint says 128"),
         (quantization(quant_algo="NVFP4_SVD"), "SVDQuant"),
         (quantization(quant_algo="FP5"), "Supported: NVFP4"),
         (quantization(kv_cache_quant_algo="NVFP4_AFFINE"), "KV cache in NVFP4_AFFINE"),

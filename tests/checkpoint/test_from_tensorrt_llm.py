@@ -160,7 +160,7 @@ def test_another_models_configuration_and_missing_tensors_are_named(tmp_path: Pa
 
 
 def test_inspection_requires_the_scales_that_servers_always_read(tmp_path: Path) -> None:
-    """INT4: TensorRT-LLM's LLM class reads those of o_proj and down_proj, an engine those of every layer; NVFP4: none."""
+    """INT4: the LLM class reads those of o_proj and down_proj, an engine those of every layer; NVFP4: none."""
     name, engine = (
         "model.layers.0.self_attn.o_proj.pre_quant_scale",
         "transformer.layers.1.mlp.fc.prequant_scaling_factor",
