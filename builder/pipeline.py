@@ -169,6 +169,7 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
         recipe.quantization, recipe.calibration, prepared.model.layers, recipe.model.trust_remote_code
     )
     checkpoint = quantize(snapshot, calibration, request, store=store)
+    prepared = prepared.with_layers(checkpoint.facts.get("layers", prepared.model.layers))
     built = Built(snapshot, prepared, calibration, checkpoint)
     return _serve(_checked(built, store) if quality else built, wanted, store)
 

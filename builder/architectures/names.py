@@ -79,6 +79,12 @@ def group_of(architecture: Architecture, module: str) -> str:
     return f"{module.rpartition('.')[0]}.{fused}" if fused else module
 
 
+def experts_of(module: str) -> str | None:
+    """The module that holds the experts of which this layer is a part, `...mlp.experts`; None for other layers."""
+    found = _EXPERTS.match(f"{module}.")
+    return found[1] if found else None
+
+
 def parts(architecture: Architecture) -> dict[str, str]:
     """Words to make patterns of: names of the `attention` and `mlp` blocks, and of the linear layers by their role."""
     table = architecture.tensors

@@ -88,8 +88,8 @@ def scales(layout: Layout, wanted: Mapping[str, Expected]) -> Iterator[Scale]:
         if want.content != "scale" or (info and (info.dtype not in want.dtypes or info.shape not in SCALAR)):
             continue
         value = tensor_checks.scalar(info, layout.tensors.data(name)) if info else None
-        wrong = bool(value is not None and tensor_checks.wrong_scale(value))
-        if value and not wrong and _divides(layout, want):
+        wrong = bool(value is not None and tensor_checks.wrong_scale(value, divides=layout.divides(want.stored)))
+        if value and not wrong and layout.divides(want.stored):
             value = 1 / value
         if is_kv_scale(want):
             yield Scale(name, "cache", value, name, wrong=wrong)
@@ -98,11 +98,6 @@ def scales(layout: Layout, wanted: Mapping[str, Expected]) -> Iterator[Scale]:
         kind: Kind = "input" if want.stored.calibrated else "weight"
         steps = layout.formats.of(want.module).weight.content == "integers"
         yield Scale(name, kind, value, layout.fused(want.module) or want.module, wrong=wrong, steps=steps)
-
-
-def _divides(layout: Layout, want: Expected) -> bool:
-    """Whether the layout stores 1 / scale."""
-    return layout.compressed and want.stored is not None and want.stored.reciprocal
 
 
 def undo(path: Path) -> list[str]:
@@ -175,7 +170,7 @@ def _tensor(layout: Layout, change: Change, want: Expected) -> NewTensor:
     info = layout.tensors.get(change.tensor)
     dtype = info.dtype if info else "F32"
     shape = info.shape if info else ((1,) if layout.compressed else ())
-    value = 1 / change.new if _divides(layout, want) else change.new
+    value = 1 / change.new if layout.divides(want.stored) else change.new
     return NewTensor(change.tensor, dtype, shape, [_bytes(dtype, value)])
 
 

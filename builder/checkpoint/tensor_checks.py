@@ -27,6 +27,8 @@ BITS: Mapping[str, tuple[str, int, int]] = {
 SMALLEST_NORMAL = 2.0**-126
 # A scale is an amax divided by 2688 or 448, and the largest known activations in LLMs are thousands (arXiv 2402.17762).
 IMPLAUSIBLE = 1e9
+# A model's inputs and weights have magnitudes far above 1e-17, which this scale would mean.
+TOO_SMALL = 1e-20
 STEP = 1 << 20
 # Zeros of this many bytes in a row, whole pages of a file that was not written to the end, are reported as a hole.
 PAGE, HOLE = 4096, 1 << 16
@@ -43,11 +45,14 @@ class Checked:
     peak: float | None = None
 
 
-def check(content: Content, info: TensorInfo, data: memoryview, *, zeros: bool = False) -> Checked:
-    """Checks the numbers of a tensor. zeros: accept a matrix of zeros, in a layer that was left unquantized."""
+def check(
+    content: Content, info: TensorInfo, data: memoryview, *, zeros: bool = False, divides: bool = False
+) -> Checked:
+    """Checks the numbers of a tensor. zeros: accept a matrix of zeros, in a layer that was left unquantized. divides:
+    the tensor holds 1 / scale."""
     if content == "scale":
         value = scalar(info, data)
-        return Checked(wrong_scale(value), value)
+        return Checked(wrong_scale(value, divides=divides), value)
     if content == "block_scales":
         return Checked(wrong_blocks(data), e4m3(_peak(data, "u1", 0x7F)))
     if content == "codes":
@@ -79,9 +84,10 @@ def e4m3(code: int) -> float:
     return math.ldexp(8 + mantissa, exponent - 10) if exponent else math.ldexp(mantissa, -9)
 
 
-def wrong_scale(value: float) -> str:
-    """Checks the value of a scale."""
-    if SMALLEST_NORMAL <= value <= IMPLAUSIBLE:
+def wrong_scale(value: float, *, divides: bool = False) -> str:
+    """Checks the value of a scale, or of 1 / scale."""
+    low, high = (1 / IMPLAUSIBLE, 1 / TOO_SMALL) if divides else (TOO_SMALL, IMPLAUSIBLE)
+    if low <= value <= high:
         return ""
     if 0 < value < SMALLEST_NORMAL:
         return f"is {value:.3g}, a denormal, as in uninitialized memory"

@@ -195,7 +195,9 @@ def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> 
 
 def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected, measured: Measured) -> None:
     data = layout.tensors.data(name)
-    checked = tensor_checks.check(want.content, info, data, zeros=want.linear is BF16)
+    checked = tensor_checks.check(
+        want.content, info, data, zeros=want.linear is BF16, divides=layout.divides(want.stored)
+    )
     measured.add(name, want, data, checked)
     if checked.wrong:
         layout.report(name, checked.wrong, _kind_of_value(want, checked.wrong))

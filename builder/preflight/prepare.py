@@ -13,6 +13,7 @@ from builder.checkpoint import requested_layouts
 from builder.core.errors import UnsupportedError
 from builder.core.output import size
 from builder.core.store import STAGES, Store
+from builder.formats.assignment import Layers
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
 from builder.model import multimodal
@@ -103,6 +104,16 @@ class Prepared:
     def with_chosen(self, modules: Sequence[str]) -> Prepared:
         """With these layers in another format too: those that `auto` chose."""
         return replace(self, model=checks.with_chosen(self.recipe, self.model, modules))
+
+    def with_layers(self, layers: Layers) -> Prepared:
+        """With these layers in formats of their own: those that the checkpoint has. UnsupportedError if the target
+        can't load them (layers of zeros stay in BF16, which only the weights tell)."""
+        found = {name: tuple(modules) for name, modules in layers.items() if modules}
+        if found == {name: tuple(modules) for name, modules in self.model.layers.items() if modules}:
+            return self
+        made = replace(self, model=replace(self.model, layers=found))
+        checks.check_kept(made.recipe, made.model, made.settings)
+        return made
 
 
 def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepared:

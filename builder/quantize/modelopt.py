@@ -28,6 +28,7 @@ from builder.formats.base import NumberFormat
 from builder.formats.registry import BF16, NVFP4, for_whole_model
 from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
+from builder.quantize import exclude, zeros
 from builder.recipe import schema
 from builder.recipe.quantization import Quantization
 
@@ -37,6 +38,8 @@ SOURCES = (
     "builder/quantize/modelopt.py",
     "builder/quantize/worker.py",
     "builder/quantize/quantizers.py",
+    "builder/quantize/zeros.py",
+    "builder/quantize/exclude.py",
     "builder/quantize/experts.py",
     "builder/calibration/coverage.py",
     "builder/quantize/simulation.py",
@@ -147,14 +150,26 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
     def make(tmp: Path) -> dict[str, Any]:
         weights = [snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")]
         check(weights, architecture, layers, part.number_format)
+        zero = zeros.find(weights, architecture, layers)
+        single = _with_zeros(layers, zero, weights, architecture, store) if zero else layers
         with snapshot.source.explain_failures():
-            facts = _run(job, tmp, store)
+            facts = _run({**job, "layers": single}, tmp, store)
         found = validate.inspect(tmp, here=True)
         found.check()
-        return {**facts, "layers": layers, "inspection": found.facts()}
+        return {**facts, "layers": single, "zero_layers": list(zero), "inspection": found.facts()}
 
     artifact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
+
+
+def _with_zeros(
+    layers: Layers, zero: Sequence[str], weights: Sequence[Path], architecture: Architecture, store: Store
+) -> dict[str, list[str]]:
+    """The layers in a format of their own, with those whose weights are zero in BF16; says so."""
+    shapes = {name: (info.dtype, info.shape) for file in weights for name, info in read_header(file).items()}
+    kept = zeros.keep(layers, zero, exclude.linears(shapes, architecture), architecture)
+    zeros.tell(zero, kept, store.out)
+    return {name: list(modules) for name, modules in sorted(kept.items())}
 
 
 def gpus() -> list[str]:

@@ -38,6 +38,9 @@ def config(mtq: Any, formats: ModelFormats, never: Sequence[str] = ()) -> dict[s
         for module in modules
         for part, settings in number_format.quantizers(mtq).items()
     } | {f"{module}.*_quantizer": None for module in (*map(glob.escape, never), *NEVER)}
+    # transformers 5 joins a layer's experts in one module, whose quantizers have numbers (_QuantFusedExperts).
+    kept = {experts for module in formats.modules(BF16) if (experts := names.experts_of(module))}
+    single |= {f"{glob.escape(experts)}.*quantizer*": None for experts in sorted(kept)}
     if isinstance(ours, dict):
         ours.update({name: settings for name, settings in dict(cache).items() if name != "default"})
         ours.update({name: {"enable": False} if one is None else dict(one) for name, one in single.items()})
@@ -158,7 +161,7 @@ def _check_cache(model: Any, formats: ModelFormats) -> int:
 def _check_single_layers(model: Any, formats: ModelFormats, linears: Mapping[str, Sequence[int]]) -> None:
     """UnsupportedError for layers with a format of their own that the model does not have as modules."""
     modules = dict(model.named_modules())
-    lost = [n for n in formats.modules(BF16) if n in linears or not hasattr(modules.get(n), "weight_quantizer")]
+    lost = [n for n in formats.modules(BF16) if n in linears or not _is_own(modules, n)]
     lost += [n for one, layers in formats.layers.items() if one is not BF16 for n in layers if n not in linears]
     if lost:
         raise UnsupportedError(
@@ -179,6 +182,12 @@ def _check_not_joined(model: Any, one: NumberFormat) -> None:
             why=f"transformers joins them in one module ({joined[0]}), and {one.title} needs a scale for each input.",
             hint="Choose a format without such scales: --format nvfp4 or --format fp8",
         )
+
+
+def _is_own(modules: Mapping[str, Any], name: str) -> bool:
+    """Whether ModelOpt knows this layer by its name, or as one of a layer's experts in one module."""
+    own, experts = modules.get(name), modules.get(names.experts_of(name) or "")
+    return hasattr(own, "weight_quantizer") or (own is None and hasattr(experts, "down_proj_weight_quantizers"))
 
 
 def _check_not_zero(weights: Mapping[str, Any]) -> None:

@@ -12,22 +12,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builder.architectures import catalog
 from builder.calibration.rows import Calibration, calibrate, required_tokens
-from builder.checkpoint import validate
+from builder.checkpoint import layouts, validate
+from builder.checkpoint.inspection.findings import finding
 from builder.checkpoint.layouts import Checkpoint
-from builder.checkpoint.validate import Inspection, Problem
+from builder.checkpoint.validate import Inspection
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.output import Output
+from builder.core.safetensors_io import Tensors
 from builder.core.store import Store
 from builder.hub.snapshot import fetch
 from builder.model import quantization_signs
 from builder.preflight import checks, memory
-from builder.quantize import exclude, quantizers
+from builder.quantize import exclude, quantizers, zeros
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.recipe import schema
 from builder.recipe.quantization import Quantization
 
 LLAMA = Path(__file__).parents[1] / "data" / "arch-variants" / "llama"
+MOE = LLAMA.parent / "qwen3_moe"
 ZERO = "model.layers.1.self_attn.o_proj"
 TEXT = "How a text becomes tokens, and tokens become numbers that a model multiplies."
 
@@ -38,10 +42,10 @@ def rows(directory: Path, count: int, text: str = TEXT) -> Path:
     return file
 
 
-def with_zeros(directory: Path, *names: str, changes: Any = torch.zeros_like) -> Path:
-    shutil.copytree(LLAMA, directory)
+def with_zeros(directory: Path, *names: str, source: Path = LLAMA) -> Path:
+    shutil.copytree(source, directory)
     tensors = load_file(directory / "model.safetensors")
-    tensors |= {name: changes(tensors[name]) for name in names}
+    tensors |= {name: torch.zeros_like(tensors[name]) for name in names}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -52,22 +56,55 @@ def quantized(model: Path, part: schema.Calibration, store: Store, **more: Any) 
     return quantize(snapshot, made, QuantizeRequest(Quantization(), part, **more), store=store)
 
 
-def test_a_layer_of_zeros_is_refused_with_a_way_that_works(tmp_path: Path) -> None:
+def test_a_layer_of_zeros_stays_in_bf16_with_those_that_are_served_with_it(tmp_path: Path) -> None:
     """Blocks that are added to a model begin so (LLaMA Pro: o_proj and down_proj): they add nothing until trained."""
-    model = with_zeros(tmp_path / "model", f"{ZERO}.weight")
-    store = Store(tmp_path / "out", Output("quiet"))
+    model = with_zeros(tmp_path / "model", f"{ZERO}.weight", "model.layers.0.mlp.up_proj.weight")
+    store = Store(tmp_path / "out", Output("human"))
     part = schema.Calibration(data=str(rows(tmp_path, 2)), samples=2, seq_len=64)
-    with pytest.raises(UnsupportedError, match=f"nothing but zeros: {re.escape(ZERO)}") as caught:
-        quantized(model, part, store)
-    [advised] = re.findall(r"--keep-bf16 '([^']+)'", caught.value.hint)
-    facts = checks.read_model(schema.Model(id=str(model)), store)
-    kept = exclude.keep([advised], exclude.linears(facts.tensors))
-    made = quantized(model, part, store, layers={"bf16": kept})
+    made = quantized(model, part, store, layers={"fp8": [ZERO]})
+    both = [f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up")]
+    assert sorted(made.facts["layers"]["bf16"]) == sorted([*both, ZERO])
+    assert made.facts["zero_layers"] == [both[1], ZERO]
     found = validate.inspect(made.path)
     assert not found.findings
-    assert all(layout.linears["kept"] == 1 for layout in found.layouts.values())
-    with pytest.raises(UnsupportedError, match="nothing but zeros"):
-        quantized(model, part, store, layers={"fp8": [ZERO]})
+    assert found.layouts["unified"].linears["kept"] == 3
+    assert set(layouts.read_json(made.unified / "hf_quant_config.json")["quantization"]["exclude_modules"]) >= {ZERO}
+    kept = checks.read_model(schema.Model(id=str(model)), store)
+    assert zeros.find([model / "model.safetensors"], kept.architecture, {"bf16": [*both, ZERO]}) == ()
+
+
+def test_all_experts_of_a_layer_stay_in_bf16_if_one_is_zero(tmp_path: Path) -> None:
+    model = with_zeros(tmp_path / "moe", "model.layers.1.mlp.experts.2.down_proj.weight", source=MOE)
+    store = Store(tmp_path / "out", Output("quiet"))
+    part = schema.Calibration(data=str(rows(tmp_path, 2)), samples=2, seq_len=64)
+    made = quantized(model, part, store)
+    experts = layouts.read_json(MOE / "config.json")["num_experts"]
+    assert len(made.facts["layers"]["bf16"]) == 3 * experts
+    found = validate.inspect(made.path)
+    assert not found.findings
+    assert found.layouts["unified"].linears["kept"] >= 3 * experts
+
+
+def test_a_model_of_zeros_is_refused(tmp_path: Path) -> None:
+    every = [f"{module}.weight" for module in exclude.linears(checks_of(LLAMA))]
+    model = with_zeros(tmp_path / "model", *every)
+    zero = zeros.find([model / "model.safetensors"], catalog.UNKNOWN, {})
+    assert len(zero) == len(every)
+    with pytest.raises(UnsupportedError, match="nothing is left to quantize"):
+        zeros.keep({}, zero, [name.removesuffix(".weight") for name in every], catalog.UNKNOWN)
+
+
+def checks_of(model: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (info.dtype, info.shape) for name, info in Tensors(model).items()}
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_zeros_of_both_signs_are_zeros_and_the_smallest_number_is_none(tmp_path: Path, kind: torch.dtype) -> None:
+    lone = torch.zeros(64, 4096, dtype=kind)
+    lone[-1, -1] = torch.finfo(kind).tiny
+    tensors = {"a.q_proj.weight": lone, "b.q_proj.weight": -torch.zeros_like(lone), "c.q_proj.weight": 0 * lone}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert zeros.find([tmp_path / "model.safetensors"], catalog.UNKNOWN, {}) == ("b.q_proj", "c.q_proj")
 
 
 def test_one_weight_that_is_not_zero_is_enough() -> None:
@@ -79,17 +116,17 @@ def test_one_weight_that_is_not_zero_is_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "says", "not_said"),
+    ("kind", "says", "not_said"),
     [
-        ("model.layers.0.mlp.up_proj.weight", "the cause is the model", "calib-data"),
-        ("model.embed_tokens.weight", "the cause is the model", "calib-data"),
-        ("model.layers.0.mlp.up_proj.input_scale", "other --calib-data", "the model"),
-        ("transformer.layers.0.attention.kv_cache_scaling_factor", "other --calib-data", "the model"),
+        ("not-finite", "the source model", "calib-data"),
+        ("weight-scale", "the source model", "calib-data"),
+        ("input-scale", "--calib-data", "the source model"),
+        ("kv-scale", "--calib-data", "the source model"),
     ],
 )
-def test_other_rows_are_advised_for_what_is_read_from_rows(tensor: str, says: str, not_said: str) -> None:
+def test_other_rows_are_advised_for_what_is_read_from_rows(kind: str, says: str, not_said: str) -> None:
     with pytest.raises(IntegrityError) as caught:
-        Inspection(Path("x"), (Problem("unified", tensor, "is all zero"),), {}).check()
+        Inspection(Path("x"), (finding("unified", "a.weight", "is wrong", kind, here=True),), {}).check()
     assert says in caught.value.hint
     assert not_said not in caught.value.hint
 

@@ -405,20 +405,17 @@ def damaged_llama(directory: Path, tensor: str, data: bytes) -> Path:
     return directory
 
 
-NAN, ZEROS = b"\xc0\x7f", bytes(64 * 128 * 2)
+NAN = b"\xc0\x7f"
 
 
-@pytest.mark.parametrize(
-    ("data", "code", "what"), [(NAN, 6, "has 1 NaN"), (ZEROS, 3, "weights of nothing but zeros")], ids=["NaN", "zeros"]
-)
-def test_broken_weights_end_the_build_and_are_named(tmp_path: Path, data: bytes, code: int, what: str) -> None:
-    """A NaN stops ModelOpt's calibrator; zeros it would quantize without a word, to scales of NaN. Nothing is kept."""
-    model = damaged_llama(tmp_path / "llama", "model.layers.1.self_attn.o_proj.weight", data)
+def test_broken_weights_end_the_build_and_are_named(tmp_path: Path) -> None:
+    """A NaN stops ModelOpt's calibrator. Nothing is kept."""
+    model = damaged_llama(tmp_path / "llama", "model.layers.1.self_attn.o_proj.weight", NAN)
     argv = ["--model", str(model), *SMALL, "--max-seq-len", "256", "--max-input-len", "128"]
     done = builder("build", *argv, "--output", str(tmp_path / "out"))
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 6, done.stderr
     assert "model.layers.1.self_attn.o_proj" in done.stderr
-    assert what in done.stderr, done.stderr
+    assert "has 1 NaN" in done.stderr, done.stderr
     assert not list((tmp_path / "out" / "checkpoint").iterdir())
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -92,13 +93,22 @@ def _check_equal(measured: Measured, members: list[str]) -> None:
             continue
         named = [f"{module}.{layout.leaf(tensor)}" for module in members]
         named = [name for name in named if name in measured.wants]
-        contents = {name: bytes(layout.tensors.data(name)) for name in named}
-        if len(set(contents.values())) < 2 or any(_not_a_number(measured, name) for name in named):
-            continue
-        values = ", ".join(f"{measured.scales[name]:.6g}" for name in named if name in measured.scales)
-        others = " and ".join(f".{module.rpartition('.')[2]}" for module in members[1:])
-        what = f"differs from that of {others}" + (f": {values}" if values else "")
-        layout.report(named[0], what, "unequal-fp8" if one.weight.dtypes == ("F8_E4M3",) else "unequal")
+        contents = {name: bytes(layout.tensors.data(name)) for name in named if not _not_a_number(measured, name)}
+        [(usual, _)] = Counter(contents.values()).most_common(1) or [(b"", 0)]
+        first = next((name for name, content in contents.items() if content == usual), "")
+        for name in (name for name, content in contents.items() if content != usual):
+            what = (
+                f"{_value(measured, name)}differs from that of {_projection(first)} {_value(measured, first)}".rstrip()
+            )
+            layout.report(name, what, "unequal-fp8" if one.weight.dtypes == ("F8_E4M3",) else "unequal")
+
+
+def _value(measured: Measured, name: str) -> str:
+    return f"({measured.scales[name]:.6g}) " if name in measured.scales else ""
+
+
+def _projection(name: str) -> str:
+    return name.split(".")[-2]
 
 
 def _not_a_number(measured: Measured, name: str) -> bool:
@@ -154,7 +164,7 @@ def _weights(measured: Measured) -> Iterable[tuple[str, float]]:
         if want.stored is None or want.stored.calibrated or want.module not in measured.peaks:
             continue
         one = layout.formats.of(want.module)
-        scale = 1 / value if layout.compressed and want.stored.reciprocal else value
+        scale = 1 / value if layout.divides(want.stored) else value
         yield name, scale * measured.peaks[want.module] * _code_max(one)
 
 
@@ -165,9 +175,7 @@ def _code_max(one: NumberFormat) -> float:
 
 def _multiplying(layout: Layout, wants: Mapping[str, Expected], scales: Mapping[str, float]) -> dict[str, float]:
     """Scales as factors: compressed-tensors stores some as divisors."""
-    if not layout.compressed:
-        return dict(scales)
-    return {n: 1 / v if (s := wants[n].stored) and s.reciprocal else v for n, v in scales.items()}
+    return {name: 1 / value if layout.divides(wants[name].stored) else value for name, value in scales.items()}
 
 
 def _ratios(values: Mapping[str, float]) -> Iterable[tuple[str, float]]:

@@ -25,7 +25,7 @@ def check(layout: Layout) -> None:
     _check_layers(layout)
     _check_head(layout)
     scales = layout.cache_scales()
-    if scales and not layout.tensorrt_llm and not layout.said.has_cache_scales:
+    if scales and not layout.opened.incomplete and not layout.tensorrt_llm and not layout.said.has_cache_scales:
         layout.report(f"{' and '.join(scales)}", "are absent in all layers", "kv-scales-absent")
 
 

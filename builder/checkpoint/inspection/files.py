@@ -97,8 +97,7 @@ def _entries(file: Path, opened: Opened) -> dict[str, TensorInfo]:
         infos = read_entries(file)
     except (IntegrityError, OSError) as error:
         opened.incomplete = True
-        kind = "truncated" if "truncated" in str(getattr(error, "why", "")) else "damaged"
-        opened.problems.append((file.name, f"can't be read: {_reason(error)}", kind))
+        opened.problems.append((file.name, f"can't be read: {_reason(error)}", "damaged"))
         return {}
     size = file.stat().st_size
     end = max((info.end for info in infos.values()), default=size)

@@ -91,6 +91,10 @@ class Layout:
             return tensor.compressed_tensors
         return tensor.leaf(unified=not self.tensorrt_llm)
 
+    def divides(self, tensor: StoredTensor | None) -> bool:
+        """Whether this layout stores 1 / x of it."""
+        return self.compressed and tensor is not None and tensor.reciprocal
+
     def cache_scales(self) -> tuple[str, ...]:
         """The names of a layer's KV cache scales, after the attention's name."""
         if self.compressed:
