@@ -21,7 +21,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -83,11 +83,25 @@ class Change:
         return {**asdict(self), "old": old}
 
 
+ROUNDS = 10
 MEMBERS = 3  # of a kind, that its median says something (inspection/comparisons.py)
 
 
 def propose(scales: Sequence[Scale]) -> tuple[list[Change], list[Scale]]:
-    """(changes, scales that no rule can repair)."""
+    """(changes, scales that no rule can repair). A new value can show that another one is an outlier, so the rules are
+    applied until nothing changes."""
+    made: dict[str, Change] = {}
+    for _ in range(ROUNDS):
+        changes, lost = _propose(scales)
+        made |= {one.tensor: replace(one, old=made.get(one.tensor, one).old) for one in changes}
+        if not changes:
+            break
+        new = {one.tensor: one.new for one in changes}
+        scales = [replace(s, value=new[s.tensor], wrong=False) if s.tensor in new else s for s in scales]
+    return list(made.values()), lost
+
+
+def _propose(scales: Sequence[Scale]) -> tuple[list[Change], list[Scale]]:
     distrusted, sound = _distrusted(scales), _Known([one for one in scales if one.sound])
     trusted = [one for one in sound.scales if one.leaf not in distrusted and not sound.is_outlier(one)]
     known, kept = _Known(trusted), {one.tensor for one in trusted}

@@ -129,7 +129,7 @@ def _inspect(layout: Layout) -> Summary:
                 _check_bits(layout, name, want, number)
     comparisons.check(measured)
     linears = Counter(want.linear for want in wanted.values() if want.linear)
-    if layout.formats.used and not linears[layout.main] and not layout.opened.lost:
+    if layout.formats.used and not _is_stored(layout, wanted) and not layout.opened.lost:
         layout.report(
             "every linear layer", f"is unquantized; the configuration says {layout.main.title}", "unquantized"
         )
@@ -142,6 +142,12 @@ def _inspect(layout: Layout) -> Summary:
         effective_bits=_bits(list(found), nbytes, weights),
         nbytes=dict(nbytes),
     )
+
+
+def _is_stored(layout: Layout, wanted: Mapping[str, Expected]) -> bool:
+    """Whether some linear layer is in the checkpoint's main format."""
+    weights = {name: want for name, want in wanted.items() if want.linear is layout.main}
+    return any(name in layout.tensors and layout.tensors[name].dtype in want.dtypes for name, want in weights.items())
 
 
 def _bits(formats: Sequence[NumberFormat], nbytes: Mapping[str, int], weights: Mapping[NumberFormat, int]) -> float:
