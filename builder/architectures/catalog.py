@@ -46,7 +46,7 @@ def conventions() -> Conventions:
 
 def _load(path: Path, kind: type[_Part]) -> _Part:
     try:
-        return kind.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
+        return kind.model_validate(parse_yaml(path.read_text(encoding="utf-8"), own=True))
     except (ValueError, ValidationError) as error:
         raise IntegrityError(f"{path} does not describe a model architecture.", why=str(error)) from None
 

@@ -96,7 +96,7 @@ def scales(layout: Layout, wanted: Mapping[str, Expected]) -> Iterator[Scale]:
             continue
         assert want.stored is not None
         kind: Kind = "input" if want.stored.calibrated else "weight"
-        steps = layout.formats.of(want.module).weight.content == "integers"
+        steps = layout.format_of(want.module).weight.content == "integers"
         yield Scale(name, kind, value, layout.fused(want.module) or want.module, wrong=wrong, steps=steps)
 
 

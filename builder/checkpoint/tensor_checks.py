@@ -7,7 +7,7 @@ because only stages import this module.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,11 @@ SMALLEST_NORMAL = 2.0**-126
 IMPLAUSIBLE = 1e9
 # A model's inputs and weights have magnitudes far above 1e-17, which this scale would mean.
 TOO_SMALL = 1e-20
-STEP = 1 << 20
+STEP, RESIDENT = 1 << 20, 1 << 26
 # Zeros of this many bytes in a row, whole pages of a file that was not written to the end, are reported as a hole.
 PAGE, HOLE = 4096, 1 << 16
+FIRST = 1 << 13  # bytes that almost always tell
+NEVER = 0x7F  # E4M3's NaN; above it are negative numbers
 # The lower three bits of an E2M1 code that mean 6, the largest magnitude.
 LARGEST = 7
 
@@ -46,23 +48,30 @@ class Checked:
 
 
 def check(
-    content: Content, info: TensorInfo, data: memoryview, *, zeros: bool = False, divides: bool = False
+    content: Content,
+    info: TensorInfo,
+    data: memoryview,
+    *,
+    zeros: bool = False,
+    divides: bool = False,
+    read: Callable[[], None] = lambda: None,
 ) -> Checked:
     """Checks the numbers of a tensor. zeros: accept a matrix of zeros, in a layer that was left unquantized. divides:
-    the tensor holds 1 / scale."""
+    the tensor holds 1 / scale. read: called after every RESIDENT bytes, to release what was read."""
     if content == "scale":
         value = scalar(info, data)
         return Checked(wrong_scale(value, divides=divides), value)
     if content == "block_scales":
-        return Checked(wrong_blocks(data), e4m3(_peak(data, "u1", 0x7F)))
+        largest = _largest(data)
+        return Checked("", e4m3(largest)) if 0 < largest < NEVER else Checked(wrong_blocks(data))
     if content == "codes":
         return Checked(wrong_codes(data))
     if content == "integers":
         return _integers(info, data)
-    wrong = wrong_floats(info, data, zeros=zeros)
+    wrong = wrong_floats(info, data, zeros=zeros, read=read)
     if content == "positive" and not wrong:
         wrong = wrong_positive(info, data)
-    peak = e4m3(_peak(data, "u1", 0x7F)) if info.dtype == "F8_E4M3" and not wrong else None
+    peak = e4m3(_magnitude(data, "u1")) if info.dtype == "F8_E4M3" and not wrong else None
     return Checked(wrong, peak)
 
 
@@ -104,7 +113,7 @@ def wrong_positive(info: TensorInfo, data: memoryview) -> str:
 def wrong_blocks(data: memoryview) -> str:
     """Checks E4M3 block scales. Single zeros are valid (the scale of that block underflowed), and so are denormals,
     which E4M3 is designed to use."""
-    if 0 < _peak(data, "u1", 0xFF) < 0x7F:
+    if 0 < _largest(data) < NEVER:
         return ""
     raw = np.frombuffer(data, "u1")
     nans, negative = int(np.count_nonzero((raw & 0x7F) == 0x7F)), int(np.count_nonzero(raw >= 0x80))
@@ -113,13 +122,13 @@ def wrong_blocks(data: memoryview) -> str:
 
 def wrong_codes(data: memoryview) -> str:
     """Checks packed E2M1 values: they must not all be zero (codes 0 and 8)."""
-    return "" if _peak(data, "u1", 0x77, stop=True) else "is all zero"
+    return "" if _any(data, 0x77) else "is all zero"
 
 
 def uses_largest(data: memoryview) -> bool:
     """Whether packed E2M1 values contain the largest magnitude, as they do where block scales are amax / 6."""
-    for start in range(0, len(data), STEP):
-        part = np.frombuffer(data[start : start + STEP], "u1")
+    for start, end in ((0, FIRST), *((n, n + STEP) for n in range(0, len(data), STEP))):
+        part = np.frombuffer(data[start:end], "u1")
         if ((part & 0x07) == LARGEST).any() or ((part & 0x70) == LARGEST << 4).any():
             return True
     return False
@@ -131,10 +140,9 @@ def hole(data: memoryview) -> tuple[int, int] | None:
     if pages * PAGE < HOLE:
         return None
     words = np.frombuffer(data[: pages * PAGE], "<u8").reshape(pages, -1)
-    empty = words[:, 0] == 0  # one word of each page, so that a weight without holes is not read for this
-    if not empty.any():
+    if words[:: HOLE // PAGE, 0].all():  # one word of 64 KiB, so that a weight without holes is not read for this
         return None
-    suspects = np.flatnonzero(empty)
+    suspects = np.flatnonzero(words[:, 0] == 0)
     zero = np.zeros(pages + 1, bool)
     zero[suspects] = [not words[page].any() for page in suspects]
     starts = np.flatnonzero(zero & ~np.roll(zero, 1))
@@ -147,29 +155,47 @@ def hole(data: memoryview) -> tuple[int, int] | None:
 
 def _integers(info: TensorInfo, data: memoryview) -> Checked:
     """INT8 values, or packed INT4 (U8, or I8 of the same bytes), which must not all be zero."""
-    if not _peak(data, "u1", 0xFF, stop=True):
+    if not _any(data, 0xFF):
         return Checked("is all zero")
     return Checked("")
 
 
-def wrong_floats(info: TensorInfo, data: memoryview, *, zeros: bool = False) -> str:
+def wrong_floats(
+    info: TensorInfo, data: memoryview, *, zeros: bool = False, read: Callable[[], None] = lambda: None
+) -> str:
     """Checks a tensor of floats for NaN and Inf, and that a matrix is not all zero; `zeros` accepts that, in a layer
-    that was left unquantized."""
+    that was left unquantized. read: as in `check`."""
     if info.dtype not in BITS or not info.nbytes:
         return ""
     form, magnitude, limit = BITS[info.dtype]
-    peak = _peak(data, form, magnitude)
+    peak = _magnitude(data, form, read)
     if peak >= limit:
         bad = np.frombuffer(data, form) & magnitude
         return f"has {int((bad > limit).sum())} NaN and {int((bad == limit).sum())} Inf of {bad.size} values"
     return "is all zero" if peak == 0 and len(info.shape) == 2 and not zeros else ""
 
 
-def _peak(data: memoryview, form: str, mask: int, *, stop: bool = False) -> int:
-    """The largest value of `bits & mask`, read in steps of a megabyte; with `stop`, the first one that is not zero."""
-    peak = 0
+def _magnitude(data: memoryview, form: str, read: Callable[[], None] = lambda: None) -> int:
+    """The bits of the largest magnitude of floats, whose first bit is the sign: the largest positive number as a signed
+    integer, and the largest of all as an unsigned one. Two maxima need no temporary array."""
+    positive, negative, sign = 0, 0, 1 << 8 * int(form[-1]) - 1
     for start in range(0, len(data), STEP):
-        peak = max(peak, int((np.frombuffer(data[start : start + STEP], form) & mask).max()))
-        if stop and peak:
-            break
-    return peak
+        part = np.frombuffer(data[start : start + STEP], form)
+        positive = max(positive, int(part.view(form.replace("u", "i")).max()))
+        negative = max(negative, int(part.max()) - sign)
+        if start % RESIDENT == RESIDENT - STEP:
+            read()
+    return max(positive, negative)
+
+
+def _largest(data: memoryview) -> int:
+    """The largest byte."""
+    return max(int(np.frombuffer(data[n : n + STEP], "u1").max()) for n in range(0, len(data), STEP))
+
+
+def _any(data: memoryview, mask: int) -> bool:
+    """Whether some byte has one of these bits. The first step almost always tells."""
+    first = np.frombuffer(data[:FIRST], "u1")
+    if (first & mask).any():
+        return True
+    return any((np.frombuffer(data[n : n + STEP], "u1") & mask).any() for n in range(0, len(data), STEP))

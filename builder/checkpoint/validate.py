@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from builder.checkpoint.inspection.findings import Finding
 from builder.checkpoint.inspection.layout import Layout, open_all
 from builder.core.errors import UsageError
 from builder.core.safetensors_io import TensorInfo
+from builder.formats import registry
 from builder.formats.base import FLOATS, NumberFormat
 from builder.formats.registry import BF16, FP8, NVFP4
 
@@ -176,13 +178,20 @@ def _check_missing(layout: Layout, wanted: Mapping[str, Expected]) -> None:
 def _check_place(layout: Layout, name: str, modules: set[str]) -> None:
     """Reports a tensor that no layer needs. Of other architectures only scales: the rest can't be known."""
     module, _, leaf = name.rpartition(".")
-    scale = leaf.endswith(("_scale", "_scale_2", "scaling_factor", "scaling_factor_2"))
+    scale = leaf in _scales()  # not those of the KV cache, nor of experts that are stacked in one tensor
     if scale and module not in modules and f"{module}.weight" not in layout.tensors:
         if not any(f"{module}.{weight}" in layout.opened.lost for weight in ("weight", "weight_packed")):
             layout.report(name, "has no weight beside it", "orphan-scale")
     elif (layout.names or scale) and not name.endswith(IGNORED):
-        why = f" ({layout.formats.of(module).title} has no such tensor)" if module in modules else ""
+        why = f" ({layout.format_of(module).title} has no such tensor)" if module in modules else ""
         layout.report(name, f"belongs to no layer of {layout.architecture.name}{why}", "unexpected")
+
+
+@functools.cache
+def _scales() -> frozenset[str]:
+    """What the scales of linear layers are called in any layout."""
+    tensors = [tensor for one in registry.all_formats().values() for tensor in one.tensors[1:]]
+    return frozenset(leaf for t in tensors for leaf in (t.unified, t.tensorrt_llm, t.compressed_tensors) if leaf)
 
 
 def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> bool:
@@ -202,7 +211,12 @@ def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> 
 def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected, measured: Measured) -> None:
     data = layout.tensors.data(name)
     checked = tensor_checks.check(
-        want.content, info, data, zeros=want.linear is BF16, divides=layout.divides(want.stored)
+        want.content,
+        info,
+        data,
+        zeros=want.linear is BF16,
+        divides=layout.divides(want.stored),
+        read=lambda: layout.tensors.release(name),
     )
     measured.add(name, want, data, checked)
     if checked.wrong:

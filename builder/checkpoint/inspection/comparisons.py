@@ -32,7 +32,7 @@ SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-8, 1e5
 LARGEST_E4M3, USED = 448.0, 16.0
 E2M1_MAX = 6.0
 MEMBERS = 3  # of a kind, that its median says something
-SAMPLE = 1 << 16  # bytes of a fingerprint's parts
+SMALL, SAMPLE = 1 << 12, 1 << 20  # bytes of a fingerprint's parts, and of a comparison's
 SMALLEST_COPY = 1 << 10  # smaller tensors can be equal by chance
 
 
@@ -60,7 +60,7 @@ class Measured:
         if want.linear is not None and not checked.wrong and len(data) >= SMALLEST_COPY:
             info = self.layout.tensors[name]
             middle = len(data) // 2
-            ends = zlib.crc32(data[middle : middle + SAMPLE], zlib.crc32(data[:SAMPLE]))
+            ends = zlib.crc32(data[middle : middle + SMALL], zlib.crc32(data[:SMALL]))
             self.prints.setdefault((info.dtype, info.shape, ends), []).append(name)
 
 
@@ -85,8 +85,8 @@ def _groups(measured: Measured) -> dict[str, list[str]]:
 def _check_equal(measured: Measured, members: list[str]) -> None:
     """Projections that are served as one layer share what they have once: scales, and the scales of their input."""
     layout = measured.layout
-    one = layout.formats.of(members[0])
-    if len(members) < 2 or any(layout.formats.of(module) is not one for module in members):
+    one = layout.format_of(members[0])
+    if len(members) < 2 or any(layout.format_of(module) is not one for module in members):
         return
     for tensor in one.tensors:
         if tensor.per_output:
@@ -118,11 +118,11 @@ def _not_a_number(measured: Measured, name: str) -> bool:
 
 def _check_range(measured: Measured, members: list[str]) -> None:
     """The largest block scale (of FP8, the largest weight) of a served layer is 448, or its scale is too large."""
-    scaled = [module for module in members if _has_global_scale(measured.layout.formats.of(module))]
+    scaled = [module for module in members if _has_global_scale(measured.layout.format_of(module))]
     peaks = {module: measured.peaks[module] for module in scaled if module in measured.peaks}
     if peaks and 0 < max(peaks.values()) < LARGEST_E4M3 / USED:
         largest = max(peaks, key=lambda module: peaks[module])
-        one = measured.layout.formats.of(largest)
+        one = measured.layout.format_of(largest)
         stored = next((t for t in one.tensors if t.content == "block_scales"), one.weight)
         what = f"is at most {peaks[largest]:.3g}, not {LARGEST_E4M3:.0f}: its global scale is "
         what += f"{LARGEST_E4M3 / peaks[largest]:.0f} times too large for these weights"
@@ -163,7 +163,7 @@ def _weights(measured: Measured) -> Iterable[tuple[str, float]]:
         want = measured.wants[name]
         if want.stored is None or want.stored.calibrated or want.module not in measured.peaks:
             continue
-        one = layout.formats.of(want.module)
+        one = layout.format_of(want.module)
         scale = 1 / value if layout.divides(want.stored) else value
         yield name, scale * measured.peaks[want.module] * _code_max(one)
 

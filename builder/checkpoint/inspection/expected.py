@@ -115,7 +115,7 @@ def _cache(layout: Layout, attention: str) -> dict[str, Expected]:
 
 
 def _linear(layout: Layout, module: str, out_features: int, in_features: int) -> dict[str, Expected]:
-    number_format, weight = layout.formats.of(module), (out_features, in_features)
+    number_format, weight = layout.format_of(module), (out_features, in_features)
     return {
         f"{module}.{layout.leaf(tensor)}": Expected(
             tensor.content,
@@ -157,7 +157,7 @@ def _from_tensors(layout: Layout) -> dict[str, Expected]:
     """For other decoders, from the tensors themselves: each linear layer must have all tensors of its format."""
     expected: dict[str, Expected] = {}
     for module, leaf, info in _weights(layout):
-        number_format = layout.formats.of(module)
+        number_format = layout.format_of(module)
         stored = number_format.quant_algo is not None and info.dtype in _dtypes(layout, number_format.weight)
         if stored or names.is_quantizable(layout.architecture, f"{module}.weight", info.shape):
             weight = number_format.weight.weight_shape(info.shape) if stored else info.shape

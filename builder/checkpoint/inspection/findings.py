@@ -159,9 +159,9 @@ KINDS: Mapping[str, Kind] = {
     ),
     "hole": Kind(
         "a part of a weight is zero",
-        "Outputs of the layer are lost: a file that was not written completely has such holes.",
-        FETCH,
-        AGAIN,
+        "Outputs of the layer are lost, unless they are zero in the model too.",
+        f"{FETCH} A file that was not written to its end has such holes; padded and pruned models have them too.",
+        severity="warning",
     ),
     "identical": Kind(
         "two layers hold the same bytes",

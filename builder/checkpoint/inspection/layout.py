@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Layout:
     rank: int = 0
     here: bool = False
     findings: list[Finding] = field(default_factory=list)
+    _formats: dict[str, NumberFormat] = field(default_factory=dict)
 
     @property
     def tensors(self) -> Tensors:
@@ -70,7 +72,7 @@ class Layout:
         """Whether this is the compressed-tensors layout."""
         return self.said.layout == "compressed_tensors"
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
         """The architecture that config.json names."""
         return catalog.of(self.config)
@@ -90,6 +92,12 @@ class Layout:
         if self.compressed and tensor.compressed_tensors is not None:
             return tensor.compressed_tensors
         return tensor.leaf(unified=not self.tensorrt_llm)
+
+    def format_of(self, module: str) -> NumberFormat:
+        """The format that is declared for a linear layer."""
+        if module not in self._formats:
+            self._formats[module] = self.formats.of(module)
+        return self._formats[module]
 
     def divides(self, tensor: StoredTensor | None) -> bool:
         """Whether this layout stores 1 / x of it."""
