@@ -170,9 +170,10 @@ def _kind(layout: Layout, name: str, want: Expected) -> str:
 
 def _check_missing(layout: Layout, wanted: Mapping[str, Expected]) -> None:
     """Reports what is not there, unless a damaged or missing file, which is reported, holds it."""
-    for name in wanted:
+    for name, want in wanted.items():
         if name not in layout.tensors and name not in layout.opened.lost and not layout.opened.incomplete:
-            layout.report(name, "is missing", "missing")
+            scale = want.content == "scale" and not layout.tensorrt_llm
+            layout.report(name, "is missing", "missing-scale" if scale else "missing")
 
 
 def _check_place(layout: Layout, name: str, modules: set[str]) -> None:

@@ -144,7 +144,7 @@ def test_scales_that_no_calibration_filled_are_all_replaced(sound: Path, tmp_pat
 def test_inputs_of_one_served_layer_get_one_scale(sound: Path, tmp_path: Path) -> None:
     name = f"{L}0.self_attn.k_proj.input_scale"
     folder = exports.rewrite(sound, tmp_path / "u", {name: scale(name, 2 * number(Tensors(sound), name))})
-    assert [one.kind for one in validate.inspect(folder).findings] == ["unequal"]
+    assert [one.kind for one in validate.inspect(folder).findings] == ["unequal-input"]
     assert len(repair.repair(folder).changes) == 2  # q and v
     assert not validate.inspect(folder).findings
 

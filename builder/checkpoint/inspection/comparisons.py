@@ -100,7 +100,8 @@ def _check_equal(measured: Measured, members: list[str]) -> None:
             what = (
                 f"{_value(measured, name)}differs from that of {_projection(first)} {_value(measured, first)}".rstrip()
             )
-            layout.report(name, what, "unequal-fp8" if one.weight.dtypes == ("F8_E4M3",) else "unequal")
+            kind = "unequal-input" if tensor.calibrated else "unequal"
+            layout.report(name, what, "unequal-fp8" if one.weight.dtypes == ("F8_E4M3",) else kind)
 
 
 def _value(measured: Measured, name: str) -> str:

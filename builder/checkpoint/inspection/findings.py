@@ -36,6 +36,7 @@ class Kind:
 
 FETCH = "Fetch or copy the checkpoint again."
 REPAIR = f"builder repair {CHECKPOINT}"
+REPAIR_FIRST = "Repair the Hugging Face layout that it was made from (`builder repair`), and build from that."
 QUANTIZE = "Quantize the model again."
 SOURCE = "Check the source model: fetch it again, or take another revision."
 AGAIN = "Quantize again (`--force quantize`); if it remains, report it with the model's name."
@@ -99,6 +100,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     # Form.
     "missing": Kind("a tensor is missing", "The layer can't be loaded.", FETCH, AGAIN),
+    "missing-scale": Kind("a scale is missing", "The layer can't be loaded, or computes with 1.", REPAIR, AGAIN),
     "dtype": Kind(
         "a tensor has another dtype",
         "Its bytes are read as other numbers, or it can't be loaded.",
@@ -173,7 +175,13 @@ KINDS: Mapping[str, Kind] = {
     "unequal": Kind(
         "scales of layers that are served as one differ",
         "TensorRT-LLM's LLM class stops at an assertion; other servers use one of them for all, so weights are wrong.",
-        f"{QUANTIZE} Scales that are not numbers are also repaired: {REPAIR}",
+        f"{QUANTIZE} Weights were rounded under these scales, so no other tool can join them without loss.",
+        AGAIN,
+    ),
+    "unequal-input": Kind(
+        "input scales of layers that are served as one differ",
+        "TensorRT-LLM's LLM class stops at an assertion; others take one of them, which may cut inputs off.",
+        f"{REPAIR} (takes the largest, as ModelOpt does)",
         AGAIN,
     ),
     "unequal-fp8": Kind(
@@ -238,7 +246,10 @@ class Finding:
 def finding(layout: str, tensor: str, what: str, kind: str, *, here: bool = False) -> Finding:
     """A finding with its kind's effect and fix. here: this build has just made the checkpoint."""
     one = KINDS[kind]
-    return Finding(layout, tensor, what, one.effect, (here and one.fix_here) or one.fix, kind, one.severity)
+    fix = (here and one.fix_here) or one.fix
+    if layout.startswith("tensorrt_llm"):
+        fix = fix.replace(REPAIR, REPAIR_FIRST)
+    return Finding(layout, tensor, what, one.effect, fix, kind, one.severity)
 
 
 @dataclass(frozen=True)
@@ -287,7 +298,7 @@ def error(findings: Sequence[Finding], path: Path | None = None) -> IntegrityErr
         lines += [f"{group.scope}: {group.title}. {group.first.effect}"]
         lines += [f"  {one}" for one in group.findings[:EXAMPLES]] + ["  ..."] * (len(group.findings) > EXAMPLES)
     lines += [f"and {len(groups) - SHOWN} other kinds"] * (len(groups) > SHOWN)
-    fixes = dict.fromkeys(with_path(group.first.fix, path) for group in groups[:SHOWN])
+    fixes = dict.fromkeys(with_path(group.first.fix, _folder(path, group)) for group in groups[:SHOWN])
     number = len(findings)
     return IntegrityError(
         f"The quantized checkpoint has {number} problem{'s' * (number > 1)}.",
@@ -297,6 +308,11 @@ def error(findings: Sequence[Finding], path: Path | None = None) -> IntegrityErr
 
 
 SHOWN, EXAMPLES = 8, 10  # groups in an error, tensors in a group
+
+
+def _folder(path: Path | None, group: Group) -> Path | None:
+    """The directory of the group's layout."""
+    return path / group.first.layout if path and (path / group.first.layout).is_dir() else path
 
 
 def with_path(fix: str, path: Path | None) -> str:
