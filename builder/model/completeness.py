@@ -15,6 +15,7 @@ from builder.architectures import catalog
 from builder.architectures import names as module_names
 from builder.architectures.facts import Architecture
 from builder.core.errors import IntegrityError, UnsupportedError
+from builder.core.safetensors_io import PATCH
 from builder.model import config_values, multimodal, quantization_signs, tensor_names
 from builder.model.tensor_names import Want
 
@@ -51,6 +52,7 @@ def check(
     config.json lacks a size that the shapes depend on. quantized: the model is in a layout that can be served; its
     tensors depend on its formats, so they are checked later, with its description (checkpoint/quantized_source.py).
     """
+    files = _patched(files, index or {})
     tensors = _merged(files, where)
     if index is not None:
         _check_index(files, index, where)
@@ -74,6 +76,17 @@ def names(found: Iterable[str]) -> str:
     """The first SHOWN of these names, for a message."""
     listed = sorted(found)
     return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+
+
+def _patched(files: Mapping[str, Mapping[str, Header]], index: Mapping[str, str]) -> Mapping[str, Mapping[str, Header]]:
+    """The files without tensors that `builder repair` replaced: the index names its patch for them."""
+    if not any(PATCH.fullmatch(file) for file in files):
+        return files
+    new = {name for name, file in index.items() if PATCH.fullmatch(file)}
+    return {
+        file: {name: info for name, info in header.items() if name not in new or index[name] == file}
+        for file, header in files.items()
+    }
 
 
 def _merged(files: Mapping[str, Mapping[str, Header]], where: str) -> dict[str, Header]:

@@ -19,7 +19,8 @@ from builder.checkpoint import layouts, repair, validate
 from builder.checkpoint.repair_rules import Scale, propose
 from builder.cli import main
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
-from builder.core.safetensors_io import NewTensor, Tensors
+from builder.core.safetensors_io import NewTensor, Tensors, read_header
+from builder.model import completeness
 
 L = "model.layers."
 NAN = math.nan
@@ -111,7 +112,17 @@ def test_transformers_and_our_readers_take_the_patch(damaged: Path) -> None:
     files, metadata = get_checkpoint_shard_files(str(damaged), index)
     assert [Path(file).name for file in files] == ["model-00001-of-00001.safetensors", "repair-0001.safetensors"]
     assert set(metadata["all_checkpoint_keys"]) == set(Tensors(damaged))
-    layouts.write_tensorrt_llm(damaged, layouts.read_json(exports.MODELS["qwen3"] / "config.json"), damaged / "t")
+    config = layouts.read_json(damaged / "config.json")
+    headers = {
+        file.name: {name: (info.dtype, info.shape) for name, info in read_header(file).items()}
+        for file in damaged.glob("*.safetensors")
+    }
+    weight_map = layouts.read_json(Path(index))["weight_map"]
+    assert completeness._patched(headers, weight_map).keys() == headers.keys()
+    kept = completeness._merged(completeness._patched(headers, weight_map), "x")
+    assert kept.keys() == weight_map.keys()
+    completeness._check_index(completeness._patched(headers, weight_map), weight_map, "x")
+    layouts.write_tensorrt_llm(damaged, config, damaged / "t")
     assert not validate.inspect(damaged / "t").findings
 
 
