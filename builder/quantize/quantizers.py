@@ -175,7 +175,8 @@ def _check_single_layers(model: Any, formats: ModelFormats, linears: Mapping[str
 def _check_not_joined(model: Any, one: NumberFormat) -> None:
     """UnsupportedError for a format with scales of inputs and experts in one module: ModelOpt searches these scales for
     linear layers only, and its exporter fails on the others (0.47, with transformers 5)."""
-    joined = [n for n, module in model.named_modules() if any(p.dim() == 3 for p in module.parameters(recurse=False))]
+    experts = [(name, module) for name, module in model.named_modules() if name.endswith("experts")]
+    joined = [name for name, module in experts if any(p.dim() == 3 for p in module.parameters(recurse=False))]
     if one.scales_inputs and joined:
         raise UnsupportedError(
             f"ModelOpt can't quantize the experts of {type(model).__name__} to {one.title}.",
