@@ -178,7 +178,8 @@ def _imported(prepared: Prepared, quantized: Quantized, snapshot: Snapshot, stor
     """The checkpoint of a model that is quantized already, and the model that it was made from if it was named."""
     source, recipe = quantized.original, prepared.recipe
     layouts = ("unified", "tensorrt_llm") if quantized.writes_engine_layout else ("unified",)
-    asked = ImportRequest(quantized.found, quantized.cache, quantized.formats, layouts, source)
+    companions = source if quantized.found.layout == "tensorrt_llm" else None
+    asked = ImportRequest(quantized.found, quantized.cache, quantized.formats, layouts, companions)
     if recipe.calibration.scales:
         rows = calibrate(recipe.calibration, store=store)
         check_conversations(read_rows(rows), prepared.model.directory or snapshot.path)

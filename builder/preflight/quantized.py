@@ -168,13 +168,13 @@ def _original(resolved: Resolved, found: Description, store: Store) -> Source | 
         )
     if name is None:
         return None
-    opened = open_source(Model(id=name), store=store)
-    if opened.quantized:
+    named = open_source(Model(id=name), store=store)
+    if named.quantized:
         raise UsageError(
             f"{name} is quantized too; --original names the model that was quantized.",
             hint="Give the BF16 model, or leave --original out.",
         )
-    return opened
+    return named
 
 
 def _check_same_model(found: Description, original: Source, where: str) -> None:

@@ -106,6 +106,16 @@ def test_tensorrt_llms_layout_is_taken_over_with_the_tokenizer_of_the_original(n
     assert read_json(built.checkpoint.unified / "config.json")["architectures"] == ["Qwen3ForCausalLM"]
 
 
+def test_an_original_does_not_replace_the_checkpoints_own_tokenizer(nvfp4: Path, tmp_path: Path) -> None:
+    original = shutil.copytree(MODEL, tmp_path / "original")
+    told = read_json(original / "tokenizer_config.json")
+    (original / "tokenizer_config.json").write_text(json.dumps({**told, "chat_template": "{{ messages }}"}))
+    built = taken(nvfp4, tmp_path / "out", **{"model.original": str(original), "quality.check": False})
+    assert built.checkpoint is not None
+    ours = built.checkpoint.unified / "tokenizer_config.json"
+    assert ours.read_bytes() == (nvfp4 / "tokenizer_config.json").read_bytes()
+
+
 def test_a_plan_says_what_it_is_and_a_second_build_does_nothing(nvfp4: Path, tmp_path: Path) -> None:
     found = planned(nvfp4, tmp_path / "out")
     assert [stage for stage, state, _ in found.stages if state == "will run"] == [
