@@ -48,14 +48,13 @@ def checkpoint(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     show, handlers = warnings.showwarning, list(logging.getLogger("modelopt").handlers)
     made: dict[Any, Path] = {}
 
-    def make(model: Path, fp8: tuple[str, ...] = ()) -> Path:
-        if (model, fp8) not in made:
+    def make(model: Path, fp8: tuple[str, ...] = (), whole: str = "nvfp4") -> Path:
+        if (model, fp8, whole) not in made:
             directory = tmp_path_factory.mktemp("made")
-            worker.run(
-                {**JOB, "model": str(model), "rows": str(rows), "destination": str(directory), "layers": {"fp8": fp8}}
-            )
-            made[model, fp8] = directory / "unified"
-        return made[model, fp8]
+            formats = {"format": whole, "layers": {"fp8": fp8}}
+            worker.run({**JOB, **formats, "model": str(model), "rows": str(rows), "destination": str(directory)})
+            made[model, fp8, whole] = directory / "unified"
+        return made[model, fp8, whole]
 
     yield make
     warnings.showwarning = show
@@ -87,12 +86,15 @@ def others(unified: Path) -> dict[str, bytes]:
 FP8_LAYERS = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj")
 
 
-@pytest.mark.parametrize(("model", "fp8"), [(TINY, ()), (TINY, FP8_LAYERS), (MOE, ())])
+@pytest.mark.parametrize(
+    ("model", "fp8", "whole"),
+    [(TINY, (), "nvfp4"), (TINY, FP8_LAYERS, "nvfp4"), (MOE, (), "nvfp4"), (TINY, (), "int8_sq"), (TINY, (), "fp8")],
+)
 def test_scales_that_are_missing_are_near_those_of_modelopt(
-    model: Path, fp8: tuple[str, ...], checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+    model: Path, fp8: tuple[str, ...], whole: str, checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     """ModelOpt read its ranges from the BF16 weights, this from the rounded ones: that is all that differs."""
-    original = checkpoint(model, fp8)
+    original = checkpoint(model, fp8, whole)
     copy = without_scales(original, tmp_path / "copy")
     assert not values(copy)
     facts = scales_worker.run({**JOB, "model": str(copy), "rows": str(rows)})
