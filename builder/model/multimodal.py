@@ -38,10 +38,9 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     part = catalog.language_model_of(name)
     if part is None or not isinstance(text, Mapping) or text.get("model_type") not in part.model_types:
         return dict(config)
-    outer = {key: config[key] for key in INHERITED if config.get(key) is not None}
-    own = {key: value for key, value in text.items() if value is not None}
+    outer = {key: config[key] for key in INHERITED if config.get(key) is not None and text.get(key) is None}
     defaults = {key: value for key, value in part.config.defaults.items() if key != "rope_theta"}  # attention.rope
-    return {**defaults, **outer, **own, "architectures": [part.name], MARK: name}
+    return {**defaults, **text, **outer, "architectures": [part.name], MARK: name}
 
 
 def language_name(name: str) -> str | None:

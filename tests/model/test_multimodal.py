@@ -137,3 +137,12 @@ def test_signs_of_quantization_are_kept() -> None:
     outer = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": {"model_type": "gemma3_text"},
              "quantization_config": {"quant_method": "modelopt"}}  # fmt: skip
     assert multimodal.language_config(outer)["quantization_config"] == {"quant_method": "modelopt"}
+
+
+def test_a_null_is_kept_because_it_may_differ_from_the_default() -> None:
+    """A Mistral without a sliding window says null; its class takes 4096 for what config.json leaves out."""
+    text = {"model_type": "mistral", "sliding_window": None, "dtype": None}
+    outer = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text, "dtype": "bfloat16"}
+    config = multimodal.language_config(outer)
+    assert config["sliding_window"] is None
+    assert config["dtype"] == "bfloat16"
