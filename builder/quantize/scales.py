@@ -59,7 +59,7 @@ def ingredients(calibration: Calibration, asked: ScalesRequest) -> dict[str, Any
 
 
 def calibrate_scales(unified: Path, calibration: Calibration, asked: ScalesRequest, *, store: Store) -> dict[str, Any]:
-    """Calibrates the scales of a checkpoint in the unified layout, and replaces its files by such with the new scales.
+    """Calibrates the scales of a checkpoint in the unified layout and writes them into its files.
 
     Every layer whose format stores a scale of its inputs gets one, and every attention those of the KV cache. All other
     tensors keep their bytes. Returns facts: counts of scales, coverage, tokens of each expert, log, peak memory.

@@ -1,4 +1,4 @@
-"""Scales of inputs and of the KV cache in the files of a unified checkpoint: names, values, and files with new ones.
+"""Scales of inputs and of the KV cache in the files of a unified checkpoint: computed from ranges, and written.
 
 The ranges come from a caller; nothing here imports torch.
 """
@@ -29,7 +29,7 @@ def of_inputs(
     """{tensor: scale} of the inputs of all layers whose format stores one.
 
     ranges: {layer: largest magnitude of its inputs}. Layers that are served as one (q, k and v; gate and up of one
-    expert) share the widest range, as in ModelOpt's exporter. IntegrityError for a range that is no range.
+    expert) share the widest range, as in ModelOpt's exporter. IntegrityError for one that is absent, zero, NaN or Inf.
     """
     groups: dict[str, list[str]] = {}
     for layer in layers:
@@ -62,8 +62,7 @@ def _checked(amax: float | None, of: str) -> float:
     raise IntegrityError(
         f"Calibration found no range for {of}.",
         why=f"{said}, and a scale must be a positive number.",
-        hint="Calibrate on more text: --calib-data, --calib-samples. If the weights hold NaN or Inf, `builder repair` "
-        "names them.",
+        hint="Calibrate on more text: --calib-data, --calib-samples. `builder inspect` names weights with NaN or Inf.",
     )
 
 
