@@ -21,7 +21,9 @@ from builder.checkpoint import conversion, huggingface, layouts, unified_config,
 from builder.checkpoint.description import CONFIG, HF_QUANT_CONFIG, Description
 from builder.checkpoint.layouts import Checkpoint, read_json, write_json
 from builder.checkpoint.quantized_source import Formats
+from builder.checkpoint.shards import write_shards
 from builder.core.errors import IntegrityError, UnsupportedError
+from builder.core.safetensors_io import PATCH, NewTensor, Tensors
 from builder.core.store import Store, sha256, sources_digest
 from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Snapshot, Source
@@ -116,10 +118,21 @@ def _unified(snapshot: Snapshot, asked: ImportRequest, unified: Path, companions
         found = replace(asked.found, cache=asked.found.served_cache)
         made = conversion.write(snapshot.path, unified, "unified", conversion.Options(model=companions), found)
         return made.lost
+    repaired = any(PATCH.fullmatch(name) for name in snapshot.files)
     for name in snapshot.files:
-        shutil.copyfile(snapshot.path / name, unified / name)
+        if not (repaired and (name.endswith(".safetensors") or name == model_files.INDEX)):
+            shutil.copyfile(snapshot.path / name, unified / name)
+    if repaired:
+        _write_repaired(snapshot.path, unified)
     _describe(unified, asked)
     return ()
+
+
+def _write_repaired(source: Path, unified: Path) -> None:
+    """Writes each tensor once: TensorRT-LLM's LLM class reads all files in any order, so it could take what
+    `builder repair` replaced (_torch/models/checkpoints/hf/weight_loader.py)."""
+    tensors = Tensors(source)
+    write_shards(unified, [NewTensor(n, info.dtype, info.shape, [tensors.place(n)]) for n, info in tensors.items()])
 
 
 def _describe(unified: Path, asked: ImportRequest) -> None:

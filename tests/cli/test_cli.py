@@ -58,7 +58,9 @@ def test_plan_as_json_has_stages_sizes_values_and_flags(tmp_path: Path) -> None:
     done = run("plan", "--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json")
     plan = json.loads(done.stdout)
     assert done.returncode == 0
-    assert [row["stage"] for row in plan["stages"]] == with_quality_check([s for s in store.STAGES if s != "ranks"])
+    assert [row["stage"] for row in plan["stages"]] == with_quality_check(
+        [s for s in store.STAGES if s not in ("layouts", "ranks")]
+    )
     assert {row["state"] for row in plan["stages"]} == {"will run"}
     assert plan["values"]["model.id"] == {"value": MODEL, "from": "command line"}
     assert {flag["name"]: flag["value"] for flag in plan["flags"]}["context_fmha"] == "disable"
@@ -69,7 +71,7 @@ def test_plan_as_json_has_stages_sizes_values_and_flags(tmp_path: Path) -> None:
 def test_the_plan_of_a_sharded_model_has_one_more_stage(tmp_path: Path) -> None:
     argv = ["--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json"]
     whole, split = (json.loads(run("plan", *argv, *more).stdout) for more in ([], ["--tp", "2", "--pp", "2"]))
-    assert [row["stage"] for row in split["stages"]] == with_quality_check(store.STAGES)
+    assert [row["stage"] for row in split["stages"]] == with_quality_check([s for s in store.STAGES if s != "layouts"])
     command = split["command"]
     assert command[command.index("--workers") + 1] == "4"
     assert command[command.index("--checkpoint_dir") + 1] == "RANKS/tensorrt_llm"
@@ -186,8 +188,8 @@ def test_fetch_verify_and_clean(tmp_path: Path) -> None:
 
 def test_gpus_and_schema() -> None:
     title, header, first, *_ = run("gpus").stdout.splitlines()
-    assert (title, header) == ("# GPU profiles", "profile\ttarget\truns\tfor")
-    assert first.startswith("cpu\treference\t")
+    assert (title, header) == ("# GPU profiles", "profile\tdefault\truns (engine)\truns (llmapi)\tfor")
+    assert first.startswith("cpu\tnvfp4\t")
     committed = Path("configs/recipe.schema.json").read_text()
     assert run("schema").stdout == committed
 
@@ -195,7 +197,7 @@ def test_gpus_and_schema() -> None:
 def test_gpus_as_json_has_formats_and_cards() -> None:
     found = json.loads(run("gpus", "--json").stdout)
     assert found["sm120"]["sm"] == 120
-    assert found["sm120"]["formats"]["nvfp4"]["source"]
+    assert found["sm120"]["formats"]["nvfp4"]["engine"]["source"]
     assert found["sm120"]["cards"][0]["name"] == "RTX 5090"
     assert "nvfp4" not in found["sm90"]["formats"]
 

@@ -15,11 +15,11 @@ from hub_server import Hub
 
 from builder import pipeline, plan
 from builder.architectures import catalog
-from builder.checkpoint import conversion
+from builder.checkpoint import conversion, repair
 from builder.checkpoint.layouts import read_json
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError, UsageError
 from builder.core.output import Output
-from builder.core.safetensors_io import NewTensor, Tensors
+from builder.core.safetensors_io import NewTensor, Tensors, read_header
 from builder.core.store import Store
 from builder.formats import registry
 from builder.recipe import schema
@@ -391,6 +391,17 @@ def test_a_nan_is_found_when_it_is_taken_over(nvfp4: Path, tmp_path: Path) -> No
     with pytest.raises(IntegrityError, match=name):
         taken(model, tmp_path / "out")
     assert not list((tmp_path / "out" / "checkpoint").glob("[0-9a-f]*"))
+
+
+def test_what_was_repaired_is_taken_over_without_what_was_replaced(nvfp4: Path, tmp_path: Path) -> None:
+    name = "model.layers.2.self_attn.o_proj.input_scale"
+    model = changed(nvfp4, tmp_path / "model", {name: NewTensor(name, "F32", (), [b"\0\0\xc0\x7f"])})
+    repair.repair(model)
+    built = taken(model, tmp_path / "out")
+    assert built.checkpoint is not None
+    assert same(built.checkpoint.unified, model)
+    files = list(built.checkpoint.unified.glob("*.safetensors"))
+    assert sum(list(read_header(file)).count(name) for file in files) == 1
 
 
 def test_one_is_served_and_tested(real: Path, tmp_path: Path) -> None:
