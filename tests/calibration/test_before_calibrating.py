@@ -58,19 +58,19 @@ def quantized(model: Path, part: schema.Calibration, store: Store, **more: Any) 
 
 def test_a_layer_of_zeros_stays_in_bf16_with_those_that_are_served_with_it(tmp_path: Path) -> None:
     """Blocks that are added to a model begin so (LLaMA Pro: o_proj and down_proj): they add nothing until trained."""
-    model = with_zeros(tmp_path / "model", f"{ZERO}.weight", "model.layers.0.mlp.up_proj.weight")
+    model = with_zeros(tmp_path / "model", f"{ZERO}.weight", "model.layers.0.self_attn.q_proj.weight")
     store = Store(tmp_path / "out", Output("human"))
     part = schema.Calibration(data=str(rows(tmp_path, 2)), samples=2, seq_len=64)
     made = quantized(model, part, store, layers={"fp8": [ZERO]})
-    both = [f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up")]
-    assert sorted(made.facts["layers"]["bf16"]) == sorted([*both, ZERO])
-    assert made.facts["zero_layers"] == [both[1], ZERO]
+    qkv = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    assert sorted(made.facts["layers"]["bf16"]) == sorted([*qkv, ZERO])
+    assert made.facts["zero_layers"] == [qkv[0], ZERO]
     found = validate.inspect(made.path)
     assert not found.findings
-    assert found.layouts["unified"].linears["kept"] == 3
+    assert found.layouts["unified"].linears["kept"] == 4
     assert set(layouts.read_json(made.unified / "hf_quant_config.json")["quantization"]["exclude_modules"]) >= {ZERO}
     kept = checks.read_model(schema.Model(id=str(model)), store)
-    assert zeros.find([model / "model.safetensors"], kept.architecture, {"bf16": [*both, ZERO]}) == ()
+    assert zeros.find([model / "model.safetensors"], kept.architecture, {"bf16": [*qkv, ZERO]}) == ()
 
 
 def test_all_experts_of_a_layer_stay_in_bf16_if_one_is_zero(tmp_path: Path) -> None:

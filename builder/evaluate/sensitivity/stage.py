@@ -354,7 +354,7 @@ def show(found: Sensitivity, command: Sequence[str], out: Output) -> None:
         )
         for loss in found.worst
     ]
-    out.table("loss by layer, alone in NVFP4", columns, rows)
+    out.table("loss by layer, quantized alone", columns, rows)
     if found.whole is not None:
         cache = "" if found.kv_cache is None else f", {found.kv_cache:.2e} with an FP8 KV cache alone"
         out.text(f"whole      KL {found.whole:.3g} nats a token over {found.tokens:,} tokens{cache}")
