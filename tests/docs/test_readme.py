@@ -46,4 +46,5 @@ def test_the_models_and_versions_that_it_names_are_those_of_the_code() -> None:
         assert version.removesuffix(".0") in TEXT
     said = re.sub(r"[^a-z0-9]", "", TEXT.lower())
     for name in {*catalog.served_by("engine"), *catalog.served_by("llmapi")}:
-        assert name.removesuffix("ForCausalLM").lower() in said
+        title = re.split(r" \(|, | and ", catalog.find({"architectures": [name]}).title)[0]
+        assert re.sub(r"[^a-z0-9]", "", title.lower()) in said, title
