@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     top = _TopParser(
         prog="builder",
-        description="From a Hugging Face model and a GPU name to a tested, quantized Triton repository.",
+        description="From a Hugging Face model and a GPU name to a tested Triton repository.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -31,6 +31,7 @@ SOURCES = (
     "builder/evaluate/runners",
     "builder/evaluate/datasets.py",
     "builder/quantize",
+    "builder/checkpoint/shards.py",
     *modelopt.SOURCES,
     *SERVED_SOURCES,
 )

@@ -66,6 +66,17 @@ class DeclaredFormats:
         known = [self.of(module), *dict.fromkeys(self.layers.values()), *([self.default] if self.default else [])]
         return next((one for one in known if dtype in one.weight.dtypes), BF16)
 
+    def of_weight(self, module: str, dtype: str) -> NumberFormat:
+        """The same, for readers of weights: UnsupportedError for a dtype that no declared format stores weights in."""
+        found = self.stored(module, dtype)
+        if dtype in found.weight.dtypes:
+            return found
+        raise UnsupportedError(
+            f"The weight of {module} is stored as {dtype}, which its declared format can't be.",
+            why=f"The configuration says {self.of(module).title}.",
+            hint="`builder inspect` lists what is wrong with the checkpoint.",
+        )
+
     @property
     def used(self) -> tuple[NumberFormat, ...]:
         """The quantized formats that are declared."""

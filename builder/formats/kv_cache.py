@@ -31,6 +31,7 @@ class KvCacheFormat:
     gpu_format: the entry of `formats` in configs/gpus/*.yaml that a GPU must have.
     targets: the targets that run it; targets_source: why not the others.
     fp8_attention: whether TensorRT-LLM attends over it in FP8.
+    one_scale: whether keys and values are stored under the larger of their scales, as engines do.
     unified, tensorrt_llm, compressed_tensors: the names of a layer's scales (F32, one number) after the attention's
         name, in the order of `unified`.
     scale_range: the largest magnitude of a key or value under the scale 1.
@@ -46,6 +47,7 @@ class KvCacheFormat:
     targets: tuple[str, ...] = ("engine", "llmapi")
     targets_source: str = ""
     fp8_attention: bool = False
+    one_scale: bool = True
     unified: tuple[str, ...] = ()
     tensorrt_llm: tuple[str, ...] = ()
     compressed_tensors: tuple[str, ...] = ()
@@ -124,6 +126,7 @@ NVFP4 = Nvfp4Cache(
     targets=("llmapi",),
     targets_source="TensorRT-LLM added it to the PyTorch backend (NVIDIA/TensorRT-LLM #6244).",
     fp8_attention=True,  # in both phases, says NVIDIA/TensorRT-LLM #6244
+    one_scale=False,
     unified=UNIFIED,
     tensorrt_llm=TENSORRT_LLM,
     scale_range=6 * 448.0,

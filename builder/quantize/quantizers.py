@@ -161,14 +161,15 @@ def _check_cache(model: Any, formats: ModelFormats) -> int:
 def _check_single_layers(model: Any, formats: ModelFormats, linears: Mapping[str, Sequence[int]]) -> None:
     """UnsupportedError for layers with a format of their own that the model does not have as modules."""
     modules = dict(model.named_modules())
-    lost = [n for n in formats.modules(BF16) if n in linears or not _is_own(modules, n)]
+    joined = _joined_experts(model, formats.modules(BF16))
+    lost = [n for n in formats.modules(BF16) if n in linears or not (n in joined or _is_own(modules, n))]
     lost += [n for one, layers in formats.layers.items() if one is not BF16 for n in layers if n not in linears]
     if lost:
         raise UnsupportedError(
             f"{len(lost)} layers that should be kept are not modules of their own in {type(model).__name__}: "
             f"{', '.join(lost[:5])}.",
             why="transformers joins the experts of a mixture in one module, which ModelOpt quantizes as a whole.",
-            hint="Leave them out of --keep-bf16 and --keep-fp8.",
+            hint="Keep all experts of a layer, with a pattern such as '*.layers.0.mlp.experts.*', or none.",
         )
 
 
@@ -186,9 +187,23 @@ def _check_not_joined(model: Any, one: NumberFormat) -> None:
 
 
 def _is_own(modules: Mapping[str, Any], name: str) -> bool:
-    """Whether ModelOpt knows this layer by its name, or as one of a layer's experts in one module."""
-    own, experts = modules.get(name), modules.get(names.experts_of(name) or "")
-    return hasattr(own, "weight_quantizer") or (own is None and hasattr(experts, "down_proj_weight_quantizers"))
+    """Whether ModelOpt knows this layer by its name."""
+    return hasattr(modules.get(name), "weight_quantizer")
+
+
+def _joined_experts(model: Any, kept: Sequence[str]) -> set[str]:
+    """Those kept layers that are experts in one module, if all projections of all experts of that module are kept."""
+    modules, architecture = dict(model.named_modules()), catalog.of(model.config.to_dict())
+    members: dict[str, list[str]] = {}
+    for name in kept:
+        members.setdefault(names.experts_of(name) or "", []).append(name)
+    whole = set[str]()
+    for experts, layers in members.items():
+        quantizers = getattr(modules.get(experts), "down_proj_weight_quantizers", None)
+        roles = [names.role(architecture, name) for name in layers]
+        if quantizers is not None and all(roles.count(one) == len(quantizers) for one in ("gate", "up", "down")):
+            whole.update(layers)
+    return whole
 
 
 def _check_not_zero(weights: Mapping[str, Any]) -> None:

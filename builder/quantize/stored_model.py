@@ -66,7 +66,7 @@ def tensor(stored: Tensors, name: str) -> Tensor:
 def weight(stored: Tensors, formats: DeclaredFormats, name: str, dtype: torch.dtype) -> Tensor:
     """A parameter of the model in `dtype`; the weight of a quantized linear layer is dequantized."""
     module, _, leaf = name.rpartition(".")
-    number_format = formats.stored(module, stored[name].dtype)
+    number_format = formats.of_weight(module, stored[name].dtype)
     if leaf != number_format.weight.unified or number_format.quant_algo is None:
         return tensor(stored, name).to(dtype)
     return number_format.dequantize(tensors_of(stored, module, number_format), dtype)

@@ -240,7 +240,7 @@ class _Tensors:
     def linear(self, name: str) -> Linear:
         """A linear layer with its weight dequantized."""
         kind = _KINDS[self.plain(f"{name}.weight").dtype]
-        number_format = self._formats.stored(name, kind)
+        number_format = self._formats.of_weight(name, kind)
         leaves = {one.name: f"{name}.{one.tensorrt_llm}" for one in number_format.tensors}
         lacking = [one.name for one in number_format.tensors if one.optional and leaves[one.name] not in self._names]
         stored = {key: self.plain(leaf) for key, leaf in leaves.items() if key not in lacking}
@@ -282,7 +282,7 @@ class _Tensors:
             both = self.plain(f"{attention}.kv_cache_scaling_factor")
             return both, both
         keys, values = (self.plain(f"{attention}.{part}_cache_scaling_factor") for part in "kv")
-        if "engine" not in cache.targets:
+        if not cache.one_scale:
             return keys, values  # as the PyTorch backend does (_torch/modules/linear.py, kv_scales)
         both = torch.maximum(keys, values)
         return both, both
@@ -311,5 +311,6 @@ def _check(config: Mapping[str, Any]) -> None:
     if wrong:
         raise UnsupportedError(
             f"The reference executor can't run this checkpoint: {', '.join(wrong)}.",
-            why=f"It runs NVFP4 checkpoints of {', '.join(engine_architectures())}; layers may be in FP8 or BF16.",
+            why=f"It runs checkpoints of {', '.join(engine_architectures())} in "
+            f"{', '.join(one.title for one in for_whole_model())}.",
         )

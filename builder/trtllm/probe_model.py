@@ -16,7 +16,7 @@ from builder.formats.kv_cache import KvCacheFormat
 
 HIDDEN, INNER, WORDS, HEADS, KV_HEADS, LAYERS = 512, 1024, 512, 4, 2, 2
 POSITIONS = 2048
-_ONE = 0x38  # 1.0 in E4M3
+_LARGEST = 0x7E  # 448, the largest E4M3 number: that of a layer's largest block
 # The deviation of a random E2M1 code: the mean square of 0, 0.5, 1, 1.5, 2, 3, 4, 6 is 8.56.
 _DEVIATION = 2.93
 _INPUT_SCALE = 8 / (6 * 448)  # activations of 8 at most: normed ones are near 1
@@ -78,8 +78,8 @@ def _linear(name: str, shape: tuple[int, int], random: np.random.Generator) -> I
     out, inputs = shape
     packed = random.integers(0, 256, out * inputs // 2, dtype=np.uint8)
     yield NewTensor(f"{name}.weight", "U8", (out, inputs // 2), [packed.tobytes()])
-    yield NewTensor(f"{name}.weight_scale", "F8_E4M3", (out, inputs // 16), [bytes([_ONE]) * (out * inputs // 16)])
-    yield _scalar(f"{name}.weight_scale_2", 1 / (_DEVIATION * inputs**0.5))
+    yield NewTensor(f"{name}.weight_scale", "F8_E4M3", (out, inputs // 16), [bytes([_LARGEST]) * (out * inputs // 16)])
+    yield _scalar(f"{name}.weight_scale_2", 1 / (448 * _DEVIATION * inputs**0.5))
     yield _scalar(f"{name}.input_scale", _INPUT_SCALE)
 
 

@@ -175,7 +175,9 @@ def test_transformers_loads_it_and_gives_our_logits(made: Path) -> None:
 def test_every_pair_of_layouts(made: Path, tmp_path: Path, model: str, parallel: tuple[int, int]) -> None:
     """Around the star from TensorRT-LLM's layout, split over ranks: all but the scales of the KV cache are the same."""
     source, one, two = made / model / "unified", tmp_path / "one", tmp_path / "two"
-    assert convert(made / model / "compressed_tensors", one, "tensorrt_llm").lost
+    cache = [name for name in Tensors(source) if name.endswith(("k_scale", "v_scale"))]
+    below = any(struct.unpack("<f", Tensors(source).data(name))[0] < 1 for name in cache)  # not from ModelOpt 0.37
+    assert bool(convert(made / model / "compressed_tensors", one, "tensorrt_llm").lost) == below
     convert(source, two, "tensorrt_llm")
     assert (one / "rank0.safetensors").read_bytes() == (two / "rank0.safetensors").read_bytes()
     assert json.loads((one / "config.json").read_text()) == json.loads((two / "config.json").read_text())

@@ -201,7 +201,11 @@ def test_other_models_and_formats_are_rejected(exported: Exports, tmp_path: Path
     unified = exports.rewrite(exported["llama"] / "unified", tmp_path / "u", {})
     quantization = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
     (unified / "hf_quant_config.json").write_text(json.dumps(quantization))
-    with pytest.raises(UnsupportedError, match="FP8"):
+    with pytest.raises(UnsupportedError, match=r"have no place.*weight_scale_2"):
+        layouts.write_tensorrt_llm(unified, source_config("llama"), tmp_path / "ours")
+    quantization = {"quantization": {"quant_algo": "W4A8_AWQ", "kv_cache_quant_algo": "FP8"}}
+    (unified / "hf_quant_config.json").write_text(json.dumps(quantization))
+    with pytest.raises(UnsupportedError, match="W4A8_AWQ"):
         layouts.write_tensorrt_llm(unified, source_config("llama"), tmp_path / "ours")
 
 

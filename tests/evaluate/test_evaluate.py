@@ -304,7 +304,7 @@ def test_no_data_set_no_runner_and_no_room_are_refused() -> None:
             resolve(**flags)
     with pytest.raises(UsageError, match="No text would be left"):
         datasets.longest(Part(), 20, schema.Engine())
-    with pytest.raises(UsageError, match="no FP8 KV cache to compare"):
+    with pytest.raises(UsageError, match="no quantized KV cache to compare"):
         variants.list_variants(resolve(evaluation__compare_kv=True, quantization__kv_cache_dtype="auto").recipe)
 
 

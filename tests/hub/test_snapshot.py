@@ -432,7 +432,12 @@ FEW = (SMALL / "model.safetensors").read_bytes()
         ),
         (SMALL, {"config__json": config(architectures=None)}, UnsupportedError, "not a causal"),
         (SMALL, {"config__json": config(is_encoder_decoder=True)}, UnsupportedError, "encoder-decoder"),
-        (SMALL, {"config__json": config(quantization_config={"quant_method": "awq"})}, UnsupportedError, "awq.*BF16"),
+        (
+            SMALL,
+            {"config__json": config(quantization_config={"quant_method": "awq"})},
+            UnsupportedError,
+            "AWQ.*int4",
+        ),
         (SMALL, {"config__json": config(auto_map={"A": "m.A"}, model_type="new")}, UnsupportedError, "--trust-remote"),
         (SMALL, {"model__safetensors": None}, UsageError, "no model.safetensors"),
         (SMALL, {"model__safetensors": None, "pytorch_model__bin": b"x"}, UnsupportedError, "pickles.*save_pretrained"),

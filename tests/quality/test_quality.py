@@ -373,7 +373,8 @@ def test_a_family_without_a_runner_for_its_checkpoint_is_measured_by_simulation(
     made = pipeline.build(asked, store, until="checkpoint")
     models = Models(made.snapshot, made.calibration, made.checkpoint)
     jobs = [
-        runner_job(Variant(name, name, True), models, asked.recipe, store).job for name in ("checkpoint", "simulated")
+        runner_job(Variant(name, name, kv_cache.FP8), models, asked.recipe, store).job
+        for name in ("checkpoint", "simulated")
     ]
     with torch.inference_mode(), quality_worker._first(json.loads(json.dumps(jobs))) as (label, runner):
         assert label == "simulated"

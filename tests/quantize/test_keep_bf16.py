@@ -290,17 +290,28 @@ def test_the_simulation_that_is_evaluated_keeps_them_too(rows: Path) -> None:
         assert second.weight.bfloat16().view(torch.uint8).numpy().tobytes() == bytes(stored)
 
 
-def test_a_mixture_whose_experts_are_one_module_is_refused(rows: Path) -> None:
+def test_an_expert_is_kept_with_all_experts_of_its_layer(rows: Path) -> None:
+    """transformers 5 joins them in one module; transformers 4 has a module for each."""
     source = exports.DATA / "arch-variants" / "qwen3_moe"
     job = {"model": str(source), "rows": str(rows), "seq_len": 32, "batch_size": 1, "trust_remote_code": False}
     model, batches = worker._load(job)
     kept = facts(source, ["*.0.mlp.experts.0.down_proj"]).modules("bf16")
+    assert len(kept) == 3 * model.config.num_experts
     formats = ModelFormats(layers={BF16: kept}, cache=kv_cache.FP8)
-    if f"{kept[0]}" in dict(model.named_modules()):  # transformers 4 has a module for each expert
-        assert worker._calibrate(model, batches, formats)["kept_linears"] == len(kept)
-        return
+    assert worker._calibrate(model, batches, formats)["kept_linears"] == len(kept)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert not [n for n, one in experts.named_modules() if "quantizer" in n and getattr(one, "is_enabled", False)]
+
+
+def test_a_part_of_experts_that_are_one_module_is_refused(rows: Path) -> None:
+    source = exports.DATA / "arch-variants" / "qwen3_moe"
+    job = {"model": str(source), "rows": str(rows), "seq_len": 32, "batch_size": 1, "trust_remote_code": False}
+    model, batches = worker._load(job)
+    if "model.layers.0.mlp.experts.0.down_proj" in dict(model.named_modules()):
+        pytest.skip("transformers 4 has a module for each expert")
+    kept = ["model.layers.0.mlp.experts.0.down_proj", "model.layers.0.mlp.experts.1.down_proj"]
     with pytest.raises(UnsupportedError, match="not modules of their own"):
-        worker._calibrate(model, batches, formats)
+        worker._calibrate(model, batches, ModelFormats(layers={BF16: kept}, cache=kv_cache.FP8))
 
 
 @pytest.mark.parametrize(

@@ -305,8 +305,8 @@ def test_the_checkpoint_runner_agrees_with_the_simulation(
     made: Path, runner: Callable[..., list[torch.Tensor]]
 ) -> None:
     """Without the KV cache, whose scales ModelOpt 0.37 exports otherwise than it simulates them."""
-    simulated = runner("simulated", facts(TINY, PATTERNS, BF16), fp8_kv=False)
-    stored = runner("checkpoint", unified=str(made / "unified"), fp8_kv=False)
+    simulated = runner("simulated", facts(TINY, PATTERNS, BF16), kv_cache_dtype="auto")
+    stored = runner("checkpoint", unified=str(made / "unified"), kv_cache_dtype="auto")
     assert kl(simulated, stored) < 1e-9  # the same numbers: what another order of a sum changes is left
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from builder.cli import main
 from builder.core.output import Output
+from builder.core.safetensors_io import read_header
 from builder.core.store import Store
 from builder.hub.snapshot import fetch
 from builder.recipe import schema
@@ -48,10 +49,11 @@ def test_inspect(checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
     assert one_object("inspect", str(checkpoint), code=0, capsys=capsys)["findings"] == []
     rank = checkpoint / "tensorrt_llm" / "rank0.safetensors"
     content = bytearray(rank.read_bytes())
-    content[-4096:] = b"\xff" * 4096
+    norm = read_header(rank)["transformer.ln_f.weight"]
+    content[norm.begin : norm.end] = b"\xff" * norm.nbytes
     rank.write_bytes(content)
     found = one_object("inspect", str(checkpoint), code=6, capsys=capsys)
-    assert found["problems"]
+    assert found["findings"]
     assert set(found["layouts"]) == {"unified", "tensorrt_llm"}
 
 
