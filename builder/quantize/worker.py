@@ -252,17 +252,28 @@ def _not_finite(model: Path, said: str) -> IntegrityError:
     )
 
 
+def _full(path: Path, destination: Path) -> StageError:
+    """The error for a full disk that holds `path`: that of the output directory, or of temporary files."""
+    if path.is_relative_to(destination):
+        return StageError(
+            f"The disk that holds {destination.parent} is full.",
+            why="No partial checkpoint was kept.",
+            hint="Free some space (`builder clean` removes what no repository needs) or choose another --output.",
+        )
+    return StageError(
+        f"The disk that holds {path.parent} is full.",
+        why=f"No file could be written there, for lack of bytes or of inodes (`df -h {path.parent}`, `df -i`).",
+        hint="Free some space there. For temporary files, TMPDIR can name a directory on another disk.",
+    )
+
+
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
     """The error to show for a problem that the user can solve; None for any other."""
     text = str(error)
     if isinstance(error, AssertionError) and "in amax" in text:
         return _not_finite(Path(job["model"]), text)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-        return StageError(
-            f"The disk that holds {Path(job['destination']).parent} is full.",
-            why="No partial checkpoint was kept.",
-            hint="Free some space (`builder clean` removes what no repository needs) or choose another --output.",
-        )
+        return _full(Path(str(getattr(error, "filename", None) or job["destination"])), Path(job["destination"]))
     if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
         return UnsupportedError(
             "The model does not fit into this machine's memory.",
