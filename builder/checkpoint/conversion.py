@@ -30,6 +30,7 @@ from builder.core.output import Output, size
 from builder.core.safetensors_io import Tensors
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED, declared
+from builder.model.files import INDEX
 
 # The layouts by the names that users type; each is also a directory of a checkpoint in the store.
 LAYOUTS: Mapping[str, Layout] = {
@@ -38,7 +39,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "compressed-tensors": "compressed_tensors",
 }
 # What does not go along: weights, and the files that say how they are quantized.
-OWN_FILES = (CONFIG, HF_QUANT_CONFIG, QUANT_CFG, shards.INDEX)
+OWN_FILES = (CONFIG, HF_QUANT_CONFIG, QUANT_CFG, INDEX)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".engine")
 LARGEST_COMPANION = 1 << 28  # bytes; the largest tokenizer.json known here has 33 MB
 KEYS = ("quantization_config", "compression_config")  # of config.json, in the Hugging Face layouts

@@ -23,6 +23,7 @@ from builder.architectures.facts import Architecture
 from builder.checkpoint.compressed_tensors import config as compressed_tensors
 from builder.checkpoint.layouts import read_json
 from builder.core.errors import IntegrityError, UnsupportedError
+from builder.core.output import listed
 from builder.core.safetensors_io import TensorInfo, Tensors, read_header
 from builder.formats import kv_cache
 from builder.formats.base import NumberFormat
@@ -37,7 +38,6 @@ TITLES: Mapping[Layout, str] = {
     "tensorrt_llm": "TensorRT-LLM's layout",
     "compressed_tensors": "the compressed-tensors layout",
 }
-SHOWN = 3  # names in a message
 # The first parts of module names that differ between a checkpoint's tensors and its configuration: a multimodal model's
 # language model is saved as model.language_model.layers, and was quantized as model.layers or language_model.layers
 # (vllm/model_executor/layers/quantization/modelopt.py, is_layer_excluded).
@@ -288,9 +288,7 @@ def _disagreements(found: Description, said: Sequence[_Statement]) -> list[str]:
         pairs = {module: (first.formats.of(module), other.formats.of(module)) for module in known}
         if differing := [module for module, (one, two) in pairs.items() if one is not two]:
             one, two = pairs[differing[0]]
-            sentences.append(
-                f"{first.file} says {one.title} and {other.file} says {two.title} of {_listed(differing)}."
-            )
+            sentences.append(f"{first.file} says {one.title} and {other.file} says {two.title} of {listed(differing)}.")
     return sentences
 
 
@@ -306,7 +304,7 @@ def against_tensors(found: Description) -> list[str]:
     odd += [m for m in quantized if found.formats.of(m).quant_algo is None]
     if odd:
         kind = known[odd[0]].dtype
-        return [f"The configuration says {found.formats.of(odd[0]).title} of {_listed(odd)}; stored is {kind}."]
+        return [f"The configuration says {found.formats.of(odd[0]).title} of {listed(odd)}; stored is {kind}."]
     return []
 
 
@@ -356,8 +354,3 @@ def _unreadable(where: str, why: str) -> IntegrityError:
     return IntegrityError(
         f"{where} does not describe a quantization.", why=f"{why}.", hint="Copy or download the checkpoint again."
     )
-
-
-def _listed(modules: Sequence[str]) -> str:
-    more = len(modules) - SHOWN
-    return ", ".join(modules[:SHOWN]) + (f" and {more} more layers" if more > 0 else "")

@@ -106,6 +106,17 @@ def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destinat
     write_json(destination / "config.json", config)
 
 
+def write_if_served(unified: Path, source_config: Mapping[str, Any], destination: Path) -> str | None:
+    """`write_tensorrt_llm` for a model that an engine serves. Returns why there is no such layout, if so."""
+    try:
+        served.check_engine(source_config)
+        rope(source_config)
+    except UnsupportedError as error:
+        return error.what
+    write_tensorrt_llm(unified, source_config, destination)
+    return None
+
+
 def write_quant_cfg(directory: Path, quantization: Mapping[str, Any]) -> None:
     """Writes quant_cfg.json, which TensorRT-LLM reads beside config.json if quant_algo is MIXED_PRECISION.
 

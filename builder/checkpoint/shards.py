@@ -1,7 +1,4 @@
-"""Writes the tensors of a checkpoint as one safetensors file, or as several with an index, as transformers reads them.
-
-Standard library only.
-"""
+"""Writes the tensors of a checkpoint as one safetensors file, or as several with an index, as transformers reads it."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.safetensors_io import NewTensor, byte_size, write
+from builder.model.files import INDEX, WEIGHTS
 
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_BYTES = 5_000_000_000
 
 
@@ -30,7 +27,7 @@ def write_shards(
     """
     groups = _groups(tensors, shard_bytes)
     names = [f"model-{n + 1:05d}-of-{len(groups):05d}.safetensors" for n in range(len(groups))]
-    names = [WHOLE] if len(groups) == 1 else names
+    names = [WEIGHTS] if len(groups) == 1 else names
     for name, group in zip(names, groups, strict=True):
         write(directory / name, [_counted(tensor, done) for tensor in group], _metadata(group, notes or {}))
     if len(groups) > 1:

@@ -182,6 +182,12 @@ def print_error(error: BuilderError) -> None:
         print(f"  {line}", file=sys.stderr)
 
 
+def listed(names: Sequence[str], shown: int = 3) -> str:
+    """The first of these names, and how many more there are."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
 def size(n: float) -> str:
     """Bytes in decimal units, as disks are sold: 6_400_000_000 -> '6.40 GB'."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -15,6 +15,7 @@ from builder.architectures import catalog
 from builder.architectures import names as module_names
 from builder.architectures.facts import Architecture
 from builder.core.errors import IntegrityError, UnsupportedError
+from builder.core.output import listed
 from builder.core.safetensors_io import PATCH
 from builder.model import config_values, multimodal, quantization_signs, tensor_names
 from builder.model.tensor_names import Want
@@ -74,8 +75,7 @@ def check(
 
 def names(found: Iterable[str]) -> str:
     """The first SHOWN of these names, for a message."""
-    listed = sorted(found)
-    return ", ".join(listed[:SHOWN]) + (f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else "")
+    return listed(sorted(found), SHOWN)
 
 
 def _patched(files: Mapping[str, Mapping[str, Header]], index: Mapping[str, str]) -> Mapping[str, Mapping[str, Header]]:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from builder import __version__
-from builder.architectures import catalog, served
-from builder.architectures.attention import rope
+from builder.architectures import catalog
 from builder.calibration.rows import Calibration
 from builder.checkpoint import conversion, huggingface, layouts, unified_config, validate
 from builder.checkpoint.description import CONFIG, HF_QUANT_CONFIG, Description
@@ -161,19 +160,13 @@ def _describe(unified: Path, asked: ImportRequest) -> None:
 def _second_layout(unified: Path, config: Mapping[str, Any], destination: Path) -> str | None:
     """Derives TensorRT-LLM's layout. Returns why there is none, if so."""
     try:
-        served.check_engine(config)
-        rope(config)
-    except UnsupportedError as error:
-        return error.what
-    try:
-        layouts.write_tensorrt_llm(unified, config, destination)
+        return layouts.write_if_served(unified, config, destination)
     except IntegrityError as error:  # scales that TensorRT-LLM's fused layers must share, and other tools' need not
         raise UnsupportedError(
             "This checkpoint can't be built into an engine.",
             why=f"{error.what} {error.why}".strip(),
             hint="Serve it without an engine, on a GPU: --target llmapi. Or quantize the original model.",
         ) from None
-    return None
 
 
 def _facts(asked: ImportRequest) -> dict[str, Any]:

@@ -15,18 +15,11 @@ from torch import Tensor
 from builder.core.errors import NotMeasurable
 from builder.core.safetensors_io import Tensors
 from builder.formats import kv_cache
+from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.base import NumberFormat
 from builder.formats.declared import DeclaredFormats
 from builder.model import loading as model_loading
 from builder.model.files import parse_config
-
-_DTYPES = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
 
 
 def load(unified: Path, config: Any, formats: DeclaredFormats, *, dtype: torch.dtype, **options: Any) -> Any:
@@ -59,7 +52,7 @@ def load(unified: Path, config: Any, formats: DeclaredFormats, *, dtype: torch.d
 def tensor(stored: Tensors, name: str) -> Tensor:
     """A stored tensor, copied out of the file."""
     info = stored[name]
-    kind = _DTYPES.get(info.dtype, torch.float32)
+    kind = DTYPES.get(info.dtype, torch.float32)
     return torch.frombuffer(bytearray(stored.data(name)), dtype=kind).reshape(info.shape)
 
 

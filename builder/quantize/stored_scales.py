@@ -18,9 +18,9 @@ from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import NewTensor, Tensors, read_metadata, write
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
+from builder.model.files import INDEX
 
 INPUT_SCALE = "input_scale"
-INDEX = "model.safetensors.index.json"
 
 
 def of_inputs(

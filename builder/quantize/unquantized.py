@@ -14,11 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from builder.architectures import catalog, served
-from builder.architectures.attention import rope
+from builder.architectures import catalog
 from builder.checkpoint import huggingface, layouts, validate
 from builder.checkpoint.layouts import Checkpoint, read_json, write_json
-from builder.core.errors import UnsupportedError
 from builder.core.safetensors_io import CHUNK_BYTES, FileRange, NewTensor, TensorInfo, Tensors, write
 from builder.core.store import Store, sources_digest
 from builder.hub.snapshot import Snapshot
@@ -54,7 +52,7 @@ def write_checkpoint(snapshot: Snapshot, *, store: Store) -> Checkpoint:
         config = read_json(unified / "config.json")
         write_json(unified / "config.json", {**config, "dtype": named})
         huggingface.complete(unified, snapshot.path)
-        lacking = _second_layout(unified, snapshot.config, tmp / "tensorrt_llm")
+        lacking = layouts.write_if_served(unified, snapshot.config, tmp / "tensorrt_llm")
         snapshot.source.check_unchanged()
         facts: dict[str, Any] = {"layers": {}, "no_tensorrt_llm": lacking}
         if lacking is None:
@@ -107,14 +105,3 @@ def _rounded(values: np.ndarray[Any, Any], dtype: str) -> bytes:
     bits = values.view(np.uint32)
     even = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), (bits >> 16) | 0x40, even).astype(np.uint16).tobytes()
-
-
-def _second_layout(unified: Path, config: Mapping[str, Any], destination: Path) -> str | None:
-    """Derives TensorRT-LLM's layout. Returns why there is none, if so."""
-    try:
-        served.check_engine(config)
-        rope(config)
-    except UnsupportedError as error:
-        return error.what
-    layouts.write_tensorrt_llm(unified, config, destination)
-    return None

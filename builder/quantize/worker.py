@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.architectures import catalog, served
-from builder.architectures.attention import rope
+from builder.architectures import catalog
 from builder.calibration import coverage
 from builder.checkpoint import huggingface, layouts
 from builder.checkpoint.tensor_checks import wrong_floats
@@ -179,13 +178,7 @@ def _second_layout(unified: Path, source: Path, tensorrt_llm: Path) -> str | Non
     emit(progress={"label": "writing the TensorRT-LLM layout", "done": 0, "total": None})
     huggingface.complete(unified, source)
     config = parse_config((source / "config.json").read_bytes(), str(source))
-    try:
-        served.check_engine(config)
-        rope(config)
-    except UnsupportedError as error:
-        return error.what
-    layouts.write_tensorrt_llm(unified, config, tensorrt_llm)
-    return None
+    return layouts.write_if_served(unified, config, tensorrt_llm)
 
 
 class _unsupported:

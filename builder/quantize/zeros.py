@@ -7,13 +7,13 @@ stays in BF16; of a mixture that is all experts of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from builder.architectures import names
 from builder.architectures.facts import Architecture
 from builder.core.errors import UnsupportedError
-from builder.core.output import Output
+from builder.core.output import Output, listed
 from builder.core.safetensors_io import TensorInfo, Tensors
 from builder.formats.assignment import Layers, by_layer, merged
 from builder.formats.registry import BF16
@@ -21,7 +21,6 @@ from builder.quantize import exclude
 
 FIRST = 4096  # bytes that tell for almost every weight
 STEP = 1 << 20
-SHOWN = 3
 MINUS_ZERO = b"\0\x80"  # float16, bfloat16 and float32 have no other nonzero bytes in -0.0
 
 
@@ -61,7 +60,7 @@ def keep(layers: Layers, zero: Sequence[str], known: Sequence[str], architecture
     if len(made.get(BF16.name, ())) == len(known):
         raise UnsupportedError(
             f"All {len(known)} linear layers would stay in BF16: nothing is left to quantize.",
-            why=f"The weights of {_listed(zero)} are all zero in the model's own files.",
+            why=f"The weights of {listed(zero)} are all zero in the model's own files.",
             hint="Check the model: fetch it again, or choose another revision.",
         )
     return made
@@ -73,10 +72,5 @@ def tell(zero: Sequence[str], layers: Layers, out: Output) -> None:
     also = f" (with the layers that are served together with them: {more + len(zero)} in all)" if more > 0 else ""
     out.warn(
         f"{len(zero)} linear layer{'s' * (len(zero) > 1)} of the model {'are' if len(zero) > 1 else 'is'} all zero and "
-        f"stay{'s' * (len(zero) == 1)} in BF16{also}: {_listed(zero)}. If that is not meant, fetch the model again."
+        f"stay{'s' * (len(zero) == 1)} in BF16{also}: {listed(zero)}. If that is not meant, fetch the model again."
     )
-
-
-def _listed(modules: Iterable[str]) -> str:
-    found = list(modules)
-    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")

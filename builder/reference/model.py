@@ -24,21 +24,14 @@ from builder.checkpoint.joining import Joined
 from builder.checkpoint.layouts import QUANT_CFG, read_json
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.formats import kv_cache
+from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED, DeclaredFormats, declared
 from builder.formats.registry import for_whole_model
 from builder.reference.rope import frequencies, rotate
 from builder.reference.supported import ACTIVATIONS, engine_architectures
 
-_DTYPES = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
-_KINDS = {kind: name for name, kind in _DTYPES.items()}
+_KINDS = {kind: name for name, kind in DTYPES.items()}
 KV_CACHE_ALGOS = tuple(one.quant_algo for one in kv_cache.FORMATS.values())
 _CACHE_START = 256  # tokens; a full cache doubles its capacity
 
@@ -216,7 +209,7 @@ class _Ranks:
 
     def get_tensor(self, name: str) -> Tensor:
         info = self._joined.info(name)
-        return torch.frombuffer(self._joined.data(name), dtype=_DTYPES[info.dtype]).reshape(info.shape)
+        return torch.frombuffer(self._joined.data(name), dtype=DTYPES[info.dtype]).reshape(info.shape)
 
 
 class _Tensors:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.errors import IntegrityError
+from builder.core.output import listed
 from builder.core.safetensors_io import PATCH, TensorInfo, Tensors, read_entries
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.model.files import INDEX, WEIGHTS
 
-NAMED = 3  # tensors in one finding about a file
 _SHARD = re.compile(r"(model|pytorch_model|repair)-\d+(-of-\d+)?\.safetensors")
 
 
@@ -84,7 +84,7 @@ def _files(folder: Path, index: _Index | None, opened: Opened) -> list[Path]:
         if not (folder / name).is_file():
             gone = [tensor for tensor, file in index.weight_map.items() if file == name]
             opened.lost.update(gone)
-            opened.problems.append((name, f"is missing; the index names it for {_listed(gone)}", "missing-file"))
+            opened.problems.append((name, f"is missing; the index names it for {listed(gone)}", "missing-file"))
     for file in there:
         if file.name not in named and _SHARD.fullmatch(file.name):
             opened.problems.append((file.name, "is not in the index: loaders do not read it", "index"))
@@ -104,9 +104,7 @@ def _entries(file: Path, opened: Opened) -> dict[str, TensorInfo]:
     if end > size:
         gone = [name for name, info in infos.items() if info.end > size]
         opened.lost.update(gone)
-        what = (
-            f"is cut off at {size:,} of {end:,} bytes: {_listed(gone)} {'is' if len(gone) == 1 else 'are'} incomplete"
-        )
+        what = f"is cut off at {size:,} of {end:,} bytes: {listed(gone)} {'is' if len(gone) == 1 else 'are'} incomplete"
         opened.problems.append((file.name, what, "truncated"))
     elif end < size:
         opened.problems.append((file.name, f"has {size - end:,} bytes after its last tensor", "damaged"))
@@ -165,8 +163,3 @@ def _check_index(index: _Index, found: Mapping[Path, Mapping[str, TensorInfo]], 
 def _reason(error: Exception) -> str:
     text = str(getattr(error, "why", "") or error)
     return json.dumps(text[:300])[1:-1]
-
-
-def _listed(tensors: Sequence[str]) -> str:
-    more = len(tensors) - NAMED
-    return ", ".join(tensors[:NAMED]) + (f" and {more} more" if more > 0 else "")
