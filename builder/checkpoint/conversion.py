@@ -19,7 +19,7 @@ from typing import Any
 
 from builder import __version__
 from builder.architectures import catalog, names
-from builder.checkpoint import layouts, shards, unified_config
+from builder.checkpoint import layouts, quantized_source, shards, unified_config
 from builder.checkpoint.compressed_tensors import config as compressed_config
 from builder.checkpoint.compressed_tensors import tensors as compressed
 from builder.checkpoint.description import CONFIG, HF_QUANT_CONFIG, Description, Layout, describe_directory
@@ -27,7 +27,7 @@ from builder.checkpoint.layouts import QUANT_CFG, write_json, write_quant_cfg
 from builder.core import atomic
 from builder.core.errors import BuilderError, StageError, UsageError
 from builder.core.output import Output, size
-from builder.core.safetensors_io import Tensors
+from builder.core.safetensors_io import REPAIRS, Tensors
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED, declared
 from builder.model.files import INDEX
@@ -39,7 +39,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "compressed-tensors": "compressed_tensors",
 }
 # What does not go along: weights, and the files that say how they are quantized.
-OWN_FILES = (CONFIG, HF_QUANT_CONFIG, QUANT_CFG, INDEX)
+OWN_FILES = (CONFIG, HF_QUANT_CONFIG, QUANT_CFG, INDEX, REPAIRS)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".engine")
 LARGEST_COMPANION = 1 << 28  # bytes; the largest tokenizer.json known here has 33 MB
 KEYS = ("quantization_config", "compression_config")  # of config.json, in the Hugging Face layouts
@@ -114,6 +114,7 @@ def convert(source: Path, destination: Path, layout: Layout, options: Options = 
     if os.path.lexists(destination):
         raise UsageError(f"{destination} exists.", hint="Name a new directory, or remove this one first.")
     found = describe_directory(source)
+    quantized_source.check(found, str(source))
     if found.layout == layout:
         raise UsageError(f"{source} is in this layout already.", hint=f"Copy it: cp -r {source} {destination}")
     with _complete(destination, sum(file.stat().st_size for file in source.glob("*.safetensors"))) as new:
@@ -147,7 +148,7 @@ def _by_way_of_unified(
     between = destination / ".unified"
     between.mkdir()
     try:
-        first = write(source, between, "unified", options, found)
+        first = write(source, between, "unified", replace(options, done=lambda nbytes: None), found)
         second = write(between, destination, layout, options)
     finally:
         shutil.rmtree(between, ignore_errors=True)

@@ -30,12 +30,22 @@ from builder.checkpoint.repair_rules import Change, Kind, Scale, propose
 from builder.core import atomic
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.manifest import MANIFEST
-from builder.core.safetensors_io import PATCH, NewTensor, Tensors, byte_size, patch_name, read_header, write
+from builder.core.safetensors_io import (
+    PATCH,
+    REPAIRS,
+    NewTensor,
+    Tensors,
+    byte_size,
+    patch_name,
+    read_header,
+    read_metadata,
+    write,
+)
 from builder.formats.base import SCALAR
 from builder.model.files import INDEX, WEIGHTS
 
-REPORT = "repair.json"
 RENAMED = "model-00001-of-00001.safetensors"
+LARGEST_F16 = 65504.0
 # Conflicts between files that a repair can't cure, and that make its index wrong.
 FILES = ("truncated", "damaged", "overlap", "index", "missing-file", "duplicate")
 
@@ -103,10 +113,10 @@ def scales(layout: Layout, wanted: Mapping[str, Expected]) -> Iterator[Scale]:
 def undo(path: Path) -> list[str]:
     """Removes all repairs of a directory; afterwards its files are those from before, byte for byte. Returns the names
     of the patches. UsageError if there are none."""
-    if not (path / REPORT).is_file():
-        raise UsageError(f"{path} has no {REPORT}: nothing was repaired in it.")
-    report = read_json(path / REPORT)
-    patches = [str(one["file"]) for one in report["patches"]]
+    if not (path / REPAIRS).is_file():
+        raise UsageError(f"{path} has no {REPAIRS}: nothing was repaired in it.")
+    report = _read_report(path)
+    patches = [one["file"] for one in report["patches"]]
     if report["renamed"] and not (path / WEIGHTS).exists():
         os.link(path / RENAMED, path / WEIGHTS)
     if report["index"] is None:
@@ -117,7 +127,7 @@ def undo(path: Path) -> list[str]:
         (path / RENAMED).unlink(missing_ok=True)
     for patch in patches:
         (path / patch).unlink(missing_ok=True)
-    (path / REPORT).unlink()
+    (path / REPAIRS).unlink()
     atomic.fsync(path)
     return patches
 
@@ -166,11 +176,11 @@ def _check_place(path: Path) -> None:
 
 
 def _tensor(layout: Layout, change: Change, want: Expected) -> NewTensor:
-    """The new tensor, in the dtype and shape of the old one."""
+    """The new tensor, in the shape of the old one, and in its dtype if that can hold the value."""
     info = layout.tensors.get(change.tensor)
-    dtype = info.dtype if info else "F32"
-    shape = info.shape if info else ((1,) if layout.compressed else ())
     value = 1 / change.new if layout.divides(want.stored) else change.new
+    dtype = info.dtype if info and not (info.dtype == "F16" and abs(value) > LARGEST_F16) else "F32"
+    shape = info.shape if info else ((1,) if layout.compressed else ())
     return NewTensor(change.tensor, dtype, shape, [_bytes(dtype, value)])
 
 
@@ -193,7 +203,7 @@ def _patch(layout: Layout, tensors: Sequence[NewTensor], changes: Sequence[Chang
     name = patch_name(len(report["patches"]) + 1)
     index = _index(layout, tensors, name, renamed=report["renamed"])
     report["patches"].append({"file": name, "changes": [one.facts() for one in changes]})
-    atomic.replace_file(folder / REPORT, json.dumps(report, indent=1))
+    atomic.replace_file(folder / REPAIRS, json.dumps(report, indent=1))
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         write(temporary, tensors, {"format": "pt"})
@@ -215,11 +225,25 @@ def _patch(layout: Layout, tensors: Sequence[NewTensor], changes: Sequence[Chang
 def _report(folder: Path) -> dict[str, Any]:
     """The report so far. index: the index's text from before the first repair, None without one. renamed: whether
     model.safetensors has another name now."""
-    if (folder / REPORT).is_file():
-        return read_json(folder / REPORT)
+    if (folder / REPAIRS).is_file():
+        return _read_report(folder)
     index = (folder / INDEX).read_text(encoding="utf-8") if (folder / INDEX).is_file() else None
     renamed = index is None and (folder / WEIGHTS).is_file()
     return {"builder": __version__, "index": index, "renamed": renamed, "patches": []}
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """The report of a directory, which may come from anywhere. IntegrityError for one that no repair wrote."""
+    report = read_json(folder / REPAIRS)
+    index, renamed, patches = report.get("index"), report.get("renamed"), report.get("patches")
+    files = [one.get("file") if isinstance(one, dict) else None for one in patches] if isinstance(patches, list) else []
+    sound = files and all(isinstance(file, str) and PATCH.fullmatch(file) for file in files)
+    if not (sound and isinstance(index, str | None) and isinstance(renamed, bool)):
+        raise IntegrityError(
+            f"{folder / REPAIRS} was not written by a repair.",
+            hint="Fetch or copy the checkpoint again, and repair it anew.",
+        )
+    return report
 
 
 def _index(layout: Layout, patched: Sequence[NewTensor], patch: str, *, renamed: bool) -> dict[str, Any]:
@@ -254,10 +278,11 @@ def _rewrite(layout: Layout, changed: Mapping[str, NewTensor], output: Path) -> 
         new = (layout.tensors.keys() | changed.keys()) - {name for names in held.values() for name in names}
         held[kept[0]] += sorted(new)
         weights = {name: WEIGHTS if len(kept) == 1 else file.name for file, names in held.items() for name in names}
-        for names in held.values():
-            write(temporary / weights[names[0]], _written(layout.tensors, names, changed), {"format": "pt"})
+        for file, names in held.items():  # with its notes on scales, which a conversion back needs
+            notes = {"format": "pt", **read_metadata(file)}
+            write(temporary / weights[names[0]], _written(layout.tensors, names, changed), notes)
         for file in layout.folder.iterdir():
-            if file.is_file() and file.suffix != ".safetensors" and file.name not in (REPORT, INDEX):
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in (REPAIRS, INDEX):
                 shutil.copyfile(file, temporary / file.name)
         if len(kept) > 1:
             size = sum(byte_size(one.dtype, one.shape) for one in changed.values())

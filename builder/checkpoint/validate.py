@@ -138,7 +138,7 @@ def _inspect(layout: Layout) -> Summary:
     found = dict.fromkeys((NVFP4, FP8, BF16, *linears))
     return Summary(
         tensors=len(layout.tensors),
-        decoder_layers=layout.config["num_hidden_layers"],
+        decoder_layers=layout.config.get("num_hidden_layers", 0),
         linears={one.label: linears[one] for one in found},
         bits_per_weight=_bits([layout.main], nbytes, weights),
         effective_bits=_bits(list(found), nbytes, weights),

@@ -39,6 +39,7 @@ MAX_HEADER_BYTES = 100_000_000  # safetensors/src/tensor.rs, MAX_HEADER_SIZE
 CHUNK_BYTES = 16 * 1024 * 1024
 # A file whose tensors replace those of the same name, where the index names it for them (`builder repair`).
 PATCH = re.compile(r"repair-(\d{4})\.safetensors")
+REPAIRS = "repair.json"  # what was repaired, and what undoes it
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 # How much of a file's beginning is read first: enough for the header length, and to recognize a Git LFS pointer.
 HEAD_BYTES = len(LFS_POINTER)

@@ -22,7 +22,7 @@ from builder.checkpoint.layouts import Checkpoint, read_json, write_json
 from builder.checkpoint.quantized_source import Formats
 from builder.checkpoint.shards import write_shards
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.core.safetensors_io import PATCH, NewTensor, Tensors
+from builder.core.safetensors_io import PATCH, REPAIRS, NewTensor, Tensors
 from builder.core.store import Store, sha256, sources_digest
 from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Snapshot, Source
@@ -119,7 +119,7 @@ def _unified(snapshot: Snapshot, asked: ImportRequest, unified: Path, companions
         return made.lost
     repaired = any(PATCH.fullmatch(name) for name in snapshot.files)
     for name in snapshot.files:
-        if not (repaired and (name.endswith(".safetensors") or name == model_files.INDEX)):
+        if not (repaired and (name.endswith(".safetensors") or name in (model_files.INDEX, REPAIRS))):
             shutil.copyfile(snapshot.path / name, unified / name)
     if repaired:
         _write_repaired(snapshot.path, unified)

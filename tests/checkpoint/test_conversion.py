@@ -309,3 +309,13 @@ def test_what_a_killed_conversion_left_is_removed(made: Path, tmp_path: Path) ->
     (stale / "model.safetensors").write_bytes(b"1")
     convert(made / "qwen2" / "unified", tmp_path / "new", "compressed_tensors")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_source_that_contradicts_itself_is_not_converted(made: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(made / "llama" / "unified", tmp_path / "source")
+    said = json.loads((source / "hf_quant_config.json").read_text())
+    said["quantization"] |= {"kv_cache_quant_algo": None}
+    (source / "hf_quant_config.json").write_text(json.dumps(said))
+    with pytest.raises(IntegrityError, match="contradict"):
+        convert(source, tmp_path / "new", "compressed_tensors")
+    assert not (tmp_path / "new").exists()

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.checkpoint import layouts, repair, validate
+from builder.checkpoint import conversion, layouts, repair, validate
 from builder.checkpoint.repair_rules import Scale, propose
 from builder.cli import main
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
-from builder.core.safetensors_io import NewTensor, Tensors, read_header
+from builder.core.safetensors_io import NewTensor, Tensors, read_header, read_metadata
 from builder.model import completeness
 
 L = "model.layers."
@@ -238,3 +238,69 @@ def test_every_input_and_kv_scale_becomes_a_number_and_stays_it(
     after = [Scale(s.tensor, s.kind, new.get(s.tensor, s.value), s.group) for s in scales]
     assert all(one.sound for one in after)
     assert propose(after) == ([], [])
+
+
+def test_a_report_from_elsewhere_removes_nothing(damaged: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("here")
+    hostile = {"index": None, "renamed": False, "patches": [{"file": str(victim)}]}
+    outside = {**hostile, "patches": [{"file": "../victim"}]}
+    index = {"index": 7, "renamed": False, "patches": [{"file": "repair-0001.safetensors"}]}
+    for report in (hostile, outside, index, {}, {"patches": [], "index": None, "renamed": False}):
+        (damaged / "repair.json").write_text(json.dumps(report))
+        for again in (repair.undo, repair.repair):
+            with pytest.raises(IntegrityError, match="not written by a repair"):
+                again(damaged)
+    assert victim.is_file()
+
+
+def test_a_repair_that_was_killed_before_the_index_is_undone_or_done_again(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (damaged / "model.safetensors").rename(damaged / "model-00001-of-00001.safetensors")
+    names = read_header(damaged / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    before, replace_file = hashes(damaged), repair.atomic.replace_file
+
+    def killed(path: Path, text: str) -> None:
+        if path.name.endswith("index.json"):
+            raise KeyboardInterrupt
+        replace_file(path, text)
+
+    for again in (repair.undo, repair.repair):
+        monkeypatch.setattr(repair.atomic, "replace_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            repair.repair(damaged)
+        monkeypatch.setattr(repair.atomic, "replace_file", replace_file)
+        assert (damaged / "repair-0001.safetensors").is_file()
+        again(damaged)
+    assert not validate.inspect(damaged).errors
+    repair.undo(damaged)
+    assert hashes(damaged) == before
+
+
+def test_a_value_that_half_precision_can_not_hold_is_written_in_single(sound: Path, tmp_path: Path) -> None:
+    compressed = tmp_path / "compressed"
+    conversion.convert(sound, compressed, "compressed_tensors")
+    name = f"{L}3.mlp.down_proj.input_global_scale"
+    half = NewTensor(name, "F16", Tensors(compressed)[name].shape, [struct.pack("<e", math.inf)])
+    [layout] = repair.open_all(exports.rewrite(compressed, tmp_path / "half", {name: half}))
+    want = repair.expected.of(layout)[name]
+    made = {scale: repair._tensor(layout, repair.Change(name, None, scale, ""), want) for scale in (1e-3, 1e-6)}
+    assert [one.dtype for one in made.values()] == ["F16", "F32"]
+
+
+def test_a_conversion_leaves_the_report_behind_and_a_copy_keeps_the_notes(damaged: Path, tmp_path: Path) -> None:
+    repair.repair(damaged)
+    broken, name = tmp_path / "compressed", f"{L}0.self_attn.o_proj.input_global_scale"
+    conversion.convert(damaged, broken, "compressed_tensors")
+    assert not (broken / "repair.json").exists()
+    tensors = Tensors(broken)
+    [file] = tensors.files
+    notes, content, place = read_metadata(file), bytearray(file.read_bytes()), tensors[name]
+    assert "converted_from" in notes
+    content[place.begin : place.end] = struct.pack("<f", NAN)
+    file.write_bytes(content)
+    assert repair.repair(broken, output=tmp_path / "copy").changes
+    assert read_metadata(tmp_path / "copy" / "model.safetensors") == notes

@@ -263,3 +263,13 @@ def test_a_git_lfs_pointer_is_named(checkpoints: dict[str, Path], tmp_path: Path
     (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(IntegrityError, match="Git LFS"):
         inspect(directory).check()
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_a_configuration_without_sizes_is_named(checkpoints: dict[str, Path], tmp_path: Path, key: str) -> None:
+    unified = exports.rewrite(checkpoints["qwen3"] / "unified", tmp_path / "unified", {})
+    config = layouts.read_json(unified / "config.json")
+    del config[key]
+    (unified / "config.json").write_text(json.dumps(config))
+    with pytest.raises(IntegrityError, match=key):
+        inspect(unified)

@@ -16,7 +16,7 @@ from builder.core.safetensors_io import PATCH, TensorInfo, Tensors, read_entries
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.model.files import INDEX, WEIGHTS
 
-_SHARD = re.compile(r"(model|pytorch_model|repair)-\d+(-of-\d+)?\.safetensors")
+_SHARD = re.compile(r"(model|pytorch_model)-\d+(-of-\d+)?\.safetensors")
 
 
 @dataclass

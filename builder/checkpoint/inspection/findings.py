@@ -53,7 +53,7 @@ KINDS: Mapping[str, Kind] = {
     "index": Kind(
         "the index and the files disagree",
         "Loaders that follow the index don't find these tensors, or take others.",
-        f"{FETCH} Or write it anew: builder convert {CHECKPOINT} NEW --to unified",
+        FETCH,
     ),
     "index-size": Kind(
         "the index states another size",

@@ -17,11 +17,13 @@ from builder.checkpoint.inspection.files import Opened
 from builder.checkpoint.inspection.findings import Finding
 from builder.checkpoint.layout_names import LayoutNames
 from builder.checkpoint.layouts import read_json
+from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import Tensors
 from builder.formats.base import NumberFormat, StoredTensor
 from builder.formats.declared import DeclaredFormats
 from builder.formats.kv_cache import KvCacheFormat
-from builder.formats.registry import NVFP4
+from builder.formats.registry import BF16
+from builder.model import tensor_names
 
 CONFIG = "config.json"
 FOLDERS = ("", "unified", "tensorrt_llm", "compressed_tensors")  # where a checkpoint has its layouts
@@ -80,7 +82,7 @@ class Layout:
     @property
     def main(self) -> NumberFormat:
         """The format that names the checkpoint: the one with the fewest bits."""
-        return min(self.formats.used, key=lambda one: one.bits, default=NVFP4)
+        return min(self.formats.used, key=lambda one: one.bits, default=BF16)
 
     @property
     def head(self) -> str:
@@ -144,8 +146,19 @@ def _open(folder: Path, here: bool) -> Iterator[Layout]:
         said = description.describe(documents, one.tensors, str(folder))
         name = which if len(opened) == 1 else f"{which} rank{rank}"
         common = config if which == "tensorrt_llm" else catalog.with_common_keys(config)
+        _check_sizes(common, folder)
         known = layout_names.tensorrt_llm(common) if which == "tensorrt_llm" else layout_names.unified(common)
         layout = Layout(name, folder, said, common, one, known, rank, here)
         for tensor, what, kind in one.problems:
             layout.report(tensor, what, kind)
         yield layout
+
+
+def _check_sizes(config: Mapping[str, Any], folder: Path) -> None:
+    """IntegrityError for a configuration without the sizes that the shapes of the tensors follow from."""
+    known = catalog.of(config).tensors is not None or catalog.engine_of(config) is not None
+    if known and (lacking := [key for key in tensor_names.NEEDED if config.get(key) is None]):
+        raise IntegrityError(
+            f"{folder / CONFIG} lacks {', '.join(lacking)}.",
+            hint="Copy config.json again from the checkpoint or from the original model.",
+        )

@@ -56,7 +56,7 @@ def show_repair(done: Repair, out: Output) -> None:
         out.table(f"{len(done.changes)} scales replaced", ["tensor", "old", "new", "rule"], rows)
     more = len(done.changes) - len(shown)
     if more:
-        out.info(f"and {more} more: all are in repair.json and in --json")
+        out.info(f"and {more} more: all are in {'repair.json and in ' * bool(done.patch)}--json")
     guesses = sum(not one.sure for one in done.changes)
     if guesses:
         text = (
