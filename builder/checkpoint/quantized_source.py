@@ -15,6 +15,7 @@ from builder.architectures import catalog, names
 from builder.checkpoint.description import TITLES, Description
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import TensorInfo
+from builder.formats import registry
 from builder.formats.assignment import Layers
 from builder.formats.base import NumberFormat, StoredTensor
 from builder.formats.registry import BF16
@@ -31,6 +32,12 @@ class Formats:
 
     whole: NumberFormat
     layers: Layers
+
+    @property
+    def quantized(self) -> tuple[NumberFormat, ...]:
+        """The quantized formats among them, `whole` first."""
+        every = (self.whole, *(registry.get(name) for name, modules in self.layers.items() if modules))
+        return tuple(one for one in every if one.quant_algo is not None)
 
 
 @dataclass

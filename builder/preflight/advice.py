@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from builder.core.errors import BuilderError, UnsupportedError, UsageError
+from builder.recipe.schema import Resolved
 from builder.targets.base import Inputs
 
 FLAG = re.compile(r"--(gpu|target|format|kv-cache-dtype|tp|pp) ([\w.-]*\w)")
@@ -24,6 +25,7 @@ KEYS: Mapping[str, str] = {
 }
 ALTERNATIVES = re.compile(r"[,;]? or |\. Or |; ")
 STOP = re.compile(r"`builder quantize([^`]*)`")  # the command that needs no target
+DECIDED = re.compile(r"--(format|kv-cache-dtype|keep-)")  # what can't be chosen for a model that is quantized already
 MOST = 6  # refusals after each other; each changes a setting
 Check = Callable[[Inputs, bool], object]
 
@@ -44,12 +46,24 @@ def flags(changed: Mapping[str, str]) -> str:
     return " ".join(f"--{names[key]} {v}" if key in names else f"--set {key}={v}" for key, v in changed.items())
 
 
+def possible(error: BuilderError, resolved: Resolved) -> BuilderError:
+    """The error, for a model that is quantized already without the alternatives that would choose its formats."""
+    if resolved.stored is None or not DECIDED.search(error.hint):
+        return error
+    parts = [part.strip(" .") for part in ALTERNATIVES.split(error.hint)]
+    left = [part for part in parts if part and not DECIDED.search(part)]
+    hint = "; or ".join([*left, "give the original model, which is quantized to what this GPU and target run"])
+    why = f"{error.why} The checkpoint is in its formats already.".strip()
+    return type(error)(error.what, why=why, hint=f"{hint[0].upper()}{hint[1:]}.")
+
+
 def tried(error: BuilderError, inputs: Inputs, check: Check) -> BuilderError:
     """The error with advice that was tried.
 
     check: raises a BuilderError if the inputs are refused; its second argument is false where only a checkpoint is
     wanted.
     """
+    error = possible(error, inputs.resolved)
     asked = settings(error.hint)
     if asked:
         accepted, last = _accepted(asked, inputs, check, layouts=True)
@@ -69,7 +83,8 @@ def _accepted(
     for _ in range(MOST):
         try:
             check(Inputs(inputs.resolved.changed(found), inputs.config, inputs.answers), layouts)
-        except (UnsupportedError, UsageError) as error:
+        except (UnsupportedError, UsageError) as refused:
+            error = possible(refused, inputs.resolved)
             more = {key: value for key, value in settings(error.hint).items() if found.get(key) != value}
             if not more:
                 return found, error

@@ -17,7 +17,7 @@ from builder.formats.assignment import Layers
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
 from builder.model import multimodal
-from builder.preflight import checks, memory, quantized, suggestions
+from builder.preflight import advice, checks, memory, quantized, suggestions
 from builder.preflight.memory import Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
 from builder.preflight.quantized import Quantized
@@ -143,7 +143,7 @@ def _prepare_quantized(resolved: Resolved, source: Source, store: Store, layouts
         settings = checks.check_model(inputs, layouts=layouts)
         checks.check_kept(resolved.recipe, model, settings)
     except UnsupportedError as error:
-        raise quantized.explained(error) from None
+        raise advice.possible(error, resolved) from None
     part = resolved.recipe.quantization
     requested_layouts.check(part.layouts, found.found.layers.values(), found.cache)
     checks.check_gate(resolved.recipe, settings)

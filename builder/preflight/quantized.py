@@ -223,15 +223,24 @@ def _last(module: str) -> str:
 
 
 def _with_formats(resolved: Resolved, formats: Formats, cache: KvCacheFormat, linears: Sequence[str]) -> Resolved:
-    """The recipe with the checkpoint's formats in the place of the defaults. linears: the model's linear layers."""
-    recipe = resolved.recipe
+    """The recipe with the checkpoint's formats in the place of the defaults, also where advice changes the recipe.
+
+    linears: the model's linear layers.
+    """
+    recipe, again = resolved.recipe, resolved.changed
     fp8 = tuple(
         f"*.{name}" if every else name for name, every in _summarized(formats.layers.get(FP8.name, ()), linears)
     )
     stated = {"format": formats.whole.name, "kv_cache_dtype": cache.name, "keep_fp8": fp8}
     part = recipe.quantization.model_copy(update=stated)
     origins = {**resolved.origins, **{f"quantization.{key}": ORIGIN for key, value in stated.items() if value}}
-    return replace(resolved, recipe=recipe.model_copy(update={"quantization": part}), origins=origins)
+    return replace(
+        resolved,
+        recipe=recipe.model_copy(update={"quantization": part}),
+        origins=origins,
+        again=lambda more: _with_formats(again(more), formats, cache, linears),
+        stored=formats.quantized,
+    )
 
 
 def check_unquantized(recipe: Recipe) -> None:
@@ -263,16 +272,4 @@ def not_quantizable(where: str, doing: str) -> UsageError:
         f"{where} is quantized already.",
         why=f"{doing} what quantizing a model costs.",
         hint="Give the original model.",
-    )
-
-
-def explained(error: UnsupportedError) -> UnsupportedError:
-    """An error of the target or the GPU, for a model whose formats can't be chosen any more: without such a hint."""
-    if not any(flag in error.hint for flag in ("--format", "--kv-cache-dtype", "--keep-")):
-        return error
-    return UnsupportedError(
-        error.what,
-        why=f"{error.why} The checkpoint is in these formats already.".strip(),
-        hint="Give the original model, which is quantized to what this GPU and target run, or choose another --gpu or "
-        "--target.",
     )

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from builder.core.errors import UsageError
+from builder.formats.base import NumberFormat
+from builder.formats.declared import MIXED
 from builder.machine import gpus
 from builder.recipe import card_formats
 from builder.recipe.base import Natural, Part, Positive, Processes, Ranks
@@ -182,12 +184,27 @@ class Recipe(Part):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A recipe, its GPU profile, and for each dotted key that is not a default the source that set it."""
+    """A recipe, its GPU profile, and for each dotted key that is not a default the source that set it.
+
+    stored: the quantized formats of a model that is quantized already, that of most layers first; None for one that is
+    not. A checkpoint can mix formats that no recipe mixes.
+    """
 
     recipe: Recipe
     gpu: gpus.GpuProfile
     origins: Mapping[str, str]
     again: Callable[[Mapping[str, Any]], Resolved] | None = field(default=None, compare=False, repr=False)
+    stored: tuple[NumberFormat, ...] | None = None
+
+    @property
+    def quantized_formats(self) -> tuple[NumberFormat, ...]:
+        """The formats that the card must run: those of the checkpoint, or those that the recipe quantizes to."""
+        return self.stored or self.recipe.quantization.quantized_formats
+
+    @property
+    def quant_algo(self) -> str | None:
+        """What the configuration of the checkpoint calls its weights."""
+        return MIXED if len(self.stored or ()) > 1 else self.recipe.quantization.quant_algo
 
     def changed(self, flags: Mapping[str, Any]) -> Resolved:
         """The recipe of the same sources and these flags ({dotted key: value}). Raises what `resolve` raises."""

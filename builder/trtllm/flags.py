@@ -128,7 +128,7 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any], answers: Sequ
         version=load(asked.engine.tensorrt_llm),
         sm=gpu.sm,
         architecture=catalog.engine_architecture(config),
-        quant_algo=asked.quantization.quant_algo,
+        quant_algo=resolved.quant_algo,
         whole_algo=asked.quantization.number_format.quant_algo,
         kv_cache_algo=asked.quantization.cache_format.quant_algo,
         tp=tp,
@@ -157,14 +157,14 @@ def check_format(resolved: schema.Resolved) -> None:
     part, target = asked.quantization, target_facts(asked.target)
     if not target.needs_gpu or resolved.gpu.sm is None:
         return
-    wanted: list[NumberFormat | KvCacheFormat] = [*part.quantized_formats, part.cache_format]
+    wanted: list[NumberFormat | KvCacheFormat] = [*resolved.quantized_formats, part.cache_format]
     for one in wanted:
         if not card_formats.runs(one, resolved.gpu, asked.target):
             raise _does_not_run(one, resolved)
         if not card_formats.runs(one, resolved.gpu, asked.target, asked.engine.tensorrt_llm):
             raise _too_old(one, resolved)
     facts = load(asked.engine.tensorrt_llm).facts if target.builds_tensorrt else {}
-    if part.quant_algo == MIXED and "mixed_precision" in facts:
+    if resolved.quant_algo == MIXED and "mixed_precision" in facts:
         raise UnsupportedError(
             f"trtllm-build {asked.engine.tensorrt_llm} is not known to build {part.number_format.title} with layers in "
             "FP8.",

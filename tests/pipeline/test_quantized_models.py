@@ -22,6 +22,7 @@ from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, Tensors, read_header
 from builder.core.store import Store
 from builder.formats import registry
+from builder.preflight import advice
 from builder.recipe import schema
 from builder.tokenizer import files as tokenizer_files
 
@@ -266,6 +267,32 @@ def test_a_format_that_the_card_can_not_run_is_named_without_a_flag_that_can_not
         planned(nvfp4, tmp_path / "out", gpu="sm80", target="engine")
     assert "--format" not in raised.value.hint
     assert "original model" in raised.value.hint
+    assert "--gpu cpu" in raised.value.hint
+    assert planned(nvfp4, tmp_path / "out", gpu="cpu").prepared.quantized
+
+
+def test_every_format_of_a_mixed_checkpoint_is_checked_against_the_card(tmp_path: Path) -> None:
+    model = companions(
+        fabricated.unified(MODEL, registry.NVFP4, tmp_path / "model", attention=registry.get("fp8_pc_pt"))
+    )
+    found = planned(model, tmp_path / "out")
+    assert found.resolved.quant_algo == "MIXED_PRECISION"
+    assert [one.name for one in found.resolved.quantized_formats] == ["nvfp4", "fp8_pc_pt"]
+    with pytest.raises(UnsupportedError, match="sm100 can't run FP8 per channel") as raised:
+        planned(model, tmp_path / "out", gpu="sm100", target="engine")
+    assert "--format" not in raised.value.hint
+
+
+def test_advice_is_tried_with_the_formats_of_the_checkpoint(tmp_path: Path) -> None:
+    """No engine is built of a mixture, and the LLM API runs no NVFP4 on sm80: both have to change."""
+    moe = MODEL.parent / "arch-variants" / "qwen3_moe"
+    source = companions(fabricated.unified(moe, registry.NVFP4, tmp_path / "source"))
+    model = changed(source, tmp_path / "model", cache=None)  # heads of 32 have no kernel with an FP8 cache on sm120
+    with pytest.raises(UnsupportedError) as raised:
+        planned(model, tmp_path / "out", gpu="sm80", target="engine")
+    settings = advice.settings(raised.value.hint)
+    assert settings["target"] == "llmapi"
+    assert planned(model, tmp_path / "out", **{"gpu": "sm80", **settings}).resolved.gpu.name != "sm80"
 
 
 def without(name: str) -> Callable[[Path, Path], Path]:

@@ -15,19 +15,30 @@ from builder.architectures import catalog, names
 from builder.checkpoint.layouts import read_json
 from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats.base import NumberFormat, StoredTensor
+from builder.formats.declared import MIXED
 
 
-def unified(source: Path, one: NumberFormat, destination: Path, *, excluded: Sequence[str] = ()) -> Path:
-    """Writes the model in the Hugging Face layout, its linear layers in a format but for the `excluded` ones."""
+def unified(
+    source: Path,
+    one: NumberFormat,
+    destination: Path,
+    *,
+    excluded: Sequence[str] = (),
+    attention: NumberFormat | None = None,
+) -> Path:
+    """Writes the model in the Hugging Face layout, its linear layers in a format but for the `excluded` ones and, where
+    it gets a format of its own, `attention`."""
     config = read_json(source / "config.json")
     architecture, tensors = catalog.of(config), Tensors(source)
     made: list[NewTensor] = []
+    formats: dict[str, NumberFormat] = {}
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
         if names.is_quantizable(architecture, name, info.shape) and module not in excluded:
+            formats[module] = kind = attention if attention and names.in_attention(architecture, module) else one
             role = names.role(architecture, module)
             group = names.group_of(architecture, module)
-            for tensor in (tensor for tensor in one.tensors if tensor.held(role, unified=True)):
+            for tensor in (tensor for tensor in kind.tensors if tensor.held(role, unified=True)):
                 made.append(_tensor(f"{module}.{tensor.unified}", tensor, info.shape, group))
         elif name != "lm_head.weight" or not config.get("tie_word_embeddings"):
             made.append(NewTensor(name, info.dtype, info.shape, tensors.chunks(name)))
@@ -38,6 +49,9 @@ def unified(source: Path, one: NumberFormat, destination: Path, *, excluded: Seq
     write(destination / "model.safetensors", made, {"format": "pt"})
     (destination / "config.json").write_text(json.dumps(config))
     quantization = {**one.layer_entry, "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head", *excluded]}
+    if attention:
+        listed = {module: kind.layer_entry for module, kind in formats.items()}
+        quantization |= {"quant_algo": MIXED, "quantized_layers": listed}
     said = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": quantization}
     (destination / "hf_quant_config.json").write_text(json.dumps(said))
     return destination
