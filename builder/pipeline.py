@@ -17,7 +17,7 @@ from builder.evaluate.variants import Models
 from builder.hub.snapshot import Snapshot, fetch, open_source
 from builder.preflight import checks
 from builder.preflight.prepare import Prepared, check_fit, prepare, tell
-from builder.preflight.quantized import NO_ORIGINAL, Quantized, check_runners, not_quantizable, opened
+from builder.preflight.quantized import NO_ORIGINAL, Quantized, check_runners, compares, not_quantizable, opened
 from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
@@ -61,8 +61,9 @@ class Built:
 
     @property
     def models(self) -> Models:
-        """What an evaluation can measure."""
-        return Models(self.original or self.snapshot, self.calibration, self.checkpoint, self.repository)
+        """What an evaluation can measure, with the model that BF16 means and that the tokenizer is from."""
+        source = self.original or (tokenizer_source(self.checkpoint, self.snapshot) if self.checkpoint else None)
+        return Models(source or self.snapshot, self.calibration, self.checkpoint, self.repository)
 
 
 # How far a build must go for each runner of an evaluation.
@@ -82,10 +83,12 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     the quality check, which runs before the engine is built. All artifacts are kept, and so is the verdict.
     """
     recipe = resolved.recipe
-    built = _run(resolved, store, until, quality=recipe.quality.check and not recipe.evaluation.limits)
+    gate = bool(recipe.evaluation.limits) and STAGES.index(until) >= STAGES.index(stage_needed(recipe))
+    quality = recipe.quality.check and not recipe.evaluation.limits
+    built = _run(resolved, store, until, quality=quality, measured=gate)
     if store.dry or built.verdict:  # the quality check failed
         return built
-    if recipe.evaluation.limits and STAGES.index(until) >= STAGES.index(stage_needed(recipe)):
+    if gate:
         built = replace(built, evaluation=evaluate_built(built, recipe, store))
     return built if built.repository is None else _published(built, store)
 
@@ -103,17 +106,22 @@ def _run(resolved: Resolved, store: Store, until: str, *, quality: bool = False,
     """Checks everything that can be checked before any work, then runs the stages.
 
     measured: the recipe's runners will measure the result."""
-    wanted = stages_until(until)
     check_target(resolved, store, until)
-    if "checkpoint" not in wanted:
+    if until == "snapshot":
         source = open_source(resolved.recipe.model, store=store)
         if source.quantized:
             opened(source)  # says what can't be served before it is downloaded
-        return Built(fetch(resolved.recipe.model, store=store, source=source))
+        if not (source.quantized and measured):
+            return Built(fetch(resolved.recipe.model, store=store, source=source))
+        until = "checkpoint"  # BF16 is then the original, which is fetched with it
+    wanted = stages_until(until)
     prepared = prepare(resolved, store, layouts="engine" in wanted)
     if prepared.quantized and (measured or resolved.recipe.evaluation.limits):
         check_runners(resolved.recipe, prepared.quantized)
-    return run_stages(prepared, store, until, quality=quality and "repository" in wanted)
+    quality = quality and "repository" in wanted
+    return run_stages(
+        prepared, store, until, quality=quality, original=quality or (measured and compares(resolved.recipe))
+    )
 
 
 def stages_until(until: str) -> tuple[str, ...]:
@@ -132,8 +140,10 @@ def check_target(resolved: Resolved, store: Store, until: str) -> None:
         by.check_templates(resolved.recipe.engine.tensorrt_llm)
 
 
-def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = False) -> Built:
-    """The stages in order. With `quality`, it ends after the checkpoint if the quality check fails."""
+def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = False, original: bool = False) -> Built:
+    """The stages in order. With `quality`, it ends after the checkpoint if the quality check fails.
+
+    original: fetch what a quantized model was made from too, if it was named, because something compares with it."""
     recipe, wanted, asked = prepared.recipe, stages_until(until), prepared
 
     def check_room(prepared: Prepared) -> None:
@@ -152,6 +162,9 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
     tell(prepared, store)
     if prepared.quantized is not None:
         imported = _imported(prepared, prepared.quantized, snapshot, store)
+        named = prepared.quantized.original
+        if named and original:
+            imported = replace(imported, original=fetch(named.model, store=store, source=named))
         return _serve(_checked(imported, store) if quality else imported, wanted, store)
 
     if recipe.quantization.as_it_is:
@@ -175,10 +188,10 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 
 
 def _imported(prepared: Prepared, quantized: Quantized, snapshot: Snapshot, store: Store) -> Built:
-    """The checkpoint of a model that is quantized already, and the model that it was made from if it was named."""
-    source, recipe = quantized.original, prepared.recipe
+    """The checkpoint of a model that is quantized already."""
+    recipe = prepared.recipe
     layouts = ("unified", "tensorrt_llm") if quantized.writes_engine_layout else ("unified",)
-    companions = source if quantized.found.layout == "tensorrt_llm" else None
+    companions = quantized.original if quantized.found.layout == "tensorrt_llm" else None
     asked = ImportRequest(quantized.found, quantized.cache, quantized.formats, layouts, companions)
     if recipe.calibration.scales:
         rows = calibrate(recipe.calibration, store=store)
@@ -186,9 +199,7 @@ def _imported(prepared: Prepared, quantized: Quantized, snapshot: Snapshot, stor
         part = ScalesRequest(recipe.calibration, quantized.cache.name, recipe.model.trust_remote_code)
         asked = replace(asked, rows=rows, scales=part)
     checkpoint = import_checkpoint(snapshot, asked, store=store)
-    measured = source is not None and (recipe.quality.check or recipe.evaluation.limits)
-    original = fetch(source.model, store=store, source=source) if source and measured else None
-    return Built(snapshot, prepared, asked.rows, checkpoint, original=original)
+    return Built(snapshot, prepared, asked.rows, checkpoint)
 
 
 def _checked(built: Built, store: Store) -> Built:

@@ -144,7 +144,7 @@ def _quality(prepared: Prepared, store: Store) -> list[Row]:
 
     host = memory.machine(store.root)
     try:
-        built = pipeline.run_stages(prepared, store, "checkpoint")
+        built = pipeline.run_stages(prepared, store, "checkpoint", original=True)
         found = check_quality(built.models, (built.prepared or prepared).model, recipe, host, store=store)
     except WouldRun:
         took, needs = cost(prepared.model, recipe, host)
@@ -165,7 +165,7 @@ def _gate(prepared: Prepared, store: Store) -> list[Row]:
         return []
     gate = "a gate (" + ", ".join(f"{metric} {limit:g}" for metric, limit in limits.items()) + ")"
     try:
-        built = pipeline.run_stages(prepared, store, pipeline.stage_needed(recipe))
+        built = pipeline.run_stages(prepared, store, pipeline.stage_needed(recipe), original=True)
         found = pipeline.evaluate_built(built, recipe, store)
     except EvaluationError as error:
         return [("evaluation", "cached", f"{gate}: {error.what}")]

@@ -254,11 +254,16 @@ def check_unquantized(recipe: Recipe) -> None:
         )
 
 
+def compares(recipe: Recipe) -> bool:
+    """Whether measuring the recipe's runners compares with the model before it was quantized."""
+    return "bf16" in recipe.evaluation.runners or bool(recipe.evaluation.limits)
+
+
 def check_runners(recipe: Recipe, quantized: Quantized) -> None:
     """UsageError for a measurement that needs what a quantized model does not have."""
     if "simulated" in recipe.evaluation.runners:
         raise not_quantizable(recipe.model.id, "The runner `simulated` measures")
-    if quantized.original is None and ("bf16" in recipe.evaluation.runners or recipe.evaluation.limits):
+    if quantized.original is None and compares(recipe):
         raise UsageError(
             f"{recipe.model.id} is quantized, and there is no original to compare it with.",
             why="The runner `bf16` and the limits of the gate compare with the model before it was quantized.",

@@ -255,6 +255,37 @@ def test_measurements_that_need_the_original_are_rejected(
         pipeline.measure(resolved(nvfp4, **flags), Store(tmp_path / "out", Output("quiet")))
 
 
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ({"evaluation.runners": ["bf16"]}, True),
+        ({"evaluation.runners": ["bf16", "checkpoint"], "quality.check": False}, True),
+        ({"evaluation.runners": ["checkpoint"]}, False),
+    ],
+)
+def test_an_evaluation_fetches_the_original_only_where_it_compares_with_it(
+    nvfp4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], wanted: bool
+) -> None:
+    monkeypatch.setattr(pipeline, "evaluate_built", lambda built, *_, **__: built)
+    conversion.convert(nvfp4, tmp_path / "engine", "tensorrt_llm")
+    asked = resolved(tmp_path / "engine", **{"model.original": str(MODEL), **flags})
+    built: Any = pipeline.measure(asked, Store(tmp_path / "out", Output("quiet")))
+    assert (built.original is not None) == wanted
+    measured = built.models.snapshot
+    assert measured.config["architectures"] == ["Qwen3ForCausalLM"]
+    assert (measured.path / "tokenizer.json").is_file()
+    assert len(list((tmp_path / "out" / "snapshot").iterdir())) == 1 + wanted
+
+
+@pytest.mark.parametrize(("until", "flags"), [("checkpoint", {}), ("repository", {"quality.check": False})])
+def test_a_build_without_a_comparison_does_not_fetch_the_original(
+    nvfp4: Path, tmp_path: Path, until: str, flags: dict[str, Any]
+) -> None:
+    asked = resolved(nvfp4, **{"model.original": str(MODEL), **flags})
+    built = pipeline.build(asked, Store(tmp_path / "out", Output("quiet")), until=until)
+    assert built.original is None
+
+
 def test_the_loss_of_its_layers_can_not_be_measured(nvfp4: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is quantized already"):
         pipeline.measure_layers(resolved(nvfp4), Store(tmp_path / "out", Output("quiet")), proxy=True)
