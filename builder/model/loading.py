@@ -121,8 +121,9 @@ def from_directory(directory: Path, shown: Path | str, *, trust_remote_code: boo
         )
     if "key_mapping" in options:
         _forget_names(model, options["key_mapping"])
-        unexpected = [key for key in _keys(info.get("unexpected_keys", ())) if multimodal.language_name(key)]
-        info = {**info, "unexpected_keys": unexpected}
+        others = {name for name in Tensors(directory) if multimodal.language_name(name) is None}
+        # transformers lists those of the language model under the names that they are mapped to.
+        info = {**info, "unexpected_keys": [key for key in _keys(info["unexpected_keys"]) if key not in others]}
     check_loaded(model, info, shown)
     return model
 

@@ -13,9 +13,9 @@ import pytest
 
 from builder.architectures import catalog
 from builder.checkpoint import huggingface
-from builder.core.errors import UnsupportedError
+from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.output import Output
-from builder.core.safetensors_io import Tensors
+from builder.core.safetensors_io import NewTensor, Tensors
 from builder.core.store import Store
 from builder.hub.snapshot import open_source
 from builder.model import loading, multimodal
@@ -74,6 +74,7 @@ def test_the_language_model_is_taken_out(model_type: str, text_type: str, name: 
             whole.data(stored[tensor])
         )
     check_saved(model, found.tensors, source, tmp_path / "unified", name)
+    check_unexpected(source, next(stored for stored in whole if stored.endswith("1.self_attn.o_proj.weight")))
 
 
 @pytest.mark.skipif(exports.MODELOPT < (0, 44), reason="transformers 4.57 does not have Qwen3.5")
@@ -99,6 +100,15 @@ def check_saved(model: Any, tensors: Any, source: Path, unified: Path, name: str
     config = json.loads((unified / "config.json").read_text())
     assert config["architectures"] == [name]
     assert not config.keys() & {"vision_config", "text_config", multimodal.MARK}
+
+
+def check_unexpected(source: Path, beside: str) -> None:
+    """A tensor that the language model does not have is named; those of the vision part are not."""
+    planted = beside.replace("o_proj.weight", "o_proj.planted")
+    exports.rewrite(source, source.with_name("planted"), {planted: NewTensor(planted, "BF16", (1,), [b"\0\0"])})
+    with pytest.raises(IntegrityError) as caught:
+        loading.to_quantize({"model": str(source.with_name("planted")), "trust_remote_code": False})
+    assert caught.value.why == f"Unexpected, which transformers ignores: {multimodal.language_name(planted)}."
 
 
 def test_it_is_said(tmp_path: Path) -> None:
