@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from builder.checkpoint import sharding
 from builder.core.errors import UnsupportedError
@@ -32,10 +32,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Smaller:
-    """Formats of the KV cache and of the weights that the card runs, the most accurate first."""
+    """Formats of the KV cache and of the weights that the card runs, the most accurate first.
+
+    cache_of: the KV cache that a recipe gets with such a format of the weights, by its name.
+    """
 
     caches: Sequence[KvCacheFormat] = (kv_cache.FP8,)
     formats: Sequence[NumberFormat] = ()
+    cache_of: Mapping[str, KvCacheFormat] = field(default_factory=dict)
 
 
 def smallest(model: ModelFacts, asked: Serving, available: int, runs: Smaller = Smaller()) -> Change | None:
@@ -55,16 +59,17 @@ def _candidates(
 ) -> Iterator[tuple[ModelFacts, Serving]]:
     on_gpu = asked.facts.needs_gpu
     caches = [cache for cache in runs.caches if cache.bits < asked.cache.bits] if on_gpu else []
-    smaller = [asked, *(replace(asked, cache=cache) for cache in caches)]
-    for serving in smaller:
+    with_caches = [asked, *(replace(asked, cache=cache) for cache in caches)]
+    for serving in with_caches:
         if serving is not asked:
             yield model, serving
         yield from ((model, one) for one in _smaller(model, serving, available))
     for one in runs.formats if on_gpu else ():
         less = replace(model, number_format=one)
         if one.bits < model.number_format.bits and _divides(less, asked.tp, asked.pp):
-            yield less, asked
-            yield from ((less, serving) for serving in _smaller(less, asked, available))
+            serving = replace(asked, cache=runs.cache_of.get(one.name, asked.cache))
+            yield less, serving
+            yield from ((less, smaller) for smaller in _smaller(less, serving, available))
     if on_gpu:
         parallel = _more_gpus(model, asked)
         yield from ((model, more) for more in parallel)
@@ -203,8 +208,10 @@ def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, her
         return MemoryCheck(found, name, None, None)
     if asked.fixed_formats:
         return MemoryCheck(found, name, *refusal(model, asked, about, Smaller(caches=())))
+    formats = card_formats.running(gpu, asked.target, asked.tensorrt_llm)
     runs = Smaller(
         [cache for cache in card_formats.running_caches(gpu, asked.target, asked.tensorrt_llm) if cache.quantized],
-        sorted(card_formats.running(gpu, asked.target, asked.tensorrt_llm), key=lambda one: -one.bits),
+        sorted(formats, key=lambda one: -one.bits),
+        {one.name: kv_cache.get(card_formats.default_cache(gpu, asked.target, one.name)[0]) for one in formats},
     )
     return MemoryCheck(found, name, *refusal(model, asked, about, runs))

@@ -230,6 +230,30 @@ def test_changes_are_tried_in_their_order(asked: Serving, gigabytes: float, name
     assert [flag.split()[0] for flag in change.flags] == names
 
 
+@pytest.mark.parametrize("card", ["L4", "RTX 4090"])
+def test_a_suggested_format_fits_with_the_kv_cache_that_its_recipe_gets(card: str) -> None:
+    """INT4 weights get a KV cache in the model's own type by default, twice the bytes of FP8's."""
+    model = dense(64, 5120, 64, 8, 128, 25600, 151936)
+    recipe = schema.resolve({"model.id": "m", "gpu": card, "target": "llmapi", "quantization.format": "fp8"})
+    part = recipe.recipe.quantization
+    serving = replace(ASKED, cache=part.cache_format, target="llmapi", max_seq_len=32768)
+    found = suggestions.judge(
+        replace(model, number_format=part.number_format), serving, recipe.gpu, Machine(GB, GB, GB)
+    )
+    assert found.change is not None
+    words = [word.removeprefix("--") for flag in found.change.flags for word in flag.split()]
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    keys = {"format": "quantization.format", "kv-cache-dtype": "quantization.kv_cache_dtype"}
+    typed = {keys[name]: value for name, value in flags.items() if name in keys}
+    again = schema.resolve({"model.id": "m", "gpu": card, "target": "llmapi", **typed}).recipe.quantization
+    assert again.number_format.bits < 8
+    change = replace(found.change.serving, cache=again.cache_format)
+    memory = preflight_memory.memory(
+        replace(model, number_format=again.number_format), change, card, found.cards[0].memory
+    )
+    assert memory.fits
+
+
 def test_where_the_heads_do_not_divide_the_layers_do() -> None:
     seven = dense(32, 896 * 4, 28, 7, 128, 11008, 32000)
     needed = preflight_memory.needed(seven, replace(ASKED, max_batch_size=1, max_num_tokens=2048))
