@@ -17,7 +17,7 @@ from builder.evaluate.variants import Models
 from builder.hub.snapshot import Snapshot, fetch, open_source
 from builder.preflight import checks
 from builder.preflight.prepare import Prepared, check_fit, prepare, tell
-from builder.preflight.quantized import NO_ORIGINAL, Quantized, check_runners, compares, not_quantizable, opened
+from builder.preflight.quantized import Quantized, check_runners, compares, not_quantizable, opened
 from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
@@ -238,8 +238,7 @@ def _published(built: Built, store: Store) -> Built:
 
     assert built.prepared is not None
     assert built.repository is not None
-    recipe, found = built.prepared.recipe, built.prepared.quantized
-    unchecked = NO_ORIGINAL if found and not found.original and recipe.quality.check else "--no-quality-check"
+    recipe, unchecked = built.prepared.recipe, built.prepared.why_not_checked
     verdict = judge(recipe, built.repository, built.evaluation, built.quality, store=store, unchecked=unchecked)
     link = None if verdict.status == "failed" else publish(built.prepared, built.repository, store)
     return replace(built, verdict=verdict, link=link)

@@ -17,7 +17,6 @@ from builder.formats import registry as formats
 from builder.preflight import checks, memory, suggestions
 from builder.preflight.memory import Machine, Sizes
 from builder.preflight.prepare import Prepared, prepare
-from builder.preflight.quantized import NO_ORIGINAL
 from builder.preflight.suggestions import MemoryCheck
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Recipe, Resolved
@@ -134,12 +133,9 @@ def _quality(prepared: Prepared, store: Store) -> list[Row]:
     recipe, part = prepared.recipe, prepared.recipe.quality
     if recipe.evaluation.limits:
         return []
-    if recipe.quantization.as_it_is:
-        return [("quality", "skipped", "nothing is quantized")]
-    if prepared.quantized and not prepared.quantized.original:
-        return [("quality", "skipped", NO_ORIGINAL)]
-    if not part.check:
-        return [("quality", "skipped", "--no-quality-check: what quantization costs will not be known")]
+    if why := prepared.why_not_checked:
+        cost_unknown = ": what quantization costs will not be known" * (why == "--no-quality-check")
+        return [("quality", "skipped", f"{why}{cost_unknown}")]
     from builder.quality.check import check_quality, cost  # numpy
 
     host = memory.machine(store.root)

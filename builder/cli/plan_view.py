@@ -107,7 +107,7 @@ def _format_rows(found: Plan, origin: str) -> list[tuple[str, str, str]]:
 def _calibration_row(found: Plan, origin: str) -> tuple[str, str, str]:
     rows = found.prepared.calibration
     if rows is None:
-        return "calibration", "none", "quantized already"
+        return "calibration", "none", found.prepared.why_not_calibrated
     what = "scales of inputs and KV cache only: " * (found.prepared.quantized is not None)
     return "calibration", f"{what}{rows.samples} rows of {rows.data}, up to {rows.seq_len} tokens", origin
 

@@ -20,7 +20,7 @@ from builder.model import multimodal
 from builder.preflight import advice, checks, memory, quantized, suggestions
 from builder.preflight.memory import Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
-from builder.preflight.quantized import Quantized
+from builder.preflight.quantized import NO_ORIGINAL, Quantized
 from builder.quantize import exclude
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Calibration, Recipe, Resolved
@@ -28,6 +28,8 @@ from builder.targets import target
 from builder.targets.base import Inputs, Settings, Stages, Target
 from builder.trtllm import probe_store
 from builder.trtllm.rules import Note
+
+NOTHING_QUANTIZED = "nothing is quantized"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,22 @@ class Prepared:
         part = self.recipe.calibration
         needed = part.scales if self.quantized else not self.recipe.quantization.as_it_is
         return part if needed else None
+
+    @property
+    def why_not_checked(self) -> str:
+        """Why there is no quality check of this build; "" if there is one, unless a gate replaces it."""
+        if self.recipe.quantization.as_it_is:
+            return NOTHING_QUANTIZED
+        if self.quantized and not self.quantized.original:
+            return NO_ORIGINAL
+        return "" if self.recipe.quality.check else "--no-quality-check"
+
+    @property
+    def why_not_calibrated(self) -> str:
+        """Why nothing is calibrated; "" if something is."""
+        if self.calibration is not None:
+            return ""
+        return "quantized already" if self.quantized else NOTHING_QUANTIZED
 
     @cached_property
     def notes(self) -> list[Note]:

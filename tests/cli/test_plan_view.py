@@ -46,6 +46,12 @@ def test_decisions_come_first_and_defaults_are_left_out(tmp_path: Path, capsys: 
     assert any(row[0].startswith("trtllm-build --max_batch_size") for row in everything["memory at run time"])
 
 
+def test_nothing_of_a_bf16_model_is_called_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpu", "sm120", "--target", "llmapi", "--format", "bf16", "--output", str(tmp_path)]
+    found = tables(*argv, capsys=capsys)
+    assert next(row for row in found["plan"] if row[0] == "calibration")[1:] == ["none", "nothing is quantized"]
+
+
 def test_json_is_complete_with_and_without_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = []
     for more in ([], ["--all"]):

@@ -77,6 +77,19 @@ def test_a_plan_with_a_gate_and_a_quality_check_prepares_once_too(tmp_path: Path
         assert once(calls)
 
 
+def test_an_unquantized_build_says_that_nothing_is_quantized(tmp_path: Path) -> None:
+    """It is neither "quantized already" nor left unchecked by a flag."""
+    resolved = asked(**{"quantization.format": "bf16", "quantization.kv_cache_dtype": "auto", "quality.check": True})
+    store = Store(tmp_path, Output("quiet"))
+    prepared = prepare(resolved, store)
+    assert (prepared.why_not_calibrated, prepared.why_not_checked) == (("nothing is quantized",) * 2)
+    built = pipeline.build(resolved, store, until="repository")
+    assert built.verdict is not None
+    assert built.verdict.reasons == ("nothing is quantized",)
+    quantized = prepare(asked(), store)
+    assert (quantized.why_not_calibrated, quantized.why_not_checked) == ("", "--no-quality-check")
+
+
 def test_what_is_prepared_is_what_the_stages_get(tmp_path: Path) -> None:
     prepared = prepare(asked(**{"quantization.keep_bf16": "*.0.*.o_proj"}), Store(tmp_path, Output("quiet")))
     assert prepared.model.modules("bf16") == ("model.layers.0.self_attn.o_proj",)
