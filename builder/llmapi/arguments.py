@@ -187,8 +187,8 @@ def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
     lora.check(_flatten(resolved.recipe.llmapi.args))
     if subject.cache.quantized and subject.fmha_head_sizes and subject.head_size not in subject.fmha_head_sizes:
         raise UnsupportedError(
-            f"sm{subject.sm} has no fused attention kernel for heads of {subject.head_size} with an FP8 KV cache, only "
-            f"for {', '.join(map(str, subject.fmha_head_sizes))}.",
+            f"sm{subject.sm} has no fused attention kernel for heads of {subject.head_size} with an "
+            f"{subject.cache.title}, only for {', '.join(map(str, subject.fmha_head_sizes))}.",
             why="TensorRT-LLM would not refuse it: it falls back to unfused attention over the whole context, which "
             "asked for a workspace of about 626 GB on an RTX 5090 (NVIDIA/TensorRT-LLM #17911, 1.3.0rc23; closed).",
             hint="--kv-cache-dtype auto, or a card of another architecture.",

@@ -14,6 +14,7 @@ from builder.checkpoint.layouts import Checkpoint, hf_quant_config, read_json
 from builder.core import paths
 from builder.core.errors import IntegrityError
 from builder.core.store import Store, library_versions, sources_digest
+from builder.formats import kv_cache
 from builder.hub.snapshot import Snapshot
 from builder.llmapi import arguments as llmapi_arguments
 from builder.llmapi import lora
@@ -105,7 +106,7 @@ def check_checkpoint(unified: Path, arguments: Sequence[Argument]) -> None:
     quantization = hf_quant_config(unified).get("quantization") or {}
     said = quantization.get("kv_cache_quant_algo")
     asked = next(argument.value for argument in arguments if argument.name == "kv_cache_config.dtype")
-    if (asked == "fp8") != (said == "FP8"):
+    if kv_cache.get(asked).quant_algo != said:
         raise IntegrityError(
             f"The checkpoint's KV cache is in {said}, and kv_cache_config.dtype is {asked}.",
             why=f"{unified / 'hf_quant_config.json'}",

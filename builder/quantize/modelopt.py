@@ -257,8 +257,8 @@ def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any], for
         store.out.warn(f"calibration covers little: {sentence}")
     if summary["large_kv"]:
         store.out.warn(
-            f"{summary['large_kv']} of {summary['kv_scales']} KV cache scales are above 0.5, so an FP8 KV cache may "
-            "cost accuracy; --kv-cache-dtype auto keeps the model's own type"
+            f"{summary['large_kv']} of {summary['kv_scales']} KV cache scales are above 0.5, so an "
+            f"{formats.cache.title} may cost accuracy; --kv-cache-dtype auto keeps the model's own type"
         )
     if summary["no_tensorrt_llm"]:
         store.out.warn(f"only the unified layout was written: {summary['no_tensorrt_llm']}")

@@ -401,6 +401,7 @@ def test_the_command_shows_a_table_and_what_to_type_next(measured: tuple[sensiti
     assert header.split("\t")[0] == "layer"
     assert lines[0].split("\t")[0] == found.worst[0].name
     assert len(lines) == 24 + 4
+    assert "with only the KV cache quantized" in lines[24]  # of any format
     command = shlex.split(lines[-1].removeprefix("next"))
     assert main.parser().parse_args(command[1:]).command == "quantize"
     assert set(argv) < set(command)

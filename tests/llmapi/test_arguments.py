@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
+from builder.formats import kv_cache
 from builder.llmapi import arguments as llmapi_arguments
 from builder.llmapi import repository as llmapi_repository
 from builder.llmapi import versions as llmapi_versions
@@ -423,3 +424,22 @@ def test_ranks_need_no_files_of_their_own(qwen3_8b: Path, tmp_path: Path) -> Non
 def test_a_model_without_tensorrt_llms_layout_can_be_planned(tmp_path: Path) -> None:
     plan = planned(Path("tests/data/arch-variants/phi3"), tmp_path, "--gpu", "sm100")
     assert (plan["sizes"]["checkpoint"], plan["verdict"]["fits"]) == (0, True)
+
+
+@pytest.mark.parametrize("cache", ["fp8", "nvfp4", "auto"])
+@pytest.mark.parametrize("declared", ["FP8", "NVFP4", None])
+def test_the_kv_cache_is_the_one_that_the_checkpoint_declares(tmp_path: Path, cache: str, declared: str | None) -> None:
+    document = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": declared}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(document))
+    arguments = [Argument("kv_cache_config.dtype", cache, "", "")]
+    if kv_cache.get(cache).quant_algo == declared:
+        llmapi_repository.check_checkpoint(tmp_path, arguments)
+    else:
+        with pytest.raises(IntegrityError, match=f"is in {declared}, and kv_cache_config.dtype is {cache}"):
+            llmapi_repository.check_checkpoint(tmp_path, arguments)
+
+
+def test_heads_without_a_kernel_are_refused_by_the_title_of_the_cache() -> None:
+    asked = resolved(**{"quantization.kv_cache_dtype": "nvfp4"})
+    with pytest.raises(UnsupportedError, match="heads of 256 with an NVFP4 KV cache"):
+        llmapi_arguments.check_model(asked, {**QWEN3_8B, "head_dim": 256})

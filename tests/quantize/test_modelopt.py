@@ -195,6 +195,15 @@ def test_large_kv_activations_are_counted(run_here: Callable[..., dict[str, Any]
     assert any("Large KV activations detected" in text for text in summary["warnings"])
 
 
+def test_large_scales_are_reported_by_the_title_of_the_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = {"quantized_linears": 1, "large_kv": 2, "kv_scales": 4, "no_tensorrt_llm": ""}
+    summary = {**counts, "calibration_tokens": 0, "coverage": {}}
+    modelopt._facts(summary, Store(tmp_path, Output("plain")), {}, ModelFormats(cache=kv_cache.NVFP4))
+    assert "so an NVFP4 KV cache may cost accuracy" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("variant", ["phi3", "gemma2", "gemma3_text", "qwen3_moe"])
 def test_other_decoders_get_the_unified_layout(
     run_here: Callable[..., dict[str, Any]], tmp_path: Path, variant: str

@@ -188,7 +188,7 @@ def select(
 
 
 def _why_not_less(found: Sensitivity, refused: str) -> str:
-    cache = f"The FP8 KV cache alone costs {found.kv_cache:.3g}. " if found.kv_cache is not None else ""
+    cache = f"The quantized KV cache alone costs {found.kv_cache:.3g}. " if found.kv_cache is not None else ""
     return cache + (f"Output projections can't be kept: {refused}." if refused else "")
 
 
@@ -356,7 +356,7 @@ def show(found: Sensitivity, command: Sequence[str], out: Output) -> None:
     ]
     out.table("loss by layer, quantized alone", columns, rows)
     if found.whole is not None:
-        cache = "" if found.kv_cache is None else f", {found.kv_cache:.2e} with an FP8 KV cache alone"
+        cache = "" if found.kv_cache is None else f", {found.kv_cache:.2e} with only the KV cache quantized"
         out.text(f"whole      KL {found.whole:.3g} nats a token over {found.tokens:,} tokens{cache}")
         ranks = ", ".join(f"{name} {value:.2f}" for name, value in found.correlation.items())
         out.text(f"proxies    rank correlation with the KL: {ranks.replace('_', ' ')}")
