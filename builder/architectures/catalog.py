@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from builder.architectures.facts import Architecture, Conventions, Engine, Facts, Target
 from builder.core import paths
 from builder.core.errors import IntegrityError
-from builder.core.release import order
+from builder.core.release import reaches
 from builder.core.untrusted_text import parse_yaml
 
 CONVENTIONS = "conventions.yaml"
@@ -109,11 +109,7 @@ def ingredients(architecture: Architecture) -> dict[str, Any]:
 def served_by(target: Target, version: str | None = None) -> list[str]:
     """The architectures that a target serves, by name; only those that it serves in this version, if one is given."""
     parts = {one.name: getattr(one, target) for one in every()}
-    return [name for name, part in parts.items() if part is not None and _reaches(part.since, version)]
-
-
-def _reaches(since: str | None, version: str | None) -> bool:
-    return since is None or version is None or order(since) <= order(version)
+    return [name for name, part in parts.items() if part is not None and reaches(version, part.since)]
 
 
 def with_common_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from builder.architectures import catalog
 from builder.architectures.facts import Architecture, Engine, LlmApi
 from builder.core.errors import UnsupportedError
-from builder.core.release import order
+from builder.core.release import reaches
 
 
 def check_engine(config: Mapping[str, Any], version: str | None = None) -> tuple[Architecture, Engine]:
@@ -29,7 +29,7 @@ def check_engine(config: Mapping[str, Any], version: str | None = None) -> tuple
         if config.get(refusal.key):
             what = f"{found.name} with {refusal.key} has no TensorRT-LLM layout."
             raise UnsupportedError(what, why=refusal.why, hint=_without_engine(found, config, version))
-    if version is not None and order(version) < order(found.engine.since):
+    if not reaches(version, found.engine.since):
         raise UnsupportedError(
             f"TensorRT-LLM builds engines of {found.name} since {found.engine.since}; this recipe uses {version}.",
             why=found.engine.source,
@@ -49,7 +49,7 @@ def _without_engine(found: Architecture, config: Mapping[str, Any], version: str
     served = found.llmapi
     if served is None or any(config.get(refusal.key) for refusal in served.refused):
         return f"Take one of these models, or {STOP}."
-    needed = served.since is not None and (version is None or order(version) < order(served.since))
+    needed = served.since is not None and (version is None or not reaches(version, served.since))
     flags = [*(["--gpu sm120"] if version is None else []), "--target llmapi"]
     flags += [f"--set engine.tensorrt_llm={served.since}"] if needed else []
     return f"Serve the Hugging Face layout, on a GPU and without an engine: {' '.join(flags)}"
@@ -66,7 +66,7 @@ def check_llmapi(config: Mapping[str, Any], version: str) -> LlmApi:
             hint=f"Take another model, or {STOP}.",
         )
     since = found.llmapi.since
-    if since is not None and order(version) < order(since):
+    if not reaches(version, since):
         raise UnsupportedError(
             f"TensorRT-LLM's LLM class serves {found.name} since {since}; this recipe uses {version}.",
             why=found.llmapi.source,

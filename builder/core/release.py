@@ -16,3 +16,8 @@ def order(version: str) -> tuple[int, ...]:
         raise UsageError(f"{version!r} is not a TensorRT-LLM version.", hint="Versions look like 1.2.1 or 1.3.0rc22.")
     major, minor, patch, candidate = parsed.groups()
     return (int(major), int(minor), int(patch or 0), FINAL if candidate is None else int(candidate))
+
+
+def reaches(version: str | None, since: str | None) -> bool:
+    """Whether a version is `since` or a later one; true if either is None: any version, or a fact that always held."""
+    return version is None or since is None or order(version) >= order(since)

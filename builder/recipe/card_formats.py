@@ -5,7 +5,7 @@ The facts are data: `formats` and `best` in configs/gpus/*.yaml, and `targets` o
 
 from __future__ import annotations
 
-from builder.core.release import order
+from builder.core.release import reaches
 from builder.formats import kv_cache, registry
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
@@ -36,7 +36,7 @@ def runs(one: NumberFormat | KvCacheFormat, gpu: GpuProfile, target: str, versio
     if one.gpu_format is None:
         return True
     found = support(one, gpu, target)
-    return found is not None and (version is None or order(version) >= order(found.since))
+    return found is not None and reaches(version, found.since)
 
 
 def running(gpu: GpuProfile, target: str, version: str | None = None) -> list[NumberFormat]:

@@ -20,15 +20,15 @@ def models() -> Iterator[str]:
         "and compares its layers, bytes and excluded modules with what this builder planned. *Planned* means that only "
         "its configuration was looked at.",
     )
-    every = sorted(catalog.every(), key=lambda one: one.not_served is not None or not _served(one))
+    every = sorted(catalog.every(), key=lambda one: not _served(one))
     headers = ("architecture in config.json", "family", "engine", "llmapi", "reference executor", "with ModelOpt")
     yield from table(headers, map(_row, every))
     yield from say(
         "A model of another architecture can be quantized (`builder quantize`, Hugging Face layout) if ModelOpt knows "
         "its layers.",
         "In the unified layout the experts of a mixture are layers of their own (`experts.N.gate_proj`), each with its "
-        "scales; routers, gates of shared experts, convolutions and the small projections of linear attention stay in "
-        "16 bits, as ModelOpt's exporter leaves them.",
+        f"scales{_stacked(every)}. Routers, gates of shared experts, convolutions and the small projections of linear "
+        "attention stay in 16 bits, as ModelOpt's exporter leaves them.",
     )
     yield from _multimodal()
     yield from _needs()
@@ -39,6 +39,17 @@ def models() -> Iterator[str]:
 
 def _served(one: Architecture) -> bool:
     return bool(one.engine or one.llmapi or one.reference)
+
+
+def _stacked(every: list[Architecture]) -> str:
+    """The families whose experts stay stacked, as an exception to the rule."""
+    titles = [text(one.title) for one in every if one.experts and not one.experts.apart]
+    if not titles:
+        return ""
+    return (
+        f"; those of {' and '.join(titles)} stay stacked, three-dimensional parameters with their scales beside them "
+        "(`experts.down_proj_weight_scale`)"
+    )
 
 
 def _row(one: Architecture) -> tuple[str, ...]:

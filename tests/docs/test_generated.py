@@ -13,6 +13,7 @@ from pathlib import Path
 import documents
 import pytest
 
+from builder.architectures import catalog
 from builder.core import errors
 from builder.machine import gpus
 from builder.recipe.schema import known_keys
@@ -50,6 +51,12 @@ def test_every_profile_card_flag_and_rule_has_its_place(pages: dict[str, str]) -
         known = versions.load(version)
         assert all(f"| `--{flag}` |" in pages["engine-flags"] for flag in (*known.flags, *known.removed))
     assert all(f"## {rule}\n" in pages["rules"] for rule in known.rules)
+
+
+def test_experts_that_stay_stacked_are_an_exception(pages: dict[str, str]) -> None:
+    (said,) = re.findall(r"layers of their own.*?those of (.*?) stay stacked", pages["models"])
+    titles = [one.title for one in catalog.every() if one.experts and not one.experts.apart]
+    assert sorted(said.split(" and ")) == sorted(titles)
 
 
 def test_exit_codes_are_those_of_the_code(pages: dict[str, str]) -> None:
