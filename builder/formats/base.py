@@ -190,9 +190,15 @@ class NumberFormat:
         group = {} if self.group_size is None else {"group_size": self.group_size}
         return {"quant_algo": self.quant_algo, **group, **self.entry}
 
+    def misfit(self, weight: Sequence[int]) -> str:
+        """Which of a weight's sizes [outputs, inputs] can't be stored in it, and why; "" if both can."""
+        if self.group_size is None or weight[-1] % self.group_size == 0:
+            return ""
+        return f"an input size that is not a multiple of {self.group_size}, as {self.title} requires"
+
     def fits(self, weight: Sequence[int]) -> bool:
-        """Whether a weight [outputs, inputs] is made of whole groups."""
-        return self.group_size is None or weight[-1] % self.group_size == 0
+        """Whether a weight [outputs, inputs] can be stored in it."""
+        return not self.misfit(weight)
 
     def own_bytes(self, weight: Sequence[int]) -> int:
         """Bytes of a projection [outputs, inputs], without what it shares with those that are served with it."""

@@ -32,9 +32,10 @@ class Int4Awq(NumberFormat):
                 settings["block_sizes"] = {-1: self.group_size, "type": "static"}
         return config
 
-    def fits(self, weight: Sequence[int]) -> bool:
-        """Whether a weight [outputs, inputs] is made of whole groups and pairs of outputs."""
-        return super().fits(weight) and weight[0] % 2 == 0
+    def misfit(self, weight: Sequence[int]) -> str:
+        """It is made of whole groups of inputs and pairs of outputs."""
+        odd = f"an odd output size, and {self.title} packs two outputs in a byte" if weight[0] % 2 else ""
+        return super().misfit(weight) or odd
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """Unpacks the weight [outputs, inputs]."""

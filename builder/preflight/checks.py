@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from builder.architectures import names
 from builder.architectures.facts import Architecture
 from builder.calibration import rows as calibration_rows
 from builder.checkpoint import sharding
@@ -16,6 +17,7 @@ from builder.core import process, workers
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.store import Store, library_versions
 from builder.formats.assignment import grouped, merged
+from builder.formats.base import NumberFormat
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, local_directory, open_source
 from builder.model import multimodal, tensor_names
@@ -23,8 +25,9 @@ from builder.model.files import needs_remote_code
 from builder.preflight import advice, memory, suggestions
 from builder.preflight.memory import Machine, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
-from builder.quantize import exclude, kv_safety
+from builder.quantize import exclude, kv_safety, modelopt
 from builder.quantize.modelopt import ENVIRONMENT, gpus
+from builder.recipe import card_formats
 from builder.recipe.schema import Calibration, Model, Recipe, Resolved
 from builder.recipe.target_facts import LLMAPI
 from builder.serving import installation, limits, private_directory
@@ -120,6 +123,37 @@ def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> Mode
     model = replace(model, layers=layers, number_format=part.number_format)
     check_kept(recipe, model, settings)
     return model
+
+
+def check_sizes(inputs: Inputs, model: ModelFacts, *, layouts: bool = True) -> None:
+    """UnsupportedError if a linear layer's sizes can't be stored in its format, with the formats that were tried for
+    this model, card and target, and fit."""
+    for one, weights in _weights(model).items():
+        if not all(map(one.fits, weights.values())):
+            asked = inputs.resolved.recipe
+            known = card_formats.running(inputs.resolved.gpu, asked.target, asked.engine.tensorrt_llm)
+            runs = [other for other in known if other is not BF16 and _takes(other, inputs, model, layouts)]
+            modelopt.check_sizes(weights, one, runs)
+
+
+def _takes(one: NumberFormat, inputs: Inputs, model: ModelFacts, layouts: bool) -> bool:
+    """Whether the model would be quantized to this format, with the rest of the recipe as it is."""
+    try:
+        changed = inputs.resolved.changed({"quantization.format": one.name})
+        settings = _settings(replace(inputs, resolved=changed), layouts)
+        found = _weights(keep_patterns(changed.recipe, model, settings))
+    except (UnsupportedError, UsageError):
+        return False
+    return all(all(map(one.fits, weights.values())) for one, weights in found.items())
+
+
+def _weights(model: ModelFacts) -> dict[NumberFormat, dict[str, Sequence[int]]]:
+    """{format: {weight: [outputs, inputs]}} of the linear layers that can be quantized."""
+    found: dict[NumberFormat, dict[str, Sequence[int]]] = {}
+    for name, (_, shape) in sorted(model.written.items()):
+        if names.is_quantizable(model.architecture, name, shape):
+            found.setdefault(model.format_of(name), {})[name] = shape
+    return found
 
 
 def by_family(recipe: Recipe, architecture: Architecture, known: Sequence[str]) -> list[str]:

@@ -148,6 +148,7 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
     checks.check_gate(resolved.recipe, settings)
     checks.check_tokenizer(resolved.recipe, source.directory, source.config)
     model = checks.keep_patterns(resolved.recipe, checks.facts_of(source), settings)
+    checks.check_sizes(inputs, model, layouts=layouts)
     part = resolved.recipe.quantization
     requested_layouts.check(part.layouts, [part.number_format, *model.single.values()], part.cache_format)
     return Prepared(inputs, source, settings, model)

@@ -217,20 +217,30 @@ def check(
         check_sizes(members, one)
 
 
-def check_sizes(weights: Mapping[str, Sequence[int]], number_format: NumberFormat = NVFP4) -> None:
-    """UnsupportedError if one of these weights, [outputs, inputs], is not made of the format's groups."""
-    wrong = [f"{name} {list(shape)}" for name, shape in weights.items() if not number_format.fits(shape)]
-    if wrong:
-        others = (one for one in for_whole_model() if one.quant_algo is not None)
-        fitting = ", ".join(one.name for one in others if all(map(one.fits, weights.values())))
-        raise UnsupportedError(
-            f"{len(wrong)} linear layers have an input size that is not a multiple of {number_format.group_size}, "
-            f"as {number_format.title} requires.",
-            why="\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)),
-            hint=f"Formats that fit these sizes: --format {fitting}"
-            if fitting
-            else "Choose another model. The sizes are part of its architecture.",
-        )
+def check_sizes(
+    weights: Mapping[str, Sequence[int]],
+    number_format: NumberFormat = NVFP4,
+    runs: Sequence[NumberFormat] | None = None,
+) -> None:
+    """UnsupportedError if one of these weights, [outputs, inputs], can't be stored in the format.
+
+    runs: the formats to choose from instead; None where the card is not known.
+    """
+    reasons = {name: number_format.misfit(shape) for name, shape in weights.items()}
+    reason = next(filter(None, reasons.values()), "")
+    if not reason:
+        return
+    wrong = [f"{name} {list(weights[name])}" for name, found in reasons.items() if found == reason]
+    others = (one for one in for_whole_model() if one.quant_algo is not None) if runs is None else runs
+    fitting = ", ".join(one.name for one in others if all(map(one.fits, weights.values())))
+    hint = f"Formats that fit these sizes: --format {fitting}"
+    if runs is None:
+        hint += ". `builder gpus` says which of them a card runs"
+    raise UnsupportedError(
+        f"{len(wrong)} linear layers have {reason}.",
+        why="\n".join(wrong[:10] + ["..."] * (len(wrong) > 10)),
+        hint=hint if fitting else "Choose another model. The sizes are part of its architecture.",
+    )
 
 
 def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import StageError, UnsupportedError
 from builder.core.output import Output
 from builder.core.store import Store
-from builder.formats import kv_cache
+from builder.formats import kv_cache, registry
 from builder.formats.arithmetic import nvfp4
 from builder.formats.assignment import ModelFormats
 from builder.hub.snapshot import Snapshot, fetch
-from builder.quantize import modelopt, worker
+from builder.quantize import modelopt, quantizers, worker
 from builder.quantize.modelopt import QuantizeRequest, check, quantize
 from builder.recipe import schema
 from builder.recipe.quantization import Quantization
@@ -241,6 +241,18 @@ def test_the_child_refuses_such_sizes_too(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="not a multiple of 16") as caught:
         worker._calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], ModelFormats(cache=kv_cache.FP8))
     assert "model.layers.0.mlp.down_proj [32, 40]" in caught.value.why
+
+
+def test_joined_experts_are_refused_with_every_format_that_needs_no_scales_of_inputs() -> None:
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.down_proj = torch.nn.Parameter(torch.zeros(2, 4, 4))
+    with pytest.raises(UnsupportedError, match="can't quantize the experts") as caught:
+        quantizers._check_not_joined(model, registry.get("int4_awq"))
+    assert caught.value.hint.endswith(
+        "that the card runs (`builder gpus`): --format nvfp4, fp8, bf16, fp8_pc_pt, w4a16_nvfp4"
+    )
+    quantizers._check_not_joined(model, registry.get("nvfp4"))
 
 
 def test_an_attention_that_modelopt_does_not_know_is_not_left_in_silence() -> None:
