@@ -32,18 +32,21 @@ def of_inputs(
     expert) share the widest range, as in ModelOpt's exporter. IntegrityError for one that is absent, zero, NaN or Inf.
     """
     groups: dict[str, list[str]] = {}
-    for layer in layers:
+    leaves = {one: _input_leaf(one) for one in dict.fromkeys(layers.values())}
+    for layer in (name for name, one in layers.items() if leaves[one]):
         fused = names.fused_name(architecture, layer)
         groups.setdefault(f"{layer.rpartition('.')[0]}.{fused}" if fused else layer, []).append(layer)
     found = {}
     for members in groups.values():
         widest = max(_checked(ranges.get(layer), f"the inputs of {layer}") for layer in members)
         for layer in members:
-            number_format = layers[layer]
-            leaf = next((one.unified for one in number_format.tensors if one.name == INPUT_SCALE), None)
-            if leaf is not None and number_format.input_range is not None:
-                found[f"{layer}.{leaf}"] = widest / number_format.input_range
+            found[f"{layer}.{leaves[layers[layer]]}"] = widest / (layers[layer].input_range or 1.0)
     return found
+
+
+def _input_leaf(one: NumberFormat) -> str | None:
+    """The last part of the name of an input's scale in the unified layout; None where the format stores none."""
+    return next((tensor.unified for tensor in one.tensors if tensor.name == INPUT_SCALE and one.input_range), None)
 
 
 def of_cache(cache: KvCacheFormat, ranges: Mapping[str, tuple[float, float]]) -> dict[str, float]:
