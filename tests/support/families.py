@@ -6,10 +6,15 @@ The sizes are the smallest that every number format divides; each kind of layer 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from builder.architectures.facts import StackedExperts
+from builder.core.safetensors_io import NewTensor, Tensors
+from builder.core.safetensors_io import write as write_tensors
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 4096,
@@ -55,7 +60,8 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
                    "topk_group": 1},
     "gemma3_text": SLIDING,
     "gemma4_text": {**SLIDING, "vocab_size_per_layer_input": 4096, "hidden_size_per_layer_input": 16,
-                    "global_head_dim": 32, "num_kv_shared_layers": 0},
+                    "global_head_dim": 32, "num_kv_shared_layers": 0, "enable_moe_block": True, "num_experts": 4,
+                    "top_k_experts": 2, "moe_intermediate_size": 32},
     "glm4_moe": ROUTED,
     "glm4_moe_lite": {**ROUTED, **LATENT},
     "gpt_oss": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -118,3 +124,26 @@ def write(model_type: str, directory: Path) -> dict[str, Any]:
         model.save_pretrained(directory)
     found: dict[str, Any] = json.loads((directory / "config.json").read_text())
     return found
+
+
+def stack_experts(directory: Path, experts: StackedExperts) -> None:
+    """Rewrites a model whose experts transformers saved one by one, with them stacked, as its publisher does. A model
+    that is saved stacked stays as it is."""
+    tensors = Tensors(directory)
+    single = re.compile(rf"(.*\.)?{re.escape(experts.module)}\.(\d+)\.(gate|up|down)_proj\.weight")
+    found = {name: match for name in tensors if (match := single.fullmatch(name))}
+    made = []
+    for parent in dict.fromkeys(match[1] for match in found.values()):
+        count = 1 + max(int(match[2]) for match in found.values() if match[1] == parent)
+        for stacked, projections in ((experts.gate_up, ("gate", "up")), (experts.down, ("down",))):
+            parts = [f"{parent}{experts.module}.{n}.{one}_proj.weight" for n in range(count) for one in projections]
+            info = tensors[parts[0]]
+            shape = (count, len(projections) * info.shape[0], info.shape[1])
+            made.append(NewTensor(f"{parent}{stacked}", info.dtype, shape, [tensors.read(part) for part in parts]))
+    if made:
+        rest = [
+            NewTensor(name, one.dtype, one.shape, [tensors.read(name)])
+            for name, one in tensors.items()
+            if name not in found
+        ]
+        write_tensors(tensors.files[0], [*rest, *made], {"format": "pt"})
