@@ -86,9 +86,9 @@ def run_probe(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_gpus(arguments: argparse.Namespace, out: Output) -> int:
     """Lists the profiles, what runs on them and the cards behind them."""
-    from builder.machine import gpus
+    from builder.cli import gpus_view
 
-    gpus.show(out)
+    gpus_view.show(out)
     return 0
 
 

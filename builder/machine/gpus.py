@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from builder.core import paths
 from builder.core.errors import UnsupportedError, UsageError
-from builder.core.output import Output
 from builder.core.untrusted_text import parse_yaml
 from builder.machine import cards
 from builder.machine.cards import Card
@@ -134,7 +133,7 @@ def named(text: str) -> GpuProfile:
     by_name = {cards.plain(name): name for name in names()}
     if cards.plain(text) in by_name:
         return load(by_name[cards.plain(text)])
-    owners = _owners()
+    owners = card_owners()
     found = cards.find(text, list(owners))
     if not found:
         raise _unknown(text)
@@ -148,13 +147,13 @@ def named(text: str) -> GpuProfile:
 
 
 @functools.cache
-def _owners() -> dict[Card, str]:
+def card_owners() -> dict[Card, str]:
     """The profile that defines each card."""
     return {card: name for name in names() if "card_facts_of" not in _read(name) for card in load(name).cards}
 
 
 def _unknown(text: str) -> UnsupportedError:
-    near = cards.nearest(text, [*names(), *(card.name for card in _owners())])
+    near = cards.nearest(text, [*names(), *(card.name for card in card_owners())])
     return UnsupportedError(
         f"There is no GPU profile or card named {text!r}.",
         why=f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Profiles: {', '.join(names())}.",
@@ -212,29 +211,6 @@ def nearest(sm: int) -> list[GpuProfile]:
     if above:
         found += [p for p in above if p.sm == min(q.sm or 0 for q in above)]
     return found
-
-
-def show(out: Output) -> None:
-    """Prints the profiles with the formats they run, and every card once. With --json, everything."""
-    profiles = [load(name) for name in names()]
-    rows = [
-        (p.name, p.best[0].format if p.best else "-", *(_running(p, target) for target in TARGETS), p.title)
-        for p in profiles
-    ]
-    out.table("GPU profiles", ["profile", "default", *(f"runs ({target})" for target in TARGETS), "for"], rows)
-    table = []
-    for card, profile in _owners().items():
-        figures = (card.memory_gb, card.bandwidth_gb_s, card.fp8_tflops, card.fp4_tflops)
-        shown = ("-" if number is None else number for number in figures)
-        table.append((profile, card.name, *shown, ", ".join(card.also) or "-"))
-    header = ["profile", "card", "GB", "GB/s", "FP8 dense TFLOPS", "FP4 dense TFLOPS", "other names"]
-    out.table("cards", header, table)
-    out.result({p.name: {k: v for k, v in asdict(p).items() if k not in ("name", "card")} for p in profiles})
-
-
-def _running(profile: GpuProfile, target: str) -> str:
-    """The formats that a target runs, for a table."""
-    return ", ".join(name for name in profile.formats if profile.support(name, target)) or "-"
 
 
 def cuda_order() -> dict[str, str]:

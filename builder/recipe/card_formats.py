@@ -9,6 +9,7 @@ from builder.core.release import reaches
 from builder.formats import kv_cache, registry
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
+from builder.formats.schemes import SCHEMES
 from builder.machine import gpus
 from builder.machine.gpus import GpuProfile, Support
 from builder.recipe.target_facts import TARGETS, target_facts
@@ -44,6 +45,12 @@ def running(gpu: GpuProfile, target: str, version: str | None = None) -> list[Nu
     first = [choice.format for choice in gpu.best]
     found = [one for one in registry.for_whole_model() if runs(one, gpu, target, version)]
     return sorted(found, key=lambda one: first.index(one.name) if one.name in first else len(first))
+
+
+def choosable(gpu: GpuProfile, target: str) -> list[str]:
+    """What `--format` accepts for a card and a target in some TensorRT-LLM version: formats, then schemes of them."""
+    mixed = [one.name for one in SCHEMES.values() if all(runs(part, gpu, target) for part in one.formats)]
+    return [one.name for one in running(gpu, target)] + mixed
 
 
 def running_caches(gpu: GpuProfile, target: str, version: str | None = None) -> list[KvCacheFormat]:

@@ -28,7 +28,8 @@ def gpu_profiles() -> Iterator[str]:
     """Profiles with formats, flags and notes; cards with memory."""
     yield from say(
         "# GPU profiles and cards",
-        "`builder gpus` prints the same. `--gpu` takes the name of a profile or of a card, in any spelling. "
+        "`builder gpus` prints what a recipe can choose on each. `--gpu` takes the name of a profile or of a card, in "
+        "any spelling. "
         "An engine runs only on the architecture that it was built for.",
     )
     profiles = [gpus.load(name) for name in gpus.names()]

@@ -15,6 +15,7 @@ import pytest
 
 from builder.cli import main, options
 from builder.core import store
+from builder.recipe import schema
 
 MODEL = "tests/data/tiny-qwen3"
 
@@ -188,8 +189,9 @@ def test_fetch_verify_and_clean(tmp_path: Path) -> None:
 
 def test_gpus_and_schema() -> None:
     title, header, first, *_ = run("gpus").stdout.splitlines()
-    assert (title, header) == ("# GPU profiles", "profile\tdefault\truns (engine)\truns (llmapi)\tfor")
-    assert first.startswith("cpu\tnvfp4\t")
+    columns = ["profile", "default", "runs (engine)", "runs (llmapi)", "KV cache (engine)", "KV cache (llmapi)", "for"]
+    assert (title, header.split("\t")) == ("# GPU profiles", columns)
+    assert first.startswith("cpu\tnvfp4\t-\t-\t-\t-\tno GPU")
     committed = Path("configs/recipe.schema.json").read_text()
     assert run("schema").stdout == committed
 
@@ -200,6 +202,22 @@ def test_gpus_as_json_has_formats_and_cards() -> None:
     assert found["sm120"]["formats"]["nvfp4"]["engine"]["source"]
     assert found["sm120"]["cards"][0]["name"] == "RTX 5090"
     assert "nvfp4" not in found["sm90"]["formats"]
+
+
+def test_gpus_lists_what_a_recipe_can_choose() -> None:
+    """Formats and schemes by the names of --format, and caches by those of --kv-cache-dtype."""
+    found = json.loads(run("gpus", "--json").stdout)
+    for name, profile in found.items():
+        for target, formats in profile["choices"]["format"].items() if name != "cpu" else ():
+            assert "bf16" in formats
+            assert ("nvfp4-fp8_attention" in formats) == ("nvfp4" in formats)
+            assert ("int4_awq_64" in formats) == ("int4_awq" in formats)
+            caches = profile["choices"]["kv_cache_dtype"][target]
+            for key, choices in (("quantization.format", formats), ("quantization.kv_cache_dtype", caches)):
+                for choice in choices:
+                    schema.resolve({"model.id": "m", "gpu": name, "target": target, key: choice})
+    assert found["sm120"]["choices"]["kv_cache_dtype"] == {"engine": ["fp8", "auto"], "llmapi": ["fp8", "auto"]}
+    assert "nvfp4" in found["sm100"]["choices"]["kv_cache_dtype"]["llmapi"]
 
 
 def test_explain_as_tables_and_as_json() -> None:
