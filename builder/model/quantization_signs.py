@@ -25,34 +25,32 @@ KEYS = ("quantization_config", "compression_config", "quant_config", "quant_cfg"
 class Foreign:
     """A quantization that can't be served from its checkpoint.
 
-    title: what it is. format: the format of this project that is nearest to it, for the original model. native: models
-    are published in it that have no BF16 version.
+    title: what it is. native: models are published in it that have no BF16 version.
     """
 
     title: str
-    format: str
     native: bool = False
 
 
-GPTQ = Foreign("GPTQ: integer weights in groups, with zero points", "int4_awq")
-AWQ = Foreign("AutoAWQ: 4-bit integer weights in its own packing", "int4_awq")
-BITSANDBYTES = Foreign("bitsandbytes", "fp8")
-BITSANDBYTES_4 = Foreign("bitsandbytes in 4 bits (NF4 or FP4)", "nvfp4")
-BITSANDBYTES_8 = Foreign("bitsandbytes in 8 bits (LLM.int8)", "int8_sq")
-FP8_BLOCKS = Foreign("FP8 with a scale for each block of weights", "fp8", native=True)
-FP8_OWN = Foreign("FP8 by transformers or vLLM (quant_method fp8)", "fp8", native=True)
-FP8_ROWS = Foreign("FP8 by FBGEMM: a scale for each row", "fp8_pc_pt", native=True)
-MXFP4 = Foreign("MXFP4: 4-bit floats with a shared exponent for every 32 values", "nvfp4", native=True)
-MXFP8 = Foreign("MXFP8: FP8 with a shared exponent for every 32 values", "fp8", native=True)
-MLX = Foreign("MLX: integer weights with a scale and a bias for each group, for Apple's GPUs", "int4_awq")
-EXL2 = Foreign("EXL2 (ExLlamaV2)", "int4_awq")
-EXL3 = Foreign("EXL3 (ExLlamaV3)", "int4_awq")
-SVDQUANT = Foreign("SVDQuant (Nunchaku): 4-bit weights with a low-rank correction", "nvfp4")
-TORCHAO = Foreign("torchao", "fp8")
-HQQ = Foreign("HQQ", "int4_awq")
-GGUF = Foreign("GGUF (llama.cpp)", "int4_awq")
-AQLM = Foreign("AQLM: weights as sums of codebook entries", "int4_awq")
-QUANTO = Foreign("quanto", "fp8")
+GPTQ = Foreign("GPTQ: integer weights in groups, with zero points")
+AWQ = Foreign("AutoAWQ: 4-bit integer weights in its own packing")
+BITSANDBYTES = Foreign("bitsandbytes")
+BITSANDBYTES_4 = Foreign("bitsandbytes in 4 bits (NF4 or FP4)")
+BITSANDBYTES_8 = Foreign("bitsandbytes in 8 bits (LLM.int8)")
+FP8_BLOCKS = Foreign("FP8 with a scale for each block of weights", native=True)
+FP8_OWN = Foreign("FP8 by transformers or vLLM (quant_method fp8)", native=True)
+FP8_ROWS = Foreign("FP8 by FBGEMM: a scale for each row", native=True)
+MXFP4 = Foreign("MXFP4: 4-bit floats with a shared exponent for every 32 values", native=True)
+MXFP8 = Foreign("MXFP8: FP8 with a shared exponent for every 32 values", native=True)
+MLX = Foreign("MLX: integer weights with a scale and a bias for each group, for Apple's GPUs")
+EXL2 = Foreign("EXL2 (ExLlamaV2)")
+EXL3 = Foreign("EXL3 (ExLlamaV3)")
+SVDQUANT = Foreign("SVDQuant (Nunchaku): 4-bit weights with a low-rank correction")
+TORCHAO = Foreign("torchao")
+HQQ = Foreign("HQQ")
+GGUF = Foreign("GGUF (llama.cpp)")
+AQLM = Foreign("AQLM: weights as sums of codebook entries")
+QUANTO = Foreign("quanto")
 # By `quant_method` in config.json: transformers' QuantizationMethod (utils/quantization_config.py, 5.14), and the names
 # that ExLlama's converters write.
 METHODS: Mapping[str, Foreign] = {
@@ -71,18 +69,18 @@ METHODS: Mapping[str, Foreign] = {
     "hqq": HQQ,
     "aqlm": AQLM,
     "quanto": QUANTO,
-    "auto-round": Foreign("AutoRound: integer weights in groups", "int4_awq"),
-    "quark": Foreign("Quark (AMD)", "fp8"),
-    "bitnet": Foreign("BitNet: weights of three values", "int4_awq", native=True),
-    "eetq": Foreign("EETQ: 8-bit integer weights", "int8_sq"),
-    "higgs": Foreign("HIGGS", "int4_awq"),
-    "vptq": Foreign("VPTQ: vector quantization", "int4_awq"),
-    "spqr": Foreign("SpQR", "int4_awq"),
-    "fp_quant": Foreign("FP-Quant: 4-bit floats with rotated weights", "nvfp4"),
-    "fouroversix": Foreign("Four Over Six: 4-bit floats", "nvfp4"),
-    "sinq": Foreign("SINQ", "int4_awq"),
-    "metal": Foreign("Metal: integer weights for Apple's GPUs", "int4_awq"),
-    "gemma": Foreign("a quantization of Gemma's own", "nvfp4"),
+    "auto-round": Foreign("AutoRound: integer weights in groups"),
+    "quark": Foreign("Quark (AMD)"),
+    "bitnet": Foreign("BitNet: weights of three values", native=True),
+    "eetq": Foreign("EETQ: 8-bit integer weights"),
+    "higgs": Foreign("HIGGS"),
+    "vptq": Foreign("VPTQ: vector quantization"),
+    "spqr": Foreign("SpQR"),
+    "fp_quant": Foreign("FP-Quant: 4-bit floats with rotated weights"),
+    "fouroversix": Foreign("Four Over Six: 4-bit floats"),
+    "sinq": Foreign("SINQ"),
+    "metal": Foreign("Metal: integer weights for Apple's GPUs"),
+    "gemma": Foreign("a quantization of Gemma's own"),
 }
 # By files that quantizers write: AutoGPTQ and GPTQModel; AutoAWQ.
 FILES: Mapping[str, Foreign] = {"quantize_config.json": GPTQ, "quant_config.json": AWQ}
@@ -117,7 +115,10 @@ LEAVES = frozenset({
 # ModelOpt's own checkpoints, before their export.
 PARTS = re.compile(r"(^|\.)((weight|input|output|[kv]_bmm)_quantizer)(\.|$)|(_amax|_blocks|_scales)$")
 FLOATS = ("BF16", "F16", "F32")
-OTHERS = "a checkpoint of it by ModelOpt or llm-compressor"
+ORIGINAL = (
+    "Give the original model, which is quantized to the best format that the card runs, or a checkpoint of it by "
+    "ModelOpt or llm-compressor."
+)
 SUPPORTED = "checkpoints of ModelOpt 0.x, in its Hugging Face layout and in TensorRT-LLM's, and of compressed-tensors"
 # Buffers that some architectures save: positions or masks, not weights.
 BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|attn\.bias|causal_mask|bias_mask|num_batches_tracked)$")
@@ -224,11 +225,11 @@ def foreign(where: str, tool: Foreign | None, why: str, method: str = "") -> Uns
         return UnsupportedError(
             f"{where} is quantized by a tool whose checkpoints are not supported{label}.",
             why=why,
-            hint=f"Give the original model with --format and a format of `builder gpus`, or {OTHERS}.",
+            hint=ORIGINAL,
         )
     rest = " Some models were never published in BF16; then take a BF16 conversion of it." if tool.native else ""
     return UnsupportedError(
         f"{where} is quantized with {tool.title}, which is not supported.",
         why=why,
-        hint=f"Give the original model with --format {tool.format}, or {OTHERS}.{rest}",
+        hint=f"{ORIGINAL}{rest}",
     )

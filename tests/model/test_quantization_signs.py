@@ -17,7 +17,6 @@ from builder.core.errors import UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor
 from builder.core.store import Store
-from builder.formats import registry
 from builder.hub.snapshot import fetch, open_source
 from builder.model import quantization_signs
 from builder.recipe import schema
@@ -178,9 +177,13 @@ def test_each_method_of_transformers_has_a_name() -> None:
     assert not {str(method.value) for method in methods} - known
 
 
-def test_hints_name_formats_that_exist() -> None:
-    tools = [*quantization_signs.METHODS.values(), *quantization_signs.FILES.values(), quantization_signs.GGUF]
-    assert {tool.format for tool in tools} <= {one.name for one in registry.for_whole_model()}
+def test_hints_name_no_format_because_not_every_card_runs_it() -> None:
+    """Without --format, the original gets the card's best."""
+    tools = [*quantization_signs.METHODS.values(), *quantization_signs.FILES.values(), quantization_signs.GGUF, None]
+    for tool in tools:
+        hint = quantization_signs.foreign("somebody/something", tool, "It says so.").hint
+        assert "original model, which is quantized to the best format that the card runs" in hint
+        assert "--format" not in hint
 
 
 @pytest.mark.parametrize("source", [SHARDED, MOE], ids=lambda path: path.name)
