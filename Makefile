@@ -129,6 +129,7 @@ bench: $(VENV)/ready ## the measured ratios
 	$(VENV)/bin/python benchmarks/plan.py
 	$(VENV)/bin/python benchmarks/evaluate.py
 	$(VENV)/bin/python benchmarks/convert.py
+	$(VENV)/bin/python benchmarks/inspect_checkpoint.py
 
 clean: ## remove the environments
 	rm -rf $(VENV) $(TRTLLM) $(LLMCOMPRESSOR)

@@ -6,10 +6,9 @@ The weights are random, but numbers that a quantizer could have written, so that
 from __future__ import annotations
 
 import json
-import os
 import struct
 import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +30,17 @@ LINEARS = {
 }  # fmt: skip
 NORMS = {"input_layernorm": 1024, "post_attention_layernorm": 1024, "self_attn.q_norm": 128, "self_attn.k_norm": 128}
 ROWS = 4096  # of the embedding at a time
+# Linux counts the memory of the process that starts a command as the command's (fs/exec.c, setmax_mm_hiwater_rss), so
+# a small one starts it.
+MEASURE = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(child.pid, 0)
+child.returncode = os.waitstatus_to_exitcode(status)
+print(time.perf_counter() - start, usage.ru_maxrss)
+sys.exit(child.returncode)
+"""
 
 
 def floats(random: np.random.Generator, *shape: int) -> Iterator[bytes]:
@@ -91,10 +101,8 @@ def scale(value: float) -> list[bytes]:
 
 def run(argv: list[str]) -> tuple[float, int]:
     """Wall seconds and peak resident bytes of a command."""
-    start = time.perf_counter()
-    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{argv} failed with {child.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", MEASURE, *argv], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{argv} failed with {done.returncode}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak) * 1024
