@@ -135,13 +135,17 @@ def check_split(formats: Mapping[str, NumberFormat], config: Mapping[str, Any], 
 
 
 def check_flags(
-    formats: Mapping[str, NumberFormat], flags: Mapping[str, str], architecture: Architecture = UNKNOWN
+    formats: Mapping[str, NumberFormat],
+    flags: Mapping[str, str],
+    whole: NumberFormat = NVFP4,
+    architecture: Architecture = UNKNOWN,
 ) -> None:
-    """UnsupportedError for layers in a format of their own that trtllm-build would treat as NVFP4 under these flags."""
+    """UnsupportedError for layers in a format of their own that trtllm-build would treat as the others, which are in
+    `whole`, under these flags."""
     # models/modeling_utils.py (1.2), DecoderLayerList, reads attention.qkv.activation_global_scaling_factor.
     if formats and flags.get("norm_quant_fusion") == "enable":
         raise UnsupportedError(
-            f"norm_quant_fusion treats every layer as NVFP4, and some stay in {_titles(formats)}.",
+            f"norm_quant_fusion treats every layer as {whole.title}, and some stay in {_titles(formats)}.",
             hint="--set engine.flags.norm_quant_fusion=disable",
         )
     outputs = [(module, one) for module, one in formats.items() if names.role(architecture, module) == "o"]
@@ -149,10 +153,29 @@ def check_flags(
         module, one = outputs[0]
         raise UnsupportedError(
             f"{module} can't stay in {one.title} in this engine: {reason}.",
-            why="The attention kernel then outputs FP8 or FP4, scaled for the NVFP4 layer that follows it "
+            why=f"The attention kernel then outputs FP8 or FP4, scaled for a layer in {whole.title} that follows it "
             "(gptAttentionPlugin.cpp, supportsFormatCombination; models/modeling_utils.py, set_fp8_context_fhma; 1.2).",
-            hint="Keep other layers, or use --gpu sm120, whose engines use neither.",
+            hint=_without_output_scale(flags),
         )
+
+
+def _without_output_scale(flags: Mapping[str, str]) -> str:
+    """What to type so that the attention kernel does not scale its output. Paged context FMHA over an FP8 KV cache is
+    always in FP8 (rule R30), so both are turned off together."""
+    fp4 = " --set engine.flags.fuse_fp4_quant=disable" * _is_on(flags, "fuse_fp4_quant", "disable")
+    if not (_is_on(flags, "use_fp8_context_fmha") and _is_on(flags, "context_fmha")):
+        return f"{fp4.strip()}, or keep other layers (--keep-bf16)."
+    without = "--set engine.flags.use_fp8_context_fmha=disable"
+    if not _is_on(flags, "use_paged_context_fmha"):
+        return f"{without}{fp4}, or keep other layers (--keep-bf16)."
+    return (
+        f"--kv-cache-dtype auto{fp4}, or {without} --set engine.flags.use_paged_context_fmha=disable{fp4} "
+        "(costs KV reuse and chunked context), or keep other layers (--keep-bf16)."
+    )
+
+
+def _is_on(flags: Mapping[str, str], name: str, default: str = "enable") -> bool:
+    return flags.get(name, default) == "enable"
 
 
 def _titles(formats: Mapping[str, NumberFormat]) -> str:
@@ -197,7 +220,6 @@ def check_llm_class(
 
 def output_must_be_quantized(flags: Mapping[str, str]) -> str:
     """Why attention's output projection must be quantized under these flags; "" if it need not."""
-    on = [name for name in ("use_fp8_context_fmha", "context_fmha") if flags.get(name, "enable") == "enable"]
-    if len(on) == 2:
+    if _is_on(flags, "use_fp8_context_fmha") and _is_on(flags, "context_fmha"):
         return "FP8 context FMHA is on"
-    return "fuse_fp4_quant is on" if flags.get("fuse_fp4_quant") == "enable" else ""
+    return "fuse_fp4_quant is on" if _is_on(flags, "fuse_fp4_quant", "disable") else ""

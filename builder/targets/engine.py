@@ -56,9 +56,9 @@ class EngineTarget:
         return trtllm_flags.resolve(inputs.resolved, inputs.config, inputs.answers)
 
     def check_excluded(self, excluded: Excluded, settings: Settings) -> None:
-        """UnsupportedError for layers that trtllm-build would take for NVFP4 under these flags."""
+        """UnsupportedError for layers that trtllm-build would take for layers in the format of the others."""
         values = {flag.name: flag.value for flag in flags_of(settings)}
-        exclude.check_flags(excluded.formats, values, excluded.architecture)
+        exclude.check_flags(excluded.formats, values, excluded.whole, excluded.architecture)
 
     def why_output_is_quantized(self, settings: Settings, number_format: str) -> str:
         """The attention kernel's own output format decides, whatever the projection is left in."""

@@ -326,6 +326,21 @@ def test_advice_is_tried_with_the_formats_of_the_checkpoint(tmp_path: Path) -> N
     assert planned(model, tmp_path / "out", **{"gpu": "sm80", **settings}).resolved.gpu.name != "sm80"
 
 
+def test_a_checkpoints_output_projections_in_bf16_are_refused_with_advice_that_keeps_its_kv_cache(
+    tmp_path: Path,
+) -> None:
+    outputs = [
+        f"model.layers.{n}.self_attn.o_proj" for n in range(read_json(MODEL / "config.json")["num_hidden_layers"])
+    ]
+    model = companions(fabricated.unified(MODEL, registry.NVFP4, tmp_path / "model", excluded=outputs))
+    with pytest.raises(UnsupportedError, match="can't stay in BF16 in this engine") as raised:
+        planned(model, tmp_path / "out", gpu="sm100", target="engine")
+    assert "--kv-cache-dtype" not in raised.value.hint
+    assert "--keep-" not in raised.value.hint
+    settings = advice.settings(raised.value.hint)
+    assert planned(model, tmp_path / "out", **{"gpu": "sm100", "target": "engine", **settings}).prepared.quantized
+
+
 def without(name: str) -> Callable[[Path, Path], Path]:
     return lambda source, target: changed(source, target, {name: None})
 

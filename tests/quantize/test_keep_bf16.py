@@ -32,7 +32,7 @@ from builder.formats import kv_cache
 from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16
 from builder.hub.snapshot import fetch
-from builder.preflight import checks, memory
+from builder.preflight import advice, checks, memory
 from builder.preflight.memory import Serving
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, worker
@@ -339,6 +339,39 @@ def test_attentions_output_is_kept_only_where_the_kernel_can_do_without_its_scal
             len(checks.keep_patterns(resolved.recipe, model, trtllm_flags.resolve(resolved, config)).modules("bf16"))
             == 6
         )
+
+
+@pytest.mark.parametrize(
+    ("gpu", "extra"),
+    [
+        ("sm89", {"quantization.format": "fp8"}),
+        ("sm90", {"quantization.format": "fp8"}),
+        ("sm100", {}),
+        ("sm100", {"quantization.format": "fp8"}),
+        ("sm120-fmha", {"engine.flags.fuse_fp4_quant": "enable"}),
+        ("sm120-fmha", {"quantization.kv_cache_dtype": "auto", "engine.flags.fuse_fp4_quant": "enable"}),
+        ("sm100", {"engine.flags.use_paged_context_fmha": "disable"}),
+    ],
+)
+def test_what_the_refusal_of_an_output_says_to_type_is_accepted(gpu: str, extra: dict[str, str]) -> None:
+    """Each of its alternatives, on the card that was asked for."""
+    model = facts(TINY)
+    config = {**model.config, "head_dim": 128}
+
+    def check(**more: str) -> None:
+        flags = {"model.id": str(TINY), "gpu": gpu, "quantization.keep_bf16": "*.o_proj", **extra, **more}
+        asked = schema.resolve({**flags, "target": "engine"})
+        checks.keep_patterns(asked.recipe, model, trtllm_flags.resolve(asked, config))
+
+    with pytest.raises(UnsupportedError, match="can't stay in BF16 in this engine") as caught:
+        check()
+    title = schema.resolve({"model.id": str(TINY), "gpu": gpu, **extra}).recipe.quantization.number_format.title
+    assert f"scaled for a layer in {title}" in caught.value.why
+    *alternatives, last = caught.value.hint.split(", or ")
+    assert last == "keep other layers (--keep-bf16)."
+    assert ("--kv-cache-dtype auto" in alternatives[0]) == (len(alternatives) == 2)
+    for alternative in alternatives:
+        check(**advice.settings(alternative))
 
 
 def test_norm_quant_fusion_takes_every_layer_for_quantized() -> None:
