@@ -289,12 +289,13 @@ def library_versions(*names: str) -> dict[str, str]:
 def sources_digest(*sources: str | Path) -> str:
     """Digest of our own source files, as an ingredient: editing one changes the key.
 
-    `sources`: files or directories, relative to the project, such as "builder/core/store.py".
+    `sources`: files or directories, relative to the project, such as "builder/core/store.py". Of a compiled extension
+    its source counts, not what a compiler made of it.
     """
     root = Path(__file__).resolve().parents[2]
     paths = [root / source for source in sources]
     found = {f for path in paths for f in (path.rglob("*") if path.is_dir() else [path]) if not f.is_dir()}
-    files = [f for f in found if "__pycache__" not in f.parts]
+    files = [f for f in found if "__pycache__" not in f.parts and f.suffix != ".so"]
     # A user's task file is known by its name, so that moving it does not change the key.
     named = sorted((str(f.relative_to(root)) if f.is_relative_to(root) else f.name, f) for f in files)
     return digest_of([[name, sha256(f)] for name, f in named])

@@ -17,14 +17,19 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (weight.float() * _factors(scale)[1]).to(dtype)
 
 
-def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
-    """A weight [rows, n] through E4M3 under its scale, or one for each row [rows, 1], and back, in float32.
+def quantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """The E4M3 codes of a weight [rows, n] under its scale, or one for each row [rows, 1], saturated at 448.
 
     By division, as ModelOpt's TensorRT-LLM exporter rounds it (export/quant_utils.py, to_quantized_weight). A row of
     zeros stays one.
     """
-    codes = (weight.float() / torch.where(scale > 0, scale, 1.0)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return codes.float() * _factors(scale)[1]
+    divided = weight.float() / torch.where(scale > 0, scale, 1.0)
+    return divided.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def round_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """A weight [rows, n] through E4M3 under its scale, or one for each row [rows, 1], and back, in float32."""
+    return quantize(weight, scale).float() * _factors(scale)[1]
 
 
 def fake_quantize(x: Tensor, scale: Tensor) -> Tensor:

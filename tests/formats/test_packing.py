@@ -1,0 +1,146 @@
+"""Packing and unpacking equal `formats/arithmetic` and ModelOpt bit for bit, whatever computes them."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from builder.formats.arithmetic import fp8, nvfp4
+from builder.formats.arithmetic.dtypes import DTYPES
+from builder.formats.kernels import packing
+from builder.formats.kernels.packing import Array
+
+ROUND = settings(max_examples=60, deadline=None)
+GLOBAL = (1 / 2688, 3e-4, 1.0, 1e-30, 2.0**-149, 1e30, 2.0**-14)
+
+
+def raw(tensor: torch.Tensor) -> Array:
+    """A tensor's bits."""
+    size = tensor.element_size()
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[size]
+    return tensor.contiguous().view(kind).numpy().view({1: np.uint8, 2: np.uint16, 4: np.uint32}[size])
+
+
+def every(dtype: str) -> Array:
+    """Every value of a type of 16 bits, in order: neighbours share a block, up to Inf and NaN."""
+    return np.arange(1 << 16, dtype=np.uint16).reshape(-1, 64)
+
+
+def odd(seed: int, rows: int, blocks: int, dtype: str) -> Array:
+    """Random blocks of random sizes; some zero, subnormal, huge, Inf or NaN, some with ties."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, blocks, 16, generator=generator)
+    x *= torch.exp(3 * torch.randn(rows, blocks, 1, generator=generator))
+    chosen = torch.rand(rows, blocks, generator=generator)
+    for number, factor in enumerate((0.0, -0.0, 1e-40, 1e-44, 1e35, math.inf, math.nan)):
+        x[(chosen >= number / 20) & (chosen < (number + 1) / 20)] *= factor
+    tie = torch.rand(x.shape, generator=generator) < 0.3
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+    x[tie] = (ties[torch.randint(8, x.shape, generator=generator)] * torch.sign(x))[tie]
+    return raw(x.flatten(1).to(DTYPES[dtype]))
+
+
+matrices = st.tuples(
+    st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 9), st.sampled_from(["BF16", "F16", "F32"])
+)
+
+
+def tensor(values: Array, dtype: str, rounded_to: str | None = None) -> torch.Tensor:
+    """The bits as torch sees them."""
+    found = torch.from_numpy(values.view({2: np.int16, 4: np.int32}[values.itemsize])).view(DTYPES[dtype])
+    return found if rounded_to in (None, "F32") else found.to(DTYPES[rounded_to])
+
+
+def check_nvfp4(values: Array, dtype: str, scale: float, rounded_to: str | None = None) -> None:
+    codes, scales = packing.pack_nvfp4(values, dtype, scale, rounded_to=rounded_to)
+    packed, blocks, _ = nvfp4.quantize(tensor(values, dtype, rounded_to), torch.tensor(scale))
+    np.testing.assert_array_equal(scales, raw(blocks))
+    np.testing.assert_array_equal(codes, raw(packed))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("scale", GLOBAL)
+def test_every_value_of_16_bits_packs_as_the_arithmetic_does(dtype: str, scale: float) -> None:
+    check_nvfp4(every(dtype), dtype, np.float32(scale).item())
+
+
+@ROUND
+@given(matrices, st.sampled_from(GLOBAL), st.sampled_from([None, "BF16", "F16", "F32"]))
+def test_random_blocks_pack_as_the_arithmetic_does(
+    matrix: tuple[int, int, int, str], scale: float, rounded_to: str | None
+) -> None:
+    check_nvfp4(odd(*matrix), matrix[3], np.float32(scale).item(), rounded_to)
+
+
+@ROUND
+@given(matrices, st.sampled_from([None, "BF16", "F16"]))
+def test_the_largest_magnitudes_are_torchs(matrix: tuple[int, int, int, str], rounded_to: str | None) -> None:
+    values, dtype = odd(*matrix), matrix[3]
+    expected = tensor(values, dtype, rounded_to).abs().amax(-1).float().numpy()
+    np.testing.assert_array_equal(packing.largest_rows(values, dtype, rounded_to=rounded_to), expected)
+    np.testing.assert_equal(packing.largest(values, dtype, rounded_to=rounded_to), expected.max())
+
+
+@ROUND
+@given(matrices, st.sampled_from([1.0, 3e-3, 1e-40, 0.0, 1e35]), st.booleans())
+def test_fp8_packs_as_the_arithmetic_does(matrix: tuple[int, int, int, str], scale: float, one: bool) -> None:
+    values, dtype = odd(*matrix), matrix[3]
+    scales = np.full(1 if one else len(values), scale, np.float32)
+    scales[::2] *= np.float32(0.7)
+    expected = fp8.quantize(tensor(values, dtype), torch.from_numpy(scales)[:, None])
+    np.testing.assert_array_equal(packing.pack_fp8(values, dtype, scales), raw(expected))
+
+
+@ROUND
+@given(st.integers(0, 2**31), st.sampled_from(GLOBAL), st.sampled_from(["BF16", "F16", "F32"]))
+def test_every_code_unpacks_as_the_arithmetic_does(seed: int, scale: float, dtype: str) -> None:
+    """NVFP4: all bytes under all 256 block scales. FP8: all codes. NaN may have other bits."""
+    codes = np.arange(1 << 16, dtype=np.uint32).astype(np.uint8).reshape(256, 256)
+    scales = np.random.default_rng(seed).integers(0, 256, (256, 32), np.uint8)
+    scale = np.float32(scale).item()
+    blocks = torch.from_numpy(scales).view(torch.float8_e4m3fn)
+    expected = nvfp4.dequantize(torch.from_numpy(codes), blocks, torch.tensor(scale), DTYPES[dtype])
+    same(packing.unpack_nvfp4(codes, scales, scale, dtype), expected, dtype)
+    rows = np.linspace(0.1, 2, 256).astype(np.float32) * np.float32(scale)
+    weight = torch.from_numpy(codes).view(torch.float8_e4m3fn)
+    expected = fp8.dequantize(weight, torch.from_numpy(rows)[:, None], DTYPES[dtype])
+    same(packing.unpack_fp8(codes, rows, dtype), expected, dtype)
+
+
+def same(found: Array, expected: torch.Tensor, dtype: str) -> None:
+    number = ~expected.isnan().numpy()
+    np.testing.assert_array_equal(tensor(found, dtype).isnan().numpy(), ~number)
+    np.testing.assert_array_equal(found[number], raw(expected)[number])
+
+
+def test_arguments_that_do_not_fit_are_rejected() -> None:
+    values = np.zeros((2, 32), np.uint16)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        packing.pack_nvfp4(values[:, :24].copy(), "BF16", 1.0)
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="global scale is"):
+            packing.pack_nvfp4(values, "BF16", scale)
+    with pytest.raises(ValueError, match="BF16, F16, F32"):
+        packing.largest(values, "I16")
+    with pytest.raises(ValueError, match="contiguous matrix"):
+        packing.largest(values[:, ::2], "BF16")
+    with pytest.raises(ValueError, match="contiguous matrix of 4 bytes"):
+        packing.largest(values, "F32")
+    with pytest.raises(ValueError, match="3 scales for 2 rows"):
+        packing.pack_fp8(values, "BF16", np.ones(3, np.float32))
+    with pytest.raises(ValueError, match="do not match"):
+        packing.unpack_nvfp4(np.zeros((2, 16), np.uint8), np.zeros((2, 1), np.uint8), 1.0, "BF16")
+    with pytest.raises(ValueError, match="needed a contiguous uint8"):
+        packing.pack_fp8(values, "BF16", 1.0, out=np.zeros((2, 16), np.uint8))
+
+
+def test_nothing_of_nothing() -> None:
+    empty = np.zeros((0, 32), np.float32)
+    assert packing.largest(empty, "F32") == 0.0
+    assert packing.pack_nvfp4(empty, "F32", 1.0)[0].shape == (0, 16)
+    assert packing.pack_fp8(empty, "F32", 1.0).shape == (0, 32)
