@@ -22,7 +22,7 @@ UNKNOWN := $(if $(filter test,$(MAKECMDGOALS)),$(filter-out $(PACKAGES),$(PACKAG
 $(if $(UNKNOWN),$(error There are no tests of $(UNKNOWN). Packages with tests: $(PACKAGES)))
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r target text; do printf '%-14s %s\n' "$$target" "$$text"; done
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r target text; do printf '%-18s %s\n' "$$target" "$$text"; done
 
 demo: $(VENV)/ready ## build, serve and smoke-test the bundled model on this CPU
 	$(VENV)/bin/builder build --recipe configs/recipes/demo.yaml --output $(OUTPUT)
@@ -38,7 +38,7 @@ demo-chat: $(CHAT_MODEL)/config.json ## build a real chat model (135M parameters
 test: $(VENV)/ready ## the tests that need neither a GPU nor Docker, but for test-slow; PACKAGE="quantize triton" for some packages' tests
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(addprefix tests/,$(PACKAGE))
 
-test-slow: $(VENV)/ready ## whole builds and lm-eval's tasks: tests of half a minute each
+test-slow: $(VENV)/ready ## whole builds, every model family, lm-eval's tasks, fuzzed configurations: what takes long
 	$(VENV)/bin/python -m pytest -m slow $(PARALLEL)
 
 # Debian's package: a browser that draws what readers will see.
