@@ -18,6 +18,7 @@ from builder.hub.snapshot import Snapshot, fetch, open_source
 from builder.preflight import checks
 from builder.preflight.prepare import Prepared, check_fit, prepare, tell
 from builder.preflight.quantized import Quantized, check_runners, compares, not_quantizable, opened
+from builder.preflight.zero_layers import keep_zeros
 from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
@@ -171,6 +172,9 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
         plain = Built(snapshot, prepared, checkpoint=write_checkpoint(snapshot, store=store))
         return _serve(plain, wanted, store)
 
+    prepared = keep_zeros(prepared, snapshot, store.out)
+    if prepared.zero_layers:
+        check_room(prepared)
     calibration = calibrate(recipe.calibration, store=store)
     check_conversations(read_rows(calibration), snapshot.path)
     if recipe.quantization.kept_budget is not None:
@@ -178,11 +182,9 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 
         prepared = choose_excluded(prepared, snapshot, calibration, store)
         check_room(prepared)
-    request = QuantizeRequest(
-        recipe.quantization, recipe.calibration, prepared.model.layers, recipe.model.trust_remote_code
-    )
+    trusted, zero = recipe.model.trust_remote_code, prepared.zero_layers
+    request = QuantizeRequest(recipe.quantization, recipe.calibration, prepared.model.layers, trusted, zero)
     checkpoint = quantize(snapshot, calibration, request, store=store)
-    prepared = prepared.with_layers(checkpoint.facts.get("layers", prepared.model.layers))
     built = Built(snapshot, prepared, calibration, checkpoint)
     return _serve(_checked(built, store) if quality else built, wanted, store)
 
@@ -269,6 +271,7 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     if prepared.quantized:
         raise not_quantizable(recipe.model.id, "The loss of each layer is measured")
     snapshot = fetch(recipe.model, store=store, source=prepared.source)
+    prepared = keep_zeros(prepared, snapshot, store.out)
     if proxy and recipe.sensitivity.data is None:
         return sensitivity_stage.weight_errors(snapshot, prepared.model, store)
     calibration = calibrate(recipe.calibration, store=store)

@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -220,6 +220,14 @@ class Tensors(Mapping[str, TensorInfo]):
         made._file = {name: file for file, infos in files.items() for name in infos}
         made._maps = {}
         return made
+
+    def renamed(self, named: Callable[[str], str | None]) -> Tensors:
+        """The same tensors under the names that `named` gives them, without those for which it returns None."""
+        files: dict[Path, dict[str, TensorInfo]] = {file: {} for file in self.files}
+        for name, info in self._infos.items():
+            if own := named(name):
+                files[self._file[name]][own] = info
+        return Tensors.of(files)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]

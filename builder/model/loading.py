@@ -19,6 +19,7 @@ from builder.model.completeness import names
 from builder.model.files import CONFIG, GENERATION, json_object, parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.model.imports import only_needed
+from builder.model.source_tensors import open_tensors
 
 
 def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
@@ -41,7 +42,7 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
         model = from_directory(
             directory, source.root, trust_remote_code=job["trust_remote_code"], dtype=dtype, **options
         )
-        check_tied(config, directory, source.root)
+        check_tied(config, source.root)
     _set_end_ids(model, source.root)
     source.check_unchanged()
     model.name_or_path = model.config._name_or_path = str(source.root)  # not that of the links
@@ -54,8 +55,7 @@ def _write_config(root: Path, directory: Path, config: Mapping[str, Any]) -> dic
     if multimodal.MARK not in config:
         (directory / CONFIG).symlink_to(root.absolute() / CONFIG)
         return {}
-    own = {key: value for key, value in config.items() if key != multimodal.MARK}
-    (directory / CONFIG).write_text(json.dumps(own), encoding="utf-8")
+    (directory / CONFIG).write_text(json.dumps(multimodal.own_config(config)), encoding="utf-8")
     return {"key_mapping": multimodal.key_mapping()}
 
 
@@ -66,8 +66,7 @@ def to_quantize(job: Mapping[str, Any], **options: Any) -> Any:
     source = SourceFiles.of_job(job)
     config = parse_config((source.root / CONFIG).read_bytes(), str(source.root))
     if not dtypes.stated(config):
-        files = [source.root / name for name in sorted(source.files) if name.endswith(".safetensors")]
-        headers = {name: (info.dtype, info.shape) for name, info in Tensors(source.root, files).items()}
+        headers = {name: (info.dtype, info.shape) for name, info in open_tensors(source.root).items()}
         config = dtypes.with_type(config, headers)
     return load(job, dtype=getattr(torch, dtypes.served(config)), **options)
 
@@ -79,20 +78,20 @@ def _set_end_ids(model: Any, directory: Path) -> None:
         model.generation_config.eos_token_id = ends
 
 
-def check_tied(config: Mapping[str, Any], directory: Path, shown: Path) -> None:
+def check_tied(config: Mapping[str, Any], directory: Path) -> None:
     """IntegrityError if config.json ties the head to the embedding and the files hold two different ones.
 
     transformers 4.57 ignores the stored head, 5 keeps it, and a TensorRT-LLM engine uses what was exported.
     """
     if not config.get("tie_word_embeddings"):
         return
-    head, embedding, stored = tensor_names.head(config), tensor_names.embedding(config), Tensors(directory)
+    head, embedding, stored = tensor_names.head(config), tensor_names.embedding(config), open_tensors(directory)
     if head not in stored or embedding not in stored:
         return
     pairs = zip(stored.chunks(head), stored.chunks(embedding), strict=False)
     if stored[head].nbytes != stored[embedding].nbytes or any(one != other for one, other in pairs):
         raise IntegrityError(
-            f"{shown} sets tie_word_embeddings, but its {head} differs from its {embedding}.",
+            f"{directory} sets tie_word_embeddings, but its {head} differs from its {embedding}.",
             why="Either the head was trained separately, or one of the two belongs to another model.",
             hint="If the stored head is the right one, set tie_word_embeddings to false in config.json.",
         )

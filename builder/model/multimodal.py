@@ -43,6 +43,11 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**defaults, **text, **outer, "architectures": [part.name], MARK: name}
 
 
+def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's config.json as it is written: without the name of the multimodal model."""
+    return {key: value for key, value in config.items() if key != MARK}
+
+
 def language_name(name: str) -> str | None:
     """The name of a multimodal model's tensor in its language model; None for a tensor of another part."""
     for start, own in NAMES.items():

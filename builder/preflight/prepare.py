@@ -38,7 +38,8 @@ class Prepared:
 
     source: the model's config.json and tensor headers. model: the same with the layers that are in another format.
     settings: trtllm-build's flags or the LLM class's arguments, each with its reason. quantized: what the model is if
-    it is quantized already; its formats are then in the recipe, and `model` is what it was before.
+    it is quantized already; its formats are then in the recipe, and `model` is what it was before. zero_layers: linear
+    layers whose weights are all zero, once the weights are there.
     """
 
     inputs: Inputs
@@ -46,6 +47,7 @@ class Prepared:
     settings: Settings
     model: ModelFacts
     quantized: Quantized | None = None
+    zero_layers: tuple[str, ...] = ()
 
     @property
     def resolved(self) -> Resolved:
@@ -124,11 +126,8 @@ class Prepared:
         return replace(self, model=checks.with_chosen(self.recipe, self.model, modules))
 
     def with_layers(self, layers: Layers) -> Prepared:
-        """With these layers in formats of their own: those that the checkpoint has. UnsupportedError if the target
-        can't load them (layers of zeros stay in BF16, which only the weights tell)."""
+        """With these layers in formats of their own. UnsupportedError if the target can't load them."""
         found = {name: tuple(modules) for name, modules in layers.items() if modules}
-        if found == {name: tuple(modules) for name, modules in self.model.layers.items() if modules}:
-            return self
         made = replace(self, model=replace(self.model, layers=found))
         checks.check_kept(made.recipe, made.model, made.settings)
         return made

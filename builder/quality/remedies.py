@@ -24,6 +24,7 @@ from builder.evaluate.runners.worker import mean_nll
 from builder.formats import registry
 from builder.formats.arithmetic import fp8
 from builder.formats.base import NumberFormat
+from builder.model.source_tensors import open_tensors
 
 TEXTS = 8  # of all sets together; five candidates then take about as long as the check itself
 
@@ -40,7 +41,7 @@ def estimate(
     step = max(1, sum(len(one.ids) for one in sets.values()) // TEXTS)
     texts = [ids for one in sets.values() for ids in one.ids[::step]]
     original, before = (_mean(work / variant, names, sets, step) for variant in ("bf16", "quantized"))
-    stored, found = Tensors(snapshot), []
+    stored, found = open_tensors(snapshot), []
     for number, candidate in enumerate(candidates):
         emit(progress={"label": "quality: remedies", "done": number, "total": len(candidates)})
         with (

@@ -21,14 +21,14 @@ from builder.checkpoint import validate
 from builder.checkpoint.layouts import Checkpoint
 from builder.core import process, workers
 from builder.core.errors import UnsupportedError
-from builder.core.safetensors_io import read_header
+from builder.core.safetensors_io import TensorInfo
 from builder.core.store import Store, library_versions, sources_digest
 from builder.formats.assignment import Layers, ModelFormats, by_layer, of_job
 from builder.formats.base import NumberFormat
 from builder.formats.registry import BF16, NVFP4, for_whole_model
 from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
-from builder.quantize import exclude, zeros
+from builder.model.source_tensors import open_tensors
 from builder.recipe import schema
 from builder.recipe.quantization import Quantization
 
@@ -38,8 +38,6 @@ SOURCES = (
     "builder/quantize/modelopt.py",
     "builder/quantize/worker.py",
     "builder/quantize/quantizers.py",
-    "builder/quantize/zeros.py",
-    "builder/quantize/exclude.py",
     "builder/quantize/experts.py",
     "builder/calibration/coverage.py",
     "builder/quantize/simulation.py",
@@ -59,6 +57,7 @@ SOURCES = (
     "builder/checkpoint/description.py",
     "builder/model/files.py",
     "builder/model/multimodal.py",
+    "builder/model/source_tensors.py",
     "builder/model/loading.py",
     "builder/model/imports.py",
     "builder/checkpoint/sharding.py",
@@ -100,14 +99,16 @@ NUMERICS = (
 class QuantizeRequest:
     """What to quantize to, and how to calibrate.
 
-    layers: the linear layers in a format of their own, by its name: what the recipe's patterns match, and what `auto`
-        chose.
+    layers: the linear layers in a format of their own, by its name: what the recipe's patterns match, what `auto`
+        chose, and layers of zeros.
+    zero_layers: those whose weights are all zero, for the manifest.
     """
 
     quantization: Quantization
     calibration: schema.Calibration
     layers: Layers = field(default_factory=dict)
     trust_remote_code: bool = False
+    zero_layers: Sequence[str] = ()
 
 
 def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeRequest, *, store: Store) -> Checkpoint:
@@ -148,28 +149,15 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
     }
 
     def make(tmp: Path) -> dict[str, Any]:
-        weights = [snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")]
-        check(weights, architecture, layers, part.number_format)
-        zero = zeros.find(weights, architecture, layers)
-        single = _with_zeros(layers, zero, weights, architecture, store) if zero else layers
+        check(open_tensors(snapshot.path), architecture, layers, part.number_format)
         with snapshot.source.explain_failures():
-            facts = _run({**job, "layers": single}, tmp, store)
+            facts = _run(job, tmp, store)
         found = validate.inspect(tmp, here=True)
         found.check()
-        return {**facts, "layers": single, "zero_layers": list(zero), "inspection": found.facts()}
+        return {**facts, "layers": layers, "zero_layers": list(asked.zero_layers), "inspection": found.facts()}
 
     artifact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
-
-
-def _with_zeros(
-    layers: Layers, zero: Sequence[str], weights: Sequence[Path], architecture: Architecture, store: Store
-) -> dict[str, list[str]]:
-    """The layers in a format of their own, with those whose weights are zero in BF16; says so."""
-    shapes = {name: (info.dtype, info.shape) for file in weights for name, info in read_header(file).items()}
-    kept = zeros.keep(layers, zero, exclude.linears(shapes, architecture), architecture)
-    zeros.tell(zero, kept, store.out)
-    return {name: list(modules) for name, modules in sorted(kept.items())}
 
 
 def gpus() -> list[str]:
@@ -196,7 +184,7 @@ def numerics() -> dict[str, str]:
 
 
 def check(
-    weights: Sequence[Path],
+    tensors: Mapping[str, TensorInfo],
     architecture: Architecture,
     layers: Layers = MappingProxyType({}),
     number_format: NumberFormat = NVFP4,
@@ -208,11 +196,10 @@ def check(
             f"Quantizing needs {', '.join(absent)}, not installed in this Python environment.",
             hint="Install the project with its quantize extra, or run the build in the container.",
         )
-    shapes = {name: info.shape for file in weights for name, info in read_header(file).items()}
     single, found = by_layer(layers), defaultdict[NumberFormat, dict[str, Sequence[int]]](dict)
-    for name, shape in sorted(shapes.items()):
-        if names.is_quantizable(architecture, name, shape):
-            found[single.get(name.removesuffix(".weight"), number_format)][name] = shape
+    for name, info in sorted(tensors.items()):
+        if names.is_quantizable(architecture, name, info.shape):
+            found[single.get(name.removesuffix(".weight"), number_format)][name] = info.shape
     for one, members in found.items():
         check_sizes(members, one)
 

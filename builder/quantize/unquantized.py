@@ -3,6 +3,7 @@
 Nothing is calibrated, and ModelOpt does not run. The Hugging Face layout has no hf_quant_config.json, because
 TensorRT-LLM's LLM class rejects one without a quant_algo ("Pre-quantized checkpoint must have quant_algo",
 tensorrt_llm/llmapi/llm_utils.py). Tensors are streamed; one whose type is already the one to serve is copied.
+Of a multimodal model the language model is written.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from builder.architectures import catalog
+from builder.architectures import catalog, written
 from builder.checkpoint import huggingface, layouts, validate
 from builder.checkpoint.layouts import Checkpoint, read_json, write_json
 from builder.core.safetensors_io import CHUNK_BYTES, FileRange, NewTensor, TensorInfo, Tensors, write
 from builder.core.store import Store, sources_digest
 from builder.hub.snapshot import Snapshot
-from builder.model import dtypes, tensor_names
+from builder.model import dtypes, multimodal, tensor_names
+from builder.model.source_tensors import open_tensors
 from builder.quantize import modelopt
 
 SOURCES = (*modelopt.SOURCES, "builder/quantize/unquantized.py", "builder/model/tensor_names.py")
@@ -28,7 +30,8 @@ _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16"}
 
 
 def write_checkpoint(snapshot: Snapshot, *, store: Store) -> Checkpoint:
-    """Writes `unified/` and, where the architecture has one, `tensorrt_llm/`, in the dtype that the model is served in.
+    """Writes `unified/` and, where the architecture has one, `tensorrt_llm/`, in the dtype that the model is served in,
+    but for tensors that the family keeps in float32.
 
     IntegrityError if the inspection finds an error. Such a checkpoint is not kept.
     """
@@ -42,27 +45,23 @@ def write_checkpoint(snapshot: Snapshot, *, store: Store) -> Checkpoint:
     def make(tmp: Path) -> dict[str, Any]:
         unified = tmp / "unified"
         unified.mkdir()
-        source = Tensors(snapshot.path)
+        source = open_tensors(snapshot.path)
         dtype = _SAFETENSORS[dtypes.served(dtypes.with_type(snapshot.config, _headers(source)))]
         write(unified / "model.safetensors", list(_written(source, snapshot.config, dtype)), {"format": "pt"})
         for name in snapshot.files:
             if name.endswith(".json") and "safetensors" not in name:
                 shutil.copyfile(snapshot.path / name, unified / name)
         named = next(name for name, kind in _SAFETENSORS.items() if kind == dtype)
-        config = read_json(unified / "config.json")
-        write_json(unified / "config.json", {**config, "dtype": named})
+        write_json(unified / "config.json", {**_config(snapshot), "dtype": named})
         huggingface.complete(unified, snapshot.path)
         lacking = layouts.write_if_served(unified, snapshot.config, tmp / "tensorrt_llm")
         snapshot.source.check_unchanged()
-        facts: dict[str, Any] = {"layers": {}, "no_tensorrt_llm": lacking}
-        if lacking is None:
-            found = validate.inspect(tmp, here=True)
-            found.check()
-            facts["inspection"] = found.facts()
-        else:
+        if lacking is not None:
             store.out.warn(f"only the Hugging Face layout was written: {lacking}")
+        found = validate.inspect(tmp, here=True)
+        found.check()
         store.out.info(f"no layer is quantized; {len(source)} tensors in {named}")
-        return facts
+        return {"layers": {}, "no_tensorrt_llm": lacking, "inspection": found.facts()}
 
     artifact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
@@ -72,15 +71,24 @@ def _headers(source: Tensors) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (info.dtype, info.shape) for name, info in source.items()}
 
 
+def _config(snapshot: Snapshot) -> dict[str, Any]:
+    """The model's own config.json; of a multimodal model, that of its language model."""
+    if multimodal.MARK in snapshot.config:
+        return multimodal.own_config(snapshot.config)
+    return read_json(snapshot.path / "config.json")
+
+
 def _written(source: Tensors, config: Mapping[str, Any], dtype: str) -> Iterator[NewTensor]:
-    """The tensors that transformers would save, without an output layer that is tied to the embedding."""
+    """The tensors that transformers would load and save, without an output layer that is tied to the embedding."""
     tied = {tensor_names.head(config)} if config.get("tie_word_embeddings") else set()
+    architecture = catalog.of(config)
     for name, info in source.items():
-        if name in tied or dtypes.NOT_WRITTEN.search(name):
+        if name in tied or dtypes.NOT_WRITTEN.search(name) or not written.is_loaded(architecture, config, name):
             continue
-        kind = dtype if info.dtype in dtypes.FLOATS else info.dtype
+        served = "F32" if written.in_float32(architecture, name) else dtype
+        kind = served if info.dtype in dtypes.FLOATS else info.dtype
         chunks: list[FileRange] | Iterator[bytes] = [source.place(name)]
-        yield NewTensor(name, kind, info.shape, chunks if kind == info.dtype else _converted(source, name, info, dtype))
+        yield NewTensor(name, kind, info.shape, chunks if kind == info.dtype else _converted(source, name, info, kind))
 
 
 def _converted(source: Tensors, name: str, info: TensorInfo, dtype: str) -> Iterator[bytes]:
@@ -98,7 +106,9 @@ def _as_float32(values: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any
 
 
 def _rounded(values: np.ndarray[Any, Any], dtype: str) -> bytes:
-    """float32 values as BF16 or F16. A NaN stays one."""
+    """float32 values as BF16, F16 or F32. A NaN stays one."""
+    if dtype == "F32":
+        return values.tobytes()
     if dtype == "F16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).tobytes()

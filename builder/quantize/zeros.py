@@ -8,7 +8,6 @@ stays in BF16; of a mixture that is all experts of the layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from builder.architectures import names
 from builder.architectures.facts import Architecture
@@ -24,17 +23,18 @@ STEP = 1 << 20
 MINUS_ZERO = b"\0\x80"  # float16, bfloat16 and float32 have no other nonzero bytes in -0.0
 
 
-def find(files: Sequence[Path], architecture: Architecture, layers: Layers) -> tuple[str, ...]:
-    """The linear layers to quantize whose weights are all zero (or -0.0), from the model's own files."""
+def find(tensors: Tensors, architecture: Architecture, layers: Layers) -> tuple[str, ...]:
+    """The linear layers to quantize whose weights are all zero (or -0.0).
+
+    tensors: of the source model, under its own names (model/source_tensors.py).
+    """
     kept = {module for module, one in by_layer(layers).items() if one is BF16}
     found = []
-    for file in files:
-        tensors = Tensors(file.parent, [file])
-        for name, info in tensors.items():
-            module = name.removesuffix(".weight")
-            if names.is_quantizable(architecture, name, info.shape) and module not in kept:
-                found += [module] * _is_zero(info, tensors.data(name))
-                tensors.release(name)
+    for name, info in tensors.items():
+        module = name.removesuffix(".weight")
+        if names.is_quantizable(architecture, name, info.shape) and module not in kept:
+            found += [module] * _is_zero(info, tensors.data(name))
+            tensors.release(name)
     return tuple(sorted(found))
 
 

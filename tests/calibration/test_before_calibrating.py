@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from builder import pipeline
 from builder.architectures import catalog
 from builder.calibration.rows import Calibration, calibrate, required_tokens
 from builder.checkpoint import layouts, validate
@@ -24,7 +26,10 @@ from builder.core.safetensors_io import Tensors
 from builder.core.store import Store
 from builder.hub.snapshot import fetch
 from builder.model import quantization_signs
+from builder.plan import plan
 from builder.preflight import checks, memory
+from builder.preflight.prepare import prepare
+from builder.preflight.zero_layers import keep_zeros
 from builder.quantize import exclude, quantizers, zeros
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.recipe import schema
@@ -56,28 +61,76 @@ def quantized(model: Path, part: schema.Calibration, store: Store, **more: Any) 
     return quantize(snapshot, made, QuantizeRequest(Quantization(), part, **more), store=store)
 
 
+def asked(model: Path, data: Path, **more: Any) -> schema.Resolved:
+    values = {"model.id": str(model), "gpu": "cpu", "calibration.data": str(data), "calibration.seq_len": 64}
+    return schema.resolve({**values, "calibration.samples": 2, **more})
+
+
 def test_a_layer_of_zeros_stays_in_bf16_with_those_that_are_served_with_it(tmp_path: Path) -> None:
     """Blocks that are added to a model begin so (LLaMA Pro: o_proj and down_proj): they add nothing until trained."""
     model = with_zeros(tmp_path / "model", f"{ZERO}.weight", "model.layers.0.self_attn.q_proj.weight")
     store = Store(tmp_path / "out", Output("human"))
-    part = schema.Calibration(data=str(rows(tmp_path, 2)), samples=2, seq_len=64)
-    made = quantized(model, part, store, layers={"fp8": [ZERO]})
+    recipe = asked(model, rows(tmp_path, 2), **{"quantization.keep_fp8": ZERO})
+    built = pipeline.build(recipe, store, until="checkpoint")
+    made = built.checkpoint
+    assert made is not None
+    assert built.prepared is not None
     qkv = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
     assert sorted(made.facts["layers"]["bf16"]) == sorted([*qkv, ZERO])
+    assert sorted(built.prepared.model.modules("bf16")) == sorted([*qkv, ZERO])
     assert made.facts["zero_layers"] == [qkv[0], ZERO]
     found = validate.inspect(made.path)
     assert not found.findings
     assert found.layouts["unified"].linears["kept"] == 4
     assert set(layouts.read_json(made.unified / "hf_quant_config.json")["quantization"]["exclude_modules"]) >= {ZERO}
-    kept = checks.read_model(schema.Model(id=str(model)), store)
-    assert zeros.find([model / "model.safetensors"], kept.architecture, {"bf16": [*qkv, ZERO]}) == ()
+    assert zeros.find(Tensors(model), catalog.UNKNOWN, {"bf16": [*qkv, ZERO]}) == ()
+    dry = Store(tmp_path / "out", Output("quiet"), dry=True)
+    states = {stage: state for stage, state, _ in plan(recipe, dry).stages}
+    assert states["checkpoint"] == "cached"
+
+
+def test_zeros_that_a_target_cant_keep_are_refused_before_calibration(tmp_path: Path) -> None:
+    model = with_zeros(tmp_path / "model", f"{ZERO}.weight")
+    store, data = Store(tmp_path / "out", Output("quiet")), rows(tmp_path, 2)
+    recipe = asked(model, data, gpu="sm100", target="engine")
+    for run in (
+        lambda: pipeline.build(recipe, store, until="checkpoint"),
+        lambda: pipeline.measure_layers(recipe, store, proxy=True),
+    ):
+        with pytest.raises(UnsupportedError, match=f"{ZERO} can't stay in BF16") as caught:
+            run()
+        assert "are all zero in the model's own files" in caught.value.why
+        assert "Keep other layers" not in caught.value.hint
+    assert not list((tmp_path / "out" / "store").glob("calibration-*"))
+    other = prepare(asked(model, data, gpu="sm100", target="llmapi"), store)
+    assert keep_zeros(other, fetch(other.recipe.model, store=store), store.out).zero_layers == (ZERO,)
+
+
+def test_zeros_that_no_checkpoint_has_keep_nothing(tmp_path: Path) -> None:
+    """Layers after the last predict further tokens, and are not loaded."""
+    model, store = with_zeros(tmp_path / "model", f"{ZERO}.weight"), Store(tmp_path / "out", Output("quiet"))
+    prepared = prepare(asked(model, rows(tmp_path, 2)), store)
+    snapshot = fetch(prepared.recipe.model, store=store)
+    assert keep_zeros(prepared, snapshot, store.out).zero_layers == (ZERO,)
+    config = {**prepared.model.config, "num_hidden_layers": 1}
+    fewer = replace(prepared, model=replace(prepared.model, config=config))
+    assert keep_zeros(fewer, snapshot, store.out) is fewer
+
+
+def test_sensitivity_measures_no_layer_of_zeros(tmp_path: Path) -> None:
+    model = with_zeros(tmp_path / "model", f"{ZERO}.weight")
+    found = pipeline.measure_layers(
+        asked(model, rows(tmp_path, 2)), Store(tmp_path / "out", Output("quiet")), proxy=True
+    )
+    assert found.losses
+    assert ZERO not in [one.name for one in found.losses]
 
 
 def test_all_experts_of_a_layer_stay_in_bf16_if_one_is_zero(tmp_path: Path) -> None:
     model = with_zeros(tmp_path / "moe", "model.layers.1.mlp.experts.2.down_proj.weight", source=MOE)
-    store = Store(tmp_path / "out", Output("quiet"))
-    part = schema.Calibration(data=str(rows(tmp_path, 2)), samples=2, seq_len=64)
-    made = quantized(model, part, store)
+    recipe = asked(model, rows(tmp_path, 2), gpu="sm120", target="llmapi")
+    made = pipeline.build(recipe, Store(tmp_path / "out", Output("quiet")), until="checkpoint").checkpoint
+    assert made is not None
     experts = layouts.read_json(MOE / "config.json")["num_experts"]
     assert len(made.facts["layers"]["bf16"]) == 3 * experts
     found = validate.inspect(made.path)
@@ -88,7 +141,7 @@ def test_all_experts_of_a_layer_stay_in_bf16_if_one_is_zero(tmp_path: Path) -> N
 def test_a_model_of_zeros_is_refused(tmp_path: Path) -> None:
     every = [f"{module}.weight" for module in exclude.linears(checks_of(LLAMA))]
     model = with_zeros(tmp_path / "model", *every)
-    zero = zeros.find([model / "model.safetensors"], catalog.UNKNOWN, {})
+    zero = zeros.find(Tensors(model), catalog.UNKNOWN, {})
     assert len(zero) == len(every)
     with pytest.raises(UnsupportedError, match="nothing is left to quantize"):
         zeros.keep({}, zero, [name.removesuffix(".weight") for name in every], catalog.UNKNOWN)
@@ -104,7 +157,7 @@ def test_zeros_of_both_signs_are_zeros_and_the_smallest_number_is_none(tmp_path:
     lone[-1, -1] = torch.finfo(kind).tiny
     tensors = {"a.q_proj.weight": lone, "b.q_proj.weight": -torch.zeros_like(lone), "c.q_proj.weight": 0 * lone}
     save_file(tensors, tmp_path / "model.safetensors")
-    assert zeros.find([tmp_path / "model.safetensors"], catalog.UNKNOWN, {}) == ("b.q_proj", "c.q_proj")
+    assert zeros.find(Tensors(tmp_path), catalog.UNKNOWN, {}) == ("b.q_proj", "c.q_proj")
 
 
 def test_one_weight_that_is_not_zero_is_enough() -> None:

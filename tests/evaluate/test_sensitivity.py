@@ -60,7 +60,6 @@ def job(tmp_path: Path) -> Callable[..., Job]:
     def make(**changed: Any) -> Job:
         standard: Job = {
             "model": str(LLAMA),
-            "weights": [str(file) for file in LLAMA.glob("*.safetensors")],
             "texts": str(rows),
             "calibration": {"rows": str(rows), "seq_len": 64, "batch_size": 1},
             "lengths": {"min_tokens": 2, "max_tokens": 60},
@@ -235,9 +234,8 @@ def test_rank_correlation(x: list[float], y: list[float], expected: float) -> No
 
 def test_weight_errors_are_those_of_the_number_format() -> None:
     """q, k and v under one global scale, as they are exported; each tensor by the formula."""
-    files, groups = sorted(TINY.glob("*.safetensors")), exclude.groups(exclude.linears(facts(TINY).tensors))
-    found = weight_error.weight_errors(files, groups)
-    tensors = Tensors(TINY)
+    tensors, groups = Tensors(TINY), exclude.groups(exclude.linears(facts(TINY).tensors))
+    found = weight_error.weight_errors(tensors, groups)
     members = groups["model.layers.3.self_attn.qkv_proj"]
     weights = torch.cat([weight_error._load(tensors, f"{name}.weight") for name in members])
     back = nvfp4.dequantize(*nvfp4.quantize(weights), torch.float64)
@@ -256,7 +254,7 @@ def test_a_weight_that_is_no_number_has_no_error_but_is_one(tmp_path: Path) -> N
     ]
     write(tmp_path / "model.safetensors", parts)
     with pytest.raises(IntegrityError, match=r"up_proj\.weight holds NaN"):
-        weight_error.weight_errors([tmp_path / "model.safetensors"], {"gate_up": names})
+        weight_error.weight_errors(Tensors(tmp_path), {"gate_up": names})
 
 
 def resolved(model: Path, **flags: Any) -> schema.Resolved:

@@ -17,10 +17,14 @@ from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, Tensors
 from builder.core.store import Store
-from builder.hub.snapshot import open_source
-from builder.model import loading, multimodal
+from builder.evaluate.sensitivity import stage as sensitivity_stage
+from builder.hub.snapshot import fetch, open_source
+from builder.model import loading, multimodal, source_tensors
 from builder.model.files import check_config, parse_config
-from builder.recipe.schema import Model
+from builder.preflight.prepare import prepare
+from builder.preflight.zero_layers import keep_zeros
+from builder.quantize import modelopt, unquantized
+from builder.recipe.schema import Model, resolve
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-qwen3"
 VISION: dict[str, Any] = {
@@ -109,6 +113,43 @@ def check_unexpected(source: Path, beside: str) -> None:
     with pytest.raises(IntegrityError) as caught:
         loading.to_quantize({"model": str(source.with_name("planted")), "trust_remote_code": False})
     assert caught.value.why == f"Unexpected, which transformers ignores: {multimodal.language_name(planted)}."
+
+
+def test_it_is_written_unquantized_under_its_own_names(tmp_path: Path) -> None:
+    source = write("gemma3", "gemma3_text", tmp_path / "source")
+    store = Store(tmp_path / "out", Output("quiet"))
+    snapshot = fetch(Model(id=str(source)), store=store)
+    made = unquantized.write_checkpoint(snapshot, store=store)
+    found = open_source(Model(id=str(source)), store=store)
+    whole, stored = source_tensors.open_tensors(source), Tensors(made.unified)
+    assert stored.keys() == whole.keys() == found.tensors.keys()
+    assert all(bytes(stored.data(name)) == bytes(whole.data(name)) for name in stored)
+    config = json.loads((made.unified / "config.json").read_text())
+    assert config["architectures"] == ["Gemma3ForCausalLM"]
+    assert not config.keys() & {"vision_config", "text_config", multimodal.MARK}
+    own = open_source(Model(id=str(made.unified)), store=store)  # and it can be opened as a model
+    assert own.tensors == found.tensors
+
+
+def test_every_reader_of_its_weights_knows_them_by_their_own_names(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source = write("gemma3", "gemma3_text", tmp_path / "source")
+    store = Store(tmp_path / "out", Output("quiet"))
+    tensors = load_file(source / "model.safetensors")
+    [down] = [name for name in tensors if name.endswith(".layers.1.mlp.down_proj.weight")]
+    tensors |= {name: torch.zeros_like(tensors[name]) for name in tensors if name == down or "vision" in name}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    prepared = prepare(resolve({"model.id": str(source), "gpu": "sm120", "target": "llmapi"}), store, layouts=False)
+    snapshot = fetch(Model(id=str(source)), store=store)
+    kept = keep_zeros(prepared, snapshot, store.out)
+    assert kept.zero_layers == ("model.layers.1.mlp.down_proj",)
+    assert kept.model.layers == {"bf16": kept.zero_layers}
+    modelopt.check(source_tensors.open_tensors(source), kept.model.architecture, kept.model.layers)
+    losses = sensitivity_stage.weight_errors(snapshot, kept.model, store).losses
+    assert all(0 < one.weight_error < 0.2 for one in losses)
+    assert not [one.name for one in losses if one.name in kept.zero_layers]
 
 
 def test_it_is_said(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
 import exports
+import families
 import numpy as np
 import pytest
 import torch
@@ -19,12 +21,14 @@ from builder import pipeline
 from builder.checkpoint import layouts, sharding
 from builder.checkpoint.layouts import Checkpoint
 from builder.checkpoint.sharding import Parallel
-from builder.core.errors import UnsupportedError, UsageError
+from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
 from builder.core.store import Store
 from builder.evaluate.runners import local
+from builder.hub.snapshot import fetch
 from builder.plan import plan
+from builder.preflight.model_facts import ModelFacts
 from builder.preflight.prepare import prepare
 from builder.quantize import unquantized
 from builder.recipe import schema
@@ -149,3 +153,37 @@ def test_there_is_nothing_to_keep(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         asked(exports.MODELS["llama"], quantization__keep_bf16="*.down_proj")
     assert "bf16 quantizes no layer" in f"{caught.value.what} {caught.value.why}"
+
+
+def test_other_families_get_the_tensors_of_the_plan(tmp_path: Path) -> None:
+    """GLM-4.5: a router's bias stays in float32, layers that predict further tokens are left out, and what has no
+    TensorRT-LLM layout is inspected too."""
+    source = tmp_path / "model"
+    config = families.write("glm4_moe", source)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(exports.DATA / "tiny-qwen3" / file, source)
+    tensors = load_file(source / "model.safetensors")
+    [bias] = [name for name in tensors if name.endswith("e_score_correction_bias")]
+    tensors |= {bias: torch.full_like(tensors[bias], 1.001, dtype=torch.float32)}
+    tensors |= {f"model.layers.{config['num_hidden_layers']}.eh_proj.weight": torch.ones(64, 128, dtype=torch.bfloat16)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    store = Store(tmp_path / "out", Output("quiet"))
+    snapshot = fetch(schema.Model(id=str(source)), store=store)
+    made = unquantized.write_checkpoint(snapshot, store=store)
+    stored = {name: (info.dtype, info.shape) for name, info in Tensors(made.unified).items()}
+    assert stored == ModelFacts(snapshot.config, {n: (i.dtype, i.shape) for n, i in Tensors(source).items()}).written
+    assert torch.equal(load_file(made.unified / "model.safetensors")[bias], tensors[bias])
+    assert set(made.facts["inspection"]["layouts"]) == {"unified"}
+    tensors["model.layers.1.self_attn.o_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(IntegrityError, match=r"o_proj\.weight.* NaN"):
+        unquantized.write_checkpoint(fetch(schema.Model(id=str(source)), store=store), store=store)
+
+
+def test_a_bias_that_is_kept_in_float32_is_widened(tmp_path: Path) -> None:
+    values = torch.tensor([1.5, -2.0])
+    save_file({"a.e_score_correction_bias": values.bfloat16()}, tmp_path / "model.safetensors")
+    config = {"architectures": ["Glm4MoeForCausalLM"], "num_hidden_layers": 2}
+    [found] = unquantized._written(Tensors(tmp_path), config, "BF16")
+    assert found.dtype == "F32"
+    assert b"".join(bytes(chunk) for chunk in found.chunks) == values.numpy().tobytes()  # type: ignore[arg-type]

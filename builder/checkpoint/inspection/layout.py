@@ -19,8 +19,9 @@ from builder.checkpoint.layout_names import LayoutNames
 from builder.checkpoint.layouts import read_json
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import Tensors
+from builder.formats import kv_cache
 from builder.formats.base import NumberFormat, StoredTensor
-from builder.formats.declared import DeclaredFormats
+from builder.formats.declared import DeclaredFormats, declared
 from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import BF16
 from builder.model import tensor_names
@@ -122,7 +123,7 @@ class Layout:
 
 
 def open_all(path: Path, *, here: bool = False) -> Iterator[Layout]:
-    """The layouts in a directory and in its folders."""
+    """The layouts in a directory and in its folders; if this build has made them, also one without a quantization."""
     for folder in FOLDERS:
         yield from _open(path / folder, here)
 
@@ -132,7 +133,7 @@ def _open(folder: Path, here: bool) -> Iterator[Layout]:
     config = documents.get(CONFIG, {})
     if "pretrained_config" in config:  # an engine directory wraps it
         documents[CONFIG] = config = config["pretrained_config"]
-    which = description.layout_of(documents)
+    which = description.layout_of(documents) or ("unified" if here and config else None)
     if which is None:
         return
     if which == "tensorrt_llm":
@@ -143,7 +144,7 @@ def _open(folder: Path, here: bool) -> Iterator[Layout]:
     else:
         opened = [files.open_files(folder)]
     for rank, one in enumerate(opened):
-        said = description.describe(documents, one.tensors, str(folder))
+        said = _described(documents, one.tensors, folder)
         name = which if len(opened) == 1 else f"{which} rank{rank}"
         common = config if which == "tensorrt_llm" else catalog.with_common_keys(config)
         _check_sizes(common, folder)
@@ -162,3 +163,11 @@ def _check_sizes(config: Mapping[str, Any], folder: Path) -> None:
             f"{folder / CONFIG} lacks {', '.join(lacking)}.",
             hint="Copy config.json again from the checkpoint or from the original model.",
         )
+
+
+def _described(documents: Mapping[str, Any], tensors: Tensors, folder: Path) -> Description:
+    """The description of a layout; of one without a quantization, that all layers are in BF16."""
+    if description.layout_of(documents) is not None:
+        return description.describe(documents, tensors, str(folder))
+    config = catalog.with_common_keys(documents[CONFIG])
+    return Description("unified", config, declared({}), kv_cache.AUTO, tensors)

@@ -27,6 +27,7 @@ from builder.core.store import Store, key_of, library_versions, replace_file, so
 from builder.hub.snapshot import Snapshot
 from builder.model.dtypes import written_bytes
 from builder.model.hashed_files import SourceFiles
+from builder.model.source_tensors import open_tensors
 from builder.quantize import exclude, modelopt
 from builder.recipe.evaluation import DataSet
 from builder.recipe.schema import Calibration as Rows
@@ -198,7 +199,7 @@ def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensit
 
     groups = _groups(model)
     with store.out.progress("weight errors", unit="layers") as bar:
-        found = weight_error.weight_errors(_weights(snapshot), groups, model.number_format, bar.update)
+        found = weight_error.weight_errors(open_tensors(snapshot.path), groups, model.number_format, bar.update)
     snapshot.source.check_unchanged()
     losses = _losses(model, groups, {"results": {}, "weight_errors": found, "output_errors": {}})
     return Sensitivity(tuple(losses), None, None, 0, {}, Path(), "")
@@ -236,7 +237,6 @@ def _job(
     }
     paths = {
         **snapshot.source.as_job(),
-        "weights": [str(file.absolute()) for file in _weights(snapshot)],
         "texts": str(texts.path.absolute()),
         "calibration": {**job["calibration"], "rows": str(calibration.path.absolute())},
     }
@@ -259,10 +259,6 @@ def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
     """The groups of layers that no pattern keeps."""
     known = exclude.linears(model.written, model.architecture)
     return exclude.groups((name for name in known if name not in model.single), model.architecture)
-
-
-def _weights(snapshot: Snapshot) -> list[Path]:
-    return [snapshot.path / file for file in snapshot.files if file.endswith(".safetensors")]
 
 
 def _partial(store: Store, stage: str, ingredients: Mapping[str, Any]) -> Path:
@@ -322,8 +318,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
 
 def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, Any]:
     """Runs the worker and returns its summary."""
-    weights = [Path(file) for file in job["weights"]]
-    modelopt.check(weights, model.architecture, job["layers"], model.number_format)
+    modelopt.check(open_tensors(Path(job["model"])), model.architecture, job["layers"], model.number_format)
     log = store.log("sensitivity")
     with SourceFiles.of_job(job).explain_failures():
         events, _ = process.run_job(

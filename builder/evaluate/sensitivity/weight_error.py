@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,16 +21,16 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def weight_errors(
-    files: Sequence[Path],
+    tensors: Tensors,
     groups: Mapping[str, Sequence[str]],
     number_format: NumberFormat = NVFP4,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """||W - quantized W|| / ||W|| of each group, in the Frobenius norm over all its modules.
 
+    tensors: of the source model, under its own names (model/source_tensors.py).
     IntegrityError for a weight with NaN or Inf.
     """
-    tensors = Tensors(files[0].parent, files)
     found = {}
     for done, (group, modules) in enumerate(groups.items()):
         progress(done, len(groups))

@@ -32,6 +32,7 @@ from builder.evaluate.sensitivity.weight_error import weight_errors
 from builder.formats import kv_cache, registry
 from builder.formats.assignment import of_job
 from builder.model.hashed_files import SourceFiles
+from builder.model.source_tensors import open_tensors
 from builder.quantize import worker
 from builder.quantize.device import check_device
 from builder.quantize.simulation import enable_cpu_simulation
@@ -140,12 +141,11 @@ def _ceiling(kl: float) -> str:
 
 
 def _summary(job: Mapping[str, Any], done: Results) -> dict[str, Any]:
-    files = [Path(file) for file in job["weights"]]
     emit(progress={"label": "weight errors", "done": 0, "total": None})
     return {
         "results": {name: done[name] for name in _wanted(job)},
         "output_errors": done.output_errors,
-        "weight_errors": weight_errors(files, job["groups"], registry.get(job["format"])),
+        "weight_errors": weight_errors(open_tensors(Path(job["model"])), job["groups"], registry.get(job["format"])),
         "tokens": done.tokens,
     }
 
