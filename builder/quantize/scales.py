@@ -23,6 +23,8 @@ SOURCES = (
     *modelopt.SOURCES,
     "builder/quantize/scales.py",
     "builder/quantize/scales_worker.py",
+    "builder/quantize/calibrated.py",
+    "builder/quantize/ranges.py",
     "builder/quantize/stored_model.py",
     "builder/quantize/stored_scales.py",
     "builder/checkpoint/description.py",

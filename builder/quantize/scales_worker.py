@@ -6,7 +6,6 @@ Reads the ranges of inputs, keys and values from the dequantized model, as max c
 from __future__ import annotations
 
 import gc
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +20,8 @@ from builder.core.safetensors_io import Tensors
 from builder.formats import kv_cache
 from builder.formats.kv_cache import KvCacheFormat
 from builder.model import dtypes
-from builder.quantize import experts, quantizers, stored_scales, worker
+from builder.quantize import calibrated, experts, quantizers, stored_scales, worker
 from builder.quantize.device import check_device
-
-# An expert's linear layer in a stored name; w1 and w3 are Mixtral's gate and up, w2 its down projection.
-_EXPERT = re.compile(r"(?P<layer>.*?\.layers\.\d+\.).*\bexperts\.\d+\.(?P<projection>\w+)")
-_DOWN = ("down_proj", "w2")
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,12 +37,10 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     limit = worker._limit(job, model.config)
     with torch.inference_mode():
         routed = _calibrate(model, batches, found, cache)
-    modules = dict(model.named_modules())
-    inputs = {layer: amax for layer in found.layers if (amax := _input_range(modules, layer)) is not None}
-    needed = {layer: one for layer, one in found.layers.items() if one.input_range is not None}
-    scales = stored_scales.of_inputs(needed, inputs, catalog.of(found.config))
-    of_cache = stored_scales.of_cache(cache, _cache_ranges(modules)) if cache.quantized else {}
-    del model, modules  # the weights in memory are not needed to write
+    ranges = calibrated.ranges(model, found.headers)
+    scales = stored_scales.of_inputs(found.layers, ranges.inputs, catalog.of(found.config))
+    of_cache = stored_scales.of_cache(cache, ranges.cache)
+    del model  # the weights in memory are not needed to write
     gc.collect()
     emit(progress={"label": "writing the scales", "done": 0, "total": None})
     changed = stored_scales.replace(unified, {**scales, **of_cache})
@@ -116,39 +109,6 @@ def _calibrate(model: Any, batches: list[Any], found: Description, cache: KvCach
         mtq.quantize(model, quantizers.config_of_inputs(mtq, cache), forward)
     experts.widen_ranges(model, routed)
     return routed
-
-
-def _input_range(modules: Mapping[str, Any], layer: str) -> float | None:
-    """The largest magnitude of a layer's inputs; None where no token reached it."""
-    module = modules.get(layer)
-    quantizer = getattr(module, "input_quantizer", None) if module is not None else _of_experts(modules, layer)
-    amax = getattr(quantizer, "amax", None)
-    return None if amax is None else float(amax.float().max())
-
-
-def _of_experts(modules: Mapping[str, Any], layer: str) -> Any:
-    """The quantizer that ModelOpt 0.47 gives all experts of a layer for this projection (_QuantFusedExperts)."""
-    match = _EXPERT.fullmatch(layer)
-    if match is None:
-        return None
-    joined = [one for name, one in modules.items() if name.startswith(match["layer"]) and name.endswith("experts")]
-    found = [one for one in joined if hasattr(one, "down_proj_input_quantizer")]
-    if len(found) != 1:
-        return None
-    if match["projection"] in _DOWN:
-        return found[0].down_proj_input_quantizer
-    first = getattr(found[0], "_first_proj_attr", "gate_up_proj")
-    return getattr(found[0], f"{first}_input_quantizer")
-
-
-def _cache_ranges(modules: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """{attention: largest magnitudes of its keys, after RoPE, and values}."""
-    found = {}
-    for name, module in modules.items():
-        keys, values = (getattr(getattr(module, f"{kind}_bmm_quantizer", None), "amax", None) for kind in "kv")
-        if keys is not None and values is not None:
-            found[name] = float(keys.float().max()), float(values.float().max())
-    return found
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from builder.architectures.facts import Architecture
 from builder.checkpoint import huggingface, validate
 from builder.core.safetensors_io import NewTensor, Tensors
 from builder.formats import kv_cache
+from builder.formats.registry import NVFP4
 from builder.model import completeness
 from builder.model.completeness import Header
 from builder.preflight import memory
 from builder.preflight.memory import Serving
 from builder.preflight.model_facts import ModelFacts
-from builder.quantize import exclude, quantizers
+from builder.quantize import calibrated, exclude, quantizers
+from builder.quantize.ranges import Ranges
 
 EVERY = {one.model_types[0]: one for one in catalog.every()}
 VERSION = ".".join(map(str, exports.MODELOPT))
@@ -51,9 +54,12 @@ def test_what_is_said_of_a_family_is_what_modelopt_writes(model_type: str, tmp_p
     model = ModelFacts(config, checked_headers(config, tmp_path / "source"))
     if model.architecture.experts and model.architecture.experts.apart:
         model = published(model, tmp_path / "source")
-    exports.export(exports.quantized(tmp_path / "source", kept=quantizers.NEVER), tmp_path / "unified")
+    quantized = exports.quantized(tmp_path / "source", kept=quantizers.NEVER)
+    ranges = calibrated.ranges(quantized, model.written)
+    exports.export(quantized, tmp_path / "unified")
     tensors = Tensors(tmp_path / "unified")
     check_layers(model, tensors)
+    check_ranges(model, ranges, tensors)
     check_bytes(model, tensors)
     huggingface.complete(tmp_path / "unified", tmp_path / "source")
     check_completed(EVERY[model_type], tmp_path / "unified")
@@ -97,6 +103,17 @@ def check_layers(model: ModelFacts, tensors: Tensors) -> None:
     scaled = {name for name in tensors if name.endswith("_weight_scale")}  # experts that are stacked in one parameter
     experts = model.architecture.experts
     assert bool(scaled) == bool(experts and not experts.apart)
+
+
+def check_ranges(model: ModelFacts, ranges: Ranges, tensors: Tensors) -> None:
+    """The ranges that are read from ModelOpt's quantizers give the scales that its exporter writes."""
+    layers = dict.fromkeys(exclude.linears(model.written, model.architecture), NVFP4)
+    made = ranges.scales(layers, kv_cache.FP8, model.architecture)
+    if exports.MODELOPT < (0, 40):  # it raises the cache's scales to 1
+        made = {name: max(scale, float(name.endswith(kv_cache.UNIFIED))) for name, scale in made.items()}
+    scales = [name for name in tensors if name.endswith((".input_scale", *kv_cache.UNIFIED))]
+    written = {name: struct.unpack("<f", bytes(tensors.data(name)))[0] for name in scales}
+    assert {name: struct.unpack("<f", struct.pack("<f", scale))[0] for name, scale in made.items()} == written
 
 
 def check_bytes(model: ModelFacts, tensors: Tensors) -> None:

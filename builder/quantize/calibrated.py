@@ -1,0 +1,70 @@
+"""The ranges that ModelOpt's quantizers hold after a calibration, by the names of the checkpoint's tensors.
+
+transformers 5 renames tensors as it loads them (backbone.layers is model.layers in Nemotron-H) and joins the experts of
+a mixture in one module, to which ModelOpt 0.47 gives one quantizer for the inputs of all (quantization/plugins/
+huggingface.py, _QuantFusedExperts). Imports nothing heavy; the model comes with its libraries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from builder.quantize.ranges import Ranges
+
+# The part of an expert's linear layer in a name: of one expert, or of the parameter that holds all of them.
+_EXPERT = re.compile(r"(?P<experts>.+?\bexperts)(?:\.\d+)?\.(?P<projection>\w+)")
+
+
+def ranges(model: Any, tensors: Iterable[str]) -> Ranges:
+    """What the calibrated quantizers of a model recorded.
+
+    tensors: the names of the checkpoint, in which each expert has tensors of its own. A layer that no token reached, or
+    whose input is not quantized, is absent from the result.
+    """
+    modules, module_of = dict(model.named_modules()), renamed(model)
+    inputs: dict[str, float] = {}
+    cache: dict[str, tuple[float, float]] = {}
+    for tensor in tensors:
+        if not tensor.endswith(".weight"):
+            continue
+        layer, place = tensor.removesuffix(".weight"), module_of(tensor)
+        amax = _amax(_input_quantizer(modules, place))
+        if amax is not None:
+            inputs[layer] = amax
+        attention = modules.get(place.rpartition(".")[0])
+        keys, values = (_amax(getattr(attention, f"{kind}_bmm_quantizer", None)) for kind in "kv")
+        if keys is not None and values is not None:
+            cache[layer.rpartition(".")[0]] = keys, values
+    return Ranges(inputs, cache)
+
+
+def renamed(model: Any) -> Callable[[str], str]:
+    """A function from a weight's name in the checkpoint to that of the module or parameter in the loaded model."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if not conversions:  # transformers 4 keeps the names
+        return lambda tensor: tensor.removesuffix(".weight")
+    from transformers import core_model_loading as loading
+
+    converters = [one for one in conversions if isinstance(one, loading.WeightConverter)]
+    renamings = [one for one in conversions if one not in converters]
+    return lambda tensor: loading.rename_source_key(tensor, renamings, converters)[0].removesuffix(".weight")
+
+
+def _input_quantizer(modules: Mapping[str, Any], place: str) -> Any:
+    """The quantizer of the inputs of a linear layer, or of all experts' inputs to its projection."""
+    own = getattr(modules.get(place), "input_quantizer", None)
+    found = _EXPERT.fullmatch(place)
+    if own is not None or found is None:
+        return own
+    experts, last = modules.get(found["experts"]), found["projection"] == "down_proj"
+    part = "down_proj" if last else getattr(experts, "_first_proj_attr", "gate_up_proj")
+    return getattr(experts, f"{part}_input_quantizer", None)
+
+
+def _amax(quantizer: Any) -> float | None:
+    """The largest magnitude that a quantizer saw; None if it is off or saw nothing."""
+    if quantizer is None or not quantizer.is_enabled or quantizer.amax is None:
+        return None
+    return float(quantizer.amax.float().max())
