@@ -318,31 +318,58 @@ def _files(directory: Path) -> tuple[Path, ...]:
     return tuple(sorted(directory.glob("*.safetensors")))
 
 
-def write(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a file chunk by chunk; a failure leaves no file behind.
+@dataclass(frozen=True)
+class Arrangement:
+    """Where the tensors of a file to write lie: its first bytes (header length and header), and {name: TensorInfo} in
+    the order of the file."""
 
-    Tensors are in the order of the safetensors library, so that its files are reproduced: by dtype, the widest first,
-    which aligns each one to its element size, then by name.
-    ValueError for a name that occurs twice or chunks that don't add up to the tensor's size.
+    head: bytes
+    infos: Mapping[str, TensorInfo]
+
+    @property
+    def size(self) -> int:
+        """The file's size in bytes."""
+        return max((info.end for info in self.infos.values()), default=len(self.head))
+
+
+def arrange(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> Arrangement:
+    """Where tensors (name, dtype, shape) lie in a file.
+
+    They are in the order of the safetensors library, so that its files are reproduced: by dtype, the widest first,
+    which aligns each one to its element size, then by name. ValueError for a name that occurs twice.
     """
-    ordered = sorted(tensors, key=lambda t: (-_ORDER.get(t.dtype, 0), t.name.encode()))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    for tensor in ordered:
-        if tensor.name in header or tensor.name == "__metadata__":
-            raise ValueError(f"{tensor.name} can't be written twice")
-        end = position + byte_size(tensor.dtype, tensor.shape)
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, end]}
+    for name, dtype, shape in sorted(tensors, key=lambda one: (-_ORDER.get(one[1], 0), one[0].encode())):
+        if name in header or name == "__metadata__":
+            raise ValueError(f"{name} can't be written twice")
+        end = position + byte_size(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes, as safetensors does
+    header.pop("__metadata__", None)
+    infos = {name: _info(entry, 8 + len(text)) for name, entry in header.items()}
+    return Arrangement(len(text).to_bytes(8, "little") + text, infos)
+
+
+def write(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file chunk by chunk, in the order of `arrange`; a failure leaves no file behind.
+
+    ValueError for a name that occurs twice or chunks that don't add up to the tensor's size.
+    """
+    given = list(tensors)
+    made = arrange(((tensor.name, tensor.dtype, tensor.shape) for tensor in given), metadata)
+    chunks = {tensor.name: tensor.chunks for tensor in given}
     try:
         with open(path, "wb", buffering=0) as file:
-            _append(file.fileno(), len(text).to_bytes(8, "little") + text)
-            for tensor in ordered:
-                written = sum(_append(file.fileno(), chunk) for chunk in tensor.chunks)
-                if written != byte_size(tensor.dtype, tensor.shape):
-                    raise ValueError(f"{tensor.name}: got {written} bytes for {tensor.dtype} {list(tensor.shape)}")
+            _append(file.fileno(), made.head)
+            for name, info in made.infos.items():
+                written = sum(_append(file.fileno(), chunk) for chunk in chunks[name])
+                if written != info.nbytes:
+                    raise ValueError(f"{name}: got {written} bytes for {info.dtype} {list(info.shape)}")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -363,22 +390,37 @@ _NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, er
 
 
 def _copy(place: FileRange, target: int) -> int:
-    """Appends a range of a file, in the kernel where the file systems support that; returns its size in bytes."""
+    """Appends a range of a file; returns its size in bytes."""
+    copy_range(place, target, os.lseek(target, 0, os.SEEK_CUR))
+    os.lseek(target, place.end - place.begin, os.SEEK_CUR)
+    return place.end - place.begin
+
+
+def copy_range(place: FileRange, target: int, offset: int) -> None:
+    """Copies a range of a file to an offset of an open one, in the kernel where the file systems support that."""
     source, at = os.open(place.path, os.O_RDONLY), place.begin
     try:
         while at < place.end:
+            to = offset + at - place.begin
             try:
-                done = os.copy_file_range(source, target, place.end - at, at)
+                done = os.copy_file_range(source, target, place.end - at, at, to)
             except OSError as error:
                 if error.errno not in _NO_KERNEL_COPY:
                     raise
-                done = _append(target, os.pread(source, min(CHUNK_BYTES, place.end - at), at))
+                done = write_at(target, os.pread(source, min(CHUNK_BYTES, place.end - at), at), to)
             if not done:
                 raise IntegrityError(f"{place.path} became shorter while it was read.")
             at += done
     finally:
         os.close(source)
-    return place.end - place.begin
+
+
+def write_at(target: int, data: Buffer, offset: int) -> int:
+    """Writes all bytes at an offset of an open file; returns how many."""
+    view, done = memoryview(data).cast("B"), 0
+    while done < len(view):
+        done += os.pwrite(target, view[done:], offset + done)
+    return done
 
 
 def read_metadata(path: Path) -> dict[str, str]:
