@@ -155,6 +155,12 @@ class StackedExperts(Facts):
     apart: bool
     source: str
 
+    @model_validator(mode="after")
+    def _contiguous(self) -> StackedExperts:
+        if self.apart and self.inputs_first:
+            raise ValueError("experts that are written apart must be stored [experts, outputs, inputs]")
+        return self
+
 
 class Multimodal(Facts):
     """The multimodal architecture whose language model this is. Its config.json holds this one's as `text_config`."""

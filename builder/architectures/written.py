@@ -7,7 +7,9 @@ ModelOpt's exporter writes experts that are stacked in one parameter as matrices
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 from builder.architectures import catalog
@@ -18,19 +20,36 @@ Header = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
 FLOATS = ("BF16", "F16", "F32")
 
 
-def tensors(config: Mapping[str, Any], found: Mapping[str, Header]) -> dict[str, Header]:
-    """The tensors that transformers loads and ModelOpt writes, before quantization: {name: (dtype, shape)}.
+@dataclass(frozen=True)
+class Part:
+    """A tensor to write, made of a tensor of the model's files, `source`, from its value number `start` on.
 
-    found: those of the model's files. Floats get the dtype BF16, which stands for either 16-bit type, but for those
-    that stay in float32.
+    dtype: as the model is served; BF16 stands for either 16-bit type.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: str
+    start: int = 0
+
+
+def parts(config: Mapping[str, Any], found: Mapping[str, Header]) -> Iterator[Part]:
+    """The tensors that transformers loads and ModelOpt writes, before quantization. found: those of the model's files.
+
+    Floats get the dtype BF16, but for those that stay in float32.
     """
     architecture = catalog.of(config)
-    made: dict[str, Header] = {}
     for name, (dtype, shape) in found.items():
         if is_loaded(architecture, config, name):
             kept = dtype if dtype not in FLOATS else "F32" if in_float32(architecture, name) else "BF16"
-            made.update((part, (kept, size)) for part, size in _apart(architecture.experts, name, shape))
-    return made
+            for part, size, start in _apart(architecture.experts, name, shape):
+                yield Part(part, kept, size, name, start)
+
+
+def tensors(config: Mapping[str, Any], found: Mapping[str, Header]) -> dict[str, Header]:
+    """{name: (dtype, shape)} of the same."""
+    return {part.name: (part.dtype, part.shape) for part in parts(config, found)}
 
 
 def is_loaded(architecture: Architecture, config: Mapping[str, Any], name: str) -> bool:
@@ -46,20 +65,20 @@ def in_float32(architecture: Architecture, name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in architecture.float32)
 
 
-def _apart(experts: StackedExperts | None, name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The matrices of each expert for a stacked parameter that is written so, else the tensor itself."""
+def _apart(
+    experts: StackedExperts | None, name: str, shape: tuple[int, ...]
+) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """(name, shape, first value) of the matrices of each expert for a stacked parameter that is written so, else of the
+    tensor itself."""
     parent = _parent(experts, name)
     if experts is None or parent is None or len(shape) != 3 or not experts.apart:
-        yield name, shape
+        yield name, shape, 0
         return
-    number, outputs, inputs = (shape[0], shape[2], shape[1]) if experts.inputs_first else shape
-    both = name.endswith(experts.gate_up)
-    for expert in range(number):
-        if both:
-            yield f"{parent}.{expert}.gate_proj.weight", (outputs // 2, inputs)
-            yield f"{parent}.{expert}.up_proj.weight", (outputs // 2, inputs)
-        else:
-            yield f"{parent}.{expert}.down_proj.weight", (outputs, inputs)
+    number, outputs, inputs = shape
+    leaves = ("gate_proj", "up_proj") if name.endswith(experts.gate_up) else ("down_proj",)
+    matrix = outputs // len(leaves), inputs
+    for count, (expert, leaf) in enumerate((expert, leaf) for expert in range(number) for leaf in leaves):
+        yield f"{parent}.{expert}.{leaf}.weight", matrix, count * prod(matrix)
 
 
 def _parent(experts: StackedExperts | None, name: str) -> str | None:

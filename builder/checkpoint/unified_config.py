@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from builder.formats.base import NumberFormat, Scheme
@@ -22,8 +23,38 @@ def quantization(
     if len(used) == 1 and (one := used.pop()).whole_model:
         entry = one.layer_entry
         rest = {key: value for key, value in entry.items() if key != "quant_algo"}
-        return {"quant_algo": one.quant_algo, **kv, **rest, "exclude_modules": sorted(set(unquantized))}
-    return {"quant_algo": MIXED, **kv, "quantized_layers": {name: one.layer_entry for name, one in formats.items()}}
+        return {"quant_algo": one.quant_algo, **kv, **rest, "exclude_modules": excluded(unquantized, sorted(formats))}
+    layers = {name: one.layer_entry for name, one in formats.items()}
+    return {"quant_algo": MIXED if formats else None, **kv, "quantized_layers": layers}
+
+
+def excluded(unquantized: Iterable[str], quantized: Sequence[str]) -> list[str]:
+    """The entries of exclude_modules for modules in the model's order: the shortest prefix of each, with a star, that
+    no quantized layer begins with. quantized: sorted.
+
+    ModelOpt 0.47, export/quant_utils.py, _prefix_wildcard_summarize_exclude_modules: an earlier entry that covers a
+    module is not repeated.
+    """
+    found: set[str] = set()
+    for module in unquantized:
+        entry = next((one for one in _patterns(module) if one in found or not _begins(quantized, one)), module)
+        found.add(entry)
+    return sorted(found)
+
+
+def _patterns(module: str) -> Iterator[str]:
+    """`a*`, `a.*`, `a.b*`, `a.b.*` of a module a.b.c."""
+    parts = module.split(".")
+    for n in range(1, len(parts)):
+        yield ".".join(parts[:n]) + "*"
+        yield ".".join(parts[:n]) + ".*"
+
+
+def _begins(quantized: Sequence[str], pattern: str) -> bool:
+    """Whether a quantized layer begins with the pattern's prefix."""
+    prefix = pattern[:-1]
+    at = bisect_left(quantized, prefix)
+    return at < len(quantized) and quantized[at].startswith(prefix)
 
 
 def block(document: Mapping[str, Any], formats: Mapping[str, NumberFormat]) -> dict[str, Any]:

@@ -27,6 +27,11 @@ class ModelFormats:
     cache: KvCacheFormat = kv_cache.AUTO
 
     @property
+    def quantizes(self) -> bool:
+        """Whether any linear layer is quantized."""
+        return any(one.quant_algo for one in (self.whole, *(one for one, modules in self.layers.items() if modules)))
+
+    @property
     def calibrated(self) -> bool:
         """Whether anything of it is read from calibration rows: inputs, or keys and values."""
         used = [self.whole, *(one for one, modules in self.layers.items() if modules)]

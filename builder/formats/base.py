@@ -15,6 +15,7 @@ from builder.core.errors import UnsupportedError
 from builder.core.safetensors_io import byte_size
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, dtype
 
 FLOATS = ("BF16", "F16", "F32")
@@ -196,6 +197,11 @@ class NumberFormat:
             return ""
         return f"an input size that is not a multiple of {self.group_size}, as {self.title} requires"
 
+    @property
+    def packs(self) -> bool:
+        """Whether `pack` gives everything that is stored of a weight: it depends on no calibration."""
+        return type(self).pack is not NumberFormat.pack and not self.scales_inputs
+
     def fits(self, weight: Sequence[int]) -> bool:
         """Whether a weight [outputs, inputs] can be stored in it."""
         return not self.misfit(weight)
@@ -232,6 +238,16 @@ class NumberFormat:
         if not isinstance(config, dict):  # a list from ModelOpt 0.44 on
             config = {one["quantizer_name"]: one.get("cfg") for one in config}
         return {part: config.get(f"*{part}_quantizer") for part in ("weight", "input")}
+
+    def pack(
+        self, rows: np.ndarray[Any, Any], dtype: str, amax: float, *, rounded_to: str, threads: int | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """What is stored of rows of a weight, by the `name` of its tensors, without those that are calibrated.
+
+        rows: raw bits [outputs, inputs] in the safetensors dtype `dtype`; the values are rounded to `rounded_to` first.
+        amax: the largest magnitude of all weights that share a scale, finite and above 0.
+        """
+        raise NotImplementedError
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The weight [outputs, inputs] in `kind` from the layer's tensors, by their `name`."""

@@ -7,19 +7,33 @@ shape [1], as ModelOpt's TensorRT-LLM export writes them. Arithmetic: builder/fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builder.formats.base import IN, OUT, NumberFormat, Scheme, StoredTensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, dtype
 
+LARGEST = 448.0  # the largest E4M3 value
 # compressed-tensors' arguments of the same (0.18, quantization/quant_scheme.py, FP8).
 PER_TENSOR = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 
 
 class Fp8(NumberFormat):
     """FP8 with its arithmetic."""
+
+    def pack(
+        self, rows: np.ndarray[Any, Any], dtype: str, amax: float, *, rounded_to: str, threads: int | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Codes under the scale that maps `amax` to the largest E4M3 value, and this scale."""
+        import numpy as np
+
+        from builder.formats.kernels import packing
+
+        scale = np.float32(amax) / np.float32(LARGEST)
+        codes = packing.pack_fp8(rows, dtype, float(scale), rounded_to=rounded_to, threads=threads)
+        return {"weight": codes, "weight_scale": np.asarray(scale)}
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The E4M3 weight [outputs, inputs] times its scale."""
@@ -65,5 +79,5 @@ FORMAT = Fp8(
     gemm_plugin_why="TensorRT's own FP8 kernels: upstream recommends the plugin for small batches only",
     gemm_plugin_source="nvidia.github.io/TensorRT-LLM/performance/performance-tuning-guide/useful-build-time-flags.html",
     compressed_tensors=Scheme("float-quantized", PER_TENSOR, {**PER_TENSOR, "observer": "static_minmax"}),
-    input_range=448.0,
+    input_range=LARGEST,
 )  # fmt: skip

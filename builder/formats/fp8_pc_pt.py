@@ -8,16 +8,30 @@ Arithmetic: builder/formats/arithmetic/fp8.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builder.formats.base import IN, OUT, NumberFormat, Scheme, StoredTensor
+from builder.formats.fp8 import LARGEST
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, dtype
 
 
 class Fp8PerChannelPerToken(NumberFormat):
     """FP8 per channel and token with its arithmetic."""
+
+    def pack(
+        self, rows: np.ndarray[Any, Any], dtype: str, amax: float, *, rounded_to: str, threads: int | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Codes under the scale that maps an output's largest magnitude to the largest E4M3 value, and these scales."""
+        import numpy as np
+
+        from builder.formats.kernels import packing
+
+        scales = packing.largest_rows(rows, dtype, rounded_to=rounded_to, threads=threads) / np.float32(LARGEST)
+        codes = packing.pack_fp8(rows, dtype, scales, rounded_to=rounded_to, threads=threads)
+        return {"weight": codes, "weight_scale": scales}
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The E4M3 weight [outputs, inputs] times the scale of each output."""

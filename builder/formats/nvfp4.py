@@ -7,14 +7,16 @@ preprocess_perlayer_weights, which makes `alpha` of the last two. Arithmetic: bu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from builder.formats.base import OUT, Dim, NumberFormat, Scheme, StoredTensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, dtype
 
 BLOCK = 16
+LARGEST = 6 * 448.0  # the largest E2M1 value under the largest E4M3 scale
 # The arguments of compressed-tensors (0.18, quantization/quant_scheme.py, NVFP4). Its dequantization divides
 # by the global scales (quantization/lifecycle/forward_helpers.py, _dequantize).
 E2M1 = {
@@ -29,6 +31,18 @@ SCHEME = Scheme("nvfp4-pack-quantized", E2M1, {**E2M1, "dynamic": "local", "obse
 
 class Nvfp4(NumberFormat):
     """NVFP4 with its arithmetic."""
+
+    def pack(
+        self, rows: np.ndarray[Any, Any], dtype: str, amax: float, *, rounded_to: str, threads: int | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Codes, block scales, and the scale that makes `amax` the largest value."""
+        import numpy as np
+
+        from builder.formats.kernels import packing
+
+        scale = np.float32(amax) / np.float32(LARGEST)
+        codes, scales = packing.pack_nvfp4(rows, dtype, float(scale), rounded_to=rounded_to, threads=threads)
+        return {"weight": codes, "block_scale": scales, "weight_scale": np.asarray(scale)}
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """Unpacks the weight [outputs, inputs]."""
@@ -75,7 +89,7 @@ FORMAT = Nvfp4(
     ),
     label="nvfp4",
     group_size=BLOCK,
-    input_range=6 * 448.0,  # the largest E2M1 value under the largest E4M3 scale
+    input_range=LARGEST,
     whole_model=True,
     modelopt_config="NVFP4_DEFAULT_CFG",
     gpu_format="nvfp4",

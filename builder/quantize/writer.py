@@ -1,0 +1,258 @@
+"""Writes the unified layout of a model from its own files and the ranges of a calibration, byte for byte as ModelOpt's
+exporter does.
+
+Nothing is loaded as a whole: each tensor goes from one mapped file to its place in another, a few megabytes at a time
+in each thread, in whatever order the source's files arrive. Formats know their arithmetic (NumberFormat.pack); torch is
+imported by none of this where their kernels have no need of it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from builder.architectures.written import Part
+from builder.checkpoint import huggingface, unified_config
+from builder.checkpoint.layouts import write_json
+from builder.core.errors import IntegrityError
+from builder.core.output import listed
+from builder.core.safetensors_io import FileRange
+from builder.formats.assignment import ModelFormats
+from builder.formats.kernels import packing
+from builder.formats.kv_cache import KvCacheFormat
+from builder.formats.registry import BF16, FP8
+from builder.model import multimodal, tensor_names
+from builder.model.files import CONFIG, json_object
+from builder.quantize import unified_files, unified_plan
+from builder.quantize.ranges import Ranges
+from builder.quantize.source_weights import NAMES, MappedWeights, SourceModel, itemsize, rounded
+from builder.quantize.unified_files import UnifiedFiles
+from builder.quantize.unified_plan import SHARD_BYTES, Layer, UnifiedPlan
+
+# Read and packed at a time by each thread. Larger blocks leave the caches of a core.
+BLOCK_BYTES = 4 << 20
+# Copied at a time, so that a large embedding occupies all threads.
+COPY_BYTES = 64 << 20
+# Weights up to this size stay mapped between the pass that finds their range and the one that packs them.
+KEPT_BYTES = 32 << 20
+LARGE_KV = 0.5  # ModelOpt warns of scales of an FP8 KV cache above it (export/quant_utils.py, postprocess_state_dict)
+# Whose layout this is. TensorRT-LLM's AutoDeploy rejects another name (_torch/auto_deploy/models/
+# quant_config_reader.py), and vLLM looks for it to choose its loader (vllm/config/model.py, _parse_quant_hf_config).
+# The documents are those of version 0.47; 0.37 leaves the embedding out of the excluded modules.
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """How to do it. threads: by default the cores of this process. done: called with the bytes of the source that were
+    finished, from any thread. ready: the source's files in the order in which they become complete; None if all are.
+    """
+
+    threads: int | None = None
+    done: Callable[[int], None] = lambda nbytes: None
+    ready: Iterable[Path] | None = None
+    shard_bytes: int = SHARD_BYTES
+
+
+def write(
+    source: SourceModel, formats: ModelFormats, ranges: Ranges, unified: Path, work: Work | None = None
+) -> dict[str, Any]:
+    """Writes the unified layout into the directory `unified`, which is created. Returns facts for the manifest.
+
+    formats: of which layers with weights of zeros are BF16 (zeros.find). ranges: of all inputs and of the KV cache that
+    the formats need.
+
+    UnsupportedError for what ModelOpt must write (unified_plan.plan); IntegrityError, with names, for weights that are
+    all zero or hold NaN or Inf, and for ranges that are missing. A failure leaves no file of weights behind.
+    """
+    asked = work or Work()
+    made = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+    unified_plan.check(made.layers)
+    scales = ranges.scales(made.layers, formats.cache, made.architecture)
+    made = replace(made, scales=scales)
+    unified.mkdir(parents=True, exist_ok=True)
+    with unified_files.created(unified, made, asked.shard_bytes) as files:
+        files.numbers(scales)
+        _run(_Writer(source, made, files, asked), asked)
+    _write_documents(source, made, formats.cache, unified)
+    return facts(made, formats)
+
+
+def facts(made: UnifiedPlan, formats: ModelFormats) -> dict[str, Any]:
+    """Counts for the manifest, as of a calibration with ModelOpt."""
+    cache = [scale for name, scale in made.scales.items() if name.endswith(formats.cache.unified or ("no cache",))]
+    layers = list(made.layers.values())
+    counts = {f"{one.label}_linears": layers.count(one) for one in dict.fromkeys((FP8, *formats.layers)) if one != BF16}
+    return {
+        "quantized_linears": layers.count(formats.whole),
+        **counts,
+        f"{BF16.label}_linears": len(formats.modules(BF16)),
+        "kv_scales": len(cache),
+        "large_kv": sum(scale > LARGE_KV for scale in cache) if formats.cache.scale_range == FP8.input_range else 0,
+    }
+
+
+class _Writer:
+    """Makes the tensors of a plan, one task for each group of layers and for each piece of another tensor."""
+
+    def __init__(self, source: SourceModel, made: UnifiedPlan, files: UnifiedFiles, asked: Work) -> None:
+        self._source, self._made, self._files, self._done = source, made, files, asked.done
+        self._mapped = MappedWeights(source.tensors)
+        self.wrong: dict[str, str] = {}  # {tensor: what is wrong with it}
+        self.stop = False
+
+    def tasks(self) -> Iterator[tuple[set[Path], Callable[[], None]]]:
+        """(files of the source that it reads, what to do), in the order of the source's files."""
+        places = self._source.tensors.place
+        found: list[tuple[FileRange, set[Path], Callable[[], None]]] = []
+        for group in self._made.groups:
+            ranges = [places(layer.part.source) for layer in group]
+            found.append((ranges[0], {one.path for one in ranges}, lambda group=group: self._pack(group)))  # type: ignore[misc]
+        for part in self._made.copies:
+            place = places(part.source)
+            for begin in range(0, max(1, math.prod(part.shape)), COPY_BYTES // 4):
+                found.append((place, {place.path}, lambda part=part, begin=begin: self._copy(part, begin)))  # type: ignore[misc]
+        for _, paths, task in sorted(found, key=lambda one: (str(one[0].path), one[0].begin)):
+            yield paths, task
+
+    def _copy(self, part: Part, first: int) -> None:
+        """Copies COPY_BYTES // 4 values of a tensor, from number `first` on, rounded to its dtype."""
+        info = self._source.tensors[part.source]
+        count = min(COPY_BYTES // 4, math.prod(part.shape) - first)
+        size, begin = itemsize(info.dtype), info.begin + (part.start + first) * itemsize(info.dtype)
+        if info.dtype == part.dtype:
+            place = FileRange(self._source.tensors.place(part.source).path, begin, begin + count * size)
+            self._files.copy(part.name, place, first * size)
+        else:
+            flat = replace(part, shape=(count,), start=part.start + first)
+            for at in range(0, count, BLOCK_BYTES // 4):
+                piece = replace(flat, shape=(min(BLOCK_BYTES // 4, count - at),), start=flat.start + at)
+                made = rounded(self._mapped.rows(piece)[0], info.dtype, part.dtype)
+                self._files.write(part.name, made, (first + at) * itemsize(part.dtype))
+                self._mapped.release(piece)
+        self._done(count * size)
+
+    def _pack(self, group: Sequence[Layer]) -> None:
+        """Writes the tensors of layers that share one scale of their weights."""
+        found = [self._largest(layer.part) for layer in group]
+        if not self.wrong:
+            for layer in group:
+                self._write(layer, max(found))
+        self._done(sum(math.prod(layer.part.shape) * self._size(layer.part) for layer in group))
+
+    def _largest(self, part: Part) -> float:
+        """The largest magnitude of a weight. One that no scale can be made of is recorded."""
+        dtype, kept = self._source.tensors[part.source].dtype, self._nbytes(part) <= KEPT_BYTES
+        amax = 0.0
+        for begin, end in self._blocks(part):
+            one = packing.largest(self._mapped.rows(part, begin, end), dtype, rounded_to=self._made.dtype, threads=1)
+            amax = one if math.isnan(one) else max(one, amax) if not math.isnan(amax) else amax
+            if not kept:
+                self._mapped.release(part, begin, end)
+        if math.isnan(amax):
+            self.wrong[part.source] = "holds NaN"
+        elif math.isinf(amax):
+            self.wrong[part.source] = "holds Inf"
+        elif amax == 0:
+            self.wrong[part.source] = "is all zero"
+        return amax
+
+    def _write(self, layer: Layer, amax: float) -> None:
+        one, part = layer.number_format, layer.part
+        dtype, tensors = self._source.tensors[part.source].dtype, {tensor.name: tensor for tensor in one.tensors}
+        for begin, end in self._blocks(part):
+            if self.stop:
+                return
+            packed = one.pack(self._mapped.rows(part, begin, end), dtype, amax, rounded_to=self._made.dtype, threads=1)
+            for key, data in packed.items():
+                name = f"{layer.module}.{tensors[key].unified}"
+                if tensors[key].per_output:
+                    self._files.write(name, data, self._files.nbytes(name) // part.shape[0] * begin)
+                elif begin == 0:
+                    self._files.write(name, data)
+            self._mapped.release(part, begin, end)
+
+    def _blocks(self, part: Part) -> Iterator[tuple[int, int]]:
+        rows = max(1, BLOCK_BYTES // (part.shape[-1] * self._size(part)))
+        for begin in range(0, part.shape[0], rows):
+            yield begin, min(begin + rows, part.shape[0])
+
+    def _size(self, part: Part) -> int:
+        return itemsize(self._source.tensors[part.source].dtype)
+
+    def _nbytes(self, part: Part) -> int:
+        return math.prod(part.shape) * self._size(part)
+
+
+def _run(writer: _Writer, asked: Work) -> None:
+    """Does all tasks, each as soon as its files are complete. IntegrityError for weights that can't be scaled."""
+    threads = asked.threads or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads, "write") as pool:
+        try:
+            _submit(writer, pool, asked.ready)
+        except BaseException:
+            writer.stop = True
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    if writer.wrong:
+        raise _not_scalable(writer.wrong)
+
+
+def _submit(writer: _Writer, pool: ThreadPoolExecutor, ready: Iterable[Path] | None) -> None:
+    """Submits tasks as files become complete, and waits for all. Raises what the first failing task raises."""
+    waiting = list(writer.tasks())
+    running: set[Future[None]] = set()
+    complete: set[Path] = set()
+    for path in ready if ready is not None else ():
+        complete.add(path)
+        running |= {pool.submit(task) for paths, task in waiting if paths <= complete}
+        waiting = [(paths, task) for paths, task in waiting if not paths <= complete]
+        running = _checked(running, wait_for_one=False)
+    running |= {pool.submit(task) for _, task in waiting}
+    while running:
+        running = _checked(running, wait_for_one=True)
+
+
+def _checked(running: set[Future[None]], *, wait_for_one: bool) -> set[Future[None]]:
+    """Those that are still running. Raises what one of the others raised."""
+    finished, rest = wait(running, timeout=None if wait_for_one else 0, return_when=FIRST_COMPLETED)
+    for future in finished:
+        future.result()
+    return rest
+
+
+def _not_scalable(wrong: Mapping[str, str]) -> IntegrityError:
+    return IntegrityError(
+        f"{len(wrong)} weights of the model can't be quantized: {listed(sorted(wrong))}.",
+        why="\n".join(f"{name} {what}." for name, what in sorted(wrong.items())[:10]),
+        hint="Fetch the model again, or choose another revision. Layers can be left in BF16: --keep-bf16 PATTERN",
+    )
+
+
+def _write_documents(source: SourceModel, made: UnifiedPlan, cache: KvCacheFormat, unified: Path) -> None:
+    """Writes hf_quant_config.json where something is quantized, config.json, and everything that `complete` adds.
+
+    config.json is the model's own, not the form that the installed transformers would give it.
+    """
+    config = json_object(source.directory / CONFIG)
+    if multimodal.MARK in source.config:
+        config = {key: value for key, value in source.config.items() if key != multimodal.MARK}
+    config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": NAMES[made.dtype]}
+    if made.layers or cache.quantized:
+        stated = unified_config.quantization(made.layers, _unquantized(made, source.config), cache)
+        document = {"producer": PRODUCER, "quantization": stated}
+        write_json(unified / "hf_quant_config.json", document)
+        config["quantization_config"] = unified_config.block(document, made.layers)
+    write_json(unified / CONFIG, config)
+    huggingface.complete(unified, source.directory)
+
+
+def _unquantized(made: UnifiedPlan, config: Mapping[str, Any]) -> list[str]:
+    """Modules that are not quantized, with an output layer that is tied to the embedding."""
+    head = tensor_names.head(config).removesuffix(".weight")
+    return list(dict.fromkeys([*made.unquantized, head]))
