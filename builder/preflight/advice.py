@@ -2,7 +2,7 @@
 
 A recipe may be refused for several reasons, and each check knows its own alone. So the settings that a hint names are
 applied and checked; if that is refused too, the hint becomes the settings that are accepted together, or says that none
-are.
+are. Of several alternatives, those that are refused are left out.
 """
 
 from __future__ import annotations
@@ -72,7 +72,26 @@ def tried(error: BuilderError, inputs: Inputs, check: Check) -> BuilderError:
             return type(error)(error.what, why=why, hint=_with_stop(last.hint, inputs, check, accepted))
         if accepted != asked:
             return type(error)(error.what, why=error.why, hint=f"All of these together: {flags(accepted)}")
-    return type(error)(error.what, why=error.why, hint=_with_stop(error.hint, inputs, check, {}))
+    hint = _without_refused(error.hint, inputs, check)
+    return type(error)(error.what, why=error.why, hint=_with_stop(hint, inputs, check, {}))
+
+
+def _without_refused(hint: str, inputs: Inputs, check: Check) -> str:
+    """The hint without those of its alternatives that would be refused."""
+    first, *rest = re.split(f"({ALTERNATIVES.pattern})", hint)
+    left = first
+    for separator, part in zip(rest[::2], rest[1::2], strict=True):
+        asked = settings(part)
+        left += separator + part if not asked or _is_accepted(asked, inputs, check) else ""
+    return left if left.endswith(".") or not hint.endswith(".") else f"{left}."
+
+
+def _is_accepted(asked: Mapping[str, str], inputs: Inputs, check: Check) -> bool:
+    try:
+        check(Inputs(inputs.resolved.changed(asked), inputs.config, inputs.answers), True)
+    except (UnsupportedError, UsageError):
+        return False
+    return True
 
 
 def _accepted(

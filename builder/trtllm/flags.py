@@ -179,7 +179,10 @@ def _does_not_run(one: NumberFormat | KvCacheFormat, resolved: schema.Resolved) 
     cards, others = card_formats.cards_with(one, asked.target), card_formats.other_targets(one, gpu, asked.target)
     elsewhere = f"With it, {one.title} runs on {', '.join(cards)}." if cards else one.targets_source
     hints = [f"{flag} {known[0]}" if known else "", *(_other_target(one, resolved, name) for name in others)]
-    hints += [f"a card of {cards[0]}" if cards and not others else "", "the reference executor on a CPU: --gpu cpu"]
+    hints += [
+        f"a card of {cards[0]}" if cards and not others else "",
+        "the reference executor on a CPU: --gpu cpu --target reference",
+    ]
     return UnsupportedError(
         f"{gpu.name} can't run {one.title} with the {asked.target} target.",
         why=f"{gpu.name} ({gpu.title}) runs {', '.join(known)} with this target. {elsewhere}".strip(),

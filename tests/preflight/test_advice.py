@@ -54,6 +54,9 @@ def follow(flags: dict[str, Any], config: Mapping[str, Any]) -> str:
     if settings := advice.settings(error.hint):
         refusal = accepted({**flags, **settings}, config)
         assert refusal is None, f"{text}, and then: {refusal}"
+        for part in advice.ALTERNATIVES.split(STOP.sub("", error.hint)):
+            refusal = accepted({**flags, **advice.settings(part)}, config) if advice.settings(part) else None
+            assert refusal is None, f"{text}, and with {part!r}: {refusal}"
         return text
     stop = STOP.search(error.hint)
     if stop:
