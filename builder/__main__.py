@@ -9,9 +9,18 @@ def main() -> int:
         from builder.cli.main import main as command_line
 
         return command_line()
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not _from_interrupt(error):
+            raise
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _from_interrupt(error: BaseException | None) -> bool:
+    """Whether the error is an interrupt, or was made of one: Python 3.11 wraps any exception in `__set_name__`."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 if __name__ == "__main__":

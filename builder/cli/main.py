@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +11,12 @@ from pathlib import Path
 from builder import __version__
 from builder.cli import build, keep, machine, measure, serve
 from builder.cli.options import Parser
-from builder.core import streams
+from builder.core import interrupts, streams, temporary
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output, print_error
 
 GROUPS = (build, measure, serve, keep, machine)  # in the order of `builder --help`
+INTERRUPTED = 130  # as shells say it
 EPILOG = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120
   builder plan --model Qwen/Qwen3-8B --gpu sm120 --max-seq-len 8192
@@ -46,14 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    """Runs the command. Once it was interrupted, no other exception and no exit code counts: see core/interrupts.py."""
     out = Output("json" if arguments.json else "quiet" if arguments.quiet else "human")
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # under nohup it is ignored: a closed terminal stops nothing
-        signal.signal(signal.SIGHUP, _interrupt)
+    interrupts.handle()
     try:
-        return _run_command(arguments, out)
+        temporary.settle()
+        code = _run_command(arguments, out)
+        interrupts.check()
+    except BaseException as error:
+        if not (interrupts.received() or isinstance(error, KeyboardInterrupt)):
+            raise
+        print("interrupted; finished stages are kept, partial ones are removed", file=sys.stderr)
+        code = INTERRUPTED
     finally:
         out.finish()
+    return code
 
 
 def _run_command(arguments: argparse.Namespace, out: Output) -> int:
@@ -61,7 +68,7 @@ def _run_command(arguments: argparse.Namespace, out: Output) -> int:
         code: int = arguments.run(arguments, out)
         return code
     except (BuilderError, OSError) as raised:
-        if arguments.traceback:
+        if arguments.traceback or interrupts.received():
             raise
         error = raised if isinstance(raised, BuilderError) else _from_os_error(raised, arguments)
         print_error(error)
@@ -72,9 +79,6 @@ def _run_command(arguments: argparse.Namespace, out: Output) -> int:
             }
         )
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; finished stages are kept, partial ones are removed", file=sys.stderr)
-        return 130
 
 
 def _from_os_error(error: OSError, arguments: argparse.Namespace) -> BuilderError:
@@ -86,10 +90,6 @@ def _from_os_error(error: OSError, arguments: argparse.Namespace) -> BuilderErro
     if os.path.exists(path) and not os.access(path, os.R_OK):
         return UsageError(f"Can't read {path}.", why=str(error), hint="Change its owner or its permissions.")
     return disk_error(error, path)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 class _TopParser(Parser):

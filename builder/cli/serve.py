@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from builder.cli.options import add_command, add_output, path, port
+from builder.core import interrupts
 from builder.core.errors import ServingError, UsageError
 from builder.core.output import Output, seconds
 
@@ -103,6 +104,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
             _show_addresses(server, repository, out)
             code = health.watch(server.http_url, server.wait, server.lost_a_model)
         except KeyboardInterrupt:
+            interrupts.answered()
             out.info("stopping; requests in flight are finished")
             return 0
         raise ServingError(f"The server {exit_status.describe(code)}.", hint=f"Its log: {server.log}")

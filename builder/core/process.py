@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
-from builder.core import errors, exit_status, interrupts, supervisor
+from builder.core import errors, exit_status, interrupts, supervisor, temporary
 from builder.core.environment import Kind, child_environment
 from builder.core.errors import BuilderError, StageError
 
@@ -160,7 +160,20 @@ def run(
     received everything when this returns or raises.
     If the exit code is not 0, raises the error that the worker sent with `emit_error`, or else Failed with the last
     lines of the log. An interrupt sends SIGINT, and SIGKILL ten seconds later; `limit` seconds send SIGKILL.
+    The command's TMPDIR is removed with it: what it was about to remove itself when it was killed is not left.
     """
+    with temporary.directory() as tmp:
+        return _run(command, log, on_event, on_line, limit, tmp)
+
+
+def _run(
+    command: Command,
+    log: Path,
+    on_event: Callable[[dict[str, Any]], None],
+    on_line: Callable[[str], None] | None,
+    limit: float | None,
+    tmp: Path,
+) -> Finished:
     argv = command.argv
     read_fd, write_fd = os.pipe()
     start = time.monotonic()
@@ -174,13 +187,21 @@ def run(
 
     reader = threading.Thread(target=_read_events, args=(read_fd, receive), daemon=True)
     reader.start()
-    env = {**child_environment(command.kind), **command.env, PROGRESS_FD: str(write_fd)}
+    env = {**_environment(command, tmp), PROGRESS_FD: str(write_fd)}
     with open(log, "ab") as sink, os.fdopen(write_fd, "wb") as our_end:
         sink.write(f"$ {shlex.join(argv)}\n".encode())
         sink.flush()
         with (
             _followed(log, sink.tell(), on_line),
-            supervised(argv, stop=_stop, log=sink, env=env, cwd=command.cwd, pass_fds=[write_fd]) as child,
+            supervised(
+                argv,
+                stop=_stop,
+                log=sink,
+                env=env,
+                scratch=Scratch(directory=tmp),
+                cwd=command.cwd,
+                pass_fds=[write_fd],
+            ) as child,
         ):
             our_end.close()  # so that the reader sees the end of file when the command exits
             with _limited(child, limit) as timed_out:
@@ -192,6 +213,12 @@ def run(
     if child.returncode != 0:
         raise _rebuilt(errors_sent[-1]) if errors_sent else _failure(argv, child.returncode, log)
     return Finished(time.monotonic() - start, usage.ru_maxrss * 1024)  # ru_maxrss is in KiB (getrusage(2))
+
+
+def _environment(command: Command, tmp: Path) -> dict[str, str]:
+    """The command's variables. What torch compiles stays beside the command's TMPDIR, for the next command."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp.parent / f"torchinductor_{os.getuid()}")}
+    return {**cache, **child_environment(command.kind), **command.env, "TMPDIR": str(tmp)}
 
 
 @contextmanager

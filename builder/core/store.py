@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from builder.core import atomic
+from builder.core import atomic, interrupts, temporary
 from builder.core import manifest as manifests
 from builder.core.atomic import disk_error, make_directory, replace_file, replace_link
 from builder.core.errors import IntegrityError, UsageError
@@ -127,7 +126,7 @@ class Store:
         A dry run logs to the system's temporary directory.
         """
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        directory = Path(tempfile.gettempdir()) if self.dry else self.root / "logs"
+        directory = temporary.base() if self.dry else self.root / "logs"
         make_directory(directory)
         if not self.dry:
             mark(self.root)
@@ -168,6 +167,7 @@ class Store:
     ) -> Artifact:
         final = self.root / name / key
         tmp = final.parent / f".{key}.{os.getpid()}.tmp"
+        interrupts.check()
         mark(self.root)
         try:
             make_directory(final.parent)

@@ -13,17 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from builder.core import temporary
 from builder.core.process import worker_main
 from builder.core.safetensors_io import byte_size
 from builder.model import loading as model_loading
 from builder.model.files import CONFIG, WEIGHTS
-from builder.model.hashed_files import private_directory
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """The job holds the model's `name`, `config` and `tensors`, {name: [dtype, shape]}. Raises what
     loading.check_architecture raises."""
-    with private_directory() as directory:
+    with temporary.directory() as directory:
         (directory / CONFIG).write_text(json.dumps(job["config"]), encoding="utf-8")
         write_sparse(directory / WEIGHTS, job["tensors"])
         model_loading.check_architecture(directory, job["name"], trust_remote_code=False)

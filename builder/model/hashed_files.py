@@ -5,19 +5,15 @@ Standard library only: the command passes them to its workers in the job.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.core import temporary
 from builder.core.errors import IntegrityError, StageError
 from builder.core.store import sha256
-
-PREFIX = "builder-model-"
 
 
 def times(root: Path, names: Sequence[str]) -> dict[str, list[int]]:
@@ -86,23 +82,9 @@ class SourceFiles:
         """A directory with links to exactly these files, except those in `without`, so that nothing else in the model's
         directory is loaded by accident: an adapter, a second set of weights. It has the name of the model's directory,
         under which transformers caches code that comes with a model."""
-        with private_directory() as parent:
-            directory = parent / (self.root.name or "model")
-            directory.mkdir()
+        with temporary.directory() as parent:
+            directory = parent / "source" / (self.root.name or "model")
+            directory.mkdir(parents=True)
             for name in self.files.keys() - without:
                 (directory / name).symlink_to(self.root.absolute() / name)
             yield directory
-
-
-@contextmanager
-def private_directory() -> Iterator[Path]:
-    """A temporary directory of this process. Also removes those that killed processes of this user left behind."""
-    # Process numbers of another container that shares /tmp have no meaning here, so the namespace is in the name.
-    prefix = f"{PREFIX}{''.join(filter(str.isdecimal, os.readlink('/proc/self/ns/pid')))}-"
-    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
-        pid = path.name.removeprefix(prefix).partition("-")[0]
-        with suppress(OSError):
-            if pid.isdecimal() and not Path("/proc", pid).exists() and path.stat().st_uid == os.getuid():
-                shutil.rmtree(path)
-    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as made:
-        yield Path(made)

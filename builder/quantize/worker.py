@@ -22,6 +22,7 @@ from builder.architectures import catalog
 from builder.calibration import coverage
 from builder.checkpoint import huggingface, layouts
 from builder.checkpoint.tensor_checks import wrong_floats
+from builder.core import temporary
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
@@ -253,9 +254,10 @@ def _full(path: Path, destination: Path) -> StageError:
             why="No partial checkpoint was kept.",
             hint="Free some space (`builder clean` removes what no repository needs) or choose another --output.",
         )
+    place = temporary.outside(path.parent)  # that of this process goes with it
     return StageError(
-        f"The disk that holds {path.parent} is full.",
-        why=f"No file could be written there, for lack of bytes or of inodes (`df -h {path.parent}`, `df -i`).",
+        f"The disk that holds {place} is full.",
+        why=f"No file could be written there, for lack of bytes or of inodes (`df -h {place}`, `df -i`).",
         hint="Free some space there. For temporary files, TMPDIR can name a directory on another disk.",
     )
 

@@ -7,29 +7,24 @@ gets a repository of links instead of the real one. The directory also contains 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.core import interrupts
+from builder.core import interrupts, temporary
 from builder.core.errors import BuilderError, IntegrityError, ServingError
+from builder.core.temporary import LockedDirectory
 from builder.serving.installation import Installation
 from builder.serving.safe_links import ALLOWED, is_safe, link_model
 from builder.trtllm import compatibility
 
-PREFIX = "trtllm-builder-"
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 LOG = "server.log"
 LOG_BYTES = 4 << 20  # the end of a failed server's log that is kept
-KEPT_LOGS = 5  # the newest logs of failed servers that are kept
-YOUNG_SECONDS = 60.0  # a directory that is younger may not be locked yet
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,11 @@ class ServingDirectory:
     def backends(self) -> Path:
         """The directory for copies of backends; empty at first."""
         return self.path / "backends"
+
+    @property
+    def tmp(self) -> Path:
+        """The directory for temporary files of the server and of the libraries that its models import."""
+        return self.path / "tmp"
 
     @property
     def log(self) -> Path:
@@ -76,25 +76,21 @@ def serving_directory(*, executable: bool = True) -> Iterator[ServingDirectory]:
 
     `executable` requires a file system that can run programs. ServingError if no place is suitable.
     """
-    directory, lock = _make(executable)
+    made, failed = None, False
     try:
-        yield ServingDirectory(directory)
+        with interrupts.deferred():
+            made = _make(executable)
+        yield ServingDirectory(made.path)
     except BuilderError:
-        _keep_log(directory)
+        failed = not interrupts.received()  # after an interrupt no message refers to the log
         raise
-    except BaseException:
-        _remove(directory)
-        raise
-    else:
-        _remove(directory)
     finally:
-        os.close(lock)
-
-
-def _remove(directory: Path) -> None:
-    """Removes it whole: a second interrupt waits until the end."""
-    with interrupts.deferred():
-        shutil.rmtree(directory, ignore_errors=True)
+        if made and failed:
+            with interrupts.deferred():
+                _keep_log(made.path)
+                made.release()
+        elif made:
+            made.remove()
 
 
 def check_place() -> None:
@@ -191,70 +187,36 @@ def _usable(base: Path, *, executable: bool) -> bool:
         return False
 
 
-def _make(executable: bool) -> tuple[Path, int]:
-    """Creates the directory in the first suitable place; returns it and the file descriptor that holds its lock."""
-    failed: list[str] = []
+def _make(executable: bool) -> LockedDirectory:
+    """Creates the directory in the first suitable place."""
+    refused: list[str] = []
     for base in _bases():
         if not _usable(base, executable=executable):
             continue
-        directory = None
+        made = None
         try:
             base.mkdir(parents=True, exist_ok=True)
-            sweep(base)
-            directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-            lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            (directory / "space").write_bytes(b"\0" * (4 << 20))  # about the size of the copied backends
-            (directory / "space").unlink()
-            (directory / "backends").mkdir()
-            return directory, lock
+            temporary.sweep(base)
+            made = temporary.create(base)
+            (made.path / "space").write_bytes(b"\0" * (4 << 20))  # about the size of the copied backends
+            (made.path / "space").unlink()
+            for name in ("backends", "tmp"):
+                (made.path / name).mkdir()
+            return made
         except OSError as error:
-            failed.append(f"{base}: {error.strerror}")
-            if directory:
-                shutil.rmtree(directory, ignore_errors=True)
-    raise _no_place(failed)
+            refused.append(f"{base}: {error.strerror}")
+            if made:
+                made.remove()
+    raise _no_place(refused)
 
 
-def _no_place(failed: list[str]) -> ServingError:
+def _no_place(refused: list[str]) -> ServingError:
     return ServingError(
         "There is no suitable directory for Triton's private files.",
         why="It needs 4 MB, write access, a file system that can run programs, and a path that consists of "
-        + "\n".join([f"{ALLOWED}. Tried: {', '.join(map(str, _bases()))}", *failed]),
+        + "\n".join([f"{ALLOWED}. Tried: {', '.join(map(str, _bases()))}", *refused]),
         hint="Choose a directory: TMPDIR=DIR",
     )
-
-
-def sweep(base: Path) -> None:
-    """Removes the directories of servers whose builder was killed, and all but the newest logs of failed servers."""
-    logs = []
-    for directory in base.glob(f"{PREFIX}*"):
-        with suppress(OSError):
-            if not _abandoned(directory):
-                continue
-            if (directory / "failed").exists():
-                logs.append((directory.stat().st_mtime, directory))
-            else:
-                shutil.rmtree(directory, ignore_errors=True)
-    for _, directory in sorted(logs)[:-KEPT_LOGS]:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _abandoned(directory: Path) -> bool:
-    """Whether a directory is ours, older than YOUNG_SECONDS and not locked: every user of one holds its lock."""
-    found = directory.lstat()
-    if found.st_uid != os.getuid() or time.time() - found.st_mtime < YOUNG_SECONDS:
-        return False
-    try:
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(lock)
 
 
 def _keep_log(directory: Path) -> None:
@@ -274,4 +236,4 @@ def _keep_log(directory: Path) -> None:
                 file.seek(0)
                 file.write(end)
                 file.truncate()
-        (directory / "failed").touch()
+        (directory / temporary.FAILED).touch()

@@ -159,7 +159,7 @@ def _started(
                 command.line(models, ranks),
                 stop=stopping.stop,
                 log=sink,
-                env=variables,
+                env={**variables, "TMPDIR": str(place.tmp)},
                 scratch=process.Scratch(shm, place.path),
             ) as child,
         ):

@@ -24,7 +24,8 @@ def main() -> int:
     fd, operation, number, to = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     sys.argv = ["builder", *sys.argv[6:]]
     sys.path.pop(0)  # the directory of this file, which no console script has there
-    from builder.cli.main import main as builder
+    import builder.cli.main  # noqa: F401 - before `start`, so that moments count from the command itself
+    from builder.__main__ import main as console_script
 
     names: list[str] = []
 
@@ -44,7 +45,7 @@ def main() -> int:
     os.write(fd, b"start\n")
     sys.addaudithook(count)
     try:
-        return builder()
+        return console_script()
     finally:
         os.write(fd, b"end " + " ".join(names).encode() + b"\n")
 

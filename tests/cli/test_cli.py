@@ -291,9 +291,10 @@ def test_a_closed_terminal_interrupts_unless_it_is_ignored(before: str, after: s
     code = f"""
 import signal
 from builder.cli import main as cli
+from builder.core import interrupts
 signal.signal(signal.SIGHUP, signal.{before})
 cli.main(["gpus", "--quiet"])
-print(signal.getsignal(signal.SIGHUP) is cli._interrupt)
+print(signal.getsignal(signal.SIGHUP) is interrupts.interrupt)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == after

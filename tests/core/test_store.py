@@ -260,6 +260,7 @@ NO_INGREDIENTS |= {
     "core.exit_status",
     "core.file_names",
     "core.interrupts",
+    "core.temporary",
 }
 NO_INGREDIENTS |= {
     "core.release",

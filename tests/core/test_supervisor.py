@@ -42,11 +42,11 @@ SLOW = "import subprocess, time; subprocess.Popen(['setsid', 'sh', '-c', 'sleep 
 SERVE = """
 import signal, sys, time
 from pathlib import Path
-from builder.cli import main as cli
+from builder.core import interrupts
 from builder.core.output import Output
 from builder.serving.server import serve
 for number in (signal.SIGTERM, signal.SIGHUP):
-    signal.signal(number, cli._interrupt)
+    signal.signal(number, interrupts.interrupt)
 try:
     with serve(Path(sys.argv[1]), out=Output("quiet")) as server:
         print("up", flush=True)

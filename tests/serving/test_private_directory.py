@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from builder.core import interrupts
 from builder.core.errors import IntegrityError, ServingError
+from builder.core.temporary import PREFIX
 from builder.serving import installation as serving_installation
 from builder.serving import private_directory, safe_links
-from builder.serving.private_directory import PREFIX, ServingDirectory, check_names
+from builder.serving.private_directory import ServingDirectory, check_names
 from builder.serving.private_directory import serving_directory as directory
 from builder.serving.server import ServerOptions, serve
 from tests.serving.test_server import CONFIG, MODEL, QUIET, one_model
@@ -126,30 +128,29 @@ def test_only_the_log_of_a_failed_server_is_kept(tmp_path: Path, monkeypatch: py
 
 
 def test_directories_of_killed_builders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Directories in use, new ones and those of other programs stay, and so do the newest logs of failed servers."""
+    """tests/core/test_temporary.py has the rule."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    old = time.time() - 3600
+    killed = tmp_path / f"{PREFIX}a1b2c3d4"
+    (killed / "backends").mkdir(parents=True)
+    killed.chmod(0o700)
+    (killed / "lock").touch()
+    with directory() as used, directory():
+        assert used.path.exists()
+        assert not killed.exists()
 
-    def left(name: str, *files: str, age: float = 0.0) -> Path:
-        path = tmp_path / f"{PREFIX}{name}"
-        path.mkdir()
-        for file in files:
-            (path / file).touch()
-        os.utime(path, (old - age, old - age))
-        return path
 
-    killed, foreign = left("killed", "lock", "server.log"), left("foreign", "notes")
-    failed = [left(f"failed{number}", "lock", "failed", age=number) for number in range(7)]
-    new = left("new", "lock")
-    os.utime(new)
-    with directory() as used:
-        os.utime(used.path, (old, old))
-        with directory():
-            assert used.path.exists()
-    assert not killed.exists()
-    assert [path.exists() for path in failed] == [True] * 5 + [False] * 2
-    assert foreign.exists()
-    assert new.exists()
+def test_an_interrupted_server_leaves_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the interrupt ends it with an error of its own, which nobody is shown."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(interrupts, "_received", [2])
+
+    def end(place: ServingDirectory) -> None:
+        place.log.write_text("the server ended")
+        raise ServingError("Triton was killed by SIGTERM before it was ready.")
+
+    with pytest.raises(ServingError), directory() as place:
+        end(place)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_error_for_unsuitable_directories_lists_the_allowed_characters(
