@@ -126,8 +126,8 @@ def _limit(job: Mapping[str, Any], config: Any) -> int:
 
 
 def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[str, Any]:
-    """Inserts the formats' quantizers and runs the batches through the model (max calibration). Returns counts of
-    layers, and the tokens of each expert."""
+    """Inserts the formats' quantizers and runs the batches through the model (max calibration), unless only weights are
+    read. Returns counts of layers, and the tokens of each expert."""
     import modelopt.torch.quantization as mtq
     import torch
 
@@ -153,7 +153,9 @@ def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[st
     with torch.inference_mode(), _unsupported("quantize"):
         table = catalog.of(model.config.to_dict()).tensors
         never = [table.head] if table else []  # ModelOpt knows it as lm_head only
-        mtq.quantize(model, quantizers.config(mtq, formats, never), forward)
+        mtq.quantize(model, quantizers.config(mtq, formats, never), forward if formats.calibrated else None)
+        if not formats.calibrated:
+            counts.update(quantizers.check(model, formats))
         quantizers.share_ranges(model, formats)
         few = experts.widen_ranges(model, routed)
     return {**counts, **routed.facts(), **({"rare_experts": few} if few else {})}

@@ -120,6 +120,22 @@ def test_the_unified_layout_of_other_decoders_is_modelopts_own(tmp_path: Path, n
     check_unified(made, exports.quantized(source, config=str(one.modelopt_config)), formats, tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("variant", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("name", [name for name in WHOLE if not ModelFormats(registry.get(name)).calibrated])
+def test_what_is_read_from_weights_alone_runs_no_row(
+    tmp_path: Path, name: str, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ModelOpt's own export is of a model that saw the rows."""
+    one, source = number_format(name), {**ENGINES, **OTHERS}[variant]
+    formats, shown = ModelFormats(one), list[Any]()
+    monkeypatch.setattr(worker, "emit", lambda progress: shown.append(progress["label"]))
+    made = ours(source, formats, tmp_path / "ours")
+    assert shown
+    assert "calibrating" not in shown
+    theirs = exports.quantized(source, config=str(one.modelopt_config), kv_cache=False)
+    check_unified(made, theirs, formats, tmp_path / "theirs")
+
+
 def test_what_is_prepared_for_the_exporter_differs_from_its_own_export_by_one_step(tmp_path: Path) -> None:
     """Layers that are served as one get one scale, the largest of theirs; and one code of fifty is the neighbour."""
     source = exports.MODELS["llama"]
