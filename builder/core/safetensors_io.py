@@ -267,6 +267,14 @@ class Tensors(Mapping[str, TensorInfo]):
             start = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
             mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
+    def prefetch(self, name: str) -> None:
+        """Asks the kernel to read the tensor's pages from disk ahead of their first access."""
+        info = self._infos[name]
+        if info.nbytes:
+            self.data(name)
+            start = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps[self._file[name]].madvise(mmap.MADV_WILLNEED, start, info.end - start)
+
     def chunks(self, *names: str) -> Iterator[memoryview]:
         """The bytes of the named tensors in order, CHUNK_BYTES at a time: their concatenation in dimension 0."""
         for name in names:

@@ -35,7 +35,7 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
     # transformers rejects contradictory sampling values in it, some only when it saves the quantized model.
     with source.linked(without=[GENERATION, CONFIG]) as directory:
         config = parse_config((source.root / CONFIG).read_bytes(), str(source.root))
-        options |= _write_config(source.root, directory, config)
+        options |= write_config(source.root, directory, config)
         if not tensor_names.known(config):
             mapping = {key: options[key] for key in ("key_mapping",) if key in options}
             check_architecture(directory, source.root, trust_remote_code=job["trust_remote_code"], **mapping)
@@ -49,7 +49,7 @@ def load(job: Mapping[str, Any], *, dtype: Any, **options: Any) -> Any:
     return model.eval()
 
 
-def _write_config(root: Path, directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def write_config(root: Path, directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """Gives the directory its config.json: the model's own file or, of a multimodal model, that of its language model.
     Returns the further options for from_pretrained."""
     if multimodal.MARK not in config:

@@ -1,0 +1,195 @@
+"""Gives the modules of a transformers model their weights, one part of the model at a time, and takes them back.
+
+transformers' own loading code does it, so that dtypes, names and the experts that transformers 5 joins in one parameter
+are those of a model that was loaded whole (core_model_loading.py, convert_and_load_state_dict_in_model, 5.14;
+modeling_utils.py, _load_state_dict_into_meta_model, 4.57). On a CPU a weight of the right dtype is a view of the mapped
+file. Imports torch; transformers inside functions.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from builder.core.safetensors_io import Tensors
+from builder.formats.arithmetic.dtypes import DTYPES
+
+
+class Source(Protocol):
+    """Where weights come from, by the names that the model's files have."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor; it must stay valid until `release`."""
+        ...
+
+    def release(self, names: Iterable[str]) -> None:
+        """The tensors are no longer used, and their memory may be returned."""
+        ...
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """The tensors will be read soon."""
+        ...
+
+
+class MappedSource:
+    """The tensors of safetensors files as views of the mapped files."""
+
+    def __init__(self, stored: Tensors) -> None:
+        self.stored = stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def tensor(self, name: str) -> Tensor:
+        """A read-only view; nothing is read yet."""
+        info = self.stored[name]
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "The given buffer is not writable": nobody writes to it
+            return torch.frombuffer(self.stored.data(name), dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Drops the tensors' pages from this process."""
+        for name in names:
+            self.stored.release(name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Asks the kernel to read the tensors' pages ahead."""
+        for name in names:
+            self.stored.prefetch(name)
+
+
+class Weights:
+    """Loads groups of a model's weights. `dtype`: that of the model, `device`: where modules compute."""
+
+    def __init__(self, model: Any, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self._model, self._source, self.device = model, source, device
+        self._empty = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self._load = _loader(model, dtype, device)
+        self._ignored = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        self._optional = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+        self._tied = _tied(model)
+
+    @contextmanager
+    def loaded(self, sources: Sequence[str], parts: Sequence[str]) -> Iterator[None]:
+        """While the block runs, the modules whose parameters' names begin with one of `parts` have their weights, made
+        from the tensors `sources`. IntegrityError if these are not exactly the ones that the modules need."""
+        from builder.model.loading import check_loaded
+
+        expected = {name for name in self._names() if name.startswith(tuple(parts))}
+        try:
+            tensors = {name: self._source.tensor(name) for name in sources}
+            places = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
+            info = self._load(tensors)
+            del tensors
+            missing = info.pop("missing") & expected - self._tied
+            info["missing_keys"] = [name for name in sorted(missing) if not _matches(self._optional, name)]
+            info["unexpected_keys"] = [n for n in sorted(info["unexpected_keys"]) if not _matches(self._ignored, n)]
+            check_loaded(self._model, info, self._model.name_or_path or type(self._model).__name__)
+            self._release_copied(places, expected)
+            yield
+        finally:
+            for name in (expected | self._tied) & self._empty.keys():
+                module, _, leaf = name.rpartition(".")
+                self._model.get_submodule(module)._parameters[leaf] = self._empty[name]
+            self._source.release(sources)
+
+    def prefetch(self, sources: Iterable[str]) -> None:
+        """Starts to read tensors that `loaded` is called with next."""
+        self._source.prefetch(sources)
+
+    def _names(self) -> Iterator[str]:
+        yield from self._empty
+        persistent = self._model.state_dict().keys()
+        yield from (name for name, _ in self._model.named_buffers() if name in persistent)
+
+    def _release_copied(self, places: Mapping[str, int], names: Iterable[str]) -> None:
+        """Returns the memory of tensors that were copied: to a device, to another dtype, or to joined experts."""
+        held = {
+            parameter.untyped_storage().data_ptr()
+            for name, parameter in self._model.named_parameters()
+            if name in names and parameter.device.type == "cpu"
+        }
+        self._source.release([name for name, place in places.items() if place not in held])
+
+
+def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+    return any(pattern.search(name) for pattern in patterns)
+
+
+def _tied(model: Any) -> set[str]:
+    """The parameters that are tied to others, which have the weights."""
+    if not model.config.tie_word_embeddings:
+        return set()
+    known = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
+    return set(known)
+
+
+def _loader(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A function that loads {name in the files: tensor} into the model, and returns transformers' loading info with the
+    names of all tensors of the model that were not among them as `missing`."""
+    try:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    except ImportError:
+        return _loader_of_4(model, dtype, device)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    options = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=get_model_conversion_mapping(model, None, None),
+    )
+
+    def load(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options, None)
+        found = info.to_dict()
+        return {**found, "missing": set(info.missing_keys)}
+
+    return load
+
+
+def _loader_of_4(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """The same for transformers 4.57, which has a module for each expert."""
+    from transformers.modeling_utils import _load_state_dict_into_meta_model
+
+    kept = [
+        *(model._keep_in_fp32_modules_strict or ()),
+        *(model._keep_in_fp32_modules or ()) * (dtype == torch.float16),
+    ]
+    float32 = re.compile("|".join(rf"((^|\.){one}($|\.))" for one in kept)) if kept else None
+
+    def load(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        prefix, whole = model.base_model_prefix, model.state_dict()
+        bare = bool(prefix) and hasattr(model, prefix) and not any(name.startswith(prefix) for name in tensors)
+        named = model._get_key_renaming_mapping(list(tensors), None, False, bare and not tensors.keys() & whole.keys())
+        found = {named[name]: tensor for name, tensor in tensors.items()}
+        wrong = [(n, t.shape, whole[n].shape) for n, t in found.items() if n in whole and t.shape != whole[n].shape]
+        fitting = {n: t for n, t in found.items() if n in whole and n not in {one[0] for one in wrong}}
+        loaded = set(fitting)
+        _load_state_dict_into_meta_model(model, fitting, "", {}, device_map={"": device}, keep_in_fp32_regex=float32)
+        return {
+            "missing": whole.keys() - loaded,
+            "unexpected_keys": found.keys() - whole.keys(),
+            "mismatched_keys": wrong,
+        }
+
+    return load
+
+
+def buffers_to(module: nn.Module, device: torch.device) -> None:
+    """Moves a module's buffers, which are small, to the device."""
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = buffer.to(device)

@@ -1,0 +1,138 @@
+"""A model that is computed layer by layer gives the resident model's results, bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from builder.core.errors import IntegrityError, UnsupportedError
+from builder.model import streamed
+from tests.support import families
+
+# One of each kind: dense, joined experts, stacked experts and eager attention, inputs of each layer, state spaces,
+# latent attention with groups of experts, layers of two sizes.
+KINDS = ("qwen3", "qwen3_moe", "gpt_oss", "gemma4_text", "granitemoehybrid", "deepseek_v3", "llama4_text")
+
+
+def batches() -> list[Any]:
+    torch.manual_seed(1)
+    return [torch.randint(3, 4000, shape) for shape in ((2, 100), (1, 33), (2, 100))]
+
+
+def resident(directory: Path, dtype: Any = torch.bfloat16) -> list[Any]:
+    """The logits of the model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    with torch.inference_mode():
+        return [model(ids, use_cache=False).logits for ids in batches()]
+
+
+def by_layer(directory: Path) -> list[Any]:
+    """The same, with one layer in memory at a time."""
+    model = streamed.open_model({"model": str(directory), "trust_remote_code": False})
+    with torch.inference_mode():
+        with model.prelude() as begin:
+            states = [begin(ids) for ids in batches()]
+        assert all(parameter.is_meta for parameter in model.model.parameters())
+        for index in range(model.depth):
+            with model.layer(index) as layer:
+                assert not any(parameter.is_meta for parameter in layer.parameters())
+                for state in states:
+                    state.hidden = model.advance(index, state, state.hidden)
+            assert all(parameter.is_meta for parameter in model.model.parameters())
+        with model.head() as logits:
+            found = [logits(state) for state in states]
+            assert torch.equal(logits(states[0], logits_to_keep=5), found[0][:, -5:])
+    return found
+
+
+def check(directory: Path, dtype: Any = torch.bfloat16) -> None:
+    for whole, layers in zip(resident(directory, dtype), by_layer(directory), strict=True):
+        assert whole.dtype == layers.dtype == dtype
+        assert torch.equal(whole, layers)
+
+
+def written(family: str, directory: Path) -> dict[str, Any]:
+    try:
+        return families.write(family, directory)
+    except ValueError as error:
+        pytest.skip(f"not in this transformers: {error}")
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_layer_by_layer_equals_the_resident_model(family: str, tmp_path: Path) -> None:
+    written(family, tmp_path)
+    check(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [one for one in families.MODELS if one not in KINDS])
+def test_layer_by_layer_equals_the_resident_model_of_every_family(family: str, tmp_path: Path) -> None:
+    written(family, tmp_path)
+    check(tmp_path)
+
+
+@pytest.mark.parametrize(("stored", "named"), [("float32", "float32"), ("float16", "float16"), ("float32", "float16")])
+def test_weights_have_the_dtypes_of_a_model_that_was_loaded_whole(stored: str, named: str, tmp_path: Path) -> None:
+    config = families.write("qwen3_moe", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({n: t.to(getattr(torch, stored)) for n, t in load_file(file).items()}, file, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": named}))
+    check(tmp_path, torch.float16 if named == "float16" else torch.bfloat16)
+
+
+def test_a_tied_output_layer_has_the_embedding_s_weights(tmp_path: Path) -> None:
+    config = families.write("qwen3", tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != "lm_head.weight"}, file, {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    check(tmp_path)
+
+
+def test_batches_of_one_shape_share_what_layers_are_called_with(tmp_path: Path) -> None:
+    written("gemma3_text", tmp_path)  # masks of two kinds
+    model = streamed.open_model({"model": str(tmp_path), "trust_remote_code": False})
+    with torch.inference_mode(), model.prelude() as begin:
+        first, other, again = map(begin, batches())
+    assert first.calls is again.calls
+    assert other.calls is not first.calls
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_a_layer_with_other_tensors_is_refused_by_name(change: str, tmp_path: Path) -> None:
+    families.write("qwen3_moe", tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.2.up_proj.weight"
+    tensors = load_file(file)
+    if change == "unexpected":
+        tensors["model.layers.1.mlp.experts.2.up_proj.bias"] = torch.zeros(32)
+    else:
+        tensors[name] = tensors[name][:, :-1].contiguous()
+    if change == "missing":
+        name = "model.layers.1.self_attn.o_proj.weight"
+        tensors = {key: tensor for key, tensor in load_file(file).items() if key != name}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(IntegrityError) as caught:
+        by_layer(tmp_path)
+    assert "1." in caught.value.why
+    assert ("o_proj" if change == "missing" else "experts") in caught.value.why
+
+
+def test_layers_that_read_keys_of_earlier_ones_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers.models.gemma4")
+    shared = {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": LAYER_TYPES}
+    changed = {**families.MODELS, "gemma4_text": {**families.MODELS["gemma4_text"], **shared}}
+    monkeypatch.setattr(families, "MODELS", changed)
+    families.write("gemma4_text", tmp_path)
+    with pytest.raises(UnsupportedError, match="layer by layer") as caught:
+        by_layer(tmp_path)
+    assert "earlier ones" in caught.value.why
+
+
+LAYER_TYPES: Sequence[str] = ["sliding_attention", "full_attention"] * 2
