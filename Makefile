@@ -18,6 +18,9 @@ PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard te
 LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
 .PHONY: help demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos docker-test lint $(LINTERS) hooks bench clean
 
+# Installing the project compiles its C extension.
+EXTENSION := hatch_build.py builder/formats/kernels/native.c builder/formats/kernels/loops.h
+
 UNKNOWN := $(if $(filter test,$(MAKECMDGOALS)),$(filter-out $(PACKAGES),$(PACKAGE)))
 $(if $(UNKNOWN),$(error There are no tests of $(UNKNOWN). Packages with tests: $(PACKAGES)))
 
@@ -137,7 +140,7 @@ clean: ## remove the environments
 
 # torch goes first: anything else that asked for it would take the newest build with gigabytes of CUDA packages.
 # nvidia-pytriton carries the Triton server; what it depends on (cuda-python and more) serves nothing here.
-$(VENV)/ready: pyproject.toml requirements/cpu.txt
+$(VENV)/ready: pyproject.toml requirements/cpu.txt $(EXTENSION)
 	@$(call system_packages)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q torch==2.13.0
@@ -145,7 +148,7 @@ $(VENV)/ready: pyproject.toml requirements/cpu.txt
 	$(VENV)/bin/pip install -q --no-deps nvidia-pytriton==0.7.0
 	touch $@
 
-$(TRTLLM)/ready: pyproject.toml requirements/trtllm-1.2.1.txt
+$(TRTLLM)/ready: pyproject.toml requirements/trtllm-1.2.1.txt $(EXTENSION)
 	@$(call system_packages)
 	$(PYTHON) -m venv $(TRTLLM)
 	$(TRTLLM)/bin/pip install -q torch==2.13.0
@@ -153,7 +156,7 @@ $(TRTLLM)/ready: pyproject.toml requirements/trtllm-1.2.1.txt
 	$(TRTLLM)/bin/pip install -q --no-deps -e .
 	touch $@
 
-$(LLMCOMPRESSOR)/ready: pyproject.toml requirements/llmcompressor.txt
+$(LLMCOMPRESSOR)/ready: pyproject.toml requirements/llmcompressor.txt $(EXTENSION)
 	@$(call system_packages)
 	$(PYTHON) -m venv $(LLMCOMPRESSOR)
 	$(LLMCOMPRESSOR)/bin/pip install -q torch==2.13.0

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 
 from builder.formats.arithmetic import fp8, nvfp4
 from builder.formats.arithmetic.dtypes import DTYPES
-from builder.formats.kernels import packing
+from builder.formats.kernels import native, packing
 from builder.formats.kernels.packing import Array
 
-ROUND = settings(max_examples=60, deadline=None)
+PATHS = [*native.paths(), "torch"]
+# The path of a test stays the same for all examples.
+ROUND = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GLOBAL = (1 / 2688, 3e-4, 1.0, 1e-30, 2.0**-149, 1e30, 2.0**-14)
+
+
+@pytest.fixture(autouse=True, params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test runs on each instruction set of this CPU, and with torch."""
+    monkeypatch.setenv(packing.VARIABLE, request.param)
+    assert packing.path() == request.param
+    return request.param
 
 
 def raw(tensor: torch.Tensor) -> Array:
@@ -144,3 +156,71 @@ def test_nothing_of_nothing() -> None:
     assert packing.largest(empty, "F32") == 0.0
     assert packing.pack_nvfp4(empty, "F32", 1.0)[0].shape == (0, 16)
     assert packing.pack_fp8(empty, "F32", 1.0).shape == (0, 32)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_any_number_of_threads_gives_the_same_bytes(dtype: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With parts of a few rows, and of one row for the largest magnitude."""
+    monkeypatch.setattr(native, "_PART", 64)
+    values = odd(7, 37, 5, dtype)
+    rows = np.linspace(0.1, 2, 37).astype(np.float32)
+
+    def everything(threads: int) -> list[Array]:
+        codes, scales = packing.pack_nvfp4(values, dtype, 3e-4, threads=threads)
+        eight = packing.pack_fp8(values, dtype, rows, threads=threads)
+        return [
+            codes,
+            scales,
+            eight,
+            packing.largest_rows(values, dtype, threads=threads),
+            np.array(packing.largest(values, dtype, threads=threads)),
+            packing.unpack_nvfp4(codes, scales, 3e-4, dtype, threads=threads),
+            packing.unpack_fp8(eight, rows, dtype, threads=threads),
+        ]
+
+    for one, many in zip(everything(1), everything(5), strict=True):
+        np.testing.assert_array_equal(one, many)
+
+
+def test_arrays_to_write_to_are_filled_and_no_byte_beside_them() -> None:
+    values = odd(3, 3, 3, "BF16")
+    around = np.full(3 * 24 + 2, 99, np.uint8)
+    inside = around[1:-1].reshape(3, 24)
+    scales = np.zeros((3, 3), np.uint8)
+    codes, _ = packing.pack_nvfp4(values, "BF16", 1e-3, out=(inside, scales))
+    assert np.shares_memory(codes, around)
+    assert around[0] == around[-1] == 99
+    np.testing.assert_array_equal(inside, packing.pack_nvfp4(values, "BF16", 1e-3)[0])
+
+
+def test_a_read_only_mapping_at_any_address_is_read(tmp_path: Path) -> None:
+    """Tensors in a safetensors file begin at any byte."""
+    values = odd(5, 4, 2, "F32")
+    (tmp_path / "file").write_bytes(b"xyz" + values.tobytes())
+    mapped = np.memmap(tmp_path / "file", np.uint8, "r")[3:].view(np.uint32).reshape(values.shape)
+    for found, expected in zip(
+        packing.pack_nvfp4(mapped, "F32", 1e-3), packing.pack_nvfp4(values, "F32", 1e-3), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_an_unknown_path_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(packing.VARIABLE, "sse9")
+    with pytest.raises(ValueError, match=r"BUILDER_KERNELS is 'sse9', and here it can be .*torch"):
+        packing.largest(np.zeros((1, 16), np.uint16), "BF16")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler, so the extension can't be built here")
+def test_the_extension_is_built_from_this_source() -> None:
+    """If this fails: `pip install --no-deps -e .` compiles it."""
+    assert native.missing() == ""
+
+
+def test_an_extension_of_another_source_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "source_digest", lambda: "another")
+    native.missing.cache_clear()
+    try:
+        assert native.paths() == []
+        assert "older than its source" in native.missing() or native._native is None
+    finally:
+        native.missing.cache_clear()

@@ -5,7 +5,7 @@ its safetensors dtype beside it (BF16, F16 or F32). `rounded_to` is the type tha
 another float type are rounded to it first, to nearest, ties to even, as transformers loads them. `threads` defaults to
 the cores of this process. `out` takes arrays to write to, so that a caller can reuse them.
 
-Without the C extension (`path() == "torch"`) torch is imported and does the same in steps of a few megabytes.
+The C extension computes (`native`). Where it is not built, torch is imported and does the same (`plain`), more slowly.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from builder.formats.kernels import native
+
 Array = np.ndarray[Any, Any]
 Float = Literal["BF16", "F16", "F32"]
 
@@ -23,20 +25,33 @@ BLOCK = 16  # NVFP4: inputs that share an E4M3 scale
 BITS: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<u2"), "F32": np.dtype("<u4")}
 
 
+VARIABLE = "BUILDER_KERNELS"  # forces a path
+
+
 def path() -> str:
-    """What computes: "torch"."""
-    return "torch"
+    """What computes: avx512, avx2 or baseline (SSE2 on x86-64, NEON on ARM) in C, or torch.
+
+    ValueError if the variable BUILDER_KERNELS asks for another, or for one that can't run here.
+    """
+    there = [*native.paths(), "torch"]
+    asked = os.environ.get(VARIABLE) or there[0]
+    if asked not in there:
+        raise ValueError(f"{VARIABLE} is {asked!r}, and here it can be {', '.join(there)}")
+    return asked
 
 
 def largest(values: Array, dtype: str, *, rounded_to: str | None = None, threads: int | None = None) -> float:
     """The largest magnitude: NaN if there is a NaN, else inf if there is one, 0.0 for an empty array."""
-    rows = _bits(values, dtype)
-    return float(_path().largest_rows(rows.reshape(1, -1), dtype, _rounded(dtype, rounded_to), _threads(threads))[0])
+    row = _bits(values, dtype).reshape(1, -1)
+    return float(largest_rows(row, dtype, rounded_to=rounded_to, threads=threads)[0])
 
 
 def largest_rows(values: Array, dtype: str, *, rounded_to: str | None = None, threads: int | None = None) -> Array:
     """The largest magnitude of each row as float32 [rows]; NaN for a row with a NaN."""
-    found: Array = _path().largest_rows(_bits(values, dtype), dtype, _rounded(dtype, rounded_to), _threads(threads))
+    rows = _bits(values, dtype)
+    if not rows.size:
+        return np.zeros(len(rows), np.float32)
+    found: Array = _path().largest_rows(rows, dtype, _rounded(dtype, rounded_to), _threads(threads))
     return found
 
 
@@ -114,7 +129,7 @@ def unpack_fp8(
 ) -> Array:
     """E4M3 codes uint8 [rows, inputs] times their scale, one or float32 [rows] -> raw bits in `dtype`.
 
-    The factor is 1 / (448 / (scale * 448)), as `arithmetic/fp8.py` computes it.
+    The factor is that of `arithmetic/fp8.py`, which may differ from the scale in its last bit.
     """
     _check(codes, codes.shape, np.uint8)
     values = np.empty(codes.shape, BITS[dtype]) if out is None else out
@@ -124,6 +139,10 @@ def unpack_fp8(
 
 
 def _path() -> Any:
+    """The functions of the chosen path."""
+    chosen = path()
+    if chosen != "torch":
+        return native.Native(chosen)
     from builder.formats.kernels import plain
 
     return plain
