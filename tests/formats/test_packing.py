@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from builder.formats.arithmetic import fp8, nvfp4
 from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.kernels import native, packing
-from builder.formats.kernels.packing import Array
+from builder.formats.kernels.arrays import Array
 
 PATHS = [*native.paths(), "torch"]
 # The path of a test stays the same for all examples.

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from builder.formats.kernels.arrays import Array, Weights
+
 try:
     from builder.formats.kernels import _native
 except ImportError:  # not compiled, or for another machine
     _native = None  # type: ignore[assignment]
-
-Array = np.ndarray[Any, Any]
 
 SOURCES = ("native.c", "loops.h")
 _TYPES: dict[str | None, int] = {None: -1, "BF16": 0, "F16": 1, "F32": 2}
@@ -56,9 +56,9 @@ class Native:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def largest_rows(self, values: Array, dtype: str, rounded_to: str | None, threads: int) -> Array:
+    def largest_rows(self, weights: Weights, threads: int) -> Array:
         """The largest magnitude of each row, float32."""
-        types = _TYPES[dtype], _TYPES[rounded_to]
+        values, types = weights.bits, (_TYPES[weights.dtype], _TYPES[weights.rounded_to])
 
         def of_rows(matrix: Array) -> Array:
             found = np.empty(len(matrix), np.float32)
@@ -71,12 +71,10 @@ class Native:
         found = _each(lambda part: of_rows(values[:, part]), _parts(values.size, 1, threads), threads)
         return np.maximum.reduce(np.array(found))  # type: ignore[no-any-return]  # NaN if there is one
 
-    def pack_nvfp4(
-        self, values: Array, dtype: str, rounded_to: str | None, scale: float, codes: Array, scales: Array, threads: int
-    ) -> None:
+    def pack_nvfp4(self, weights: Weights, scale: float, codes: Array, scales: Array, threads: int) -> None:
         """Fills `codes` and `scales`."""
-        types = _TYPES[dtype], _TYPES[rounded_to]
-        blocks = values.reshape(-1, _BLOCK), codes.reshape(-1, _BLOCK // 2), scales.reshape(-1)
+        types = _TYPES[weights.dtype], _TYPES[weights.rounded_to]
+        blocks = weights.bits.reshape(-1, _BLOCK), codes.reshape(-1, _BLOCK // 2), scales.reshape(-1)
 
         def pack(part: slice) -> None:
             source, packed, block = (array[part] for array in blocks)
@@ -84,15 +82,13 @@ class Native:
 
         _each(pack, _parts(len(blocks[0]), _BLOCK, threads), threads)
 
-    def pack_fp8(
-        self, values: Array, dtype: str, rounded_to: str | None, scales: Array, codes: Array, threads: int
-    ) -> None:
+    def pack_fp8(self, weights: Weights, scales: Array, codes: Array, threads: int) -> None:
         """Fills `codes`."""
-        types = _TYPES[dtype], _TYPES[rounded_to]
+        types = _TYPES[weights.dtype], _TYPES[weights.rounded_to]
 
         def pack(part: slice) -> None:
             out = codes[part]
-            _native.pack_fp8(self.path, values[part], *types, len(out), _own(scales, part), out)
+            _native.pack_fp8(self.path, weights.bits[part], *types, len(out), _own(scales, part), out)
 
         _each(pack, _parts(len(codes), codes.shape[1], threads), threads)
 

@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from builder.formats.kernels import native
-
-Array = np.ndarray[Any, Any]
-Float = Literal["BF16", "F16", "F32"]
+from builder.formats.kernels.arrays import BITS, Array, Weights
 
 BLOCK = 16  # NVFP4: inputs that share an E4M3 scale
-BITS: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<u2"), "F32": np.dtype("<u4")}
 
 
 VARIABLE = "BUILDER_KERNELS"  # forces a path
@@ -42,16 +39,16 @@ def path() -> str:
 
 def largest(values: Array, dtype: str, *, rounded_to: str | None = None, threads: int | None = None) -> float:
     """The largest magnitude: NaN if there is a NaN, else inf if there is one, 0.0 for an empty array."""
-    row = _bits(values, dtype).reshape(1, -1)
+    row = _weights(values, dtype).bits.reshape(1, -1)
     return float(largest_rows(row, dtype, rounded_to=rounded_to, threads=threads)[0])
 
 
 def largest_rows(values: Array, dtype: str, *, rounded_to: str | None = None, threads: int | None = None) -> Array:
     """The largest magnitude of each row as float32 [rows]; NaN for a row with a NaN."""
-    rows = _bits(values, dtype)
-    if not rows.size:
-        return np.zeros(len(rows), np.float32)
-    found: Array = _path().largest_rows(rows, dtype, _rounded(dtype, rounded_to), _threads(threads))
+    weights = _weights(values, dtype, rounded_to)
+    if not values.size:
+        return np.zeros(len(values), np.float32)
+    found: Array = _path().largest_rows(weights, _threads(threads))
     return found
 
 
@@ -69,16 +66,15 @@ def pack_nvfp4(
 
     ValueError if the inputs are not a multiple of 16, or if the scale is not finite and positive.
     """
-    rows = _bits(values, dtype)
-    if rows.shape[1] % BLOCK:
-        raise ValueError(f"NVFP4 needs a last dimension that is a multiple of {BLOCK}, got {rows.shape[1]}")
+    weights = _weights(values, dtype, rounded_to)
+    rows, inputs = values.shape
+    if inputs % BLOCK:
+        raise ValueError(f"NVFP4 needs a last dimension that is a multiple of {BLOCK}, got {inputs}")
     if not (math.isfinite(global_scale) and global_scale > 0):
         raise ValueError(f"no NVFP4 scale for this tensor: its global scale is {global_scale}")
-    shapes = (len(rows), rows.shape[1] // 2), (len(rows), rows.shape[1] // BLOCK)
-    codes, scales = out or (np.empty(shapes[0], np.uint8), np.empty(shapes[1], np.uint8))
-    _check(codes, shapes[0], np.uint8)
-    _check(scales, shapes[1], np.uint8)
-    _path().pack_nvfp4(rows, dtype, _rounded(dtype, rounded_to), global_scale, codes, scales, _threads(threads))
+    made = out or (np.empty((rows, inputs // 2), np.uint8), np.empty((rows, inputs // BLOCK), np.uint8))
+    codes, scales = _checked(made[0], (rows, inputs // 2)), _checked(made[1], (rows, inputs // BLOCK))
+    _path().pack_nvfp4(weights, global_scale, codes, scales, _threads(threads))
     return codes, scales
 
 
@@ -95,10 +91,9 @@ def pack_fp8(
 
     A scale that is not above zero (a row of zeros) counts as 1. NaN keeps its sign.
     """
-    rows = _bits(values, dtype)
-    codes = np.empty(rows.shape, np.uint8) if out is None else out
-    _check(codes, rows.shape, np.uint8)
-    _path().pack_fp8(rows, dtype, _rounded(dtype, rounded_to), _scales(scale, len(rows)), codes, _threads(threads))
+    weights = _weights(values, dtype, rounded_to)
+    codes = _checked(np.empty(values.shape, np.uint8) if out is None else out, values.shape)
+    _path().pack_fp8(weights, _scales(scale, len(values)), codes, _threads(threads))
     return codes
 
 
@@ -113,14 +108,12 @@ def unpack_nvfp4(
 ) -> Array:
     """Codes uint8 [rows, inputs / 2] and E4M3 block scales uint8 [rows, inputs / 16] -> raw bits [rows, inputs] in
     `dtype`, rounded to nearest from float32. ValueError if the shapes do not match."""
-    shape = len(codes), codes.shape[1] * 2
-    _check(codes, codes.shape, np.uint8)
-    if shape[1] % BLOCK or block_scales.shape != (shape[0], shape[1] // BLOCK):
+    rows, inputs = len(codes), codes.shape[1] * 2
+    if inputs % BLOCK or block_scales.shape != (rows, inputs // BLOCK):
         raise ValueError(f"packed {codes.shape} and block scales {block_scales.shape} do not match")
-    _check(block_scales, block_scales.shape, np.uint8)
-    values = np.empty(shape, BITS[dtype]) if out is None else out
-    _check(values, shape, BITS[dtype])
-    _path().unpack_nvfp4(codes, block_scales, global_scale, dtype, values, _threads(threads))
+    blocks = _checked(block_scales, block_scales.shape)
+    values = _checked(np.empty((rows, inputs), BITS[dtype]) if out is None else out, (rows, inputs), BITS[dtype])
+    _path().unpack_nvfp4(_checked(codes, codes.shape), blocks, global_scale, dtype, values, _threads(threads))
     return values
 
 
@@ -131,10 +124,8 @@ def unpack_fp8(
 
     The factor is that of `arithmetic/fp8.py`, which may differ from the scale in its last bit.
     """
-    _check(codes, codes.shape, np.uint8)
-    values = np.empty(codes.shape, BITS[dtype]) if out is None else out
-    _check(values, codes.shape, BITS[dtype])
-    _path().unpack_fp8(codes, _scales(scale, len(codes)), dtype, values, _threads(threads))
+    values = _checked(np.empty(codes.shape, BITS[dtype]) if out is None else out, codes.shape, BITS[dtype])
+    _path().unpack_fp8(_checked(codes, codes.shape), _scales(scale, len(codes)), dtype, values, _threads(threads))
     return values
 
 
@@ -148,21 +139,14 @@ def _path() -> Any:
     return plain
 
 
-def _bits(values: Array, dtype: str) -> Array:
+def _weights(values: Array, dtype: str, rounded_to: str | None = None) -> Weights:
     """The array as unsigned integers of the dtype's size."""
-    if dtype not in BITS:
-        raise ValueError(f"weights are {', '.join(BITS)}, not {dtype}")
+    if not {dtype, rounded_to} <= {*BITS, None}:
+        raise ValueError(f"weights are {', '.join(BITS)}, not {dtype} rounded to {rounded_to}")
     if values.ndim != 2 or values.itemsize != BITS[dtype].itemsize or not values.flags.c_contiguous:
-        raise ValueError(f"{dtype} needs a contiguous matrix of {BITS[dtype].itemsize} bytes each: {values.dtype} "
-                         f"{values.shape} is not")  # fmt: skip
-    return values.view(BITS[dtype])
-
-
-def _rounded(dtype: str, rounded_to: str | None) -> str | None:
-    """The type to round to first, None where the values have it."""
-    if rounded_to not in (None, *BITS):
-        raise ValueError(f"weights are rounded to {', '.join(BITS)}, not to {rounded_to}")
-    return None if rounded_to in (dtype, "F32") else rounded_to
+        size = BITS[dtype].itemsize
+        raise ValueError(f"{dtype} needs a contiguous matrix of {size} bytes each, got {values.dtype} {values.shape}")
+    return Weights(values.view(BITS[dtype]), dtype, None if rounded_to in (dtype, "F32") else rounded_to)
 
 
 def _scales(scale: float | Array, rows: int) -> Array:
@@ -173,9 +157,10 @@ def _scales(scale: float | Array, rows: int) -> Array:
     return scales
 
 
-def _check(array: Array, shape: tuple[int, ...], dtype: Any) -> None:
+def _checked(array: Array, shape: tuple[int, ...], dtype: Any = np.uint8) -> Array:
     if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
         raise ValueError(f"needed a contiguous {np.dtype(dtype)} {shape}, got {array.dtype} {array.shape}")
+    return array
 
 
 def _threads(threads: int | None) -> int:

@@ -6,7 +6,6 @@ In steps of whole rows, so that a step's copies need a few megabytes. torch has 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,37 +13,35 @@ from torch import Tensor
 
 from builder.formats.arithmetic import fp8, nvfp4
 from builder.formats.arithmetic.dtypes import DTYPES
+from builder.formats.kernels.arrays import Array, Weights
 
-Array = np.ndarray[Any, Any]
 _STEP = 1 << 21  # elements
 
 
-def largest_rows(values: Array, dtype: str, rounded_to: str | None, threads: int) -> Array:
+def largest_rows(weights: Weights, threads: int) -> Array:
     """The largest magnitude of each row, float32."""
+    values = weights.bits
     found = np.empty(len(values), np.float32)
     for rows in _steps(values):
         largest = torch.zeros(len(values[rows]))
         for start in range(0, values.shape[1], _STEP):
-            part = _tensor(values[rows, start : start + _STEP], dtype, rounded_to)
+            part = _tensor(weights, rows, slice(start, start + _STEP))
             largest = torch.maximum(largest, part.abs().amax(-1).float())  # NaN wins
         found[rows] = largest.numpy()
     return found
 
 
-def pack_nvfp4(
-    values: Array, dtype: str, rounded_to: str | None, scale: float, codes: Array, scales: Array, threads: int
-) -> None:
+def pack_nvfp4(weights: Weights, scale: float, codes: Array, scales: Array, threads: int) -> None:
     """Fills `codes` and `scales`."""
-    for rows in _steps(values):
-        packed, blocks, _ = nvfp4.quantize(_tensor(values[rows], dtype, rounded_to), torch.tensor(scale))
+    for rows in _steps(weights.bits):
+        packed, blocks, _ = nvfp4.quantize(_tensor(weights, rows), torch.tensor(scale))
         codes[rows], scales[rows] = packed.numpy(), blocks.view(torch.uint8).numpy()
 
 
-def pack_fp8(values: Array, dtype: str, rounded_to: str | None, scales: Array, codes: Array, threads: int) -> None:
+def pack_fp8(weights: Weights, scales: Array, codes: Array, threads: int) -> None:
     """Fills `codes`."""
-    for rows in _steps(values):
-        packed = fp8.quantize(_tensor(values[rows], dtype, rounded_to), _column(scales, rows))
-        codes[rows] = packed.view(torch.uint8).numpy()
+    for rows in _steps(weights.bits):
+        codes[rows] = fp8.quantize(_tensor(weights, rows), _column(scales, rows)).view(torch.uint8).numpy()
 
 
 def unpack_nvfp4(codes: Array, scales: Array, scale: float, dtype: str, values: Array, threads: int) -> None:
@@ -68,11 +65,11 @@ def _steps(matrix: Array) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(matrix), step))
 
 
-def _tensor(values: Array, dtype: str, rounded_to: str | None) -> Tensor:
+def _tensor(weights: Weights, rows: slice, columns: slice = slice(None)) -> Tensor:
     """A copy as a tensor: torch warns of arrays that it may not write to."""
-    signed = np.array(values).view({2: np.int16, 4: np.int32}[values.itemsize])
-    tensor = torch.from_numpy(signed).view(DTYPES[dtype])
-    return tensor if rounded_to is None else tensor.to(DTYPES[rounded_to])
+    part = np.array(weights.bits[rows, columns])
+    tensor = torch.from_numpy(part.view({2: np.int16, 4: np.int32}[part.itemsize])).view(DTYPES[weights.dtype])
+    return tensor if weights.rounded_to is None else tensor.to(DTYPES[weights.rounded_to])
 
 
 def _column(scales: Array, rows: slice) -> Tensor:
