@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from builder.calibration.rows import Calibration, calibrate, check_conversations, read_rows
 from builder.checkpoint.layouts import Checkpoint
 from builder.checkpoint.requested_layouts import write_requested
+from builder.core import usage
 from builder.core.output import Output
 from builder.core.store import STAGES, Artifact, Store, WouldRun
+from builder.core.usage import Usage
 from builder.evaluate import tasks
 from builder.evaluate.variants import Models
 from builder.hub.snapshot import Snapshot, fetch, open_source
@@ -67,6 +69,7 @@ class Built:
         return Models(source or self.snapshot, self.calibration, self.checkpoint, self.repository)
 
 
+WORTH_TELLING = 5.0  # seconds from which a user wants to know what took them
 # How far a build must go for each runner of an evaluation.
 NEEDS = {
     "bf16": "snapshot",
@@ -152,6 +155,7 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
             check_fit(prepared, store, made=lambda: [artifact.stage for artifact in stored(asked, store)[0]])
 
     check_room(prepared)
+    used = usage.started()
     snapshot = fetch(
         recipe.model,
         store=store,
@@ -185,8 +189,21 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
     trusted, zero = recipe.model.trust_remote_code, prepared.zero_layers
     request = QuantizeRequest(recipe.quantization, recipe.calibration, prepared.model.layers, trusted, zero)
     checkpoint = quantize(snapshot, calibration, request, store=store)
+    _tell_limit(used(), store)
     built = Built(snapshot, prepared, calibration, checkpoint)
     return _serve(_checked(built, store) if quality else built, wanted, store)
+
+
+def _tell_limit(used: Usage, store: Store) -> None:
+    """Prints what limited the stages from the download to the checkpoint, if they took a while."""
+    made = {done.stage: done for done in store.done if not done.cached}
+    if "checkpoint" not in made or used.seconds < WORTH_TELLING:
+        return
+    fetched = made.get("snapshot")
+    if fetched is not None and fetched.facts["revision"]:
+        nbytes = sum(file["size"] for file in fetched.facts["external"]["files"].values())
+        used = usage.with_download(used, nbytes, fetched.manifest["seconds"])
+    store.out.info(usage.sentence(used))
 
 
 def _imported(prepared: Prepared, quantized: Quantized, snapshot: Snapshot, store: Store) -> Built:

@@ -24,6 +24,9 @@ Mode = Literal["human", "json", "quiet"]
 PLAIN_PROGRESS_SECONDS = 5.0
 
 
+BYTES = "B"  # the unit of progress that is printed as sizes
+
+
 class Progress:
     """A progress bar on a terminal; elsewhere a line every few seconds. `update` is cheap enough to call per item."""
 
@@ -54,7 +57,7 @@ class Progress:
         """
         self._total = total or self._total
         self._label = label or self._label
-        count = f"{done:,.0f}/{self._total:,.0f} {self._unit}" if self._total else ""
+        count = _count(done, self._total, self._unit) if self._total else ""
         if self._bar is not None:
             shown = printable_line(self._label)
             self._bar.update(self._task, completed=done, total=self._total, description=shown, count=count)
@@ -120,7 +123,7 @@ class Output:
     def progress(self, label: str, total: float | None = None, unit: str = "") -> Iterator[Progress]:
         """Shows the progress of the work inside the block, with an estimate of the time left.
 
-        `total` counts in `unit`; None if it is not known.
+        `total` counts in `unit`, BYTES of which are printed as sizes; None if it is not known.
         """
         bar = Progress(self, label, total, unit)
         try:
@@ -172,6 +175,10 @@ class Output:
         if self.mode == "json" and self._result is not None and not self._printed:
             self._printed = True
             print(redact(json.dumps(self._result, indent=2, sort_keys=False, default=str)))
+
+
+def _count(done: float, total: float, unit: str) -> str:
+    return f"{size(done)} of {size(total)}" if unit == BYTES else f"{done:,.0f}/{total:,.0f} {unit}"
 
 
 def print_error(error: BuilderError) -> None:

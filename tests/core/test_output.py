@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from builder.core.output import Output
+from builder.core.output import BYTES, Output
 
 
 def test_piped_tables_keep_title_and_column_names(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,6 +51,13 @@ def test_plain_progress_has_an_estimate(capsys: pytest.CaptureFixture[str], monk
     with Output("human").progress("calibrate", 10, "rows") as bar:
         bar.update(5)
     assert "calibrate: 5/10 rows, about" in capsys.readouterr().err
+
+
+def test_bytes_are_printed_as_sizes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builder.core.output.PLAIN_PROGRESS_SECONDS", 0.0)
+    with Output("human").progress("layer 3 of 36", 16_380_000_000, BYTES) as bar:
+        bar.update(1_200_000)
+    assert "layer 3 of 36: 1.20 MB of 16.38 GB, about " in capsys.readouterr().err
 
 
 def test_restarting_progress_restarts_its_estimate(
