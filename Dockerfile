@@ -6,13 +6,22 @@ ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS wheel
+# hadolint ignore=DL3002
+USER 0:0
 ENV PATH=/opt/venv-tritonserver/bin:${PATH}
+# For the C extension (hatch_build.py). The compiler stays in this stage.
+# hadolint ignore=DL3008
+RUN if ! command -v gcc >/dev/null \
+        || ! test -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; then \
+        apt-get update -q && apt-get install -y -q --no-install-recommends gcc libc6-dev python3-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 WORKDIR /source
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY builder ./builder
 COPY configs ./configs
 COPY triton_templates ./triton_templates
-RUN python3 -m pip wheel -q --no-cache-dir --no-deps --wheel-dir /wheel .
+RUN BUILDER_REQUIRE_KERNELS=1 python3 -m pip wheel -q --no-cache-dir --no-deps --wheel-dir /wheel .
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}

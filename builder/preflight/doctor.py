@@ -75,7 +75,7 @@ def examine(gpu: GpuProfile | None, tensorrt_llm: str, output: Path, *, target: 
             found += _docker(row)
         if facts.python_model:
             found.append(Check("ranks", "ok", llmapi_notes.STARTED, llmapi_notes.DISPUTED))
-    return [*found, _disk(output), *_writable(output, inside)]
+    return [*found, _kernels(), _disk(output), *_writable(output, inside)]
 
 
 def require(gpu: GpuProfile, tensorrt_llm: str, output: Path, *, target: str | None = None) -> None:
@@ -280,6 +280,23 @@ def _docker_json(*arguments: str) -> Mapping[str, Any] | None:
     except (subprocess.TimeoutExpired, ValueError):
         return None
     return found
+
+
+def _kernels() -> Check:
+    """What packs weights: the C extension for this CPU, or torch."""
+    from builder.formats.kernels import native, packing
+
+    try:
+        chosen = packing.path()
+    except ValueError as error:
+        hint = f"Unset {packing.VARIABLE}, or set it to another"
+        return Check("packing kernels", "failed", str(error), hint=hint)
+    if chosen in native.paths():
+        return Check("packing kernels", "ok", f"{chosen}, compiled")
+    if not native.missing():
+        return Check("packing kernels", "ok", f"torch, as {packing.VARIABLE} asks")
+    hint = "Install a C compiler and Python's headers (gcc, python3-dev), then install the builder again with pip"
+    return Check("packing kernels", "warning", f"torch, which is slower: {native.missing()}", "the extension", hint)
 
 
 def _disk(output: Path) -> Check:

@@ -14,6 +14,7 @@ import pytest
 
 from builder.core.errors import UnsupportedError
 from builder.core.output import Output
+from builder.formats.kernels import native, packing
 from builder.machine import containers, gpus
 from builder.machine.gpus import Seen
 from builder.preflight import doctor
@@ -258,3 +259,17 @@ def test_a_build_in_a_container_asks_the_doctor_first(tmp_path: Path) -> None:
 def test_nothing_failed_is_shown_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.show([Check("a", "ok", "b"), Check("c", "warning", "d", "e", "do f")], ROW, Output("human"))
     assert "c: do f" in capsys.readouterr().err
+
+
+def test_what_packs_weights_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C extension's instruction set, or why torch does it instead."""
+    there = native.paths()
+    assert doctor._kernels().seen == f"{there[0]}, compiled"
+    monkeypatch.setenv(packing.VARIABLE, "torch")
+    assert (doctor._kernels().state, doctor._kernels().seen) == ("ok", "torch, as BUILDER_KERNELS asks")
+    monkeypatch.setenv(packing.VARIABLE, "sse9")
+    assert (doctor._kernels().state, "'sse9'" in doctor._kernels().seen) == ("failed", True)
+    monkeypatch.delenv(packing.VARIABLE)
+    monkeypatch.setattr(native, "missing", lambda: "the C extension is not compiled")
+    found = doctor._kernels()
+    assert (found.state, "not compiled" in found.seen, "gcc" in found.hint) == ("warning", True, True)
