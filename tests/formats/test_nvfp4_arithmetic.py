@@ -5,11 +5,14 @@ from __future__ import annotations
 from fractions import Fraction
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from odd_weights import odd, raw, tensor
 
 from builder.formats.arithmetic import fp8, nvfp4
+from builder.formats.kernels import native, packing
 
 ROUND = settings(max_examples=60)
 HALVES = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
@@ -237,6 +240,30 @@ def test_the_bytes_are_modelopts(modelopt, weight: torch.Tensor, shared: float) 
     )
     ours = nvfp4.dequantize(theirs._quantized_data, their_scales, whole, weight.dtype)
     assert torch.equal(ours, values)
+
+
+@pytest.mark.parametrize("path", [*native.paths(), "torch"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_packed_bytes_are_modelopts(modelopt, path: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Also of blocks that are zero, subnormal, huge, Inf or NaN, and by the C extension."""
+    from modelopt.torch.export.quant_utils import to_quantized_weight
+
+    monkeypatch.setenv(packing.VARIABLE, path)
+    values = odd(11, 64, 32, dtype)
+    weight = tensor(values, dtype)
+    for scale in (1 / 2688, 3e-4, 1.0, 2.0**-14):
+        whole = torch.tensor(scale)
+        codes, scales = packing.pack_nvfp4(values, dtype, whole.item())
+        theirs, their_scales, _ = modelopt.quantize(weight.clone(), nvfp4.BLOCK, weights_scaling_factor_2=whole)
+        same = (their_scales.float() != 0).numpy()  # 0.37 lets a scale round to zero, and divides by it
+        numbers = same & ~their_scales.float().isnan().numpy()  # theirs may have the other sign
+        np.testing.assert_array_equal(scales[numbers], raw(their_scales)[numbers])
+        np.testing.assert_array_equal((scales & 0x7F)[same], (raw(their_scales) & 0x7F)[same])
+        same = same.repeat(nvfp4.BLOCK // 2, axis=-1)
+        np.testing.assert_array_equal(codes[same], raw(theirs._quantized_data)[same])
+        inside = (weight.float().abs() <= 448 * scale).numpy()  # ModelOpt's own scales let nothing exceed it
+        theirs = raw(to_quantized_weight(weight, whole.reshape(1), "fp8"))
+        np.testing.assert_array_equal(packing.pack_fp8(values, dtype, whole.item())[inside], theirs[inside])
 
 
 def test_the_global_scale_is_modelopts(modelopt) -> None:  # type: ignore[no-untyped-def]
