@@ -16,7 +16,7 @@ REAL := $(VENV)/real
 CHAT_MODEL := $(REAL)/smollm2-135m-instruct
 PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
 LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
-.PHONY: help demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos docker-test lint $(LINTERS) hooks bench clean
+.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos docker-test lint $(LINTERS) hooks bench clean
 
 # Installing the project compiles its C extension.
 EXTENSION := hatch_build.py builder/formats/kernels/native.c builder/formats/kernels/loops.h
@@ -83,16 +83,19 @@ TRTLLM_TESTS := \
   tests/tokenizer/test_chat_template.py \
   tests/tokenizer/test_files.py
 
-# ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones.
+env-trtllm: $(TRTLLM)/ready ## installs the environment of test-trtllm
+
+# ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones. Tests marked any_version run in
+# `make test` alone.
 test-trtllm: $(TRTLLM)/ready ## the tests that depend on them with the TensorRT-LLM image's versions
-	$(TRTLLM)/bin/python -m pytest $(PARALLEL) $(TRTLLM_TESTS)
+	$(TRTLLM)/bin/python -m pytest $(PARALLEL) -m 'not (browser or docker or real or slow or any_version)' $(TRTLLM_TESTS)
 
 test-llmcompressor: $(LLMCOMPRESSOR)/ready ## compares the compressed-tensors layout with what llm-compressor writes (its own environment)
 	$(LLMCOMPRESSOR)/bin/python -m pytest -n 0 tests/checkpoint/test_llmcompressor.py
 
 # Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
-chaos: $(VENV)/ready ## kills, full disks, racing commands: then the same bytes and nothing left (MINUTES=30 SEED=7 TRIAL='...')
-	$(VENV)/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
+chaos: $(VENV)/ready ## kills, full disks, racing commands: then the same bytes and nothing left (MINUTES=30 SAMPLE=4 SEED=7 TRIAL='...')
+	$(VENV)/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
 
 docker-test: $(VENV)/ready ## the containers, with the Docker engine that runs, or one of its own (root, Debian)
 	docker/test

@@ -66,6 +66,7 @@ def asked(model: Path, data: Path, **more: Any) -> schema.Resolved:
     return schema.resolve({**values, "calibration.samples": 2, **more})
 
 
+@pytest.mark.any_version
 def test_a_layer_of_zeros_stays_in_bf16_with_those_that_are_served_with_it(tmp_path: Path) -> None:
     """Blocks that are added to a model begin so (LLaMA Pro: o_proj and down_proj): they add nothing until trained."""
     model = with_zeros(tmp_path / "model", f"{ZERO}.weight", "model.layers.0.self_attn.q_proj.weight")
@@ -117,6 +118,7 @@ def test_zeros_that_no_checkpoint_has_keep_nothing(tmp_path: Path) -> None:
     assert keep_zeros(fewer, snapshot, store.out) is fewer
 
 
+@pytest.mark.any_version
 def test_sensitivity_measures_no_layer_of_zeros(tmp_path: Path) -> None:
     model = with_zeros(tmp_path / "model", f"{ZERO}.weight")
     found = pipeline.measure_layers(
@@ -184,6 +186,7 @@ def test_other_rows_are_advised_for_what_is_read_from_rows(kind: str, says: str,
     assert not_said not in caught.value.hint
 
 
+@pytest.mark.any_version
 def test_two_rows_are_too_few_unless_asked_for(tmp_path: Path) -> None:
     store = Store(tmp_path / "out", Output("quiet"))
     file = rows(tmp_path, 2)
@@ -197,13 +200,14 @@ def test_two_rows_are_too_few_unless_asked_for(tmp_path: Path) -> None:
         quantized(LLAMA, schema.Calibration(data=str(file)), store)
 
 
+@pytest.mark.any_version
 def test_many_short_rows_are_too_few_too(tmp_path: Path) -> None:
     store = Store(tmp_path / "out", Output("quiet"))
     file = rows(tmp_path, 40, "a")
     with pytest.raises(UsageError, match="too few") as caught:
         quantized(LLAMA, schema.Calibration(data=str(file)), store)
     [samples] = re.findall(r"--calib-samples (\d+)", caught.value.hint)
-    assert quantized(LLAMA, schema.Calibration(data=str(file), samples=int(samples)), store)
+    assert required_tokens(schema.Calibration(data=str(file), samples=int(samples))) == 0
 
 
 def test_what_counts_as_asked_for() -> None:

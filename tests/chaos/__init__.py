@@ -1,6 +1,7 @@
 """Chaos test: disturb one real command, run it again, and check that nothing shows.
 
     make chaos                          # about four minutes: every kind of trial at least once
+    make chaos SAMPLE=4                 # in .ci/run: the short kinds, and 4 of the 11 long ones
     make chaos MINUTES=30 SEED=7        # longer, and the same trials as the last run with this seed
     make chaos TRIAL='kill command=render signal=KILL to=process moment=operation:17'
 

@@ -1,4 +1,4 @@
-"""python -m chaos [--minutes 3.5] [--seed N] [--trial 'kill command=...']"""
+"""python -m chaos [--minutes 3.5 | --sample N] [--seed N] [--trial 'kill command=...']"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main() -> int:
         try:
             if arguments.trial:
                 return _perform_all([(text, partial(Trial.parse, text)) for text in arguments.trial], world)
-            return _perform_all(_drawn(world, seed, arguments.minutes * 60), world)
+            return _perform_all(_drawn(world, seed, arguments), world)
         finally:
             while left := processes.left_after(0):  # a killed one's children may only now become ours
                 processes.kill(left)
@@ -41,16 +41,16 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="chaos", description="Disturb real commands and check what is left.")
     parser.add_argument("--minutes", type=float, default=3.5, help="no trial starts later (default: %(default)s)")
+    parser.add_argument("--sample", type=int, help="the short kinds of trials, N of the long ones, and no second round")
     parser.add_argument("--seed", type=int, help="draw the same trials again (default: a new one, printed)")
     parser.add_argument("--trial", action="append", default=[], help="run just this one, as printed (repeatable)")
     return parser
 
 
-def _drawn(world: World, seed: int, budget: float) -> Iterator[tuple[str, Callable[[], Trial]]]:
+def _drawn(world: World, seed: int, asked: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Trial]]]:
     """Each kind once, in an order by the seed, then more until the time is over: a name, and the trial on request."""
-    kinds = trials.all_kinds()
-    random.Random(seed).shuffle(kinds)
-    deadline = time.monotonic() + budget
+    kinds = trials.drawn_kinds(random.Random(seed), asked.sample)
+    deadline = time.monotonic() + (asked.minutes * 60 if asked.sample is None else 0)
     for number in itertools.count():
         if number >= len(kinds) and time.monotonic() > deadline:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,3 +189,11 @@ def test_every_command_is_disturbed() -> None:
     disturbed = {about for kind, about in trials.all_kinds() if kind == "kill"}
     assert disturbed >= {"fetch", "quantize", "render", "build", "eval", "sensitivity", "serve", "smoke", "bench"}
     assert disturbed >= {"report", "verify", "clean", "plan"}
+
+
+def test_a_sample_has_each_short_kind_and_every_long_one_in_some_order() -> None:
+    every = set(trials.all_kinds())
+    samples = [trials.drawn_kinds(random.Random(seed), 4) for seed in range(60)]
+    assert {len(sample) for sample in samples} == {len(trials.SHORT) + 4}
+    assert all(trials.SHORT < set(sample) < every for sample in samples)
+    assert set().union(*samples) == every == set(trials.drawn_kinds(random.Random(1)))

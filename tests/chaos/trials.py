@@ -67,6 +67,19 @@ def all_kinds() -> list[tuple[str, str]]:
     return [*(("kill", command) for command in COMMANDS), *disks, ("race", "")]
 
 
+# What takes a few seconds; any other kind takes half a minute or more.
+SHORT = frozenset(("kill", name) for name in ("fetch", "quantize", "render-again", "plan", "report", "verify"))
+SHORT |= {("kill", "clean"), ("kill", "clean-all")}
+
+
+def drawn_kinds(chance: random.Random, sample: int | None = None) -> list[tuple[str, str]]:
+    """`all_kinds` in a drawn order. With `sample`: each short one, and that many of the long ones."""
+    kinds = all_kinds()
+    chance.shuffle(kinds)
+    kept = [kind for kind in kinds if kind not in SHORT][:sample]
+    return [kind for kind in kinds if kind in SHORT or kind in kept]
+
+
 def draw(kind: str, about: str, world: World, chance: random.Random) -> Trial:
     """A trial of this kind."""
     return KINDS[kind].draw(about, world, chance)

@@ -150,8 +150,8 @@ def test_a_changed_build_record_does_not_count(built: Path) -> None:
             if _is_equal(text, json.loads(before)):
                 continue
             assert build_record.find(built, link.resolve()) is None, text[:300]
-            assert {entry.path.parent.name for entry in removal.plan(built, Request()).remove} <= {"locks"}
             if number % 25 == 0:
+                assert {entry.path.parent.name for entry in removal.plan(built, Request()).remove} <= {"locks"}
                 assert gather.gather(link).command is None
     finally:
         file.write_text(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import resource
 import time
 from collections.abc import Iterator, Mapping
@@ -59,13 +60,14 @@ def outcome(model: Path, out: Path, **more: Any) -> BuilderError | None:
     return None
 
 
-# Thousands of plans for each model: a dense one and a mixture by default, the others in make test-slow.
-DEFAULT = ("tiny-qwen3", "qwen3_moe")
-FUZZED = [pytest.param(one, id=one.name, marks=[] if one.name in DEFAULT else pytest.mark.slow) for one in ALL]
+# Thousands of plans for each model, all in make test-slow. By default one in eight, others each time, for a dense model
+# and a mixture.
+FUZZED = [pytest.param(one, 1, id=one.name, marks=pytest.mark.slow) for one in ALL]
+FUZZED += [pytest.param(one, 8, id=f"{one.name}-eighth") for one in ALL if one.name in ("tiny-qwen3", "qwen3_moe")]
 
 
-@pytest.mark.parametrize("source", FUZZED)
-def test_odd_values_lead_to_a_plan_or_to_a_clear_error(source: Path, tmp_path: Path, store: Store) -> None:
+@pytest.mark.parametrize(("source", "share"), FUZZED)
+def test_odd_values_lead_to_a_plan_or_to_a_clear_error(source: Path, share: int, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for file in source.iterdir():
@@ -75,8 +77,8 @@ def test_odd_values_lead_to_a_plan_or_to_a_clear_error(source: Path, tmp_path: P
     more: dict[str, Any] = {"gpu": "sm120", "engine.tp": 2}
     if not tensor_names.known(config):
         more |= {"target": "llmapi", "quantization.kv_cache_dtype": "auto"}
-    planned = 0
-    for name, odd in odd_configs(config):
+    planned, tried = 0, list(odd_configs(config))
+    for name, odd in tried[random.randrange(share) :: share]:
         (model / "config.json").write_text(json.dumps(odd))
         began = time.monotonic()
         try:
@@ -86,7 +88,7 @@ def test_odd_values_lead_to_a_plan_or_to_a_clear_error(source: Path, tmp_path: P
         planned += error is None
         assert time.monotonic() - began < SECONDS * 10, name
     served = not source.name.startswith("gemma2")  # which no target takes
-    assert (planned > 50) == served
+    assert (planned > 50 / share) == served
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20, "KiB"
 
 

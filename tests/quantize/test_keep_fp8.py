@@ -410,6 +410,7 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "builder", *argv], capture_output=True, text=True)
 
 
+@pytest.mark.any_version
 def test_auto_holds_the_budget_with_fp8_and_the_plan_knows_the_price(tmp_path: Path) -> None:
     argv = ["--model", str(LLAMA), "--gpu", "cpu", "--output", str(tmp_path), "--calib-data", str(PROSE)]
     argv += ["--calib-samples", "8", "--calib-seq-len", "64", "--sensitivity-data", str(PROSE)]

@@ -67,7 +67,10 @@ def check(report: smoke.SmokeReport, unchecked: int = 0) -> None:
     assert len(report.checks) == 16
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "mistral", "qwen2"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(name, marks=SLOW) for name in ("llama", "mistral", "qwen2"))])
 def test_an_untrained_model(tmp_path: Path, name: str) -> None:
     models, facts = render(tmp_path, untrained(tmp_path / "snapshot", name))
     check(smoked(models, facts, tmp_path / "log"))
@@ -86,7 +89,8 @@ def unified(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("longest", "total", "unchecked"), [(48, 96, 0), (16, 32, 0), (16, 18, 0), (4, 6, 2), (4, 5, 4)]
+    ("longest", "total", "unchecked"),
+    [(16, 18, 0), (4, 5, 4), *(pytest.param(*limits, marks=SLOW) for limits in ((48, 96, 0), (16, 32, 0), (4, 6, 2)))],
 )
 def test_tight_limits(tmp_path: Path, unified: Path, longest: int, total: int, unchecked: int) -> None:
     limits = {"max_input_len": longest, "max_seq_len": total, "max_num_tokens": 64}
