@@ -83,6 +83,7 @@ class StreamedModel:
     def prelude(self) -> Iterator[Callable[[Tensor], State]]:
         """While the block runs, the function that makes the state of a batch of token ids, [rows, tokens]: what the
         model computes before its first layer."""
+        self._known.clear()
         with self._base(head=False):
             yield self._begin
 
@@ -169,18 +170,21 @@ class StreamedModel:
         return logits
 
 
-def open_model(job: Mapping[str, Any], device: torch.device | None = None, **options: Any) -> StreamedModel:
-    """The source model of a job (`model`, `source`, `trust_remote_code`), in the 16-bit dtype that it is served in.
+def open_model(
+    job: Mapping[str, Any], device: torch.device | None = None, dtype: torch.dtype | None = None, **options: Any
+) -> StreamedModel:
+    """The source model of a job (`model`, `source`, `trust_remote_code`).
 
-    device: where to compute; the CPU if None. options: passed on to `build`. IntegrityError if a file changed since it
-    was hashed; UnsupportedError if transformers can't read the model, or if it can't be streamed.
+    device: where to compute; the CPU if None. dtype: the 16-bit one that the model is served in if None. options:
+    passed on to `build`. IntegrityError if a file changed since it was hashed; UnsupportedError if transformers can't
+    read the model, or if it can't be streamed.
     """
     files = SourceFiles.of_job(job)
     files.check_unchanged()
     stored = open_tensors(files.root)
     config = parse_config((files.root / CONFIG).read_bytes(), str(files.root))
     headers = {name: (info.dtype, info.shape) for name, info in stored.items()}
-    dtype = getattr(torch, dtypes.served(dtypes.with_type(config, headers)))
+    dtype = dtype or getattr(torch, dtypes.served(dtypes.with_type(config, headers)))
     with files.linked(without=[CONFIG, GENERATION]) as directory:
         loading.write_config(files.root, directory, config)
         model = build(directory, dtype, trust_remote_code=job["trust_remote_code"], **options)
@@ -190,19 +194,29 @@ def open_model(job: Mapping[str, Any], device: torch.device | None = None, **opt
 
 
 def build(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """transformers' causal language model for a directory's config.json, without weights: parameters are on the meta
-    device, buffers are computed. options: of transformers' configuration, such as attn_implementation."""
+    """transformers' causal language model for a directory's config.json, without weights. options: of transformers'
+    configuration, such as attn_implementation."""
+    with only_needed():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+    with loading.refused(directory), without_weights():
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models of transformers that are built in the block have parameters on the meta device, and computed buffers."""
     with only_needed():
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM, modeling_utils
+        from transformers import modeling_utils
         from transformers.utils import logging
 
     logging.disable_progress_bar()
     # 4.57 would initialize some parameters in a way that fails on the meta device.
     initialize_none = getattr(modeling_utils, "no_init_weights", nullcontext)
-    with loading.refused(directory), initialize_none(), init_empty_weights(include_buffers=False):
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    with initialize_none(), init_empty_weights(include_buffers=False):
+        yield
 
 
 def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

@@ -51,14 +51,13 @@ def _compared(job: Mapping[str, Any]) -> dict[str, Any]:
     sets = dict(_sequences(job, tokenizer))
     prompts = [_prompt(tokenizer, one) for one in job["prompts"]]
     with _open(bf16) as runner:
-        _score(runner, sets, job, "bf16")
-        sets, notes = _known_sets(runner, sets, job)
+        checked = _score(runner, sets, job, "bf16")
+        sets, notes = _known_sets(runner, sets, checked)
         original = _answers(runner, tokenizer, prompts, job["answer_tokens"])
     del runner  # one model at a time
     gc.collect()
     with _first(others) as (label, runner):
-        _score(runner, sets, job, "quantized")
-        collapsed = not all(knows(_checked(runner, name, one, job, "quantized")) for name, one in sets.items())
+        collapsed = not all(map(knows, _score(runner, sets, job, "quantized").values()))
         ours = _answers(runner, tokenizer, prompts, job["answer_tokens"])
         remedies = _remedies(runner, sets, job, label)
     answers = zip(prompts, original, ours, strict=False)  # some runners give none
@@ -117,13 +116,13 @@ def _first(variants: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Runner]
 
 
 def _known_sets(
-    runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any]
+    runner: Runner, sets: Mapping[str, Sequences], checked: Mapping[str, Mapping[str, float]]
 ) -> tuple[dict[str, Sequences], list[str]]:
     """The sets whose language BF16 knows, and notes about the others. UnknownLanguage if it knows none."""
     found, notes, refused = {}, [], ""
     for name, texts in sets.items():
         try:
-            check_known_language(_checked(runner, name, texts, job, "bf16"), name, runner.vocab_size)
+            check_known_language(checked[name], name, runner.vocab_size)
             found[name] = texts
         except IntegrityError as error:
             refused = error.why
@@ -137,33 +136,39 @@ def _known_sets(
     return found, notes
 
 
-def _checked(runner: Runner, name: str, texts: Sequences, job: Mapping[str, Any], variant: str) -> dict[str, float]:
-    """Mean NLL of a few texts, from their scores, and of the same tokens shuffled, in nats per token."""
-    nll, starts = np.load(Path(job["work"]) / variant / name / "nll.npy"), texts.starts
-    some = range(0, len(texts.ids), max(1, len(texts.ids) // CHECK_TEXTS))[:CHECK_TEXTS]
-    text = np.concatenate([nll[starts[index] : starts[index + 1]] for index in some])
-    return {
-        "checked_nll": float(text.mean(dtype=np.float64)),
-        "shuffled_nll": worker.mean_nll(runner, shuffled([texts.ids[index] for index in some], job["seed"])),
-    }
-
-
-def _score(runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any], variant: str) -> None:
+def _score(
+    runner: Runner, sets: Mapping[str, Sequences], job: Mapping[str, Any], variant: str
+) -> dict[str, dict[str, float]]:
+    """Scores all sets. Returns for each the mean NLL of a few texts and of the same tokens shuffled, in nats per token
+    (language.py). All is measured together, because some runners read the weights for each measurement."""
+    scores, others = {}, {}
     for name, texts in sets.items():
         check_vocabulary(max(int(ids.max()) for ids in texts.ids), runner.vocab_size)
         directory = Path(job["work"]) / variant / name
         directory.mkdir(parents=True)
         bf16 = variant == "bf16"
-        worker.score_set(
-            runner,
-            texts,
-            directory,
-            top=job["top"] if bf16 else 0,
-            reference=None if bf16 else Path(job["work"]) / "bf16" / name,
-            progress=lambda done, total, name=name: emit(  # type: ignore[misc]
-                progress={"label": f"quality, {variant}: {name}", "done": done, "total": total}
-            ),
-        )
+        reference = None if bf16 else Path(job["work"]) / "bf16" / name
+        scores[name] = worker.Scores(texts, directory, top=job["top"] if bf16 else 0, reference=reference)
+        others[name] = worker.MeanNll(shuffled([texts.ids[index] for index in _some(texts)], job["seed"]))
+    works = [*(one.work for one in scores.values()), *(one.work for one in others.values())]
+    scoring.measure(runner, works, worker.told(f"quality, {variant}"))
+    for one in scores.values():
+        one.finish(runner)
+    return {
+        name: {"checked_nll": _mean_of_some(job, variant, name, sets[name]), "shuffled_nll": others[name].value()}
+        for name in sets
+    }
+
+
+def _some(texts: Sequences) -> range:
+    """The texts of the language check."""
+    return range(0, len(texts.ids), max(1, len(texts.ids) // CHECK_TEXTS))[:CHECK_TEXTS]
+
+
+def _mean_of_some(job: Mapping[str, Any], variant: str, name: str, texts: Sequences) -> float:
+    """The mean NLL of the texts of the language check, from their scores."""
+    nll, starts = np.load(Path(job["work"]) / variant / name / "nll.npy"), texts.starts
+    return float(np.concatenate([nll[starts[i] : starts[i + 1]] for i in _some(texts)]).mean(dtype=np.float64))
 
 
 def _prompt(tokenizer: Any, prompt: Mapping[str, str]) -> tuple[str, list[int]]:
@@ -209,6 +214,8 @@ def _remedies(runner: Any, sets: Mapping[str, Sequences], job: Mapping[str, Any]
             np.concatenate([np.load(work / variant / name / "nll.npy") for name in sets]).mean(dtype=np.float64)
         )
 
+    if not hasattr(runner, "model"):  # they change the weights of a model in memory
+        return []
     if not job["remedies"] or label != "checkpoint" or 100 * np.exp(mean("bf16") - mean("quantized")) >= REMEDIES_BELOW:
         return []
     from builder.quality import remedies

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,19 +21,21 @@ from builder.checkpoint.layouts import hf_quant_config
 from builder.core.errors import NotMeasurable, UnsupportedError
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Ids
+from builder.evaluate.runners import scoring
+from builder.evaluate.runners.layered import Layered, layered
 from builder.formats import kv_cache
 from builder.formats.assignment import of_job
 from builder.formats.base import NumberFormat
 from builder.formats.declared import DeclaredFormats, declared
 from builder.formats.kv_cache import KvCacheFormat
+from builder.model import dtypes, streamed
 from builder.model import loading as model_loading
+from builder.model.files import CONFIG, parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import stored_model
 
+LOW = "low"  # a job's `memory` for a model that is computed layer by layer
 ATTENTION = "builder_kv_cache"  # the name of our attention function in transformers
-# A batch on a CPU: with 8192 tokens the fixture takes 25 % more CPU time than with 2048, for its caches; and too many
-# bytes of logits are answered by the kernel's killer, not by an error one could catch.
-_CPU_TOKENS, _CPU_LOGITS = 2048, 1 << 30
 
 
 class Causal:
@@ -43,23 +44,24 @@ class Causal:
     def __init__(self, model: Any, batch_tokens: int) -> None:
         self.model = model.eval()
         self.vocab_size = int(model.config.get_text_config().vocab_size)
-        if model.device.type == "cpu":
-            batch_tokens = max(1, min(batch_tokens, _CPU_TOKENS, _CPU_LOGITS // (4 * self.vocab_size)))
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = scoring.tokens_on(model.device, batch_tokens, self.vocab_size)
 
     def logits(self, batch: Sequence[Ids]) -> Iterator[Tensor]:
-        padded = np.zeros((len(batch), max(map(len, batch))), dtype=np.int64)
-        for row, ids in zip(padded, batch, strict=True):
-            row[: len(ids)] = ids
-        logits = self.model(torch.from_numpy(padded).to(self.model.device), use_cache=False).logits
+        logits = self.model(scoring.padded(batch).to(self.model.device), use_cache=False).logits
         for row, ids in zip(logits, batch, strict=True):
             yield row[: len(ids)]
 
 
 @contextmanager
-def bf16(job: Mapping[str, Any]) -> Iterator[Causal]:
-    """The model as it is in the snapshot. With CUDA, accelerate spreads it over GPUs and host memory (not tested)."""
-    yield Causal(model_loading.load(job, dtype=_dtype(job, "auto"), **_where()), job["batch_tokens"])
+def bf16(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
+    """The model as it is in the snapshot, whole or, if the job's `memory` is low, layer by layer. With CUDA, accelerate
+    spreads a whole one over GPUs and host memory (not tested)."""
+    if job.get("memory") == LOW:
+        with layered():
+            model = streamed.open_model(job, _device(), dtype=_dtype(job, _stated(job)))
+        yield Layered(model, job["batch_tokens"])
+    else:
+        yield Causal(model_loading.load(job, dtype=_dtype(job, "auto"), **_where()), job["batch_tokens"])
     SourceFiles.of_job(job).check_unchanged()
 
 
@@ -115,6 +117,17 @@ def _dtype(job: Mapping[str, Any], default: Any) -> Any:
     if job["dtype"] != "auto":
         return getattr(torch, job["dtype"])
     return default if torch.cuda.is_available() else torch.float32
+
+
+def _stated(job: Mapping[str, Any]) -> Any:
+    """The dtype that config.json states, as transformers' "auto" takes it; None if it states none."""
+    stated = dtypes.stated(parse_config((Path(job["model"]) / CONFIG).read_bytes(), job["model"]))
+    return getattr(torch, stated) if stated else None
+
+
+def _device() -> torch.device:
+    """Where a model is computed layer by layer."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _where() -> dict[str, Any]:

@@ -7,8 +7,9 @@ model's confidence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ Columns = dict[str, np.ndarray[Any, Any]]
 _NPY: Any = np.lib.format  # its functions have no types
 REFERENCE = ("top_ids", "top_logp", "rest_logp")  # BF16's columns that KL is computed from
 _STEP = 512  # positions at a time: bounds the float32 copies of the logits
+# A batch on a CPU: with 8192 tokens the fixture takes 25 % more CPU time than with 2048, for its caches; and too many
+# bytes of logits are answered by the kernel's killer, not by an error one could catch.
+_CPU_TOKENS, _CPU_LOGITS = 2048, 1 << 30
 
 
 class Runner(Protocol):
@@ -31,6 +35,35 @@ class Runner(Protocol):
 
     def logits(self, batch: Sequence[Ids]) -> Iterator[Tensor]:
         """The logits of each sequence, [tokens, vocab], in any float dtype and on any device."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Texts whose logits are wanted. each: called with a text's index, a position, and the logits of the positions from
+    there on; once for each text, or for each piece of a long one."""
+
+    ids: Sequence[Ids]
+    each: Callable[[int, int, Tensor], None]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that are scored: all but the first of each text."""
+        return sum(len(one) - 1 for one in self.ids)
+
+
+Tell = Callable[[int, int, str], None]  # progress: tokens done, tokens in all, and where in the model
+
+
+def untold(done: int, total: int, where: str) -> None:
+    """Reports no progress."""
+
+
+@runtime_checkable
+class Together(Protocol):
+    """A runner that reads the model's weights once for everything that is measured in one call."""
+
+    def together(self, works: Sequence[Work], tell: Tell) -> None:
+        """Does all works in batches of at most `batch_tokens` tokens, fewer if memory runs out."""
 
 
 def score(logits: Tensor, ids: Ids, *, top: int = 0, reference: Columns | None = None) -> Columns:
@@ -150,6 +183,40 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         start += count
 
 
+def padded(batch: Sequence[Ids]) -> Tensor:
+    """Texts as one tensor [texts, tokens] of int64, padded on the right, which no earlier token sees."""
+    rows = np.zeros((len(batch), max(map(len, batch))), dtype=np.int64)
+    for row, ids in zip(rows, batch, strict=True):
+        row[: len(ids)] = ids
+    return torch.from_numpy(rows)
+
+
+def tokens_on(device: torch.device, batch_tokens: int, vocab_size: int) -> int:
+    """Tokens of a batch: `batch_tokens`, fewer on a CPU."""
+    if device.type != "cpu":
+        return batch_tokens
+    return max(1, min(batch_tokens, _CPU_TOKENS, _CPU_LOGITS // (4 * vocab_size)))
+
+
+def measure(runner: Runner, works: Sequence[Work], tell: Tell = untold) -> None:
+    """Does all works, in batches of texts of similar length."""
+    if isinstance(runner, Together):
+        runner.together(works, tell)
+        return
+    done, total = 0, sum(work.tokens for work in works)
+    tell(done, total, "")
+    for work in works:
+        for batch in batches([len(one) for one in work.ids], runner.batch_tokens):
+            texts = [work.ids[index] for index in batch]
+
+            def each(index: int, logits: Tensor, work: Work = work, batch: list[int] = batch) -> None:
+                work.each(batch[index], 0, logits)
+
+            run(runner, texts, each)
+            done += sum(len(one) - 1 for one in texts)
+            tell(done, total, "")
+
+
 def run(runner: Runner, batch: Sequence[Ids], each: Callable[[int, Tensor], None]) -> None:
     """Calls `each(index in the batch, logits)` for every text of a batch, longest first.
 
@@ -167,14 +234,19 @@ def run(runner: Runner, batch: Sequence[Ids], each: Callable[[int, Tensor], None
             if not out_of_memory(error):
                 raise
             if len(part) == 1:
-                raise UnsupportedError(
-                    f"A text of {len(part[0])} tokens does not fit into memory.",
-                    why=(str(error).splitlines() or [type(error).__name__])[0],
-                    hint=f"Cut the texts: --set evaluation.max_tokens={max(2, len(part[0]) // 2)}",
-                ) from None
+                raise too_long(part[0], error) from None
             runner.batch_tokens = max(1, len(part) // 2) * len(part[0])
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def too_long(ids: Ids, error: BaseException) -> UnsupportedError:
+    """The error for a text with which memory runs out even if it is the only one."""
+    return UnsupportedError(
+        f"A text of {len(ids)} tokens does not fit into memory.",
+        why=(str(error).splitlines() or [type(error).__name__])[0],
+        hint=f"Cut the texts: --set evaluation.max_tokens={max(2, len(ids) // 2)}",
+    )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from builder.core.store import Store
 from builder.evaluate.datasets import Ids, Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring
 from builder.evaluate.runners.language import check_known_language, check_vocabulary
-from builder.evaluate.runners.scoring import ColumnFiles, Runner
+from builder.evaluate.runners.scoring import ColumnFiles, Runner, Together, Work
 from builder.model.hashed_files import SourceFiles
 from builder.quantize.device import check_device
 from builder.tokenizer import loading as tokenizer_loading
@@ -65,22 +65,23 @@ def _maker(
     job: Mapping[str, Any], one: Mapping[str, Any], texts: Sequences, runner: Runner
 ) -> Callable[[Path], dict[str, Any]]:
     def make(directory: Path) -> dict[str, Any]:
-        start = monotonic()
+        start, bf16 = monotonic(), job["runner"] == "bf16"
         check_vocabulary(max(int(ids.max()) for ids in texts.ids), runner.vocab_size)
-        known = check_language(runner, texts.ids, job["seed"])
-        if job["runner"] == "bf16":
+        language = Language(texts.ids, job["seed"])
+        reference = Path(one["reference"]) if one["reference"] else None
+        scores = Scores(texts, directory, top=job["top"] if bf16 else 0, reference=reference)
+        tell = told(f"{job['label']}: {one['name']}")
+        # Weights that are read for each measurement are read once for both.
+        both = isinstance(runner, Together)
+        scoring.measure(runner, [*language.works, *([scores.work] if both else [])], tell if both else scoring.untold)
+        known = language.means()
+        if bf16:
             check_known_language(known, one["name"], runner.vocab_size)
             kept = size(8 * texts.starts[-1] * min(job["top"], runner.vocab_size))
             emit(info=f"{kept} on disk for the {job['top']} likeliest tokens of each position of {one['name']}")
-        label = f"{job['label']}: {one['name']}"
-        counts = score_set(
-            runner,
-            texts,
-            directory,
-            top=job["top"] if job["runner"] == "bf16" else 0,
-            reference=Path(one["reference"]) if one["reference"] else None,
-            progress=lambda done, total: emit(progress={"label": label, "done": done, "total": total}),
-        )
+        if not both:
+            scoring.measure(runner, [scores.work], tell)
+        counts = scores.finish(runner)
         SourceFiles.of_job(job).check_unchanged()
         facts = {"texts": len(texts.ids), "read": texts.read, "dropped": texts.dropped, "cut": texts.cut}
         return {**facts, **counts, **known, "seconds": round(monotonic() - start, 3)}
@@ -88,63 +89,105 @@ def _maker(
     return make
 
 
+def told(label: str) -> scoring.Tell:
+    """Reports progress to the parent."""
+
+    def tell(done: int, total: int, where: str) -> None:
+        emit(progress={"label": f"{label}, {where}" if where else label, "done": done, "total": total})
+
+    return tell
+
+
+class Scores:
+    """The scores of a data set's texts, in `directory`: one column file per score (scoring.score), rows in the order of
+    the texts, and starts.npy.
+
+    top: how many likely tokens to store per position. reference: the directory of BF16's scores, to compute KL.
+    """
+
+    def __init__(self, texts: Sequences, directory: Path, *, top: int = 0, reference: Path | None = None) -> None:
+        self._texts, self._directory, self._top, self._starts = texts, directory, top, texts.starts
+        if reference is not None:
+            _same_texts(reference, self._starts)
+        self._columns = ColumnFiles(directory, self._starts[-1])
+        self._reference = ColumnFiles(reference) if reference else None
+        self.work = Work(texts.ids, self._write)
+
+    def _write(self, text: int, position: int, logits: Any) -> None:
+        ids = self._texts.ids[text][position : position + len(logits) + 1]
+        start = self._starts[text] + position
+        if len(ids) > 1:  # the last position predicts nothing
+            theirs = self._reference.read(start, len(ids) - 1, *scoring.REFERENCE) if self._reference else None
+            self._columns.write(start, scoring.score(logits, ids, top=self._top, reference=theirs))
+
+    def finish(self, runner: Runner) -> dict[str, Any]:
+        """Closes the files, once the work is done. Returns counts."""
+        self._columns.close()
+        if self._reference:
+            self._reference.close()
+        np.save(self._directory / "starts.npy", np.array(self._starts, dtype=np.int64))
+        return {"tokens": self._starts[-1], "batch_tokens": runner.batch_tokens, "vocab_size": runner.vocab_size}
+
+
 def score_set(
     runner: Runner,
     texts: Sequences,
     directory: Path,
     *,
-    top: int = 0,
-    reference: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Scores the texts into `directory`: one column file per score (scoring.score), rows in the order of the texts, and
-    starts.npy. Returns counts.
+    """Writes `Scores` of the texts into `directory`. options: of Scores. Returns counts."""
+    scores = Scores(texts, directory, **options)
+    scoring.measure(runner, [scores.work], lambda done, total, _: progress(done, total))
+    return scores.finish(runner)
 
-    top: how many likely tokens to store per position. reference: the directory of BF16's scores, to compute KL.
-    """
-    starts = texts.starts
-    if reference is not None:
-        _same_texts(reference, starts)
-    columns = ColumnFiles(directory, starts[-1])
-    held = ColumnFiles(reference) if reference else None
-    lengths = [len(ids) for ids in texts.ids]
-    done = 0
-    progress(done, starts[-1])
-    for batch in scoring.batches(lengths, runner.batch_tokens):
 
-        def each(index: int, logits: Any, batch: list[int] = batch) -> None:
-            text = batch[index]
-            rows = lengths[text] - 1
-            theirs = held.read(starts[text], rows, *scoring.REFERENCE) if held else None
-            columns.write(starts[text], scoring.score(logits, texts.ids[text], top=top, reference=theirs))
+class MeanNll:
+    """The mean negative log-likelihood of texts, in nats per token, once its work is done."""
 
-        scoring.run(runner, [texts.ids[index] for index in batch], each)
-        done += sum(lengths[index] - 1 for index in batch)
-        progress(done, starts[-1])
-    columns.close()
-    if held:
-        held.close()
-    np.save(directory / "starts.npy", np.array(starts, dtype=np.int64))
-    return {"tokens": starts[-1], "batch_tokens": runner.batch_tokens, "vocab_size": runner.vocab_size}
+    def __init__(self, ids: Sequence[Ids]) -> None:
+        self._found: dict[int, float] = {}
+        self.work = Work(ids, self._add)
+
+    def _add(self, text: int, position: int, logits: Any) -> None:
+        ids = self.work.ids[text][position : position + len(logits) + 1]
+        before = self._found.get(text, 0.0) if position else 0.0  # a text may be done again, in smaller pieces
+        nll = scoring.score(logits, ids)["nll"].sum(dtype=np.float64) if len(ids) > 1 else 0.0
+        self._found[text] = before + float(nll)
+
+    def value(self) -> float:
+        """The mean over all tokens of all texts."""
+        return sum(self._found.values()) / self.work.tokens
+
+
+class Language:
+    """Whether a model knows the language of texts: how likely the beginnings of a few of them are, and the same tokens
+    shuffled."""
+
+    def __init__(self, ids: Sequence[Ids], seed: int) -> None:
+        step = max(1, len(ids) // CHECK_TEXTS)
+        some = sorted((one[:CHECK_TOKENS] for one in ids[::step][:CHECK_TEXTS]), key=lambda one: -len(one))
+        self._checked, self._shuffled = MeanNll(some), MeanNll(shuffled(some, seed))
+        self.works = [self._checked.work, self._shuffled.work]
+
+    def means(self) -> dict[str, float]:
+        """Both means in nats per token, once the works are done."""
+        return {"checked_nll": self._checked.value(), "shuffled_nll": self._shuffled.value()}
 
 
 def check_language(runner: Runner, ids: Sequence[Ids], seed: int) -> dict[str, float]:
     """Mean NLL of the beginnings of a few texts, and of the same tokens shuffled, in nats per token."""
-    step = max(1, len(ids) // CHECK_TEXTS)
-    some = sorted((one[:CHECK_TOKENS] for one in ids[::step][:CHECK_TEXTS]), key=lambda one: -len(one))
-    return {"checked_nll": mean_nll(runner, some), "shuffled_nll": mean_nll(runner, shuffled(some, seed))}
+    language = Language(ids, seed)
+    scoring.measure(runner, language.works)
+    return language.means()
 
 
 def mean_nll(runner: Runner, ids: Sequence[Ids]) -> float:
     """Mean negative log-likelihood of these texts, in nats per token."""
-    found: dict[int, float] = {}
-    ids = sorted(ids, key=lambda one: -len(one))  # scoring.run takes the longest first
-
-    def each(index: int, logits: Any) -> None:
-        found[index] = float(scoring.score(logits, ids[index])["nll"].sum(dtype=np.float64))
-
-    scoring.run(runner, ids, each)
-    return sum(found.values()) / sum(len(one) - 1 for one in ids)
+    mean = MeanNll(ids)
+    scoring.measure(runner, [mean.work])
+    return mean.value()
 
 
 def _same_texts(reference: Path, starts: Sequence[int]) -> None:

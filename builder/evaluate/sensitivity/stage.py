@@ -41,10 +41,13 @@ SOURCES = (
     "builder/evaluate/datasets.py",
     "builder/evaluate/runners/worker.py",
     "builder/evaluate/runners/language.py",
+    "builder/evaluate/runners/layered.py",
     "builder/evaluate/runners/local.py",
     "builder/evaluate/runners/scoring.py",
     "builder/quantize/simulation.py",
     "builder/quantize/stored_model.py",
+    "builder/model/streamed.py",
+    "builder/model/streamed_weights.py",
     *modelopt.SOURCES,
 )
 if TYPE_CHECKING:

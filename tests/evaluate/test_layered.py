@@ -1,0 +1,137 @@
+"""A model that is measured layer by layer has the resident model's scores, bit for bit on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from builder.core.errors import UnsupportedError
+from builder.evaluate.datasets import Sequences
+from builder.evaluate.runners import local, scoring, worker
+from builder.evaluate.runners.layered import Layered
+from builder.model import streamed
+from tests.support import families
+
+LENGTHS = (60, 41, 200, 33, 17, 120, 150, 41)
+# Dense, joined experts, stacked experts and eager attention, two kinds of masks, latent attention.
+KINDS = ("qwen3", "qwen3_moe", "gpt_oss", "gemma3_text", "deepseek_v3")
+
+
+def texts() -> Sequences:
+    random = np.random.default_rng(0)
+    return Sequences([random.integers(3, 4000, length).astype(np.int32) for length in LENGTHS], len(LENGTHS), 0, 0)
+
+
+def job(directory: Path, memory: str, **more: Any) -> dict[str, Any]:
+    common = {"model": str(directory), "trust_remote_code": False, "dtype": "auto", "batch_tokens": 256}
+    return {**common, "memory": memory, **more}
+
+
+def scored(runner: scoring.Runner, directory: Path, **options: Any) -> dict[str, Any]:
+    """All that is measured of a runner: columns, counts, and the check of the language."""
+    directory.mkdir()
+    counts = worker.score_set(runner, texts(), directory, top=32, **options)
+    columns = {file.stem: np.load(file) for file in directory.iterdir()}
+    return {**columns, **counts, **worker.check_language(runner, texts().ids, seed=0)}
+
+
+def check_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    assert {"nll", "top_ids", "rest_logp", "checked_nll"} <= one.keys()
+    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_layer_by_layer_has_the_scores_of_the_resident_model(family: str, tmp_path: Path) -> None:
+    try:
+        families.write(family, tmp_path / "model")
+    except ValueError as error:
+        pytest.skip(f"not in this transformers: {error}")
+    found = {}
+    for memory in ("whole", "low"):
+        with torch.inference_mode(), local.bf16(job(tmp_path / "model", memory)) as runner:
+            assert isinstance(runner, Layered) == (memory == "low")
+            found[memory] = scored(runner, tmp_path / memory)
+    check_same(found["whole"], found["low"])
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("qwen3")
+    families.write("qwen3", directory)
+    return directory
+
+
+def layered(directory: Path, tokens: int = 256, **options: Any) -> Layered:
+    return Layered(streamed.open_model(job(directory, "low"), dtype=torch.float32), tokens, **options)
+
+
+@torch.inference_mode()
+def test_texts_whose_states_do_not_fit_together_take_several_passes(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    layer = streamed.StreamedModel.layer
+
+    def noted(self: Any, index: int) -> Any:
+        read.append(index)
+        return layer(self, index)
+
+    monkeypatch.setattr(streamed.StreamedModel, "layer", noted)
+    whole = scored(layered(qwen3), tmp_path / "one")
+    assert read == [0, 1] * 2  # for the set, and for the texts of the check and the same shuffled
+    read.clear()
+    check_same(whole, scored(layered(qwen3, states=100_000), tmp_path / "several"))
+    assert len(read) > 6
+    assert read[:2] == [0, 1]
+
+
+@torch.inference_mode()
+def test_what_is_measured_together_reads_the_weights_once(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, told = layered(qwen3), []
+    means = [worker.MeanNll(texts().ids), worker.MeanNll(texts().ids[:3])]
+    scoring.measure(runner, [one.work for one in means], lambda *step: told.append(step))
+    assert [one.value() for one in means] == [worker.mean_nll(runner, one.work.ids) for one in means]
+    total = sum(one.work.tokens for one in means)
+    assert {step[1] for step in told} == {total}
+    assert [step[0] for step in told] == sorted(step[0] for step in told)
+    where = list(dict.fromkeys(step[2].split(",")[0] for step in told))
+    assert where == ["embedding", "layer 1 of 2", "layer 2 of 2", "logits"]
+
+
+@torch.inference_mode()
+def test_a_long_text_s_logits_are_never_in_memory_together(qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, whole, pieces = texts().ids[2], layered(qwen3), layered(qwen3, tokens=64)
+    [expected] = whole.logits([ids])
+    seen: list[tuple[int, int]] = []
+    work = scoring.Work([ids], lambda _, start, logits: seen.append((start, len(logits))))
+    pieces.together([work])
+    assert seen == [(0, 64), (64, 64), (128, 64), (192, 8)]
+    [found] = pieces.logits([ids])
+    assert torch.allclose(found, expected, atol=1e-5)  # another shape, so another order of sums
+    assert worker.mean_nll(pieces, [ids]) == pytest.approx(worker.mean_nll(whole, [ids]), abs=1e-6)
+
+
+@torch.inference_mode()
+def test_batches_that_do_not_fit_are_halved(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance, limit = streamed.StreamedModel.advance, 200
+
+    def tight(self: Any, index: int, state: Any, hidden: torch.Tensor) -> torch.Tensor:
+        if index == 1 and hidden.shape[0] * hidden.shape[1] > limit:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return advance(self, index, state, hidden)
+
+    expected = scored(layered(qwen3, tokens=120), tmp_path / "small")
+    monkeypatch.setattr(streamed.StreamedModel, "advance", tight)
+    runner = layered(qwen3)
+    check_same(expected, scored(runner, tmp_path / "halved"))
+    assert runner.batch_tokens == 120
+    limit = 199
+    with pytest.raises(UnsupportedError, match="A text of 200 tokens") as caught:
+        worker.mean_nll(layered(qwen3), texts().ids)
+    assert "evaluation.max_tokens=100" in caught.value.hint
