@@ -100,8 +100,8 @@ def engine_of(config: Mapping[str, Any]) -> Engine | None:
 def ingredients(architecture: Architecture) -> dict[str, Any]:
     """What can change a checkpoint that is made of a model of this architecture, for keys: no sources, no titles."""
     parts = {"name", "config", "biases", "tensors", "engine", "never_quantized", "renamed", "float32", "not_loaded"}
-    found = architecture.model_dump(mode="json", include=parts)
-    for part in ("tensors", "engine"):
+    found = architecture.model_dump(mode="json", include={*parts, "same_input", "experts"})
+    for part in ("tensors", "engine", "experts"):
         found[part] = {key: value for key, value in (found[part] or {}).items() if key not in ("source", "since")}
     return found if architecture.tensors else {**found, **conventions().model_dump(mode="json", exclude={"source"})}
 

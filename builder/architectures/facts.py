@@ -176,8 +176,11 @@ class Architecture(Facts):
     `biases`: {role: `always`, or the key of config.json that adds it}; other layers have none. `qk_norm`: whether
     queries and keys are normalized. `tensors`: None if only transformers knows them. `never_quantized`: parts of the
     names of two-dimensional weights that quantizers leave alone, beyond the usual ones. `float32`: patterns of tensors
-    that transformers keeps in float32. `not_loaded`: patterns of tensors that it ignores, such as the layers that
-    predict further tokens. `renamed`: tensors that transformers writes under another name than TensorRT-LLM reads.
+    that transformers keeps in float32. `same_input`: linear layers of a decoder layer that get the same input, by the
+    ends of their names; ModelOpt gives each set one scale of the weights, as it does to q, k and v, and to gate and up
+    (export/unified_export_hf.py, collect_shared_input_modules). `not_loaded`: patterns of tensors that transformers
+    ignores, such as the layers that predict further tokens. `renamed`: tensors that it writes under another name than
+    TensorRT-LLM reads.
     `language_model_of`: multimodal architectures whose language model this is. Without
     `engine`, `llmapi` or `reference` that target does not serve it.
 
@@ -197,6 +200,7 @@ class Architecture(Facts):
     tensors: TensorNames | None = None
     never_quantized: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
+    same_input: tuple[tuple[str, ...], ...] = ()
     not_loaded: tuple[str, ...] = ()
     renamed: Mapping[str, str] = Field(default_factory=dict)
     experts: StackedExperts | None = None

@@ -70,6 +70,17 @@ def fused_name(architecture: Architecture, module: str) -> str | None:
     return next((name for name, roles in conventions().fused.items() if own in roles), None)
 
 
+def same_input(architecture: Architecture, module: str) -> str:
+    """A name that a linear layer has in common with those that get the same input, which ModelOpt gives one scale of
+    their weights: of q_proj `...qkv_proj`; its own where it is alone."""
+    for members in architecture.same_input:
+        for end in members:
+            if module.endswith(f".{end}"):
+                return f"{module.removesuffix(end)}{members[0]}"
+    fused = fused_name(architecture, module)
+    return f"{module.rpartition('.')[0]}.{fused}" if fused else module
+
+
 def group_of(architecture: Architecture, module: str) -> str:
     """What is quantized or excluded together: `...qkv_proj` for q_proj; the experts of a mixture are one group."""
     experts = _EXPERTS.match(module)

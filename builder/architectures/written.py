@@ -34,8 +34,9 @@ class Part:
     start: int = 0
 
 
-def parts(config: Mapping[str, Any], found: Mapping[str, Header]) -> Iterator[Part]:
+def parts(config: Mapping[str, Any], found: Mapping[str, Header], *, apart: bool = True) -> Iterator[Part]:
     """The tensors that transformers loads and ModelOpt writes, before quantization. found: those of the model's files.
+    apart: whether stacked experts become matrices of their own, as ModelOpt writes them.
 
     Floats get the dtype BF16, but for those that stay in float32.
     """
@@ -43,7 +44,7 @@ def parts(config: Mapping[str, Any], found: Mapping[str, Header]) -> Iterator[Pa
     for name, (dtype, shape) in found.items():
         if is_loaded(architecture, config, name):
             kept = dtype if dtype not in FLOATS else "F32" if in_float32(architecture, name) else "BF16"
-            for part, size, start in _apart(architecture.experts, name, shape):
+            for part, size, start in _apart(architecture.experts if apart else None, name, shape):
                 yield Part(part, kept, size, name, start)
 
 

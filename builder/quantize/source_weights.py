@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from builder.architectures.written import Header, Part
-from builder.core.safetensors_io import TensorInfo, Tensors, byte_size
-from builder.model import dtypes, multimodal
+from builder.core.safetensors_io import Tensors, byte_size
+from builder.model import dtypes
 from builder.model.files import CONFIG, parse_config
+from builder.model.source_tensors import open_tensors
 
 NAMES = {"BF16": "bfloat16", "F16": "float16"}  # the types that models are served in
 
@@ -33,14 +34,8 @@ class SourceModel:
 
     @classmethod
     def open(cls, directory: Path) -> SourceModel:
-        """Reads config.json and the headers. Raises what `parse_config` and `Tensors` raise."""
-        config = parse_config((directory / CONFIG).read_bytes(), str(directory))
-        stored = Tensors(directory)
-        named = {name: stored.place(name).path for name in stored}
-        files: dict[Path, dict[str, TensorInfo]] = {}
-        for own, name in multimodal.language_tensors(config, {name: name for name in named}).items():
-            files.setdefault(named[name], {})[own] = stored[name]
-        return cls(directory, config, Tensors.of(files))
+        """Reads config.json and the headers. Raises what `parse_config` and `open_tensors` raise."""
+        return cls(directory, parse_config((directory / CONFIG).read_bytes(), str(directory)), open_tensors(directory))
 
     @property
     def headers(self) -> dict[str, Header]:

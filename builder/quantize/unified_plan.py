@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from builder.architectures import catalog, names, written
 from builder.architectures.facts import Architecture
-from builder.architectures.written import FLOATS, Header, Part
+from builder.architectures.written import Header, Part
 from builder.core.errors import UnsupportedError
 from builder.core.output import listed
 from builder.core.safetensors_io import byte_size
@@ -22,6 +22,18 @@ from builder.formats.registry import BF16
 from builder.model import tensor_names
 from builder.model.dtypes import NOT_WRITTEN
 
+# What the bytes of the layout depend on, beside builder/formats, builder/architectures and what modelopt.SOURCES lists.
+SOURCES = (
+    "builder/quantize/writer.py",
+    "builder/quantize/ranges.py",
+    "builder/quantize/stored_scales.py",
+    "builder/quantize/source_weights.py",
+    "builder/quantize/unified_files.py",
+    "builder/quantize/unified_plan.py",
+    "builder/checkpoint/unified_config.py",
+    "builder/model/source_tensors.py",
+    "builder/model/tensor_names.py",
+)
 # The size from which a checkpoint is several files: the default of ModelOpt's exporter (0.47, export_hf_checkpoint).
 # In 0.37 it is that of transformers 4, 5 GB.
 SHARD_BYTES = 10_000_000_000
@@ -128,30 +140,24 @@ def plan(config: Mapping[str, Any], found: Mapping[str, Header], dtype: str, for
 
 def _parts(config: Mapping[str, Any], found: Mapping[str, Header], dtype: str, *, quantized: bool) -> Iterator[Part]:
     """The tensors before quantization, in the dtypes that they are written in, without an output layer that is tied to
-    the embedding. A model that is not quantized keeps its tensors as they are: TensorRT-LLM reads them so."""
+    the embedding. Experts stay stacked in a model that is not quantized: TensorRT-LLM reads them so."""
     architecture = catalog.of(config)
     tied = {tensor_names.head(config)} if config.get("tie_word_embeddings") else set()
     known = {name: header for name, header in found.items() if name not in tied and not NOT_WRITTEN.search(name)}
-    own = (
-        written.parts(config, known)
-        if quantized
-        else (Part(name, _kept(architecture, name, kind), shape, name) for name, (kind, shape) in known.items())
-    )
-    for part in own:
+    for part in written.parts(config, known, apart=quantized):
         name = architecture.renamed.get(part.name, part.name)
-        yield Part(name, dtype if part.dtype == "BF16" else part.dtype, part.shape, part.source, part.start)
-
-
-def _kept(architecture: Architecture, name: str, dtype: str) -> str:
-    if dtype not in FLOATS:
-        return dtype
-    return "F32" if written.in_float32(architecture, name) else "BF16"
+        yield replace(part, name=name, dtype=dtype if part.dtype == "BF16" else part.dtype)
 
 
 def _shared(architecture: Architecture, module: str, one: NumberFormat) -> str:
-    """What names the layers that share one scale of the weights: themselves, where the format has none for a layer."""
+    """What names the layers that share one scale of the weights: themselves, where the format has none for a layer.
+
+    ModelOpt leaves FP8 layers with the same input alone; those that are served as one share it (quantizers.py).
+    """
     if not any(not tensor.dims and not tensor.calibrated for tensor in one.tensors):
         return module
+    if not one.prepare_export:
+        return names.same_input(architecture, module)
     fused = names.fused_name(architecture, module)
     return f"{module.rpartition('.')[0]}.{fused}" if fused else module
 

@@ -28,6 +28,7 @@ from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import BF16, FP8
 from builder.model import multimodal, tensor_names
 from builder.model.files import CONFIG, json_object
+from builder.model.loading import check_tied
 from builder.quantize import unified_files, unified_plan
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import NAMES, MappedWeights, SourceModel, itemsize, rounded
@@ -71,6 +72,7 @@ def write(
     all zero or hold NaN or Inf, and for ranges that are missing. A failure leaves no file of weights behind.
     """
     asked = work or Work()
+    check_tied(source.config, source.directory)
     made = unified_plan.plan(source.config, source.headers, source.dtype, formats)
     unified_plan.check(made.layers)
     scales = ranges.scales(made.layers, formats.cache, made.architecture)
@@ -241,7 +243,7 @@ def _write_documents(source: SourceModel, made: UnifiedPlan, cache: KvCacheForma
     """
     config = json_object(source.directory / CONFIG)
     if multimodal.MARK in source.config:
-        config = {key: value for key, value in source.config.items() if key != multimodal.MARK}
+        config = multimodal.own_config(source.config)
     config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": NAMES[made.dtype]}
     if made.layers or cache.quantized:
         stated = unified_config.quantization(made.layers, _unquantized(made, source.config), cache)

@@ -13,8 +13,6 @@ import families
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from builder import pipeline
@@ -118,16 +116,6 @@ def test_weights_are_rounded_to_the_dtype_that_is_served(tmp_path: Path, stored:
     made = load_file(built(source, tmp_path / "out").unified / "model.safetensors")
     for name, tensor in made.items():
         assert torch.equal(tensor, tensors[name].to(getattr(torch, served))), name
-
-
-@given(st.lists(st.floats(width=32), min_size=1, max_size=50))
-def test_rounding_is_to_nearest_even(values: list[float]) -> None:
-    x = np.array(values, np.float32)
-    for dtype, kind in (("BF16", torch.bfloat16), ("F16", torch.float16)):
-        found = torch.frombuffer(bytearray(unquantized._rounded(x, dtype)), dtype=kind)
-        wanted = torch.from_numpy(x).to(kind)
-        assert torch.equal(found.isnan(), wanted.isnan())
-        assert torch.equal(found[~found.isnan()], wanted[~wanted.isnan()])
 
 
 def test_an_fp8_cache_beside_bf16_weights_is_for_engines_only(
