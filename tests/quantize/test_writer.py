@@ -262,3 +262,13 @@ def test_a_download_that_fails_stops_the_writer(exported: Path, tmp_path: Path) 
             SourceModel.open(source), NVFP4, ranges_of(exported, 2688.0), tmp_path / "ours", Work(ready=arriving())
         )
     assert not list((tmp_path / "ours").iterdir())
+
+
+def test_a_bias_that_is_kept_in_float32_is_widened(tmp_path: Path) -> None:
+    values, config = torch.tensor([1.5, -2.0]), {"architectures": ["Glm4MoeForCausalLM"], "num_hidden_layers": 2}
+    name = "a.e_score_correction_bias"
+    narrow = values.bfloat16().view(torch.int16).numpy().tobytes()
+    write(tmp_path / "model.safetensors", [NewTensor(name, "BF16", (2,), [narrow])])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    writer.write(SourceModel.open(tmp_path), ModelFormats(registry.BF16), Ranges(), tmp_path / "ours")
+    assert held(tmp_path / "ours") == {name: ("F32", (2,), values.numpy().tobytes())}
