@@ -24,7 +24,7 @@ HALF_MADE = re.compile(r"\.[0-9a-f]{16}\.(?:\d+|old)\.(?:tmp|trash)")
 WAITING = re.compile(r"\.([0-9a-f]{16})\.old")  # atomic.backup_path
 HALF_WRITTEN = re.compile(r"\..+\.\d+(?:\.tmp)?")  # a file or link whose writer was killed before the rename
 LOCK = re.compile(r"[a-z_]+-[\w.-]+\.lock")
-PARTIAL = re.compile(r"([a-z_]+)-([0-9a-f]{16})\.jsonl")
+PARTIAL = re.compile(r"([a-z_]+)-([0-9a-f]{16})\.(?:jsonl|safetensors)")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ def find_leftovers(root: Path, older_than: float | None) -> Iterator[tuple[str, 
     for path in root.glob(f".{MARKER}.*.tmp"):
         yield _unless_mounted(path, "partly written")
     for path in _inside(root / "partial"):
+        if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+            yield _unless_mounted(path, "partly written")
+            continue
         yield _partial(path, root, PARTIAL_YOUNG if older_than is None else older_than)
     keep, young = (LOGS_KEPT, LOGS_YOUNG) if older_than is None else (0, older_than)
     for path in [] if why_untouchable(root / "logs") else old_logs(root / "logs", keep=keep, older_than=young):

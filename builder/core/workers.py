@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 QUANTIZE: Final = "builder.quantize.worker"
+QUANTIZE_STREAMED: Final = "builder.quantize.streamed_worker"
 SCALES: Final = "builder.quantize.scales_worker"
 EVALUATE: Final = "builder.evaluate.runners.worker"
 SENSITIVITY: Final = "builder.evaluate.sensitivity.worker"

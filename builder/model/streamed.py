@@ -87,6 +87,10 @@ class StreamedModel:
         with self._base(head=False):
             yield self._begin
 
+    def nbytes(self, index: int) -> int:
+        """The size of a decoder layer's parameters in bytes."""
+        return sum(parameter.nbytes for parameter in self.layers[index].parameters())
+
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """The decoder layer with its weights; the next one's are read ahead."""

@@ -151,8 +151,11 @@ def _loader(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
         weight_mapping=get_model_conversion_mapping(model, None, None),
     )
 
+    model._weight_conversions = options.weight_mapping  # as if the whole model had been loaded
+
     def load(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options, None)
+        model._weight_conversions = options.weight_mapping
         found = info.to_dict()
         return {**found, "missing": set(info.missing_keys)}
 

@@ -1,0 +1,138 @@
+"""Snapshot, Calibration -> Checkpoint in little memory: one decoder layer at a time, without ModelOpt.
+
+Ranges and bytes equal those of `modelopt.quantize`. A killed run leaves results of finished layers in `partial/` of the
+store, under the key of the checkpoint, and the next one continues there. This module runs in the parent process and
+imports nothing heavy; `builder.quantize.streamed_worker` does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.architectures import catalog
+from builder.calibration.rows import Calibration, required_tokens
+from builder.checkpoint import validate
+from builder.checkpoint.layouts import Checkpoint
+from builder.core import process, workers
+from builder.core.store import Store, key_of, library_versions, sources_digest
+from builder.formats.assignment import ModelFormats, of_job
+from builder.hub.snapshot import Snapshot
+from builder.model.source_tensors import open_tensors
+from builder.quantize import modelopt, unified_plan
+from builder.quantize.modelopt import QuantizeRequest
+from builder.quantize.source_weights import SourceModel
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "accelerate")
+SOURCES = (
+    *modelopt.SOURCES,
+    "builder/model/streamed.py",
+    "builder/model/streamed_weights.py",
+    "builder/quantize/streamed.py",
+    "builder/quantize/streamed_worker.py",
+    "builder/quantize/streamed_calibration.py",
+    "builder/quantize/streamed_ranges.py",
+    "builder/quantize/streamed_states.py",
+    "builder/quantize/calibrated.py",
+    "builder/quantize/ranges.py",
+    "builder/quantize/stored_scales.py",
+    "builder/quantize/writer.py",
+    "builder/quantize/unified_plan.py",
+    "builder/quantize/unified_files.py",
+    "builder/quantize/source_weights.py",
+    "builder/checkpoint/unified_config.py",
+)
+STAGE = "checkpoint"
+
+
+def check(source: SourceModel, formats: ModelFormats) -> None:
+    """UnsupportedError, by headers alone, for formats and experts that only ModelOpt can quantize."""
+    unified_plan.check(unified_plan.plan(source.config, source.headers, source.dtype, formats).layers)
+
+
+def quantize_streamed(
+    snapshot: Snapshot, calibration: Calibration, asked: QuantizeRequest, *, store: Store
+) -> Checkpoint:
+    """Calibrates on the rows layer by layer, writes both layouts, `unified/` and `tensorrt_llm/`, and inspects them.
+
+    UnsupportedError if the model or a format needs ModelOpt, or if transformers can't run the model layer by layer;
+    IntegrityError with the tensors' names if the inspection finds a problem. Such a checkpoint is not kept.
+    """
+    ingredients = _ingredients(snapshot, calibration, asked)
+    layers = ingredients["layers"]
+    partial = _partial(store, ingredients)
+
+    def make(tmp: Path) -> dict[str, Any]:
+        number_format = asked.quantization.number_format
+        modelopt.check(open_tensors(snapshot.path), catalog.of(snapshot.config), layers, number_format)
+        with snapshot.source.explain_failures():
+            facts = _run({**_job(snapshot, calibration, ingredients), "partial": str(partial)}, tmp, store)
+        found = validate.inspect(tmp, here=True)
+        found.check()
+        return {**facts, "layers": layers, "zero_layers": list(asked.zero_layers), "inspection": found.facts()}
+
+    artifact = store.stage(STAGE, ingredients, make)
+    if not store.dry:
+        _remove(partial)
+    return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
+
+
+def _ingredients(snapshot: Snapshot, calibration: Calibration, asked: QuantizeRequest) -> dict[str, Any]:
+    part, rows = asked.quantization, asked.calibration
+    return {
+        "backend": "streamed",
+        "snapshot": snapshot.digest,
+        "architecture": catalog.ingredients(catalog.of(snapshot.config)),
+        "calibration": calibration.digest,
+        "format": part.number_format.name,
+        "kv_cache_dtype": part.kv_cache_dtype,
+        "layers": {name: list(modules) for name, modules in sorted(asked.layers.items()) if modules},
+        "seq_len": rows.seq_len,
+        "batch_size": rows.batch_size,
+        "min_tokens": required_tokens(rows),
+        "libraries": library_versions(*LIBRARIES),
+        "sources": sources_digest(*SOURCES),
+        "gpus": modelopt.calibrating(),
+        "environment": modelopt.numerics(),
+        "trust_remote_code": asked.trust_remote_code,
+    }
+
+
+def _job(snapshot: Snapshot, calibration: Calibration, ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    named = ("format", "kv_cache_dtype", "layers", "seq_len", "batch_size", "min_tokens", "gpus", "trust_remote_code")
+    return {
+        **snapshot.source.as_job(),
+        "rows": str(calibration.path.absolute()),
+        **{name: ingredients[name] for name in named},
+    }
+
+
+def _partial(store: Store, ingredients: Mapping[str, Any]) -> Path:
+    """Where results of finished layers are until the checkpoint is complete, without suffix. They survive an
+    interrupted run, unless the stage is forced."""
+    path = store.root / "partial" / f"{STAGE}-{key_of(STAGE, ingredients)}"
+    if not store.dry and STAGE in store.force:
+        _remove(path)
+    return path
+
+
+def _remove(partial: Path) -> None:
+    for suffix in (".jsonl", ".safetensors"):
+        partial.with_suffix(suffix).unlink(missing_ok=True)
+    for path in partial.parent.glob(f".{partial.name}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
+    """Runs the worker and returns the facts of the checkpoint."""
+    log = store.log("quantize")
+    events, finished = process.run_job(
+        workers.QUANTIZE_STREAMED,
+        {**job, "destination": str(tmp.absolute())},
+        log=log,
+        bar=process.Bar(store.out, "starting", "B"),
+        env=modelopt.ENVIRONMENT,
+    )
+    run = {"log": str(log), "job": str(process.job_file(log)), "max_rss": finished.max_rss}
+    return modelopt._facts(events["summary"], store, run, of_job(job))

@@ -1,0 +1,151 @@
+"""Max calibration with one decoder layer in memory at a time, which a killed run continues. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from builder.core.process import emit
+from builder.model.streamed import State, StreamedModel
+from builder.quantize import streamed_ranges, streamed_states
+from builder.quantize.experts import RoutedTokens
+from builder.quantize.ranges import Ranges
+from builder.quantize.streamed_ranges import Seen
+from builder.quantize.streamed_states import PRELUDE, CarriedStates, Result
+
+
+def calibrate(
+    model: StreamedModel,
+    batches: Sequence[Tensor],
+    tensors: Sequence[str],
+    partial: Path,
+    *,
+    on_disk: bool | None = None,
+) -> tuple[Ranges, dict[str, Any]]:
+    """The ranges of inputs, keys and values over all batches of token ids, and facts: the tokens of each expert.
+
+    tensors: the names of the checkpoint's tensors, to report ranges by. partial: where to keep results of finished
+    layers, a path without suffix. on_disk: whether to keep hidden states in a file; None decides by their size.
+    FloatingPointError if a layer's inputs, keys or values contain NaN or Inf.
+    """
+    with torch.inference_mode():
+        results = _Run(model, batches, partial, on_disk).results()
+    numbers: dict[str, dict[str, float]] = {"inputs": {}, "keys": {}, "values": {}}
+    routed = RoutedTokens()
+    for one in results:
+        for kind, found in numbers.items():
+            found.update(one[kind])
+        routed.layers.update(one["experts"])
+        routed.see_all |= one["see_all"]
+    few = streamed_ranges.widen(numbers["inputs"], routed, all_alike=_joins_experts())
+    facts = {**routed.facts(), **({"rare_experts": few} if few else {})}
+    return streamed_ranges.by_checkpoint_names(numbers, model.model, tensors), facts
+
+
+def _joins_experts() -> bool:
+    """Whether ModelOpt 0.47 would calibrate: it runs with transformers 5, and 0.37 with 4."""
+    import transformers
+
+    return not transformers.__version__.startswith("4.")
+
+
+class _Run:
+    """One calibration on its way through the layers."""
+
+    def __init__(self, model: StreamedModel, batches: Sequence[Tensor], partial: Path, on_disk: bool | None) -> None:
+        self.model, self.batches = model, batches
+        self._states: list[State] = []
+        self._headers: list[tuple[str, tuple[int, ...]]] = []
+        self._partial, self._on_disk = partial, on_disk
+        self._nbytes = [model.nbytes(index) for index in range(model.depth)]
+        self._carried: CarriedStates
+
+    def results(self) -> list[Result]:
+        """What was found in each layer, before the first one (PRELUDE) first."""
+        seen = Seen()
+        with self.model.prelude() as begin, streamed_ranges.observed_outside(self.model, seen):
+            first = begin(self.batches[0]).hidden
+            shapes = [(*batch.shape, *first.shape[2:]) for batch in self.batches]
+            self._headers = [(streamed_states.header(first)[0], shape) for shape in shapes]
+            self._carried = self._new_states(shapes, first)
+            found = self._carried.resume(shapes, first.dtype)
+            self._prelude(begin, resumed=bool(found))
+        if not found:
+            found = [self._found(PRELUDE, seen, RoutedTokens())]
+        else:
+            emit(info=f"continuing a killed run after layer {len(found) - 1} of {self.model.depth}")
+        for index in range(len(found) - 1, self.model.depth):
+            found.append(self._layer(index))
+        return found
+
+    def _new_states(self, shapes: Sequence[tuple[int, ...]], first: Tensor) -> CarriedStates:
+        on_disk = streamed_states.on_disk(shapes, first.dtype) if self._on_disk is None else self._on_disk
+        home = self.model.device
+        if home.type == "cuda":
+            nbytes = sum(len(batch) * batch.shape[1] for batch in self.batches) * first[0, 0].nbytes
+            home = home if nbytes <= torch.cuda.mem_get_info(home)[0] // 8 else torch.device("cpu")
+        return CarriedStates(self._partial, home, on_disk=on_disk)
+
+    def _prelude(self, begin: Callable[[Tensor], State], *, resumed: bool) -> None:
+        """Makes the states before the first layer; of a resumed run only what layers are called with."""
+
+        def make(number: int) -> Tensor:
+            state = begin(self.batches[number])
+            hidden, state.hidden = state.hidden, state.hidden.new_empty(0)
+            self._states.append(state)
+            return hidden
+
+        if resumed:
+            for number in range(len(self.batches)):
+                make(number)
+        else:
+            self._carried.step(PRELUDE, self._headers, make)
+
+    def _layer(self, index: int) -> Result:
+        seen, depth = Seen(), self.model.depth
+        with (
+            self.model.layer(index) as layer,
+            streamed_ranges.observed(layer, f"{self.model.path}.{index}", seen) as routed,
+        ):
+
+            def make(number: int) -> Tensor:
+                done = sum(self._nbytes[:index]) + self._nbytes[index] * number // len(self.batches)
+                label = f"calibrating layer {index + 1} of {depth}"
+                emit(progress={"label": label, "done": done, "total": sum(self._nbytes)})
+                return self._advance(index, number)
+
+            self._carried.step(index, self._headers, make)
+        prefix = f"{self.model.path}.{index}"
+        routed.layers = {f"{prefix}.{place}": tokens for place, tokens in routed.layers.items()}
+        return self._found(index, seen, routed)
+
+    def _advance(self, index: int, number: int) -> Tensor:
+        """One batch through a layer. If the device runs out of memory, its share of hidden states moves to the host,
+        which changes no result."""
+        state = self._states[number]
+        try:
+            return self.model.advance(index, state, self._carried.get(number).to(self.model.device))
+        except torch.OutOfMemoryError:
+            if not self._carried.to_host():
+                raise
+        emit(info="the device is out of memory: the calibration rows' hidden states are now in the host's memory")
+        torch.cuda.empty_cache()
+        return self.model.advance(index, state, self._carried.get(number).to(self.model.device))
+
+    def _found(self, layer: int, seen: Seen, routed: RoutedTokens) -> Result:
+        numbers = seen.numbers()
+        _check_finite(numbers)
+        found = {**numbers, "experts": routed.layers, "see_all": routed.see_all}
+        self._carried.record(layer, found)
+        return found
+
+
+def _check_finite(numbers: Mapping[str, Mapping[str, float]]) -> None:
+    for kind, ranges in numbers.items():
+        for name, amax in ranges.items():
+            if not amax < float("inf"):  # NaN or Inf
+                raise FloatingPointError(f"{name} has {amax} in its {kind}")

@@ -1,0 +1,235 @@
+"""The ranges that max calibration reads while a decoder layer runs: of the inputs of its linear layers, and of keys and
+values. They equal ModelOpt's, without ModelOpt.
+
+ModelOpt 0.47 gives the experts that transformers 5 joins one range for the inputs of all, and experts that are modules
+the widest of their layer; 0.37, with transformers 4.57, sends all tokens to all experts of the families that it knows
+(quantization/plugins/huggingface.py: _QuantFusedExperts, _QuantSparseSequentialMoe, _QuantMoeSparseMoe). Keys and
+values are those that the attention function gets, so keys are rotated (_QuantAttention). Imports torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from builder.calibration.coverage import rare
+from builder.model.streamed import StreamedModel
+from builder.quantize import calibrated
+from builder.quantize.experts import RoutedTokens, counted
+from builder.quantize.ranges import Ranges
+
+# Blocks whose experts all see all tokens during a calibration with ModelOpt 0.37, with transformers 4.
+SEE_ALL = (
+    "Llama4TextMoe",
+    "MixtralSparseMoeBlock",
+    "Qwen2MoeSparseMoeBlock",
+    "Qwen3MoeSparseMoeBlock",
+    "Qwen3NextSparseMoeBlock",
+)
+_EXPERT = re.compile(r"(?P<experts>.+?\bexperts)(?:\.\d+)?\.(?P<projection>\w+)")
+
+
+class Seen:
+    """The largest magnitudes so far, as tensors: `inputs` of {linear layer, or joined experts' projection}, and `keys`
+    and `values` of {attention}."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.keys: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
+        self._last: tuple[Tensor | None, Tensor] = (None, torch.tensor(0.0))
+
+    def add(self, found: MutableMapping[str, Tensor], name: str, values: Tensor) -> None:
+        """Widens the range of `name` to these values."""
+        if not values.numel():
+            return
+        if self._last[0] is not values:  # q, k and v get the same tensor, and so do gate and up
+            low, high = torch.aminmax(values)
+            self._last = values, torch.maximum(-low, high).float()
+        largest = self._last[1]
+        found[name] = torch.maximum(found[name], largest) if name in found else largest
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """The same as JSON values: {"inputs", "keys", "values"}."""
+        self._last = None, self._last[1]
+        found = {"inputs": self.inputs, "keys": self.keys, "values": self.values}
+        return {kind: {name: float(one) for name, one in ranges.items()} for kind, ranges in found.items()}
+
+
+@contextmanager
+def observed(layer: nn.Module, prefix: str, seen: Seen) -> Iterator[RoutedTokens]:
+    """Records, while the block runs, the ranges of a decoder layer, whose modules' names begin with `prefix`; also
+    counts the tokens of each expert."""
+    with ExitStack() as stack:
+        routed = stack.enter_context(counted(layer))
+        for name, module in layer.named_modules(prefix=prefix):
+            if isinstance(module, nn.Linear):
+                hook = _input_hook(seen, name)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            elif _is_joined(module):
+                _replace_forward(stack, module, _joined(seen, name, module))
+            elif _is_attention(module):
+                _replace_forward(stack, module, _attention(seen, name, module))
+            elif type(module).__name__ in SEE_ALL and isinstance(getattr(module, "experts", None), nn.ModuleList):
+                _replace_forward(stack, module, _with_all_experts(module))
+        yield routed
+
+
+@contextmanager
+def observed_outside(model: StreamedModel, seen: Seen) -> Iterator[None]:
+    """Records, while the block runs, the ranges of linear layers that run before the decoder layers."""
+    with ExitStack() as stack:
+        for name, module in model.model.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith(f"{model.path}."):
+                stack.callback(module.register_forward_pre_hook(_input_hook(seen, name), with_kwargs=True).remove)
+        yield
+
+
+def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = forward
+    stack.callback(module.__dict__.pop, "forward")
+
+
+def _input_hook(seen: Seen, name: str) -> Callable[..., None]:
+    def hook(_: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        seen.add(seen.inputs, name, args[0] if args else named["input"])
+
+    return hook
+
+
+def _is_joined(module: nn.Module) -> bool:
+    """Whether a module holds all experts of a layer in three-dimensional parameters, as ModelOpt looks for it."""
+    sizes = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
+    return hasattr(module, "num_experts") and sizes.get("down_proj") == 3 and bool(_first(module))
+
+
+def _first(module: nn.Module) -> str:
+    """The parameter of joined experts that is multiplied first; "" if there is none."""
+    return next((name for name in ("gate_up_proj", "up_proj") if getattr(module, name, None) is not None), "")
+
+
+def _joined(seen: Seen, name: str, module: nn.Module) -> Callable[..., Any]:
+    """The forward of joined experts, which calls F.linear twice for each expert: with the tokens of the expert, then
+    with what goes into its down projection."""
+    functional: Any = nn.functional
+    real, original, first = functional.linear, module.forward, _first(module)
+
+    def forward(*args: Any, **named: Any) -> Any:
+        calls = 0
+
+        def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            nonlocal calls
+            seen.add(seen.inputs, f"{name}.{first if calls % 2 == 0 else 'down_proj'}", values)
+            calls += 1
+            made: Tensor = real(values, weight, bias)
+            return made
+
+        functional.linear = linear
+        try:
+            return original(*args, **named)
+        finally:
+            functional.linear = real
+
+    return forward
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether ModelOpt gives this module quantizers of the KV cache (register_hf_attentions_on_the_fly)."""
+    inner = [one for one in module.modules() if type(one).__name__.endswith("Attention")]
+    return inner == [module] and hasattr(inspect.getmodule(type(module)), "ALL_ATTENTION_FUNCTIONS")
+
+
+def _attention(seen: Seen, name: str, module: nn.Module) -> Callable[..., Any]:
+    """The forward of an attention module that records the keys and values which the attention function gets."""
+    code: Any = inspect.getmodule(type(module))
+    original, kind = module.forward, getattr(module.config, "_attn_implementation", None) or "eager"
+
+    def forward(*args: Any, **named: Any) -> Any:
+        real = code.eager_attention_forward if kind == "eager" else code.ALL_ATTENTION_FUNCTIONS[kind]
+
+        def function(self: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+            seen.add(seen.keys, name, key)
+            seen.add(seen.values, name, value)
+            return real(self, query, key, value, *rest, **options)
+
+        _set_attention(code, kind, function)
+        try:
+            return original(*args, **named)
+        finally:
+            _set_attention(code, kind, real)
+
+    return forward
+
+
+def _set_attention(code: Any, kind: str, function: Callable[..., Any]) -> None:
+    if kind == "eager":
+        code.eager_attention_forward = function
+    else:
+        code.ALL_ATTENTION_FUNCTIONS[kind] = function
+
+
+def _with_all_experts(block: Any) -> Callable[..., Any]:
+    """The forward of a mixture that first sends all tokens to all experts, for their ranges alone."""
+    original = block.forward
+
+    def forward(hidden_states: Tensor) -> Any:
+        chosen, block.top_k = block.top_k, block.num_experts
+        try:
+            original(hidden_states)
+        finally:
+            block.top_k = chosen
+        return original(hidden_states)
+
+    return forward
+
+
+def widen(inputs: dict[str, float], routed: RoutedTokens, *, all_alike: bool) -> dict[str, list[int]]:
+    """Gives experts that are modules and saw few tokens the widest range of their layer, projection by projection
+    (quantize/experts.py). all_alike: gives it to all of them. Returns {module of the experts: numbers of those with few
+    tokens}."""
+    few = {} if routed.see_all else {place: rare(tokens) for place, tokens in routed.layers.items() if rare(tokens)}
+    for place in routed.layers if all_alike else few:
+        apart = re.compile(rf"{re.escape(place)}\.\d+\.(.+)")
+        found = {name: match[1] for name in inputs if (match := apart.fullmatch(name))}
+        widest: dict[str, float] = {}
+        for name, projection in found.items():
+            widest[projection] = max(widest.get(projection, 0.0), inputs[name])
+        chosen = range(len(routed.layers[place])) if all_alike else few[place]
+        inputs.update(
+            {f"{place}.{index}.{projection}": widest[projection] for index in chosen for projection in widest}
+        )
+    return few
+
+
+def by_checkpoint_names(numbers: Mapping[str, Mapping[str, float]], model: Any, tensors: Iterable[str]) -> Ranges:
+    """What `Seen.numbers` has for the model's modules, by the names of the checkpoint's tensors, in which experts are
+    apart."""
+    module_of = calibrated.renamed(model)
+    inputs: dict[str, float] = {}
+    cache: dict[str, tuple[float, float]] = {}
+    for tensor in tensors:
+        if not tensor.endswith(".weight"):
+            continue
+        layer, place = tensor.removesuffix(".weight"), module_of(tensor)
+        amax = numbers["inputs"].get(place, numbers["inputs"].get(_of_joined(place, numbers["inputs"])))
+        if amax is not None:
+            inputs[layer] = amax
+        attention = place.rpartition(".")[0]
+        if attention in numbers["keys"]:
+            cache[layer.rpartition(".")[0]] = numbers["keys"][attention], numbers["values"][attention]
+    return Ranges(inputs, cache)
+
+
+def _of_joined(place: str, inputs: Mapping[str, float]) -> str:
+    """The name under which joined experts' inputs are recorded for one expert's projection; "" for other layers."""
+    found = _EXPERT.fullmatch(place)
+    if found is None:
+        return ""
+    names = ("down_proj",) if found["projection"] == "down_proj" else ("gate_up_proj", "up_proj")
+    return next((f"{found['experts']}.{name}" for name in names if f"{found['experts']}.{name}" in inputs), "")

@@ -1,0 +1,113 @@
+"""Worker process of `--memory low`: python -m builder.quantize.streamed_worker JOB.json
+
+Calibrates with one decoder layer in memory at a time, stores each layer's result, and writes both layouts from the
+model's files. ModelOpt is not imported; ranges and bytes equal those of its max calibration of the whole model.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from builder.architectures import catalog
+from builder.architectures.attention import attention_layers
+from builder.calibration import coverage
+from builder.checkpoint import layouts
+from builder.core.errors import BuilderError, UnsupportedError
+from builder.core.process import emit, worker_main
+from builder.formats.assignment import ModelFormats, of_job
+from builder.model.hashed_files import SourceFiles
+from builder.quantize import unified_plan, worker, writer
+from builder.quantize.device import check_device
+from builder.quantize.ranges import Ranges
+from builder.quantize.source_weights import SourceModel
+from builder.quantize.unified_plan import UnifiedPlan
+
+
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes both layouts from one calibration. Returns facts for the manifest: counts, seconds of each part."""
+    destination, formats = Path(job["destination"]), of_job(job)
+    clock = worker._Clock()
+    source = SourceModel.open(Path(job["model"]))
+    planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+    unified_plan.check(planned.layers)
+    gc.disable()  # saves a fifth of the imports' time
+    device = check_device(job.get("gpus", ()))
+    batches = worker._batches(job)
+    gc.freeze()
+    gc.enable()
+    clock.lap("rows")
+    ranges, found = calibrate(job, batches, planned) if formats.calibrated else (Ranges(), {})
+    _check_cache(source.config, formats, ranges)
+    clock.lap("calibrate")
+    emit(progress={"label": "writing the checkpoint", "done": 0, "total": None})
+    counts = writer.write(source, formats, ranges, destination / "unified")
+    clock.lap("write")
+    lacking = layouts.write_if_served(destination / "unified", source.config, destination / "tensorrt_llm")
+    SourceFiles.of_job(job).check_unchanged()  # weights are pages of the files
+    clock.lap("layouts")
+    limit = worker._limit(job, SimpleNamespace(**source.config))
+    return {
+        **counts,
+        **found,
+        "backend": "streamed",
+        "writer": "builder",
+        "device": device,
+        "calibration_tokens": sum(batch.numel() for batch in batches),
+        "coverage": coverage.of_batches(batches, limit) if formats.calibrated else {},
+        "warnings": {},
+        "no_tensorrt_llm": lacking,
+        "seconds": clock.laps,
+    }
+
+
+def calibrate(job: Mapping[str, Any], batches: Sequence[Any], planned: UnifiedPlan) -> tuple[Ranges, dict[str, Any]]:
+    """The ranges of the rows, and facts: the tokens of each expert, and the layer that the run continued at.
+
+    Uses the first GPU if there is one.
+    """
+    import torch
+
+    from builder.model import streamed
+    from builder.quantize import streamed_calibration
+
+    emit(progress={"label": "opening the model", "done": 0, "total": None})
+    model = streamed.open_model(job, torch.device("cuda", 0) if torch.cuda.is_available() else None)
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"  # other ways to compute joined experts hide their inputs
+    names = [*(f"{module}.weight" for module in planned.layers), *(part.name for part in planned.copies)]
+    return streamed_calibration.calibrate(model, batches, names, Path(job["partial"]))
+
+
+def _check_cache(config: Mapping[str, Any], formats: ModelFormats, ranges: Ranges) -> None:
+    """UnsupportedError if keys and values of some layers were not seen."""
+    layers = attention_layers(catalog.with_common_keys(config))
+    if formats.cache.quantized and len(ranges.cache) < layers:
+        raise UnsupportedError(
+            f"The ranges of the KV cache of {(config.get('architectures') or ['this model'])[0]} can't be calibrated.",
+            why=f"{len(ranges.cache)} of {layers} layers call transformers' attention functions.",
+            hint="Leave the cache in the model's own type: --kv-cache-dtype auto",
+        )
+
+
+def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
+    """The error to show for a problem that the user can solve; None for any other."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
+        fewer = f"fewer rows at once (--set calibration.batch_size={max(1, job['batch_size'] // 2)})"
+        return UnsupportedError(
+            "One decoder layer with a batch of calibration rows does not fit into memory.",
+            why=text.splitlines()[0] if text else "",
+            hint=f"Use {fewer if job['batch_size'] > 1 else 'shorter rows (--calib-seq-len 512)'}.",
+        )
+    if isinstance(error, FloatingPointError):
+        return worker._not_finite(Path(job["model"]), text)
+    return worker.known(error, job)
+
+
+if __name__ == "__main__":
+    sys.exit(worker_main(sys.argv, run, known))
