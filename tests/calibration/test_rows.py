@@ -229,6 +229,7 @@ def test_a_hub_dataset(parquet: bool, hub: Hub, store: Store, tmp_path: Path, mo
     assert len(hub.requests) == before
 
 
+@pytest.mark.any_version
 def test_a_hub_dataset_s_damaged_card_is_fetched_again(hub: Hub, store: Store, tmp_path: Path) -> None:
     """`datasets` parses the YAML at its head, and takes it from the cache without looking."""
     dataset(hub, tmp_path / "source")

@@ -266,6 +266,7 @@ def test_an_attention_that_modelopt_does_not_know_is_not_left_in_silence() -> No
     assert "--kv-cache-dtype auto" in caught.value.hint
 
 
+@pytest.mark.any_version
 def test_the_childs_errors_keep_their_kind(llama: Path, build: Build, tmp_path: Path) -> None:
     """A model type that no causal LM of transformers has: found in the child, exit code 3 in the parent."""
     config = json.loads((llama / "config.json").read_text())
@@ -276,6 +277,7 @@ def test_the_childs_errors_keep_their_kind(llama: Path, build: Build, tmp_path: 
     assert not list((store.root / "checkpoint").iterdir())
 
 
+@pytest.mark.any_version
 def test_a_crash_of_the_child_shows_the_end_of_its_log(
     llama: Path, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

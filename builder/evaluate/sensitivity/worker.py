@@ -8,6 +8,7 @@ BF16 is run, and each decoder layer once more per group.
 
 from __future__ import annotations
 
+import decimal
 import json
 import math
 import os
@@ -136,8 +137,8 @@ def select(meter: Meter, job: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ceiling(kl: float) -> str:
     """A KL rounded up to two significant digits."""
-    step = 10 ** (math.floor(math.log10(kl)) - 1)
-    return f"{math.ceil(kl / step) * step:.6g}"
+    exact = decimal.Decimal(kl)  # a float's step would lose what lies just above a round number
+    return str(exact.quantize(decimal.Decimal(1).scaleb(exact.adjusted() - 1), decimal.ROUND_CEILING))
 
 
 def _summary(job: Mapping[str, Any], done: Results) -> dict[str, Any]:
