@@ -73,6 +73,7 @@ TRTLLM_TESTS := \
   tests/model/test_loading.py \
   tests/model/test_multimodal.py \
   tests/model/test_streamed.py \
+  tests/evaluate/test_layered.py \
   tests/quantize/test_experts.py \
   tests/quantize/test_keep_bf16.py \
   tests/quantize/test_keep_fp8.py \

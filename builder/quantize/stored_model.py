@@ -5,7 +5,7 @@ Experts of a mixture are stored one by one; transformers 5 joins those of a laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.base import NumberFormat
 from builder.formats.declared import DeclaredFormats
 from builder.model import loading as model_loading
+from builder.model import streamed
 from builder.model.files import parse_config
+from builder.model.streamed import StreamedModel
 
 
 def load(unified: Path, config: Any, formats: DeclaredFormats, *, dtype: torch.dtype, **options: Any) -> Any:
@@ -29,17 +31,11 @@ def load(unified: Path, config: Any, formats: DeclaredFormats, *, dtype: torch.d
     NotMeasurable if transformers has no such model; IntegrityError if tensors are missing, unexpected or of another
     shape.
     """
-    import transformers
-
-    raw = parse_config((unified / "config.json").read_bytes(), str(unified))
-    name = (raw.get("architectures") or ["unknown"])[0]
-    if not hasattr(transformers, name):
-        raise NotMeasurable(f"transformers has no {name}.", hint="Measure it served: --runner served")
-    stored, scales = Tensors(unified), scale_ends(formats)
-    model, info = getattr(transformers, name).from_pretrained(
+    of_model, source = _class(unified), Dequantized(Tensors(unified), formats, dtype)
+    model, info = of_model.from_pretrained(
         None,
         config=config,
-        state_dict={key: weight(stored, formats, key, dtype) for key in stored if not key.endswith(scales)},
+        state_dict={key: source.tensor(key) for key in source},
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # `info` lists them
@@ -47,6 +43,61 @@ def load(unified: Path, config: Any, formats: DeclaredFormats, *, dtype: torch.d
     )
     model_loading.check_loaded(model, info, unified)
     return model.eval()
+
+
+def load_streamed(
+    unified: Path, config: Any, formats: DeclaredFormats, *, dtype: torch.dtype, device: torch.device, **options: Any
+) -> StreamedModel:
+    """The same model, each layer of which is dequantized when it is computed. options: passed on to the class.
+
+    NotMeasurable if transformers has no such model; UnsupportedError if it can't be computed layer by layer.
+    """
+    of_model = _class(unified)
+    with streamed.without_weights():
+        model = of_model._from_config(config, dtype=dtype, **options)
+    model.name_or_path = model.config._name_or_path = str(unified)
+    return StreamedModel(model, Dequantized(Tensors(unified), formats, dtype), dtype, device)
+
+
+def _class(unified: Path) -> Any:
+    """transformers' class of a model. NotMeasurable if it has none."""
+    import transformers
+
+    raw = parse_config((unified / "config.json").read_bytes(), str(unified))
+    name = (raw.get("architectures") or ["unknown"])[0]
+    if not hasattr(transformers, name):
+        raise NotMeasurable(f"transformers has no {name}.", hint="Measure it served: --runner served")
+    return getattr(transformers, name)
+
+
+class Dequantized:
+    """The parameters of a model in `dtype`, from the tensors of its quantized layout (streamed_weights.Source)."""
+
+    def __init__(self, stored: Tensors, formats: DeclaredFormats, dtype: torch.dtype) -> None:
+        self._stored, self._formats, self._dtype = stored, formats, dtype
+        self._ends = scale_ends(formats)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._stored if not name.endswith(self._ends))
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter, in memory of its own."""
+        made = weight(self._stored, self._formats, name, self._dtype)
+        self.release([name])
+        return made
+
+    def release(self, names: Iterable[str]) -> None:
+        """Drops the pages of the tensors that the parameters are made from."""
+        for name in names:
+            module = name.rpartition(".")[0]
+            for one in (name, *(f"{module}{end}" for end in self._ends)):
+                if one in self._stored:
+                    self._stored.release(one)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Asks the kernel to read these tensors ahead; scales are small."""
+        for name in names:
+            self._stored.prefetch(name)
 
 
 def tensor(stored: Tensors, name: str) -> Tensor:

@@ -14,7 +14,13 @@ from builder.core.errors import UnsupportedError
 from builder.evaluate.datasets import Sequences
 from builder.evaluate.runners import local, scoring, worker
 from builder.evaluate.runners.layered import Layered
+from builder.formats import kv_cache, registry
+from builder.formats.assignment import ModelFormats
+from builder.formats.base import NumberFormat
 from builder.model import streamed
+from builder.quantize import exclude, writer
+from builder.quantize.ranges import Ranges
+from builder.quantize.source_weights import SourceModel
 from tests.support import families
 
 LENGTHS = (60, 41, 200, 33, 17, 120, 150, 41)
@@ -135,3 +141,39 @@ def test_batches_that_do_not_fit_are_halved(qwen3: Path, tmp_path: Path, monkeyp
     with pytest.raises(UnsupportedError, match="A text of 200 tokens") as caught:
         worker.mean_nll(layered(qwen3), texts().ids)
     assert "evaluation.max_tokens=100" in caught.value.hint
+
+
+def quantize(family: str, directory: Path, whole: NumberFormat) -> dict[str, Any]:
+    """A small model of a family and its checkpoint, with an FP8 KV cache; experts stay in BF16. Returns its job."""
+    try:
+        families.write(family, directory / "model")
+    except ValueError as error:
+        pytest.skip(f"not in this transformers: {error}")
+    source = SourceModel.open(directory / "model")
+    layers = exclude.linears({name: (info.dtype, info.shape) for name, info in source.tensors.items()})
+    experts = [name for name in layers if ".experts." in name]
+    attention = {name.rpartition(".")[0]: (3.0, 4.0) for name in layers if name.endswith(".k_proj")}
+    ranges = Ranges({name: 2.5 + index / 8 for index, name in enumerate(layers)}, attention)
+    formats = ModelFormats(whole, {registry.BF16: experts}, kv_cache.FP8)
+    writer.write(source, formats, ranges, directory / "unified")
+    return job(directory / "model", "whole", unified=str(directory / "unified"), kv_cache_dtype="fp8")
+
+
+@pytest.mark.parametrize(
+    ("family", "whole"),
+    [("qwen3", registry.NVFP4), ("gemma3_text", registry.FP8), ("qwen3_moe", registry.NVFP4)],
+    ids=["qwen3", "gemma3_text", "qwen3_moe"],
+)
+def test_a_checkpoint_that_is_dequantized_layer_by_layer_has_the_scores_of_the_resident_one(
+    family: str, whole: NumberFormat, tmp_path: Path
+) -> None:
+    made, found = quantize(family, tmp_path, whole), {}
+    with torch.inference_mode(), local.bf16(made) as runner:
+        original = scored(runner, tmp_path / "bf16")
+    for memory in ("whole", "low"):
+        with torch.inference_mode(), local.checkpoint({**made, "memory": memory}) as runner:
+            assert isinstance(runner, Layered) == (memory == "low")
+            found[memory] = scored(runner, tmp_path / memory, reference=tmp_path / "bf16")
+    check_same(found["whole"], found["low"])
+    assert found["low"]["kl"].mean() > 1e-6
+    assert not np.array_equal(original["nll"], found["low"]["nll"])

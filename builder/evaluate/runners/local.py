@@ -90,7 +90,7 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
 
 
 @contextmanager
-def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
+def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
     """The unified layout on disk, dequantized here. `kv_cache_dtype` auto keeps the KV cache in the dtype of
     computation; otherwise it is in the format that the checkpoint declares."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
@@ -104,11 +104,19 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal]:
     quantization = hf_quant_config(unified)["quantization"]
     formats = declared(quantization)
     dtype = _dtype(job, None) or torch.bfloat16
-    model = stored_model.load(unified, config, formats, dtype=dtype, attn_implementation=ATTENTION, **_where())
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION}
+    runner: Causal | Layered
+    if job.get("memory") == LOW:
+        with layered():
+            by_layer = stored_model.load_streamed(unified, config, formats, device=_device(), **options)
+        model, runner = by_layer.model, Layered(by_layer, job["batch_tokens"])
+    else:
+        model = stored_model.load(unified, config, formats, **options, **_where())
+        runner = Causal(model, job["batch_tokens"])
     _quantize_inputs(model, stored, formats)
     if kv_cache.get(job["kv_cache_dtype"]).quantized:
         _quantize_cache(model, stored, kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo")))
-    yield Causal(model, job["batch_tokens"])
+    yield runner
 
 
 def _dtype(job: Mapping[str, Any], default: Any) -> Any:
