@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     SystemExit for --help, --version and usage errors, as argparse raises it.
     """
+    interrupts.handle()  # first: until then SIGTERM and SIGHUP end the process without a word
     streams.prepare()
     try:
         top = parser()
@@ -48,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     """Runs the command. Once it was interrupted, no other exception and no exit code counts: see core/interrupts.py."""
     out = Output("json" if arguments.json else "quiet" if arguments.quiet else "human")
-    interrupts.handle()
     try:
         temporary.settle()
         code = _run_command(arguments, out)

@@ -26,6 +26,7 @@ def main() -> int:
     sys.path.pop(0)  # the directory of this file, which no console script has there
     import builder.cli.main  # noqa: F401 - before `start`, so that moments count from the command itself
     from builder.__main__ import main as console_script
+    from builder.core import interrupts
 
     names: list[str] = []
 
@@ -42,7 +43,13 @@ def main() -> int:
         if len(names) == operation:
             os.kill(0 if to == "group" else os.getpid(), number)  # pid 0: our process group
 
-    os.write(fd, b"start\n")
+    handle = interrupts.handle
+
+    def begin() -> None:
+        handle()
+        os.write(fd, b"start\n")
+
+    interrupts.handle = begin  # the first thing that `main` does: until then only Python itself answers a signal
     sys.addaudithook(count)
     try:
         return console_script()

@@ -160,8 +160,10 @@ def test_a_process_that_detached_itself_is_found_and_ended() -> None:
 
 def test_a_signal_comes_just_before_the_operation_that_is_named(world: World) -> None:
     argv = ["fetch", "--model", str(world.model), "--gpu", "cpu", "--quiet"]
-    whole = Run(argv, env=world.env, logs=world.logs).wait()
+    run = Run(argv, env=world.env, logs=world.logs)
+    whole = run.wait()
     assert (whole.code, whole.hit) == (0, ""), whole.stderr
+    assert run._began is not None  # from here `time:` counts
     world.restore("empty")
     rename = len(whole.operations) - whole.operations[::-1].index("os.rename")  # the last one publishes the stage
     killed = Run(argv, env=world.env, logs=world.logs, sent=Signal("KILL", "process", f"operation:{rename}")).wait()

@@ -39,6 +39,18 @@ def test_an_interrupt_during_imports_is_quiet(module: str, how: str) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_signal_while_the_command_line_is_parsed_is_an_interrupt() -> None:
+    code = """
+import os, signal, sys
+from builder.__main__ import main
+from builder.cli import main as command_line
+command_line.parser = lambda: os.kill(os.getpid(), signal.SIGHUP) or os.read(os.pipe()[0], 1)
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_both_entry_points_are_the_same() -> None:
     """The console script that pip installs calls the function that handles an early interrupt."""
     declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["scripts"]
