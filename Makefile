@@ -66,6 +66,7 @@ TRTLLM_TESTS := \
   tests/calibration/test_before_calibrating.py \
   tests/calibration/test_rows.py \
   tests/checkpoint/test_conversion.py \
+  tests/evaluate/test_layered.py \
   tests/formats \
   tests/hub/test_faults.py \
   tests/hub/test_snapshot.py \
@@ -73,7 +74,6 @@ TRTLLM_TESTS := \
   tests/model/test_loading.py \
   tests/model/test_multimodal.py \
   tests/model/test_streamed.py \
-  tests/evaluate/test_layered.py \
   tests/quantize/test_experts.py \
   tests/quantize/test_keep_bf16.py \
   tests/quantize/test_keep_fp8.py \

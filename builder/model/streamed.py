@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from builder.architectures import catalog
 from builder.architectures.names import is_head, layer_of
 from builder.architectures.written import is_loaded
 from builder.core.errors import UnsupportedError
-from builder.model import dtypes, loading
+from builder.model import dtypes, loading, tensor_names
 from builder.model.files import CONFIG, GENERATION, parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.model.imports import only_needed
@@ -115,14 +116,27 @@ class StreamedModel:
 
     @contextmanager
     def _base(self, *, head: bool) -> Iterator[None]:
-        """Loads what lies outside of the decoder layers, with or without the output layer."""
-        outside = [name for name, _ in self.model.named_parameters() if not name.startswith(f"{self.path}.")]
-        parts = [name for name in outside if head or name.startswith(f"{self.path.rpartition('.')[0]}.")]
-        architecture = catalog.of(self.config.to_dict())
-        sources = [n for n in self._sources.get(None, ()) if head or not is_head(architecture, n.rpartition(".")[0])]
+        """Loads what lies outside of the decoder layers: before the first one or, with `head`, what logits need."""
+        architecture, outside = catalog.of(self.config.to_dict()), self._sources.get(None, [])
+        parts = [name for name, _ in self.model.named_parameters() if not name.startswith(f"{self.path}.")]
+        if head:
+            sources = [name for name in outside if name not in self._unused_by_head]
+            parts = [name for name in parts if name not in self._unused_by_head.values()]
+        else:
+            sources = [name for name in outside if not is_head(architecture, name.rpartition(".")[0])]
+            parts = [name for name in parts if name.startswith(f"{self.path.rpartition('.')[0]}.")]
         with self._weights.loaded(sources, parts):
             self.model.tie_weights()
             yield
+
+    @cached_property
+    def _unused_by_head(self) -> dict[str, str]:
+        """{tensor in the files: parameter} of the embedding, unless it is the output layer, too."""
+        weight = self.model.get_input_embeddings().weight
+        stored, outside = tensor_names.embedding(self.config.to_dict()), self._sources.get(None, [])
+        names = [name for name, one in self.model.named_parameters(remove_duplicate=False) if one is weight]
+        apart = not self.config.tie_word_embeddings and len(names) == 1 and stored in outside
+        return {stored: names[0]} if apart else {}
 
     def _begin(self, ids: Tensor) -> State:
         recorded: list[tuple[Tensor, Call]] = []
@@ -169,9 +183,20 @@ class StreamedModel:
         def last(index: int) -> Callable[..., Tensor]:
             return lambda hidden, *_, **__: state.hidden if index == self.depth - 1 else hidden
 
-        with self._replaced(last):
+        with self._replaced(last), self._without_embedding(state):
             logits: Tensor = self.model(state.ids, use_cache=False, **options).logits
         return logits
+
+    @contextmanager
+    def _without_embedding(self, state: State) -> Iterator[None]:
+        """The embedding, whose result is not used, gives zeros."""
+        embedding = self.model.get_input_embeddings()
+        zeros = state.hidden.new_zeros(*state.ids.shape, embedding.weight.shape[-1])
+        embedding.forward = lambda *_, **__: zeros
+        try:
+            yield
+        finally:
+            del embedding.forward
 
 
 def open_model(
