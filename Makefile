@@ -6,6 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 TRTLLM := .venv-trtllm-1.2.1
 LLMCOMPRESSOR := .venv-llmcompressor
+MODELOPT := .venv-modelopt
 OUTPUT ?= artifacts
 # A second process per core fights over two cores; spinning OpenMP threads make it worse.
 export OMP_WAIT_POLICY := PASSIVE
@@ -16,7 +17,7 @@ REAL := $(VENV)/real
 CHAT_MODEL := $(REAL)/smollm2-135m-instruct
 PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
 LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
-.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos docker-test lint $(LINTERS) hooks bench clean
+.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos docker-test lint $(LINTERS) hooks bench bench-peers bench-quantize clean
 
 # Installing the project compiles its C extension.
 EXTENSION := hatch_build.py builder/formats/kernels/native.c builder/formats/kernels/loops.h
@@ -140,8 +141,13 @@ bench: $(VENV)/ready ## the measured ratios
 	$(VENV)/bin/python benchmarks/convert.py
 	$(VENV)/bin/python benchmarks/inspect_checkpoint.py
 
+bench-peers: $(MODELOPT)/ready $(LLMCOMPRESSOR)/ready ## the environments of ModelOpt and llm-compressor that bench-quantize compares with
+
+bench-quantize: $(VENV)/ready bench-peers ## quantization against its goals, ModelOpt and llm-compressor (ROUNDS=3 WORK=DIRECTORY)
+	$(VENV)/bin/python benchmarks/quantize.py --rounds $(or $(ROUNDS),2) $(if $(WORK),--directory $(WORK))
+
 clean: ## remove the environments
-	rm -rf $(VENV) $(TRTLLM) $(LLMCOMPRESSOR)
+	rm -rf $(VENV) $(TRTLLM) $(LLMCOMPRESSOR) $(MODELOPT)
 
 # torch goes first: anything else that asked for it would take the newest build with gigabytes of CUDA packages.
 # nvidia-pytriton carries the Triton server; what it depends on (cuda-python and more) serves nothing here.
@@ -167,6 +173,14 @@ $(LLMCOMPRESSOR)/ready: pyproject.toml requirements/llmcompressor.txt $(EXTENSIO
 	$(LLMCOMPRESSOR)/bin/pip install -q torch==2.13.0
 	$(LLMCOMPRESSOR)/bin/pip install -q -r requirements/llmcompressor.txt
 	$(LLMCOMPRESSOR)/bin/pip install -q --no-deps -e .
+	touch $@
+
+# By itself, as people who quantize with ModelOpt install it: the builder is not in it.
+$(MODELOPT)/ready: requirements/modelopt.txt
+	@$(call system_packages)
+	$(PYTHON) -m venv $(MODELOPT)
+	$(MODELOPT)/bin/pip install -q torch==2.13.0
+	$(MODELOPT)/bin/pip install -q -r requirements/modelopt.txt
 	touch $@
 
 # venv and the shared libpython that Triton's python stub is linked to: Debian and Ubuntu package both apart.

@@ -62,12 +62,12 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     work = Path(tempfile.mkdtemp())
-    direct = [sys.executable, "benchmarks/direct.py", MODEL, ROWS, SEQ_LEN]
+    direct = [sys.executable, "benchmarks/peer_modelopt.py", "calibrated", MODEL]
     subprocess.run(chain("render", work / "warm"), check=True)
     ratios, times = [], []
     for n in range(rounds):
         ours = timed(chain("render", work / f"chain{n}"))
-        theirs = timed([*direct, str(work / f"direct{n}")])
+        theirs = timed([*direct, str(work / f"direct{n}"), ROWS, SEQ_LEN])
         ratios.append(ours / theirs)
         times.append((ours, theirs))
         print(f"round {n + 1}: chain {ours:.2f} s, direct {theirs:.2f} s", file=sys.stderr)

@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from random_checkpoint import make, run
+from process_tree import run
+from random_checkpoint import make
 
 # The project's goals: a ratio, bytes, and how much more memory a model of four times the layers may take.
 GOALS = {"convert / copy": 2.0, "peak memory": 300e6, "growth": 1.1}

@@ -1,4 +1,4 @@
-"""For the benchmarks of `convert` and `inspect`: a random NVFP4 checkpoint in Qwen3-0.6B's shape; what a command costs.
+"""For the benchmarks of `convert` and `inspect`: a random NVFP4 checkpoint in Qwen3-0.6B's shape.
 
 The weights are random, but numbers that a quantizer could have written, so that an inspection finds nothing.
 """
@@ -7,40 +7,16 @@ from __future__ import annotations
 
 import json
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from random_model import linears, norms, shape
 
 from builder.core.safetensors_io import NewTensor, write
 
-# Qwen/Qwen3-0.6B, config.json
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
-    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "tie_word_embeddings": True,
-    "hidden_act": "silu", "torch_dtype": "bfloat16",
-}  # fmt: skip
-LINEARS = {
-    "self_attn.q_proj": (2048, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024),
-    "self_attn.o_proj": (1024, 2048), "mlp.gate_proj": (3072, 1024), "mlp.up_proj": (3072, 1024),
-    "mlp.down_proj": (1024, 3072),
-}  # fmt: skip
-NORMS = {"input_layernorm": 1024, "post_attention_layernorm": 1024, "self_attn.q_norm": 128, "self_attn.k_norm": 128}
+CONFIG = shape("qwen3-0.6b")
 ROWS = 4096  # of the embedding at a time
-# Linux counts the memory of the process that starts a command as the command's (fs/exec.c, setmax_mm_hiwater_rss), so
-# a small one starts it.
-MEASURE = """
-import os, subprocess, sys, time
-start = time.perf_counter()
-child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(child.pid, 0)
-child.returncode = os.waitstatus_to_exitcode(status)
-print(time.perf_counter() - start, usage.ru_maxrss)
-sys.exit(child.returncode)
-"""
 
 
 def floats(random: np.random.Generator, *shape: int) -> Iterator[bytes]:
@@ -64,9 +40,9 @@ def codes(random: np.random.Generator, rows: int, columns: int) -> Iterator[byte
 def layer(number: int, random: np.random.Generator) -> Iterator[NewTensor]:
     """The tensors of one decoder layer; the largest block scale of each weight is 448."""
     prefix = f"model.layers.{number}."
-    for name, size in NORMS.items():
+    for name, size in norms(CONFIG).items():
         yield NewTensor(f"{prefix}{name}.weight", "BF16", (size,), floats(random, size))
-    for name, (rows, columns) in LINEARS.items():
+    for name, (rows, columns) in linears(CONFIG).items():
         yield NewTensor(f"{prefix}{name}.weight_scale", "F8_E4M3", (rows, columns // 16), blocks(random, rows, columns))
         yield NewTensor(f"{prefix}{name}.weight", "U8", (rows, columns // 2), codes(random, rows, columns))
         yield NewTensor(f"{prefix}{name}.weight_scale_2", "F32", (), scale(1e-4 * (1 + number / 100)))
@@ -97,12 +73,3 @@ def make(directory: Path, layers: int) -> Path:
 def scale(value: float) -> list[bytes]:
     """The bytes of an F32."""
     return [struct.pack("<f", value)]
-
-
-def run(argv: list[str]) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of a command."""
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", MEASURE, *argv], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{argv} failed with {done.returncode}")
-    seconds, peak = done.stdout.split()
-    return float(seconds), int(peak) * 1024

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
 import struct
@@ -29,6 +30,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LFS = (".safetensors", ".parquet", ".bin")
 # The address that stands for the CDN: another host name than the endpoint's, on the same machine.
 CDN_ADDRESS = "127.0.0.2"
+LINE_BYTES = 1 << 18  # sent at a time where the rate is limited
 API = r"/api/(model|dataset)s/([^/]+(?:/[^/]+)??)(?:/(revision|tree|refs|paths-info)(/.*)?)?"
 Kind = Literal["cut", "reset", "status", "wrong-bytes", "short", "hang", "headers", "body", "entry", "pages", "drip"]
 
@@ -102,9 +104,14 @@ class Server(ThreadingHTTPServer):
 
 
 class Hub:
-    """The server, with its repositories, its faults and the requests that it received."""
+    """The server, with its repositories, its faults and the requests that it received.
 
-    def __init__(self) -> None:
+    rate: bytes per second of all files together; None for as fast as the machine can.
+    """
+
+    def __init__(self, rate: float | None = None) -> None:
+        self.rate = rate
+        self._free = 0.0  # when the line has sent what was asked of it
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
@@ -158,6 +165,14 @@ class Hub:
                     return fault
         return None
 
+    def wait_for_line(self, nbytes: int) -> None:
+        """Waits until so many bytes have gone over a line of this rate, which all connections share."""
+        assert self.rate is not None
+        with self._lock:
+            self._free = max(self._free, time.monotonic()) + nbytes / self.rate
+            until = self._free
+        time.sleep(max(0.0, until - time.monotonic()))
+
     def record(self, request: Request) -> None:
         with self._lock:
             self.requests.append(request)
@@ -175,9 +190,13 @@ class Hub:
 
 
 def _file(path: Path) -> File:
-    content = path.read_bytes()
-    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    return File(path, len(content), hashlib.sha256(content).hexdigest(), git)
+    size = path.stat().st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
+    with open(path, "rb") as opened:
+        while chunk := opened.read(1 << 20):
+            sha256.update(chunk)
+            git.update(chunk)
+    return File(path, size, sha256.hexdigest(), git.hexdigest())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -306,6 +325,9 @@ class Handler(BaseHTTPRequestHandler):
         self._content(file, {"ETag": f'"{sha256}"', "Accept-Ranges": "bytes"}, fault)
 
     def _content(self, file: File, head: dict[str, str], fault: Fault | None) -> None:
+        if self.hub.rate is not None and fault is None and self.command == "GET":
+            self._stream(file, head)
+            return
         content = file.path.read_bytes()
         if fault and fault.kind == "wrong-bytes":
             content = content[:-1] + bytes([content[-1] ^ 1])
@@ -321,6 +343,26 @@ class Handler(BaseHTTPRequestHandler):
             status = 206
             head = {**head, "Content-Range": f"bytes {begin}-{end - 1}/{len(content)}"}
         self._send(status, content[begin:end], head, fault)
+
+    def _stream(self, file: File, head: dict[str, str]) -> None:
+        """Sends a file, or the range of it that was asked for, at the server's rate."""
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        begin = int(wanted[1]) if wanted else 0
+        end = min(file.size, int(wanted[2]) + 1) if wanted and wanted[2] else file.size
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            head = {**head, "Content-Range": f"bytes {begin}-{end - 1}/{file.size}"}
+        for key, value in {"Content-Length": str(end - begin), **head}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.flush()
+        with open(file.path, "rb") as opened, suppress(OSError):
+            while begin < end:
+                chunk = min(LINE_BYTES, end - begin)
+                self.hub.wait_for_line(chunk)
+                until = begin + chunk
+                while begin < until:
+                    begin += os.sendfile(self.connection.fileno(), opened.fileno(), begin, until - begin)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str], fault: Fault | None = None) -> None:
         fault = fault or self._fault
