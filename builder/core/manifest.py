@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,11 @@ def unexpected_files(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
     return sorted(found)
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file, as hex, read in chunks."""
+def sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """The sha256 of a file, as hex, read in chunks. stop: set to give up, with a hash that is of no use."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
+        while (chunk := file.read(_CHUNK)) and not (stop and stop.is_set()):
             digest.update(chunk)
     return digest.hexdigest()
 
