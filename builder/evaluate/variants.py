@@ -32,6 +32,8 @@ SOURCES = (
     "builder/evaluate/datasets.py",
     "builder/quantize",
     "builder/checkpoint/shards.py",
+    "builder/model/dense.py",
+    "builder/model/rope.py",
     "builder/model/streamed.py",
     "builder/model/streamed_weights.py",
     *modelopt.SOURCES,

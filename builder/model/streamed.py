@@ -33,7 +33,7 @@ from builder.architectures import catalog
 from builder.architectures.names import is_head, layer_of
 from builder.architectures.written import is_loaded
 from builder.core.errors import UnsupportedError
-from builder.model import dtypes, loading, tensor_names
+from builder.model import dense, dtypes, loading, tensor_names
 from builder.model.files import CONFIG, GENERATION, parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.model.imports import only_needed
@@ -208,15 +208,35 @@ def open_model(
     passed on to `build`. IntegrityError if a file changed since it was hashed; UnsupportedError if transformers can't
     read the model, or if it can't be streamed.
     """
+    return _opened(job, device, dtype, tokens=None, **options)
+
+
+def open_decoder(job: Mapping[str, Any], device: torch.device | None, tokens: int) -> StreamedModel:
+    """The same for rows of at most `tokens` tokens and without logits: torch alone computes a plain decoder
+    (model/dense.py), with the same results."""
+    return _opened(job, device, None, tokens=tokens)
+
+
+def _opened(
+    job: Mapping[str, Any],
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    tokens: int | None,
+    **options: Any,
+) -> StreamedModel:
     files = SourceFiles.of_job(job)
     files.check_unchanged()
     stored = open_tensors(files.root)
     config = parse_config((files.root / CONFIG).read_bytes(), str(files.root))
     headers = {name: (info.dtype, info.shape) for name, info in stored.items()}
     dtype = dtype or getattr(torch, dtypes.served(dtypes.with_type(config, headers)))
-    with files.linked(without=[CONFIG, GENERATION]) as directory:
-        loading.write_config(files.root, directory, config)
-        model = build(directory, dtype, trust_remote_code=job["trust_remote_code"], **options)
+    model: Any
+    if tokens is not None and dense.computes(config, tokens):
+        model = dense.DenseModel(config, dtype)
+    else:
+        with files.linked(without=[CONFIG, GENERATION]) as directory:
+            loading.write_config(files.root, directory, config)
+            model = build(directory, dtype, trust_remote_code=job["trust_remote_code"], **options)
     loading.check_tied(config, files.root)
     model.name_or_path = model.config._name_or_path = str(files.root)
     return StreamedModel(model, MappedSource(stored), dtype, device or torch.device("cpu"))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from builder.core.safetensors_io import Tensors
 from builder.formats.arithmetic.dtypes import DTYPES
+from builder.model.dense import DenseModel
 
 
 class Source(Protocol):
@@ -137,6 +138,8 @@ def _tied(model: Any) -> set[str]:
 def _loader(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A function that loads {name in the files: tensor} into the model, and returns transformers' loading info with the
     names of all tensors of the model that were not among them as `missing`."""
+    if isinstance(model, DenseModel):
+        return _loader_of_torch(model, dtype, device)
     try:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
     except ImportError:
@@ -184,6 +187,26 @@ def _loader_of_4(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
         return {
             "missing": whole.keys() - loaded,
             "unexpected_keys": found.keys() - whole.keys(),
+            "mismatched_keys": wrong,
+        }
+
+    return load
+
+
+def _loader_of_torch(model: DenseModel, dtype: torch.dtype, device: torch.device) -> Any:
+    """The same for a model whose tensors have the names of its parameters."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def load(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        wrong = [(n, t.shape, shapes[n]) for n, t in tensors.items() if n in shapes and t.shape != shapes[n]]
+        fitting = tensors.keys() & shapes.keys() - {one[0] for one in wrong}
+        for name in fitting:
+            module, _, leaf = name.rpartition(".")
+            made = nn.Parameter(tensors[name].to(device=device, dtype=dtype), requires_grad=False)
+            model.get_submodule(module)._parameters[leaf] = made
+        return {
+            "missing": shapes.keys() - fitting,
+            "unexpected_keys": tensors.keys() - shapes.keys(),
             "mismatched_keys": wrong,
         }
 

@@ -26,6 +26,8 @@ SOURCES = (
     "builder/quantize/calibrated.py",
     "builder/quantize/ranges.py",
     "builder/quantize/stored_model.py",
+    "builder/model/dense.py",
+    "builder/model/rope.py",
     "builder/model/streamed.py",
     "builder/model/streamed_weights.py",
     "builder/quantize/stored_scales.py",

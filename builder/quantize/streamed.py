@@ -27,6 +27,8 @@ from builder.quantize.source_weights import SourceModel
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "accelerate")
 SOURCES = (
     *modelopt.SOURCES,
+    "builder/model/dense.py",
+    "builder/model/rope.py",
     "builder/model/streamed.py",
     "builder/model/streamed_weights.py",
     "builder/quantize/streamed.py",

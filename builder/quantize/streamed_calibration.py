@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from builder.core.process import emit
+from builder.core.store import library_versions
 from builder.model.streamed import State, StreamedModel
 from builder.quantize import streamed_ranges, streamed_states
 from builder.quantize.experts import RoutedTokens
@@ -48,9 +49,7 @@ def calibrate(
 
 def _joins_experts() -> bool:
     """Whether ModelOpt 0.47 would calibrate: it runs with transformers 5, and 0.37 with 4."""
-    import transformers
-
-    return not transformers.__version__.startswith("4.")
+    return not library_versions("transformers")["transformers"].startswith("4.")
 
 
 class _Run:

@@ -7,6 +7,7 @@ model's files. ModelOpt is not imported; ranges and bytes equal those of its max
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     unified_plan.check(planned.layers)
     gc.disable()  # saves a fifth of the imports' time
     device = check_device(job.get("gpus", ()))
-    batches = worker._batches(job)
+    batches = _batches(job, source)
     gc.freeze()
     gc.enable()
     clock.lap("rows")
@@ -65,6 +66,24 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _batches(job: Mapping[str, Any], source: SourceModel) -> list[Any]:
+    """The calibration rows as batches of token ids. Rows of text need neither transformers' tokenizer, whose tokens are
+    those of tokenizer.json (tokenizer/loading.py), nor its configuration."""
+    from builder.calibration.rows import check_tokens, token_batches
+    from builder.tokenizer.loading import ServedTokenizer
+
+    with open(job["rows"], encoding="utf-8") as lines:
+        of_text = all("text" in json.loads(line) for line in lines)
+    limit = source.config.get("max_position_embeddings")
+    if not of_text or not limit or job["trust_remote_code"] or not (source.directory / "tokenizer.json").is_file():
+        return worker._batches(job)
+    emit(progress={"label": "reading the calibration rows", "done": 0, "total": None})
+    seq_len, rows = min(job["seq_len"], limit), Path(job["rows"])
+    batches = token_batches(rows, ServedTokenizer(source.directory), seq_len=seq_len, batch_size=job["batch_size"])
+    check_tokens(sum(batch.numel() for batch in batches), sum(map(len, batches)), job.get("min_tokens", 0))
+    return list(batches)
+
+
 def calibrate(job: Mapping[str, Any], batches: Sequence[Any], planned: UnifiedPlan) -> tuple[Ranges, dict[str, Any]]:
     """The ranges of the rows, and facts: the tokens of each expert, and the layer that the run continued at.
 
@@ -76,7 +95,8 @@ def calibrate(job: Mapping[str, Any], batches: Sequence[Any], planned: UnifiedPl
     from builder.quantize import streamed_calibration
 
     emit(progress={"label": "opening the model", "done": 0, "total": None})
-    model = streamed.open_model(job, torch.device("cuda", 0) if torch.cuda.is_available() else None)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    model = streamed.open_decoder(job, device, max(batch.shape[1] for batch in batches))
     if hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "eager"  # other ways to compute joined experts hide their inputs
     names = [*(f"{module}.weight" for module in planned.layers), *(part.name for part in planned.copies)]

@@ -28,7 +28,7 @@ from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED, DeclaredFormats, declared
 from builder.formats.registry import for_whole_model
-from builder.reference.rope import frequencies, rotate
+from builder.model.rope import frequencies, rotate
 from builder.reference.supported import ACTIVATIONS, engine_architectures
 
 _KINDS = {kind: name for name, kind in DTYPES.items()}

@@ -12,6 +12,7 @@ SERVED_SOURCES = (
     "builder/serving/installation.py",
     "builder/trtllm/compatibility.py",
     "builder/architectures",
+    "builder/model/rope.py",
     "builder/reference",
     "builder/recipe/target_facts.py",
     "builder/formats",

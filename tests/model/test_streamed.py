@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.model import streamed
-from tests.support import families
+from builder.model import dense, streamed
+from tests.support import exports, families
 
 # One of each kind: dense, joined experts, stacked experts and eager attention, inputs of each layer, state spaces,
 # latent attention with groups of experts, layers of two sizes.
@@ -149,3 +150,65 @@ def test_layers_that_read_keys_of_earlier_ones_are_refused(tmp_path: Path, monke
 
 
 LAYER_TYPES: Sequence[str] = ["sliding_attention", "full_attention"] * 2
+
+
+def last_states(model: streamed.StreamedModel) -> list[Any]:
+    """The states of all batches after each layer."""
+    found = []
+    with torch.inference_mode():
+        with model.prelude() as begin:
+            states = [begin(ids) for ids in [*batches(), torch.tensor([[5]])]]
+        for index in range(model.depth):
+            with model.layer(index):
+                for state in states:
+                    state.hidden = model.advance(index, state, state.hidden)
+            found += [state.hidden for state in states]
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", [*exports.MODELS, "random llama", "random mistral", "random qwen2", "random qwen3"])
+def test_torch_alone_computes_plain_decoders_as_transformers_does(family: str, dtype: str, tmp_path: Path) -> None:
+    directory, own = tmp_path / "model", family.removeprefix("random ")
+    if family in exports.MODELS:
+        shutil.copytree(exports.MODELS[family], directory)
+    else:
+        families.write(own, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
+    job = {"model": str(directory), "trust_remote_code": False}
+    alone = streamed.open_decoder(job, None, 100)
+    assert isinstance(alone.model, dense.DenseModel)
+    for one, other in zip(last_states(alone), last_states(streamed.open_model(job)), strict=True):
+        assert one.dtype == getattr(torch, dtype)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "unknown"}},
+        {"hidden_act": "gelu"},
+        {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 6},
+        {"partial_rotary_factor": 0.5},
+        {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}},
+        {"architectures": ["Qwen3MoeForCausalLM"]},
+        {"architectures": ["UnknownForCausalLM"]},
+    ],
+)
+def test_transformers_computes_what_torch_alone_does_not(changed: dict[str, Any]) -> None:
+    config = json.loads((exports.MODELS["qwen3"] / "config.json").read_text())
+    assert dense.computes(config, 64)
+    assert not dense.computes({**config, **changed}, 64)
+
+
+def test_a_plain_decoder_with_other_tensors_is_refused_by_name(tmp_path: Path) -> None:
+    families.write("qwen3", tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(IntegrityError) as caught:
+        last_states(streamed.open_decoder({"model": str(tmp_path), "trust_remote_code": False}, None, 100))
+    assert name in caught.value.why

@@ -58,7 +58,7 @@ def streamed_ranges(directory: Path, partial: Path, **options: Any) -> tuple[Ran
 
 
 def opened(directory: Path) -> streamed.StreamedModel:
-    model = streamed.open_model({"model": str(directory), "trust_remote_code": False})
+    model = streamed.open_decoder({"model": str(directory), "trust_remote_code": False}, None, 64)
     if hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "eager"
     return model
@@ -272,9 +272,19 @@ def test_the_stage_resumes_after_a_kill_and_leaves_nothing(rows: Path, tmp_path:
     again = {**job, "destination": str(tmp_path / "again"), "partial": str(tmp_path / "partial" / "checkpoint-0")}
     (tmp_path / "job.json").write_text(json.dumps(again))
     kill_after_a_layer(tmp_path / "job.json", Path(again["partial"]))
-    subprocess.run(worker_of(tmp_path / "job.json"), check=True, capture_output=True)
+    ran = subprocess.run([sys.executable, "-c", IMPORTED, tmp_path / "job.json"], check=True, capture_output=True)
+    assert ran.stdout.decode().split() == ["torch"]
     for layout in ("unified/model.safetensors", "tensorrt_llm/rank0.safetensors"):
         assert (tmp_path / "again" / layout).read_bytes() == (made.path / layout).read_bytes()
+
+
+# Runs the worker's job here, and names those of the large libraries that it imported.
+IMPORTED = """
+import json, sys
+from builder.quantize import streamed_worker
+streamed_worker.run(json.load(open(sys.argv[1])))
+print(*({"torch", "transformers", "accelerate", "modelopt", "safetensors"} & sys.modules.keys()))
+"""
 
 
 def worker_of(job: Path) -> list[str]:

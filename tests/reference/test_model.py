@@ -15,10 +15,10 @@ from builder.core.errors import IntegrityError, UnsupportedError
 from builder.formats import kv_cache
 from builder.formats.arithmetic import nvfp4
 from builder.formats.assignment import ModelFormats
+from builder.model.rope import frequencies
 from builder.quantize import worker
 from builder.quantize.simulation import enable_cpu_simulation
 from builder.reference.model import ReferenceModel
-from builder.reference.rope import frequencies
 
 DATA = Path(__file__).parents[1] / "data"
 MODELS = ["tiny-qwen3", "arch-variants/qwen2", "arch-variants/llama", "arch-variants/mistral"]

@@ -46,6 +46,8 @@ SOURCES = (
     "builder/evaluate/runners/scoring.py",
     "builder/quantize/simulation.py",
     "builder/quantize/stored_model.py",
+    "builder/model/dense.py",
+    "builder/model/rope.py",
     "builder/model/streamed.py",
     "builder/model/streamed_weights.py",
     *modelopt.SOURCES,

@@ -32,9 +32,7 @@ def frequencies(head_size: int, base: float, scaling: Mapping[str, Any] | None) 
         return _llama3(inverse, scaling), 1.0
     if kind == "yarn":
         return _yarn(inverse, base, scaling)
-    raise UnsupportedError(
-        f"The reference executor does not support rotary scaling {kind!r}.", why="It supports linear, llama3 and yarn."
-    )
+    raise UnsupportedError(f"Rotary scaling {kind!r} is not computed here.", why="It supports linear, llama3 and yarn.")
 
 
 def _llama3(inverse: Tensor, scaling: Mapping[str, Any]) -> Tensor:
