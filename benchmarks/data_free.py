@@ -2,10 +2,12 @@
 
     python benchmarks/data_free.py [--rounds 2] [--peers modelopt,llm-compressor] [--json]
 
-- time of `builder quantize --data-free` relative to a plain copy of the weights, and to ModelOpt's and llm-compressor's
-  ways (NVFP4 weights; make bench-peers installs them). Whole processes in turns: the start of Python and imports count.
-  The builder writes both layouts, hashes and inspects them; "unified only" writes the one layout that peers write
-- peak memory of all processes, on a model in Qwen3-0.6B's shape and on one with Qwen3-8B's widths
+- time relative to a plain copy of the weights, and to ModelOpt's and llm-compressor's ways (NVFP4 weights; make
+  bench-peers installs them). Whole processes in turns: the start of Python and imports count. "writer" writes the one
+  layout that peers write, "builder" is `builder quantize --data-free`, which writes both layouts with scales of inputs
+  and KV cache, inspects them, and hashes the input and the output
+- peak memory of all processes, on a model in Qwen3-0.6B's shape and on one with Qwen3-8B's widths, whose layers are 12
+  times as large
 - the bytes of all weights and their scales must be ModelOpt's; else the benchmark ends with an error
 """
 
@@ -14,26 +16,46 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from comparison import Asked, Result, Way, builder, fastest, figure, main, peer, plain_copy, ratios, take_turns, unified
+from comparison import (
+    ROOT,
+    Asked,
+    Result,
+    Way,
+    builder,
+    fastest,
+    figure,
+    main,
+    peer,
+    plain_copy,
+    ratios,
+    take_turns,
+    unified,
+)
 from random_model import make, shape
 from same_tensors import require_same
 
-FASTER, COPIES, MEMORY, GROWTH = 20, 1.5, 300, 1.1
+# Times faster than the fastest peer, copies of the input, MB, and how much more memory the larger layers may take.
+FASTER, COPIES, MEMORY, GROWTH = 20, 1.5, 300, 1.25
 WIDE_LAYERS = 4  # of the model with Qwen3-8B's widths: a layer is processed as any other
 
 
-def ours(model: Path, output: Path, *options: str) -> list[str]:
+def ours(model: Path | str, output: Path) -> list[str]:
     """The command line of our own way."""
-    return builder("quantize", str(model), output, "--gpu", "cpu", "--format", "nvfp4", "--data-free", *options)
+    return builder("quantize", str(model), output, "--gpu", "cpu", "--format", "nvfp4", "--data-free")
+
+
+def written(model: Path, output: Path) -> list[str]:
+    """The command line of its writer alone."""
+    return [sys.executable, str(ROOT / "benchmarks" / "write_unified.py"), str(model), str(output)]
 
 
 def ways(model: Path, asked: Asked) -> list[Way]:
-    """A copy, our own way and those of the peers."""
+    """A copy, our own way, its writer alone, and those of the peers."""
     work = asked.work
     found = [
         Way("copy, with the start of Python", plain_copy(model, work / "copy"), work / "copy"),
-        Way("builder --data-free", ours(model, work / "ours"), work / "ours"),
-        Way("builder --data-free, unified only", ours(model, work / "one", "--target", "llmapi"), work / "one"),
+        Way("writer", written(model, work / "writer"), work / "writer"),
+        Way("builder", ours(model, work / "ours"), work / "ours"),
     ]
     if "modelopt" in asked.peers:
         argv = peer("modelopt", "peer_modelopt.py", "data-free", str(model), str(work / "modelopt"))
@@ -50,25 +72,34 @@ def measure(asked: Asked) -> Result:
     model = make(asked.work / "model", shape("qwen3-0.6b", asked.layers))
     found = ways(model, asked)
     result = Result("Data-free NVFP4, file to file (random model, Qwen3-0.6B's shape)", take_turns(found, asked.rounds))
-    copy, default, one = (result.costs[way.name] for way in found[:3])
+    copy = result.costs[found[0].name]
     if peers := [way.name for way in found if way.peer]:
         theirs = fastest(result.costs, peers)
-        for name, runs in (("both layouts", default), ("unified only", one)):
-            times = ratios(theirs, runs)
+        for name in ("writer", "builder"):
+            times = ratios(theirs, result.costs[name])
             result.figures.append(figure(f"times faster than the fastest peer, {name}", times, FASTER, at_least=True))
-    for name, runs in (("both layouts", default), ("unified only", one)):
-        result.figures.append(figure(f"time / copy of the input, {name}", ratios(runs, copy), COPIES))
+    for name in ("writer", "builder"):
+        result.figures.append(figure(f"time / copy of the input, {name}", ratios(result.costs[name], copy), COPIES))
     if "modelopt" in asked.peers:
-        result.notes.append(require_same(unified(asked.work / "ours"), asked.work / "modelopt", only_weights=True))
-    wide = make(asked.work / "wide", shape("qwen3-8b", min(asked.layers or WIDE_LAYERS, WIDE_LAYERS)), shards=2)
-    large = Way("builder, Qwen3-8B's widths", ours(wide, asked.work / "large"), asked.work / "large").run()
-    result.costs["builder, Qwen3-8B's widths"] = [large]
-    least = max(cost.resident for cost in default) / 1e6
-    result.figures.append(figure("peak MB of all processes, Qwen3-0.6B's shape", [least], MEMORY))
-    result.figures.append(figure("peak MB of all processes, Qwen3-8B's widths", [large.resident / 1e6], MEMORY))
-    result.figures.append(figure("growth of the peak from 0.6B to 8B widths", [large.resident / 1e6 / least], GROWTH))
+        for output, more in ((asked.work / "writer", False), (unified(asked.work / "ours"), True)):
+            result.notes.append(require_same(output, asked.work / "modelopt", ranges=more))
+    memory(result, asked)
     return result
 
 
+def memory(result: Result, asked: Asked) -> None:
+    """The peaks of both ways, with a model of larger layers too."""
+    small = {name: max(cost.resident for cost in result.costs[name]) / 1e6 for name in ("writer", "builder")}
+    wide = make(asked.work / "wide", shape("qwen3-8b", min(asked.layers or WIDE_LAYERS, WIDE_LAYERS)), shards=2)
+    output = asked.work / "large"
+    for name, argv in (("writer", written(wide, output)), ("builder", ours(wide, output))):
+        cost = Way(name, argv, output).run()
+        result.costs[f"{name}, Qwen3-8B's widths"] = [cost]
+        peak = cost.resident / 1e6
+        result.figures.append(figure(f"peak MB, {name}, Qwen3-0.6B's shape", [small[name]], MEMORY))
+        result.figures.append(figure(f"peak MB, {name}, Qwen3-8B's widths", [peak], MEMORY))
+        result.figures.append(figure(f"growth of the peak to 8B widths, {name}", [peak / small[name]], GROWTH))
+
+
 if __name__ == "__main__":
-    sys.exit(main(__doc__, measure, "builder --data-free"))
+    sys.exit(main(__doc__, measure, "builder"))

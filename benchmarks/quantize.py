@@ -21,7 +21,7 @@ from comparison import clear, parser, show, started
 PARTS = {"data_free": data_free, "calibrated": calibrated, "download": download, "resume": resume}
 # The way that the others' times are multiples of
 BASES = {
-    "data_free": "builder --data-free",
+    "data_free": "builder",
     "calibrated": "builder --memory low (streamed)",
     "download": "download alone",
     "resume": "whole run",

@@ -10,13 +10,13 @@ from builder.core.safetensors_io import Tensors
 RANGES = (".input_scale", ".k_scale", ".v_scale")
 
 
-def require_same(ours: Path, theirs: Path, *, what: str = "ModelOpt", only_weights: bool = False) -> str:
+def require_same(ours: Path, theirs: Path, *, what: str = "ModelOpt", ranges: bool = False) -> str:
     """Ends the benchmark, with names, unless both have the same tensors. Returns a sentence for the report.
 
-    what: whose theirs are. only_weights: ours may have scales of inputs and of the KV cache that theirs lacks.
+    what: whose theirs are. ranges: ours may have scales of inputs and of the KV cache that theirs lacks.
     """
     one, other = Tensors(ours), Tensors(theirs)
-    extra = {name for name in set(one) - set(other) if not (only_weights and name.endswith(RANGES))}
+    extra = {name for name in set(one) - set(other) if not (ranges and name.endswith(RANGES))}
     if wrong := sorted(extra | (set(other) - set(one))):
         raise SystemExit(f"{len(wrong)} tensors are in only one of {ours} and {theirs}: {', '.join(wrong[:8])}")
     different = [name for name in sorted(other) if not _same(one, other, name)]

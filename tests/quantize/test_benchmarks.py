@@ -110,11 +110,11 @@ def test_a_difference_ends_the_benchmark(tmp_path: Path) -> None:
     same = checkpoint("ours", a__weight=b"abc", b__weight=b"d")
     assert require_same(same, theirs) == "2 tensors, 4 bytes: the same as those of ModelOpt"
     more = checkpoint("ours", a__weight=b"abc", b__weight=b"d", a__input_scale=b"e")
-    assert require_same(more, theirs, only_weights=True)
+    assert require_same(more, theirs, ranges=True)
     with pytest.raises(SystemExit, match=r"1 tensors are in only one of .*: a\.input_scale"):
         require_same(more, theirs)
     with pytest.raises(SystemExit, match=r"1 tensors are in only one of .*: b\.weight"):
-        require_same(checkpoint("ours", a__weight=b"abc"), theirs, only_weights=True)
+        require_same(checkpoint("ours", a__weight=b"abc"), theirs, ranges=True)
     with pytest.raises(SystemExit, match=r"1 tensors of .* differ: a\.weight"):
         require_same(checkpoint("ours", a__weight=b"abd", b__weight=b"d"), theirs)
     with pytest.raises(SystemExit, match=r"differ: b\.weight"):
