@@ -22,6 +22,7 @@ from builder.model import multimodal, tensor_names
 from builder.model.rope import frequencies, rotate
 
 ACTIVATION = "silu"
+ROPE_TYPES = ("linear", "llama3", "yarn")
 LAYERS = "model.layers"
 _OUTSIDE = ("model.embed_tokens", "model.norm", "lm_head")
 _LINEARS = tuple(f"self_attn.{one}_proj" for one in "qkvo") + tuple(f"mlp.{one}_proj" for one in ("gate", "up", "down"))
@@ -45,7 +46,8 @@ def computes(config: Mapping[str, Any], tokens: int) -> bool:
         return False
     window = attention.sliding_window(config)
     given = config.get("hidden_act") or architecture.config.defaults["hidden_act"]
-    return scaling is None and given == ACTIVATION and (window is None or tokens < window)
+    turned = scaling is None or scaling["rope_type"] in ROPE_TYPES
+    return turned and given == ACTIVATION and (window is None or tokens < window)
 
 
 class Linear(nn.Linear):
@@ -150,12 +152,12 @@ class Decoder(nn.Module):
         self.embed_tokens = Embedding(sizes.vocabulary, sizes.hidden)
         self.layers = nn.ModuleList([Layer(sizes) for _ in range(depth)])
         self.norm = RMSNorm(sizes.hidden, sizes.epsilon)
-        self._base, self._head_size = sizes.rope_base, sizes.head_size
+        self._rope = sizes.head_size, sizes.rope_base, sizes.rope_scaling
 
     def forward(self, ids: Tensor, use_cache: bool = False) -> Tensor:
         """The hidden states of token ids [rows, tokens]."""
         hidden: Tensor = self.embed_tokens(ids)
-        angles, factor = frequencies(self._head_size, self._base, None)
+        angles, factor = frequencies(*self._rope)
         positions = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
         both = torch.outer(positions, angles.to(ids.device)).repeat(1, 2)[None, None]
         turn = ((both.cos() * factor).to(hidden.dtype), (both.sin() * factor).to(hidden.dtype))
@@ -208,7 +210,7 @@ class Sizes:
         self.qk_norm = architecture.qk_norm
         epsilon = config.get("rms_norm_eps")
         self.epsilon = float(architecture.config.defaults["rms_norm_eps"] if epsilon is None else epsilon)
-        self.rope_base, _ = attention.rope(config)
+        self.rope_base, self.rope_scaling = attention.rope(config)
 
     def linear(self, name: str) -> Linear:
         """A linear layer of the first decoder layer; all others have the same sizes."""

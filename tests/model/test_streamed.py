@@ -184,10 +184,31 @@ def test_torch_alone_computes_plain_decoders_as_transformers_does(family: str, d
         assert torch.equal(one, other)
 
 
+SCALED = {"factor": 4.0, "original_max_position_embeddings": 128}
+TURNED: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "llama3": {**SCALED, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": SCALED,
+}
+
+
+@pytest.mark.parametrize("kind", TURNED)
+def test_torch_alone_scales_the_rotary_embedding_as_transformers_does(kind: str, tmp_path: Path) -> None:
+    config = families.write("llama", tmp_path)
+    config = {key: value for key, value in config.items() if key != "rope_parameters"}
+    config |= {"rope_theta": 500000.0, "rope_scaling": {"rope_type": kind, **TURNED[kind]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    job = {"model": str(tmp_path), "trust_remote_code": False}
+    alone = streamed.open_decoder(job, None, 100)
+    assert isinstance(alone.model, dense.DenseModel)
+    for one, other in zip(last_states(alone), last_states(streamed.open_model(job)), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
-        {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
         {"rope_scaling": {"rope_type": "unknown"}},
         {"hidden_act": "gelu"},
         {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 6},
