@@ -40,7 +40,7 @@ def measure(asked: Asked) -> Result:
         remote = environment(hub, work / "remote" / "home")  # below the output, which is removed before each run
         fetched = environment(hub, work / "fetched" / "home")
         ways = [
-            Way("download alone", builder("fetch", NAME, work / "fetched"), work / "fetched", environment=fetched),
+            Way("download alone", builder("fetch", NAME, work / "fetched", "--gpu", "cpu"), work / "fetched", environment=fetched),
             Way("quantization alone", ours(model, work / "local"), work / "local"),
             Way("both at once", ours(NAME, work / "remote"), work / "remote", environment=remote),
         ]
