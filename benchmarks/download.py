@@ -39,8 +39,9 @@ def measure(asked: Asked) -> Result:
         hub.add(NAME, model)
         remote = environment(hub, work / "remote" / "home")  # below the output, which is removed before each run
         fetched = environment(hub, work / "fetched" / "home")
+        fetch = builder("fetch", NAME, work / "fetched", "--gpu", "cpu")
         ways = [
-            Way("download alone", builder("fetch", NAME, work / "fetched", "--gpu", "cpu"), work / "fetched", environment=fetched),
+            Way("download alone", fetch, work / "fetched", environment=fetched),
             Way("quantization alone", ours(model, work / "local"), work / "local"),
             Way("both at once", ours(NAME, work / "remote"), work / "remote", environment=remote),
         ]
