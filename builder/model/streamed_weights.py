@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -75,7 +75,7 @@ class Weights:
     def __init__(self, model: Any, source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self._model, self._source, self.device = model, source, device
         self._empty = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
-        self._load = _loader(model, dtype, device)
+        self._load = _loader(model, dtype, device, source.release)
         self._ignored = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         self._optional = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
         self._tied = _tied(model)
@@ -135,7 +135,7 @@ def _tied(model: Any) -> set[str]:
     return set(known)
 
 
-def _loader(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def _loader(model: Any, dtype: torch.dtype, device: torch.device, release: Callable[[Iterable[str]], None]) -> Any:
     """A function that loads {name in the files: tensor} into the model, and returns transformers' loading info with the
     names of all tensors of the model that were not among them as `missing`."""
     if isinstance(model, DenseModel):
@@ -147,6 +147,8 @@ def _loader(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
+    from builder.model.joined_experts import JoinedExperts
+
     options = LoadStateDictConfig(
         device_map={"": device},
         dtype=dtype,
@@ -155,12 +157,15 @@ def _loader(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
     )
 
     model._weight_conversions = options.weight_mapping  # as if the whole model had been loaded
+    experts = JoinedExperts(model, options.weight_mapping or (), options.dtype_plan, release)
 
     def load(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), options, None)
+        rest = dict(tensors)
+        joined = experts.take(rest, device)
+        info, _ = convert_and_load_state_dict_in_model(model, rest, options, None)
         model._weight_conversions = options.weight_mapping
         found = info.to_dict()
-        return {**found, "missing": set(info.missing_keys)}
+        return {**found, "missing": set(info.missing_keys) - joined}
 
     return load
 

@@ -29,6 +29,7 @@ SOURCES = (
     "builder/model/dense.py",
     "builder/model/rope.py",
     "builder/model/streamed.py",
+    "builder/model/joined_experts.py",
     "builder/model/streamed_weights.py",
     "builder/quantize/stored_scales.py",
     "builder/checkpoint/description.py",

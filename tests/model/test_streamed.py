@@ -73,6 +73,17 @@ def test_layer_by_layer_equals_the_resident_model(family: str, tmp_path: Path) -
     check(tmp_path)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "nemotron_h", "deepseek_v3"])
+def test_experts_are_joined_matrix_by_matrix(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by transformers' stacks of all matrices, which take more than the layer's memory again."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+    written(family, tmp_path)
+    whole = resident(tmp_path)
+    monkeypatch.setattr(loading.MergeModulelist, "convert", None)
+    for one, other in zip(whole, by_layer(tmp_path), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [one for one in families.MODELS if one not in KINDS])
 def test_layer_by_layer_equals_the_resident_model_of_every_family(family: str, tmp_path: Path) -> None:

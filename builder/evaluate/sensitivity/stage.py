@@ -49,6 +49,7 @@ SOURCES = (
     "builder/model/dense.py",
     "builder/model/rope.py",
     "builder/model/streamed.py",
+    "builder/model/joined_experts.py",
     "builder/model/streamed_weights.py",
     *modelopt.SOURCES,
 )
