@@ -8,7 +8,7 @@ read, changed and tested without those above it.
     formats         number formats: bits, tensors on disk, who runs them
     recipe          what to build, and where each value came from
     architectures   model families: tensor names, features, who serves them
-    model           the source model's files, config.json and tensors
+    model           the source model: files, config.json, tensors, one layer computed at a time
     tokenizer       its tokenizer and chat template
     hub             the Hugging Face Hub
     calibration     texts that the activation ranges are read from

@@ -16,10 +16,10 @@ from builder.calibration.rows import Calibration, required_tokens
 from builder.checkpoint import validate
 from builder.checkpoint.layouts import Checkpoint
 from builder.core import process, workers
+from builder.core.errors import UnsupportedError
 from builder.core.store import Store, key_of, library_versions, sources_digest
 from builder.formats.assignment import ModelFormats, of_job
 from builder.hub.snapshot import Snapshot
-from builder.model.source_tensors import open_tensors
 from builder.quantize import modelopt, unified_plan
 from builder.quantize.modelopt import QuantizeRequest
 from builder.quantize.source_weights import SourceModel
@@ -47,11 +47,24 @@ SOURCES = (
     "builder/checkpoint/unified_config.py",
 )
 STAGE = "checkpoint"
+NEEDED = ("torch", "transformers", "tokenizers")
 
 
 def check(source: SourceModel, formats: ModelFormats) -> None:
-    """UnsupportedError, by headers alone, for formats and experts that only ModelOpt can quantize."""
-    unified_plan.check(unified_plan.plan(source.config, source.headers, source.dtype, formats).layers)
+    """UnsupportedError, by headers alone, for formats and experts that only ModelOpt can quantize, for layers that do
+    not fit their format, and if a library is absent."""
+    absent = [name for name in NEEDED if library_versions(name)[name] == "absent"]
+    if absent:
+        raise UnsupportedError(
+            f"Calibrating needs {', '.join(absent)}, not installed in this Python environment.",
+            hint="Install the project with its quantize extra, or run the build in the container.",
+        )
+    planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+    unified_plan.check(planned.layers)
+    every = [layer for group in planned.groups for layer in group]
+    for one in dict.fromkeys(planned.layers.values()):
+        shapes = {f"{layer.module}.weight": layer.part.shape for layer in every if layer.number_format is one}
+        modelopt.check_sizes(shapes, one)
 
 
 def quantize_streamed(
@@ -67,10 +80,10 @@ def quantize_streamed(
     partial = _partial(store, ingredients)
 
     def make(tmp: Path) -> dict[str, Any]:
-        number_format = asked.quantization.number_format
-        modelopt.check(open_tensors(snapshot.path), catalog.of(snapshot.config), layers, number_format)
+        job = _job(snapshot, calibration, ingredients)
+        check(SourceModel.open(snapshot.path), of_job(job))
         with snapshot.source.explain_failures():
-            facts = _run({**_job(snapshot, calibration, ingredients), "partial": str(partial)}, tmp, store)
+            facts = _run({**job, "partial": str(partial)}, tmp, store)
         found = validate.inspect(tmp, here=True)
         found.check()
         return {**facts, "layers": layers, "zero_layers": list(asked.zero_layers), "inspection": found.facts()}

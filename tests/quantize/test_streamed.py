@@ -246,6 +246,14 @@ def test_what_needs_modelopt_is_refused_before_anything_is_computed(
     assert "--memory" in caught.value.hint
 
 
+def test_a_size_that_is_no_multiple_of_16_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "MODELS", {"qwen3": {"intermediate_size": 120}})
+    families.write("qwen3", tmp_path)
+    with pytest.raises(UnsupportedError, match="2 linear layers") as caught:
+        check(SourceModel.open(tmp_path), ModelFormats(registry.get("nvfp4"), {}, kv_cache.FP8))
+    assert "layers.1.mlp.down_proj.weight [64, 120]" in caught.value.why
+
+
 def inputs(store: Store, rows: Path, model: Path = TINY) -> tuple[Snapshot, Calibration, QuantizeRequest]:
     part = schema.Calibration(data=str(rows), samples=4, seq_len=64)
     calibration = calibrate(part, store=store)
@@ -320,17 +328,20 @@ def test_results_of_another_source_or_of_other_rows_are_never_used(rows: Path, t
     assert len(names) == 3
 
 
+# Prints the most memory in KiB before and after a calibration. Not that of getrusage(2), which counts the memory of the
+# process that started this one, too (fs/exec.c, setmax_mm_hiwater_rss).
 DEEP = """
-import json, resource, sys
+import re, sys
 from pathlib import Path
 import torch
 from builder.model import streamed
 from builder.quantize import streamed_calibration
 model = streamed.open_model({"model": sys.argv[1], "trust_remote_code": False})
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
 ids = [torch.arange(64)[None] for _ in range(2)]
 streamed_calibration.calibrate(model, ids, [], Path(sys.argv[1]) / "partial" / "checkpoint-0")
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(before, peak())
 """
 
 
