@@ -16,7 +16,7 @@ from pathlib import Path
 
 import process_tree
 from comparison import ENVIRONMENT, Asked, Result, Way, builder, figure, main, peer, ratios, take_turns, unified
-from random_model import embedding_bytes, layer_bytes, make, make_rows, shape
+from random_model import embedding_bytes, layer_bytes, make, make_rows
 from same_tensors import require_same
 
 ROWS, TOKENS = 8, 256
@@ -49,10 +49,9 @@ def ways(model: Path, rows: Path, asked: Asked) -> list[Way]:
 
 def measure(asked: Asked) -> Result:
     """Costs, ratios and memory."""
-    config = shape("qwen3-0.6b", asked.layers)
-    model, rows = make(asked.work / "model", config), make_rows(asked.work / "rows.jsonl", ROWS, TOKENS)
+    model, rows = make(asked.work / "model", asked.config), make_rows(asked.work / "rows.jsonl", ROWS, TOKENS)
     found = ways(model, rows, asked)
-    title = f"Calibrated NVFP4 + FP8 KV, {ROWS} x {TOKENS} tokens (random model, Qwen3-0.6B's shape)"
+    title = f"Calibrated NVFP4 + FP8 KV, {ROWS} x {TOKENS} tokens (random model, {asked.shape}'s shape)"
     result = Result(title, take_turns(found, asked.rounds))
     low, whole = (result.costs[way.name] for way in found[:2])
     if "modelopt" in asked.peers:
@@ -72,7 +71,7 @@ def depth(result: Result, asked: Asked, peak: int) -> None:
     """The streamed way's memory, with half as many layers and with all of them.
 
     What it must hold: 1.5 layers, the embeddings and the hidden states of all rows, on top of Python with torch."""
-    config = shape("qwen3-0.6b", asked.layers)
+    config = asked.config
     shallow = make(asked.work / "shallow", config | {"num_hidden_layers": max(1, config["num_hidden_layers"] // 2)})
     rows, output = asked.work / "rows.jsonl", asked.work / "half"
     half = Way("builder --memory low, half the layers", ours(shallow, rows, output, "low"), output)

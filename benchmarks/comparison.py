@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import process_tree
+import random_model
 from process_tree import Cost
 
 ROOT = Path(__file__).parents[1]
@@ -94,8 +95,14 @@ class Asked:
 
     rounds: int
     peers: tuple[str, ...]
+    shape: str
     layers: int | None
     work: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json of the model that all ways quantize."""
+        return random_model.shape(self.shape, self.layers)
 
 
 def take_turns(ways: Iterable[Way], rounds: int) -> dict[str, list[Cost]]:
@@ -176,7 +183,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--rounds", type=int, default=2)
     made.add_argument("--peers", default=",".join(PEERS), help="to compare with: %(default)s, or none")
-    made.add_argument("--layers", type=int, help="of the models; fewer only show that the benchmark works")
+    made.add_argument("--shape", choices=random_model.SHAPES, default="qwen3-0.6b", help="of the model")
+    made.add_argument("--layers", type=int, help="another number than the model has; few to try a benchmark")
     made.add_argument("--directory", type=Path, help="where to work (default: the temporary directory)")
     made.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     return made
@@ -192,7 +200,7 @@ def started(arguments: argparse.Namespace) -> Iterator[Asked]:
         if not (PEERS[name] / "ready").exists():
             raise SystemExit(f"{name} is not installed. Type `make bench-peers` first, or use --peers none.")
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        yield Asked(arguments.rounds, peers, arguments.layers, Path(directory))
+        yield Asked(arguments.rounds, peers, arguments.shape, arguments.layers, Path(directory))
 
 
 def main(description: str | None, measure: Callable[[Asked], Result], base: str) -> int:

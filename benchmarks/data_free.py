@@ -69,9 +69,11 @@ def ways(model: Path, asked: Asked) -> list[Way]:
 
 def measure(asked: Asked) -> Result:
     """Costs, ratios and memory."""
-    model = make(asked.work / "model", shape("qwen3-0.6b", asked.layers))
+    model = make(asked.work / "model", asked.config)
     found = ways(model, asked)
-    result = Result("Data-free NVFP4, file to file (random model, Qwen3-0.6B's shape)", take_turns(found, asked.rounds))
+    result = Result(
+        f"Data-free NVFP4, file to file (random model, {asked.shape}'s shape)", take_turns(found, asked.rounds)
+    )
     copy = result.costs[found[0].name]
     if peers := [way.name for way in found if way.peer]:
         theirs = fastest(result.costs, peers)
@@ -96,7 +98,7 @@ def memory(result: Result, asked: Asked) -> None:
         cost = Way(name, argv, output).run()
         result.costs[f"{name}, Qwen3-8B's widths"] = [cost]
         peak = cost.resident / 1e6
-        result.figures.append(figure(f"peak MB, {name}, Qwen3-0.6B's shape", [small[name]], MEMORY))
+        result.figures.append(figure(f"peak MB, {name}, {asked.shape}'s shape", [small[name]], MEMORY))
         result.figures.append(figure(f"peak MB, {name}, Qwen3-8B's widths", [peak], MEMORY))
         result.figures.append(figure(f"growth of the peak to 8B widths, {name}", [peak / small[name]], GROWTH))
 

@@ -2,7 +2,7 @@
 
     python benchmarks/download.py [--rounds 2] [--json]
 
-A server on this machine sends a random model in Qwen3-0.6B's shape, in eight files, at the rate of a line of 1 Gbit/s.
+A server on this machine sends a random model, in eight files, at the rate of a line of 1 Gbit/s.
 Three commands in turns: the download alone (`builder fetch`), quantization alone from a directory, and
 `builder quantize --data-free` of the model on the server. The bytes must be those of quantization alone.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import comparison
 from comparison import Asked, Result, Way, builder, figure, main, take_turns, unified
 from data_free import ours
-from random_model import make, shape
+from random_model import make
 from same_tensors import require_same
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
@@ -34,7 +34,7 @@ def environment(hub: Hub, home: Path) -> Mapping[str, str]:
 def measure(asked: Asked) -> Result:
     """The three commands."""
     work = asked.work
-    model = make(work / "model", shape("qwen3-0.6b", asked.layers), SHARDS)
+    model = make(work / "model", asked.config, SHARDS)
     with Hub(RATE) as hub:
         hub.add(NAME, model)
         remote = environment(hub, work / "remote" / "home")  # below the output, which is removed before each run

@@ -15,7 +15,7 @@ from pathlib import Path
 import process_tree
 from calibrated import ROWS, TOKENS, ours
 from comparison import ENVIRONMENT, Asked, Result, clear, figure, main, ratios, unified
-from random_model import make, make_rows, shape
+from random_model import make, make_rows
 from same_tensors import require_same
 
 GOAL = 0.6
@@ -32,7 +32,7 @@ def calibrated(output: Path, layers: int) -> Callable[[], bool]:
 
 def measure(asked: Asked) -> Result:
     """Whole runs, and what is left after a kill."""
-    work, config = asked.work, shape("qwen3-0.6b", asked.layers)
+    work, config = asked.work, asked.config
     model, rows = make(work / "model", config), make_rows(work / "rows.jsonl", ROWS, TOKENS)
     whole, killed = work / "whole", work / "killed"
     result = Result("Resume after a kill at half of the layers", {"whole run": [], "rest after the kill": []})
