@@ -17,15 +17,18 @@ from builder.core.usage import Usage
 from builder.evaluate import tasks
 from builder.evaluate.variants import Models
 from builder.hub.snapshot import Snapshot, fetch, open_source
-from builder.preflight import checks
+from builder.preflight import checks, ways
+from builder.preflight.memory import machine
 from builder.preflight.prepare import Prepared, check_fit, prepare, tell
 from builder.preflight.quantized import Quantized, check_runners, compares, not_quantizable, opened
 from builder.preflight.zero_layers import keep_zeros
 from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
+from builder.quantize.data_free import write_data_free
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.quantize.scales import ScalesRequest
+from builder.quantize.streamed import quantize_streamed
 from builder.quantize.unquantized import write_checkpoint
 from builder.recipe.schema import Recipe, Resolved
 from builder.serving.smoke import SmokeReport, smoke_test
@@ -179,19 +182,44 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
     prepared = keep_zeros(prepared, snapshot, store.out)
     if prepared.zero_layers:
         check_room(prepared)
-    calibration = calibrate(recipe.calibration, store=store)
-    check_conversations(read_rows(calibration), snapshot.path)
-    if recipe.quantization.kept_budget is not None:
+    calibration = None
+    if prepared.calibration is not None:
+        calibration = calibrate(prepared.calibration, store=store)
+        check_conversations(read_rows(calibration), snapshot.path)
+    if calibration is not None and recipe.quantization.kept_budget is not None:
         from builder.evaluate.sensitivity.choose import choose_excluded  # numpy: only for those who measure
 
         prepared = choose_excluded(prepared, snapshot, calibration, store)
         check_room(prepared)
-    trusted, zero = recipe.model.trust_remote_code, prepared.zero_layers
-    request = QuantizeRequest(recipe.quantization, recipe.calibration, prepared.model.layers, trusted, zero)
-    checkpoint = quantize(snapshot, calibration, request, store=store)
+    checkpoint = _quantized(prepared, snapshot, calibration, store)
     _tell_limit(used(), store)
     built = Built(snapshot, prepared, calibration, checkpoint)
     return _serve(_checked(built, store) if quality else built, wanted, store)
+
+
+def _quantized(prepared: Prepared, snapshot: Snapshot, calibration: Calibration | None, store: Store) -> Checkpoint:
+    """The checkpoint, made in the way that preflight chose. With --memory auto, one that is in the store is taken,
+    whichever way made it, so that on a machine with other memory nothing is calibrated again."""
+    recipe = prepared.recipe
+    trusted, zero = recipe.model.trust_remote_code, prepared.zero_layers
+    request = QuantizeRequest(recipe.quantization, recipe.calibration, prepared.model.layers, trusted, zero)
+    if calibration is None:
+        return write_data_free(snapshot, request, store=store)
+    by = {"whole": quantize, "low": quantize_streamed}
+    choice = prepared.way(machine(store.root))
+    assert choice is not None
+
+    def is_stored(way: str) -> bool:
+        dry = Store(store.root, Output("quiet"), force=sorted(store.force), dry=True)
+        try:
+            return bool(by[way](snapshot, calibration, request, store=dry))
+        except WouldRun:
+            return False
+
+    taken = choice.taken.name
+    if choice.as_good and not is_stored(taken):
+        taken = next(filter(is_stored, choice.as_good), taken)
+    return by[taken](snapshot, calibration, request, store=store)
 
 
 def _tell_limit(used: Usage, store: Store) -> None:
@@ -287,6 +315,8 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     prepared = prepare(resolved, store, layouts=False)
     if prepared.quantized:
         raise not_quantizable(recipe.model.id, "The loss of each layer is measured")
+    if not (proxy and recipe.sensitivity.data is None):
+        ways.check_measured(recipe)
     snapshot = fetch(recipe.model, store=store, source=prepared.source)
     prepared = keep_zeros(prepared, snapshot, store.out)
     if proxy and recipe.sensitivity.data is None:

@@ -18,6 +18,7 @@ from builder.preflight import checks, memory, suggestions
 from builder.preflight.memory import Machine, Sizes
 from builder.preflight.prepare import Prepared, prepare
 from builder.preflight.suggestions import MemoryCheck
+from builder.preflight.ways import Choice
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Recipe, Resolved
 from builder.targets.base import Launch, Made, Settings
@@ -33,6 +34,7 @@ class Plan:
     prepared: the recipe and what follows from it, with the layers that `auto` chose. launch: the command or model.yaml.
     memory: the estimate for each card of the profile. missing: bytes still to be written to the output directory.
     blocked: why this machine cannot build it. refusal: what does not fit, on the card or on this machine.
+    way: how this machine would quantize the model, and the other ways; None if it is not quantized.
     open_choice: `auto` has not chosen its layers yet. prices: the bytes that the single layers add, by their format.
     streams: concurrent streams, their bytes of host memory, and why that many; None if the target has no limit.
     """
@@ -43,6 +45,7 @@ class Plan:
     launch: Launch
     memory: MemoryCheck
     host: Machine
+    way: Choice | None
     missing: int
     blocked: BuilderError | None
     refusal: BuilderError | None
@@ -80,11 +83,12 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     if selection is not None:
         prepared = prepared.with_chosen(selection.facts["modules"])
     host = memory.machine(store.root)
+    way = prepared.way(host)
     checked = suggestions.judge(prepared.model, prepared.serving, resolved.gpu, host, gpus())
     remaining = [stage for stage, state, _ in stages if state != "cached"]
     refusal = checked.refusal
     if refusal is None and blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
-        refusal = checks.host_refusal(prepared.calibration, prepared.model, prepared.sizes, host, remaining)
+        refusal = checks.host_refusal(way, prepared.sizes, host, remaining)
     return Plan(
         prepared=prepared,
         stages=stages,
@@ -92,6 +96,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         launch=prepared.target.launch(prepared.inputs, prepared.settings, Made(store.root, done)),
         memory=checked,
         host=host,
+        way=way,
         missing=sum(prepared.sizes.disk.get(stage, 0) for stage in remaining if stage != "snapshot"),
         blocked=blocked,
         refusal=refusal,

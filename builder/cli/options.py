@@ -101,12 +101,15 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
     """The options that set values of the recipe."""
     command.usage = f"{command.prog} --model MODEL [--gpu GPU] [OPTION ...]"  # naming all of them takes 20 lines
     group = command.add_argument_group("recipe (flag > --set > --recipe > --preset > GPU profile > default)")
+    switched = {key for _, key, *_ in SWITCHES}
+    either = {key: group.add_mutually_exclusive_group() for _, key, *_ in RECIPE_FLAGS if key in switched}
     for option, key, kind, text in RECIPE_FLAGS:
-        group.add_argument(option, dest=key, type=kind, metavar=placeholder(option, kind), help=text)
+        into = either.get(key, group)
+        into.add_argument(option, dest=key, type=kind, metavar=placeholder(option, kind), help=text)
     for option, key, shown, text in LIST_FLAGS:
         group.add_argument(option, dest=key, action="append", metavar=shown, help=text)
     for option, key, value, text in SWITCHES:
-        group.add_argument(option, dest=key, action="store_const", const=value, help=text)
+        either.get(key, group).add_argument(option, dest=key, action="store_const", const=value, help=text)
     group.add_argument("--preset", metavar="NAME", help="latency or throughput")
     group.add_argument("--recipe", type=path, metavar="FILE", help="a YAML recipe (examples: configs/recipes/)")
     group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set any recipe key; repeatable")
@@ -160,4 +163,5 @@ def with_same_recipe(name: str, arguments: argparse.Namespace) -> list[str]:
         ("--output", arguments.output),
     ):
         words += [option, str(value)] if value is not None else []
-    return words + [option for option, key, value, _ in SWITCHES if values[key] is value]
+    valued = {key for _, key, *_ in RECIPE_FLAGS}
+    return words + [option for option, key, value, _ in SWITCHES if values[key] is value and key not in valued]

@@ -8,15 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from builder.core.output import Output, size
+from builder.core.output import Output, seconds, size
 from builder.formats import registry as formats
 from builder.formats.registry import BF16, FP8
 from builder.plan import Plan
-from builder.preflight import checks
+from builder.preflight import checks, ways
 from builder.preflight.suggestions import MemoryCheck
+from builder.preflight.ways import Choice
 from builder.targets.base import no_engine
 
 MEMORY = ["card", "memory", "weights", "workspace", "KV cache", "KV tokens", "at full length", "largest batch", "fits"]
+
+
+WAYS = ["way", "flag", "memory", "time", "time is", "taken"]
 
 
 def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[str] = ()) -> None:
@@ -32,6 +36,8 @@ def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[st
     )
     out.table("stages", ["stage", "state", "why"], found.stages)
     _show_settings(found, out, complete)
+    if found.way:
+        out.table("ways to quantize", WAYS, _way_rows(found.way))
     if found.notes:
         out.table("notes", ["rule", "note"], [(note.rule, note.text) for note in found.notes])
     out.table("sizes", ["what", "size"], _size_rows(found))
@@ -159,7 +165,7 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
             ", ".join(f"{name} {size(n)}" for name, n in s.disk.items() if n and name != "snapshot"),
         ),
         ("still to be written there", f"{size(found.missing)} ({size(host.disk)} free)"),
-        ("memory while calibrating", f"{size(s.calibration_memory)} (this machine: {size(host.available)} available)"),
+        *_quantizing_rows(found),
         *_stream_rows(found),
         ("KV cache", f"{s.kv_bytes_per_token / 1024:.1f} KiB per token on each GPU"),
     ]
@@ -170,6 +176,27 @@ def _stream_rows(found: Plan) -> list[tuple[str, str]]:
         return []
     instances, needs, why = found.streams
     return [("concurrent streams", f"{instances} ({why}), one process each: {size(needs)} of host memory; others wait")]
+
+
+def _quantizing_rows(found: Plan) -> list[tuple[str, str]]:
+    if found.way is None:
+        return []
+    needs = size(found.way.taken.memory)
+    return [("memory while quantizing", f"{needs} (this machine: {size(found.host.available)} available)")]
+
+
+def _way_rows(choice: Choice) -> list[tuple[str, ...]]:
+    """One row for each way to quantize: what it needs, how long it takes, and why it is taken or can't be."""
+    rows: list[tuple[str, ...]] = []
+    for way in choice.ways:
+        where = "of GPU memory" if choice.device.gpu and way.name != "data-free" else "of host memory"
+        took = "unknown" if way.seconds is None else f"about {seconds(way.seconds)}"
+        state = f"no: {way.impossible}" if way.impossible else "possible" if way.fits else "does not fit"
+        state = f"yes: {choice.why}" if way is choice.taken else state
+        rows.append(
+            (ways.TITLES[way.name], ways.FLAGS[way.name], f"about {size(way.memory)} {where}", took, way.basis, state)
+        )
+    return rows
 
 
 def _memory_rows(verdict: MemoryCheck, complete: bool) -> list[tuple[str, ...]]:
@@ -205,6 +232,7 @@ def _as_object(found: Plan) -> dict[str, Any]:
             "layers": {name: list(modules) for name, modules in found.prepared.model.layers.items()},
             "bytes": None if found.open_choice else dict(found.prices),
         },
+        "ways": _ways(found.way),
         "streams": None
         if found.streams is None
         else dict(zip(("at_once", "bytes", "why"), found.streams, strict=True)),
@@ -217,6 +245,13 @@ def _as_object(found: Plan) -> dict[str, Any]:
         "blocked": found.blocked.what if found.blocked else None,
         "refusal": found.refusal.what if found.refusal else None,
     }
+
+
+def _ways(choice: Choice | None) -> dict[str, object] | None:
+    if choice is None:
+        return None
+    listed = [{**asdict(way), "taken": way is choice.taken} for way in choice.ways]
+    return {"device": asdict(choice.device), "why": choice.why, "ways": listed}
 
 
 def _verdict(verdict: MemoryCheck) -> dict[str, object]:

@@ -125,7 +125,9 @@ def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple
     if variant.runner == "simulated":
         if recipe.quantization.as_it_is:
             raise NotMeasurable("Nothing is quantized, so there is nothing to simulate.", hint="--runner checkpoint")
-        assert models.calibration is not None
+        if models.calibration is None:
+            raise NotMeasurable("Nothing was calibrated (--data-free), so there is nothing to simulate.",
+                                hint="--runner checkpoint")  # fmt: skip
         assert models.checkpoint is not None
         rows = {"rows": str(models.calibration.path.absolute())}
         rows |= {"format": recipe.quantization.number_format.name, "layers": models.checkpoint.facts["layers"]}

@@ -73,12 +73,13 @@ class GpuProfile:
 
 @dataclass(frozen=True)
 class Seen:
-    """A GPU of this machine: its name, compute capability and driver."""
+    """A GPU of this machine: its name, compute capability, driver, and bytes of memory (0 if it is not known)."""
 
     name: str
     major: int
     minor: int
     driver: str
+    memory: int = field(default=0, compare=False)
 
     @property
     def sm(self) -> int:
@@ -236,7 +237,7 @@ def visible() -> list[Seen] | None:
         found = []
         for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount())):
             major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-            seen = Seen(pynvml.nvmlDeviceGetName(handle), major, minor, driver)
+            seen = Seen(pynvml.nvmlDeviceGetName(handle), major, minor, driver, _memory(handle))
             found.append((pynvml.nvmlDeviceGetUUID(handle), seen))
     except pynvml.NVMLError:
         return None
@@ -246,6 +247,16 @@ def visible() -> list[Seen] | None:
     if not alike and cuda_order()["CUDA_DEVICE_ORDER"] != "PCI_BUS_ID":
         return None
     return _chosen(found, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _memory(handle: Any) -> int:
+    """Bytes of a GPU's memory; 0 if NVML does not tell, as of a GB10, which shares the host's."""
+    import pynvml
+
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError:
+        return 0
 
 
 def _chosen(found: Sequence[tuple[str, Seen]], devices: str | None) -> list[Seen] | None:

@@ -25,10 +25,11 @@ from builder.model.files import needs_remote_code
 from builder.preflight import advice, memory, suggestions
 from builder.preflight.memory import Machine, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
+from builder.preflight.ways import Choice
 from builder.quantize import exclude, kv_safety, modelopt
-from builder.quantize.modelopt import ENVIRONMENT, gpus
+from builder.quantize.modelopt import ENVIRONMENT
 from builder.recipe import card_formats
-from builder.recipe.schema import Calibration, Model, Recipe, Resolved
+from builder.recipe.schema import Model, Recipe, Resolved
 from builder.recipe.target_facts import LLMAPI
 from builder.serving import installation, limits, private_directory
 from builder.targets import target
@@ -188,18 +189,14 @@ def check_gate(recipe: Recipe, settings: Settings) -> None:
         )
 
 
-def host_refusal(
-    calibration: Calibration | None, model: ModelFacts, found: Sizes, host: Machine, remaining: Sequence[str]
-) -> UnsupportedError | None:
-    """The error if the remaining stages need more disk, or calibrating on the CPU more memory, than there is.
+def host_refusal(way: Choice | None, found: Sizes, host: Machine, remaining: Sequence[str]) -> UnsupportedError | None:
+    """The error if the remaining stages need more disk, or quantizing more memory, than there is.
 
-    calibration: None if nothing is calibrated."""
+    way: how the model is quantized; None if it is not."""
     missing = sum(found.disk.get(stage, 0) for stage in remaining if stage != "snapshot")
     if refusal := suggestions.disk_refusal(found, host, missing):
         return refusal
-    if calibration is None or "checkpoint" not in remaining or gpus():
-        return None
-    return suggestions.calibration_refusal(model, calibration, host)
+    return way.refusal if way is not None and "checkpoint" in remaining else None
 
 
 def sizes(recipe: Recipe, model: ModelFacts, asked: Serving) -> Sizes:

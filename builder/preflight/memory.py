@@ -239,6 +239,21 @@ def calibration_memory(model: ModelFacts, tokens: int) -> int:
     return weights + 4 * largest + tokens * activation_width(model.config, 1) * 2
 
 
+def streamed_memory(model: ModelFacts, tokens: int) -> int:
+    """Bytes while calibrating one decoder layer at a time: one and a half times the largest layer (the next one is read
+    ahead), what lies before the first, and the activations of `tokens` tokens.
+
+    The hidden states of all rows are not counted: they are kept in files.
+    """
+    layers: dict[int | None, int] = {}
+    for name, (dtype, shape) in model.written.items():
+        layer = names.layer_of(model.architecture, name)
+        if layer is not None or not names.is_head(model.architecture, name.removesuffix(".weight")):
+            layers[layer] = layers.get(layer, 0) + byte_size(dtype, shape)
+    outside = layers.pop(None, 0)
+    return outside + 3 * max(layers.values(), default=0) // 2 + tokens * activation_width(model.config, 1) * 2
+
+
 def activation_width(config: Mapping[str, Any], tp: int) -> int:
     """Activation values that exist at once for one token: residual, normalized input, and the larger of two sets.
 

@@ -17,10 +17,11 @@ from builder.formats.assignment import Layers
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
 from builder.model import multimodal
-from builder.preflight import advice, checks, memory, quantized, suggestions
-from builder.preflight.memory import Serving, Sizes
+from builder.preflight import advice, checks, memory, quantized, suggestions, ways
+from builder.preflight.memory import Machine, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
 from builder.preflight.quantized import NO_ORIGINAL, Quantized
+from builder.preflight.ways import Choice
 from builder.quantize import exclude
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Calibration, Recipe, Resolved
@@ -73,16 +74,28 @@ class Prepared:
     def sizes(self) -> Sizes:
         """Bytes to download, to keep and to hold while calibrating."""
         found = checks.sizes(self.recipe, self.model, self.serving)
-        if self.recipe.quantization.as_it_is:
+        if self.recipe.quantization.as_it_is or self.data_free:
             return replace(found, calibration_memory=0)
         return found if self.quantized is None else self.quantized.sizes(found)
 
     @property
     def calibration(self) -> Calibration | None:
-        """How the model, or only its scales, is calibrated; None for a model that is served as it is."""
+        """How the model, or only its scales, is calibrated; None if nothing is."""
         part = self.recipe.calibration
-        needed = part.scales if self.quantized else not self.recipe.quantization.as_it_is
+        needed = part.scales if self.quantized else not (self.recipe.quantization.as_it_is or part.data_free)
         return part if needed else None
+
+    @property
+    def data_free(self) -> bool:
+        """Whether the model is quantized without calibration rows."""
+        nothing = self.quantized is not None or self.recipe.quantization.as_it_is
+        return self.recipe.calibration.data_free and not nothing
+
+    def way(self, host: Machine) -> Choice | None:
+        """How this machine quantizes the model or calibrates scales of a quantized one; None if it does neither."""
+        if self.calibration is None and not self.data_free:
+            return None
+        return ways.choose(self.recipe, self.model, ways.device(host), scales=self.quantized is not None)
 
     @property
     def why_not_checked(self) -> str:
@@ -98,6 +111,8 @@ class Prepared:
         """Why nothing is calibrated; "" if something is."""
         if self.calibration is not None:
             return ""
+        if self.data_free:
+            return "data-free: scales follow from a rule"
         return "quantized already" if self.quantized else NOTHING_QUANTIZED
 
     @cached_property
@@ -138,6 +153,7 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
 
     layouts: also that the target can load the model. UsageError or UnsupportedError for what cannot be built.
     """
+    ways.check_scales(resolved.recipe)
     source = open_source(resolved.recipe.model, store=store)
     if source.quantized:
         return _prepare_quantized(resolved, source, store, layouts)
@@ -147,6 +163,7 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
     checks.check_gate(resolved.recipe, settings)
     checks.check_tokenizer(resolved.recipe, source.directory, source.config)
     model = checks.keep_patterns(resolved.recipe, checks.facts_of(source), settings)
+    ways.check(resolved.recipe, model)
     checks.check_sizes(inputs, model, layouts=layouts)
     part = resolved.recipe.quantization
     requested_layouts.check(part.layouts, [part.number_format, *model.single.values()], part.cache_format)
@@ -179,17 +196,18 @@ def check_fit(prepared: Prepared, store: Store, *, made: Callable[[], list[str]]
     checked = suggestions.judge(prepared.model, prepared.serving, prepared.resolved.gpu, host, here)
     if checked.refusal:
         raise checked.refusal
-    sizes = prepared.sizes
-    tight = not here and sizes.calibration_memory > host.available
+    sizes, way = prepared.sizes, prepared.way(host)
+    needs = way.taken.memory if way and not way.device.gpu else 0
+    tight = needs > host.available or (way is not None and way.refusal is not None)
     if not tight and sizes.artifacts <= host.disk:
         return
     there = made()
     remaining = [stage for stage in STAGES if stage not in there]
-    if refusal := checks.host_refusal(prepared.calibration, prepared.model, sizes, host, remaining):
+    if refusal := checks.host_refusal(way, sizes, host, remaining):
         raise refusal
     if tight and "checkpoint" in remaining:
-        needs, free = size(sizes.calibration_memory), size(host.available)
-        store.out.warn(f"calibrating takes about {needs}, and of this machine's memory {free} are free now")
+        free = size(host.available)
+        store.out.warn(f"quantizing takes about {size(needs)}, and of this machine's memory {free} are free now")
 
 
 def tell(prepared: Prepared, store: Store) -> None:

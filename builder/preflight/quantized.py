@@ -148,6 +148,7 @@ def _needs_engine_layout(recipe: Recipe) -> bool:
 def _check_recipe(resolved: Resolved, where: str) -> None:
     """UsageError if a user said how to quantize."""
     given = [flag for key, flag in DECIDED.items() if asked_for(resolved.origins.get(f"quantization.{key}", "default"))]
+    given += ["--data-free"] if resolved.recipe.calibration.data_free else []
     if given:
         raise UsageError(
             f"{where} is quantized already, and {', '.join(given)} would quantize it.",

@@ -164,17 +164,17 @@ def disk_refusal(sizes: Sizes, host: Machine, missing: int) -> UnsupportedError 
     )
 
 
-def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> UnsupportedError | None:
-    """The error if calibrating needs more memory than this machine has in total, else None."""
-    needed = preflight_memory.calibration_memory(model, rows.batch_size * rows.seq_len)
-    if needed <= host.memory:
+def calibration_refusal(
+    model: ModelFacts, rows: Calibration, available: int, *, layers: bool = False, where: str = "this machine"
+) -> UnsupportedError | None:
+    """The error if calibrating needs more memory than is available, else None. layers: one decoder layer at a time.
+    where: what has that memory."""
+    needs = preflight_memory.streamed_memory if layers else preflight_memory.calibration_memory
+    needed = needs(model, rows.batch_size * rows.seq_len)
+    if needed <= available:
         return None
-    batch = preflight_memory.largest(
-        lambda n: preflight_memory.calibration_memory(model, n * rows.seq_len) <= host.memory, 0, rows.batch_size
-    )
-    length = preflight_memory.largest(
-        lambda n: preflight_memory.calibration_memory(model, n) <= host.memory, 0, rows.seq_len
-    )
+    batch = preflight_memory.largest(lambda n: needs(model, n * rows.seq_len) <= available, 0, rows.batch_size)
+    length = preflight_memory.largest(lambda n: needs(model, n) <= available, 0, rows.seq_len)
     elsewhere = f"Calibrate on a machine with {size(needed)} of memory, or with GPUs"
     hint = f"{elsewhere}; or use a smaller model."
     if batch:
@@ -182,8 +182,9 @@ def calibration_refusal(model: ModelFacts, rows: Calibration, host: Machine) -> 
     elif length >= SHORTEST:
         hint = f"Use shorter rows: --calib-seq-len {length} --set calibration.batch_size=1. Or: {elsewhere}."
     return UnsupportedError(
-        f"Calibrating takes about {size(needed)} of memory, and this machine has {size(host.memory)}.",
-        why=f"The weights in their own type, activations of {rows.batch_size} x {rows.seq_len} tokens: an estimate.",
+        f"Calibrating takes about {size(needed)} of memory, and {where} has {size(available)} for it.",
+        why=f"{'A layer and a half' if layers else 'The weights'} in their own type, activations of "
+        f"{rows.batch_size} x {rows.seq_len} tokens: an estimate.",
         hint=hint,
     )
 

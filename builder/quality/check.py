@@ -144,8 +144,10 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
         return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
     texts = _texts(recipe, store)
     cache = recipe.quantization.cache_format
-    # What was quantized elsewhere can't be simulated, and its formats can't be chosen anew.
-    made_here = models.checkpoint is None or "imported" not in models.checkpoint.facts
+    # What was quantized elsewhere or without calibration can't be simulated, and its formats can't be chosen anew.
+    made_here = models.calibration is not None and (
+        models.checkpoint is None or "imported" not in models.checkpoint.facts
+    )
     names = ("bf16", "checkpoint", "simulated") if made_here else ("bf16", "checkpoint")
     variants = [runner_job(Variant(name, name, cache), models, recipe, store) for name in names]
     dtype = _dtype(model, part, host)

@@ -124,7 +124,7 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
         "snapshot": snapshot.digest,
         "architecture": catalog.ingredients(architecture),
         "calibration": calibration.digest,
-        "quantization": part.model_dump(exclude={"keep_bf16", "keep_fp8", "layouts"}),
+        "quantization": part.model_dump(exclude={"keep_bf16", "keep_fp8", "layouts", "memory"}),
         "layers": layers,
         "seq_len": rows.seq_len,
         "batch_size": rows.batch_size,

@@ -14,10 +14,11 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--gpu", "gpu", str, "card or GPU profile: rtx5090, b200, sm120, cpu, or auto (`builder gpus`)"),
     ("--target", "target", str, "engine (trtllm-build), llmapi (no engine) or reference (no GPU)"),
     ("--calib-data", "calibration.data", str, "a .jsonl file, a Hub dataset id, or builtin:python-docs"),
-    ("--calib-samples", "calibration.samples", int, "number of rows to calibrate on"),
+    ("--calib-samples", "calibration.samples", int, "number of rows to calibrate on; 0: --data-free"),
     ("--calib-seq-len", "calibration.seq_len", int, "longest row, in tokens; longer ones are cut"),
     ("--format", "quantization.format", str, "nvfp4, fp8, int4_awq, ... (default: the card's best, `builder gpus`)"),
     ("--kv-cache-dtype", "quantization.kv_cache_dtype", str, "fp8, nvfp4, or auto: the model's own type"),
+    ("--memory", "quantization.memory", str, "of calibration: whole (all layers), low (one at a time), or auto"),
     (
         "--layouts",
         "quantization.layouts",
@@ -51,7 +52,8 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ),
 )
 # Flags without a value: (option, dotted key, the value that it sets, help).
-SWITCHES: tuple[tuple[str, str, bool, str], ...] = (
+SWITCHES: tuple[tuple[str, str, bool | int, str], ...] = (
+    ("--data-free", "calibration.samples", 0, "quantize without calibration rows: scales follow from a rule"),
     ("--no-quality-check", "quality.check", False, "publish without measuring what quantization cost"),
     ("--calibrate-scales", "calibration.scales", True, "calibrate only the scales of a quantized model's activations"),
     ("--trust-remote-code", "model.trust_remote_code", True, "run Python code that comes with the model"),

@@ -86,6 +86,12 @@ class Quantization(Part):
         Field(description="linear layers in FP8 (E4M3, one scale for the weight and one for its input), same syntax"),
     ] = ()
 
+    memory: Annotated[
+        Literal["auto", "low", "whole"],
+        Field(
+            description="of calibration: whole holds the model, low one decoder layer at a time; auto: whole if it fits"
+        ),
+    ] = "auto"
     layouts: Annotated[
         tuple[LayoutName, ...],
         Field(

@@ -58,12 +58,19 @@ class Calibration(Part):
         None
     )
     revision: Annotated[str | None, Field(description="revision of a Hub dataset")] = None
-    samples: Annotated[Positive, Field(description="number of rows, from the first row on")] = 512
+    samples: Annotated[
+        Natural, Field(description="number of rows, from the first row on; 0: no calibration (data-free)")
+    ] = 512
     seq_len: Annotated[Positive, Field(description="longest row, in tokens; longer ones are cut")] = 2048
     batch_size: Annotated[Positive, Field(description="rows of equal length per forward pass")] = 1
     scales: Annotated[
         bool, Field(description="for a quantized model: calibrate its activation and KV cache scales; weights stay")
     ] = False
+
+    @property
+    def data_free(self) -> bool:
+        """Whether scales follow from a rule, without text and without running the model."""
+        return self.samples == 0
 
     @model_validator(mode="before")
     @classmethod

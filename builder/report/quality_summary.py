@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 
 from builder.core.errors import EvaluationError
 from builder.core.output import Output, seconds, size
@@ -86,7 +87,9 @@ def _why(found: Quality) -> str:
 
 def _next_steps(found: Quality, min_score: float, command: Sequence[str]) -> list[str]:
     """Commands to try next, the most promising first."""
-    lines = [
+    without, command = command, calibrated(command)
+    calibrate = [f"{shlex.join(command)}    # calibrates, instead of --data-free"] if command != without else []
+    lines = calibrate + [
         f"{shlex.join([*command, *remedy.flags])}    # estimated score {remedy.score:.0f}, {size(remedy.nbytes)} more"
         for remedy in ordered(found.remedies, min_score)[:3]
     ]
@@ -99,6 +102,13 @@ def _next_steps(found: Quality, min_score: float, command: Sequence[str]) -> lis
         automatic = [*command, kept[0] if kept else "--keep-fp8", f"auto:{budget:g}", *texts]
         lines.append(f"{shlex.join(automatic)}    # selects the layers automatically")
     return ["Try next, in this order:", *lines, "Or accept it: --set quality.min_score=N, --no-quality-check"]
+
+
+def calibrated(command: Sequence[str]) -> Sequence[str]:
+    """The words of a command without those that build data-free."""
+    words = [word for word in command if word != "--data-free"]
+    pairs = [n for n, pair in enumerate(pairwise(words)) if pair == ("--calib-samples", "0")]
+    return [word for n, word in enumerate(words) if not any(n in (at, at + 1) for at in pairs)]
 
 
 def budget_of(min_score: float) -> float:

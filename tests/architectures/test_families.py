@@ -28,7 +28,7 @@ from builder.model.completeness import Header
 from builder.preflight import memory
 from builder.preflight.memory import Serving
 from builder.preflight.model_facts import ModelFacts
-from builder.quantize import calibrated, exclude, quantizers
+from builder.quantize import calibrated, data_free, exclude, quantizers
 from builder.quantize.ranges import Ranges
 
 EVERY = {one.model_types[0]: one for one in catalog.every()}
@@ -107,6 +107,8 @@ def check_layers(model: ModelFacts, tensors: Tensors) -> None:
 
 def check_ranges(model: ModelFacts, ranges: Ranges, tensors: Tensors) -> None:
     """The ranges that are read from ModelOpt's quantizers give the scales that its exporter writes."""
+    modules = [name.removesuffix(".weight") for name in model.written if name.endswith(".weight")]
+    assert set(data_free.attention_modules(modules, model.architecture)) == set(ranges.cache)
     layers = dict.fromkeys(exclude.linears(model.written, model.architecture), NVFP4)
     made = ranges.scales(layers, kv_cache.FP8, model.architecture)
     if exports.MODELOPT < (0, 40):  # it raises the cache's scales to 1

@@ -28,8 +28,8 @@ def test_decisions_come_first_and_defaults_are_left_out(tmp_path: Path, capsys: 
     argv = ["--gpu", "sm120", "--output", str(tmp_path), "--max-seq-len", "1024", "--max-input-len", "512"]
     found = tables(*argv, "--keep-bf16", "*.down_proj", capsys=capsys)
     assert list(found) == [
-        "plan", "stages", "values that are not defaults", "trtllm-build flags that are not defaults", "notes", "sizes",
-        "memory at run time",
+        "plan", "stages", "values that are not defaults", "trtllm-build flags that are not defaults",
+        "ways to quantize", "notes", "sizes", "memory at run time",
     ]  # fmt: skip
     decisions = {row[0]: row[1] for row in found["plan"]}
     assert decisions["target"].startswith("engine, TensorRT-LLM")

@@ -58,6 +58,7 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
     "gpu": ("sm120", "engine"),
     "target": ("engine", "engine"),
     "quantization.kv_cache_dtype": ("auto", "checkpoint"),
+    "quantization.memory": ("low", "checkpoint"),
     "quantization.keep_bf16": (["*.o_proj"], "checkpoint"),
     "quantization.keep_fp8": (["*.down_proj"], "checkpoint"),
     "quantization.layouts": ("compressed-tensors", "layouts"),

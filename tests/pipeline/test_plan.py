@@ -26,7 +26,7 @@ from builder.core.safetensors_io import Tensors
 from builder.core.store import Store, WouldRun
 from builder.formats import kv_cache
 from builder.machine.gpus import Seen
-from builder.preflight import checks, suggestions
+from builder.preflight import checks, suggestions, ways
 from builder.preflight import memory as preflight_memory
 from builder.preflight.memory import Machine, Serving
 from builder.preflight.model_facts import ModelFacts
@@ -444,39 +444,43 @@ def test_calibrating_in_more_memory_than_there_is_is_refused(
     store = Store(tmp_path / "out", Output("human"))
     model = checks.read_model(long.recipe.model, store)
     needed = preflight_memory.calibration_memory(model, 4 * 10**9)
+    needed += ways.LIBRARIES["whole"]
     this_machine(monkeypatch, memory=needed - 1)
+    monkeypatch.setattr(preflight_memory, "streamed_memory", preflight_memory.calibration_memory)  # nor layer by layer
+    monkeypatch.setitem(ways.LIBRARIES, "low", ways.LIBRARIES["whole"])
     with pytest.raises(UnsupportedError, match="Calibrating takes about") as caught:
         pipeline.build(long, store)
+    assert "Fits here: --data-free" in caught.value.hint
     assert "--set calibration.batch_size=3" in caught.value.hint
     assert not list(tmp_path.glob("out/snapshot/[0-9a-f]*"))
     # less free than that, but enough in all, is a warning; and what is made already needs none
     this_machine(monkeypatch, memory=needed, free=needed - 1)
     prepared = prepare(long, store)
     check_fit(prepared, store)
-    assert "warning     calibrating takes about" in capsys.readouterr().err
-    rows, found = long.recipe.calibration, prepared.sizes
-    host = Machine(10**15, needed - 1, needed - 1)
-    assert checks.host_refusal(rows, model, found, host, ["engine", "repository"]) is None
-    assert checks.host_refusal(rows, model, found, host, ["checkpoint"])
-    monkeypatch.setattr(checks, "gpus", lambda: ["NVIDIA GeForce RTX 5090"])
-    assert checks.host_refusal(rows, model, found, host, ["checkpoint"]) is None
+    assert "warning     quantizing takes about" in capsys.readouterr().err
+    found, host = prepared.sizes, Machine(10**15, needed - 1, needed - 1)
+    assert checks.host_refusal(prepared.way(host), found, host, ["engine", "repository"]) is None
+    assert checks.host_refusal(prepared.way(host), found, host, ["checkpoint"])
+    monkeypatch.setattr(ways.modelopt, "calibrating", lambda: ["NVIDIA GeForce RTX 5090"])
+    assert checks.host_refusal(prepared.way(host), found, host, ["checkpoint"]) is None
 
 
 @settings(max_examples=50)
-@given(st.integers(1, 64), st.integers(1, 8192), st.integers(10**6, 10**10))
-def test_what_is_said_to_fit_while_calibrating_fits(batch: int, length: int, memory: int) -> None:
+@given(st.integers(1, 64), st.integers(1, 8192), st.integers(10**6, 10**10), st.booleans())
+def test_what_is_said_to_fit_while_calibrating_fits(batch: int, length: int, memory: int, layers: bool) -> None:
     rows = schema.Calibration.model_validate({"batch_size": batch, "seq_len": length})
-    refused = suggestions.calibration_refusal(SMALL, rows, Machine(0, memory, memory))
-    assert (refused is None) == (preflight_memory.calibration_memory(SMALL, batch * length) <= memory)
+    refused = suggestions.calibration_refusal(SMALL, rows, memory, layers=layers)
+    needed = preflight_memory.streamed_memory if layers else preflight_memory.calibration_memory
+    assert (refused is None) == (needed(SMALL, batch * length) <= memory)
     if refused is None:
         return
     assert refused.exit_code == 3
     said = dict(re.findall(r"(batch_size=|--calib-seq-len )(\d+)", refused.hint))
     if said:
         tokens = int(said.get("batch_size=", batch)) * int(said.get("--calib-seq-len ", length))
-        assert preflight_memory.calibration_memory(SMALL, tokens) <= memory
+        assert needed(SMALL, tokens) <= memory
     else:
-        assert preflight_memory.calibration_memory(SMALL, min(length, suggestions.SHORTEST)) > memory
+        assert needed(SMALL, min(length, suggestions.SHORTEST)) > memory
 
 
 @pytest.mark.parametrize(

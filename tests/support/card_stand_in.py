@@ -29,6 +29,8 @@ nvmlShutdown = lambda: None
 nvmlDeviceGetHandleByIndex = lambda index: index
 nvmlDeviceGetCudaComputeCapability = lambda handle: {capability}
 nvmlDeviceGetName = lambda handle: {name!r}
+class nvmlDeviceGetMemoryInfo:
+    def __init__(self, handle): self.total = {memory}
 nvmlSystemGetDriverVersion = lambda: "590.44.01"
 """
 
@@ -41,12 +43,13 @@ def machine(
     tensorrt_llm: str | None = "1.2.1",
     tensorrt: str | None = "10.14.1.48",
     build: bool = True,
+    memory: int = 34_190_917_632,
 ) -> dict[str, str]:
     """The environment of a process on such a machine; without a capability, it has no GPU. CALLS: directory/calls."""
     programs, libraries = directory / "bin", directory / "site"
     programs.mkdir(parents=True)
     libraries.mkdir()
-    (libraries / "pynvml.py").write_text(NVML.format(capability=capability, name=name))
+    (libraries / "pynvml.py").write_text(NVML.format(capability=capability, name=name, memory=memory))
     for package, version in (("tensorrt_llm", tensorrt_llm), ("tensorrt", tensorrt)):
         if version:
             facts = libraries / f"{package}-{version}.dist-info"

@@ -1,0 +1,144 @@
+"""Snapshot -> Checkpoint without calibration rows: weights are packed shard by shard, and the model never runs.
+
+Scales of weights follow from the weights, as with any calibration. Those of activations follow from one rule: inputs of
+linear layers, keys and values are taken to lie within RANGE. Nothing heavy is imported, and no process is started.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from builder.architectures import catalog, names
+from builder.architectures.attention import attention_layers
+from builder.architectures.facts import Architecture
+from builder.checkpoint import layouts, validate
+from builder.checkpoint.layouts import Checkpoint
+from builder.core.errors import UnsupportedError
+from builder.core.output import BYTES, Progress
+from builder.core.store import Store, sources_digest
+from builder.formats.assignment import ModelFormats, of_job
+from builder.hub.snapshot import Snapshot
+from builder.quantize import modelopt, unified_plan, writer
+from builder.quantize.modelopt import QuantizeRequest
+from builder.quantize.ranges import Ranges
+from builder.quantize.source_weights import SourceModel
+from builder.quantize.unified_plan import UnifiedPlan
+
+SOURCES = (
+    *modelopt.SOURCES,
+    "builder/quantize/data_free.py",
+    "builder/quantize/ranges.py",
+    "builder/quantize/source_weights.py",
+    "builder/quantize/stored_scales.py",
+    "builder/quantize/unified_files.py",
+    "builder/quantize/unified_plan.py",
+    "builder/quantize/writer.py",
+    "builder/checkpoint/unified_config.py",
+)
+# The largest magnitude that inputs, keys and values are taken to have: E4M3's largest number. FP8 then stores values as
+# they are (scale 1), which servers also do with a KV cache without scales. NVFP4 inputs have another scale for each 16
+# values, which this one only keeps within E4M3's range: blocks whose largest value is between 0.016 and 448 are as
+# precise as with measured ranges.
+RANGE = 448.0
+
+
+def write_data_free(snapshot: Snapshot, asked: QuantizeRequest, *, store: Store) -> Checkpoint:
+    """Writes both layouts, `unified/` and `tensorrt_llm/`, and inspects them.
+
+    UnsupportedError for formats and experts that only ModelOpt can quantize; IntegrityError for weights that hold NaN
+    or Inf, or if the inspection finds a problem. Such a checkpoint is not kept.
+    """
+    layers = {name: list(modules) for name, modules in sorted(asked.layers.items()) if modules}
+    part = asked.quantization
+    chosen = {"format": part.number_format.name, "kv_cache_dtype": part.kv_cache_dtype, "layers": layers}
+    ingredients = {
+        "backend": "data_free",
+        "range": RANGE,
+        "snapshot": snapshot.digest,
+        "architecture": catalog.ingredients(catalog.of(snapshot.config)),
+        **chosen,
+        "sources": sources_digest(*SOURCES),
+    }
+
+    def make(tmp: Path) -> dict[str, Any]:
+        with snapshot.source.explain_failures():
+            facts = _write(snapshot, of_job(chosen), tmp, store)
+        found = validate.inspect(tmp, here=True)
+        found.check()
+        return {**facts, "layers": layers, "zero_layers": list(asked.zero_layers), "inspection": found.facts()}
+
+    artifact = store.stage("checkpoint", ingredients, make)
+    return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
+
+
+def _write(snapshot: Snapshot, formats: ModelFormats, tmp: Path, store: Store) -> dict[str, Any]:
+    """Writes the layouts. Returns facts for the manifest."""
+    started, source = time.monotonic(), SourceModel.open(snapshot.path)
+    planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+    unified_plan.check(planned.layers)
+    ranges = assumed(planned, formats, source.config)
+    total = sum(info.nbytes for info in source.tensors.values())
+    with store.out.progress("quantizing", total, BYTES) as bar:
+        counts = writer.write(source, formats, ranges, tmp / "unified", writer.Work(done=_counter(bar)))
+    wrote = time.monotonic()
+    lacking = layouts.write_if_served(tmp / "unified", source.config, tmp / "tensorrt_llm")
+    snapshot.source.check_unchanged()
+    seconds = {"write": round(wrote - started, 3), "layouts": round(time.monotonic() - wrote, 3)}
+    summary = {
+        **counts,
+        "large_kv": 0,  # a scale of 1 says nothing here
+        "backend": "data_free",
+        "writer": "builder",
+        "coverage": {},
+        "warnings": {},
+        "no_tensorrt_llm": lacking,
+        "seconds": seconds,
+    }
+    return modelopt._facts(summary, store, {}, formats)
+
+
+def assumed(planned: UnifiedPlan, formats: ModelFormats, config: Mapping[str, Any]) -> Ranges:
+    """The ranges that follow from the rule: RANGE for the inputs of every quantized layer, and for the keys and values
+    of every attention.
+
+    UnsupportedError if it is not known which modules keep keys and values.
+    """
+    inputs = dict.fromkeys(planned.layers, RANGE)
+    if not formats.cache.quantized:
+        return Ranges(inputs)
+    copied = [part.name.removesuffix(".weight") for part in planned.copies if part.name.endswith(".weight")]
+    attentions = attention_modules([*planned.layers, *copied], planned.architecture)
+    expected = attention_layers(catalog.with_common_keys(config))
+    if len(attentions) != expected:
+        raise UnsupportedError(
+            f"Scales of the KV cache of {(config.get('architectures') or ['this model'])[0]} need calibration.",
+            why=f"{expected} layers keep keys and values, and {len(attentions)} have projections of keys and values.",
+            hint="Leave the cache in the model's own type: --kv-cache-dtype auto. Or leave --data-free out.",
+        )
+    return Ranges(inputs, dict.fromkeys(attentions, (RANGE, RANGE)))
+
+
+def attention_modules(modules: Iterable[str], architecture: Architecture) -> list[str]:
+    """The modules that keep keys and values, by the names of the linear layers: those that have a projection of keys;
+    where none has one of its own (multi-head latent attention), those with any projection of attention."""
+    inside = [module for module in modules if names.layer_of(architecture, module) is not None]
+    keys = [module for module in inside if names.role(architecture, module) in ("k", "qkv")]
+    chosen = keys or [module for module in inside if names.in_attention(architecture, module)]
+    return list(dict.fromkeys(module.rpartition(".")[0] for module in chosen))
+
+
+def _counter(bar: Progress) -> Callable[[int], None]:
+    """A function that adds bytes to a progress bar, from any thread."""
+    lock, done = threading.Lock(), 0
+
+    def add(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            bar.update(done)
+
+    return add

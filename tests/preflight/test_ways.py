@@ -1,0 +1,150 @@
+"""Which way a model is quantized in: by what fits, by what the recipe says, and never one that can't be taken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder.core.errors import UnsupportedError, UsageError
+from builder.core.output import Output
+from builder.core.store import Store
+from builder.formats import registry
+from builder.preflight import memory, ways
+from builder.preflight.memory import Machine
+from builder.preflight.model_facts import ModelFacts
+from builder.preflight.prepare import prepare
+from builder.preflight.ways import Device
+from builder.recipe import schema
+
+GB = 10**9
+
+
+def dense(layers: int, hidden: int, inner: int) -> ModelFacts:
+    """A Llama-like model of these sizes, with 8 KV heads of 128 and a vocabulary of 151,936, by its shapes alone."""
+    matrices = {
+        **{f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"},
+        **{f"self_attn.{name}_proj": (1024, hidden) for name in "kv"},
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    tensors = {name: ("BF16", (151936, hidden)) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    for i in range(layers):
+        tensors |= {f"model.layers.{i}.{name}.weight": ("BF16", shape) for name, shape in matrices.items()}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "hidden_size": hidden, "vocab_size": 151936,
+        "intermediate_size": inner, "num_attention_heads": hidden // 128, "num_key_value_heads": 8, "head_dim": 128,
+    }  # fmt: skip
+    return ModelFacts(config, tensors)
+
+
+QWEN3_8B = dense(36, 4096, 12288)
+TINY = "tests/data/tiny-qwen3"
+HOST = Device("this machine", 16 * GB, 16 * GB, 2, False)
+
+
+def recipe(**values: Any) -> schema.Recipe:
+    return schema.resolve({"model.id": TINY, "gpu": "sm120", **values}).recipe
+
+
+def gpus(*memories: int) -> Device:
+    return Device("a card", sum(memories), memories[0], 16, True)
+
+
+@pytest.mark.parametrize(
+    ("has", "way"),
+    [(64 * GB, "whole"), (16 * GB, "low"), (8 * GB, "low")],
+)
+def test_auto_takes_the_whole_model_if_it_fits_else_one_layer_at_a_time(has: int, way: str) -> None:
+    """Qwen3-8B has 16.4 GB of weights: it calibrates on a laptop with 8 GB."""
+    choice = ways.choose(recipe(), QWEN3_8B, replace(HOST, memory=has, largest=has))
+    assert (choice.taken.name, choice.refusal) == (way, None)
+    assert choice.as_good == ({"whole": ("low",), "low": ("whole",)}[way])
+
+
+def test_a_model_of_72_billion_parameters_calibrates_on_one_card_of_96_gb() -> None:
+    large = dense(80, 8192, 29568)
+    assert ways.choose(recipe(), large, gpus(96 * GB)).taken.name == "low"
+    assert ways.choose(recipe(), large, gpus(96 * GB, 96 * GB)).taken.name == "whole"
+    assert memory.streamed_memory(large, 2048) == memory.streamed_memory(dense(8, 8192, 29568), 2048), "flat in depth"
+
+
+@given(st.integers(1, 40 * GB), st.sampled_from(["auto", "low", "whole"]), st.booleans())
+def test_a_way_that_is_taken_fits_or_is_refused_with_what_would(has: int, asked: str, on_gpu: bool) -> None:
+    on = replace(HOST, memory=has, largest=has, gpu=on_gpu)
+    choice = ways.choose(recipe(**{"quantization.memory": asked}), QWEN3_8B, on)
+    assert asked in ("auto", choice.taken.name)
+    offloaded = on_gpu and choice.taken.name == "whole"  # the host's memory holds the rest
+    assert (choice.refusal is None) == (choice.taken.fits or offloaded)
+    if choice.refusal:
+        assert "--data-free" in choice.refusal.hint
+        low = next(way for way in choice.ways if way.name == "low")
+        assert ("--memory low" in choice.refusal.hint) == (low.fits and choice.taken.name != "low")
+    if asked == "auto" and not choice.taken.fits:
+        assert not any(way.possible for way in choice.ways[:2])
+
+
+def test_a_gpu_whose_memory_is_unknown_holds_every_model() -> None:
+    assert ways.choose(recipe(), QWEN3_8B, Device("NVIDIA GB10", None, None, 20, True)).taken.name == "whole"
+
+
+def test_a_gpus_time_is_not_made_up() -> None:
+    whole, low, free = ways.ways(recipe(), QWEN3_8B, gpus(96 * GB))
+    assert (whole.seconds, low.seconds) == (None, None)
+    assert free.seconds is not None
+
+
+def test_more_cores_and_fewer_rows_take_less_time() -> None:
+    def took(samples: int, cores: int) -> list[float]:
+        found = ways.ways(recipe(**{"calibration.samples": samples}), QWEN3_8B, replace(HOST, cores=cores))
+        return [way.seconds or 0.0 for way in found]
+
+    assert all(a > b > 0 for a, b in zip(took(512, 2), took(512, 4), strict=True))
+    assert all(a > b > 0 for a, b in zip(took(512, 2)[:2], took(64, 2)[:2], strict=True))
+    assert took(512, 2)[2] == took(64, 2)[2], "data-free reads no row"
+
+
+def test_a_token_is_multiplied_with_the_experts_that_it_is_sent_to() -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"model.layers.0.self_attn.q_proj.weight": ("BF16", (8, 8))}
+    tensors |= {f"model.layers.0.mlp.experts.{i}.up_proj.weight": ("BF16", (16, 8)) for i in range(8)}
+    config = {**QWEN3_8B.config, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2}
+    assert ways.active_parameters(ModelFacts({**config, "num_hidden_layers": 1}, tensors)) == 64 + 2 * 128
+
+
+@pytest.mark.parametrize("flag", [{"calibration.samples": 0}, {"quantization.memory": "low"}])
+@pytest.mark.parametrize("name", [one.name for one in registry.for_whole_model() if one.scales_inputs])
+def test_formats_that_need_modelopt_are_refused_by_name(flag: dict[str, Any], name: str) -> None:
+    asked = {"quantization.format": name, "gpu": "cpu", **flag}
+    with pytest.raises(UnsupportedError, match=r"--(data-free|memory low) can't be used here") as caught:
+        ways.check(recipe(**asked), QWEN3_8B)
+    assert registry.get(name).title in caught.value.why
+    auto = ways.choose(recipe(**{**asked, **dict.fromkeys(flag, 8 if "calibration.samples" in flag else "auto")}),
+                       QWEN3_8B, HOST)  # fmt: skip
+    assert auto.taken.name == "whole"
+    assert auto.refusal is not None
+
+
+def test_contradictions_are_refused_before_any_work(tmp_path: Any) -> None:
+    store, free = Store(tmp_path, Output("quiet")), {"model.id": TINY, "gpu": "cpu", "calibration.samples": 0}
+    with pytest.raises(UsageError, match="--calibrate-scales measures scales") as caught:
+        prepare(schema.resolve({**free, "calibration.scales": True}), store)
+    assert "Build twice" in caught.value.hint
+    auto = {"quantization.keep_fp8": "auto:0.05", "sensitivity.data": {"data": "builtin:python-docs"}}
+    with pytest.raises(UsageError, match="--data-free measures nothing"):
+        prepare(schema.resolve({**free, **auto}), store)
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_free_has_no_calibration(tmp_path: Any) -> None:
+    found = prepare(
+        schema.resolve({"model.id": TINY, "gpu": "cpu", "calibration.samples": 0}), Store(tmp_path, Output("quiet"))
+    )
+    assert found.calibration is None
+    assert found.why_not_calibrated.startswith("data-free")
+    choice = found.way(Machine(GB, 1000, 1000))
+    assert choice is not None
+    assert (choice.taken.name, choice.refusal) == ("data-free", None)
