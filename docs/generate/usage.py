@@ -20,8 +20,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "BUILDER_OUTPUT": "Default of `--output`.",
     "BUILDER_IMAGE": "Default of `--image`, the image that `serve --container` and `smoke --container` run.",
     "BUILDER_CHILD_ENV": "Names of further variables to pass to worker processes, separated by commas.",
-    "BUILDER_KERNELS": "What packs weights, for comparisons: `avx512`, `avx2`, `baseline` or `torch`; all give the same "
-    "bytes.",
+    "BUILDER_KERNELS": "What packs weights: `avx512`, `avx2`, `baseline` or `torch`. All give the same bytes.",
     "BUILDER_LLMAPI_LAUNCH": "`1` starts a server with one rank through `trtllm-llmapi-launch` too (llmapi target).",
     "BUILDER_FORCE_NUM_PROFILES": "Debugs `trtllm-build`. The builder refuses to build while it is set.",
     "MODEL_REPOSITORY": "The repository that `serve`, `smoke` and the benchmark use when none is named.",
