@@ -23,7 +23,11 @@ from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.core.store import Store
 from builder.formats import kv_cache
 from builder.formats.registry import BF16, FP8, NVFP4, all_formats
+from builder.hub.snapshot import fetch
+from builder.preflight.prepare import prepare
 from builder.quantize import scales, scales_worker, stored_scales, worker
+from builder.quantize.data_free import write_data_free
+from builder.quantize.modelopt import QuantizeRequest
 from builder.recipe import schema
 
 DATA = Path(__file__).parents[1] / "data"
@@ -113,6 +117,24 @@ def test_scales_that_are_missing_are_near_those_of_modelopt(
         assert len(set(first)) == 1
         # The input of the first layer does not depend on any rounded weight.
         assert first[0] == pytest.approx(theirs["model.layers.0.self_attn.q_proj.input_scale"], rel=1e-6)
+
+
+def test_a_data_free_checkpoint_gets_measured_scales_and_keeps_its_weights(
+    checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "out", Output("quiet"))
+    recipe = schema.resolve({"model.id": str(TINY), "gpu": "cpu", "calibration.samples": 0}).recipe
+    asked = QuantizeRequest(recipe.quantization, recipe.calibration)
+    free = write_data_free(fetch(recipe.model, store=store), asked, store=store).unified
+    again = {"model.id": str(free), "gpu": "cpu", "calibration.scales": True}
+    assert prepare(schema.resolve(again), store).calibration is not None
+    copy = Path(shutil.copytree(free, tmp_path / "copy"))
+    scales_worker.run({**JOB, "model": str(copy), "rows": str(rows)})
+    assert others(copy) == others(free) == others(checkpoint(TINY))
+    mine, theirs, rule = values(copy), values(checkpoint(TINY)), values(free)
+    assert mine.keys() == theirs.keys() == rule.keys()
+    assert all(0.5 < mine[name] / theirs[name] < 2 for name in mine)
+    assert not set(mine.values()) & set(rule.values())
 
 
 def test_a_second_run_changes_nothing_and_auto_leaves_the_cache(
