@@ -11,6 +11,7 @@ from builder.formats.declared import MIXED
 from builder.formats.kv_cache import KvCacheFormat
 
 METHOD = "modelopt"
+DESCRIBED = ("FP8", "NVFP4", "W4A16_NVFP4")  # the formats of whole models for which ModelOpt writes config_groups
 SHARED = ("num_bits", "type", "group_size")  # what ModelOpt says of a group, beside `dynamic`
 
 
@@ -64,19 +65,21 @@ def block(document: Mapping[str, Any], formats: Mapping[str, NumberFormat]) -> d
     for module, one in formats.items():
         grouped.setdefault(one, []).append(module)
     mixed = stated["quant_algo"] == MIXED
+    described = mixed or stated["quant_algo"] in DESCRIBED
     groups = {
         f"group_{n}": {**_group(one.compressed_tensors), "targets": sorted(modules) if mixed else ["Linear"]}
         for n, (one, modules) in enumerate(grouped.items())
         if one.compressed_tensors is not None
     }
     layers = {"quantized_layers": stated["quantized_layers"]} if mixed else {}
-    cached = {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}
+    cache = stated.get("kv_cache_quant_algo")
+    scheme = {"dynamic": False, "num_bits": 8, "type": "float"} if cache == "FP8" else cache
     return {
-        **({"config_groups": groups} if len(groups) == len(grouped) else {}),
+        **({"config_groups": groups} if described and len(groups) == len(grouped) else {}),
         **layers,
         "ignore": stated.get("exclude_modules") or [],
         "quant_algo": stated["quant_algo"],
-        **(cached if stated.get("kv_cache_quant_algo") == "FP8" else {}),
+        **({"kv_cache_scheme": scheme} if cache else {}),
         "producer": document["producer"],
         "quant_method": METHOD,
     }

@@ -40,6 +40,17 @@ def ranges(model: Any, tensors: Iterable[str]) -> Ranges:
     return Ranges(inputs, cache)
 
 
+def layers(model: Any, tensors: Iterable[str]) -> set[str]:
+    """Those linear layers whose weights ModelOpt quantizes. tensors: the names of the checkpoint."""
+    modules, module_of = dict(model.named_modules()), renamed(model)
+    found = set()
+    for tensor in (name for name in tensors if name.endswith(".weight")):
+        quantizers = _weight_quantizers(modules, module_of(tensor))
+        if any(getattr(one, "is_enabled", False) for one in quantizers):
+            found.add(tensor.removesuffix(".weight"))
+    return found
+
+
 def renamed(model: Any) -> Callable[[str], str]:
     """A function from a weight's name in the checkpoint to that of the module or parameter in the loaded model."""
     conversions = getattr(model, "_weight_conversions", None)
@@ -55,12 +66,24 @@ def renamed(model: Any) -> Callable[[str], str]:
 def _input_quantizer(modules: Mapping[str, Any], place: str) -> Any:
     """The quantizer of the inputs of a linear layer, or of all experts' inputs to its projection."""
     own = getattr(modules.get(place), "input_quantizer", None)
+    experts, part = _joined(modules, place)
+    return own if own is not None else getattr(experts, f"{part}_input_quantizer", None)
+
+
+def _weight_quantizers(modules: Mapping[str, Any], place: str) -> list[Any]:
+    """The quantizer of the weight of a linear layer, or those of all experts' weights of its projection."""
+    own = getattr(modules.get(place), "weight_quantizer", None)
+    experts, part = _joined(modules, place)
+    return [own] if own is not None else list(getattr(experts, f"{part}_weight_quantizers", []))
+
+
+def _joined(modules: Mapping[str, Any], place: str) -> tuple[Any, str]:
+    """The module that holds the experts of a layer, and which of its two parameters this one is a part of."""
     found = _EXPERT.fullmatch(place)
-    if own is not None or found is None:
-        return own
+    if found is None:
+        return None, ""
     experts, last = modules.get(found["experts"]), found["projection"] == "down_proj"
-    part = "down_proj" if last else getattr(experts, "_first_proj_attr", "gate_up_proj")
-    return getattr(experts, f"{part}_input_quantizer", None)
+    return experts, "down_proj" if last else getattr(experts, "_first_proj_attr", "gate_up_proj")
 
 
 def _amax(quantizer: Any) -> float | None:

@@ -98,6 +98,18 @@ def round_weights(model: Any, formats: ModelFormats) -> None:
         for name in layers if number_format.prepare_export else ():
             module = modules[name]
             module.weight.copy_(number_format.round_weight(module.weight, module.weight_quantizer.amax))
+    if formats.whole.prepare_export:
+        for experts in modules.values():
+            for weight, quantizer in _joined_weights(experts):
+                weight.copy_(formats.whole.round_weight(weight, quantizer.amax))
+
+
+def _joined_weights(module: Any) -> list[tuple[Any, Any]]:
+    """(weight, quantizer) of each expert's part of the parameters of a module that holds all experts, those that are
+    quantized; [] for any other module."""
+    if not hasattr(module, "down_proj_weight_quantizers"):
+        return []
+    return [(weight, one) for weight, one in module.iter_weights_for_calibration() if one.is_enabled]
 
 
 def by_format(model: Any, formats: ModelFormats) -> dict[NumberFormat, list[str]]:

@@ -23,15 +23,12 @@ SOURCES = (
     *modelopt.SOURCES,
     "builder/quantize/scales.py",
     "builder/quantize/scales_worker.py",
-    "builder/quantize/calibrated.py",
-    "builder/quantize/ranges.py",
     "builder/quantize/stored_model.py",
     "builder/model/dense.py",
     "builder/model/rope.py",
     "builder/model/streamed.py",
     "builder/model/joined_experts.py",
     "builder/model/streamed_weights.py",
-    "builder/quantize/stored_scales.py",
     "builder/checkpoint/description.py",
 )
 

@@ -28,16 +28,17 @@ from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
 from builder.formats.assignment import ModelFormats, of_job
 from builder.model import loading as model_loading
-from builder.model.files import parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.model.imports import only_needed
-from builder.quantize import experts, quantizers
+from builder.quantize import calibrated, experts, quantizers, unified_plan, writer
 from builder.quantize.device import check_device
+from builder.quantize.ranges import Ranges
+from builder.quantize.source_weights import SourceModel
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Writes both layouts from one calibration. Returns facts for the manifest: counts, seconds of each part."""
-    destination, source = Path(job["destination"]), Path(job["model"])
+    destination = Path(job["destination"])
     unified = destination / "unified"
     clock = _Clock()
     device = check_device(job.get("gpus", ()))
@@ -49,24 +50,30 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     model = _model(job)
     clock.lap("load")
     formats = of_job(job)
-    counts = _calibrate(model, batches, formats)
+    facts = _calibrate(model, batches, formats)
     covered = coverage.of_batches(batches, _limit(job, model.config)) if formats.calibrated else {}
     clock.lap("calibrate")
-    _export(model, unified, formats)
-    del model  # the second layout is made from the first, byte by byte: never two models in memory
+    source = SourceModel.open(Path(job["model"]))
+    ranges = _ranges(model, source, formats)
+    if ranges is None:
+        _export(model, source, unified, formats)
+        facts["large_kv"] = sum(n for text, n in said.items() if "Large KV activation" in text)
+    del model  # never held while its tensors are written from the files: they need no more than a few megabytes
     gc.collect()
-    clock.lap("export")
+    if ranges is not None:
+        facts |= _write(source, formats, ranges, unified)
+    clock.lap("write")
     lacking = _second_layout(unified, source, destination / "tensorrt_llm")
     # Weights in memory are pages of the files until they are touched, and tokenizer files were copied just now.
     SourceFiles.of_job(job).check_unchanged()
     clock.lap("layouts")
-    large = sum(n for text, n in said.items() if "Large KV activation" in text)
     return {
-        **counts,
+        **facts,
+        "backend": "modelopt",
+        "writer": "modelopt" if ranges is None else "builder",
         "device": device,
         "calibration_tokens": sum(batch.numel() for batch in batches),
         "coverage": covered,
-        "large_kv": large,
         "warnings": dict(said),
         "no_tensorrt_llm": lacking,
         "seconds": clock.laps,
@@ -78,7 +85,6 @@ def _import_all() -> None:
     gc.disable()
     emit(progress={"label": "importing ModelOpt", "done": 0, "total": None})
     with only_needed():
-        import modelopt.torch.export
         import modelopt.torch.quantization  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
@@ -161,7 +167,28 @@ def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[st
     return {**counts, **routed.facts(), **({"rare_experts": few} if few else {})}
 
 
-def _export(model: Any, unified: Path, formats: ModelFormats) -> None:
+def _ranges(model: Any, source: SourceModel, formats: ModelFormats) -> Ranges | None:
+    """The ranges to write the checkpoint from. None where ModelOpt's exporter must write it: formats whose weights
+    depend on scales of inputs that it searched, experts that stay stacked, and families whose tensors are not known."""
+    if catalog.of(source.config) is catalog.UNKNOWN:
+        return None
+    try:
+        made = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+        unified_plan.check(made.layers)
+    except UnsupportedError:
+        return None
+    if calibrated.layers(model, made.tensors) != made.layers.keys():
+        return None
+    return calibrated.ranges(model, made.tensors)
+
+
+def _write(source: SourceModel, formats: ModelFormats, ranges: Ranges, unified: Path) -> dict[str, Any]:
+    """The unified Hugging Face layout by our writer. Returns its facts."""
+    emit(progress={"label": "writing the checkpoint", "done": 0, "total": None})
+    return writer.write(source, formats, ranges, unified)
+
+
+def _export(model: Any, source: SourceModel, unified: Path, formats: ModelFormats) -> None:
     """The unified Hugging Face layout by ModelOpt's exporter; it replaces the weights in place."""
     import torch
     from modelopt.torch.export import export_hf_checkpoint
@@ -174,14 +201,13 @@ def _export(model: Any, unified: Path, formats: ModelFormats) -> None:
     with torch.inference_mode(), _unsupported("export"):
         quantizers.round_weights(model, formats)
         export_hf_checkpoint(model, export_dir=unified)
+    huggingface.complete(unified, source.directory)
 
 
-def _second_layout(unified: Path, source: Path, tensorrt_llm: Path) -> str | None:
-    """Completes the Hugging Face layout and derives the TensorRT-LLM one. Returns why there is none, if so."""
+def _second_layout(unified: Path, source: SourceModel, tensorrt_llm: Path) -> str | None:
+    """Derives the TensorRT-LLM layout from the Hugging Face one. Returns why there is none, if so."""
     emit(progress={"label": "writing the TensorRT-LLM layout", "done": 0, "total": None})
-    huggingface.complete(unified, source)
-    config = parse_config((source / "config.json").read_bytes(), str(source))
-    return layouts.write_if_served(unified, config, tensorrt_llm)
+    return layouts.write_if_served(unified, source.config, tensorrt_llm)
 
 
 class _unsupported:

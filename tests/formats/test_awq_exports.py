@@ -70,11 +70,7 @@ def ours(source: Path, one: NumberFormat, directory: Path) -> Path:
     """Both layouts, as the stage's worker makes them."""
     formats = ModelFormats(one, cache=kv_cache.FP8)
     model = calibrated(source, formats)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        worker._export(model, directory / "unified", formats)
-    worker._second_layout(directory / "unified", source, directory / "tensorrt_llm")
-    return directory
+    return exports.written(model, source, formats, directory)
 
 
 def theirs(source: Path, one: NumberFormat) -> Any:
@@ -177,10 +173,7 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, name: str
     one, source = registry.get(name), exports.MODELS["llama"]
     formats = ModelFormats(one)
     model = calibrated(source, formats)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        worker._export(copy.deepcopy(model), tmp_path / "unified", formats)
-    worker._second_layout(tmp_path / "unified", source, tmp_path / "tensorrt_llm")
+    exports.written(copy.deepcopy(model), source, formats, tmp_path)
     stored, ids = Tensors(tmp_path / "unified"), torch.arange(3, 4000, 97)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")

@@ -27,6 +27,7 @@ from builder.formats.declared import declared
 from builder.preflight import checks
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import quantizers, worker
+from builder.quantize.source_weights import SourceModel
 from builder.recipe import schema
 from builder.reference.model import ReferenceModel
 
@@ -61,20 +62,8 @@ def ours(source: Path, formats: ModelFormats, directory: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
         batches = [batch % model.config.vocab_size for batch in exports.batches()]
         worker._calibrate(model, batches, formats)
-        worker._export(model, directory / "unified", formats)
-    worker._second_layout(directory / "unified", source, directory / "tensorrt_llm")
-    return directory
-
-
-def held(directory: Path, files: list[Path] | None = None) -> Mapping[str, tuple[str, tuple[int, ...], bytes]]:
-    """{tensor: (dtype, shape, bytes)}."""
-    tensors = Tensors(directory, files) if files else Tensors(directory)
-    return {name: (info.dtype, info.shape, bytes(tensors.data(name))) for name, info in tensors.items()}
-
-
-def differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The tensors that are not the same in both."""
-    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+    assert worker._ranges(model, SourceModel.open(source), formats) is not None  # our writer writes it
+    return exports.written(model, source, formats, directory)
 
 
 def check_unified(made: Path, model: Any, formats: ModelFormats, directory: Path) -> None:
@@ -84,10 +73,10 @@ def check_unified(made: Path, model: Any, formats: ModelFormats, directory: Path
             quantizers.share_ranges(model, formats)
             quantizers.round_weights(model, formats)
     exports.export(model, directory)
-    assert not differ(held(made / "unified"), held(directory))
-    said = [layouts.read_json(at / "hf_quant_config.json") for at in (made / "unified", directory)]
-    assert said[0] == said[1]
-    assert declared(said[0]["quantization"]).default is formats.whole
+    assert not exports.differ(exports.held(made / "unified"), exports.held(directory))
+    assert exports.documents(made / "unified") == exports.documents(directory)
+    said = layouts.read_json(made / "unified" / "hf_quant_config.json")
+    assert declared(said["quantization"]).default is formats.whole
 
 
 @pytest.mark.parametrize("variant", ENGINES)
@@ -102,7 +91,7 @@ def test_both_layouts_are_modelopts_own(tmp_path: Path, name: str, variant: str)
         sharding.split(made / "tensorrt_llm", tmp_path / f"split{tp}", Parallel(tp))
         for rank in range(tp):
             files = [[tmp_path / f"{at}{tp}" / f"rank{rank}.safetensors"] for at in ("split", "tp")]
-            changed = differ(*(held(tmp_path, file) for file in files))
+            changed = exports.differ(*(exports.held(tmp_path, file) for file in files))
             # 0.47 alone has it, and lets gate and up differ in scale, unlike its other exporter.
             assert not [n for n in changed if name != "w4a16_nvfp4" or (".mlp.fc." not in n and ".mlp.gate." not in n)]
         said = [layouts.read_json(tmp_path / f"{at}{tp}" / "config.json")["quantization"] for at in ("split", "tp")]
@@ -204,10 +193,10 @@ def test_a_scheme_with_attention_in_fp8_is_modelopts_mixed_precision(tmp_path: P
         quantizers.share_ranges(theirs, formats)
         quantizers.round_weights(theirs, formats)
     exports.export(theirs, tmp_path / "theirs")
-    assert not differ(held(made / "unified"), held(tmp_path / "theirs"))
-    said = [layouts.read_json(at / "hf_quant_config.json") for at in (made / "unified", tmp_path / "theirs")]
-    assert said[0] == said[1]
-    assert said[0]["quantization"]["quant_algo"] == "MIXED_PRECISION"
+    assert not exports.differ(exports.held(made / "unified"), exports.held(tmp_path / "theirs"))
+    assert exports.documents(made / "unified") == exports.documents(tmp_path / "theirs")
+    said = layouts.read_json(made / "unified" / "hf_quant_config.json")
+    assert said["quantization"]["quant_algo"] == "MIXED_PRECISION"
     found = validate.inspect(made)
     assert not found.findings
     assert found.layouts["unified"].linears["fp8"] == len(layers["fp8"])

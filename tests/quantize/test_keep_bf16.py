@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import exports
 import pytest
@@ -231,15 +230,11 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, rows: Pat
     job = {"model": str(TINY), "rows": str(rows), "seq_len": 128, "batch_size": 1, "trust_remote_code": False}
     kept = facts(TINY, PATTERNS).modules("bf16")
 
-    def calibrated() -> tuple[Any, torch.Tensor]:
-        model, batches = worker._load(job)
-        assert worker._calibrate(model, batches, ModelFormats(layers={BF16: kept}))["kept_linears"] == len(kept)
-        return model, batches[0].flatten()[:100]
-
-    model, ids = calibrated()
-    worker._export(model, tmp_path / "unified", ModelFormats())
-    worker._second_layout(tmp_path / "unified", TINY, tmp_path / "tensorrt_llm")
-    simulated, _ = calibrated()
+    formats = ModelFormats(layers={BF16: kept})
+    simulated, batches = worker._load(job)
+    assert worker._calibrate(simulated, batches, formats)["kept_linears"] == len(kept)
+    ids = batches[0].flatten()[:100]
+    exports.written(simulated, TINY, formats, tmp_path)
     enable_cpu_simulation()
     from modelopt.torch.export import unified_export_hf
 

@@ -78,13 +78,9 @@ def calibrated(source: Path, rows: Path, model: ModelFacts, *, fp8_kv: bool = Tr
     return made
 
 
-def write(made: Any, source: Path, directory: Path, model: ModelFacts) -> Path:
-    """Both layouts, as the quantize stage does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ModelOpt's own
-        worker._export(made, directory / "unified", formats(model))
-    assert worker._second_layout(directory / "unified", source, directory / "tensorrt_llm") is None
-    return directory
+def write(made: Any, source: Path, directory: Path, model: ModelFacts, *, fp8_kv: bool = True) -> Path:
+    """Both layouts, as the quantize stage does. The model stays as it is."""
+    return exports.written(made, source, formats(model, fp8_kv=fp8_kv), directory)
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +264,8 @@ def test_the_inspection_finds_what_is_wrong_with_them(made: Path, tmp_path: Path
 def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, rows: Path) -> None:
     """As in test_reference_model.py, in float64: no KV cache, so that its clamped scales don't matter."""
     model = facts(TINY, PATTERNS, BF16)
-    write(calibrated(TINY, rows, model, fp8_kv=False), TINY, tmp_path, model)
     simulated = calibrated(TINY, rows, model, fp8_kv=False)
+    write(simulated, TINY, tmp_path, model, fp8_kv=False)
     ids = worker._load(job(TINY, rows))[1][0].flatten()[:100]
     enable_cpu_simulation()
     from modelopt.torch.export import unified_export_hf

@@ -19,6 +19,7 @@ from builder.calibration.rows import Calibration, calibrate
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import StageError, UnsupportedError
 from builder.core.output import Output
+from builder.core.safetensors_io import Tensors
 from builder.core.store import Store
 from builder.formats import kv_cache, registry
 from builder.formats.arithmetic import nvfp4
@@ -192,7 +193,6 @@ def test_large_kv_activations_are_counted(run_here: Callable[..., dict[str, Any]
     change_weights(llama, lambda name, t: t * 1000 if "v_proj" in name else t)
     summary = run_here(llama)
     assert (summary["large_kv"], summary["kv_scales"]) == (2, 4)
-    assert any("Large KV activations detected" in text for text in summary["warnings"])
 
 
 def test_large_scales_are_reported_by_the_title_of_the_cache(
@@ -229,7 +229,7 @@ def test_sizes_that_are_no_multiples_of_16_are_refused_before_anything_runs(llam
 def test_embeddings_and_routers_may_have_any_size(tmp_path: Path) -> None:
     names = ("model.embed_tokens", "lm_head", "model.layers.0.mlp.gate", "model.norm")
     save_file({f"{name}.weight": torch.zeros(4, 20) for name in names}, tmp_path / "model.safetensors")
-    check([tmp_path / "model.safetensors"], UNKNOWN)
+    check(Tensors(tmp_path), UNKNOWN)
 
 
 def test_the_child_refuses_such_sizes_too(rows: Path, tmp_path: Path) -> None:

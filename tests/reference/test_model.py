@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import exports
 import pytest
 import torch
 
@@ -54,15 +55,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     rows.write_text("".join((DATA / "eval" / "prose.jsonl").read_text().splitlines(keepends=True)[:6]))
     job = {"model": str(source), "rows": str(rows), "seq_len": 128, "batch_size": 1, "trust_remote_code": False}
 
-    def calibrated() -> tuple[Any, torch.Tensor]:
-        model, batches = worker._load(job)
-        worker._calibrate(model, batches, ModelFormats(cache=kv_cache.FP8))
-        return model, torch.cat([batch.flatten() for batch in batches])[:TOKENS]
-
-    model, ids = calibrated()
-    worker._export(model, made / "unified", ModelFormats())
-    assert worker._second_layout(made / "unified", source, made / "tensorrt_llm") is None
-    simulated, _ = calibrated()
+    formats = ModelFormats(cache=kv_cache.FP8)
+    simulated, batches = worker._load(job)
+    worker._calibrate(simulated, batches, formats)
+    ids = torch.cat([batch.flatten() for batch in batches])[:TOKENS]
+    exports.written(simulated, source, formats, made)
     enable_cpu_simulation()
     calibrated_kv = [quantizer.amax.clone() for quantizer in _kv_quantizers(simulated)]
     return Pair(made / "tensorrt_llm", _as_exported(simulated), ids, calibrated_kv)

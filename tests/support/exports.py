@@ -6,7 +6,10 @@ Works with ModelOpt 0.37 (transformers 4.57) and 0.47 (transformers 5). Imports 
 from __future__ import annotations
 
 import copy
+import json
+import math
 import shutil
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.safetensors_io import NewTensor, Tensors, write
+from builder.formats import kv_cache
+from builder.formats.assignment import ModelFormats
+from builder.quantize.source_weights import SourceModel
 
 DATA = Path(__file__).parents[1] / "data"
 MODELS = {
@@ -132,6 +138,72 @@ def _export_tensorrt_llm(model: Any, directory: Path, tp: int, pp: int) -> None:
         inference_tensor_parallel=tp,
         inference_pipeline_parallel=pp,
     )
+
+
+def written(model: Any, source: Path, formats: ModelFormats, directory: Path) -> Path:
+    """Both layouts of a model that the stage's worker calibrated, as it writes them: with our writer or, where that
+    can't, with ModelOpt's exporter, which changes the model."""
+    from builder.quantize import worker
+
+    opened = SourceModel.open(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ranges = worker._ranges(model, opened, formats)
+        if ranges is None:
+            worker._export(model, opened, directory / "unified", formats)
+        else:
+            worker._write(opened, formats, ranges, directory / "unified")
+    worker._second_layout(directory / "unified", opened, directory / "tensorrt_llm")
+    return directory
+
+
+Held = Mapping[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def held(directory: Path, files: list[Path] | None = None) -> Held:
+    """{tensor: (dtype, shape, bytes)} of a directory, or of some of its files."""
+    tensors = Tensors(directory, files) if files else Tensors(directory)
+    return {name: (info.dtype, info.shape, bytes(tensors.data(name))) for name, info in tensors.items()}
+
+
+def differ(ours: Held, theirs: Held) -> list[str]:
+    """The tensors that are not the same in our unified layout and in the installed ModelOpt's.
+
+    The scales of the KV cache are those of both versions that TensorRT-LLM reads best (builder/formats/kv_cache.py):
+    0.37 raises those of an FP8 cache to 1, 0.47 multiplies those of an NVFP4 cache by 6.
+    """
+    changed = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    return [name for name in changed if not (name.endswith(kv_cache.UNIFIED) and _same_scale(ours, theirs, name))]
+
+
+def _same_scale(ours: Held, theirs: Held, name: str) -> bool:
+    """Whether a scale of the KV cache is the same but for that."""
+    if not (name in ours and name in theirs):
+        return False
+    (one,), (other,) = (struct.unpack("<f", both[name][2]) for both in (ours, theirs))
+    return bool(other == max(one, 1.0) if MODELOPT < (0, 40) else math.isclose(other, 6 * one, rel_tol=1e-6))
+
+
+def documents(unified: Path) -> dict[str, Any]:
+    """What hf_quant_config.json and config.json say of the quantization, but for what our writer states otherwise.
+
+    It names ModelOpt 0.47.0 and writes that version's documents. It always names the embedding as not quantized, and
+    numbers the groups of a mixture in the order of the files. 0.37 has other patterns in exclude_modules, and says less
+    in config.json: there the first document is compared without them, and the second by its algorithm.
+    """
+    said = json.loads((unified / "hf_quant_config.json").read_text())
+    block = json.loads((unified / "config.json").read_text())["quantization_config"]
+    for holder, key in ((said["quantization"], "exclude_modules"), (block, "ignore")):
+        if key in holder:
+            holder[key] = [name for name in holder[key] if not name.endswith(("embed_tokens", "embeddings"))]
+    if "config_groups" in block:
+        block["config_groups"] = sorted(block["config_groups"].values(), key=json.dumps)
+    for producer in (said["producer"], block["producer"]):
+        producer.pop("version")
+    if MODELOPT < (0, 40):
+        said["quantization"].pop("exclude_modules", None)
+        block = {key: block.get(key) for key in ("quant_algo", "quant_method", "producer")}
+    return {"hf_quant_config.json": said, "config.json": block}
 
 
 def rewrite(checkpoint: Path, destination: Path, changes: Mapping[str, NewTensor | None]) -> Path:
