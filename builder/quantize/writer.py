@@ -39,8 +39,9 @@ from builder.quantize.unified_plan import SHARD_BYTES, Layer, UnifiedPlan
 BLOCK_BYTES = 4 << 20
 # Copied at a time, so that a large embedding occupies all threads.
 COPY_BYTES = 64 << 20
-# Weights up to this size stay mapped between the pass that finds their range and the one that packs them.
-KEPT_BYTES = 32 << 20
+# Weights up to this size stay mapped between the pass that finds their range and the one that packs them. With 32 MB, a
+# model of larger layers took 35 MB more and no less time (benchmarks/data_free.py).
+KEPT_BYTES = 8 << 20
 LARGE_KV = 0.5  # ModelOpt warns of scales of an FP8 KV cache above it (export/quant_utils.py, postprocess_state_dict)
 # Whose layout this is. TensorRT-LLM's AutoDeploy rejects another name (_torch/auto_deploy/models/
 # quant_config_reader.py), and vLLM looks for it to choose its loader (vllm/config/model.py, _parse_quant_hf_config).
