@@ -23,9 +23,9 @@ ROWS, TOKENS = 8, 256
 STREAMED, DEFAULT, LAYERS, GROWTH = 3, 1.6, 1.5, 1.1
 
 
-def ours(model: Path, rows: Path, output: Path, memory: str) -> list[str]:
+def ours(model: Path, rows: Path, output: Path, memory: str, count: int = ROWS, tokens: int = TOKENS) -> list[str]:
     """The command line of our own way: memory "low" or "whole"."""
-    calibration = ("--calib-data", str(rows), "--calib-samples", str(ROWS), "--calib-seq-len", str(TOKENS))
+    calibration = ("--calib-data", str(rows), "--calib-samples", str(count), "--calib-seq-len", str(tokens))
     asked = ("--gpu", "cpu", "--format", "nvfp4", "--kv-cache-dtype", "fp8", "--memory", memory)
     return builder("quantize", str(model), output, *asked, *calibration)
 

@@ -153,6 +153,7 @@ def make_rows(path: Path, rows: int, tokens: int) -> Path:
     """Rows of English text of at least so many tokens each, to be cut to this length."""
     known = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
     whole, size = "\n".join(row.get("text", "") for row in known), 8 * tokens  # a token has fewer characters than 8
+    whole *= 1 + rows * size // len(whole)
     path.write_text("".join(json.dumps({"text": whole[n * size : (n + 1) * size]}) + "\n" for n in range(rows)))
     return path
 
