@@ -176,7 +176,7 @@ def check(recipe: Recipe, model: ModelFacts) -> None:
     if rows.data_free and part.kept_budget is not None:
         raise UsageError(
             "--data-free measures nothing, and auto chooses layers by the loss that it measures.",
-            hint=f"Name the layers: --keep-{part.kept_format} '*.down_proj'. Or leave --data-free out.",
+            hint="Name the layers: --keep-fp8 '*.down_proj' or --keep-bf16 '*.down_proj'. Or leave --data-free out.",
         )
     flag = "--data-free" if rows.data_free else "--memory low" if part.memory == "low" else ""
     if flag and (why := _needs_modelopt(recipe, model)):
