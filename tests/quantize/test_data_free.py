@@ -22,7 +22,7 @@ from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16, FP8, NVFP4
 from builder.hub.snapshot import fetch
 from builder.quantize import data_free, writer
-from builder.quantize.data_free import RANGE, write_data_free
+from builder.quantize.data_free import INPUT_RANGE, write_data_free
 from builder.quantize.modelopt import QuantizeRequest
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
@@ -59,9 +59,9 @@ def number(data: bytes) -> float:
 @pytest.mark.parametrize(
     ("values", "scale"),
     [
-        ({"quantization.format": "nvfp4"}, RANGE / (6 * 448)),
-        ({"quantization.format": "fp8"}, 1.0),
-        ({"quantization.format": "nvfp4", "quantization.kv_cache_dtype": "auto"}, RANGE / (6 * 448)),
+        ({"quantization.format": "nvfp4"}, INPUT_RANGE / (6 * 448)),
+        ({"quantization.format": "fp8"}, INPUT_RANGE / 448),
+        ({"quantization.format": "nvfp4", "quantization.kv_cache_dtype": "auto"}, INPUT_RANGE / (6 * 448)),
     ],
 )
 def test_only_scales_of_activations_differ_from_a_calibrated_checkpoint(
@@ -91,7 +91,7 @@ def test_layers_in_other_formats_have_their_rule(tmp_path: Path) -> None:
     recipe = schema.resolve({"model.id": str(TINY), "gpu": "cpu", "calibration.samples": 0}).recipe
     asked = QuantizeRequest(recipe.quantization, recipe.calibration, layers)
     found = read(write_data_free(fetch(recipe.model, store=store), asked, store=store).unified)
-    assert number(found[f"{down}.input_scale"]) == 1.0
+    assert number(found[f"{down}.input_scale"]) == INPUT_RANGE / 448
     assert "model.layers.1.mlp.down_proj.input_scale" not in found
 
 
