@@ -146,8 +146,23 @@ def _score(
     store.out.stage("evaluate", f"{variant.label} on {len(sets)} data sets{kept}")
     if missing:
         measuring = {"top": part.top, "logits": True, "sets": missing, "force": sorted(store.force)}
-        _run({**prepared.job, **asked, **measuring}, store)
+        memory = _way(variant, models, recipe, store)
+        _run({**prepared.job, **asked, **measuring, "memory": memory}, store)
     return [artifact for artifact in map(stored, sets) if artifact]
+
+
+def _way(variant: Variant, models: Models, recipe: Recipe, store: Store) -> str:
+    """Whether a runner in transformers holds the whole model or one layer at a time: the same figures on a CPU."""
+    from builder.evaluate import memory
+    from builder.preflight.memory import machine
+
+    if variant.runner not in ("bf16", "checkpoint"):
+        return "whole"
+    snapshot = models.snapshot
+    found = memory.of_model(recipe, snapshot.path, snapshot.config, machine(store.root))
+    if found == "low":
+        store.out.info(f"{variant.label}: one decoder layer at a time is in memory")
+    return found
 
 
 def _run(job: Mapping[str, Any], store: Store) -> None:

@@ -24,16 +24,17 @@ from builder.core import paths, process, workers
 from builder.core.errors import NotMeasurable
 from builder.core.output import size
 from builder.core.store import Store, digest_of, sources_digest
+from builder.evaluate import memory
 from builder.evaluate.metrics import Estimate, measure, read
 from builder.evaluate.variants import Models, Variant, runner_job
 from builder.formats.assignment import to_keep
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.registry import BF16
-from builder.preflight.memory import Machine, calibration_memory
+from builder.preflight import ways
+from builder.preflight.memory import Machine
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, modelopt
-from builder.recipe.evaluation import Quality as Settings
 from builder.recipe.schema import Recipe
 
 SOURCES = (
@@ -55,7 +56,6 @@ PROMPTS = (
     {"ask": "What does len() return in Python?", "continue": "Return the number of"},
 )
 ANSWER_TOKENS = 32
-LIBRARIES = 600_000_000  # bytes of a process that has torch and transformers
 # Layers that are tried in FP8 (or BF16: formats/assignment.py, to_keep) if the score is low, cheapest first.
 KEPT = (("*.{down}",), ("*.{attention}.*",), ("*.{mlp}.*",), ("*.{mlp}.*", "*.{q}"))
 
@@ -140,7 +140,10 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
     part = recipe.quality
     if recipe.quantization.as_it_is:
         return Quality(unmeasured="nothing is quantized")
-    if not modelopt.gpus() and (least := memory(model, part)) > host.memory:
+    device = ways.device(host)
+    dtype, found, way = _way(model, recipe, device)
+    least = found.whole if way == "whole" else found.low
+    if not device.gpu and least > host.memory:
         return Quality(unmeasured=f"it needs {size(least)} of memory, and this machine has {size(host.memory)}")
     texts = _texts(recipe, store)
     cache = recipe.quantization.cache_format
@@ -148,10 +151,10 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
     made_here = models.calibration is not None and (
         models.checkpoint is None or "imported" not in models.checkpoint.facts
     )
-    names = ("bf16", "checkpoint", "simulated") if made_here else ("bf16", "checkpoint")
+    simulates = made_here and way == "whole"  # ModelOpt simulates with the whole model in memory
+    names = ("bf16", "checkpoint", "simulated") if simulates else ("bf16", "checkpoint")
     variants = [runner_job(Variant(name, name, cache), models, recipe, store) for name in names]
-    dtype = _dtype(model, part, host)
-    jobs = [{**variant.job, "dtype": dtype} for variant in variants]
+    jobs = [{**variant.job, "dtype": dtype, "memory": way} for variant in variants]
     positions = int(models.snapshot.config.get("max_position_embeddings") or part.max_tokens)
     asked = {
         "lengths": {"min_tokens": MIN_TOKENS, "max_tokens": min(part.max_tokens, positions)},
@@ -169,7 +172,7 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
         "sources": sources_digest(*SOURCES),
     }
 
-    needs = size(memory(model, part))
+    needs = size(least)
 
     def make(directory: Path) -> dict[str, Any]:
         return _measure(directory, {"variants": jobs, "needs": needs, **asked}, texts, store)
@@ -186,17 +189,6 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
     return read_quality(made.facts, made.digest, made.path)
 
 
-def memory(model: ModelFacts, part: Settings, *, float32: bool = False) -> int:
-    """Bytes that the check needs: one model at a time (in BF16 no more than calibration) and the logits of a batch.
-
-    Host memory without a GPU; otherwise GPU and host memory together (accelerate). SmolLM2-135M took 2.4 GB in float32:
-    libraries 0.6, weights 0.6, the rest three copies of the logits.
-    """
-    vocab = int(model.config.get("vocab_size") or 0)
-    weights = calibration_memory(model, part.max_tokens) * (2 if float32 else 1)
-    return LIBRARIES + weights + 3 * min(1 << 30, 4 * 2048 * vocab)  # a batch on a CPU: runners/local.py
-
-
 def cost(model: ModelFacts, recipe: Recipe, host: Machine) -> tuple[float, int]:
     """The estimated seconds on this machine, and bytes of memory.
 
@@ -208,14 +200,24 @@ def cost(model: ModelFacts, recipe: Recipe, host: Machine) -> tuple[float, int]:
     tokens = part.texts * part.max_tokens
     rate = 2e14 if gpu else 7e10
     loading = 2 * 2 * weights / 1e9
-    needs = memory(model, part, float32=not gpu and _dtype(model, part, host) == "auto")
+    _, found, way = _way(model, recipe, ways.device(host))
+    needs = found.whole if way == "whole" else found.low
     return 10 + loading + 2 * 2 * weights * tokens / rate, needs
 
 
-def _dtype(model: ModelFacts, part: Settings, host: Machine) -> str:
-    """The dtype of computation: float32 on a CPU (evaluation's auto), unless only BF16 fits into memory."""
-    roomy = bool(modelopt.gpus()) or memory(model, part, float32=True) <= host.memory
-    return "auto" if roomy else "bfloat16"
+def _way(model: ModelFacts, recipe: Recipe, device: ways.Device) -> tuple[str, memory.Needs, memory.Way]:
+    """The dtype of computation, what it takes, and whether the model is measured whole or layer by layer.
+
+    The dtype is float32 on a CPU (evaluation's auto), unless only BF16 fits. A whole model in BF16 is faster than one
+    in float32 that is read layer by layer.
+    """
+    tokens = recipe.quality.max_tokens
+    half, single = memory.needs(model, tokens), memory.needs(model, tokens, float32=True)
+    way = memory.way(recipe, half, device.memory)
+    if device.gpu:
+        return "auto", half, way
+    roomy = (single.whole if way == "whole" else single.low) <= (device.memory or 0)
+    return ("auto", single, way) if roomy else ("bfloat16", half, way)
 
 
 def _texts(recipe: Recipe, store: Store) -> dict[str, list[dict[str, Any]]]:

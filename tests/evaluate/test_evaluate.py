@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from builder.core.errors import BuilderError, EvaluationError, IntegrityError, N
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, Tensors
 from builder.core.store import Store, read
-from builder.evaluate import datasets, variants
+from builder.evaluate import datasets, memory, variants
 from builder.evaluate import stage as evaluate_stage
 from builder.evaluate.runners import triton, worker
 from builder.evaluate.stage import Evaluation
@@ -33,6 +34,7 @@ from builder.evaluate.variants import Models
 from builder.hub import client as hub_client
 from builder.hub import snapshot as hub_snapshot
 from builder.pipeline import Built
+from builder.preflight.memory import Machine
 from builder.quantize import kv_safety
 from builder.quantize import worker as quantizer
 from builder.recipe import schema
@@ -153,6 +155,25 @@ def test_the_tensorrt_llm_layout_differs_by_the_scale_of_its_cache(store: Store,
     simulated, ours, bf16 = (nll(store, whole, runner) for runner in ("simulated", "reference", "bf16"))
     assert abs(float((ours - simulated).mean())) < 0.02
     assert float(np.abs(ours - simulated).mean()) < float(np.abs(bf16 - simulated).mean())
+
+
+def test_in_little_memory_the_figures_are_the_same(whole: Evaluation, models: Models, tmp_path: Path) -> None:
+    """Of data sets, runners and the gate's figures: one decoder layer at a time is in memory."""
+    asked = resolve(evaluation__runners=["bf16", "checkpoint"], quantization__memory="low")
+    found = evaluate_stage.evaluate(models, asked.recipe, store=Store(tmp_path / "artifacts", QUIET))
+    assert found.measured == {runner: whole.measured[runner] for runner in ("bf16", "checkpoint")}
+
+
+def test_the_way_to_measure_is_the_recipe_s_or_what_fits(models: Models) -> None:
+    snapshot, host = models.snapshot, Machine(disk=1 << 40, memory=1 << 40, available=1 << 40)
+
+    def way(recipe: schema.Recipe, on: Machine = host) -> str:
+        return memory.of_model(recipe, snapshot.path, snapshot.config, on)
+
+    small = replace(host, memory=1 << 20)
+    assert (way(resolve().recipe), way(resolve().recipe, small)) == ("whole", "low")
+    assert way(resolve(quantization__memory="low").recipe) == "low"
+    assert way(resolve(quantization__memory="whole").recipe, small) == "whole"
 
 
 def test_a_second_evaluation_measures_nothing(

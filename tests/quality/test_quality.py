@@ -19,6 +19,7 @@ from builder.core.errors import EvaluationError, NotMeasurable
 from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
 from builder.core.store import Store, WouldRun, read
+from builder.evaluate import memory as measuring
 from builder.evaluate.metrics import Estimate
 from builder.formats import kv_cache, registry
 from builder.pipeline import Built
@@ -258,7 +259,7 @@ def test_what_does_not_fit_says_what_it_needs(built: tuple[Path, Built]) -> None
     assert found.score is None
     assert found.unmeasured.startswith("it needs ")
     assert found.unmeasured.endswith("and this machine has 1.05 MB")
-    needs = check.memory(model, resolve().recipe.quality)
+    needs = measuring.needs(model, resolve().recipe.quality.max_tokens).whole
     middle = Machine(disk=1 << 40, memory=needs + 1, available=needs)
     with pytest.raises(WouldRun):  # in BF16, as float32 would not fit: another measurement
         check.check_quality(made.models, model, resolve().recipe, middle, store=store)
