@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from builder.architectures import names
 from builder.core.safetensors_io import byte_size
+from builder.core.store import Store
+from builder.evaluate.variants import Models
 from builder.model.source_tensors import open_tensors
 from builder.preflight import ways
-from builder.preflight.memory import Machine, activation_width, calibration_memory
+from builder.preflight.memory import Machine, activation_width, calibration_memory, machine
 from builder.preflight.model_facts import ModelFacts
 from builder.recipe.schema import Recipe
 
@@ -67,3 +69,10 @@ def of_model(recipe: Recipe, directory: Path, config: Mapping[str, Any], host: M
     float32 = part.dtype == "float32" or (part.dtype == "auto" and not device.gpu)
     tokens = part.batch_tokens if device.gpu else min(part.batch_tokens, CPU_TOKENS)
     return way(recipe, needs(ModelFacts(config, headers), tokens, float32=float32), device.memory)
+
+
+def of_runner(runner: str, models: Models, recipe: Recipe, store: Store) -> Way:
+    """How a runner measures; those that can't read a model layer by layer hold it whole."""
+    if runner not in ("bf16", "checkpoint"):
+        return "whole"
+    return of_model(recipe, models.snapshot.path, models.snapshot.config, machine(store.root))

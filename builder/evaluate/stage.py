@@ -152,14 +152,10 @@ def _score(
 
 
 def _way(variant: Variant, models: Models, recipe: Recipe, store: Store) -> str:
-    """Whether a runner in transformers holds the whole model or one layer at a time: the same figures on a CPU."""
+    """Whether a runner holds the whole model or one layer at a time, which gives the same figures on a CPU."""
     from builder.evaluate import memory
-    from builder.preflight.memory import machine
 
-    if variant.runner not in ("bf16", "checkpoint"):
-        return "whole"
-    snapshot = models.snapshot
-    found = memory.of_model(recipe, snapshot.path, snapshot.config, machine(store.root))
+    found = memory.of_runner(variant.runner, models, recipe, store)
     if found == "low":
         store.out.info(f"{variant.label}: one decoder layer at a time is in memory")
     return found

@@ -164,6 +164,8 @@ def _answers(
     kept = f", {len(found)} found in the store" if found else ""
     store.out.stage("tasks", f"{variant.label}: {', '.join(part.names)}{kept}")
     summary: dict[str, Any] = {}
+    if missing and (why := _does_not_fit(variant, models, recipe, store)):
+        return found, {name: why for name in wanted if name not in found}
     if missing:
         job = {
             **prepared.job,
@@ -177,6 +179,18 @@ def _answers(
         }
         summary = _run(job, store)
     return stored(), summary.get("not_measured", {})
+
+
+def _does_not_fit(variant: Variant, models: Models, recipe: Recipe, store: Store) -> str:
+    """Why a model can't do tasks on this machine; "" if it can."""
+    from builder.evaluate import memory
+
+    if memory.of_runner(variant.runner, models, recipe, store) == "whole":
+        return ""
+    return (
+        "Tasks need the whole model in memory, which does not fit or which --memory low excludes. "
+        "Ask the served model: --runner served"
+    )
 
 
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:

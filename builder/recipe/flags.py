@@ -18,7 +18,12 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--calib-seq-len", "calibration.seq_len", int, "longest row, in tokens; longer ones are cut"),
     ("--format", "quantization.format", str, "nvfp4, fp8, int4_awq, ... (default: the card's best, `builder gpus`)"),
     ("--kv-cache-dtype", "quantization.kv_cache_dtype", str, "fp8, nvfp4, or auto: the model's own type"),
-    ("--memory", "quantization.memory", str, "of calibration: whole (all layers), low (one at a time), or auto"),
+    (
+        "--memory",
+        "quantization.memory",
+        str,
+        "to calibrate and measure in: whole (all layers), low (one at a time), or auto",
+    ),
     (
         "--layouts",
         "quantization.layouts",

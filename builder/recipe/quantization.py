@@ -89,7 +89,7 @@ class Quantization(Part):
     memory: Annotated[
         Literal["auto", "low", "whole"],
         Field(
-            description="of calibration: whole holds the model, low one decoder layer at a time; auto: whole if it fits"
+            description="to calibrate and measure in: whole (all layers), low (one at a time); auto: whole if it fits"
         ),
     ] = "auto"
     layouts: Annotated[

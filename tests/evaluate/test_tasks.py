@@ -175,6 +175,23 @@ def test_what_was_asked_is_not_asked_again(
     assert again.rows == tuple(row for row in found.rows if row.runner in ("bf16", "checkpoint"))
 
 
+def test_a_model_that_is_not_held_whole_is_not_asked(
+    found: tasks.TaskTable, models: Models, store: Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "_run", lambda job, store: pytest.fail("asked"))
+    little = resolve(directory, quantization__memory="low").recipe
+    assert (
+        tasks.measure(models, little, store=store).rows
+        == tasks.measure(models, resolve(directory).recipe, store=store).rows
+    )
+    other = tasks.measure(models, little, store=Store(store.root.parent / "other", QUIET))
+    assert not other.rows
+    assert {why for refused in other.not_measured.values() for why in refused.values()} == {
+        "Tasks need the whole model in memory, which does not fit or which --memory low excludes. "
+        "Ask the served model: --runner served"
+    }
+
+
 def test_what_is_forced_is_asked_again(models: Models, store: Store, directory: Path) -> None:
     asked = resolve(directory, evaluation__runners=["bf16"], tasks__names="follows", tasks__limit=3)
     first = measure_here(models, asked.recipe, store)
