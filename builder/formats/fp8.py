@@ -37,9 +37,9 @@ class Fp8(NumberFormat):
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The E4M3 weight [outputs, inputs] times its scale."""
-        from builder.formats.arithmetic import fp8
+        from builder.formats.kernels import tensors
 
-        return fp8.dequantize(stored["weight"], stored["weight_scale"], kind)
+        return tensors.dequantize_fp8(stored["weight"], stored["weight_scale"], kind)
 
     def round_input(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """Rounds to E4M3 under the calibrated scale."""

@@ -35,9 +35,9 @@ class Fp8PerChannelPerToken(NumberFormat):
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The E4M3 weight [outputs, inputs] times the scale of each output."""
-        from builder.formats.arithmetic import fp8
+        from builder.formats.kernels import tensors
 
-        return fp8.dequantize(stored["weight"], stored["weight_scale"].reshape(-1, 1), kind)
+        return tensors.dequantize_fp8(stored["weight"], stored["weight_scale"].reshape(-1, 1), kind)
 
     def round_input(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """Rounds each token to E4M3 under a scale of its own."""

@@ -46,9 +46,9 @@ class Nvfp4(NumberFormat):
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """Unpacks the weight [outputs, inputs]."""
-        from builder.formats.arithmetic import nvfp4
+        from builder.formats.kernels import tensors
 
-        return nvfp4.dequantize(stored["weight"], stored["block_scale"], stored["weight_scale"], kind)
+        return tensors.dequantize_nvfp4(stored["weight"], stored["block_scale"], stored["weight_scale"], kind)
 
     def round_input(self, x: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         """Rounds in blocks whose scales are computed from `x`, under the calibrated scale of the tensor."""

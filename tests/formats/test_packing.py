@@ -18,7 +18,7 @@ from odd_weights import odd, raw, tensor
 
 from builder.formats.arithmetic import fp8, nvfp4
 from builder.formats.arithmetic.dtypes import DTYPES
-from builder.formats.kernels import native, packing
+from builder.formats.kernels import native, packing, tensors
 from builder.formats.kernels.arrays import Array
 
 PATHS = [*native.paths(), "torch"]
@@ -105,6 +105,18 @@ def same(found: Array, expected: torch.Tensor, dtype: str) -> None:
     number = ~expected.isnan().numpy()
     np.testing.assert_array_equal(tensor(found, dtype).isnan().numpy(), ~number)
     np.testing.assert_array_equal(found[number], raw(expected)[number])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_tensors_are_dequantized_as_the_arithmetic_does(kind: torch.dtype) -> None:
+    """A type that the C extension does not write goes through torch."""
+    packed, blocks, whole = nvfp4.quantize(torch.randn(6, 48))
+    found = tensors.dequantize_nvfp4(packed, blocks, whole, kind)
+    assert found.dtype == kind
+    assert torch.equal(found, nvfp4.dequantize(packed, blocks, whole, kind))
+    for scale in (torch.tensor(0.013), torch.tensor([0.013]), torch.linspace(0.1, 2, 6)[:, None]):
+        weight = fp8.quantize(torch.randn(6, 48), scale)
+        assert torch.equal(tensors.dequantize_fp8(weight, scale, kind), fp8.dequantize(weight, scale, kind))
 
 
 def test_arguments_that_do_not_fit_are_rejected() -> None:
