@@ -140,6 +140,7 @@ bench: $(VENV)/ready ## the measured ratios
 	$(VENV)/bin/python benchmarks/evaluate.py
 	$(VENV)/bin/python benchmarks/convert.py
 	$(VENV)/bin/python benchmarks/inspect_checkpoint.py
+	$(VENV)/bin/python benchmarks/kernels.py
 
 bench-peers: $(MODELOPT)/ready $(LLMCOMPRESSOR)/ready ## the environments of ModelOpt and llm-compressor that bench-quantize compares with
 
