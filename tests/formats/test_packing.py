@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sysconfig
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -199,7 +200,10 @@ def test_an_unknown_path_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         packing.largest(np.zeros((1, 16), np.uint16), "BF16")
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler, so the extension can't be built here")
+@pytest.mark.skipif(
+    shutil.which("cc") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="no C compiler or no headers of Python, so the extension can't be built here",
+)
 def test_the_extension_is_built_from_this_source() -> None:
     """If this fails: `pip install --no-deps -e .` compiles it."""
     assert native.missing() == ""
