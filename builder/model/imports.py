@@ -18,17 +18,21 @@ def only_needed() -> Iterator[None]:
     scikit-learn looks absent, unless it is loaded (generation/candidate_generator.py wants it for assisted generation).
     torch.compile compiles when the function is called: decorating one imports the compiler, and ModelOpt decorates
     functions of AutoQuantize and of its FP8 GEMM (quantization/algorithms.py, backends/fp8_per_tensor_gemm.py, 0.47).
+    YAML is read by libyaml where PyYAML has it: ModelOpt 0.47 reads 200 files of configurations when it is imported.
     """
     import torch
+    import yaml
 
     absent = [name for name in ("sklearn",) if name not in sys.modules]
     real = torch.compile
     sys.modules |= dict.fromkeys(absent)  # type: ignore[arg-type]  # None: find_spec and import find nothing
     torch.compile = _when_called(real)
+    loader = yaml.SafeLoader
+    yaml.SafeLoader = getattr(yaml, "CSafeLoader", loader)  # type: ignore[misc]
     try:
         yield
     finally:
-        torch.compile = real
+        torch.compile, yaml.SafeLoader = real, loader  # type: ignore[misc]
         for name in absent:
             sys.modules.pop(name, None)
 

@@ -150,9 +150,11 @@ def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[st
         if not counts:
             counts.update(quantizers.check(model, formats))
         body = model.base_model  # without lm_head: it isn't quantized, and its logits are the largest tensor of all
+        weights = [] if formats.whole.scales_inputs else quantizers.collecting_weights(model)
         with experts.counted(model) as routed:
             for done, ids in enumerate(batches):
                 emit(progress={"label": label, "done": done, "total": len(batches)})
+                weights = quantizers.finish_collected(weights)
                 body(ids.to(model.device), use_cache=False)  # with a cache 0.47's layerwise calibration is wrong
         emit(progress={"label": label, "done": len(batches), "total": len(batches)})
 

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+import yaml
 
 from builder.model.imports import only_needed
 
@@ -21,6 +22,14 @@ def test_scikit_learn_looks_absent_in_the_block_only(monkeypatch: pytest.MonkeyP
     with only_needed():
         assert sys.modules["sklearn"] is loaded
     assert sys.modules["sklearn"] is loaded
+
+
+def test_yaml_is_read_by_libyaml_in_the_block_only() -> None:
+    pure = yaml.SafeLoader
+    with only_needed():
+        assert yaml.SafeLoader is yaml.CSafeLoader
+        assert yaml.safe_load("a: [1, 2.5, yes, ~, '1']") == {"a": [1, 2.5, True, None, "1"]}
+    assert yaml.SafeLoader is pure
 
 
 def test_a_function_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import exports
 import pytest
 import torch
 import transformers
@@ -15,6 +16,8 @@ from torch import nn
 
 from builder.calibration.coverage import EXPERT_TOKENS
 from builder.core.safetensors_io import Tensors
+from builder.formats import kv_cache
+from builder.formats.assignment import ModelFormats
 from builder.quantize import experts, worker
 
 MOE = Path(__file__).parents[1] / "data" / "arch-variants" / "qwen3_moe"
@@ -108,6 +111,35 @@ def test_every_expert_has_an_input_scale(made: tuple[dict[str, Any], Path]) -> N
             scales = [stored.data(f"{layer}.{n}.{projection}.input_scale") for n in range(4)]
             assert all(torch.frombuffer(bytearray(one), dtype=torch.float32).item() > 0 for one in scales)
             assert not FUSED or len({bytes(one) for one in scales}) == 1
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3_moe"])
+def test_weights_are_read_once_and_all_ranges_stay_those_of_modelopt(variant: str) -> None:
+    """Also those of experts, of which 0.37 reads a weight first when a token reaches it."""
+    source, formats = MOE.with_name(variant), ModelFormats(cache=kv_cache.FP8)
+    batches = exports.batches()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    ids = [batch % model.config.vocab_size for batch in batches]
+    seen: dict[str, int] = {}
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        from modelopt.torch.quantization.calib import MaxCalibrator
+
+        collect = MaxCalibrator.collect
+
+        def counted(self: Any, x: torch.Tensor) -> None:
+            if isinstance(x, nn.Parameter):
+                seen[str(x.data_ptr())] = seen.get(str(x.data_ptr()), 0) + 1
+            collect(self, x)
+
+        patch.setattr(MaxCalibrator, "collect", counted)
+        worker._calibrate(model, ids, formats)
+    theirs = dict(exports.quantized(source).named_modules())
+    ours = {name: one for name, one in model.named_modules() if getattr(one, "_amax", None) is not None}
+    assert sum("weight_quantizer" in name for name in ours) >= 14
+    assert max(seen.values()) == (1 if exports.MODELOPT > (0, 40) or variant == "llama" else 2)  # see_all, in one batch
+    for name, one in ours.items():
+        assert torch.equal(one.amax, theirs[name].amax), name
 
 
 class Quantizer(nn.Module):
