@@ -29,7 +29,7 @@ LINEARS = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_att
 SLOW = """
 import os, sys, time
 copy = os.copy_file_range
-os.copy_file_range = lambda source, target, n, at: (time.sleep(0.02), copy(source, target, min(n, 1 << 20), at))[1]
+os.copy_file_range = lambda source, target, n, *at: (time.sleep(0.02), copy(source, target, min(n, 1 << 20), *at))[1]
 from builder.cli.main import main
 sys.exit(main(["convert", *sys.argv[1:], "--to", "compressed-tensors"]))
 """

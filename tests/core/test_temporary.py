@@ -160,7 +160,10 @@ def test_a_killed_worker_leaves_no_temporary_file(place: Path, tmp_path_factory:
     assert not list(place.iterdir())
 
 
-def test_a_worker_finds_its_temporary_directory_and_the_cache_of_what_torch_compiles(place: Path) -> None:
+def test_a_worker_finds_its_temporary_directory_and_the_cache_of_what_torch_compiles(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)  # torch sets it in a process that compiled something
     code = "import os, tempfile; print(tempfile.gettempdir(), os.environ['TORCHINDUCTOR_CACHE_DIR'], sep='|')"
     process.run(process.Command([sys.executable, "-c", code]), log=place / "log")
     tmp, cache = (place / "log").read_text().splitlines()[-1].split("|")

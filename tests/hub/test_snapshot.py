@@ -438,7 +438,7 @@ FEW = (SMALL / "model.safetensors").read_bytes()
             SMALL,
             {"config__json": config(quantization_config={"quant_method": "awq"})},
             UnsupportedError,
-            "AWQ.*int4",
+            "AWQ.*original model",
         ),
         (SMALL, {"config__json": config(auto_map={"A": "m.A"}, model_type="new")}, UnsupportedError, "--trust-remote"),
         (SMALL, {"model__safetensors": None}, UsageError, "no model.safetensors"),
