@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from builder.preflight.quantized import Quantized, check_runners, compares, not_
 from builder.preflight.zero_layers import keep_zeros
 from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
-from builder.quantize.data_free import write_data_free
+from builder.quantize.data_free import ahead_of, write_data_free
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.quantize.scales import ScalesRequest
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from builder.evaluate.sensitivity.stage import Sensitivity
     from builder.evaluate.stage import Evaluation
     from builder.quality.check import Quality
+    from builder.quantize.ahead import Ahead
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,23 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
     """The stages in order. With `quality`, it ends after the checkpoint if the quality check fails.
 
     original: fetch what a quantized model was made from too, if it was named, because something compares with it."""
-    recipe, wanted, asked = prepared.recipe, stages_until(until), prepared
+    wanted = stages_until(until)
+    early = _ahead(prepared, store) if "checkpoint" in wanted else None
+    with closing(early) if early else nullcontext():
+        return _run_stages(prepared, store, wanted, early, quality=quality, original=original)
+
+
+def _ahead(prepared: Prepared, store: Store) -> Ahead | None:
+    """What quantizes a model of the Hub while it is downloaded; None where that is not possible."""
+    if store.dry or not prepared.data_free or not prepared.source.places:
+        return None
+    return ahead_of(prepared.source, _request(prepared), store=store)
+
+
+def _run_stages(
+    prepared: Prepared, store: Store, wanted: Sequence[str], early: Ahead | None, *, quality: bool, original: bool
+) -> Built:
+    recipe, asked = prepared.recipe, prepared
 
     def check_room(prepared: Prepared) -> None:
         if "engine" in wanted and not store.dry:
@@ -159,12 +177,16 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 
     check_room(prepared)
     used = usage.started()
-    snapshot = fetch(
-        recipe.model,
-        store=store,
-        source=prepared.source,
-        before=lambda: checks.check_architecture(recipe.model, prepared.model, store),
-    )
+
+    def before() -> None:
+        checks.check_architecture(recipe.model, asked.model, store)
+        if early:
+            early.begin()
+
+    arrived = early.arrived if early else None
+    snapshot = fetch(recipe.model, store=store, source=prepared.source, before=before, arrived=arrived)
+    if early:
+        early.complete()
     if "checkpoint" not in wanted:
         return Built(snapshot)
     tell(prepared, store)
@@ -191,20 +213,26 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 
         prepared = choose_excluded(prepared, snapshot, calibration, store)
         check_room(prepared)
-    checkpoint = _quantized(prepared, snapshot, calibration, store)
+    if calibration is None:
+        checkpoint = write_data_free(snapshot, _request(prepared), store=store, ahead=early)
+    else:
+        checkpoint = _quantized(prepared, snapshot, calibration, store)
     _tell_limit(used(), store)
     built = Built(snapshot, prepared, calibration, checkpoint)
     return _serve(_checked(built, store) if quality else built, wanted, store)
 
 
-def _quantized(prepared: Prepared, snapshot: Snapshot, calibration: Calibration | None, store: Store) -> Checkpoint:
+def _request(prepared: Prepared) -> QuantizeRequest:
+    recipe, trusted = prepared.recipe, prepared.recipe.model.trust_remote_code
+    return QuantizeRequest(
+        recipe.quantization, recipe.calibration, prepared.model.layers, trusted, prepared.zero_layers
+    )
+
+
+def _quantized(prepared: Prepared, snapshot: Snapshot, calibration: Calibration, store: Store) -> Checkpoint:
     """The checkpoint, made in the way that preflight chose. With --memory auto, one that is in the store is taken,
     whichever way made it, so that on a machine with other memory nothing is calibrated again."""
-    recipe = prepared.recipe
-    trusted, zero = recipe.model.trust_remote_code, prepared.zero_layers
-    request = QuantizeRequest(recipe.quantization, recipe.calibration, prepared.model.layers, trusted, zero)
-    if calibration is None:
-        return write_data_free(snapshot, request, store=store)
+    request = _request(prepared)
     by = {"whole": quantize, "low": quantize_streamed}
     choice = prepared.way(machine(store.root))
     assert choice is not None

@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.core import atomic
+from builder.core import atomic, temporary
 from builder.core.store import EVALUATION, MARKER, STAGES, old_logs
 
 DAY = 86400.0
 LOGS_KEPT, LOGS_YOUNG = 50, 7 * DAY  # keep the newest logs, and all that are younger
 PARTIAL_YOUNG = 30 * DAY  # keep results of a killed run that long, because the next run resumes from them
-# <stage>/.<key>.<pid>.tmp and .trash; in format 1 also .<key>.old.tmp
-HALF_MADE = re.compile(r"\.[0-9a-f]{16}\.(?:\d+|old)\.(?:tmp|trash)")
+# <stage>/.<key>.<pid>.tmp and .trash; in format 1 also .<key>.old.tmp; in checkpoint/ a directory of core/temporary.py
+HALF_MADE = re.compile(rf"\.[0-9a-f]{{16}}\.(?:\d+|old)\.(?:tmp|trash)|{temporary.PREFIX}[a-z0-9_]{{8}}")
 WAITING = re.compile(r"\.([0-9a-f]{16})\.old")  # atomic.backup_path
 HALF_WRITTEN = re.compile(r"\..+\.\d+(?:\.tmp)?")  # a file or link whose writer was killed before the rename
 LOCK = re.compile(r"[a-z_]+-[\w.-]+\.lock")

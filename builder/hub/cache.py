@@ -62,7 +62,7 @@ class Job:
     """What the parent process asks the Hub process to do with a repository.
 
     `waits`: seconds before each retry in a row. `stall`: seconds without a byte after which a download is given up.
-    `limit`: seconds for everything except the download itself.
+    `limit`: seconds for everything except the download itself. `at_once`: files that are downloaded at the same time.
     """
 
     job: str
@@ -74,6 +74,7 @@ class Job:
     waits: tuple[float, ...] = ()
     stall: float = 300.0
     limit: float = 600.0
+    at_once: int = 8
 
     @property
     def storage(self) -> Path:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from builder.core import process, workers
@@ -80,15 +81,33 @@ def endpoint() -> str:
     return re.sub(r"//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "")).rstrip("/")
 
 
-def run_hub_job(store: Store, *, module: str = workers.HUB_DOWNLOAD, unit: str = "MB", **job: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Worker:
+    """A Hub worker's module, the unit of its progress, and what is called with the name of each complete file."""
+
+    module: str
+    unit: str
+    on_complete: Callable[[str], None]
+
+
+def run_hub_job(
+    store: Store,
+    *,
+    module: str = workers.HUB_DOWNLOAD,
+    unit: str = "MB",
+    on_complete: Callable[[str], None] = lambda name: None,
+    **job: Any,
+) -> dict[str, Any]:
     """Runs a job in a Hub worker and returns its result. If a transfer is stuck, retries once over plain HTTP.
 
     `job`: the fields of hub.cache.Job, or of another `module`'s job; retry delays and limits are added.
-    `unit`: what progress counts; "MB" scales from bytes. Raises the worker's error, StageError if stuck twice.
+    `unit`: what progress counts; "MB" scales from bytes. `on_complete`: called, in another thread, with the name of
+    each file of weights that is there and verified; after a retry perhaps again.
+    Raises the worker's error, StageError if stuck twice.
     """
     job = {"waits": list(RETRY_DELAYS), "stall": STALL_SECONDS, "limit": TIME_LIMIT, **job}
     for environment in ({}, {"HF_HUB_DISABLE_XET": "1"}):
-        answer = _run_once(store, module, unit, job, environment)
+        answer = _run_once(store, Worker(module, unit, on_complete), job, environment)
         if "stalled" not in answer:
             result: dict[str, Any] = answer["result"]
             return result
@@ -100,12 +119,10 @@ def run_hub_job(store: Store, *, module: str = workers.HUB_DOWNLOAD, unit: str =
     )
 
 
-def _run_once(
-    store: Store, module: str, unit: str, job: Mapping[str, Any], environment: Mapping[str, str]
-) -> dict[str, Any]:
+def _run_once(store: Store, worker: Worker, job: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """{"result": ...} or {"stalled": bytes} of one worker. Prints its messages and progress, raises its error."""
     answer: dict[str, Any] = {}
-    argv = [process.python(), "-m", module, json.dumps(job)]
+    argv = [process.python(), "-m", worker.module, json.dumps(job)]
     log = store.log(str(job["job"]))
     with ExitStack() as bars:
         bar: Progress | None = None
@@ -114,14 +131,16 @@ def _run_once(
         def receive(event: dict[str, Any]) -> None:
             nonlocal bar, label
             if "progress" in event:
-                now, scale = event["progress"], 1e6 if unit == "MB" else 1  # workers count bytes
+                now, scale = event["progress"], 1e6 if worker.unit == "MB" else 1  # workers count bytes
                 if bar is None or label != now["label"]:
                     bars.close()
                     label = now["label"]
-                    bar = bars.enter_context(store.out.progress(label, now["total"] / scale, unit))
+                    bar = bars.enter_context(store.out.progress(label, now["total"] / scale, worker.unit))
                 bar.update(now["done"] / scale)
             elif "info" in event:
                 store.out.info(event["info"])
+            elif "complete" in event:
+                worker.on_complete(event["complete"])
             else:
                 answer.update(event)
 

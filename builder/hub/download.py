@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ from builder.model import files as model_files
 from builder.model.hashed_files import times
 
 STALLED = 75  # exit code of a transfer that got no bytes any more (EX_TEMPFAIL of sysexits.h)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A file whose hash is the listed one. times: see model.hashed_files, from before it was hashed."""
+
+    times: list[int]
+    hashes: model_files.Hashed
 
 
 def resolve(job: Job) -> dict[str, Any]:
@@ -70,8 +79,8 @@ def listing(job: Job) -> dict[str, Any]:
 def headers(job: Job) -> dict[str, Any]:
     """The model's tensors, from ranged reads of the safetensors headers: no weight is downloaded.
 
-    {"config", "files": names, "index": {tensor: file} or None, "tensors": {file: {tensor: [dtype, shape]}}, "root":
-    directory with the small files}. In TensorRT-LLM's layout, the tensors are those of the first rank.
+    {"config", "files": names, "index": {tensor: file} or None, "tensors": {file: {tensor: [dtype, shape, begin, end]}},
+    "root": directory with the small files}. In TensorRT-LLM's layout, the tensors are those of the first rank.
     """
     selected = select(job)
     weights = model_files.split_ranks(selected.files)[:1] or [n for n in selected.files if n.endswith(".safetensors")]
@@ -83,7 +92,10 @@ def headers(job: Job) -> dict[str, Any]:
     index = None
     if model_files.INDEX in selected.files:
         index = model_files.index_of(read_regular(selected.root / model_files.INDEX), job.repo)
-    tensors = {file: {name: [info.dtype, list(info.shape)] for name, info in t.items()} for file, t in found.items()}
+    tensors = {
+        file: {name: [info.dtype, list(info.shape), info.begin, info.end] for name, info in header.items()}
+        for file, header in found.items()
+    }
     files = sorted(selected.files)
     return {
         "config": selected.config, "files": files, "index": index, "root": str(selected.root), "tensors": tensors,
@@ -91,19 +103,25 @@ def headers(job: Job) -> dict[str, Any]:
 
 
 def download(job: Job) -> dict[str, Any]:
-    """Downloads the model's files into the Hub's cache and verifies each one.
+    """Downloads the model's files into the Hub's cache and verifies each one: weights while others are transferred.
 
+    Emits {"complete": name} for each file of weights as soon as it is there and verified.
     {"root", "files": {name: {"size", "sha256"}}, "times": {name: size and times, see model.hashed_files}}
     """
     selected = select(job)
     files, root = selected.files, selected.root
     DEADLINE.end()  # from here on the limit is `job.stall`, checked by _watched
+    verified: dict[str, Verified] = {}
     if not constants.HF_HUB_OFFLINE:
         cache.drop_dead_partials(job, files)
         cache.check_space(job, files)
-        root = _download(job, files)
-    before = times(root, list(files))  # before hashing, so that a change during or after it is noticed at loading
-    hashes = _hash(root, files)
+        with _verified_meanwhile(root, files) as verified:
+            root = _download(job, files)
+    rest = {name: entry for name, entry in files.items() if name not in verified}
+    before = times(root, list(rest))  # before hashing, so that a change during or after it is noticed at loading
+    hashes = _hash(root, rest)
+    for name in verified:
+        before[name], hashes[name] = verified[name].times, verified[name].hashes
     if damaged := cache.drop_damaged(job, root, files, hashes, repairable=not constants.HF_HUB_OFFLINE):
         _download(job, damaged)
         before |= times(root, list(damaged))
@@ -123,7 +141,7 @@ def _download(job: Job, files: Mapping[str, HubFile]) -> Path:
     def transfer() -> Path:
         # huggingface_hub 1.33 caches listings; a wrong one would be used again by every run.
         (job.storage / "trees" / f"{job.commit}.json").unlink(missing_ok=True)
-        root = Path(snapshot_download(job.repo, revision=job.commit, allow_patterns=names))
+        root = Path(snapshot_download(job.repo, revision=job.commit, allow_patterns=names, max_workers=job.at_once))
         absent = [name for name in files if not (root / name).is_file()]
         if absent:
             # If the Hub answers with an error, 0.36 returns the directory as it is, complete or not.
@@ -171,6 +189,37 @@ def _watched(job: Job, files: Mapping[str, HubFile]) -> Iterator[Callable[[], in
     finally:
         stop.set()
         thread.join()
+
+
+@contextmanager
+def _verified_meanwhile(root: Path, files: Mapping[str, HubFile]) -> Iterator[dict[str, Verified]]:
+    """During the block, hashes each file of weights once it is in the snapshot, where only complete files are linked.
+
+    Yields what was verified. A file that is damaged is left to those who hash the rest.
+    """
+    stop, verified = threading.Event(), dict[str, Verified]()
+    waiting = {name for name in files if name.endswith(".safetensors")}
+
+    def verify() -> None:
+        while not stop.wait(0.1):
+            for name in sorted(name for name in waiting if (root / name).is_file()):
+                waiting.discard(name)
+                if stop.is_set():
+                    return
+                with suppress(OSError):  # removed since; the rest of the job notices
+                    before = times(root, [name])[name]
+                    found = model_files.hash_files(root, [name], lambda _: None)[name]
+                    if files[name].matches(found):
+                        verified[name] = Verified(before, found)
+                        emit(complete=name)
+
+    thread = threading.Thread(target=verify, daemon=True)  # a failed download does not wait for it
+    thread.start()
+    try:
+        yield verified
+    finally:
+        stop.set()
+    thread.join()
 
 
 def _hash(root: Path, files: Mapping[str, HubFile]) -> dict[str, model_files.Hashed]:

@@ -15,7 +15,7 @@ from typing import Any
 from builder.core.errors import IntegrityError, UsageError
 from builder.core.output import Output
 from builder.core.safe_text import quoted
-from builder.core.safetensors_io import read_header
+from builder.core.safetensors_io import TensorInfo, read_header
 from builder.core.store import Artifact, Store, key_of
 from builder.core.untrusted_text import read_regular
 from builder.hub import stored_commits
@@ -27,13 +27,18 @@ from builder.model.hashed_files import SourceFiles, times
 from builder.recipe.schema import Model
 from builder.tokenizer import files as tokenizer_files
 
+# Files to download at the same time where each is used once it is complete. All of them at once would also be complete
+# at once; huggingface_hub's default is eight.
+AT_ONCE = 2
+
 
 @dataclass(frozen=True)
 class Source:
     """A model before any weight is read: its config.json, always with a dtype, and {tensor: (dtype, shape)}.
 
     `directory`: where config.json and the tokenizer files are. `times`: of the model's files before any was read, for
-    a local directory. `commit`: for a Hub model. `documents`: of a quantized model, the parsed files that describe its
+    a local directory. `commit`: for a Hub model. `places`: of a Hub model that is not in the store, where each tensor
+    is in its file, {file: {tensor: place}}. `documents`: of a quantized model, the parsed files that describe its
     quantization, by name; its `config` is config.json without that part.
     """
 
@@ -43,6 +48,7 @@ class Source:
     tensors: Mapping[str, Header]
     times: Mapping[str, Sequence[int]] = field(default_factory=dict)
     commit: str | None = None
+    places: Mapping[str, Mapping[str, TensorInfo]] = field(default_factory=dict, compare=False)
     documents: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -89,8 +95,10 @@ def open_source(model: Model, *, store: Store) -> Source:
         found, config, tensors = _read_directory(directory, trust_remote_code=model.trust_remote_code)
         return _source(model, directory, config, tensors, times=found)
     commit = _commit(model, store)
-    config, tensors, root = _known_headers(model, commit, store) or _headers(model, commit, store)
-    return _source(model, root, config, tensors, commit=commit)
+    if (known := _known_headers(model, commit, store)) is not None:
+        config, tensors, root = known
+        return _source(model, root, config, tensors, commit=commit)
+    return _remote(model, commit, store)
 
 
 def _source(
@@ -106,16 +114,23 @@ def _source(
 
 
 def fetch(
-    model: Model, *, store: Store, source: Source | None = None, before: Callable[[], object] = lambda: None
+    model: Model,
+    *,
+    store: Store,
+    source: Source | None = None,
+    before: Callable[[], object] = lambda: None,
+    arrived: Callable[[Path], object] | None = None,
 ) -> Snapshot:
     """Finds or downloads the model, checks that it is complete and can be quantized, and hashes each file once.
 
     `source`: what `open_source` returned for this model, so that nothing is read twice. `before`: called before any
     weight is downloaded or hashed, but not for a cached snapshot; it raises if the model must not be built.
+    `arrived`: called, in another thread, with each file of weights that was downloaded and verified, while others are
+    still being downloaded.
     Raises what `open_source` raises.
     """
     source = source or open_source(model, store=store)
-    artifact = _fetch_directory(source, store, before) if source.times else _fetch_hub(source, store, before)
+    artifact = _fetch_directory(source, store, before) if source.times else _fetch_hub(source, store, before, arrived)
     path = Path(artifact.facts["external"]["root"])
     if source.commit and not artifact.cached:  # the headers in `source` came from the Hub; now check the files
         described = source.documents.get(model_files.CONFIG, source.config)
@@ -278,18 +293,22 @@ def _repository(model: Model) -> dict[str, Any]:
     return {"repository": model.id, "endpoint": endpoint(), "trust_remote_code": model.trust_remote_code}
 
 
-def _headers(model: Model, commit: str, store: Store) -> tuple[dict[str, Any], dict[str, Header], Path]:
+def _remote(model: Model, commit: str, store: Store) -> Source:
+    """The source by the headers on the Hub."""
     found = run_hub_job(store, **_job("headers", model, commit))
-    files = {
-        file: {name: (dtype, tuple(shape)) for name, (dtype, shape) in header.items()}
+    places = {
+        file: {name: TensorInfo(dtype, tuple(shape), begin, end) for name, (dtype, shape, begin, end) in header.items()}
         for file, header in found["tensors"].items()
     }
+    files = {file: {name: (info.dtype, info.shape) for name, info in t.items()} for file, t in places.items()}
     quantized = quantization_signs.is_described(found["files"], found["config"])
     tensors = completeness.check(found["config"], files, found["index"], model.id, quantized=quantized)
-    return found["config"], tensors, Path(found["root"])
+    return _source(model, Path(found["root"]), found["config"], tensors, commit=commit, places=places)
 
 
-def _fetch_hub(source: Source, store: Store, before: Callable[[], object]) -> Artifact:
+def _fetch_hub(
+    source: Source, store: Store, before: Callable[[], object], arrived: Callable[[Path], object] | None
+) -> Artifact:
     model, commit = source.model, str(source.commit)
     ingredients: dict[str, Any] = {**_repository(model), "commit": commit}
     if offline() and _stored(ingredients, store) is None:
@@ -298,7 +317,15 @@ def _fetch_hub(source: Source, store: Store, before: Callable[[], object]) -> Ar
 
     def make(_: Path) -> dict[str, Any]:
         before()
-        found = run_hub_job(store, **_job("download", model, commit))
+        job = _job("download", model, commit)
+        if arrived is None:
+            found = run_hub_job(store, **job)
+        else:
+
+            def on_complete(name: str) -> None:
+                arrived(source.directory / name)
+
+            found = run_hub_job(store, on_complete=on_complete, at_once=AT_ONCE, **job)
         external = {"root": found["root"], "files": found["files"]}
         return {"model_id": model.id, "revision": commit, "external": external, "times": found["times"]}
 

@@ -18,18 +18,21 @@ from builder.architectures.attention import attention_layers
 from builder.architectures.facts import Architecture
 from builder.checkpoint import layouts, validate
 from builder.checkpoint.layouts import Checkpoint
+from builder.core import temporary
 from builder.core.errors import UnsupportedError
 from builder.core.output import BYTES, Progress
 from builder.core.store import Store, sources_digest
 from builder.formats.assignment import ModelFormats, of_job
-from builder.hub.snapshot import Snapshot
+from builder.hub.snapshot import Snapshot, Source
 from builder.quantize import modelopt, unified_plan, writer
+from builder.quantize.ahead import Ahead
 from builder.quantize.modelopt import QuantizeRequest
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
 from builder.quantize.unified_plan import UnifiedPlan
+from builder.quantize.writer import Work
 
-SOURCES = (*modelopt.SOURCES, *unified_plan.SOURCES, "builder/quantize/data_free.py")
+SOURCES = (*modelopt.SOURCES, *unified_plan.SOURCES, "builder/quantize/data_free.py", "builder/quantize/ahead.py")
 # The largest magnitude that inputs are taken to have. NVFP4's scale of an input is then 1: the scale of 16 values is a
 # sixth of their largest magnitude, in E4M3, which holds it without saturation up to 2688 and as a normal number from
 # 0.09 on. FP8 inputs get the scale 6. Blocks and values below that lose precision step by step; values above saturate,
@@ -47,15 +50,29 @@ INPUT_RANGE = 6 * 448.0
 CACHE_RANGE = 448.0
 
 
-def write_data_free(snapshot: Snapshot, asked: QuantizeRequest, *, store: Store) -> Checkpoint:
+def ahead_of(source: Source, asked: QuantizeRequest, *, store: Store) -> Ahead:
+    """What writes the unified layout of a model on the Hub while it is downloaded. The caller begins and closes it."""
+
+    def opened() -> SourceModel:
+        return SourceModel.expected(source.directory, source.places)
+
+    def write(model: SourceModel, unified: Path, work: Work) -> dict[str, Any]:
+        return _write_unified(model, of_job(_chosen(asked)), unified, work)
+
+    return Ahead(opened, write, _chosen(asked), store.root / "checkpoint")
+
+
+def write_data_free(
+    snapshot: Snapshot, asked: QuantizeRequest, *, store: Store, ahead: Ahead | None = None
+) -> Checkpoint:
     """Writes both layouts, `unified/` and `tensorrt_llm/`, and inspects them.
+
+    ahead: what has written `unified/` during the download; used only if source and formats are the same.
 
     UnsupportedError for formats and experts that only ModelOpt can quantize; IntegrityError for weights that hold NaN
     or Inf, or if the inspection finds a problem. Such a checkpoint is not kept.
     """
-    layers = {name: list(modules) for name, modules in sorted(asked.layers.items()) if modules}
-    part = asked.quantization
-    chosen = {"format": part.number_format.name, "kv_cache_dtype": part.kv_cache_dtype, "layers": layers}
+    chosen = _chosen(asked)
     ingredients = {
         "backend": "data_free",
         "ranges": [INPUT_RANGE, CACHE_RANGE],
@@ -67,24 +84,38 @@ def write_data_free(snapshot: Snapshot, asked: QuantizeRequest, *, store: Store)
 
     def make(tmp: Path) -> dict[str, Any]:
         with snapshot.source.explain_failures():
-            facts = _write(snapshot, of_job(chosen), tmp, store)
+            facts = _write(snapshot, chosen, tmp, store, ahead)
         found = validate.inspect(tmp, here=True)
         found.check()
-        return {**facts, "layers": layers, "zero_layers": list(asked.zero_layers), "inspection": found.facts()}
+        return {
+            **facts,
+            "layers": chosen["layers"],
+            "zero_layers": list(asked.zero_layers),
+            "inspection": found.facts(),
+        }
 
     artifact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
 
 
-def _write(snapshot: Snapshot, formats: ModelFormats, tmp: Path, store: Store) -> dict[str, Any]:
+def _chosen(asked: QuantizeRequest) -> dict[str, Any]:
+    """The formats, as ingredients of the checkpoint's key."""
+    layers = {name: list(modules) for name, modules in sorted(asked.layers.items()) if modules}
+    part = asked.quantization
+    return {"format": part.number_format.name, "kv_cache_dtype": part.kv_cache_dtype, "layers": layers}
+
+
+def _write(
+    snapshot: Snapshot, chosen: Mapping[str, Any], tmp: Path, store: Store, ahead: Ahead | None
+) -> dict[str, Any]:
     """Writes the layouts. Returns facts for the manifest."""
-    started, source = time.monotonic(), SourceModel.open(snapshot.path)
-    planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
-    unified_plan.check(planned.layers)
-    ranges = assumed(planned, formats, source.config)
+    temporary.sweep(tmp.parent)  # of a killed run's `Ahead`
+    started, source, formats = time.monotonic(), SourceModel.open(snapshot.path), of_job(chosen)
     total = sum(info.nbytes for info in source.tensors.values())
     with store.out.progress("quantizing", total, BYTES) as bar:
-        counts = writer.write(source, formats, ranges, tmp / "unified", writer.Work(done=_counter(bar)))
+        counts = ahead.take(source, chosen, tmp / "unified", bar) if ahead else None
+        if counts is None:
+            counts = _write_unified(source, formats, tmp / "unified", Work(done=_counter(bar)))
     wrote = time.monotonic()
     lacking = layouts.write_if_served(tmp / "unified", source.config, tmp / "tensorrt_llm")
     snapshot.source.check_unchanged()
@@ -100,6 +131,12 @@ def _write(snapshot: Snapshot, formats: ModelFormats, tmp: Path, store: Store) -
         "seconds": seconds,
     }
     return modelopt._facts(summary, store, {}, formats)
+
+
+def _write_unified(source: SourceModel, formats: ModelFormats, unified: Path, work: Work) -> dict[str, Any]:
+    planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+    unified_plan.check(planned.layers)
+    return writer.write(source, formats, assumed(planned, formats, source.config), unified, work)
 
 
 def assumed(planned: UnifiedPlan, formats: ModelFormats, config: Mapping[str, Any]) -> Ranges:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from builder.architectures.written import Header, Part
-from builder.core.safetensors_io import Tensors, byte_size
+from builder.core.errors import IntegrityError
+from builder.core.safetensors_io import TensorInfo, Tensors, byte_size
 from builder.model import dtypes
 from builder.model.files import CONFIG, parse_config
-from builder.model.source_tensors import open_tensors
+from builder.model.source_tensors import open_tensors, own_names
 
 NAMES = {"BF16": "bfloat16", "F16": "float16"}  # the types that models are served in
 
@@ -36,6 +37,17 @@ class SourceModel:
     def open(cls, directory: Path) -> SourceModel:
         """Reads config.json and the headers. Raises what `parse_config` and `open_tensors` raise."""
         return cls(directory, parse_config((directory / CONFIG).read_bytes(), str(directory)), open_tensors(directory))
+
+    @classmethod
+    def expected(cls, directory: Path, files: Mapping[str, Mapping[str, TensorInfo]]) -> SourceModel:
+        """A model whose files of weights are not all in the directory yet: {file: {tensor: its place}}.
+
+        IntegrityError for a tensor in two files."""
+        names = [name for infos in files.values() for name in infos]
+        if len(set(names)) < len(names):
+            raise IntegrityError("A tensor is in two files.")
+        config = parse_config((directory / CONFIG).read_bytes(), str(directory))
+        return cls(directory, config, own_names(Tensors.of({directory / n: i for n, i in files.items()}), config))
 
     @property
     def headers(self) -> dict[str, Header]:

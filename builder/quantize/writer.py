@@ -73,7 +73,6 @@ def write(
     all zero or hold NaN or Inf, and for ranges that are missing. A failure leaves no file of weights behind.
     """
     asked = work or Work()
-    check_tied(source.config, source.directory)
     made = unified_plan.plan(source.config, source.headers, source.dtype, formats)
     unified_plan.check(made.layers)
     scales = ranges.scales(made.layers, formats.cache, made.architecture)
@@ -82,6 +81,7 @@ def write(
     with unified_files.created(unified, made, asked.shard_bytes) as files:
         files.numbers(scales)
         _run(_Writer(source, made, files, asked), asked)
+        check_tied(source.config, source.directory)  # all files are there only now
     _write_documents(source, made, formats.cache, unified)
     return facts(made, formats)
 
