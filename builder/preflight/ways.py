@@ -204,7 +204,7 @@ def check_measured(recipe: Recipe) -> None:
 
 def _needs_modelopt(recipe: Recipe, model: ModelFacts) -> str:
     """Why ModelOpt must hold the whole model; "" if it need not."""
-    searched = [one.title for one in recipe.quantization.quantized_formats if not one.packs]
+    searched = [one.title for one in recipe.quantization.quantized_formats if one.quant_algo and not one.packs]
     if searched:
         return f"The weights of {' and '.join(searched)} depend on the inputs: ModelOpt searches scales on the rows."
     stacked = [name for name, (_, shape) in model.written.items() if written.stacked(model.architecture, name, shape)]

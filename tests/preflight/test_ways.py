@@ -128,6 +128,14 @@ def test_formats_that_need_modelopt_are_refused_by_name(flag: dict[str, Any], na
     assert auto.refusal is not None
 
 
+@pytest.mark.parametrize("flag", [{"calibration.samples": 0}, {"quantization.memory": "low"}])
+@pytest.mark.parametrize("cache", ["fp8", "auto"])
+def test_weights_that_stay_in_bf16_need_no_modelopt(flag: dict[str, Any], cache: str) -> None:
+    asked = recipe(**{"quantization.format": "bf16", "quantization.kv_cache_dtype": cache, "gpu": "cpu", **flag})
+    ways.check(asked, QWEN3_8B)
+    assert not any(way.impossible for way in ways.ways(asked, QWEN3_8B, HOST))
+
+
 def test_contradictions_are_refused_before_any_work(tmp_path: Any) -> None:
     store, free = Store(tmp_path, Output("quiet")), {"model.id": TINY, "gpu": "cpu", "calibration.samples": 0}
     with pytest.raises(UsageError, match="--calibrate-scales measures scales") as caught:
