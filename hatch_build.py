@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -35,7 +36,7 @@ class Kernels(BuildHookInterface):  # type: ignore[type-arg]
                 raise SystemExit("BUILDER_REQUIRE_KERNELS is set, and the C extension did not compile (see above)")
             self.app.display_warning("The C extension did not compile: packing will use torch, which is slower.")
         elif version == "editable":
-            built.replace(root / KERNELS / built.name)
+            install(built, root / KERNELS / built.name)
         else:
             build_data["force_include"][str(built)] = f"{KERNELS}/{built.name}"
             build_data["pure_python"] = False
@@ -44,6 +45,14 @@ class Kernels(BuildHookInterface):  # type: ignore[type-arg]
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Called when the wheel is written."""
         self.scratch.cleanup()
+
+
+def install(built: Path, place: Path) -> None:
+    """Puts the extension at `place`, also from another file system: /tmp is one of its own on many machines. A process
+    that runs the old one keeps it."""
+    copy = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.copy2(built, copy)
+    copy.replace(place)
 
 
 def compiled(root: Path, target: Path) -> Path | None:
