@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder.core.environment import child_environment
-from builder.core.errors import UnsupportedError
+from builder.core.errors import BuilderError, UnsupportedError
 from builder.core.output import Output, size
 from builder.llmapi import launch as llmapi_launch
 from builder.llmapi import notes as llmapi_notes
@@ -288,15 +288,14 @@ def _kernels() -> Check:
 
     try:
         chosen = packing.path()
-    except ValueError as error:
-        hint = f"Unset {packing.VARIABLE}, or set it to another"
-        return Check("packing kernels", "failed", str(error), hint=hint)
+    except BuilderError as error:
+        return Check("packing kernels", "failed", " ".join(filter(None, (error.what, error.why))), hint=error.hint)
     if chosen in native.paths():
         return Check("packing kernels", "ok", f"{chosen}, compiled")
     if not native.missing():
         return Check("packing kernels", "ok", f"torch, as {packing.VARIABLE} asks")
-    hint = "Install a C compiler and Python's headers (gcc, python3-dev), then install the builder again with pip"
-    return Check("packing kernels", "warning", f"torch, which is slower: {native.missing()}", "the extension", hint)
+    found = f"torch, which is slower: {native.missing()}"
+    return Check("packing kernels", "warning", found, "the extension", packing.BUILD_HINT)
 
 
 def _disk(output: Path) -> Check:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from odd_weights import odd, raw, tensor
 
+from builder.core.errors import UnsupportedError, UsageError
 from builder.formats.arithmetic import fp8, nvfp4
 from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.kernels import native, packing, tensors
@@ -196,8 +197,18 @@ def test_a_read_only_mapping_at_any_address_is_read(tmp_path: Path) -> None:
 
 def test_an_unknown_path_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(packing.VARIABLE, "sse9")
-    with pytest.raises(ValueError, match=r"BUILDER_KERNELS is 'sse9', and here it can be .*torch"):
+    with pytest.raises(UsageError, match=r"BUILDER_KERNELS is 'sse9', and here it can be .*torch"):
         packing.largest(np.zeros((1, 16), np.uint16), "BF16")
+
+
+def test_without_compiler_and_torch_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing", lambda: "the C extension is not compiled")
+    monkeypatch.setattr(native, "paths", list)
+    monkeypatch.setattr(packing, "find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match="neither is here") as caught:
+        packing.largest(np.zeros((1, 16), np.uint16), "BF16")
+    assert "not compiled" in caught.value.why
+    assert "quantize extra" in caught.value.hint
 
 
 @pytest.mark.skipif(

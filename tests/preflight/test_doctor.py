@@ -279,3 +279,6 @@ def test_what_packs_weights_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "paths", list)
     found = doctor._kernels()
     assert (found.state, "not compiled" in found.seen, "gcc" in found.hint) == ("warning", True, True)
+    monkeypatch.setattr(packing, "find_spec", lambda name: None)
+    found = doctor._kernels()
+    assert (found.state, "torch is not installed" in found.seen, "gcc" in found.hint) == ("failed", True, True)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import math
 import os
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from builder.core.errors import UnsupportedError, UsageError
 from builder.formats.kernels import native
 from builder.formats.kernels.arrays import BITS, Array, Weights
 
@@ -23,17 +25,29 @@ BLOCK = 16  # NVFP4: inputs that share an E4M3 scale
 
 
 VARIABLE = "BUILDER_KERNELS"  # forces a path
+# How to get the C extension.
+BUILD_HINT = "Install a C compiler and Python's headers (gcc, python3-dev), then install the builder again with pip"
 
 
 def path() -> str:
     """What computes: avx512, avx2 or baseline (SSE2 on x86-64, NEON on ARM) in C, or torch.
 
-    ValueError if the variable BUILDER_KERNELS asks for another, or for one that can't run here.
+    UsageError if the variable BUILDER_KERNELS asks for another, or for one that can't run here. UnsupportedError if
+    there is neither.
     """
-    there = [*native.paths(), "torch"]
+    there = [*native.paths(), *(["torch"] if find_spec("torch") else [])]
+    if not there:
+        raise UnsupportedError(
+            "Weights are packed by a C extension or by torch, and neither is here.",
+            why=f"In this Python environment {native.missing()}, and torch is not installed.",
+            hint=f"{BUILD_HINT}. Or install it with its quantize extra, which brings torch",
+        )
     asked = os.environ.get(VARIABLE) or there[0]
     if asked not in there:
-        raise ValueError(f"{VARIABLE} is {asked!r}, and here it can be {', '.join(there)}")
+        raise UsageError(
+            f"{VARIABLE} is {asked!r}, and here it can be {', '.join(there)}.",
+            hint=f"Unset {VARIABLE}, or set it to one of these.",
+        )
     return asked
 
 
