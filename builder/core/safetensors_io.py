@@ -417,10 +417,18 @@ def copy_range(place: FileRange, target: int, offset: int) -> None:
                     raise
                 done = write_at(target, os.pread(source, min(CHUNK_BYTES, place.end - at), at), to)
             if not done:
-                raise IntegrityError(f"{place.path} became shorter while it was read.")
+                raise shortened(place.path)
             at += done
     finally:
         os.close(source)
+
+
+def shortened(path: Path) -> IntegrityError:
+    """The error for a file that ends before a tensor of its header does, which was not so before."""
+    return IntegrityError(
+        f"{path} became shorter while it was read.",
+        hint="Wait until nothing writes to it, then run the same command again.",
+    )
 
 
 def write_at(target: int, data: Buffer, offset: int) -> int:

@@ -69,11 +69,11 @@ class SourceFiles:
 
     @contextmanager
     def explain_failures(self) -> Iterator[None]:
-        """If a worker fails in the block and a file changed, raises that as the reason: a mapped file that is truncated
-        kills its reader with SIGBUS."""
+        """If the block fails and a file changed, raises that as the reason. Besides a file that is found damaged, that
+        is a worker that failed: a mapped file that is truncated kills its reader with SIGBUS."""
         try:
             yield
-        except StageError:
+        except (StageError, IntegrityError):
             self.check_unchanged()
             raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from builder.architectures.written import Header, Part
 from builder.core.errors import IntegrityError
-from builder.core.safetensors_io import TensorInfo, Tensors, byte_size
+from builder.core.safetensors_io import TensorInfo, Tensors, byte_size, shortened
 from builder.model import dtypes
 from builder.model.files import CONFIG, parse_config
 from builder.model.source_tensors import open_tensors, own_names
@@ -88,12 +89,18 @@ class MappedWeights:
         self._map(part).madvise(mmap.MADV_DONTNEED, start, first + (count - begin) * width * size - start)
 
     def _map(self, part: Part) -> mmap.mmap:
-        path = self._tensors.place(part.source).path
+        """The mapped file of a tensor. IntegrityError if it has become shorter."""
+        place = self._tensors.place(part.source)
         with self._lock:
-            if path not in self._maps:
-                with open(path, "rb") as file:
-                    self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            return self._maps[path]
+            if place.path not in self._maps:
+                with open(place.path, "rb") as file:
+                    if os.fstat(file.fileno()).st_size < place.end:
+                        raise shortened(place.path)
+                    self._maps[place.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = self._maps[place.path]
+        if len(mapped) < place.end:
+            raise shortened(place.path)
+        return mapped
 
 
 def itemsize(dtype: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.core.safetensors_io import Arrangement, FileRange, TensorInfo, arrange, byte_size, copy_range, write_at
+from builder.core.safetensors_io import FileRange, TensorInfo, arrange, byte_size, copy_range, write_at
 from builder.model.files import INDEX, WEIGHTS
 from builder.quantize.unified_plan import UnifiedPlan
 
@@ -55,8 +55,10 @@ def created(unified: Path, made: UnifiedPlan, shard_bytes: int) -> Iterator[Unif
         try:
             for name, tensors in zip(names, shards, strict=True):
                 arranged = arrange(((n, *header) for n, header in tensors.items()), {"format": "pt"})
-                descriptor = _create(unified / name, arranged)
+                descriptor = os.open(unified / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                 opened.callback(os.close, descriptor)
+                os.truncate(descriptor, arranged.size)
+                write_at(descriptor, arranged.head, 0)
                 places.update((tensor, (descriptor, info)) for tensor, info in arranged.infos.items())
             yield UnifiedFiles(places)
         except BaseException:
@@ -68,11 +70,3 @@ def created(unified: Path, made: UnifiedPlan, shard_bytes: int) -> Iterator[Unif
         total = sum(byte_size(*header) for shard in shards for header in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (unified / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _create(path: Path, arranged: Arrangement) -> int:
-    """A new file of the final size with its header; returns its descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    os.truncate(descriptor, arranged.size)
-    write_at(descriptor, arranged.head, 0)
-    return descriptor

@@ -40,8 +40,9 @@ def write_checkpoint(snapshot: Snapshot, *, store: Store) -> Checkpoint:
         from builder.quantize import writer  # numpy: only for those who write
         from builder.quantize.source_weights import NAMES, SourceModel
 
-        source = SourceModel.open(snapshot.path)
-        writer.write(source, ModelFormats(BF16), Ranges(), tmp / "unified")
+        with snapshot.source.explain_failures():
+            source = SourceModel.open(snapshot.path)
+            writer.write(source, ModelFormats(BF16), Ranges(), tmp / "unified")
         lacking = layouts.write_if_served(tmp / "unified", snapshot.config, tmp / "tensorrt_llm")
         snapshot.source.check_unchanged()
         if lacking is not None:

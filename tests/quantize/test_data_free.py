@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from builder.formats import kv_cache
 from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16, FP8, NVFP4
 from builder.hub.snapshot import fetch
-from builder.quantize import data_free, writer
+from builder.quantize import data_free, unquantized, writer
 from builder.quantize.data_free import INPUT_RANGE, write_data_free
 from builder.quantize.modelopt import QuantizeRequest
 from builder.quantize.ranges import Ranges
@@ -114,6 +115,25 @@ def test_a_weight_with_nan_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="can't be quantized") as caught:
         made(tmp_path / "out", model)
     assert name in caught.value.why
+    assert not list((tmp_path / "out" / "checkpoint").iterdir())
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.parametrize("name", ["nvfp4", "bf16"])
+def test_a_source_that_is_cut_while_it_is_read_is_said_to_have_changed(tmp_path: Path, name: str, size: int) -> None:
+    source = source_models.copy(TINY, tmp_path / "model", lambda tensor: [tensor])
+    store = Store(tmp_path / "out", Output("quiet"))
+    snapshot = fetch(schema.resolve({"model.id": str(source), "gpu": "cpu"}).recipe.model, store=store)
+    opened = SourceModel.open(source)
+    os.truncate(next(source.glob("*.safetensors")), size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SourceModel, "open", lambda _: opened)
+        make = {
+            "nvfp4": lambda: write_data_free(snapshot, request(source), store=store),
+            "bf16": lambda: unquantized.write_checkpoint(snapshot, store=store),
+        }[name]
+        with pytest.raises(IntegrityError, match="changed after its files were hashed"):
+            make()
     assert not list((tmp_path / "out" / "checkpoint").iterdir())
 
 

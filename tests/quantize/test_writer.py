@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats import kv_cache, registry
 from builder.formats.assignment import ModelFormats
-from builder.quantize import quantizers, writer
+from builder.quantize import quantizers, unified_files, writer
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
 from builder.quantize.writer import Work
@@ -245,6 +246,20 @@ def test_a_failure_stops_all_threads_and_leaves_no_weights(
     monkeypatch.setattr(type(registry.NVFP4), "pack", fails)
     with pytest.raises(OSError, match="No space left"):
         writer.write(SourceModel.open(QWEN3), NVFP4, ranges_of(exported, 2688.0), tmp_path / "ours")
+    assert not list((tmp_path / "ours").iterdir())
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_file_and_no_descriptor(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(unified_files, "write_at", fails)
+    source, found = SourceModel.open(QWEN3), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(source, NVFP4, ranges_of(exported, 2688.0), tmp_path / "ours")
+    assert len(os.listdir("/proc/self/fd")) == found
     assert not list((tmp_path / "ours").iterdir())
 
 
