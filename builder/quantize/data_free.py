@@ -102,7 +102,12 @@ def _chosen(asked: QuantizeRequest) -> dict[str, Any]:
     """The formats, as ingredients of the checkpoint's key."""
     layers = {name: list(modules) for name, modules in sorted(asked.layers.items()) if modules}
     part = asked.quantization
-    return {"format": part.number_format.name, "kv_cache_dtype": part.kv_cache_dtype, "layers": layers}
+    return {
+        "format": part.number_format.name,
+        "kv_cache_dtype": part.kv_cache_dtype,
+        "layers": layers,
+        **part.rounding,
+    }
 
 
 def _write(

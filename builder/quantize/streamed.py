@@ -103,6 +103,7 @@ def _ingredients(snapshot: Snapshot, calibration: Calibration, asked: QuantizeRe
         "calibration": calibration.digest,
         "format": part.number_format.name,
         "kv_cache_dtype": part.kv_cache_dtype,
+        **part.rounding,
         "layers": {name: list(modules) for name, modules in sorted(asked.layers.items()) if modules},
         "seq_len": rows.seq_len,
         "batch_size": rows.batch_size,
@@ -120,7 +121,7 @@ def _job(snapshot: Snapshot, calibration: Calibration, ingredients: Mapping[str,
     return {
         **snapshot.source.as_job(),
         "rows": str(calibration.path.absolute()),
-        **{name: ingredients[name] for name in named},
+        **{name: ingredients[name] for name in (*named, "algorithm", "gptq") if name in ingredients},
     }
 
 

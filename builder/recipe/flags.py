@@ -19,6 +19,12 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--format", "quantization.format", str, "nvfp4, fp8, int4_awq, ... (default: the card's best, `builder gpus`)"),
     ("--kv-cache-dtype", "quantization.kv_cache_dtype", str, "fp8, nvfp4, or auto: the model's own type"),
     (
+        "--algorithm",
+        "quantization.algorithm",
+        str,
+        "how NVFP4 weights are rounded: max (default), or mse: block scales searched",
+    ),
+    (
         "--memory",
         "quantization.memory",
         str,

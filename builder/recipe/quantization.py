@@ -15,6 +15,7 @@ from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
 from builder.formats.kv_cache import KvCacheFormat
 from builder.formats.schemes import SCHEMES, LayerScheme
+from builder.recipe.algorithm import AlgorithmName, Gptq, refusal
 from builder.recipe.base import Part
 
 
@@ -86,6 +87,13 @@ class Quantization(Part):
         Field(description="linear layers in FP8 (E4M3, one scale for the weight and one for its input), same syntax"),
     ] = ()
 
+    algorithm: Annotated[
+        AlgorithmName,
+        Field(
+            description="how NVFP4 weights are rounded: max (as NVIDIA publishes them) or mse (block scales searched)"
+        ),
+    ] = "max"
+    gptq: Gptq = Gptq()
     memory: Annotated[
         Literal["auto", "low", "whole"],
         Field(
@@ -137,6 +145,20 @@ class Quantization(Part):
             why = "all its layers are in FP8" if one is formats.FP8 else "ModelOpt would smooth those layers too"
             raise ValueError(f"keep_fp8 can't be combined with format {self.format}: {why}; use keep_bf16")
         return self
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self) -> Quantization:
+        why = refusal(self.algorithm, self.format, self.quantized_formats)
+        if why:
+            raise ValueError(f"algorithm {why}")
+        if self.algorithm != "gptq" and self.gptq != Gptq():
+            raise ValueError(f"values of gptq have no effect with algorithm {self.algorithm}; use algorithm gptq")
+        return self
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """The algorithm and its values, for jobs and keys."""
+        return {"algorithm": self.algorithm, **({"gptq": self.gptq.model_dump()} if self.algorithm == "gptq" else {})}
 
     @property
     def number_format(self) -> NumberFormat:

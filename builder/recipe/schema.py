@@ -6,14 +6,15 @@ Settings are resolved in this order: flag, --set, recipe file, preset, GPU profi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from builder.core.errors import UsageError
+from builder.formats.algorithms import ALGORITHMS
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
 from builder.machine import gpus
@@ -179,6 +180,16 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _algorithm_has_rows(self) -> Recipe:
+        name = self.quantization.algorithm
+        if self.calibration.data_free and ALGORITHMS[name].reads_rows:
+            raise ValueError(
+                f"algorithm {name} reads the inputs of layers from calibration rows, and there are none (data-free); "
+                "use algorithm mse, or name rows: --calib-data FILE.jsonl --calib-samples 512"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _auto_has_texts(self) -> Recipe:
         if self.quantization.kept_budget is not None and self.sensitivity.data is None:
             raise ValueError(
@@ -290,14 +301,16 @@ def schema() -> dict[str, Any]:
 
 def known_keys() -> list[str]:
     """Every dotted key of a recipe."""
-    parts = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    keys = []
-    for name, part in parts.items():
-        if isinstance(part, type) and issubclass(part, Part):
-            keys += [f"{name}.{field}" for field in part.model_fields]
+    return list(_keys(Recipe))
+
+
+def _keys(part: type[BaseModel], above: str = "") -> Iterator[str]:
+    for name, info in part.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, Part):
+            yield from _keys(kind, f"{above}{name}.")
         else:
-            keys.append(name)
-    return keys
+            yield f"{above}{name}"
 
 
 def _usage_error(error: ValidationError, origins: Mapping[str, str]) -> UsageError:

@@ -144,7 +144,7 @@ def recipe() -> Iterator[str]:
     for key, spec in parts.items():
         part = _part(spec, definitions)
         yield from say(f"## {key}", text(part.get("description", "")))
-        yield from table(headers, [row(f"{key}.{name}", field) for name, field in part["properties"].items()])
+        yield from table(headers, [row(*one) for one in _leaves(key, part, definitions)])
     for name in ("DataSet",):
         yield from say(
             "## A data set",
@@ -152,6 +152,13 @@ def recipe() -> Iterator[str]:
             "string is the same as `data` alone.",
         )
         yield from table(headers, [row(key, field) for key, field in definitions[name]["properties"].items()])
+
+
+def _leaves(key: str, part: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(dotted key, property) of each plain value of a part, and of the parts in it."""
+    for name, spec in part["properties"].items():
+        within = _part(spec, definitions)
+        yield from _leaves(f"{key}.{name}", within, definitions) if within else [(f"{key}.{name}", spec)]
 
 
 def _part(spec: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -35,6 +35,7 @@ from builder.preflight.model_facts import ModelFacts
 from builder.preflight.prepare import prepare
 from builder.quantize import device, modelopt
 from builder.recipe import schema
+from builder.recipe.algorithm import Gptq
 from builder.serving import smoke
 from builder.triton.repository import Repository
 from builder.trtllm import engine
@@ -95,6 +96,8 @@ ELSEWHERE = {
     "model.revision": HUB,
     "model.original": "of a quantized model alone (test_quantized_models.py)",
     "quantization.format": ONE,
+    "quantization.algorithm": ONE,
+    **{f"quantization.gptq.{name}": "with algorithm gptq alone" for name in Gptq.model_fields},
     "calibration.data": "below",
     "calibration.scales": "test_scales.py: for quantized models only",
     "engine.tensorrt_llm": "below",

@@ -1,0 +1,67 @@
+"""How the codes and block scales of a weight are chosen, within one number format. Pure facts; quantize/ computes.
+
+Whatever the algorithm, the tensors, their dtypes and the global scale stay those of the format, so every server loads
+the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from builder.formats.base import NumberFormat
+
+Needs = Literal["weights", "block_hessians", "hessians"]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One way to choose them.
+
+    needs: what it reads beside the ranges of activations: nothing but the weights, the second moments of a layer's
+        inputs within each block of 16, or those of all its inputs.
+    """
+
+    name: str
+    title: str
+    needs: Needs
+    source: str
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it needs calibration rows."""
+        return self.needs != "weights"
+
+
+MAX = Algorithm(
+    name="max",
+    title="block scales by the largest magnitude",
+    needs="weights",
+    source="ModelOpt, NVFP4_DEFAULT_CFG with max calibration (0.37 to 0.47)",
+)
+MSE = Algorithm(
+    name="mse",
+    title="block scales searched for the least squared error of the weights",
+    needs="weights",
+    source="ModelOpt 0.47, quantization/calib/mse.py, NVFP4MSECalibrator",
+)
+HESSIAN = Algorithm(
+    name="hessian",
+    title="block scales searched for the least squared error of the layers' outputs, block by block",
+    needs="block_hessians",
+    source="ModelOpt 0.47, quantization/model_calib.py, local_hessian_calibrate",
+)
+GPTQ = Algorithm(
+    name="gptq",
+    title="codes chosen column by column, each rounding error corrected in the columns that follow",
+    needs="hessians",
+    source="Frantar et al., GPTQ, 2022 (arXiv 2210.17323)",
+)
+ALGORITHMS: Mapping[str, Algorithm] = {one.name: one for one in (MAX, MSE, HESSIAN, GPTQ)}
+
+
+def treats(one: NumberFormat) -> bool:
+    """Whether the algorithms beside `max` have something to choose: NVFP4's block scales. Layers in other formats are
+    left to `max`."""
+    return one.packs and any(tensor.name == "block_scale" for tensor in one.tensors)

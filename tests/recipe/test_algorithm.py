@@ -1,0 +1,49 @@
+"""quantization.algorithm: which formats and values it goes with, and what messages say where it does not."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import pytest
+
+from builder.core.errors import UsageError
+from builder.formats import algorithms, registry
+from builder.recipe import schema
+from builder.recipe.algorithm import NOT_YET, AlgorithmName
+
+MODEL = {"model.id": "org/model", "gpu": "cpu"}
+
+
+def asked(**more: Any) -> schema.Resolved:
+    return schema.resolve({**MODEL, **{f"quantization.{key}": value for key, value in more.items()}})
+
+
+def test_every_algorithm_has_a_name_in_recipes() -> None:
+    assert list(get_args(AlgorithmName)) == list(algorithms.ALGORITHMS)
+
+
+def test_max_is_the_default_and_goes_with_every_format() -> None:
+    for one in registry.for_whole_model():
+        assert asked(format=one.name).recipe.quantization.rounding == {"algorithm": "max"}
+
+
+def test_algorithms_treat_what_has_block_scales_of_e4m3() -> None:
+    treated = {one.name for one in registry.for_whole_model() if algorithms.treats(one)}
+    assert treated == {"nvfp4", "w4a16_nvfp4"}
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_what_is_not_available_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"algorithm {name} is not available yet"):
+        asked(algorithm=name)
+
+
+@pytest.mark.parametrize("size", [24, 8, 0])
+def test_gptq_takes_whole_blocks_of_columns(size: int) -> None:
+    with pytest.raises(UsageError, match=r"gptq\.block_size"):
+        schema.resolve(MODEL, sets=[f"quantization.gptq.block_size={size}"])
+
+
+def test_values_of_another_algorithm_are_refused() -> None:
+    with pytest.raises(UsageError, match="values of gptq have no effect with algorithm max"):
+        schema.resolve(MODEL, sets=["quantization.gptq.damping=0.05"])
