@@ -39,6 +39,7 @@ from builder.triton.repository import Repository
 from builder.trtllm.engine import Engine
 
 if TYPE_CHECKING:
+    from builder.evaluate.candidates import Candidate
     from builder.evaluate.sensitivity.stage import Sensitivity
     from builder.evaluate.stage import Evaluation
     from builder.quality.check import Quality
@@ -102,13 +103,32 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     return built if built.repository is None else _published(built, store)
 
 
-def measure(resolved: Resolved, store: Store) -> Evaluation:
-    """Builds what the recipe's runners need, and measures it, by questions too where the recipe names tasks."""
+def measure(resolved: Resolved, store: Store, *, against: Sequence[str] = ()) -> Evaluation:
+    """Builds what the recipe's runners need, and measures it, by questions too where the recipe names tasks.
+
+    against: directories with quantized checkpoints of the same model, and candidates.DATA_FREE, to compare with.
+    """
     recipe = resolved.recipe
     if recipe.tasks.names:
         tasks.check(recipe.tasks, store)
-    built = _run(resolved, store, stage_needed(recipe), measured=True)
-    return evaluate_built(built, recipe, store, with_tasks=True)
+    if not against:
+        return evaluate_built(
+            _run(resolved, store, stage_needed(recipe), measured=True), recipe, store, with_tasks=True
+        )
+    from builder.evaluate import candidates  # for those who compare
+
+    base = candidates.base_of(recipe.model, store=store)
+    places = [place for place in against if place != candidates.DATA_FREE]
+    opened = candidates.open_directories(places, base, store=store)
+    if len(places) < len(against):
+        candidates.check_data_free(recipe, quantized=base.quantized or recipe.model.original is not None)
+    needed = max(stage_needed(recipe), "checkpoint", key=STAGES.index)
+    built = _run(resolved, store, needed, measured=True)
+    found = [one.candidate(store) for one in opened]
+    if len(places) < len(against):
+        assert built.prepared is not None
+        found.insert(0, candidates.data_free(built.snapshot, _request(built.prepared), store=store))
+    return evaluate_built(built, recipe, store, with_tasks=True, against=found)
 
 
 def _run(resolved: Resolved, store: Store, until: str, *, quality: bool = False, measured: bool = False) -> Built:
@@ -326,11 +346,13 @@ def stage_needed(recipe: Recipe) -> str:
     return max(needs, key=STAGES.index)
 
 
-def evaluate_built(built: Built, recipe: Recipe, store: Store, *, with_tasks: bool = False) -> Evaluation:
-    """The evaluation of what was built; with `with_tasks` on the recipe's tasks too."""
+def evaluate_built(
+    built: Built, recipe: Recipe, store: Store, *, with_tasks: bool = False, against: Sequence[Candidate] = ()
+) -> Evaluation:
+    """The evaluation of what was built; with `with_tasks` on the recipe's tasks too. against: what to compare with."""
     from builder.evaluate.stage import evaluate  # numpy: only for those who measure
 
-    return evaluate(built.models, recipe, store=store, with_tasks=with_tasks)
+    return evaluate(built.models, recipe, store=store, with_tasks=with_tasks, against=against)
 
 
 def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> Sensitivity:

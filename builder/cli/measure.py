@@ -30,11 +30,15 @@ def add(commands: Any) -> None:
             "builder eval --model tests/data/tiny-qwen3 --gpu cpu --data tests/data/eval/prose.jsonl",
             "builder eval --model Qwen/Qwen3-8B --gpu sm120 --runner bf16 --runner checkpoint --runner served",
             "builder eval --model Qwen/Qwen3-8B --gpu sm120 --tasks mmlu,gsm8k --task-limit 100",
+            "builder eval --model Qwen/Qwen3-8B --gpu sm120 --against data-free --against ./Qwen3-8B-FP4",
         ],
     )  # fmt: skip
     add_recipe(command)
     command.add_argument("--compare-kv", dest="evaluation.compare_kv", action="store_const", const=True,
                          help="measure the checkpoint without its FP8 KV cache as well")  # fmt: skip
+    command.add_argument("--against", metavar="DIR", action="append", default=[],
+                         help="compare with the quantized checkpoint or build in DIR on the same texts, or with "
+                         "data-free: the recipe without calibration; repeatable")  # fmt: skip
     add_force(command)
     for option, key, kind, text in TASK_FLAGS:
         command.add_argument(option, dest=key, type=kind, metavar=placeholder(option, kind), help=text)
@@ -82,7 +86,7 @@ def run_eval(arguments: argparse.Namespace, out: Output) -> int:
 
     store = Store(arguments.output, out, force=sorted(forced_stages(arguments)))
     with store.in_use():
-        found = pipeline.measure(resolved, store)
+        found = pipeline.measure(resolved, store, against=arguments.against)
     show(found, out)
     out.text(f"kept       {found.path / 'evaluation.json'}")
     found.check()

@@ -89,6 +89,19 @@ def measure(sets: Sequence[Sums], *, resamples: int, seed: int) -> dict[str, Est
     return {name: _estimate(values) for name, values in found.items()}
 
 
+def kl_ratio(sets: Sequence[Sums], ours: Sequence[Sums], *, resamples: int, seed: int) -> Estimate:
+    """KL of one model over that of another on the same texts; NaN where the other's is 0. Both were compared with BF16.
+
+    The interval is paired: each resample draws the same texts for both, so it is narrower than those of the two KLs.
+    """
+    kls = [(np.asarray(one.kl), np.asarray(other.kl)) for one, other in zip(sets, ours, strict=True)]
+    columns = [np.stack(pair, axis=1) for pair in kls]
+    totals = sum(_totals(one, resamples, seed + number) for number, one in enumerate(columns))
+    theirs, own = np.asarray(totals).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _estimate(theirs / own)
+
+
 def _totals(columns: Array, resamples: int, seed: int) -> Array:
     """[texts, n] -> [1 + resamples, n]: sums over the texts, then over as many texts drawn at random.
 

@@ -12,13 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.core import process, workers
 from builder.core.errors import EvaluationError, NotMeasurable
 from builder.core.output import Output, seconds
 from builder.core.store import Artifact, Store, WouldRun, key_of, sources_digest
-from builder.evaluate import datasets, gate, metrics, tasks
+from builder.evaluate import comparison, datasets, gate, metrics, tasks
+from builder.evaluate.comparison import OURS, RATIO, Compared
 from builder.evaluate.datasets import Texts
 from builder.evaluate.gate import OVERALL, GateResult
 from builder.evaluate.metrics import Estimate
@@ -29,8 +30,12 @@ from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
 from builder.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from builder.evaluate.candidates import Candidate
+
 TABLE_SOURCES = (
     "builder/evaluate/stage.py",
+    "builder/evaluate/comparison.py",
     "builder/evaluate/metrics.py",
     "builder/evaluate/gate.py",
     "builder/evaluate/tasks.py",
@@ -45,6 +50,7 @@ class Evaluation:
     sets: runner -> data set -> counts of texts and tokens, and seconds.
     collapsed: runner -> data sets on which it finds shuffled tokens as likely as text.
     not_measured: runner -> the reason.
+    compared: the models of a comparison by their labels, which are runners of their own; empty without one.
     """
 
     measured: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
@@ -54,6 +60,12 @@ class Evaluation:
     tasks: TaskTable = field(default_factory=TaskTable)
     verdict: GateResult | None = None
     path: Path = Path()
+    compared: Mapping[str, Compared] = field(default_factory=dict)
+
+    @property
+    def candidates(self) -> list[str]:
+        """The labels of the checkpoints that the recipe's own is compared with. No gate judges them."""
+        return [label for label in self.compared if label not in ("bf16", OURS)]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON. NaN and infinity become None."""
@@ -65,6 +77,7 @@ class Evaluation:
         }
         verdict = {"passed": self.verdict.passed, **asdict(self.verdict)} if self.verdict else None
         rest = {"sets": self.sets, "collapsed": self.collapsed, "not_measured": self.not_measured}
+        rest["compared"] = comparison.as_dict(self.compared)
         return {"measured": figures, **rest, "tasks": asdict(self.tasks), "verdict": verdict}
 
     def check(self) -> None:
@@ -76,28 +89,36 @@ class Evaluation:
             **self.not_measured,
             **{name: next(iter(why.values())) for name, why in self.tasks.not_measured.items()},
         }
-        if refused and not (set(self.measured) | answered) - {"bf16"}:
+        if refused and not (set(self.measured) | answered) - {"bf16", *self.candidates}:
             runner, why = next(iter(refused.items()))
             raise NotMeasurable(f"The runner {runner} can't be measured.", why=why)
 
 
-def evaluate(models: Models, recipe: Recipe, *, store: Store, with_tasks: bool = False) -> Evaluation:
+def evaluate(
+    models: Models, recipe: Recipe, *, store: Store, with_tasks: bool = False, against: Sequence[Candidate] = ()
+) -> Evaluation:
     """Measures every runner of the recipe on every data set and applies the gate, if the recipe has one.
 
-    with_tasks: measure the recipe's tasks too. IntegrityError if the tokenizer does not match the model,
-    EvaluationError if a runner that the gate needs could not be measured. A failed gate is returned as the verdict;
-    `Evaluation.check` raises it.
+    with_tasks: measure the recipe's tasks too. against: checkpoints to measure on the same texts. IntegrityError if the
+    tokenizer does not match the model, EvaluationError if a runner that the gate needs could not be measured. A failed
+    gate is returned as the verdict; `Evaluation.check` raises it.
     """
     part = recipe.evaluation
     texts = datasets.read_texts(part, store=store)
     scores: dict[str, list[Artifact]] = {}
     not_measured: dict[str, str] = {}
-    for variant in list_variants(recipe) if texts else ():
+    asked = [(variant, models) for variant in list_variants(recipe)]
+    asked += [
+        (Variant(one.label, "checkpoint", one.cache), replace(models, checkpoint=one.checkpoint)) for one in against
+    ]
+    for variant, of in asked if texts else ():
         try:
-            scores[variant.label] = _score(variant, models, texts, scores.get("bf16"), recipe, store)
+            scores[variant.label] = _score(variant, of, texts, scores.get("bf16"), recipe, store)
         except NotMeasurable as error:
             not_measured[variant.label] = str(error)
     found = _tables(scores, texts, part.resamples, part.seed, not_measured)
+    if against:
+        found = replace(found, compared=comparison.compared(models, recipe, against))
     if with_tasks and recipe.tasks.names:
         found = replace(found, tasks=tasks.measure(models, recipe, store=store))
     return _judged(found, scores, recipe, store)
@@ -181,17 +202,23 @@ def _tables(
     not_measured: Mapping[str, str],
 ) -> Evaluation:
     measured: dict[str, dict[str, dict[str, Estimate]]] = {}
+    ours: Sequence[metrics.Sums] = ()
     for label, artifacts in scores.items():
         theirs: Sequence[Artifact | None] = [None] * len(texts)
         if "bf16" in scores and label != "bf16":
             theirs = scores["bf16"]
         sums = [metrics.read(a.path, t.path if t else None) for a, t in zip(artifacts, theirs, strict=True)]
-        rows = {
-            one.name: metrics.measure([s], resamples=resamples, seed=seed + n)
-            for n, (one, s) in enumerate(zip(texts, sums, strict=True))
-        }
-        overall = {OVERALL: metrics.measure(sums, resamples=resamples, seed=seed)} if len(sums) > 1 else {}
-        measured[label] = {**rows, **overall}
+        ours = sums if label == OURS else ours
+        parts = {one.name: ([n], seed + n) for n, one in enumerate(texts)}
+        parts |= {OVERALL: ([*range(len(texts))], seed)} if len(texts) > 1 else {}
+        measured[label] = {}
+        for name, (which, drawn) in parts.items():
+            of = [sums[n] for n in which]
+            figures = metrics.measure(of, resamples=resamples, seed=drawn)
+            if ours and ours is not sums and ours[0].kl is not None and of[0].kl is not None:
+                own = [ours[n] for n in which]
+                figures[RATIO] = metrics.kl_ratio(of, own, resamples=resamples, seed=drawn)
+            measured[label][name] = figures
     named = {
         label: {one.name: dict(a.facts) for one, a in zip(texts, found, strict=True)} for label, found in scores.items()
     }
@@ -208,14 +235,20 @@ def _judged(found: Evaluation, scores: Mapping[str, Sequence[Artifact]], recipe:
     part = recipe.evaluation
     unjudged: EvaluationError | None = None
     try:
-        verdict = gate.judge(part, found.measured, found.collapsed, found.not_measured)
+        others = found.candidates
+        measured = {label: sets for label, sets in found.measured.items() if label not in others}
+        refused = {label: why for label, why in found.not_measured.items() if label not in others}
+        verdict = gate.judge(part, measured, found.collapsed, refused)
     except EvaluationError as error:
         verdict, unjudged = None, error
     whole = replace(found, verdict=verdict)
+    digests = {label: [artifact.digest for artifact in artifacts] for label, artifacts in scores.items()}
+    against = {label: digests.pop(label, []) for label in found.candidates}
     ingredients = {
-        "of": [*(artifact.digest for artifacts in scores.values() for artifact in artifacts), *found.tasks.of],
+        "of": [*(digest for of in digests.values() for digest in of), *found.tasks.of],
+        "against": [against, comparison.as_dict(found.compared)],
         "data": {label: list(sets) for label, sets in found.sets.items()},  # the names in the tables
-        "runners": [*dict.fromkeys([*scores, *(row.runner for row in found.tasks.rows)])],
+        "runners": [*dict.fromkeys([*digests, *(row.runner for row in found.tasks.rows)])],
         "not_measured": [found.not_measured, found.tasks.not_measured],
         "limits": part.limits,
         "resamples": part.resamples,
@@ -258,6 +291,8 @@ def show_tables(found: Evaluation, out: Output) -> None:
     if found.sets or found.not_measured:
         out.table("scored", ["data", "texts", "too short", "cut", "tokens", "time"], rows)
         out.table("what quantization cost (95 % intervals)", COLUMNS, _rows(found))
+    if found.compared:
+        comparison.show(found.compared, found.measured, out)
     if found.tasks.rows or found.tasks.not_measured:
         tasks.show(found.tasks, found.path.parent.parent, out)
     if found.verdict:

@@ -185,6 +185,7 @@ def _context(report: Report) -> dict[str, Any]:
         "scores": _scores(report),
         "tiles": _tiles(report),
         "score_chart": _score_chart(report),
+        "compared_chart": _compared_chart(report),
         "loss_chart": _loss_chart(report),
         "size_chart": _size_chart(report),
         "contents_charts": [_contents_chart(name, kinds) for name, kinds in report.size.contents.items()],
@@ -257,6 +258,27 @@ def _score_chart(report: Report) -> Markup | None:
         marks
     )
     return Markup(charts.dots("score", "Relative score, BF16 = 100", text, marks, lines))
+
+
+def _compared_chart(report: Report) -> Markup | None:
+    """The relative score of each checkpoint of a comparison, with its size."""
+    marks = [
+        Mark(
+            f"{visible(RUNNERS.get(one.label, one.label))}, {size(one.nbytes)}",
+            score.value,
+            f"{score.value:.2f}",
+            score.low,
+            score.high,
+            "overall" if one.label == "checkpoint" else "",
+        )
+        for one in (report.evaluation.compared if report.evaluation else ())
+        if (score := one.score.score)
+    ]
+    if not marks:
+        return None
+    text = "Relative score of each checkpoint on the same texts, with 95% confidence intervals. " + _spoken(marks)
+    lines = [(100.0, "BF16 = 100", "base")]
+    return Markup(charts.dots("compared", "Checkpoints compared, BF16 = 100", text, marks, lines))
 
 
 def _loss_chart(report: Report) -> Markup | None:

@@ -62,8 +62,23 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """One model of a comparison, over all data sets. label: BF16, the repository's checkpoint or another checkpoint.
+
+    `ratio`: its KL over that of the repository's own checkpoint.
+    """
+
+    label: str
+    formats: str
+    tool: str
+    nbytes: int
+    score: Score
+    ratio: Interval | None = None
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """An evaluation on texts.
+    """An evaluation on texts. `scores` are of this model's runners, `compared` of all checkpoints that were compared.
 
     `passed`: the gate's verdict, None if there is no gate or it can't be judged; `limits`: the gate's, by metric;
     `failed`: what missed a limit. `not_measured`: {runner: reason}. `collapsed`: {runner: data sets whose shuffled
@@ -77,6 +92,7 @@ class Evaluation:
     failed: tuple[str, ...] = ()
     not_measured: Mapping[str, str] = field(default_factory=dict)
     collapsed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    compared: tuple[Compared, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,13 +127,14 @@ def _evaluations(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) 
     """Evaluations of these artifacts only, with a runner other than BF16."""
     ours = {artifact.digest for artifact in chain.values()}
     measured = ("scores", "tasks")
-    of = {a.digest: set(a.manifest["ingredients"]["of"]) for a in everything if a.stage in measured}
+    # Equal figures have one digest, also if they are of different checkpoints: one of them must be ours.
+    mine = {a.digest for a in everything if a.stage in measured and set(a.manifest["ingredients"]["of"]) <= ours}
     return [
         artifact
         for artifact in everything
         if artifact.stage == "evaluation"
         and set(artifact.manifest["ingredients"]["runners"]) - {BF16}
-        and all(of.get(digest, {""}) <= ours for digest in artifact.manifest["ingredients"]["of"])
+        and set(artifact.manifest["ingredients"]["of"]) <= mine
     ]
 
 
@@ -135,14 +152,17 @@ def read_evaluation(tables: Mapping[str, Any], digest: str, limits: Mapping[str,
 
     `digest`: of its artifact; `limits`: of the recipe's gate, for files without a verdict.
     """
-    verdict = tables.get("verdict") or {}
+    verdict, compared = tables.get("verdict") or {}, tables.get("compared") or {}
+    others = [label for label in compared if label not in RUNNERS]
     return Evaluation(
         digest=digest,
         scores=tuple(
             _score(runner, data, metrics, tables["sets"][runner])
             for runner, sets in tables["measured"].items()
             for data, metrics in sets.items()
+            if runner not in others
         ),
+        compared=tuple(_compared(label, one, tables) for label, one in compared.items() if label in tables["measured"]),
         passed=verdict.get("passed"),
         limits=verdict.get("limits", limits),
         failed=tuple(verdict.get("failed", ())),
@@ -151,18 +171,28 @@ def read_evaluation(tables: Mapping[str, Any], digest: str, limits: Mapping[str,
     )
 
 
+def _compared(label: str, one: Mapping[str, Any], tables: Mapping[str, Any]) -> Compared:
+    """The model `one` of a comparison: its figures over all data sets, or on the only one."""
+    sets = tables["measured"][label]
+    data = OVERALL if OVERALL in sets else next(iter(sets))
+    score, ratio = _score(label, data, sets[data], tables["sets"][label]), _interval(sets[data], "kl_ratio")
+    return Compared(label, one["formats"], one["tool"], one["nbytes"], score, ratio)
+
+
 def _score(runner: str, data: str, figures: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]]) -> Score:
     counted = list(sets.values()) if data == OVERALL else [sets[data]]
 
     def total(name: str) -> Any:
         return sum(data_set[name] for data_set in counted) if all(name in data_set for data_set in counted) else None
 
-    def interval(name: str) -> Interval | None:
-        figure = figures.get(name) or {}
-        return Interval(**figure) if figure.get("value") is not None else None
+    metrics = {name: _interval(figures, name) for name in ("score", "kl", "agreement", "flips")}
+    ppl = _interval(figures, "ppl")
+    return Score(runner, data, total("texts"), total("tokens"), total("seconds"), ppl, **metrics)
 
-    metrics = {name: interval(name) for name in ("score", "kl", "agreement", "flips")}
-    return Score(runner, data, total("texts"), total("tokens"), total("seconds"), interval("ppl"), **metrics)
+
+def _interval(figures: Mapping[str, Any], name: str) -> Interval | None:
+    figure = figures.get(name) or {}
+    return Interval(**figure) if figure.get("value") is not None else None
 
 
 def losses_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> list[Loss]:

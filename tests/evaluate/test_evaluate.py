@@ -472,3 +472,12 @@ def test_figures_that_are_no_numbers_are_none_in_json(whole: Evaluation) -> None
     broken = replace(whole, measured={"bf16": {"prose": {"ppl": Estimate(math.inf, 1.0, math.nan)}}})
     told = json.loads(json.dumps(broken.as_dict(), allow_nan=False))
     assert told["measured"]["bf16"]["prose"]["ppl"] == {"value": None, "low": 1.0, "high": None}
+
+
+def test_calibration_is_compared_with_none(built: Built, whole: Evaluation, store: Store) -> None:
+    """`--against data-free`: the same recipe without calibration, on the same texts."""
+    found = pipeline.measure(resolve(), store, against=["data-free"])
+    ours, theirs = found.measured["checkpoint"]["overall"], found.measured["data-free"]["overall"]
+    assert found.candidates == ["data-free"]
+    assert theirs["kl_ratio"].value == pytest.approx(theirs["kl"].value / ours["kl"].value)
+    assert 0.5 < theirs["kl_ratio"].low < theirs["kl_ratio"].high < 2

@@ -157,3 +157,19 @@ def test_a_gate_without_something_to_compare_is_refused_at_once(runners: list[st
     flags = {"model.id": "a/b", "gpu": "cpu", "evaluation.min_score": 98.0, "evaluation.runners": runners}
     with pytest.raises(UsageError, match="a gate compares a runner with bf16"):
         schema.resolve(flags)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0.01, 10), min_size=2, max_size=12), st.floats(0.1, 10))
+def test_a_ratio_of_kls_is_paired(kls: list[float], factor: float) -> None:
+    """Texts differ a lot, and one model loses `factor` times as much on each: every resample has that ratio."""
+    tokens, zeros = [10] * len(kls), [0.0] * len(kls)
+    ours = sums(tokens, zeros, zeros, kl=kls)
+    theirs = sums(tokens, zeros, zeros, kl=[factor * kl for kl in kls])
+    found = metrics.kl_ratio([theirs], [ours], resamples=100, seed=0)
+    assert (found.value, found.low, found.high) == pytest.approx((factor, factor, factor))
+
+
+def test_a_ratio_to_a_kl_of_zero_is_not_a_number() -> None:
+    none = sums([5, 5], [0, 0], [0, 0])
+    assert math.isnan(metrics.kl_ratio([none], [none], resamples=100, seed=0).value)
