@@ -31,4 +31,4 @@ def _same(one: Tensors, other: Tensors, name: str) -> bool:
     if (here.dtype, here.shape) != (there.dtype, there.shape):
         return False
     pairs = zip(one.chunks(name), other.chunks(name), strict=True)
-    return all(a.tobytes() == b.tobytes() for a, b in pairs)  # bytes are compared faster than views
+    return all(a == b for a, b in pairs)

@@ -185,7 +185,7 @@ def _damaged(path: str, why: str) -> IntegrityError:
 
 
 class Tensors(Mapping[str, TensorInfo]):
-    """All tensors of a directory, or of the given files, mapped read-only. Maps names to TensorInfo.
+    """All tensors of a directory, or of the given files, read-only. Maps names to TensorInfo.
 
     If there is an index (`model.safetensors.index.json`), it selects the files and must match them tensor by tensor.
     A tensor that is also in a patch is read from where the index says. IntegrityError if index and files disagree, if a
@@ -252,10 +252,8 @@ class Tensors(Mapping[str, TensorInfo]):
         return FileRange(self._file[name], info.begin, info.end)
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small tensor, without mapping the file: a mapped scale would keep 64 kB around it resident."""
-        info = self._infos[name]
-        with open(self._file[name], "rb", buffering=0) as file:
-            return os.pread(file.fileno(), info.nbytes, info.begin)
+        """The tensor's bytes, read into memory. IntegrityError if the file has become shorter."""
+        return read_bytes(self.place(name))
 
     def release(self, name: str) -> None:
         """Drops the tensor's pages from memory, so that a loop over all tensors keeps one resident.
@@ -268,20 +266,18 @@ class Tensors(Mapping[str, TensorInfo]):
             mapped.madvise(mmap.MADV_DONTNEED, start, info.end - start)
 
     def prefetch(self, name: str) -> None:
-        """Asks the kernel to read the tensor's pages from disk ahead of their first access."""
-        info = self._infos[name]
-        if info.nbytes:
-            self.data(name)
-            start = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps[self._file[name]].madvise(mmap.MADV_WILLNEED, start, info.end - start)
+        """Asks the kernel to read the tensor's bytes from disk ahead of their use."""
+        place = self.place(name)
+        with open(place.path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), place.begin, place.end - place.begin, os.POSIX_FADV_WILLNEED)
 
-    def chunks(self, *names: str) -> Iterator[memoryview]:
-        """The bytes of the named tensors in order, CHUNK_BYTES at a time: their concatenation in dimension 0."""
-        for name in names:
-            data = self.data(name)
-            for start in range(0, len(data), CHUNK_BYTES):
-                yield data[start : start + CHUNK_BYTES]
-            self.release(name)
+    def chunks(self, *names: str) -> Iterator[bytes]:
+        """The bytes of the named tensors in order, CHUNK_BYTES at a time: their concatenation in dimension 0.
+
+        IntegrityError if a file has become shorter."""
+        for place in map(self.place, names):
+            for begin in range(place.begin, place.end, CHUNK_BYTES):
+                yield read_bytes(FileRange(place.path, begin, min(begin + CHUNK_BYTES, place.end)))
 
     def _check_index(self, directory: Path, index: Mapping[str, str]) -> None:
         wrong = sorted(
@@ -421,6 +417,29 @@ def copy_range(place: FileRange, target: int, offset: int) -> None:
             at += done
     finally:
         os.close(source)
+
+
+def read_bytes(place: FileRange) -> bytes:
+    """The bytes of a range. IntegrityError if the file has become shorter."""
+    parts, at = [], place.begin
+    with open(place.path, "rb", buffering=0) as file:
+        while at < place.end:
+            parts.append(os.pread(file.fileno(), place.end - at, at))  # of 2 GiB at most
+            if not parts[-1]:
+                raise shortened(place.path)
+            at += len(parts[-1])
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_into(place: FileRange, buffer: memoryview) -> None:
+    """Fills a buffer, which has the range's size. IntegrityError if the file has become shorter."""
+    view, done = buffer.cast("B"), 0
+    with open(place.path, "rb", buffering=0) as file:
+        while done < len(view):
+            got = os.preadv(file.fileno(), [view[done:]], place.begin + done)
+            if not got:
+                raise shortened(place.path)
+            done += got
 
 
 def shortened(path: Path) -> IntegrityError:

@@ -182,6 +182,10 @@ class DenseModel(nn.Module):
         with torch.device("meta"):
             self.model = Decoder(Sizes(config), config["num_hidden_layers"]).to(dtype)
 
+    def get_input_embeddings(self) -> Embedding:
+        """The embedding."""
+        return self.model.embed_tokens
+
     def tie_weights(self) -> None:
         """There is no output layer to tie."""
 

@@ -1,7 +1,7 @@
 """A causal language model of transformers that computes with one decoder layer in memory at a time.
 
-The modules are transformers' own, built without weights, and weights are views of the mapped files on a CPU, so results
-equal those of a model that was loaded whole, bit for bit. What a decoder layer is called with beside the hidden states
+The modules are transformers' own, built without weights, and weights are those of the files, so results equal those of
+a model that was loaded whole, bit for bit. What a decoder layer is called with beside the hidden states
 (positions, masks) is recorded from one run of the model whose layers do nothing. Imports torch; transformers inside
 functions.
 
@@ -38,7 +38,7 @@ from builder.model.files import CONFIG, GENERATION, parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.model.imports import only_needed
 from builder.model.source_tensors import open_tensors
-from builder.model.streamed_weights import MappedSource, Source, Weights, buffers_to
+from builder.model.streamed_weights import Source, StoredSource, Weights, buffers_to
 
 SHARED_LAYERS = "num_kv_shared_layers"  # Gemma 3n and 4
 WHOLE = "Compute with the whole model in memory instead: --memory whole"
@@ -119,24 +119,30 @@ class StreamedModel:
         """Loads what lies outside of the decoder layers: before the first one or, with `head`, what logits need."""
         architecture, outside = catalog.of(self.config.to_dict()), self._sources.get(None, [])
         parts = [name for name, _ in self.model.named_parameters() if not name.startswith(f"{self.path}.")]
-        if head:
-            sources = [name for name in outside if name not in self._unused_by_head]
-            parts = [name for name in parts if name not in self._unused_by_head.values()]
-        else:
-            sources = [name for name in outside if not is_head(architecture, name.rpartition(".")[0])]
-            parts = [name for name in parts if name.startswith(f"{self.path.rpartition('.')[0]}.")]
-        with self._weights.loaded(sources, parts):
+        apart = {} if head and self.config.tie_word_embeddings else self._embedding
+        if not head:
+            outside = [name for name in outside if not is_head(architecture, name.rpartition(".")[0])]
+            parts = [name for name in parts if name.startswith(f"{self._body}.")]
+        sources = [name for name in outside if name not in apart]
+        parts = [name for name in parts if name not in apart.values()]
+        with self._weights.loaded(sources, parts), ExitStack() as stack:
             self.model.tie_weights()
+            for name in () if head else apart:
+                stack.enter_context(self._weights.by_rows(self.model.get_input_embeddings(), name))
             yield
 
+    @property
+    def _body(self) -> str:
+        """The module of embedding and layers."""
+        return self.path.rpartition(".")[0]
+
     @cached_property
-    def _unused_by_head(self) -> dict[str, str]:
-        """{tensor in the files: parameter} of the embedding, unless it is the output layer, too."""
-        weight = self.model.get_input_embeddings().weight
-        stored, outside = tensor_names.embedding(self.config.to_dict()), self._sources.get(None, [])
-        names = [name for name, one in self.model.named_parameters(remove_duplicate=False) if one is weight]
-        apart = not self.config.tie_word_embeddings and len(names) == 1 and stored in outside
-        return {stored: names[0]} if apart else {}
+    def _embedding(self) -> dict[str, str]:
+        """{tensor in the files: parameter} of the embedding; {} where it is a part of something else."""
+        embedding, stored = self.model.get_input_embeddings(), tensor_names.embedding(self.config.to_dict())
+        names = [name for name, one in self.model.named_modules() if one is embedding and name.startswith(self._body)]
+        plain = isinstance(embedding, nn.Embedding) and len(names) == 1 and stored in self._sources.get(None, [])
+        return {stored: f"{names[0]}.weight"} if plain else {}
 
     def _begin(self, ids: Tensor) -> State:
         recorded: list[tuple[Tensor, Call]] = []
@@ -155,7 +161,7 @@ class StreamedModel:
             recorded.clear()
             self._in_tuple = in_tuple
             try:
-                self.model.get_submodule(self.path.rpartition(".")[0])(ids, use_cache=False)
+                self.model.get_submodule(self._body)(ids, use_cache=False)
             except (TypeError, IndexError, ValueError, RuntimeError):
                 if in_tuple or not recorded:
                     raise
@@ -239,7 +245,7 @@ def _opened(
             model = build(directory, dtype, trust_remote_code=job["trust_remote_code"], **options)
     loading.check_tied(config, files.root)
     model.name_or_path = model.config._name_or_path = str(files.root)
-    return StreamedModel(model, MappedSource(stored), dtype, device or torch.device("cpu"))
+    return StreamedModel(model, StoredSource(stored), dtype, device or torch.device("cpu"))
 
 
 def build(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False, **options: Any) -> Any:

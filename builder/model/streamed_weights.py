@@ -2,24 +2,24 @@
 
 transformers' own loading code does it, so that dtypes, names and the experts that transformers 5 joins in one parameter
 are those of a model that was loaded whole (core_model_loading.py, convert_and_load_state_dict_in_model, 5.14;
-modeling_utils.py, _load_state_dict_into_meta_model, 4.57). On a CPU a weight of the right dtype is a view of the mapped
-file. Imports torch; transformers inside functions.
+modeling_utils.py, _load_state_dict_into_meta_model, 4.57). Files are read, not mapped: one that is cut while it is
+mapped ends the process with SIGBUS. Imports torch; transformers inside functions.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from builder.core.safetensors_io import Tensors
-from builder.formats.arithmetic.dtypes import DTYPES
+from builder.formats.arithmetic.dtypes import read
 from builder.model.dense import DenseModel
+from builder.model.streamed_embedding import by_rows, read_rows
 
 
 class Source(Protocol):
@@ -28,11 +28,11 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor; it must stay valid until `release`."""
+        """The tensor, in memory of its own."""
         ...
 
-    def release(self, names: Iterable[str]) -> None:
-        """The tensors are no longer used, and their memory may be returned."""
+    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """Rows of a matrix; numbers: sorted."""
         ...
 
     def prefetch(self, names: Iterable[str]) -> None:
@@ -40,8 +40,8 @@ class Source(Protocol):
         ...
 
 
-class MappedSource:
-    """The tensors of safetensors files as views of the mapped files."""
+class StoredSource:
+    """The tensors of safetensors files."""
 
     def __init__(self, stored: Tensors) -> None:
         self.stored = stored
@@ -50,21 +50,15 @@ class MappedSource:
         return iter(self.stored)
 
     def tensor(self, name: str) -> Tensor:
-        """A read-only view; nothing is read yet."""
-        info = self.stored[name]
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "The given buffer is not writable": nobody writes to it
-            return torch.frombuffer(self.stored.data(name), dtype=DTYPES[info.dtype]).reshape(info.shape)
+        """The tensor. IntegrityError if its file has become shorter."""
+        return read(self.stored, name)
 
-    def release(self, names: Iterable[str]) -> None:
-        """Drops the tensors' pages from this process."""
-        for name in names:
-            self.stored.release(name)
+    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """Rows of a matrix; numbers: sorted. IndexError for one that it lacks."""
+        return read_rows(self.stored, name, numbers)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Asks the kernel to read the tensors' pages ahead."""
+        """Asks the kernel to read the tensors ahead."""
         for name in names:
             self.stored.prefetch(name)
 
@@ -75,7 +69,7 @@ class Weights:
     def __init__(self, model: Any, source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self._model, self._source, self.device = model, source, device
         self._empty = {name: parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
-        self._load = _loader(model, dtype, device, source.release)
+        self._load = _loader(model, dtype, device)
         self._ignored = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         self._optional = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
         self._tied = _tied(model)
@@ -88,21 +82,20 @@ class Weights:
 
         expected = {name for name in self._names() if name.startswith(tuple(parts))}
         try:
-            tensors = {name: self._source.tensor(name) for name in sources}
-            places = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
-            info = self._load(tensors)
-            del tensors
+            info = self._load(sources, self._source.tensor)
             missing = info.pop("missing") & expected - self._tied
             info["missing_keys"] = [name for name in sorted(missing) if not _matches(self._optional, name)]
             info["unexpected_keys"] = [n for n in sorted(info["unexpected_keys"]) if not _matches(self._ignored, n)]
             check_loaded(self._model, info, self._model.name_or_path or type(self._model).__name__)
-            self._release_copied(places, expected)
             yield
         finally:
             for name in (expected | self._tied) & self._empty.keys():
                 module, _, leaf = name.rpartition(".")
                 self._model.get_submodule(module)._parameters[leaf] = self._empty[name]
-            self._source.release(sources)
+
+    def by_rows(self, embedding: nn.Embedding, name: str) -> AbstractContextManager[None]:
+        """While the block runs, the embedding reads the rows that it needs of the tensor `name`."""
+        return by_rows(embedding, lambda numbers: self._source.rows(name, numbers), self.device)
 
     def prefetch(self, sources: Iterable[str]) -> None:
         """Starts to read tensors that `loaded` is called with next."""
@@ -112,15 +105,6 @@ class Weights:
         yield from self._empty
         persistent = self._model.state_dict().keys()
         yield from (name for name, _ in self._model.named_buffers() if name in persistent)
-
-    def _release_copied(self, places: Mapping[str, int], names: Iterable[str]) -> None:
-        """Returns the memory of tensors that were copied: to a device, to another dtype, or to joined experts."""
-        held = {
-            parameter.untyped_storage().data_ptr()
-            for name, parameter in self._model.named_parameters()
-            if name in names and parameter.device.type == "cpu"
-        }
-        self._source.release([name for name, place in places.items() if place not in held])
 
 
 def _matches(patterns: Iterable[re.Pattern[str]], name: str) -> bool:
@@ -135,9 +119,12 @@ def _tied(model: Any) -> set[str]:
     return set(known)
 
 
-def _loader(model: Any, dtype: torch.dtype, device: torch.device, release: Callable[[Iterable[str]], None]) -> Any:
-    """A function that loads {name in the files: tensor} into the model, and returns transformers' loading info with the
-    names of all tensors of the model that were not among them as `missing`."""
+Read = Callable[[str], Tensor]  # by its name in the files
+
+
+def _loader(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A function that reads the named tensors into the model, and returns transformers' loading info with the names of
+    all tensors of the model that were not among them as `missing`."""
     if isinstance(model, DenseModel):
         return _loader_of_torch(model, dtype, device)
     try:
@@ -157,12 +144,11 @@ def _loader(model: Any, dtype: torch.dtype, device: torch.device, release: Calla
     )
 
     model._weight_conversions = options.weight_mapping  # as if the whole model had been loaded
-    experts = JoinedExperts(model, options.weight_mapping or (), options.dtype_plan, release)
+    experts = JoinedExperts(model, options.weight_mapping or (), options.dtype_plan)
 
-    def load(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        rest = dict(tensors)
-        joined = experts.take(rest, device)
-        info, _ = convert_and_load_state_dict_in_model(model, rest, options, None)
+    def load(names: Sequence[str], read: Read) -> dict[str, Any]:
+        joined, rest = experts.join(names, read, device)
+        info, _ = convert_and_load_state_dict_in_model(model, {name: read(name) for name in rest}, options, None)
         model._weight_conversions = options.weight_mapping
         found = info.to_dict()
         return {**found, "missing": set(info.missing_keys) - joined}
@@ -180,11 +166,11 @@ def _loader_of_4(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
     ]
     float32 = re.compile("|".join(rf"((^|\.){one}($|\.))" for one in kept)) if kept else None
 
-    def load(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def load(names: Sequence[str], read: Read) -> dict[str, Any]:
         prefix, whole = model.base_model_prefix, model.state_dict()
-        bare = bool(prefix) and hasattr(model, prefix) and not any(name.startswith(prefix) for name in tensors)
-        named = model._get_key_renaming_mapping(list(tensors), None, False, bare and not tensors.keys() & whole.keys())
-        found = {named[name]: tensor for name, tensor in tensors.items()}
+        bare = bool(prefix) and hasattr(model, prefix) and not any(name.startswith(prefix) for name in names)
+        named = model._get_key_renaming_mapping(list(names), None, False, bare and not whole.keys() & {*names})
+        found = {named[name]: read(name) for name in names}
         wrong = [(n, t.shape, whole[n].shape) for n, t in found.items() if n in whole and t.shape != whole[n].shape]
         fitting = {n: t for n, t in found.items() if n in whole and n not in {one[0] for one in wrong}}
         loaded = set(fitting)
@@ -202,16 +188,18 @@ def _loader_of_torch(model: DenseModel, dtype: torch.dtype, device: torch.device
     """The same for a model whose tensors have the names of its parameters."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
-    def load(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        wrong = [(n, t.shape, shapes[n]) for n, t in tensors.items() if n in shapes and t.shape != shapes[n]]
-        fitting = tensors.keys() & shapes.keys() - {one[0] for one in wrong}
-        for name in fitting:
-            module, _, leaf = name.rpartition(".")
-            made = nn.Parameter(tensors[name].to(device=device, dtype=dtype), requires_grad=False)
+    def load(names: Sequence[str], read: Read) -> dict[str, Any]:
+        wrong = []
+        for name in sorted(shapes.keys() & names):
+            tensor, (module, _, leaf) = read(name), name.rpartition(".")
+            if tensor.shape != shapes[name]:
+                wrong.append((name, tensor.shape, shapes[name]))
+                continue
+            made = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
             model.get_submodule(module)._parameters[leaf] = made
         return {
-            "missing": shapes.keys() - fitting,
-            "unexpected_keys": tensors.keys() - shapes.keys(),
+            "missing": shapes.keys() - {*names},
+            "unexpected_keys": {*names} - shapes.keys(),
             "mismatched_keys": wrong,
         }
 

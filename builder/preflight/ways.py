@@ -21,7 +21,7 @@ from builder.preflight import memory, suggestions
 from builder.preflight.memory import Machine
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import modelopt
-from builder.quantize.writer import BLOCK_BYTES, KEPT_BYTES
+from builder.quantize.writer import BLOCK_BYTES
 from builder.recipe.schema import Recipe
 
 Name = Literal["whole", "low", "data-free"]
@@ -153,8 +153,8 @@ def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, Way, Way]:
 
 def free_memory(cores: int) -> int:
     """Bytes of host memory that a data-free quantization takes, whatever the model: the interpreter with numpy, and for
-    each thread a weight that stays mapped between two passes, and its blocks."""
-    return 100_000_000 + cores * (KEPT_BYTES + 2 * BLOCK_BYTES)
+    each thread a block of weights and what is made of it."""
+    return 100_000_000 + cores * 3 * BLOCK_BYTES
 
 
 def active_parameters(model: ModelFacts) -> int:

@@ -23,6 +23,7 @@ from builder.evaluate.datasets import Sequences
 from builder.evaluate.runners.worker import mean_nll
 from builder.formats import registry
 from builder.formats.arithmetic import fp8
+from builder.formats.arithmetic.dtypes import read
 from builder.formats.base import NumberFormat
 from builder.model.source_tensors import open_tensors
 
@@ -67,13 +68,11 @@ def _mean(scores: Path, names: Sequence[str], sets: Mapping[str, Sequences] | No
 @contextmanager
 def _kept(model: Any, modules: Sequence[str], stored: Tensors, number_format: NumberFormat) -> Iterator[None]:
     """These linear layers in a format, FP8 or BF16, while the block runs."""
-    from builder.quantize.stored_model import tensor
-
     before = []
     for name in modules:
         module = model.get_submodule(name)
         before.append((module, module.weight.data, dict(module._forward_pre_hooks)))
-        weight = tensor(stored, f"{name}.weight").to(module.weight.device)
+        weight = read(stored, f"{name}.weight").to(module.weight.device)
         module._forward_pre_hooks.clear()
         rounded = number_format.round_weight(weight, weight.abs().amax())
         module.weight.data = rounded.to(module.weight.dtype)

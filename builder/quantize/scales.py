@@ -28,6 +28,7 @@ SOURCES = (
     "builder/model/rope.py",
     "builder/model/streamed.py",
     "builder/model/joined_experts.py",
+    "builder/model/streamed_embedding.py",
     "builder/model/streamed_weights.py",
     "builder/checkpoint/description.py",
 )

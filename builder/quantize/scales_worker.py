@@ -76,7 +76,7 @@ def _load(unified: Path, found: Description, *, trust_remote_code: bool) -> Any:
 def _scale_inputs(model: Any, unified: Path, found: Description) -> None:
     """Multiplies the inputs of layers that have a pre-quantization scale (AWQ, SmoothQuant) by it, as the server does
     before it rounds them."""
-    from builder.quantize import stored_model
+    from builder.formats.arithmetic.dtypes import read
 
     stored, modules = Tensors(unified), dict(model.named_modules())
     for layer, number_format in found.layers.items():
@@ -88,7 +88,7 @@ def _scale_inputs(model: Any, unified: Path, found: Description) -> None:
                 f"The scales of {layer} can't be calibrated.",
                 why=f"It has a pre-quantization scale, and in transformers it is no module of {type(model).__name__}.",
             )
-        scale = stored_model.tensor(stored, f"{layer}.{leaf}").to(modules[layer].weight)
+        scale = read(stored, f"{layer}.{leaf}").to(modules[layer].weight)
         modules[layer].register_forward_pre_hook(lambda _, args, scale=scale: (args[0] * scale, *args[1:]))
 
 

@@ -1,10 +1,8 @@
-"""The weights of a source model as raw bits, mapped from its files piece by piece, and rounded to other float types."""
+"""The weights of a source model as raw bits, read from its files piece by piece, and rounded to other float types."""
 
 from __future__ import annotations
 
 import math
-import mmap
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import numpy as np
 
 from builder.architectures.written import Header, Part
 from builder.core.errors import IntegrityError
-from builder.core.safetensors_io import TensorInfo, Tensors, byte_size, shortened
+from builder.core.safetensors_io import FileRange, TensorInfo, Tensors, byte_size, read_into
 from builder.model import dtypes
 from builder.model.files import CONFIG, parse_config
 from builder.model.source_tensors import open_tensors, own_names
@@ -62,45 +60,34 @@ class SourceModel:
         return next(dtype for dtype, name in NAMES.items() if name == served)
 
 
-class MappedWeights:
-    """The source's files, mapped read-only. Pages are dropped by those who know that they are done with them."""
+class WeightReader:
+    """Reads the source's weights, each thread into a buffer of its own that it uses again.
+
+    The files are not mapped: one that is cut while it is mapped ends the process with SIGBUS.
+    """
 
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = tensors
-        self._maps: dict[Path, mmap.mmap] = {}
-        self._lock = threading.Lock()
+        self._own = threading.local()
 
     def rows(self, part: Part, begin: int = 0, end: int | None = None) -> Array:
-        """The raw bits of a matrix's rows [begin, end)."""
+        """The raw bits of a matrix's rows [begin, end), until the same thread reads again. IntegrityError if the file
+        has become shorter."""
         info, size = self._tensors[part.source], itemsize(self._tensors[part.source].dtype)
         width = part.shape[-1] if part.shape else 1
-        count = math.prod(part.shape[:-1]) if end is None else end
+        count = (math.prod(part.shape[:-1]) if end is None else end) - begin
         start = info.begin + (part.start + begin * width) * size
-        bits = np.frombuffer(self._map(part), f"<u{size}", (count - begin) * width, start)
-        return bits.reshape(count - begin, width)
+        nbytes = count * width * size
+        buffer = self._buffer(nbytes)[:nbytes]
+        read_into(FileRange(self._tensors.place(part.source).path, start, start + nbytes), buffer)
+        return np.frombuffer(buffer, f"<u{size}").reshape(count, width)
 
-    def release(self, part: Part, begin: int = 0, end: int | None = None) -> None:
-        """Drops the pages of these rows from this process."""
-        info, size = self._tensors[part.source], itemsize(self._tensors[part.source].dtype)
-        width = part.shape[-1] if part.shape else 1
-        count = math.prod(part.shape[:-1]) if end is None else end
-        first = info.begin + (part.start + begin * width) * size
-        start = first // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map(part).madvise(mmap.MADV_DONTNEED, start, first + (count - begin) * width * size - start)
-
-    def _map(self, part: Part) -> mmap.mmap:
-        """The mapped file of a tensor. IntegrityError if it has become shorter."""
-        place = self._tensors.place(part.source)
-        with self._lock:
-            if place.path not in self._maps:
-                with open(place.path, "rb") as file:
-                    if os.fstat(file.fileno()).st_size < place.end:
-                        raise shortened(place.path)
-                    self._maps[place.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            mapped = self._maps[place.path]
-        if len(mapped) < place.end:
-            raise shortened(place.path)
-        return mapped
+    def _buffer(self, nbytes: int) -> memoryview:
+        """This thread's buffer, of at least so many bytes."""
+        held: memoryview | None = getattr(self._own, "buffer", None)
+        if held is None or len(held) < nbytes:
+            self._own.buffer = held = memoryview(np.empty(nbytes, np.uint8))  # type: ignore[arg-type]
+        return held
 
 
 def itemsize(dtype: str) -> int:

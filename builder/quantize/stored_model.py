@@ -5,7 +5,7 @@ Experts of a mixture are stored one by one; transformers 5 joins those of a laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor
 from builder.core.errors import NotMeasurable
 from builder.core.safetensors_io import Tensors
 from builder.formats import kv_cache
-from builder.formats.arithmetic.dtypes import DTYPES
+from builder.formats.arithmetic.dtypes import read
 from builder.formats.base import NumberFormat
 from builder.formats.declared import DeclaredFormats
 from builder.model import loading as model_loading
 from builder.model import streamed
 from builder.model.files import parse_config
 from builder.model.streamed import StreamedModel
+from builder.model.streamed_embedding import read_rows
 
 
 def load(unified: Path, config: Any, formats: DeclaredFormats, *, dtype: torch.dtype, **options: Any) -> Any:
@@ -82,17 +83,14 @@ class Dequantized:
 
     def tensor(self, name: str) -> Tensor:
         """A parameter, in memory of its own."""
-        made = weight(self._stored, self._formats, name, self._dtype)
-        self.release([name])
-        return made
+        return weight(self._stored, self._formats, name, self._dtype)
 
-    def release(self, names: Iterable[str]) -> None:
-        """Drops the pages of the tensors that the parameters are made from."""
-        for name in names:
-            module = name.rpartition(".")[0]
-            for one in (name, *(f"{module}{end}" for end in self._ends)):
-                if one in self._stored:
-                    self._stored.release(one)
+    def rows(self, name: str, numbers: Sequence[int]) -> Tensor:
+        """Rows of a matrix; numbers: sorted. IndexError for one that it lacks."""
+        module = name.rpartition(".")[0]
+        if self._formats.of_weight(module, self._stored[name].dtype).quant_algo is not None:
+            return self.tensor(name)[list(numbers)]
+        return read_rows(self._stored, name, numbers).to(self._dtype)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Asks the kernel to read these tensors ahead; scales are small."""
@@ -100,19 +98,12 @@ class Dequantized:
             self._stored.prefetch(name)
 
 
-def tensor(stored: Tensors, name: str) -> Tensor:
-    """A stored tensor, copied out of the file."""
-    info = stored[name]
-    kind = DTYPES.get(info.dtype, torch.float32)
-    return torch.frombuffer(bytearray(stored.data(name)), dtype=kind).reshape(info.shape)
-
-
 def weight(stored: Tensors, formats: DeclaredFormats, name: str, dtype: torch.dtype) -> Tensor:
     """A parameter of the model in `dtype`; the weight of a quantized linear layer is dequantized."""
     module, _, leaf = name.rpartition(".")
     number_format = formats.of_weight(module, stored[name].dtype)
     if leaf != number_format.weight.unified or number_format.quant_algo is None:
-        return tensor(stored, name).to(dtype)
+        return read(stored, name).to(dtype)
     return number_format.dequantize(tensors_of(stored, module, number_format), dtype)
 
 
@@ -121,7 +112,7 @@ def tensors_of(stored: Tensors, module: str, number_format: NumberFormat) -> dic
     lack."""
     names = {one.name: f"{module}.{one.unified}" for one in number_format.tensors}
     may_lack = {one.name for one in number_format.tensors if one.optional or one.calibrated}
-    return {name: tensor(stored, key) for name, key in names.items() if key in stored or name not in may_lack}
+    return {name: read(stored, key) for name, key in names.items() if key in stored or name not in may_lack}
 
 
 def linears(stored: Mapping[str, Any], formats: DeclaredFormats) -> dict[str, NumberFormat]:

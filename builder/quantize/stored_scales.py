@@ -80,7 +80,7 @@ def replace(unified: Path, scales: Mapping[str, float]) -> int:
     beside = {name.rpartition(".")[0]: path for name, path in home.items() if name.endswith(".weight")}
     place = {name: home.get(name) or beside[name.rpartition(".")[0]] for name in scales}
     values = {name: struct.pack("<f", scale) for name, scale in scales.items()}
-    changed = sum(name not in stored or bytes(stored.data(name)) != values[name] for name in scales)
+    changed = sum(name not in stored or stored.read(name) != values[name] for name in scales)
     for path in stored.files:
         new = {name for name, file in place.items() if file == path}
         if not new:

@@ -31,6 +31,7 @@ SOURCES = (
     "builder/model/rope.py",
     "builder/model/streamed.py",
     "builder/model/joined_experts.py",
+    "builder/model/streamed_embedding.py",
     "builder/model/streamed_weights.py",
     "builder/quantize/streamed.py",
     "builder/quantize/streamed_worker.py",

@@ -24,7 +24,7 @@ from builder.core.atomic import replace_file
 from builder.core.errors import BuilderError
 from builder.core.process import emit
 from builder.core.safetensors_io import NewTensor, Tensors, byte_size, read_metadata, write
-from builder.formats.arithmetic.dtypes import DTYPES
+from builder.formats.arithmetic.dtypes import DTYPES, read
 
 PRELUDE = -1  # the number of what comes before the first layer
 # A save may take one part of this many of the time since the last one.
@@ -84,10 +84,7 @@ class CarriedStates:
         if self._stored is None or number < len(self._memory):
             return self._memory[number]
         name = _name(number)
-        info = self._stored[name]
-        read = torch.frombuffer(bytearray(self._stored.data(name)), dtype=DTYPES[info.dtype]).reshape(info.shape)
-        self._stored.release(name)
-        return read.to(self.home)
+        return read(self._stored, name).to(self.home)
 
     def step(self, layer: int, headers: Sequence[tuple[str, tuple[int, ...]]], make: Callable[[int], Tensor]) -> None:
         """Replaces each state by what `make` returns for the batch's number. headers: (dtype, shape) of each."""
@@ -177,8 +174,8 @@ def _name(number: int) -> str:
 def _checksum(stored: Tensors) -> int:
     crc = 0
     for name in sorted(stored):
-        crc = zlib.crc32(stored.data(name), crc)
-        stored.release(name)
+        for part in stored.chunks(name):
+            crc = zlib.crc32(part, crc)
     return crc
 
 

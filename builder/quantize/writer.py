@@ -1,7 +1,7 @@
 """Writes the unified layout of a model from its own files and the ranges of a calibration, byte for byte as ModelOpt's
 exporter does.
 
-Nothing is loaded as a whole: each tensor goes from one mapped file to its place in another, a few megabytes at a time
+Nothing is loaded as a whole: each tensor goes from its file to its place in another, a few megabytes at a time
 in each thread, in whatever order the source's files arrive. Formats know their arithmetic (NumberFormat.pack); torch is
 imported by none of this where their kernels have no need of it.
 """
@@ -31,7 +31,7 @@ from builder.model.files import CONFIG, json_object
 from builder.model.loading import check_tied
 from builder.quantize import unified_files, unified_plan
 from builder.quantize.ranges import Ranges
-from builder.quantize.source_weights import NAMES, MappedWeights, SourceModel, itemsize, rounded
+from builder.quantize.source_weights import NAMES, SourceModel, WeightReader, itemsize, rounded
 from builder.quantize.unified_files import UnifiedFiles
 from builder.quantize.unified_plan import SHARD_BYTES, Layer, UnifiedPlan
 
@@ -39,9 +39,6 @@ from builder.quantize.unified_plan import SHARD_BYTES, Layer, UnifiedPlan
 BLOCK_BYTES = 4 << 20
 # Copied at a time, so that a large embedding occupies all threads.
 COPY_BYTES = 64 << 20
-# Weights up to this size stay mapped between the pass that finds their range and the one that packs them. With 32 MB, a
-# model of larger layers took 35 MB more and no less time (benchmarks/data_free.py).
-KEPT_BYTES = 8 << 20
 LARGE_KV = 0.5  # ModelOpt warns of scales of an FP8 KV cache above it (export/quant_utils.py, postprocess_state_dict)
 # Whose layout this is. TensorRT-LLM's AutoDeploy rejects another name (_torch/auto_deploy/models/
 # quant_config_reader.py), and vLLM looks for it to choose its loader (vllm/config/model.py, _parse_quant_hf_config).
@@ -105,7 +102,7 @@ class _Writer:
 
     def __init__(self, source: SourceModel, made: UnifiedPlan, files: UnifiedFiles, asked: Work) -> None:
         self._source, self._made, self._files, self._done = source, made, files, asked.done
-        self._mapped = MappedWeights(source.tensors)
+        self._reader = WeightReader(source.tensors)
         self.wrong: dict[str, str] = {}  # {tensor: what is wrong with it}
         self.stop = False
 
@@ -135,9 +132,8 @@ class _Writer:
             flat = replace(part, shape=(count,), start=part.start + first)
             for at in range(0, count, BLOCK_BYTES // 4):
                 piece = replace(flat, shape=(min(BLOCK_BYTES // 4, count - at),), start=flat.start + at)
-                made = rounded(self._mapped.rows(piece)[0], info.dtype, part.dtype)
+                made = rounded(self._reader.rows(piece)[0], info.dtype, part.dtype)
                 self._files.write(part.name, made, (first + at) * itemsize(part.dtype))
-                self._mapped.release(piece)
         self._done(count * size)
 
     def _pack(self, group: Sequence[Layer]) -> None:
@@ -150,13 +146,11 @@ class _Writer:
 
     def _largest(self, part: Part) -> float:
         """The largest magnitude of a weight. One that no scale can be made of is recorded."""
-        dtype, kept = self._source.tensors[part.source].dtype, self._nbytes(part) <= KEPT_BYTES
+        dtype = self._source.tensors[part.source].dtype
         amax = 0.0
         for begin, end in self._blocks(part):
-            one = packing.largest(self._mapped.rows(part, begin, end), dtype, rounded_to=self._made.dtype, threads=1)
+            one = packing.largest(self._reader.rows(part, begin, end), dtype, rounded_to=self._made.dtype, threads=1)
             amax = one if math.isnan(one) else max(one, amax) if not math.isnan(amax) else amax
-            if not kept:
-                self._mapped.release(part, begin, end)
         if math.isnan(amax):
             self.wrong[part.source] = "holds NaN"
         elif math.isinf(amax):
@@ -171,14 +165,13 @@ class _Writer:
         for begin, end in self._blocks(part):
             if self.stop:
                 return
-            packed = one.pack(self._mapped.rows(part, begin, end), dtype, amax, rounded_to=self._made.dtype, threads=1)
+            packed = one.pack(self._reader.rows(part, begin, end), dtype, amax, rounded_to=self._made.dtype, threads=1)
             for key, data in packed.items():
                 name = f"{layer.module}.{tensors[key].unified}"
                 if tensors[key].per_output:
                     self._files.write(name, data, self._files.nbytes(name) // part.shape[0] * begin)
                 elif begin == 0:
                     self._files.write(name, data)
-            self._mapped.release(part, begin, end)
 
     def _blocks(self, part: Part) -> Iterator[tuple[int, int]]:
         rows = max(1, BLOCK_BYTES // (part.shape[-1] * self._size(part)))
@@ -187,9 +180,6 @@ class _Writer:
 
     def _size(self, part: Part) -> int:
         return itemsize(self._source.tensors[part.source].dtype)
-
-    def _nbytes(self, part: Part) -> int:
-        return math.prod(part.shape) * self._size(part)
 
 
 def _run(writer: _Writer, asked: Work) -> None:

@@ -8,18 +8,18 @@ stays in BF16; of a mixture that is all experts of the layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from builder.architectures import names
 from builder.architectures.facts import Architecture
 from builder.core.errors import UnsupportedError
 from builder.core.output import Output, listed
-from builder.core.safetensors_io import TensorInfo, Tensors
+from builder.core.safetensors_io import Tensors, read_bytes
 from builder.formats.assignment import Layers, by_layer, merged
 from builder.formats.registry import BF16
 from builder.quantize import exclude
 
 FIRST = 4096  # bytes that tell for almost every weight
-STEP = 1 << 20
 MINUS_ZERO = b"\0\x80"  # float16, bfloat16 and float32 have no other nonzero bytes in -0.0
 
 
@@ -33,17 +33,17 @@ def find(tensors: Tensors, architecture: Architecture, layers: Layers) -> tuple[
     for name, info in tensors.items():
         module = name.removesuffix(".weight")
         if names.is_quantizable(architecture, name, info.shape) and module not in kept:
-            found += [module] * _is_zero(info, tensors.data(name))
-            tensors.release(name)
+            found += [module] * _is_zero(tensors, name)
     return tuple(sorted(found))
 
 
-def _is_zero(info: TensorInfo, data: memoryview) -> bool:
-    if any(data[:FIRST].tobytes().translate(None, MINUS_ZERO)) or not info.nbytes:
+def _is_zero(tensors: Tensors, name: str) -> bool:
+    info, place = tensors[name], tensors.place(name)
+    first = read_bytes(replace(place, end=min(place.end, place.begin + FIRST)))
+    if any(first.translate(None, MINUS_ZERO)) or not info.nbytes:
         return False
     itemsize = info.nbytes // max(1, info.shape[0] * info.shape[1])
-    for start in range(0, len(data), STEP):
-        part = data[start : start + STEP].tobytes()
+    for part in tensors.chunks(name):
         signs = part[itemsize - 1 :: itemsize]
         if part.count(0) + signs.count(0x80) < len(part):
             return False

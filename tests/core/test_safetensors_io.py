@@ -94,6 +94,17 @@ def test_all_shards_of_a_directory_are_one(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_that_is_cut_while_its_tensors_are_read_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    write(file, [NewTensor("a", "U8", (1 << 20,), [b"1" * (1 << 20)])])
+    tensors = Tensors(tmp_path)
+    os.truncate(file, 1 << 19)
+    tensors.prefetch("a")
+    for read in (lambda: tensors.read("a"), lambda: list(tensors.chunks("a"))):
+        with pytest.raises(IntegrityError, match="became shorter"):
+            read()
+
+
 def test_a_file_beside_the_model_is_not_the_model(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", [NewTensor("a", "U8", (1,), [b"1"])])
     write(tmp_path / "consolidated.safetensors", [NewTensor("b", "U8", (1,), [b"2"])])

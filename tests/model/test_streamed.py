@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.model import dense, streamed
+from builder.core.safetensors_io import Tensors
+from builder.formats.arithmetic.dtypes import DTYPES
+from builder.model import dense, streamed, streamed_embedding
 from tests.support import exports, families
 
 # One of each kind: dense, joined experts, stacked experts and eager attention, inputs of each layer, state spaces,
@@ -244,3 +251,35 @@ def test_a_plain_decoder_with_other_tensors_is_refused_by_name(tmp_path: Path) -
     with pytest.raises(IntegrityError) as caught:
         last_states(streamed.open_decoder({"model": str(tmp_path), "trust_remote_code": False}, None, 100))
     assert name in caught.value.why
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_a_model_that_is_cut_while_it_is_read_ends_with_a_message(family: str, tmp_path: Path) -> None:
+    """Instead of a SIGBUS, which ends the process."""
+    families.write(family, tmp_path)
+    model = streamed.open_model({"model": str(tmp_path), "trust_remote_code": False})
+    with model.layer(0):
+        os.truncate(tmp_path / "model.safetensors", 100_000)
+    with pytest.raises(IntegrityError, match="became shorter"), model.layer(1):
+        pass
+    assert all(parameter.is_meta for parameter in model.model.parameters())
+
+
+@given(st.lists(st.integers(0, 39), min_size=1, max_size=30), st.sampled_from(["BF16", "F32"]))
+@settings(max_examples=30)
+def test_an_embedding_reads_the_rows_that_it_needs(ids: list[int], dtype: str) -> None:
+    kind = DTYPES[dtype]
+    weight, whole = torch.randn(40, 6).to(kind), nn.Embedding(40, 6, padding_idx=39, dtype=torch.bfloat16)
+    whole.weight.data = weight.to(torch.bfloat16)
+    with tempfile.TemporaryDirectory() as directory:
+        save_file({"first": torch.zeros(5), "weight": weight}, Path(directory, "model.safetensors"))
+        stored = Tensors(Path(directory))
+        made = nn.Embedding(40, 6, padding_idx=39, dtype=torch.bfloat16, device="meta")
+        with streamed_embedding.by_rows(
+            made, lambda numbers: streamed_embedding.read_rows(stored, "weight", numbers), torch.device("cpu")
+        ):
+            assert torch.equal(made(torch.tensor([ids])), whole(torch.tensor([ids])))
+            assert len(made.weight) == len(set(ids))
+        assert (made.weight.is_meta, made.padding_idx) == (True, 39)
+        with pytest.raises(IndexError, match="no row 40"):
+            streamed_embedding.read_rows(stored, "weight", [3, 40])

@@ -24,6 +24,7 @@ from builder.evaluate.datasets import Ids
 from builder.evaluate.runners import scoring
 from builder.evaluate.runners.layered import Layered, layered
 from builder.formats import kv_cache
+from builder.formats.arithmetic.dtypes import read
 from builder.formats.assignment import of_job
 from builder.formats.base import NumberFormat
 from builder.formats.declared import DeclaredFormats, declared
@@ -187,7 +188,7 @@ def _quantize_cache(model: Any, stored: Tensors, cache: KvCacheFormat) -> None:
             attention = modules.get(key.rpartition(".")[0].rpartition(".")[0])
             if attention is None:
                 raise UnsupportedError(f"{key} belongs to no attention of {type(model).__name__}.")
-            setattr(attention, kind, stored_model.tensor(stored, key).reshape(()))
+            setattr(attention, kind, read(stored, key).reshape(()))
             attention.kv_cache_format = cache
 
 

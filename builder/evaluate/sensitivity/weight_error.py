@@ -9,15 +9,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import Tensors
+from builder.formats.arithmetic.dtypes import read
 from builder.formats.base import NumberFormat
 from builder.formats.registry import NVFP4
 
 _STEP = 1 << 16  # blocks at a time: bounds the float32 copies of a weight
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 def weight_errors(
@@ -43,7 +42,7 @@ def weight_errors(
 def _group_error(tensors: Tensors, modules: Sequence[str], number_format: NumberFormat, *, fused: bool) -> float:
     """`fused`: the modules are served as one layer and share one global scale, the largest (q, k, v; gate, up)."""
     weights = [f"{module}.weight" for module in modules]
-    amaxes = [_load(tensors, name).abs().amax() for name in weights]
+    amaxes = [read(tensors, name).abs().amax() for name in weights]
     error = whole = 0.0
     for name, own in zip(weights, amaxes, strict=True):
         amax = torch.stack(amaxes).amax() if fused else own
@@ -51,16 +50,10 @@ def _group_error(tensors: Tensors, modules: Sequence[str], number_format: Number
             continue
         if not torch.isfinite(own):
             raise IntegrityError(f"{name} holds NaN or Inf.", hint="Fetch the model again, or take another one.")
-        weight = _load(tensors, name)
+        weight = read(tensors, name)
         for part in torch.split(weight.view(-1, number_format.group_size or weight.shape[-1]), _STEP):
             rows = part.float()
             back = number_format.round_weight(rows, amax)
             error += float((back - rows).double().pow(2).sum())
             whole += float(rows.double().pow(2).sum())
-        tensors.release(name)
     return math.sqrt(error / whole) if whole else 0.0
-
-
-def _load(tensors: Tensors, name: str) -> Tensor:
-    info = tensors[name]
-    return torch.frombuffer(bytearray(tensors.data(name)), dtype=DTYPES[info.dtype]).reshape(info.shape)
