@@ -134,7 +134,7 @@ def fastest(costs: Mapping[str, Sequence[Cost]], names: Iterable[str]) -> list[C
 
 
 def show(result: Result, base: str) -> None:
-    """Prints what each way cost, its ratio to `base`, and the figures."""
+    """Prints what each way cost, its ratio to `base` where both ran in the same rounds, and the figures."""
     print(f"\n{result.title}")
     if result.costs:
         print(f"  {'':<34} {'wall s':<24} {'CPU s':>7} {'peak MB':>8} {'anonymous':>9}  x {base}")
@@ -143,7 +143,8 @@ def show(result: Result, base: str) -> None:
         wall = f"{statistics.median(walls):.2f} ({min(walls):.2f} to {max(walls):.2f})"
         cpu = statistics.median(one.cpu for one in runs)
         peak, anonymous = max(one.resident for one in runs), max(one.anonymous for one in runs)
-        ratio = f"{statistics.median(ratios(runs, result.costs[base])):8.2f}" if base in result.costs else ""
+        same_rounds = len(runs) == len(result.costs.get(base, ()))
+        ratio = f"{statistics.median(ratios(runs, result.costs[base])):8.2f}" if same_rounds else ""
         print(f"  {name:<34} {wall:<24} {cpu:7.2f} {peak / 1e6:8.0f} {anonymous / 1e6:9.0f} {ratio}")
     for line in [*map(str, result.figures), *result.notes]:
         print(f"  {line}")

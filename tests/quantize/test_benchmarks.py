@@ -135,6 +135,19 @@ def test_ratios_are_of_the_same_round_and_goals_have_a_direction() -> None:
     assert "3 (2 to 4)" in str(figure("faster", [2.0, 4.0], 3.0, at_least=True))
 
 
+def test_a_way_that_ran_in_other_rounds_is_shown_without_a_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the run of a model with half of the layers, which is not repeated (calibrated.py)."""
+    from comparison import Result, show
+    from process_tree import Cost
+
+    one = Cost(2.0, 2.0, 1, 1)
+    show(Result("title", {"base": [one] * 3, "other": [one] * 3, "once": [one]}), "base")
+    base, other, once = capsys.readouterr().out.splitlines()[-3:]
+    assert base.endswith(" 1.00")
+    assert other.endswith(" 1.00")
+    assert once.split() == ["once", "2.00", "(2.00", "to", "2.00)", "2.00", "0", "0"]
+
+
 def test_peers_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import comparison
 

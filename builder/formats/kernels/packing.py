@@ -35,20 +35,22 @@ def path() -> str:
     UsageError if the variable BUILDER_KERNELS asks for another, or for one that can't run here. UnsupportedError if
     there is neither.
     """
-    there = [*native.paths(), *(["torch"] if find_spec("torch") else [])]
+    compiled, asked = native.paths(), os.environ.get(VARIABLE)
+    if compiled and (not asked or asked in compiled):  # without a search for torch: this is called for each block
+        return asked or compiled[0]
+    there = [*compiled, *(["torch"] if find_spec("torch") else [])]
     if not there:
         raise UnsupportedError(
             "Weights are packed by a C extension or by torch, and neither is here.",
             why=f"In this Python environment {native.missing()}, and torch is not installed.",
             hint=f"{BUILD_HINT}. Or install it with its quantize extra, which brings torch",
         )
-    asked = os.environ.get(VARIABLE) or there[0]
-    if asked not in there:
+    if asked and asked not in there:
         raise UsageError(
             f"{VARIABLE} is {asked!r}, and here it can be {', '.join(there)}.",
             hint=f"Unset {VARIABLE}, or set it to one of these.",
         )
-    return asked
+    return asked or there[0]
 
 
 def largest(values: Array, dtype: str, *, rounded_to: str | None = None, threads: int | None = None) -> float:
