@@ -24,6 +24,7 @@ from builder.formats.kv_cache import KvCacheFormat
 from builder.llmapi.arguments import Argument
 from builder.machine.cards import Card, find
 from builder.machine.gpus import GpuProfile
+from builder.machine.host_memory import host_memory
 from builder.preflight.model_facts import ModelFacts
 from builder.preflight.rank_shapes import rank_shape, stage_layer
 from builder.recipe.schema import Recipe
@@ -378,11 +379,10 @@ def largest(fits: Any, low: int, high: int) -> int:
 
 
 def machine(output: Path) -> Machine:
-    """Free disk at the output directory, or its nearest existing parent, and memory from /proc/meminfo."""
+    """Free disk at the output directory, or its nearest existing parent, and memory within a container's limits."""
     existing = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    return Machine(shutil.disk_usage(existing).free, info["MemTotal"], info.get("MemAvailable", info["MemTotal"]))
+    found = host_memory()
+    return Machine(shutil.disk_usage(existing).free, found.total, found.available)
 
 
 def cards(

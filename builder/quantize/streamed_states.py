@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import time
 import zlib
@@ -25,6 +24,7 @@ from builder.core.errors import BuilderError
 from builder.core.process import emit
 from builder.core.safetensors_io import NewTensor, Tensors, byte_size, read_metadata, write
 from builder.formats.arithmetic.dtypes import DTYPES, read
+from builder.machine.host_memory import host_memory
 
 PRELUDE = -1  # the number of what comes before the first layer
 # A save may take one part of this many of the time since the last one.
@@ -157,9 +157,7 @@ class CarriedStates:
 def on_disk(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> bool:
     """Whether states of these shapes are too large for the memory that is available."""
     nbytes = sum(byte_size(_NAMES[dtype], shape) for shape in shapes)
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
-    return nbytes > MEMORY_SHARE * available
+    return nbytes > MEMORY_SHARE * host_memory().available
 
 
 def header(state: Tensor) -> tuple[str, tuple[int, ...]]:

@@ -249,6 +249,7 @@ NO_INGREDIENTS |= {
     "hub.listing",
     "hub.snapshot",
     "machine.gpus",
+    "machine.host_memory",  # where hidden states are kept and how many at once, not what they are
     "recipe.evaluation",
 }
 NO_INGREDIENTS |= {"recipe.quantization", "recipe.schema", "triton.repository", "trtllm.engine"}

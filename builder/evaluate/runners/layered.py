@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from builder.core.errors import NotMeasurable, UnsupportedError
 from builder.evaluate.datasets import Ids
 from builder.evaluate.runners import scoring
 from builder.evaluate.runners.scoring import Tell, Work
+from builder.machine.host_memory import host_memory
 from builder.model.streamed import State, StreamedModel
 
 STATES_SHARE, STATES_LEAST = 0.25, 64 << 20  # of the memory that is free, for the states of a pass; bytes at least
@@ -166,10 +166,7 @@ def _free(device: torch.device) -> int:
     """Bytes of free memory on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return 0
+    return host_memory().available
 
 
 @contextmanager
