@@ -79,6 +79,7 @@ TRTLLM_TESTS := \
   tests/quantize/test_keep_bf16.py \
   tests/quantize/test_keep_fp8.py \
   tests/quantize/test_modelopt.py \
+  tests/quantize/test_pseudo.py \
   tests/quantize/test_scales.py \
   tests/quantize/test_streamed.py \
   tests/quantize/test_unquantized.py \

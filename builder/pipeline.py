@@ -28,6 +28,7 @@ from builder.publish.verdict import BuildVerdict
 from builder.quantize.data_free import ahead_of, write_data_free
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
 from builder.quantize.modelopt import QuantizeRequest, quantize
+from builder.quantize.pseudo_stage import save_pseudo
 from builder.quantize.scales import ScalesRequest
 from builder.quantize.streamed import quantize_streamed
 from builder.quantize.unquantized import write_checkpoint
@@ -59,6 +60,7 @@ class Built:
     calibration: Calibration | None = None
     checkpoint: Checkpoint | None = None
     layouts: Artifact | None = None
+    pseudo: Artifact | None = None
     quality: Quality | None = None
     engine: Engine | None = None
     repository: Repository | None = None
@@ -315,8 +317,10 @@ def _serve(built: Built, wanted: Sequence[str], store: Store) -> Built:
     assert checkpoint is not None
     if built.verdict:
         return built
-    requested = write_requested(checkpoint, prepared.recipe.quantization.layouts, store=store)
-    built = replace(built, layouts=requested)
+    part = prepared.recipe.quantization
+    requested = write_requested(checkpoint, part.layouts, store=store)
+    pseudo = save_pseudo(checkpoint, part.save_pseudo, algorithm=part.algorithm, store=store)
+    built = replace(built, layouts=requested, pseudo=pseudo)
     if "ranks" not in wanted:
         return built
     snapshot = tokenizer_source(checkpoint, built.snapshot)

@@ -121,9 +121,13 @@ def _stages(prepared: Prepared, done: Sequence[Artifact], first: WouldRun | None
     rows: list[Row] = [(artifact.stage, "cached", artifact.path.name) for artifact in done]
     skipped = set() if prepared.target.facts.has_engine else {"ranks", "engine"}
     skipped |= set() if prepared.recipe.engine.world_size > 1 else {"ranks"}
-    skipped |= set() if COMPRESSED_TENSORS in prepared.recipe.quantization.layouts else {"layouts"}
+    part = prepared.recipe.quantization
+    beside = [COMPRESSED_TENSORS in part.layouts, part.save_pseudo is not None]  # each is a stage "layouts"
+    skipped |= set() if any(beside) else {"layouts"}
     skipped |= set() if prepared.calibration else {"calibration"}
     stages = [stage for stage in STAGES if stage not in skipped]
+    if all(beside):
+        stages.insert(stages.index("layouts"), "layouts")
     if prepared.recipe.quantization.kept_budget is not None:
         at = stages.index("checkpoint")
         stages[at:at] = ["texts", "sensitivity", "selection"]

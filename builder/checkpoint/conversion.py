@@ -117,7 +117,7 @@ def convert(source: Path, destination: Path, layout: Layout, options: Options = 
     quantized_source.check(found, str(source))
     if found.layout == layout:
         raise UsageError(f"{source} is in this layout already.", hint=f"Copy it: cp -r {source} {destination}")
-    with _complete(destination, sum(file.stat().st_size for file in source.glob("*.safetensors"))) as new:
+    with new_directory(destination, sum(file.stat().st_size for file in source.glob("*.safetensors"))) as new:
         return write(source, new, layout, options, found)
 
 
@@ -137,8 +137,13 @@ def write(
         made = _from_tensorrt_llm(source, destination, found, options)
     else:
         return _by_way_of_unified(source, destination, layout, options, found)
-    _copy_companions(source, destination)
+    copy_companions(source, destination)
     return made
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory that was needed on the way."""
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _by_way_of_unified(
@@ -151,7 +156,7 @@ def _by_way_of_unified(
         first = write(source, between, "unified", replace(options, done=lambda nbytes: None), found)
         second = write(between, destination, layout, options)
     finally:
-        shutil.rmtree(between, ignore_errors=True)
+        remove(between)
     lost, suspicious = (
         dict.fromkeys((*first.lost, *second.lost)),
         dict.fromkeys((*first.suspicious, *second.suspicious)),
@@ -175,7 +180,7 @@ def _to_compressed(source: Path, destination: Path, found: Description, options:
     stated = compressed_config.document(quantized, kept, found.cache, _head(found)) | {"producer": _producer(found)}
     made = compressed.convert(Tensors(source), found.layers, found.cache, to_compressed=True)
     files = _write(destination, made, options)
-    write_json(destination / CONFIG, {**_plain(found.config), "quantization_config": stated})
+    write_json(destination / CONFIG, {**without_quantization(found.config), "quantization_config": stated})
     return _result("compressed_tensors", destination, files, made)
 
 
@@ -187,12 +192,12 @@ def _to_unified(source: Path, destination: Path, found: Description, options: Op
         "quantization": unified_config.quantization(quantized, [*kept, _head(found)], found.cache),
     }
     files = _write(destination, made, options)
-    _write_configuration(destination, _plain(found.config), document)
+    _write_configuration(destination, without_quantization(found.config), document)
     return _result("unified", destination, files, made)
 
 
 def _to_tensorrt_llm(source: Path, destination: Path, found: Description, options: Options) -> Converted:
-    config = catalog.with_common_keys(_plain(found.config))
+    config = catalog.with_common_keys(without_quantization(found.config))
     with _with_hf_quant_config(source, destination, found) as unified:
         layouts.write_tensorrt_llm(unified, config, destination)
     lost = _clamped(source, found)
@@ -209,12 +214,12 @@ def _from_tensorrt_llm(source: Path, destination: Path, found: Description, opti
             why="The Hugging Face layouts need them.",
             hint="Name the directory of the model that the checkpoint was made from: --model DIRECTORY",
         )
-    config = _plain(layouts.read_json(options.model / CONFIG))
+    config = without_quantization(layouts.read_json(options.model / CONFIG))
     tensors, document = unified_parts(source, catalog.with_common_keys(config))
     made = compressed.Made(tensors)
     files = _write(destination, made, options)
     _write_configuration(destination, config, document)
-    _copy_companions(options.model, destination)
+    copy_companions(options.model, destination)
     lost = "KV cache scales below 1 are 1 in TensorRT-LLM's layout: what they were before is not known."
     return _result("unified", destination, files, made, (lost,) if found.cache.quantized else ())
 
@@ -273,7 +278,7 @@ def _producer(found: Description) -> dict[str, str]:
     return asdict(found.producer) if known else {"name": "trtllm-builder", "version": __version__, "source": source}
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json without what it says of the quantization."""
     return {key: value for key, value in config.items() if key not in KEYS}
 
@@ -290,7 +295,7 @@ def _result(
     return Converted(layout, tuple(file.name for file in files), nbytes, lost, tuple(made.suspicious))
 
 
-def _copy_companions(source: Path, destination: Path) -> None:
+def copy_companions(source: Path, destination: Path) -> None:
     """Copies tokenizer, generation_config.json and other small files."""
     for path in sorted(source.iterdir()):
         weights = path.suffix in WEIGHTS or path.name in OWN_FILES or path.name.startswith(".")
@@ -299,7 +304,7 @@ def _copy_companions(source: Path, destination: Path) -> None:
 
 
 @contextmanager
-def _complete(destination: Path, nbytes: int) -> Iterator[Path]:
+def new_directory(destination: Path, nbytes: int) -> Iterator[Path]:
     """A new directory beside `destination` that gets its name if the block succeeds, and is removed if not."""
     parent = destination.absolute().parent
     atomic.make_directory(parent)

@@ -19,18 +19,20 @@ def write_shards(
     shard_bytes: int = SHARD_BYTES,
     notes: Mapping[str, Mapping[str, Any]] | None = None,
     done: Callable[[int], None] = lambda nbytes: None,
+    stem: str = "model",
 ) -> list[Path]:
     """Writes the tensors, in their order, to files of at most `shard_bytes` (or of one larger tensor).
 
     notes: {key: {tensor: anything}} for the headers' `__metadata__`: each file gets the entries of its own tensors, as
-    JSON. done: called with the bytes of each tensor after it was written. The files follow the umask.
+    JSON. done: called with the bytes of each tensor after it was written. stem: of the files' names; with another one
+    than transformers looks for, a single file has an index too. The files follow the umask.
     """
     groups = _groups(tensors, shard_bytes)
-    names = [f"model-{n + 1:05d}-of-{len(groups):05d}.safetensors" for n in range(len(groups))]
-    names = [WEIGHTS] if len(groups) == 1 else names
+    names = [f"{stem}-{n + 1:05d}-of-{len(groups):05d}.safetensors" for n in range(len(groups))]
+    names = [f"{stem}.safetensors"] if len(groups) == 1 else names
     for name, group in zip(names, groups, strict=True):
         write(directory / name, [_counted(tensor, done) for tensor in group], _metadata(group, notes or {}))
-    if len(groups) > 1:
+    if names != [WEIGHTS]:
         weight_map = {t.name: name for name, group in zip(names, groups, strict=True) for t in group}
         total = sum(byte_size(t.dtype, t.shape) for t in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.cli.options import add_command, add_output, path
 from builder.core.errors import UsageError
 from builder.core.output import Output, size
 
+if TYPE_CHECKING:
+    from builder.checkpoint.conversion import Options
+
 TITLE = "keep"
 LAYOUTS = ("unified", "tensorrt_llm", "compressed-tensors")  # checkpoint/conversion.py
+PSEUDO = "pseudo"  # quantize/pseudo_stage.py
 
 
 def add(commands: Any) -> None:
@@ -56,26 +60,33 @@ def _add_convert(commands: Any) -> None:
             "builder convert artifacts/store/checkpoint/KEY qwen3-8b-vllm --to compressed-tensors",
             "builder convert Qwen3-8B-NVFP4-llmc qwen3-8b --to unified --shard-size 2GB",
             "builder convert engine-input qwen3-8b --to unified --model Qwen3-8B",
+            "builder convert Qwen3-8B-NVFP4 qwen3-8b-pseudo --to pseudo --dtype fp16",
         ],
     )  # fmt: skip
     command.add_argument("source", metavar="SOURCE", type=path,
                          help="a directory with a quantized checkpoint, or a checkpoint of the store")  # fmt: skip
     command.add_argument("destination", metavar="DESTINATION", type=path, help="the directory to write; must not exist")
-    command.add_argument("--to", metavar="LAYOUT", required=True, choices=LAYOUTS,
-                         help=f"the layout to write: {', '.join(LAYOUTS)}")  # fmt: skip
+    command.add_argument("--to", metavar="LAYOUT", required=True, choices=[*LAYOUTS, PSEUDO],
+                         help=f"the layout to write: {', '.join(LAYOUTS)}; or pseudo: "
+                         "the dequantized weights as an ordinary model")  # fmt: skip
+    command.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16",
+                         help="of the weights of --to pseudo (default: bf16)")  # fmt: skip
     command.add_argument("--model", type=path, metavar="DIR",
                          help="the source model's directory, for its config.json and tokenizer: "
                          "TensorRT-LLM's layout lacks them")  # fmt: skip
-    command.add_argument("--shard-size", metavar="SIZE", default="5GB",
-                         help="largest file to write, as 500MB or 5GB (default: 5GB)")  # fmt: skip
+    command.add_argument("--shard-size", metavar="SIZE",
+                         help="largest file to write, as 500MB or 5GB (default: 5GB; pseudo: 50GB)")  # fmt: skip
 
 
 def run_convert(arguments: argparse.Namespace, out: Output) -> int:
     """Converts; warns of what the new layout can't hold and of scales that can't be right."""
     from builder.checkpoint import conversion
 
-    shard_bytes = conversion.parse_size(arguments.shard_size)
+    default = "50GB" if arguments.to == PSEUDO else "5GB"
+    shard_bytes = conversion.parse_size(arguments.shard_size or default)
     source = conversion.source_directory(arguments.source)
+    if arguments.to == PSEUDO:
+        return _convert_to_pseudo(source, arguments, conversion.Options(arguments.model, shard_bytes), out)
     made = conversion.convert_with_progress(
         source, arguments.destination, conversion.LAYOUTS[arguments.to],
         conversion.Options(arguments.model, shard_bytes), out,
@@ -89,6 +100,16 @@ def run_convert(arguments: argparse.Namespace, out: Output) -> int:
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     out.text(f"{arguments.destination}: {files}, {size(made.nbytes)}")
     out.text(f"Check it: builder inspect {arguments.destination}")
+    return 0
+
+
+def _convert_to_pseudo(source: Path, arguments: argparse.Namespace, options: Options, out: Output) -> int:
+    from builder.quantize.pseudo_stage import convert_to_pseudo
+
+    facts = convert_to_pseudo(source, arguments.destination, arguments.dtype, options, out)
+    out.result({"source": str(source), "destination": str(arguments.destination), **facts})
+    out.text(f"{arguments.destination}: {len(facts['files'])} files, {size(facts['nbytes'])}")
+    out.text(f"An ordinary model, loaded by transformers; its scales are in {facts['files'][-1]}")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from builder.core.output import Output
 from builder.core.store import Artifact, Store
 from builder.pipeline import Built
+from builder.quantize.pseudo_stage import DIRECTORY
 from builder.recipe.schema import Resolved
 
 
@@ -30,6 +31,8 @@ def show(built: Built, resolved: Resolved, store: Store, until: str, out: Output
         out.text(f"answer     {built.smoke.sample.answer!r}")
     if built.layouts:
         out.text(f"layouts    {built.layouts.path / 'compressed_tensors'}")
+    if built.pseudo:
+        out.text(f"pseudo     {built.pseudo.path / DIRECTORY}")
     if built.link is None:
         made = built.repository.path if built.repository else last.path
         out.text(f"{made}  (not published: it failed the {built.verdict.by})" if built.verdict else str(last.path))

@@ -84,6 +84,8 @@ METHODS: Mapping[str, Foreign] = {
 }
 # By files that quantizers write: AutoGPTQ and GPTQModel; AutoAWQ.
 FILES: Mapping[str, Foreign] = {"quantize_config.json": GPTQ, "quant_config.json": AWQ}
+# Weights that were quantized and are stored dequantized, beside such a file (quantize/pseudo.py): an ordinary model.
+PSEUDO = re.compile(r"pseudo_quantized_model-.*\.safetensors$")
 # By names of tensors, the most telling first; torchao's are those of its safetensors (transformers/quantizers/
 # quantizer_torchao.py, 5.14).
 TENSORS: Sequence[tuple[re.Pattern[str], Foreign]] = tuple(
@@ -153,7 +155,7 @@ def ranks(names: Collection[str]) -> list[str]:
 def check_names(names: Collection[str], where: str) -> None:
     """UnsupportedError if one of a model's files was written by a quantizer whose checkpoints can't be served."""
     found = [name for name in FILES if name in names and HF_QUANT_CONFIG not in names]
-    if found:
+    if found and not any(PSEUDO.match(name) for name in names):
         raise foreign(where, FILES[found[0]], f"It contains {', '.join(found)}.")
 
 

@@ -22,7 +22,7 @@ from builder.preflight.memory import Machine, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
 from builder.preflight.quantized import NO_ORIGINAL, Quantized
 from builder.preflight.ways import Choice
-from builder.quantize import exclude
+from builder.quantize import exclude, pseudo_names
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Calibration, Recipe, Resolved
 from builder.targets import target
@@ -167,6 +167,8 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
     checks.check_sizes(inputs, model, layouts=layouts)
     part = resolved.recipe.quantization
     requested_layouts.check(part.layouts, [part.number_format, *model.single.values()], part.cache_format)
+    if part.save_pseudo:
+        pseudo_names.check_formats([part.number_format, *model.single.values()])
     return Prepared(inputs, source, settings, model)
 
 
@@ -181,6 +183,8 @@ def _prepare_quantized(resolved: Resolved, source: Source, store: Store, layouts
         raise advice.possible(error, resolved) from None
     part = resolved.recipe.quantization
     requested_layouts.check(part.layouts, found.found.layers.values(), found.cache)
+    if part.save_pseudo:
+        pseudo_names.check_formats(found.found.layers.values())
     checks.check_gate(resolved.recipe, settings)
     checks.check_tokenizer(resolved.recipe, model.directory or source.directory, source.config)
     return Prepared(inputs, source, settings, model, found)

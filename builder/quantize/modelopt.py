@@ -133,7 +133,7 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
         "snapshot": snapshot.digest,
         "architecture": catalog.ingredients(architecture),
         "calibration": calibration.digest,
-        "quantization": part.model_dump(exclude={"keep_bf16", "keep_fp8", "layouts", "memory", "gptq"}),
+        "quantization": part.model_dump(exclude={"keep_bf16", "keep_fp8", "layouts", "save_pseudo", "memory", "gptq"}),
         **part.rounding,
         "layers": layers,
         "seq_len": rows.seq_len,

@@ -63,8 +63,9 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ),
 )
 # Flags without a value: (option, dotted key, the value that it sets, help).
-SWITCHES: tuple[tuple[str, str, bool | int, str], ...] = (
+SWITCHES: tuple[tuple[str, str, bool | int | str, str], ...] = (
     ("--data-free", "calibration.samples", 0, "quantize without calibration rows: scales follow from a rule"),
+    ("--save-pseudo", "quantization.save_pseudo", "bf16", "also save the dequantized weights as an ordinary model"),
     ("--no-quality-check", "quality.check", False, "publish without measuring what quantization cost"),
     ("--calibrate-scales", "calibration.scales", True, "calibrate only the scales of a quantized model's activations"),
     ("--trust-remote-code", "model.trust_remote_code", True, "run Python code that comes with the model"),

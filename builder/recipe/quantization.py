@@ -106,6 +106,10 @@ class Quantization(Part):
             description="of the checkpoint, beside those that the target needs: compressed-tensors for other servers"
         ),
     ] = ("unified", "tensorrt_llm")
+    save_pseudo: Annotated[
+        Literal["bf16", "fp16"] | None,
+        Field(description="also save the dequantized weights in this type, as an ordinary model with its scales"),
+    ] = None
 
     @field_validator("layouts", mode="before")
     @classmethod

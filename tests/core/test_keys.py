@@ -63,6 +63,7 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
     "quantization.keep_bf16": (["*.o_proj"], "checkpoint"),
     "quantization.keep_fp8": (["*.down_proj"], "checkpoint"),
     "quantization.layouts": ("compressed-tensors", "layouts"),
+    "quantization.save_pseudo": ("bf16", "layouts"),
     "calibration.config": ("other", None),
     "calibration.split": ("test", None),
     "calibration.revision": ("main", None),

@@ -22,7 +22,7 @@ from builder.core.store import Store, WouldRun
 from builder.evaluate import stage as evaluate_stage
 from builder.evaluate import tasks, variants
 from builder.evaluate.sensitivity import stage as sensitivity_stage
-from builder.quantize import imported, modelopt, scales, streamed, unquantized
+from builder.quantize import imported, modelopt, pseudo_stage, scales, streamed, unquantized
 from builder.serving import smoke
 
 QUIET = Output("quiet")
@@ -290,6 +290,7 @@ NO_INGREDIENTS |= {"builder"}  # its version is an ingredient of its own where a
         ("quantize/streamed.py", streamed.SOURCES),
         ("quantize/unquantized.py", unquantized.SOURCES),
         ("checkpoint/requested_layouts.py", requested_layouts.SOURCES),
+        ("quantize/pseudo_stage.py", pseudo_stage.SOURCES),
         ("calibration/rows.py", calibration_rows.SOURCES),
         ("serving/smoke.py", smoke.SOURCES),
         ("evaluate/sensitivity/stage.py", sensitivity_stage.SOURCES),
