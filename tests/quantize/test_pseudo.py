@@ -92,7 +92,7 @@ def test_it_is_an_ordinary_model(pseudo: Path, checkpoint: Checkpoint) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert "quantization_config" not in json.loads((pseudo / "config.json").read_text())
-    model, info = AutoModelForCausalLM.from_pretrained(pseudo, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(pseudo, dtype="auto", output_loading_info=True)
     assert not [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     assert model.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(pseudo)("x = 1").input_ids
