@@ -371,6 +371,8 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
         raise not_quantizable(recipe.model.id, "The loss of each layer is measured")
     if not (proxy and recipe.sensitivity.data is None):
         ways.check_measured(recipe)
+        if (choice := prepared.way(machine(store.root))) is not None:
+            ways.check_fits(choice)
     snapshot = fetch(recipe.model, store=store, source=prepared.source)
     prepared = keep_zeros(prepared, snapshot, store.out)
     if proxy and recipe.sensitivity.data is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder.architectures import names
+from builder.core.errors import NotMeasurable
 from builder.core.safetensors_io import byte_size
 from builder.core.store import Store
 from builder.evaluate.variants import Models
@@ -72,7 +73,16 @@ def of_model(recipe: Recipe, directory: Path, config: Mapping[str, Any], host: M
 
 
 def of_runner(runner: str, models: Models, recipe: Recipe, store: Store) -> Way:
-    """How a runner measures; those that can't read a model layer by layer hold it whole."""
-    if runner not in ("bf16", "checkpoint"):
+    """How a runner measures; those that can't read a model layer by layer hold it whole.
+
+    NotMeasurable for a simulation by ModelOpt where the whole model does not fit, or is not to be held.
+    """
+    if runner not in ("bf16", "checkpoint", "simulated"):
         return "whole"
-    return of_model(recipe, models.snapshot.path, models.snapshot.config, machine(store.root))
+    found = of_model(recipe, models.snapshot.path, models.snapshot.config, machine(store.root))
+    if runner == "simulated" and found == "low":
+        raise NotMeasurable(
+            "ModelOpt's simulation needs the whole model in memory, which does not fit or which --memory low excludes.",
+            hint="Measure what is stored: --runner checkpoint",
+        )
+    return found

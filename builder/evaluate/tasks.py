@@ -185,8 +185,11 @@ def _does_not_fit(variant: Variant, models: Models, recipe: Recipe, store: Store
     """Why a model can't do tasks on this machine; "" if it can."""
     from builder.evaluate import memory
 
-    if memory.of_runner(variant.runner, models, recipe, store) == "whole":
-        return ""
+    try:
+        if memory.of_runner(variant.runner, models, recipe, store) == "whole":
+            return ""
+    except NotMeasurable as error:
+        return str(error)
     return (
         "Tasks need the whole model in memory, which does not fit or which --memory low excludes. "
         "Ask the served model: --runner served"

@@ -173,37 +173,62 @@ def check(recipe: Recipe, model: ModelFacts) -> None:
     """UsageError for a recipe that contradicts itself, UnsupportedError for a model or a format that has to be
     calibrated with ModelOpt where the recipe says otherwise."""
     rows, part = recipe.calibration, recipe.quantization
-    if rows.data_free and part.kept_budget is not None:
-        raise UsageError(
-            "--data-free measures nothing, and auto chooses layers by the loss that it measures.",
-            hint="Name the layers: --keep-fp8 '*.down_proj' or --keep-bf16 '*.down_proj'. Or leave --data-free out.",
-        )
     flag = "--data-free" if rows.data_free else "--memory low" if part.memory == "low" else ""
+    if flag and part.kept_budget is not None:
+        why = "measures nothing" if rows.data_free else "never holds the whole model"
+        raise UsageError(
+            f"{flag} {why}, and auto chooses layers by the loss that it measures with the whole model in memory.",
+            hint=f"Name the layers: --keep-fp8 '*.down_proj' or --keep-bf16 '*.down_proj'. Or leave {flag} out.",
+        )
     if flag and (why := _needs_modelopt(recipe, model)):
         raise UnsupportedError(f"{flag} can't be used here.", why=why, hint=f"Leave {flag} out.")
 
 
 def check_scales(recipe: Recipe) -> None:
-    """UsageError for --calibrate-scales without rows to calibrate on."""
+    """UsageError for --calibrate-scales without rows to calibrate on, or one layer at a time."""
     if recipe.calibration.scales and recipe.calibration.data_free:
         raise UsageError(
             "--calibrate-scales measures scales on calibration rows, and --data-free names none.",
             hint="Build twice: first with --data-free; then give the checkpoint that it made (its directory unified/) "
             "as --model, with --calibrate-scales.",
         )
+    if recipe.calibration.scales and recipe.quantization.memory == "low":
+        raise UsageError(
+            "--calibrate-scales holds the whole model in memory, dequantized, and --memory low excludes that.",
+            hint="Leave --memory low out. Or quantize the original model again with it.",
+        )
 
 
 def check_measured(recipe: Recipe) -> None:
-    """UsageError for measuring layers, which needs calibrated ranges, without rows."""
+    """UsageError for measuring layers, which needs calibrated ranges and the whole model, without either."""
     if recipe.calibration.data_free:
         raise UsageError(
             "The loss of each layer is measured with calibrated ranges, and --data-free calibrates nothing.",
             hint="Leave --data-free out; a few rows are enough: --calib-samples 64",
         )
+    if recipe.quantization.memory == "low":
+        raise UsageError(
+            "The loss of each layer is measured with the whole model in memory, and --memory low excludes that.",
+            hint="Leave --memory low out. Or rank layers by the errors of their weights: --proxy without texts",
+        )
+
+
+def check_fits(choice: Choice) -> None:
+    """UnsupportedError for measuring layers where the whole model does not fit."""
+    whole = next(way for way in choice.ways if way.name == "whole")
+    if not whole.fits:
+        raise UnsupportedError(
+            f"The loss of each layer is measured with the whole model in memory: about {size(whole.memory)}, and "
+            f"{choice.device.name} has {size(choice.device.memory or 0)}.",
+            hint="Use fewer rows at once (--set calibration.batch_size=1) or shorter ones (--calib-seq-len 512). "
+            "Or rank layers by the errors of their weights: --proxy without texts",
+        )
 
 
 def _needs_modelopt(recipe: Recipe, model: ModelFacts) -> str:
     """Why ModelOpt must hold the whole model; "" if it need not."""
+    if recipe.quantization.kept_budget is not None:
+        return "auto chooses layers by the loss that it measures with the whole model in memory."
     searched = [one.title for one in recipe.quantization.quantized_formats if one.quant_algo and not one.packs]
     if searched:
         return f"The weights of {' and '.join(searched)} depend on the inputs: ModelOpt searches scales on the rows."

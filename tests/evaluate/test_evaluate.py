@@ -164,7 +164,7 @@ def test_in_little_memory_the_figures_are_the_same(whole: Evaluation, models: Mo
     assert found.measured == {runner: whole.measured[runner] for runner in ("bf16", "checkpoint")}
 
 
-def test_the_way_to_measure_is_the_recipe_s_or_what_fits(models: Models) -> None:
+def test_the_way_to_measure_is_the_recipe_s_or_what_fits(models: Models, store: Store) -> None:
     snapshot, host = models.snapshot, Machine(disk=1 << 40, memory=1 << 40, available=1 << 40)
 
     def way(recipe: schema.Recipe, on: Machine = host) -> str:
@@ -173,6 +173,8 @@ def test_the_way_to_measure_is_the_recipe_s_or_what_fits(models: Models) -> None
     small = replace(host, memory=1 << 20)
     assert (way(resolve().recipe), way(resolve().recipe, small)) == ("whole", "low")
     assert way(resolve(quantization__memory="low").recipe) == "low"
+    with pytest.raises(NotMeasurable, match="--memory low excludes"):
+        memory.of_runner("simulated", models, resolve(quantization__memory="low").recipe, store)
     assert way(resolve(quantization__memory="whole").recipe, small) == "whole"
 
 

@@ -13,6 +13,7 @@ from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.formats import registry
+from builder.pipeline import measure_layers
 from builder.preflight import memory, ways
 from builder.preflight.memory import Machine
 from builder.preflight.model_facts import ModelFacts
@@ -145,6 +146,39 @@ def test_contradictions_are_refused_before_any_work(tmp_path: Any) -> None:
     with pytest.raises(UsageError, match="--data-free measures nothing"):
         prepare(schema.resolve({**free, **auto}), store)
     assert not list(tmp_path.iterdir())
+
+
+AUTO = {"quantization.keep_fp8": "auto:0.05", "sensitivity.data": {"data": "builtin:python-docs"}}
+LOW = {"quantization.memory": "low"}
+
+
+def test_what_holds_the_whole_model_is_refused_with_memory_low(tmp_path: Any) -> None:
+    store, low = Store(tmp_path, Output("quiet")), {"model.id": TINY, "gpu": "cpu", **LOW}
+    with pytest.raises(UsageError, match="--memory low never holds the whole model, and auto") as caught:
+        prepare(schema.resolve({**low, **AUTO}), store)
+    assert "--keep-fp8 '*.down_proj'" in caught.value.hint
+    with pytest.raises(UsageError, match="--calibrate-scales holds the whole model"):
+        prepare(schema.resolve({**low, "calibration.scales": True}), store)
+    texts = {"sensitivity.data": AUTO["sensitivity.data"]}
+    with pytest.raises(UsageError, match="The loss of each layer is measured with the whole model"):
+        measure_layers(schema.resolve({**low, **texts}), store)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_never_takes_one_layer_at_a_time_where_layers_are_chosen_by_their_loss() -> None:
+    small = replace(HOST, memory=9 * GB, largest=9 * GB)
+    assert ways.choose(recipe(), QWEN3_8B, small).taken.name == "low"
+    choice = ways.choose(recipe(**AUTO), QWEN3_8B, small)
+    assert choice.taken.name == "whole"
+    assert choice.refusal is not None
+    assert "auto chooses layers by the loss" in choice.why
+
+
+def test_layers_are_not_measured_where_the_whole_model_does_not_fit() -> None:
+    ways.check_fits(ways.choose(recipe(), QWEN3_8B, replace(HOST, memory=99 * GB, largest=99 * GB)))
+    with pytest.raises(UnsupportedError, match="measured with the whole model in memory") as caught:
+        ways.check_fits(ways.choose(recipe(), QWEN3_8B, replace(HOST, memory=9 * GB, largest=9 * GB)))
+    assert "--proxy" in caught.value.hint
 
 
 def test_data_free_has_no_calibration(tmp_path: Any) -> None:
