@@ -20,7 +20,7 @@ LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
 .PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos docker-test lint $(LINTERS) hooks bench bench-peers bench-quantize clean
 
 # Installing the project compiles its C extension.
-EXTENSION := hatch_build.py builder/formats/kernels/native.c builder/formats/kernels/loops.h
+EXTENSION := hatch_build.py $(addprefix builder/formats/kernels/,native.c loops.h search.h)
 
 UNKNOWN := $(if $(filter test,$(MAKECMDGOALS)),$(filter-out $(PACKAGES),$(PACKAGE)))
 $(if $(UNKNOWN),$(error There are no tests of $(UNKNOWN). Packages with tests: $(PACKAGES)))

@@ -18,7 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from setuptools import Distribution, Extension
 
 KERNELS = "builder/formats/kernels"
-SOURCES = ("native.c", "loops.h")
+SOURCES = ("native.c", "loops.h", "search.h")
 # No fused multiply-add and no reordering: both change bytes. Comparisons need not trap, or GCC vectorizes none of them.
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-fno-fast-math", "-ffp-contract=off", "-fno-trapping-math"]
 

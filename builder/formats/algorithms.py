@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from builder.formats.base import NumberFormat
 
@@ -59,6 +59,11 @@ GPTQ = Algorithm(
     source="Frantar et al., GPTQ, 2022 (arXiv 2210.17323)",
 )
 ALGORITHMS: Mapping[str, Algorithm] = {one.name: one for one in (MAX, MSE, HESSIAN, GPTQ)}
+
+
+def of_job(job: Mapping[str, Any]) -> Algorithm:
+    """From the entry `algorithm` of a worker's job, by default `max`."""
+    return ALGORITHMS[job.get("algorithm", MAX.name)]
 
 
 def treats(one: NumberFormat) -> bool:

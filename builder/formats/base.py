@@ -249,6 +249,12 @@ class NumberFormat:
         """
         raise NotImplementedError
 
+    def pack_searched(
+        self, rows: np.ndarray[Any, Any], dtype: str, amax: float, *, rounded_to: str, threads: int | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """The same with block scales searched for the least squared error; for formats that `algorithms.treats`."""
+        raise NotImplementedError
+
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The weight [outputs, inputs] in `kind` from the layer's tensors, by their `name`."""
         raise NotImplementedError

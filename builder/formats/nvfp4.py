@@ -36,13 +36,21 @@ class Nvfp4(NumberFormat):
         self, rows: np.ndarray[Any, Any], dtype: str, amax: float, *, rounded_to: str, threads: int | None = None
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Codes, block scales, and the scale that makes `amax` the largest value."""
-        import numpy as np
-
         from builder.formats.kernels import packing
 
-        scale = np.float32(amax) / np.float32(LARGEST)
+        scale = _global_scale(amax)
         codes, scales = packing.pack_nvfp4(rows, dtype, float(scale), rounded_to=rounded_to, threads=threads)
-        return {"weight": codes, "block_scale": scales, "weight_scale": np.asarray(scale)}
+        return {"weight": codes, "block_scale": scales, "weight_scale": scale}
+
+    def pack_searched(
+        self, rows: np.ndarray[Any, Any], dtype: str, amax: float, *, rounded_to: str, threads: int | None = None
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """The same with the block scales of least squared error. The scale of the tensor stays."""
+        from builder.formats.kernels import packing
+
+        scale = _global_scale(amax)
+        codes, scales = packing.search_nvfp4(rows, dtype, float(scale), rounded_to=rounded_to, threads=threads)
+        return {"weight": codes, "block_scale": scales, "weight_scale": scale}
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """Unpacks the weight [outputs, inputs]."""
@@ -62,6 +70,13 @@ class Nvfp4(NumberFormat):
 
         scale, rows = nvfp4.scale_of(amax), weight.float().view(-1, nvfp4.BLOCK)
         return nvfp4.fake_quantize_static(rows, nvfp4.block_scales(rows, scale).float() * scale).view(weight.shape)
+
+
+def _global_scale(amax: float) -> np.ndarray[Any, Any]:
+    """float32 []."""
+    import numpy as np
+
+    return np.asarray(np.float32(amax) / np.float32(LARGEST))
 
 
 FORMAT = Nvfp4(

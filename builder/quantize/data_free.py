@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def ahead_of(source: Source, asked: QuantizeRequest, *, store: Store) -> Ahead:
         return SourceModel.expected(source.directory, source.places)
 
     def write(model: SourceModel, unified: Path, work: Work) -> dict[str, Any]:
-        return _write_unified(model, of_job(_chosen(asked)), unified, work)
+        return _write_unified(model, _chosen(asked), unified, work)
 
     return Ahead(opened, write, _chosen(asked), store.root / "checkpoint")
 
@@ -120,7 +121,7 @@ def _write(
     with store.out.progress("quantizing", total, BYTES) as bar:
         counts = ahead.take(source, chosen, tmp / "unified", bar) if ahead else None
         if counts is None:
-            counts = _write_unified(source, formats, tmp / "unified", Work(done=_counter(bar)))
+            counts = _write_unified(source, chosen, tmp / "unified", Work(done=_counter(bar)))
     wrote = time.monotonic()
     lacking = layouts.write_if_served(tmp / "unified", source.config, tmp / "tensorrt_llm")
     snapshot.source.check_unchanged()
@@ -138,7 +139,8 @@ def _write(
     return modelopt._facts(summary, store, {}, formats)
 
 
-def _write_unified(source: SourceModel, formats: ModelFormats, unified: Path, work: Work) -> dict[str, Any]:
+def _write_unified(source: SourceModel, chosen: Mapping[str, Any], unified: Path, work: Work) -> dict[str, Any]:
+    formats, work = of_job(chosen), replace(work, algorithm=chosen["algorithm"])
     planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
     unified_plan.check(planned.layers)
     return writer.write(source, formats, assumed(planned, formats, source.config), unified, work)

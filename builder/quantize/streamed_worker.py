@@ -20,6 +20,7 @@ from builder.calibration import coverage
 from builder.checkpoint import layouts
 from builder.core.errors import BuilderError, UnsupportedError
 from builder.core.process import emit, worker_main
+from builder.formats import algorithms
 from builder.formats.assignment import ModelFormats, of_job
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import unified_plan, worker, writer
@@ -27,6 +28,7 @@ from builder.quantize.device import check_device
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
 from builder.quantize.unified_plan import UnifiedPlan
+from builder.quantize.writer import Work
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     _check_cache(source.config, formats, ranges)
     clock.lap("calibrate")
     emit(progress={"label": "writing the checkpoint", "done": 0, "total": None})
-    counts = writer.write(source, formats, ranges, destination / "unified")
+    counts = writer.write(source, formats, ranges, destination / "unified", Work(algorithm=algorithms.of_job(job).name))
     clock.lap("write")
     lacking = layouts.write_if_served(destination / "unified", source.config, destination / "tensorrt_llm")
     SourceFiles.of_job(job).check_unchanged()  # weights are pages of the files

@@ -26,6 +26,7 @@ from builder.core import temporary
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
+from builder.formats import algorithms
 from builder.formats.assignment import ModelFormats, of_job
 from builder.model import loading as model_loading
 from builder.model.hashed_files import SourceFiles
@@ -34,6 +35,7 @@ from builder.quantize import calibrated, experts, quantizers, unified_plan, writ
 from builder.quantize.device import check_device
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
+from builder.quantize.unified_plan import UnifiedPlan
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,6 +44,9 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     unified = destination / "unified"
     clock = _Clock()
     device = check_device(job.get("gpus", ()))
+    source, formats = SourceModel.open(Path(job["model"])), of_job(job)
+    planned = _plan(source, formats)
+    _check_algorithm(job, planned)
     batches = _batches(job)  # first, so that errors in tokenizer, template or rows come before ModelOpt is imported
     clock.lap("rows")
     _import_all()
@@ -49,19 +54,20 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     clock.lap("import")
     model = _model(job)
     clock.lap("load")
-    formats = of_job(job)
     facts = _calibrate(model, batches, formats)
     covered = coverage.of_batches(batches, _limit(job, model.config)) if formats.calibrated else {}
     clock.lap("calibrate")
-    source = SourceModel.open(Path(job["model"]))
-    ranges = _ranges(model, source, formats)
+    ranges = _ranges(model, planned)
+    _check_algorithm(job, ranges)
     if ranges is None:
         _export(model, source, unified, formats)
         facts["large_kv"] = sum(n for text, n in said.items() if "Large KV activation" in text)
     del model  # never held while its tensors are written from the files: they need no more than a few megabytes
     gc.collect()
     if ranges is not None:
-        facts |= _write(source, formats, ranges, unified)
+        emit(progress={"label": "writing the checkpoint", "done": 0, "total": None})
+        work = writer.Work(algorithm=algorithms.of_job(job).name)
+        facts |= writer.write(source, formats, ranges, unified, work)
     clock.lap("write")
     lacking = _second_layout(unified, source, destination / "tensorrt_llm")
     # Weights in memory are pages of the files until they are touched, and tokenizer files were copied just now.
@@ -169,9 +175,9 @@ def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[st
     return {**counts, **routed.facts(), **({"rare_experts": few} if few else {})}
 
 
-def _ranges(model: Any, source: SourceModel, formats: ModelFormats) -> Ranges | None:
-    """The ranges to write the checkpoint from. None where ModelOpt's exporter must write it: formats whose weights
-    depend on scales of inputs that it searched, experts that stay stacked, and families whose tensors are not known."""
+def _plan(source: SourceModel, formats: ModelFormats) -> UnifiedPlan | None:
+    """What our writer makes of the model. None where ModelOpt's exporter must write it: formats whose weights depend on
+    scales of inputs that it searched, experts that stay stacked, and families whose tensors are not known."""
     if catalog.of(source.config) is catalog.UNKNOWN:
         return None
     try:
@@ -179,15 +185,26 @@ def _ranges(model: Any, source: SourceModel, formats: ModelFormats) -> Ranges | 
         unified_plan.check(made.layers)
     except UnsupportedError:
         return None
-    if calibrated.layers(model, made.tensors) != made.layers.keys():
+    return made
+
+
+def _check_algorithm(job: Mapping[str, Any], ours: UnifiedPlan | Ranges | None) -> None:
+    """UnsupportedError if block scales are to be searched, which ModelOpt's exporter does not (ours: None)."""
+    algorithm = algorithms.of_job(job)
+    if ours is None and algorithm is not algorithms.MAX:
+        raise UnsupportedError(
+            f"The block scales of this model can't be chosen by algorithm {algorithm.name}.",
+            why="ModelOpt's exporter must write its checkpoint: its tensors are not known to the builder, or its "
+            "experts stay stacked in one tensor.",
+            hint="Leave the algorithm out: --algorithm max",
+        )
+
+
+def _ranges(model: Any, planned: UnifiedPlan | None) -> Ranges | None:
+    """The ranges to write the checkpoint from. None where ModelOpt's exporter must write it."""
+    if planned is None or calibrated.layers(model, planned.tensors) != planned.layers.keys():
         return None
-    return calibrated.ranges(model, made.tensors)
-
-
-def _write(source: SourceModel, formats: ModelFormats, ranges: Ranges, unified: Path) -> dict[str, Any]:
-    """The unified Hugging Face layout by our writer. Returns its facts."""
-    emit(progress={"label": "writing the checkpoint", "done": 0, "total": None})
-    return writer.write(source, formats, ranges, unified)
+    return calibrated.ranges(model, planned.tensors)
 
 
 def _export(model: Any, source: SourceModel, unified: Path, formats: ModelFormats) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from builder.checkpoint import huggingface, unified_config
 from builder.checkpoint.layouts import write_json
 from builder.core.errors import IntegrityError
 from builder.core.output import listed
-from builder.core.safetensors_io import FileRange
+from builder.core.safetensors_io import FileRange, Tensors
+from builder.formats import algorithms
 from builder.formats.assignment import ModelFormats
 from builder.formats.kernels import packing
 from builder.formats.kv_cache import KvCacheFormat
@@ -50,12 +51,17 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 class Work:
     """How to do it. threads: by default the cores of this process. done: called with the bytes of the source that were
     finished, from any thread. ready: the source's files in the order in which they become complete; None if all are.
+    algorithm: the name of what chooses block scales (formats/algorithms.py): max or mse. solved: modules whose codes
+    and block scales are computed already, and for each the safetensors file that holds `<module>.weight` (U8) and
+    `<module>.block_scale` (F8_E4M3), made under the global scale of the largest magnitude of the module's group.
     """
 
     threads: int | None = None
     done: Callable[[int], None] = lambda nbytes: None
     ready: Iterable[Path] | None = None
     shard_bytes: int = SHARD_BYTES
+    algorithm: str = algorithms.MAX.name
+    solved: Mapping[str, Path] = field(default_factory=dict)
 
 
 def write(
@@ -80,7 +86,7 @@ def write(
         _run(_Writer(source, made, files, asked), asked)
         check_tied(source.config, source.directory)  # all files are there only now
     _write_documents(source, made, formats.cache, unified)
-    return facts(made, formats)
+    return {**facts(made, formats), "algorithm": asked.algorithm}
 
 
 def facts(made: UnifiedPlan, formats: ModelFormats) -> dict[str, Any]:
@@ -101,7 +107,8 @@ class _Writer:
     """Makes the tensors of a plan, one task for each group of layers and for each piece of another tensor."""
 
     def __init__(self, source: SourceModel, made: UnifiedPlan, files: UnifiedFiles, asked: Work) -> None:
-        self._source, self._made, self._files, self._done = source, made, files, asked.done
+        self._source, self._made, self._files, self._asked = source, made, files, asked
+        self._solved = {path: Tensors(path.parent, [path]) for path in set(asked.solved.values())}
         self._reader = WeightReader(source.tensors)
         self.wrong: dict[str, str] = {}  # {tensor: what is wrong with it}
         self.stop = False
@@ -134,7 +141,7 @@ class _Writer:
                 piece = replace(flat, shape=(min(BLOCK_BYTES // 4, count - at),), start=flat.start + at)
                 made = rounded(self._reader.rows(piece)[0], info.dtype, part.dtype)
                 self._files.write(part.name, made, (first + at) * itemsize(part.dtype))
-        self._done(count * size)
+        self._asked.done(count * size)
 
     def _pack(self, group: Sequence[Layer]) -> None:
         """Writes the tensors of layers that share one scale of their weights."""
@@ -142,7 +149,7 @@ class _Writer:
         if not self.wrong:
             for layer in group:
                 self._write(layer, max(found))
-        self._done(sum(math.prod(layer.part.shape) * self._size(layer.part) for layer in group))
+        self._asked.done(sum(math.prod(layer.part.shape) * self._size(layer.part) for layer in group))
 
     def _largest(self, part: Part) -> float:
         """The largest magnitude of a weight. One that no scale can be made of is recorded."""
@@ -162,16 +169,32 @@ class _Writer:
     def _write(self, layer: Layer, amax: float) -> None:
         one, part = layer.number_format, layer.part
         dtype, tensors = self._source.tensors[part.source].dtype, {tensor.name: tensor for tensor in one.tensors}
-        for begin, end in self._blocks(part):
+        searched = self._asked.algorithm == algorithms.MSE.name and algorithms.treats(one)
+        pack, solved = one.pack_searched if searched else one.pack, layer.module in self._asked.solved
+        for begin, end in [(0, 1)] if solved else self._blocks(part):
             if self.stop:
                 return
-            packed = one.pack(self._reader.rows(part, begin, end), dtype, amax, rounded_to=self._made.dtype, threads=1)
+            packed = pack(self._reader.rows(part, begin, end), dtype, amax, rounded_to=self._made.dtype, threads=1)
             for key, data in packed.items():
                 name = f"{layer.module}.{tensors[key].unified}"
-                if tensors[key].per_output:
+                if solved and tensors[key].per_output:
+                    self._copy_solved(layer.module, key, name)
+                elif tensors[key].per_output:
                     self._files.write(name, data, self._files.nbytes(name) // part.shape[0] * begin)
                 elif begin == 0:
                     self._files.write(name, data)
+
+    def _copy_solved(self, module: str, key: str, name: str) -> None:
+        """Copies a tensor that an algorithm has made to its place."""
+        path = self._asked.solved[module]
+        info = self._solved[path].get(f"{module}.{key}")
+        if info is None or info.nbytes != self._files.nbytes(name):
+            raise IntegrityError(
+                f"{path} does not hold {module}.{key} of this model.",
+                why=f"It needs {self._files.nbytes(name)} bytes, and has {info.nbytes if info else 'none'}.",
+                hint="Run the stage again: --force quantize",
+            )
+        self._files.copy(name, self._solved[path].place(f"{module}.{key}"), 0)
 
     def _blocks(self, part: Part) -> Iterator[tuple[int, int]]:
         rows = max(1, BLOCK_BYTES // (part.shape[-1] * self._size(part)))

@@ -11,7 +11,7 @@ from builder.formats.base import NumberFormat
 from builder.recipe.base import Part
 
 AlgorithmName = Literal["max", "mse", "hessian", "gptq"]  # formats/algorithms.py, ALGORITHMS
-NOT_YET = ("mse", "hessian", "gptq")
+NOT_YET = ("hessian", "gptq")
 
 
 class Gptq(Part):
@@ -42,7 +42,7 @@ def refusal(name: str, format_name: str, quantized: tuple[NumberFormat, ...]) ->
     if name == algorithms.MAX.name:
         return ""
     if name in NOT_YET:
-        return f"{name} is not available yet; use max"
+        return f"{name} is not available yet; use max or mse"
     if any(map(algorithms.treats, quantized)):
         return ""
     if any(one.scales_inputs for one in quantized):

@@ -62,7 +62,7 @@ def ours(source: Path, formats: ModelFormats, directory: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
         batches = [batch % model.config.vocab_size for batch in exports.batches()]
         worker._calibrate(model, batches, formats)
-    assert worker._ranges(model, SourceModel.open(source), formats) is not None  # our writer writes it
+    assert worker._ranges(model, worker._plan(SourceModel.open(source), formats)) is not None  # our writer writes it
     return exports.written(model, source, formats, directory)
 
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from odd_weights import odd, raw, tensor
 
 from builder.core.errors import UnsupportedError, UsageError
-from builder.formats.arithmetic import fp8, nvfp4
+from builder.formats.arithmetic import fp8, nvfp4, nvfp4_search
 from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.kernels import native, packing, tensors
 from builder.formats.kernels.arrays import Array
@@ -26,6 +26,7 @@ from builder.formats.kernels.arrays import Array
 PATHS = [*native.paths(), "torch"]
 # The path of a test stays the same for all examples.
 ROUND = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(ROUND, max_examples=20)
 GLOBAL = (1 / 2688, 3e-4, 1.0, 1e-30, 2.0**-149, 1e30, 2.0**-14)
 
 
@@ -66,6 +67,39 @@ def test_random_blocks_pack_as_the_arithmetic_does(
     matrix: tuple[int, int, int, str], scale: float, rounded_to: str | None
 ) -> None:
     check_nvfp4(odd(*matrix), matrix[3], np.float32(scale).item(), rounded_to)
+
+
+def check_search(values: Array, dtype: str, scale: float, rounded_to: str | None = None) -> None:
+    codes, scales = packing.search_nvfp4(values, dtype, scale, rounded_to=rounded_to)
+    packed, blocks, _ = nvfp4_search.quantize(tensor(values, dtype, rounded_to), torch.tensor(scale))
+    np.testing.assert_array_equal(scales, raw(blocks))
+    np.testing.assert_array_equal(codes, raw(packed))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("scale", [3e-4, 1.0, 2.0**-149])
+def test_scales_of_every_value_are_searched_as_the_arithmetic_does(dtype: str, scale: float) -> None:
+    check_search(every(dtype), dtype, np.float32(scale).item())
+
+
+@FEW
+@given(matrices, st.sampled_from(GLOBAL), st.sampled_from([None, "BF16", "F16", "F32"]))
+def test_scales_of_random_blocks_are_searched_as_the_arithmetic_does(
+    matrix: tuple[int, int, int, str], scale: float, rounded_to: str | None
+) -> None:
+    check_search(odd(*matrix), matrix[3], np.float32(scale).item(), rounded_to)
+
+
+@FEW
+@given(st.integers(0, 2**31), st.integers(1, 40), st.sampled_from(["BF16", "F16", "F32"]))
+def test_scales_of_a_weight_are_searched_as_the_arithmetic_does(seed: int, rows: int, dtype: str) -> None:
+    """Under the global scale that the writer gives it, with blocks of all sizes and some of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 48, generator=generator) * torch.randn(rows, 1, generator=generator).exp()
+    weight[::3] = (weight[::3] * 4).round() / 4
+    weight = weight.to(DTYPES[dtype])
+    scale = nvfp4.scale_of(weight.abs().amax().clamp(min=0.1)).item()
+    check_search(raw(weight), dtype, scale)
 
 
 @ROUND
@@ -146,6 +180,7 @@ def test_nothing_of_nothing() -> None:
     empty = np.zeros((0, 32), np.float32)
     assert packing.largest(empty, "F32") == 0.0
     assert packing.pack_nvfp4(empty, "F32", 1.0)[0].shape == (0, 16)
+    assert packing.search_nvfp4(empty, "F32", 1.0)[1].shape == (0, 2)
     assert packing.pack_fp8(empty, "F32", 1.0).shape == (0, 32)
 
 
@@ -160,6 +195,7 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype: str, path: str, monke
         codes, scales = packing.pack_nvfp4(values, dtype, 3e-4, threads=threads)
         eight = packing.pack_fp8(values, dtype, rows, threads=threads)
         return [
+            *packing.search_nvfp4(values, dtype, 3e-4, threads=threads),
             codes,
             scales,
             eight,

@@ -38,6 +38,26 @@ def test_what_is_not_available_is_refused(name: str) -> None:
         asked(algorithm=name)
 
 
+@pytest.mark.parametrize(
+    ("format_name", "said"),
+    [
+        ("fp8", "algorithm mse chooses the block scales of NVFP4, and format fp8 has none"),
+        ("int4_awq", "format int4_awq has an algorithm of its own"),
+        ("nvfp4_awq", "format nvfp4_awq has an algorithm of its own"),
+        ("bf16", "and format bf16 has none"),
+    ],
+)
+def test_formats_without_block_scales_are_refused(format_name: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        asked(format=format_name, kv_cache_dtype="auto", algorithm="mse")
+
+
+@pytest.mark.parametrize("format_name", ["nvfp4", "nvfp4_mlp_only", "nvfp4-fp8_attention", "w4a16_nvfp4"])
+def test_formats_with_block_scales_are_searched(format_name: str) -> None:
+    part = asked(format=format_name, algorithm="mse", keep_fp8=["*.down_proj"]).recipe.quantization
+    assert part.rounding == {"algorithm": "mse"}
+
+
 @pytest.mark.parametrize("size", [24, 8, 0])
 def test_gptq_takes_whole_blocks_of_columns(size: int) -> None:
     with pytest.raises(UsageError, match=r"gptq\.block_size"):

@@ -143,16 +143,16 @@ def _export_tensorrt_llm(model: Any, directory: Path, tp: int, pp: int) -> None:
 def written(model: Any, source: Path, formats: ModelFormats, directory: Path) -> Path:
     """Both layouts of a model that the stage's worker calibrated, as it writes them: with our writer or, where that
     can't, with ModelOpt's exporter, which changes the model."""
-    from builder.quantize import worker
+    from builder.quantize import worker, writer
 
     opened = SourceModel.open(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ranges = worker._ranges(model, opened, formats)
+        ranges = worker._ranges(model, worker._plan(opened, formats))
         if ranges is None:
             worker._export(model, opened, directory / "unified", formats)
         else:
-            worker._write(opened, formats, ranges, directory / "unified")
+            writer.write(opened, formats, ranges, directory / "unified")
     worker._second_layout(directory / "unified", opened, directory / "tensorrt_llm")
     return directory
 

@@ -101,9 +101,14 @@ def quantize(weight: Tensor, global_scale: Tensor | None = None) -> tuple[Tensor
     for part in _steps(rows):
         scale = block_scales(part, global_scale)
         scales.append(scale)
-        packed.append(pack(encode(part.float() / (scale.float() * global_scale))))
+        packed.append(pack_under(part, scale, global_scale))
     lead = weight.shape[:-1]
     return torch.cat(packed).reshape(*lead, -1), torch.cat(scales).reshape(*lead, -1), global_scale
+
+
+def pack_under(blocks: Tensor, scales: Tensor, global_scale: Tensor) -> Tensor:
+    """The packed codes uint8 [n, 8] of blocks [n, 16] under E4M3 scales [n, 1] and a global scale."""
+    return pack(encode(blocks.float() / (scales.float() * global_scale)))
 
 
 def dequantize(packed: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:

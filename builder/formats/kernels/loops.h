@@ -181,15 +181,21 @@ FLAGS static void NAME(join)(const uint8_t *restrict codes, size_t count, uint8_
         out[i] = codes[2 * i] | codes[2 * i + 1] << 4;
 }
 
-FLAGS static void NAME(pack_nvfp4)(const void *values, int type, int rounded, size_t blocks, float scale,
+#include "search.h"
+
+FLAGS static void NAME(pack_nvfp4)(const void *values, int type, int rounded, size_t blocks, float scale, int searched,
                                    uint8_t *codes, uint8_t *scales) {
     float tile[TILE], wide[TILE], factors[BLOCKS];
     uint8_t single[TILE];
     for (size_t done = 0; done < blocks; done += BLOCKS) {
         size_t now = blocks - done < BLOCKS ? blocks - done : BLOCKS;
         NAME(load)((const char *)values + done * 16 * size_of(type), type, rounded, now * 16, tile);
-        NAME(block_largest)(tile, now, factors);
-        NAME(block_scales)(factors, now, scale, scales + done);
+        if (searched) {
+            NAME(search_scales)(tile, now, scale, scales + done, factors);
+        } else {
+            NAME(block_largest)(tile, now, factors);
+            NAME(block_scales)(factors, now, scale, scales + done);
+        }
         NAME(widen)(factors, now, wide);
         NAME(encode)(tile, wide, now * 16, single);
         NAME(join)(single, now * 8, codes + done * 8);

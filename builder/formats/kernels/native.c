@@ -28,7 +28,7 @@ static inline size_t size_of(int type) { return type == F32 ? 4 : 2; }
 typedef struct {
     const char *name;
     void (*largest_rows)(const void *, int, int, size_t, size_t, float *);
-    void (*pack_nvfp4)(const void *, int, int, size_t, float, uint8_t *, uint8_t *);
+    void (*pack_nvfp4)(const void *, int, int, size_t, float, int, uint8_t *, uint8_t *);
     void (*pack_fp8)(const void *, int, int, size_t, size_t, const float *, size_t, uint8_t *);
     void (*unpack_nvfp4)(const uint8_t *, const uint8_t *, float, size_t, int, void *);
     void (*unpack_fp8)(const uint8_t *, size_t, size_t, const float *, size_t, int, void *);
@@ -124,20 +124,20 @@ static PyObject *py_largest_rows(PyObject *self, PyObject *args) {
     return done(fits, (Py_buffer *[]){&values, &out, NULL});
 }
 
-/* (path, values, type, rounded to, global scale, codes, block scales) */
+/* (path, values, type, rounded to, global scale, whether scales are searched, codes, block scales) */
 static PyObject *py_pack_nvfp4(PyObject *self, PyObject *args) {
     const char *name;
     Py_buffer values, codes, scales;
-    int type, rounded;
+    int type, rounded, searched;
     float scale;
-    if (!PyArg_ParseTuple(args, "sy*iifw*w*", &name, &values, &type, &rounded, &scale, &codes, &scales))
+    if (!PyArg_ParseTuple(args, "sy*iifpw*w*", &name, &values, &type, &rounded, &scale, &searched, &codes, &scales))
         return NULL;
     const Path *path = path_of(name);
     size_t blocks = scales.len;
     int fits = path && (size_t)values.len == blocks * 16 * size_of(type) && (size_t)codes.len == blocks * 8;
     if (fits) {
         Py_BEGIN_ALLOW_THREADS
-        path->pack_nvfp4(values.buf, type, rounded, blocks, scale, codes.buf, scales.buf);
+        path->pack_nvfp4(values.buf, type, rounded, blocks, scale, searched, codes.buf, scales.buf);
         Py_END_ALLOW_THREADS
     }
     return done(fits, (Py_buffer *[]){&values, &codes, &scales, NULL});

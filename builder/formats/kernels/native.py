@@ -22,7 +22,7 @@ try:
 except ImportError:  # not compiled, or for another machine
     _native = None  # type: ignore[assignment]
 
-SOURCES = ("native.c", "loops.h")
+SOURCES = ("native.c", "loops.h", "search.h")
 _TYPES: dict[str | None, int] = {None: -1, "BF16": 0, "F16": 1, "F32": 2}
 _BLOCK = 16
 _PART = 1 << 18  # elements that are worth a thread
@@ -69,14 +69,16 @@ class Native:
         found = _each(lambda part: of_rows(values[:, part]), _parts(values.size, 1, threads), threads)
         return np.maximum.reduce(np.array(found))  # type: ignore[no-any-return]  # NaN if there is one
 
-    def pack_nvfp4(self, weights: Weights, scale: float, codes: Array, scales: Array, threads: int) -> None:
+    def pack_nvfp4(
+        self, weights: Weights, scale: float, codes: Array, scales: Array, threads: int, *, searched: bool
+    ) -> None:
         """Fills `codes` and `scales`."""
         types = _TYPES[weights.dtype], _TYPES[weights.rounded_to]
         blocks = weights.bits.reshape(-1, _BLOCK), codes.reshape(-1, _BLOCK // 2), scales.reshape(-1)
 
         def pack(part: slice) -> None:
             source, packed, block = (array[part] for array in blocks)
-            _native.pack_nvfp4(self.path, source, *types, scale, packed, block)
+            _native.pack_nvfp4(self.path, source, *types, scale, searched, packed, block)
 
         _each(pack, _parts(len(blocks[0]), _BLOCK, threads), threads)
 

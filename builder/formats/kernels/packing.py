@@ -82,15 +82,30 @@ def pack_nvfp4(
 
     ValueError if the inputs are not a multiple of 16, or if the scale is not finite and positive.
     """
-    weights = _weights(values, dtype, rounded_to)
     rows, inputs = values.shape
+    made = out or (np.empty((rows, inputs // 2), np.uint8), np.empty((rows, inputs // BLOCK), np.uint8))
+    return _pack_nvfp4(_weights(values, dtype, rounded_to), global_scale, made, _threads(threads), searched=False)
+
+
+def search_nvfp4(
+    values: Array, dtype: str, global_scale: float, *, rounded_to: str | None = None, threads: int | None = None
+) -> tuple[Array, Array]:
+    """The same, with the block scales of least squared error (`formats/arithmetic/nvfp4_search.py`)."""
+    rows, inputs = values.shape
+    made = np.empty((rows, inputs // 2), np.uint8), np.empty((rows, inputs // BLOCK), np.uint8)
+    return _pack_nvfp4(_weights(values, dtype, rounded_to), global_scale, made, _threads(threads), searched=True)
+
+
+def _pack_nvfp4(
+    weights: Weights, global_scale: float, made: tuple[Array, Array], threads: int, *, searched: bool
+) -> tuple[Array, Array]:
+    rows, inputs = weights.bits.shape
     if inputs % BLOCK:
         raise ValueError(f"NVFP4 needs a last dimension that is a multiple of {BLOCK}, got {inputs}")
     if not (math.isfinite(global_scale) and global_scale > 0):
         raise ValueError(f"no NVFP4 scale for this tensor: its global scale is {global_scale}")
-    made = out or (np.empty((rows, inputs // 2), np.uint8), np.empty((rows, inputs // BLOCK), np.uint8))
     codes, scales = _checked(made[0], (rows, inputs // 2)), _checked(made[1], (rows, inputs // BLOCK))
-    _path().pack_nvfp4(weights, global_scale, codes, scales, _threads(threads))
+    _path().pack_nvfp4(weights, global_scale, codes, scales, threads, searched=searched)
     return codes, scales
 
 

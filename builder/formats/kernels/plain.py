@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder.formats.arithmetic import fp8, nvfp4
+from builder.formats.arithmetic import fp8, nvfp4, nvfp4_search
 from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.kernels.arrays import Array, Weights
 
@@ -31,10 +31,11 @@ def largest_rows(weights: Weights, threads: int) -> Array:
     return found
 
 
-def pack_nvfp4(weights: Weights, scale: float, codes: Array, scales: Array, threads: int) -> None:
+def pack_nvfp4(weights: Weights, scale: float, codes: Array, scales: Array, threads: int, *, searched: bool) -> None:
     """Fills `codes` and `scales`."""
+    whole, pack = torch.tensor(scale), nvfp4_search.quantize if searched else nvfp4.quantize
     for rows in _steps(weights.bits):
-        packed, blocks, _ = nvfp4.quantize(_tensor(weights, rows), torch.tensor(scale))
+        packed, blocks, _ = pack(_tensor(weights, rows), whole)
         codes[rows], scales[rows] = packed.numpy(), blocks.view(torch.uint8).numpy()
 
 
