@@ -182,8 +182,8 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 
 
 def _ahead(prepared: Prepared, store: Store) -> Ahead | None:
-    """What quantizes a model of the Hub while it is downloaded; None where that is not possible."""
-    if store.dry or not prepared.data_free or not prepared.source.places:
+    """What quantizes a model while it is downloaded or hashed; None where that is not possible."""
+    if store.dry or not prepared.data_free:
         return None
     return ahead_of(prepared.source, _request(prepared), store=store)
 

@@ -14,7 +14,6 @@ import fcntl
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -94,8 +93,8 @@ class Store:
 
         `make` gets the directory to fill and returns the facts to record; if it raises, the directory is removed.
         facts["external"] = {"root", "files": {name: {"size", "sha256"}}} lists files outside of the directory that
-        belong to the artifact. facts["hashed"] = {name: sha256} gives known hashes, of hard links for example, to save
-        hashing them again; it is not recorded.
+        belong to the artifact. facts["hashed"] = {name: sha256} gives known hashes, of hard links or of files
+        that were hashed while others were made (Hashes), to save hashing them again; it is not recorded.
 
         WouldRun in a dry store if the artifact is not cached; BuilderError if the disk is full or not writable.
         """
@@ -303,28 +302,13 @@ def sources_digest(*sources: str | Path) -> str:
 
 
 def _hash_files(directory: Path, hashed: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Sizes and hashes of all files. They are hashed side by side, because one core hashes slower than a disk writes,
-    and flushed to the disk meanwhile."""
-    from concurrent.futures import ThreadPoolExecutor  # imports logging, which commands that make nothing don't need
+    """Sizes and hashes of all files, which are flushed to the disk meanwhile."""
+    from builder.core.hashes import Hashes  # imports logging, which commands that make nothing don't need
 
-    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
-    stop = threading.Event()
-
-    def digest(name: str) -> str:
-        return hashed.get(name) or sha256(files[name], stop)
-
-    with ThreadPoolExecutor() as hashing, ThreadPoolExecutor(1) as flushing:
-        try:
-            flushed = [flushing.submit(atomic.fsync, path) for path in files.values()]
-            digests = dict(zip(files, hashing.map(digest, files), strict=True))
-            for one in flushed:
-                one.result()
-        except BaseException:
-            stop.set()
-            hashing.shutdown(cancel_futures=True)
-            flushing.shutdown(cancel_futures=True)
-            raise
-    return {name: {"size": path.stat().st_size, "sha256": digests[name]} for name, path in files.items()}
+    with Hashes(directory, hashed) as hashes:
+        hashes.add(directory)
+        found = hashes.finish()
+    return {name: {"size": (directory / name).stat().st_size, "sha256": digest} for name, digest in found.items()}
 
 
 def mark(root: Path) -> None:

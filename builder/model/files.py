@@ -17,6 +17,7 @@ from typing import Any
 
 from builder.architectures import catalog, served
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
+from builder.core.manifest import chunks
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.model import config_values, kinds, multimodal, quantization_signs
 
@@ -43,7 +44,6 @@ SAVE_AGAIN = (
     "AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIRECTORY)"
 )
 LFS_POINTER = b"version https://git-lfs"
-HASH_CHUNK = 1 << 23  # bytes
 LARGEST_BLOB = 1 << 24  # bytes; the Hub takes at most 10 MB outside LFS
 
 
@@ -280,8 +280,8 @@ def _hash_file(path: Path, count: Callable[[int], None]) -> Hashed:
     sha256, sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     small = size <= LARGEST_BLOB
     read = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK):
+    with open(path, "rb", buffering=0) as file:
+        for chunk in chunks(file):
             sha256.update(chunk)
             if small:
                 sha1.update(chunk)

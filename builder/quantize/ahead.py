@@ -1,4 +1,4 @@
-"""Writes a checkpoint's unified layout while the model is still being downloaded.
+"""Writes a checkpoint's unified layout while the model is still being downloaded, or hashed.
 
 Nothing depends on it: whatever goes wrong here ends this attempt, and the stage itself then writes the layout, or says
 what is wrong with the model.
@@ -28,13 +28,21 @@ class Ended(Exception):
 class Ahead:
     """A thread that writes a model's unified layout, each part of it once the files that it is made of are complete.
 
-    opened: gives the model before its files are there. write: writes it, in the formats `chosen`. place: the directory,
-    on one disk with what is made, where a temporary directory is created.
+    opened: gives the model, before its files are there if they are `downloaded`. write: writes it, in the formats
+    `chosen`. place: the directory, on one disk with what is made, where a temporary directory is created.
     """
 
-    def __init__(self, opened: Callable[[], SourceModel], write: Write, chosen: Mapping[str, Any], place: Path) -> None:
+    def __init__(
+        self,
+        opened: Callable[[], SourceModel],
+        write: Write,
+        chosen: Mapping[str, Any],
+        place: Path,
+        *,
+        downloaded: bool = True,
+    ) -> None:
         self._opened, self._write, self._place = opened, write, place
-        self.chosen = chosen
+        self.chosen, self._downloaded = chosen, downloaded
         self._ready: SimpleQueue[Path | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._end = threading.Event()
@@ -98,7 +106,7 @@ class Ahead:
         assert self._directory is not None
         try:
             source = self._opened()
-            work = Work(done=self._count, ready=self._files())
+            work = Work(done=self._count, ready=self._files() if self._downloaded else None)
             self._written = source, self._write(source, self._directory.path / "unified", work)
         except Exception:  # the stage meets the same and says it
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from builder.checkpoint import layouts, validate
 from builder.checkpoint.layouts import Checkpoint
 from builder.core import temporary
 from builder.core.errors import UnsupportedError
+from builder.core.hashes import Hashes
 from builder.core.output import BYTES, Progress
 from builder.core.store import Store, sources_digest
 from builder.formats.assignment import ModelFormats, of_job
@@ -52,15 +54,18 @@ CACHE_RANGE = 448.0
 
 
 def ahead_of(source: Source, asked: QuantizeRequest, *, store: Store) -> Ahead:
-    """What writes the unified layout of a model on the Hub while it is downloaded. The caller begins and closes it."""
+    """What writes the unified layout while a model on the Hub is downloaded, or while a directory is hashed. The caller
+    begins and closes it."""
 
     def opened() -> SourceModel:
-        return SourceModel.expected(source.directory, source.places)
+        if source.places:
+            return SourceModel.expected(source.directory, source.places)
+        return SourceModel.open(source.directory)
 
     def write(model: SourceModel, unified: Path, work: Work) -> dict[str, Any]:
         return _write_unified(model, _chosen(asked), unified, work)
 
-    return Ahead(opened, write, _chosen(asked), store.root / "checkpoint")
+    return Ahead(opened, write, _chosen(asked), store.root / "checkpoint", downloaded=bool(source.places))
 
 
 def write_data_free(
@@ -68,7 +73,7 @@ def write_data_free(
 ) -> Checkpoint:
     """Writes both layouts, `unified/` and `tensorrt_llm/`, and inspects them.
 
-    ahead: what has written `unified/` during the download; used only if source and formats are the same.
+    ahead: what has written `unified/` already; used only if source and formats are the same, and closed.
 
     UnsupportedError for formats and experts that only ModelOpt can quantize; IntegrityError for weights that hold NaN
     or Inf, or if the inspection finds a problem. Such a checkpoint is not kept.
@@ -84,18 +89,21 @@ def write_data_free(
     }
 
     def make(tmp: Path) -> dict[str, Any]:
-        with snapshot.source.explain_failures():
-            facts = _write(snapshot, chosen, tmp, store, ahead)
-        found = validate.inspect(tmp, here=True)
-        found.check()
-        return {
-            **facts,
-            "layers": chosen["layers"],
-            "zero_layers": list(asked.zero_layers),
-            "inspection": found.facts(),
-        }
+        with Hashes(tmp) as hashes:
+            with snapshot.source.explain_failures():
+                facts = _write(snapshot, chosen, hashes, store, ahead)
+            found = validate.inspect(tmp, here=True)
+            found.check()
+            return {
+                **facts,
+                "layers": chosen["layers"],
+                "zero_layers": list(asked.zero_layers),
+                "inspection": found.facts(),
+                "hashed": hashes.finish(),
+            }
 
-    artifact = store.stage("checkpoint", ingredients, make)
+    with closing(ahead) if ahead else nullcontext():
+        artifact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
 
 
@@ -112,9 +120,10 @@ def _chosen(asked: QuantizeRequest) -> dict[str, Any]:
 
 
 def _write(
-    snapshot: Snapshot, chosen: Mapping[str, Any], tmp: Path, store: Store, ahead: Ahead | None
+    snapshot: Snapshot, chosen: Mapping[str, Any], hashes: Hashes, store: Store, ahead: Ahead | None
 ) -> dict[str, Any]:
-    """Writes the layouts. Returns facts for the manifest."""
+    """Writes the layouts, and begins to hash each once it is complete. Returns facts for the manifest."""
+    tmp = hashes.root
     temporary.sweep(tmp.parent)  # of a killed run's `Ahead`
     started, source, formats = time.monotonic(), SourceModel.open(snapshot.path), of_job(chosen)
     total = sum(info.nbytes for info in source.tensors.values())
@@ -123,7 +132,9 @@ def _write(
         if counts is None:
             counts = _write_unified(source, chosen, tmp / "unified", Work(done=_counter(bar)))
     wrote = time.monotonic()
+    hashes.add(tmp / "unified")
     lacking = layouts.write_if_served(tmp / "unified", source.config, tmp / "tensorrt_llm")
+    hashes.add(tmp / "tensorrt_llm")
     snapshot.source.check_unchanged()
     seconds = {"write": round(wrote - started, 3), "layouts": round(time.monotonic() - wrote, 3)}
     summary = {

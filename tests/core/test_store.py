@@ -260,6 +260,7 @@ NO_INGREDIENTS |= {
     "core.environment",
     "core.exit_status",
     "core.file_names",
+    "core.hashes",
     "core.interrupts",
     "core.temporary",
 }

@@ -1,8 +1,9 @@
-"""A model of the Hub is quantized data-free while it is downloaded, with the bytes of the ordinary way."""
+"""A model is quantized data-free while it is downloaded, or hashed, with the bytes of the ordinary way."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from hub_server import Fault, Hub, Request
 from builder import pipeline
 from builder.clean.leftovers import find_leftovers
 from builder.core import temporary
-from builder.core.errors import BuilderError
+from builder.core.errors import BuilderError, IntegrityError
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor
 from builder.core.store import Artifact, Store
+from builder.model import files
 from builder.preflight import checks
 from builder.quantize.ahead import Ahead
 from builder.recipe import schema
@@ -144,3 +146,39 @@ def test_a_model_whose_head_is_tied_is_checked_once_it_is_there(hub: Hub, spy: S
     commit = hub.add(NAME, source_models.QWEN2)
     build(NAME, tmp_path / "hub", **{"model.revision": commit})
     assert spy.used
+
+
+def test_a_directory_is_quantized_while_it_is_hashed(spy: Spy, tmp_path: Path) -> None:
+    made = build(str(source_models.SHARDED), tmp_path)
+    assert spy.used
+    assert nothing_left(tmp_path)
+    shutil.rmtree(made.path)
+    again = build(str(source_models.SHARDED), tmp_path)  # the snapshot is in the store, so nothing is hashed
+    assert not spy.used
+    assert nothing_left(tmp_path)
+    assert same(made, again)
+
+
+def test_a_directory_that_changes_while_it_is_hashed_leaves_nothing(
+    spy: Spy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, real = source_models.copy(source_models.SHARDED, tmp_path / "model"), files.hash_files
+
+    def changing(root: Path, *rest: Any) -> Any:
+        found = real(root, *rest)
+        (root / SHARDS[1]).touch()
+        return found
+
+    monkeypatch.setattr(files, "hash_files", changing)
+    with pytest.raises(IntegrityError, match="changed while it was read"):
+        build(str(model), tmp_path / "out")
+    assert spy.made
+    assert not list((tmp_path / "out" / "checkpoint").iterdir())
+
+
+def test_a_checkpoint_in_the_store_ends_what_began_for_a_copy_of_its_model(spy: Spy, tmp_path: Path) -> None:
+    made = build(str(source_models.SHARDED), tmp_path)
+    found = build(str(shutil.copytree(source_models.SHARDED, tmp_path / "copy")), tmp_path)
+    assert found.cached
+    assert found.path == made.path
+    assert nothing_left(tmp_path)

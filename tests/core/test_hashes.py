@@ -1,0 +1,64 @@
+"""Files of a stage are hashed while others are made."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from builder.core import hashes as module
+from builder.core.hashes import Hashes
+from builder.core.manifest import sha256
+
+
+@pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, 4 << 20, (8 << 20) + 7])
+def test_a_file_of_any_size_has_the_hash_of_its_bytes(tmp_path: Path, size: int) -> None:
+    content = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "file").write_bytes(content[:size])
+    assert sha256(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_files_are_added_while_others_are_made(tmp_path: Path) -> None:
+    (tmp_path / "one" / "deep").mkdir(parents=True)
+    (tmp_path / "one" / "deep" / "a").write_bytes(b"a")
+    with Hashes(tmp_path) as hashes:
+        hashes.add(tmp_path / "one")
+        (tmp_path / "b").write_bytes(b"b")
+        hashes.add(tmp_path)
+        found = hashes.finish()
+    assert found == {"b": hashlib.sha256(b"b").hexdigest(), "one/deep/a": hashlib.sha256(b"a").hexdigest()}
+
+
+def test_known_hashes_are_kept_and_their_files_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    flushed: list[Path] = []
+    monkeypatch.setattr(module.atomic, "fsync", flushed.append)
+    with Hashes(tmp_path, {"a": "known", "absent": "ignored"}) as hashes:
+        hashes.add(tmp_path)
+        assert hashes.finish() == {"a": "known"}
+    assert flushed == [tmp_path / "a"]
+
+
+def test_a_disk_that_refuses_to_flush_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a").write_bytes(b"a")
+    monkeypatch.setattr(module.atomic, "fsync", full)
+    with Hashes(tmp_path) as hashes:
+        hashes.add(tmp_path)
+        with pytest.raises(OSError, match="No space"):
+            hashes.finish()
+
+
+def test_an_error_ends_the_threads_at_once(tmp_path: Path) -> None:
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(1 << 40)  # a hole, which takes many minutes to hash
+    start = time.monotonic()
+    with suppress(KeyboardInterrupt), Hashes(tmp_path) as hashes:
+        hashes.add(tmp_path)
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < 30
