@@ -24,8 +24,10 @@ from process_tree import Cost
 
 ROOT = Path(__file__).parents[1]
 PEERS = {"modelopt": ROOT / ".venv-modelopt", "llm-compressor": ROOT / ".venv-llmcompressor"}
-# No network, and the defaults of the tools instead of make's.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | {"HF_HUB_OFFLINE": "1"}
+# Not make's, and not that of a shell that keeps Python from storing compiled modules: pip compiles those of the peers.
+OTHERS = ("OMP_WAIT_POLICY", "PYTHONDONTWRITEBYTECODE")
+# No network, and the defaults of the tools.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OTHERS} | {"HF_HUB_OFFLINE": "1"}
 COPY = """
 import pathlib, sys
 source, target = map(pathlib.Path, sys.argv[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +25,9 @@ from builder.preflight.quantized import Quantized, check_runners, compares, not_
 from builder.preflight.zero_layers import keep_zeros
 from builder.publish.publication import publish
 from builder.publish.verdict import BuildVerdict
+from builder.quantize import modelopt, streamed
 from builder.quantize.data_free import ahead_of, write_data_free
+from builder.quantize.early import Early
 from builder.quantize.imported import ImportRequest, import_checkpoint, tokenizer_source
 from builder.quantize.modelopt import QuantizeRequest, quantize
 from builder.quantize.pseudo_stage import save_pseudo
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from builder.evaluate.sensitivity.stage import Sensitivity
     from builder.evaluate.stage import Evaluation
     from builder.quality.check import Quality
-    from builder.quantize.ahead import Ahead
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Built:
         return Models(source or self.snapshot, self.calibration, self.checkpoint, self.repository)
 
 
+WORKERS = {"whole": modelopt.worker, "low": streamed.worker}
 WORTH_TELLING = 5.0  # seconds from which a user wants to know what took them
 # How far a build must go for each runner of an evaluation.
 NEEDS = {
@@ -176,20 +178,23 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 
     original: fetch what a quantized model was made from too, if it was named, because something compares with it."""
     wanted = stages_until(until)
-    early = _ahead(prepared, store) if "checkpoint" in wanted else None
-    with closing(early) if early else nullcontext():
+    early = _early(prepared, store) if "checkpoint" in wanted and not store.dry else Early()
+    with closing(early):
         return _run_stages(prepared, store, wanted, early, quality=quality, original=original)
 
 
-def _ahead(prepared: Prepared, store: Store) -> Ahead | None:
-    """What quantizes a model while it is downloaded or hashed; None where that is not possible."""
-    if store.dry or not prepared.data_free:
-        return None
-    return ahead_of(prepared.source, _request(prepared), store=store)
+def _early(prepared: Prepared, store: Store) -> Early:
+    """What begins before all files of the model are there and hashed: the data-free writer, or for a local directory
+    the worker that calibrates, unless layers are measured before."""
+    if prepared.data_free:
+        return Early(ahead=ahead_of(prepared.source, _request(prepared), store=store))
+    is_first = prepared.quantized is None and prepared.recipe.quantization.kept_budget is None
+    choice = prepared.way(machine(store.root)) if prepared.source.times and is_first else None
+    return Early(worker=WORKERS[choice.taken.name](store), way=choice.taken.name) if choice else Early()
 
 
 def _run_stages(
-    prepared: Prepared, store: Store, wanted: Sequence[str], early: Ahead | None, *, quality: bool, original: bool
+    prepared: Prepared, store: Store, wanted: Sequence[str], early: Early, *, quality: bool, original: bool
 ) -> Built:
     recipe, asked = prepared.recipe, prepared
 
@@ -202,13 +207,12 @@ def _run_stages(
 
     def before() -> None:
         checks.check_architecture(recipe.model, asked.model, store)
-        if early:
-            early.begin()
+        early.begin()
 
-    arrived = early.arrived if early else None
+    arrived = early.ahead.arrived if early.ahead else None
     snapshot = fetch(recipe.model, store=store, source=prepared.source, before=before, arrived=arrived)
-    if early:
-        early.complete()
+    if early.ahead:
+        early.ahead.complete()
     if "checkpoint" not in wanted:
         return Built(snapshot)
     tell(prepared, store)
@@ -236,9 +240,9 @@ def _run_stages(
         prepared = choose_excluded(prepared, snapshot, calibration, store)
         check_room(prepared)
     if calibration is None:
-        checkpoint = write_data_free(snapshot, _request(prepared), store=store, ahead=early)
+        checkpoint = write_data_free(snapshot, _request(prepared), store=store, ahead=early.ahead)
     else:
-        checkpoint = _quantized(prepared, snapshot, calibration, store)
+        checkpoint = _quantized(prepared, snapshot, calibration, store, early)
     _tell_limit(used(), store)
     built = Built(snapshot, prepared, calibration, checkpoint)
     return _serve(_checked(built, store) if quality else built, wanted, store)
@@ -251,7 +255,9 @@ def _request(prepared: Prepared) -> QuantizeRequest:
     )
 
 
-def _quantized(prepared: Prepared, snapshot: Snapshot, calibration: Calibration, store: Store) -> Checkpoint:
+def _quantized(
+    prepared: Prepared, snapshot: Snapshot, calibration: Calibration, store: Store, early: Early
+) -> Checkpoint:
     """The checkpoint, made in the way that preflight chose. With --memory auto, one that is in the store is taken,
     whichever way made it, so that on a machine with other memory nothing is calibrated again."""
     request = _request(prepared)
@@ -269,7 +275,10 @@ def _quantized(prepared: Prepared, snapshot: Snapshot, calibration: Calibration,
     taken = choice.taken.name
     if choice.as_good and not is_stored(taken):
         taken = next(filter(is_stored, choice.as_good), taken)
-    return by[taken](snapshot, calibration, request, store=store)
+    with closing(early):  # unused if the checkpoint is in the store
+        return by[taken](
+            snapshot, calibration, request, store=store, early=early.worker if early.way == taken else None
+        )
 
 
 def _tell_limit(used: Usage, store: Store) -> None:

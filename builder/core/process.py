@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from builder.core.output import Output
 
 PROGRESS_FD = "BUILDER_PROGRESS_FD"
+JOB_FD = "BUILDER_JOB_FD"  # where a worker that was started early reads a byte once its job file is there
 FOLLOW_SECONDS = 0.2  # how often a process's log is polled for new lines
 # How long a supervisor may take to kill its tree. It gives up by itself after 30 (supervisor.GIVE_UP_SECONDS).
 SUPERVISOR_SECONDS = 40.0
@@ -146,6 +147,42 @@ def _end(child: Child, tree: str) -> None:
         supervisor.kill_marked(tree)
 
 
+@dataclass
+class Running:
+    """A command that runs. `on_event` receives the events that it emits from now on."""
+
+    argv: Sequence[str]
+    log: Path
+    on_event: Callable[[dict[str, Any]], None]
+    _start: float = field(default_factory=time.monotonic)
+    _child: Child = field(init=False)
+    _errors: list[dict[str, str]] = field(default_factory=list)
+    _max_rss: int = 0
+    _timed_out: bool = False
+
+    def wait(self, limit: float | None = None) -> None:
+        """Waits until it exits; after `limit` seconds it is killed."""
+        with _limited(self._child, limit) as timed_out:
+            _, status, usage = os.wait4(self._child.pid, 0)  # not Popen.wait, which does not return the memory used
+        self._child.returncode = os.waitstatus_to_exitcode(status)
+        self._max_rss, self._timed_out = usage.ru_maxrss * 1024, timed_out.is_set()  # in KiB (getrusage(2))
+
+    def finished(self, limit: float | None = None) -> Finished:
+        """What a command that has exited cost. Raises what `run` raises."""
+        if self._timed_out:
+            raise Failed(f"{Path(self.argv[0]).name} took more than {limit:.0f} s and was stopped.", log=self.log)
+        if self._child.returncode != 0:
+            raise _rebuilt(self._errors[-1]) if self._errors else _failure(self.argv, self._child.returncode, self.log)
+        return Finished(time.monotonic() - self._start, self._max_rss)
+
+    def receive(self, event: dict[str, Any]) -> None:
+        """Receives an event from the command."""
+        if "error" in event:
+            self._errors.append(event["error"])
+        else:
+            self.on_event(event)
+
+
 def run(
     command: Command,
     *,
@@ -162,57 +199,45 @@ def run(
     lines of the log. An interrupt sends SIGINT, and SIGKILL ten seconds later; `limit` seconds send SIGKILL.
     The command's TMPDIR is removed with it: what it was about to remove itself when it was killed is not left.
     """
-    with temporary.directory() as tmp:
-        return _run(command, log, on_event, on_line, limit, tmp)
+    with started(command, log=log, on_event=on_event, on_line=on_line) as running:
+        running.wait(limit)
+    return running.finished(limit)
 
 
-def _run(
+@contextmanager
+def started(
     command: Command,
+    *,
     log: Path,
-    on_event: Callable[[dict[str, Any]], None],
-    on_line: Callable[[str], None] | None,
-    limit: float | None,
-    tmp: Path,
-) -> Finished:
-    argv = command.argv
-    read_fd, write_fd = os.pipe()
-    start = time.monotonic()
-    errors_sent: list[dict[str, str]] = []
-
-    def receive(event: dict[str, Any]) -> None:
-        if "error" in event:
-            errors_sent.append(event["error"])
-        else:
-            on_event(event)
-
-    reader = threading.Thread(target=_read_events, args=(read_fd, receive), daemon=True)
-    reader.start()
-    env = {**_environment(command, tmp), PROGRESS_FD: str(write_fd)}
-    with open(log, "ab") as sink, os.fdopen(write_fd, "wb") as our_end:
-        sink.write(f"$ {shlex.join(argv)}\n".encode())
-        sink.flush()
-        with (
-            _followed(log, sink.tell(), on_line),
-            supervised(
-                argv,
-                stop=_stop,
-                log=sink,
-                env=env,
-                scratch=Scratch(directory=tmp),
-                cwd=command.cwd,
-                pass_fds=[write_fd],
-            ) as child,
-        ):
-            our_end.close()  # so that the reader sees the end of file when the command exits
-            with _limited(child, limit) as timed_out:
-                _, status, usage = os.wait4(child.pid, 0)  # not Popen.wait, which does not return the memory used
-            child.returncode = os.waitstatus_to_exitcode(status)
-    reader.join(timeout=5)
-    if timed_out.is_set():
-        raise Failed(f"{Path(argv[0]).name} took more than {limit:.0f} s and was stopped.", log=log)
-    if child.returncode != 0:
-        raise _rebuilt(errors_sent[-1]) if errors_sent else _failure(argv, child.returncode, log)
-    return Finished(time.monotonic() - start, usage.ru_maxrss * 1024)  # ru_maxrss is in KiB (getrusage(2))
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_line: Callable[[str], None] | None = None,
+    inherited: Sequence[int] = (),
+) -> Iterator[Running]:
+    """Runs a command while the block runs, as `run` does. `inherited`: descriptors that it gets."""
+    running = Running(command.argv, log, on_event)
+    with temporary.directory() as tmp:
+        read_fd, write_fd = os.pipe()
+        reader = threading.Thread(target=_read_events, args=(read_fd, running.receive), daemon=True)
+        reader.start()
+        env = {**_environment(command, tmp), PROGRESS_FD: str(write_fd)}
+        with open(log, "ab") as sink, os.fdopen(write_fd, "wb") as our_end:
+            sink.write(f"$ {shlex.join(command.argv)}\n".encode())
+            sink.flush()
+            with (
+                _followed(log, sink.tell(), on_line),
+                supervised(
+                    command.argv,
+                    stop=_stop,
+                    log=sink,
+                    env=env,
+                    scratch=Scratch(directory=tmp),
+                    cwd=command.cwd,
+                    pass_fds=[write_fd, *inherited],
+                ) as running._child,
+            ):
+                our_end.close()  # so that the reader sees the end of file when the command exits
+                yield running
+        reader.join(timeout=5)
 
 
 def _environment(command: Command, tmp: Path) -> dict[str, str]:
@@ -286,8 +311,22 @@ def run_job(
     `worker_main`'s "summary" among them. The job file stays beside the log, so that a worker can be run again by hand.
     Raises what `run` raises.
     """
+    write_job(log, job)
+    with listening(bar) as (result, receive):
+        finished = run(worker_command(module, log, env, kind), log=log, on_event=receive)
+    return result, finished
+
+
+def worker_command(module: str, log: Path, env: Mapping[str, str], kind: Kind = "work") -> Command:
+    """The command of a worker whose job file stands beside this log."""
+    root = Path(__file__).resolve().parents[2]  # from where `python -m builder...` works in a checkout, too
+    return Command([python(), "-m", module, str(job_file(log))], env=env, cwd=root, kind=kind)
+
+
+@contextmanager
+def listening(bar: Bar) -> Iterator[tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]:
+    """Draws a bar while the block runs. Yields a dict of results, and what receives a worker's events (`run_job`)."""
     result: dict[str, Any] = {}
-    job_file(log).write_text(json.dumps(job, indent=1), encoding="utf-8")
     with bar.out.progress(bar.label, unit=bar.unit) as progress:
 
         def receive(event: dict[str, Any]) -> None:
@@ -298,10 +337,12 @@ def run_job(
             else:
                 result.update(event)
 
-        root = Path(__file__).resolve().parents[2]  # from where `python -m builder...` works in a checkout, too
-        command = Command([python(), "-m", module, str(job_file(log))], env=env, cwd=root, kind=kind)
-        finished = run(command, log=log, on_event=receive)
-    return result, finished
+        yield result, receive
+
+
+def write_job(log: Path, job: Mapping[str, Any]) -> None:
+    """Writes the job file beside this log."""
+    job_file(log).write_text(json.dumps(job, indent=1), encoding="utf-8")
 
 
 def job_file(log: Path) -> Path:
@@ -313,13 +354,17 @@ def worker_main(
     argv: Sequence[str],
     work: Callable[[dict[str, Any]], dict[str, Any] | None],
     known: Callable[[BaseException, dict[str, Any]], BuilderError | None] = lambda error, job: None,
+    prepare: Callable[[], object] = lambda: None,
 ) -> int:
     """The main function of a worker that `run_job` started. Returns its exit code.
 
+    If it was started before its job is known (early_worker.py), it calls `prepare` and waits for the job.
     Reads the job file, calls `work` and emits its result as "summary". A BuilderError is sent to the parent, which
     raises it; so is any other exception that `known` translates to one. Anything else is a bug: its traceback goes to
     the log.
     """
+    if JOB_FD in os.environ and not _is_wanted(prepare):
+        return 0
     job = json.loads(Path(argv[1]).read_text(encoding="utf-8"))
     try:
         summary = work(job)
@@ -336,6 +381,14 @@ def worker_main(
     if summary is not None:
         emit(summary=summary)
     return 0
+
+
+def _is_wanted(prepare: Callable[[], object]) -> bool:
+    """Waits for the job, after `prepare`. False if the parent ended or has no job."""
+    with suppress(Exception):  # the work meets the same
+        prepare()
+    with os.fdopen(int(os.environ.pop(JOB_FD)), "rb", buffering=0) as wanted:
+        return bool(wanted.read(1))
 
 
 def emit(**event: Any) -> None:

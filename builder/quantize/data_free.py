@@ -18,7 +18,8 @@ from typing import Any
 from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
 from builder.architectures.facts import Architecture
-from builder.checkpoint import layouts, validate
+from builder.checkpoint import layouts
+from builder.checkpoint.finished import inspected
 from builder.checkpoint.layouts import Checkpoint
 from builder.core import temporary
 from builder.core.errors import UnsupportedError
@@ -92,15 +93,8 @@ def write_data_free(
         with Hashes(tmp) as hashes:
             with snapshot.source.explain_failures():
                 facts = _write(snapshot, chosen, hashes, store, ahead)
-            found = validate.inspect(tmp, here=True)
-            found.check()
-            return {
-                **facts,
-                "layers": chosen["layers"],
-                "zero_layers": list(asked.zero_layers),
-                "inspection": found.facts(),
-                "hashed": hashes.finish(),
-            }
+            made = {"layers": chosen["layers"], "zero_layers": list(asked.zero_layers)}
+            return {**facts, **made, **inspected(hashes)}
 
     with closing(ahead) if ahead else nullcontext():
         artifact = store.stage("checkpoint", ingredients, make)
@@ -122,7 +116,7 @@ def _chosen(asked: QuantizeRequest) -> dict[str, Any]:
 def _write(
     snapshot: Snapshot, chosen: Mapping[str, Any], hashes: Hashes, store: Store, ahead: Ahead | None
 ) -> dict[str, Any]:
-    """Writes the layouts, and begins to hash each once it is complete. Returns facts for the manifest."""
+    """Writes the layouts, and hashes the first one while it writes the second. Returns facts for the manifest."""
     tmp = hashes.root
     temporary.sweep(tmp.parent)  # of a killed run's `Ahead`
     started, source, formats = time.monotonic(), SourceModel.open(snapshot.path), of_job(chosen)
@@ -134,7 +128,6 @@ def _write(
     wrote = time.monotonic()
     hashes.add(tmp / "unified")
     lacking = layouts.write_if_served(tmp / "unified", source.config, tmp / "tensorrt_llm")
-    hashes.add(tmp / "tensorrt_llm")
     snapshot.source.check_unchanged()
     seconds = {"write": round(wrote - started, 3), "layouts": round(time.monotonic() - wrote, 3)}
     summary = {

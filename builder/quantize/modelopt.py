@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,10 +18,13 @@ from builder.architectures import catalog, names
 from builder.architectures.facts import Architecture
 from builder.calibration import coverage
 from builder.calibration.rows import Calibration, required_tokens
-from builder.checkpoint import validate
+from builder.checkpoint.finished import inspected
 from builder.checkpoint.layouts import Checkpoint
-from builder.core import process, workers
+from builder.core import workers
+from builder.core.early_worker import EarlyWorker
 from builder.core.errors import UnsupportedError
+from builder.core.hashes import Hashes
+from builder.core.process import Bar, job_file
 from builder.core.safetensors_io import TensorInfo
 from builder.core.store import Store, library_versions, sources_digest
 from builder.formats.assignment import Layers, ModelFormats, by_layer, of_job
@@ -60,6 +64,7 @@ SOURCES = (
     "builder/checkpoint/layouts.py",
     "builder/formats",
     "builder/checkpoint/layout_names.py",
+    "builder/checkpoint/finished.py",
     "builder/checkpoint/validate.py",
     "builder/checkpoint/inspection",
     "builder/checkpoint/compressed_tensors/config.py",
@@ -120,9 +125,22 @@ class QuantizeRequest:
     zero_layers: Sequence[str] = ()
 
 
-def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeRequest, *, store: Store) -> Checkpoint:
+def worker(store: Store) -> EarlyWorker:
+    """The process that quantizes. It may begin before `quantize` is called."""
+    return EarlyWorker(workers.QUANTIZE, ENVIRONMENT, lambda: store.log("quantize"))
+
+
+def quantize(
+    snapshot: Snapshot,
+    calibration: Calibration,
+    asked: QuantizeRequest,
+    *,
+    store: Store,
+    early: EarlyWorker | None = None,
+) -> Checkpoint:
     """Calibrates on the rows and writes both layouts, `unified/` and `tensorrt_llm/`, then inspects them.
 
+    early: the `worker`, which may have begun.
     UnsupportedError if ModelOpt or the format can't take the model, before any calibration where that can be known;
     IntegrityError with the tensors' names if the inspection finds a problem. Such a checkpoint is not kept.
     """
@@ -162,10 +180,10 @@ def quantize(snapshot: Snapshot, calibration: Calibration, asked: QuantizeReques
     def make(tmp: Path) -> dict[str, Any]:
         check(open_tensors(snapshot.path), architecture, layers, part.number_format)
         with snapshot.source.explain_failures():
-            facts = _run(job, tmp, store)
-        found = validate.inspect(tmp, here=True)
-        found.check()
-        return {**facts, "layers": layers, "zero_layers": list(asked.zero_layers), "inspection": found.facts()}
+            facts = _run(job, tmp, store, early)
+        facts |= {"layers": layers, "zero_layers": list(asked.zero_layers)}
+        with Hashes(tmp, facts["hashed"]) as hashes:
+            return {**facts, **inspected(hashes)}
 
     artifact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
@@ -241,17 +259,12 @@ def check_sizes(
     )
 
 
-def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
+def _run(job: Mapping[str, Any], tmp: Path, store: Store, early: EarlyWorker | None) -> dict[str, Any]:
     """Runs the worker and returns the facts of the checkpoint."""
-    log = store.log("quantize")
-    events, finished = process.run_job(
-        workers.QUANTIZE,
-        {**job, "destination": str(tmp.absolute())},
-        log=log,
-        bar=process.Bar(store.out, "starting ModelOpt", "batches"),
-        env=ENVIRONMENT,
-    )
-    run = {"log": str(log), "job": str(process.job_file(log)), "max_rss": finished.max_rss}
+    with closing(early or worker(store)) as process:
+        bar = Bar(store.out, "starting ModelOpt", "batches")
+        events, finished, log = process.run({**job, "destination": str(tmp.absolute())}, bar)
+    run = {"log": str(log), "job": str(job_file(log)), "max_rss": finished.max_rss}
     return _facts(events["summary"], store, run, of_job(job))
 
 

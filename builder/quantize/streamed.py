@@ -8,15 +8,19 @@ imports nothing heavy; `builder.quantize.streamed_worker` does the work.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from builder.architectures import catalog
 from builder.calibration.rows import Calibration, required_tokens
-from builder.checkpoint import validate
+from builder.checkpoint.finished import inspected
 from builder.checkpoint.layouts import Checkpoint
-from builder.core import process, workers
+from builder.core import workers
+from builder.core.early_worker import EarlyWorker
 from builder.core.errors import UnsupportedError
+from builder.core.hashes import Hashes
+from builder.core.process import Bar, job_file
 from builder.core.store import Store, key_of, library_versions, sources_digest
 from builder.formats.assignment import ModelFormats, of_job
 from builder.hub.snapshot import Snapshot
@@ -68,11 +72,22 @@ def check(source: SourceModel, formats: ModelFormats) -> None:
         modelopt.check_sizes(shapes, one)
 
 
+def worker(store: Store) -> EarlyWorker:
+    """The process that quantizes. It may begin before `quantize_streamed` is called."""
+    return EarlyWorker(workers.QUANTIZE_STREAMED, modelopt.ENVIRONMENT, lambda: store.log("quantize"))
+
+
 def quantize_streamed(
-    snapshot: Snapshot, calibration: Calibration, asked: QuantizeRequest, *, store: Store
+    snapshot: Snapshot,
+    calibration: Calibration,
+    asked: QuantizeRequest,
+    *,
+    store: Store,
+    early: EarlyWorker | None = None,
 ) -> Checkpoint:
     """Calibrates on the rows layer by layer, writes both layouts, `unified/` and `tensorrt_llm/`, and inspects them.
 
+    early: the `worker`, which may have begun.
     UnsupportedError if the model or a format needs ModelOpt, or if transformers can't run the model layer by layer;
     IntegrityError with the tensors' names if the inspection finds a problem. Such a checkpoint is not kept.
     """
@@ -84,10 +99,10 @@ def quantize_streamed(
         job = _job(snapshot, calibration, ingredients)
         check(SourceModel.open(snapshot.path), of_job(job))
         with snapshot.source.explain_failures():
-            facts = _run({**job, "partial": str(partial)}, tmp, store)
-        found = validate.inspect(tmp, here=True)
-        found.check()
-        return {**facts, "layers": layers, "zero_layers": list(asked.zero_layers), "inspection": found.facts()}
+            facts = _run({**job, "partial": str(partial)}, tmp, store, early)
+        facts |= {"layers": layers, "zero_layers": list(asked.zero_layers)}
+        with Hashes(tmp, facts["hashed"]) as hashes:
+            return {**facts, **inspected(hashes)}
 
     artifact = store.stage(STAGE, ingredients, make)
     if not store.dry:
@@ -142,15 +157,10 @@ def _remove(partial: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _run(job: Mapping[str, Any], tmp: Path, store: Store) -> dict[str, Any]:
+def _run(job: Mapping[str, Any], tmp: Path, store: Store, early: EarlyWorker | None) -> dict[str, Any]:
     """Runs the worker and returns the facts of the checkpoint."""
-    log = store.log("quantize")
-    events, finished = process.run_job(
-        workers.QUANTIZE_STREAMED,
-        {**job, "destination": str(tmp.absolute())},
-        log=log,
-        bar=process.Bar(store.out, "starting", "B"),
-        env=modelopt.ENVIRONMENT,
-    )
-    run = {"log": str(log), "job": str(process.job_file(log)), "max_rss": finished.max_rss}
+    with closing(early or worker(store)) as process:
+        bar = Bar(store.out, "starting", "B")
+        events, finished, log = process.run({**job, "destination": str(tmp.absolute())}, bar)
+    run = {"log": str(log), "job": str(job_file(log)), "max_rss": finished.max_rss}
     return modelopt._facts(events["summary"], store, run, of_job(job))

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from builder.architectures import catalog
-from builder.checkpoint import layouts, validate
+from builder.checkpoint import layouts
+from builder.checkpoint.finished import inspected
 from builder.checkpoint.layouts import Checkpoint
+from builder.core.hashes import Hashes
 from builder.core.store import Store, sources_digest
 from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16
@@ -43,14 +45,15 @@ def write_checkpoint(snapshot: Snapshot, *, store: Store) -> Checkpoint:
         with snapshot.source.explain_failures():
             source = SourceModel.open(snapshot.path)
             writer.write(source, ModelFormats(BF16), Ranges(), tmp / "unified")
-        lacking = layouts.write_if_served(tmp / "unified", snapshot.config, tmp / "tensorrt_llm")
-        snapshot.source.check_unchanged()
-        if lacking is not None:
-            store.out.warn(f"only the Hugging Face layout was written: {lacking}")
-        found = validate.inspect(tmp, here=True)
-        found.check()
+        with Hashes(tmp) as hashes:
+            hashes.add(tmp / "unified")
+            lacking = layouts.write_if_served(tmp / "unified", snapshot.config, tmp / "tensorrt_llm")
+            snapshot.source.check_unchanged()
+            if lacking is not None:
+                store.out.warn(f"only the Hugging Face layout was written: {lacking}")
+            facts = inspected(hashes)
         store.out.info(f"no layer is quantized; {len(source.tensors)} tensors in {NAMES[source.dtype]}")
-        return {"layers": {}, "no_tensorrt_llm": lacking, "writer": "builder", "inspection": found.facts()}
+        return {"layers": {}, "no_tensorrt_llm": lacking, "writer": "builder", **facts}
 
     artifact = store.stage("checkpoint", ingredients, make)
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)

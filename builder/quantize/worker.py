@@ -24,6 +24,7 @@ from builder.checkpoint import huggingface, layouts
 from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core import temporary
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
+from builder.core.hashes import Hashes
 from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
 from builder.formats import algorithms
@@ -69,7 +70,10 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         work = writer.Work(algorithm=algorithms.of_job(job).name)
         facts |= writer.write(source, formats, ranges, unified, work)
     clock.lap("write")
-    lacking = _second_layout(unified, source, destination / "tensorrt_llm")
+    with Hashes(destination) as hashes:
+        hashes.add(unified)
+        lacking = _second_layout(unified, source, destination / "tensorrt_llm")
+        hashed = hashes.finish()
     # Weights in memory are pages of the files until they are touched, and tokenizer files were copied just now.
     SourceFiles.of_job(job).check_unchanged()
     clock.lap("layouts")
@@ -82,6 +86,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         "coverage": covered,
         "warnings": dict(said),
         "no_tensorrt_llm": lacking,
+        "hashed": hashed,
         "seconds": clock.laps,
     }
 
@@ -326,4 +331,4 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main(sys.argv, run, known))
+    sys.exit(worker_main(sys.argv, run, known, prepare=_import_all))

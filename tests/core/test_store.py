@@ -257,6 +257,7 @@ NO_INGREDIENTS |= {"recipe.quantization", "recipe.schema", "triton.repository", 
 NO_INGREDIENTS |= {
     "core.workers",
     "core.atomic",
+    "core.early_worker",
     "core.environment",
     "core.exit_status",
     "core.file_names",
