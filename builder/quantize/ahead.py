@@ -89,6 +89,7 @@ class Ahead:
             self.close()
             return None
         (self._directory.path / "unified").rename(unified)
+        self.close()  # a kill from here on leaves nothing of it
         return self._written[1]
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ SERVING = ("serve", "smoke", "bench", "build")  # they start Triton
 WITH_CHILDREN = ("fetch", "quantize", "eval", "sensitivity", *SERVING)
 # Where a disk gives out, and the commands that touch it there.
 WRITERS = {
-    "out": ("fetch", "quantize", "render", "render-again", "build", "eval", "report", "clean-all"),
+    "out": ("fetch", "quantize", "data-free", "render", "render-again", "build", "eval", "report", "clean-all"),
     "tmp": ("smoke", "quantize", "fetch"),
     "hf": ("fetch",),
     "cache": ("smoke",),
@@ -68,8 +68,8 @@ def all_kinds() -> list[tuple[str, str]]:
 
 
 # What takes a few seconds; any other kind takes half a minute or more.
-SHORT = frozenset(("kill", name) for name in ("fetch", "quantize", "render-again", "plan", "report", "verify"))
-SHORT |= {("kill", "clean"), ("kill", "clean-all")}
+_SHORT = ("fetch", "quantize", "data-free", "render-again", "plan", "report", "verify", "clean", "clean-all")
+SHORT = frozenset(("kill", name) for name in _SHORT)
 
 
 def drawn_kinds(chance: random.Random, sample: int | None = None) -> list[tuple[str, str]]:

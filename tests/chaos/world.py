@@ -62,6 +62,7 @@ _LOAD = ["--concurrency", "2", "--requests", "2", "--input-tokens", "8", "--outp
 COMMANDS = {
     "fetch": Command("empty", lambda w: ["fetch", "--model", HUB_MODEL, "--gpu", "cpu"]),
     "quantize": Command("empty", lambda w: ["quantize", *_recipe(w)]),
+    "data-free": Command("empty", lambda w: ["quantize", "--model", str(w.model), "--gpu", "cpu", "--data-free"]),
     "render": Command("quantized", lambda w: ["render", *_recipe(w)]),
     "render-again": Command("built", lambda w: ["render", *_recipe(w), *_FORCED]),
     "build": Command("rendered", lambda w: ["build", *_recipe(w)]),
