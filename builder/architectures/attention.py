@@ -29,15 +29,22 @@ def kv_heads(config: Mapping[str, Any]) -> int:
 _WITHOUT_CACHE = ("linear_attention", "mamba", "conv", "recurrent", "moe", "mlp")
 
 
+def shared_kv_layers(config: Mapping[str, Any]) -> range:
+    """The last layers, which use the keys and values of earlier ones and keep none (transformers 5.14,
+    models/gemma3n/modeling_gemma3n.py and gemma4/modeling_gemma4.py, is_kv_shared_layer)."""
+    layers = int(config["num_hidden_layers"])
+    return range(layers - min(layers, max(0, int(config.get("num_kv_shared_layers") or 0))), layers)
+
+
 def attention_layers(config: Mapping[str, Any]) -> int:
     """The number of layers that keep keys and values. Layers of a hybrid model may keep a state of constant size
     instead, or share the keys and values of an earlier layer."""
-    layers = int(config["num_hidden_layers"])
+    layers = shared_kv_layers(config).start
     kinds = config.get("layer_types") or config.get("layers_block_type")
     if pattern := config.get("hybrid_override_pattern"):  # Nemotron-H: M is Mamba, - an MLP, E experts
         return int(pattern.count("*"))
     if isinstance(kinds, list):
-        return sum(kind not in _WITHOUT_CACHE for kind in kinds[:layers]) - int(config.get("num_kv_shared_layers") or 0)
+        return sum(kind not in _WITHOUT_CACHE for kind in kinds[:layers])
     if interval := config.get("full_attention_interval"):  # Qwen3-Next: each n-th layer is full attention
         return layers // int(interval)
     return layers
@@ -54,7 +61,8 @@ def cached_values(config: Mapping[str, Any], tp: int = 1) -> int:
     if latent := config.get("kv_lora_rank"):
         return layers * (int(latent) + int(config.get("qk_rope_head_dim") or 0))
     each = 2 * max(kv_heads(config) // tp, 1) * head_size(config)
-    full = (config.get("layer_types") or []).count("full_attention") if config.get("global_head_dim") else 0
+    own = (config.get("layer_types") or [])[: shared_kv_layers(config).start]
+    full = own.count("full_attention") if config.get("global_head_dim") else 0
     if not full:
         return layers * each
     heads = int(config.get("num_global_key_value_heads") or kv_heads(config))

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from builder.architectures import catalog
+from builder.architectures.attention import shared_kv_layers
 from builder.architectures.names import is_head, layer_of
 from builder.architectures.written import is_loaded
 from builder.core.errors import UnsupportedError
@@ -40,7 +41,6 @@ from builder.model.imports import only_needed
 from builder.model.source_tensors import open_tensors
 from builder.model.streamed_weights import Source, StoredSource, Weights, buffers_to
 
-SHARED_LAYERS = "num_kv_shared_layers"  # Gemma 3n and 4
 WHOLE = "Compute with the whole model in memory instead: --memory whole"
 
 
@@ -280,8 +280,9 @@ def _decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
     if not lists:
         raise _not_layered(model, f"It has no list of its {depth} decoder layers.")
-    if getattr(model.config, SHARED_LAYERS, None):
-        raise _not_layered(model, f"Its last {model.config.num_kv_shared_layers} layers use keys of earlier ones.")
+    config = {**model.config.to_dict(), "num_hidden_layers": depth}
+    if shared := shared_kv_layers(config):
+        raise _not_layered(model, f"Its last {len(shared)} layers use keys of earlier ones.")
     name = min(lists, key=lambda one: one.count("."))
     return name, lists[name]
 
@@ -330,7 +331,7 @@ def _forget_shared(model: Any, call: Call) -> None:
     """
     for name, value in call.named.items():
         if isinstance(value, MutableMapping | list) and value:
-            if getattr(model.config, SHARED_LAYERS, None) != 0:
+            if getattr(model.config, "num_kv_shared_layers", None) != 0:
                 raise _not_layered(model, f"Its decoder layers share more than hidden states ({name}).")
             value.clear()
 

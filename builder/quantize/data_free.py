@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.architectures import catalog, names
-from builder.architectures.attention import attention_layers
+from builder.architectures.attention import attention_layers, shared_kv_layers
 from builder.architectures.facts import Architecture
 from builder.checkpoint import layouts
 from builder.checkpoint.finished import inspected
@@ -161,8 +161,9 @@ def assumed(planned: UnifiedPlan, formats: ModelFormats, config: Mapping[str, An
         return Ranges(inputs)
     copied = [part.name.removesuffix(".weight") for part in planned.copies if part.name.endswith(".weight")]
     attentions = attention_modules([*planned.layers, *copied], planned.architecture)
-    expected = attention_layers(catalog.with_common_keys(config))
-    if len(attentions) != expected:
+    common = catalog.with_common_keys(config)
+    expected = attention_layers(common)
+    if not expected <= len(attentions) <= expected + len(shared_kv_layers(common)):  # some have unused projections
         raise UnsupportedError(
             f"Scales of the KV cache of {(config.get('architectures') or ['this model'])[0]} need calibration.",
             why=f"{expected} layers keep keys and values, and {len(attentions)} have projections of keys and values.",

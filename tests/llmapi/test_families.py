@@ -79,6 +79,10 @@ def test_a_version_or_a_key_that_the_class_does_not_serve_is_refused() -> None:
         ({"kv_lora_rank": 512, "qk_rope_head_dim": 64}, 36, 36 * 576),  # DeepSeek-V3: one vector for all heads
         ({"layer_types": ["sliding_attention"] * 30 + ["full_attention"] * 6, "global_head_dim": 512,
           "num_global_key_value_heads": 4}, 36, 30 * 2 * 8 * 128 + 6 * 2 * 4 * 512),  # Gemma 4
+        ({"num_kv_shared_layers": 10}, 26, 26 * 2 * 8 * 128),
+        ({"layer_types": ["sliding_attention"] * 36, "num_kv_shared_layers": 36}, 0, 0),
+        ({"layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 6, "num_kv_shared_layers": 12,
+          "global_head_dim": 512}, 24, 20 * 2 * 8 * 128 + 4 * 2 * 8 * 512),  # 2 of the 6 full ones share
     ],
 )  # fmt: skip
 def test_layers_with_a_cache_and_what_a_token_adds(more: dict[str, Any], layers: int, values: int) -> None:

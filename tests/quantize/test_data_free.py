@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import source_models
 
+from builder.architectures import catalog
+from builder.architectures.written import Part
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, Tensors
@@ -27,6 +29,7 @@ from builder.quantize.data_free import INPUT_RANGE, write_data_free
 from builder.quantize.modelopt import QuantizeRequest
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
+from builder.quantize.unified_plan import UnifiedPlan
 from builder.recipe import schema
 
 TINY = Path("tests/data/tiny-qwen3")
@@ -159,3 +162,17 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     code = "import sys, builder.quantize.data_free; print([m for m in ('torch', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("shared", "projections", "taken"), [(0, 4, True), (2, 2, True), (2, 4, True), (0, 2, False)])
+def test_layers_that_share_keys_need_no_scales_of_the_cache(shared: int, projections: int, taken: bool) -> None:
+    """They may have projections all the same, which are not used."""
+    config = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4, "num_kv_shared_layers": shared}
+    architecture = catalog.of(config)
+    copies = [Part(f"model.layers.{n}.self_attn.k_proj.weight", "BF16", (16, 16), "") for n in range(projections)]
+    planned, formats = UnifiedPlan(architecture, "BF16", [], copies), ModelFormats(NVFP4, cache=kv_cache.FP8)
+    if taken:
+        assert len(data_free.assumed(planned, formats, config).cache) == projections
+    else:
+        with pytest.raises(UnsupportedError, match="need calibration"):
+            data_free.assumed(planned, formats, config)
