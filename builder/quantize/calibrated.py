@@ -14,7 +14,7 @@ from typing import Any
 from builder.quantize.ranges import Ranges
 
 # The part of an expert's linear layer in a name: of one expert, or of the parameter that holds all of them.
-_EXPERT = re.compile(r"(?P<experts>.+?\bexperts)(?:\.\d+)?\.(?P<projection>\w+)")
+EXPERT = re.compile(r"(?P<experts>.+?\bexperts)(?:\.\d+)?\.(?P<projection>\w+)")
 
 
 def ranges(model: Any, tensors: Iterable[str]) -> Ranges:
@@ -23,20 +23,38 @@ def ranges(model: Any, tensors: Iterable[str]) -> Ranges:
     tensors: the names of the checkpoint, in which each expert has tensors of its own. A layer that no token reached, or
     whose input is not quantized, is absent from the result.
     """
-    modules, module_of = dict(model.named_modules()), renamed(model)
+    modules = dict(model.named_modules())
+
+    def cache_of(attention: str) -> tuple[float, float] | None:
+        quantizers = (getattr(modules.get(attention), f"{kind}_bmm_quantizer", None) for kind in "kv")
+        keys, values = map(_amax, quantizers)
+        return None if keys is None or values is None else (keys, values)
+
+    return by_checkpoint_names(model, tensors, lambda place: _amax(_input_quantizer(modules, place)), cache_of)
+
+
+def by_checkpoint_names(
+    model: Any,
+    tensors: Iterable[str],
+    input_of: Callable[[str], float | None],
+    cache_of: Callable[[str], tuple[float, float] | None],
+) -> Ranges:
+    """Ranges by the names of the checkpoint's tensors, in which experts are apart.
+
+    input_of: that of the inputs of a linear layer of the model, by its name there. cache_of: those of the keys and
+    values of an attention. None where there are none.
+    """
+    module_of = renamed(model)
     inputs: dict[str, float] = {}
     cache: dict[str, tuple[float, float]] = {}
     for tensor in tensors:
         if not tensor.endswith(".weight"):
             continue
         layer, place = tensor.removesuffix(".weight"), module_of(tensor)
-        amax = _amax(_input_quantizer(modules, place))
-        if amax is not None:
+        if (amax := input_of(place)) is not None:
             inputs[layer] = amax
-        attention = modules.get(place.rpartition(".")[0])
-        keys, values = (_amax(getattr(attention, f"{kind}_bmm_quantizer", None)) for kind in "kv")
-        if keys is not None and values is not None:
-            cache[layer.rpartition(".")[0]] = keys, values
+        if (both := cache_of(place.rpartition(".")[0])) is not None:
+            cache[layer.rpartition(".")[0]] = both
     return Ranges(inputs, cache)
 
 
@@ -79,7 +97,7 @@ def _weight_quantizers(modules: Mapping[str, Any], place: str) -> list[Any]:
 
 def _joined(modules: Mapping[str, Any], place: str) -> tuple[Any, str]:
     """The module that holds the experts of a layer, and which of its two parameters this one is a part of."""
-    found = _EXPERT.fullmatch(place)
+    found = EXPERT.fullmatch(place)
     if found is None:
         return None, ""
     experts, last = modules.get(found["experts"]), found["projection"] == "down_proj"

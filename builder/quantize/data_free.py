@@ -140,7 +140,7 @@ def _write(
         "no_tensorrt_llm": lacking,
         "seconds": seconds,
     }
-    return modelopt._facts(summary, store, {}, formats)
+    return modelopt.checkpoint_facts(summary, store, {}, formats)
 
 
 def _write_unified(source: SourceModel, chosen: Mapping[str, Any], unified: Path, work: Work) -> dict[str, Any]:

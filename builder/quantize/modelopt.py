@@ -265,10 +265,13 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store, early: EarlyWorker | N
         bar = Bar(store.out, "starting ModelOpt", "batches")
         events, finished, log = process.run({**job, "destination": str(tmp.absolute())}, bar)
     run = {"log": str(log), "job": str(job_file(log)), "max_rss": finished.max_rss}
-    return _facts(events["summary"], store, run, of_job(job))
+    return checkpoint_facts(events["summary"], store, run, of_job(job))
 
 
-def _facts(summary: Mapping[str, Any], store: Store, run: Mapping[str, Any], formats: ModelFormats) -> dict[str, Any]:
+def checkpoint_facts(
+    summary: Mapping[str, Any], store: Store, run: Mapping[str, Any], formats: ModelFormats
+) -> dict[str, Any]:
+    """The facts of a checkpoint's manifest: the worker's summary and its run. Tells what was made, and warns."""
     counts = [f"{summary['quantized_linears']} linear layers in {formats.whole.title}"]
     for one, modules in formats.layers.items():
         counts += [f"{len(modules)} {'left ' * (one is BF16)}in {one.title}"] if modules else []

@@ -31,10 +31,10 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     unified = Path(job["model"])
     check_device(job.get("gpus", ()))
     found, cache = describe_directory(unified), kv_cache.get(job["kv_cache_dtype"])
-    batches = worker._batches(job)
-    worker._import_all()
+    batches = worker.read_batches(job)
+    worker.import_libraries()
     model = _load(unified, found, trust_remote_code=job["trust_remote_code"])
-    limit = worker._limit(job, model.config)
+    limit = worker.row_limit(job, model.config)
     with torch.inference_mode():
         routed = _calibrate(model, batches, found, cache)
     ranges = calibrated.ranges(model, found.headers)
@@ -105,7 +105,7 @@ def _calibrate(model: Any, batches: list[Any], found: Description, cache: KvCach
                 emit(progress={"label": "calibrating", "done": done, "total": len(batches)})
                 model.base_model(ids.to(model.device), use_cache=False)
 
-    with worker._unsupported("calibrate"):
+    with worker.unsupported("calibrate"):
         mtq.quantize(model, quantizers.config_of_inputs(mtq, cache), forward)
     experts.widen_ranges(model, routed)
     return routed

@@ -163,4 +163,4 @@ def _run(job: Mapping[str, Any], tmp: Path, store: Store, early: EarlyWorker | N
         bar = Bar(store.out, "starting", "B")
         events, finished, log = process.run({**job, "destination": str(tmp.absolute())}, bar)
     run = {"log": str(log), "job": str(job_file(log)), "max_rss": finished.max_rss}
-    return modelopt._facts(events["summary"], store, run, of_job(job))
+    return modelopt.checkpoint_facts(events["summary"], store, run, of_job(job))

@@ -32,7 +32,6 @@ SEE_ALL = (
     "Qwen3MoeSparseMoeBlock",
     "Qwen3NextSparseMoeBlock",
 )
-_EXPERT = re.compile(r"(?P<experts>.+?\bexperts)(?:\.\d+)?\.(?P<projection>\w+)")
 
 
 class Seen:
@@ -210,25 +209,18 @@ def widen(inputs: dict[str, float], routed: RoutedTokens, *, all_alike: bool) ->
 def by_checkpoint_names(numbers: Mapping[str, Mapping[str, float]], model: Any, tensors: Iterable[str]) -> Ranges:
     """What `Seen.numbers` has for the model's modules, by the names of the checkpoint's tensors, in which experts are
     apart."""
-    module_of = calibrated.renamed(model)
-    inputs: dict[str, float] = {}
-    cache: dict[str, tuple[float, float]] = {}
-    for tensor in tensors:
-        if not tensor.endswith(".weight"):
-            continue
-        layer, place = tensor.removesuffix(".weight"), module_of(tensor)
-        amax = numbers["inputs"].get(place, numbers["inputs"].get(_of_joined(place, numbers["inputs"])))
-        if amax is not None:
-            inputs[layer] = amax
-        attention = place.rpartition(".")[0]
-        if attention in numbers["keys"]:
-            cache[layer.rpartition(".")[0]] = numbers["keys"][attention], numbers["values"][attention]
-    return Ranges(inputs, cache)
+    inputs, keys, values = (numbers[kind] for kind in ("inputs", "keys", "values"))
+    return calibrated.by_checkpoint_names(
+        model,
+        tensors,
+        lambda place: inputs.get(place, inputs.get(_of_joined(place, inputs))),
+        lambda attention: (keys[attention], values[attention]) if attention in keys else None,
+    )
 
 
 def _of_joined(place: str, inputs: Mapping[str, float]) -> str:
     """The name under which joined experts' inputs are recorded for one expert's projection; "" for other layers."""
-    found = _EXPERT.fullmatch(place)
+    found = calibrated.EXPERT.fullmatch(place)
     if found is None:
         return ""
     names = ("down_proj",) if found["projection"] == "down_proj" else ("gate_up_proj", "up_proj")

@@ -35,7 +35,7 @@ from builder.quantize.writer import Work
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Writes both layouts from one calibration. Returns facts for the manifest: counts, seconds of each part."""
     destination, formats = Path(job["destination"]), of_job(job)
-    clock = worker._Clock()
+    clock = worker.Clock()
     source = SourceModel.open(Path(job["model"]))
     planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
     unified_plan.check(planned.layers)
@@ -55,7 +55,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         hashed = hashes.finish()
     SourceFiles.of_job(job).check_unchanged()  # weights are pages of the files
     clock.lap("layouts")
-    limit = worker._limit(job, SimpleNamespace(**source.config))
+    limit = worker.row_limit(job, SimpleNamespace(**source.config))
     return {
         **counts,
         **found,
@@ -92,7 +92,7 @@ def _batches(job: Mapping[str, Any], source: SourceModel) -> list[Any]:
         of_text = all("text" in json.loads(line) for line in lines)
     limit = source.config.get("max_position_embeddings")
     if not of_text or not limit or job["trust_remote_code"] or not (source.directory / "tokenizer.json").is_file():
-        return worker._batches(job)
+        return worker.read_batches(job)
     emit(progress={"label": "reading the calibration rows", "done": 0, "total": None})
     seq_len, rows = min(job["seq_len"], limit), Path(job["rows"])
     batches = token_batches(rows, ServedTokenizer(source.directory), seq_len=seq_len, batch_size=job["batch_size"])
@@ -141,7 +141,7 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
             hint=f"Use {fewer if job['batch_size'] > 1 else 'shorter rows (--calib-seq-len 512)'}.",
         )
     if isinstance(error, FloatingPointError):
-        return worker._not_finite(Path(job["model"]), text)
+        return worker.not_finite(Path(job["model"]), text)
     return worker.known(error, job)
 
 

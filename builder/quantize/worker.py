@@ -43,20 +43,20 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Writes both layouts from one calibration. Returns facts for the manifest: counts, seconds of each part."""
     destination = Path(job["destination"])
     unified = destination / "unified"
-    clock = _Clock()
+    clock = Clock()
     device = check_device(job.get("gpus", ()))
     source, formats = SourceModel.open(Path(job["model"])), of_job(job)
     planned = _plan(source, formats)
     _check_algorithm(job, planned)
-    batches = _batches(job)  # first, so that errors in tokenizer, template or rows come before ModelOpt is imported
+    batches = read_batches(job)  # first, so that errors in tokenizer, template or rows come before ModelOpt is imported
     clock.lap("rows")
-    _import_all()
+    import_libraries()
     said = _count_warnings()
     clock.lap("import")
     model = _model(job)
     clock.lap("load")
-    facts = _calibrate(model, batches, formats)
-    covered = coverage.of_batches(batches, _limit(job, model.config)) if formats.calibrated else {}
+    facts = calibrate(model, batches, formats)
+    covered = coverage.of_batches(batches, row_limit(job, model.config)) if formats.calibrated else {}
     clock.lap("calibrate")
     ranges = _ranges(model, planned)
     _check_algorithm(job, ranges)
@@ -91,7 +91,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _import_all() -> None:
+def import_libraries() -> None:
     """Does the heavy imports with the garbage collector off, which saves a fifth of their time (0.9 of 4.4 s)."""
     gc.disable()
     emit(progress={"label": "importing ModelOpt", "done": 0, "total": None})
@@ -103,9 +103,9 @@ def _import_all() -> None:
     gc.enable()
 
 
-def _load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+def load(job: Mapping[str, Any]) -> tuple[Any, list[Any]]:
     """The model and the batches of token ids, each [rows, <= seq_len]."""
-    batches = _batches(job)
+    batches = read_batches(job)
     return _model(job), batches
 
 
@@ -118,7 +118,7 @@ def _model(job: Mapping[str, Any]) -> Any:
     return model_loading.to_quantize(job, **where)
 
 
-def _batches(job: Mapping[str, Any]) -> list[Any]:
+def read_batches(job: Mapping[str, Any]) -> list[Any]:
     """The calibration rows as batches of token ids, cut at the model's own length limit."""
     with only_needed():
         from transformers import AutoConfig
@@ -131,18 +131,18 @@ def _batches(job: Mapping[str, Any]) -> list[Any]:
     tokenizer = tokenizer_loading.load(source, trust_remote_code=trust)
     with model_loading.refused(source):
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=trust)
-    limit = _limit(job, config)
+    limit = row_limit(job, config)
     batches = token_batches(Path(job["rows"]), tokenizer, seq_len=limit, batch_size=job["batch_size"])
     check_tokens(sum(batch.numel() for batch in batches), sum(map(len, batches)), job.get("min_tokens", 0))
     return batches
 
 
-def _limit(job: Mapping[str, Any], config: Any) -> int:
+def row_limit(job: Mapping[str, Any], config: Any) -> int:
     """The most tokens of a row: the job's, or the model's own limit."""
     return int(min(job["seq_len"], getattr(config, "max_position_embeddings", None) or job["seq_len"]))
 
 
-def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[str, Any]:
+def calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[str, Any]:
     """Inserts the formats' quantizers and runs the batches through the model (max calibration), unless only weights are
     read. Returns counts of layers, and the tokens of each expert."""
     import modelopt.torch.quantization as mtq
@@ -169,7 +169,7 @@ def _calibrate(model: Any, batches: list[Any], formats: ModelFormats) -> dict[st
                 body(ids.to(model.device), use_cache=False)  # with a cache 0.47's layerwise calibration is wrong
         emit(progress={"label": label, "done": len(batches), "total": len(batches)})
 
-    with torch.inference_mode(), _unsupported("quantize"):
+    with torch.inference_mode(), unsupported("quantize"):
         table = catalog.of(model.config.to_dict()).tensors
         never = [table.head] if table else []  # ModelOpt knows it as lm_head only
         mtq.quantize(model, quantizers.config(mtq, formats, never), forward if formats.calibrated else None)
@@ -222,7 +222,7 @@ def _export(model: Any, source: SourceModel, unified: Path, formats: ModelFormat
     if not torch.cuda.is_available():
         # Before 0.45 fp4_compatible() asks CUDA for its capability on any machine, and asserts.
         nvfp4_tensor.fp4_compatible = lambda: False
-    with torch.inference_mode(), _unsupported("export"):
+    with torch.inference_mode(), unsupported("export"):
         quantizers.round_weights(model, formats)
         export_hf_checkpoint(model, export_dir=unified)
     huggingface.complete(unified, source.directory)
@@ -234,7 +234,7 @@ def _second_layout(unified: Path, source: SourceModel, tensorrt_llm: Path) -> st
     return layouts.write_if_served(unified, source.config, tensorrt_llm)
 
 
-class _unsupported:
+class unsupported:
     """Turns ModelOpt's NotImplementedError into an UnsupportedError. `doing` is the verb of its message."""
 
     def __init__(self, doing: str) -> None:
@@ -250,7 +250,7 @@ class _unsupported:
             ) from error
 
 
-class _Clock:
+class Clock:
     """Measures the seconds of each part, by name."""
 
     def __init__(self) -> None:
@@ -258,6 +258,7 @@ class _Clock:
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
+        """Ends a part, which began when the last one ended."""
         now = time.monotonic()
         self.laps[name] = round(now - self._last, 3)
         self._last = now
@@ -284,7 +285,7 @@ def _count_warnings() -> Counter[str]:
     return said
 
 
-def _not_finite(model: Path, said: str) -> IntegrityError:
+def not_finite(model: Path, said: str) -> IntegrityError:
     """The error for NaN or Inf during calibration: names the model's tensors that hold some, if any do."""
     tensors = Tensors(model)
     found = [(name, wrong_floats(info, memoryview(tensors.read(name)))) for name, info in tensors.items()]
@@ -318,7 +319,7 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
     """The error to show for a problem that the user can solve; None for any other."""
     text = str(error)
     if isinstance(error, AssertionError) and "in amax" in text:
-        return _not_finite(Path(job["model"]), text)
+        return not_finite(Path(job["model"]), text)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return _full(Path(str(getattr(error, "filename", None) or job["destination"])), Path(job["destination"]))
     if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
@@ -331,4 +332,4 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main(sys.argv, run, known, prepare=_import_all))
+    sys.exit(worker_main(sys.argv, run, known, prepare=import_libraries))

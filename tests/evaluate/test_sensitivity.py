@@ -87,9 +87,9 @@ def kl_by_hand(job: Job, group: str | None) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     others = [name for name, members in GROUPS.items() if group not in (None, name) for name in members]
-    model, rows = worker._load({**job, **job["calibration"]})
+    model, rows = worker.load({**job, **job["calibration"]})
     cache = kv_cache.FP8 if group is None else kv_cache.AUTO
-    worker._calibrate(model, rows, ModelFormats(layers={BF16: others}, cache=cache))
+    worker.calibrate(model, rows, ModelFormats(layers={BF16: others}, cache=cache))
     enable_cpu_simulation()
     with torch.inference_mode():
         unified_export_hf.requantize_resmooth_fused_llm_layers(model)

@@ -62,7 +62,7 @@ def calibrated(source: Path, formats: ModelFormats) -> Any:
     model = load(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ModelOpt's own
-        worker._calibrate(model, batches(model), formats)
+        worker.calibrate(model, batches(model), formats)
     return model
 
 
@@ -202,6 +202,6 @@ def test_single_layers_stay_in_bf16_or_nothing(name: str) -> None:
 def test_widths_that_are_not_whole_blocks_are_rejected() -> None:
     model = load(exports.MODELS["llama"])
     with pytest.raises(UnsupportedError, match="not a multiple of 128, as INT4") as caught:
-        worker._calibrate(model, batches(model), ModelFormats(registry.get("int4_awq")))
+        worker.calibrate(model, batches(model), ModelFormats(registry.get("int4_awq")))
     assert "q_proj [128, 64]" in caught.value.why
     assert "int4_awq_64" in caught.value.hint

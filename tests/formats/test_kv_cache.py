@@ -44,9 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, KvCacheForm
         if (name, cache.name) not in done:
             source, at = exports.MODELS[name], tmp_path_factory.mktemp(f"{name}-{cache.name}")
             job = {"model": str(source), "rows": str(rows), "seq_len": 64, "batch_size": 1, "trust_remote_code": False}
-            model, batches = worker._load(job)
+            model, batches = worker.load(job)
             formats = ModelFormats(NVFP4, {}, cache)
-            worker._calibrate(model, batches, formats)
+            worker.calibrate(model, batches, formats)
             for tp in (1, 2):
                 exports.export(copy.deepcopy(model), at / f"theirs{tp}", at / f"modelopt{tp}", tp=tp)
             done[name, cache.name] = exports.written(model, source, formats, at)

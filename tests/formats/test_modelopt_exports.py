@@ -61,7 +61,7 @@ def ours(source: Path, formats: ModelFormats, directory: Path) -> Path:
         warnings.simplefilter("ignore")  # ModelOpt's own
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
         batches = [batch % model.config.vocab_size for batch in exports.batches()]
-        worker._calibrate(model, batches, formats)
+        worker.calibrate(model, batches, formats)
     assert worker._ranges(model, worker._plan(SourceModel.open(source), formats)) is not None  # our writer writes it
     return exports.written(model, source, formats, directory)
 
@@ -159,7 +159,7 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, name: str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        worker._calibrate(model, exports.batches(), formats)
+        worker.calibrate(model, exports.batches(), formats)
     for module in model.modules():  # a checkpoint has amax / 448, from which amax comes back but for its last bit
         if getattr(module, "num_bits", None) == (4, 3) and getattr(module, "amax", None) is not None:
             module._amax = module.amax.float() / 448 * 448

@@ -133,7 +133,7 @@ def test_weights_are_read_once_and_all_ranges_stay_those_of_modelopt(variant: st
             collect(self, x)
 
         patch.setattr(MaxCalibrator, "collect", counted)
-        worker._calibrate(model, ids, formats)
+        worker.calibrate(model, ids, formats)
     theirs = dict(exports.quantized(source).named_modules())
     ours = {name: one for name, one in model.named_modules() if getattr(one, "_amax", None) is not None}
     assert sum("weight_quantizer" in name for name in ours) >= 14

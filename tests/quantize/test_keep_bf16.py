@@ -231,8 +231,8 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, rows: Pat
     kept = facts(TINY, PATTERNS).modules("bf16")
 
     formats = ModelFormats(layers={BF16: kept})
-    simulated, batches = worker._load(job)
-    assert worker._calibrate(simulated, batches, formats)["kept_linears"] == len(kept)
+    simulated, batches = worker.load(job)
+    assert worker.calibrate(simulated, batches, formats)["kept_linears"] == len(kept)
     ids = batches[0].flatten()[:100]
     exports.written(simulated, TINY, formats, tmp_path)
     enable_cpu_simulation()
@@ -289,11 +289,11 @@ def test_an_expert_is_kept_with_all_experts_of_its_layer(rows: Path) -> None:
     """transformers 5 joins them in one module; transformers 4 has a module for each."""
     source = exports.DATA / "arch-variants" / "qwen3_moe"
     job = {"model": str(source), "rows": str(rows), "seq_len": 32, "batch_size": 1, "trust_remote_code": False}
-    model, batches = worker._load(job)
+    model, batches = worker.load(job)
     kept = facts(source, ["*.0.mlp.experts.0.down_proj"]).modules("bf16")
     assert len(kept) == 3 * model.config.num_experts
     formats = ModelFormats(layers={BF16: kept}, cache=kv_cache.FP8)
-    assert worker._calibrate(model, batches, formats)["kept_linears"] == len(kept)
+    assert worker.calibrate(model, batches, formats)["kept_linears"] == len(kept)
     experts = model.get_submodule("model.layers.0.mlp.experts")
     assert not [n for n, one in experts.named_modules() if "quantizer" in n and getattr(one, "is_enabled", False)]
 
@@ -301,12 +301,12 @@ def test_an_expert_is_kept_with_all_experts_of_its_layer(rows: Path) -> None:
 def test_a_part_of_experts_that_are_one_module_is_refused(rows: Path) -> None:
     source = exports.DATA / "arch-variants" / "qwen3_moe"
     job = {"model": str(source), "rows": str(rows), "seq_len": 32, "batch_size": 1, "trust_remote_code": False}
-    model, batches = worker._load(job)
+    model, batches = worker.load(job)
     if "model.layers.0.mlp.experts.0.down_proj" in dict(model.named_modules()):
         pytest.skip("transformers 4 has a module for each expert")
     kept = ["model.layers.0.mlp.experts.0.down_proj", "model.layers.0.mlp.experts.1.down_proj"]
     with pytest.raises(UnsupportedError, match="not modules of their own"):
-        worker._calibrate(model, batches, ModelFormats(layers={BF16: kept}, cache=kv_cache.FP8))
+        worker.calibrate(model, batches, ModelFormats(layers={BF16: kept}, cache=kv_cache.FP8))
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ def formats(model: ModelFacts, *, fp8_kv: bool = True) -> ModelFormats:
 
 
 def calibrated(source: Path, rows: Path, model: ModelFacts, *, fp8_kv: bool = True) -> Any:
-    made, batches = worker._load(job(source, rows))
-    counts = worker._calibrate(made, batches, formats(model, fp8_kv=fp8_kv))
+    made, batches = worker.load(job(source, rows))
+    counts = worker.calibrate(made, batches, formats(model, fp8_kv=fp8_kv))
     assert (counts["fp8_linears"], counts["kept_linears"]) == (len(model.modules("fp8")), len(model.modules("bf16")))
     return made
 
@@ -263,7 +263,7 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, rows: Pat
     model = facts(TINY, PATTERNS, BF16)
     simulated = calibrated(TINY, rows, model, fp8_kv=False)
     write(simulated, TINY, tmp_path, model, fp8_kv=False)
-    ids = worker._load(job(TINY, rows))[1][0].flatten()[:100]
+    ids = worker.load(job(TINY, rows))[1][0].flatten()[:100]
     enable_cpu_simulation()
     from modelopt.torch.export import unified_export_hf
 
@@ -278,7 +278,7 @@ def test_the_executor_computes_what_modelopt_simulates(tmp_path: Path, rows: Pat
 @pytest.fixture(scope="module")
 def runner(rows: Path) -> Callable[..., list[torch.Tensor]]:
     """Logits of the first texts by a runner in transformers."""
-    ids = [batch.flatten()[:100].numpy() for batch in worker._load(job(TINY, rows))[1]]
+    ids = [batch.flatten()[:100].numpy() for batch in worker.load(job(TINY, rows))[1]]
     base = {**job(TINY, rows), "dtype": "auto", "batch_tokens": 512, "kv_cache_dtype": "fp8"}
 
     def logits(name: str, model: ModelFacts = facts(TINY), **more: Any) -> list[torch.Tensor]:  # noqa: B008

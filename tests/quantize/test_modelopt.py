@@ -200,7 +200,7 @@ def test_large_scales_are_reported_by_the_title_of_the_cache(
 ) -> None:
     counts = {"quantized_linears": 1, "large_kv": 2, "kv_scales": 4, "no_tensorrt_llm": ""}
     summary = {**counts, "calibration_tokens": 0, "coverage": {}}
-    modelopt._facts(summary, Store(tmp_path, Output("plain")), {}, ModelFormats(cache=kv_cache.NVFP4))
+    modelopt.checkpoint_facts(summary, Store(tmp_path, Output("plain")), {}, ModelFormats(cache=kv_cache.NVFP4))
     assert "so an NVFP4 KV cache may cost accuracy" in capsys.readouterr().err
 
 
@@ -239,7 +239,7 @@ def test_the_child_refuses_such_sizes_too(rows: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 2, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
     with pytest.raises(UnsupportedError, match="not a multiple of 16") as caught:
-        worker._calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], ModelFormats(cache=kv_cache.FP8))
+        worker.calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], ModelFormats(cache=kv_cache.FP8))
     assert "model.layers.0.mlp.down_proj [32, 40]" in caught.value.why
 
 
@@ -262,7 +262,7 @@ def test_an_attention_that_modelopt_does_not_know_is_not_left_in_silence() -> No
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
     model.config.num_hidden_layers = 2  # one layer more than ModelOpt finds attention in
     with pytest.raises(UnsupportedError, match="KV cache of") as caught:
-        worker._calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], ModelFormats(cache=kv_cache.FP8))
+        worker.calibrate(model, [torch.ones(1, 4, dtype=torch.int64)], ModelFormats(cache=kv_cache.FP8))
     assert "--kv-cache-dtype auto" in caught.value.hint
 
 

@@ -56,8 +56,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     job = {"model": str(source), "rows": str(rows), "seq_len": 128, "batch_size": 1, "trust_remote_code": False}
 
     formats = ModelFormats(cache=kv_cache.FP8)
-    simulated, batches = worker._load(job)
-    worker._calibrate(simulated, batches, formats)
+    simulated, batches = worker.load(job)
+    worker.calibrate(simulated, batches, formats)
     ids = torch.cat([batch.flatten() for batch in batches])[:TOKENS]
     exports.written(simulated, source, formats, made)
     enable_cpu_simulation()

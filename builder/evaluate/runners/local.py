@@ -75,9 +75,9 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
     from builder.quantize import quantizers, worker
     from builder.quantize.simulation import enable_cpu_simulation
 
-    model, rows = worker._load({**job, **job["calibration"]})
+    model, rows = worker.load({**job, **job["calibration"]})
     formats = of_job({**job["calibration"], "kv_cache_dtype": job["kv_cache_dtype"]})
-    worker._calibrate(model, rows, formats)
+    worker.calibrate(model, rows, formats)
     with torch.inference_mode():
         quantizers.round_weights(model, formats)
     if not torch.cuda.is_available():

@@ -193,8 +193,8 @@ class Simulated:
     def __init__(self, job: Mapping[str, Any]) -> None:
         from modelopt.torch.export import unified_export_hf
 
-        self.model, rows = worker._load({**job, **job["calibration"]})
-        worker._calibrate(self.model, rows, of_job(job))
+        self.model, rows = worker.load({**job, **job["calibration"]})
+        worker.calibrate(self.model, rows, of_job(job))
         if not torch.cuda.is_available():
             enable_cpu_simulation()
         unified_export_hf.requantize_resmooth_fused_llm_layers(self.model)  # shared ranges, as in the checkpoint
