@@ -85,7 +85,8 @@ TRTLLM_TESTS := \
   tests/quantize/test_unquantized.py \
   tests/reference/test_model.py \
   tests/tokenizer/test_chat_template.py \
-  tests/tokenizer/test_files.py
+  tests/tokenizer/test_files.py \
+  tests/transform/test_spinquant.py
 
 env-trtllm: $(TRTLLM)/ready ## installs the environment of test-trtllm
 

@@ -14,6 +14,7 @@ read, changed and tested without those above it.
     calibration     texts that the activation ranges are read from
     checkpoint      the quantized checkpoint: layouts, sharding, validation
     quantize        backends that make a checkpoint
+    transform       rotations that are folded into a model's weights before it is quantized
     trtllm          the engine target: trtllm-build, its flags and rules
     triton          Triton model repositories
     llmapi          the llmapi target: arguments of TensorRT-LLM's LLM class

@@ -38,6 +38,7 @@ from builder.recipe.schema import Recipe, Resolved
 from builder.serving.smoke import SmokeReport, smoke_test
 from builder.targets import target
 from builder.targets.base import no_engine
+from builder.transform.stage import transformed
 from builder.triton.repository import Repository
 from builder.trtllm.engine import Engine
 
@@ -52,8 +53,9 @@ if TYPE_CHECKING:
 class Built:
     """The artifacts of a build. A part is None where the build stopped before it.
 
-    original: what a quantized model was made from, if a measurement needs it. link: None also where the verdict is
-    "failed". repository: None also where the quality check failed.
+    snapshot: what is quantized, so of a transformed model the transformed one. original: what it was made from, which
+    measurements compare with; of a quantized model only if one needs it. link: None also where the verdict is "failed".
+    repository: None also where the quality check failed.
     """
 
     snapshot: Snapshot
@@ -75,7 +77,8 @@ class Built:
     def models(self) -> Models:
         """What an evaluation can measure, with the model that BF16 means and that the tokenizer is from."""
         source = self.original or (tokenizer_source(self.checkpoint, self.snapshot) if self.checkpoint else None)
-        return Models(source or self.snapshot, self.calibration, self.checkpoint, self.repository)
+        rotated = self.snapshot if self.snapshot.artifact.stage == "transform" else None
+        return Models(source or self.snapshot, self.calibration, self.checkpoint, self.repository, rotated)
 
 
 WORKERS = {"whole": modelopt.worker, "low": streamed.worker}
@@ -184,8 +187,10 @@ def run_stages(prepared: Prepared, store: Store, until: str, *, quality: bool = 
 
 
 def _early(prepared: Prepared, store: Store) -> Early:
-    """What begins before all files of the model are there and hashed: the data-free writer, or for a local directory
-    the worker that calibrates, unless layers are measured before."""
+    """What begins before all files of the model are there and hashed: the data-free writer, unless weights are rotated
+    first, or for a local directory the worker that calibrates, unless layers are measured before."""
+    if prepared.data_free and prepared.recipe.transform.rotates:
+        return Early()
     if prepared.data_free:
         return Early(ahead=ahead_of(prepared.source, _request(prepared), store=store))
     is_first = prepared.quantized is None and prepared.recipe.quantization.kept_budget is None
@@ -223,8 +228,10 @@ def _run_stages(
             imported = replace(imported, original=fetch(named.model, store=store, source=named))
         return _serve(_checked(imported, store) if quality else imported, wanted, store)
 
+    source, snapshot = snapshot, transformed(snapshot, recipe.transform, store=store)
+    rotated_from = source if recipe.transform.rotates else None
     if recipe.quantization.as_it_is:
-        plain = Built(snapshot, prepared, checkpoint=write_checkpoint(snapshot, store=store))
+        plain = Built(snapshot, prepared, checkpoint=write_checkpoint(snapshot, store=store), original=rotated_from)
         return _serve(plain, wanted, store)
 
     prepared = keep_zeros(prepared, snapshot, store.out)
@@ -244,7 +251,7 @@ def _run_stages(
     else:
         checkpoint = _quantized(prepared, snapshot, calibration, store, early)
     _tell_limit(used(), store)
-    built = Built(snapshot, prepared, calibration, checkpoint)
+    built = Built(snapshot, prepared, calibration, checkpoint, original=rotated_from)
     return _serve(_checked(built, store) if quality else built, wanted, store)
 
 
@@ -383,6 +390,7 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
         if (choice := prepared.way(machine(store.root))) is not None:
             ways.check_fits(choice)
     snapshot = fetch(recipe.model, store=store, source=prepared.source)
+    snapshot = transformed(snapshot, recipe.transform, store=store)
     prepared = keep_zeros(prepared, snapshot, store.out)
     if proxy and recipe.sensitivity.data is None:
         return sensitivity_stage.weight_errors(snapshot, prepared.model, store)

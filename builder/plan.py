@@ -125,6 +125,7 @@ def _stages(prepared: Prepared, done: Sequence[Artifact], first: WouldRun | None
     beside = [COMPRESSED_TENSORS in part.layouts, part.save_pseudo is not None]  # each is a stage "layouts"
     skipped |= set() if any(beside) else {"layouts"}
     skipped |= set() if prepared.calibration else {"calibration"}
+    skipped |= set() if prepared.recipe.transform.rotates else {"transform"}
     stages = [stage for stage in STAGES if stage not in skipped]
     if all(beside):
         stages.insert(stages.index("layouts"), "layouts")

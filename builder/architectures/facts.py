@@ -139,6 +139,34 @@ class NotServed(Facts):
     source: str
 
 
+class Rotation(Facts):
+    """Which modules read and write the residual stream, and that nothing else lies between them, so that the stream
+    can be rotated (builder/transform/).
+
+    Names are those within a decoder layer; `*` stands for the number of an expert. `reads`: {norm: the linear layers
+    that get its output}; each is an RMS norm with a weight and no bias. `writes`: the linear layers whose output is
+    added to the stream. `values` and `output`: the projections of attention between which each head's values can be
+    rotated; None where the values are stored together with queries and keys. `kept`: modules that no rotation touches.
+    """
+
+    reads: Mapping[str, tuple[str, ...]]
+    writes: tuple[str, ...]
+    values: str | None
+    output: str
+    kept: tuple[str, ...] = ()
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    source: str
+
+    @model_validator(mode="after")
+    def _complete(self) -> Rotation:
+        if self.output not in self.writes or (self.values and self.values not in sum(self.reads.values(), ())):
+            raise ValueError("output must be among writes, and values among reads")
+        return self
+
+
 class StackedExperts(Facts):
     """Experts that a model's files hold as two three-dimensional parameters instead of one matrix for each.
 
@@ -181,7 +209,8 @@ class Architecture(Facts):
     (export/unified_export_hf.py, collect_shared_input_modules). `not_loaded`: patterns of tensors that transformers
     ignores, such as the layers that predict further tokens. `renamed`: tensors that it writes under another name than
     TensorRT-LLM reads.
-    `language_model_of`: multimodal architectures whose language model this is. Without
+    `language_model_of`: multimodal architectures whose language model this is. `rotation`: how its residual stream is
+    rotated; `not_rotated`: why it can't be, as the end of a sentence that begins with its name. Without
     `engine`, `llmapi` or `reference` that target does not serve it.
 
     `quantized_with`: the versions of ModelOpt that a test quantized a small model of this architecture with, on a CPU;
@@ -205,6 +234,8 @@ class Architecture(Facts):
     renamed: Mapping[str, str] = Field(default_factory=dict)
     experts: StackedExperts | None = None
     language_model_of: tuple[Multimodal, ...] = ()
+    rotation: Rotation | None = None
+    not_rotated: str = ""
     engine: Engine | None = None
     llmapi: LlmApi | None = None
     reference: Served | None = None
@@ -220,6 +251,8 @@ class Architecture(Facts):
             raise ValueError("qk_norm and tensors.norms disagree")
         if self.not_served and (self.engine or self.llmapi or self.reference):
             raise ValueError("not_served contradicts the targets")
+        if self.rotation and self.not_rotated:
+            raise ValueError("rotation contradicts not_rotated")
         if self.quantized_with and self.not_quantized:
             raise ValueError("quantized_with contradicts not_quantized")
         if (self.engine or self.reference) and not self.config.defaults.keys() >= NEEDED_DEFAULTS:

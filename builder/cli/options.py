@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # The stage names that --force and --from take, and the store's name for each.
 STAGE_NAMES = {
     "fetch": "snapshot",
+    "transform": "transform",
     "calibrate": "calibration",
     "quantize": "checkpoint",
     "layouts": "layouts",

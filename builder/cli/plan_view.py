@@ -45,7 +45,7 @@ def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[st
     if complete and (launched := shlex.join(found.launch.command) if found.launch.command else found.launch.model_yaml):
         out.text(launched.rstrip())
     for note in found.notes:
-        if note.rule == checks.FP8_KV:
+        if note.rule in (checks.FP8_KV, checks.ROTATED):
             out.warn(note.text)
     if found.blocked:
         out.warn(f"not on this machine: {found.blocked.what} {found.blocked.hint}")
@@ -81,6 +81,7 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
         ("model", f"{recipe.model.id}, {_parameters(found.sizes.parameters)}", origin["model.id"]),
         ("GPU", f"{card}{gpu.name}: {gpu.title}" + parallel * (recipe.engine.world_size > 1), origin["gpu"]),
         ("target", f"{recipe.target}, TensorRT-LLM {recipe.engine.tensorrt_llm}", origin["target"]),
+        *([("transform", recipe.transform.title, origin["transform.name"])] if recipe.transform.rotates else []),
         *_format_rows(found, origin["quantization.format"]),
         (
             "KV cache",

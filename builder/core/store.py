@@ -33,7 +33,7 @@ from builder.core.output import Output, seconds
 __all__ = ["MANIFEST", "digest_of", "disk_error", "key_of", "replace_file", "replace_link", "sha256"]
 
 MARKER = ".trtllm-builder-store"  # a file in the root; `builder clean` refuses to touch a directory without it
-STAGES = ("snapshot", "calibration", "checkpoint", "layouts", "ranks", "engine", "repository", "smoke")
+STAGES = ("snapshot", "transform", "calibration", "checkpoint", "layouts", "ranks", "engine", "repository", "smoke")
 # Measurements beside the chain of stages: scores of one runner on a data set and on a task, and the tables of all
 # scores; the loss of each layer and the layers selected by it; the quality check of a build and its verdict.
 _MEASURED = ("scores", "tasks", "evaluation", "sensitivity", "selection", "proxy", "quality", "verdict")

@@ -47,12 +47,15 @@ KV_AUTO = "checkpoint, KV auto"  # the row of evaluation.compare_kv
 
 @dataclass(frozen=True)
 class Models:
-    """The artifacts to measure. One that no runner of the recipe needs may be None."""
+    """The artifacts to measure. One that no runner of the recipe needs may be None.
+
+    snapshot: the model that BF16 means. transformed: what was quantized, if that is not the snapshot itself."""
 
     snapshot: Snapshot
     calibration: Calibration | None = None
     checkpoint: Checkpoint | None = None
     repository: Repository | None = None
+    transformed: Snapshot | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,11 @@ def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple
             raise NotMeasurable("Nothing was calibrated (--data-free), so there is nothing to simulate.",
                                 hint="--runner checkpoint")  # fmt: skip
         assert models.checkpoint is not None
+        model = models.transformed or models.snapshot
         rows = {"rows": str(models.calibration.path.absolute())}
         rows |= {"format": recipe.quantization.number_format.name, "layers": models.checkpoint.facts["layers"]}
         rows |= {key: getattr(recipe.calibration, key) for key in ("seq_len", "batch_size")}
-        return {"calibration": rows}, [models.snapshot.digest, models.calibration.digest]
+        return {**model.source.as_job(), "calibration": rows}, [model.digest, models.calibration.digest]
     if variant.runner == "served":
         return _served(models.repository, store), [models.repository.digest if models.repository else ""]
     assert models.checkpoint is not None

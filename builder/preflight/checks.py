@@ -36,9 +36,12 @@ from builder.targets import target
 from builder.targets.base import Excluded, Inputs, Settings
 from builder.tokenizer import files as tokenizer_files
 from builder.tokenizer.special_ids import special_ids
+from builder.transform import advice as transform_advice
 from builder.trtllm.rules import Note
 
-FP8_KV = "FP8 KV cache"  # the note that is a warning
+# Notes that are warnings.
+FP8_KV = "FP8 KV cache"
+ROTATED = "rotated weights"
 
 
 def check_machine(resolved: Resolved, *, serving: bool = True) -> None:
@@ -104,6 +107,12 @@ def notes(inputs: Inputs, settings: Settings, directory: Path | None = None) -> 
         known.append(Note("multimodal", text))
     known += tokenizer_notes(recipe, directory, inputs.config) if directory else []
     return known + target(recipe.target).notes(inputs, settings)
+
+
+def transform_notes(recipe: Recipe) -> list[Note]:
+    """What a user should know before the weights are rotated."""
+    text = transform_advice.warning(recipe)
+    return [Note(ROTATED, text)] if text else []
 
 
 def keep_patterns(recipe: Recipe, model: ModelFacts, settings: Settings) -> ModelFacts:

@@ -86,6 +86,12 @@ class Sizes:
         """With the bytes of another stage."""
         return replace(self, disk={**self.disk, stage: nbytes}, artifacts=self.artifacts + nbytes)
 
+    def transformed(self, source: Sizes) -> Sizes:
+        """These sizes are of a transformed model, which is kept; the other ones of the model that it is made from."""
+        disk = {**self.disk, "snapshot": source.disk["snapshot"]}
+        made = replace(self, parameters=source.parameters, download=source.download, disk=disk)
+        return made.with_disk("transform", self.download)
+
 
 @dataclass(frozen=True)
 class Memory:

@@ -27,6 +27,7 @@ from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Calibration, Recipe, Resolved
 from builder.targets import target
 from builder.targets.base import Inputs, Settings, Stages, Target
+from builder.transform.stage import expected
 from builder.trtllm import probe_store
 from builder.trtllm.rules import Note
 
@@ -37,7 +38,8 @@ NOTHING_QUANTIZED = "nothing is quantized"
 class Prepared:
     """A recipe with everything that follows from it and its model.
 
-    source: the model's config.json and tensor headers. model: the same with the layers that are in another format.
+    source: the model's config.json and tensor headers. model: the same as it is quantized, so transformed if the recipe
+    says so, with the layers that are in another format.
     settings: trtllm-build's flags or the LLM class's arguments, each with its reason. quantized: what the model is if
     it is quantized already; its formats are then in the recipe, and `model` is what it was before. zero_layers: linear
     layers whose weights are all zero, once the weights are there.
@@ -74,6 +76,8 @@ class Prepared:
     def sizes(self) -> Sizes:
         """Bytes to download, to keep and to hold while calibrating."""
         found = checks.sizes(self.recipe, self.model, self.serving)
+        if self.recipe.transform.rotates:
+            found = found.transformed(checks.sizes(self.recipe, checks.facts_of(self.source), self.serving))
         if self.recipe.quantization.as_it_is or self.data_free:
             return replace(found, calibration_memory=0)
         return found if self.quantized is None else self.quantized.sizes(found)
@@ -118,7 +122,7 @@ class Prepared:
     @cached_property
     def notes(self) -> list[Note]:
         """What a user should know before the build, and a reader of the report after it."""
-        own = self.quantized.notes if self.quantized else []
+        own = self.quantized.notes if self.quantized else checks.transform_notes(self.recipe)
         return own + checks.notes(self.inputs, self.settings, self.model.directory)
 
     def chosen_formats(self) -> list[tuple[str, str, str]]:
@@ -158,11 +162,12 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
     if source.quantized:
         return _prepare_quantized(resolved, source, store, layouts)
     quantized.check_unquantized(resolved.recipe)
-    inputs = Inputs(resolved, source.config, probe_store.answers(resolved, store.root))
+    made = expected(source, resolved.recipe.transform)
+    inputs = Inputs(resolved, made.config, probe_store.answers(resolved, store.root))
     settings = checks.check_model(inputs, layouts=layouts)
     checks.check_gate(resolved.recipe, settings)
     checks.check_tokenizer(resolved.recipe, source.directory, source.config)
-    model = checks.keep_patterns(resolved.recipe, checks.facts_of(source), settings)
+    model = checks.keep_patterns(resolved.recipe, checks.facts_of(made), settings)
     ways.check(resolved.recipe, model)
     checks.check_sizes(inputs, model, layouts=layouts)
     part = resolved.recipe.quantization
@@ -223,7 +228,7 @@ def tell(prepared: Prepared, store: Store) -> None:
         store.out.warn(note.text)
     if text := multimodal.note(model.config):
         store.out.warn(text)
-    for note in prepared.quantized.notes if prepared.quantized else ():
+    for note in prepared.quantized.notes if prepared.quantized else checks.transform_notes(recipe):
         store.out.warn(note.text)
     if prepared.quantized is None:
         _tell_layers(prepared, store)

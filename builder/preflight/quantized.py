@@ -149,6 +149,12 @@ def _check_recipe(resolved: Resolved, where: str) -> None:
     """UsageError if a user said how to quantize."""
     given = [flag for key, flag in DECIDED.items() if asked_for(resolved.origins.get(f"quantization.{key}", "default"))]
     given += ["--data-free"] if resolved.recipe.calibration.data_free else []
+    if resolved.recipe.transform.rotates:
+        raise UsageError(
+            f"{where} is quantized already, and --transform would rotate its weights.",
+            why="A rotation is folded into weights before they are quantized.",
+            hint="Leave --transform out, or give the original model.",
+        )
     if given:
         raise UsageError(
             f"{where} is quantized already, and {', '.join(given)} would quantize it.",

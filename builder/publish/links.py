@@ -26,7 +26,9 @@ from builder.recipe.target_facts import target_facts
 MODELS = "models"
 # Parts of a recipe that make another model to serve of the same source. Calibration and measurements do not: a model
 # calibrated anew replaces the former one.
-IDENTITY = ("name", "target", "gpu", "model.revision", "quantization.", "engine.", "llmapi.", "repository.")
+IDENTITY = (
+    "name", "target", "gpu", "model.revision", "transform.", "quantization.", "engine.", "llmapi.", "repository.",
+)  # fmt: skip
 FREE = ("engine.flags", "llmapi.args")  # parts whose keys the recipe does not know
 SOURCE = "source"
 # How a difference is written in a name; a difference in anything else is written as a digest.
@@ -70,12 +72,13 @@ def move(name: Path, repository: Path) -> None:
 
 
 def base_name(recipe: Recipe, gpu: str, prefix: str = "") -> str:
-    """<model>-<gpu>-<format>, with -keep-bf16, -keep-fp8, -tp2, -pp2, -llmapi where they apply."""
+    """<model>-<gpu>-<format>, with -spinquant, -keep-bf16, -keep-fp8, -tp2, -pp2, -llmapi where they apply."""
     part = recipe.quantization
     directory = local_directory(recipe.model)
     model = truncated(sanitized(prefix + (directory.name if directory else recipe.model.id.split("/")[-1])), 100)
     parallel = "".join(f"-{name}{n}" for name, n in (("tp", recipe.engine.tp), ("pp", recipe.engine.pp)) if n > 1)
-    other = "-keep-bf16" * bool(part.keep_bf16) + "-keep-fp8" * bool(part.keep_fp8)
+    other = f"-{recipe.transform.name}" * recipe.transform.rotates
+    other += "-keep-bf16" * bool(part.keep_bf16) + "-keep-fp8" * bool(part.keep_fp8)
     other += parallel + ("" if target_facts(recipe.target).has_engine else f"-{recipe.target}")
     return f"{model}-{gpu}-{part.format}{other}"
 

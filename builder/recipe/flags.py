@@ -16,6 +16,7 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--calib-data", "calibration.data", str, "a .jsonl file, a Hub dataset id, or builtin:python-docs"),
     ("--calib-samples", "calibration.samples", int, "number of rows to calibrate on; 0: --data-free"),
     ("--calib-seq-len", "calibration.seq_len", int, "longest row, in tokens; longer ones are cut"),
+    ("--transform", "transform.name", str, "spinquant: rotate the weights before they are quantized; none"),
     ("--format", "quantization.format", str, "nvfp4, fp8, int4_awq, ... (default: the card's best, `builder gpus`)"),
     ("--kv-cache-dtype", "quantization.kv_cache_dtype", str, "fp8, nvfp4, or auto: the model's own type"),
     (

@@ -24,6 +24,7 @@ from builder.recipe.evaluation import Evaluation, Quality, Sensitivity, Tasks
 from builder.recipe.quantization import Quantization
 from builder.recipe.sources import flatten, load_preset, load_yaml, merge, nest, parse_set
 from builder.recipe.target_facts import TARGETS
+from builder.recipe.transform import Transform
 
 Target = Literal["engine", "llmapi", "reference"]
 
@@ -163,6 +164,7 @@ class Recipe(Part):
     target: Annotated[
         Target, Field(description="what serves the model: a TensorRT engine, the LLM API or the reference executor")
     ]
+    transform: Transform = Transform()
     quantization: Quantization = Quantization()
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration.model_validate({})
     engine: Engine = Engine()

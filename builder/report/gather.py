@@ -289,6 +289,7 @@ def _size(found: _Found) -> Size:
     model, checkpoint = _files(found, "snapshot"), _files(found, "checkpoint")
     disk = [
         ("Model as downloaded", sum(model.values())),
+        ("Model with rotated weights", sum(_files(found, "transform").values())),
         ("Checkpoint, Hugging Face layout", _total(checkpoint, "unified/")),
         ("Checkpoint, TensorRT-LLM layout", _total(checkpoint, "tensorrt_llm/")),
         ("Checkpoint, compressed-tensors layout", sum(_files(found, "layouts").values())),

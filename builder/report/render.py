@@ -41,6 +41,7 @@ KINDS = {
 LAYOUTS = {"unified": "Hugging Face layout", "tensorrt_llm": "TensorRT-LLM layout"}
 STAGE_VERBS = {
     "snapshot": "download and hash the model",
+    "transform": "rotate the weights",
     "calibration": "collect calibration rows",
     "checkpoint": "quantize and validate",
     "layouts": "write the layouts requested",

@@ -60,7 +60,7 @@ def test_plan_as_json_has_stages_sizes_values_and_flags(tmp_path: Path) -> None:
     plan = json.loads(done.stdout)
     assert done.returncode == 0
     assert [row["stage"] for row in plan["stages"]] == with_quality_check(
-        [s for s in store.STAGES if s not in ("layouts", "ranks")]
+        [s for s in store.STAGES if s not in ("transform", "layouts", "ranks")]
     )
     assert {row["state"] for row in plan["stages"]} == {"will run"}
     assert plan["values"]["model.id"] == {"value": MODEL, "from": "command line"}
@@ -72,7 +72,9 @@ def test_plan_as_json_has_stages_sizes_values_and_flags(tmp_path: Path) -> None:
 def test_the_plan_of_a_sharded_model_has_one_more_stage(tmp_path: Path) -> None:
     argv = ["--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json"]
     whole, split = (json.loads(run("plan", *argv, *more).stdout) for more in ([], ["--tp", "2", "--pp", "2"]))
-    assert [row["stage"] for row in split["stages"]] == with_quality_check([s for s in store.STAGES if s != "layouts"])
+    assert [row["stage"] for row in split["stages"]] == with_quality_check(
+        [s for s in store.STAGES if s not in ("transform", "layouts")]
+    )
     command = split["command"]
     assert command[command.index("--workers") + 1] == "4"
     assert command[command.index("--checkpoint_dir") + 1] == "RANKS/tensorrt_llm"

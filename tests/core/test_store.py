@@ -24,6 +24,7 @@ from builder.evaluate import tasks, variants
 from builder.evaluate.sensitivity import stage as sensitivity_stage
 from builder.quantize import imported, modelopt, pseudo_stage, scales, streamed, unquantized
 from builder.serving import smoke
+from builder.transform import stage as transform_stage
 
 QUIET = Output("quiet")
 
@@ -252,7 +253,7 @@ NO_INGREDIENTS |= {
     "machine.host_memory",  # where hidden states are kept and how many at once, not what they are
     "recipe.evaluation",
 }
-NO_INGREDIENTS |= {"recipe.quantization", "recipe.schema", "triton.repository", "trtllm.engine"}
+NO_INGREDIENTS |= {"recipe.quantization", "recipe.schema", "recipe.transform", "triton.repository", "trtllm.engine"}
 # What only rejects, names or protects: it changes whether something is made, not what.
 NO_INGREDIENTS |= {
     "core.workers",
@@ -289,6 +290,7 @@ NO_INGREDIENTS |= {"builder"}  # its version is an ingredient of its own where a
         ("quantize/modelopt.py", modelopt.SOURCES),
         ("quantize/scales.py", scales.SOURCES),
         ("quantize/imported.py", imported.SOURCES),
+        ("transform/stage.py", transform_stage.SOURCES),
         ("quantize/streamed.py", streamed.SOURCES),
         ("quantize/unquantized.py", unquantized.SOURCES),
         ("checkpoint/requested_layouts.py", requested_layouts.SOURCES),
