@@ -16,7 +16,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,17 @@ def hf_quant_config(unified: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {"quantization": {"quant_algo": None, "kv_cache_quant_algo": None}}
 
 
-def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destination: Path) -> None:
+def write_tensorrt_llm(
+    unified: Path,
+    source_config: Mapping[str, Any],
+    destination: Path,
+    done: Callable[[int], object] = lambda nbytes: None,
+) -> None:
     """Writes the TensorRT-LLM layout (config.json, rank0.safetensors) of a unified one to `destination`.
 
-    source_config: the source model's config.json. UnsupportedError for an architecture or number format without such a
-    layout, IntegrityError if tensors are missing or disagree.
+    source_config: the source model's config.json. done: called with the bytes of rank0.safetensors that are written.
+    UnsupportedError for an architecture or number format without such a layout, IntegrityError if tensors are missing
+    or disagree.
     """
     architecture, engine = served.check_engine(source_config)
     assert architecture.tensors is not None
@@ -99,21 +105,26 @@ def write_tensorrt_llm(unified: Path, source_config: Mapping[str, Any], destinat
     producer = quant_config.get("producer") or {"name": "unknown"}
     config = {"producer": producer, **_config(source_config, architecture, engine, layout, quantization)}
     destination.mkdir(parents=True, exist_ok=True)
-    write(destination / RANK_FILE, layout.made)
+    write(destination / RANK_FILE, layout.made, done=done)
     if layout.whole_format is None:
         entries = {name: one.layer_entry for name, one in layout.formats.items()}
         write_quant_cfg(destination, {**config["quantization"], "quantized_layers": entries})
     write_json(destination / "config.json", config)
 
 
-def write_if_served(unified: Path, source_config: Mapping[str, Any], destination: Path) -> str | None:
+def write_if_served(
+    unified: Path,
+    source_config: Mapping[str, Any],
+    destination: Path,
+    done: Callable[[int], object] = lambda nbytes: None,
+) -> str | None:
     """`write_tensorrt_llm` for a model that an engine serves. Returns why there is no such layout, if so."""
     try:
         served.check_engine(source_config)
         rope(source_config)
     except UnsupportedError as error:
         return error.what
-    write_tensorrt_llm(unified, source_config, destination)
+    write_tensorrt_llm(unified, source_config, destination, done)
     return None
 
 

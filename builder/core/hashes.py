@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from types import MappingProxyType, TracebackType
 from typing import Self
 
 from builder.core import atomic
-from builder.core.manifest import sha256
+from builder.core.manifest import chunks, sha256
 
 
 class Hashes:
@@ -37,6 +40,22 @@ class Hashes:
             known = self._known.get(name)
             self._hashes[name] = self._hashing.submit(sha256, path, self._stop) if known is None else _done(known)
 
+    @contextmanager
+    def following(self, path: Path) -> Iterator[Callable[[int], None]]:
+        """Hashes a file while the block writes it from its beginning to its end, if it writes it at all.
+
+        Yields a function to call with the number of bytes that are written so far.
+        """
+        written: SimpleQueue[int | None] = SimpleQueue()
+        future = self._hashing.submit(_followed, path, written, self._stop)
+        try:
+            yield written.put
+        finally:
+            written.put(None)
+        if path.is_file():
+            self._hashes[path.relative_to(self.root).as_posix()] = future
+            self._flushed.append(self._flushing.submit(atomic.fsync, path))
+
     def finish(self) -> dict[str, str]:
         """Waits for all files that were added. Returns {name: sha256}. OSError if the disk refuses."""
         found = {name: future.result() for name, future in sorted(self._hashes.items())}
@@ -53,6 +72,22 @@ class Hashes:
         self._stop.set()
         self._hashing.shutdown(cancel_futures=True)
         self._flushing.shutdown(cancel_futures=True)
+
+
+def _followed(path: Path, written: SimpleQueue[int | None], stop: threading.Event) -> str:
+    """The sha256 of a file of which more and more is written; "" if there is no such file in the end."""
+    end = written.get()
+    if end is None and not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while not stop.is_set():
+            for chunk in chunks(file, None if end is None else end - file.tell()):
+                digest.update(chunk)
+            if end is None:
+                break
+            end = written.get()
+    return digest.hexdigest()
 
 
 def _done(known: str) -> Future[str]:

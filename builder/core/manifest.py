@@ -154,11 +154,13 @@ def sha256(path: Path, stop: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
-def chunks(file: FileIO) -> Iterator[memoryview]:
-    """The rest of a file, piece by piece, in one buffer: a piece is valid until the next one is asked for."""
-    buffer = memoryview(bytearray(max(1, min(_CHUNK, os.fstat(file.fileno()).st_size))))
-    while count := file.readinto(buffer):
+def chunks(file: FileIO, nbytes: int | None = None) -> Iterator[memoryview]:
+    """The next bytes of a file, by default to its end, in one buffer: each piece is valid until the next is read."""
+    left = os.fstat(file.fileno()).st_size if nbytes is None else nbytes
+    buffer = memoryview(bytearray(max(1, min(_CHUNK, left))))
+    while count := file.readinto(buffer if nbytes is None else buffer[:left]):
         yield buffer[:count]
+        left -= count
 
 
 def _check_types(manifest: Mapping[str, Any]) -> None:

@@ -359,9 +359,15 @@ def arrange(
     return Arrangement(len(text).to_bytes(8, "little") + text, infos)
 
 
-def write(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] | None = None) -> None:
+def write(
+    path: Path,
+    tensors: Iterable[NewTensor],
+    metadata: Mapping[str, str] | None = None,
+    done: Callable[[int], object] = lambda nbytes: None,
+) -> None:
     """Writes a file chunk by chunk, in the order of `arrange`; a failure leaves no file behind.
 
+    done: called with the number of bytes that are written so far, after each tensor.
     ValueError for a name that occurs twice or chunks that don't add up to the tensor's size.
     """
     given = list(tensors)
@@ -374,6 +380,7 @@ def write(path: Path, tensors: Iterable[NewTensor], metadata: Mapping[str, str] 
                 written = sum(_append(file.fileno(), chunk) for chunk in chunks[name])
                 if written != info.nbytes:
                     raise ValueError(f"{name}: got {written} bytes for {info.dtype} {list(info.shape)}")
+                done(info.end)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -18,8 +18,7 @@ from typing import Any
 from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers, shared_kv_layers
 from builder.architectures.facts import Architecture
-from builder.checkpoint import layouts
-from builder.checkpoint.finished import inspected
+from builder.checkpoint.finished import inspected, write_second_layout
 from builder.checkpoint.layouts import Checkpoint
 from builder.core import temporary
 from builder.core.errors import UnsupportedError
@@ -116,7 +115,7 @@ def _chosen(asked: QuantizeRequest) -> dict[str, Any]:
 def _write(
     snapshot: Snapshot, chosen: Mapping[str, Any], hashes: Hashes, store: Store, ahead: Ahead | None
 ) -> dict[str, Any]:
-    """Writes the layouts, and hashes the first one while it writes the second. Returns facts for the manifest."""
+    """Writes the layouts, and hashes them meanwhile. Returns facts for the manifest."""
     tmp = hashes.root
     temporary.sweep(tmp.parent)  # of a killed run's `Ahead`
     started, source, formats = time.monotonic(), SourceModel.open(snapshot.path), of_job(chosen)
@@ -126,8 +125,7 @@ def _write(
         if counts is None:
             counts = _write_unified(source, chosen, tmp / "unified", Work(done=_counter(bar)))
     wrote = time.monotonic()
-    hashes.add(tmp / "unified")
-    lacking = layouts.write_if_served(tmp / "unified", source.config, tmp / "tensorrt_llm")
+    lacking = write_second_layout(source.config, hashes)
     snapshot.source.check_unchanged()
     seconds = {"write": round(wrote - started, 3), "layouts": round(time.monotonic() - wrote, 3)}
     summary = {

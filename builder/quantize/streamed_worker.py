@@ -17,7 +17,7 @@ from typing import Any
 from builder.architectures import catalog
 from builder.architectures.attention import attention_layers
 from builder.calibration import coverage
-from builder.checkpoint import layouts
+from builder.checkpoint.finished import write_second_layout
 from builder.core.errors import BuilderError, UnsupportedError
 from builder.core.hashes import Hashes
 from builder.core.process import emit, worker_main
@@ -50,8 +50,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     counts = writer.write(source, formats, ranges, destination / "unified", Work(algorithm=algorithms.of_job(job).name))
     clock.lap("write")
     with Hashes(destination) as hashes:
-        hashes.add(destination / "unified")
-        lacking = layouts.write_if_served(destination / "unified", source.config, destination / "tensorrt_llm")
+        lacking = write_second_layout(source.config, hashes)
         hashed = hashes.finish()
     SourceFiles.of_job(job).check_unchanged()  # weights are pages of the files
     clock.lap("layouts")

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.architectures import catalog
-from builder.checkpoint import layouts
-from builder.checkpoint.finished import inspected
+from builder.checkpoint.finished import inspected, write_second_layout
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.hashes import Hashes
 from builder.core.store import Store, sources_digest
@@ -46,8 +45,7 @@ def write_checkpoint(snapshot: Snapshot, *, store: Store) -> Checkpoint:
             source = SourceModel.open(snapshot.path)
             writer.write(source, ModelFormats(BF16), Ranges(), tmp / "unified")
         with Hashes(tmp) as hashes:
-            hashes.add(tmp / "unified")
-            lacking = layouts.write_if_served(tmp / "unified", snapshot.config, tmp / "tensorrt_llm")
+            lacking = write_second_layout(snapshot.config, hashes)
             snapshot.source.check_unchanged()
             if lacking is not None:
                 store.out.warn(f"only the Hugging Face layout was written: {lacking}")

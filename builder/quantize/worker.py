@@ -20,7 +20,8 @@ from typing import Any
 
 from builder.architectures import catalog
 from builder.calibration import coverage
-from builder.checkpoint import huggingface, layouts
+from builder.checkpoint import huggingface
+from builder.checkpoint.finished import write_second_layout
 from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core import temporary
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
@@ -71,8 +72,8 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         facts |= writer.write(source, formats, ranges, unified, work)
     clock.lap("write")
     with Hashes(destination) as hashes:
-        hashes.add(unified)
-        lacking = _second_layout(unified, source, destination / "tensorrt_llm")
+        emit(progress={"label": "writing the TensorRT-LLM layout", "done": 0, "total": None})
+        lacking = write_second_layout(source.config, hashes)
         hashed = hashes.finish()
     # Weights in memory are pages of the files until they are touched, and tokenizer files were copied just now.
     SourceFiles.of_job(job).check_unchanged()
@@ -226,12 +227,6 @@ def _export(model: Any, source: SourceModel, unified: Path, formats: ModelFormat
         quantizers.round_weights(model, formats)
         export_hf_checkpoint(model, export_dir=unified)
     huggingface.complete(unified, source.directory)
-
-
-def _second_layout(unified: Path, source: SourceModel, tensorrt_llm: Path) -> str | None:
-    """Derives the TensorRT-LLM layout from the Hugging Face one. Returns why there is none, if so."""
-    emit(progress={"label": "writing the TensorRT-LLM layout", "done": 0, "total": None})
-    return layouts.write_if_served(unified, source.config, tensorrt_llm)
 
 
 class unsupported:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from builder.core import hashes as module
 from builder.core.hashes import Hashes
@@ -62,3 +66,46 @@ def test_an_error_ends_the_threads_at_once(tmp_path: Path) -> None:
         hashes.add(tmp_path)
         raise KeyboardInterrupt
     assert time.monotonic() - start < 30
+
+
+@given(st.lists(st.binary(max_size=40), max_size=8), st.booleans())
+def test_a_file_is_hashed_while_it_is_written(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], told: bool
+) -> None:
+    root = tmp_path_factory.mktemp("root")
+    with Hashes(root) as hashes:
+        with hashes.following(root / "file") as done, open(root / "file", "wb", buffering=0) as file:
+            for part in parts:
+                file.write(part)
+                if told:
+                    done(file.tell())
+        hashes.add(root)
+        assert hashes.finish() == {"file": hashlib.sha256(b"".join(parts)).hexdigest()}
+
+
+def test_a_file_that_is_never_written_has_no_hash(tmp_path: Path) -> None:
+    with Hashes(tmp_path) as hashes:
+        with hashes.following(tmp_path / "file"):
+            pass
+        assert hashes.finish() == {}
+
+
+def test_what_is_not_written_yet_is_not_read(tmp_path: Path) -> None:
+    """Bytes that are there but not told may still change."""
+    with Hashes(tmp_path) as hashes:
+        with hashes.following(tmp_path / "file") as done, open(tmp_path / "file", "wb", buffering=0) as file:
+            file.write(b"told, and more")
+            done(4)
+            time.sleep(0.1)
+            os.pwrite(file.fileno(), b" or less", 4)
+        found = hashes.finish()
+    assert found == {"file": sha256(tmp_path / "file")}
+
+
+def test_a_failure_while_a_file_is_written_ends_what_follows_it(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with suppress(ValueError), Hashes(tmp_path) as hashes, hashes.following(tmp_path / "file") as done:
+        (tmp_path / "file").write_bytes(b"half")
+        done(2)
+        raise ValueError
+    assert threading.active_count() == before
