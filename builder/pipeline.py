@@ -44,6 +44,7 @@ from builder.trtllm.engine import Engine
 
 if TYPE_CHECKING:
     from builder.evaluate.candidates import Candidate
+    from builder.evaluate.parts.figures import Losses
     from builder.evaluate.sensitivity.stage import Sensitivity
     from builder.evaluate.stage import Evaluation
     from builder.quality.check import Quality
@@ -397,6 +398,18 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     calibration = calibrate(recipe.calibration, store=store)
     check_conversations(read_rows(calibration), snapshot.path)
     return sensitivity_stage.sensitivity(snapshot, calibration, prepared.model, recipe, store=store, proxy=proxy)
+
+
+def measure_parts(resolved: Resolved, store: Store) -> Losses:
+    """What the recipe's checkpoint loses by its weights, by the inputs of its layers, and by its KV cache."""
+    from builder.evaluate.parts import stage as parts  # numpy: only for those who measure
+
+    parts.check(resolved.recipe)
+    built = _run(resolved, store, "checkpoint", measured=True)
+    models = built.models
+    assert models.checkpoint is not None
+    model = models.transformed or models.snapshot  # whose weights the checkpoint rounds
+    return parts.measure_parts(model, models.checkpoint, resolved.recipe, store=store)
 
 
 def stored(prepared: Prepared, store: Store) -> tuple[list[Artifact], WouldRun | None]:

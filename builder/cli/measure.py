@@ -49,11 +49,15 @@ def add(commands: Any) -> None:
         examples=[
             "builder sensitivity --model Qwen/Qwen3-8B --gpu sm120 --sensitivity-data texts.jsonl",
             "builder sensitivity --model tests/data/tiny-qwen3 --gpu cpu --proxy",
+            "builder sensitivity --model Qwen/Qwen3-8B --gpu sm120 --parts --sensitivity-data texts.jsonl",
         ],
     )  # fmt: skip
     add_recipe(command)
-    command.add_argument("--proxy", action="store_true",
-                         help="measure errors of outputs (without texts: of weights), not KL")  # fmt: skip
+    either = command.add_mutually_exclusive_group()
+    either.add_argument("--proxy", action="store_true",
+                        help="measure errors of outputs (without texts: of weights), not KL")  # fmt: skip
+    either.add_argument("--parts", action="store_true",
+                        help="measure weights, inputs and KV cache of the checkpoint apart, by layer")  # fmt: skip
     add_force(command)
     add_output(command)
 
@@ -94,13 +98,20 @@ def run_eval(arguments: argparse.Namespace, out: Output) -> int:
 
 
 def run_sensitivity(arguments: argparse.Namespace, out: Output) -> int:
-    """Measures each group of layers by itself."""
+    """Measures each group of layers by itself, or each part of the checkpoint."""
     resolved = resolve(arguments)
     from builder import pipeline
     from builder.core.store import Store
     from builder.evaluate.sensitivity.stage import show
 
     store = Store(arguments.output, out, force=sorted(forced_stages(arguments)))
+    if arguments.parts:
+        from builder.evaluate.parts.stage import show as show_parts
+
+        with store.in_use():
+            parts = pipeline.measure_parts(resolved, store)
+        show_parts(parts, resolved.recipe, out)
+        return 0
     with store.in_use():
         found = pipeline.measure_layers(resolved, store, proxy=arguments.proxy)
     show(found, with_same_recipe("quantize", arguments), out)

@@ -36,7 +36,7 @@ MEASUREMENTS = {
     "texts": ["texts"],
     "scores": ["scores"],
     "tasks": ["tasks"],
-    "sensitivity": ["sensitivity", "proxy"],
+    "sensitivity": ["sensitivity", "proxy", "parts"],
     "selection": ["selection"],
 }
 

@@ -192,6 +192,24 @@ def test_max_finds_its_own_scales_again(numbers: list[float], exponent: int) -> 
     assert torch.equal(scales.float()[used], block_scale.float()[used])
 
 
+def test_codes_of_another_algorithm_need_the_stored_scales(store: Store) -> None:
+    """What `mse` chose is found again with its scales, and not by `max` from the weights alone."""
+    made = quantized(store, quantization__algorithm="mse", quantization__save_pseudo="bf16")
+    assert made.pseudo is not None
+    assert made.checkpoint is not None
+    directory, stored = made.pseudo.path / DIRECTORY, Tensors(made.checkpoint.unified)
+    assert json.loads((directory / "quantize_config.json").read_text())["algorithm"] == "mse"
+    weights, scales = tensors(directory, WEIGHTS), tensors(directory, SCALES)
+    differing = 0
+    for layer in [name.removesuffix(".scale_2") for name in scales if name.endswith(".scale_2")]:
+        weight, block_scale = weights[f"{layer}.weight"], scales[f"{layer}.per_block_scale"]
+        again = codes(weight, block_scale, scales[f"{layer}.scale_2"])
+        assert torch.equal(again, plain(read(stored, f"{layer}.weight"))), layer
+        by_max = nvfp4.quantize(weight, scales[f"{layer}.scale_2"])[1]
+        differing += int((by_max.float() != block_scale.float()).sum())
+    assert differing > 1000
+
+
 def test_every_layout_gives_the_same_files(pseudo: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
     convert(checkpoint.unified, tmp_path / "ct", "compressed_tensors")
     sources = {"unified": checkpoint.unified, "ct": tmp_path / "ct", "trt": checkpoint.tensorrt_llm}

@@ -59,10 +59,10 @@ def bf16(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
     spreads a whole one over GPUs and host memory (not tested)."""
     if job.get("memory") == LOW:
         with layered():
-            model = streamed.open_model(job, _device(), dtype=_dtype(job, _stated(job)))
+            model = streamed.open_model(job, _device(), dtype=dtype_of(job, _stated(job)))
         yield Layered(model, job["batch_tokens"])
     else:
-        yield Causal(model_loading.load(job, dtype=_dtype(job, "auto"), **_where()), job["batch_tokens"])
+        yield Causal(model_loading.load(job, dtype=dtype_of(job, "auto"), **places()), job["batch_tokens"])
     SourceFiles.of_job(job).check_unchanged()
 
 
@@ -83,7 +83,7 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
     if not torch.cuda.is_available():
         enable_cpu_simulation()
     unified_export_hf.requantize_resmooth_fused_llm_layers(model)  # q, k and v share a range, as in the checkpoint
-    dtype = _dtype(job, None)
+    dtype = dtype_of(job, None)
     model = model if dtype is None else model.to(dtype)
     mtq.fold_weight(model)  # quantized once, not in each forward
     yield Causal(model, job["batch_tokens"])
@@ -97,14 +97,14 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION, _attend)
+    AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     unified = Path(job["unified"])
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
     stored = Tensors(unified)
     quantization = hf_quant_config(unified)["quantization"]
     formats = declared(quantization)
-    dtype = _dtype(job, None) or torch.bfloat16
+    dtype = dtype_of(job, None) or torch.bfloat16
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": ATTENTION}
     runner: Causal | Layered
     if job.get("memory") == LOW:
@@ -112,7 +112,7 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
             by_layer = stored_model.load_streamed(unified, config, formats, device=_device(), **options)
         model, runner = by_layer.model, Layered(by_layer, job["batch_tokens"])
     else:
-        model = stored_model.load(unified, config, formats, **options, **_where())
+        model = stored_model.load(unified, config, formats, **options, **places())
         runner = Causal(model, job["batch_tokens"])
     _quantize_inputs(model, stored, formats)
     if kv_cache.get(job["kv_cache_dtype"]).quantized:
@@ -120,7 +120,7 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
     yield runner
 
 
-def _dtype(job: Mapping[str, Any], default: Any) -> Any:
+def dtype_of(job: Mapping[str, Any], default: Any) -> Any:
     """The dtype of computation: the recipe's. By default the model's own on a GPU and, as in the reference executor,
     float32 on a CPU, so that runners differ only in what they quantize."""
     if job["dtype"] != "auto":
@@ -139,7 +139,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _where() -> dict[str, Any]:
+def places() -> dict[str, Any]:
     return {"device_map": "auto"} if torch.cuda.is_available() else {}
 
 
@@ -156,10 +156,10 @@ def _quantize_inputs(model: Any, stored: Tensors, formats: DeclaredFormats) -> N
                 hint="Measure ModelOpt's simulation or the served model: --runner simulated, --runner served",
             )
         tensors = stored_model.tensors_of(stored, name, number_format)
-        module.register_forward_pre_hook(_Rounded(number_format, tensors, last))
+        module.register_forward_pre_hook(RoundedInput(number_format, tensors, last))
 
 
-class _Rounded:
+class RoundedInput:
     """Rounds a linear layer's input. Consecutive layers with the same input (q, k, v; gate, up) share `last`, so it is
     rounded once."""
 
@@ -180,7 +180,7 @@ class _Rounded:
 
 
 def _quantize_cache(model: Any, stored: Tensors, cache: KvCacheFormat) -> None:
-    """Sets the format and the scales that `_attend` reads, where the checkpoint has them."""
+    """Sets the format and the scales that `attend` reads, where the checkpoint has them."""
     modules = dict(model.named_modules())
     for key in stored:
         kind = key.rpartition(".")[2]
@@ -192,7 +192,7 @@ def _quantize_cache(model: Any, stored: Tensors, cache: KvCacheFormat) -> None:
             attention.kv_cache_format = cache
 
 
-def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
     """transformers' sdpa over keys (after RoPE) and values rounded as in the checkpoint's KV cache."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

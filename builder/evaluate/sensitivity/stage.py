@@ -36,6 +36,7 @@ from builder.recipe.schema import Recipe
 SOURCES = (
     "builder/evaluate/sensitivity/stage.py",
     "builder/evaluate/sensitivity/worker.py",
+    "builder/evaluate/sensitivity/results.py",
     "builder/evaluate/sensitivity/weight_error.py",
     "builder/quantize/exclude.py",
     "builder/evaluate/datasets.py",

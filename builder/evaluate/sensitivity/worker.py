@@ -9,7 +9,6 @@ BF16 is run, and each decoder layer once more per group.
 from __future__ import annotations
 
 import decimal
-import json
 import math
 import os
 import re
@@ -29,6 +28,7 @@ from builder.core.process import emit, worker_main
 from builder.evaluate.datasets import Sequences, sequences
 from builder.evaluate.runners.local import Causal
 from builder.evaluate.runners.worker import score_set
+from builder.evaluate.sensitivity.results import Results
 from builder.evaluate.sensitivity.weight_error import weight_errors
 from builder.formats import kv_cache, registry
 from builder.formats.assignment import of_job
@@ -149,42 +149,6 @@ def _summary(job: Mapping[str, Any], done: Results) -> dict[str, Any]:
         "weight_errors": weight_errors(open_tensors(Path(job["model"])), job["groups"], registry.get(job["format"])),
         "tokens": done.tokens,
     }
-
-
-class Results:
-    """The results file: one JSON line per result. Incomplete lines of an interrupted run are ignored."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._found: dict[str, dict[str, float]] = {}
-        self.output_errors: dict[str, float] = {}
-        self.tokens = 0
-        for line in path.read_bytes().split(b"\n") if path.exists() else ():
-            try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                continue
-
-    def _take(self, line: Mapping[str, Any]) -> None:
-        if "output_errors" in line:
-            self.output_errors, self.tokens = dict(line["output_errors"]), line["tokens"]
-        else:
-            self._found[line["name"]] = {"kl": line["kl"], "agreement": line["agreement"]}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._found
-
-    def __getitem__(self, name: str) -> dict[str, float]:
-        return self._found[name]
-
-    def add(self, **line: Any) -> None:
-        """Appends one result; it is on the disk when this returns."""
-        self._take(line)
-        with open(self._path, "ab") as file:
-            # The first newline ends an incomplete line of an interrupted run.
-            file.write(f"\n{json.dumps(line)}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
 
 
 class Simulated:

@@ -1,0 +1,183 @@
+"""Snapshot, Checkpoint -> Losses: what a checkpoint loses by its weights, by the inputs of its layers, by its KV cache.
+
+A worker process (worker.py) measures each part alone, and everything but each part, against BF16 on the recipe's texts.
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from builder.calibration.rows import calibrate
+from builder.checkpoint.layouts import Checkpoint
+from builder.core import process, workers
+from builder.core.errors import UnsupportedError, UsageError
+from builder.core.output import Output
+from builder.core.store import Store, key_of, library_versions, sources_digest
+from builder.evaluate.parts.figures import PARTS, WHOLE, Figure, Losses, alone, without
+from builder.evaluate.sensitivity import stage as sensitivity
+from builder.hub.snapshot import Snapshot
+from builder.model.hashed_files import SourceFiles
+from builder.quantize import modelopt
+from builder.recipe.schema import Calibration as Rows
+from builder.recipe.schema import Recipe
+
+SOURCES = (
+    "builder/evaluate/metrics.py",
+    "builder/evaluate/parts/stage.py",
+    "builder/evaluate/parts/figures.py",
+    "builder/evaluate/parts/worker.py",
+    *sensitivity.SOURCES,
+)
+
+
+def check(recipe: Recipe) -> None:
+    """UsageError if the recipe names no texts, quantizes nothing or excludes the whole model from memory;
+    UnsupportedError for formats whose parts can't be told apart: before any work."""
+    sensitivity.check_texts(recipe)
+    part = recipe.quantization
+    if part.memory == "low":
+        raise UsageError(
+            "Parts are measured with the whole model in memory, and --memory low excludes that.",
+            hint="Leave --memory low out. Or measure the checkpoint as a whole: builder eval",
+        )
+    if part.as_it_is:
+        raise UsageError("Nothing is quantized, so nothing is lost.", hint="Choose another --format.")
+    if scaled := [one.title for one in part.quantized_formats if one.scales_inputs]:
+        raise UnsupportedError(
+            f"The loss of {scaled[0]} can't be divided into weights and inputs.",
+            why="It moves a part of each weight into a scale of the inputs, so neither is quantized alone.",
+            hint="Measure the checkpoint as a whole: builder eval",
+        )
+
+
+def measure_parts(snapshot: Snapshot, checkpoint: Checkpoint, recipe: Recipe, *, store: Store) -> Losses:
+    """Measures each part of the checkpoint; an interrupted run resumes. Raises what `check` raises."""
+    check(recipe)
+    _check_memory(snapshot, recipe, store)
+    part, evaluation = recipe.sensitivity, recipe.evaluation
+    assert part.data is not None
+    texts = calibrate(Rows(**part.data.model_dump(), samples=part.texts), store=store, use=sensitivity.USE)
+    longest = min(part.max_tokens, int(snapshot.config.get("max_position_embeddings") or part.max_tokens))
+    asked: dict[str, Any] = {
+        "lengths": {"min_tokens": evaluation.min_tokens, "max_tokens": longest},
+        "kv_cache_dtype": recipe.quantization.kv_cache_dtype,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top")},
+    }
+    ingredients = {
+        "of": [snapshot.digest, checkpoint.digest],
+        "texts": texts.digest,
+        **asked,
+        "libraries": library_versions("torch", "transformers"),
+        "sources": sources_digest(*SOURCES),
+        "gpus": modelopt.calibrating(),
+        "environment": modelopt.numerics(),
+    }
+    partial = store.root / "partial" / f"parts-{key_of('parts', ingredients)}.jsonl"
+    job = {
+        **asked,
+        **snapshot.source.as_job(),
+        "texts": str(texts.path.absolute()),
+        "unified": str(checkpoint.unified),
+        "gpus": ingredients["gpus"],
+        "results": str(partial),
+    }
+
+    def make(tmp: Path) -> dict[str, Any]:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        if "parts" in store.force:
+            partial.unlink(missing_ok=True)
+        summary = _run({**job, "scratch": str(tmp)}, store)
+        (tmp / "parts.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        return summary
+
+    artifact = store.stage("parts", ingredients, make)
+    partial.unlink(missing_ok=True)
+    return _losses(artifact.facts, artifact.path / "parts.json")
+
+
+def _check_memory(snapshot: Snapshot, recipe: Recipe, store: Store) -> None:
+    """UnsupportedError if the whole model does not fit."""
+    from builder.evaluate import memory  # decides whether it is measured, not what comes out
+    from builder.evaluate.variants import Models
+
+    if memory.of_runner("bf16", Models(snapshot), recipe, store) == "low":
+        raise UnsupportedError(
+            "Parts are measured with the whole model in memory, and it does not fit.",
+            hint="Use a machine with more memory. Or measure the checkpoint as a whole: builder eval",
+        )
+
+
+def _run(job: dict[str, Any], store: Store) -> dict[str, Any]:
+    """Runs the worker and returns its summary."""
+    with SourceFiles.of_job(job).explain_failures():
+        events, _ = process.run_job(
+            workers.PARTS,
+            job,
+            log=store.log("parts"),
+            bar=process.Bar(store.out, "loading the model"),
+            env=modelopt.ENVIRONMENT,
+        )
+    summary: dict[str, Any] = events["summary"]
+    return summary
+
+
+def _losses(facts: Any, path: Path) -> Losses:
+    results, parts = facts["results"], facts["parts"]
+
+    def figure(name: str) -> Figure:
+        return Figure(**results[name])
+
+    layers = {
+        int(layer): {
+            part: results[alone(part, int(layer))]["kl"] for part in parts if alone(part, int(layer)) in results
+        }
+        for layer in facts["layers"]
+    }
+    return Losses(
+        whole=figure(WHOLE),
+        alone={part: figure(alone(part)) for part in parts},
+        without={part: figure(without(part)) for part in parts} if len(parts) > 1 else {},
+        layers=layers,
+        modules={int(layer): prefix for layer, prefix in facts["layers"].items()},
+        tokens=facts["tokens"],
+        path=path,
+    )
+
+
+def show(found: Losses, recipe: Recipe, out: Output) -> None:
+    """Prints what each part costs, for the model and by layer, and what to try next."""
+    from builder.evaluate.parts import advice  # read by no measurement, so no part of its key
+
+    rows = [
+        (PARTS[part], str(figure), str(found.without[part]) if part in found.without else "-")
+        for part, figure in found.alone.items()
+    ]
+    rows.append(("all of them", str(found.whole), "-"))
+    out.table("KL to BF16 by part (95 % intervals)", ["part", "quantized alone", "all but this one"], rows)
+    columns = ["layer", *(PARTS[part] for part in found.alone)]
+    by_layer = [
+        (str(layer), *(f"{parts[part]:.2e}" if part in parts else "-" for part in found.alone))
+        for layer, parts in sorted(found.layers.items())
+    ]
+    out.table("KL to BF16 by decoder layer, each part of each layer quantized alone", columns, by_layer)
+    sentences = advice.advise(found, recipe.quantization)
+    for label, sentence in zip(["advice", *[""] * len(sentences)], sentences, strict=False):
+        out.text(f"{label:<10} {sentence}")
+    out.text(f"tokens     {found.tokens:,}")
+    out.text(f"kept       {found.path}")
+    out.result(_as_dict(found) | {"advice": sentences})
+
+
+def _as_dict(found: Losses) -> dict[str, Any]:
+    return {
+        "whole": vars(found.whole),
+        "alone": {part: vars(figure) for part, figure in found.alone.items()},
+        "without": {part: vars(figure) for part, figure in found.without.items()},
+        "layers": {str(layer): dict(parts) for layer, parts in found.layers.items()},
+        "tokens": found.tokens,
+        "path": str(found.path),
+    }
