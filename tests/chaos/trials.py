@@ -20,11 +20,12 @@ SERVING = ("serve", "smoke", "bench", "build")  # they start Triton
 WITH_CHILDREN = ("fetch", "quantize", "eval", "sensitivity", *SERVING)
 # Where a disk gives out, and the commands that touch it there.
 WRITERS = {
-    "out": ("fetch", "quantize", "data-free", "render", "render-again", "build", "eval", "report", "clean-all"),
+    "out": ("fetch", "quantize", "data-free", "rotated", "render", "render-again", "build", "eval", "report",
+            "clean-all"),
     "tmp": ("smoke", "quantize", "fetch"),
     "hf": ("fetch",),
     "cache": ("smoke",),
-}
+}  # fmt: skip
 READERS = ("plan", "verify", "smoke")  # of a store that nobody may write to: they write nothing there
 # Commands that start at the same time, and the state that they find.
 RACES = (
@@ -68,7 +69,7 @@ def all_kinds() -> list[tuple[str, str]]:
 
 
 # What takes a few seconds; any other kind takes half a minute or more.
-_SHORT = ("fetch", "quantize", "data-free", "render-again", "plan", "report", "verify", "clean", "clean-all")
+_SHORT = ("fetch", "quantize", "data-free", "rotated", "render-again", "plan", "report", "verify", "clean", "clean-all")
 SHORT = frozenset(("kill", name) for name in _SHORT)
 
 

@@ -63,6 +63,7 @@ COMMANDS = {
     "fetch": Command("empty", lambda w: ["fetch", "--model", HUB_MODEL, "--gpu", "cpu"]),
     "quantize": Command("empty", lambda w: ["quantize", *_recipe(w)]),
     "data-free": Command("empty", lambda w: ["quantize", "--model", str(w.model), "--gpu", "cpu", "--data-free"]),
+    "rotated": Command("empty", lambda w: [*COMMANDS["data-free"].argv(w), "--transform", "spinquant"]),
     "render": Command("quantized", lambda w: ["render", *_recipe(w)]),
     "render-again": Command("built", lambda w: ["render", *_recipe(w), *_FORCED]),
     "build": Command("rendered", lambda w: ["build", *_recipe(w)]),
