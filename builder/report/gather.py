@@ -220,7 +220,7 @@ def _model(found: _Found) -> Model:
         gpu=str(gpu.get("name") or (f"sm{sm}" if sm else "cpu" if _on_cpu(target) else "unknown")),
         gpu_title=str(gpu.get("title", "")),
         target=target,
-        format=_format(found.ingredients("checkpoint").get("quantization", {})),
+        format=_format(found.ingredients("checkpoint")) + _transform(found),
         built=float(found.repository.manifest["started"]),
         repository=str(found.repository.manifest["key"]),
     )
@@ -230,11 +230,17 @@ def _on_cpu(target: str) -> bool:
     return target in TARGETS and not TARGETS[target].needs_gpu
 
 
-def _format(quantization: Mapping[str, Any]) -> str:
+def _format(checkpoint: Mapping[str, Any]) -> str:
+    quantization = checkpoint.get("quantization", checkpoint)  # data-free, the formats are ingredients of their own
     number_format = registry.all_formats().get(name := str(quantization.get("format", "unknown")))
     weights = number_format.title if number_format else name
     cache = kv_cache.FORMATS.get(str(quantization.get("kv_cache_dtype")))
     return f"{weights}, {cache.title}" if cache else weights
+
+
+def _transform(found: _Found) -> str:
+    rotations = " and ".join(name.upper() for name in found.facts("transform").get("rotations", {}))
+    return f", weights rotated (SpinQuant {rotations})" if rotations else ""
 
 
 def _values(found: _Found) -> list[tuple[str, Any, str]]:

@@ -22,6 +22,7 @@ from builder.preflight.prepare import prepare
 from builder.publish import links
 from builder.recipe import schema
 from builder.recipe.transform import Transform
+from builder.report import gather
 from builder.transform import writing
 from builder.transform.stage import transformed
 
@@ -126,6 +127,17 @@ def test_a_build_quantizes_the_rotated_model_and_compares_with_the_original(tmp_
     assert (plain.original, plain.models.transformed) == (None, None)
     assert plain.checkpoint is not None
     assert plain.checkpoint.digest != built.checkpoint.digest
+
+
+def test_the_record_and_the_report_say_what_was_rotated(tmp_path: Path) -> None:
+    built = pipeline.build(resolved(), Store(tmp_path, QUIET), until="repository")
+    assert built.link is not None
+    assert built.link.name == "qwen2-cpu-nvfp4-spinquant"
+    report = gather.gather(built.link)
+    assert report.model.format == "NVFP4, FP8 KV cache, weights rotated (SpinQuant R1 and R2)"
+    assert ("transform.name", "spinquant") in [(key, value) for key, value, _ in report.values]
+    assert "transform" in [stage.name for stage in report.stages]
+    assert dict(report.size.disk)["Model with rotated weights"] > dict(report.size.disk)["Model as downloaded"]
 
 
 def test_the_sizes_of_the_plan_are_those_of_the_files(tmp_path: Path) -> None:
