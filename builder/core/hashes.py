@@ -28,21 +28,24 @@ class Hashes:
         self.root, self._stop = root, threading.Event()
         self._hashing, self._flushing = ThreadPoolExecutor(thread_name_prefix="hash"), ThreadPoolExecutor(1, "flush")
         self._hashes: dict[str, Future[str]] = {}
-        self._known, self._flushed = dict(known), list[Future[None]]()
+        self._known, self._flushed = dict(known), dict[str, Future[None]]()
 
     def add(self, directory: Path) -> None:
         """Begins with all files below a directory, the root or one in it, except those that were added before."""
         for path in sorted(directory.rglob("*")):
             name = path.relative_to(self.root).as_posix()
-            if not path.is_file() or name in self._hashes:
+            if not path.is_file() or name in self._flushed:
                 continue
-            self._flushed.append(self._flushing.submit(atomic.fsync, path))
+            self._flushed[name] = self._flushing.submit(atomic.fsync, path)
+            if name in self._hashes:  # by `following`
+                continue
             known = self._known.get(name)
             self._hashes[name] = self._hashing.submit(sha256, path, self._stop) if known is None else _done(known)
 
     @contextmanager
     def following(self, path: Path) -> Iterator[Callable[[int], None]]:
-        """Hashes a file while the block writes it from its beginning to its end, if it writes it at all.
+        """Hashes a file while the block writes it from its beginning to its end, if it writes it at all. It is flushed
+        once it is added.
 
         Yields a function to call with the number of bytes that are written so far.
         """
@@ -54,12 +57,11 @@ class Hashes:
             written.put(None)
         if path.is_file():
             self._hashes[path.relative_to(self.root).as_posix()] = future
-            self._flushed.append(self._flushing.submit(atomic.fsync, path))
 
     def finish(self) -> dict[str, str]:
         """Waits for all files that were added. Returns {name: sha256}. OSError if the disk refuses."""
         found = {name: future.result() for name, future in sorted(self._hashes.items())}
-        for one in self._flushed:
+        for one in self._flushed.values():
             one.result()
         return found
 

@@ -90,6 +90,20 @@ def test_a_file_that_is_never_written_has_no_hash(tmp_path: Path) -> None:
         assert hashes.finish() == {}
 
 
+def test_a_followed_file_is_flushed_once_it_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(module.atomic, "fsync", flushed.append)
+    with Hashes(tmp_path) as hashes:
+        with hashes.following(tmp_path / "file"):
+            (tmp_path / "file").write_bytes(b"content")
+        hashes.finish()
+        assert not flushed
+        hashes.add(tmp_path)
+        hashes.add(tmp_path)
+        assert hashes.finish() == {"file": hashlib.sha256(b"content").hexdigest()}
+    assert flushed == [tmp_path / "file"]
+
+
 def test_what_is_not_written_yet_is_not_read(tmp_path: Path) -> None:
     """Bytes that are there but not told may still change."""
     with Hashes(tmp_path) as hashes:
