@@ -23,7 +23,7 @@ from builder.checkpoint import layouts, quantized_source, shards, unified_config
 from builder.checkpoint.compressed_tensors import config as compressed_config
 from builder.checkpoint.compressed_tensors import tensors as compressed
 from builder.checkpoint.description import CONFIG, HF_QUANT_CONFIG, Description, Layout, describe_directory
-from builder.checkpoint.layouts import QUANT_CFG, write_json, write_quant_cfg
+from builder.checkpoint.layouts import QUANT_CFG, check_formats, write_json, write_quant_cfg
 from builder.core import atomic
 from builder.core.errors import BuilderError, StageError, UsageError
 from builder.core.output import Output, size
@@ -115,6 +115,8 @@ def convert(source: Path, destination: Path, layout: Layout, options: Options = 
         raise UsageError(f"{destination} exists.", hint="Name a new directory, or remove this one first.")
     found = describe_directory(source)
     quantized_source.check(found, str(source))
+    if layout != "compressed_tensors":
+        check_formats(found.formats)
     if found.layout == layout:
         raise UsageError(f"{source} is in this layout already.", hint=f"Copy it: cp -r {source} {destination}")
     with new_directory(destination, sum(file.stat().st_size for file in source.glob("*.safetensors"))) as new:

@@ -93,6 +93,7 @@ def write_tensorrt_llm(
     quant_config = hf_quant_config(unified)
     quantization = quant_config.get("quantization") or {}
     formats, cache = declared(quantization), kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo"))
+    check_formats(formats)
     tensors = Tensors(unified)
     embedding = tensors.get(f"{table.embedding}.weight")
     layout = _Layout(tensors, formats, embedding.dtype if embedding else "BF16")
@@ -112,6 +113,17 @@ def write_tensorrt_llm(
     write_json(destination / "config.json", config)
 
 
+def check_formats(formats: DeclaredFormats) -> None:
+    """UnsupportedError for formats that TensorRT-LLM has no layout of."""
+    lacking = [one for one in formats.used if one.compressed_only]
+    if lacking:
+        raise UnsupportedError(
+            f"TensorRT-LLM has no layout for {' and '.join(one.title for one in lacking)}.",
+            why=lacking[0].targets_source,
+            hint="Take the compressed-tensors layout, or quantize the original model to another --format.",
+        )
+
+
 def write_if_served(
     unified: Path,
     source_config: Mapping[str, Any],
@@ -122,6 +134,7 @@ def write_if_served(
     try:
         served.check_engine(source_config)
         rope(source_config)
+        check_formats(declared(hf_quant_config(unified).get("quantization") or {}))
     except UnsupportedError as error:
         return error.what
     write_tensorrt_llm(unified, source_config, destination, done)

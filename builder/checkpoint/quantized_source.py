@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from builder.architectures import catalog, names
+from builder.checkpoint.compressed_tensors.config import SHAPE
 from builder.checkpoint.description import TITLES, Description
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import TensorInfo
@@ -21,9 +22,6 @@ from builder.formats.base import NumberFormat, StoredTensor
 from builder.formats.registry import BF16
 from builder.model import completeness, quantization_signs
 from builder.model.completeness import Header
-
-# Tensors of compressed-tensors that repeat the shape of a packed weight.
-SHAPES = "weight_shape"
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def unquantized(found: Description, where: str, *, scales: bool = False) -> dict
     for module, one in found.layers.items():
         if one.quant_algo is not None:
             tensors[f"{module}.weight"] = "BF16", _layer(found, module, one, problems)
-            used |= {f"{module}.{_leaf(found, tensor)}" for tensor in one.tensors} | {f"{module}.{SHAPES}"}
+            used |= {f"{module}.{_leaf(found, tensor)}" for tensor in one.tensors} | {f"{module}.{SHAPE}"}
     cache = tuple(f".{name.rpartition('.')[2]}" for name in (*found.cache.unified, *found.cache.compressed_tensors))
     for name, info in found.headers.items():
         if name in used or (cache and name.endswith(cache)):

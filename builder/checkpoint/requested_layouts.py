@@ -20,6 +20,7 @@ from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
 
 COMPRESSED_TENSORS = "compressed-tensors"
+SHAPE_BYTES = 16  # of the tensor weight_shape beside a packed weight: two I64
 SOURCES = (
     "builder/architectures",
     "builder/checkpoint",

@@ -80,6 +80,11 @@ def scalar(info: TensorInfo, data: memoryview) -> float:
     return float(floats(info.dtype, data)[0])
 
 
+def integers(info: TensorInfo, data: memoryview) -> tuple[int, ...]:
+    """The values of I64 or I32 numbers."""
+    return tuple(np.frombuffer(data, {"I64": "<i8", "I32": "<i4"}[info.dtype]).tolist())
+
+
 def floats(dtype: str, data: memoryview) -> np.ndarray[Any, np.dtype[np.float32]]:
     """F32, F16 or BF16 values as float32."""
     if dtype == "BF16":
@@ -154,8 +159,9 @@ def hole(data: memoryview) -> tuple[int, int] | None:
 
 
 def _integers(info: TensorInfo, data: memoryview) -> Checked:
-    """INT8 values, or packed INT4 (U8, or I8 of the same bytes), which must not all be zero."""
-    if not _any(data, 0xFF):
+    """INT8 values, packed INT4 (U8, or I8 of the same bytes), or packed INT8 (I32, where zero has the bits 0x80): they
+    must not all be zero."""
+    if not _any(data, 0x7F if info.dtype == "I32" and len(info.shape) == 2 else 0xFF):
         return Checked("is all zero")
     return Checked("")
 

@@ -220,6 +220,9 @@ def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected, 
         read=lambda: layout.tensors.release(name),
     )
     measured.add(name, want, data, checked)
+    if want.numbers is not None and (stated := tensor_checks.integers(info, data)) != want.numbers:
+        layout.report(name, f"says {list(stated)}, not {list(want.numbers)}", "shape")
+        return
     if checked.wrong:
         layout.report(name, checked.wrong, _kind_of_value(want, checked.wrong))
     elif want.linear and want.linear.quant_algo:

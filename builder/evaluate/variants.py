@@ -129,6 +129,9 @@ def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple
     if variant.runner == "simulated":
         if recipe.quantization.as_it_is:
             raise NotMeasurable("Nothing is quantized, so there is nothing to simulate.", hint="--runner checkpoint")
+        if recipe.quantization.number_format.compressed_only:
+            raise NotMeasurable(f"ModelOpt has no {recipe.quantization.title}, so it does not simulate it.",
+                                hint="--runner checkpoint")  # fmt: skip
         if models.calibration is None:
             raise NotMeasurable("Nothing was calibrated (--data-free), so there is nothing to simulate.",
                                 hint="--runner checkpoint")  # fmt: skip

@@ -126,6 +126,11 @@ class Scheme:
     weights: Mapping[str, Any]
     inputs: Mapping[str, Any] | None = None
 
+    @property
+    def has_shape(self) -> bool:
+        """Whether a layer has a tensor `weight_shape`: I64 [2], outputs and inputs before weights were packed."""
+        return self.compressor == "pack-quantized"
+
 
 @dataclass(frozen=True, eq=False)
 class NumberFormat:
@@ -151,6 +156,9 @@ class NumberFormat:
     gemm_inputs, gemm_outputs: what a GPU's part of a layer must be a multiple of for TensorRT-LLM's GEMM.
     compressed_tensors: what compressed-tensors calls it; None where that library has no such format.
     input_range: the largest magnitude of an input under the scale 1, where an `input_scale` is stored.
+    needs_ranges: whether ranges of inputs must be measured: an assumed one is far too wide for integers.
+    compressed_only: whether only readers of compressed-tensors load it. Its unified layout, which holds what the other
+        is made of, is then read by the builder alone, and there is no layout of TensorRT-LLM.
     """
 
     name: str
@@ -174,6 +182,8 @@ class NumberFormat:
     gemm_outputs: int = 1
     compressed_tensors: Scheme | None = None
     input_range: float | None = None
+    needs_ranges: bool = False
+    compressed_only: bool = False
 
     @property
     def weight(self) -> StoredTensor:

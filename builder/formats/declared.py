@@ -15,7 +15,7 @@ from typing import Any
 
 from builder.core.errors import UnsupportedError
 from builder.formats.base import NumberFormat
-from builder.formats.registry import BF16, all_formats, for_whole_model, of_entry
+from builder.formats.registry import BF16, all_formats, for_tensorrt_llm, of_entry
 
 # quant_algo of a checkpoint whose layers are in several formats (tensorrt_llm/quantization/mode.py, QuantAlgo).
 MIXED = "MIXED_PRECISION"
@@ -179,9 +179,9 @@ def _unsupported(entries: Sequence[Mapping[str, Any]]) -> UnsupportedError:
             sizes = " or ".join(str(size) for size in known if size)
             has = f"has groups of {sizes}" if sizes else "has no groups"
             why.append(f"{algo} {has}; this checkpoint says {', '.join(odd)}.")
-    names = ", ".join(one.name for one in for_whole_model())
+    names = ", ".join(one.name for one in for_tensorrt_llm())
     return UnsupportedError(
         f"The checkpoint's weights are in {', '.join(algos)} (quant_algo), which is not supported.",
-        why=" ".join([*why, f"Supported: {', '.join(one.title for one in for_whole_model())}."]),
+        why=" ".join([*why, f"Supported: {', '.join(one.title for one in for_tensorrt_llm())}."]),
         hint=f"Give the original model that it was made from, with --format and one of {names}.",
     )

@@ -14,7 +14,7 @@ from builder.formats.bf16 import FORMAT as BF16
 from builder.formats.fp8 import FORMAT as FP8
 from builder.formats.nvfp4 import FORMAT as NVFP4
 
-__all__ = ["BF16", "FP8", "NVFP4", "all_formats", "axes", "for_whole_model", "get", "of_entry"]
+__all__ = ["BF16", "FP8", "NVFP4", "all_formats", "axes", "for_tensorrt_llm", "for_whole_model", "get", "of_entry"]
 
 
 @functools.cache
@@ -39,6 +39,11 @@ def for_whole_model() -> list[NumberFormat]:
     return [one for one in all_formats().values() if one.whole_model]
 
 
+def for_tensorrt_llm() -> list[NumberFormat]:
+    """Those of them that TensorRT-LLM has a layout of."""
+    return [one for one in for_whole_model() if not one.compressed_only]
+
+
 def of_entry(entry: Mapping[str, Any]) -> NumberFormat | None:
     """The format that a checkpoint's entry {"quant_algo", "group_size"} names, None for an unknown one. Where the entry
     leaves the group size out, the first format with this quant_algo."""
@@ -61,7 +66,7 @@ def _axes() -> dict[tuple[str, int], tuple[Axis, ...]]:
     """{(last part of a name, dimensions): axes}. Formats that share a name and a rank must agree on the axes, because
     a file is split by names and shapes alone."""
     found: dict[tuple[str, int], tuple[Axis, ...]] = {}
-    for one in all_formats().values():
+    for one in (one for one in all_formats().values() if not one.compressed_only):
         for tensor in one.tensors:
             key = tensor.tensorrt_llm, len(tensor.dims)
             if found.setdefault(key, tensor.axes) != tensor.axes:

@@ -11,7 +11,7 @@ from typing import Any
 from builder.architectures import names
 from builder.architectures.facts import Architecture
 from builder.calibration import rows as calibration_rows
-from builder.checkpoint import sharding
+from builder.checkpoint import requested_layouts, sharding
 from builder.checkpoint.requested_layouts import COMPRESSED_TENSORS
 from builder.core import process, workers
 from builder.core.errors import UnsupportedError, UsageError
@@ -59,10 +59,30 @@ def check_model(inputs: Inputs, *, layouts: bool = True) -> Settings:
     layouts: also check that the target can load the model. UsageError or UnsupportedError if it cannot, with advice
     that was tried (advice.py).
     """
+    if layouts:
+        check_served(inputs.resolved)
     try:
         return _settings(inputs, layouts)
     except (UnsupportedError, UsageError) as error:
         raise advice.tried(error, inputs, _settings) from error
+
+
+def check_served(resolved: Resolved) -> None:
+    """UnsupportedError for formats that no target of TensorRT-LLM serves."""
+    lacking = [one for one in resolved.quantized_formats if one.compressed_only]
+    if not lacking:
+        return
+    recipe, title = resolved.recipe, " and ".join(one.title for one in lacking)
+    made = resolved.stored is not None  # by someone else: there is nothing to quantize
+    write = f"`builder quantize --model {recipe.model.id} --gpu {resolved.gpu.name} --format {lacking[0].name}`"
+    raise UnsupportedError(
+        f"TensorRT-LLM does not serve {title}, so there is nothing to build, serve or plan.",
+        why=lacking[0].targets_source,
+        hint="Measure it with `builder eval`, or serve it with one of those."
+        if made
+        else f"{write} writes it in the compressed-tensors layout, and `builder eval` measures it. To serve it with "
+        f"TensorRT-LLM, leave --format out: the default is the card's best.",
+    )
 
 
 def _settings(inputs: Inputs, layouts: bool) -> Settings:
@@ -213,8 +233,17 @@ def sizes(recipe: Recipe, model: ModelFacts, asked: Serving) -> Sizes:
     rows = recipe.calibration
     local = local_directory(recipe.model) is not None
     found = memory.sizes(model, asked, calibration_tokens=rows.batch_size * rows.seq_len, local=local)
-    requested = COMPRESSED_TENSORS in recipe.quantization.layouts  # its tensors have the bytes of the unified ones
-    return found.with_disk("layouts", found.unified) if requested else found
+    if COMPRESSED_TENSORS not in recipe.quantization.layouts:
+        return found
+    packed = [n for n, (_, shape) in model.written.items() if model.quantizes(n, shape) and _has_shape(model, n)]
+    # Its tensors have the bytes of the unified ones.
+    return found.with_disk("layouts", found.unified + requested_layouts.SHAPE_BYTES * len(packed))
+
+
+def _has_shape(model: ModelFacts, tensor: str) -> bool:
+    """Whether compressed-tensors stores the shape of this weight beside it."""
+    scheme = model.format_of(tensor).compressed_tensors
+    return scheme is not None and scheme.has_shape
 
 
 def read_model(model: Model, store: Store) -> ModelFacts:

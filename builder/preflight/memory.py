@@ -154,6 +154,8 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
     """
     unified = _unified(model, asked.cache)
     layout = asked.facts.has_engine or model.architecture.engine is not None  # llmapi needs none of TensorRT-LLM's own
+    served = not model.compressed_only
+    layout = layout and served
     whole = sum(rank_bytes(model, replace(asked, tp=1, pp=1, target="engine"))) if layout else 0
     ranks = rank_bytes(model, asked)
     split = len(ranks) > 1 and asked.facts.has_engine
@@ -161,8 +163,9 @@ def sizes(model: ModelFacts, asked: Serving, *, calibration_tokens: int = 2048, 
     disk = {
         "snapshot": 0 if local else download,
         "checkpoint": unified + whole,
-        "ranks": sum(ranks) if split else 0,
-        "engine": sum(ranks) if asked.facts.builds_tensorrt else 0,  # the reference engine is hard links
+        "ranks": sum(ranks) if split and served else 0,
+        # The reference engine is hard links.
+        "engine": sum(ranks) if asked.facts.builds_tensorrt and served else 0,
     }
     return Sizes(
         parameters=sum(math.prod(shape) for _, shape in model.tensors.values()),

@@ -53,6 +53,11 @@ class ModelFacts:
         """{module: format} of the linear layers in a format of their own."""
         return by_layer(self.layers)
 
+    @property
+    def compressed_only(self) -> bool:
+        """Whether a layer is in a format that TensorRT-LLM has no layout of."""
+        return any(one.compressed_only for one in (self.number_format, *self.single.values()))
+
     @cached_property
     def written(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """The tensors that a checkpoint is made of (architectures/written.py), without an output layer that is tied to

@@ -121,7 +121,8 @@ def take(resolved: Resolved, source: Source, *, store: Store) -> tuple[Resolved,
     companions = original.directory if original and found.layout == "tensorrt_llm" else source.directory
     model = ModelFacts(source.config, tensors, formats.layers, companions, formats.whole)
     linears = exclude.linears(model.tensors, model.architecture)
-    quantized = Quantized(found, formats, cache, original, recipe.calibration.scales, _needs_engine_layout(recipe))
+    layout = _needs_engine_layout(recipe) and not any(one.compressed_only for one in formats.quantized)
+    quantized = Quantized(found, formats, cache, original, recipe.calibration.scales, layout)
     return _with_formats(resolved, formats, cache, linears), source, model, quantized
 
 

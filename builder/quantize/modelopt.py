@@ -29,7 +29,7 @@ from builder.core.safetensors_io import TensorInfo
 from builder.core.store import Store, library_versions, sources_digest
 from builder.formats.assignment import Layers, ModelFormats, by_layer, of_job
 from builder.formats.base import NumberFormat
-from builder.formats.registry import BF16, NVFP4, for_whole_model
+from builder.formats.registry import BF16, NVFP4, for_tensorrt_llm
 from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
 from builder.model.source_tensors import open_tensors
@@ -247,7 +247,7 @@ def check_sizes(
     if not reason:
         return
     wrong = [f"{name} {list(weights[name])}" for name, found in reasons.items() if found == reason]
-    others = (one for one in for_whole_model() if one.quant_algo is not None) if runs is None else runs
+    others = (one for one in for_tensorrt_llm() if one.quant_algo is not None) if runs is None else runs
     fitting = ", ".join(one.name for one in others if all(map(one.fits, weights.values())))
     hint = f"Formats that fit these sizes: --format {fitting}"
     if runs is None:
@@ -284,6 +284,6 @@ def checkpoint_facts(
             f"{summary['large_kv']} of {summary['kv_scales']} KV cache scales are above 0.5, so an "
             f"{formats.cache.title} may cost accuracy; --kv-cache-dtype auto keeps the model's own type"
         )
-    if summary["no_tensorrt_llm"]:
+    if summary["no_tensorrt_llm"] and not formats.whole.compressed_only:
         store.out.warn(f"only the unified layout was written: {summary['no_tensorrt_llm']}")
     return {**summary, **run}

@@ -16,7 +16,7 @@ from builder.core.errors import UnsupportedError
 from builder.formats.assignment import ModelFormats
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
-from builder.formats.registry import BF16, FP8, for_whole_model
+from builder.formats.registry import BF16, FP8, for_tensorrt_llm
 from builder.quantize import modelopt
 
 # ModelOpt 0.47 leaves these alone (configs/ptq/units/default_disabled_quantizers); 0.37 does not know them yet.
@@ -216,7 +216,7 @@ def _check_not_joined(model: Any, one: NumberFormat) -> None:
             f"ModelOpt can't quantize the experts of {type(model).__name__} to {one.title}.",
             why=f"transformers joins them in one module ({joined[0]}), and {one.title} needs a scale for each input.",
             hint="Choose one without such scales that the card runs (`builder gpus`): --format "
-            + ", ".join(other.name for other in for_whole_model() if not other.scales_inputs),
+            + ", ".join(other.name for other in for_tensorrt_llm() if not other.scales_inputs),
         )
 
 

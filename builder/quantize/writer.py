@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from builder import __version__
 from builder.architectures.written import Part
 from builder.checkpoint import huggingface, unified_config
 from builder.checkpoint.layouts import write_json
@@ -261,11 +262,17 @@ def _write_documents(source: SourceModel, made: UnifiedPlan, cache: KvCacheForma
     config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": NAMES[made.dtype]}
     if made.layers or cache.quantized:
         stated = unified_config.quantization(made.layers, _unquantized(made, source.config), cache)
-        document = {"producer": PRODUCER, "quantization": stated}
+        document = {"producer": _producer(made), "quantization": stated}
         write_json(unified / "hf_quant_config.json", document)
         config["quantization_config"] = unified_config.block(document, made.layers)
     write_json(unified / CONFIG, config)
     huggingface.complete(unified, source.directory)
+
+
+def _producer(made: UnifiedPlan) -> dict[str, str]:
+    """The tool that the layout is named after: ModelOpt, unless it has no such format."""
+    ours = any(one.compressed_only for one in made.layers.values())
+    return {"name": "trtllm-builder", "version": __version__} if ours else PRODUCER
 
 
 def _unquantized(made: UnifiedPlan, config: Mapping[str, Any]) -> list[str]:

@@ -30,6 +30,8 @@ def support(one: NumberFormat | KvCacheFormat, gpu: GpuProfile, target: str) -> 
 
 def runs(one: NumberFormat | KvCacheFormat, gpu: GpuProfile, target: str, version: str | None = None) -> bool:
     """Whether a target runs a format on a card, in this TensorRT-LLM version (None: in any)."""
+    if isinstance(one, NumberFormat) and one.compressed_only:
+        return False
     if not target_facts(target).needs_gpu or gpu.sm is None:
         return True
     if target not in one.targets:
@@ -83,13 +85,15 @@ def default_cache(gpu: GpuProfile, target: str, weights: str) -> tuple[str, str]
 
     weights: the format in `quantization.format`.
     """
+    one = registry.all_formats().get(weights)
+    if one is not None and one.compressed_only:
+        return kv_cache.AUTO.name, "its scales are calibrated; the servers that read compressed-tensors decide"
     if not target_facts(target).needs_gpu or gpu.sm is None:
         return kv_cache.FP8.name, "half the bytes"
     if not runs(kv_cache.FP8, gpu, target):
         return kv_cache.AUTO.name, f"{gpu.name} has no FP8 KV cache"
     if gpu.sm < FIRST_FP8:
         return kv_cache.AUTO.name, "no FP8 attention here, so FP8 would cost KV reuse and chunked context"
-    one = registry.all_formats().get(weights)
     if one is None or one.quant_algo not in FP8_ATTENTION:  # None: a scheme, whose attention is not in NVFP4
         return kv_cache.AUTO.name, "FP8 would cost KV reuse and chunked context with these weights"
     return kv_cache.FP8.name, "half the bytes, read by FP8 attention"

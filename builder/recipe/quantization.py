@@ -52,6 +52,7 @@ KvCacheName = Annotated[
 
 
 LayoutName = Literal["unified", "tensorrt_llm", "compressed-tensors"]  # checkpoint/conversion.py, LAYOUTS
+COMPRESSED_TENSORS: LayoutName = "compressed-tensors"
 AUTO = "auto:"  # before a KL budget, in keep_bf16 and keep_fp8
 
 
@@ -148,6 +149,15 @@ class Quantization(Part):
         if self.keep_fp8 and (one is formats.FP8 or one.scales_inputs):
             why = "all its layers are in FP8" if one is formats.FP8 else "ModelOpt would smooth those layers too"
             raise ValueError(f"keep_fp8 can't be combined with format {self.format}: {why}; use keep_bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _layout_exists(self) -> Quantization:
+        if self.number_format.compressed_only and COMPRESSED_TENSORS not in self.layouts:
+            raise ValueError(
+                f"format {self.format} has the compressed-tensors layout alone, and layouts leaves it out; "
+                "use --layouts compressed-tensors, which is its default"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from builder.core.errors import UsageError
+from builder.formats import registry as formats
 from builder.formats.algorithms import ALGORITHMS
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
@@ -21,7 +22,7 @@ from builder.machine import gpus
 from builder.recipe import card_formats
 from builder.recipe.base import Natural, Part, Positive, Processes, Ranks
 from builder.recipe.evaluation import Evaluation, Quality, Sensitivity, Tasks
-from builder.recipe.quantization import Quantization
+from builder.recipe.quantization import COMPRESSED_TENSORS, Quantization
 from builder.recipe.sources import flatten, load_preset, load_yaml, merge, nest, parse_set
 from builder.recipe.target_facts import TARGETS
 from builder.recipe.transform import Transform
@@ -192,6 +193,17 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _ranges_are_measured(self) -> Recipe:
+        part = self.quantization
+        if self.calibration.data_free and any(one.needs_ranges for one in part.quantized_formats):
+            raise ValueError(
+                f"format {part.format} measures the ranges of inputs on calibration rows, and there are none "
+                "(data-free): under an assumed range, integers would round most inputs to zero; use format "
+                "int8_dynamic, which needs no range, or name rows: --calib-data FILE.jsonl"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _auto_has_texts(self) -> Recipe:
         if self.quantization.kept_budget is not None and self.sensitivity.data is None:
             raise ValueError(
@@ -281,13 +293,18 @@ def resolve(
 
 
 def _choose_formats(merged: dict[str, Any], origins: dict[str, str], gpu: gpus.GpuProfile) -> None:
-    """Fills in the formats of the weights and of the KV cache that no source names: the card's best."""
+    """Fills in the formats of the weights and of the KV cache that no source names, the card's best, and the layout of
+    a format that has one alone."""
     part, target = merged.setdefault("quantization", {}), merged["target"]
     if not isinstance(part, dict):
         return  # which validation rejects
     if "format" not in part:
         part["format"], why = card_formats.default_format(gpu, target)
         origins["quantization.format"] = f"GPU profile {gpu.name}: {why}"
+    one = formats.all_formats().get(str(part["format"]))
+    if one is not None and one.compressed_only and "layouts" not in part:
+        part["layouts"] = [COMPRESSED_TENSORS]
+        origins["quantization.layouts"] = f"format {one.name}: its only layout"
     if "kv_cache_dtype" not in part:
         part["kv_cache_dtype"], why = card_formats.default_cache(gpu, target, str(part["format"]))
         origins["quantization.kv_cache_dtype"] = f"GPU profile {gpu.name}: {why}"

@@ -27,7 +27,7 @@ from builder.formats import kv_cache
 from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED, DeclaredFormats, declared
-from builder.formats.registry import for_whole_model
+from builder.formats.registry import for_tensorrt_llm
 from builder.model.rope import frequencies, rotate
 from builder.reference.supported import ACTIVATIONS, engine_architectures
 
@@ -296,7 +296,7 @@ def _check(config: Mapping[str, Any]) -> None:
             ("architecture", config["architecture"], engine_architectures()),
             ("hidden_act", config["hidden_act"], ACTIVATIONS),
             ("position_embedding_type", config["position_embedding_type"], ("rope_gpt_neox", "yarn")),
-            ("quant_algo", quantization["quant_algo"], (*(one.quant_algo for one in for_whole_model()), MIXED)),
+            ("quant_algo", quantization["quant_algo"], (*(one.quant_algo for one in for_tensorrt_llm()), MIXED)),
             ("kv_cache_quant_algo", quantization.get("kv_cache_quant_algo"), KV_CACHE_ALGOS),
         )
         if found not in known
@@ -305,5 +305,5 @@ def _check(config: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             f"The reference executor can't run this checkpoint: {', '.join(wrong)}.",
             why=f"It runs checkpoints of {', '.join(engine_architectures())} in "
-            f"{', '.join(one.title for one in for_whole_model())}.",
+            f"{', '.join(one.title for one in for_tensorrt_llm())}.",
         )

@@ -159,6 +159,8 @@ def check_format(resolved: schema.Resolved) -> None:
         return
     wanted: list[NumberFormat | KvCacheFormat] = [*resolved.quantized_formats, part.cache_format]
     for one in wanted:
+        if isinstance(one, NumberFormat) and one.compressed_only:
+            continue  # no target serves it: preflight/checks.py, check_served
         if not card_formats.runs(one, resolved.gpu, asked.target):
             raise _does_not_run(one, resolved)
         if not card_formats.runs(one, resolved.gpu, asked.target, asked.engine.tensorrt_llm):

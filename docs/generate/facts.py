@@ -13,7 +13,7 @@ import builder
 from builder.core import paths
 from builder.core.untrusted_text import parse_yaml
 from builder.formats import kv_cache, registry
-from builder.formats.base import StoredTensor
+from builder.formats.base import NumberFormat, StoredTensor
 from builder.llmapi import versions as llmapi
 from builder.machine import containers, gpus
 from builder.machine.cards import Card
@@ -264,16 +264,19 @@ def formats() -> Iterator[str]:
     headers = ("format", "name", "bits per weight", "group size", "whole model", "GPUs, `engine`", "GPUs, `llmapi`")
     yield from table(headers, rows)
     yield from say(
-        "The profile `cpu` serves every format with the reference executor.",
+        "The profile `cpu` serves every format that has a TensorRT-LLM layout with the reference executor. "
+        "`builder quantize` writes the others for servers that read compressed-tensors.",
         "## Tensors of a linear layer",
         "The weight of a layer has the shape [outputs, inputs].",
     )
     for found in known:
         yield from say(f"### {found.title}")
         tensors = [
-            (code(t.unified), code(t.tensorrt_llm), text(" or ".join(t.dtypes)), _dimensions(t)) for t in found.tensors
+            (code(t.unified), code(_second(found, t)), text(" or ".join(t.dtypes)), _dimensions(t))
+            for t in found.tensors
         ]
-        yield from table(("Hugging Face layout", "TensorRT-LLM layout", "dtype", "shape"), tensors)
+        second = "compressed-tensors layout" if found.compressed_only else "TensorRT-LLM layout"
+        yield from table(("Hugging Face layout", second, "dtype", "shape"), tensors)
     yield from say("## KV cache", "`quantization.kv_cache_dtype`, or `--kv-cache-dtype`.")
     rows = []
     for cache in kv_cache.FORMATS.values():
@@ -282,6 +285,13 @@ def formats() -> Iterator[str]:
     yield from table(("value", "name", "bits per value", "GPUs, `engine`", "GPUs, `llmapi`"), rows)
     rejected = [(code(name), text(why)) for name, why in kv_cache.REJECTED.items()]
     yield from table(("rejected value", "reason"), rejected)
+
+
+def _second(found: NumberFormat, tensor: StoredTensor) -> str:
+    """A tensor's name in the layout that servers read of a format."""
+    if not found.compressed_only:
+        return tensor.tensorrt_llm
+    return tensor.unified if tensor.compressed_tensors is None else tensor.compressed_tensors
 
 
 def _dimensions(tensor: StoredTensor) -> str:

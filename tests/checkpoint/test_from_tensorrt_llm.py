@@ -18,7 +18,7 @@ from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats import registry
 from builder.formats.base import NumberFormat
 
-FORMATS = [one for one in registry.for_whole_model() if one.quant_algo is not None]
+FORMATS = [one for one in registry.for_tensorrt_llm() if one.quant_algo is not None]
 # Blocks of 128 fit the widths of one model.
 CASES = [(one.name, model) for one in FORMATS for model in exports.MODELS if one.group_size != 128 or model == "qwen3"]
 EXCLUDED = {"qwen3": ["model.layers.1.mlp.down_proj", "model.layers.4.mlp.down_proj"]}

@@ -12,21 +12,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from builder.architectures.catalog import UNKNOWN
+from builder.checkpoint import conversion, validate
 from builder.checkpoint.conversion import convert
 from builder.checkpoint.description import describe_directory
 from builder.core.errors import UnsupportedError
 from builder.core.safetensors_io import NewTensor, Tensors, write
-from builder.formats import registry
+from builder.formats import kv_cache, registry
 from builder.formats.arithmetic import nvfp4
+from builder.quantize.ranges import Ranges
 
 pytest.importorskip("llmcompressor", reason="make test-llmcompressor")
 
 SOURCE = Path(__file__).parents[1] / "data" / "tiny-qwen3"
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 SCHEMES = {"NVFP4A16": "w4a16_nvfp4", "FP8_DYNAMIC": "fp8_pc_pt"}
+INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+# llm-compressor's recipes of the builder's formats. It computes in the model's type, so the model is in float32.
+INTEGERS: dict[str, dict[str, Any]] = {
+    "int8_dynamic": {"targets": "Linear", "scheme": "W8A8"},
+    "w8a16_int8": {"config_groups": {"group_0": {"targets": ["Linear"], "weights": INT8}}},
+    "int8_static": {
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": INT8,
+                "input_activations": {**INT8, "strategy": "tensor", "observer": "static_minmax"},
+            }
+        }
+    },
+}
+IDS = torch.randint(3, 4000, (8, 64), generator=torch.Generator().manual_seed(0))  # calibration rows
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +60,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     group = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
     rtn = {"group_0": {"targets": ["Linear"], "weights": group}}
     recipes: dict[str, dict[str, Any]] = {
-        **{name: {"targets": "Linear", "scheme": name} for name in (*SCHEMES, "W8A8")},
+        **{name: {"targets": "Linear", "scheme": name} for name in SCHEMES},
         "W4A16": {"config_groups": rtn},
     }
     with warnings.catch_warnings():
@@ -48,6 +68,28 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, recipe in recipes.items():
             model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.bfloat16)
             oneshot(model=model, recipe=QuantizationModifier(ignore=["lm_head"], **recipe), pipeline="datafree")
+            model.save_pretrained(root / name, save_compressed=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `oneshot` writes in INT8, for each of the builder's formats, of the model in float32."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from transformers import AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("integers")
+    rows = Dataset.from_dict({"input_ids": IDS.tolist(), "attention_mask": torch.ones_like(IDS).tolist()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, recipe in INTEGERS.items():
+            model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.bfloat16).float()
+            given = {"dataset": rows, "num_calibration_samples": len(IDS)} if name == "int8_static" else {}
+            pipeline = "basic" if given else "datafree"
+            modifier = QuantizationModifier(ignore=["lm_head"], **recipe)
+            oneshot(model=model, recipe=modifier, pipeline=pipeline, **given)
             model.save_pretrained(root / name, save_compressed=True)
     return root
 
@@ -164,9 +206,64 @@ def test_we_read_llmcompressors_output_and_give_it_back(theirs: Path, tmp_path: 
 
 @pytest.mark.parametrize(
     ("scheme", "said"),
-    [("W8A8", "int-quantized, weights int8 per channel, inputs int8 per token, dynamic"),
-     ("W4A16", "pack-quantized, weights int4 per group 128, inputs not quantized")],
+    [("W4A16", "pack-quantized, weights int4 per group 128, inputs not quantized")],
 )  # fmt: skip
 def test_what_we_do_not_read_is_named(theirs: Path, scheme: str, said: str) -> None:
     with pytest.raises(UnsupportedError, match=said):
         describe_directory(theirs / scheme)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_llmcompressors_bytes(integers: Path, name: str) -> None:
+    """Names, and every code and scale of weights that our writer packs of the same weights."""
+    found, there = describe_directory(integers / name), Tensors(integers / name)
+    assert {one.name for one in found.layers.values()} == {name}
+    assert not found.contradictions
+    one, source = registry.get(name), Tensors(SOURCE)
+    stored = {part.name: part.unified if part.compressed_tensors is None else part.compressed_tensors
+              for part in one.tensors}  # fmt: skip
+    for module in found.layers:
+        weight = source[f"{module}.weight"]
+        bits = np.frombuffer(source.data(f"{module}.weight"), np.uint16).reshape(weight.shape)
+        wide = (bits.astype(np.uint32) << 16).copy()
+        packed = one.pack(wide, "F32", 1.0, rounded_to="F32")
+        for part, data in packed.items():
+            assert bytes(there.data(f"{module}.{stored[part]}")) == data.tobytes(), f"{module}.{part}"
+        leaves = {leaf.removeprefix(f"{module}.") for leaf in there if leaf.startswith(f"{module}.")}
+        assert leaves - {"weight_shape"} == set(stored.values())
+    assert validate.inspect(integers / name).findings == ()
+
+
+def test_static_scales_of_inputs_are_llmcompressors(integers: Path, tmp_path: Path) -> None:
+    """The largest magnitude of a layer's inputs over 127.5, of the same rows."""
+    from transformers import AutoModelForCausalLM
+
+    model, seen = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32), dict[str, float]()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(
+                lambda _, given, name=name: seen.update({name: float(given[0].abs().max())})
+            )
+    with torch.inference_mode():
+        for row in IDS:
+            before = dict(seen)
+            model(row[None])
+            seen = {name: max(value, before.get(name, 0.0)) for name, value in seen.items()}
+    there = Tensors(integers / "int8_static")
+    ranges = Ranges(seen).scales(describe_directory(integers / "int8_static").layers, kv_cache.AUTO, UNKNOWN)
+    for name, scale in ranges.items():
+        assert struct.unpack("<f", there.read(name))[0] == pytest.approx(scale, rel=1e-5), name
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_of_llmcompressor_come_back(integers: Path, tmp_path: Path, name: str) -> None:
+    made = tmp_path / "unified"
+    made.mkdir()
+    conversion.write(integers / name, made, "unified")
+    convert(made, tmp_path / "back", "compressed_tensors")
+    before, after = Tensors(integers / name), Tensors(tmp_path / "back")
+    assert {n: (i.dtype, i.shape, bytes(after.data(n))) for n, i in after.items()} == {
+        n: (i.dtype, i.shape, bytes(before.data(n))) for n, i in before.items()
+    }
+    mine, their = stated(tmp_path / "back"), stated(integers / name)
+    assert {**mine, "producer": None, "version": None} == {**their, "producer": None, "version": None}

@@ -47,7 +47,7 @@ def test_formats_that_the_library_lacks_are_refused_before_any_work() -> None:
     requested_layouts.check(("unified",), [registry.get("int8_sq")], kv_cache.FP8)
     with pytest.raises(UnsupportedError, match=r"has no INT8 \(SmoothQuant\)\.") as refused:
         requested_layouts.check(("compressed-tensors",), [*good, registry.get("int8_sq")], kv_cache.FP8)
-    assert "nvfp4, fp8, fp8_pc_pt, w4a16_nvfp4;" in refused.value.why
+    assert "nvfp4, fp8, fp8_pc_pt, int8_dynamic, int8_static, w4a16_nvfp4, w8a16_int8;" in refused.value.why
     with pytest.raises(UnsupportedError, match="Nothing is quantized"):
         requested_layouts.check(("compressed-tensors",), [registry.get("bf16")], kv_cache.AUTO)
     with pytest.raises(UnsupportedError, match="NVFP4 KV cache"):

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from odd_weights import odd, raw, tensor
 
 from builder.core.errors import UnsupportedError, UsageError
-from builder.formats.arithmetic import fp8, nvfp4, nvfp4_search
+from builder.formats.arithmetic import fp8, int8, nvfp4, nvfp4_search
 from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.kernels import native, packing, tensors
 from builder.formats.kernels.arrays import Array
@@ -122,6 +122,22 @@ def test_fp8_packs_as_the_arithmetic_does(matrix: tuple[int, int, int, str], sca
 
 
 @ROUND
+@given(matrices, st.sampled_from([None, "BF16", "F16"]), st.booleans())
+def test_int8_packs_as_the_arithmetic_does(
+    matrix: tuple[int, int, int, str], rounded_to: str | None, unsigned: bool
+) -> None:
+    values, dtype = odd(*matrix), matrix[3]
+    values[tensor(values, dtype).isnan().numpy()] = 0
+    weights = tensor(values, dtype, rounded_to).float()
+    largest = weights.abs().amax(-1)
+    scales = int8.scales_of(torch.where(largest.isinf(), 3.0, largest))
+    codes = packing.pack_int8(values, dtype, scales.numpy(), rounded_to=rounded_to, unsigned=unsigned)
+    expected = int8.codes(weights, scales[:, None])
+    found = int8.unpack(torch.from_numpy(codes.view(np.int32))) if unsigned else torch.from_numpy(codes.view(np.int8))
+    assert torch.equal(found, expected)
+
+
+@ROUND
 @given(st.integers(0, 2**31), st.sampled_from(GLOBAL), st.sampled_from(["BF16", "F16", "F32"]))
 def test_every_code_unpacks_as_the_arithmetic_does(seed: int, scale: float, dtype: str) -> None:
     """NVFP4: all bytes under all 256 block scales. FP8: all codes. NaN may have other bits."""
@@ -170,6 +186,9 @@ def test_arguments_that_do_not_fit_are_rejected() -> None:
         packing.largest(values, "F32")
     with pytest.raises(ValueError, match="3 scales for 2 rows"):
         packing.pack_fp8(values, "BF16", np.ones(3, np.float32))
+    for one in (np.ones(3, np.float32), np.ones(1, np.float32)):
+        with pytest.raises(ValueError, match="scales for 2 rows"):
+            packing.pack_int8(values, "BF16", one)
     with pytest.raises(ValueError, match="do not match"):
         packing.unpack_nvfp4(np.zeros((2, 16), np.uint8), np.zeros((2, 1), np.uint8), 1.0, "BF16")
     with pytest.raises(ValueError, match="needed a contiguous uint8"):
@@ -182,6 +201,7 @@ def test_nothing_of_nothing() -> None:
     assert packing.pack_nvfp4(empty, "F32", 1.0)[0].shape == (0, 16)
     assert packing.search_nvfp4(empty, "F32", 1.0)[1].shape == (0, 2)
     assert packing.pack_fp8(empty, "F32", 1.0).shape == (0, 32)
+    assert packing.pack_int8(empty, "F32", np.zeros(0, np.float32)).shape == (0, 32)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])

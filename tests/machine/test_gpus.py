@@ -153,7 +153,7 @@ def test_a_profile_is_loaded_by_its_exact_name_only() -> None:
 
 def every_case() -> list[tuple[str, str, str]]:
     """(profile, target, format) of every format on every card, by the targets that need a GPU."""
-    names = [one.name for one in registry.for_whole_model()]
+    names = [one.name for one in registry.for_tensorrt_llm()]
     return [(gpu, target, name) for gpu in [*OLDER, *BLACKWELL] for target in gpus.TARGETS for name in names]
 
 

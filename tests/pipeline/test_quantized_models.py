@@ -27,7 +27,7 @@ from builder.recipe import schema
 from builder.tokenizer import files as tokenizer_files
 
 MODEL = exports.MODELS["qwen3"]
-FORMATS = [one for one in registry.for_whole_model() if one.quant_algo is not None]
+FORMATS = [one for one in registry.for_tensorrt_llm() if one.quant_algo is not None]
 UP = "model.layers.3.mlp.up_proj"
 Checkpoint = Callable[..., Path]
 

@@ -87,7 +87,7 @@ def test_following_the_advice_ends_well_for_every_family_card_and_version(name: 
         follow(flags, {**SIZES, "architectures": [name]})
 
 
-@pytest.mark.parametrize("number_format", [one.name for one in registry.for_whole_model()])
+@pytest.mark.parametrize("number_format", [one.name for one in registry.for_tensorrt_llm()])
 def test_advice_about_formats_and_caches_ends_well(number_format: str) -> None:
     for flags in starts(versions=("1.2.1",)):
         for cache in ("fp8", "auto"):

@@ -18,7 +18,7 @@ from builder.formats.registry import BF16
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen2"])
-@pytest.mark.parametrize("number_format", registry.for_whole_model(), ids=lambda one: one.name)
+@pytest.mark.parametrize("number_format", registry.for_tensorrt_llm(), ids=lambda one: one.name)
 def test_the_plan_is_exact(tmp_path: Path, number_format: NumberFormat, name: str) -> None:
     source = exports.MODELS[name]
     if not all(number_format.fits(info.shape) for tensor, info in Tensors(source).items() if "_proj.weight" in tensor):

@@ -39,6 +39,7 @@ ARGUMENTS: Mapping[str, Any] = {
 # What decides how tensors are read. The others say how the numbers were found.
 MEANING = ("num_bits", "type", "strategy", "group_size", "symmetric", "dynamic", "block_structure")
 MIXED = "mixed-precision"
+SHAPE = "weight_shape"  # a tensor beside a packed weight: outputs and inputs before it was packed
 # Older names of the same storage (compressors/naive_quantized/base.py: one class, three names).
 SAME_COMPRESSOR = {"naive-quantized": ("float-quantized", "int-quantized")}
 LINEAR = ("Linear", "LinearBase")  # classes that a target can name; LinearBase is vLLM's

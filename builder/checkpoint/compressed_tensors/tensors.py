@@ -8,12 +8,14 @@ conversion there and back gives the same bytes. Readers of safetensors ignore su
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from builder.checkpoint.compressed_tensors import scales
+from builder.checkpoint.compressed_tensors.config import SHAPE
 from builder.checkpoint.compressed_tensors.scales import WIDTH, Scale
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import NewTensor, Tensors, read_metadata
@@ -88,7 +90,14 @@ def convert(source: Tensors, layers: Mapping[str, NumberFormat], cache: KvCacheF
     scale that is not a number, or one for each output.
     """
     names, made, recorded = _Names(layers, cache, to_compressed=to_compressed), Made(), records(source)
+    if to_compressed:
+        made.tensors += [_shape(module, _weight_shape(source, module, one)) for module, one in _shaped(layers)]
+    else:
+        for module, one in _shaped(layers):
+            _check_shape(source, module, _weight_shape(source, module, one))
     for name, info in source.items():
+        if not to_compressed and _is_shape(name, layers):
+            continue
         new, tensor, scale = names.of(name)
         if scale:
             there, back = partial(to_divisor, tensor), partial(to_multiplier, tensor)
@@ -96,6 +105,43 @@ def convert(source: Tensors, layers: Mapping[str, NumberFormat], cache: KvCacheF
         else:
             made.tensors.append(NewTensor(new, info.dtype, info.shape, [source.place(name)]))
     return made
+
+
+def _shaped(layers: Mapping[str, NumberFormat]) -> Iterator[tuple[str, NumberFormat]]:
+    """The layers that have a tensor `weight_shape` there."""
+    scheme = {one: one.compressed_tensors for one in set(layers.values())}
+    return ((module, one) for module, one in layers.items() if (found := scheme[one]) and found.has_shape)
+
+
+def _is_shape(name: str, layers: Mapping[str, NumberFormat]) -> bool:
+    module, _, leaf = name.rpartition(".")
+    found = layers[module].compressed_tensors if leaf == SHAPE and module in layers else None
+    return found is not None and found.has_shape
+
+
+def _weight_shape(source: Tensors, module: str, one: NumberFormat) -> tuple[int, int]:
+    """[outputs, inputs] of a layer, in either layout."""
+    there = (f"{module}.{leaf}" for leaf in (one.weight.compressed_tensors, one.weight.unified))
+    return one.weight.weight_shape(next(source[name].shape for name in there if name in source))
+
+
+def _shape(module: str, shape: tuple[int, int]) -> NewTensor:
+    return NewTensor(f"{module}.{SHAPE}", "I64", (2,), [struct.pack("<2q", *shape)])
+
+
+def _check_shape(source: Tensors, module: str, shape: tuple[int, int]) -> None:
+    """IntegrityError if `weight_shape` says something else than the packed weight."""
+    name = f"{module}.{SHAPE}"
+    info = source.get(name)
+    data = source.read(name) if info else b""
+    form = {16: "<2q", 8: "<2i"}.get(len(data))
+    stated = struct.unpack(form, data) if form else shape if info is None else ()
+    if stated != shape:
+        raise IntegrityError(
+            f"{name} says {list(stated)}, and the packed weight has {shape[0]} outputs and {shape[1]} inputs.",
+            why="The builder packs weights without padding: inputs must be a multiple of 4.",
+            hint="Copy or download the checkpoint again, or quantize the original model.",
+        )
 
 
 def _scale(

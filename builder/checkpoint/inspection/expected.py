@@ -9,6 +9,7 @@ from typing import Any
 
 from builder.architectures import names
 from builder.checkpoint import sharding
+from builder.checkpoint.compressed_tensors.config import SHAPE
 from builder.checkpoint.inspection.layout import Layout
 from builder.checkpoint.layout_names import LayoutNames
 from builder.core.safetensors_io import TensorInfo
@@ -21,7 +22,7 @@ class Expected:
 
     label: the kind of tensor that the summary counts its bytes as; None if that follows from its name. module, stored:
     the linear layer that it belongs to and what it is of it. linear: the format of the layer whose weight it is.
-    known: whether some layer needs it; other tensors are checked by their dtype alone.
+    known: whether some layer needs it; other tensors are checked by their dtype alone. numbers: the integers in it.
     """
 
     content: Content
@@ -32,6 +33,7 @@ class Expected:
     stored: StoredTensor | None = None
     linear: NumberFormat | None = None
     known: bool = True
+    numbers: tuple[int, ...] | None = None
 
 
 KV_SCALE = Expected("scale", ("F32",), SCALAR, "kv_scales")
@@ -116,7 +118,7 @@ def _cache(layout: Layout, attention: str) -> dict[str, Expected]:
 
 def _linear(layout: Layout, module: str, out_features: int, in_features: int) -> dict[str, Expected]:
     number_format, weight = layout.format_of(module), (out_features, in_features)
-    return {
+    return _weight_shape(layout, module, weight) | {
         f"{module}.{layout.leaf(tensor)}": Expected(
             tensor.content,
             _dtypes(layout, tensor),
@@ -128,6 +130,14 @@ def _linear(layout: Layout, module: str, out_features: int, in_features: int) ->
         )
         for tensor in number_format.tensors
     }
+
+
+def _weight_shape(layout: Layout, module: str, weight: tuple[int, int]) -> dict[str, Expected]:
+    """The shape that compressed-tensors stores beside a packed weight."""
+    scheme, name = layout.format_of(module).compressed_tensors, f"{module}.{SHAPE}"
+    if not (layout.compressed and scheme and scheme.has_shape):
+        return {}
+    return {name: Expected("integers", ("I64", "I32"), ((2,),), "shapes", numbers=weight)}
 
 
 def _dtypes(layout: Layout, tensor: StoredTensor) -> tuple[str, ...]:

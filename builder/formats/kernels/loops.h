@@ -224,6 +224,28 @@ FLAGS static void NAME(pack_fp8)(const void *values, int type, int rounded, size
     }
 }
 
+/* Adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves its two's complement in the last bits. */
+FLAGS static void NAME(encode_int8)(const float *restrict values, float scale, uint8_t sign, size_t count,
+                                    uint8_t *restrict codes) {
+    for (size_t i = 0; i < count; i++) {
+        float x = values[i] / scale;
+        x = x > 127.0f ? 127.0f : x;
+        x = x < -128.0f ? -128.0f : x;
+        codes[i] = (uint8_t)BITS(x + 12582912.0f) ^ sign;
+    }
+}
+
+FLAGS static void NAME(pack_int8)(const void *values, int type, int rounded, size_t rows, size_t each,
+                                  const float *scales, uint8_t sign, uint8_t *codes) {
+    float tile[TILE];
+    for (size_t row = 0; row < rows; row++)
+        for (size_t done = 0; done < each; done += TILE) {
+            size_t now = each - done < TILE ? each - done : TILE, at = row * each + done;
+            NAME(load)((const char *)values + at * size_of(type), type, rounded, now, tile);
+            NAME(encode_int8)(tile, scales[row], sign, now, codes + at);
+        }
+}
+
 /* One code in each byte -> its value. */
 FLAGS static void NAME(decode)(const uint8_t *restrict codes, const float *restrict factors, size_t count,
                                float *restrict values) {

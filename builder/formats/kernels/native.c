@@ -1,4 +1,4 @@
-/* Packs weights into NVFP4 and FP8 and unpacks them: builder/formats/kernels/packing.py says what each function does.
+/* Packs weights into NVFP4, FP8 and INT8 and unpacks them: builder/formats/kernels/packing.py says what each function does.
  *
  * The loops are in loops.h, which is compiled once for each instruction set. All arithmetic is IEEE float32 in the order
  * of builder/formats/arithmetic, and must be compiled with -ffp-contract=off: one fused multiply-add would change bytes.
@@ -30,12 +30,15 @@ typedef struct {
     void (*largest_rows)(const void *, int, int, size_t, size_t, float *);
     void (*pack_nvfp4)(const void *, int, int, size_t, float, int, uint8_t *, uint8_t *);
     void (*pack_fp8)(const void *, int, int, size_t, size_t, const float *, size_t, uint8_t *);
+    void (*pack_int8)(const void *, int, int, size_t, size_t, const float *, uint8_t, uint8_t *);
     void (*unpack_nvfp4)(const uint8_t *, const uint8_t *, float, size_t, int, void *);
     void (*unpack_fp8)(const uint8_t *, size_t, size_t, const float *, size_t, int, void *);
 } Path;
 
 #define PATH(suffix) \
-    {#suffix, largest_rows_##suffix, pack_nvfp4_##suffix, pack_fp8_##suffix, unpack_nvfp4_##suffix, unpack_fp8_##suffix}
+    {#suffix,            largest_rows_##suffix, pack_nvfp4_##suffix, \
+     pack_fp8_##suffix,  pack_int8_##suffix,    unpack_nvfp4_##suffix, \
+     unpack_fp8_##suffix}
 
 #if defined(__x86_64__)
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
@@ -163,6 +166,27 @@ static PyObject *py_pack_fp8(PyObject *self, PyObject *args) {
     return done(fits, (Py_buffer *[]){&values, &scales, &codes, NULL});
 }
 
+/* (path, values, type, rounded to, rows, scales float32 [rows], sign: what each code's bits are combined with, codes) */
+static PyObject *py_pack_int8(PyObject *self, PyObject *args) {
+    const char *name;
+    Py_buffer values, scales, codes;
+    int type, rounded;
+    unsigned char sign;
+    Py_ssize_t rows;
+    if (!PyArg_ParseTuple(args, "sy*iiny*bw*", &name, &values, &type, &rounded, &rows, &scales, &sign, &codes))
+        return NULL;
+    const Path *path = path_of(name);
+    size_t count = codes.len;
+    int fits = path && rows > 0 && count % rows == 0 && (size_t)values.len == count * size_of(type) &&
+               (size_t)scales.len == rows * sizeof(float);
+    if (fits) {
+        Py_BEGIN_ALLOW_THREADS
+        path->pack_int8(values.buf, type, rounded, rows, count / rows, scales.buf, sign, codes.buf);
+        Py_END_ALLOW_THREADS
+    }
+    return done(fits, (Py_buffer *[]){&values, &scales, &codes, NULL});
+}
+
 /* (path, codes, block scales, global scale, type, values) */
 static PyObject *py_unpack_nvfp4(PyObject *self, PyObject *args) {
     const char *name;
@@ -207,6 +231,7 @@ static PyMethodDef METHODS[] = {
     {"largest_rows", py_largest_rows, METH_VARARGS, NULL},
     {"pack_nvfp4", py_pack_nvfp4, METH_VARARGS, NULL},
     {"pack_fp8", py_pack_fp8, METH_VARARGS, NULL},
+    {"pack_int8", py_pack_int8, METH_VARARGS, NULL},
     {"unpack_nvfp4", py_unpack_nvfp4, METH_VARARGS, NULL},
     {"unpack_fp8", py_unpack_fp8, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

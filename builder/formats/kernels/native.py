@@ -92,6 +92,16 @@ class Native:
 
         _each(pack, _parts(len(codes), codes.shape[1], threads), threads)
 
+    def pack_int8(self, weights: Weights, scales: Array, sign: int, codes: Array, threads: int) -> None:
+        """Fills `codes`."""
+        types = _TYPES[weights.dtype], _TYPES[weights.rounded_to]
+
+        def pack(part: slice) -> None:
+            out = codes[part]
+            _native.pack_int8(self.path, weights.bits[part], *types, len(out), scales[part], sign, out)
+
+        _each(pack, _parts(len(codes), codes.shape[1], threads), threads)
+
     def unpack_nvfp4(self, codes: Array, scales: Array, scale: float, dtype: str, values: Array, threads: int) -> None:
         """Fills `values`."""
         blocks = codes.reshape(-1, _BLOCK // 2), scales.reshape(-1), values.reshape(-1, _BLOCK)

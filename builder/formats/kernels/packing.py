@@ -1,4 +1,4 @@
-"""Weights as raw bits -> NVFP4 and FP8 codes with their scales, and back. Bytes equal those of `formats/arithmetic`.
+"""Weights as raw bits -> NVFP4, FP8 and INT8 codes, with scales, and back. Bytes equal those of `formats/arithmetic`.
 
 Arrays are C-contiguous, on the CPU. `values` holds raw bits: [rows, inputs] of any numpy type of the dtype's size, with
 its safetensors dtype beside it (BF16, F16 or F32). `rounded_to` is the type that the model is served in: values of
@@ -125,6 +125,26 @@ def pack_fp8(
     weights = _weights(values, dtype, rounded_to)
     codes = _checked(np.empty(values.shape, np.uint8) if out is None else out, values.shape)
     _path().pack_fp8(weights, _scales(scale, len(values)), codes, _threads(threads))
+    return codes
+
+
+def pack_int8(
+    values: Array,
+    dtype: str,
+    scales: Array,
+    *,
+    rounded_to: str | None = None,
+    threads: int | None = None,
+    unsigned: bool = False,
+) -> Array:
+    """INT8 codes [rows, inputs], as uint8, of values / scale, saturated at -128 and 127.
+
+    `scales`: float32 [rows], above zero. Values hold no NaN. unsigned: 128 is added, so codes are from 0 to 255."""
+    weights = _weights(values, dtype, rounded_to)
+    if scales.shape != (len(values),):
+        raise ValueError(f"{len(scales)} scales for {len(values)} rows")
+    codes = np.empty(values.shape, np.uint8)
+    _path().pack_int8(weights, np.ascontiguousarray(scales, np.float32), 128 * unsigned, codes, _threads(threads))
     return codes
 
 

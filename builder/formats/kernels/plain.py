@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder.formats.arithmetic import fp8, nvfp4, nvfp4_search
+from builder.formats.arithmetic import fp8, int8, nvfp4, nvfp4_search
 from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.kernels.arrays import Array, Weights
 
@@ -43,6 +43,13 @@ def pack_fp8(weights: Weights, scales: Array, codes: Array, threads: int) -> Non
     """Fills `codes`."""
     for rows in _steps(weights.bits):
         codes[rows] = fp8.quantize(_tensor(weights, rows), _column(scales, rows)).view(torch.uint8).numpy()
+
+
+def pack_int8(weights: Weights, scales: Array, sign: int, codes: Array, threads: int) -> None:
+    """Fills `codes`."""
+    for rows in _steps(weights.bits):
+        made = int8.codes(_tensor(weights, rows), _column(scales[rows], slice(None)))
+        codes[rows] = made.view(torch.uint8).numpy() ^ np.uint8(sign)
 
 
 def unpack_nvfp4(codes: Array, scales: Array, scale: float, dtype: str, values: Array, threads: int) -> None:
