@@ -395,7 +395,10 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     prepared = keep_zeros(prepared, snapshot, store.out)
     if proxy and recipe.sensitivity.data is None:
         return sensitivity_stage.weight_errors(snapshot, prepared.model, store)
-    calibration = calibrate(recipe.calibration, store=store)
+    part = recipe.calibration
+    if part.data_free:  # of weights alone; the worker that loads the model wants a row
+        part = part.model_copy(update={"samples": 1})
+    calibration = calibrate(part, store=store)
     check_conversations(read_rows(calibration), snapshot.path)
     return sensitivity_stage.sensitivity(snapshot, calibration, prepared.model, recipe, store=store, proxy=proxy)
 

@@ -200,8 +200,9 @@ def check_scales(recipe: Recipe) -> None:
 
 
 def check_measured(recipe: Recipe) -> None:
-    """UsageError for measuring layers, which needs calibrated ranges and the whole model, without either."""
-    if recipe.calibration.data_free:
+    """UsageError for measuring layers, which needs the whole model and, unless the format is of weights alone,
+    calibrated ranges, without either."""
+    if recipe.calibration.data_free and _reads_ranges(recipe):
         raise UsageError(
             "The loss of each layer is measured with calibrated ranges, and --data-free calibrates nothing.",
             hint="Leave --data-free out; a few rows are enough: --calib-samples 64",
@@ -223,6 +224,13 @@ def check_fits(choice: Choice) -> None:
             hint="Use fewer rows at once (--set calibration.batch_size=1) or shorter ones (--calib-seq-len 512). "
             "Or rank layers by the errors of their weights: --proxy without texts",
         )
+
+
+def _reads_ranges(recipe: Recipe) -> bool:
+    """Whether the formats have scales of inputs, keys or values."""
+    part = recipe.quantization
+    inputs = any(tensor.calibrated for one in part.quantized_formats for tensor in one.tensors)
+    return inputs or part.cache_format.quantized
 
 
 def _needs_modelopt(recipe: Recipe, model: ModelFacts) -> str:

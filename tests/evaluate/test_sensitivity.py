@@ -29,7 +29,7 @@ from builder.core.store import Store, WouldRun
 from builder.evaluate.sensitivity import stage as sensitivity_stage
 from builder.evaluate.sensitivity import weight_error
 from builder.evaluate.sensitivity import worker as measuring
-from builder.formats import kv_cache
+from builder.formats import kv_cache, registry
 from builder.formats.arithmetic import nvfp4
 from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16
@@ -89,7 +89,8 @@ def kl_by_hand(job: Job, group: str | None) -> float:
     others = [name for name, members in GROUPS.items() if group not in (None, name) for name in members]
     model, rows = worker.load({**job, **job["calibration"]})
     cache = kv_cache.FP8 if group is None else kv_cache.AUTO
-    worker.calibrate(model, rows, ModelFormats(layers={BF16: others}, cache=cache))
+    cache = cache if kv_cache.get(job["kv_cache_dtype"]).quantized else kv_cache.AUTO
+    worker.calibrate(model, rows, ModelFormats(registry.get(job["format"]), {BF16: others}, cache))
     enable_cpu_simulation()
     with torch.inference_mode():
         unified_export_hf.requantize_resmooth_fused_llm_layers(model)
@@ -116,6 +117,13 @@ def test_a_groups_loss_is_that_of_a_model_in_which_it_alone_is_quantized(job: Ca
     assert set(found["output_errors"]) == set(found["weight_errors"]) == set(GROUPS)
     assert all(0 < error < 0.2 for error in found["output_errors"].values())
     assert all(0.08 < error < 0.11 for error in found["weight_errors"].values())
+
+
+def test_inputs_stay_as_they_are_in_a_format_of_weights_alone(job: Callable[..., Job]) -> None:
+    group, other = "model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj"
+    asked = job(format="w4a16_nvfp4", kv_cache_dtype="auto", groups={name: GROUPS[name] for name in (group, other)})
+    results = measuring.run(asked)["results"]
+    assert results[group]["kl"] == pytest.approx(kl_by_hand(asked, group), rel=1e-3)
 
 
 def test_a_run_that_died_goes_on_where_it_was(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:

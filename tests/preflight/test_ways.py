@@ -165,6 +165,14 @@ def test_what_holds_the_whole_model_is_refused_with_memory_low(tmp_path: Any) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_layers_of_weights_alone_are_measured_without_calibration() -> None:
+    free = {"calibration.samples": 0, "quantization.format": "w4a16_nvfp4"}
+    ways.check_measured(recipe(**free, **{"quantization.kv_cache_dtype": "auto"}))
+    for changed in ({"quantization.kv_cache_dtype": "fp8"}, {"quantization.format": "nvfp4"}):
+        with pytest.raises(UsageError, match="--data-free calibrates nothing"):
+            ways.check_measured(recipe(**{**free, "quantization.kv_cache_dtype": "auto", **changed}))
+
+
 def test_auto_never_takes_one_layer_at_a_time_where_layers_are_chosen_by_their_loss() -> None:
     small = replace(HOST, memory=9 * GB, largest=9 * GB)
     assert ways.choose(recipe(), QWEN3_8B, small).taken.name == "low"

@@ -180,20 +180,23 @@ class Simulated:
         self.cache = [
             module for name, module in modules.items() if name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
         ]
-        for module in modules.values():
-            if hasattr(module, "is_enabled") and hasattr(module, "disable"):
-                module.disable()
+        quantizers = [m for m in modules.values() if hasattr(m, "is_enabled") and hasattr(m, "disable")]
+        self._used = {id(quantizer) for quantizer in quantizers if quantizer.is_enabled}
+        for quantizer in quantizers:
+            quantizer.disable()
 
     @contextmanager
     def quantized(self, what: Quantized) -> Iterator[None]:
         """Quantizes these layers while the block runs.
 
         Weights are rounded in each forward pass, which costs little and avoids a second model in memory. A layer that
-        was calibrated for NVFP4 knows its largest values, which is all that FP8 needs.
+        was calibrated for NVFP4 knows its largest values, which is all that FP8 needs; after a format that leaves
+        inputs as they are, FP8 takes those of each batch.
         """
         fp8 = self._quantizers(module for group in what.fp8 for module in self.groups[group])
         quantizers = self._quantizers(module for group in what.groups for module in self.groups[group])
-        quantizers += fp8 + (self._quantizers(self.named) if what.named else []) + (self.cache if what.cache else [])
+        quantizers += (self._quantizers(self.named) if what.named else []) + (self.cache if what.cache else [])
+        quantizers = [one for one in quantizers if id(one) in self._used] + fp8
         before = [(quantizer.num_bits, quantizer.block_sizes) for quantizer in fp8]
         try:
             for quantizer in fp8:
