@@ -31,6 +31,7 @@ from builder.evaluate.sensitivity import weight_error
 from builder.evaluate.sensitivity import worker as measuring
 from builder.formats import kv_cache, registry
 from builder.formats.arithmetic import nvfp4
+from builder.formats.arithmetic.dtypes import read
 from builder.formats.assignment import ModelFormats
 from builder.formats.registry import BF16
 from builder.preflight import memory
@@ -246,7 +247,7 @@ def test_weight_errors_are_those_of_the_number_format() -> None:
     tensors, groups = Tensors(TINY), exclude.groups(exclude.linears(facts(TINY).tensors))
     found = weight_error.weight_errors(tensors, groups)
     members = groups["model.layers.3.self_attn.qkv_proj"]
-    weights = torch.cat([weight_error._load(tensors, f"{name}.weight") for name in members])
+    weights = torch.cat([read(tensors, f"{name}.weight") for name in members])
     back = nvfp4.dequantize(*nvfp4.quantize(weights), torch.float64)
     expected = float((back - weights.double()).norm() / weights.double().norm())
     assert found["model.layers.3.self_attn.qkv_proj"] == pytest.approx(expected, rel=1e-5)

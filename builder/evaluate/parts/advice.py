@@ -32,9 +32,9 @@ def advise(found: Losses, part: Quantization) -> list[str]:
         if not sentences or left <= WORTHWHILE * whole:
             most = "By" if sentences else "Most is lost by"
             would = f"with {'it' if name == 'cache' else 'them'} exact the KL would be {left:.3g}, not {whole:.3g}"
-            sentences.append(f"{most} {PARTS[name]}: {would}. {_remedy(name, part)}")
+            sentences += [f"{most} {PARTS[name]}: {would}.", _remedy(name, part)]
     if not sentences:  # nothing but weights is quantized
-        sentences = [f"All is lost by {PARTS[name]}. {_remedy(name, part)}" for name in found.alone]
+        sentences = [text for name in found.alone for text in (f"All is lost by {PARTS[name]}.", _remedy(name, part))]
     return [*sentences, *_layers(found, part)]
 
 
