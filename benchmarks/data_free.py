@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from comparison import (
@@ -33,6 +34,8 @@ from comparison import (
 )
 from random_model import make, shape
 from same_tensors import require_same
+
+from builder.core.manifest import sha256
 
 # Times faster than the fastest peer, copies of the input, MB, and how much more memory the larger layers may take.
 FASTER, COPIES, MEMORY, GROWTH = 20, 1.5, 300, 1.25
@@ -82,11 +85,22 @@ def measure(asked: Asked) -> Result:
             result.figures.append(figure(f"times faster than the fastest peer, {name}", times, FASTER, at_least=True))
     for name in ("writer", "builder"):
         result.figures.append(figure(f"time / copy of the input, {name}", ratios(result.costs[name], copy), COPIES))
+    result.notes.append(
+        f"hashing input and output takes one core {hashing(model, unified(asked.work / 'ours').parent):.2f} s"
+    )
     if "modelopt" in asked.peers:
         for output, more in ((asked.work / "writer", False), (unified(asked.work / "ours"), True)):
             result.notes.append(require_same(output, asked.work / "modelopt", ranges=more))
     memory(result, asked)
     return result
+
+
+def hashing(*directories: Path) -> float:
+    """CPU seconds that the hashes in the store's manifests take, whatever else is done. All files are in memory."""
+    start = time.process_time()
+    for path in (path for directory in directories for path in directory.rglob("*") if path.is_file()):
+        sha256(path)
+    return time.process_time() - start
 
 
 def memory(result: Result, asked: Asked) -> None:
