@@ -68,6 +68,7 @@ def operations(weights: np.ndarray) -> dict[str, Callable[[int], object]]:
     return {
         "largest": lambda n: packing.largest(weights, "BF16", threads=n),
         "pack NVFP4": lambda n: packing.pack_nvfp4(weights, "BF16", SCALE, threads=n, out=(codes, scales)),
+        "search NVFP4": lambda n: packing.search_nvfp4(weights, "BF16", SCALE, threads=n),
         "pack FP8": lambda n: packing.pack_fp8(weights, "BF16", SCALE, threads=n, out=eight),
         "unpack NVFP4": lambda n: packing.unpack_nvfp4(codes, scales, SCALE, "BF16", threads=n, out=back),
         "unpack FP8": lambda n: packing.unpack_fp8(eight, SCALE, "BF16", threads=n, out=back),

@@ -123,9 +123,13 @@ def _check_quality(built: Built, resolved: Resolved, arguments: argparse.Namespa
     """Raises EvaluationError if the build failed its quality check; the error lists the commands to try next."""
     if built.quality is None:
         return
+    from builder.recipe.algorithm import better_than
     from builder.report.quality_summary import error
 
-    found = error(built.quality, resolved.recipe.quality.min_score, with_same_recipe("build", arguments))
+    part = resolved.recipe.quantization
+    better = "" if resolved.stored else better_than(part.algorithm, part.quantized_formats)
+    command = with_same_recipe("build", arguments)
+    found = error(built.quality, resolved.recipe.quality.min_score, command, better=better)
     if found:
         raise found
 

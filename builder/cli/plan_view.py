@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.output import Output, seconds, size
+from builder.formats import algorithms
 from builder.formats import registry as formats
 from builder.formats.registry import BF16, FP8
 from builder.plan import Plan
@@ -101,7 +102,10 @@ def _format_rows(found: Plan, origin: str) -> list[tuple[str, str, str]]:
     taken = found.prepared.quantized
     if taken is None:
         part = found.resolved.recipe.quantization
-        return [("format", part.title, origin), *((w, text, "recipe") for w, text in _kept_rows(found))]
+        origins = {key: why for key, _, why in found.resolved.explained()}
+        rounding = (part.algorithm, algorithms.ALGORITHMS[part.algorithm].title)
+        searched = [("algorithm", ": ".join(rounding), origins["quantization.algorithm"])] * (part.algorithm != "max")
+        return [("format", part.title, origin), *searched, *((w, text, "recipe") for w, text in _kept_rows(found))]
     tool, layout, kinds = taken.explained()
     written = "ModelOpt's Hugging Face layout" + ", TensorRT-LLM's layout" * taken.writes_engine_layout
     return [

@@ -16,7 +16,7 @@ from builder.calibration.rows import Calibration
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import NotMeasurable, UsageError
 from builder.core.store import Store, library_versions, sources_digest
-from builder.formats import kv_cache
+from builder.formats import algorithms, kv_cache
 from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Snapshot
 from builder.quantize import modelopt
@@ -132,6 +132,11 @@ def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple
         if recipe.quantization.number_format.compressed_only:
             raise NotMeasurable(f"ModelOpt has no {recipe.quantization.title}, so it does not simulate it.",
                                 hint="--runner checkpoint")  # fmt: skip
+        if recipe.quantization.algorithm != algorithms.MAX.name:
+            raise NotMeasurable(
+                f"ModelOpt simulates rounding by max, and the weights are rounded by {recipe.quantization.algorithm}.",
+                hint="--runner checkpoint",
+            )
         if models.calibration is None:
             raise NotMeasurable("Nothing was calibrated (--data-free), so there is nothing to simulate.",
                                 hint="--runner checkpoint")  # fmt: skip

@@ -28,7 +28,12 @@ from builder.trtllm.rules import Note
 
 ORIGIN = "the checkpoint"  # where format and KV cache of the recipe come from
 # Keys that decide how to quantize, and the flags that set them.
-DECIDED = {"format": "--format", "keep_bf16": "--keep-bf16", "keep_fp8": "--keep-fp8"}
+DECIDED = {
+    "format": "--format",
+    "keep_bf16": "--keep-bf16",
+    "keep_fp8": "--keep-fp8",
+    "algorithm": "--algorithm",
+}
 NO_ORIGINAL = "no original to compare with; --original names the model that this one was made from"
 NO_SCALES = "KV scales"  # the note that is a warning
 

@@ -16,11 +16,12 @@ from builder.architectures import names, written
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import size
 from builder.core.safetensors_io import byte_size
+from builder.formats import algorithms
 from builder.machine.gpus import visible
 from builder.preflight import memory, suggestions
 from builder.preflight.memory import Machine
 from builder.preflight.model_facts import ModelFacts
-from builder.quantize import modelopt
+from builder.quantize import exclude, modelopt
 from builder.quantize.writer import BLOCK_BYTES
 from builder.recipe.schema import Recipe
 
@@ -40,6 +41,8 @@ LIBRARIES: dict[Name, int] = {"whole": 900_000_000, "low": 500_000_000, "data-fr
 STARTING: dict[Name, float] = {"whole": 5.0, "low": 4.5, "data-free": 0.2}
 OPERATIONS = 1.6e11  # per second and core, multiplications and additions of a forward pass in BF16
 WRITTEN = 0.9e9  # bytes of 16-bit weights, read and packed per second and core
+# More seconds of a core for each weight whose block scale is searched (benchmarks/kernels.py, AVX-512).
+SEARCHED = 2.0e-9
 BASIS = "an estimate from 2 cores of a server, without waiting for a disk"
 NOT_MEASURED = "not measured on a GPU"
 
@@ -133,7 +136,7 @@ def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, Way, Way]:
     rows, weights = recipe.calibration, sum(byte_size(dtype, shape) for dtype, shape in model.written.values())
     batch = rows.batch_size * rows.seq_len
     tokens = rows.samples * rows.seq_len
-    writing = weights / (WRITTEN * on.cores)
+    writing = (weights / WRITTEN + _searched(recipe, model) * SEARCHED) / on.cores
     passes = 2 * active_parameters(model) * tokens / (OPERATIONS * on.cores)
     why = _needs_modelopt(recipe, model)
     searched = any(one.scales_inputs for one in recipe.quantization.quantized_formats)
@@ -149,6 +152,15 @@ def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, Way, Way]:
         way("low", memory.streamed_memory(model, batch), passes),
         way("data-free", free_memory(on.cores), 0.0),
     )
+
+
+def _searched(recipe: Recipe, model: ModelFacts) -> int:
+    """The weights whose block scales are searched."""
+    if recipe.quantization.algorithm != algorithms.MSE.name or not algorithms.treats(model.number_format):
+        return 0
+    named = ((name.removesuffix(".weight"), shape) for name, (_, shape) in model.written.items())
+    linears = {*exclude.linears(model.written, model.architecture)} - {*model.single}
+    return sum(math.prod(shape) for name, shape in named if name in linears)
 
 
 def free_memory(cores: int) -> int:

@@ -27,6 +27,7 @@ from builder.core.store import Store, digest_of, sources_digest
 from builder.evaluate import memory
 from builder.evaluate.metrics import Estimate, measure, read
 from builder.evaluate.variants import Models, Variant, runner_job
+from builder.formats.algorithms import MAX
 from builder.formats.assignment import to_keep
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
@@ -151,7 +152,8 @@ def check_quality(models: Models, model: ModelFacts, recipe: Recipe, host: Machi
     made_here = models.calibration is not None and (
         models.checkpoint is None or "imported" not in models.checkpoint.facts
     )
-    simulates = made_here and way == "whole"  # ModelOpt simulates with the whole model in memory
+    # ModelOpt simulates with the whole model in memory, and the rounding of max alone.
+    simulates = made_here and way == "whole" and recipe.quantization.algorithm == MAX.name
     names = ("bf16", "checkpoint", "simulated") if simulates else ("bf16", "checkpoint")
     variants = [runner_job(Variant(name, name, cache), models, recipe, store) for name in names]
     jobs = [{**variant.job, "dtype": dtype, "memory": way} for variant in variants]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -35,6 +36,13 @@ class Gptq(Part):
         if value % 16:
             raise ValueError(f"{value} is not a multiple of 16, the number of weights that share a block scale")
         return value
+
+
+def better_than(name: str, quantized: Sequence[NumberFormat]) -> str:
+    """The algorithm to propose for these formats after one that lost too much; "" if there is none."""
+    available = [one for one in algorithms.ALGORITHMS if one not in NOT_YET]
+    best = available[-1]
+    return best if any(map(algorithms.treats, quantized)) and available.index(name) < available.index(best) else ""
 
 
 def refusal(name: str, format_name: str, quantized: tuple[NumberFormat, ...]) -> str:

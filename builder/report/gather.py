@@ -12,7 +12,7 @@ from builder.calibration import coverage
 from builder.core.errors import UsageError
 from builder.core.store import STAGES, Artifact, artifacts, read, root_of, tests_of, upstream
 from builder.evaluate.tasks import Row
-from builder.formats import kv_cache, registry
+from builder.formats import algorithms, kv_cache, registry
 from builder.publish import build_record as records
 from builder.publish import verdict
 from builder.quality import check as qualities
@@ -234,6 +234,8 @@ def _format(checkpoint: Mapping[str, Any]) -> str:
     quantization = checkpoint.get("quantization", checkpoint)  # data-free, the formats are ingredients of their own
     number_format = registry.all_formats().get(name := str(quantization.get("format", "unknown")))
     weights = number_format.title if number_format else name
+    algorithm = str(quantization.get("algorithm", algorithms.MAX.name))
+    weights += f" ({algorithm})" * (algorithm != algorithms.MAX.name)
     cache = kv_cache.FORMATS.get(str(quantization.get("kv_cache_dtype")))
     return f"{weights}, {cache.title}" if cache else weights
 

@@ -59,10 +59,11 @@ def ordered(remedies: Sequence[Remedy], min_score: float) -> list[Remedy]:
     return by_size + sorted(others, key=lambda remedy: -remedy.score)
 
 
-def error(found: Quality, min_score: float, command: Sequence[str]) -> EvaluationError | None:
+def error(found: Quality, min_score: float, command: Sequence[str], *, better: str = "") -> EvaluationError | None:
     """The EvaluationError for a score below `min_score`; None if it passed.
 
-    `command`: the words of a command that builds the same recipe, to which the hints add flags.
+    `command`: the words of a command that builds the same recipe, to which the hints add flags. `better`: the
+    algorithm that would round the same format better, if there is one.
     """
     failed = found.failure(min_score)
     if not failed:
@@ -70,7 +71,7 @@ def error(found: Quality, min_score: float, command: Sequence[str]) -> Evaluatio
     return EvaluationError(
         f"The model fails the quality check: {failed}.",
         why=_why(found),
-        hint="\n".join(_next_steps(found, min_score, command)),
+        hint="\n".join(_next_steps(found, min_score, command, better)),
     )
 
 
@@ -85,7 +86,7 @@ def _why(found: Quality) -> str:
     return "\n".join([*lines, "It was not published. The stages that were built are kept."])
 
 
-def _next_steps(found: Quality, min_score: float, command: Sequence[str]) -> list[str]:
+def _next_steps(found: Quality, min_score: float, command: Sequence[str], better: str) -> list[str]:
     """Commands to try next, the most promising first."""
     without, command = command, calibrated(command)
     calibrate = [f"{shlex.join(command)}    # calibrates, instead of --data-free"] if command != without else []
@@ -93,6 +94,10 @@ def _next_steps(found: Quality, min_score: float, command: Sequence[str]) -> lis
         f"{shlex.join([*command, *remedy.flags])}    # estimated score {remedy.score:.0f}, {size(remedy.nbytes)} more"
         for remedy in ordered(found.remedies, min_score)[:3]
     ]
+    if better:
+        lines.append(
+            f"{shlex.join([*command, '--algorithm', better])}    # rounds better in the same format, no bytes more"
+        )
     budget = budget_of(min_score)
     texts = ["--sensitivity-data", "builtin:python-docs"]
     measure = ["builder", "sensitivity", *command[2:]]

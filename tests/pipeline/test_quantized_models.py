@@ -216,6 +216,7 @@ AUTO = {"quantization.keep_bf16": ["auto:0.05"], "sensitivity.data": {"data": "t
     ("flags", "says"),
     [
         ({"quantization.format": "nvfp4"}, "--format would quantize it"),
+        ({"quantization.algorithm": "mse"}, "--algorithm would quantize it"),
         ({"quantization.keep_bf16": ["*.o_proj"]}, "--keep-bf16 would quantize it"),
         ({"quantization.keep_fp8": ["*.o_proj"]}, "--keep-fp8 would quantize it"),
         (AUTO, "--keep-bf16 would quantize it"),

@@ -9,7 +9,7 @@ import pytest
 from builder.core.errors import UsageError
 from builder.formats import algorithms, registry
 from builder.recipe import schema
-from builder.recipe.algorithm import NOT_YET, AlgorithmName
+from builder.recipe.algorithm import NOT_YET, AlgorithmName, better_than
 
 MODEL = {"model.id": "org/model", "gpu": "cpu"}
 
@@ -56,6 +56,13 @@ def test_formats_without_block_scales_are_refused(format_name: str, said: str) -
 def test_formats_with_block_scales_are_searched(format_name: str) -> None:
     part = asked(format=format_name, algorithm="mse", keep_fp8=["*.down_proj"]).recipe.quantization
     assert part.rounding == {"algorithm": "mse"}
+
+
+def test_a_better_algorithm_is_proposed_where_there_is_one() -> None:
+    best = [one for one in algorithms.ALGORITHMS if one not in NOT_YET][-1]
+    assert better_than("max", [registry.NVFP4]) == best
+    assert better_than(best, [registry.NVFP4]) == ""
+    assert better_than("max", [registry.FP8]) == ""
 
 
 @pytest.mark.parametrize("size", [24, 8, 0])
