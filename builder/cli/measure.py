@@ -114,7 +114,11 @@ def run_sensitivity(arguments: argparse.Namespace, out: Output) -> int:
         return 0
     with store.in_use():
         found = pipeline.measure_layers(resolved, store, proxy=arguments.proxy)
-    show(found, with_same_recipe("quantize", arguments), out)
+    command = with_same_recipe("quantize", arguments)
+    if resolved.recipe.calibration.data_free and "--calib-samples" in command:  # auto measures on rows
+        at = command.index("--calib-samples")
+        command = [*command[:at], *command[at + 2 :]]
+    show(found, command, out)
     return 0
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from builder.quantize import exclude, writer
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
 from tests.support import families
+from tests.support.peak_memory import growth
 
 LENGTHS = (60, 41, 200, 33, 17, 120, 150, 41)
 # Dense, joined experts, stacked experts and eager attention, two kinds of masks, latent attention.
@@ -181,19 +180,14 @@ def test_a_checkpoint_that_is_dequantized_layer_by_layer_has_the_scores_of_the_r
     assert not np.array_equal(original["nll"], found["low"]["nll"])
 
 
-# Prints the most memory in KiB before and after a measurement, not getrusage's, which counts the parent's, too.
 DEEP = """
-import re, sys
-from pathlib import Path
 import numpy as np, torch
 from builder.evaluate.runners import local, worker
 job = {"model": sys.argv[1], "trust_remote_code": False, "dtype": "auto", "batch_tokens": 256, "memory": sys.argv[2]}
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 with torch.inference_mode(), local.bf16({**job, "memory": "low"}) as runner:
     before = peak()
 with torch.inference_mode(), local.bf16(job) as runner:
     worker.mean_nll(runner, [np.arange(3, 67, dtype=np.int32)] * 2)
-print(before, peak())
 """
 
 
@@ -205,9 +199,6 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(families, "MODELS", {"qwen3": {**sizes, "num_hidden_layers": depth}})
         families.write("qwen3", tmp_path / str(depth))
         for memory in ("low", "whole"):
-            command = [sys.executable, "-c", DEEP, str(tmp_path / str(depth)), memory]
-            ran = subprocess.run(command, check=True, capture_output=True, text=True)
-            before, peak = map(int, ran.stdout.split()[-2:])
-            grown[memory, depth] = (peak - before) * 1024
+            grown[memory, depth] = growth(DEEP, tmp_path / str(depth), memory)
     assert grown["low", 24] - grown["low", 4] < layer
     assert grown["whole", 24] - grown["whole", 4] > 15 * layer

@@ -44,6 +44,7 @@ from builder.quantize.streamed_states import PRELUDE, CarriedStates
 from builder.recipe import schema
 from builder.recipe.quantization import Quantization
 from tests.support import exports, families
+from tests.support.peak_memory import growth
 
 TINY = exports.MODELS["qwen3"]
 # One of each kind: joined experts, inputs before the first layer, state spaces, latent attention, linear attention.
@@ -328,20 +329,14 @@ def test_results_of_another_source_or_of_other_rows_are_never_used(rows: Path, t
     assert len(names) == 3
 
 
-# Prints the most memory in KiB before and after a calibration. Not that of getrusage(2), which counts the memory of the
-# process that started this one, too (fs/exec.c, setmax_mm_hiwater_rss).
 DEEP = """
-import re, sys
-from pathlib import Path
 import torch
 from builder.model import streamed
 from builder.quantize import streamed_calibration
 model = streamed.open_model({"model": sys.argv[1], "trust_remote_code": False})
-peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = peak()
 ids = [torch.arange(64)[None] for _ in range(2)]
 streamed_calibration.calibrate(model, ids, [], Path(sys.argv[1]) / "partial" / "checkpoint-0")
-print(before, peak())
 """
 
 
@@ -354,9 +349,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path, monkeypatch: pytest.Mon
         changed = {"qwen3": {**sizes, "num_hidden_layers": depth}}
         monkeypatch.setattr(families, "MODELS", changed)
         families.write("qwen3", directory)
-        ran = subprocess.run([sys.executable, "-c", DEEP, directory], check=True, capture_output=True, text=True)
-        before, peak = map(int, ran.stdout.split()[-2:])
-        grown[depth] = (peak - before) * 1024
+        grown[depth] = growth(DEEP, directory)
     assert grown[40] - grown[4] < layer
     assert grown[40] < 10 * layer  # of 40; torch's own first use of its kernels is among it
 
