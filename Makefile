@@ -80,8 +80,10 @@ TRTLLM_TESTS := \
   tests/quantize/test_keep_fp8.py \
   tests/quantize/test_modelopt.py \
   tests/quantize/test_pseudo.py \
+  tests/quantize/test_rounding_algorithms.py \
   tests/quantize/test_scales.py \
   tests/quantize/test_streamed.py \
+  tests/quantize/test_streamed_solve.py \
   tests/quantize/test_unquantized.py \
   tests/reference/test_model.py \
   tests/tokenizer/test_chat_template.py \

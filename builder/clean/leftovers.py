@@ -24,7 +24,7 @@ HALF_MADE = re.compile(rf"\.[0-9a-f]{{16}}\.(?:\d+|old)\.(?:tmp|trash)|{temporar
 WAITING = re.compile(r"\.([0-9a-f]{16})\.old")  # atomic.backup_path
 HALF_WRITTEN = re.compile(r"\..+\.\d+(?:\.tmp)?")  # a file or link whose writer was killed before the rename
 LOCK = re.compile(r"[a-z_]+-[\w.-]+\.lock")
-PARTIAL = re.compile(r"([a-z_]+)-([0-9a-f]{16})\.(?:jsonl|safetensors)")
+PARTIAL = re.compile(r"([a-z_]+)-([0-9a-f]{16})(?:-\d{4}-\d{4})?\.(?:jsonl|safetensors)")
 
 
 @dataclass(frozen=True)

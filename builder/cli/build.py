@@ -126,8 +126,8 @@ def _check_quality(built: Built, resolved: Resolved, arguments: argparse.Namespa
     from builder.recipe.algorithm import better_than
     from builder.report.quality_summary import error
 
-    part = resolved.recipe.quantization
-    better = "" if resolved.stored else better_than(part.algorithm, part.quantized_formats)
+    part, rows = resolved.recipe.quantization, not resolved.recipe.calibration.data_free
+    better = "" if resolved.stored else better_than(part.algorithm, part.quantized_formats, rows=rows)
     command = with_same_recipe("build", arguments)
     found = error(built.quality, resolved.recipe.quality.min_score, command, better=better)
     if found:

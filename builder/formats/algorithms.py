@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from builder.formats.base import NumberFormat
 
+BLOCK = 16  # weights that share a block scale
 Needs = Literal["weights", "block_hessians", "hessians"]
 
 
@@ -32,6 +33,11 @@ class Algorithm:
     def reads_rows(self) -> bool:
         """Whether it needs calibration rows."""
         return self.needs != "weights"
+
+    def moments(self, inputs: int) -> int:
+        """Bytes of the second moments of one input with so many columns, in float32."""
+        columns = {"weights": 0, "block_hessians": min(BLOCK, inputs), "hessians": inputs}
+        return 4 * inputs * columns[self.needs]
 
 
 MAX = Algorithm(

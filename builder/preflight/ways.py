@@ -18,7 +18,7 @@ from builder.core.output import size
 from builder.core.safetensors_io import byte_size
 from builder.formats import algorithms
 from builder.machine.gpus import visible
-from builder.preflight import memory, suggestions
+from builder.preflight import memory, rounding, suggestions
 from builder.preflight.memory import Machine
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import exclude, modelopt
@@ -119,6 +119,9 @@ def choose(recipe: Recipe, model: ModelFacts, on: Device, *, scales: bool = Fals
         return Choice(on, (whole,), whole, "scales are calibrated so", _refusal(whole, (), recipe, model, on))
     if rows.data_free:
         return Choice(on, found, free, "no calibration rows")
+    if (algorithm := rounding.algorithm_of(recipe)).reads_rows:
+        why = f"--algorithm {algorithm.name} rounds a layer once its rows have run"
+        return Choice(on, found, low, why, _refusal(low, found, recipe, model, on))
     if asked != "auto":
         taken = whole if asked == "whole" else low
         return Choice(on, found, taken, f"--memory {asked}", _refusal(taken, found, recipe, model, on))
@@ -138,18 +141,21 @@ def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, Way, Way]:
     tokens = rows.samples * rows.seq_len
     writing = (weights / WRITTEN + _searched(recipe, model) * SEARCHED) / on.cores
     passes = 2 * active_parameters(model) * tokens / (OPERATIONS * on.cores)
-    why = _needs_modelopt(recipe, model)
+    rounds = rounding.operations(recipe, model, tokens) / (OPERATIONS * on.cores)
+    why, algorithm = _needs_modelopt(recipe, model), rounding.algorithm_of(recipe)
+    by_layer = f"--algorithm {algorithm.name} rounds one decoder layer at a time" if algorithm.reads_rows else ""
     searched = any(one.scales_inputs for one in recipe.quantization.quantized_formats)
 
     def way(name: Name, needs: int, took: float | None) -> Way:
         needs += 0 if on.gpu else LIBRARIES[name]
         basis = NOT_MEASURED if on.gpu and name != "data-free" else BASIS
         took = None if took is None or basis == NOT_MEASURED else STARTING[name] + took + writing
-        return Way(name, needs, took, basis, name == "data-free" or on.holds(name, needs), why * (name != "whole"))
+        impossible = by_layer if by_layer and name != "low" else why * (name != "whole")
+        return Way(name, needs, took, basis, name == "data-free" or on.holds(name, needs), impossible)
 
     return (
         way("whole", memory.calibration_memory(model, batch), None if searched else passes),
-        way("low", memory.streamed_memory(model, batch), passes),
+        way("low", memory.streamed_memory(model, batch) + rounding.memory(recipe, model), passes + rounds),
         way("data-free", free_memory(on.cores), 0.0),
     )
 
@@ -192,6 +198,7 @@ def check(recipe: Recipe, model: ModelFacts) -> None:
             f"{flag} {why}, and auto chooses layers by the loss that it measures with the whole model in memory.",
             hint=f"Name the layers: --keep-fp8 '*.down_proj' or --keep-bf16 '*.down_proj'. Or leave {flag} out.",
         )
+    rounding.check(recipe, model, _needs_modelopt(recipe, model))
     if flag and (why := _needs_modelopt(recipe, model)):
         raise UnsupportedError(f"{flag} can't be used here.", why=why, hint=f"Leave {flag} out.")
 

@@ -41,7 +41,9 @@ SOURCES = (
     "builder/quantize/streamed_worker.py",
     "builder/quantize/streamed_calibration.py",
     "builder/quantize/streamed_ranges.py",
+    "builder/quantize/streamed_solve.py",
     "builder/quantize/streamed_states.py",
+    "builder/quantize/algorithms",
     "builder/quantize/calibrated.py",
     "builder/quantize/ranges.py",
     "builder/quantize/stored_scales.py",
@@ -154,6 +156,8 @@ def _remove(partial: Path) -> None:
     for suffix in (".jsonl", ".safetensors"):
         partial.with_suffix(suffix).unlink(missing_ok=True)
     for path in partial.parent.glob(f".{partial.name}.*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in [*partial.parent.glob(f"{partial.name}-*.safetensors"), *partial.parent.glob(f".{partial.name}-*.tmp")]:
         path.unlink(missing_ok=True)
 
 

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from builder.core.process import emit
 from builder.core.store import library_versions
 from builder.model.streamed import State, StreamedModel
-from builder.quantize import streamed_ranges, streamed_states
+from builder.quantize import streamed_ranges, streamed_solve, streamed_states
+from builder.quantize.algorithms.moments import Moments
 from builder.quantize.experts import RoutedTokens
 from builder.quantize.ranges import Ranges
 from builder.quantize.streamed_ranges import Seen
+from builder.quantize.streamed_solve import Group, LayerSolver, Solved
 from builder.quantize.streamed_states import PRELUDE, CarriedStates, Result
 
 
@@ -26,15 +28,17 @@ def calibrate(
     partial: Path,
     *,
     on_disk: bool | None = None,
+    solver: LayerSolver | None = None,
 ) -> tuple[Ranges, dict[str, Any]]:
-    """The ranges of inputs, keys and values over all batches of token ids, and facts: the tokens of each expert.
+    """The ranges of inputs, keys and values over all batches of token ids, and facts: the tokens of each expert and,
+    under `solved`, the files of the weights that `solver` rounded on the way.
 
     tensors: the names of the checkpoint's tensors, to report ranges by. partial: where to keep results of finished
     layers, a path without suffix. on_disk: whether to keep hidden states in a file; None decides by their size.
     FloatingPointError if a layer's inputs, keys or values contain NaN or Inf.
     """
     with torch.inference_mode():
-        results = _Run(model, batches, partial, on_disk).results()
+        results = _Run(model, batches, partial, on_disk, solver).results()
     numbers: dict[str, dict[str, float]] = {"inputs": {}, "keys": {}, "values": {}}
     routed = RoutedTokens()
     for one in results:
@@ -44,6 +48,8 @@ def calibrate(
         routed.see_all |= one["see_all"]
     few = streamed_ranges.widen(numbers["inputs"], routed, all_alike=_joins_experts())
     facts = {**routed.facts(), **({"rare_experts": few} if few else {})}
+    if solver is not None:
+        facts |= {**solver.facts(results), "solved": solver.solved(results)}
     return streamed_ranges.by_checkpoint_names(numbers, model.model, tensors), facts
 
 
@@ -55,8 +61,15 @@ def _joins_experts() -> bool:
 class _Run:
     """One calibration on its way through the layers."""
 
-    def __init__(self, model: StreamedModel, batches: Sequence[Tensor], partial: Path, on_disk: bool | None) -> None:
-        self.model, self.batches = model, batches
+    def __init__(
+        self,
+        model: StreamedModel,
+        batches: Sequence[Tensor],
+        partial: Path,
+        on_disk: bool | None,
+        solver: LayerSolver | None,
+    ) -> None:
+        self.model, self.batches, self.solver = model, batches, solver
         self._states: list[State] = []
         self._headers: list[tuple[str, tuple[int, ...]]] = []
         self._partial, self._on_disk = partial, on_disk
@@ -71,10 +84,10 @@ class _Run:
             shapes = [(*batch.shape, *first.shape[2:]) for batch in self.batches]
             self._headers = [(streamed_states.header(first)[0], shape) for shape in shapes]
             self._carried = self._new_states(shapes, first)
-            found = self._carried.resume(shapes, first.dtype)
+            found = self._carried.resume(shapes, first.dtype, self.solver.holds if self.solver else lambda _: True)
             self._prelude(begin, resumed=bool(found))
         if not found:
-            found = [self._found(PRELUDE, seen, RoutedTokens())]
+            found = [self._recorded(PRELUDE, _found(seen, RoutedTokens()))]
         else:
             emit(info=f"continuing a killed run after layer {len(found) - 1} of {self.model.depth}")
         for index in range(len(found) - 1, self.model.depth):
@@ -105,26 +118,43 @@ class _Run:
             self._carried.step(PRELUDE, self._headers, make)
 
     def _layer(self, index: int) -> Result:
-        seen, depth = Seen(), self.model.depth
-        with (
-            self.model.layer(index) as layer,
-            streamed_ranges.observed(layer, f"{self.model.path}.{index}", seen) as routed,
-        ):
+        with self.model.layer(index) as layer:
+            parts = self.solver.passes(index) if self.solver else []
+            solved = []
+            for number, (groups, moments) in enumerate(parts[:-1]):
+                seen = Seen(moments)
+                with streamed_ranges.observed(layer, f"{self.model.path}.{index}", seen):
+                    for batch in range(len(self.batches)):
+                        self._advance(index, batch)
+                _check_finite(seen.numbers())
+                solved.append(self._solved(index, number, groups, moments))
+            groups, last = parts[-1] if parts else ((), None)
+            found = self._last_pass(index, layer, Seen(last))
+            if last is not None:
+                solved.append(self._solved(index, len(parts) - 1, groups, last))
+        return self._recorded(index, {**found, **({"solved": streamed_solve.joined(solved)} if solved else {})})
 
-            def make(number: int) -> Tensor:
-                done = sum(self._nbytes[:index]) + self._nbytes[index] * number // len(self.batches)
-                label = f"calibrating layer {index + 1} of {depth}"
-                emit(progress={"label": label, "done": done, "total": sum(self._nbytes)})
-                return self._advance(index, number)
-
-            self._carried.step(index, self._headers, make)
+    def _last_pass(self, index: int, layer: nn.Module, seen: Seen) -> dict[str, Any]:
+        """Takes the states through a layer. Returns what was found in it."""
         prefix = f"{self.model.path}.{index}"
+        with streamed_ranges.observed(layer, prefix, seen) as routed:
+            self._carried.step(index, self._headers, lambda number: self._advance(index, number))
         routed.layers = {f"{prefix}.{place}": tokens for place, tokens in routed.layers.items()}
-        return self._found(index, seen, routed)
+        return _found(seen, routed)
+
+    def _solved(self, index: int, number: int, groups: Sequence[Group], moments: Moments) -> Solved:
+        assert self.solver is not None
+        done = sum(self._nbytes[: index + 1])
+        label = f"rounding layer {index + 1} of {self.model.depth}"
+        emit(progress={"label": label, "done": done, "total": sum(self._nbytes)})
+        return self.solver.solve(index, number, groups, moments)
 
     def _advance(self, index: int, number: int) -> Tensor:
         """One batch through a layer. If the device runs out of memory, its share of hidden states moves to the host,
         which changes no result."""
+        done = sum(self._nbytes[:index]) + self._nbytes[index] * number // len(self.batches)
+        label = f"calibrating layer {index + 1} of {self.model.depth}"
+        emit(progress={"label": label, "done": done, "total": sum(self._nbytes)})
         state = self._states[number]
         try:
             return self.model.advance(index, state, self._carried.get(number).to(self.model.device))
@@ -135,12 +165,15 @@ class _Run:
         torch.cuda.empty_cache()
         return self.model.advance(index, state, self._carried.get(number).to(self.model.device))
 
-    def _found(self, layer: int, seen: Seen, routed: RoutedTokens) -> Result:
-        numbers = seen.numbers()
-        _check_finite(numbers)
-        found = {**numbers, "experts": routed.layers, "see_all": routed.see_all}
-        self._carried.record(layer, found)
-        return found
+    def _recorded(self, layer: int, result: Result) -> Result:
+        self._carried.record(layer, result)
+        return result
+
+
+def _found(seen: Seen, routed: RoutedTokens) -> dict[str, Any]:
+    numbers = seen.numbers()
+    _check_finite(numbers)
+    return {**numbers, "experts": routed.layers, "see_all": routed.see_all}
 
 
 def _check_finite(numbers: Mapping[str, Mapping[str, float]]) -> None:

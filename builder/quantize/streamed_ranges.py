@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from builder.calibration.coverage import rare
 from builder.model.streamed import StreamedModel
 from builder.quantize import calibrated
+from builder.quantize.algorithms.moments import Moments
 from builder.quantize.experts import RoutedTokens, counted
 from builder.quantize.ranges import Ranges
 
@@ -36,9 +37,14 @@ SEE_ALL = (
 
 class Seen:
     """The largest magnitudes so far, as tensors: `inputs` of {linear layer, or joined experts' projection}, and `keys`
-    and `values` of {attention}."""
+    and `values` of {attention}.
 
-    def __init__(self) -> None:
+    moments: gathers the second moments of inputs too. everywhere: whether all tokens are being sent to all experts, for
+    ranges alone.
+    """
+
+    def __init__(self, moments: Moments | None = None) -> None:
+        self.moments, self.everywhere = moments, False
         self.inputs: dict[str, Tensor] = {}
         self.keys: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
@@ -53,6 +59,12 @@ class Seen:
             self._last = values, torch.maximum(-low, high).float()
         largest = self._last[1]
         found[name] = torch.maximum(found[name], largest) if name in found else largest
+
+    def add_input(self, name: str, values: Tensor, expert: int | None = None) -> None:
+        """Adds the input of a linear layer, or of a projection of joined experts for one of them."""
+        self.add(self.inputs, name, values)
+        if self.moments is not None and not self.everywhere:
+            self.moments.add(name if expert is None else expert_place(name, expert), values)
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """The same as JSON values: {"inputs", "keys", "values"}."""
@@ -76,7 +88,7 @@ def observed(layer: nn.Module, prefix: str, seen: Seen) -> Iterator[RoutedTokens
             elif _is_attention(module):
                 _replace_forward(stack, module, _attention(seen, name, module))
             elif type(module).__name__ in SEE_ALL and isinstance(getattr(module, "experts", None), nn.ModuleList):
-                _replace_forward(stack, module, _with_all_experts(module))
+                _replace_forward(stack, module, _with_all_experts(seen, module))
         yield routed
 
 
@@ -97,7 +109,7 @@ def _replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[...,
 
 def _input_hook(seen: Seen, name: str) -> Callable[..., None]:
     def hook(_: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        seen.add(seen.inputs, name, args[0] if args else named["input"])
+        seen.add_input(name, args[0] if args else named["input"])
 
     return hook
 
@@ -105,10 +117,10 @@ def _input_hook(seen: Seen, name: str) -> Callable[..., None]:
 def _is_joined(module: nn.Module) -> bool:
     """Whether a module holds all experts of a layer in three-dimensional parameters, as ModelOpt looks for it."""
     sizes = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
-    return hasattr(module, "num_experts") and sizes.get("down_proj") == 3 and bool(_first(module))
+    return hasattr(module, "num_experts") and sizes.get("down_proj") == 3 and bool(first_of(module))
 
 
-def _first(module: nn.Module) -> str:
+def first_of(module: nn.Module) -> str:
     """The parameter of joined experts that is multiplied first; "" if there is none."""
     return next((name for name in ("gate_up_proj", "up_proj") if getattr(module, name, None) is not None), "")
 
@@ -117,14 +129,15 @@ def _joined(seen: Seen, name: str, module: nn.Module) -> Callable[..., Any]:
     """The forward of joined experts, which calls F.linear twice for each expert: with the tokens of the expert, then
     with what goes into its down projection."""
     functional: Any = nn.functional
-    real, original, first = functional.linear, module.forward, _first(module)
+    real, original, first = functional.linear, module.forward, first_of(module)
 
     def forward(*args: Any, **named: Any) -> Any:
         calls = 0
 
         def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             nonlocal calls
-            seen.add(seen.inputs, f"{name}.{first if calls % 2 == 0 else 'down_proj'}", values)
+            leaf = first if calls % 2 == 0 else "down_proj"
+            seen.add_input(f"{name}.{leaf}", values, _number(getattr(module, leaf), weight))
             calls += 1
             made: Tensor = real(values, weight, bias)
             return made
@@ -136,6 +149,16 @@ def _joined(seen: Seen, name: str, module: nn.Module) -> Callable[..., Any]:
             functional.linear = real
 
     return forward
+
+
+def expert_place(projection: str, expert: int) -> str:
+    """The name of one expert's part of a projection of joined experts."""
+    return f"{projection}#{expert}"
+
+
+def _number(joined: Tensor, weight: Tensor) -> int:
+    """Which of the joined matrices a weight is, a view of one."""
+    return (weight.storage_offset() - joined.storage_offset()) // joined.stride(0)
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -173,16 +196,16 @@ def _set_attention(code: Any, kind: str, function: Callable[..., Any]) -> None:
         code.ALL_ATTENTION_FUNCTIONS[kind] = function
 
 
-def _with_all_experts(block: Any) -> Callable[..., Any]:
+def _with_all_experts(seen: Seen, block: Any) -> Callable[..., Any]:
     """The forward of a mixture that first sends all tokens to all experts, for their ranges alone."""
     original = block.forward
 
     def forward(hidden_states: Tensor) -> Any:
-        chosen, block.top_k = block.top_k, block.num_experts
+        chosen, block.top_k, seen.everywhere = block.top_k, block.num_experts, True
         try:
             original(hidden_states)
         finally:
-            block.top_k = chosen
+            block.top_k, seen.everywhere = chosen, False
         return original(hidden_states)
 
     return forward

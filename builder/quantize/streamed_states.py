@@ -52,10 +52,15 @@ class CarriedStates:
         self._crc: int | None = None
         self._saved_at, self._save_took, self._saves = time.monotonic(), 0.0, True
 
-    def resume(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Result]:
+    def resume(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        accept: Callable[[Sequence[Result]], bool] = lambda results: True,
+    ) -> list[Result]:
         """The results of a killed run, PRELUDE's first, and its states; [] if there is nothing to continue with.
 
-        shapes: of the states of each batch.
+        shapes: of the states of each batch. accept: whether results can be continued from.
         """
         self._path().mkdir(parents=True, exist_ok=True)
         for stale in self._path().glob(f".{self._states.name}.*.tmp"):
@@ -68,6 +73,8 @@ class CarriedStates:
             whole = [(info.dtype, info.shape) for _, info in sorted(stored.items())] == headers
             if not whole or found[layer - PRELUDE]["crc"] != _checksum(stored):
                 raise ValueError("other states")
+            if not accept([one["result"] for one in found[: layer - PRELUDE + 1]]):
+                raise ValueError("other results")
         except (OSError, BuilderError, ValueError, KeyError, IndexError):
             self._states.unlink(missing_ok=True)
             self._lines.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from builder.architectures import catalog
+from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
 from builder.calibration import coverage
 from builder.checkpoint.finished import write_second_layout
@@ -22,6 +22,7 @@ from builder.core.errors import BuilderError, UnsupportedError
 from builder.core.hashes import Hashes
 from builder.core.process import emit, worker_main
 from builder.formats import algorithms
+from builder.formats.algorithms import Algorithm
 from builder.formats.assignment import ModelFormats, of_job
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import unified_plan, worker, writer
@@ -43,11 +44,16 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     device = check_device(job.get("gpus", ()))
     batches = _batches(job, source)
     clock.lap("rows")
-    ranges, found = calibrate(job, batches, planned) if formats.calibrated else (Ranges(), {})
+    algorithm = algorithms.of_job(job)
+    needed = formats.calibrated or algorithm.reads_rows
+    if algorithm is algorithms.GPTQ:
+        _check_enough(batches, planned)
+    ranges, found = calibrate(job, batches, source, planned) if needed else (Ranges(), {})
+    work = _work(algorithm, found.pop("solved", {}))
     _check_cache(source.config, formats, ranges)
     clock.lap("calibrate")
     emit(progress={"label": "writing the checkpoint", "done": 0, "total": None})
-    counts = writer.write(source, formats, ranges, destination / "unified", Work(algorithm=algorithms.of_job(job).name))
+    counts = writer.write(source, formats, ranges, destination / "unified", work)
     clock.lap("write")
     with Hashes(destination) as hashes:
         lacking = write_second_layout(source.config, hashes)
@@ -58,11 +64,12 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **counts,
         **found,
+        "algorithm": algorithm.name,
         "backend": "streamed",
         "writer": "builder",
         "device": device,
         "calibration_tokens": sum(batch.numel() for batch in batches),
-        "coverage": coverage.of_batches(batches, limit) if formats.calibrated else {},
+        "coverage": coverage.of_batches(batches, limit) if needed else {},
         "warnings": {},
         "no_tensorrt_llm": lacking,
         "hashed": hashed,
@@ -99,23 +106,59 @@ def _batches(job: Mapping[str, Any], source: SourceModel) -> list[Any]:
     return list(batches)
 
 
-def calibrate(job: Mapping[str, Any], batches: Sequence[Any], planned: UnifiedPlan) -> tuple[Ranges, dict[str, Any]]:
-    """The ranges of the rows, and facts: the tokens of each expert, and the layer that the run continued at.
+def _work(algorithm: Algorithm, solved: Mapping[str, Path]) -> Work:
+    """How to write: what an algorithm did not round on the way is left to `mse`."""
+    return Work(algorithm=algorithms.MSE.name if algorithm.reads_rows else algorithm.name, solved=solved)
+
+
+def _check_enough(batches: Sequence[Any], planned: UnifiedPlan) -> None:
+    """UnsupportedError if there are too few tokens for GPTQ in the widest layer that sees all of them."""
+    from builder.quantize.streamed_solve import TOKENS_OF_COLUMNS
+
+    tokens, widths = sum(batch.numel() for batch in batches), gptq_widths(planned)
+    if tokens >= TOKENS_OF_COLUMNS * max(widths, default=0):
+        return
+    raise UnsupportedError(
+        f"{tokens:,} calibration tokens are too few for algorithm gptq.",
+        why=f"The widest layer has {max(widths):,} inputs, and with fewer than half as many tokens the corrections fit "
+        "the rows alone.",
+        hint="Calibrate on more text (--calib-samples 512 --calib-seq-len 2048), or use --algorithm hessian",
+    )
+
+
+def gptq_widths(planned: UnifiedPlan) -> set[int]:
+    """The numbers of inputs of the layers that GPTQ rounds, without those of routed experts."""
+    every = (layer for group in planned.groups for layer in group)
+    return {
+        layer.part.shape[-1]
+        for layer in every
+        if algorithms.treats(layer.number_format) and names.experts_of(layer.module) is None
+    }
+
+
+def calibrate(
+    job: Mapping[str, Any], batches: Sequence[Any], source: SourceModel, planned: UnifiedPlan
+) -> tuple[Ranges, dict[str, Any]]:
+    """The ranges of the rows, and facts: the tokens of each expert and, under `solved`, {linear layer: file} of those
+    whose weights the job's algorithm rounded with the rows.
 
     Uses the first GPU if there is one.
     """
     import torch
 
     from builder.model import streamed
-    from builder.quantize import streamed_calibration
+    from builder.quantize import streamed_calibration, streamed_solve
 
     emit(progress={"label": "opening the model", "done": 0, "total": None})
     device = torch.device("cuda", 0) if torch.cuda.is_available() else None
     model = streamed.open_decoder(job, device, max(batch.shape[1] for batch in batches))
     if hasattr(model.config, "_experts_implementation"):
         model.config._experts_implementation = "eager"  # other ways to compute joined experts hide their inputs
-    names = [*(f"{module}.weight" for module in planned.layers), *(part.name for part in planned.copies)]
-    return streamed_calibration.calibrate(model, batches, names, Path(job["partial"]))
+    tensors = [*(f"{module}.weight" for module in planned.layers), *(part.name for part in planned.copies)]
+    solver, partial = None, Path(job["partial"])
+    if algorithms.of_job(job).reads_rows:
+        solver = streamed_solve.LayerSolver(source, planned, job, model, partial)
+    return streamed_calibration.calibrate(model, batches, tensors, partial, solver=solver)
 
 
 def _check_cache(config: Mapping[str, Any], formats: ModelFormats, ranges: Ranges) -> None:

@@ -12,7 +12,6 @@ from builder.formats.base import NumberFormat
 from builder.recipe.base import Part
 
 AlgorithmName = Literal["max", "mse", "hessian", "gptq"]  # formats/algorithms.py, ALGORITHMS
-NOT_YET = ("hessian", "gptq")
 
 
 class Gptq(Part):
@@ -23,11 +22,11 @@ class Gptq(Part):
     ] = "hessian"
     damping: Annotated[
         float, Field(gt=0, le=1, description="added to the diagonal of the Hessian, as a share of its mean")
-    ] = 0.01
+    ] = 0.05
     order: Annotated[
         Literal["none", "activation"],
-        Field(description="in which columns are rounded: as they are, or those with the largest inputs first"),
-    ] = "none"
+        Field(description="in which columns are rounded: as they are, or blocks with the largest inputs first"),
+    ] = "activation"
     block_size: Annotated[int, Field(ge=16, le=65536, description="columns at a time, a multiple of 16")] = 128
 
     @field_validator("block_size")
@@ -38,20 +37,17 @@ class Gptq(Part):
         return value
 
 
-def better_than(name: str, quantized: Sequence[NumberFormat]) -> str:
-    """The algorithm to propose for these formats after one that lost too much; "" if there is none."""
-    available = [one for one in algorithms.ALGORITHMS if one not in NOT_YET]
+def better_than(name: str, quantized: Sequence[NumberFormat], *, rows: bool = True) -> str:
+    """The algorithm to propose for these formats after one that lost too much; "" if there is none. rows: whether there
+    are calibration rows."""
+    available = [name for name, one in algorithms.ALGORITHMS.items() if rows or not one.reads_rows]
     best = available[-1]
     return best if any(map(algorithms.treats, quantized)) and available.index(name) < available.index(best) else ""
 
 
 def refusal(name: str, format_name: str, quantized: tuple[NumberFormat, ...]) -> str:
     """Why this algorithm can't choose the weights of these formats; "" if it can."""
-    if name == algorithms.MAX.name:
-        return ""
-    if name in NOT_YET:
-        return f"{name} is not available yet; use max or mse"
-    if any(map(algorithms.treats, quantized)):
+    if name == algorithms.MAX.name or any(map(algorithms.treats, quantized)):
         return ""
     if any(one.scales_inputs for one in quantized):
         return (

@@ -23,7 +23,7 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
         "--algorithm",
         "quantization.algorithm",
         str,
-        "how NVFP4 weights are rounded: max (default), or mse: block scales searched",
+        "how NVFP4 weights are rounded: max (default), mse, hessian or gptq",
     ),
     (
         "--memory",

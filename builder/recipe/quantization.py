@@ -91,7 +91,8 @@ class Quantization(Part):
     algorithm: Annotated[
         AlgorithmName,
         Field(
-            description="how NVFP4 weights are rounded: max (as NVIDIA publishes them) or mse (block scales searched)"
+            description="how NVFP4 weights are rounded: max (as NVIDIA publishes them), mse (block scales searched), "
+            "hessian or gptq (with the inputs of the calibration rows)"
         ),
     ] = "max"
     gptq: Gptq = Gptq()

@@ -320,12 +320,16 @@ def test_leftovers_of_kills_and_old_logs_go(tmp_path: Path) -> None:
     assert made.path.is_dir()
 
 
+# The results of layers, their states, and what an algorithm rounded in one layer.
+PARTIAL = (".jsonl", ".safetensors", "-0003-0000.safetensors")
+
+
 def test_partial_results_of_a_calibration_stay_until_they_are_old_or_no_longer_needed(tmp_path: Path) -> None:
     made, partial = stage(tmp_path, "checkpoint", {}), tmp_path / "partial"
     partial.mkdir()
     old, fresh, done = (f"checkpoint-{key}" for key in ("0" * 16, "1" * 16, made.path.name))
     for name in (old, fresh, done):
-        for suffix in (".jsonl", ".safetensors"):
+        for suffix in PARTIAL:
             (partial / f"{name}{suffix}").write_bytes(b"states")
             os.utime(partial / f"{name}{suffix}", (time.time() - 31 * 86400 * (name == old),) * 2)
     half = partial / f".{fresh}.safetensors.77.tmp"
@@ -333,11 +337,11 @@ def test_partial_results_of_a_calibration_stay_until_they_are_old_or_no_longer_n
     plan = removal.plan(tmp_path, Request())
     went = {entry.path: entry.nbytes for entry in plan.remove}
     assert {path.name: went.get(path) for path in partial.iterdir()} == {
-        **{f"{name}{end}": 6 for name in (old, done) for end in (".jsonl", ".safetensors")},
-        **{f"{fresh}{end}": None for end in (".jsonl", ".safetensors")},
+        **{f"{name}{end}": 6 for name in (old, done) for end in PARTIAL},
+        **{f"{fresh}{end}": None for end in PARTIAL},
         half.name: 4,
     }
-    assert sum(entry.nbytes for entry in plan.keep if entry.path.parent == partial) == 12
+    assert sum(entry.nbytes for entry in plan.keep if entry.path.parent == partial) == 18
 
 
 def test_a_store_keeps_its_logs_within_bounds(tmp_path: Path) -> None:

@@ -198,3 +198,44 @@ def test_data_free_has_no_calibration(tmp_path: Any) -> None:
     choice = found.way(Machine(GB, 1000, 1000))
     assert choice is not None
     assert (choice.taken.name, choice.refusal) == ("data-free", None)
+
+
+@given(st.sampled_from(["auto", "low", "whole"]), st.sampled_from(["hessian", "gptq"]))
+def test_what_rounds_with_the_rows_goes_layer_by_layer_whatever_fits(asked: str, algorithm: str) -> None:
+    values = {"quantization.memory": asked, "quantization.algorithm": algorithm}
+    choice = ways.choose(recipe(**values), QWEN3_8B, replace(HOST, memory=64 * GB, largest=64 * GB))
+    assert (choice.taken.name, choice.refusal, choice.as_good) == ("low", None, ())
+    assert f"--algorithm {algorithm}" in choice.why
+    plain = ways.choose(recipe(**{"quantization.memory": "low"}), QWEN3_8B, HOST).taken
+    assert choice.taken.memory > plain.memory
+    assert (choice.taken.seconds or 0) > (plain.seconds or 0)
+    matrix = 4 * 12288**2  # of down_proj
+    assert (choice.taken.memory - plain.memory > 4 * matrix) == (algorithm == "gptq")
+
+
+def test_experts_that_are_one_tensor_can_not_be_rounded_with_the_rows() -> None:
+    config = {"architectures": ["GptOssForCausalLM"], "num_hidden_layers": 1, "num_local_experts": 4}
+    model = ModelFacts(config, {"model.layers.0.mlp.experts.down_proj": ("BF16", (4, 64, 64))})
+    with pytest.raises(UnsupportedError, match="it rounds one decoder layer at a time") as caught:
+        ways.check(recipe(**{"quantization.algorithm": "gptq"}), model)
+    assert caught.value.hint == "Use --algorithm max"
+
+
+def test_layers_that_share_keys_can_not_be_rounded_with_the_rows() -> None:
+    model = replace(QWEN3_8B, config={**QWEN3_8B.config, "num_kv_shared_layers": 4})
+    with pytest.raises(UnsupportedError, match="it rounds one decoder layer at a time") as caught:
+        ways.check(recipe(**{"quantization.algorithm": "hessian"}), model)
+    assert "last 4 layers" in caught.value.why
+    assert caught.value.hint == "Use --algorithm mse"
+
+
+@pytest.mark.parametrize(("samples", "fits"), [(23, False), (24, True)])
+def test_gptq_needs_half_as_many_tokens_as_the_widest_layer_has_inputs(samples: int, fits: bool) -> None:
+    values = {"quantization.algorithm": "gptq", "calibration.samples": samples, "calibration.seq_len": 256}
+    if fits:
+        ways.check(recipe(**values), QWEN3_8B)
+        return
+    with pytest.raises(UsageError, match="5,888 calibration tokens are too few for --algorithm gptq") as caught:
+        ways.check(recipe(**values), QWEN3_8B)
+    assert "12,288 inputs" in caught.value.why
+    assert "--algorithm hessian" in caught.value.hint

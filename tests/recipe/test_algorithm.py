@@ -9,7 +9,7 @@ import pytest
 from builder.core.errors import UsageError
 from builder.formats import algorithms, registry
 from builder.recipe import schema
-from builder.recipe.algorithm import NOT_YET, AlgorithmName, better_than
+from builder.recipe.algorithm import AlgorithmName, better_than
 
 MODEL = {"model.id": "org/model", "gpu": "cpu"}
 
@@ -32,10 +32,10 @@ def test_algorithms_treat_what_has_block_scales_of_e4m3() -> None:
     assert treated == {"nvfp4", "w4a16_nvfp4"}
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_what_is_not_available_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=f"algorithm {name} is not available yet"):
-        asked(algorithm=name)
+@pytest.mark.parametrize("name", ["hessian", "gptq"])
+def test_what_reads_rows_is_refused_without_them(name: str) -> None:
+    with pytest.raises(UsageError, match="use algorithm mse, or name rows"):
+        schema.resolve({**MODEL, "quantization.algorithm": name, "calibration.samples": 0})
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def test_formats_with_block_scales_are_searched(format_name: str) -> None:
 
 
 def test_a_better_algorithm_is_proposed_where_there_is_one() -> None:
-    best = [one for one in algorithms.ALGORITHMS if one not in NOT_YET][-1]
-    assert better_than("max", [registry.NVFP4]) == best
-    assert better_than(best, [registry.NVFP4]) == ""
+    assert better_than("max", [registry.NVFP4]) == "gptq"
+    assert better_than("max", [registry.NVFP4], rows=False) == "mse"
+    assert better_than("gptq", [registry.NVFP4]) == ""
     assert better_than("max", [registry.FP8]) == ""
 
 
@@ -71,6 +71,12 @@ def test_gptq_takes_whole_blocks_of_columns(size: int) -> None:
         schema.resolve(MODEL, sets=[f"quantization.gptq.block_size={size}"])
 
 
+def test_the_values_of_gptq_are_in_keys_and_jobs() -> None:
+    values = {"scales": "hessian", "damping": 0.02, "order": "activation", "block_size": 128}
+    resolved = schema.resolve({**MODEL, "quantization.algorithm": "gptq"}, sets=["quantization.gptq.damping=0.02"])
+    assert resolved.recipe.quantization.rounding == {"algorithm": "gptq", "gptq": values}
+
+
 def test_values_of_another_algorithm_are_refused() -> None:
     with pytest.raises(UsageError, match="values of gptq have no effect with algorithm max"):
-        schema.resolve(MODEL, sets=["quantization.gptq.damping=0.05"])
+        schema.resolve(MODEL, sets=["quantization.gptq.damping=0.02"])

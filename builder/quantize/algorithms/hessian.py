@@ -1,0 +1,27 @@
+"""`hessian`: the block scale with the least error of the layer's outputs, codes by plain rounding. Imports torch.
+
+The error of a block's weights counts as e^T H e, with the second moments H of its 16 inputs, as ModelOpt's local
+Hessian has it (0.47, quantization/model_calib.py, local_hessian_calibrate).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from builder.formats.arithmetic import nvfp4
+from builder.quantize.algorithms import block_scales
+
+Rounded = tuple[Tensor, Tensor]  # packed codes uint8 [rows, inputs / 2], E4M3 block scales [rows, inputs / 16]
+
+
+def round_rows(weight: Tensor, hessians: Tensor, global_scale: Tensor) -> Rounded:
+    """Rounds float32 rows [rows, inputs]. hessians: [inputs / 16, 16, 16]."""
+    columns = weight.T.contiguous()
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(len(hessians), len(weight), dtype=torch.float8_e4m3fn, device=weight.device)
+    for number, hessian in enumerate(hessians):
+        block = slice(number * nvfp4.BLOCK, (number + 1) * nvfp4.BLOCK)
+        scales[number] = block_scales.by_error(columns[block], global_scale, hessian)
+        codes[block] = nvfp4.encode(columns[block] / (scales[number].float() * global_scale))
+    return nvfp4.pack(codes.T.contiguous()), scales.T.contiguous()
