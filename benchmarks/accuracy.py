@@ -1,0 +1,181 @@
+"""Measures what each algorithm of NVFP4 loses: KL to BF16 of the checkpoints that `builder quantize` writes.
+
+    python benchmarks/accuracy.py [--model DIR] [--rows mse] [--texts 60] [--work DIR]
+
+All are calibrated with the same rows of Python's documentation and measured on the same other texts, prose and chat of
+tests/data/eval, with the KV cache in the model's own type. Ratios to `max` are paired: each resample draws the same
+texts for both. By default the bundled model; a real one: make .venv/real/smollm2-135m-instruct/config.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+SETS = ("prose", "chat")
+MAX_TOKENS, RESAMPLES = 256, 2000
+GPTQ = ("--algorithm", "gptq", "--set")
+ROWS: Mapping[str, Sequence[str]] = {
+    "max": (),
+    "mse": ("--algorithm", "mse"),
+    "hessian": ("--algorithm", "hessian"),
+    "gptq, scales by max": (*GPTQ, "quantization.gptq.scales=max"),
+    "gptq, scales by mse": (*GPTQ, "quantization.gptq.scales=mse"),
+    "gptq, scales by hessian": (*GPTQ, "quantization.gptq.scales=hessian"),
+    "W4A16, max": ("--format", "w4a16_nvfp4"),
+    "W4A16, mse": ("--format", "w4a16_nvfp4", "--algorithm", "mse"),
+    "W4A16, gptq": ("--format", "w4a16_nvfp4", *GPTQ, "quantization.gptq.scales=hessian"),
+}
+EXACT = "weights exact, activations NVFP4"
+
+
+def quantize(model: Path, flags: Sequence[str], samples: int, output: Path) -> tuple[Path, float]:
+    """Runs `builder quantize`. Returns the checkpoint and the CPU seconds that it took."""
+    argv = [sys.executable, "-m", "builder", "quantize", "--model", str(model), "--gpu", "cpu", "--memory", "low"]
+    argv += ["--kv-cache-dtype", "auto", "--calib-data", "builtin:python-docs", "--calib-samples", str(samples)]
+    argv += ["--calib-seq-len", "256", "--output", str(output), "--json", *flags]
+    before = cpu()
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return Path(json.loads(done.stdout)["path"]), cpu() - before
+
+
+def cpu() -> float:
+    """The CPU seconds of finished child processes."""
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+class Texts:
+    """The texts, and what the BF16 model predicts for them."""
+
+    def __init__(self, model: Path, count: int) -> None:
+        import torch
+
+        from builder.evaluate.datasets import sequences
+        from builder.evaluate.runners import local
+        from builder.tokenizer import loading
+
+        self.job = {"model": str(model), "trust_remote_code": False, "gpus": [], "kv_cache_dtype": "auto"}
+        self.job |= {"dtype": "float32", "batch_tokens": 2048, "memory": "whole"}
+        tokenizer = loading.load(model, trust_remote_code=False)
+        data = ROOT / "tests" / "data" / "eval"
+        self.ids = {
+            name: sequences(data / f"{name}.jsonl", tokenizer, name=name, min_tokens=16, max_tokens=MAX_TOKENS).ids[
+                :count
+            ]
+            for name in SETS
+        }
+        with torch.inference_mode(), local.bf16(self.job) as runner:
+            self.expected = {
+                name: [logits.log_softmax(-1).half() for logits in self._logits(runner, name)] for name in SETS
+            }
+
+    def _logits(self, runner: Any, name: str) -> Any:
+        return (logits.float() for ids in self.ids[name] for logits in runner.logits([ids]))
+
+    def kl(self, checkpoint: Path, *, exact: bool = False) -> dict[str, np.ndarray[Any, Any]]:
+        """{set: KL of each text, summed over its tokens}. exact: with the weights of the BF16 model."""
+        import torch
+
+        from builder.evaluate.runners import local
+
+        found = {}
+        job = {**self.job, "unified": str(checkpoint / "unified")}
+        with torch.inference_mode(), local.checkpoint(job) as runner:
+            if exact:
+                _exact(runner.model, Path(self.job["model"]))
+            for name in SETS:
+                sums = []
+                for expected, logits in zip(self.expected[name], self._logits(runner, name), strict=True):
+                    wanted = expected.float()
+                    sums.append(float((wanted.exp() * (wanted - logits.log_softmax(-1))).sum()))
+                found[name] = np.array(sums)
+        return found
+
+    def tokens(self, name: str) -> int:
+        """The tokens that the KL is a mean over."""
+        return sum(len(ids) for ids in self.ids[name])
+
+
+def _exact(model: Any, source: Path) -> None:
+    """Gives the quantized layers the weights of the BF16 model. Their inputs are still rounded."""
+    from builder.formats.arithmetic.dtypes import read
+    from builder.model.source_tensors import open_tensors
+
+    stored = open_tensors(source)
+    for name, module in model.named_modules():
+        if module._forward_pre_hooks and f"{name}.weight" in stored:
+            module.weight.data = read(stored, f"{name}.weight").to(module.weight.dtype)
+
+
+def ratio(found: np.ndarray[Any, Any], of: np.ndarray[Any, Any]) -> str:
+    """The ratio of sums and its 95 % interval by a paired bootstrap."""
+    draws = np.random.default_rng(0).integers(0, len(of), (RESAMPLES, len(of)))
+    low, high = np.quantile(found[draws].sum(1) / of[draws].sum(1), [0.025, 0.975])
+    return f"{found.sum() / of.sum():.2f} ({low:.2f} to {high:.2f})"
+
+
+def available() -> dict[str, Sequence[str]]:
+    """The rows that this version of the product can write."""
+    from builder.recipe.algorithm import NOT_YET
+
+    return {name: flags for name, flags in ROWS.items() if not set(NOT_YET) & set(flags)}
+
+
+def main() -> None:
+    """Prints the table, a line for each row as soon as it is measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "tests" / "data" / "tiny-qwen3")
+    parser.add_argument("--rows", help="only these, separated by commas, after max")
+    parser.add_argument("--texts", type=int, default=60, help="of each of the two sets")
+    parser.add_argument("--samples", type=int, default=64, help="calibration rows of at most 256 tokens")
+    parser.add_argument("--threads", type=int, default=2, help="of the measurements")
+    parser.add_argument("--work", type=Path, help="where checkpoints are kept (default: a temporary directory)")
+    asked = parser.parse_args()
+    chosen = available()
+    if asked.rows:
+        chosen = {name: flags for name, flags in chosen.items() if name in ("max", *asked.rows.split(","))}
+    import torch
+
+    torch.set_num_threads(asked.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        work, texts = asked.work or Path(temporary), Texts(asked.model, asked.texts)
+        counts = ", ".join(f"{texts.tokens(name)} tokens of {name}" for name in SETS)
+        print(f"{asked.model.name}: KL to BF16 in nats per token on {counts}; {asked.samples} calibration rows")
+        print("| algorithm | prose | against max | chat | against max | CPU s |\n| --- | --- | --- | --- | --- | --- |")
+        base: dict[str, np.ndarray[Any, Any]] = {}
+        for title, flags in chosen.items():
+            path, seconds = quantize(asked.model, flags, asked.samples, work)
+            kl = texts.kl(path)
+            base = base or kl
+            report(title, kl, base, texts, f"{seconds:.0f}")
+            if title == "max":
+                began = time.process_time()
+                report(EXACT, texts.kl(path, exact=True), base, texts, "")
+                print(f"(one measurement: {time.process_time() - began:.0f} CPU s)", file=sys.stderr)
+
+
+def report(title: str, kl: Mapping[str, Any], base: Mapping[str, Any], texts: Texts, seconds: str) -> None:
+    """Prints a row."""
+    cells = [
+        cell for name in SETS for cell in (f"{kl[name].sum() / texts.tokens(name):.4f}", ratio(kl[name], base[name]))
+    ]
+    print(f"| {title} | {' | '.join(cells)} | {seconds} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
