@@ -75,6 +75,7 @@ TRTLLM_TESTS := \
   tests/model/test_loading.py \
   tests/model/test_multimodal.py \
   tests/model/test_streamed.py \
+  tests/quantize/test_algorithms.py \
   tests/quantize/test_experts.py \
   tests/quantize/test_keep_bf16.py \
   tests/quantize/test_keep_fp8.py \
