@@ -129,13 +129,6 @@ def ratio(found: np.ndarray[Any, Any], of: np.ndarray[Any, Any]) -> str:
     return f"{found.sum() / of.sum():.2f} ({low:.2f} to {high:.2f})"
 
 
-def available() -> dict[str, Sequence[str]]:
-    """The rows that this version of the product can write."""
-    from builder.recipe.algorithm import NOT_YET
-
-    return {name: flags for name, flags in ROWS.items() if not set(NOT_YET) & set(flags)}
-
-
 def main() -> None:
     """Prints the table, a line for each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,7 +139,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the measurements")
     parser.add_argument("--work", type=Path, help="where checkpoints are kept (default: a temporary directory)")
     asked = parser.parse_args()
-    chosen = available()
+    chosen = dict(ROWS)
     if asked.rows:
         chosen = {name: flags for name, flags in chosen.items() if name in ("max", *asked.rows.split(","))}
     import torch
