@@ -128,7 +128,7 @@ def compared(directory: Path) -> dict[str, Any]:
     pairs = [(amax, other.inputs[name]) for name, amax in one.inputs.items()]
     pairs += [pair for name, both in one.cache.items() for pair in zip(both, other.cache[name], strict=True)]
     stored = [Tensors(directory / way) for way in WAYS]
-    same = sum(stored[0].data(name) == stored[1].data(name) for name in stored[0] if name in stored[1])
+    same = sum(stored[0].read(name) == stored[1].read(name) for name in stored[0] if name in stored[1])
     return {
         "ranges": len(pairs),
         "equal_ranges": sum(a == b for a, b in pairs),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from builder.checkpoint import sharding
-from builder.checkpoint.sharding import LAYERS, Shard
+from builder.checkpoint.sharding import LAYERS, Rows, Shard
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import CHUNK_BYTES, FileRange, TensorInfo, Tensors, byte_size
 
@@ -76,8 +76,7 @@ class Joined:
             block = np.empty((min(step, end - at), width), np.uint8)
             filled: set[tuple[int, int, int]] = set()
             for tensors, local, part in parts:
-                _put(block, at, sharding.table(tensors.data(local), tensors[local]), part, filled, name)
-                tensors.release(local)
+                _put(block, at, Rows.of(tensors, local), part, filled, name)
             yield block.tobytes()
 
     def _parts(self, name: str, info: TensorInfo) -> list[tuple[Tensors, str, Shard]]:
@@ -101,7 +100,7 @@ def _rows(info: TensorInfo) -> int:
 def _put(
     block: np.ndarray[Any, Any],
     first: int,
-    held: np.ndarray[Any, Any],
+    held: Rows,
     part: Shard,
     filled: set[tuple[int, int, int]],
     name: str,
@@ -112,7 +111,7 @@ def _put(
     for start, end in part.rows:
         low, high = max(start, first), min(end, first + len(block))
         if low < high:
-            rows = held[at + low - start : at + high - start]
+            rows = held.read(at + low - start, at + high - start)
             place, key = block[low - first : high - first, taken], (start, end, taken.start)
             if key in filled and not np.array_equal(place, rows):
                 raise IntegrityError(f"{name} differs between ranks that must hold the same part of it.")

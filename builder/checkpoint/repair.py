@@ -97,7 +97,7 @@ def scales(layout: Layout, wanted: Mapping[str, Expected]) -> Iterator[Scale]:
         info = layout.tensors.get(name)
         if want.content != "scale" or (info and (info.dtype not in want.dtypes or info.shape not in SCALAR)):
             continue
-        value = tensor_checks.scalar(info, layout.tensors.data(name)) if info else None
+        value = tensor_checks.scalar(info, layout.tensors.stored(name)) if info else None
         wrong = bool(value is not None and tensor_checks.wrong_scale(value, divides=layout.divides(want.stored)))
         if value and not wrong and layout.divides(want.stored):
             value = 1 / value

@@ -2,7 +2,7 @@
 
 `joining` is the other direction; both are lossless. The split is TensorRT-LLM's (models/convert_utils.py@03961722:
 split_matrix_tp, dup_kv_weight; mapping.py@b35ac1b6: rank = pp_rank * tp_size + tp_rank) and, byte for byte, ModelOpt's
-(export/postprocess.py). Tensors are mapped and written in chunks, never loaded whole: a column split is a range of
+(export/postprocess.py). Tensors are read and written in chunks, never loaded whole: a column split is a range of
 bytes, a row split a strided view.
 """
 
@@ -25,7 +25,7 @@ from builder.checkpoint.layouts import (
     write_json,
 )
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.core.safetensors_io import CHUNK_BYTES, NewTensor, TensorInfo, Tensors, write
+from builder.core.safetensors_io import CHUNK_BYTES, NewTensor, StoredBytes, Tensors, write
 from builder.core.store import Store, sources_digest
 from builder.formats import registry
 from builder.formats.base import Axis, NumberFormat
@@ -242,25 +242,39 @@ def rank_tensors(tensors: Tensors, config: Mapping[str, Any], parallel: Parallel
         if local is not None:
             part = shard(name, info.shape, config, parallel.tp, tp_rank)
             shape = part.shape(info.shape) if info.shape else ()
-            made.append(NewTensor(local, info.dtype, shape, _chunks(tensors, name, info, part)))
+            made.append(NewTensor(local, info.dtype, shape, _chunks(tensors, name, part)))
     return made
 
 
-def _chunks(tensors: Tensors, name: str, info: TensorInfo, part: Shard) -> Iterator[bytes | memoryview]:
-    rows = table(tensors.data(name), info)
-    taken = columns(rows.shape[1], part)
-    step = max(1, CHUNK_BYTES // max(rows.shape[1], 1))
+def _chunks(tensors: Tensors, name: str, part: Shard) -> Iterator[bytes]:
+    rows = Rows.of(tensors, name)
+    taken = columns(rows.nbytes, part)
+    step = max(1, CHUNK_BYTES // max(rows.nbytes, 1))
     for start, end in part.rows:
         for at in range(start, end, step):
-            yield rows[at : min(at + step, end), taken].tobytes()
-            tensors.release(name)
+            yield rows.read(at, min(at + step, end))[:, taken].tobytes()
     if part.padding:
         yield bytes(part.padding * (taken.stop - taken.start))
 
 
-def table(data: memoryview | bytearray, info: TensorInfo) -> np.ndarray[Any, Any]:
-    """A tensor's bytes as [dim 0, bytes of a row]. Two FP4 values share a byte of a U8 tensor, which is never split."""
-    return np.frombuffer(data, np.uint8).reshape(info.shape[0] if info.shape else 1, -1)
+@dataclass(frozen=True)
+class Rows:
+    """A stored tensor as rows of dimension 0, each of `nbytes` bytes; a scalar is one row. Two FP4 values share a byte
+    of a U8 tensor, which is never split."""
+
+    stored: StoredBytes
+    nbytes: int
+
+    @classmethod
+    def of(cls, tensors: Tensors, name: str) -> Rows:
+        """The rows of this tensor."""
+        info = tensors[name]
+        return cls(tensors.stored(name), info.nbytes // max(info.shape[0] if info.shape else 1, 1))
+
+    def read(self, start: int, end: int) -> np.ndarray[Any, Any]:
+        """The rows [start, end) as [rows, nbytes]."""
+        data = self.stored[start * self.nbytes : end * self.nbytes]
+        return np.frombuffer(data, np.uint8).reshape(end - start, self.nbytes)
 
 
 def columns(row_bytes: int, part: Shard) -> slice:

@@ -6,14 +6,15 @@ because only stages import this module.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from builder.core.safetensors_io import TensorInfo
+from builder.core.safetensors_io import StoredBytes, TensorInfo
 from builder.formats.base import Content
 
 # For each float dtype: the integer type of its bits, the mask without the sign bit, and the smallest magnitude that is
@@ -29,7 +30,7 @@ SMALLEST_NORMAL = 2.0**-126
 IMPLAUSIBLE = 1e9
 # A model's inputs and weights have magnitudes far above 1e-17, which this scale would mean.
 TOO_SMALL = 1e-20
-STEP, RESIDENT = 1 << 20, 1 << 26
+STEP = 1 << 20
 # Zeros of this many bytes in a row, whole pages of a file that was not written to the end, are reported as a hole.
 PAGE, HOLE = 4096, 1 << 16
 FIRST = 1 << 13  # bytes that almost always tell
@@ -48,16 +49,10 @@ class Checked:
 
 
 def check(
-    content: Content,
-    info: TensorInfo,
-    data: memoryview,
-    *,
-    zeros: bool = False,
-    divides: bool = False,
-    read: Callable[[], None] = lambda: None,
+    content: Content, info: TensorInfo, data: StoredBytes, *, zeros: bool = False, divides: bool = False
 ) -> Checked:
     """Checks the numbers of a tensor. zeros: accept a matrix of zeros, in a layer that was left unquantized. divides:
-    the tensor holds 1 / scale. read: called after every RESIDENT bytes, to release what was read."""
+    the tensor holds 1 / scale."""
     if content == "scale":
         value = scalar(info, data)
         return Checked(wrong_scale(value, divides=divides), value)
@@ -68,24 +63,24 @@ def check(
         return Checked(wrong_codes(data))
     if content == "integers":
         return _integers(info, data)
-    wrong = wrong_floats(info, data, zeros=zeros, read=read)
+    wrong = wrong_floats(info, data, zeros=zeros)
     if content == "positive" and not wrong:
         wrong = wrong_positive(info, data)
     peak = e4m3(_magnitude(data, "u1")) if info.dtype == "F8_E4M3" and not wrong else None
     return Checked(wrong, peak)
 
 
-def scalar(info: TensorInfo, data: memoryview) -> float:
+def scalar(info: TensorInfo, data: StoredBytes) -> float:
     """The value of one number."""
-    return float(floats(info.dtype, data)[0])
+    return float(floats(info.dtype, data[:])[0])
 
 
-def integers(info: TensorInfo, data: memoryview) -> tuple[int, ...]:
+def integers(info: TensorInfo, data: StoredBytes) -> tuple[int, ...]:
     """The values of I64 or I32 numbers."""
-    return tuple(np.frombuffer(data, {"I64": "<i8", "I32": "<i4"}[info.dtype]).tolist())
+    return tuple(np.frombuffer(data[:], {"I64": "<i8", "I32": "<i4"}[info.dtype]).tolist())
 
 
-def floats(dtype: str, data: memoryview) -> np.ndarray[Any, np.dtype[np.float32]]:
+def floats(dtype: str, data: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
     """F32, F16 or BF16 values as float32."""
     if dtype == "BF16":
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
@@ -108,57 +103,61 @@ def wrong_scale(value: float, *, divides: bool = False) -> str:
     return f"is {value:.3g}; a scale must be finite, positive and plausible"
 
 
-def wrong_positive(info: TensorInfo, data: memoryview) -> str:
+def wrong_positive(info: TensorInfo, data: StoredBytes) -> str:
     """Checks finite floats of which each is a scale."""
-    values = floats(info.dtype, data)
+    values = floats(info.dtype, data[:])
     wrong = int(np.count_nonzero(values <= 0))
     return f"has {wrong} values of {values.size} that are zero or negative" if wrong else ""
 
 
-def wrong_blocks(data: memoryview) -> str:
+def wrong_blocks(data: StoredBytes) -> str:
     """Checks E4M3 block scales. Single zeros are valid (the scale of that block underflowed), and so are denormals,
     which E4M3 is designed to use."""
     if 0 < _largest(data) < NEVER:
         return ""
-    raw = np.frombuffer(data, "u1")
-    nans, negative = int(np.count_nonzero((raw & 0x7F) == 0x7F)), int(np.count_nonzero(raw >= 0x80))
-    return f"has {nans} NaN and {negative} negative values of {raw.size}" if nans or negative else "is all zero"
+    nans, negative = 0, 0
+    for part in _parts(data, "u1"):
+        nans += int(np.count_nonzero((part & 0x7F) == 0x7F))
+        negative += int(np.count_nonzero(part >= 0x80))
+    return f"has {nans} NaN and {negative} negative values of {len(data)}" if nans or negative else "is all zero"
 
 
-def wrong_codes(data: memoryview) -> str:
+def wrong_codes(data: StoredBytes) -> str:
     """Checks packed E2M1 values: they must not all be zero (codes 0 and 8)."""
     return "" if _any(data, 0x77) else "is all zero"
 
 
-def uses_largest(data: memoryview) -> bool:
+def uses_largest(data: StoredBytes) -> bool:
     """Whether packed E2M1 values contain the largest magnitude, as they do where block scales are amax / 6."""
-    for start, end in ((0, FIRST), *((n, n + STEP) for n in range(0, len(data), STEP))):
-        part = np.frombuffer(data[start:end], "u1")
+    for part in itertools.chain([np.frombuffer(data[:FIRST], "u1")], _parts(data, "u1")):
         if ((part & 0x07) == LARGEST).any() or ((part & 0x70) == LARGEST << 4).any():
             return True
     return False
 
 
-def hole(data: memoryview) -> tuple[int, int] | None:
+def hole(data: StoredBytes) -> tuple[int, int] | None:
     """(first byte, length) of the first run of zeros of at least HOLE bytes, whole pages; None if there is none."""
-    pages = len(data) // PAGE
-    if pages * PAGE < HOLE:
-        return None
-    words = np.frombuffer(data[: pages * PAGE], "<u8").reshape(pages, -1)
-    if words[:: HOLE // PAGE, 0].all():  # one word of 64 KiB, so that a weight without holes is not read for this
-        return None
-    suspects = np.flatnonzero(words[:, 0] == 0)
-    zero = np.zeros(pages + 1, bool)
-    zero[suspects] = [not words[page].any() for page in suspects]
-    starts = np.flatnonzero(zero & ~np.roll(zero, 1))
-    for start in starts:
-        length = int(np.argmin(zero[start:])) * PAGE
-        if length >= HOLE:
-            return int(start) * PAGE, length
+    end = len(data) // PAGE * PAGE
+    for start in np.flatnonzero(np.frombuffer(data.every(HOLE, 8), "<u8") == 0).tolist():  # each hole has one of them
+        begin, after = start * HOLE, _zeros_end(data, start * HOLE, end)
+        while after > begin and begin and _zeros_end(data, begin - PAGE, begin) == begin:
+            begin -= PAGE
+        if after - begin >= HOLE:
+            return begin, after - begin
     return None
 
 
-def _integers(info: TensorInfo, data: memoryview) -> Checked:
+def _zeros_end(data: StoredBytes, begin: int, end: int) -> int:
+    """Where the first page that is not all zero begins, from `begin` on, which begins a page; `end` if none is."""
+    for at in itertools.chain([begin], range(begin + PAGE, end, STEP)):
+        stop = min(at + (PAGE if at == begin else STEP), end)
+        filled = np.frombuffer(data[at:stop], "<u8").reshape(-1, PAGE // 8).any(axis=1)
+        if filled.any():
+            return at + int(filled.argmax()) * PAGE
+    return end
+
+
+def _integers(info: TensorInfo, data: StoredBytes) -> Checked:
     """INT8 values, packed INT4 (U8, or I8 of the same bytes), or packed INT8 (I32, where zero has the bits 0x80): they
     must not all be zero."""
     if not _any(data, 0x7F if info.dtype == "I32" and len(info.shape) == 2 else 0xFF):
@@ -166,42 +165,43 @@ def _integers(info: TensorInfo, data: memoryview) -> Checked:
     return Checked("")
 
 
-def wrong_floats(
-    info: TensorInfo, data: memoryview, *, zeros: bool = False, read: Callable[[], None] = lambda: None
-) -> str:
+def wrong_floats(info: TensorInfo, data: StoredBytes, *, zeros: bool = False) -> str:
     """Checks a tensor of floats for NaN and Inf, and that a matrix is not all zero; `zeros` accepts that, in a layer
-    that was left unquantized. read: as in `check`."""
+    that was left unquantized."""
     if info.dtype not in BITS or not info.nbytes:
         return ""
     form, magnitude, limit = BITS[info.dtype]
-    peak = _magnitude(data, form, read)
+    peak = _magnitude(data, form)
     if peak >= limit:
-        bad = np.frombuffer(data, form) & magnitude
-        return f"has {int((bad > limit).sum())} NaN and {int((bad == limit).sum())} Inf of {bad.size} values"
+        nans = sum(int((part & magnitude > limit).sum()) for part in _parts(data, form))
+        infs = sum(int((part & magnitude == limit).sum()) for part in _parts(data, form))
+        return f"has {nans} NaN and {infs} Inf of {len(data) // int(form[-1])} values"
     return "is all zero" if peak == 0 and len(info.shape) == 2 and not zeros else ""
 
 
-def _magnitude(data: memoryview, form: str, read: Callable[[], None] = lambda: None) -> int:
+def _magnitude(data: StoredBytes, form: str) -> int:
     """The bits of the largest magnitude of floats, whose first bit is the sign: the largest positive number as a signed
     integer, and the largest of all as an unsigned one. Two maxima need no temporary array."""
     positive, negative, sign = 0, 0, 1 << 8 * int(form[-1]) - 1
-    for start in range(0, len(data), STEP):
-        part = np.frombuffer(data[start : start + STEP], form)
+    for part in _parts(data, form):
         positive = max(positive, int(part.view(form.replace("u", "i")).max()))
         negative = max(negative, int(part.max()) - sign)
-        if start % RESIDENT == RESIDENT - STEP:
-            read()
     return max(positive, negative)
 
 
-def _largest(data: memoryview) -> int:
+def _largest(data: StoredBytes) -> int:
     """The largest byte."""
-    return max(int(np.frombuffer(data[n : n + STEP], "u1").max()) for n in range(0, len(data), STEP))
+    return max(int(part.max()) for part in _parts(data, "u1"))
 
 
-def _any(data: memoryview, mask: int) -> bool:
+def _any(data: StoredBytes, mask: int) -> bool:
     """Whether some byte has one of these bits. The first step almost always tells."""
     first = np.frombuffer(data[:FIRST], "u1")
     if (first & mask).any():
         return True
-    return any((np.frombuffer(data[n : n + STEP], "u1") & mask).any() for n in range(0, len(data), STEP))
+    return any((part & mask).any() for part in _parts(data, "u1"))
+
+
+def _parts(data: StoredBytes, form: str) -> Iterator[np.ndarray[Any, Any]]:
+    """The numbers, STEP bytes at a time."""
+    return (np.frombuffer(data[start : start + STEP], form) for start in range(0, len(data), STEP))

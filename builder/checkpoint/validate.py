@@ -1,7 +1,7 @@
 """Validates a quantized checkpoint: files, configuration, names, dtypes, shapes, values, and how scales fit together.
 
 `isfinite` is not enough: uninitialized scales (`torch.empty(1)` that no calibration filled) were seen as 1e-44,
--1.3e-05 and 1.8e+25. Tensors are memory-mapped one by one: a checkpoint is read once and never loaded whole.
+-1.3e-05 and 1.8e+25. A checkpoint is read once, in parts, and never loaded whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from builder.checkpoint.inspection.expected import Expected
 from builder.checkpoint.inspection.findings import Finding
 from builder.checkpoint.inspection.layout import Layout, open_all
 from builder.core.errors import UsageError
-from builder.core.safetensors_io import TensorInfo
+from builder.core.safetensors_io import StoredBytes, TensorInfo
 from builder.formats import registry
 from builder.formats.base import FLOATS, NumberFormat
 from builder.formats.registry import BF16, FP8, NVFP4
@@ -122,7 +122,6 @@ def _inspect(layout: Layout) -> Summary:
             _check_place(layout, name, modules)
         if _check_form(layout, name, info, want):
             _check_content(layout, name, info, want, measured)
-            layout.tensors.release(name)
         nbytes[_kind(layout, name, want)] += info.nbytes
         if want.linear and want.shapes:
             number = math.prod(want.linear.weight.weight_shape(want.shapes[0]))
@@ -210,14 +209,9 @@ def _check_form(layout: Layout, name: str, info: TensorInfo, want: Expected) -> 
 
 
 def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected, measured: Measured) -> None:
-    data = layout.tensors.data(name)
+    data = layout.tensors.stored(name)
     checked = tensor_checks.check(
-        want.content,
-        info,
-        data,
-        zeros=want.linear is BF16,
-        divides=layout.divides(want.stored),
-        read=lambda: layout.tensors.release(name),
+        want.content, info, data, zeros=want.linear is BF16, divides=layout.divides(want.stored)
     )
     measured.add(name, want, data, checked)
     if want.numbers is not None and (stated := tensor_checks.integers(info, data)) != want.numbers:
@@ -229,7 +223,7 @@ def _check_content(layout: Layout, name: str, info: TensorInfo, want: Expected, 
         _check_weight(layout, name, want, data)
 
 
-def _check_weight(layout: Layout, name: str, want: Expected, data: memoryview) -> None:
+def _check_weight(layout: Layout, name: str, want: Expected, data: StoredBytes) -> None:
     """Checks a quantized weight for holes, and that its codes use their range."""
     hole = tensor_checks.hole(data)
     if hole:

@@ -283,7 +283,7 @@ def _count_warnings() -> Counter[str]:
 def not_finite(model: Path, said: str) -> IntegrityError:
     """The error for NaN or Inf during calibration: names the model's tensors that hold some, if any do."""
     tensors = Tensors(model)
-    found = [(name, wrong_floats(info, memoryview(tensors.read(name)))) for name, info in tensors.items()]
+    found = [(name, wrong_floats(info, tensors.stored(name))) for name, info in tensors.items()]
     named = [f"{name} {wrong}" for name, wrong in found if wrong]
     return IntegrityError(
         "NaN or Inf during calibration.",

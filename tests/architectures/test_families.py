@@ -114,7 +114,7 @@ def check_ranges(model: ModelFacts, ranges: Ranges, tensors: Tensors) -> None:
     if exports.MODELOPT < (0, 40):  # it raises the cache's scales to 1
         made = {name: max(scale, float(name.endswith(kv_cache.UNIFIED))) for name, scale in made.items()}
     scales = [name for name in tensors if name.endswith((".input_scale", *kv_cache.UNIFIED))]
-    written = {name: struct.unpack("<f", bytes(tensors.data(name)))[0] for name in scales}
+    written = {name: struct.unpack("<f", tensors.read(name))[0] for name in scales}
     assert {name: struct.unpack("<f", struct.pack("<f", scale))[0] for name, scale in made.items()} == written
 
 

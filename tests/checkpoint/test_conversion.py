@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensor(tensors: Tensors, name: str) -> torch.Tensor:
     info = tensors[name]
-    return torch.frombuffer(bytearray(tensors.data(name)), dtype=DTYPES[info.dtype]).reshape(info.shape)
+    return torch.frombuffer(bytearray(tensors.read(name)), dtype=DTYPES[info.dtype]).reshape(info.shape)
 
 
 def dequantized(unified: Path) -> Iterator[tuple[str, NumberFormat, torch.Tensor]]:
@@ -176,7 +176,7 @@ def test_every_pair_of_layouts(made: Path, tmp_path: Path, model: str, parallel:
     """Around the star from TensorRT-LLM's layout, split over ranks: all but the scales of the KV cache are the same."""
     source, one, two = made / model / "unified", tmp_path / "one", tmp_path / "two"
     cache = [name for name in Tensors(source) if name.endswith(("k_scale", "v_scale"))]
-    below = any(struct.unpack("<f", Tensors(source).data(name))[0] < 1 for name in cache)  # not from ModelOpt 0.37
+    below = any(struct.unpack("<f", Tensors(source).read(name))[0] < 1 for name in cache)  # not from ModelOpt 0.37
     assert bool(convert(made / model / "compressed_tensors", one, "tensorrt_llm").lost) == below
     convert(source, two, "tensorrt_llm")
     assert (one / "rank0.safetensors").read_bytes() == (two / "rank0.safetensors").read_bytes()
@@ -197,7 +197,7 @@ def test_every_pair_of_layouts(made: Path, tmp_path: Path, model: str, parallel:
         for name, info in before.items():
             if not name.endswith(("k_scale", "v_scale")):
                 assert (after[name].dtype, after[name].shape) == (info.dtype, info.shape), name
-                assert after.data(name) == before.data(name), name
+                assert after.read(name) == before.read(name), name
         assert describe_directory(root).layers == describe_directory(source).layers
         assert not describe_directory(root).contradictions
     assert (tmp_path / "back" / "generation_config.json").is_file()
@@ -267,7 +267,7 @@ def test_a_repaired_scale_is_not_undone_by_an_old_record(made: Path, tmp_path: P
     write(tmp_path / "there" / "model.safetensors", [*kept, new], read_metadata(there / "model.safetensors"))
     convert(tmp_path / "there", tmp_path / "unified", "unified")
     back = name.replace("input_global_scale", "input_scale")
-    assert struct.unpack("<f", Tensors(tmp_path / "unified").data(back))[0] == 0.125
+    assert struct.unpack("<f", Tensors(tmp_path / "unified").read(back))[0] == 0.125
 
 
 def test_what_is_refused(made: Path, tmp_path: Path) -> None:

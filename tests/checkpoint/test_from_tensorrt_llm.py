@@ -41,7 +41,7 @@ def again(tensorrt_llm: Path, model: str, destination: Path) -> tuple[Tensors, d
 def assert_same(made: Tensors, expected: Tensors) -> None:
     assert set(made) == set(expected)
     assert not [n for n in made if (made[n].dtype, made[n].shape) != (expected[n].dtype, expected[n].shape)]
-    assert not [n for n in made if bytes(made.data(n)) != bytes(expected.data(n))]
+    assert not [n for n in made if made.read(n) != expected.read(n)]
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)
@@ -70,9 +70,7 @@ def test_layers_in_different_formats_come_back(tmp_path: Path) -> None:
     (unified / "hf_quant_config.json").write_text(json.dumps(said))
     source, module = Tensors(exports.MODELS["llama"]), "model.layers.1.mlp.down_proj"
     scales = ("weight_scale", "weight_scale_2", "input_scale")
-    plain = NewTensor(
-        f"{module}.weight", "BF16", source[f"{module}.weight"].shape, [bytes(source.data(f"{module}.weight"))]
-    )
+    plain = NewTensor(f"{module}.weight", "BF16", source[f"{module}.weight"].shape, [source.read(f"{module}.weight")])
     changed = exports.rewrite(
         unified, tmp_path / "u", {plain.name: plain, **{f"{module}.{one}": None for one in scales}}
     )
@@ -89,12 +87,12 @@ def test_int4_has_another_type_and_ones_in_tensorrt_llms_layout(tmp_path: Path) 
     attention, layer = "model.layers.0.self_attn", "transformer.layers.0"
     qkv = tensorrt_llm[f"{layer}.attention.qkv.weight"]
     assert (qkv.dtype, qkv.shape) == ("I8", ((128 + 64 + 64) // 2, 64))
-    parts = b"".join(bytes(unified.data(f"{attention}.{x}_proj.weight")) for x in "qkv")
-    assert bytes(tensorrt_llm.data(f"{layer}.attention.qkv.weight")) == parts
+    parts = b"".join(unified.read(f"{attention}.{x}_proj.weight") for x in "qkv")
+    assert tensorrt_llm.read(f"{layer}.attention.qkv.weight") == parts
     assert f"{attention}.q_proj.pre_quant_scale" not in unified
     for name in ("attention.qkv", "mlp.fc", "mlp.gate"):
-        assert bytes(tensorrt_llm.data(f"{layer}.{name}.prequant_scaling_factor")) == b"\x80\x3f" * 64
-    assert tensorrt_llm.data(f"{layer}.attention.dense.prequant_scaling_factor") == unified.data(
+        assert tensorrt_llm.read(f"{layer}.{name}.prequant_scaling_factor") == b"\x80\x3f" * 64
+    assert tensorrt_llm.read(f"{layer}.attention.dense.prequant_scaling_factor") == unified.read(
         f"{attention}.o_proj.pre_quant_scale"
     )
     said = layouts.read_json(tmp_path / "tensorrt_llm" / "config.json")["quantization"]
@@ -125,13 +123,13 @@ def test_ranks_hold_their_share_of_the_scales(tmp_path: Path, name: str) -> None
     everything, ranks = Tensors(whole), [Tensors(tmp_path, [tmp_path / "tp2" / f"rank{n}.safetensors"]) for n in (0, 1)]
     for row in ("attention.dense", "mlp.proj"):
         scale = f"transformer.layers.0.{row}.prequant_scaling_factor"
-        assert b"".join(bytes(rank.data(scale)) for rank in ranks) == bytes(everything.data(scale))
+        assert b"".join(rank.read(scale) for rank in ranks) == everything.read(scale)
     assert not validate.inspect(tmp_path / "tp2").errors
     if name == "int8_sq":
         outputs = "transformer.layers.0.mlp.proj.weights_scaling_factor"
-        assert all(rank.data(outputs) == everything.data(outputs) for rank in ranks)
+        assert all(rank.read(outputs) == everything.read(outputs) for rank in ranks)
         outputs = "transformer.layers.0.mlp.fc.weights_scaling_factor"
-        assert b"".join(bytes(rank.data(outputs)) for rank in ranks) == bytes(everything.data(outputs))
+        assert b"".join(rank.read(outputs) for rank in ranks) == everything.read(outputs)
 
 
 def test_scales_that_are_not_folded_are_rejected(tmp_path: Path) -> None:

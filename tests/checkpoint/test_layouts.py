@@ -50,7 +50,7 @@ def test_all_tensors_equal_modelopts(exported: Exports, name: str) -> None:
     assert set(ours) == set(theirs)
     different = [n for n in ours if (ours[n].dtype, ours[n].shape) != (theirs[n].dtype, theirs[n].shape)]
     assert not different
-    assert not [n for n in ours if ours.data(n) != theirs.data(n)]
+    assert not [n for n in ours if ours.read(n) != theirs.read(n)]
 
 
 @pytest.mark.parametrize("name", exports.MODELS)
@@ -85,7 +85,7 @@ def test_the_config_has_the_fields_that_modelopt_omits(exported: Exports) -> Non
 def test_a_tied_head_is_written_twice(exported: Exports) -> None:
     ours = Tensors(exported["qwen2"] / "ours")
     assert "lm_head.weight" not in Tensors(exported["qwen2"] / "unified")
-    assert ours.data("lm_head.weight") == ours.data("transformer.vocab_embedding.weight")
+    assert ours.read("lm_head.weight") == ours.read("transformer.vocab_embedding.weight")
 
 
 def test_shards_give_the_same_file(exported: Exports, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_kv_scales_are_at_least_one_and_tensorrt_llm_uses_the_larger(exported: E
     unified = exports.rewrite(exported["llama"] / "unified", tmp_path / "u", {n: f32(n, v) for n, v in scales.items()})
     layouts.write_tensorrt_llm(unified, source_config("llama"), tmp_path / "ours")
     ours, prefix = Tensors(tmp_path / "ours"), "transformer.layers.0.attention."
-    read = {w: struct.unpack("<f", ours.data(f"{prefix}{w}_cache_scaling_factor"))[0] for w in ("k", "v", "kv")}
+    read = {w: struct.unpack("<f", ours.read(f"{prefix}{w}_cache_scaling_factor"))[0] for w in ("k", "v", "kv")}
     assert read == {"k": 2.5, "v": 1.0, "kv": 2.5}
 
 

@@ -96,7 +96,7 @@ def integers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tensor(tensors: Tensors, name: str) -> torch.Tensor:
     info = tensors[name]
-    return torch.frombuffer(bytearray(tensors.data(name)), dtype=DTYPES[info.dtype]).reshape(info.shape)
+    return torch.frombuffer(bytearray(tensors.read(name)), dtype=DTYPES[info.dtype]).reshape(info.shape)
 
 
 def quantized(scheme: str, weight: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -201,7 +201,7 @@ def test_we_read_llmcompressors_output_and_give_it_back(theirs: Path, tmp_path: 
     assert set(before) == set(after)
     for name, info in before.items():
         assert (after[name].dtype, after[name].shape) == (info.dtype, info.shape), name
-        assert after.data(name) == before.data(name), name
+        assert after.read(name) == before.read(name), name
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,11 @@ def test_integers_are_llmcompressors_bytes(integers: Path, name: str) -> None:
               for part in one.tensors}  # fmt: skip
     for module in found.layers:
         weight = source[f"{module}.weight"]
-        bits = np.frombuffer(source.data(f"{module}.weight"), np.uint16).reshape(weight.shape)
+        bits = np.frombuffer(source.read(f"{module}.weight"), np.uint16).reshape(weight.shape)
         wide = (bits.astype(np.uint32) << 16).copy()
         packed = one.pack(wide, "F32", 1.0, rounded_to="F32")
         for part, data in packed.items():
-            assert bytes(there.data(f"{module}.{stored[part]}")) == data.tobytes(), f"{module}.{part}"
+            assert there.read(f"{module}.{stored[part]}") == data.tobytes(), f"{module}.{part}"
         leaves = {leaf.removeprefix(f"{module}.") for leaf in there if leaf.startswith(f"{module}.")}
         assert leaves - {"weight_shape"} == set(stored.values())
     assert validate.inspect(integers / name).findings == ()
@@ -262,8 +262,8 @@ def test_integers_of_llmcompressor_come_back(integers: Path, tmp_path: Path, nam
     conversion.write(integers / name, made, "unified")
     convert(made, tmp_path / "back", "compressed_tensors")
     before, after = Tensors(integers / name), Tensors(tmp_path / "back")
-    assert {n: (i.dtype, i.shape, bytes(after.data(n))) for n, i in after.items()} == {
-        n: (i.dtype, i.shape, bytes(before.data(n))) for n, i in before.items()
+    assert {n: (i.dtype, i.shape, after.read(n)) for n, i in after.items()} == {
+        n: (i.dtype, i.shape, before.read(n)) for n, i in before.items()
     }
     mine, their = stated(tmp_path / "back"), stated(integers / name)
     assert {**mine, "producer": None, "version": None} == {**their, "producer": None, "version": None}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ def split(whole: Path, tmp_path: Path, tp: int, pp: int) -> Path:
 def assert_same(ours: Tensors, theirs: Tensors) -> None:
     assert set(ours) == set(theirs)
     assert not [n for n in ours if (ours[n].dtype, ours[n].shape) != (theirs[n].dtype, theirs[n].shape)]
-    assert not [n for n in ours if bytes(ours.data(n)) != bytes(theirs.data(n))]
+    assert not [n for n in ours if ours.read(n) != theirs.read(n)]
 
 
 # With --tp 8 (Qwen3: 4 KV heads) and 4 (Llama, Qwen2: 2) ranks share KV heads.
@@ -86,7 +88,7 @@ def test_validation_detects_the_file_of_another_rank(checkpoints: dict[str, Path
     directory = split(checkpoints["llama"], tmp_path, 2, 1)
     weight = "transformer.layers.0.mlp.proj.weight"
     whole_one = Tensors(checkpoints["llama"] / "tensorrt_llm")
-    change(directory / "rank1.safetensors", weight, bytes(whole_one.data(weight)), whole_one[weight].shape)
+    change(directory / "rank1.safetensors", weight, whole_one.read(weight), whole_one[weight].shape)
     what = next(p.what for p in validate.inspect(directory).findings if p.tensor == weight)
     assert what.startswith(f"has the shape {list(whole_one[weight].shape)}")
 
@@ -94,7 +96,7 @@ def test_validation_detects_the_file_of_another_rank(checkpoints: dict[str, Path
 def change(file: Path, name: str, data: bytes, shape: tuple[int, ...] | None = None) -> None:
     """Replaces the bytes of one tensor in a file."""
     tensors = Tensors(file.parent, [file])
-    content = {n: (i.dtype, i.shape, bytes(tensors.data(n))) for n, i in tensors.items()}
+    content = {n: (i.dtype, i.shape, tensors.read(n)) for n, i in tensors.items()}
     content[name] = (content[name][0], shape or content[name][1], data)
     write(file, [NewTensor(n, dtype, shape, [raw]) for n, (dtype, shape, raw) in content.items()])
 
@@ -192,6 +194,22 @@ def test_split_then_join_is_identity(case: tuple[dict[str, Any], Parallel], seed
         assert (Path(made) / "again.safetensors").read_bytes() == (whole / "rank0.safetensors").read_bytes()
         if parallel.world_size == 1:
             assert (parts / "rank0.safetensors").read_bytes() == (whole / "rank0.safetensors").read_bytes()
+
+
+def test_files_that_are_cut_while_they_are_split_or_joined_are_reported(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    whole = shutil.copytree(checkpoints["llama"] / "tensorrt_llm", tmp_path / "whole" / "tensorrt_llm").parent
+    parts = split(whole, tmp_path, 2, 1)
+    joined = Joined(parts, config := checkpoint_layouts.read_json(parts / "config.json"))
+    tensors = sharding.rank_tensors(Tensors(whole / "tensorrt_llm"), config, Parallel(2, 1), 0)
+    for file in (*parts.glob("rank*"), whole / "tensorrt_llm" / "rank0.safetensors"):
+        os.truncate(file, 4096)
+    weight = next(name for name in joined.names if name.endswith("qkv.weight"))
+    [split_weight] = [tensor for tensor in tensors if tensor.name == weight]
+    for chunks in (joined.chunks(weight), split_weight.chunks):
+        with pytest.raises(IntegrityError, match="became shorter"):
+            list(chunks)
 
 
 @given(st.integers(1, 100), st.integers(1, 100))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import exports
 import pytest
 
 from builder.checkpoint import layouts
+from builder.checkpoint.inspection import documents
+from builder.checkpoint.inspection.layout import Layout
 from builder.checkpoint.validate import Inspection, inspect
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.safetensors_io import NewTensor, TensorInfo, Tensors
@@ -65,8 +68,25 @@ def halved(name: str, info: TensorInfo, old: bytes) -> NewTensor:
 
 def damaged(directory: Path, destination: Path, tensor: str, change: Change) -> Inspection:
     tensors = Tensors(directory)
-    new = change(tensor, tensors[tensor], bytes(tensors.data(tensor)))
+    new = change(tensor, tensors[tensor], tensors.read(tensor))
     return inspect(exports.rewrite(directory, destination, {tensor: new}))
+
+
+def test_a_file_that_is_cut_while_it_is_inspected_is_reported(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of a SIGBUS, which ends the process."""
+    directory = exports.rewrite(checkpoints["llama"] / "unified", tmp_path / "cut", {})
+    check = documents.check
+
+    def cut(layout: Layout) -> None:
+        check(layout)
+        for file in layout.tensors.files:  # all of them are open by now
+            os.truncate(file, file.stat().st_size // 2)
+
+    monkeypatch.setattr(documents, "check", cut)
+    with pytest.raises(IntegrityError, match="became shorter"):
+        inspect(directory)
 
 
 @pytest.mark.parametrize("name", exports.MODELS)

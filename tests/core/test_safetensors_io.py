@@ -77,7 +77,7 @@ def test_we_read_what_the_library_writes(tmp_path_factory: pytest.TempPathFactor
     assert set(ours) == set(tensors)
     for name, (dtype, shape) in tensors.items():
         assert (ours[name].dtype, ours[name].shape) == (dtype, shape)
-        assert bytes(ours.data(name)) == b"".join(ours.chunks(name)) == content(name, dtype, shape)
+        assert ours.read(name) == b"".join(ours.chunks(name)) == content(name, dtype, shape)
     again = [NewTensor(name, info.dtype, info.shape, [ours.place(name)]) for name, info in ours.items()]
     write(directory / "again.safetensors", again, {"a": "b"})
     assert (directory / "again.safetensors").read_bytes() == (directory / "theirs.safetensors").read_bytes()
@@ -89,9 +89,7 @@ def test_all_shards_of_a_directory_are_one(tmp_path: Path) -> None:
     assert len(tensors) == 69
     assert tensors["model.embed_tokens.weight"].shape == (4096, 256)
     joined = b"".join(tensors.chunks("model.norm.weight", "model.layers.0.input_layernorm.weight"))
-    assert joined == bytes(tensors.data("model.norm.weight")) + bytes(
-        tensors.data("model.layers.0.input_layernorm.weight")
-    )
+    assert joined == tensors.read("model.norm.weight") + tensors.read("model.layers.0.input_layernorm.weight")
 
 
 def test_a_file_that_is_cut_while_its_tensors_are_read_is_reported(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_wrong_scale_that_the_inspection_passes_is_caught_by_the_gate(
     assert models.checkpoint is not None
     name = "model.layers.3.mlp.down_proj.weight_scale_2"
     unified = models.checkpoint.unified
-    value = np.frombuffer(Tensors(unified).data(name), np.float32) * 4
+    value = np.frombuffer(Tensors(unified).read(name), np.float32) * 4
     exports.rewrite(unified, tmp_path / "unified", {name: NewTensor(name, "F32", (), [value.tobytes()])})
     broken = Models(models.snapshot, models.calibration, Checkpoint(tmp_path, "broken"))
     asked = resolve(evaluation__min_score=90.0, evaluation__max_kl=0.1)

@@ -96,7 +96,7 @@ def theirs(source: Path, one: NumberFormat) -> Any:
 def held(directory: Path, file: Path | None = None) -> Held:
     """{tensor: (dtype, shape, bytes)}."""
     tensors = Tensors(directory, [file]) if file else Tensors(directory)
-    return {name: (info.dtype, info.shape, bytes(tensors.data(name))) for name, info in tensors.items()}
+    return {name: (info.dtype, info.shape, tensors.read(name)) for name, info in tensors.items()}
 
 
 def check_unified(made: Path, model: Any, one: NumberFormat, directory: Path) -> None:

@@ -73,7 +73,7 @@ def unified(built: Built) -> Path:
 
 def tensor(tensors: Tensors, name: str) -> Tensor:
     info = tensors[name]
-    return torch.frombuffer(bytearray(tensors.data(name)), dtype=TYPES[info.dtype]).reshape(info.shape)
+    return torch.frombuffer(bytearray(tensors.read(name)), dtype=TYPES[info.dtype]).reshape(info.shape)
 
 
 def theirs(one: str, part: str = "weights") -> Any:
@@ -230,7 +230,7 @@ def test_the_whole_model_in_memory_gives_the_same_bytes_and_a_kv_cache_beside(
     asked = {"quantization.keep_bf16": ["*.down_proj"], "quantization.kv_cache_dtype": "fp8"}
     whole = quantized(tmp_path, STATIC.name, **{"quantization.memory": "whole", **asked})
     ours, other = (Tensors(compressed(one)) for one in (whole, made[STATIC.name]))
-    assert {name: bytes(ours.data(name)) for name in other} == {name: bytes(other.data(name)) for name in other}
+    assert {name: ours.read(name) for name in other} == {name: other.read(name) for name in other}
     assert {name.rpartition(".")[2] for name in ours if name not in other} == {"k_scale", "v_scale"}
     stated = json.loads((compressed(whole) / "config.json").read_text())["quantization_config"]
     assert stated["kv_cache_scheme"]["num_bits"] == 8
@@ -246,7 +246,7 @@ def test_a_model_in_this_form_is_taken_over(made: dict[str, Built], name: str, t
     assert built.checkpoint is not None
     assert not built.checkpoint.tensorrt_llm.exists()
     ours, other = Tensors(built.checkpoint.unified), Tensors(unified(made[name]))
-    assert {n: bytes(ours.data(n)) for n in ours} == {n: bytes(other.data(n)) for n in other}
+    assert {n: ours.read(n) for n in ours} == {n: other.read(n) for n in other}
     with pytest.raises(UnsupportedError, match="TensorRT-LLM does not serve INT8") as refused:
         pipeline.build(schema.resolve(asked), store)
     assert "builder eval" in refused.value.hint

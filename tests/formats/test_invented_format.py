@@ -120,7 +120,7 @@ def checkpoint(tmp_path: Path) -> Path:
     made: list[NewTensor] = []
     for name, info in tensors.items():
         if model().quantizes(name, info.shape) and "layers.1.mlp.down_proj" not in name:
-            weight = torch.frombuffer(bytearray(tensors.data(name)), dtype=torch.bfloat16).reshape(info.shape)
+            weight = torch.frombuffer(bytearray(tensors.read(name)), dtype=torch.bfloat16).reshape(info.shape)
             made += quantized(name, weight, bits)
         else:
             made.append(NewTensor(name, info.dtype, info.shape, tensors.chunks(name)))
@@ -175,8 +175,8 @@ def test_the_second_layout_has_its_tensors(checkpoint: Path) -> None:
     assert config["exclude_modules"] == ["lm_head", "transformer.layers.1.mlp.proj"]
     theirs, ours = Tensors(checkpoint / "unified"), Tensors(checkpoint / "tensorrt_llm")
     qkv = [f"model.layers.0.self_attn.{x}_proj.channel_scale" for x in "qkv"]
-    assert bytes(ours.data("transformer.layers.0.attention.qkv.per_channel_scale")) == b"".join(
-        bytes(theirs.data(name)) for name in qkv
+    assert ours.read("transformer.layers.0.attention.qkv.per_channel_scale") == b"".join(
+        theirs.read(name) for name in qkv
     )
     shared = ours["transformer.layers.0.attention.qkv.prequant_scaling_factor"]
     assert shared.shape == (model().config["hidden_size"],)  # one for q, k and v
@@ -191,7 +191,7 @@ def test_the_gate_knows_it(checkpoint: Path) -> None:
     assert 4.25 < found.layouts["unified"].bits_per_weight < 5.5  # the tiny model's channels weigh much
     unified = Tensors(checkpoint / "unified")
     name = "model.layers.0.mlp.up_proj.channel_scale"
-    data = struct.pack("<f", float("nan")) + bytes(unified.data(name))[4:]
+    data = struct.pack("<f", float("nan")) + unified.read(name)[4:]
     damaged = exports.rewrite(
         checkpoint / "unified", checkpoint / "u", {name: NewTensor(name, "F32", unified[name].shape, [data])}
     )
@@ -230,7 +230,7 @@ def test_the_executor_dequantizes_it(checkpoint: Path) -> None:
     executor = ReferenceModel.load(checkpoint / "tensorrt_llm")
     original = Tensors(SOURCE)
     name = "model.layers.0.mlp.down_proj.weight"
-    weight = torch.frombuffer(bytearray(original.data(name)), dtype=torch.bfloat16).reshape(original[name].shape)
+    weight = torch.frombuffer(bytearray(original.read(name)), dtype=torch.bfloat16).reshape(original[name].shape)
     error = (executor.layers[0].proj.weight - weight.float()).norm() / weight.float().norm()
     assert 0.01 < error < 0.15
     assert executor.layers[0].proj.number_format is FORMAT

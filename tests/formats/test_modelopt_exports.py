@@ -132,14 +132,14 @@ def test_what_is_prepared_for_the_exporter_differs_from_its_own_export_by_one_st
     exports.export(exports.quantized(source, config="FP8_DEFAULT_CFG", kv_cache=False), tmp_path / "theirs")
     made, own = (Tensors(tmp_path / at) for at in ("unified", "theirs"))
     assert {n: (i.dtype, i.shape) for n, i in made.items()} == {n: (i.dtype, i.shape) for n, i in own.items()}
-    scales = {n: [struct.unpack("<f", bytes(t.data(n))) for t in (made, own)] for n in made if n.endswith("_scale")}
+    scales = {n: [struct.unpack("<f", t.read(n)) for t in (made, own)] for n in made if n.endswith("_scale")}
     changed = {n for n, (mine, theirs) in scales.items() if mine != theirs}
     fused = tuple(f"{x}_proj.weight_scale" for x in ("q", "k", "v", "gate", "up"))
     assert changed
     assert all(name.endswith(fused) for name in changed)
     assert all(mine >= theirs for mine, theirs in scales.values())
     for name in (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)):
-        codes, others = (torch.frombuffer(bytearray(t.data(name)), dtype=torch.uint8).int() for t in (made, own))
+        codes, others = (torch.frombuffer(bytearray(t.read(name)), dtype=torch.uint8).int() for t in (made, own))
         assert 0.005 < (codes != others).float().mean() < 0.05
         assert (codes - others).abs().max() == 1
 

@@ -42,7 +42,7 @@ def source(target: Path, stated: str | None, *stored: torch.dtype, **changes: An
     tensors = Tensors(LLAMA)
     made = {}
     for number, (name, info) in enumerate(sorted(tensors.items())):
-        value = torch.frombuffer(bytearray(tensors.data(name)), dtype=BFLOAT16).reshape(info.shape)
+        value = torch.frombuffer(bytearray(tensors.read(name)), dtype=BFLOAT16).reshape(info.shape)
         made[name] = value.to(stored[number % len(stored)]).clone()
     if changes.get("tie_word_embeddings"):
         made["lm_head.weight"] = made["model.embed_tokens.weight"].clone()

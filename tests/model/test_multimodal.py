@@ -75,7 +75,7 @@ def test_the_language_model_is_taken_out(model_type: str, text_type: str, name: 
     mine = model.state_dict()
     for tensor in found.tensors:
         assert mine[tensor].view(-1).view(__import__("torch").uint8).numpy().tobytes() == bytes(
-            whole.data(stored[tensor])
+            whole.read(stored[tensor])
         )
     check_saved(model, found.tensors, source, tmp_path / "unified", name)
     check_unexpected(source, next(stored for stored in whole if stored.endswith("1.self_attn.o_proj.weight")))
@@ -123,7 +123,7 @@ def test_it_is_written_unquantized_under_its_own_names(tmp_path: Path) -> None:
     found = open_source(Model(id=str(source)), store=store)
     whole, stored = source_tensors.open_tensors(source), Tensors(made.unified)
     assert stored.keys() == whole.keys() == found.tensors.keys()
-    assert all(bytes(stored.data(name)) == bytes(whole.data(name)) for name in stored)
+    assert all(stored.read(name) == whole.read(name) for name in stored)
     config = json.loads((made.unified / "config.json").read_text())
     assert config["architectures"] == ["Gemma3ForCausalLM"]
     assert not config.keys() & {"vision_config", "text_config", multimodal.MARK}

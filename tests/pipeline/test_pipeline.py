@@ -397,7 +397,7 @@ def damaged_llama(directory: Path, tensor: str, data: bytes) -> Path:
     source = Tensors(LLAMA)
 
     def changed(name: str) -> bytes:
-        whole = bytes(source.data(name))
+        whole = source.read(name)
         return data + whole[len(data) :] if name == tensor else whole
 
     tensors = [NewTensor(name, info.dtype, info.shape, [changed(name)]) for name, info in source.items()]
@@ -426,7 +426,7 @@ def test_sizes_that_nvfp4_cannot_hold_are_refused_before_any_work(tmp_path: Path
     for name, info in source.items():
         shape = [120 if size == 128 and ".mlp." in name else size for size in info.shape]
         size = 2 * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
-        tensors.append(NewTensor(name, info.dtype, tuple(shape), [bytes(source.data(name))[:size]]))
+        tensors.append(NewTensor(name, info.dtype, tuple(shape), [source.read(name)[:size]]))
     write(model / "model.safetensors", tensors, {"format": "pt"})
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 120}))

@@ -70,7 +70,7 @@ def same(one: Path, other: Path) -> bool:
     left, right = Tensors(one), Tensors(other)
     return {n: (i.dtype, i.shape) for n, i in left.items()} == {
         n: (i.dtype, i.shape) for n, i in right.items()
-    } and all(bytes(left.data(name)) == bytes(right.data(name)) for name in left)
+    } and all(left.read(name) == right.read(name) for name in left)
 
 
 @pytest.mark.parametrize("one", FORMATS, ids=lambda one: one.name)
@@ -519,6 +519,6 @@ def test_missing_scales_are_calibrated_and_weights_stay(checkpoints: dict[str, P
     assert built.calibration is not None
     there, here = Tensors(source), Tensors(built.checkpoint.unified)
     assert set(there) == set(here)
-    assert all(bytes(there.data(n)) == bytes(here.data(n)) for n in there if n.endswith(("weight", "weight_scale")))
+    assert all(there.read(n) == here.read(n) for n in there if n.endswith(("weight", "weight_scale")))
     written = read_json(built.checkpoint.unified / "hf_quant_config.json")
     assert written["quantization"]["kv_cache_quant_algo"] == "FP8"

@@ -46,7 +46,7 @@ def write(source: Path, directory: Path, **work: Any) -> dict[str, torch.Tensor]
 
 def held(directory: Path) -> dict[str, bytes]:
     tensors = Tensors(directory)
-    return {name: bytes(tensors.data(name)) for name in tensors}
+    return {name: tensors.read(name) for name in tensors}
 
 
 def test_a_search_changes_codes_and_block_scales_alone(source: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_random_model_is_complete_and_its_weights_have_different_ranges(tmp_pa
     total = sum(info.nbytes for info in made.values())
     assert total == 2 * layer_bytes(config) + embedding_bytes(config) + 2 * config["hidden_size"]
     weights = [
-        np.frombuffer(made.data(n), np.uint16).astype(np.uint32) << 16 for n in made if n.endswith("proj.weight")
+        np.frombuffer(made.read(n), np.uint16).astype(np.uint32) << 16 for n in made if n.endswith("proj.weight")
     ]
     values = [np.abs(one.view(np.float32)) for one in weights]
     assert all(one.min() >= 2**-9 and one[1:].max() < 2**-5 < 2**-4 <= one.max() == one[0] < 2**-3 for one in values)

@@ -52,7 +52,7 @@ def made(root: Path, model: Path = TINY, **values: Any) -> Path:
 
 def read(unified: Path) -> dict[str, bytes]:
     tensors = Tensors(unified)
-    return {name: bytes(tensors.data(name)) for name in tensors}
+    return {name: tensors.read(name) for name in tensors}
 
 
 def number(data: bytes) -> float:

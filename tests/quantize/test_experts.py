@@ -108,7 +108,7 @@ def test_every_expert_has_an_input_scale(made: tuple[dict[str, Any], Path]) -> N
     stored = Tensors(unified)
     for layer in LAYERS:
         for projection in ("gate_proj", "up_proj", "down_proj"):
-            scales = [stored.data(f"{layer}.{n}.{projection}.input_scale") for n in range(4)]
+            scales = [stored.read(f"{layer}.{n}.{projection}.input_scale") for n in range(4)]
             assert all(torch.frombuffer(bytearray(one), dtype=torch.float32).item() > 0 for one in scales)
             assert not FUSED or len({bytes(one) for one in scales}) == 1
 

@@ -140,7 +140,7 @@ def test_the_tensorrt_llm_layout_is_modelopts_own(tmp_path: Path, name: str) -> 
     theirs_at, ours_at = export(name, patterns, tmp_path)
     ours, theirs = Tensors(ours_at), Tensors(theirs_at)
     assert {n: (ours[n].dtype, ours[n].shape) for n in ours} == {n: (theirs[n].dtype, theirs[n].shape) for n in theirs}
-    assert not [n for n in ours if bytes(ours.data(n)) != bytes(theirs.data(n))]
+    assert not [n for n in ours if ours.read(n) != theirs.read(n)]
     excluded = [checkpoint_layouts.read_json(at / "config.json")["quantization"] for at in (ours_at, theirs_at)]
     linears = {n.removesuffix(".weight") for n in ours if n.endswith(".weight") and "norm" not in n and "ln_f" not in n}
     matched = [{n for n in linears if any(fnmatchcase(n, p) for p in q["exclude_modules"])} for q in excluded]
@@ -158,7 +158,7 @@ def test_every_rank_is_modelopts_own(tmp_path: Path, tp: int, pp: int, patterns:
     assert not validate.inspect(tmp_path / "split").findings
     for rank in range(tp * pp):
         held = [Tensors(at, [at / f"rank{rank}.safetensors"]) for at in (tmp_path / "split", theirs)]
-        assert {n: bytes(held[0].data(n)) for n in held[0]} == {n: bytes(held[1].data(n)) for n in held[1]}
+        assert {n: held[0].read(n) for n in held[0]} == {n: held[1].read(n) for n in held[1]}
     whole, split = (ReferenceModel.load(at) for at in (ours, tmp_path / "split"))
     ids = torch.arange(3, 4000, 97)
     assert torch.equal(whole.forward(ids, whole.new_cache()), split.forward(ids, split.new_cache()))
@@ -261,7 +261,7 @@ def test_the_stage_keeps_them_bit_by_bit_and_knows_them_in_its_key(tmp_path: Pat
     source, stored = Tensors(TINY), Tensors(made.unified)
     for x in "qkv":
         name = f"model.layers.0.self_attn.{x}_proj.weight"
-        assert bytes(stored.data(name)) == bytes(source.data(name))
+        assert stored.read(name) == source.read(name)
     assert made.facts["layers"]["bf16"] == [f"model.layers.0.self_attn.{x}_proj" for x in "kqv"]
     assert (made.facts["quantized_linears"], made.facts["kept_linears"]) == (39, 3)
     assert made.facts["kv_scales"] == 12
@@ -281,7 +281,7 @@ def test_the_simulation_that_is_evaluated_keeps_them_too(rows: Path) -> None:
     with local.simulated(job) as runner:
         first, second = (layer.mlp.down_proj for layer in runner.model.model.layers)
         assert (first.input_quantizer.is_enabled, second.input_quantizer.is_enabled) == (True, False)
-        stored = Tensors(exports.MODELS["llama"]).data("model.layers.1.mlp.down_proj.weight")
+        stored = Tensors(exports.MODELS["llama"]).read("model.layers.1.mlp.down_proj.weight")
         assert second.weight.bfloat16().view(torch.uint8).numpy().tobytes() == bytes(stored)
 
 

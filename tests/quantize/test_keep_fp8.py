@@ -139,7 +139,7 @@ def test_the_tensorrt_llm_layout_is_modelopts_own(tmp_path: Path, rows: Path, na
             Tensors(at, [at / f"rank{rank}.safetensors"]) for at in (tmp_path / "ours", tmp_path / "modelopt")
         )
         assert {n: (i.dtype, i.shape) for n, i in ours.items()} == {n: (i.dtype, i.shape) for n, i in theirs.items()}
-        assert not [n for n in ours if bytes(ours.data(n)) != bytes(theirs.data(n))]
+        assert not [n for n in ours if ours.read(n) != theirs.read(n)]
     layers, configs = (
         [layouts.read_json(tmp_path / at / file) for at in ("ours", "modelopt")]
         for file in ("quant_cfg.json", "config.json")
@@ -174,7 +174,7 @@ def test_what_is_served_as_one_has_one_scale(made: Path) -> None:
     stored = Tensors(made / "unified")
     for members in (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]):
         for scale in ("weight_scale", "input_scale"):
-            assert len({bytes(stored.data(f"model.layers.1.{name}.{scale}")) for name in members}) == 1
+            assert len({stored.read(f"model.layers.1.{name}.{scale}") for name in members}) == 1
 
 
 def test_pipeline_stages_share_one_quant_cfg(tmp_path: Path, rows: Path) -> None:

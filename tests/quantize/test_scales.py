@@ -79,12 +79,12 @@ def without_scales(unified: Path, directory: Path) -> Path:
 
 def values(unified: Path) -> dict[str, float]:
     stored = Tensors(unified)
-    return {n: struct.unpack("<f", bytes(stored.data(n)))[0] for n in stored if n.endswith(ENDS)}
+    return {n: struct.unpack("<f", stored.read(n))[0] for n in stored if n.endswith(ENDS)}
 
 
 def others(unified: Path) -> dict[str, bytes]:
     stored = Tensors(unified)
-    return {name: bytes(stored.data(name)) for name in stored if not name.endswith(ENDS)}
+    return {name: stored.read(name) for name in stored if not name.endswith(ENDS)}
 
 
 FP8_LAYERS = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj")

@@ -55,7 +55,7 @@ def test_both_layouts_hold_the_models_own_bytes(tmp_path: Path, name: str) -> No
     source = exports.MODELS[name]
     made = built(source, tmp_path / "out")
     original, unified = Tensors(source), Tensors(made.unified)
-    assert all(bytes(unified.data(name)) == bytes(original.data(name)) for name in unified)
+    assert all(unified.read(name) == original.read(name) for name in unified)
     assert set(original) - set(unified) <= {"lm_head.weight"}
     assert not (made.unified / "hf_quant_config.json").exists()
     for tp in (1, 2):
@@ -68,7 +68,7 @@ def test_both_layouts_hold_the_models_own_bytes(tmp_path: Path, name: str) -> No
         sharding.split(made.tensorrt_llm, tmp_path / f"split{tp}", Parallel(tp))
         for rank in range(tp):
             held = [Tensors(tmp_path, [tmp_path / f"{at}{tp}" / f"rank{rank}.safetensors"]) for at in ("split", "tp")]
-            ours, theirs = ({n: (i.dtype, i.shape, bytes(one.data(n))) for n, i in one.items()} for one in held)
+            ours, theirs = ({n: (i.dtype, i.shape, one.read(n)) for n, i in one.items()} for one in held)
             assert ours == theirs
     said = layouts.read_json(made.tensorrt_llm / "config.json")["quantization"]
     assert said == {"quant_algo": None, "kv_cache_quant_algo": None}

@@ -37,13 +37,13 @@ QWEN3 = exports.MODELS["qwen3"]
 def held(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """{tensor: (dtype, shape, bytes)} of all files."""
     tensors = Tensors(directory)
-    return {name: (info.dtype, info.shape, bytes(tensors.data(name))) for name, info in tensors.items()}
+    return {name: (info.dtype, info.shape, tensors.read(name)) for name, info in tensors.items()}
 
 
 def ranges_of(unified: Path, scale_range: float) -> Ranges:
     """The ranges that a checkpoint's scales were made of, but for their last bit."""
     tensors = Tensors(unified)
-    value = {n: struct.unpack("<f", tensors.data(n))[0] for n in tensors if n.endswith(CALIBRATED)}
+    value = {n: struct.unpack("<f", tensors.read(n))[0] for n in tensors if n.endswith(CALIBRATED)}
     inputs = {n.removesuffix(".input_scale"): v * scale_range for n, v in value.items() if n.endswith(".input_scale")}
     attention = [name.removesuffix(".k_proj.k_scale") for name in value if name.endswith(".k_proj.k_scale")]
     cache = {one: (value[f"{one}.k_proj.k_scale"] * 448, value[f"{one}.v_proj.v_scale"] * 448) for one in attention}
@@ -180,7 +180,7 @@ def rewritten(model: Path, directory: Path, change: Any) -> Path:
     shutil.copytree(model, directory, ignore=shutil.ignore_patterns("*.safetensors*"))
     made = []
     for name, info in stored.items():
-        dtype, data = change(name, stored.data(name)) or (info.dtype, bytes(stored.data(name)))
+        dtype, data = change(name, stored.read(name)) or (info.dtype, stored.read(name))
         made.append(NewTensor(name, dtype, info.shape, [data]))
     write(directory / "model.safetensors", made, {"format": "pt"})
     return directory

@@ -163,7 +163,7 @@ Held = Mapping[str, tuple[str, tuple[int, ...], bytes]]
 def held(directory: Path, files: list[Path] | None = None) -> Held:
     """{tensor: (dtype, shape, bytes)} of a directory, or of some of its files."""
     tensors = Tensors(directory, files) if files else Tensors(directory)
-    return {name: (info.dtype, info.shape, bytes(tensors.data(name))) for name, info in tensors.items()}
+    return {name: (info.dtype, info.shape, tensors.read(name)) for name, info in tensors.items()}
 
 
 def differ(ours: Held, theirs: Held) -> list[str]:

@@ -28,7 +28,7 @@ def edit(*changes: tuple[str, Change]) -> Plant:
     def plant(folder: Path) -> None:
         tensors = Tensors(folder)
         [file] = tensors.files
-        made = {name: (info.dtype, info.shape, bytes(tensors.data(name))) for name, info in tensors.items()}
+        made = {name: (info.dtype, info.shape, tensors.read(name)) for name, info in tensors.items()}
         for name, change in changes:
             new = change(tensors[name], made[name][2]) if name in made else change(TensorInfo("F32", (), 0, 4), b"")
             made.pop(name, None)
@@ -95,7 +95,7 @@ def copied(source: str, target: str) -> Plant:
     def plant(folder: Path) -> None:
         tensors = Tensors(folder)
         names = [name for name in tensors if name.startswith(f"{source}.")]
-        content = {name: bytes(tensors.data(name)) for name in names}
+        content = {name: tensors.read(name) for name in names}
         edit(*((target + n.removeprefix(source), start(data)) for n, data in content.items()))(folder)
 
     return plant
@@ -154,16 +154,16 @@ def alias(one: str, other: str) -> Callable[[dict[str, Any]], None]:
 
 def add(folder: Path, file: str, name: str) -> None:
     tensors = Tensors(folder)
-    entry = NewTensor(name, tensors[name].dtype, tensors[name].shape, [bytes(tensors.data(name))])
+    entry = NewTensor(name, tensors[name].dtype, tensors[name].shape, [tensors.read(name)])
     own = Tensors(folder, [folder / file])
-    kept = [NewTensor(n, i.dtype, i.shape, [bytes(own.data(n))]) for n, i in own.items()]
+    kept = [NewTensor(n, i.dtype, i.shape, [own.read(n)]) for n, i in own.items()]
     write(folder / "new", [*kept, entry])
     (folder / "new").replace(folder / file)
 
 
 def remove(folder: Path, file: str, name: str) -> None:
     own = Tensors(folder, [folder / file])
-    kept = [NewTensor(n, i.dtype, i.shape, [bytes(own.data(n))]) for n, i in own.items() if n != name]
+    kept = [NewTensor(n, i.dtype, i.shape, [own.read(n)]) for n, i in own.items() if n != name]
     write(folder / "new", kept)
     (folder / "new").replace(folder / file)
 

@@ -26,7 +26,7 @@ def copy(source: Path, target: Path, change: Change | None = None, **config: Any
     if change:
         for file in sorted(target.glob("*.safetensors")):
             tensors = Tensors(target, [file])
-            made = [t for n, i in tensors.items() for t in change(NewTensor(n, i.dtype, i.shape, [tensors.data(n)]))]
+            made = [t for n, i in tensors.items() for t in change(NewTensor(n, i.dtype, i.shape, [tensors.read(n)]))]
             write(target / "new", made, {"format": "pt"})
             (target / "new").replace(file)
         _write_index(target)

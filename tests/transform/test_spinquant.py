@@ -67,7 +67,7 @@ def test_the_logits_of_every_family_stay_and_its_weights_do_not(architecture: An
     assert (before - after).abs().max() < 2e-5 * before.abs().max()
     old, new = Tensors(tmp_path / "model"), Tensors(tmp_path / "rotated")
     assert set(old) == set(new)
-    kept = [name for name in old if old.data(name) == new.data(name)]
+    kept = [name for name in old if old.read(name) == new.read(name)]
     bias = ("q_proj.bias", "k_proj.bias", "gate_proj.bias", "up_proj.bias")
     assert all("norm" in name or name.endswith(bias) for name in kept), kept
 

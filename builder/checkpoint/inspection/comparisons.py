@@ -24,6 +24,7 @@ from statistics import median
 from builder.checkpoint import tensor_checks
 from builder.checkpoint.inspection.expected import Expected, is_kv_scale
 from builder.checkpoint.inspection.layout import Layout
+from builder.core.safetensors_io import StoredBytes
 from builder.formats.base import NumberFormat
 
 WEIGHT_LIMIT, INPUT_LIMIT, INPUT_UNUSUAL, KV_LIMIT = 1e4, 1e5, 1e3, 1e4
@@ -50,7 +51,7 @@ class Measured:
     prints: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
     wants: dict[str, Expected] = field(default_factory=dict)
 
-    def add(self, name: str, want: Expected, data: memoryview, checked: tensor_checks.Checked) -> None:
+    def add(self, name: str, want: Expected, data: StoredBytes, checked: tensor_checks.Checked) -> None:
         """Records a tensor whose own check is done."""
         self.wants[name] = want
         if want.content == "scale" and not checked.wrong and checked.peak is not None:
@@ -93,7 +94,7 @@ def _check_equal(measured: Measured, members: list[str]) -> None:
             continue
         named = [f"{module}.{layout.leaf(tensor)}" for module in members]
         named = [name for name in named if name in measured.wants]
-        contents = {name: bytes(layout.tensors.data(name)) for name in named if not _not_a_number(measured, name)}
+        contents = {name: layout.tensors.read(name) for name in named if not _not_a_number(measured, name)}
         [(usual, _)] = Counter(contents.values()).most_common(1) or [(b"", 0)]
         first = next((name for name, content in contents.items() if content == usual), "")
         for name in (name for name, content in contents.items() if content != usual):
@@ -217,8 +218,5 @@ def _check_copies(measured: Measured) -> None:
 
 
 def _same(layout: Layout, one: str, other: str) -> bool:
-    first, second = layout.tensors.data(one), layout.tensors.data(other)
-    same = all(first[n : n + SAMPLE] == second[n : n + SAMPLE] for n in range(0, len(first), SAMPLE))
-    for name in (one, other):
-        layout.tensors.release(name)
-    return same
+    first, second = layout.tensors.stored(one), layout.tensors.stored(other)
+    return all(first[n : n + SAMPLE] == second[n : n + SAMPLE] for n in range(0, len(first), SAMPLE))

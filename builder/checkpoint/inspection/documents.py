@@ -70,9 +70,7 @@ def _check_head(layout: Layout) -> None:
     head, embedding = f"{layout.names.head}.weight", f"{layout.names.embedding}.weight"
     if head not in layout.tensors or embedding not in layout.tensors:
         return
-    one, two = layout.tensors.data(head), layout.tensors.data(embedding)
+    one, two = layout.tensors.stored(head), layout.tensors.stored(embedding)
     same = len(one) == len(two) and all(one[n : n + STEP] == two[n : n + STEP] for n in range(0, len(one), STEP))
-    for name in (head, embedding):
-        layout.tensors.release(name)
     if not same:
         layout.report(head, f"differs from {embedding}; config.json says tie_word_embeddings", "tied-head")
