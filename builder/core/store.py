@@ -149,17 +149,21 @@ class Store:
             yield
 
     @contextmanager
-    def locked(self, name: str, key: str) -> Iterator[None]:
-        """Locks one artifact for building. Waits, with a message, while another process holds the lock."""
+    def locked(self, name: str, key: str, *, wait: bool = True) -> Iterator[bool]:
+        """Locks one artifact for building, and yields True. Waits, with a message, while another process holds the
+        lock; without `wait` it yields False instead."""
         path = self.root / "locks" / f"{name}-{key}.lock"
         while True:
             with lock_file(path) as handle:
                 if not flock(handle, fcntl.LOCK_EX, wait=False):
+                    if not wait:
+                        yield False
+                        return
                     self.out.stage(name, f"another build is making {key}; waiting for it")
                     flock(handle, fcntl.LOCK_EX)
                 if not is_at(handle, path):  # `clean` removed the file before we locked it: lock the new one
                     continue
-                yield
+                yield True
                 return
 
     def _make(

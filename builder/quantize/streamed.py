@@ -20,6 +20,7 @@ from builder.core import workers
 from builder.core.early_worker import EarlyWorker
 from builder.core.errors import UnsupportedError
 from builder.core.hashes import Hashes
+from builder.core.partial_results import PartialResults
 from builder.core.process import Bar, job_file
 from builder.core.store import Store, key_of, library_versions, sources_digest
 from builder.formats.assignment import ModelFormats, of_job
@@ -95,20 +96,20 @@ def quantize_streamed(
     """
     ingredients = _ingredients(snapshot, calibration, asked)
     layers = ingredients["layers"]
-    partial = _partial(store, ingredients)
+    partial = PartialResults(store, STAGE, key_of(STAGE, ingredients))
 
     def make(tmp: Path) -> dict[str, Any]:
+        partial.begin()
         job = _job(snapshot, calibration, ingredients)
         check(SourceModel.open(snapshot.path), of_job(job))
         with snapshot.source.explain_failures():
-            facts = _run({**job, "partial": str(partial)}, tmp, store, early)
+            facts = _run({**job, "partial": str(partial.path)}, tmp, store, early)
         facts |= {"layers": layers, "zero_layers": list(asked.zero_layers)}
         with Hashes(tmp, facts["hashed"]) as hashes:
             return {**facts, **inspected(hashes)}
 
     artifact = store.stage(STAGE, ingredients, make)
-    if not store.dry:
-        _remove(partial)
+    partial.end()
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
 
 
@@ -141,24 +142,6 @@ def _job(snapshot: Snapshot, calibration: Calibration, ingredients: Mapping[str,
         "rows": str(calibration.path.absolute()),
         **{name: ingredients[name] for name in (*named, "algorithm", "gptq") if name in ingredients},
     }
-
-
-def _partial(store: Store, ingredients: Mapping[str, Any]) -> Path:
-    """Where results of finished layers are until the checkpoint is complete, without suffix. They survive an
-    interrupted run, unless the stage is forced."""
-    path = store.root / "partial" / f"{STAGE}-{key_of(STAGE, ingredients)}"
-    if not store.dry and STAGE in store.force:
-        _remove(path)
-    return path
-
-
-def _remove(partial: Path) -> None:
-    for suffix in (".jsonl", ".safetensors"):
-        partial.with_suffix(suffix).unlink(missing_ok=True)
-    for path in partial.parent.glob(f".{partial.name}.*.tmp"):
-        path.unlink(missing_ok=True)
-    for path in [*partial.parent.glob(f"{partial.name}-*.safetensors"), *partial.parent.glob(f".{partial.name}-*.tmp")]:
-        path.unlink(missing_ok=True)
 
 
 def _run(job: Mapping[str, Any], tmp: Path, store: Store, early: EarlyWorker | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from builder.calibration.rows import Calibration, calibrate
 from builder.core.errors import UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
-from builder.core.store import Store
+from builder.core.store import Store, key_of
 from builder.formats import kv_cache, registry
 from builder.formats.assignment import ModelFormats
 from builder.hub.snapshot import Snapshot, fetch
@@ -325,7 +325,7 @@ def test_results_of_another_source_or_of_other_rows_are_never_used(rows: Path, t
         if text:
             rows.write_text(json.dumps({"text": text}) + "\n")
         snapshot, calibration, asked = inputs(store, rows, model)
-        names.add(stage._partial(store, stage._ingredients(snapshot, calibration, asked)).name)
+        names.add(key_of(stage.STAGE, stage._ingredients(snapshot, calibration, asked)))
     assert len(names) == 3
 
 

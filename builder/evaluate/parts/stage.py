@@ -15,6 +15,7 @@ from builder.checkpoint.layouts import Checkpoint
 from builder.core import process, workers
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import Output
+from builder.core.partial_results import PartialResults
 from builder.core.store import Store, key_of, library_versions, sources_digest
 from builder.evaluate.parts.figures import PARTS, WHOLE, Figure, Losses, alone, without
 from builder.evaluate.sensitivity import stage as sensitivity
@@ -76,26 +77,24 @@ def measure_parts(snapshot: Snapshot, checkpoint: Checkpoint, recipe: Recipe, *,
         "gpus": modelopt.calibrating(),
         "environment": modelopt.numerics(),
     }
-    partial = store.root / "partial" / f"parts-{key_of('parts', ingredients)}.jsonl"
+    partial = PartialResults(store, "parts", key_of("parts", ingredients))
     job = {
         **asked,
         **snapshot.source.as_job(),
         "texts": str(texts.path.absolute()),
         "unified": str(checkpoint.unified),
         "gpus": ingredients["gpus"],
-        "results": str(partial),
+        "results": str(partial.path.with_suffix(".jsonl")),
     }
 
     def make(tmp: Path) -> dict[str, Any]:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if "parts" in store.force:
-            partial.unlink(missing_ok=True)
+        partial.begin()
         summary = _run({**job, "scratch": str(tmp)}, store)
         (tmp / "parts.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         return summary
 
     artifact = store.stage("parts", ingredients, make)
-    partial.unlink(missing_ok=True)
+    partial.end()
     return _losses(artifact.facts, artifact.path / "parts.json")
 
 

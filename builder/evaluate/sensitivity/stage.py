@@ -23,6 +23,7 @@ from builder.calibration.rows import Calibration, Use, calibrate
 from builder.core import process, workers
 from builder.core.errors import UsageError
 from builder.core.output import Output, size
+from builder.core.partial_results import PartialResults
 from builder.core.store import Store, key_of, library_versions, replace_file, sources_digest
 from builder.hub.snapshot import Snapshot
 from builder.model.dtypes import written_bytes
@@ -124,10 +125,12 @@ def _sensitivity(
     job: Mapping[str, Any], ingredients: Mapping[str, Any], model: ModelFacts, store: Store, proxy: bool = False
 ) -> Sensitivity:
     stage = "proxy" if proxy else "sensitivity"
-    partial = _partial(store, stage, ingredients)
+    partial = PartialResults(store, stage, key_of(stage, ingredients))
 
     def make(tmp: Path) -> dict[str, Any]:
-        summary = _run({**job, "proxy": proxy, "results": str(partial), "scratch": str(tmp)}, model, store)
+        partial.begin()
+        results = str(partial.path.with_suffix(".jsonl"))
+        summary = _run({**job, "proxy": proxy, "results": results, "scratch": str(tmp)}, model, store)
         rows = [asdict(loss) for loss in _losses(model, job["groups"], summary)]
         whole, cache = (summary["results"].get(name, {}).get("kl") for name in (WHOLE, KV_CACHE))
         facts = {"layers": rows, "whole": whole, "kv_cache": cache, "tokens": summary["tokens"]}
@@ -136,7 +139,7 @@ def _sensitivity(
         return facts
 
     artifact = store.stage(stage, ingredients, make)
-    partial.unlink(missing_ok=True)
+    partial.end()
     facts = artifact.facts
     return Sensitivity(
         losses=tuple(Loss(**row) for row in facts["layers"]),
@@ -177,22 +180,24 @@ def select(
     budget, kept_format = recipe.quantization.kept_budget, recipe.quantization.kept_format
     job |= {"budget": budget, "order": order, "kept_format": kept_format, "rest": _why_not_less(found, refused)}
     ingredients |= {"sensitivity": found.digest, "budget": budget, "order": order, "kept_format": kept_format}
-    partial = _partial(store, "selection", ingredients)
+    partial = PartialResults(store, "selection", key_of("selection", ingredients))
 
     def make(tmp: Path) -> dict[str, Any]:
-        if not partial.exists():
+        partial.begin()
+        results = partial.path.with_suffix(".jsonl")
+        if not results.exists():
             known = {"name": WHOLE, "kl": found.whole, "agreement": 0.0}
             errors = {loss.name: loss.output_error for loss in found.losses}
             lines = [known, {"output_errors": errors, "tokens": found.tokens}]
-            replace_file(partial, "".join(json.dumps(line) + "\n" for line in lines))
-        summary = _run({**job, "results": str(partial), "scratch": str(tmp)}, model, store)
+            replace_file(results, "".join(json.dumps(line) + "\n" for line in lines))
+        summary = _run({**job, "results": str(results), "scratch": str(tmp)}, model, store)
         modules = [module for group in summary["kept"] for module in job["groups"][group]]
         kept = f"{len(modules)} linear layers in {kept_format.upper()}"
         store.out.info(f"KL {summary['kl_before']:.3g} -> {summary['kl']:.3g} with {kept}")
         return {"modules": modules, **summary}
 
     facts = store.stage("selection", ingredients, make).facts
-    partial.unlink(missing_ok=True)
+    partial.end()
     return Selection(tuple(facts["modules"]), facts["kl"], facts["kl_before"])
 
 
@@ -267,17 +272,6 @@ def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
     """The groups of layers that no pattern keeps."""
     known = exclude.linears(model.written, model.architecture)
     return exclude.groups((name for name in known if name not in model.single), model.architecture)
-
-
-def _partial(store: Store, stage: str, ingredients: Mapping[str, Any]) -> Path:
-    """The file of results until the stage is complete. It survives an interrupted run, unless the stage is forced. Its
-    name contains the stage's key."""
-    path = store.root / "partial" / f"{stage}-{key_of(stage, ingredients)}.jsonl"
-    if not store.dry:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if stage in store.force:
-            path.unlink(missing_ok=True)
-    return path
 
 
 def _losses(model: ModelFacts, groups: Mapping[str, Sequence[str]], summary: Mapping[str, Any]) -> list[Loss]:
