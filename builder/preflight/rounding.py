@@ -18,8 +18,6 @@ from builder.recipe.schema import Recipe
 # (model/streamed.py).
 SHARED_LAYERS = "num_kv_shared_layers"  # Gemma 3n and 4
 ROUNDED_ROWS = 4096  # of a weight at a time (quantize/streamed_solve.py, _ROWS)
-# GPTQ needs half as many tokens as a layer has inputs (quantize/streamed_solve.py, TOKENS_OF_COLUMNS).
-TOKENS_OF_COLUMNS = 0.5
 # In operations of a forward pass in BF16 that take as long: one term of a moment, and the rounding of one weight. From
 # the processor time of both for a weight of 4,096 x 1,024 and 2,048 tokens on 2 cores of a server without AMX.
 MOMENT = {"hessian": 24.0, "gptq": 3.3}
@@ -47,10 +45,11 @@ def check(recipe: Recipe, model: ModelFacts, needs_modelopt: str) -> None:
         )
     rows = recipe.calibration
     most, widest = rows.samples * rows.seq_len, _widest(recipe, model)
-    if algorithm is algorithms.GPTQ and most < TOKENS_OF_COLUMNS * widest:
+    least = algorithm.least_tokens(widest)
+    if algorithm is algorithms.GPTQ and widest and most < least:
         raise UsageError(
             f"{most:,} calibration tokens are too few for --algorithm gptq.",
-            why=f"The widest layer has {widest:,} inputs, and with fewer than half as many tokens GPTQ gains nothing.",
+            why=f"The widest layer has {widest:,} inputs and needs {least:,} tokens. With fewer, GPTQ gains nothing.",
             hint="Name more or longer rows: --calib-samples 512 --calib-seq-len 2048. Or use --algorithm hessian",
         )
 

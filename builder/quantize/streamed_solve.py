@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from builder.architectures import names
-from builder.calibration.coverage import EXPERT_TOKENS
 from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats import algorithms
 from builder.formats.arithmetic import nvfp4
@@ -35,10 +34,6 @@ from builder.quantize.unified_plan import Layer, UnifiedPlan
 # Moments of at most this share of the memory that is available are held at once; a layer that needs more (experts, for
 # GPTQ) runs its rows several times.
 MEMORY_SHARE = 0.25
-# GPTQ fits its corrections to the rows. With fewer tokens than half of the columns, or than EXPERT_TOKENS, it gains
-# nothing over `mse`: bundled model, 256 and 768 columns, KL to BF16 on prose against `max`: 128 tokens .87, 256 .83,
-# 512 .78, 2,048 .70, 16,427 .69; `mse` .85. Block Hessians of 16 columns need few tokens (64: .85, 16,427: .80).
-TOKENS_OF_COLUMNS = 0.5
 _ROWS = 4096  # of a weight at a time
 _EXPERT = re.compile(r"(?P<experts>.+?\bexperts)(?:\.\d+)?\.(?P<projection>\w+)")
 _NUMBER = re.compile(r"\bexperts\.(\d+)\.")
@@ -62,7 +57,8 @@ class LayerSolver:
         partial: Path,
     ) -> None:
         self._source, self._planned, self._model, self._partial = source, planned, model, partial
-        self._blocks = algorithms.of_job(rounding) is algorithms.HESSIAN
+        self._algorithm = algorithms.of_job(rounding)
+        self._blocks = self._algorithm is algorithms.HESSIAN
         self._options = None if self._blocks else gptq.Options.of_job(rounding["gptq"])
         self._reader = WeightReader(source.tensors)
         self._place_of = _places(model)
@@ -106,15 +102,14 @@ class LayerSolver:
     def _round(self, group: Group, seen: Moments, made: dict[str, Rounded], damping: dict[str, float]) -> str:
         """Adds what is made of a group's layers to `made`. Returns why nothing is; "" if something is."""
         place, columns = self._place_of(group[0].module), group[0].part.shape[-1]
-        tokens, found = seen.tokens[place], seen.take(place)
-        if found is None:
-            return "no token"
-        if self._options is not None and tokens < max(EXPERT_TOKENS, TOKENS_OF_COLUMNS * columns):
-            return "few tokens"
+        tokens = seen.tokens[place]
+        if tokens < self._algorithm.least_tokens(columns):
+            seen.take(place)
+            return "few tokens" if tokens else "no token"
         global_scale = self._global_scale(group)
         if global_scale is None:
             return "no scale"
-        rounds = self._rounding(found, global_scale)
+        rounds = self._rounding(seen, place, global_scale)
         if rounds is None:
             return "singular Hessian"
         function, added = rounds
@@ -125,11 +120,14 @@ class LayerSolver:
             made[layer.module] = torch.cat([p for p, _ in parts]).cpu(), torch.cat([s for _, s in parts]).cpu()
         return ""
 
-    def _rounding(self, found: Tensor, global_scale: Tensor) -> tuple[Callable[[Tensor], Rounded], float] | None:
+    def _rounding(
+        self, seen: Moments, place: str, global_scale: Tensor
+    ) -> tuple[Callable[[Tensor], Rounded], float] | None:
         """A function that rounds rows of a weight, and the damping that it took. None if the Hessian is singular."""
         if self._options is None:
-            return lambda rows: hessian.round_rows(rows, found, global_scale), 0.0
-        options, factored = self._options, gptq.factor(found, self._options)
+            blocks = _taken(seen, place)
+            return lambda rows: hessian.round_rows(rows, blocks, global_scale), 0.0
+        options, factored = self._options, gptq.factor(_taken(seen, place), self._options)
         if factored is None:
             return None
         return lambda rows: gptq.round_rows(rows, factored, global_scale, options), factored.damping
@@ -204,6 +202,13 @@ def _places(model: StreamedModel) -> Callable[[str], str]:
         return streamed_ranges.expert_place(f"{found['experts']}.{leaf}", int(number[1]))
 
     return place_of
+
+
+def _taken(seen: Moments, place: str) -> Tensor:
+    """The moments of a place that has seen tokens. Nothing else holds them then."""
+    found = seen.take(place)
+    assert found is not None
+    return found
 
 
 def _available(device: torch.device) -> float:

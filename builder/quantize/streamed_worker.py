@@ -113,15 +113,12 @@ def _work(algorithm: Algorithm, solved: Mapping[str, Path]) -> Work:
 
 def _check_enough(batches: Sequence[Any], planned: UnifiedPlan) -> None:
     """UnsupportedError if there are too few tokens for GPTQ in the widest layer that sees all of them."""
-    from builder.quantize.streamed_solve import TOKENS_OF_COLUMNS
-
-    tokens, widths = sum(batch.numel() for batch in batches), gptq_widths(planned)
-    if tokens >= TOKENS_OF_COLUMNS * max(widths, default=0):
+    tokens, widest = sum(batch.numel() for batch in batches), max(gptq_widths(planned), default=0)
+    if not widest or tokens >= (least := algorithms.GPTQ.least_tokens(widest)):
         return
     raise UnsupportedError(
         f"{tokens:,} calibration tokens are too few for algorithm gptq.",
-        why=f"The widest layer has {max(widths):,} inputs, and with fewer than half as many tokens the corrections fit "
-        "the rows alone.",
+        why=f"The widest layer has {widest:,} inputs and needs {least:,} tokens. With fewer, GPTQ gains nothing.",
         hint="Calibrate on more text (--calib-samples 512 --calib-seq-len 2048), or use --algorithm hessian",
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from builder.formats.arithmetic import nvfp4
 from builder.quantize.algorithms import block_scales, gptq, hessian
 from builder.quantize.algorithms.moments import Moments
+from tests.support import peak_memory
 
 BLOCK = nvfp4.BLOCK
 
@@ -146,6 +147,33 @@ def test_columns_without_input_are_rounded_as_they_are() -> None:
     expected_codes, expected_scales = plain(weight, scale)
     assert torch.equal(codes[:, 8:16], expected_codes[:, 8:16])
     assert torch.equal(scales[:, 1].float(), expected_scales[:, 1].float())
+
+
+@pytest.mark.parametrize("dead", [slice(16, 32), slice(0, 64)])
+def test_blocks_without_input_are_searched_for_the_least_squared_error(dead: slice) -> None:
+    weight, matrix, scale = problem(1)
+    matrix[dead] = 0
+    matrix[:, dead] = 0
+    codes, scales = hessian.round_rows(weight, blocks_of(matrix), scale)
+    expected_codes, expected_scales = hessian.round_rows(weight, torch.eye(BLOCK).expand(4, BLOCK, BLOCK), scale)
+    block = slice(dead.start // BLOCK, dead.stop // BLOCK)
+    assert torch.equal(scales[:, block].float(), expected_scales[:, block].float())
+    assert torch.equal(nvfp4.unpack(codes)[:, dead], nvfp4.unpack(expected_codes)[:, dead])
+
+
+FACTORS = """
+import torch
+from builder.quantize.algorithms import gptq
+options = gptq.Options("hessian", 0.05, "activation", 128)
+gptq.factor(torch.eye(512), options)
+rows = torch.randn(64, 2048)
+before = peak()
+gptq.factor(rows.T @ rows, options)
+"""
+
+
+def test_factoring_holds_three_matrices_and_a_workspace() -> None:
+    assert peak_memory.growth(FACTORS) < 4.7 * 4 * 2048**2
 
 
 def test_damping_is_raised_until_a_singular_hessian_can_be_factored() -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,20 @@ def opened(directory: Path) -> streamed.StreamedModel:
 
 
 def rounded(
-    directory: Path, partial: Path, algorithm: str = "gptq", *, batches: int = 4, **options: Any
+    directory: Path,
+    partial: Path,
+    algorithm: str = "gptq",
+    *,
+    batches: int = 4,
+    ids: Sequence[torch.Tensor] = (),
+    **options: Any,
 ) -> tuple[dict[str, bytes], Mapping[str, Any]]:
     """{tensor: bytes} of what an algorithm rounds on the way through a model, and the facts."""
     source, model = SourceModel.open(directory), opened(directory)
     planned = unified_plan.plan(source.config, source.headers, source.dtype, FORMATS)
     solver = LayerSolver(source, planned, {"algorithm": algorithm, "gptq": GPTQ}, model, partial)
     tensors = [f"{module}.weight" for module in planned.layers]
-    ids = rows(model.config.vocab_size, batches)
+    ids = ids or rows(model.config.vocab_size, batches)
     _, facts = streamed_calibration.calibrate(model, ids, tensors, partial, solver=solver, **options)
     assert facts["solved"].keys() | facts.get("left_to_mse", {}).keys() == planned.layers.keys()
     files = sorted(set(facts["solved"].values()))
@@ -152,6 +158,9 @@ def test_experts_with_few_tokens_are_left_to_mse_and_counted(tmp_path: Path) -> 
     assert facts["rounded_linears"] == 32 - len(left)
     _, facts = rounded(tmp_path / "model", tmp_path / "checkpoint-1", "hessian", batches=4)
     assert "few tokens" not in facts.get("left_to_mse", {}).values()
+    _, facts = rounded(tmp_path / "model", tmp_path / "checkpoint-2", "hessian", ids=[torch.arange(20)[None]])
+    assert "few tokens" in facts["left_to_mse"].values()
+    assert facts["rounded_linears"] >= 4 * 2, "attention has seen all 20 tokens"
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h", "qwen3_next", "phi3", "gemma4_text"])
@@ -269,5 +278,5 @@ def test_too_few_tokens_for_the_widest_layer_are_refused_before_anything_is_comp
     streamed_worker._check_enough(rows(4000, 3), planned)
     with pytest.raises(UnsupportedError, match="256 calibration tokens are too few for algorithm gptq") as caught:
         streamed_worker._check_enough(rows(4000, 2), planned)
-    assert "768 inputs" in caught.value.why
+    assert "768 inputs and needs 384 tokens" in caught.value.why
     assert "--algorithm hessian" in caught.value.hint

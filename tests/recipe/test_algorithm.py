@@ -80,3 +80,10 @@ def test_the_values_of_gptq_are_in_keys_and_jobs() -> None:
 def test_values_of_another_algorithm_are_refused() -> None:
     with pytest.raises(UsageError, match="values of gptq have no effect with algorithm max"):
         schema.resolve(MODEL, sets=["quantization.gptq.damping=0.02"])
+
+
+@pytest.mark.parametrize(("inputs", "least"), [(64, 256), (512, 256), (513, 257), (12288, 6144)])
+def test_gptq_needs_half_as_many_tokens_as_inputs_and_never_few(inputs: int, least: int) -> None:
+    assert algorithms.GPTQ.least_tokens(inputs) == least
+    assert algorithms.HESSIAN.least_tokens(inputs) == algorithms.BLOCK
+    assert algorithms.MSE.least_tokens(inputs) == 0

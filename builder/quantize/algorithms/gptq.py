@@ -58,6 +58,8 @@ class Factor:
 def factor(hessian: Tensor, options: Options) -> Factor | None:
     """Factors a Hessian [inputs, inputs], which is changed. None if that fails with any damping.
 
+    Holds 3 such matrices at most, if the caller keeps none, beside the workspace of the factorization.
+
     Columns whose inputs are always zero get the mean of the diagonal: they are rounded as they are.
     """
     diagonal = hessian.diagonal()
@@ -66,6 +68,7 @@ def factor(hessian: Tensor, options: Options) -> Factor | None:
         return None
     diagonal[diagonal == 0] = mean
     order = _order(diagonal) if options.order == "activation" else None
+    del diagonal  # a view of the matrix, which would keep it
     if order is not None:
         hessian = hessian[order][:, order]
     added, damping = 0.0, options.damping
@@ -82,15 +85,16 @@ def factor(hessian: Tensor, options: Options) -> Factor | None:
 def _factor_of_inverse(hessian: Tensor) -> Tensor | None:
     """The upper triangular U with U^T U = H^-1; None if H is not positive definite to float32.
 
-    H = R R^T with an upper triangular R, a Cholesky factorization from the last column on, so U is R^-1.
+    H = R R^T with an upper triangular R, a Cholesky factorization from the last column on, so U is R^-1: the inverse
+    of the factor of the reversed matrix, reversed again. In place, as such matrices are large.
     """
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
     if failed:
         return None
-    upper = lower.flip(0, 1)
+    inverse = torch.eye(len(lower), device=lower.device).T  # columns lie together, as LAPACK has them
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
-    found: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), device=upper.device), upper=True)
-    return found if bool(torch.isfinite(found).all()) else None
+    return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
 
 
 def _order(diagonal: Tensor) -> Tensor:

@@ -16,7 +16,14 @@ Rounded = tuple[Tensor, Tensor]  # packed codes uint8 [rows, inputs / 2], E4M3 b
 
 
 def round_rows(weight: Tensor, hessians: Tensor, global_scale: Tensor) -> Rounded:
-    """Rounds float32 rows [rows, inputs]. hessians: [inputs / 16, 16, 16]."""
+    """Rounds float32 rows [rows, inputs]. hessians: [inputs / 16, 16, 16].
+
+    Columns whose inputs are always zero count with the mean of the diagonal: otherwise no error of theirs would, and
+    the smallest scale would be taken, which clips them.
+    """
+    diagonals = hessians.diagonal(dim1=1, dim2=2)
+    mean = diagonals.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    hessians = hessians + torch.diag_embed(torch.where(diagonals == 0, mean, 0))
     columns = weight.T.contiguous()
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(len(hessians), len(weight), dtype=torch.float8_e4m3fn, device=weight.device)
