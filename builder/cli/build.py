@@ -123,11 +123,11 @@ def _check_quality(built: Built, resolved: Resolved, arguments: argparse.Namespa
     """Raises EvaluationError if the build failed its quality check; the error lists the commands to try next."""
     if built.quality is None:
         return
-    from builder.recipe.algorithm import better_than
+    from builder.preflight.better_algorithm import better_algorithm
     from builder.report.quality_summary import error
 
-    part, rows = resolved.recipe.quantization, not resolved.recipe.calibration.data_free
-    better = "" if resolved.stored else better_than(part.algorithm, part.quantized_formats, rows=rows)
+    model = None if resolved.stored or built.prepared is None else built.prepared.model
+    better = "" if model is None else better_algorithm(resolved.recipe, model)
     command = with_same_recipe("build", arguments)
     found = error(built.quality, resolved.recipe.quality.min_score, command, better=better)
     if found:

@@ -29,19 +29,30 @@ def algorithm_of(recipe: Recipe) -> Algorithm:
     return algorithms.ALGORITHMS[recipe.quantization.algorithm]
 
 
-def check(recipe: Recipe, model: ModelFacts, needs_modelopt: str) -> None:
-    """UnsupportedError for a model whose layers can't be rounded one at a time, UsageError for rows that hold too few
-    tokens whatever their length. needs_modelopt: why ModelOpt must hold the whole model, or ""."""
+def check(recipe: Recipe, model: ModelFacts, *, measured: str, exported: str) -> None:
+    """UnsupportedError for a model whose layers can't be rounded one at a time or whose block scales can't be searched,
+    UsageError for rows that hold too few tokens whatever their length.
+
+    measured: why the whole model must be in memory, exported: why ModelOpt must write the weights, or "".
+    """
     algorithm = algorithm_of(recipe)
+    if algorithm is algorithms.MAX:
+        return
+    if exported:
+        raise UnsupportedError(
+            f"--algorithm {algorithm.name} can't be used here: ModelOpt must write this model, and it rounds by max.",
+            why=exported,
+            hint=f"Use --algorithm {algorithms.MAX.name}",
+        )
     if not algorithm.reads_rows:
         return
     shared = model.config.get(SHARED_LAYERS)
-    why = needs_modelopt or (f"Its last {shared} layers use keys of earlier ones." if shared else "")
-    if why:
+    if measured or shared:
+        name_layers = " Or name the layers to keep: --keep-fp8 '*.down_proj'" * bool(measured)
         raise UnsupportedError(
             f"--algorithm {algorithm.name} can't be used here: it rounds one decoder layer at a time.",
-            why=why,
-            hint=f"Use --algorithm {'max' if needs_modelopt else 'mse'}",
+            why=measured or f"Its last {shared} layers use keys of earlier ones.",
+            hint=f"Use --algorithm {algorithms.MSE.name}.{name_layers}",
         )
     rows = recipe.calibration
     most, widest = rows.samples * rows.seq_len, _widest(recipe, model)

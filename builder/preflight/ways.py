@@ -198,7 +198,7 @@ def check(recipe: Recipe, model: ModelFacts) -> None:
             f"{flag} {why}, and auto chooses layers by the loss that it measures with the whole model in memory.",
             hint=f"Name the layers: --keep-fp8 '*.down_proj' or --keep-bf16 '*.down_proj'. Or leave {flag} out.",
         )
-    rounding.check(recipe, model, _needs_modelopt(recipe, model))
+    rounding.check(recipe, model, measured=_measured(recipe), exported=_exported(recipe, model))
     if flag and (why := _needs_modelopt(recipe, model)):
         raise UnsupportedError(f"{flag} can't be used here.", why=why, hint=f"Leave {flag} out.")
 
@@ -254,8 +254,17 @@ def _reads_ranges(recipe: Recipe) -> bool:
 
 def _needs_modelopt(recipe: Recipe, model: ModelFacts) -> str:
     """Why ModelOpt must hold the whole model; "" if it need not."""
-    if recipe.quantization.kept_budget is not None:
-        return "auto chooses layers by the loss that it measures with the whole model in memory."
+    return _measured(recipe) or _exported(recipe, model)
+
+
+def _measured(recipe: Recipe) -> str:
+    """Why the whole model must be in memory before it is quantized, or ""."""
+    measures = recipe.quantization.kept_budget is not None
+    return "auto chooses layers by the loss that it measures with the whole model in memory." if measures else ""
+
+
+def _exported(recipe: Recipe, model: ModelFacts) -> str:
+    """Why ModelOpt must choose and write the weights, or ""."""
     searched = [one.title for one in recipe.quantization.quantized_formats if one.quant_algo and not one.packs]
     if searched:
         return f"The weights of {' and '.join(searched)} depend on the inputs: ModelOpt searches scales on the rows."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -37,14 +36,6 @@ class Gptq(Part):
         return value
 
 
-def better_than(name: str, quantized: Sequence[NumberFormat], *, rows: bool = True) -> str:
-    """The algorithm to propose for these formats after one that lost too much; "" if there is none. rows: whether there
-    are calibration rows."""
-    available = [name for name, one in algorithms.ALGORITHMS.items() if rows or not one.reads_rows]
-    best = available[-1]
-    return best if any(map(algorithms.treats, quantized)) and available.index(name) < available.index(best) else ""
-
-
 def refusal(name: str, format_name: str, quantized: tuple[NumberFormat, ...]) -> str:
     """Why this algorithm can't choose the weights of these formats; "" if it can."""
     if name == algorithms.MAX.name or any(map(algorithms.treats, quantized)):
@@ -54,4 +45,4 @@ def refusal(name: str, format_name: str, quantized: tuple[NumberFormat, ...]) ->
             f"format {format_name} has an algorithm of its own, which searches scales of the inputs, so {name} can't "
             "be combined with it; leave algorithm out, or use format nvfp4"
         )
-    return f"{name} chooses the block scales of NVFP4, and format {format_name} has none; leave algorithm out"
+    return f"algorithm {name} chooses the block scales of NVFP4, and format {format_name} has none; leave algorithm out"

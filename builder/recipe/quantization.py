@@ -165,7 +165,7 @@ class Quantization(Part):
     def _algorithm_fits(self) -> Quantization:
         why = refusal(self.algorithm, self.format, self.quantized_formats)
         if why:
-            raise ValueError(f"algorithm {why}")
+            raise ValueError(why)
         if self.algorithm != "gptq" and self.gptq != Gptq():
             raise ValueError(f"values of gptq have no effect with algorithm {self.algorithm}; use algorithm gptq")
         return self

@@ -15,6 +15,7 @@ from builder.core.store import Store
 from builder.formats import registry
 from builder.pipeline import measure_layers
 from builder.preflight import memory, ways
+from builder.preflight.better_algorithm import better_algorithm
 from builder.preflight.memory import Machine
 from builder.preflight.model_facts import ModelFacts
 from builder.preflight.prepare import prepare
@@ -213,20 +214,57 @@ def test_what_rounds_with_the_rows_goes_layer_by_layer_whatever_fits(asked: str,
     assert (choice.taken.memory - plain.memory > 4 * matrix) == (algorithm == "gptq")
 
 
-def test_experts_that_are_one_tensor_can_not_be_rounded_with_the_rows() -> None:
-    config = {"architectures": ["GptOssForCausalLM"], "num_hidden_layers": 1, "num_local_experts": 4}
-    model = ModelFacts(config, {"model.layers.0.mlp.experts.down_proj": ("BF16", (4, 64, 64))})
-    with pytest.raises(UnsupportedError, match="it rounds one decoder layer at a time") as caught:
-        ways.check(recipe(**{"quantization.algorithm": "gptq"}), model)
+STACKED = ModelFacts(
+    {"architectures": ["GptOssForCausalLM"], "num_hidden_layers": 1, "num_local_experts": 4},
+    {"model.layers.0.mlp.experts.down_proj": ("BF16", (4, 64, 64))},
+)
+SHARED = replace(QWEN3_8B, config={**QWEN3_8B.config, "num_kv_shared_layers": 4})
+MEASURED = {"quantization.keep_fp8": "auto:0.1", "sensitivity.data": "builtin:python-docs"}
+
+
+@pytest.mark.parametrize("algorithm", ["mse", "hessian", "gptq"])
+def test_what_modelopt_must_write_is_rounded_by_max(algorithm: str) -> None:
+    with pytest.raises(UnsupportedError, match="ModelOpt must write this model, and it rounds by max") as caught:
+        ways.check(recipe(**{"quantization.algorithm": algorithm}), STACKED)
     assert caught.value.hint == "Use --algorithm max"
+    ways.check(recipe(**{"quantization.algorithm": "max"}), STACKED)
+
+
+@pytest.mark.parametrize("algorithm", ["hessian", "gptq"])
+def test_after_layers_are_measured_block_scales_can_only_be_searched(algorithm: str) -> None:
+    with pytest.raises(UnsupportedError, match="it rounds one decoder layer at a time") as caught:
+        ways.check(recipe(**{"quantization.algorithm": algorithm, **MEASURED}), QWEN3_8B)
+    assert caught.value.hint.startswith("Use --algorithm mse. Or name the layers")
+    ways.check(recipe(**{"quantization.algorithm": "mse", **MEASURED}), QWEN3_8B)
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "better"),
+    [
+        (QWEN3_8B, {}, "gptq"),
+        (QWEN3_8B, {"quantization.algorithm": "hessian"}, "gptq"),
+        (QWEN3_8B, {"quantization.algorithm": "gptq"}, ""),
+        (QWEN3_8B, {"calibration.samples": 0}, "mse"),
+        (QWEN3_8B, {"calibration.samples": 0, "quantization.algorithm": "mse"}, ""),
+        (QWEN3_8B, {"calibration.samples": 8, "calibration.seq_len": 256}, "hessian"),
+        (QWEN3_8B, MEASURED, "mse"),
+        (QWEN3_8B, {"quantization.format": "fp8"}, ""),
+        (QWEN3_8B, {"quantization.format": "nvfp4_awq"}, ""),
+        (STACKED, {}, ""),
+        (SHARED, {}, "mse"),
+    ],
+)
+def test_only_an_algorithm_that_would_be_accepted_is_proposed(
+    model: ModelFacts, values: dict[str, Any], better: str
+) -> None:
+    assert better_algorithm(recipe(**{"gpu": "cpu", **values}), model) == better
 
 
 def test_layers_that_share_keys_can_not_be_rounded_with_the_rows() -> None:
-    model = replace(QWEN3_8B, config={**QWEN3_8B.config, "num_kv_shared_layers": 4})
     with pytest.raises(UnsupportedError, match="it rounds one decoder layer at a time") as caught:
-        ways.check(recipe(**{"quantization.algorithm": "hessian"}), model)
+        ways.check(recipe(**{"quantization.algorithm": "hessian"}), SHARED)
     assert "last 4 layers" in caught.value.why
-    assert caught.value.hint == "Use --algorithm mse"
+    assert caught.value.hint == "Use --algorithm mse."
 
 
 @pytest.mark.parametrize(("samples", "fits"), [(23, False), (24, True)])

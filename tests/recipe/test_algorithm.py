@@ -9,7 +9,7 @@ import pytest
 from builder.core.errors import UsageError
 from builder.formats import algorithms, registry
 from builder.recipe import schema
-from builder.recipe.algorithm import AlgorithmName, better_than
+from builder.recipe.algorithm import AlgorithmName
 
 MODEL = {"model.id": "org/model", "gpu": "cpu"}
 
@@ -41,8 +41,8 @@ def test_what_reads_rows_is_refused_without_them(name: str) -> None:
 @pytest.mark.parametrize(
     ("format_name", "said"),
     [
-        ("fp8", "algorithm mse chooses the block scales of NVFP4, and format fp8 has none"),
-        ("int4_awq", "format int4_awq has an algorithm of its own"),
+        ("fp8", "quantization: algorithm mse chooses the block scales of NVFP4, and format fp8 has none"),
+        ("int4_awq", "quantization: format int4_awq has an algorithm of its own"),
         ("nvfp4_awq", "format nvfp4_awq has an algorithm of its own"),
         ("bf16", "and format bf16 has none"),
     ],
@@ -56,13 +56,6 @@ def test_formats_without_block_scales_are_refused(format_name: str, said: str) -
 def test_formats_with_block_scales_are_searched(format_name: str) -> None:
     part = asked(format=format_name, algorithm="mse", keep_fp8=["*.down_proj"]).recipe.quantization
     assert part.rounding == {"algorithm": "mse"}
-
-
-def test_a_better_algorithm_is_proposed_where_there_is_one() -> None:
-    assert better_than("max", [registry.NVFP4]) == "gptq"
-    assert better_than("max", [registry.NVFP4], rows=False) == "mse"
-    assert better_than("gptq", [registry.NVFP4]) == ""
-    assert better_than("max", [registry.FP8]) == ""
 
 
 @pytest.mark.parametrize("size", [24, 8, 0])
