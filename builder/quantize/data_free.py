@@ -26,6 +26,7 @@ from builder.core.hashes import Hashes
 from builder.core.output import BYTES, Progress
 from builder.core.store import Store, sources_digest
 from builder.formats.assignment import ModelFormats, of_job
+from builder.formats.kernels.packing import warn_if_slow
 from builder.hub.snapshot import Snapshot, Source
 from builder.quantize import modelopt, unified_plan, writer
 from builder.quantize.ahead import Ahead
@@ -89,6 +90,7 @@ def write_data_free(
     }
 
     def make(tmp: Path) -> dict[str, Any]:
+        warn_if_slow(store.out)
         with Hashes(tmp) as hashes:
             with snapshot.source.explain_failures():
                 facts = _write(snapshot, chosen, hashes, store, ahead)

@@ -29,6 +29,7 @@ from builder.core.safetensors_io import TensorInfo
 from builder.core.store import Store, library_versions, sources_digest
 from builder.formats.assignment import Layers, ModelFormats, by_layer, of_job
 from builder.formats.base import NumberFormat
+from builder.formats.kernels.packing import warn_if_slow
 from builder.formats.registry import BF16, NVFP4, for_tensorrt_llm
 from builder.hub.snapshot import Snapshot
 from builder.machine.gpus import cuda_order, visible
@@ -178,6 +179,7 @@ def quantize(
     }
 
     def make(tmp: Path) -> dict[str, Any]:
+        warn_if_slow(store.out)
         check(open_tensors(snapshot.path), architecture, layers, part.number_format)
         with snapshot.source.explain_failures():
             facts = _run(job, tmp, store, early)

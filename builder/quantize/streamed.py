@@ -24,6 +24,7 @@ from builder.core.partial_results import PartialResults
 from builder.core.process import Bar, job_file
 from builder.core.store import Store, key_of, library_versions, sources_digest
 from builder.formats.assignment import ModelFormats, of_job
+from builder.formats.kernels.packing import warn_if_slow
 from builder.hub.snapshot import Snapshot
 from builder.quantize import modelopt, unified_plan
 from builder.quantize.modelopt import QuantizeRequest
@@ -99,6 +100,7 @@ def quantize_streamed(
     partial = PartialResults(store, STAGE, key_of(STAGE, ingredients))
 
     def make(tmp: Path) -> dict[str, Any]:
+        warn_if_slow(store.out)
         partial.begin()
         job = _job(snapshot, calibration, ingredients)
         check(SourceModel.open(snapshot.path), of_job(job))

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from odd_weights import odd, raw, tensor
 
 from builder.core.errors import UnsupportedError, UsageError
+from builder.core.output import Output
 from builder.formats.arithmetic import fp8, int8, nvfp4, nvfp4_search
 from builder.formats.arithmetic.dtypes import DTYPES
 from builder.formats.kernels import native, packing, tensors
@@ -284,3 +285,13 @@ def test_an_extension_of_another_source_is_not_used(monkeypatch: pytest.MonkeyPa
         assert "older than its source" in native.missing() or native._native is None
     finally:
         native.missing.cache_clear()
+
+
+def test_the_slow_path_is_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(native, "missing", lambda: "")
+    packing.warn_if_slow(Output("human"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(native, "missing", lambda: "the C extension is older than its source")
+    packing.warn_if_slow(Output("human"))
+    warned = capsys.readouterr().err
+    assert "several times more slowly: the C extension is older than its source. Install" in warned

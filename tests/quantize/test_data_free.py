@@ -22,6 +22,7 @@ from builder.core.safetensors_io import NewTensor, Tensors
 from builder.core.store import Store
 from builder.formats import kv_cache
 from builder.formats.assignment import ModelFormats
+from builder.formats.kernels import native
 from builder.formats.registry import BF16, FP8, NVFP4
 from builder.hub.snapshot import fetch
 from builder.quantize import data_free, unquantized, writer
@@ -42,8 +43,8 @@ def request(model: Path = TINY, **values: Any) -> QuantizeRequest:
     return QuantizeRequest(recipe.quantization, recipe.calibration)
 
 
-def made(root: Path, model: Path = TINY, **values: Any) -> Path:
-    store = Store(root, Output("quiet"))
+def made(root: Path, model: Path = TINY, out: Output | None = None, **values: Any) -> Path:
+    store = Store(root, out or Output("quiet"))
     asked = schema.resolve({"model.id": str(model), "gpu": "cpu"}).recipe.model
     checkpoint = write_data_free(fetch(asked, store=store), request(model, **values), store=store)
     assert checkpoint.facts["backend"] == "data_free"
@@ -105,6 +106,16 @@ def test_the_same_command_again_does_nothing_and_each_choice_has_a_key(tmp_path:
     assert made(tmp_path, **{"quantization.memory": "low", "calibration.seq_len": 7}) == first, "no row is read"
     assert made(tmp_path, **{"quantization.format": "fp8"}) != first
     assert made(tmp_path, **{"quantization.kv_cache_dtype": "auto"}) != first
+
+
+def test_a_stale_extension_is_warned_of_and_changes_no_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = read(made(tmp_path / "compiled"))
+    monkeypatch.setattr(native, "missing", lambda: "the C extension is older than its source")
+    monkeypatch.setattr(native, "paths", list)
+    assert read(made(tmp_path / "torch", out=Output("human"))) == expected
+    assert "the C extension is older than its source" in capsys.readouterr().err
 
 
 def test_a_weight_with_nan_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from builder.core.errors import UnsupportedError, UsageError
+from builder.core.output import Output
 from builder.formats.kernels import native
 from builder.formats.kernels.arrays import BITS, Array, Weights
 
@@ -51,6 +52,12 @@ def path() -> str:
             hint=f"Unset {VARIABLE}, or set it to one of these.",
         )
     return asked or there[0]
+
+
+def warn_if_slow(out: Output) -> None:
+    """Warns where torch will pack weights because the C extension is missing, or older than its source."""
+    if (why := native.missing()) and find_spec("torch"):
+        out.warn(f"torch packs the weights, several times more slowly: {why}. {BUILD_HINT}")
 
 
 def largest(values: Array, dtype: str, *, rounded_to: str | None = None, threads: int | None = None) -> float:
