@@ -111,7 +111,7 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
         group.add_argument(option, dest=key, action="append", metavar=shown, help=text)
     for option, key, value, text in SWITCHES:
         either.get(key, group).add_argument(option, dest=key, action="store_const", const=value, help=text)
-    group.add_argument("--preset", metavar="NAME", help="latency or throughput")
+    group.add_argument("--preset", metavar="NAME", help="latency, throughput, accuracy or a format")
     group.add_argument("--recipe", type=path, metavar="FILE", help="a YAML recipe (examples: configs/recipes/)")
     group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set any recipe key; repeatable")
 

@@ -105,6 +105,7 @@ def _format_rows(found: Plan, origin: str) -> list[tuple[str, str, str]]:
         origins = {key: why for key, _, why in found.resolved.explained()}
         rounding = (part.algorithm, algorithms.ALGORITHMS[part.algorithm].title)
         searched = [("algorithm", ": ".join(rounding), origins["quantization.algorithm"])] * (part.algorithm != "max")
+        searched += _rounding_rows(found.way)
         return [("format", part.title, origin), *searched, *((w, text, "recipe") for w, text in _kept_rows(found))]
     tool, layout, kinds = taken.explained()
     written = "ModelOpt's Hugging Face layout" + ", TensorRT-LLM's layout" * taken.writes_engine_layout
@@ -113,6 +114,18 @@ def _format_rows(found: Plan, origin: str) -> list[tuple[str, str, str]]:
         *((f"in {title}", text, "its config and headers") for title, text in kinds),
         ("will be written", f"{written}; no weight is quantized again", "target"),
     ]
+
+
+def _rounding_rows(choice: Choice | None) -> list[tuple[str, str, str]]:
+    """What the algorithm costs."""
+    if choice is None or choice.taken.rounding is None:
+        return []
+    cost, way = choice.taken.rounding, choice.taken
+    took = "time unknown" if cost.seconds is None else "less than a second"
+    if cost.seconds is not None and cost.seconds >= 1:
+        took = f"about {seconds(cost.seconds)}"
+    held = f" and {size(cost.memory)} of memory" * (cost.memory > 0)
+    return [("algorithm costs", f"{took}{held} more than max; {ways.TITLES[way.name]}", way.basis)]
 
 
 def _calibration_row(found: Plan, origin: str) -> tuple[str, str, str]:

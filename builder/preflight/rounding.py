@@ -17,11 +17,15 @@ from builder.recipe.schema import Recipe
 # Keys of config.json of models that compute one layer with tensors of another, which can't run one at a time
 # (model/streamed.py).
 SHARED_LAYERS = "num_kv_shared_layers"  # Gemma 3n and 4
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config.json: how many a layer has
 ROUNDED_ROWS = 4096  # of a weight at a time (quantize/streamed_solve.py, _ROWS)
-# In operations of a forward pass in BF16 that take as long: one term of a moment, and the rounding of one weight. From
-# the processor time of both for a weight of 4,096 x 1,024 and 2,048 tokens on 2 cores of a server without AMX.
-MOMENT = {"hessian": 24.0, "gptq": 3.3}
-PER_WEIGHT = {"hessian": 16_000.0, "gptq": 26_000.0}
+# Nanoseconds of a core: benchmarks/rounding.py for 1,024 to 4,096 inputs, processor time of one thread of an AMD EPYC
+# with AVX-512, which other work shared. MOMENT_NS for each token and input (`hessian`) or token and pair of inputs
+# (`gptq`), FACTOR_NS for each cubed input, WEIGHT_NS for each weight, CORRECTION_NS for each weight times its inputs.
+MOMENT_NS = {"hessian": 1.5, "gptq": 0.017}
+FACTOR_NS = 0.035
+WEIGHT_NS = {"hessian": 75.0, "gptq": 110.0}
+CORRECTION_NS = 0.016
 
 
 def algorithm_of(recipe: Recipe) -> Algorithm:
@@ -81,17 +85,27 @@ def memory(recipe: Recipe, model: ModelFacts) -> int:
     return held + 4 * 3 * inputs * ROUNDED_ROWS
 
 
-def operations(recipe: Recipe, model: ModelFacts, tokens: int) -> float:
-    """Operations beside those of the passes, in units of what a forward pass in BF16 does in the same time."""
+def seconds(recipe: Recipe, model: ModelFacts, tokens: int) -> float:
+    """Seconds of one core beside those of the passes: moments of each input that layers share, a factor of each for
+    GPTQ, and the rounding. tokens: of all calibration rows; an expert sees its share of them."""
     algorithm = algorithm_of(recipe)
     if not algorithm.reads_rows:
         return 0.0
-    layers = list(rounded(recipe, model))
-    groups = {(names.same_input(model.architecture, name), inputs) for name, inputs, _ in layers}
-    moments = sum(tokens * algorithm.moments(inputs) / 4 for _, inputs in groups)
-    return MOMENT[algorithm.name] * moments + PER_WEIGHT[algorithm.name] * sum(
-        inputs * outputs for _, inputs, outputs in layers
-    )
+    layers, name, corrects = list(rounded(recipe, model)), algorithm.name, algorithm is algorithms.GPTQ
+    shared = {(names.same_input(model.architecture, module), inputs) for module, inputs, _ in layers}
+    took = 0.0
+    for module, inputs in shared:
+        seen = tokens * (expert_share(model) if names.experts_of(module) else 1.0)
+        took += MOMENT_NS[name] * seen * inputs * (inputs if corrects else 1) + FACTOR_NS * inputs**3 * corrects
+    for _, inputs, outputs in layers:
+        took += inputs * outputs * (WEIGHT_NS[name] + CORRECTION_NS * inputs * corrects)
+    return took / 1e9
+
+
+def expert_share(model: ModelFacts) -> float:
+    """The share of a layer's experts that a token is routed to; 1 without experts."""
+    experts = next((int(model.config[key]) for key in EXPERTS if model.config.get(key)), 1)
+    return min(1.0, int(model.config.get("num_experts_per_tok") or experts) / experts)
 
 
 def rounded(recipe: Recipe, model: ModelFacts) -> Iterator[tuple[str, int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from builder.architectures import names, written
@@ -32,7 +32,6 @@ TITLES: dict[Name, str] = {
     "data-free": "data-free",
 }
 FLAGS: dict[Name, str] = {"whole": "--memory whole", "low": "--memory low", "data-free": "--data-free"}
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config.json: how many a layer has
 # Bytes of a process's libraries, in host memory: torch, transformers and ModelOpt; torch and transformers.
 LIBRARIES: dict[Name, int] = {"whole": 900_000_000, "low": 500_000_000, "data-free": 0}
 # Seconds and rates of one core, from a random model in Qwen3-0.6B's shape (440 million parameters in its decoder
@@ -65,9 +64,19 @@ class Device:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What an algorithm takes beside what `max` does. seconds: None where there is no basis for an estimate."""
+
+    algorithm: str
+    memory: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
 class Way:
     """One of the ways. memory: bytes, on the device or, data-free, of the host. seconds: an estimate, None where there
-    is no basis; basis: where it comes from. impossible: why this model can't be quantized so, or ""."""
+    is no basis; basis: where it comes from. impossible: why this model can't be quantized so, or "". rounding: what of
+    the memory and the time is for an algorithm other than `max`."""
 
     name: Name
     memory: int
@@ -75,6 +84,7 @@ class Way:
     basis: str
     fits: bool
     impossible: str = ""
+    rounding: Rounding | None = None
 
     @property
     def possible(self) -> bool:
@@ -139,25 +149,34 @@ def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, Way, Way]:
     rows, weights = recipe.calibration, sum(byte_size(dtype, shape) for dtype, shape in model.written.values())
     batch = rows.batch_size * rows.seq_len
     tokens = rows.samples * rows.seq_len
-    writing = (weights / WRITTEN + _searched(recipe, model) * SEARCHED) / on.cores
+    writing = weights / WRITTEN / on.cores
     passes = 2 * active_parameters(model) * tokens / (OPERATIONS * on.cores)
-    rounds = rounding.operations(recipe, model, tokens) / (OPERATIONS * on.cores)
     why, algorithm = _needs_modelopt(recipe, model), rounding.algorithm_of(recipe)
     by_layer = f"--algorithm {algorithm.name} rounds one decoder layer at a time" if algorithm.reads_rows else ""
     searched = any(one.scales_inputs for one in recipe.quantization.quantized_formats)
+    cost = None if algorithm is algorithms.MAX else _rounding(recipe, model, tokens, on.cores)
 
     def way(name: Name, needs: int, took: float | None) -> Way:
-        needs += 0 if on.gpu else LIBRARIES[name]
-        basis = NOT_MEASURED if on.gpu and name != "data-free" else BASIS
-        took = None if took is None or basis == NOT_MEASURED else STARTING[name] + took + writing
         impossible = by_layer if by_layer and name != "low" else why * (name != "whole")
-        return Way(name, needs, took, basis, name == "data-free" or on.holds(name, needs), impossible)
+        basis = NOT_MEASURED if on.gpu and name != "data-free" else BASIS
+        more = None if impossible else cost
+        needs += (0 if on.gpu else LIBRARIES[name]) + (more.memory if more else 0)
+        if took is not None:
+            took += STARTING[name] + writing + ((more.seconds or 0.0) if more else 0.0)
+        if basis == NOT_MEASURED:
+            took, more = None, replace(more, seconds=None) if more else None
+        return Way(name, needs, took, basis, name == "data-free" or on.holds(name, needs), impossible, more)
 
     return (
         way("whole", memory.calibration_memory(model, batch), None if searched else passes),
-        way("low", memory.streamed_memory(model, batch) + rounding.memory(recipe, model), passes + rounds),
+        way("low", memory.streamed_memory(model, batch), passes),
         way("data-free", free_memory(on.cores), 0.0),
     )
+
+
+def _rounding(recipe: Recipe, model: ModelFacts, tokens: int, cores: int) -> Rounding:
+    took = rounding.seconds(recipe, model, tokens) + _searched(recipe, model) * SEARCHED
+    return Rounding(recipe.quantization.algorithm, rounding.memory(recipe, model), took / cores)
 
 
 def _searched(recipe: Recipe, model: ModelFacts) -> int:
@@ -177,9 +196,7 @@ def free_memory(cores: int) -> int:
 
 def active_parameters(model: ModelFacts) -> int:
     """Parameters of the decoder layers that a token is multiplied with: of a mixture's experts, those of one token."""
-    config, total = model.config, 0.0
-    experts = next((int(config[key]) for key in EXPERTS if config.get(key)), 1)
-    share = min(1.0, int(config.get("num_experts_per_tok") or experts) / experts)
+    share, total = rounding.expert_share(model), 0.0
     for name, (_, shape) in model.written.items():
         if names.layer_of(model.architecture, name) is not None and len(shape) > 1:
             routed = names.experts_of(name.removesuffix(".weight")) or written.stacked(model.architecture, name, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def test_decisions_come_first_and_defaults_are_left_out(tmp_path: Path, capsys: 
     assert len(everything["values"]) > len(values) + 20
     assert {"engine.max_num_tokens", "repository.decoupled"} <= {row[0] for row in everything["values"]}
     assert any(row[0].startswith("trtllm-build --max_batch_size") for row in everything["memory at run time"])
+
+
+def test_what_an_algorithm_costs_is_a_decision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpu", "cpu", "--output", str(tmp_path), "--calib-data", "builtin:python-docs"]
+    assert all(row[0] != "algorithm costs" for row in tables(*argv, capsys=capsys)["plan"])
+    [cost] = [
+        row for row in tables(*argv, "--preset", "accuracy", capsys=capsys)["plan"] if row[0] == "algorithm costs"
+    ]
+    assert re.match(r"about .+s and 47\.\d+ MB of memory more than max; one decoder layer at a time", cost[1])
+    [cost] = [row for row in tables(*argv, "--algorithm", "mse", capsys=capsys)["plan"] if row[0] == "algorithm costs"]
+    assert cost[1] == "less than a second more than max; whole model in memory"
 
 
 def test_nothing_of_a_bf16_model_is_called_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

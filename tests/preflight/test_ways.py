@@ -14,7 +14,7 @@ from builder.core.output import Output
 from builder.core.store import Store
 from builder.formats import registry
 from builder.pipeline import measure_layers
-from builder.preflight import memory, ways
+from builder.preflight import memory, rounding, ways
 from builder.preflight.better_algorithm import better_algorithm
 from builder.preflight.memory import Machine
 from builder.preflight.model_facts import ModelFacts
@@ -212,6 +212,43 @@ def test_what_rounds_with_the_rows_goes_layer_by_layer_whatever_fits(asked: str,
     assert (choice.taken.seconds or 0) > (plain.seconds or 0)
     matrix = 4 * 12288**2  # of down_proj
     assert (choice.taken.memory - plain.memory > 4 * matrix) == (algorithm == "gptq")
+
+
+def test_an_algorithm_that_rounds_with_the_rows_costs_more_with_more_rows_and_wider_layers() -> None:
+    def cost(algorithm: str, on: Device = HOST, model: ModelFacts = QWEN3_8B, **more: Any) -> ways.Rounding:
+        found = ways.choose(recipe(**{"quantization.algorithm": algorithm, **more}), model, on).taken.rounding
+        assert found is not None
+        assert found.algorithm == algorithm
+        return found
+
+    def took(*args: Any, **more: Any) -> float:
+        found = cost(*args, **more).seconds
+        assert found is not None
+        return found
+
+    few = {"calibration.samples": 64}
+    assert took("mse") < took("hessian") < took("gptq")
+    assert took("gptq", **few) < took("gptq")
+    assert took("mse", **few) == took("mse")
+    assert took("gptq", HOST, dense(36, 4096, 24576)) > 2 * took("gptq")  # with the square of inputs
+    assert took("gptq", replace(HOST, cores=4)) == took("gptq") / 2
+    assert cost("mse").memory == 0
+    assert cost("gptq", gpus(64 * GB)).seconds is None  # not measured there
+    plain, free, chosen = recipe(), recipe(**{"calibration.samples": 0}), recipe(**{"quantization.algorithm": "gptq"})
+    assert all(way.rounding is None for one in (plain, free) for way in ways.ways(one, QWEN3_8B, HOST))
+    assert [way.name for way in ways.ways(chosen, QWEN3_8B, HOST) if way.rounding] == ["low"]
+
+
+def test_experts_see_their_share_of_the_tokens() -> None:
+    config = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 1, "num_experts": 8}
+    names = [f"model.layers.0.mlp.experts.{i}.{leaf}_proj" for i in range(8) for leaf in ("gate", "up", "down")]
+    tensors = {f"{name}.weight": ("BF16", (1024, 1024)) for name in names}
+    asked = recipe(**{"quantization.algorithm": "gptq"})
+    few, most = (
+        rounding.seconds(asked, ModelFacts({**config, "num_experts_per_tok": used}, tensors), 10**6) for used in (2, 8)
+    )
+    moments = 8 * 2 * 10**6 * 1024**2 * rounding.MOMENT_NS["gptq"] / 1e9  # gate and up share an input
+    assert most - few == pytest.approx(moments * 3 / 4)
 
 
 STACKED = ModelFacts(

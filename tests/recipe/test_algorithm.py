@@ -9,7 +9,7 @@ import pytest
 from builder.core.errors import UsageError
 from builder.formats import algorithms, registry
 from builder.recipe import schema
-from builder.recipe.algorithm import AlgorithmName
+from builder.recipe.algorithm import AlgorithmName, Gptq
 
 MODEL = {"model.id": "org/model", "gpu": "cpu"}
 
@@ -80,3 +80,10 @@ def test_gptq_needs_half_as_many_tokens_as_inputs_and_never_few(inputs: int, lea
     assert algorithms.GPTQ.least_tokens(inputs) == least
     assert algorithms.HESSIAN.least_tokens(inputs) == algorithms.BLOCK
     assert algorithms.MSE.least_tokens(inputs) == 0
+
+
+def test_the_preset_accuracy_rounds_by_gptq_with_its_defaults() -> None:
+    part = schema.resolve(MODEL, preset="accuracy").recipe.quantization
+    assert (part.format, part.algorithm, part.gptq) == ("nvfp4", "gptq", Gptq())
+    part = schema.resolve({**MODEL, "quantization.format": "w4a16_nvfp4"}, preset="accuracy").recipe.quantization
+    assert (part.format, part.algorithm) == ("w4a16_nvfp4", "gptq")
