@@ -1,6 +1,6 @@
 """Measures what each algorithm of NVFP4 loses: KL to BF16 of the checkpoints that `builder quantize` writes.
 
-    python benchmarks/accuracy.py [--model DIR] [--rows mse] [--texts 60] [--work DIR]
+    python benchmarks/accuracy.py [--model DIR] [--row mse] [--texts 60] [--work DIR]
 
 All are calibrated with the same rows of Python's documentation and measured on the same other texts, prose and chat of
 tests/data/eval, with the KV cache in the model's own type. Ratios to `max` are paired: each resample draws the same
@@ -133,15 +133,13 @@ def main() -> None:
     """Prints the table, a line for each row as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "tests" / "data" / "tiny-qwen3")
-    parser.add_argument("--rows", help="only these, separated by commas, after max")
+    parser.add_argument("--row", action="append", choices=[*ROWS], help="only this one, after max (repeatable)")
     parser.add_argument("--texts", type=int, default=60, help="of each of the two sets")
     parser.add_argument("--samples", type=int, default=64, help="calibration rows of at most 256 tokens")
     parser.add_argument("--threads", type=int, default=2, help="of the measurements")
     parser.add_argument("--work", type=Path, help="where checkpoints are kept (default: a temporary directory)")
     asked = parser.parse_args()
-    chosen = dict(ROWS)
-    if asked.rows:
-        chosen = {name: flags for name, flags in chosen.items() if name in ("max", *asked.rows.split(","))}
+    chosen = {name: flags for name, flags in ROWS.items() if not asked.row or name in ("max", *asked.row)}
     import torch
 
     torch.set_num_threads(asked.threads)
