@@ -6,6 +6,7 @@
   bench-peers installs them). Whole processes in turns: the start of Python and imports count. "writer" writes the one
   layout that peers write, "builder" is `builder quantize --data-free`, which writes both layouts with scales of inputs
   and KV cache, inspects them, and hashes the input and the output
+- time with block scales that are searched (--algorithm mse), relative to that of "builder" in the same round
 - peak memory of all processes, on a model in Qwen3-0.6B's shape and on one with Qwen3-8B's widths, whose layers are 12
   times as large
 - the bytes of all weights and their scales must be ModelOpt's; else the benchmark ends with an error
@@ -37,8 +38,9 @@ from same_tensors import require_same
 
 from builder.core.manifest import sha256
 
-# Times faster than the fastest peer, copies of the input, MB, and how much more memory the larger layers may take.
-FASTER, COPIES, MEMORY, GROWTH = 20, 1.5, 300, 1.25
+# Times faster than the fastest peer, copies of the input, MB, how much more memory the larger layers may take, and how
+# many times longer the search of block scales.
+FASTER, COPIES, MEMORY, GROWTH, SEARCHED = 20, 1.5, 300, 1.25, 3
 WIDE_LAYERS = 4  # of the model with Qwen3-8B's widths: a layer is processed as any other
 
 
@@ -59,6 +61,7 @@ def ways(model: Path, asked: Asked) -> list[Way]:
         Way("copy, with the start of Python", plain_copy(model, work / "copy"), work / "copy"),
         Way("writer", written(model, work / "writer"), work / "writer"),
         Way("builder", ours(model, work / "ours"), work / "ours"),
+        Way("builder, mse", [*ours(model, work / "mse"), "--algorithm", "mse"], work / "mse"),
     ]
     if "modelopt" in asked.peers:
         argv = peer("modelopt", "peer_modelopt.py", "data-free", str(model), str(work / "modelopt"))
@@ -88,6 +91,8 @@ def measure(asked: Asked) -> Result:
     result.notes.append(
         f"hashing input and output takes one core {hashing(model, unified(asked.work / 'ours').parent):.2f} s"
     )
+    searched = ratios(result.costs["builder, mse"], result.costs["builder"])
+    result.figures.append(figure("time / max in the same format, mse", searched, SEARCHED))
     if "modelopt" in asked.peers:
         for output, more in ((asked.work / "writer", False), (unified(asked.work / "ours"), True)):
             result.notes.append(require_same(output, asked.work / "modelopt", ranges=more))
