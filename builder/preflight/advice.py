@@ -14,7 +14,8 @@ from builder.core.errors import BuilderError, UnsupportedError, UsageError
 from builder.recipe.schema import Resolved
 from builder.targets.base import Inputs
 
-FLAG = re.compile(r"--(gpu|target|format|kv-cache-dtype|tp|pp) ([\w.-]*\w)")
+WORDS = r"(?!(?:and|is|or|the|to)\b)"  # what follows a flag that a sentence only names
+FLAG = re.compile(rf"--(gpu|target|format|kv-cache-dtype|tp|pp) {WORDS}([\w.-]*\w)")
 SET = re.compile(r"--set ([\w.]+)=([\w.-]*\w)")
 # Where a flag's recipe key has another name.
 KEYS: Mapping[str, str] = {

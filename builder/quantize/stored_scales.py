@@ -38,7 +38,8 @@ def of_inputs(
         groups.setdefault(f"{layer.rpartition('.')[0]}.{fused}" if fused else layer, []).append(layer)
     found = {}
     for members in groups.values():
-        widest = max(_checked(ranges.get(layer), f"the inputs of {layer}") for layer in members)
+        keep = f"Or leave what only ever reads zeros in BF16: --keep-bf16 {members[0]}"
+        widest = max(_checked(ranges.get(layer), f"the inputs of {layer}", keep) for layer in members)
         for layer in members:
             found[f"{layer}.{leaves[layers[layer]]}"] = widest / (layers[layer].input_range or 1.0)
     return found
@@ -58,14 +59,15 @@ def of_cache(cache: KvCacheFormat, ranges: Mapping[str, tuple[float, float]]) ->
     }
 
 
-def _checked(amax: float | None, of: str) -> float:
+def _checked(amax: float | None, of: str, if_zero: str = "") -> float:
     if amax is not None and math.isfinite(amax) and amax > 0:
         return amax
-    said = "No token reached them" if amax is None else f"Their largest magnitude was {amax:g}"
+    said = "No token reached them" if amax is None else f"Their largest magnitude was {abs(amax):g}"
+    hint = "Calibrate on more text: --calib-data, --calib-samples."
     raise IntegrityError(
         f"Calibration found no range for {of}.",
         why=f"{said}, and a scale must be a positive number.",
-        hint="Calibrate on more text: --calib-data, --calib-samples. `builder inspect` names weights with NaN or Inf.",
+        hint=f"{hint} {if_zero if amax == 0 else '`builder inspect` names weights with NaN or Inf.'}".strip(),
     )
 
 

@@ -41,6 +41,7 @@ from builder.quantize.unified_plan import SHARD_BYTES, Layer, UnifiedPlan
 BLOCK_BYTES = 4 << 20
 # Copied at a time, so that a large embedding occupies all threads.
 COPY_BYTES = 64 << 20
+NAN, INF = "holds NaN", "holds Inf"
 LARGE_KV = 0.5  # ModelOpt warns of scales of an FP8 KV cache above it (export/quant_utils.py, postprocess_state_dict)
 # Whose layout this is. TensorRT-LLM's AutoDeploy rejects another name (_torch/auto_deploy/models/
 # quant_config_reader.py), and vLLM looks for it to choose its loader (vllm/config/model.py, _parse_quant_hf_config).
@@ -160,9 +161,9 @@ class _Writer:
             one = packing.largest(self._reader.rows(part, begin, end), dtype, rounded_to=self._made.dtype, threads=1)
             amax = one if math.isnan(one) else max(one, amax) if not math.isnan(amax) else amax
         if math.isnan(amax):
-            self.wrong[part.source] = "holds NaN"
+            self.wrong[part.source] = NAN
         elif math.isinf(amax):
-            self.wrong[part.source] = "holds Inf"
+            self.wrong[part.source] = INF
         elif amax == 0:
             self.wrong[part.source] = "is all zero"
         return amax
@@ -244,10 +245,12 @@ def _checked(running: set[Future[None]], *, wait_for_one: bool) -> set[Future[No
 
 
 def _not_scalable(wrong: Mapping[str, str]) -> IntegrityError:
+    finite = all(what not in (NAN, INF) for what in wrong.values())  # else the layer is as wrong in BF16
     return IntegrityError(
         f"{len(wrong)} weights of the model can't be quantized: {listed(sorted(wrong))}.",
         why="\n".join(f"{name} {what}." for name, what in sorted(wrong.items())[:10]),
-        hint="Fetch the model again, or choose another revision. Layers can be left in BF16: --keep-bf16 PATTERN",
+        hint="Fetch the model again, or choose another revision."
+        + (" Layers can be left in BF16: --keep-bf16 PATTERN" if finite else ""),
     )
 
 

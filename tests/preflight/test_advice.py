@@ -104,6 +104,8 @@ def test_what_the_test_reads_in_a_hint() -> None:
         "gpu": "sm120", "target": "llmapi", "engine.tensorrt_llm": "1.3.0rc22",
     }  # fmt: skip
     assert advice.settings("Take another model.") == {}
+    assert advice.settings("Use another model or, if --tp is the cause, a smaller --tp.") == {}
+    assert advice.settings("Give the original model, with --format and one of nvfp4, fp8.") == {}
 
 
 def test_a_chain_that_needs_two_steps() -> None:

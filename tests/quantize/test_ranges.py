@@ -40,3 +40,9 @@ def test_layers_that_are_served_as_one_share_the_widest_range() -> None:
     }
     with pytest.raises(IntegrityError, match=r"no range for the inputs of model.layers.0.mlp.down_proj"):
         Ranges().scales({"model.layers.0.mlp.down_proj": FP8}, kv_cache.AUTO, architecture)
+    with pytest.raises(IntegrityError, match=r"no range for the inputs of model.layers.0.mlp.down_proj") as caught:
+        Ranges({"model.layers.0.mlp.down_proj": -0.0}).scales(
+            {"model.layers.0.mlp.down_proj": FP8}, kv_cache.AUTO, architecture
+        )
+    assert "was 0," in caught.value.why
+    assert "--keep-bf16 model.layers.0.mlp.down_proj" in caught.value.hint
