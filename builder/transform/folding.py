@@ -116,12 +116,23 @@ class Folding:
             single = np.ascontiguousarray(values, dtype=np.float32)
         bits = rounded(single, "F32", fold.dtype)
         if not np.isfinite(rounded(bits, fold.dtype, "F32") if fold.dtype != "F32" else single).all():
-            raise IntegrityError(
-                f"{fold.name} holds NaN or Inf, or values that {fold.dtype} can't hold once they are rotated.",
-                why=f"It is made of {fold.source}.",
-                hint="Download the model again, or leave --transform out.",
-            )
+            raise self._not_finite(values, fold)
         return _bytes(bits)
+
+    def _not_finite(self, values: Array, fold: Fold) -> IntegrityError:
+        """Why rotated values are not finite in the tensor's dtype: a damaged tensor of the model, or too large ones."""
+        if np.isfinite(values).all():
+            return IntegrityError(
+                f"{fold.name} has values that {fold.dtype} can't hold once they are rotated.",
+                why=f"The largest magnitude is {abs(values).max():.3g}: sums of many values, times the norm's weights.",
+                hint="Leave --transform out, or save the model in BF16 first.",
+            )
+        damaged = fold.gain if fold.gain and not np.isfinite(self._gain(fold.gain)).all() else fold.source
+        return IntegrityError(
+            f"{damaged} holds NaN or Inf.",
+            why=f"The rotated {fold.name} is made of it.",
+            hint="Download the model again, or take another revision.",
+        )
 
 
 def _by_heads(rows: Array, rotation: Rotation) -> Array:

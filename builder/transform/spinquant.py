@@ -59,9 +59,9 @@ def tied(config: Mapping[str, Any], rotations: Collection[str]) -> bool:
 
 
 def config(stated: Mapping[str, Any], rotations: Collection[str]) -> dict[str, Any]:
-    """config.json of the rotated model."""
-    untied = bool(stated.get("tie_word_embeddings")) and not tied(stated, rotations)
-    return {**stated, **({"tie_word_embeddings": False} if untied else {})}
+    """config.json of the rotated model. With R1 it always states that the output layer is not tied: where the key is
+    missing, transformers 4.57 ties it in some families (SmolLM3, ERNIE 4.5)."""
+    return {**stated, **({"tie_word_embeddings": False} if "r1" in rotations else {})}
 
 
 def plan(

@@ -85,6 +85,20 @@ def test_each_rotation_alone_and_tied_embeddings(part: dict[str, Any], tie: bool
     assert json.loads((tmp_path / "rotated" / "config.json").read_text())["tie_word_embeddings"] != untied
 
 
+@pytest.mark.parametrize("kind", ["smollm3", "ernie4_5"])
+def test_a_family_that_ties_by_default_is_untied_in_words(kind: str, tmp_path: Path) -> None:
+    """transformers 4.57 would drop the rotated output layer, and say nothing."""
+    model = model_of(kind, tmp_path / "model", tie_word_embeddings=False)
+    file = tmp_path / "model" / "config.json"
+    stated = json.loads(file.read_text())
+    stated.pop("tie_word_embeddings", None)
+    file.write_text(json.dumps(stated))
+    made = rotated(tmp_path / "model", tmp_path / "rotated")
+    assert json.loads((tmp_path / "rotated" / "config.json").read_text())["tie_word_embeddings"] is False
+    before, after = logits(model), logits(made)
+    assert (before - after).abs().max() < 2e-5 * before.abs().max()
+
+
 def test_outliers_are_spread(tmp_path: Path) -> None:
     """What rotations are for: a channel of the stream that is a hundred times larger than the others."""
     model = model_of("llama", tmp_path / "model")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import source_models
 from source_models import QWEN2, SHARDED
@@ -89,7 +91,15 @@ def test_a_sharded_model_is_written_in_shards_that_say_the_same(tmp_path: Path) 
     assert {name: i.dtype for name, i in one.items()} == {name: i.dtype for name, i in Tensors(SHARDED).items()}
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.v_proj.bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.0.self_attn.v_proj.bias",
+        "model.layers.1.input_layernorm.weight",
+        "model.norm.weight",
+    ],
+)
 def test_weights_that_are_not_finite_are_named_and_nothing_stays(name: str, tmp_path: Path) -> None:
     def spoilt(tensor: NewTensor) -> list[NewTensor]:
         data = b"".join(bytes(chunk) for chunk in tensor.chunks)  # type: ignore[arg-type]
@@ -98,9 +108,24 @@ def test_weights_that_are_not_finite_are_named_and_nothing_stays(name: str, tmp_
 
     model = source_models.copy(QWEN2, tmp_path / "model", spoilt)
     store = Store(tmp_path / "out", QUIET)
-    with pytest.raises(IntegrityError, match=f"{name} holds NaN or Inf"):
+    with pytest.raises(IntegrityError, match=f"^{name} holds NaN or Inf"):
         transformed(snapshot_of(model, store), ROTATED, store=store)
     assert list((tmp_path / "out" / "transform").iterdir()) == []
+
+
+def test_values_that_are_too_large_once_they_are_rotated_are_told_from_damage(tmp_path: Path) -> None:
+    """Weights of 6e4 in FP16, times those of a norm."""
+
+    def large(tensor: NewTensor) -> list[NewTensor]:
+        count = math.prod(tensor.shape)
+        value = 6e4 if tensor.name in ("model.norm.weight", "model.embed_tokens.weight") else 0.01
+        return [NewTensor(tensor.name, "F16", tensor.shape, [np.full(count, value, np.float16).tobytes()])]
+
+    model = source_models.copy(QWEN2, tmp_path / "model", large, torch_dtype="float16", dtype="float16")
+    store = Store(tmp_path / "out", QUIET)
+    with pytest.raises(IntegrityError, match=r"weight has values that F16 can't hold once they are rotated") as error:
+        transformed(snapshot_of(model, store), ROTATED, store=store)
+    assert "Download" not in error.value.hint
 
 
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
