@@ -144,11 +144,14 @@ def _stored(path: Path) -> Artifact | None:
     """The checkpoint stage at this path, in it, or that a repository was made from; None for any other directory.
     UsageError for one that was changed or removed."""
     directory = path.resolve()
-    if directory.name in conversion.LAYOUTS.values() and (directory.parent / MANIFEST).is_file():
+    in_layout = directory.name in conversion.LAYOUTS.values() and (directory.parent / MANIFEST).is_file()
+    if in_layout:
         directory = directory.parent
     if not (directory / MANIFEST).is_file():
         return None
     artifact, root = read(directory), root_of(directory)
+    if in_layout and artifact is not None and artifact.stage == "layouts":
+        return None  # a checkpoint in another layout, which is opened like anybody's
     if artifact is not None and artifact.stage == "repository" and root is not None:
         chain = upstream([artifact], artifacts(root))
         artifact = next((one for one in chain if one.stage == "checkpoint"), None)

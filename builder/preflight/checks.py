@@ -74,7 +74,8 @@ def check_served(resolved: Resolved) -> None:
         return
     recipe, title = resolved.recipe, " and ".join(one.title for one in lacking)
     made = resolved.stored is not None  # by someone else: there is nothing to quantize
-    write = f"`builder quantize --model {recipe.model.id} --gpu {resolved.gpu.name} --format {lacking[0].name}`"
+    free = " --data-free" * (not any(tensor.calibrated for one in lacking for tensor in one.tensors))
+    write = f"`builder quantize --model {recipe.model.id} --gpu {resolved.gpu.name} --format {lacking[0].name}{free}`"
     raise UnsupportedError(
         f"TensorRT-LLM does not serve {title}, so there is nothing to build, serve or plan.",
         why=lacking[0].targets_source,

@@ -51,12 +51,12 @@ def has_blocks(one: NumberFormat) -> bool:
 
 
 def check_formats(formats: Iterable[NumberFormat]) -> None:
-    """UnsupportedError unless these are formats of quantized layers whose weights are codes times scales alone."""
+    """UnsupportedError unless these are formats of quantized layers that a pseudo-quantized model has files for."""
     used = [one for one in dict.fromkeys(formats) if one.quant_algo is not None]
     lacking = [one.title for one in used if one.scales_inputs or not (has_blocks(one) or _is_fp8(one))]
     if used and not lacking:
         return
-    why = f"Weights in {listed(lacking)} are not codes times a scale alone." if lacking else "Nothing is quantized."
+    why = f"Its weights are in {listed(lacking)}." if lacking else "Nothing is quantized."
     raise UnsupportedError(
         "There is no pseudo-quantized model of this checkpoint.",
         why=f"{why} It is written for NVFP4 and FP8, whose scales are then beside the weights.",

@@ -87,7 +87,7 @@ def default_cache(gpu: GpuProfile, target: str, weights: str) -> tuple[str, str]
     """
     one = registry.all_formats().get(weights)
     if one is not None and one.compressed_only:
-        return kv_cache.AUTO.name, "its scales are calibrated; the servers that read compressed-tensors decide"
+        return kv_cache.AUTO.name, "FP8 would need calibrated scales, and vLLM and SGLang choose the cache themselves"
     if not target_facts(target).needs_gpu or gpu.sm is None:
         return kv_cache.FP8.name, "half the bytes"
     if not runs(kv_cache.FP8, gpu, target):

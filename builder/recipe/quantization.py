@@ -53,6 +53,7 @@ KvCacheName = Annotated[
 
 LayoutName = Literal["unified", "tensorrt_llm", "compressed-tensors"]  # checkpoint/conversion.py, LAYOUTS
 COMPRESSED_TENSORS: LayoutName = "compressed-tensors"
+TENSORRT_LLM: LayoutName = "tensorrt_llm"
 AUTO = "auto:"  # before a KL budget, in keep_bf16 and keep_fp8
 
 
@@ -154,10 +155,11 @@ class Quantization(Part):
 
     @model_validator(mode="after")
     def _layout_exists(self) -> Quantization:
-        if self.number_format.compressed_only and COMPRESSED_TENSORS not in self.layouts:
+        wrong = COMPRESSED_TENSORS not in self.layouts or TENSORRT_LLM in self.layouts
+        if self.number_format.compressed_only and wrong:
             raise ValueError(
-                f"format {self.format} has the compressed-tensors layout alone, and layouts leaves it out; "
-                "use --layouts compressed-tensors, which is its default"
+                f"format {self.format} has the compressed-tensors layout alone, and layouts is "
+                f"{','.join(self.layouts)}; use --layouts compressed-tensors, which is its default"
             )
         return self
 

@@ -19,6 +19,7 @@ from builder.checkpoint.conversion import convert
 from builder.core.errors import EvaluationError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.evaluate import candidates
 from builder.evaluate import stage as evaluate_stage
 from builder.evaluate.candidates import DATA_FREE
 from builder.evaluate.runners import worker
@@ -106,6 +107,16 @@ def test_fp8_is_nearer_to_bf16_and_larger(found: Evaluation) -> None:
     sizes = {label: one.nbytes for label, one in found.compared.items()}
     assert sizes["checkpoint"] < sizes["Tiny-FP8"] < sizes["bf16"]
     assert found.compared["Tiny-FP8"].formats == "FP8, FP8 KV cache"
+
+
+def test_a_layout_that_quantize_wrote_is_opened_like_anybodys_checkpoint(store: Store) -> None:
+    asked = resolve(quantization__format="int8_dynamic")
+    layouts = pipeline.build(asked, store, until="checkpoint").layouts
+    assert layouts is not None
+    place = str(layouts.path / "compressed_tensors")
+    [one] = candidates.open_directories([place], candidates.base_of(asked.recipe.model, store=store), store=store)
+    assert {number_format.name for number_format in one.found.layers.values()} == {"int8_dynamic"}
+    assert one.candidate(store).checkpoint.path.parent.name == "checkpoint"
 
 
 def test_a_second_run_measures_nothing(found: Evaluation, published: dict[str, Path], link: Path, store: Store) -> None:

@@ -258,7 +258,10 @@ def test_what_would_serve_it_is_refused_before_any_work(gpu: str, until: str, tm
     store = Store(tmp_path, Output("quiet"))
     with pytest.raises(UnsupportedError, match=r"TensorRT-LLM does not serve INT8 W8A8 \(dynamic\)") as refused:
         prepare(resolved(DYNAMIC.name, gpu=gpu), store, layouts="engine" in pipeline.stages_until(until))
-    assert f"builder quantize --model {SOURCE} --gpu {gpu} --format int8_dynamic" in refused.value.hint
+    assert f"builder quantize --model {SOURCE} --gpu {gpu} --format int8_dynamic --data-free`" in refused.value.hint
+    with pytest.raises(UnsupportedError) as refused:
+        prepare(resolved(STATIC.name, gpu=gpu), store, layouts="engine" in pipeline.stages_until(until))
+    assert "--format int8_static`" in refused.value.hint, "its ranges need rows"
     assert not any(tmp_path.iterdir())
 
 
@@ -267,8 +270,10 @@ def test_its_only_layout_is_its_default() -> None:
     assert found.recipe.quantization.layouts == ("compressed-tensors",)
     assert found.origins["quantization.layouts"] == "format int8_dynamic: its only layout"
     assert found.recipe.quantization.kv_cache_dtype == "auto"
-    with pytest.raises(UsageError, match="has the compressed-tensors layout alone"):
-        resolved(DYNAMIC.name, **{"quantization.layouts": "unified"})
+    for asked in ("unified", "tensorrt_llm,compressed-tensors"):
+        with pytest.raises(UsageError, match=f"has the compressed-tensors layout alone, and layouts is {asked};"):
+            resolved(DYNAMIC.name, **{"quantization.layouts": asked})
+    assert resolved(DYNAMIC.name, **{"quantization.layouts": "unified,compressed-tensors"})
 
 
 def test_ranges_of_inputs_are_not_assumed() -> None:

@@ -252,7 +252,7 @@ def test_it_does_not_change_the_checkpoint(built: pipeline.Built, store: Store) 
     assert plain_build.checkpoint == built.checkpoint
 
 
-@pytest.mark.parametrize("format_name", ["int4_awq", "bf16"])
+@pytest.mark.parametrize("format_name", ["int4_awq", "int8_dynamic", "bf16"])
 def test_formats_without_such_a_model_are_refused_before_the_work(format_name: str, store: Store) -> None:
     more = {"calibration__samples": 4} if format_name == "int4_awq" else {"quantization__kv_cache_dtype": "auto"}
     with pytest.raises(BuilderError, match="no pseudo-quantized model"):
