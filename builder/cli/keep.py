@@ -69,7 +69,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--to", metavar="LAYOUT", required=True, choices=[*LAYOUTS, PSEUDO],
                          help=f"the layout to write: {', '.join(LAYOUTS)}; or pseudo: "
                          "the dequantized weights as an ordinary model")  # fmt: skip
-    command.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16",
+    command.add_argument("--dtype", choices=["bf16", "fp16"],
                          help="of the weights of --to pseudo (default: bf16)")  # fmt: skip
     command.add_argument("--model", type=path, metavar="DIR",
                          help="the source model's directory, for its config.json and tokenizer: "
@@ -82,6 +82,11 @@ def run_convert(arguments: argparse.Namespace, out: Output) -> int:
     """Converts; warns of what the new layout can't hold and of scales that can't be right."""
     from builder.checkpoint import conversion
 
+    if arguments.dtype and arguments.to != PSEUDO:
+        raise UsageError(
+            f"--dtype has no effect with --to {arguments.to}, which keeps the types of all tensors.",
+            hint="Leave --dtype out, or write the dequantized weights: --to pseudo",
+        )
     default = "50GB" if arguments.to == PSEUDO else "5GB"
     shard_bytes = conversion.parse_size(arguments.shard_size or default)
     source = conversion.source_directory(arguments.source)
@@ -106,7 +111,7 @@ def run_convert(arguments: argparse.Namespace, out: Output) -> int:
 def _convert_to_pseudo(source: Path, arguments: argparse.Namespace, options: Options, out: Output) -> int:
     from builder.quantize.pseudo_stage import convert_to_pseudo
 
-    facts = convert_to_pseudo(source, arguments.destination, arguments.dtype, options, out)
+    facts = convert_to_pseudo(source, arguments.destination, arguments.dtype or "bf16", options, out)
     out.result({"source": str(source), "destination": str(arguments.destination), **facts})
     out.text(f"{arguments.destination}: {len(facts['files'])} files, {size(facts['nbytes'])}")
     out.text(f"An ordinary model, loaded by transformers; its scales are in {facts['files'][-1]}")

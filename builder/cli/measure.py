@@ -12,6 +12,7 @@ from builder.cli.options import (
     add_recipe,
     forced_stages,
     path,
+    path_text,
     placeholder,
     resolve,
     with_same_recipe,
@@ -36,7 +37,7 @@ def add(commands: Any) -> None:
     add_recipe(command)
     command.add_argument("--compare-kv", dest="evaluation.compare_kv", action="store_const", const=True,
                          help="measure the checkpoint without its FP8 KV cache as well")  # fmt: skip
-    command.add_argument("--against", metavar="DIR", action="append", default=[],
+    command.add_argument("--against", metavar="DIR", type=path_text, action="append", default=[],
                          help="compare with the quantized checkpoint or build in DIR on the same texts, or with "
                          "data-free: the recipe without calibration; repeatable")  # fmt: skip
     add_force(command)

@@ -79,10 +79,16 @@ def add_command(
 
 
 def path(text: str) -> Path:
-    """A path. An empty one, as an unset variable in a script gives, would mean the current directory: it is refused."""
+    """A path, not an empty one."""
+    return Path(path_text(text))
+
+
+def path_text(text: str) -> str:
+    """The same as it was typed. An empty path, as an unset variable in a script gives, would mean the current
+    directory: it is refused."""
     if not text.strip():
         raise argparse.ArgumentTypeError("an empty path; give a name, or leave the option out")
-    return Path(text)
+    return text
 
 
 def port(text: str) -> int:

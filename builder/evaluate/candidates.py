@@ -7,25 +7,24 @@ imported here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from builder.architectures import catalog
 from builder.checkpoint import conversion, quantized_source
 from builder.checkpoint.description import Description, describe_directory
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import UsageError
-from builder.core.output import listed
-from builder.core.store import MANIFEST, Artifact, Store, artifacts, read, root_of, upstream
-from builder.core.untrusted_text import parse_json, read_regular
+from builder.core.store import MANIFEST, Artifact, Store, artifacts, read, upstream
+from builder.evaluate.same_model import check_same_model
 from builder.evaluate.variants import KV_AUTO
 from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Source, fetch, open_source
 from builder.preflight.quantized import opened
 from builder.quantize.data_free import write_data_free
 from builder.quantize.imported import ImportRequest, import_checkpoint
+from builder.quantize.pseudo_stage import DIRECTORY as PSEUDO
 from builder.recipe.evaluation import RUNNERS
 from builder.recipe.schema import Model, Recipe
 
@@ -34,15 +33,7 @@ if TYPE_CHECKING:
     from builder.quantize.modelopt import QuantizeRequest
 
 DATA_FREE = "data-free"  # the word for the recipe's own formats without calibration
-# Sizes in config.json that two checkpoints of one model share, in every layout.
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+MADE_OF_CHECKPOINT = ("repository", "engine", "ranks", "layouts")  # stages that name the same weights
 
 
 @dataclass(frozen=True)
@@ -92,6 +83,11 @@ def open_directories(places: Sequence[str], base: Source, *, store: Store) -> li
 
     UsageError for another model or directory; otherwise what opening a quantized model raises.
     """
+    if unreadable := next((place for place in places if not _is_text(place)), None):
+        raise UsageError(
+            f"The name of the directory {unreadable} is not UTF-8 text, so no table can show it.",
+            hint="Rename the directory, or give a link to it that has another name.",
+        )
     labels = _labels(places)
     return [_open(label, place, base, store) for label, place in zip(labels, places, strict=True)]
 
@@ -125,7 +121,7 @@ def _open(label: str, place: str, base: Source, store: Store) -> Request:
     if artifact is not None:
         checkpoint = Checkpoint(artifact.path, artifact.digest, artifact.facts)
         found = describe_directory(checkpoint.unified)
-        _check_same_model(found, base, place, checkpoint.unified)
+        check_same_model(found, base, place, checkpoint.unified)
         return Request(label, place, found, lambda store: checkpoint)
     directory = conversion.source_directory(path)
     source = open_source(Model(id=str(directory)), store=store)
@@ -136,32 +132,52 @@ def _open(label: str, place: str, base: Source, store: Store) -> Request:
             hint="Give a directory that `builder quantize`, ModelOpt or llm-compressor wrote.",
         )
     found = opened(source)
-    _check_same_model(found, base, place, directory)
+    check_same_model(found, base, place, directory)
     return Request(label, place, found, lambda store: _imported(source, found, base, store))
 
 
 def _stored(path: Path) -> Artifact | None:
-    """The checkpoint stage at this path, in it, or that a repository was made from; None for any other directory.
-    UsageError for one that was changed or removed."""
+    """The checkpoint stage at this path, in it, or that a later stage was made from; None for any other directory.
+    UsageError for another stage, and for one that was changed or removed."""
     directory = path.resolve()
     in_layout = directory.name in conversion.LAYOUTS.values() and (directory.parent / MANIFEST).is_file()
     if in_layout:
         directory = directory.parent
     if not (directory / MANIFEST).is_file():
         return None
-    artifact, root = read(directory), root_of(directory)
-    if in_layout and artifact is not None and artifact.stage == "layouts":
+    artifact = read(directory)
+    if artifact is None:
+        raise _not_measurable(path, "Its files were changed.")
+    if artifact.stage == "checkpoint":
+        return artifact
+    if in_layout and artifact.stage == "layouts":
         return None  # a checkpoint in another layout, which is opened like anybody's
-    if artifact is not None and artifact.stage == "repository" and root is not None:
-        chain = upstream([artifact], artifacts(root))
-        artifact = next((one for one in chain if one.stage == "checkpoint"), None)
-    if artifact is None or artifact.stage != "checkpoint":
-        raise UsageError(
-            f"{path} is no checkpoint or build that can be measured.",
-            why="Its files were changed, or the checkpoint that it was made from was removed.",
-            hint="Give a directory of checkpoint/ in the store, or a link in models/; or build it again.",
-        )
-    return artifact
+    if artifact.stage not in MADE_OF_CHECKPOINT or (artifact.path / PSEUDO).is_dir():
+        raise _not_measurable(path, f"It is the stage {artifact.stage} of a build.")
+    in_store = directory.parent.name == artifact.stage
+    chain = upstream([artifact], artifacts(directory.parent.parent)) if in_store else []
+    checkpoint = next((one for one in chain if one.stage == "checkpoint"), None)
+    if checkpoint is None:
+        why = "The checkpoint that it was made from was removed." if in_store else "It is a copy outside the store."
+        raise _not_measurable(path, why)
+    return checkpoint
+
+
+def _not_measurable(path: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{path} is no checkpoint or build that can be measured.",
+        why=why,
+        hint="Give a directory of checkpoint/ in the store, or a link in models/; or build it again.",
+    )
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name from the command line was valid UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _imported(source: Source, found: Description, base: Source, store: Store) -> Checkpoint:
@@ -172,48 +188,6 @@ def _imported(source: Source, found: Description, base: Source, store: Store) ->
     else:
         asked = ImportRequest(found, found.served_cache, quantized_source.formats(found), ("unified",))
     return import_checkpoint(fetch(source.model, store=store, source=source), asked, store=store)
-
-
-def _check_same_model(found: Description, base: Source, place: str, directory: Path) -> None:
-    """UsageError if the checkpoint was made from another model: sizes, shapes of tensors, vocabulary."""
-    theirs, ours = (catalog.with_common_keys(dict(config)) for config in (found.config, base.config))
-    differ = [
-        f"{key} is {theirs[key]}, not {ours[key]}"
-        for key in SIZES
-        if theirs.get(key) is not None and ours.get(key) is not None and theirs[key] != ours[key]
-    ]
-    if not differ and found.layout != "tensorrt_llm":
-        tensors = quantized_source.unquantized(found, place)
-        differ = [
-            f"{name} is {list(shape)}, not {list(base.tensors[name][1])}"
-            for name, (_, shape) in tensors.items()
-            if name in base.tensors and tuple(shape) != tuple(base.tensors[name][1])
-        ]
-    if not differ and not _same_vocabulary(directory, base.directory):
-        differ = ["tokenizer.json has other tokens"]
-    if differ:
-        raise UsageError(
-            f"{place} was not made from {base.model.id}.",
-            why=f"In the checkpoint, {listed(differ)}. Two models are compared on the same tokens.",
-            hint="Give checkpoints of the model that --model names.",
-        )
-
-
-def _same_vocabulary(one: Path, other: Path) -> bool:
-    """Whether both directories have the same tokens, as far as both have a tokenizer.json."""
-    files = [directory / "tokenizer.json" for directory in (one, other)]
-    if not all(file.is_file() for file in files):
-        return True
-    contents = [read_regular(file) for file in files]
-    if contents[0] == contents[1]:
-        return True
-    tokens = [_vocabulary(parse_json(content)) for content in contents]
-    return bool(tokens[0] == tokens[1])
-
-
-def _vocabulary(tokenizer: Any) -> Any:
-    model = tokenizer.get("model") if isinstance(tokenizer, Mapping) else None
-    return model.get("vocab") if isinstance(model, Mapping) else None
 
 
 def _labels(places: Sequence[str]) -> list[str]:

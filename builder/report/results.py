@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,15 @@ class Loss:
 
 
 def evaluation_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> Evaluation | None:
-    """The newest evaluation on texts of these artifacts only; evaluations with a gate take precedence."""
+    """The newest evaluation on texts of these artifacts only; evaluations with a gate take precedence. Its comparison
+    with other checkpoints is the newest one, also if another evaluation made it."""
     mine = [artifact for artifact in _evaluations(chain, everything) if artifact.facts.get("texts", True)]
     newest = max(mine, key=lambda a: (bool(a.facts.get("verdict")), _started(a)), default=None)
     if newest is None:
         return None
-    return read_evaluation(_tables(newest), newest.digest, newest.manifest["ingredients"].get("limits", {}))
+    found = read_evaluation(_tables(newest), newest.digest, newest.manifest["ingredients"].get("limits", {}))
+    tables = (_tables(artifact) for artifact in sorted(mine, key=_started, reverse=True))
+    return replace(found, compared=next(filter(None, map(_comparison, tables)), ()))
 
 
 def tasks_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> tuple[Row, ...]:
@@ -152,8 +155,8 @@ def read_evaluation(tables: Mapping[str, Any], digest: str, limits: Mapping[str,
 
     `digest`: of its artifact; `limits`: of the recipe's gate, for files without a verdict.
     """
-    verdict, compared = tables.get("verdict") or {}, tables.get("compared") or {}
-    others = [label for label in compared if label not in RUNNERS]
+    verdict = tables.get("verdict") or {}
+    others = [label for label in tables.get("compared") or {} if label not in RUNNERS]
     return Evaluation(
         digest=digest,
         scores=tuple(
@@ -162,13 +165,19 @@ def read_evaluation(tables: Mapping[str, Any], digest: str, limits: Mapping[str,
             for data, metrics in sets.items()
             if runner not in others
         ),
-        compared=tuple(_compared(label, one, tables) for label, one in compared.items() if label in tables["measured"]),
+        compared=_comparison(tables),
         passed=verdict.get("passed"),
         limits=verdict.get("limits", limits),
         failed=tuple(verdict.get("failed", ())),
         not_measured=tables.get("not_measured", {}),
         collapsed=tables.get("collapsed", {}),
     )
+
+
+def _comparison(tables: Mapping[str, Any]) -> tuple[Compared, ...]:
+    """The models of a comparison that were measured; none for an evaluation without other checkpoints."""
+    compared = tables.get("compared") or {}
+    return tuple(_compared(label, one, tables) for label, one in compared.items() if label in tables["measured"])
 
 
 def _compared(label: str, one: Mapping[str, Any], tables: Mapping[str, Any]) -> Compared:

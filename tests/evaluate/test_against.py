@@ -6,6 +6,8 @@ The recipe is data-free, so that nothing is calibrated; the runners run in this 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,12 +18,13 @@ import pytest
 
 from builder import pipeline
 from builder.checkpoint.conversion import convert
-from builder.core.errors import EvaluationError, UsageError
+from builder.cli.main import main
+from builder.core.errors import BuilderError, EvaluationError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.evaluate import candidates
 from builder.evaluate import stage as evaluate_stage
-from builder.evaluate.candidates import DATA_FREE
+from builder.evaluate.candidates import DATA_FREE, base_of, open_directories
 from builder.evaluate.runners import worker
 from builder.evaluate.stage import Evaluation
 from builder.recipe import schema
@@ -207,6 +210,67 @@ def test_a_changed_checkpoint_of_the_store_is_refused(link: Path, tmp_path: Path
     (checkpoint / "unified" / "config.json").write_text("{}")
     with pytest.raises(UsageError, match="can be measured"):
         pipeline.measure(resolve(), copy, against=[str(checkpoint)])
+
+
+def test_later_stages_mean_the_checkpoint_that_they_were_made_from(link: Path, store: Store) -> None:
+    made = pipeline.build(resolve(quantization__layouts="compressed-tensors"), store, until="checkpoint").layouts
+    assert made is not None
+    for place in (made.path, made.path / "compressed_tensors", link):
+        taken = open_directories([str(place)], base_of(resolve().recipe.model, store=store), store=store)[0].take(store)
+        assert taken.path.parent.name == "checkpoint"
+
+
+def test_other_stages_are_refused_by_name(link: Path, store: Store) -> None:
+    plain = resolve(quantization__format="bf16", quantization__kv_cache_dtype="auto")
+    unquantized = pipeline.build(plain, store, until="checkpoint").checkpoint
+    pseudo = pipeline.build(resolve(quantization__save_pseudo="bf16"), store, until="checkpoint").pseudo
+    assert unquantized is not None
+    assert pseudo is not None
+    for path, words in (
+        (next(store.root.glob("snapshot/*")), "the stage snapshot"),
+        (pseudo.path, "the stage layouts"),
+        (pseudo.path / "pseudo", "is not quantized"),
+        (unquantized.path, "no quantization that is known"),
+    ):
+        with pytest.raises(BuilderError) as error:
+            pipeline.measure(resolve(), store, against=[str(path)])
+        assert words in f"{error.value} {error.value.why}"
+
+
+def test_a_name_that_is_no_text_is_refused(published: dict[str, Path], tmp_path: Path, store: Store) -> None:
+    other = shutil.copytree(published["Tiny-FP8"], os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        pipeline.measure(resolve(), store, against=[str(other)])
+
+
+def test_an_empty_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", "--model", str(TINY), "--gpu", "cpu", "--against", ""])
+    assert "--against: an empty path" in capsys.readouterr().err
+
+
+def test_names_are_text_in_the_report(published: dict[str, Path], link: Path, tmp_path: Path, store: Store) -> None:
+    names = ["<img src=x onerror=alert(1)>", "a|b", "new\nline", "{{7*7}}"]
+    places = [str(shutil.copytree(published["Tiny-FP8"], tmp_path / name)) for name in names]
+    pipeline.measure(resolve(), store, against=places)
+    page, card = html(gather(link)), markdown(gather(link))
+    assert "<img" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    rows = [line for line in card.splitlines() if "FP8, FP8 KV cache | " in line]
+    assert len(rows) == len(names)
+    assert all(len(re.split(r"(?<!\\)\|", row)) == 11 for row in rows)
+    assert "<img" not in card.replace("\\<", "")
+    assert any("7\\*7" in row for row in rows)
+
+
+def test_a_later_evaluation_keeps_the_comparison_in_the_report(found: Evaluation, link: Path, store: Store) -> None:
+    before = gather(link).evaluation
+    pipeline.measure(resolve(evaluation__texts=3), store)
+    after = gather(link).evaluation
+    assert before is not None
+    assert after is not None
+    assert after.scores != before.scores or after.limits
+    assert before.compared == after.compared != ()
 
 
 def test_directories_are_named_by_as_much_of_their_path_as_needed(
