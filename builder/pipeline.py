@@ -43,7 +43,7 @@ from builder.triton.repository import Repository
 from builder.trtllm.engine import Engine
 
 if TYPE_CHECKING:
-    from builder.evaluate.candidates import Candidate
+    from builder.evaluate.comparison import Candidate
     from builder.evaluate.parts.figures import Losses
     from builder.evaluate.sensitivity.stage import Sensitivity
     from builder.evaluate.stage import Evaluation
@@ -408,11 +408,12 @@ def measure_parts(resolved: Resolved, store: Store) -> Losses:
     from builder.evaluate.parts import stage as parts  # numpy: only for those who measure
 
     parts.check(resolved.recipe)
-    built = _run(resolved, store, "checkpoint", measured=True)
-    models = built.models
+    prepared = prepare(resolved, store, layouts=False)
+    parts.check_model(prepared.model, prepared.recipe, quantized=prepared.quantized is not None)
+    models = run_stages(prepared, store, "checkpoint", original=True).models
     assert models.checkpoint is not None
     model = models.transformed or models.snapshot  # whose weights the checkpoint rounds
-    return parts.measure_parts(model, models.checkpoint, resolved.recipe, store=store)
+    return parts.measure_parts(model, models.checkpoint, prepared.recipe, store=store)
 
 
 def stored(prepared: Prepared, store: Store) -> tuple[list[Artifact], WouldRun | None]:

@@ -17,9 +17,9 @@ from builder.checkpoint.description import Description, describe_directory
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import UsageError
 from builder.core.store import MANIFEST, Artifact, Store, artifacts, read, upstream
+from builder.evaluate.comparison import Candidate, formats_of
 from builder.evaluate.same_model import check_same_model
 from builder.evaluate.variants import KV_AUTO
-from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Source, fetch, open_source
 from builder.preflight.quantized import opened
 from builder.quantize.data_free import write_data_free
@@ -37,21 +37,6 @@ MADE_OF_CHECKPOINT = ("repository", "engine", "ranks", "layouts")  # stages that
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A checkpoint to measure.
-
-    label: its row in tables. place: the directory as given. cache: the KV cache that it is measured with.
-    """
-
-    label: str
-    place: str
-    checkpoint: Checkpoint
-    cache: KvCacheFormat
-    tool: str
-    formats: str
-
-
-@dataclass(frozen=True)
 class Request:
     """A candidate that was opened and checked. take: returns its checkpoint, from the store or taken over now."""
 
@@ -64,7 +49,7 @@ class Request:
         """The candidate, with its checkpoint in the store."""
         found = self.found
         made = self.take(store)
-        return Candidate(self.label, self.place, made, found.served_cache, str(found.producer), _formats(found))
+        return Candidate(self.label, self.place, made, found.served_cache, str(found.producer), formats_of(found))
 
 
 def base_of(model: Model, *, store: Store) -> Source:
@@ -96,7 +81,7 @@ def data_free(snapshot: Snapshot, asked: QuantizeRequest, *, store: Store) -> Ca
     """The recipe's formats, with scales from a rule instead of calibration."""
     made = write_data_free(snapshot, asked, store=store)
     found = describe_directory(made.unified)
-    return Candidate(DATA_FREE, "", made, found.served_cache, "this recipe, data-free", _formats(found))
+    return Candidate(DATA_FREE, "", made, found.served_cache, "this recipe, data-free", formats_of(found))
 
 
 def check_data_free(recipe: Recipe, *, quantized: bool) -> None:
@@ -205,10 +190,3 @@ def _labels(places: Sequence[str]) -> list[str]:
         taken.add(label)
         found.append(label)
     return found
-
-
-def _formats(found: Description) -> str:
-    """The formats of the quantized layers and of the KV cache, as words."""
-    titles = dict.fromkeys(one.title for one in found.layers.values() if one.quant_algo is not None)
-    cache = found.served_cache
-    return ", ".join([*titles, *([cache.title] if cache.quantized else [])])

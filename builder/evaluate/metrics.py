@@ -90,7 +90,8 @@ def measure(sets: Sequence[Sums], *, resamples: int, seed: int) -> dict[str, Est
 
 
 def kl_ratio(sets: Sequence[Sums], ours: Sequence[Sums], *, resamples: int, seed: int) -> Estimate:
-    """KL of one model over that of another on the same texts; NaN where the other's is 0. Both were compared with BF16.
+    """KL of one model over that of another on the same texts; not finite where the other's is 0. Both were compared
+    with BF16.
 
     The interval is paired: each resample draws the same texts for both, so it is narrower than those of the two KLs.
     """

@@ -12,14 +12,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from builder.core import process, workers
 from builder.core.errors import EvaluationError, NotMeasurable
 from builder.core.output import Output, seconds
 from builder.core.store import Artifact, Store, WouldRun, key_of, sources_digest
 from builder.evaluate import comparison, datasets, gate, metrics, tasks
-from builder.evaluate.comparison import OURS, RATIO, Compared
+from builder.evaluate.comparison import OURS, RATIO, Candidate, Compared
 from builder.evaluate.datasets import Texts
 from builder.evaluate.gate import OVERALL, GateResult
 from builder.evaluate.metrics import Estimate
@@ -29,9 +29,6 @@ from builder.evaluate.variants import Models, Variant, list_variants, runner_job
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
 from builder.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    from builder.evaluate.candidates import Candidate
 
 TABLE_SOURCES = (
     "builder/evaluate/stage.py",
@@ -217,7 +214,8 @@ def _tables(
             figures = metrics.measure(of, resamples=resamples, seed=drawn)
             if ours and ours is not sums and ours[0].kl is not None and of[0].kl is not None:
                 own = [ours[n] for n in which]
-                figures[RATIO] = metrics.kl_ratio(of, own, resamples=resamples, seed=drawn)
+                ratio = metrics.kl_ratio(of, own, resamples=resamples, seed=drawn)
+                figures |= {RATIO: ratio} if math.isfinite(ratio.value) else {}  # ours may lose nothing
             measured[label][name] = figures
     named = {
         label: {one.name: dict(a.facts) for one, a in zip(texts, found, strict=True)} for label, found in scores.items()

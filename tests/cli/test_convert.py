@@ -149,3 +149,10 @@ def test_a_stopped_conversion_leaves_no_destination(tmp_path: Path, how: signal.
     assert bool(list(tmp_path.glob(".there.*"))) == (how is signal.SIGKILL)
     assert run("convert", source, tmp_path / "there", "--to", "compressed-tensors", "-q") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "there"]
+
+
+def test_a_type_without_effect_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoint(tmp_path / "source")
+    assert main.main(["convert", str(source), str(tmp_path / "made"), "--to", "unified", "--dtype", "fp16"]) != 0
+    assert "--dtype has no effect with --to unified" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()

@@ -263,6 +263,22 @@ def test_names_are_text_in_the_report(published: dict[str, Path], link: Path, tm
     assert any("7\\*7" in row for row in rows)
 
 
+def test_an_imported_checkpoint_is_described_by_its_files(published: dict[str, Path], store: Store) -> None:
+    """Not by the recipe's default format."""
+    imported = {"model__id": str(published["Tiny-FP8"]), "model__original": str(TINY), "calibration__samples": 512}
+    found = pipeline.measure(resolve(**imported), store, against=[str(published["Tiny-NVFP4-ct"])])
+    assert found.compared["checkpoint"].formats == "FP8, FP8 KV cache"
+    assert found.compared["checkpoint"].tool.startswith("modelopt")
+
+
+def test_an_unquantized_recipe_has_no_ratio(published: dict[str, Path], store: Store) -> None:
+    plain = resolve(quantization__format="bf16", quantization__kv_cache_dtype="auto")
+    found = pipeline.measure(plain, store, against=[str(published["Tiny-FP8"])])
+    assert (found.compared["checkpoint"].formats, found.compared["checkpoint"].tool) == (
+        "BF16", "this recipe, unquantized")  # fmt: skip
+    assert "kl_ratio" not in found.measured["Tiny-FP8"]["overall"]
+
+
 def test_a_later_evaluation_keeps_the_comparison_in_the_report(found: Evaluation, link: Path, store: Store) -> None:
     before = gather(link).evaluation
     pipeline.measure(resolve(evaluation__texts=3), store)

@@ -6,8 +6,10 @@ The recipe is data-free, so that nothing is calibrated; the worker runs in this 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from source_models import MOE
 
 from builder import pipeline
-from builder.core.errors import BuilderError, UnsupportedError
+from builder.core.errors import BuilderError, UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.evaluate import memory
@@ -27,8 +30,7 @@ from builder.evaluate.parts.figures import PARTS, Figure, Losses
 from builder.evaluate.runners import worker as runners
 from builder.preflight.memory import Machine
 from builder.recipe import schema
-from builder.recipe.quantization import Quantization
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe, Resolved
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = DATA / "tiny-qwen3"
@@ -175,6 +177,27 @@ def test_what_can_not_be_divided_is_refused_before_the_work(more: dict[str, Any]
         pipeline.measure_parts(resolve(**more), store)
 
 
+def test_a_mixture_whose_experts_are_joined_is_refused_before_the_work(store: Store) -> None:
+    if int(version("transformers").partition(".")[0]) < stage.JOINING:
+        pytest.skip("this transformers has a module for each expert")
+    before = len(list(store.root.glob("checkpoint/*")))
+    with pytest.raises(UnsupportedError, match=r"experts\.0\.\w+ is not a linear layer of its own"):
+        pipeline.measure_parts(resolve(model__id=str(MOE)), store)
+    assert len(list(store.root.glob("checkpoint/*"))) == before
+
+
+def test_an_imported_checkpoint_needs_its_original(tmp_path: Path, store: Store) -> None:
+    """Also where the runners alone would not."""
+    checkpoint = pipeline.build(resolve(), store, until="checkpoint").checkpoint
+    assert checkpoint is not None
+    copy = shutil.copytree(checkpoint.unified, tmp_path / "Tiny-NVFP4")
+    more = {"model__id": str(copy), "calibration__samples": 512, "evaluation__runners": ["checkpoint"]}
+    with pytest.raises(UsageError, match="no original to compare it with"):
+        pipeline.measure_parts(resolve(**more), store)
+    found = pipeline.measure_parts(resolve(**more, model__original=str(TINY)), store)
+    assert found.whole.kl > 0.01
+
+
 def test_a_model_that_does_not_fit_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "machine", lambda root: Machine(memory=10**8, available=10**8, disk=10**12))
     with pytest.raises(UnsupportedError, match="it does not fit"):
@@ -198,29 +221,33 @@ def losses(whole: float, without: dict[str, float], layers: dict[int, float]) ->
 EVEN = dict.fromkeys(range(8), 0.01)
 
 
+def recipe(**more: Any) -> Recipe:
+    return resolve(calibration__samples=512, **more).recipe
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.001, 0.1), min_size=3, max_size=3, unique=True))
 def test_the_part_that_leaves_least_is_named_first(left: list[float]) -> None:
     without = dict(zip(PARTS, left, strict=True))
-    first = advice.advise(losses(0.2, without, EVEN), Quantization())[0]
+    first = advice.advise(losses(0.2, without, EVEN), recipe())[0]
     worst = min(without, key=lambda part: without[part])
     assert first.startswith(f"Most is lost by {PARTS[worst]}:")
     assert f"{without[worst]:.3g}, not 0.2" in first
 
 
 def test_advice_names_what_helps_and_only_that() -> None:
-    inputs = advice.advise(losses(0.1, {"weights": 0.09, "inputs": 0.02, "cache": 0.099}, EVEN), Quantization())
+    inputs = advice.advise(losses(0.1, {"weights": 0.09, "inputs": 0.02, "cache": 0.099}, EVEN), recipe())
     assert len(inputs) == 2
     assert "--format w4a16_nvfp4" in inputs[1]
     assert "--target llmapi" in inputs[1]
-    cache = advice.advise(losses(0.1, {"weights": 0.09, "inputs": 0.09, "cache": 0.01}, EVEN), Quantization())
+    cache = advice.advise(losses(0.1, {"weights": 0.09, "inputs": 0.09, "cache": 0.01}, EVEN), recipe())
     assert "--kv-cache-dtype auto" in cache[1]
-    few = advice.advise(losses(0.1, {"weights": 0.01, "inputs": 0.09, "cache": 0.09}, {**EVEN, 5: 0.2}), Quantization())
+    few = advice.advise(losses(0.1, {"weights": 0.01, "inputs": 0.09, "cache": 0.09}, {**EVEN, 5: 0.2}), recipe())
     assert few[-1] == "Layer 5: 74 % of the sum over 8 layers. Try --keep-fp8 'model.layers.5.*'."
     fp8 = advice.advise(losses(0.1, {"weights": 0.01, "inputs": 0.09, "cache": 0.09}, {**EVEN, 5: 0.2}),
-                        Quantization(format="fp8"))  # fmt: skip
+                        recipe(quantization__format="fp8"))  # fmt: skip
     assert "--keep-bf16 'model.layers.5.*'" in fp8[-1]
-    assert advice.advise(losses(1e-4, {}, EVEN), Quantization()) == ["The KL is 0.0001: there is little to win."]
+    assert advice.advise(losses(1e-4, {}, EVEN), recipe()) == ["The KL is 0.0001: there is little to win."]
 
 
 def test_flags_in_the_advice_exist(found: Losses) -> None:
@@ -230,10 +257,23 @@ def test_flags_in_the_advice_exist(found: Losses) -> None:
     for part in PARTS:
         without = {**dict.fromkeys(PARTS, 0.09), part: 0.01}
         for name in ("nvfp4", "fp8"):
-            for sentence in advice.advise(losses(0.1, without, {**EVEN, 1: 1.0}), Quantization(format=name)):
+            for sentence in advice.advise(losses(0.1, without, {**EVEN, 1: 1.0}), recipe(quantization__format=name)):
                 assert {word.strip("().,") for word in sentence.split() if word.startswith(("--", "(--"))} <= known
 
 
 def test_one_part_alone_has_advice_too(found: Losses) -> None:
     only = replace(found, alone={"weights": found.whole}, without={}, layers={})
-    assert advice.advise(only, Quantization())[0] == "All is lost by weights."
+    assert advice.advise(only, recipe())[0] == "All is lost by weights."
+
+
+def test_advice_names_no_flag_that_would_be_refused() -> None:
+    found = losses(0.1, {"weights": 0.01, "inputs": 0.02, "cache": 0.03}, {**EVEN, 5: 0.2})
+    rows = " ".join(advice.advise(found, recipe()))
+    assert "--algorithm mse, hessian or gptq rounds" in rows
+    data_free = " ".join(advice.advise(found, resolve().recipe))
+    assert "--algorithm mse rounds" in data_free
+    imported = advice.advise(found, recipe(model__original="some/original"))
+    assert [sentence for sentence in imported if "--" in sentence] == [
+        "A quantized model is served as it is. To change it, quantize its original: --model some/original"
+    ]
+    assert any(sentence == "Layer 5: 74 % of the sum over 8 layers." for sentence in imported)

@@ -6,14 +6,16 @@ and how much of the sum over layers the worst ones have.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from typing import get_args
 
 from builder.evaluate.parts.figures import PARTS, Losses
+from builder.formats.algorithms import ALGORITHMS
 from builder.formats.assignment import to_keep
 from builder.formats.registry import all_formats
-from builder.recipe.algorithm import AlgorithmName, refusal
+from builder.recipe.algorithm import refusal
 from builder.recipe.quantization import Quantization
+from builder.recipe.schema import Recipe
 
 # Layers are named if a quarter of them or fewer have half of the loss; with equal losses it would take half of them.
 FEW, MOST = 0.25, 0.5
@@ -21,8 +23,9 @@ WORTHWHILE = 0.8  # of the KL, that another remedy than the best one leaves at m
 LITTLE = 0.001  # nats a token: not worth advice
 
 
-def advise(found: Losses, part: Quantization) -> list[str]:
-    """Sentences, each with the figures that it follows from."""
+def advise(found: Losses, recipe: Recipe) -> list[str]:
+    """Sentences, each with the figures that it follows from. Of a model that was quantized elsewhere they name no flags
+    but the way to quantize it again: its formats are not the recipe's, and it is served as it is."""
     whole = found.whole.kl
     if whole < LITTLE:
         return [f"The KL is {whole:.2g}: there is little to win."]
@@ -32,20 +35,28 @@ def advise(found: Losses, part: Quantization) -> list[str]:
         if not sentences or left <= WORTHWHILE * whole:
             most = "By" if sentences else "Most is lost by"
             would = f"with {'it' if name == 'cache' else 'them'} exact the KL would be {left:.3g}, not {whole:.3g}"
-            sentences += [f"{most} {PARTS[name]}: {would}.", _remedy(name, part)]
+            sentences += [f"{most} {PARTS[name]}: {would}.", *_remedy(name, recipe)]
     if not sentences:  # nothing but weights is quantized
-        sentences = [text for name in found.alone for text in (f"All is lost by {PARTS[name]}.", _remedy(name, part))]
-    return [*sentences, *_layers(found, part)]
+        sentences = [
+            text for name in found.alone for text in (f"All is lost by {PARTS[name]}.", *_remedy(name, recipe))
+        ]
+    again = "A quantized model is served as it is. To change it, quantize its original: --model {}"
+    last = [again.format(shlex.quote(recipe.model.original))] if recipe.model.original else []
+    return [*sentences, *_layers(found, recipe), *last]
 
 
-def _remedy(name: str, part: Quantization) -> str:
+def _remedy(name: str, recipe: Recipe) -> list[str]:
     """What can make this part more exact, and what cannot."""
+    return [] if recipe.model.original else [_flags(name, recipe.quantization, rows=not recipe.calibration.data_free)]
+
+
+def _flags(name: str, part: Quantization, *, rows: bool) -> str:
     if name == "cache":
         return "--kv-cache-dtype auto keeps the KV cache in the model's own type."
     if name == "weights":
-        better = _algorithms(part)
+        better = _algorithms(part, rows=rows)
         if better:
-            return f"--algorithm {' or '.join(better)} rounds them better, in the same format and bytes."
+            return f"--algorithm {_either(better)} rounds them better, in the same format and bytes."
         return f"They are rounded by {part.algorithm}: keep the layers that lose most in {_kept(part).upper()}."
     exact = all_formats().get(f"w4a16_{part.number_format.name}")
     if exact is None:
@@ -56,14 +67,18 @@ def _remedy(name: str, part: Quantization) -> str:
     )
 
 
-def _algorithms(part: Quantization) -> Sequence[str]:
-    """The algorithms that can round these weights better than the recipe's."""
-    names = get_args(AlgorithmName)
-    later = names[names.index(part.algorithm) + 1 :]
+def _algorithms(part: Quantization, *, rows: bool) -> Sequence[str]:
+    """The algorithms that can round these weights better than the recipe's. rows: whether it calibrates."""
+    names = list(ALGORITHMS)
+    later = [name for name in names[names.index(part.algorithm) + 1 :] if rows or not ALGORITHMS[name].reads_rows]
     return [name for name in later if not refusal(name, part.format, part.quantized_formats)]
 
 
-def _layers(found: Losses, part: Quantization) -> list[str]:
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _layers(found: Losses, recipe: Recipe) -> list[str]:
     """The few layers that have most of the loss, if there are such."""
     ordered = list(found.by_loss)
     total = sum(kl for _, kl in ordered)
@@ -77,9 +92,11 @@ def _layers(found: Losses, part: Quantization) -> list[str]:
     if not total or len(chosen) > FEW * len(ordered):
         return []
     numbers = ", ".join(map(str, sorted(chosen)))
-    flags = " ".join(f"--keep-{_kept(part)} '{found.modules[layer]}.*'" for layer in sorted(chosen))
-    share = f"{100 * has / total:.0f} % of the sum over {len(ordered)} layers"
-    return [f"{'Layers' if len(chosen) > 1 else 'Layer'} {numbers}: {share}. Try {flags}."]
+    kept = f"--keep-{_kept(recipe.quantization)}"
+    flags = " ".join(f"{kept} '{found.modules[layer]}.*'" for layer in sorted(chosen))
+    share = f"{100 * has / total:.0f} % of the sum over {len(ordered)} layers."
+    hint = "" if recipe.model.original else f" Try {flags}."
+    return [f"{'Layers' if len(chosen) > 1 else 'Layer'} {numbers}: {share}{hint}"]
 
 
 def _kept(part: Quantization) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from builder.architectures import names
 from builder.calibration.rows import calibrate
 from builder.checkpoint.layouts import Checkpoint
 from builder.core import process, workers
@@ -25,6 +26,10 @@ from builder.quantize import modelopt
 from builder.recipe.schema import Calibration as Rows
 from builder.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from builder.preflight.model_facts import ModelFacts
+
+JOINING = 5  # the transformers that has one module for the experts of a layer
 SOURCES = (
     "builder/evaluate/metrics.py",
     "builder/evaluate/parts/stage.py",
@@ -50,6 +55,23 @@ def check(recipe: Recipe) -> None:
         raise UnsupportedError(
             f"The loss of {scaled[0]} can't be divided into weights and inputs.",
             why="It moves a part of each weight into a scale of the inputs, so neither is quantized alone.",
+            hint="Measure the checkpoint as a whole: builder eval",
+        )
+
+
+def check_model(model: ModelFacts, recipe: Recipe, *, quantized: bool) -> None:
+    """UsageError for a quantized model without its original, UnsupportedError for experts that transformers joins."""
+    if quantized and not recipe.model.original:
+        raise UsageError(
+            f"{recipe.model.id} is quantized, and there is no original to compare it with.",
+            hint="Name that model: --original Qwen/Qwen3-8B",
+        )
+    joins = int(library_versions("transformers")["transformers"].partition(".")[0]) >= JOINING
+    experts = (name for name, (_, shape) in model.tensors.items() if model.quantizes(name, shape))
+    if joins and (first := next((name for name in experts if names.experts_of(name)), None)):
+        raise UnsupportedError(
+            f"{first.removesuffix('.weight')} is not a linear layer of its own in this model.",
+            why="transformers stores the experts of a mixture in one module.",
             hint="Measure the checkpoint as a whole: builder eval",
         )
 
@@ -163,7 +185,7 @@ def show(found: Losses, recipe: Recipe, out: Output) -> None:
         for layer, parts in sorted(found.layers.items())
     ]
     out.table("KL to BF16 by decoder layer, each part of each layer quantized alone", columns, by_layer)
-    sentences = advice.advise(found, recipe.quantization)
+    sentences = advice.advise(found, recipe)
     for label, sentence in zip(["advice", *[""] * len(sentences)], sentences, strict=False):
         out.text(f"{label:<10} {sentence}")
     out.text(f"tokens     {found.tokens:,}")
