@@ -105,14 +105,14 @@ BAD_YAML = [
 
 @pytest.mark.parametrize(("text", "says"), BAD_YAML)
 def test_bad_yaml(text: str | bytes, says: str, tmp_path: Path) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=says):
         parse_yaml(text)
     file = tmp_path / "recipe.yaml"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=f"(?s){says}"):
         schema.resolve({"model.id": "x", "gpu": "cpu"}, recipe_file=file)
-    assert time.monotonic() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_yaml_as_people_write_it() -> None:

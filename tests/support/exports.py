@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from builder.checkpoint import layouts
 from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats import kv_cache
 from builder.formats.assignment import ModelFormats
@@ -153,7 +154,7 @@ def written(model: Any, source: Path, formats: ModelFormats, directory: Path) ->
             worker._export(model, opened, directory / "unified", formats)
         else:
             writer.write(opened, formats, ranges, directory / "unified")
-    worker._second_layout(directory / "unified", opened, directory / "tensorrt_llm")
+    layouts.write_if_served(directory / "unified", opened.config, directory / "tensorrt_llm")
     return directory
 
 
