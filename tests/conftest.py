@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hub_server import Hub
 from hypothesis import HealthCheck, settings
 
 from builder.checkpoint import layouts
+from builder.core import interrupts
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.hub import client
@@ -45,6 +47,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; all others in their own order."""
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A command that runs in the process of a test leaves no signal handler, and no signal, to the next test."""
+    handlers, hook = {number: signal.getsignal(number) for number in interrupts.SIGNALS}, sys.unraisablehook
+    yield
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+    sys.unraisablehook = hook
+    interrupts.answered()
 
 
 @pytest.fixture

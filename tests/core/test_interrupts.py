@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -18,17 +18,6 @@ from builder.core.errors import ServingError, StageError
 from builder.core.store import Store
 
 INTERRUPTED = "interrupted; finished stages are kept, partial ones are removed\n"
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
-    hook = sys.unraisablehook
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    sys.unraisablehook = hook
-    interrupts.answered()
 
 
 def stop() -> None:
