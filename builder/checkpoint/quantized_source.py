@@ -23,6 +23,16 @@ from builder.formats.registry import BF16
 from builder.model import completeness, quantization_signs
 from builder.model.completeness import Header
 
+# Sizes in config.json that two checkpoints of one model share, in every layout.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
 
 @dataclass(frozen=True)
 class Formats:
@@ -45,6 +55,14 @@ class _Problems:
     missing: list[str] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+
+
+def different_sizes(config: Mapping[str, Any], original: Mapping[str, Any]) -> list[str]:
+    """The sizes in which a checkpoint's config.json differs from that of the model it should have been made from, each
+    as a clause of a sentence. One that either of them leaves out counts as equal."""
+    theirs, ours = (catalog.with_common_keys(dict(one)) for one in (config, original))
+    both = [key for key in SIZES if theirs.get(key) is not None and ours.get(key) is not None]
+    return [f"{key} is {theirs[key]}, not {ours[key]}" for key in both if theirs[key] != ours[key]]
 
 
 def check(found: Description, where: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from builder.architectures import catalog
 from builder.checkpoint import quantized_source
 from builder.checkpoint.description import Description
 from builder.core.errors import UsageError
@@ -14,25 +13,10 @@ from builder.core.output import listed
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.hub.snapshot import Source
 
-# Sizes in config.json that two checkpoints of one model share, in every layout.
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-
 
 def check_same_model(found: Description, base: Source, place: str, directory: Path) -> None:
     """UsageError if the checkpoint was made from another model: sizes, shapes of tensors, vocabulary."""
-    theirs, ours = (catalog.with_common_keys(dict(config)) for config in (found.config, base.config))
-    differ = [
-        f"{key} is {theirs[key]}, not {ours[key]}"
-        for key in SIZES
-        if theirs.get(key) is not None and ours.get(key) is not None and theirs[key] != ours[key]
-    ]
+    differ = quantized_source.different_sizes(found.config, base.config)
     if not differ and found.layout != "tensorrt_llm":
         tensors = quantized_source.unquantized(found, place)
         differ = [

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from builder.formats.base import NumberFormat
+from builder.formats.nvfp4 import BLOCK
 
-BLOCK = 16  # weights that share a block scale
 # GPTQ fits its corrections to the rows. With fewer tokens than half of a layer's inputs, or than FEWEST_TOKENS, it
 # gains nothing over `mse`: bundled model, 256 and 768 inputs, KL to BF16 on prose against `max`: 128 tokens .87, 256
 # .83, 512 .78, 2,048 .70, 16,427 .69; `mse` .85. Blocks of 16 inputs need few tokens (64: .85, 16,427: .80), but with

@@ -22,6 +22,7 @@ from builder.llmapi import versions as llmapi_versions
 from builder.llmapi.normalize import ARGS, ASKED, EXECUTOR, Argument, Subject, settle
 from builder.llmapi.notes import notes
 from builder.model import dtypes
+from builder.model.config_values import routed_experts
 from builder.quantize.modelopt import gpus
 from builder.recipe import schema
 from builder.trtllm import flags as trtllm_flags
@@ -143,7 +144,7 @@ def _subject(resolved: schema.Resolved, config: Mapping[str, Any]) -> Subject:
     return Subject(
         facts=llmapi_versions.load(resolved.recipe.engine.tensorrt_llm),
         sm=resolved.gpu.sm,
-        experts=int(config.get("num_experts") or config.get("num_local_experts") or 0),
+        experts=routed_experts(config),
         number_format=resolved.recipe.quantization.number_format,
         cache=resolved.recipe.quantization.cache_format,
         head_size=head_size(config) if "num_attention_heads" in config else None,

@@ -236,8 +236,7 @@ def _check_experts(config: Mapping[str, Any], tensors: Iterable[str], where: str
     for match in map(EXPERT.match, tensors):
         if match:
             found.setdefault((match[1], match[3]), set()).add(int(match[2]))
-    stated = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
-    count = stated or 1 + max((max(numbers) for numbers in found.values()), default=-1)
+    count = config_values.routed_experts(config) or 1 + max((max(numbers) for numbers in found.values()), default=-1)
     numbers = range(count)
     missing = [f"{parent}.{n}.{leaf}" for (parent, leaf), there in found.items() for n in numbers if n not in there]
     extra = [f"{parent}.{n}.{leaf}" for (parent, leaf), there in found.items() for n in there if n not in numbers]

@@ -196,6 +196,11 @@ def _rope(name: str, part: Mapping[str, Any]) -> Iterator[str]:
         yield from (f"{name}.{key} is missing for {kind!r}" for key in ROPE_NEEDS.get(kind, ()) if not part.get(key))
 
 
+def routed_experts(config: Mapping[str, Any]) -> int:
+    """The experts of a layer among which tokens are routed; 0 without experts."""
+    return int(config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts") or 0)
+
+
 def _relations(config: Mapping[str, Any]) -> Iterator[str]:
     """Values that contradict each other."""
     hidden, heads, kv_heads = (config.get(k) for k in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
@@ -205,7 +210,7 @@ def _relations(config: Mapping[str, Any]) -> Iterator[str]:
         yield f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
     if (config.get("head_dim") or 0) % 2:
         yield f"head_dim {config['head_dim']} is odd; rotary embeddings rotate pairs of values"
-    experts = config.get("num_experts") or config.get("num_local_experts") or config.get("n_routed_experts")
+    experts = routed_experts(config)
     if experts and (config.get("num_experts_per_tok") or 0) > experts:
         yield f"num_experts_per_tok {config['num_experts_per_tok']} is more than the number of experts, {experts}"
     vocab, pad = config.get("vocab_size"), config.get("pad_token_id")

@@ -11,6 +11,7 @@ from builder.checkpoint import quantized_source
 from builder.checkpoint.description import TITLES, Description, describe
 from builder.checkpoint.quantized_source import Formats
 from builder.core.errors import UnsupportedError, UsageError
+from builder.core.output import listed
 from builder.core.safetensors_io import TensorInfo, byte_size
 from builder.core.store import Store
 from builder.formats import kv_cache
@@ -192,13 +193,11 @@ def _original(resolved: Resolved, found: Description, store: Store) -> Source | 
 
 def _check_same_model(found: Description, original: Source, where: str) -> None:
     """UsageError if the original has other sizes than the checkpoint."""
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    sizes = {key: (found.config.get(key), original.config.get(key)) for key in keys}
-    wrong = [f"{key} {one} and {two}" for key, (one, two) in sizes.items() if one != two]
+    wrong = quantized_source.different_sizes(found.config, original.config)
     if wrong:
         raise UsageError(
             f"{where} was not made from {original.model.id}.",
-            why=f"They differ: {', '.join(wrong)}.",
+            why=f"In the checkpoint, {listed(wrong)}.",
             hint="Name the model that it was made from with --original.",
         )
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from builder.architectures import names
+from builder.architectures import catalog, names
+from builder.architectures.attention import shared_kv_layers
 from builder.core.errors import UnsupportedError, UsageError
 from builder.formats import algorithms
 from builder.formats.algorithms import Algorithm
+from builder.model.config_values import routed_experts
 from builder.preflight.model_facts import ModelFacts
 from builder.recipe.schema import Recipe
 
-# Keys of config.json of models that compute one layer with tensors of another, which can't run one at a time
-# (model/streamed.py).
-SHARED_LAYERS = "num_kv_shared_layers"  # Gemma 3n and 4
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config.json: how many a layer has
 ROUNDED_ROWS = 4096  # of a weight at a time (quantize/streamed_solve.py, _ROWS)
 # Nanoseconds of a core: benchmarks/rounding.py for 1,024 to 4,096 inputs, processor time of one thread of an AMD EPYC
 # with AVX-512, which other work shared. MOMENT_NS for each token and input (`hessian`) or token and pair of inputs
@@ -50,7 +48,7 @@ def check(recipe: Recipe, model: ModelFacts, *, measured: str, exported: str) ->
         )
     if not algorithm.reads_rows:
         return
-    shared = model.config.get(SHARED_LAYERS)
+    shared = len(shared_kv_layers(catalog.with_common_keys(model.config)))  # can't run one at a time
     if measured or shared:
         name_layers = " Or name the layers to keep: --keep-fp8 '*.down_proj'" * bool(measured)
         raise UnsupportedError(
@@ -104,7 +102,7 @@ def seconds(recipe: Recipe, model: ModelFacts, tokens: int) -> float:
 
 def expert_share(model: ModelFacts) -> float:
     """The share of a layer's experts that a token is routed to; 1 without experts."""
-    experts = next((int(model.config[key]) for key in EXPERTS if model.config.get(key)), 1)
+    experts = routed_experts(model.config) or 1
     return min(1.0, int(model.config.get("num_experts_per_tok") or experts) / experts)
 
 

@@ -25,7 +25,7 @@ from builder.formats.arithmetic.dtypes import DTYPES
 from builder.machine.host_memory import host_memory
 from builder.model.streamed import StreamedModel
 from builder.quantize import calibrated, streamed_ranges
-from builder.quantize.algorithms import gptq, hessian, moments
+from builder.quantize.algorithms import gptq, hessian
 from builder.quantize.algorithms.hessian import Rounded
 from builder.quantize.algorithms.moments import Moments
 from builder.quantize.source_weights import SourceModel, WeightReader, rounded
@@ -73,7 +73,7 @@ class LayerSolver:
         limit, used = MEMORY_SHARE * _available(self._model.device), 0
         parts: list[list[Group]] = [[]]
         for group in self._groups.get(index, ()):
-            needs = moments.nbytes(group[0].part.shape[-1], blocks=self._blocks)
+            needs = self._algorithm.moments(group[0].part.shape[-1])
             if parts[-1] and used + needs > limit:
                 parts.append([])
                 used = 0

@@ -152,3 +152,9 @@ def test_each_architecture_with_a_table_has_exactly_its_tensors() -> None:
         want = {name: one.shape for name, one in tensor_names.expected(config).items()}
         assert want == {name: info.shape for name, info in Tensors(source).items()}
     assert not tensor_names.known(json.loads((MOE / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts"])  # Qwen, Mixtral, DeepSeek
+def test_experts_are_counted_by_every_family_key(key: str) -> None:
+    assert config_values.routed_experts({key: 8, "num_experts_per_tok": 2}) == 8
+    assert config_values.routed_experts({key: None}) == 0

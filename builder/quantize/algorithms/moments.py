@@ -16,11 +16,6 @@ from builder.formats.arithmetic.nvfp4 import BLOCK
 _COLUMNS = 512
 
 
-def nbytes(inputs: int, *, blocks: bool) -> int:
-    """Bytes of the moments of one input with so many columns."""
-    return 4 * inputs * (BLOCK if blocks else inputs)
-
-
 class Moments:
     """Those of some inputs.
 
