@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -270,23 +270,30 @@ def _quantized(
     whichever way made it, so that on a machine with other memory nothing is calibrated again."""
     request = _request(prepared)
     by = {"whole": quantize, "low": quantize_streamed}
+    taken = _way(prepared, store, lambda way, dry: by[way](snapshot, calibration, request, store=dry))
+    with closing(early):  # unused if the checkpoint is in the store
+        return by[taken](
+            snapshot, calibration, request, store=store, early=early.worker if early.way == taken else None
+        )
+
+
+def _way(prepared: Prepared, store: Store, make: Callable[[str, Store], object]) -> str:
+    """The way that preflight chose or, if its result is not in the store, another one that is as good and whose is."""
     choice = prepared.way(machine(store.root))
     assert choice is not None
 
     def is_stored(way: str) -> bool:
         dry = Store(store.root, Output("quiet"), force=sorted(store.force), dry=True)
         try:
-            return bool(by[way](snapshot, calibration, request, store=dry))
+            make(way, dry)
         except WouldRun:
             return False
+        return True
 
     taken = choice.taken.name
     if choice.as_good and not is_stored(taken):
-        taken = next(filter(is_stored, choice.as_good), taken)
-    with closing(early):  # unused if the checkpoint is in the store
-        return by[taken](
-            snapshot, calibration, request, store=store, early=early.worker if early.way == taken else None
-        )
+        return next(filter(is_stored, choice.as_good), taken)
+    return taken
 
 
 def _tell_limit(used: Usage, store: Store) -> None:
@@ -311,7 +318,8 @@ def _imported(prepared: Prepared, quantized: Quantized, snapshot: Snapshot, stor
         rows = calibrate(recipe.calibration, store=store)
         check_conversations(read_rows(rows), prepared.model.directory or snapshot.path)
         part = ScalesRequest(recipe.calibration, quantized.cache.name, recipe.model.trust_remote_code)
-        asked = replace(asked, rows=rows, scales=part)
+        by = {way: replace(asked, rows=rows, scales=replace(part, by_layer=way == "low")) for way in ("whole", "low")}
+        asked = by[_way(prepared, store, lambda way, dry: import_checkpoint(snapshot, by[way], store=dry))]
     checkpoint = import_checkpoint(snapshot, asked, store=store)
     return Built(snapshot, prepared, asked.rows, checkpoint)
 

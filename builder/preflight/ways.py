@@ -120,15 +120,15 @@ def device(host: Machine) -> Device:
 def choose(recipe: Recipe, model: ModelFacts, on: Device, *, scales: bool = False) -> Choice:
     """The way to quantize a model. `--memory auto` takes the whole model if it fits, else one layer at a time.
 
-    scales: only scales of a quantized model are calibrated, with the whole model in memory.
+    scales: only scales of a quantized model are calibrated, whose weights stay.
     """
     asked, rows = recipe.quantization.memory, recipe.calibration
     found = ways(recipe, model, on)
-    whole, low, free = found
-    if scales:
-        return Choice(on, (whole,), whole, "scales are calibrated so", _refusal(whole, (), recipe, model, on))
-    if rows.data_free:
-        return Choice(on, found, free, "no calibration rows")
+    if scales:  # ModelOpt need not write the weights, whatever their format
+        found = tuple(replace(way, impossible="") for way in found[:2])
+    whole, low, *rest = found
+    if rows.data_free and rest:
+        return Choice(on, found, rest[0], "no calibration rows")
     if (algorithm := rounding.algorithm_of(recipe)).reads_rows:
         why = f"--algorithm {algorithm.name} rounds a layer once its rows have run"
         return Choice(on, found, low, why, _refusal(low, found, recipe, model, on))
@@ -144,7 +144,7 @@ def choose(recipe: Recipe, model: ModelFacts, on: Device, *, scales: bool = Fals
     return Choice(on, found, whole, low.impossible or "no other way fits either", refusal)
 
 
-def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, Way, Way]:
+def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, ...]:
     """Whole, low and data-free, in this order."""
     rows, weights = recipe.calibration, sum(byte_size(dtype, shape) for dtype, shape in model.written.values())
     batch = rows.batch_size * rows.seq_len
@@ -221,17 +221,12 @@ def check(recipe: Recipe, model: ModelFacts) -> None:
 
 
 def check_scales(recipe: Recipe) -> None:
-    """UsageError for --calibrate-scales without rows to calibrate on, or one layer at a time."""
+    """UsageError for --calibrate-scales without rows to calibrate on."""
     if recipe.calibration.scales and recipe.calibration.data_free:
         raise UsageError(
             "--calibrate-scales measures scales on calibration rows, and --data-free names none.",
             hint="Build twice: first with --data-free; then give the checkpoint that it made (its directory unified/) "
             "as --model, with --calibrate-scales.",
-        )
-    if recipe.calibration.scales and recipe.quantization.memory == "low":
-        raise UsageError(
-            "--calibrate-scales holds the whole model in memory, dequantized, and --memory low excludes that.",
-            hint="Leave --memory low out. Or quantize the original model again with it.",
         )
 
 

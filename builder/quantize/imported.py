@@ -22,8 +22,9 @@ from builder.checkpoint.layouts import Checkpoint, read_json, write_json
 from builder.checkpoint.quantized_source import Formats
 from builder.checkpoint.shards import write_shards
 from builder.core.errors import IntegrityError, UnsupportedError
+from builder.core.partial_results import PartialResults
 from builder.core.safetensors_io import PATCH, REPAIRS, NewTensor, Tensors
-from builder.core.store import Store, sha256, sources_digest
+from builder.core.store import Store, key_of, sha256, sources_digest
 from builder.formats.kv_cache import KvCacheFormat
 from builder.hub.snapshot import Snapshot, Source
 from builder.model import files as model_files
@@ -69,6 +70,8 @@ def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store)
         "sources": sources_digest(*SOURCES),
     }
 
+    partial = PartialResults(store, "checkpoint", key_of("checkpoint", ingredients))
+
     def make(tmp: Path) -> dict[str, Any]:
         unified, companions = tmp / "unified", asked.original.directory if asked.original else snapshot.path
         unified.mkdir()
@@ -76,7 +79,8 @@ def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store)
         huggingface.complete(unified, companions)
         calibrated = {}
         if asked.rows and asked.scales:
-            calibrated = scales.calibrate_scales(unified, asked.rows, asked.scales, store=store)
+            partial.begin()
+            calibrated = scales.calibrate_scales(unified, asked.rows, asked.scales, store=store, partial=partial.path)
         lacking = None
         if "tensorrt_llm" in asked.layouts:
             lacking = _second_layout(unified, snapshot.config, tmp / "tensorrt_llm")
@@ -90,6 +94,7 @@ def import_checkpoint(snapshot: Snapshot, asked: ImportRequest, *, store: Store)
         return {**facts, "no_tensorrt_llm": lacking, "inspection": found.facts()}
 
     artifact = store.stage("checkpoint", ingredients, make)
+    partial.end()
     return Checkpoint(path=artifact.path, digest=artifact.digest, facts=artifact.facts)
 
 

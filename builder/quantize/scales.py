@@ -24,6 +24,12 @@ SOURCES = (
     "builder/quantize/scales.py",
     "builder/quantize/scales_worker.py",
     "builder/quantize/stored_model.py",
+    "builder/quantize/streamed_worker.py",
+    "builder/quantize/streamed_calibration.py",
+    "builder/quantize/streamed_ranges.py",
+    "builder/quantize/streamed_solve.py",
+    "builder/quantize/streamed_states.py",
+    "builder/quantize/algorithms",
     "builder/model/dense.py",
     "builder/model/rope.py",
     "builder/model/streamed.py",
@@ -38,12 +44,14 @@ SOURCES = (
 class ScalesRequest:
     """How to calibrate the scales of a quantized checkpoint.
 
-    kv_cache_dtype: the recipe's; with "auto" no scale of the KV cache is written, and those that exist stay.
+    kv_cache_dtype: the recipe's; with "auto" no scale of the KV cache is written, and those that exist stay. by_layer:
+    with one decoder layer in memory at a time, which finds the same scales.
     """
 
     calibration: schema.Calibration
     kv_cache_dtype: str = "fp8"
     trust_remote_code: bool = False
+    by_layer: bool = False
 
 
 def ingredients(calibration: Calibration, asked: ScalesRequest) -> dict[str, Any]:
@@ -60,19 +68,24 @@ def ingredients(calibration: Calibration, asked: ScalesRequest) -> dict[str, Any
         "gpus": modelopt.calibrating(),
         "environment": modelopt.numerics(),
         "trust_remote_code": asked.trust_remote_code,
+        **({"by_layer": True} if asked.by_layer else {}),
     }
 
 
-def calibrate_scales(unified: Path, calibration: Calibration, asked: ScalesRequest, *, store: Store) -> dict[str, Any]:
+def calibrate_scales(
+    unified: Path, calibration: Calibration, asked: ScalesRequest, *, store: Store, partial: Path | None = None
+) -> dict[str, Any]:
     """Calibrates the scales of a checkpoint in the unified layout and writes them into its files.
 
     Every layer whose format stores a scale of its inputs gets one, and every attention those of the KV cache. All other
-    tensors keep their bytes. Returns facts: counts of scales, coverage, tokens of each expert, log, peak memory.
+    tensors keep their bytes. partial: where results of finished layers are kept, a path without suffix; needed if
+    `by_layer`. Returns facts: counts of scales, coverage, tokens of each expert, log, peak memory.
     UsageError for too little text; UnsupportedError if transformers or ModelOpt can't take the model; IntegrityError if
     a layer saw nothing, or NaN or Inf.
     """
     rows, given = asked.calibration, ingredients(calibration, asked)
-    log = store.log("scales")
+    log, by_layer = store.log("scales"), str(partial.absolute()) if asked.by_layer and partial else ""
+    label, unit = ("opening the checkpoint", "B") if by_layer else ("starting ModelOpt", "batches")
     events, finished = process.run_job(
         workers.SCALES,
         {
@@ -81,10 +94,11 @@ def calibrate_scales(unified: Path, calibration: Calibration, asked: ScalesReque
             "rows": str(calibration.path.absolute()),
             "seq_len": rows.seq_len,
             "batch_size": rows.batch_size,
+            "partial": by_layer,
             **{key: given[key] for key in ("min_tokens", "kv_cache_dtype", "gpus", "trust_remote_code")},
         },
         log=log,
-        bar=process.Bar(store.out, "starting ModelOpt", "batches"),
+        bar=process.Bar(store.out, label, unit),
         env=modelopt.ENVIRONMENT,
     )
     facts: dict[str, Any] = events["summary"]

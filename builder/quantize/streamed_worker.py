@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
@@ -23,7 +23,8 @@ from builder.core.hashes import Hashes
 from builder.core.process import emit, worker_main
 from builder.formats import algorithms
 from builder.formats.algorithms import Algorithm
-from builder.formats.assignment import ModelFormats, of_job
+from builder.formats.assignment import of_job
+from builder.formats.kv_cache import KvCacheFormat
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import unified_plan, worker, writer
 from builder.quantize.device import check_device
@@ -31,6 +32,9 @@ from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
 from builder.quantize.unified_plan import UnifiedPlan
 from builder.quantize.writer import Work
+
+if TYPE_CHECKING:
+    from builder.model.streamed import StreamedModel
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         _check_enough(batches, planned)
     ranges, found = calibrate(job, batches, source, planned) if needed else (Ranges(), {})
     work = _work(algorithm, found.pop("solved", {}))
-    _check_cache(source.config, formats, ranges)
+    check_cache(source.config, formats.cache, ranges)
     clock.lap("calibrate")
     emit(progress={"label": "writing the checkpoint", "done": 0, "total": None})
     counts = writer.write(source, formats, ranges, destination / "unified", work)
@@ -149,8 +153,7 @@ def calibrate(
     emit(progress={"label": "opening the model", "done": 0, "total": None})
     device = torch.device("cuda", 0) if torch.cuda.is_available() else None
     model = streamed.open_decoder(job, device, max(batch.shape[1] for batch in batches))
-    if hasattr(model.config, "_experts_implementation"):
-        model.config._experts_implementation = "eager"  # other ways to compute joined experts hide their inputs
+    see_experts(model)
     tensors = [*(f"{module}.weight" for module in planned.layers), *(part.name for part in planned.copies)]
     solver, partial = None, Path(job["partial"])
     if algorithms.of_job(job).reads_rows:
@@ -158,10 +161,16 @@ def calibrate(
     return streamed_calibration.calibrate(model, batches, tensors, partial, solver=solver)
 
 
-def _check_cache(config: Mapping[str, Any], formats: ModelFormats, ranges: Ranges) -> None:
+def see_experts(model: StreamedModel) -> None:
+    """Computes joined experts one by one: other ways hide their inputs."""
+    if hasattr(model.config, "_experts_implementation"):
+        model.config._experts_implementation = "eager"
+
+
+def check_cache(config: Mapping[str, Any], cache: KvCacheFormat, ranges: Ranges) -> None:
     """UnsupportedError if keys and values of some layers were not seen."""
     layers = attention_layers(catalog.with_common_keys(config))
-    if formats.cache.quantized and len(ranges.cache) < layers:
+    if cache.quantized and len(ranges.cache) < layers:
         raise UnsupportedError(
             f"The ranges of the KV cache of {(config.get('architectures') or ['this model'])[0]} can't be calibrated.",
             why=f"{len(ranges.cache)} of {layers} layers call transformers' attention functions.",

@@ -522,3 +522,9 @@ def test_missing_scales_are_calibrated_and_weights_stay(checkpoints: dict[str, P
     assert all(there.read(n) == here.read(n) for n in there if n.endswith(("weight", "weight_scale")))
     written = read_json(built.checkpoint.unified / "hf_quant_config.json")
     assert written["quantization"]["kv_cache_quant_algo"] == "FP8"
+    low = resolved(model, **{**flags, "quantization.memory": "low"})
+    again = pipeline.build(low, Store(tmp_path / "low", Output("quiet")), until="checkpoint").checkpoint
+    assert again is not None
+    found = Tensors(again.unified)
+    assert {name: found.read(name) for name in found} == {name: here.read(name) for name in here}
+    assert not list((tmp_path / "low" / "partial").iterdir())

@@ -158,12 +158,22 @@ def test_what_holds_the_whole_model_is_refused_with_memory_low(tmp_path: Any) ->
     with pytest.raises(UsageError, match="--memory low never holds the whole model, and auto") as caught:
         prepare(schema.resolve({**low, **AUTO}), store)
     assert "--keep-fp8 '*.down_proj'" in caught.value.hint
-    with pytest.raises(UsageError, match="--calibrate-scales holds the whole model"):
-        prepare(schema.resolve({**low, "calibration.scales": True}), store)
     texts = {"sensitivity.data": AUTO["sensitivity.data"]}
     with pytest.raises(UsageError, match="The loss of each layer is measured with the whole model"):
         measure_layers(schema.resolve({**low, **texts}), store)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("asked", "has", "taken"), [("auto", 64, "whole"), ("auto", 9, "low"), ("low", 64, "low")])
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_awq"])
+def test_scales_alone_are_calibrated_in_either_way(asked: str, has: int, taken: str, name: str) -> None:
+    """Also of formats whose weights only ModelOpt writes: they stay."""
+    given = recipe(**{"quantization.memory": asked, "quantization.format": name})
+    choice = ways.choose(given, QWEN3_8B, replace(HOST, memory=has * GB, largest=has * GB), scales=True)
+    assert choice.taken.name == taken
+    assert choice.refusal is None
+    assert [way.name for way in choice.ways] == ["whole", "low"]
+    assert choice.as_good == {("auto", 64): ("low",), ("auto", 9): ("whole",), ("low", 64): ()}[asked, has]
 
 
 def test_layers_of_weights_alone_are_measured_without_calibration() -> None:

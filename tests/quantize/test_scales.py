@@ -24,8 +24,9 @@ from builder.core.store import Store
 from builder.formats import kv_cache
 from builder.formats.registry import BF16, FP8, NVFP4, all_formats
 from builder.hub.snapshot import fetch
+from builder.model import streamed
 from builder.preflight.prepare import prepare
-from builder.quantize import scales, scales_worker, stored_scales, worker
+from builder.quantize import scales, scales_worker, stored_scales, streamed_states, worker
 from builder.quantize.data_free import write_data_free
 from builder.quantize.modelopt import QuantizeRequest
 from builder.recipe import schema
@@ -87,6 +88,14 @@ def others(unified: Path) -> dict[str, bytes]:
     return {name: stored.read(name) for name in stored if not name.endswith(ENDS)}
 
 
+def scales_of(unified: Path, directory: Path, rows: Path, **job: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """The scales that a copy of a checkpoint gets, and the worker's facts."""
+    copy = Path(shutil.copytree(unified, directory))
+    facts = scales_worker.run({**JOB, "model": str(copy), "rows": str(rows), **job})
+    assert others(copy) == others(unified), "weights and their scales"
+    return values(copy), facts
+
+
 FP8_LAYERS = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj")
 
 
@@ -117,6 +126,48 @@ def test_scales_that_are_missing_are_near_those_of_modelopt(
         assert len(set(first)) == 1
         # The input of the first layer does not depend on any rounded weight.
         assert first[0] == pytest.approx(theirs["model.layers.0.self_attn.q_proj.input_scale"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "fp8", "whole"),
+    [(TINY, FP8_LAYERS, "nvfp4"), (MOE, (), "nvfp4"), (TINY, (), "int8_sq")],
+)
+def test_one_layer_at_a_time_gives_the_same_scales(
+    model: Path, fp8: tuple[str, ...], whole: str, checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    bare = without_scales(checkpoint(model, fp8, whole), tmp_path / "bare")
+    expected, of_whole = scales_of(bare, tmp_path / "whole", rows)
+    found, facts = scales_of(bare, tmp_path / "low", rows, partial=str(tmp_path / "partial" / "checkpoint-0"))
+    assert found == expected
+    assert any(name.endswith(".k_scale") for name in found)
+    assert facts == of_whole
+    auto = {"partial": str(tmp_path / "auto" / "checkpoint-0"), "kv_cache_dtype": "auto"}
+    assert not any(
+        name.endswith((".k_scale", ".v_scale")) for name in scales_of(bare, tmp_path / "kv", rows, **auto)[0]
+    )
+
+
+def test_a_killed_run_continues_at_its_layer(
+    checkpoint: Callable[..., Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = scales_of(checkpoint(TINY), tmp_path / "whole", rows)
+    partial, advance = str(tmp_path / "partial" / "checkpoint-0"), streamed.StreamedModel.advance
+    ran: list[int] = []
+
+    def killed(self: Any, index: int, *rest: Any) -> Any:
+        ran.append(index)
+        if index == 3 and ran.count(3) == 1:
+            raise KeyboardInterrupt
+        return advance(self, index, *rest)
+
+    monkeypatch.setattr(streamed_states, "SAVE_SHARE", 0)  # after each layer, however short
+    monkeypatch.setattr(streamed.StreamedModel, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        scales_of(checkpoint(TINY), tmp_path / "killed", rows, partial=partial)
+    ran.clear()
+    ran.append(3)
+    assert scales_of(checkpoint(TINY), tmp_path / "again", rows, partial=partial)[0] == expected
+    assert min(ran) == 3
 
 
 def test_a_data_free_checkpoint_gets_measured_scales_and_keeps_its_weights(
