@@ -81,6 +81,7 @@ TRTLLM_TESTS := \
   tests/quantize/test_keep_fp8.py \
   tests/quantize/test_modelopt.py \
   tests/quantize/test_pseudo.py \
+  tests/quantize/test_int8_gptq.py \
   tests/quantize/test_rounding_algorithms.py \
   tests/quantize/test_scales.py \
   tests/quantize/test_streamed.py \

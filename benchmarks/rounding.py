@@ -20,6 +20,7 @@ import torch
 
 from builder.formats.arithmetic import nvfp4
 from builder.quantize.algorithms import gptq, hessian
+from builder.quantize.algorithms.grids import Nvfp4Blocks
 from builder.quantize.algorithms.moments import Moments
 
 Result = TypeVar("Result")
@@ -54,7 +55,7 @@ def of_gptq(inputs: int, asked: argparse.Namespace) -> tuple[float, float, float
     values, weight, scale = tensors(inputs, asked.tokens)
     moments, found = seconds(lambda: seen(values, blocks=False), asked.rounds)
     factors, factored = seconds(lambda: gptq.factor(found.clone(), OPTIONS), asked.rounds)
-    rounds, _ = seconds(lambda: gptq.round_rows(weight, factored, scale, OPTIONS), asked.rounds)
+    rounds, _ = seconds(lambda: gptq.round_rows(weight, factored, Nvfp4Blocks(scale), OPTIONS), asked.rounds)
     return moments * 1e9 / (values.numel() * inputs), factors * 1e9 / inputs**3, rounds * 1e9 / weight.numel()
 
 

@@ -1,7 +1,7 @@
-"""How the codes and block scales of a weight are chosen, within one number format. Pure facts; quantize/ computes.
+"""How the codes and scales of a weight are chosen, within one number format. Pure facts; quantize/ computes.
 
-Whatever the algorithm, the tensors, their dtypes and the global scale stay those of the format, so every server loads
-the checkpoint.
+Whatever the algorithm, the tensors, their dtypes and NVFP4's global scale stay those of the format, so every server
+loads the checkpoint.
 """
 
 from __future__ import annotations
@@ -28,17 +28,24 @@ class Algorithm:
 
     needs: what it reads beside the ranges of activations: nothing but the weights, the second moments of a layer's
         inputs within each block of 16, or those of all its inputs.
+    integers: whether it rounds INT8 with a scale for each output too, and not only NVFP4, which has block scales.
     """
 
     name: str
     title: str
     needs: Needs
     source: str
+    integers: bool = False
 
     @property
     def reads_rows(self) -> bool:
         """Whether it needs calibration rows."""
         return self.needs != "weights"
+
+    def treats(self, one: NumberFormat) -> bool:
+        """Whether it has something to choose in a format. Layers in others are left to `max`."""
+        blocks = any(tensor.name == "block_scale" for tensor in one.tensors)
+        return self is not MAX and one.packs and (blocks or (self.integers and one.weight.content == "integers"))
 
     def moments(self, inputs: int) -> int:
         """Bytes of the second moments of one input with so many columns, in float32."""
@@ -46,7 +53,7 @@ class Algorithm:
         return 4 * inputs * columns[self.needs]
 
     def least_tokens(self, inputs: int) -> int:
-        """The tokens that a layer with so many inputs must see. One that saw fewer is left to `mse`."""
+        """The tokens that a layer with so many inputs must see. One that saw fewer is left to `fallback`."""
         enough = math.ceil(max(FEWEST_TOKENS, TOKENS_OF_INPUTS * inputs))
         return {"weights": 0, "block_hessians": BLOCK, "hessians": enough}[self.needs]
 
@@ -74,6 +81,7 @@ GPTQ = Algorithm(
     title="codes chosen column by column, each rounding error corrected in the columns that follow",
     needs="hessians",
     source="Frantar et al., GPTQ, 2022 (arXiv 2210.17323)",
+    integers=True,
 )
 ALGORITHMS: Mapping[str, Algorithm] = {one.name: one for one in (MAX, MSE, HESSIAN, GPTQ)}
 
@@ -83,7 +91,16 @@ def of_job(job: Mapping[str, Any]) -> Algorithm:
     return ALGORITHMS[job.get("algorithm", MAX.name)]
 
 
-def treats(one: NumberFormat) -> bool:
-    """Whether the algorithms beside `max` have something to choose: NVFP4's block scales. Layers in other formats are
-    left to `max`."""
-    return one.packs and any(tensor.name == "block_scale" for tensor in one.tensors)
+def treated(one: NumberFormat) -> tuple[Algorithm, ...]:
+    """The algorithms beside `max` that a format takes."""
+    return tuple(algorithm for algorithm in ALGORITHMS.values() if algorithm.treats(one))
+
+
+def fallback(one: NumberFormat) -> Algorithm:
+    """What rounds a layer that an algorithm can't: without rows, and as well as the format allows."""
+    return MSE if MSE.treats(one) else MAX
+
+
+def with_few_tokens(one: NumberFormat) -> Algorithm:
+    """What to use instead of GPTQ for a format, with rows that are too few for it."""
+    return HESSIAN if HESSIAN.treats(one) else MAX

@@ -262,7 +262,7 @@ class NumberFormat:
     def pack_searched(
         self, rows: np.ndarray[Any, Any], dtype: str, amax: float, *, rounded_to: str, threads: int | None = None
     ) -> dict[str, np.ndarray[Any, Any]]:
-        """The same with block scales searched for the least squared error; for formats that `algorithms.treats`."""
+        """The same with block scales searched for the least squared error; for formats that `algorithms.MSE` treats."""
         raise NotImplementedError
 
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:

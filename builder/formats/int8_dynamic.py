@@ -51,6 +51,16 @@ class Int8(NumberFormat):
         scales = integers.scales_of(rows, dtype, rounded_to=rounded_to, threads=threads)
         return {"weight": integers.pack(rows, dtype, scales, rounded_to, threads), "weight_scale": scales}
 
+    def scales_of(self, amax: Tensor, kind: dtype) -> Tensor:
+        """The float32 scales of outputs with these largest magnitudes, in a model of the type `kind`."""
+        from builder.formats.arithmetic import int8
+
+        return int8.scales_of(amax)
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """INT8 codes [outputs, inputs] with the bytes that are stored."""
+        return codes
+
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """The INT8 weight [outputs, inputs] times the scales of its outputs."""
         from builder.formats.arithmetic import int8

@@ -42,6 +42,18 @@ class W8a16Int8(Int8):
         codes = integers.pack(rows, dtype, scales, rounded_to, threads, unsigned=True)
         return {"weight": codes, "weight_scale": scales}
 
+    def scales_of(self, amax: Tensor, kind: dtype) -> Tensor:
+        """The scales, which the model's type can hold."""
+        from builder.formats.arithmetic import int8
+
+        return int8.scales_of(amax, kind)
+
+    def stored_codes(self, codes: Tensor) -> Tensor:
+        """Packs four codes into each number."""
+        from builder.formats.arithmetic import int8
+
+        return int8.pack(codes)
+
     def dequantize(self, stored: Mapping[str, Tensor], kind: dtype) -> Tensor:
         """Unpacks the weight [outputs, inputs]."""
         from builder.formats.arithmetic import int8
@@ -56,7 +68,7 @@ class W8a16Int8(Int8):
         """Rounds each output under a scale of its own, which the type of `weight` can hold."""
         from builder.formats.arithmetic import int8
 
-        scale = int8.scales_of(weight.abs().amax(-1, keepdim=True), weight.dtype)
+        scale = self.scales_of(weight.abs().amax(-1, keepdim=True), weight.dtype)
         return int8.round_trip(weight.float(), scale)
 
 

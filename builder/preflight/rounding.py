@@ -54,7 +54,7 @@ def check(recipe: Recipe, model: ModelFacts, *, measured: str, exported: str) ->
         raise UnsupportedError(
             f"--algorithm {algorithm.name} can't be used here: it rounds one decoder layer at a time.",
             why=measured or f"Its last {shared} layers use keys of earlier ones.",
-            hint=f"Use --algorithm {algorithms.MSE.name}.{name_layers}",
+            hint=f"Use --algorithm {algorithms.fallback(recipe.quantization.number_format).name}.{name_layers}",
         )
     rows = recipe.calibration
     most, widest = rows.samples * rows.seq_len, _widest(recipe, model)
@@ -63,7 +63,8 @@ def check(recipe: Recipe, model: ModelFacts, *, measured: str, exported: str) ->
         raise UsageError(
             f"{most:,} calibration tokens are too few for --algorithm gptq.",
             why=f"The widest layer has {widest:,} inputs and needs {least:,} tokens. With fewer, GPTQ gains nothing.",
-            hint="Name more or longer rows: --calib-samples 512 --calib-seq-len 2048. Or use --algorithm hessian",
+            hint="Name more or longer rows: --calib-samples 512 --calib-seq-len 2048. Or use "
+            f"--algorithm {algorithms.with_few_tokens(recipe.quantization.number_format).name}",
         )
 
 
@@ -110,5 +111,5 @@ def rounded(recipe: Recipe, model: ModelFacts) -> Iterator[tuple[str, int, int]]
     """(module, inputs, outputs) of the linear layers that the algorithm rounds."""
     for name, (_, shape) in model.written.items():
         inside = names.layer_of(model.architecture, name) is not None and model.quantizes(name, shape)
-        if inside and algorithms.treats(model.format_of(name)):
+        if inside and algorithm_of(recipe).treats(model.format_of(name)):
             yield name.removesuffix(".weight"), shape[1], shape[0]

@@ -181,7 +181,7 @@ def _rounding(recipe: Recipe, model: ModelFacts, tokens: int, cores: int) -> Rou
 
 def _searched(recipe: Recipe, model: ModelFacts) -> int:
     """The weights whose block scales are searched."""
-    if recipe.quantization.algorithm != algorithms.MSE.name or not algorithms.treats(model.number_format):
+    if recipe.quantization.algorithm != algorithms.MSE.name or not algorithms.MSE.treats(model.number_format):
         return 0
     named = ((name.removesuffix(".weight"), shape) for name, (_, shape) in model.written.items())
     linears = {*exclude.linears(model.written, model.architecture)} - {*model.single}

@@ -2,7 +2,8 @@
 
 Hessians are those of the unquantized model, in one pass. Each group of linear layers with the same input shares one.
 What is made is in files of `partial/`, under the names that quantize/writer.py copies, and their checksums in the
-layer's result, so that a killed run continues. Layers that an algorithm can't round are left to `mse`. Imports torch.
+layer's result, so that a killed run continues. Layers that an algorithm can't round are left to `algorithms.fallback`:
+`mse` for NVFP4, `max` for INT8. Imports torch.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats import algorithms
 from builder.formats.arithmetic import nvfp4
 from builder.formats.arithmetic.dtypes import DTYPES
+from builder.formats.base import NumberFormat
+from builder.formats.int8_dynamic import Int8
 from builder.machine.host_memory import host_memory
 from builder.model.streamed import StreamedModel
 from builder.quantize import calibrated, streamed_ranges
 from builder.quantize.algorithms import gptq, hessian
+from builder.quantize.algorithms.grids import Grid, Int8Rows, Nvfp4Blocks
 from builder.quantize.algorithms.hessian import Rounded
 from builder.quantize.algorithms.moments import Moments
 from builder.quantize.source_weights import SourceModel, WeightReader, rounded
@@ -63,10 +67,18 @@ class LayerSolver:
         self._reader = WeightReader(source.tensors)
         self._place_of = _places(model)
         self._groups: dict[int | None, list[Group]] = {}
-        for group in planned.groups:
-            if algorithms.treats(group[0].number_format):
-                layer = names.layer_of(planned.architecture, f"{group[0].module}.weight")
-                self._groups.setdefault(layer, []).append(group)
+        for group in self._same_inputs():
+            layer = names.layer_of(planned.architecture, f"{group[0].module}.weight")
+            self._groups.setdefault(layer, []).append(group)
+
+    def _same_inputs(self) -> Iterable[Group]:
+        """The layers to round, those with the same input together: of NVFP4 they also share their global scale."""
+        found: dict[tuple[str, NumberFormat], list[Layer]] = {}
+        for layer in (one for group in self._planned.groups for one in group):
+            if self._algorithm.treats(layer.number_format):
+                name = names.same_input(self._planned.architecture, layer.module)
+                found.setdefault((name, layer.number_format), []).append(layer)
+        return found.values()
 
     def passes(self, index: int) -> list[tuple[Sequence[Group], Moments]]:
         """The groups of a decoder layer, in parts whose moments fit into memory together, at least one part."""
@@ -86,7 +98,7 @@ class LayerSolver:
         return Moments(wanted, blocks=self._blocks)
 
     def solve(self, index: int, number: int, groups: Sequence[Group], seen: Moments) -> Solved:
-        """Rounds the groups of a part of a decoder layer, and stores codes and block scales in a file of their own."""
+        """Rounds the groups of a part of a decoder layer, and stores codes and scales in a file of their own."""
         made: dict[str, Rounded] = {}
         found: Solved = {"files": {}, "rounded": [], "left": {}, "damping": {}}
         for group in groups:
@@ -95,7 +107,7 @@ class LayerSolver:
                 found["left"] |= {layer.module: why for layer in group}
         if made:
             path = self._partial.with_name(f"{self._partial.name}-{index:04}-{number:04}.safetensors")
-            found["files"] = {path.name: _write(path, made)}
+            found["files"] = {path.name: _write(path, made, self._planned.layers)}
             found["rounded"] = list(made)
         return found
 
@@ -103,13 +115,16 @@ class LayerSolver:
         """Adds what is made of a group's layers to `made`. Returns why nothing is; "" if something is."""
         place, columns = self._place_of(group[0].module), group[0].part.shape[-1]
         tokens = seen.tokens[place]
+        if columns % nvfp4.BLOCK:  # only of INT8
+            seen.take(place)
+            return f"inputs that are not a multiple of {nvfp4.BLOCK}"
         if tokens < self._algorithm.least_tokens(columns):
             seen.take(place)
             return "few tokens" if tokens else "no token"
         global_scale = self._global_scale(group)
         if global_scale is None:
             return "no scale"
-        rounds = self._rounding(seen, place, global_scale)
+        rounds = self._rounding(seen, place, group[0].number_format, global_scale)
         if rounds is None:
             return "singular Hessian"
         function, added = rounds
@@ -121,7 +136,7 @@ class LayerSolver:
         return ""
 
     def _rounding(
-        self, seen: Moments, place: str, global_scale: Tensor
+        self, seen: Moments, place: str, one: NumberFormat, global_scale: Tensor
     ) -> tuple[Callable[[Tensor], Rounded], float] | None:
         """A function that rounds rows of a weight, and the damping that it took. None if the Hessian is singular."""
         if self._options is None:
@@ -130,7 +145,10 @@ class LayerSolver:
         options, factored = self._options, gptq.factor(_taken(seen, place), self._options)
         if factored is None:
             return None
-        return lambda rows: gptq.round_rows(rows, factored, global_scale, options), factored.damping
+        grid: Grid = Nvfp4Blocks(global_scale)
+        if isinstance(one, Int8):
+            grid = Int8Rows(one, DTYPES[self._planned.dtype])
+        return lambda rows: gptq.round_rows(rows, factored, grid, options), factored.damping
 
     def _global_scale(self, group: Group) -> Tensor | None:
         """The scale that the writer gives the group; None if there is none, which the writer reports."""
@@ -156,19 +174,22 @@ class LayerSolver:
             return False
 
     def solved(self, results: Iterable[Mapping[str, Any]]) -> dict[str, Path]:
-        """{module: the file that holds its codes and block scales}, for writer.Work."""
+        """{module: the file that holds its codes and scales}, for writer.Work."""
         files = [self._partial.with_name(name) for one in results for name in one.get("solved", _nothing())["files"]]
         return {name.rpartition(".")[0]: path for path in files for name in Tensors(path.parent, [path])}
 
     def facts(self, results: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """For the manifest: how many layers were rounded so, which were left to `mse` and why, and where damping was
-        raised."""
+        """For the manifest: how many layers were rounded so, which were left to `mse` or `max` and why, and where
+        damping was raised."""
         whole = joined([one["solved"] for one in results if "solved" in one])
         outside = [layer.module for group in self._groups.get(None, ()) for layer in group]
-        left = whole["left"] | dict.fromkeys(outside, "outside of the decoder layers")
+        left: dict[str, dict[str, str]] = {}
+        for module, why in (whole["left"] | dict.fromkeys(outside, "outside of the decoder layers")).items():
+            name = algorithms.fallback(self._planned.layers[module]).name
+            left.setdefault(f"left_to_{name}", {})[module] = why
         return {
             "rounded_linears": len(whole["rounded"]),
-            **({"left_to_mse": left} if left else {}),
+            **left,
             **({"raised_damping": whole["damping"]} if whole["damping"] else {}),
         }
 
@@ -215,13 +236,14 @@ def _available(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory().available
 
 
-def _write(path: Path, made: Mapping[str, Rounded]) -> int:
-    """Writes codes and block scales, whole or not at all. Returns the file's checksum."""
+def _write(path: Path, made: Mapping[str, Rounded], formats: Mapping[str, NumberFormat]) -> int:
+    """Writes codes and scales, as the layers' formats store them, whole or not at all. Returns the file's checksum."""
     tensors = []
-    for module, (codes, scales) in made.items():
-        for leaf, kind, tensor in (("weight", "U8", codes), ("block_scale", "F8_E4M3", scales.view(torch.uint8))):
-            data = tensor.contiguous().numpy().data.cast("B")
-            tensors.append(NewTensor(f"{module}.{leaf}", kind, tuple(tensor.shape), [data]))
+    for module, pair in made.items():
+        stored = [tensor for tensor in formats[module].tensors if tensor.per_output]
+        for one, tensor in zip(stored, pair, strict=True):
+            data = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
+            tensors.append(NewTensor(f"{module}.{one.name}", one.dtypes[0], tuple(tensor.shape), [data]))
     written = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write(written, tensors, {})
     crc = _checksum(written)

@@ -51,7 +51,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     algorithm = algorithms.of_job(job)
     needed = formats.calibrated or algorithm.reads_rows
     if algorithm is algorithms.GPTQ:
-        _check_enough(batches, planned)
+        _check_enough(batches, planned, formats)
     ranges, found = calibrate(job, batches, source, planned) if needed else (Ranges(), {})
     work = _work(algorithm, found.pop("solved", {}))
     check_cache(source.config, formats.cache, ranges)
@@ -111,11 +111,11 @@ def _batches(job: Mapping[str, Any], source: SourceModel) -> list[Any]:
 
 
 def _work(algorithm: Algorithm, solved: Mapping[str, Path]) -> Work:
-    """How to write: what an algorithm did not round on the way is left to `mse`."""
+    """How to write: what an algorithm did not round on the way is left to `mse`, in formats that it treats."""
     return Work(algorithm=algorithms.MSE.name if algorithm.reads_rows else algorithm.name, solved=solved)
 
 
-def _check_enough(batches: Sequence[Any], planned: UnifiedPlan) -> None:
+def _check_enough(batches: Sequence[Any], planned: UnifiedPlan, formats: ModelFormats) -> None:
     """UnsupportedError if there are too few tokens for GPTQ in the widest layer that sees all of them."""
     tokens, widest = sum(batch.numel() for batch in batches), max(gptq_widths(planned), default=0)
     if not widest or tokens >= (least := algorithms.GPTQ.least_tokens(widest)):
@@ -123,7 +123,8 @@ def _check_enough(batches: Sequence[Any], planned: UnifiedPlan) -> None:
     raise UnsupportedError(
         f"{tokens:,} calibration tokens are too few for algorithm gptq.",
         why=f"The widest layer has {widest:,} inputs and needs {least:,} tokens. With fewer, GPTQ gains nothing.",
-        hint="Calibrate on more text (--calib-samples 512 --calib-seq-len 2048), or use --algorithm hessian",
+        hint="Calibrate on more text (--calib-samples 512 --calib-seq-len 2048), or use "
+        f"--algorithm {algorithms.with_few_tokens(formats.whole).name}",
     )
 
 
@@ -133,7 +134,7 @@ def gptq_widths(planned: UnifiedPlan) -> set[int]:
     return {
         layer.part.shape[-1]
         for layer in every
-        if algorithms.treats(layer.number_format) and names.experts_of(layer.module) is None
+        if algorithms.GPTQ.treats(layer.number_format) and names.experts_of(layer.module) is None
     }
 
 

@@ -54,8 +54,8 @@ class Work:
     """How to do it. threads: by default the cores of this process. done: called with the bytes of the source that were
     finished, from any thread. ready: the source's files in the order in which they become complete; None if all are.
     algorithm: the name of what chooses block scales (formats/algorithms.py): max or mse. solved: modules whose codes
-    and block scales are computed already, and for each the safetensors file that holds `<module>.weight` (U8) and
-    `<module>.block_scale` (F8_E4M3), made under the global scale of the largest magnitude of the module's group.
+    and scales are computed already, and for each the safetensors file that holds them by the names of the format's
+    tensors; NVFP4's are made under the global scale of the largest magnitude of the module's group.
     """
 
     threads: int | None = None
@@ -171,7 +171,7 @@ class _Writer:
     def _write(self, layer: Layer, amax: float) -> None:
         one, part = layer.number_format, layer.part
         dtype, tensors = self._source.tensors[part.source].dtype, {tensor.name: tensor for tensor in one.tensors}
-        searched = self._asked.algorithm == algorithms.MSE.name and algorithms.treats(one)
+        searched = self._asked.algorithm == algorithms.MSE.name and algorithms.MSE.treats(one)
         pack, solved = one.pack_searched if searched else one.pack, layer.module in self._asked.solved
         for begin, end in [(0, 1)] if solved else self._blocks(part):
             if self.stop:

@@ -1,4 +1,4 @@
-"""The part of a recipe about the algorithm that chooses codes and block scales."""
+"""The part of a recipe about the algorithm that chooses codes and scales."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Gptq(Part):
     """Values of the GPTQ algorithm."""
 
     scales: Annotated[
-        Literal["max", "mse", "hessian"], Field(description="how GPTQ's block scales are chosen, as by algorithm")
+        Literal["max", "mse", "hessian"], Field(description="how GPTQ's scales are chosen, as by algorithm")
     ] = "hessian"
     damping: Annotated[
         float, Field(gt=0, le=1, description="added to the diagonal of the Hessian, as a share of its mean")
@@ -38,11 +38,16 @@ class Gptq(Part):
 
 def refusal(name: str, format_name: str, quantized: tuple[NumberFormat, ...]) -> str:
     """Why this algorithm can't choose the weights of these formats; "" if it can."""
-    if name == algorithms.MAX.name or any(map(algorithms.treats, quantized)):
+    algorithm = algorithms.ALGORITHMS[name]
+    if algorithm is algorithms.MAX or any(map(algorithm.treats, quantized)):
         return ""
     if any(one.scales_inputs for one in quantized):
         return (
             f"format {format_name} has an algorithm of its own, which searches scales of the inputs, so {name} can't "
             "be combined with it; leave algorithm out, or use format nvfp4"
         )
-    return f"algorithm {name} chooses the block scales of NVFP4, and format {format_name} has none; leave algorithm out"
+    if algorithm.integers:
+        return f"algorithm {name} rounds NVFP4 and INT8, and format {format_name} has neither; leave algorithm out"
+    treated = dict.fromkeys(other.name for one in quantized for other in algorithms.treated(one))
+    instead = f"use algorithm {' or '.join(treated)}, or leave it out" if treated else "leave algorithm out"
+    return f"algorithm {name} chooses the block scales of NVFP4, and format {format_name} has none; {instead}"

@@ -23,7 +23,7 @@ RECIPE_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
         "--algorithm",
         "quantization.algorithm",
         str,
-        "how NVFP4 weights are rounded: max (default), mse, hessian or gptq",
+        "how weights are rounded: max (default), gptq; NVFP4 also mse, hessian",
     ),
     (
         "--memory",

@@ -92,8 +92,8 @@ class Quantization(Part):
     algorithm: Annotated[
         AlgorithmName,
         Field(
-            description="how NVFP4 weights are rounded: max (as NVIDIA publishes them), mse (block scales searched), "
-            "hessian or gptq (with the inputs of the calibration rows)"
+            description="how weights are rounded: max (as NVIDIA publishes them); for NVFP4 also mse (block scales "
+            "searched) and hessian (with the calibration rows' inputs); for NVFP4 and INT8 gptq (with them too)"
         ),
     ] = "max"
     gptq: Gptq = Gptq()

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from builder.core.errors import UsageError
+from builder.formats import algorithms
 from builder.formats import registry as formats
-from builder.formats.algorithms import ALGORITHMS
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
 from builder.machine import gpus
@@ -184,11 +184,12 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _algorithm_has_rows(self) -> Recipe:
-        name = self.quantization.algorithm
-        if self.calibration.data_free and ALGORITHMS[name].reads_rows:
+        part = self.quantization
+        if self.calibration.data_free and algorithms.ALGORITHMS[part.algorithm].reads_rows:
             raise ValueError(
-                f"algorithm {name} reads the inputs of layers from calibration rows, and there are none (data-free); "
-                "use algorithm mse, or name rows: --calib-data FILE.jsonl --calib-samples 512"
+                f"algorithm {part.algorithm} reads the inputs of layers from calibration rows, and there are none "
+                f"(data-free); use algorithm {algorithms.fallback(part.number_format).name}, or name rows: "
+                "--calib-data FILE.jsonl --calib-samples 512"
             )
         return self
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from builder.formats.arithmetic import nvfp4
 from builder.quantize.algorithms import block_scales, gptq, hessian
+from builder.quantize.algorithms.grids import Nvfp4Blocks
 from builder.quantize.algorithms.moments import Moments
 from tests.support import peak_memory
 
@@ -39,7 +40,7 @@ def blocks_of(matrix: Tensor) -> Tensor:
 def gptq_of(weight: Tensor, matrix: Tensor, scale: Tensor, **values: Any) -> tuple[Tensor, Tensor]:
     factored = gptq.factor(matrix.clone(), options(**values))
     assert factored is not None
-    return gptq.round_rows(weight, factored, scale, options(**values))
+    return gptq.round_rows(weight, factored, Nvfp4Blocks(scale), options(**values))
 
 
 def loss(weight: Tensor, matrix: Tensor, scale: Tensor, made: tuple[Tensor, Tensor]) -> float:
@@ -183,7 +184,7 @@ def test_damping_is_raised_until_a_singular_hessian_can_be_factored() -> None:
     factored = gptq.factor(matrix.clone(), options(damping=1e-9))
     assert factored is not None
     assert factored.damping > 1e-9
-    made = gptq.round_rows(weight, factored, scale, options())
+    made = gptq.round_rows(weight, factored, Nvfp4Blocks(scale), options())
     assert bool(torch.isfinite(nvfp4.dequantize(*made, scale, torch.float32)).all())
 
 

@@ -20,7 +20,7 @@ from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
 from builder.core.store import Store, key_of
 from builder.formats import kv_cache, registry
-from builder.formats.arithmetic import nvfp4
+from builder.formats.arithmetic import int8, nvfp4
 from builder.formats.assignment import ModelFormats
 from builder.hub.snapshot import Snapshot, fetch
 from builder.model import streamed
@@ -34,6 +34,7 @@ from builder.quantize import (
     unified_plan,
 )
 from builder.quantize.algorithms import gptq, hessian
+from builder.quantize.algorithms.grids import Nvfp4Blocks
 from builder.quantize.algorithms.moments import Moments
 from builder.quantize.modelopt import QuantizeRequest
 from builder.quantize.source_weights import SourceModel
@@ -48,6 +49,8 @@ from tests.support import exports, families
 TINY = exports.MODELS["qwen3"]
 GPTQ = {"scales": "hessian", "damping": 0.05, "order": "activation", "block_size": 128}
 FORMATS = ModelFormats(registry.get("nvfp4"), {}, kv_cache.FP8)
+INT8 = ModelFormats(registry.get("int8_static"), {}, kv_cache.AUTO)
+PACKED_INT8 = ModelFormats(registry.get("w8a16_int8"), {}, kv_cache.AUTO)
 
 
 def rows(vocabulary: int, batches: int = 4) -> list[torch.Tensor]:
@@ -69,16 +72,18 @@ def rounded(
     *,
     batches: int = 4,
     ids: Sequence[torch.Tensor] = (),
+    formats: ModelFormats = FORMATS,
     **options: Any,
 ) -> tuple[dict[str, bytes], Mapping[str, Any]]:
     """{tensor: bytes} of what an algorithm rounds on the way through a model, and the facts."""
     source, model = SourceModel.open(directory), opened(directory)
-    planned = unified_plan.plan(source.config, source.headers, source.dtype, FORMATS)
+    planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
     solver = LayerSolver(source, planned, {"algorithm": algorithm, "gptq": GPTQ}, model, partial)
     tensors = [f"{module}.weight" for module in planned.layers]
     ids = ids or rows(model.config.vocab_size, batches)
     _, facts = streamed_calibration.calibrate(model, ids, tensors, partial, solver=solver, **options)
-    assert facts["solved"].keys() | facts.get("left_to_mse", {}).keys() == planned.layers.keys()
+    left = facts.get("left_to_mse" if formats is FORMATS else "left_to_max", {})
+    assert facts["solved"].keys() | left.keys() == planned.layers.keys()
     files = sorted(set(facts["solved"].values()))
     stored = Tensors(files[0].parent, files) if files else {}
     return {name: bytes(stored.read(name)) for name in stored}, facts
@@ -108,13 +113,34 @@ def test_layers_are_rounded_with_the_inputs_of_the_whole_model(algorithm: str, t
     blocks = torch.stack([matrix[i : i + 16, i : i + 16] for i in range(0, 256, 16)])
     for name, weight in zip(names, weights, strict=True):
         if algorithm == "gptq":
-            codes, scales = gptq.round_rows(weight, factored, scale, options)
+            codes, scales = gptq.round_rows(weight, factored, Nvfp4Blocks(scale), options)
         else:
             codes, scales = hessian.round_rows(weight, blocks, scale)
         stored = torch.frombuffer(bytearray(found[f"{name}.weight"]), dtype=torch.uint8).view(codes.shape)
         assert (nvfp4.unpack(stored) == nvfp4.unpack(codes)).float().mean() > 0.97
         kept = torch.frombuffer(bytearray(found[f"{name}.block_scale"]), dtype=torch.float8_e4m3fn).view(scales.shape)
         assert (kept.float() == scales.float()).float().mean() > 0.97
+
+
+def test_int8_is_rounded_under_a_scale_for_each_output(tmp_path: Path) -> None:
+    """As one layer's rounding with moments of the model as transformers runs it."""
+    found, facts = rounded(TINY, tmp_path / "checkpoint-0", batches=8, formats=INT8)
+    packed, _ = rounded(TINY, tmp_path / "checkpoint-1", batches=8, formats=PACKED_INT8)
+    assert facts["rounded_linears"] == 6 * 7
+    name = "model.layers.0.self_attn.v_proj"
+    source, number_format = Tensors(TINY), registry.get("int8_static")
+    bits = torch.frombuffer(bytearray(source.read(f"{name}.weight")), dtype=torch.bfloat16)
+    weight = bits.view(source[f"{name}.weight"].shape).float()
+    stored = {key: found[f"{name}.{key}"] for key in ("weight", "weight_scale")}
+    codes = torch.frombuffer(bytearray(stored["weight"]), dtype=torch.int8).view(weight.shape)
+    scales = torch.frombuffer(bytearray(stored["weight_scale"]), dtype=torch.float32)
+    values = number_format.dequantize({"weight": codes, "weight_scale": scales}, torch.float32)
+    assert bool(((values - weight).abs() <= 8 * scales[:, None]).all())
+    assert not torch.equal(codes, int8.codes(weight, scales[:, None])), "nothing was corrected"
+    same = torch.frombuffer(bytearray(packed[f"{name}.weight"]), dtype=torch.uint8).view(weight.shape)
+    assert ((same ^ 128).view(torch.int8) == codes).float().mean() > 0.7  # scales are rounded to BF16
+    kept = torch.frombuffer(bytearray(packed[f"{name}.weight_scale"]), dtype=torch.float32)
+    assert torch.equal(kept, kept.bfloat16().float())
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
@@ -156,6 +182,8 @@ def test_experts_with_few_tokens_are_left_to_mse_and_counted(tmp_path: Path) -> 
     assert set(left.values()) <= {"few tokens", "no token"}
     assert all(".experts." in module for module in left)
     assert facts["rounded_linears"] == 32 - len(left)
+    _, facts = rounded(tmp_path / "model", tmp_path / "checkpoint-3", batches=4, formats=INT8)
+    assert facts["left_to_max"] == left, "the same experts, which INT8 leaves to max"
     _, facts = rounded(tmp_path / "model", tmp_path / "checkpoint-1", "hessian", batches=4)
     assert "few tokens" not in facts.get("left_to_mse", {}).values()
     _, facts = rounded(tmp_path / "model", tmp_path / "checkpoint-2", "hessian", ids=[torch.arange(20)[None]])
@@ -196,11 +224,20 @@ class Killed(BaseException):
     """Stands in for a kill: nothing after it runs."""
 
 
-@pytest.mark.parametrize(("damage", "on_disk"), [("", False), ("", True), ("file", False), ("missing", False)])
+@pytest.mark.parametrize(
+    ("damage", "on_disk", "formats"),
+    [
+        ("", False, FORMATS),
+        ("", True, FORMATS),
+        ("file", False, FORMATS),
+        ("missing", False, FORMATS),
+        ("", True, INT8),
+    ],
+)
 def test_a_killed_run_continues_to_the_same_bytes(
-    damage: str, on_disk: bool, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, on_disk: bool, formats: ModelFormats, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, facts = rounded(small, tmp_path / "whole", on_disk=on_disk)
+    whole, facts = rounded(small, tmp_path / "whole", on_disk=on_disk, formats=formats)
     monkeypatch.setattr(streamed_states, "SAVE_SHARE", 0)
     partial, solve, ran = tmp_path / "killed", LayerSolver.solve, list[int]()
 
@@ -212,14 +249,14 @@ def test_a_killed_run_continues_to_the_same_bytes(
 
     monkeypatch.setattr(LayerSolver, "solve", dying)
     with pytest.raises(Killed):
-        rounded(small, partial, on_disk=on_disk)
+        rounded(small, partial, on_disk=on_disk, formats=formats)
     file = partial.with_name("killed-0001-0000.safetensors")
     if damage == "file":
         data = file.read_bytes()
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif damage:
         file.unlink()
-    again, found = rounded(small, partial, on_disk=on_disk)
+    again, found = rounded(small, partial, on_disk=on_disk, formats=formats)
     assert again == whole
     assert {**found, "solved": 0} == {**facts, "solved": 0}
     assert ran[3:] == ([0, 1, 2, 3] if damage else [2, 3])
@@ -246,6 +283,15 @@ def test_a_checkpoint_has_what_was_rounded_and_ranges_of_any_other(store: Store)
     assert ours.keys() == theirs.keys()
     assert changed == {"weight", "weight_scale"}
     assert not list((store.root / "partial").iterdir())
+
+
+def test_int8_by_gptq_has_the_tensors_and_ranges_of_int8_by_max(store: Store) -> None:
+    more = {"format": "int8_static", "kv_cache_dtype": "auto", "layouts": "compressed-tensors"}
+    made, plain = (quantize_streamed(*inputs(store, algorithm=name, **more), store=store) for name in ("gptq", "max"))
+    assert (made.facts["algorithm"], made.facts["rounded_linears"]) == ("gptq", 42)
+    ours, theirs = exports.held(made.path / "unified"), exports.held(plain.path / "unified")
+    assert ours.keys() == theirs.keys()
+    assert {name.rpartition(".")[2] for name in ours if ours[name] != theirs[name]} == {"weight", "weight_scale"}
 
 
 def test_a_killed_stage_continues_to_the_same_checkpoint(store: Store, tmp_path: Path) -> None:
@@ -275,8 +321,10 @@ def test_every_value_of_gptq_is_in_the_key(store: Store) -> None:
 def test_too_few_tokens_for_the_widest_layer_are_refused_before_anything_is_computed() -> None:
     source = SourceModel.open(TINY)
     planned = unified_plan.plan(source.config, source.headers, source.dtype, FORMATS)
-    streamed_worker._check_enough(rows(4000, 3), planned)
-    with pytest.raises(UnsupportedError, match="256 calibration tokens are too few for algorithm gptq") as caught:
-        streamed_worker._check_enough(rows(4000, 2), planned)
-    assert "768 inputs and needs 384 tokens" in caught.value.why
-    assert "--algorithm hessian" in caught.value.hint
+    streamed_worker._check_enough(rows(4000, 3), planned, FORMATS)
+    for formats, instead in ((FORMATS, "hessian"), (INT8, "max")):
+        planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+        with pytest.raises(UnsupportedError, match="256 calibration tokens are too few for algorithm gptq") as caught:
+            streamed_worker._check_enough(rows(4000, 2), planned, formats)
+        assert "768 inputs and needs 384 tokens" in caught.value.why
+        assert f"--algorithm {instead}" in caught.value.hint

@@ -27,15 +27,20 @@ def test_max_is_the_default_and_goes_with_every_format() -> None:
         assert asked(format=one.name).recipe.quantization.rounding == {"algorithm": "max"}
 
 
-def test_algorithms_treat_what_has_block_scales_of_e4m3() -> None:
-    treated = {one.name for one in registry.for_whole_model() if algorithms.treats(one)}
-    assert treated == {"nvfp4", "w4a16_nvfp4"}
+def test_algorithms_treat_what_has_block_scales_of_e4m3_and_gptq_int8_too() -> None:
+    found = {one.name: [other.name for other in algorithms.treated(one)] for one in registry.for_whole_model()}
+    assert {name: treated for name, treated in found.items() if treated} == {
+        **{name: ["mse", "hessian", "gptq"] for name in ("nvfp4", "w4a16_nvfp4")},
+        **{name: ["gptq"] for name in ("int8_static", "int8_dynamic", "w8a16_int8")},
+    }
 
 
-@pytest.mark.parametrize("name", ["hessian", "gptq"])
-def test_what_reads_rows_is_refused_without_them(name: str) -> None:
-    with pytest.raises(UsageError, match="use algorithm mse, or name rows"):
-        schema.resolve({**MODEL, "quantization.algorithm": name, "calibration.samples": 0})
+@pytest.mark.parametrize(("name", "format_name"), [("hessian", "nvfp4"), ("gptq", "nvfp4"), ("gptq", "w8a16_int8")])
+def test_what_reads_rows_is_refused_without_them(name: str, format_name: str) -> None:
+    instead = "max" if format_name == "w8a16_int8" else "mse"
+    values = {"quantization.algorithm": name, "quantization.format": format_name, "calibration.samples": 0}
+    with pytest.raises(UsageError, match=f"use algorithm {instead}, or name rows"):
+        schema.resolve({**MODEL, **values})
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,16 @@ def test_what_reads_rows_is_refused_without_them(name: str) -> None:
 def test_formats_without_block_scales_are_refused(format_name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         asked(format=format_name, kv_cache_dtype="auto", algorithm="mse")
+
+
+def test_int8_takes_gptq_and_names_it_where_others_are_refused() -> None:
+    for name in ("mse", "hessian"):
+        with pytest.raises(UsageError, match="format int8_dynamic has none; use algorithm gptq, or leave it out"):
+            asked(format="int8_dynamic", algorithm=name)
+    with pytest.raises(UsageError, match="algorithm gptq rounds NVFP4 and INT8, and format fp8 has neither"):
+        asked(format="fp8", algorithm="gptq")
+    part = asked(format="int8_dynamic", algorithm="gptq").recipe.quantization
+    assert part.rounding == {"algorithm": "gptq", "gptq": Gptq().model_dump()}
 
 
 @pytest.mark.parametrize("format_name", ["nvfp4", "nvfp4_mlp_only", "nvfp4-fp8_attention", "w4a16_nvfp4"])

@@ -57,6 +57,11 @@ def round_rows(x: Tensor) -> Tensor:
     return round_trip(x, scales_of(x.abs().amax(-1, keepdim=True)))
 
 
+def pack(codes: Tensor) -> Tensor:
+    """The inverse of `unpack`."""
+    return (codes.contiguous().view(torch.uint8) ^ 128).view(torch.int32)
+
+
 def unpack(packed: Tensor) -> Tensor:
     """I32 [outputs, inputs / 4], four codes plus 128 in each, the first in its lowest byte -> INT8 [outputs, inputs]
     (compressors/pack_quantized/helpers.py, pack_to_int32)."""

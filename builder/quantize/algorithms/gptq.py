@@ -1,9 +1,9 @@
 """`gptq`: each column's rounding error is corrected in the columns that follow it. Imports torch.
 
-Frantar et al., GPTQ, 2022 (arXiv 2210.17323), for blocks of 16 columns with an E4M3 scale each under a fixed global
-scale. A block's scale is chosen from its weights as the columns before it have corrected them, when it is reached: on
-the bundled model that leaves a KL 2 % lower than scales of the original weights. With an order, whole blocks are moved,
-so scales stay those of 16 neighbouring columns and servers need no index. Float32.
+Frantar et al., GPTQ, 2022 (arXiv 2210.17323), for the formats of grids.py. The scale of a block of NVFP4 is chosen from
+its weights as the columns before it have corrected them, when it is reached: on the bundled model that leaves a KL 2 %
+lower than scales of the original weights. With an order, whole blocks of 16 columns are moved, so scales stay those of
+16 neighbouring columns and servers need no index. Float32.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.formats.arithmetic import nvfp4
 from builder.formats.arithmetic.nvfp4 import BLOCK
-from builder.quantize.algorithms import block_scales
+from builder.quantize.algorithms.grids import Grid
 from builder.quantize.algorithms.hessian import Rounded
 
 RAISED = 10.0  # damping is multiplied by it until the Hessian can be factored
@@ -26,7 +25,7 @@ MOST_DAMPING = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    """scales: how block scales are chosen, "max", "mse" or "hessian". damping: added to the Hessian's diagonal, as a
+    """scales: how scales are chosen, "max", "mse" or "hessian". damping: added to the Hessian's diagonal, as a
     share of its mean. order: "none", or "activation": blocks with the largest inputs first. block_size: columns after
     which all others are corrected, a multiple of 16."""
 
@@ -108,45 +107,38 @@ def _diagonal_blocks(hessian: Tensor) -> Tensor:
     return parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
-def round_rows(weight: Tensor, factored: Factor, global_scale: Tensor, options: Options) -> Rounded:
-    """Rounds float32 rows [rows, inputs], which do not depend on each other."""
+def round_rows(weight: Tensor, factored: Factor, grid: Grid, options: Options) -> Rounded:
+    """Rounds float32 rows [rows, inputs], which do not depend on each other. Returns what is stored of them."""
     columns = weight.T.contiguous() if factored.order is None else weight.T[factored.order]
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
-    scales = torch.empty(len(columns) // BLOCK, len(weight), dtype=torch.float8_e4m3fn, device=weight.device)
-    upper, metrics = factored.upper, factored.metrics
+    codes = torch.empty(columns.shape, dtype=grid.code, device=weight.device)
+    upper, metrics, rule = factored.upper, factored.metrics, options.scales
+    scales = grid.first_scales(columns, metrics, rule)
     for start in range(0, len(columns), options.block_size):
         end = min(start + options.block_size, len(columns))
         errors = torch.empty_like(columns[start:end])
         for begin in range(start, end, BLOCK):
             block, after, number = slice(begin, begin + BLOCK), slice(begin + BLOCK, end), begin // BLOCK
-            scales[number] = _scales(columns[block], metrics[number], global_scale, options.scales)
-            step, found = scales[number].float() * global_scale, errors[begin - start : begin - start + BLOCK]
-            codes[block] = _round_block(columns[block], step, upper[block, block], found)
+            step = grid.step(scales, number, columns[block], metrics[number], rule)
+            found = errors[begin - start : begin - start + BLOCK]
+            codes[block] = _round_block(columns[block], step, upper[block, block], found, grid)
             columns[after] -= upper[block, after].T @ found
         columns[end:] -= upper[start:end, end:].T @ errors
     if factored.order is not None:
         codes[factored.order] = codes.clone()
-        scales.view(torch.uint8)[factored.order[::BLOCK] // BLOCK] = scales.view(torch.uint8).clone()
-    return nvfp4.pack(codes.T.contiguous()), scales.T.contiguous()
+    return grid.stored(codes.T.contiguous(), scales, factored.order)
 
 
-def _scales(columns: Tensor, metric: Tensor, global_scale: Tensor, rule: str) -> Tensor:
-    if rule == "max":
-        return block_scales.by_largest(columns, global_scale)
-    return block_scales.by_error(columns, global_scale, metric if rule == "hessian" else None)
-
-
-def _round_block(columns: Tensor, step: Tensor, upper: Tensor, errors: Tensor) -> Tensor:
+def _round_block(columns: Tensor, step: Tensor, upper: Tensor, errors: Tensor, grid: Grid) -> Tensor:
     """Codes [16, rows] of a block's columns, each corrected by the errors of those before it.
 
-    step: the value of code 1.0 in each row. upper: the block's part of the factor. Fills `errors` with each column's
-    error over its diagonal element.
+    step: the value of 1.0 in each row. upper: the block's part of the factor. Fills `errors` with each column's error
+    over its diagonal element.
     """
     ratios = torch.empty_like(columns)
     for column in range(BLOCK):
         torch.div(columns[column], step, out=ratios[column])
-        torch.sub(columns[column], block_scales.rounded(ratios[column]) * step, out=errors[column])
+        torch.sub(columns[column], grid.rounded(ratios[column]) * step, out=errors[column])
         errors[column] /= upper[column, column]
         if column + 1 < BLOCK:
             columns[column + 1 :].addr_(upper[column, column + 1 :], errors[column], alpha=-1)
-    return nvfp4.encode(ratios)
+    return grid.encoded(ratios)

@@ -12,7 +12,8 @@ from torch import Tensor
 from builder.formats.arithmetic import nvfp4
 from builder.quantize.algorithms import block_scales
 
-Rounded = tuple[Tensor, Tensor]  # packed codes uint8 [rows, inputs / 2], E4M3 block scales [rows, inputs / 16]
+# Codes as they are stored, and scales: of NVFP4 packed uint8 [rows, inputs / 2] and E4M3 [rows, inputs / 16].
+Rounded = tuple[Tensor, Tensor]
 
 
 def round_rows(weight: Tensor, hessians: Tensor, global_scale: Tensor) -> Rounded:
