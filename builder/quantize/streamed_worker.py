@@ -23,7 +23,7 @@ from builder.core.hashes import Hashes
 from builder.core.process import emit, worker_main
 from builder.formats import algorithms
 from builder.formats.algorithms import Algorithm
-from builder.formats.assignment import of_job
+from builder.formats.assignment import ModelFormats, of_job
 from builder.formats.kv_cache import KvCacheFormat
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import unified_plan, worker, writer
