@@ -192,8 +192,8 @@ def _size_rows(found: Plan) -> list[tuple[str, str]]:
 def _stream_rows(found: Plan) -> list[tuple[str, str]]:
     if found.streams is None:
         return []
-    instances, needs, why = found.streams
-    return [("concurrent streams", f"{instances} ({why}), one process each: {size(needs)} of host memory; others wait")]
+    streams, needs, why = found.streams
+    return [("concurrent streams", f"{streams} ({why}): {size(needs)} of host memory; others wait")]
 
 
 def _quantizing_rows(found: Plan) -> list[tuple[str, str]]:

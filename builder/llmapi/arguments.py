@@ -51,6 +51,7 @@ UNUSED = (
     "repository.bls_instances",
     "repository.max_queue_delay_microseconds",
     "repository.max_queue_size",
+    "repository.queue_timeout_seconds",
 )
 
 

@@ -130,11 +130,15 @@ class Repository(Part):
     preprocessing_instances: Annotated[Processes, Field(description="tokenizer processes")] = 1
     postprocessing_instances: Annotated[Processes, Field(description="detokenizer processes")] = 1
     bls_instances: Annotated[
-        Processes | None,
-        Field(description="concurrent streams of tensorrt_llm_bls; default: max_batch_size, at most 32"),
-    ] = None
+        Processes, Field(description="processes of tensorrt_llm_bls; each carries twice max_batch_size streams, to 512")
+    ] = 1
     max_queue_delay_microseconds: Annotated[Natural, Field(description="longest wait for a fuller batch")] = 0
-    max_queue_size: Annotated[Natural, Field(description="most waiting requests; others are rejected; 0: no limit")] = 0
+    max_queue_size: Annotated[
+        Natural, Field(description="most waiting requests of a model; others are rejected; 0: no limit")
+    ] = 1024
+    queue_timeout_seconds: Annotated[
+        Natural, Field(le=86_400, description="longest wait in a queue; then a request is rejected; 0: no limit")
+    ] = 600
     kv_cache_free_gpu_mem_fraction: Annotated[
         float, Field(gt=0, le=1, description="share of the memory left after the weights")
     ] = 0.9

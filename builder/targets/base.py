@@ -108,7 +108,7 @@ class Target(Protocol):
         """The command or file that a plan prints."""
 
     def streams(self, inputs: Inputs, max_batch_size: int) -> tuple[int, int, str] | None:
-        """Concurrent streams, the bytes of host memory that they take, and why that many; None if there is no limit."""
+        """Concurrent streams, host memory of their processes in bytes, and why that many; None if there is no limit."""
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,10 @@ class EngineTarget:
         return Launch(command, None if found else stage.upper())
 
     def streams(self, inputs: Inputs, max_batch_size: int) -> tuple[int, int, str] | None:
-        """Each stream occupies one process of tensorrt_llm_bls."""
+        """What tensorrt_llm_bls carries."""
         part = inputs.resolved.recipe.repository
-        instances = stream_capacity.instances(part, max_batch_size)
-        needs = stream_capacity.memory(instances, int(inputs.config.get("vocab_size") or 0))
-        return instances, needs, stream_capacity.explain(part, max_batch_size)
+        needs = stream_capacity.memory(part.bls_instances, int(inputs.config.get("vocab_size") or 0))
+        return stream_capacity.streams(part, max_batch_size), needs, stream_capacity.explain(part, max_batch_size)
 
 
 def _check_no_arguments(inputs: Inputs) -> None:

@@ -181,7 +181,7 @@ def _facts(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], part
         "vocab_size": config["pretrained_config"]["vocab_size"],
         "end_id": ids["end_ids"][0] if ids["end_ids"] else None,
         **ids,
-        "bls_instances": stream_capacity.instances(part, build["max_batch_size"]),
+        "streams": stream_capacity.streams(part, build["max_batch_size"]),
         "tokenizer_dir": TOKENIZER_DIR,
         "engine": str(engine),
         "tensorrt_llm": config["version"],

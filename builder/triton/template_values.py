@@ -47,11 +47,20 @@ def template_values(
     return {
         "max_batch_size": build["max_batch_size"],
         "decoupled": part.decoupled,
-        "queue": {"delay_microseconds": part.max_queue_delay_microseconds, "size": part.max_queue_size},
+        "queue": {
+            "delay_microseconds": part.max_queue_delay_microseconds,
+            "size": part.max_queue_size,
+            "timeout_microseconds": part.queue_timeout_seconds * 1_000_000,
+        },
         "instances": {
             "preprocessing": part.preprocessing_instances,
             "postprocessing": part.postprocessing_instances,
-            "bls": stream_capacity.instances(part, build["max_batch_size"]),
+            "bls": part.bls_instances,
+        },
+        "concurrency": {
+            "threads": stream_capacity.threads(build["max_batch_size"]),
+            "max_queue_size": part.max_queue_size,
+            "queue_timeout_seconds": part.queue_timeout_seconds,
         },
         "tensors": tensors,
         "required_inputs": [

@@ -2,7 +2,7 @@
 
 It repeats the prompt's token ids up to `request_output_len` tokens, and streams one token per response. Like
 TensorRT-LLM, it stops at the end id and at stop words, and includes the stop word in the answer. For a prompt that
-begins with "!" (token id 0 of the fixture), it waits `WAIT_SECONDS` before each token.
+begins with "!" (token id 0 of the fixture), it waits `WAIT_SECONDS` before each token. It logs what was stopped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class TritonPythonModel:
         generated = []
         for i in range(inputs["request_output_len"].flat[0]):
             token = prompt[i % len(prompt)]
-            if token == inputs["end_id"].flat[0] or request_id in self.stopped:
+            if token == inputs["end_id"].flat[0]:
+                return
+            if request_id in self.stopped:
+                print(f"stopped after {i} tokens", flush=True)
                 return
             if prompt[0] == WAIT:
                 time.sleep(WAIT_SECONDS)

@@ -6,14 +6,16 @@ The stand-in repeats the prompt's tokens, so every answer is known in advance.
 from __future__ import annotations
 
 import ast
+import http.client
 import json
 import queue
+import re
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,7 +39,7 @@ from tests.triton.test_repository import SNAPSHOT, write_engine
 ECHO = Path(__file__).parents[1] / "support" / "echo_backend.py"
 TINY = Tokenizer.from_file(str(SNAPSHOT / "tokenizer.json"))
 EMOJI = "Grüße, 世界 🎉 "
-MAX_INPUT_LEN, MAX_SEQ_LEN = 128, 256
+LIMITS = {"max_batch_size": 8, "max_input_len": 128, "max_seq_len": 256, "plugin_config": {}}
 REPEATED = ("prefix_ids", "without_repeated_prefix", "context_ids", "decode_after")
 
 
@@ -332,18 +334,78 @@ def test_invalid_requests_do_not_affect_others_in_their_batch(server: Server) ->
         assert [found[i] for i in range(12) if i % 4 != 1] == [echo(*cases[i]) for i in range(12) if i % 4 != 1]  # type: ignore[arg-type]
 
 
-def test_a_cancelled_stream_frees_its_instance(server: Server) -> None:
-    """This prompt takes the stand-in 0.05 s per token and 10 s in total. The only BLS instance is free much sooner."""
-    first = threading.Event()
+def leave_grpc_stream(server: Server, model: str, **values: Any) -> None:
     client = grpcclient.InferenceServerClient(server.grpc_url)
-    client.start_stream(lambda result, error: first.set())
-    client.async_stream_infer("tensorrt_llm_bls", inputs(text_input="! wait", max_tokens=200, stream=True))
-    assert first.wait(10)
+    client.start_stream(lambda result, error: None)
+    client.async_stream_infer(model, inputs(**values))
+    time.sleep(0.5)
     client.stop_stream(cancel_requests=True)
-    start = time.monotonic()
-    assert "".join(stream(server, text_input="Hello", max_tokens=3, stream=True)) == echo("Hello", 3)
-    assert time.monotonic() - start < 5
     client.close()
+
+
+def leave_grpc_infer(server: Server, model: str, **values: Any) -> None:
+    client = grpcclient.InferenceServerClient(server.grpc_url)
+    call = client.async_infer(model, inputs(**values), callback=lambda result, error: None)
+    time.sleep(0.5)
+    call.cancel()
+
+
+def leave_http(server: Server, model: str, **values: Any) -> None:
+    host, port = server.http_url.split(":")
+    connection = http.client.HTTPConnection(host, int(port))
+    connection.request("POST", f"/v2/models/{model}/generate_stream", json.dumps(values))
+    time.sleep(0.5)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("leave", "model", "streams"),
+    [
+        (leave_grpc_stream, "tensorrt_llm_bls", True),
+        (leave_grpc_stream, "tensorrt_llm_bls", False),
+        (leave_grpc_stream, "ensemble_infer", False),
+        (leave_grpc_infer, "ensemble_infer", False),
+        (leave_http, "tensorrt_llm_bls", True),
+    ],
+)
+def test_generation_stops_when_the_client_leaves(
+    server: Server, leave: Callable[..., None], model: str, streams: bool
+) -> None:
+    """This prompt takes the stand-in 0.05 s per token and 10 s in total."""
+    before = len(server.log.read_bytes())
+    leave(server, model, text_input="! wait", max_tokens=200, stream=streams)
+    deadline = time.monotonic() + 5
+    while not (found := re.search(rb"stopped after (\d+) tokens", server.log.read_bytes()[before:])):
+        assert time.monotonic() < deadline, "the engine was not stopped"
+        time.sleep(0.05)
+    assert int(found[1]) < 60
+    assert "".join(stream(server, text_input="Hello", max_tokens=3, stream=True)) == echo("Hello", 3)
+
+
+def test_a_full_queue_and_a_long_wait_are_rejected(tmp_path: Path) -> None:
+    """With max_batch_size 1, two requests run. Of four more, one may wait, but after a second it is rejected too."""
+    engine = write_engine(tmp_path / "engine", build_config={**LIMITS, "max_batch_size": 1})
+    part = schema.Repository(max_queue_size=1, queue_timeout_seconds=1)
+    repository.write(tmp_path / "models", engine, SNAPSHOT, part)
+    with serve(
+        tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=ServerOptions(engine_backend=ECHO)
+    ) as server:
+        found = []
+
+        def ask() -> None:
+            try:
+                found.append("".join(stream(server, text_input="! wait", max_tokens=50, stream=True)))
+            except InferenceServerException as error:
+                found.append(error.message())
+
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+    rejected = ["Exceeds maximum queue size"] * 3 + ["Request timeout expired"]
+    assert sorted(found, key=len) == sorted([*rejected, *[echo("! wait", 50)] * 2], key=len)
 
 
 def test_without_streaming_the_ensemble_serves_infer(tmp_path: Path) -> None:

@@ -158,6 +158,8 @@ def test_kv_reuse_can_be_disabled_and_queues_limited(tmp_path: Path) -> None:
     found, _ = written(tmp_path, engine, enable_kv_cache_reuse=False, max_queue_size=7, bls_instances=3)
     assert parameters(found["tensorrt_llm"])["enable_kv_cache_reuse"] == "false"
     assert found["tensorrt_llm"].dynamic_batching.default_queue_policy.max_queue_size == 7
+    assert found["tensorrt_llm"].dynamic_batching.default_queue_policy.default_timeout_microseconds == 600_000_000
+    assert parameters(found["tensorrt_llm_bls"])["max_queue_size"] == "7"
     assert found["tensorrt_llm_bls"].instance_group[0].count == 3
 
 
@@ -198,7 +200,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ("tensorrt_llm", '"beam_width"', '"end_id"', "input end_id is declared twice"),
         ("postprocessing", "count: 1", "count: 0", "it has no instance"),
         ("postprocessing", '"postprocessing"', '"post"', "its name is 'post'"),
-        ("preprocessing", "TYPE_INT32", "TYPE_INT31", "it does not parse: 17:"),
+        ("preprocessing", "TYPE_INT32", "TYPE_INT31", "it does not parse: 21:"),
         ("preprocessing", "TYPE_INT32", "${type}", "it still contains ${"),
         ("preprocessing", '"true"', '"{{ add }}"', "it still contains {{"),
         ("ensemble", "ensemble_scheduling", "scheduling", "no field named"),

@@ -1,6 +1,7 @@
 """Triton model: text to streamed text. Calls preprocessing, then the engine, and detokenizes incrementally.
 
-As tensorrt_llm_bls it streams, one request at a time. As ensemble_infer it does not stream, and uses many threads.
+As tensorrt_llm_bls it streams; as ensemble_infer it does not. One process carries many requests, each in a thread of
+its own. One more thread stops the engine for clients that are gone.
 Needs numpy and tokenizers. Triton loads each model.py by itself, so functions that several of them need are repeated.
 The same file runs in NVIDIA's container and with the reference executor.
 """
@@ -29,6 +30,10 @@ OWN_OUTPUTS = ("output_ids", "sequence_length")
 # (python_backend r24.10, Stub::SendCleanupId). So a reference is kept here for longer than the backend needs, which is
 # milliseconds, or more under load.
 HELD_SECONDS = 2.0
+CANCELLATION_SECONDS = 0.1  # between two looks at which clients are gone; each look costs one call per running request
+STOPPERS = (
+    8  # requests that are stopped at the same time: each takes some milliseconds, and many clients may leave at once
+)
 # Source files, stack frames and the log prefix in TensorRT-LLM's C++ errors, which clients should not see.
 INTERNALS = re.compile(
     r"\s*\(?(?<![\w:/])/(?:[\w.+-]+/)*[\w.+-]+(?::\d+)?\)?"
@@ -51,36 +56,68 @@ class TritonPythonModel:
         self.engine_streams = parameters["engine_decoupled"] == "true"
         self.maps = {key: json.loads(value) for key, value in parameters.items() if "_from_" in key}
         self.held, self.releasing = deque(), threading.Lock()
-        threads = int(parameters["threads"])
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self.running, self.counting = set(), threading.Lock()
+        threads, waiting = int(parameters["threads"]), int(parameters["max_queue_size"])
+        self.most = threads + waiting if waiting else sys.maxsize
+        self.queue_seconds = float(parameters["queue_timeout_seconds"]) or sys.maxsize
+        self.pool = ThreadPoolExecutor(threads)
+        self.stoppers, self.closing = ThreadPoolExecutor(STOPPERS), threading.Event()
+        self.watcher = threading.Thread(target=self.watch)
+        self.watcher.start()
 
     def execute(self, requests):
         for request in requests:
-            sender = request.get_response_sender()
-            if self.pool:
-                self.pool.submit(self.answer, request, sender)
+            answer = Answer(request, request.get_response_sender())
+            with self.counting:
+                accepted = len(self.running) < self.most
+                if accepted:
+                    self.running.add(answer)
+            if accepted:
+                self.pool.submit(self.answer, answer)
             else:
-                self.answer(request, sender)
+                answer.fail(pb_utils.TritonError("Exceeds maximum queue size", pb_utils.TritonError.UNAVAILABLE))
 
     def finalize(self):
-        if self.pool:
-            self.pool.shutdown()
+        self.pool.shutdown()
+        self.closing.set()
+        self.watcher.join()
+        self.stoppers.shutdown()
 
-    def answer(self, request, sender):
+    def watch(self):
+        """Stops the engine for the requests whose clients are gone."""
+        while not self.closing.wait(CANCELLATION_SECONDS):
+            with self.counting:
+                running = list(self.running)
+            list(self.stoppers.map(self.stop_if_cancelled, running))
+
+    def stop_if_cancelled(self, answer):
+        try:  # a problem with one request must not end the watch over the others
+            if answer.is_cancelled() and answer.engine_request and self.engine_streams:
+                self.stop(answer.engine_request)  # again in the next round if the engine has not seen it yet
+        except Exception:
+            traceback.print_exc()
+
+    def answer(self, answer):
         """Handles a request. Always sends a final response, because the client would otherwise wait forever."""
         try:
-            self.serve(request, sender)
+            if time.monotonic() - answer.arrived > self.queue_seconds:
+                raise Rejected(pb_utils.TritonError("Request timeout expired", pb_utils.TritonError.UNAVAILABLE))
+            self.serve(answer)
         except Rejected as rejected:
-            send_error(sender, rejected.error)
+            answer.fail(rejected.error)
         except pb_utils.TritonModelException as error:
-            send_error(sender, pb_utils.TritonError(public_message(str(error))))
+            answer.fail(pb_utils.TritonError(public_message(str(error))))
         except Exception as error:
             traceback.print_exc()
             message = f"{self.name} failed: {type(error).__name__}; see the server's log"
-            send_error(sender, pb_utils.TritonError(message))
+            answer.fail(pb_utils.TritonError(message))
+        finally:
+            with self.counting:
+                self.running.discard(answer)
 
-    def serve(self, request, sender):
+    def serve(self, answer):
         """Answers one request, streamed or not. Rejected for an invalid one."""
+        request = answer.request
         inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         streaming = flag(inputs, "stream")
         self.check(inputs, streaming)
@@ -93,12 +130,14 @@ class TritonPythonModel:
             inputs=[pb_utils.Tensor(name, value) for name, value in engine_inputs.items()],
             requested_output_names=[*OWN_OUTPUTS, *extra],
         )
+        answer.check_cancelled()  # while it waited, or while preprocessing ran
+        answer.engine_request = engine_request
         if streaming:
-            self.stream(engine_request, request, sender)
+            self.stream(answer)
         else:
             exclude = inputs.get("exclude_input_in_output")
             has_prompt = not (self.exclude_input if exclude is None else exclude.any())
-            self.answer_once(engine_request, sender, [] if has_prompt else self.context)
+            self.answer_once(answer, [] if has_prompt else self.context)
 
     def check(self, inputs, streaming):
         """Rejects a request without a required input, or one that cannot be streamed."""
@@ -149,36 +188,32 @@ class TritonPythonModel:
             while self.held[0][0] < now - HELD_SECONDS:
                 self.held.popleft()
 
-    def answer_once(self, engine_request, sender, context):
+    def answer_once(self, answer, context):
         """Sends the whole answer as one response."""
-        answers = list(self.engine_responses(engine_request))
+        answers = list(self.engine_responses(answer.engine_request))
+        answer.check_cancelled()
         if len(answers) != 1:
             invalid(f"the engine returned {len(answers)} answers to one request")
         beams, extra = read(answers[0])
         texts = [decode_after(self.tokenizer, context, ids, self.skip_special_tokens) for ids in beams]
-        sender.send(text_response(texts, extra), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        answer.finish(text_response(texts, extra))
 
-    def stream(self, engine_request, request, sender):
-        """Sends new text as the engine generates it. Stops the engine if the client cancels."""
+    def stream(self, answer):
+        """Sends new text as the engine generates it."""
         text = Detokenizer(self.tokenizer, self.skip_special_tokens, self.incomplete_ids, self.context)
-        sent = stopped = False
-        for response in self.engine_responses(engine_request):
-            if stopped or request.is_cancelled():
-                stopped = stopped or self.stop(engine_request)
-                continue
+        sent = False
+        for response in self.engine_responses(answer.engine_request):
+            if answer.cancelled:
+                continue  # the engine stops soon
             beams, extra = read(response)
             new = text.add(beams[0])
             if new or extra:
-                sender.send(text_response([new], extra))
+                answer.sender.send(text_response([new], extra))
                 sent = True
-        if stopped:
-            cancelled = pb_utils.TritonError("the client cancelled the request", pb_utils.TritonError.CANCELLED)
-            send_error(sender, cancelled)
-            return
+        answer.check_cancelled()
         rest = text.rest()
         # A client must get at least one response, even if the model ends immediately.
-        last = text_response([rest], []) if rest or not sent else None
-        sender.send(last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        answer.finish(text_response([rest], []) if rest or not sent else None)
 
     def stop(self, engine_request):
         """Tells the engine to end the request with the same id. The caller still reads and drops its responses."""
@@ -192,7 +227,37 @@ class TritonPythonModel:
         )
         for _ in self.engine_responses(request):
             pass
-        return True
+
+
+class Answer:
+    """A request that is being answered. `engine_request` is what the engine was sent for it, if it was."""
+
+    def __init__(self, request, sender):
+        self.request, self.sender, self.engine_request = request, sender, None
+        self.arrived, self.cancelled, self.finished = time.monotonic(), False, False
+        self.lock = threading.Lock()
+
+    def is_cancelled(self):
+        """Whether the client is gone. False after the final response: asking Triton 24.10 then crashes this process."""
+        with self.lock:
+            if not self.finished and not self.cancelled:
+                self.cancelled = self.sender.is_cancelled()
+            return self.cancelled and not self.finished
+
+    def check_cancelled(self):
+        """Rejected if the client is known to be gone."""
+        if self.cancelled:
+            raise Rejected(pb_utils.TritonError("the client cancelled the request", pb_utils.TritonError.CANCELLED))
+
+    def finish(self, response):
+        """Sends the final response; None sends no more than the end."""
+        with self.lock:
+            self.finished = True
+        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def fail(self, error):
+        """Sends an error as the final response."""
+        self.finish(pb_utils.InferenceResponse(error=error))
 
 
 class Detokenizer:
@@ -287,12 +352,6 @@ def public_message(message):
         return public
     print(f"The engine's error: {message}", file=sys.stderr, flush=True)
     return f"{public or 'the engine failed on this request'}; see the server's log"
-
-
-def send_error(sender, error):
-    """Sends an error as the final response."""
-    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-    sender.send(pb_utils.InferenceResponse(error=error), flags=final)
 
 
 def flag(inputs, name):
