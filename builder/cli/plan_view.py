@@ -234,8 +234,8 @@ def _memory_rows(verdict: MemoryCheck, complete: bool) -> list[tuple[str, ...]]:
 
 
 def _as_object(found: Plan) -> dict[str, Any]:
-    """Everything that a plan holds, for --json."""
-    recipe = found.resolved.recipe
+    """Everything that a plan holds, for --json. Its keys are the same for every target and machine."""
+    recipe, settings = found.resolved.recipe, [vars(setting) for setting in found.settings]
     return {
         "model": recipe.model.id,
         "gpu": found.resolved.gpu.name,
@@ -256,7 +256,8 @@ def _as_object(found: Plan) -> dict[str, Any]:
         else dict(zip(("at_once", "bytes", "why"), found.streams, strict=True)),
         "machine": {**asdict(found.host), "missing": found.missing},
         "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
-        "arguments" if found.launch.model_yaml else "flags": [vars(setting) for setting in found.settings],
+        "flags": [] if found.launch.model_yaml else settings,
+        "arguments": settings if found.launch.model_yaml else [],
         "notes": [vars(note) for note in found.notes],
         "command": found.launch.command,
         "model_yaml": found.launch.model_yaml,

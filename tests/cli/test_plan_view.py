@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from builder.cli import main
+from builder.machine.gpus import Seen
+from builder.preflight import ways
+from builder.quantize import modelopt
 
 MODEL = "tests/data/tiny-qwen3"
 
@@ -73,6 +77,42 @@ def test_json_is_complete_with_and_without_all(tmp_path: Path, capsys: pytest.Ca
         printed.append({key: value for key, value in plan.items() if key != "machine"})
     assert printed[0] == printed[1]
     assert printed[0]["values"]["repository.decoupled"] == {"value": True, "from": "default"}
+
+
+def keys(value: Any) -> Any:
+    """The keys of nested objects, without values; of lists those of their elements, each once."""
+    if isinstance(value, dict):
+        return {key: keys(one) for key, one in value.items()}
+    return [one for n, one in enumerate(found) if one not in found[:n]] if (found := elements(value)) else None
+
+
+def elements(value: Any) -> list[Any]:
+    return [keys(one) for one in value] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize("more", [["--algorithm", "mse"], ["--memory", "low"], ["--data-free"]])
+def test_json_has_the_same_keys_with_and_without_a_gpu(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["plan", "--model", MODEL, "--gpu", "sm120", "--output", str(tmp_path), "--json", *more]
+    printed = []
+    for seen in ([], [Seen("NVIDIA H200", 9, 0, "580", 141 << 30)]):
+        monkeypatch.setattr(ways, "visible", lambda seen=seen: seen)
+        monkeypatch.setattr(modelopt, "calibrating", lambda seen=seen: [one.name for one in seen])
+        assert main.main(argv) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert [plan["ways"]["device"]["gpu"] for plan in printed] == [False, True]
+    assert keys(printed[0]) == keys(printed[1])
+
+
+def test_json_has_the_same_keys_for_every_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for target in (["sm120"], ["sm120", "--target", "llmapi", "--kv-cache-dtype", "auto"], ["cpu"]):
+        assert main.main(["plan", "--model", MODEL, "--output", str(tmp_path), "--json", "--gpu", *target]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    assert [bool(one["flags"]) for one in found] == [True, False, True]
+    assert [bool(one["arguments"]) for one in found] == [False, True, False]
 
 
 def test_the_next_command_builds_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
