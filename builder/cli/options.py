@@ -37,6 +37,7 @@ MEASUREMENTS = {
     "scores": ["scores"],
     "tasks": ["tasks"],
     "sensitivity": ["sensitivity", "proxy", "parts"],
+    "parts": ["parts"],
     "selection": ["selection"],
 }
 

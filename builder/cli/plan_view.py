@@ -125,7 +125,8 @@ def _rounding_rows(choice: Choice | None) -> list[tuple[str, str, str]]:
     if cost.seconds is not None and cost.seconds >= 1:
         took = f"about {seconds(cost.seconds)}"
     held = f" and {size(cost.memory)} of memory" * (cost.memory > 0)
-    return [("algorithm costs", f"{took}{held} more than max; {ways.TITLES[way.name]}", way.basis)]
+    again = f", the rows up to {cost.passes} times, as only so many Hessians fit into memory" * (cost.passes > 1)
+    return [("algorithm costs", f"{took}{held} more than max; {ways.TITLES[way.name]}{again}", way.basis)]
 
 
 def _calibration_row(found: Plan, origin: str) -> tuple[str, str, str]:

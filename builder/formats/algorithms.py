@@ -7,7 +7,7 @@ loads the checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ from builder.formats.nvfp4 import BLOCK
 # .83, 512 .78, 2,048 .70, 16,427 .69; `mse` .85. Blocks of 16 inputs need few tokens (64: .85, 16,427: .80), but with
 # a single one the scale that suits it leaves more error on others than that of `max`.
 TOKENS_OF_INPUTS, FEWEST_TOKENS = 0.5, 256
+# Second moments of at most this share of the memory that is available are held at once; a layer that needs more
+# (experts, for GPTQ) runs its rows several times.
+MOMENTS_SHARE = 0.25
 Needs = Literal["weights", "block_hessians", "hessians"]
 
 
@@ -89,6 +92,19 @@ ALGORITHMS: Mapping[str, Algorithm] = {one.name: one for one in (MAX, MSE, HESSI
 def of_job(job: Mapping[str, Any]) -> Algorithm:
     """From the entry `algorithm` of a worker's job, by default `max`."""
     return ALGORITHMS[job.get("algorithm", MAX.name)]
+
+
+def in_passes(sizes: Sequence[int], available: float) -> list[list[int]]:
+    """The numbers of moments of these sizes in bytes, in parts that are held together, at least one part. Each part
+    takes a pass of all rows through the layer. available: bytes of memory."""
+    parts, used = [list[int]()], 0
+    for number, size in enumerate(sizes):
+        if parts[-1] and used + size > MOMENTS_SHARE * available:
+            parts.append([])
+            used = 0
+        parts[-1].append(number)
+        used += size
+    return parts
 
 
 def treated(one: NumberFormat) -> tuple[Algorithm, ...]:

@@ -101,6 +101,20 @@ def seconds(recipe: Recipe, model: ModelFacts, tokens: int) -> float:
     return took / 1e9
 
 
+def passes(recipe: Recipe, model: ModelFacts, available: int) -> dict[int, int]:
+    """{decoder layer: how often all rows run through it}, because only so many moments fit into memory at once.
+    available: bytes of memory."""
+    algorithm, inputs_of = algorithm_of(recipe), dict[int, dict[str, int]]()
+    for module, inputs, _ in rounded(recipe, model) if algorithm.reads_rows else ():
+        layer = names.layer_of(model.architecture, f"{module}.weight")
+        if layer is not None:
+            inputs_of.setdefault(layer, {})[names.same_input(model.architecture, module)] = inputs
+    return {
+        layer: len(algorithms.in_passes([algorithm.moments(inputs) for inputs in found.values()], available))
+        for layer, found in inputs_of.items()
+    }
+
+
 def expert_share(model: ModelFacts) -> float:
     """The share of a layer's experts that a token is routed to; 1 without experts."""
     experts = routed_experts(model.config) or 1

@@ -65,11 +65,13 @@ class Device:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What an algorithm takes beside what `max` does. seconds: None where there is no basis for an estimate."""
+    """What an algorithm takes beside what `max` does. seconds: None where there is no basis for an estimate. passes:
+    how often the rows run through a decoder layer, at most."""
 
     algorithm: str
     memory: int
     seconds: float | None
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, ...]:
     why, algorithm = _needs_modelopt(recipe, model), rounding.algorithm_of(recipe)
     by_layer = f"--algorithm {algorithm.name} rounds one decoder layer at a time" if algorithm.reads_rows else ""
     searched = any(one.scales_inputs for one in recipe.quantization.quantized_formats)
-    cost = None if algorithm is algorithms.MAX else _rounding(recipe, model, tokens, on.cores)
+    cost = None if algorithm is algorithms.MAX else _rounding(recipe, model, on, passes)
 
     def way(name: Name, needs: int, took: float | None) -> Way:
         impossible = by_layer if by_layer and name != "low" else why * (name != "whole")
@@ -174,9 +176,15 @@ def ways(recipe: Recipe, model: ModelFacts, on: Device) -> tuple[Way, ...]:
     )
 
 
-def _rounding(recipe: Recipe, model: ModelFacts, tokens: int, cores: int) -> Rounding:
+def _rounding(recipe: Recipe, model: ModelFacts, on: Device, once: float) -> Rounding:
+    """What the recipe's algorithm costs. once: seconds of a pass of all rows through all layers."""
+    tokens = recipe.calibration.samples * recipe.calibration.seq_len
     took = rounding.seconds(recipe, model, tokens) + _searched(recipe, model) * SEARCHED
-    return Rounding(recipe.quantization.algorithm, rounding.memory(recipe, model), took / cores)
+    # What the driver does not tell is taken to be enough.
+    found = list(rounding.passes(recipe, model, on.largest).values()) if on.largest else []
+    again = once * sum(number - 1 for number in found) / max(1, len(found))
+    most = max(found, default=1)
+    return Rounding(recipe.quantization.algorithm, rounding.memory(recipe, model), took / on.cores + again, most)
 
 
 def _searched(recipe: Recipe, model: ModelFacts) -> int:

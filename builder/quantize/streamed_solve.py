@@ -35,9 +35,6 @@ from builder.quantize.algorithms.moments import Moments
 from builder.quantize.source_weights import SourceModel, WeightReader, rounded
 from builder.quantize.unified_plan import Layer, UnifiedPlan
 
-# Moments of at most this share of the memory that is available are held at once; a layer that needs more (experts, for
-# GPTQ) runs its rows several times.
-MEMORY_SHARE = 0.25
 _ROWS = 4096  # of a weight at a time
 _EXPERT = re.compile(r"(?P<experts>.+?\bexperts)(?:\.\d+)?\.(?P<projection>\w+)")
 _NUMBER = re.compile(r"\bexperts\.(\d+)\.")
@@ -82,16 +79,10 @@ class LayerSolver:
 
     def passes(self, index: int) -> list[tuple[Sequence[Group], Moments]]:
         """The groups of a decoder layer, in parts whose moments fit into memory together, at least one part."""
-        limit, used = MEMORY_SHARE * _available(self._model.device), 0
-        parts: list[list[Group]] = [[]]
-        for group in self._groups.get(index, ()):
-            needs = self._algorithm.moments(group[0].part.shape[-1])
-            if parts[-1] and used + needs > limit:
-                parts.append([])
-                used = 0
-            parts[-1].append(group)
-            used += needs
-        return [(part, self._moments(part)) for part in parts]
+        groups = self._groups.get(index, [])
+        sizes = [self._algorithm.moments(group[0].part.shape[-1]) for group in groups]
+        parts = algorithms.in_passes(sizes, _available(self._model.device))
+        return [(part, self._moments(part)) for part in ([groups[number] for number in one] for one in parts)]
 
     def _moments(self, groups: Sequence[Group]) -> Moments:
         wanted = {self._place_of(group[0].module): group[0].part.shape[-1] for group in groups}

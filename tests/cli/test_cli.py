@@ -262,7 +262,7 @@ def test_every_measurement_can_be_forced(command: str) -> None:
     names = [*options.STAGE_NAMES, *options.MEASUREMENTS]
     argv = [word for name in names for word in ("--force", name)]
     forced = options.forced_stages(main.parser().parse_args([command, "--model", MODEL, *argv]))
-    assert forced >= set(store.STAGES) | {"texts", "scores", "sensitivity", "proxy", "selection"}
+    assert forced >= set(store.STAGES) | {"texts", "scores", "sensitivity", "proxy", "parts", "selection"}
     assert forced <= {*store.STAGES, *store.EVALUATION}
 
 

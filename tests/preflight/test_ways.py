@@ -324,3 +324,23 @@ def test_gptq_needs_half_as_many_tokens_as_the_widest_layer_has_inputs(samples: 
         ways.check(recipe(**values), QWEN3_8B)
     assert "12,288 inputs" in caught.value.why
     assert "--algorithm hessian" in caught.value.hint
+
+
+def test_moments_that_do_not_fit_together_cost_passes_of_the_rows() -> None:
+    config = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2, "num_experts": 8,
+              "num_attention_heads": 8, "hidden_size": 1024, "num_experts_per_tok": 2}  # fmt: skip
+    names = [f"model.layers.{n}.mlp.experts.{i}.{x}_proj" for n in (0, 1) for i in range(8) for x in ("up", "down")]
+    model = ModelFacts(config, {f"{name}.weight": ("BF16", (1024, 1024)) for name in names})
+    asked, matrix = recipe(**{"quantization.algorithm": "gptq"}), 4 * 1024**2
+    assert rounding.passes(asked, model, 4 * 16 * matrix) == {0: 1, 1: 1}
+    assert rounding.passes(asked, model, 4 * 8 * matrix) == {0: 2, 1: 2}
+    assert rounding.passes(asked, model, 0) == {0: 16, 1: 16}
+    assert rounding.passes(recipe(**{"quantization.algorithm": "mse"}), model, 0) == {}
+    costs = [
+        ways.choose(asked, model, replace(HOST, largest=number * matrix)).taken.rounding for number in (4 * 16, 4 * 8)
+    ]
+    [one, two] = [cost for cost in costs if cost is not None and cost.seconds is not None]
+    assert (one.passes, two.passes) == (1, 2)
+    tokens = asked.calibration.samples * asked.calibration.seq_len
+    once = 2 * ways.active_parameters(model) * tokens / ways.OPERATIONS / HOST.cores
+    assert (two.seconds or 0) - (one.seconds or 0) == pytest.approx(once)

@@ -19,7 +19,7 @@ from builder.core.errors import UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
 from builder.core.store import Store, key_of
-from builder.formats import kv_cache, registry
+from builder.formats import algorithms, kv_cache, registry
 from builder.formats.arithmetic import int8, nvfp4
 from builder.formats.assignment import ModelFormats
 from builder.hub.snapshot import Snapshot, fetch
@@ -214,7 +214,7 @@ def test_a_layer_whose_moments_do_not_fit_runs_its_rows_several_times(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = rounded(small, tmp_path / "whole")
-    monkeypatch.setattr(streamed_solve, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(algorithms, "MOMENTS_SHARE", 0)
     parts, facts = rounded(small, tmp_path / "parts")
     assert parts == whole
     assert len(set(facts["solved"].values())) == 4 * 4  # qkv, o, gate and up, down
