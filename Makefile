@@ -90,6 +90,7 @@ TRTLLM_TESTS := \
   tests/reference/test_model.py \
   tests/tokenizer/test_chat_template.py \
   tests/tokenizer/test_files.py \
+  tests/transform/test_learning.py \
   tests/transform/test_spinquant.py
 
 env-trtllm: $(TRTLLM)/ready ## installs the environment of test-trtllm

@@ -20,7 +20,7 @@ from builder.evaluate.variants import Models
 from builder.hub.snapshot import Snapshot, fetch, open_source
 from builder.preflight import checks, ways
 from builder.preflight.memory import machine
-from builder.preflight.prepare import Prepared, check_fit, prepare, tell
+from builder.preflight.prepare import Prepared, check_fit, check_learning, prepare, tell
 from builder.preflight.quantized import Quantized, check_runners, compares, not_quantizable, opened
 from builder.preflight.zero_layers import keep_zeros
 from builder.publish.publication import publish
@@ -209,6 +209,7 @@ def _run_stages(
             check_fit(prepared, store, made=lambda: [artifact.stage for artifact in stored(asked, store)[0]])
 
     check_room(prepared)
+    check_learning(prepared, store)
     used = usage.started()
 
     def before() -> None:
@@ -229,7 +230,7 @@ def _run_stages(
             imported = replace(imported, original=fetch(named.model, store=store, source=named))
         return _serve(_checked(imported, store) if quality else imported, wanted, store)
 
-    source, snapshot = snapshot, transformed(snapshot, recipe.transform, store=store)
+    source, snapshot = snapshot, _transformed(prepared, snapshot, store)
     rotated_from = source if recipe.transform.rotates else None
     if recipe.quantization.as_it_is:
         plain = Built(snapshot, prepared, checkpoint=write_checkpoint(snapshot, store=store), original=rotated_from)
@@ -254,6 +255,20 @@ def _run_stages(
     _tell_limit(used(), store)
     built = Built(snapshot, prepared, calibration, checkpoint, original=rotated_from)
     return _serve(_checked(built, store) if quality else built, wanted, store)
+
+
+def _transformed(prepared: Prepared, snapshot: Snapshot, store: Store) -> Snapshot:
+    """The model as it is quantized, whose rotations may be learned from the calibration rows first."""
+    recipe = prepared.recipe
+    if not recipe.transform.learns:
+        return transformed(snapshot, recipe.transform, store=store)
+    from builder.transform.learned import Rows
+
+    calibration = calibrate(recipe.calibration, store=store)
+    check_conversations(read_rows(calibration), snapshot.path)
+    part = recipe.quantization.number_format.name
+    rows = Rows(calibration, recipe.calibration.seq_len, part, prepared.model.layers, recipe.model.trust_remote_code)
+    return transformed(snapshot, recipe.transform, rows, store=store)
 
 
 def _request(prepared: Prepared) -> QuantizeRequest:
@@ -399,7 +414,7 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
         if (choice := prepared.way(machine(store.root))) is not None:
             ways.check_fits(choice)
     snapshot = fetch(recipe.model, store=store, source=prepared.source)
-    snapshot = transformed(snapshot, recipe.transform, store=store)
+    snapshot = _transformed(prepared, snapshot, store)
     prepared = keep_zeros(prepared, snapshot, store.out)
     if proxy and recipe.sensitivity.data is None:
         return sensitivity_stage.weight_errors(snapshot, prepared.model, store)

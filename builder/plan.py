@@ -15,6 +15,7 @@ from builder.core.output import seconds, size
 from builder.core.store import STAGES, Artifact, Store, WouldRun
 from builder.formats import registry as formats
 from builder.preflight import checks, memory, suggestions
+from builder.preflight.learning import Learning
 from builder.preflight.memory import Machine, Sizes
 from builder.preflight.prepare import Prepared, prepare
 from builder.preflight.suggestions import MemoryCheck
@@ -35,6 +36,7 @@ class Plan:
     memory: the estimate for each card of the profile. missing: bytes still to be written to the output directory.
     blocked: why this machine cannot build it. refusal: what does not fit, on the card or on this machine.
     way: how this machine would quantize the model, and the other ways; None if it is not quantized.
+    learning: what learning its rotations takes; None if none are learned.
     open_choice: `auto` has not chosen its layers yet. prices: the bytes that the single layers add, by their format.
     streams: concurrent streams, their bytes of host memory, and why that many; None if the target has no limit.
     """
@@ -46,6 +48,7 @@ class Plan:
     memory: MemoryCheck
     host: Machine
     way: Choice | None
+    learning: Learning | None
     missing: int
     blocked: BuilderError | None
     refusal: BuilderError | None
@@ -83,12 +86,14 @@ def plan(resolved: Resolved, store: Store) -> Plan:
     if selection is not None:
         prepared = prepared.with_chosen(selection.facts["modules"])
     host = memory.machine(store.root)
-    way = prepared.way(host)
+    way, learning = prepared.way(host), prepared.learning(host)
     checked = suggestions.judge(prepared.model, prepared.serving, resolved.gpu, host, gpus())
     remaining = [stage for stage, state, _ in stages if state != "cached"]
     refusal = checked.refusal
     if refusal is None and blocked is None:  # disk and memory are those of the machine that builds: this one, if it can
         refusal = checks.host_refusal(way, prepared.sizes, host, remaining)
+        if learning and "transform" in remaining:
+            refusal = refusal or learning.refusal
     return Plan(
         prepared=prepared,
         stages=stages,
@@ -97,6 +102,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         memory=checked,
         host=host,
         way=way,
+        learning=learning,
         missing=sum(prepared.sizes.disk.get(stage, 0) for stage in remaining if stage != "snapshot"),
         blocked=blocked,
         refusal=refusal,
@@ -127,6 +133,9 @@ def _stages(prepared: Prepared, done: Sequence[Artifact], first: WouldRun | None
     skipped |= set() if prepared.calibration else {"calibration"}
     skipped |= set() if prepared.recipe.transform.rotates else {"transform"}
     stages = [stage for stage in STAGES if stage not in skipped]
+    if prepared.recipe.transform.learns:  # from the rows
+        stages.remove("transform")
+        stages.insert(stages.index("calibration") + 1, "transform")
     if all(beside):
         stages.insert(stages.index("layouts"), "layouts")
     if prepared.recipe.quantization.kept_budget is not None:

@@ -83,6 +83,7 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
         ("GPU", f"{card}{gpu.name}: {gpu.title}" + parallel * (recipe.engine.world_size > 1), origin["gpu"]),
         ("target", f"{recipe.target}, TensorRT-LLM {recipe.engine.tensorrt_llm}", origin["target"]),
         *([("transform", recipe.transform.title, origin["transform.name"])] if recipe.transform.rotates else []),
+        *_learning_rows(found),
         *_format_rows(found, origin["quantization.format"]),
         (
             "KV cache",
@@ -95,6 +96,15 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
     if found.blocked:
         decisions.append(("on this machine", f"no: {found.blocked.what}", found.blocked.hint))
     return decisions
+
+
+def _learning_rows(found: Plan) -> list[tuple[str, str, str]]:
+    """What learning the rotations costs."""
+    if found.learning is None:
+        return []
+    took = "time unknown" if found.learning.seconds is None else f"about {seconds(found.learning.seconds)}"
+    basis = ways.NOT_MEASURED if found.learning.seconds is None else ways.BASIS
+    return [("learning costs", f"{took}, about {size(found.learning.memory)} of memory, in float32", basis)]
 
 
 def _format_rows(found: Plan, origin: str) -> list[tuple[str, str, str]]:
@@ -252,6 +262,7 @@ def _as_object(found: Plan) -> dict[str, Any]:
             "bytes": None if found.open_choice else dict(found.prices),
         },
         "ways": _ways(found.way),
+        "learning": {"memory": found.learning.memory, "seconds": found.learning.seconds} if found.learning else None,
         "streams": None
         if found.streams is None
         else dict(zip(("at_once", "bytes", "why"), found.streams, strict=True)),

@@ -10,6 +10,7 @@ from typing import Final
 
 QUANTIZE: Final = "builder.quantize.worker"
 QUANTIZE_STREAMED: Final = "builder.quantize.streamed_worker"
+LEARN_ROTATIONS: Final = "builder.transform.learning_worker"
 SCALES: Final = "builder.quantize.scales_worker"
 EVALUATE: Final = "builder.evaluate.runners.worker"
 PARTS: Final = "builder.evaluate.parts.worker"

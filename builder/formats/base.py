@@ -196,6 +196,12 @@ class NumberFormat:
         return any(tensor.dims == (IN,) for tensor in self.tensors)
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether the inputs of a layer are rounded as they are: not scaled first, as those of AWQ and SmoothQuant,
+        which compressed-tensors does not have."""
+        return self.compressed_tensors is not None and self.compressed_tensors.inputs is not None
+
+    @property
     def layer_entry(self) -> dict[str, Any]:
         """A layer's entry in quant_cfg.json (ModelOpt, export/quant_utils.py, process_layer_quant_config)."""
         group = {} if self.group_size is None else {"group_size": self.group_size}

@@ -11,13 +11,14 @@ from functools import cached_property
 
 from builder.checkpoint import requested_layouts
 from builder.core.errors import UnsupportedError
-from builder.core.output import size
+from builder.core.output import seconds, size
 from builder.core.store import STAGES, Store
 from builder.formats.assignment import Layers
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
 from builder.model import multimodal
 from builder.preflight import advice, checks, memory, quantized, suggestions, ways
+from builder.preflight.learning import Learning, learning
 from builder.preflight.memory import Machine, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
 from builder.preflight.quantized import NO_ORIGINAL, Quantized
@@ -100,6 +101,10 @@ class Prepared:
         if self.calibration is None and not self.data_free:
             return None
         return ways.choose(self.recipe, self.model, ways.device(host), scales=self.quantized is not None)
+
+    def learning(self, host: Machine) -> Learning | None:
+        """What learning its rotations takes on this machine; None if none are learned."""
+        return learning(self.recipe, self.model, ways.device(host))
 
     @property
     def why_not_checked(self) -> str:
@@ -217,6 +222,16 @@ def check_fit(prepared: Prepared, store: Store, *, made: Callable[[], list[str]]
     if tight and "checkpoint" in remaining:
         free = size(host.available)
         store.out.warn(f"quantizing takes about {size(needs)}, and of this machine's memory {free} are free now")
+
+
+def check_learning(prepared: Prepared, store: Store) -> None:
+    """If rotations are learned, prints what that takes. UnsupportedError if this machine has too little memory."""
+    needed = None if store.dry else prepared.learning(memory.machine(store.root))
+    if needed and needed.refusal:
+        raise needed.refusal
+    if needed:
+        took = "" if needed.seconds is None else f" and about {seconds(needed.seconds)}"
+        store.out.info(f"learning rotations takes about {size(needed.memory)} of memory{took}")
 
 
 def tell(prepared: Prepared, store: Store) -> None:

@@ -209,6 +209,21 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _rotations_can_be_learned(self) -> Recipe:
+        part = self.quantization
+        if self.transform.learns and self.calibration.data_free:
+            raise ValueError(
+                "transform.kind learned reads calibration rows, and there are none (data-free); name rows: "
+                "--calib-data FILE.jsonl, or use --set transform.kind=hadamard"
+            )
+        if self.transform.learns and not part.number_format.rounds_inputs:
+            raise ValueError(
+                f"transform.kind learned lowers the loss by rounded inputs of layers, and format {part.format} "
+                "leaves them, or scales them first; use --set transform.kind=hadamard"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _auto_has_texts(self) -> Recipe:
         if self.quantization.kept_budget is not None and self.sensitivity.data is None:
             raise ValueError(

@@ -3,8 +3,7 @@ once to the dtype of the tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,11 @@ from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import Buffer, FileRange, NewTensor, TensorInfo, Tensors
 from builder.quantize.source_weights import WeightReader, itemsize, rounded
 from builder.transform.rotation import Rotation
+from builder.transform.rotations import Rotations
 from builder.transform.spinquant import Fold
 
 Array = np.ndarray[Any, Any]
 BLOCK = 1 << 21  # values in a block: 16 MB in float64, a few of which exist at once
-
-
-@dataclass(frozen=True)
-class Rotations:
-    """R1, and R2 of each layer. Either is asked for only where a tensor needs it."""
-
-    residual: Rotation | None
-    values: Callable[[int], Rotation]
 
 
 class Folding:

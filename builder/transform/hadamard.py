@@ -1,4 +1,5 @@
-"""Hadamard matrices of many orders, as Kronecker products of small ones: Sylvester's 2 x 2 and Paley's."""
+"""Hadamard matrices of many orders, as Kronecker products of small ones: Sylvester's 2 x 2, Paley's, and those of four
+circulant matrices."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.transform import paley
+from builder.transform import goethals_seidel, paley
 
 Array = np.ndarray[Any, Any]
 WIDEST = 64  # of the factors that are powers of two: a matrix product with one is quicker than with two smaller ones
@@ -25,15 +26,15 @@ class Orders:
 
 @functools.cache
 def orders(n: int) -> Orders:
-    """How a matrix of order n is composed: with the smallest of Paley's matrices that has n's odd factor, or two of
-    them, and powers of two."""
+    """How a matrix of order n is composed: with the smallest known matrix that has n's odd factor, or two of them,
+    and powers of two."""
     odd = n // (n & -n)
     if odd == 1:
         return Orders(_twos(n))
-    if (one := _paley(odd, n)) is not None:
+    if (one := _smallest(odd, n)) is not None:
         return Orders((*_twos(n // one), one))
     for part in range(3, int(odd**0.5) + 1, 2):
-        if odd % part == 0 and (first := _paley(part, n)) and (second := _paley(odd // part, n // first)):
+        if odd % part == 0 and (first := _smallest(part, n)) and (second := _smallest(odd // part, n // first)):
             return Orders((*_twos(n // first // second), first, second))
     return Orders(_twos(n // odd), odd)
 
@@ -54,15 +55,14 @@ def factor(order: int) -> Array:
             made = np.kron([[1.0, 1.0], [1.0, -1.0]], made)
         return made
     made_by_paley = paley.matrix(order)
-    assert made_by_paley is not None
-    return made_by_paley
+    return goethals_seidel.matrix(order) if made_by_paley is None else made_by_paley
 
 
-def _paley(odd: int, n: int) -> int | None:
-    """The smallest of Paley's orders that is this odd number times a power of two, and divides n."""
+def _smallest(odd: int, n: int) -> int | None:
+    """The smallest order with a construction that is this odd number times a power of two, and divides n."""
     order = 4 * odd
     while n % order == 0:
-        if paley.exists(order):
+        if paley.exists(order) or goethals_seidel.exists(order):
             return order
         order *= 2
     return None

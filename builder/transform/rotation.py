@@ -1,4 +1,4 @@
-"""Random rotations: orthogonal matrices as a product of random signs and small orthogonal factors, in float64.
+"""Rotations: orthogonal matrices as a product of random signs and small orthogonal factors, in float64.
 
 A product with a Kronecker product is one with each factor in turn, so that a matrix of order 4096 costs as much as
 two of order 64. The same seed gives the same signs on every machine.
@@ -41,6 +41,11 @@ class Rotation:
     def matrix(self) -> Array:
         """The whole matrix, [n, n]."""
         return self.rotate(np.eye(len(self.signs)))
+
+
+def of_matrix(matrix: Array, title: str) -> Rotation:
+    """The rotation that an orthogonal matrix [n, n] is."""
+    return Rotation(np.ones(len(matrix)), (matrix,), title)
 
 
 def random(n: int, kind: Kind, seed: int, name: str) -> Rotation:

@@ -100,6 +100,18 @@ def plan(
     return found
 
 
+def check_learnable(config: Mapping[str, Any], model: str) -> None:
+    """UnsupportedError for a mixture of experts, whose rotations can't be learned."""
+    family = catalog.of(config).rotation
+    if family and any("*" in pattern for patterns in (*family.reads.values(), family.writes) for pattern in patterns):
+        raise UnsupportedError(
+            f"The rotations of {model} can't be learned.",
+            why=f"{catalog.of(config).title}: the router of a mixture reads its experts' inputs without rounding, and "
+            "transformers 5 joins the experts in one module.",
+            hint="Use random rotations: --set transform.kind=hadamard",
+        )
+
+
 def _family(config: Mapping[str, Any], rotations: Collection[str], model: str) -> Rotation:
     """How the family is rotated. UnsupportedError if it can't be."""
     architecture = catalog.of(config)

@@ -5,13 +5,11 @@ Tensors are read and written one at a time.
 
 from __future__ import annotations
 
-import functools
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from builder.architectures.attention import head_size
 from builder.checkpoint.layouts import write_json
 from builder.checkpoint.shards import SHARD_BYTES, write_shards
 from builder.core.output import BYTES, Output
@@ -19,16 +17,15 @@ from builder.core.safetensors_io import byte_size
 from builder.model.files import CONFIG, INDEX, parse_config
 from builder.model.loading import check_tied
 from builder.model.source_tensors import open_tensors
-from builder.recipe.transform import Transform
 from builder.transform import spinquant
-from builder.transform.folding import Folding, Rotations
-from builder.transform.rotation import Rotation, random
+from builder.transform.folding import Folding
+from builder.transform.rotations import Rotations
 
 
 def write(
     source: Path,
     names: Iterable[str],
-    part: Transform,
+    rotations: Rotations,
     destination: Path,
     out: Output,
     *,
@@ -42,9 +39,8 @@ def write(
     check_tied(config, source)
     tensors = open_tensors(source)
     headers = {name: (info.dtype, info.shape) for name, info in tensors.items()}
-    folds = spinquant.plan(config, headers, part.rotations, str(source))
-    rotations, titles = _rotations(config, part)
-    for name, title in titles.items():
+    folds = spinquant.plan(config, headers, rotations.names, str(source))
+    for name, title in rotations.titles.items():
         out.info(f"{name.upper()}: {title}")
     folding = Folding(tensors, rotations)
     total = sum(byte_size(fold.dtype, fold.shape) for fold in folds)
@@ -55,25 +51,13 @@ def write(
         if not name.endswith(".safetensors") and name not in (CONFIG, INDEX):
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, destination / name)
-    write_json(destination / CONFIG, spinquant.config(config, part.rotations))
+    write_json(destination / CONFIG, spinquant.config(config, rotations.names))
     return {
-        "rotations": titles,
-        "untied": bool(config.get("tie_word_embeddings")) and not spinquant.tied(config, part.rotations),
+        "rotations": rotations.titles,
+        "untied": bool(config.get("tie_word_embeddings")) and not spinquant.tied(config, rotations.names),
         "tensors": {"changed": sum(not fold.unchanged for fold in folds), "all": len(folds)},
         "shards": len(files),
     }
-
-
-def _rotations(config: Mapping[str, Any], part: Transform) -> tuple[Rotations, dict[str, str]]:
-    """The rotations, and what each of them is."""
-
-    @functools.cache
-    def values(layer: int) -> Rotation:
-        return random(head_size(config), part.kind, part.seed, f"r2.{layer}")
-
-    residual = random(int(config["hidden_size"]), part.kind, part.seed, "r1") if "r1" in part.rotations else None
-    titles = {"r1": residual.title} if residual else {}
-    return Rotations(residual, values), titles | ({"r2": values(0).title} if "r2" in part.rotations else {})
 
 
 def _counter(update: Callable[[int], object]) -> Callable[[int], None]:

@@ -36,6 +36,7 @@ from builder.preflight.prepare import prepare
 from builder.quantize import device, modelopt
 from builder.recipe import schema
 from builder.recipe.algorithm import Gptq
+from builder.recipe.transform import Learning
 from builder.serving import smoke
 from builder.triton.repository import Repository
 from builder.trtllm import engine
@@ -100,6 +101,7 @@ ELSEWHERE = {
     "model.revision": HUB,
     "model.original": "of a quantized model alone (test_quantized_models.py)",
     **{f"transform.{name}": "of a transform alone (test_stage.py)" for name in ("rotations", "kind", "seed")},
+    **{f"transform.learning.{name}": "of learned rotations (test_learned_stage.py)" for name in Learning.model_fields},
     "quantization.format": ONE,
     **{f"quantization.gptq.{name}": "with algorithm gptq alone" for name in Gptq.model_fields},
     "calibration.data": "below",

@@ -25,6 +25,7 @@ from builder.evaluate.parts import stage as parts_stage
 from builder.evaluate.sensitivity import stage as sensitivity_stage
 from builder.quantize import imported, modelopt, pseudo_stage, scales, streamed, unquantized
 from builder.serving import smoke
+from builder.transform import learned
 from builder.transform import stage as transform_stage
 
 QUIET = Output("quiet")
@@ -293,6 +294,7 @@ NO_INGREDIENTS |= {"builder"}  # its version is an ingredient of its own where a
         ("quantize/scales.py", scales.SOURCES),
         ("quantize/imported.py", imported.SOURCES),
         ("transform/stage.py", transform_stage.SOURCES),
+        ("transform/learned.py", learned.SOURCES),
         ("quantize/streamed.py", streamed.SOURCES),
         ("quantize/unquantized.py", unquantized.SOURCES),
         ("checkpoint/requested_layouts.py", requested_layouts.SOURCES),

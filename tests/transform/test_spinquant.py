@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import families
 import pytest
+from rotated_models import NO_R2, ROTATED, model_of
 from source_models import SHARDED, VARIANTS
 
 from builder.architectures import catalog
@@ -16,31 +16,10 @@ from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
 from builder.recipe.transform import Transform
 from builder.transform import spinquant, writing
+from builder.transform.rotations import random_rotations
 
 torch = pytest.importorskip("torch")
 QUIET = Output("quiet")
-ROTATED = [one for one in catalog.every() if one.rotation]
-SIZES = {"hidden_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2}  # 80 = 4 x Paley's 20
-NO_R2 = {"phi3": "r1"}
-
-
-def model_of(model_type: str, directory: Path, **config: Any) -> Any:
-    """A small model in float32 whose norms and biases are random too. Skips families that transformers lacks."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        made = families.config(model_type)
-    except ValueError:
-        pytest.skip(f"this transformers has no {model_type}")
-    for key, value in {**SIZES, "head_dim": 20, **config}.items():
-        setattr(made, key, value)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(1 if weight.dim() == 1 else 0, 0.5 if weight.dim() == 1 else 0.1)
-    model.save_pretrained(directory, safe_serialization=True)
-    return model
 
 
 def logits(model: Any) -> Any:
@@ -53,7 +32,9 @@ def rotated(source: Path, to: Path, **part: Any) -> Any:
 
     to.mkdir()
     names = [path.name for path in source.iterdir()]
-    writing.write(source, names, Transform(name="spinquant", **part), to, QUIET)
+    config = json.loads((source / "config.json").read_text())
+    rotations = random_rotations(config, Transform(name="spinquant", **part))
+    writing.write(source, names, rotations, to, QUIET)
     return AutoModelForCausalLM.from_pretrained(to, dtype=torch.float32).eval()
 
 

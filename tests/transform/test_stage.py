@@ -26,6 +26,7 @@ from builder.recipe import schema
 from builder.recipe.transform import Transform
 from builder.report import gather
 from builder.transform import writing
+from builder.transform.rotations import random_rotations
 from builder.transform.stage import transformed
 
 QUIET = Output("quiet")
@@ -81,9 +82,10 @@ def test_it_is_cached_and_every_value_makes_another_one(tmp_path: Path) -> None:
 
 def test_a_sharded_model_is_written_in_shards_that_say_the_same(tmp_path: Path) -> None:
     names = [path.name for path in SHARDED.iterdir()]
+    rotations = random_rotations(json.loads((SHARDED / "config.json").read_text()), ROTATED)
     for directory, most in ((tmp_path / "one", 10**9), (tmp_path / "many", 2_000_000)):
         directory.mkdir()
-        writing.write(SHARDED, names, ROTATED, directory, QUIET, shard_bytes=most)
+        writing.write(SHARDED, names, rotations, directory, QUIET, shard_bytes=most)
     one, many = Tensors(tmp_path / "one"), Tensors(tmp_path / "many")
     assert len(one.files) == 1
     assert len(many.files) > 3
@@ -216,7 +218,9 @@ def test_builds_with_and_without_it_have_links_of_their_own() -> None:
         ({"transform.name": "quarot"}, "transform.name: Input should be 'none' or 'spinquant'"),
         ({"transform.rotations": "r3"}, "transform.rotations.0: Input should be 'r1' or 'r2'"),
         ({"transform.rotations": []}, "transform.rotations: Tuple should have at least 1 item"),
-        ({"transform.kind": "learned"}, "transform.kind: Input should be 'hadamard' or 'orthogonal'"),
+        ({"transform.kind": "butterfly"}, "transform.kind: Input should be 'hadamard', 'orthogonal' or 'learned'"),
+        ({"transform.kind": "learned"}, "transform.kind learned reads calibration rows, and there are none"),
+        ({"transform.learning.steps": 5}, "values of learning have no effect with kind hadamard; use kind learned"),
         ({"transform.seed": -1}, "transform.seed: Input should be greater than or equal to 0"),
     ],
 )
