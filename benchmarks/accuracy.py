@@ -1,10 +1,11 @@
 """Measures what each algorithm of NVFP4 loses: KL to BF16 of the checkpoints that `builder quantize` writes.
 
-    python benchmarks/accuracy.py [--model DIR] [--row mse] [--texts 60] [--work DIR]
+    python benchmarks/accuracy.py [--model DIR] [--row mse] [--texts 60] [--work DIR] [--served]
 
 All are calibrated with the same rows of Python's documentation and measured on the same other texts, prose and chat of
 tests/data/eval, with the KV cache in the model's own type. Ratios to `max` are paired: each resample draws the same
-texts for both. By default the bundled model; a real one: make .venv/real/smollm2-135m-instruct/config.json
+texts for both. --served measures what Triton answers instead: prompt logits of the reference executor over gRPC. By
+default the bundled model; a real one: make .venv/real/smollm2-135m-instruct/config.json
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +27,35 @@ ROOT = Path(__file__).parents[1]
 SETS = ("prose", "chat")
 MAX_TOKENS, RESAMPLES = 256, 2000
 GPTQ = ("--algorithm", "gptq", "--set")
+BY_HESSIAN = (*GPTQ, "quantization.gptq.scales=hessian")
 ROWS: Mapping[str, Sequence[str]] = {
     "max": (),
     "mse": ("--algorithm", "mse"),
     "hessian": ("--algorithm", "hessian"),
     "gptq, scales by max": (*GPTQ, "quantization.gptq.scales=max"),
     "gptq, scales by mse": (*GPTQ, "quantization.gptq.scales=mse"),
-    "gptq, scales by hessian": (*GPTQ, "quantization.gptq.scales=hessian"),
+    "gptq, scales by hessian": BY_HESSIAN,
+    "gptq, scales by hessian, attention in BF16": (*BY_HESSIAN, "--keep-bf16", "*.self_attn.*"),
     "W4A16, max": ("--format", "w4a16_nvfp4"),
     "W4A16, mse": ("--format", "w4a16_nvfp4", "--algorithm", "mse"),
-    "W4A16, gptq": ("--format", "w4a16_nvfp4", *GPTQ, "quantization.gptq.scales=hessian"),
+    "W4A16, gptq": ("--format", "w4a16_nvfp4", *BY_HESSIAN),
+    "spinquant, max": ("--transform", "spinquant"),
+    "spinquant, gptq": ("--transform", "spinquant", *BY_HESSIAN),
 }
 EXACT = "weights exact, activations NVFP4"
 
 
-def quantize(model: Path, flags: Sequence[str], samples: int, output: Path) -> tuple[Path, float]:
-    """Runs `builder quantize`. Returns the checkpoint and the CPU seconds that it took."""
-    argv = [sys.executable, "-m", "builder", "quantize", "--model", str(model), "--gpu", "cpu", "--memory", "low"]
-    argv += ["--kv-cache-dtype", "auto", "--calib-data", "builtin:python-docs", "--calib-samples", str(samples)]
-    argv += ["--calib-seq-len", "256", "--output", str(output), "--json", *flags]
+RENDER = ("--no-quality-check", "--set", "engine.flags.gather_context_logits=enable")
+
+
+def quantize(model: Path, flags: Sequence[str], samples: int, output: Path, *, served: bool) -> tuple[Path, float]:
+    """Runs `builder quantize`, or `builder render` for what is to be served. Returns the checkpoint or the repository,
+    and the CPU seconds that it took."""
+    argv = [sys.executable, "-m", "builder", "render" if served else "quantize", "--model", str(model), "--gpu", "cpu"]
+    argv += ["--memory", "low", "--kv-cache-dtype", "auto", "--calib-data", "builtin:python-docs", "--calib-samples"]
+    argv += [str(samples), "--calib-seq-len", "256", "--output", str(output), "--json", *flags]
     before = cpu()
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([*argv, *(RENDER if served else ())], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(done.stderr)
     return Path(json.loads(done.stdout)["path"]), cpu() - before
@@ -87,17 +97,12 @@ class Texts:
     def _logits(self, runner: Any, name: str) -> Any:
         return (logits.float() for ids in self.ids[name] for logits in runner.logits([ids]))
 
-    def kl(self, checkpoint: Path, *, exact: bool = False) -> dict[str, np.ndarray[Any, Any]]:
-        """{set: KL of each text, summed over its tokens}. exact: with the weights of the BF16 model."""
+    def kl(self, opened: AbstractContextManager[Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """{set: KL of each text, summed over its tokens} of what a runner predicts."""
         import torch
 
-        from builder.evaluate.runners import local
-
         found = {}
-        job = {**self.job, "unified": str(checkpoint / "unified")}
-        with torch.inference_mode(), local.checkpoint(job) as runner:
-            if exact:
-                _exact(runner.model, Path(self.job["model"]))
+        with torch.inference_mode(), opened as runner:
             for name in SETS:
                 sums = []
                 for expected, logits in zip(self.expected[name], self._logits(runner, name), strict=True):
@@ -105,6 +110,25 @@ class Texts:
                     sums.append(float((wanted.exp() * (wanted - logits.log_softmax(-1))).sum()))
                 found[name] = np.array(sums)
         return found
+
+    @contextmanager
+    def checkpoint(self, path: Path, *, exact: bool = False) -> Iterator[Any]:
+        """A checkpoint. exact: with the weights of the BF16 model."""
+        from builder.evaluate.runners import local
+
+        with local.checkpoint({**self.job, "unified": str(path / "unified")}) as runner:
+            if exact:
+                _exact(runner.model, Path(self.job["model"]))
+            yield runner
+
+    def served(self, path: Path) -> AbstractContextManager[Any]:
+        """A Triton repository, which is served meanwhile. Its log is beside it."""
+        from builder.evaluate.runners import triton
+        from builder.triton.repository import open_repository
+
+        found = open_repository(path)
+        job = {"models": str(found.models), "facts": found.facts, "logits": False, "timeout": 600.0}
+        return triton.served(job | {"batch_tokens": 2048, "server_log": str(path.with_suffix(".log"))})
 
     def tokens(self, name: str) -> int:
         """The tokens that the KL is a mean over."""
@@ -137,6 +161,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=60, help="of each of the two sets")
     parser.add_argument("--samples", type=int, default=64, help="calibration rows of at most 256 tokens")
     parser.add_argument("--threads", type=int, default=2, help="of the measurements")
+    parser.add_argument("--served", action="store_true", help="measure the model that Triton serves")
     parser.add_argument("--work", type=Path, help="where checkpoints are kept (default: a temporary directory)")
     asked = parser.parse_args()
     chosen = {name: flags for name, flags in ROWS.items() if not asked.row or name in ("max", *asked.row)}
@@ -150,13 +175,13 @@ def main() -> None:
         print("| algorithm | prose | against max | chat | against max | CPU s |\n| --- | --- | --- | --- | --- | --- |")
         base: dict[str, np.ndarray[Any, Any]] = {}
         for title, flags in chosen.items():
-            path, seconds = quantize(asked.model, flags, asked.samples, work)
-            kl = texts.kl(path)
+            path, seconds = quantize(asked.model, flags, asked.samples, work, served=asked.served)
+            kl = texts.kl(texts.served(path) if asked.served else texts.checkpoint(path))
             base = base or kl
             report(title, kl, base, texts, f"{seconds:.0f}")
-            if title == "max":
+            if title == "max" and not asked.served:
                 began = time.process_time()
-                report(EXACT, texts.kl(path, exact=True), base, texts, "")
+                report(EXACT, texts.kl(texts.checkpoint(path, exact=True)), base, texts, "")
                 print(f"(one measurement: {time.process_time() - began:.0f} CPU s)", file=sys.stderr)
 
 

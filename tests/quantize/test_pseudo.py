@@ -192,13 +192,33 @@ def test_max_finds_its_own_scales_again(numbers: list[float], exponent: int) -> 
     assert torch.equal(scales.float()[used], block_scale.float()[used])
 
 
-def test_codes_of_another_algorithm_need_the_stored_scales(store: Store) -> None:
-    """What `mse` chose is found again with its scales, and not by `max` from the weights alone."""
-    made = quantized(store, quantization__algorithm="mse", quantization__save_pseudo="bf16")
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 15), min_size=32, max_size=32),
+    st.lists(st.integers(1, 126), min_size=2, max_size=2),
+    st.integers(-30, 10),
+)
+def test_any_codes_under_any_scales_are_found_again(chosen: list[int], scales: list[int], exponent: int) -> None:
+    """Whatever an algorithm chooses, BF16 is precise enough for its values."""
+    packed = nvfp4.pack(torch.tensor([chosen], dtype=torch.uint8))
+    block_scale = torch.tensor([scales], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scale_2 = torch.tensor(2.0**exponent)
+    made = nvfp4.dequantize(packed, block_scale, scale_2, torch.bfloat16)
+    assert torch.equal(codes(made, block_scale, scale_2), plain(packed))
+
+
+ALGORITHMS = ["mse", *(pytest.param(name, marks=pytest.mark.slow) for name in ("hessian", "gptq"))]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_codes_of_another_algorithm_need_the_stored_scales(algorithm: str, store: Store) -> None:
+    """What another algorithm chose is found again with its scales, and not by `max` from the weights alone."""
+    rows = {} if algorithm == "mse" else {"calibration__samples": 8, "calibration__seq_len": 128}
+    made = quantized(store, quantization__algorithm=algorithm, quantization__save_pseudo="bf16", **rows)
     assert made.pseudo is not None
     assert made.checkpoint is not None
     directory, stored = made.pseudo.path / DIRECTORY, Tensors(made.checkpoint.unified)
-    assert json.loads((directory / "quantize_config.json").read_text())["algorithm"] == "mse"
+    assert json.loads((directory / "quantize_config.json").read_text())["algorithm"] == algorithm
     weights, scales = tensors(directory, WEIGHTS), tensors(directory, SCALES)
     differing = 0
     for layer in [name.removesuffix(".scale_2") for name in scales if name.endswith(".scale_2")]:
