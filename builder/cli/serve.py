@@ -16,6 +16,7 @@ from builder.core.output import Output, seconds
 
 if TYPE_CHECKING:
     from builder.serving.container import ContainerServer
+    from builder.serving.recovery import Recovery
     from builder.serving.server import Server
     from builder.triton.repository import Repository
 
@@ -102,12 +103,19 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     with serving_lock(repository.path), _server(arguments, repository, out) as server:
         try:  # an interrupt while the addresses are printed stops the server like a later one
             _show_addresses(server, repository, out)
-            code = health.watch(server.http_url, server.wait, server.lost_a_model)
+            code = health.watch(server.http_url, server.wait, *_recovery(server, out))
         except KeyboardInterrupt:
             interrupts.answered()
             out.info("stopping; requests in flight are finished")
             return 0
         raise ServingError(f"The server {exit_status.describe(code)}.", hint=f"Its log: {server.log}")
+
+
+def _recovery(server: Server | ContainerServer, out: Output) -> list[Recovery]:
+    """What repairs the server; nothing for one in a container, where another `builder serve` does."""
+    from builder.serving.recovery import Recovery
+
+    return [Recovery(server.http_url, server.processes, out.warn)] if server.processes else []
 
 
 def _show_addresses(server: Server | ContainerServer, repository: Repository, out: Output) -> None:

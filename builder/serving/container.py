@@ -71,9 +71,10 @@ class ContainerServer:
                 raise
             return None
 
-    def lost_a_model(self) -> bool:
-        """Always False: the `builder serve` in the container watches the processes."""
-        return False
+    @property
+    def processes(self) -> None:
+        """None: the `builder serve` in the container watches the processes."""
+        return None
 
 
 @contextmanager

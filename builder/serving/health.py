@@ -1,8 +1,9 @@
 """Whether a server still answers: requests one token of each model that takes text.
 
 Triton's own health endpoints are not enough. After the process of a model has ended, Triton 24.10 still reports the
-model as ready, does not restart it, and answers every request with an error. Containers run this file as their health
-check (python -m builder.serving.health HOST:PORT), so it imports the standard library only.
+model as ready, does not restart it, and answers every request with an error (recovery.py loads it again).
+Containers run this file as their health check (python -m builder.serving.health HOST:PORT), so it imports the standard
+library only.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from builder.core.errors import ServingError
 
 PERIOD = 10.0  # seconds between two probes of `watch`
 LOOK_SECONDS = 2.0  # between two looks at the models' processes, which cost about 20 ms each
-CONFIRM_SECONDS = 3.0  # a process that is still dead after that was not part of a normal exit of the server
 PATIENCE = 30.0  # seconds for one probe: a token takes long if the queues are full
 FAILURES = 3  # consecutive failed probes until the server counts as broken
 # The names of the models in our repositories that may take text. Each runs in its own processes, so each is probed.
 MODELS = ("ensemble", "ensemble_infer", "tensorrt_llm_bls", "tensorrt_llm")
 MAX_TOKENS = ("max_tokens", "sampling_param_max_tokens")
+Wait = Callable[[float], int | None]  # waits for so many seconds; the exit code of the server, None if it still runs
 BUSY = "maximum queue size"  # in Triton's error for a request that exceeds max_queue_size
 
 
@@ -51,21 +52,18 @@ def fault(url: str, patience: float = PATIENCE) -> str:
     return ""
 
 
-def watch(url: str, wait: Callable[[float], int | None], lost: Callable[[], bool] = lambda: False) -> int:
+def watch(url: str, wait: Wait, recover: Callable[[Wait], str] = lambda wait: "") -> int:
     """Watches a server until it exits and returns its exit code. ServingError if it runs but no longer answers.
 
-    `wait` waits for the exit for some seconds and returns the exit code or None. `lost` says whether the process of a
-    model has ended; such a server is reported after LOOK_SECONDS + CONFIRM_SECONDS at most.
+    `wait` waits for the exit for some seconds and returns the exit code or None. `recover` repairs what it can each
+    LOOK_SECONDS and returns why it can't, or "".
     """
     failures, next_probe = 0, time.monotonic() + PERIOD
     while True:
         if (code := wait(min(LOOK_SECONDS, PERIOD))) is not None:
             return code
-        if lost():
-            if (code := wait(CONFIRM_SECONDS)) is not None:
-                return code
-            if lost():
-                raise _broken("The process of a model has ended.")
+        if why := recover(wait):
+            raise _broken(why)
         if time.monotonic() < next_probe:
             continue
         found = fault(url)
@@ -80,7 +78,7 @@ def watch(url: str, wait: Callable[[float], int | None], lost: Callable[[], bool
 def _broken(why: str) -> ServingError:
     return ServingError(
         "The server is running but no longer answers.",
-        why=f"{why}\nTriton does not restart the process of a model.",
+        why=why,
         hint="Start the server again (docker compose does so with restart: unless-stopped). See the server's log.",
     )
 

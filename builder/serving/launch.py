@@ -101,7 +101,10 @@ class Command:
             f"--backend-directory={self.backends}",
             *(f"--{api}-{key}" for api, port in ports.items() for key in (f"address={addresses.host}", f"port={port}")),
             "--disable-auto-complete-config",
-            "--model-control-mode=none",  # loads every model at start; turns off the API that loads (and runs) others
+            # Loads every model at start, and again if its files change (model_processes.py). Like "none", it turns off
+            # the API that loads (and runs) others.
+            "--model-control-mode=poll",
+            "--repository-poll-secs=1",
             *(f"--backend-config={backend},shm-region-prefix-name={shm}" for backend in ("python", "tensorrtllm")),
             f"--exit-timeout-secs={self.exit_timeout}",
             f"--http-restricted-api={CLOSED}",

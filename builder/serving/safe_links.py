@@ -18,6 +18,7 @@ from builder.trtllm import compatibility
 
 ALLOWED = "ASCII letters, digits and _ . / + -"
 _SAFE = re.compile(r"[A-Za-z0-9_./+-]+")
+_COMPILED = "__pycache__"
 _MODEL_YAML = "1/model.yaml"  # of the llmapi target
 
 
@@ -27,15 +28,13 @@ def is_safe(path: str) -> bool:
 
 
 def link_model(model: Path, target: Path, links: Path) -> None:
-    """Creates `target` as a link to the model, or as a copy of links if its configuration contains unsafe paths.
+    """Creates `target` as a directory of links to the model's files, with a copy of its configuration.
 
-    Links that stand for those paths are created in `links`.
+    Links that stand for unsafe paths are created in `links`. Triton loads a model again when its files change. So what
+    could change is copied, and Python can't write its compiled files, because a file is in the place of its directory.
     """
-    rewritten = _rewritten(model, lambda path: _link(path, links))
-    if rewritten:
-        _mirror(model, target, rewritten)
-    else:
-        target.symlink_to(model.resolve())
+    config = {"config.pbtxt": (model / "config.pbtxt").read_text(encoding="utf-8")}
+    _mirror(model, target, config | _rewritten(model, lambda path: _link(path, links)))
 
 
 def _link(path: str, links: Path) -> str:
@@ -71,11 +70,14 @@ def _rewritten(model: Path, linked: Callable[[str], str]) -> dict[str, str]:
 def _mirror(source: Path, target: Path, files: Mapping[str, str]) -> None:
     """Creates `target` with links to everything in `source`, except `files`, which are written."""
     target.mkdir()
+    (target / _COMPILED).touch()
     for path in source.iterdir():
+        if path.name == _COMPILED:
+            continue
         below = {name.partition("/")[2]: text for name, text in files.items() if name.startswith(f"{path.name}/")}
         if path.name in files:
             (target / path.name).write_text(files[path.name], encoding="utf-8")
-        elif below:
+        elif below or (path.is_dir() and path.name.isdigit()):
             _mirror(path, target / path.name, below)
         else:
             (target / path.name).symlink_to(path.resolve())

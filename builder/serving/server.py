@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import threading
@@ -26,6 +25,7 @@ from builder.machine import gpus
 from builder.serving import launch, limits
 from builder.serving.installation import find_server
 from builder.serving.launch import Ports
+from builder.serving.model_processes import ModelProcesses
 from builder.serving.private_directory import prepare_backends, serving_directory
 from builder.serving.readiness import answers_ok, ready_paths, start_failure
 from builder.trtllm import compatibility
@@ -49,6 +49,7 @@ class Server:
     metrics_url: str
     log: Path
     child: process.Child
+    processes: ModelProcesses
 
     @property
     def pid(self) -> int:
@@ -63,10 +64,8 @@ class Server:
             return None
 
     def lost_a_model(self) -> bool:
-        """Whether the process of a model has ended and the server has not noticed: it is a zombie of tritonserver."""
-        ours, found = set(supervisor.descendants(self.pid)), list(supervisor.processes())
-        servers = {pid for pid, name, _, _ in found if name == "tritonserver" and pid in ours}
-        return any(state == "Z" and parent in servers for _, _, state, parent in found)
+        """Whether the process of a model has ended and was not replaced."""
+        return bool(self.processes.ended())
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,7 @@ def serve(
             _follow(server.log)
         _wait_until_ready(server, models, start + options.timeout)
         stopping.seconds = options.exit_timeout + 10.0
+        server.lost_a_model()  # from now on it is known which process is which model's
         out.info(f"Triton is ready after {seconds(time.monotonic() - start)}: {server.http_url}, log {server.log}")
         try:
             yield server
@@ -148,7 +148,7 @@ def _started(
     ranks = 1 if options.engine_backend else launch.world_size(models)
     shm = f"builder-{os.getpid()}-{secrets.token_hex(4)}-"
     stopping = _Stopping()
-    with serving_directory(executable=code is not None) as place, _no_compiled_files(models):
+    with serving_directory(executable=code is not None) as place:
         place.link(models)
         backends = prepare_backends(installation, code, place.backends)
         command = launch.Command(installation.binary, place, backends, addresses, shm, options.exit_timeout)
@@ -163,20 +163,8 @@ def _started(
                 scratch=process.Scratch(shm, place.path),
             ) as child,
         ):
-            yield Server(addresses.http_url, addresses.grpc_url, addresses.metrics_url, log, child), stopping
-
-
-@contextmanager
-def _no_compiled_files(models: Path) -> Iterator[None]:
-    """Removes the __pycache__ directories that serving leaves in a repository, which is a finished artifact.
-
-    Triton's Python backend ignores PYTHONDONTWRITEBYTECODE.
-    """
-    try:
-        yield
-    finally:
-        for leftover in models.glob("*/1/__pycache__"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            urls = (addresses.http_url, addresses.grpc_url, addresses.metrics_url)
+            yield Server(*urls, log, child, ModelProcesses(child.pid, place.models)), stopping
 
 
 def _wait_until_ready(server: Server, models: Path, deadline: float) -> None:

@@ -6,6 +6,7 @@ SERVED_SOURCES = (
     "builder/serving/server.py",
     "builder/serving/launch.py",
     "builder/serving/readiness.py",
+    "builder/serving/model_processes.py",
     "builder/llmapi/launch.py",
     "builder/serving/safe_links.py",
     "builder/serving/private_directory.py",

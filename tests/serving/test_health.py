@@ -1,4 +1,4 @@
-"""A server that runs but no longer answers is reported: real Triton, real processes that are killed."""
+"""The process of a model is replaced; a server that no longer answers is reported: real Triton, real processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from builder.core import supervisor
 from builder.core.errors import ServingError
 from builder.core.output import Output
 from builder.recipe import schema
-from builder.serving import health
+from builder.serving import health, recovery
 from builder.serving import server as serving
 from builder.serving.readiness import answers_ok
+from builder.serving.recovery import Recovery
 from builder.serving.server import Server, ServerOptions, serve
 from builder.triton import repository
-from tests.triton.test_models import ECHO, generate, inputs
+from tests.triton.test_models import ECHO, echo, generate, inputs
 from tests.triton.test_repository import SNAPSHOT, write_engine
 
 
@@ -37,7 +38,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 def stubs(server: Server) -> list[int]:
     ours = set(supervisor.descendants(server.pid))
-    return [pid for pid, name, _, _ in supervisor.processes() if name.startswith("triton_python") and pid in ours]
+    found = [row for row in supervisor.processes() if row[0] in ours and row[1].startswith("triton_python")]
+    return [pid for pid, _, state, _ in found if state != "Z"]
 
 
 def probe(server: Server) -> subprocess.CompletedProcess[str]:
@@ -46,20 +48,75 @@ def probe(server: Server) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_killed_process_of_a_model_is_reported_within_seconds(server: Server) -> None:
+def of_model(server: Server, name: str) -> int:
+    """The process of a model."""
+    server.processes.ended()
+    return next(pid for pid, model in server.processes._names.items() if model == name and pid in stubs(server))
+
+
+class Watching:
+    """`health.watch` in a thread, with what it reported. It ends with the server."""
+
+    def __init__(self, server: Server) -> None:
+        self.reports: list[str] = []
+        self.failure: ServingError | None = None
+        recovery = Recovery(server.http_url, server.processes, self.reports.append)
+        self.thread = threading.Thread(target=self.watch, args=(server, recovery))
+        self.thread.start()
+
+    def watch(self, server: Server, recovery: Recovery) -> None:
+        try:
+            health.watch(server.http_url, server.wait, recovery)
+        except ServingError as error:
+            self.failure = error
+
+    def wait_for(self, text: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not any(text in report for report in self.reports):
+            assert time.monotonic() < deadline, self.reports
+            assert self.failure is None, self.failure
+            time.sleep(0.05)
+
+
+KILLED = dict.fromkeys(
+    ("preprocessing", "postprocessing", "tensorrt_llm_bls", "ensemble_infer", "tensorrt_llm"), signal.SIGKILL
+)
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        {"preprocessing": signal.SIGKILL, "tensorrt_llm_bls": signal.SIGSTOP},
+        pytest.param(KILLED, marks=pytest.mark.slow),
+        pytest.param(dict.fromkeys(KILLED, signal.SIGSTOP), marks=pytest.mark.slow),
+    ],
+    ids=["two", "killed", "stopped"],
+)
+def test_the_process_of_each_model_is_replaced(server: Server, signals: dict[str, signal.Signals]) -> None:
     assert health.fault(server.http_url) == ""
     assert probe(server).returncode == 0
     assert not server.lost_a_model()
-    found = stubs(server)
-    assert len(found) == 5
-    os.kill(found[-1], signal.SIGKILL)
-    start = time.monotonic()
-    with pytest.raises(ServingError, match="is running but no longer answers") as caught:
-        health.watch(server.http_url, server.wait, server.lost_a_model)
-    assert caught.value.exit_code == 5
-    assert "The process of a model has ended" in caught.value.why
-    elapsed = time.monotonic() - start
-    assert elapsed < health.PERIOD, "by the look at the processes, before the first probe"
+    watching = Watching(server)
+    for model, number in signals.items():
+        os.kill(of_model(server, model), number)
+        watching.wait_for(f"{model}: answers again", 30)
+        for name in ("ensemble", "ensemble_infer", "tensorrt_llm_bls"):
+            assert generate(server, name, text_input="Hello", max_tokens=3) == echo("Hello", 3)
+    assert len(watching.reports) == 2 * len(signals)
+    assert not server.lost_a_model()
+
+
+def test_a_model_that_dies_again_and_again_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recovery, "MOST", 1)
+    monkeypatch.setattr(recovery, "CONFIRM_SECONDS", 0.1)
+    watching = Watching(server)
+    os.kill(of_model(server, "preprocessing"), signal.SIGKILL)
+    watching.wait_for("preprocessing: answers again", 30)
+    os.kill(of_model(server, "preprocessing"), signal.SIGKILL)
+    watching.thread.join(30)
+    assert watching.failure is not None
+    assert watching.failure.exit_code == 5
+    assert "The process of preprocessing has ended, 1 times in 10 minutes." in watching.failure.why
     # Triton's own health endpoint does not show it.
     assert answers_ok(server.http_url, "/v2/health/ready")
 
@@ -94,11 +151,11 @@ def test_failing_requests_are_reported_without_a_look_at_the_processes(
 def test_the_exit_code_of_a_server_is_returned(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "PERIOD", 0.2)
     threading.Timer(0.5, os.kill, (server.pid, signal.SIGKILL)).start()
-    assert health.watch(server.http_url, server.wait, server.lost_a_model) == -signal.SIGKILL
+    assert health.watch(server.http_url, server.wait) == -signal.SIGKILL
 
 
 def test_a_busy_server_is_healthy(server: Server) -> None:
-    """The only instance is busy with a stream of ten seconds, and the probe's token waits for it."""
+    """Every thread is busy with a stream of ten seconds, and the probe's token waits for one."""
     import tritonclient.grpc as grpcclient
 
     first = threading.Event()

@@ -78,7 +78,7 @@ def test_names_that_are_unsafe_in_a_shell_are_rejected(tmp_path: Path, name: str
             check_names(models)
 
 
-def test_a_model_is_a_link_unless_its_configuration_contains_an_odd_path(tmp_path: Path) -> None:
+def test_a_model_is_a_directory_of_links_and_odd_paths_are_replaced(tmp_path: Path) -> None:
     odd = tmp_path / "two words"
     odd.mkdir()
     models = one_model(tmp_path / "models", name="plain")
@@ -89,8 +89,10 @@ def test_a_model_is_a_link_unless_its_configuration_contains_an_odd_path(tmp_pat
     place = ServingDirectory(tmp_path / "place")
     place.path.mkdir()
     place.link(models)
-    assert (place.models / "plain").is_symlink()
-    assert (place.models / "odd" / "1" / "model.py").is_symlink()
+    for name in ("plain", "odd"):
+        assert (place.models / name / "1" / "model.py").resolve() == models.resolve() / name / "1" / "model.py"
+        assert (place.models / name / "1" / "__pycache__").is_file()  # Python writes no compiled files there
+        assert not (place.models / name / "config.pbtxt").is_symlink()
     config = (place.models / "odd" / "config.pbtxt").read_text()
     assert str(odd) not in config
     assert '"/not a path"' in config

@@ -223,7 +223,7 @@ def test_there_is_a_server_for_each_rank(tmp_path: Path, monkeypatch: pytest.Mon
     middle = argv.index(":")
     first, second = set(argv[4:middle]), set(argv[middle + 3 :])
     assert argv[middle : middle + 4] == [":", "-n", "1", "/t"]
-    common = {"--http-port=8000", "--grpc-port=8001", "--metrics-port=8002", "--model-control-mode=none"}
+    common = {"--http-port=8000", "--grpc-port=8001", "--metrics-port=8002", "--model-control-mode=poll"}
     assert common | {"--disable-auto-complete-config"} <= first & second
     assert "--backend-config=python,shm-region-prefix-name=prefix-0-" in first
     assert "--backend-config=python,shm-region-prefix-name=prefix-1-" in second
