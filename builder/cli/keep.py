@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
 
 def _add_convert(commands: Any) -> None:
     command = add_command(
-        commands, "convert", "write a quantized checkpoint in another layout, without quantizing again", run_convert,
+        commands, "convert", "write a quantized checkpoint in another layout", run_convert,
         examples=[
             "builder convert artifacts/store/checkpoint/KEY qwen3-8b-vllm --to compressed-tensors",
             "builder convert Qwen3-8B-NVFP4-llmc qwen3-8b --to unified --shard-size 2GB",

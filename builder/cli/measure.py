@@ -1,4 +1,5 @@
-"""The commands that measure: what quantization cost, as a whole or by layer, and whether a checkpoint is sound."""
+"""The commands that measure: what quantization cost, as a whole or by layer, and whether a checkpoint or a
+repository is sound."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ TITLE = "measure"
 
 
 def add(commands: Any) -> None:
-    """Adds eval, sensitivity and inspect."""
+    """Adds eval, sensitivity, inspect, repair and lint."""
     command = add_command(
         commands, "eval", "measure what quantization cost: perplexity, KL, tasks", run_eval,
         examples=[
@@ -81,6 +82,17 @@ def add(commands: Any) -> None:
                          help="write a repaired copy there and leave CHECKPOINT as it is")  # fmt: skip
     command.add_argument("--undo", action="store_true", help="remove the patches of earlier repairs")
 
+    command = add_command(
+        commands, "lint", "check a Triton model repository, whoever rendered it", run_lint,
+        examples=[
+            "builder lint artifacts/models/qwen3-sm120-nvfp4",
+            "builder lint ./triton_model_repo --engine ./engines/qwen3 --json",
+        ],
+    )  # fmt: skip
+    command.add_argument("path", type=path, metavar="REPOSITORY", help="directory of the models that Triton serves")
+    command.add_argument("--engine", type=path, metavar="DIRECTORY",
+                         help="the engine here, where the repository names another path")  # fmt: skip
+
 
 def run_eval(arguments: argparse.Namespace, out: Output) -> int:
     """Builds what is to be measured, unless the store has it, and measures it. EvaluationError if a gate fails."""
@@ -134,6 +146,15 @@ def run_inspect(arguments: argparse.Namespace, out: Output) -> int:
     inspection.check(arguments.path)
     if not inspection.findings:
         out.info("no problem found")
+    return 0
+
+
+def run_lint(arguments: argparse.Namespace, out: Output) -> int:
+    """Checks every model of a repository without a server. IntegrityError if there are errors."""
+    from builder.triton.lint.run import lint
+    from builder.triton.lint.show import show
+
+    show(lint(arguments.path, engine=arguments.engine), out)
     return 0
 
 
