@@ -48,6 +48,7 @@ class Evaluation:
     collapsed: runner -> data sets on which it finds shuffled tokens as likely as text.
     not_measured: runner -> the reason.
     compared: the models of a comparison by their labels, which are runners of their own; empty without one.
+    scores: runner -> directories of its scores, one for each data set, which metrics.read reads.
     """
 
     measured: Mapping[str, Mapping[str, Mapping[str, Estimate]]]
@@ -58,6 +59,7 @@ class Evaluation:
     verdict: GateResult | None = None
     path: Path = Path()
     compared: Mapping[str, Compared] = field(default_factory=dict)
+    scores: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
     @property
     def candidates(self) -> list[str]:
@@ -114,6 +116,7 @@ def evaluate(
         except NotMeasurable as error:
             not_measured[variant.label] = str(error)
     found = _tables(scores, texts, part.resamples, part.seed, not_measured)
+    found = replace(found, scores={label: [one.path for one in artifacts] for label, artifacts in scores.items()})
     if against:
         found = replace(found, compared=comparison.compared(models, recipe, against))
     if with_tasks and recipe.tasks.names:

@@ -57,8 +57,12 @@ MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$@]|^[#+=-]|(?<=^\d)[.)]|:(?=//)|(?<=www
 
 def html(report: Report) -> str:
     """The HTML page. It loads nothing from elsewhere, and all text of the report is escaped."""
-    environment = _environment(autoescape=True, finalize=lambda value: value if _safe(value) else visible(value))
-    return environment.get_template("page.html.j2").render(_context(report))
+    return pages().get_template("page.html.j2").render(_context(report))
+
+
+def pages() -> jinja2.Environment:
+    """The environment of HTML pages: templates in configs/report/, all text escaped."""
+    return _environment(autoescape=True, finalize=lambda value: value if _safe(value) else visible(value))
 
 
 def markdown(report: Report) -> str:
