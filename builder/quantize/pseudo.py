@@ -27,10 +27,10 @@ from builder.formats.arithmetic.dtypes import read
 from builder.formats.base import NumberFormat
 from builder.quantize import stored_model
 from builder.quantize.pseudo_names import DTYPES as WRITTEN
-from builder.quantize.pseudo_names import LARGEST_FILE, QUANTIZE_CONFIG, check_formats, has_blocks, stem
+from builder.quantize.pseudo_names import LARGEST_FILE, QUANTIZE_CONFIG, check_formats, has_blocks, is_int8, stem
 
-# Below this scale of a block, FP16's subnormal numbers are too far apart to tell all codes from each other: they are
-# 2^-24 apart, and a code is lost if its value moves by a quarter of the scale.
+# Below this scale of a block, or of an INT8 output, FP16's subnormal numbers are too far apart to tell all codes from
+# each other: they are 2^-24 apart, and a code is lost if its value moves by a quarter of the scale, or half of INT8's.
 LEAST_SCALE = 2.0**-22
 FLOATS = ("BF16", "F16")  # take the type that is written; F32 tensors, as of routers, stay
 
@@ -56,7 +56,8 @@ def write_pseudo(
     """Writes the pseudo-quantized model of a unified checkpoint into an existing, empty directory.
 
     dtype: bf16 or fp16. algorithm: what rounded the weights, where it is known. largest: bytes of a file of weights.
-    UnsupportedError for formats other than NVFP4 and FP8, and for weights beyond FP16's range.
+    UnsupportedError for formats other than NVFP4, FP8 and INT8 without scales of inputs, and for weights beyond FP16's
+    range.
     """
     found = describe_directory(unified)
     quantized = {module: one for module, one in found.layers.items() if one.quant_algo is not None}
@@ -112,9 +113,9 @@ class _Model:
 
     def _dequantized(self, module: str, one: NumberFormat) -> Iterator[memoryview]:
         stored = stored_model.tensors_of(self._stored, module, one)
-        if self._dtype.torch == torch.float16 and has_blocks(one):
-            scales = stored["block_scale"].float() * stored["weight_scale"]
-            if bool((scales < LEAST_SCALE).any()):
+        if self._dtype.torch == torch.float16 and (has_blocks(one) or is_int8(one)):
+            scales = stored["block_scale"].float() if has_blocks(one) else torch.ones(1)
+            if bool((scales * stored["weight_scale"] < LEAST_SCALE).any()):
                 self._inexact.append(module)
         yield self._raw(one.dequantize(stored, self._dtype.torch), module)
 

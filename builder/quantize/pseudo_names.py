@@ -53,15 +53,21 @@ def has_blocks(one: NumberFormat) -> bool:
 def check_formats(formats: Iterable[NumberFormat]) -> None:
     """UnsupportedError unless these are formats of quantized layers that a pseudo-quantized model has files for."""
     used = [one for one in dict.fromkeys(formats) if one.quant_algo is not None]
-    lacking = [one.title for one in used if one.scales_inputs or not (has_blocks(one) or _is_fp8(one))]
+    lacking = [one.title for one in used if one.scales_inputs or not (has_blocks(one) or _is_fp8(one) or is_int8(one))]
     if used and not lacking:
         return
     why = f"Its weights are in {listed(lacking)}." if lacking else "Nothing is quantized."
     raise UnsupportedError(
         "There is no pseudo-quantized model of this checkpoint.",
-        why=f"{why} It is written for NVFP4 and FP8, whose scales are then beside the weights.",
+        why=f"{why} It is written for NVFP4, FP8 and INT8 without scales of inputs, whose scales are then beside the "
+        "weights.",
         hint="Leave --save-pseudo out, or choose --format nvfp4.",
     )
+
+
+def is_int8(one: NumberFormat) -> bool:
+    """Whether its weights are integers with a scale for each output, and nothing else."""
+    return one.packs and one.weight.content == "integers"
 
 
 def _is_fp8(one: NumberFormat) -> bool:

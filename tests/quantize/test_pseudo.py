@@ -24,7 +24,7 @@ from builder.core.errors import BuilderError, UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, Tensors
 from builder.core.store import Store
-from builder.formats.arithmetic import nvfp4
+from builder.formats.arithmetic import int8, nvfp4
 from builder.formats.arithmetic.dtypes import read
 from builder.formats.declared import declared
 from builder.quantize import stored_model
@@ -272,7 +272,29 @@ def test_it_does_not_change_the_checkpoint(built: pipeline.Built, store: Store) 
     assert plain_build.checkpoint == built.checkpoint
 
 
-@pytest.mark.parametrize("format_name", ["int4_awq", "int8_dynamic", "bf16"])
+@pytest.mark.parametrize("format_name", ["int8_dynamic", "w8a16_int8"])
+def test_int8_is_code_times_the_scale_of_its_output(format_name: str, store: Store, tmp_path: Path) -> None:
+    more = {"quantization__kv_cache_dtype": "auto", "quantization__save_pseudo": "bf16"}
+    built = quantized(store, quantization__format=format_name, **more)
+    assert built.pseudo is not None
+    assert built.checkpoint is not None
+    name, made = "model.layers.1.mlp.up_proj", built.pseudo.path / DIRECTORY
+    stored = Tensors(built.checkpoint.unified)
+    expected = read(stored, f"{name}.weight")
+    expected = expected if format_name == "int8_dynamic" else int8.unpack(expected)
+    write_pseudo(built.checkpoint.unified, tmp_path, "fp16")
+    for directory in (made, tmp_path):
+        weights, scales = (
+            tensors(directory, f"pseudo_quantized_model-8bit{end}.safetensors") for end in ("", "_scales")
+        )
+        assert torch.equal(scales[f"{name}.scale"], read(stored, f"{name}.weight_scale"))
+        assert torch.equal(int8.codes(weights[f"{name}.weight"], scales[f"{name}.scale"][:, None]), expected)
+    config = json.loads((made / "quantize_config.json").read_text())
+    assert {"bits": 8, "group_size": -1, "desc_act": False, "format": format_name}.items() <= config.items()
+    assert config["values"] == {format_name: "code x scale"}
+
+
+@pytest.mark.parametrize("format_name", ["int4_awq", "bf16"])
 def test_formats_without_such_a_model_are_refused_before_the_work(format_name: str, store: Store) -> None:
     more = {"calibration__samples": 4} if format_name == "int4_awq" else {"quantization__kv_cache_dtype": "auto"}
     with pytest.raises(BuilderError, match="no pseudo-quantized model"):
