@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import source_models
+import torch
 from source_models import QWEN2, SHARDED
 
 from builder import pipeline, plan
@@ -19,6 +20,7 @@ from builder.core.errors import IntegrityError, UsageError
 from builder.core.output import Output
 from builder.core.safetensors_io import NewTensor, Tensors
 from builder.core.store import Store
+from builder.evaluate.runners import local
 from builder.hub.snapshot import Snapshot, fetch
 from builder.preflight.prepare import prepare
 from builder.publish import links
@@ -154,6 +156,23 @@ def test_a_build_quantizes_the_rotated_model_and_compares_with_the_original(tmp_
     assert (plain.original, plain.models.transformed) == (None, None)
     assert plain.checkpoint is not None
     assert plain.checkpoint.digest != built.checkpoint.digest
+
+
+@pytest.mark.parametrize("memory", ["whole", "low"])
+def test_a_checkpoint_is_measured_with_the_head_that_a_tied_model_got(memory: str, tmp_path: Path) -> None:
+    more = {"quantization.format": "w8a16_int8", "quantization.kv_cache_dtype": "auto"}
+    built = pipeline.build(resolved(**more), Store(tmp_path, QUIET), until="checkpoint")
+    assert built.checkpoint is not None
+    assert json.loads((QWEN2 / "config.json").read_text())["tie_word_embeddings"]
+    job = {"model": str(QWEN2), "unified": str(built.checkpoint.unified), "trust_remote_code": False, "memory": memory}
+    job |= {"kv_cache_dtype": "auto", "dtype": "float32", "batch_tokens": 64}
+    texts, found = [[5, 9, 200, 31, 7, 77, 12, 40]], []
+    for runner in (local.bf16, local.checkpoint):
+        with torch.inference_mode(), runner(job) as opened:
+            [logits] = opened.logits(texts)
+            found.append(logits.float().log_softmax(-1))
+    bf16, rotated = found
+    assert float((bf16.exp() * (bf16 - rotated)).sum(-1).max()) < 1e-3
 
 
 def test_the_record_and_the_report_say_what_was_rotated(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from builder.formats.declared import DeclaredFormats, declared
 from builder.formats.kv_cache import KvCacheFormat
 from builder.model import dtypes, streamed
 from builder.model import loading as model_loading
-from builder.model.files import CONFIG, parse_config
+from builder.model.files import CONFIG, json_object, parse_config
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import stored_model
 
@@ -101,6 +101,8 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     unified = Path(job["unified"])
     config = AutoConfig.from_pretrained(job["model"], trust_remote_code=job["trust_remote_code"])
+    if config.tie_word_embeddings and not json_object(unified / CONFIG).get("tie_word_embeddings", True):
+        config.tie_word_embeddings = False  # a rotated model has an output layer of its own (transform/spinquant.py)
     stored = Tensors(unified)
     quantization = hf_quant_config(unified)["quantization"]
     formats = declared(quantization)
