@@ -25,7 +25,7 @@ from builder.architectures import names, served
 from builder.architectures.attention import head_size, kv_heads, rope
 from builder.architectures.facts import Architecture, Engine, TensorNames
 from builder.core.errors import IntegrityError, UnsupportedError
-from builder.core.safetensors_io import NewTensor, Tensors, write
+from builder.core.safetensors_io import NewTensor, Tensors, overwrite, write
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.formats import kv_cache
 from builder.formats.base import NumberFormat
@@ -33,6 +33,7 @@ from builder.formats.declared import MIXED, DeclaredFormats, declared
 from builder.formats.kv_cache import KvCacheFormat
 
 RANK_FILE = "rank0.safetensors"
+SCALE_BYTES = 1 << 16  # no scale is larger that depends on calibration; small weights are rewritten with them
 QUANT_CFG = "quant_cfg.json"  # beside config.json if quant_algo is MIXED_PRECISION
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 ONES = {"BF16": b"\x80\x3f", "F16": b"\x00\x3c", "F32": b"\x00\x00\x80\x3f"}
@@ -80,10 +81,13 @@ def write_tensorrt_llm(
     source_config: Mapping[str, Any],
     destination: Path,
     done: Callable[[int], object] = lambda nbytes: None,
+    *,
+    rescaled: bool = False,
 ) -> None:
     """Writes the TensorRT-LLM layout (config.json, rank0.safetensors) of a unified one to `destination`.
 
     source_config: the source model's config.json. done: called with the bytes of rank0.safetensors that are written.
+    rescaled: the layout is there, and only scales have changed since.
     UnsupportedError for an architecture or number format without such a layout, IntegrityError if tensors are missing
     or disagree.
     """
@@ -106,7 +110,10 @@ def write_tensorrt_llm(
     producer = quant_config.get("producer") or {"name": "unknown"}
     config = {"producer": producer, **_config(source_config, architecture, engine, layout, quantization)}
     destination.mkdir(parents=True, exist_ok=True)
-    write(destination / RANK_FILE, layout.made, done=done)
+    if rescaled:
+        overwrite(destination / RANK_FILE, layout.made, SCALE_BYTES)
+    else:
+        write(destination / RANK_FILE, layout.made, done=done)
     if layout.whole_format is None:
         entries = {name: one.layer_entry for name, one in layout.formats.items()}
         write_quant_cfg(destination, {**config["quantization"], "quantized_layers": entries})
@@ -129,6 +136,8 @@ def write_if_served(
     source_config: Mapping[str, Any],
     destination: Path,
     done: Callable[[int], object] = lambda nbytes: None,
+    *,
+    rescaled: bool = False,
 ) -> str | None:
     """`write_tensorrt_llm` for a model that an engine serves. Returns why there is no such layout, if so."""
     try:
@@ -137,7 +146,7 @@ def write_if_served(
         check_formats(declared(hf_quant_config(unified).get("quantization") or {}))
     except UnsupportedError as error:
         return error.what
-    write_tensorrt_llm(unified, source_config, destination, done)
+    write_tensorrt_llm(unified, source_config, destination, done, rescaled=rescaled)
     return None
 
 

@@ -395,6 +395,21 @@ def write(
         raise
 
 
+def overwrite(path: Path, tensors: Iterable[NewTensor], up_to: int) -> None:
+    """Writes those tensors that have at most `up_to` bytes into a file that `write` made of tensors with these names,
+    dtypes and shapes. ValueError if it is no such file."""
+    given = {tensor.name: tensor for tensor in tensors}
+    made = arrange((tensor.name, tensor.dtype, tensor.shape) for tensor in given.values())
+    with open(path, "r+b", buffering=0) as file:
+        if file.read(len(made.head)) != made.head or os.fstat(file.fileno()).st_size != made.size:
+            raise ValueError(f"{path} holds other tensors")
+        for name, info in made.infos.items():
+            if info.nbytes <= up_to:
+                file.seek(info.begin)
+                for chunk in given[name].chunks:
+                    _append(file.fileno(), chunk)
+
+
 def _append(target: int, chunk: Buffer | FileRange) -> int:
     """Writes a chunk at the file's position; returns its size in bytes."""
     if isinstance(chunk, FileRange):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from builder.core.safetensors_io import Tensors
 from builder.formats.arithmetic.dtypes import read
 from builder.model.dense import DenseModel
 from builder.model.streamed_embedding import by_rows, read_rows
+
+READERS = 4  # threads that read a layer of a plain decoder
 
 
 class Source(Protocol):
@@ -185,18 +188,22 @@ def _loader_of_4(model: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def _loader_of_torch(model: DenseModel, dtype: torch.dtype, device: torch.device) -> Any:
-    """The same for a model whose tensors have the names of its parameters."""
+    """The same for a model whose tensors have the names of its parameters. Several are read at a time, since one core
+    copies slower than memory allows."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    cores = torch.get_num_threads()
 
     def load(names: Sequence[str], read: Read) -> dict[str, Any]:
-        wrong = []
-        for name in sorted(shapes.keys() & names):
-            tensor, (module, _, leaf) = read(name), name.rpartition(".")
+        wrong, wanted = [], sorted(shapes.keys() & names)
+        with ThreadPoolExecutor(min(cores, READERS), "read") as pool:
+            made = pool.map(lambda name: read(name).to(device=device, dtype=dtype), wanted)
+            tensors = dict(zip(wanted, made, strict=True))
+        for name, tensor in tensors.items():
+            module, _, leaf = name.rpartition(".")
             if tensor.shape != shapes[name]:
                 wrong.append((name, tensor.shape, shapes[name]))
                 continue
-            made = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
-            model.get_submodule(module)._parameters[leaf] = made
+            model.get_submodule(module)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         return {
             "missing": shapes.keys() - {*names},
             "unexpected_keys": {*names} - shapes.keys(),

@@ -13,7 +13,6 @@ from queue import SimpleQueue
 from typing import Any
 
 from builder.core import atomic, interrupts, temporary
-from builder.core.output import Progress
 from builder.core.temporary import LockedDirectory
 from builder.quantize.source_weights import SourceModel
 from builder.quantize.writer import Work
@@ -71,9 +70,11 @@ class Ahead:
         self._ready.put(None)
 
     def take(
-        self, source: SourceModel, chosen: Mapping[str, Any], unified: Path, bar: Progress
+        self, source: SourceModel, chosen: Mapping[str, Any], unified: Path, tell: Callable[[int], object]
     ) -> dict[str, Any] | None:
-        """Waits for the layout, once all files are complete, and moves it to `unified`. Returns the writer's facts.
+        """Waits for the layout, once all files are complete, and moves it to `unified`, with what `write` made beside
+        it. Returns the writer's facts.
+        Meanwhile `tell` gets the bytes of the source that are finished.
 
         None if there is no layout of exactly this source in these formats; what was written is then removed.
         """
@@ -83,12 +84,13 @@ class Ahead:
             return None
         self.complete()
         while self._thread.is_alive():
-            bar.update(self.done)
+            tell(self.done)
             self._thread.join(0.1)
         if self._written is None or not _same(self._written[0], source):
             self.close()
             return None
-        (self._directory.path / "unified").rename(unified)
+        for made in self._directory.path.iterdir():
+            made.rename(unified if made.name == "unified" else unified.parent / made.name)
         self.close()  # a kill from here on leaves nothing of it
         return self._written[1]
 

@@ -123,7 +123,7 @@ def _write(
     started, source, formats = time.monotonic(), SourceModel.open(snapshot.path), of_job(chosen)
     total = sum(info.nbytes for info in source.tensors.values())
     with store.out.progress("quantizing", total, BYTES) as bar:
-        counts = ahead.take(source, chosen, tmp / "unified", bar) if ahead else None
+        counts = ahead.take(source, chosen, tmp / "unified", bar.update) if ahead else None
         if counts is None:
             counts = _write_unified(source, chosen, tmp / "unified", Work(done=_counter(bar)))
     wrote = time.monotonic()
@@ -144,7 +144,12 @@ def _write(
 
 
 def _write_unified(source: SourceModel, chosen: Mapping[str, Any], unified: Path, work: Work) -> dict[str, Any]:
-    formats, work = of_job(chosen), replace(work, algorithm=chosen["algorithm"])
+    return write_unified(source, of_job(chosen), unified, replace(work, algorithm=chosen["algorithm"]))
+
+
+def write_unified(source: SourceModel, formats: ModelFormats, unified: Path, work: Work) -> dict[str, Any]:
+    """Writes the unified layout with the scales that follow from the rule. Raises what `writer.write` raises, and
+    UnsupportedError if the rule does not fit the model. Returns facts for the manifest."""
     planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
     unified_plan.check(planned.layers)
     return writer.write(source, formats, assumed(planned, formats, source.config), unified, work)

@@ -43,10 +43,13 @@ SOURCES = (
     "builder/quantize/streamed_worker.py",
     "builder/quantize/streamed_calibration.py",
     "builder/quantize/streamed_ranges.py",
+    "builder/quantize/streamed_rows.py",
     "builder/quantize/streamed_solve.py",
     "builder/quantize/streamed_states.py",
     "builder/quantize/algorithms",
     "builder/quantize/calibrated.py",
+    "builder/quantize/data_free.py",
+    "builder/quantize/ahead.py",
     "builder/quantize/ranges.py",
     "builder/quantize/stored_scales.py",
     "builder/quantize/writer.py",
@@ -107,7 +110,7 @@ def quantize_streamed(
         with snapshot.source.explain_failures():
             facts = _run({**job, "partial": str(partial.path)}, tmp, store, early)
         facts |= {"layers": layers, "zero_layers": list(asked.zero_layers)}
-        with Hashes(tmp, facts["hashed"]) as hashes:
+        with Hashes(tmp) as hashes:
             return {**facts, **inspected(hashes)}
 
     artifact = store.stage(STAGE, ingredients, make)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from builder.core.process import emit
 from builder.core.store import library_versions
 from builder.model.streamed import State, StreamedModel
-from builder.quantize import streamed_ranges, streamed_solve, streamed_states
+from builder.quantize import streamed_ranges, streamed_rows, streamed_solve, streamed_states
 from builder.quantize.algorithms.moments import Moments
 from builder.quantize.experts import RoutedTokens
 from builder.quantize.ranges import Ranges
 from builder.quantize.streamed_ranges import Seen
+from builder.quantize.streamed_rows import SideBySide
 from builder.quantize.streamed_solve import Group, LayerSolver, Solved
 from builder.quantize.streamed_states import PRELUDE, CarriedStates, Result
 
@@ -75,6 +77,9 @@ class _Run:
         self._partial, self._on_disk = partial, on_disk
         self._nbytes = [model.nbytes(index) for index in range(model.depth)]
         self._carried: CarriedStates
+        shapes = [(len(batch), batch.shape[1]) for batch in batches]
+        # Second moments are sums over batches, whose order counts.
+        self._side: SideBySide | None = None if solver else streamed_rows.side_by_side(model, shapes)
 
     def results(self) -> list[Result]:
         """What was found in each layer, before the first one (PRELUDE) first."""
@@ -90,8 +95,9 @@ class _Run:
             found = [self._recorded(PRELUDE, _found(seen, RoutedTokens()))]
         else:
             emit(info=f"continuing a killed run after layer {len(found) - 1} of {self.model.depth}")
-        for index in range(len(found) - 1, self.model.depth):
-            found.append(self._layer(index))
+        with closing(self._side) if self._side else nullcontext():
+            for index in range(len(found) - 1, self.model.depth):
+                found.append(self._layer(index))
         return found
 
     def _new_states(self, shapes: Sequence[tuple[int, ...]], first: Tensor) -> CarriedStates:
@@ -137,8 +143,14 @@ class _Run:
     def _last_pass(self, index: int, layer: nn.Module, seen: Seen) -> dict[str, Any]:
         """Takes the states through a layer. Returns what was found in it."""
         prefix = f"{self.model.path}.{index}"
+        if self._side:
+            self._side.prove(layer, lambda number: self._compute(index, number))
         with streamed_ranges.observed(layer, prefix, seen) as routed:
-            self._carried.step(index, self._headers, lambda number: self._advance(index, number))
+            if self._side:
+                results = self._side.results(lambda number: self._compute(index, number))
+                self._carried.step(index, self._headers, lambda number: self._finished(index, number, next(results)))
+            else:
+                self._carried.step(index, self._headers, lambda number: self._advance(index, number))
         routed.layers = {f"{prefix}.{place}": tokens for place, tokens in routed.layers.items()}
         return _found(seen, routed)
 
@@ -152,18 +164,28 @@ class _Run:
     def _advance(self, index: int, number: int) -> Tensor:
         """One batch through a layer. If the device runs out of memory, its share of hidden states moves to the host,
         which changes no result."""
-        done = sum(self._nbytes[:index]) + self._nbytes[index] * number // len(self.batches)
-        label = f"calibrating layer {index + 1} of {self.model.depth}"
-        emit(progress={"label": label, "done": done, "total": sum(self._nbytes)})
-        state = self._states[number]
+        self._tell(index, number)
         try:
-            return self.model.advance(index, state, self._carried.get(number).to(self.model.device))
+            return self._compute(index, number)
         except torch.OutOfMemoryError:
             if not self._carried.to_host():
                 raise
         emit(info="the device is out of memory: the calibration rows' hidden states are now in the host's memory")
         torch.cuda.empty_cache()
-        return self.model.advance(index, state, self._carried.get(number).to(self.model.device))
+        return self._compute(index, number)
+
+    def _compute(self, index: int, number: int) -> Tensor:
+        return self.model.advance(index, self._states[number], self._carried.get(number).to(self.model.device))
+
+    def _finished(self, index: int, number: int, made: Tensor) -> Tensor:
+        self._tell(index, number + 1)
+        return made
+
+    def _tell(self, index: int, batches: int) -> None:
+        """Reports the progress of a layer that this many batches went through."""
+        done = sum(self._nbytes[:index]) + self._nbytes[index] * batches // len(self.batches)
+        label = f"calibrating layer {index + 1} of {self.model.depth}"
+        emit(progress={"label": label, "done": done, "total": sum(self._nbytes)})
 
     def _recorded(self, layer: int, result: Result) -> Result:
         self._carried.record(layer, result)

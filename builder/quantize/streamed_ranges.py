@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ class Seen:
     and `values` of {attention}.
 
     moments: gathers the second moments of inputs too. everywhere: whether all tokens are being sent to all experts, for
-    ranges alone.
+    ranges alone. Batches may run in several threads, but not with moments.
     """
 
     def __init__(self, moments: Moments | None = None) -> None:
@@ -48,17 +49,19 @@ class Seen:
         self.inputs: dict[str, Tensor] = {}
         self.keys: dict[str, Tensor] = {}
         self.values: dict[str, Tensor] = {}
-        self._last: tuple[Tensor | None, Tensor] = (None, torch.tensor(0.0))
+        self._lock, self._of_thread = threading.Lock(), threading.local()
 
     def add(self, found: MutableMapping[str, Tensor], name: str, values: Tensor) -> None:
         """Widens the range of `name` to these values."""
         if not values.numel():
             return
-        if self._last[0] is not values:  # q, k and v get the same tensor, and so do gate and up
+        last: tuple[Tensor, Tensor] | None = getattr(self._of_thread, "last", None)
+        if last is None or last[0] is not values:  # q, k and v get the same tensor, and so do gate and up
             low, high = torch.aminmax(values)
-            self._last = values, torch.maximum(-low, high).float()
-        largest = self._last[1]
-        found[name] = torch.maximum(found[name], largest) if name in found else largest
+            last = self._of_thread.last = values, torch.maximum(-low, high).float()
+        largest = last[1]
+        with self._lock:
+            found[name] = torch.maximum(found[name], largest) if name in found else largest
 
     def add_input(self, name: str, values: Tensor, expert: int | None = None) -> None:
         """Adds the input of a linear layer, or of a projection of joined experts for one of them."""
@@ -68,7 +71,7 @@ class Seen:
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """The same as JSON values: {"inputs", "keys", "values"}."""
-        self._last = None, self._last[1]
+        self._of_thread = threading.local()
         found = {"inputs": self.inputs, "keys": self.keys, "values": self.values}
         return {kind: {name: float(one) for name, one in ranges.items()} for kind, ranges in found.items()}
 
@@ -79,6 +82,7 @@ def observed(layer: nn.Module, prefix: str, seen: Seen) -> Iterator[RoutedTokens
     counts the tokens of each expert."""
     with ExitStack() as stack:
         routed = stack.enter_context(counted(layer))
+        attentions: dict[nn.Module, str] = {}
         for name, module in layer.named_modules(prefix=prefix):
             if isinstance(module, nn.Linear):
                 hook = _input_hook(seen, name)
@@ -86,9 +90,10 @@ def observed(layer: nn.Module, prefix: str, seen: Seen) -> Iterator[RoutedTokens
             elif _is_joined(module):
                 _replace_forward(stack, module, _joined(seen, name, module))
             elif _is_attention(module):
-                _replace_forward(stack, module, _attention(seen, name, module))
+                attentions[module] = name
             elif type(module).__name__ in SEE_ALL and isinstance(getattr(module, "experts", None), nn.ModuleList):
                 _replace_forward(stack, module, _with_all_experts(seen, module))
+        _observe_attention(stack, seen, attentions)
         yield routed
 
 
@@ -167,26 +172,27 @@ def _is_attention(module: nn.Module) -> bool:
     return inner == [module] and hasattr(inspect.getmodule(type(module)), "ALL_ATTENTION_FUNCTIONS")
 
 
-def _attention(seen: Seen, name: str, module: nn.Module) -> Callable[..., Any]:
-    """The forward of an attention module that records the keys and values which the attention function gets."""
-    code: Any = inspect.getmodule(type(module))
-    original, kind = module.forward, getattr(module.config, "_attn_implementation", None) or "eager"
-
-    def forward(*args: Any, **named: Any) -> Any:
+def _observe_attention(stack: ExitStack, seen: Seen, observed: Mapping[nn.Module, str]) -> None:
+    """Records the keys and values which attention functions get from these modules, {module: name}."""
+    for code, kind in dict.fromkeys(map(_function_of, observed)):
         real = code.eager_attention_forward if kind == "eager" else code.ALL_ATTENTION_FUNCTIONS[kind]
+        _set_attention(code, kind, _recording(seen, observed, real))
+        stack.callback(_set_attention, code, kind, real)
 
-        def function(self: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-            seen.add(seen.keys, name, key)
-            seen.add(seen.values, name, value)
-            return real(self, query, key, value, *rest, **options)
 
-        _set_attention(code, kind, function)
-        try:
-            return original(*args, **named)
-        finally:
-            _set_attention(code, kind, real)
+def _function_of(module: nn.Module) -> tuple[Any, str]:
+    """Where an attention module looks its function up, and under which name."""
+    return inspect.getmodule(type(module)), getattr(module.config, "_attn_implementation", None) or "eager"
 
-    return forward
+
+def _recording(seen: Seen, observed: Mapping[nn.Module, str], real: Callable[..., Any]) -> Callable[..., Any]:
+    def function(self: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+        if self in observed:
+            seen.add(seen.keys, observed[self], key)
+            seen.add(seen.values, observed[self], value)
+        return real(self, query, key, value, *rest, **options)
+
+    return function
 
 
 def _set_attention(code: Any, kind: str, function: Callable[..., Any]) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
 from builder.calibration import coverage
-from builder.checkpoint.finished import write_second_layout
+from builder.checkpoint import layouts
 from builder.core.errors import BuilderError, UnsupportedError
-from builder.core.hashes import Hashes
-from builder.core.process import emit, worker_main
+from builder.core.process import emit, leave, worker_main
 from builder.formats import algorithms
 from builder.formats.algorithms import Algorithm
 from builder.formats.assignment import ModelFormats, of_job
 from builder.formats.kv_cache import KvCacheFormat
 from builder.model.hashed_files import SourceFiles
-from builder.quantize import unified_plan, worker, writer
+from builder.quantize import data_free, unified_plan, worker, writer
+from builder.quantize.ahead import Ahead
 from builder.quantize.device import check_device
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
@@ -36,14 +39,36 @@ from builder.quantize.writer import Work
 if TYPE_CHECKING:
     from builder.model.streamed import StreamedModel
 
+SECOND = "tensorrt_llm"
+
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Writes both layouts from one calibration. Returns facts for the manifest: counts, seconds of each part."""
-    destination, formats = Path(job["destination"]), of_job(job)
-    clock = worker.Clock()
     source = SourceModel.open(Path(job["model"]))
-    planned = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+    planned = unified_plan.plan(source.config, source.headers, source.dtype, of_job(job))
     unified_plan.check(planned.layers)
+    with closing(_begun(job, source, Path(job["destination"]))) as ahead:
+        return _made(job, source, planned, ahead)
+
+
+def _begun(job: Mapping[str, Any], source: SourceModel, destination: Path) -> Ahead:
+    """A thread that writes both layouts while the rows are run: scales alone depend on them. Where an algorithm rounds
+    weights with the rows, it does not begin."""
+    formats, algorithm = of_job(job), algorithms.of_job(job)
+
+    def write(model: SourceModel, unified: Path, work: Work) -> dict[str, Any]:
+        counts = data_free.write_unified(model, formats, unified, replace(work, algorithm=algorithm.name))
+        layouts.write_if_served(unified, model.config, unified.with_name(SECOND))
+        return counts
+
+    ahead = Ahead(lambda: source, write, {}, destination, downloaded=False)
+    if not algorithm.reads_rows:
+        ahead.begin()
+    return ahead
+
+
+def _made(job: Mapping[str, Any], source: SourceModel, planned: UnifiedPlan, ahead: Ahead) -> dict[str, Any]:
+    destination, formats, clock = Path(job["destination"]), of_job(job), worker.Clock()
     _import_all()
     device = check_device(job.get("gpus", ()))
     batches = _batches(job, source)
@@ -56,14 +81,9 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     work = _work(algorithm, found.pop("solved", {}))
     check_cache(source.config, formats.cache, ranges)
     clock.lap("calibrate")
-    emit(progress={"label": "writing the checkpoint", "done": 0, "total": None})
-    counts = writer.write(source, formats, ranges, destination / "unified", work)
-    clock.lap("write")
-    with Hashes(destination) as hashes:
-        lacking = write_second_layout(source.config, hashes)
-        hashed = hashes.finish()
+    counts = _written(source, formats, ranges, destination / "unified", work, ahead)
     SourceFiles.of_job(job).check_unchanged()  # weights are pages of the files
-    clock.lap("layouts")
+    clock.lap("write")
     limit = worker.row_limit(job, SimpleNamespace(**source.config))
     return {
         **counts,
@@ -75,10 +95,30 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
         "calibration_tokens": sum(batch.numel() for batch in batches),
         "coverage": coverage.of_batches(batches, limit) if needed else {},
         "warnings": {},
-        "no_tensorrt_llm": lacking,
-        "hashed": hashed,
         "seconds": clock.laps,
     }
+
+
+def _written(
+    source: SourceModel, formats: ModelFormats, ranges: Ranges, unified: Path, work: Work, ahead: Ahead
+) -> dict[str, Any]:
+    """Writes both layouts, or takes what is written and gives it the scales. Returns the writer's facts, and why there
+    is no second layout."""
+    second = unified.with_name(SECOND)
+
+    def tell(nbytes: int | None) -> None:
+        emit(progress={"label": "writing the checkpoint", "done": nbytes or 0, "total": None})
+
+    tell(0)
+    if ahead.take(source, {}, unified, tell) is not None:
+        counts = writer.rescale(source, formats, ranges, unified)
+        if counts is not None:
+            lacking = layouts.write_if_served(unified, source.config, second, rescaled=True)
+            return {**counts, "no_tensorrt_llm": lacking}
+        shutil.rmtree(unified)
+        shutil.rmtree(second, ignore_errors=True)
+    counts = writer.write(source, formats, ranges, unified, work)
+    return {**counts, "no_tensorrt_llm": layouts.write_if_served(unified, source.config, second)}
 
 
 def _import_all() -> None:
@@ -195,4 +235,4 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main(sys.argv, run, known, prepare=_import_all))
+    leave(worker_main(sys.argv, run, known, prepare=_import_all))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.core.safetensors_io import FileRange, TensorInfo, arrange, byte_size, copy_range, write_at
+from builder.core.safetensors_io import FileRange, TensorInfo, Tensors, arrange, byte_size, copy_range, write_at
 from builder.model.files import INDEX, WEIGHTS
 from builder.quantize.unified_plan import UnifiedPlan
 
@@ -41,6 +41,16 @@ class UnifiedFiles:
         """Writes F32 numbers."""
         for name, scale in scales.items():
             self.write(name, struct.pack("<f", scale))
+
+
+def renumber(unified: Path, scales: Mapping[str, float]) -> None:
+    """Writes F32 numbers into the files of a layout that holds others."""
+    stored = Tensors(unified)
+    with ExitStack() as opened:
+        files = {path: os.open(path, os.O_WRONLY) for path in stored.files}
+        for descriptor in files.values():
+            opened.callback(os.close, descriptor)
+        UnifiedFiles({name: (files[stored.place(name).path], stored[name]) for name in scales}).numbers(scales)
 
 
 @contextmanager

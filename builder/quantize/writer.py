@@ -91,6 +91,18 @@ def write(
     return {**facts(made, formats), "algorithm": asked.algorithm}
 
 
+def rescale(source: SourceModel, formats: ModelFormats, ranges: Ranges, unified: Path) -> dict[str, Any] | None:
+    """Gives the layout that `write` made of this source in these formats the scales of other ranges: no other tensor
+    depends on ranges. Returns the facts of `write`; None, with nothing changed, if other scales are needed than the
+    layout holds."""
+    made = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+    made = replace(made, scales=ranges.scales(made.layers, formats.cache, made.architecture))
+    if Tensors(unified).keys() != made.tensors.keys():
+        return None
+    unified_files.renumber(unified, made.scales)
+    return facts(made, formats)
+
+
 def facts(made: UnifiedPlan, formats: ModelFormats) -> dict[str, Any]:
     """Counts for the manifest, as of a calibration with ModelOpt."""
     cache = [scale for name, scale in made.scales.items() if name.endswith(formats.cache.unified or ("no cache",))]

@@ -23,6 +23,7 @@ from builder.core.safetensors_io import (
     TensorInfo,
     Tensors,
     byte_size,
+    overwrite,
     read_header,
     read_metadata,
     write,
@@ -44,6 +45,29 @@ TENSORS = st.dictionaries(
 def content(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     """Distinct bytes for each tensor (only 0 and 1, which are also valid for bool)."""
     return bytes((len(name) * 7 + i * i) % 3 % 2 for i in range(byte_size(dtype, shape)))
+
+
+@given(TENSORS, st.integers(0, 40))
+@settings(max_examples=50)
+def test_small_tensors_are_overwritten_and_others_stay(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Any], up_to: int
+) -> None:
+    path = tmp_path_factory.mktemp("overwrite") / "ours.safetensors"
+    old = {n: bytes(byte_size(*header)) for n, header in tensors.items()}
+    new = {n: content(n, *header) for n, header in tensors.items()}
+    write(path, [NewTensor(n, d, s, [old[n]]) for n, (d, s) in tensors.items()])
+    overwrite(path, [NewTensor(n, d, s, [new[n]]) for n, (d, s) in tensors.items()], up_to)
+    stored = Tensors(path.parent, [path])
+    assert {n: stored.read(n) for n in stored} == {n: new[n] if len(new[n]) <= up_to else old[n] for n in tensors}
+
+
+def test_a_file_of_other_tensors_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "ours.safetensors"
+    write(path, [NewTensor("a", "F32", (1,), [b"0000"])])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="holds other tensors"):
+        overwrite(path, [NewTensor("b", "F32", (1,), [b"1111"])], 64)
+    assert path.read_bytes() == before
 
 
 @given(TENSORS)

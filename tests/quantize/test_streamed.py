@@ -29,6 +29,7 @@ from builder.model import streamed
 from builder.preflight.model_facts import ModelFacts
 from builder.quantize import (
     calibrated,
+    data_free,
     exclude,
     experts,
     quantizers,
@@ -285,6 +286,29 @@ def test_the_stage_resumes_after_a_kill_and_leaves_nothing(rows: Path, tmp_path:
     assert ran.stdout.decode().split() == ["torch"]
     for layout in ("unified/model.safetensors", "tensorrt_llm/rank0.safetensors"):
         assert (tmp_path / "again" / layout).read_bytes() == (made.path / layout).read_bytes()
+
+
+@pytest.mark.parametrize("rule", ["fails", "lacks an attention"])
+def test_what_can_t_be_written_ahead_is_written_in_the_end(
+    rule: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, assumed = Store(tmp_path / "store", Output("quiet")), data_free.assumed
+    made = quantize_streamed(*inputs(store, rows), store=store)
+    job, destination = json.loads(Path(made.facts["job"]).read_text()), tmp_path / "again"
+
+    def other(*given: Any) -> Ranges:
+        if rule == "fails":
+            raise UnsupportedError("The rule does not fit.")
+        found = assumed(*given)
+        return Ranges(found.inputs, dict(list(found.cache.items())[1:]))
+
+    monkeypatch.setattr(data_free, "assumed", other)
+    facts = streamed_worker.run({**job, "destination": str(destination), "partial": str(tmp_path / "partial" / "one")})
+    assert {path.name for path in destination.iterdir()} == {"unified", "tensorrt_llm"}
+    for path in (path for path in destination.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (made.path / path.relative_to(destination)).read_bytes()
+    differing = {name for name in facts if facts[name] != made.facts[name]}
+    assert differing <= {"seconds"}
 
 
 # Runs the worker's job here, and names those of the large libraries that it imported.

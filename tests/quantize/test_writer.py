@@ -15,13 +15,13 @@ import families
 import pytest
 import torch
 
-from builder.checkpoint import huggingface
+from builder.checkpoint import huggingface, layouts
 from builder.checkpoint.layouts import read_json
 from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.formats import kv_cache, registry
 from builder.formats.assignment import ModelFormats
-from builder.quantize import quantizers, unified_files, writer
+from builder.quantize import data_free, quantizers, unified_files, unified_plan, writer
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
 from builder.quantize.writer import Work
@@ -229,6 +229,37 @@ def test_ranges_that_are_missing_are_named_before_anything_is_written(tmp_path: 
     with pytest.raises(IntegrityError, match=r"no range for the inputs of model.layers"):
         writer.write(SourceModel.open(QWEN3), NVFP4, Ranges(), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8", "w4a16_nvfp4"])
+@pytest.mark.parametrize("shard_bytes", [1 << 40, 2 << 20])
+def test_a_layout_that_gets_other_scales_equals_one_that_is_written_with_them(
+    name: str, shard_bytes: int, tmp_path: Path
+) -> None:
+    source, formats = SourceModel.open(QWEN3), ModelFormats(registry.get(name), cache=kv_cache.FP8)
+    work, both = Work(shard_bytes=shard_bytes), {}
+    made = unified_plan.plan(source.config, source.headers, source.dtype, formats)
+    assumed = data_free.assumed(made, formats, source.config)
+    found = Ranges(
+        {layer: 1.0 + number for number, layer in enumerate(assumed.inputs)},
+        {attention: (3.0 + number, 700.0 - number) for number, attention in enumerate(assumed.cache)},
+    )
+    for directory, ranges in ((tmp_path / "at once", found), (tmp_path / "later", assumed)):
+        both[directory.name] = writer.write(source, formats, ranges, directory / "unified", work)
+        layouts.write_if_served(directory / "unified", source.config, directory / "tensorrt_llm")
+    later = tmp_path / "later"
+    assert contents(later) != contents(tmp_path / "at once")
+    facts = writer.rescale(source, formats, found, later / "unified")
+    layouts.write_if_served(later / "unified", source.config, later / "tensorrt_llm", rescaled=True)
+    assert contents(later) == contents(tmp_path / "at once")
+    assert {**(facts or {}), "algorithm": "max"} == both["at once"]
+    fewer = Ranges(found.inputs, dict(list(found.cache.items())[1:]))
+    assert writer.rescale(source, formats, fewer, later / "unified") is None
+    assert contents(later) == contents(tmp_path / "at once")
 
 
 @pytest.mark.parametrize("name", ["int4_awq", "nvfp4_awq", "int8_sq"])
