@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from builder.core import errors, exit_status, interrupts, supervisor, temporary
 from builder.core.environment import Kind, child_environment
@@ -381,6 +381,15 @@ def worker_main(
     if summary is not None:
         emit(summary=summary)
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a worker that is done, without finalizing the interpreter: with torch that takes 0.5 s, and 0.1 s if its
+    objects are frozen (gc.freeze)."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _is_wanted(prepare: Callable[[], object]) -> bool:

@@ -26,7 +26,7 @@ from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core import temporary
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
 from builder.core.hashes import Hashes
-from builder.core.process import emit, worker_main
+from builder.core.process import emit, leave, worker_main
 from builder.core.safetensors_io import Tensors
 from builder.formats import algorithms
 from builder.formats.assignment import ModelFormats, of_job
@@ -327,4 +327,4 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
 
 if __name__ == "__main__":
-    sys.exit(worker_main(sys.argv, run, known, prepare=import_libraries))
+    leave(worker_main(sys.argv, run, known, prepare=import_libraries))

@@ -211,11 +211,11 @@ def test_what_a_job_fails_with_is_what_its_parent_raises(
     (tmp_path / "failing_module.py").write_text(
         "import sys\n"
         "from builder.core import errors\n"
-        "from builder.core.process import worker_main\n"
+        "from builder.core.process import leave, worker_main\n"
         f"def work(job): raise {failure}\n"
         "def known(error, job):\n"
         "    if isinstance(error, MemoryError): return errors.UnsupportedError(f'too large: {job[\"size\"]}')\n"
-        "sys.exit(worker_main(sys.argv, work, known))\n"
+        "leave(worker_main(sys.argv, work, known))\n"
     )
     environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
     with pytest.raises(raises, match=says):
@@ -226,3 +226,10 @@ def test_what_a_job_fails_with_is_what_its_parent_raises(
             bar=process.Bar(Output("quiet"), ""),
             env=environment,
         )
+
+
+def test_a_worker_that_leaves_loses_no_output() -> None:
+    code = "import atexit\nfrom builder.core.process import leave\n"
+    code += "atexit.register(print, 'late')\nprint('x' * 9000)\nleave(6)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert (done.stdout, done.returncode) == ("x" * 9000 + "\n", 6)
