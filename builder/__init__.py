@@ -20,6 +20,7 @@ read, changed and tested without those above it.
     llmapi          the llmapi target: arguments of TensorRT-LLM's LLM class
     reference       the reference executor and its Triton backend
     targets         one protocol for the three targets
+    gateway         OpenAI's API in front of Triton
     serving         Triton as a process or a container, clients, smoke and load tests
     preflight       what can be rejected before work begins
     publish         the verdict on a build, the link to serve it by, the build record

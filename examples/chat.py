@@ -28,7 +28,7 @@ TOKENIZER = "models/preprocessing/1/tokenizer"  # in a repository: tokenizer and
 def served(repository: Path) -> Iterator[str]:
     """The gRPC address of a server that runs until the block ends."""
     print(f"Starting Triton with {repository} ...", file=sys.stderr, flush=True)
-    argv = [sys.executable, "-m", "builder", "serve", str(repository), "--until-eof", "--json"]
+    argv = [sys.executable, "-m", "builder", "serve", str(repository), "--no-gateway", "--until-eof", "--json"]
     start = time.monotonic()
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin

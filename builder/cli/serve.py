@@ -6,9 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from builder.cli import gateway
 from builder.cli.options import add_command, add_output, path, port
 from builder.core import interrupts
 from builder.core.errors import ServingError, UsageError
@@ -16,6 +17,7 @@ from builder.core.output import Output, seconds
 
 if TYPE_CHECKING:
     from builder.serving.container import ContainerServer
+    from builder.serving.gateway import Gateway
     from builder.serving.recovery import Recovery
     from builder.serving.server import Server
     from builder.triton.repository import Repository
@@ -25,18 +27,25 @@ OLD_BENCH = "load"
 
 
 def add(commands: Any) -> None:
-    """Adds serve, smoke and bench."""
+    """Adds serve, gateway, smoke and bench."""
     command = add_command(
         commands, "serve", "serve a repository until Ctrl-C", run_serve,
         examples=[
             "builder serve artifacts/models/tiny-qwen3-cpu-nvfp4",
-            "builder serve artifacts/models/tiny-qwen3-cpu-nvfp4 --http-port 8000 --grpc-port 8001",
+            "builder serve artifacts/models/tiny-qwen3-cpu-nvfp4 --port 9000 --http-port 8000",
             "builder serve artifacts/models/qwen3-8b-sm120-nvfp4 --container --host 0.0.0.0",
         ],
     )  # fmt: skip
     _add_served(command)
+    command.add_argument("--port", type=port, metavar="PORT", help="of the OpenAI API (default: a free port)")
+    command.add_argument("--no-gateway", action="store_true",
+                         help="no OpenAI API; --host is Triton's address then")  # fmt: skip
+    command.add_argument("--triton-host", metavar="HOST", default="127.0.0.1",
+                         help="address of Triton's own ports (default: this machine only)")  # fmt: skip
+    gateway.add_options(command)
     command.add_argument("--follow-log", action="store_true", help="copy the server's log to stderr")
     command.add_argument("--until-eof", action="store_true", help="stop when stdin is closed")
+    gateway.add(commands)
     command = add_command(
         commands, "smoke", "start a server, test every endpoint, stop it", run_smoke,
         examples=[
@@ -100,10 +109,15 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     repository = _repository(arguments)
     if arguments.until_eof:
         stop_at_eof()
-    with serving_lock(repository.path), _server(arguments, repository, out) as server:
+    with (
+        serving_lock(repository.path),
+        _server(arguments, repository, out) as server,
+        _gateway(arguments, repository, server) as front,
+    ):
         try:  # an interrupt while the addresses are printed stops the server like a later one
-            _show_addresses(server, repository, out)
-            code = health.watch(server.http_url, server.wait, *_recovery(server, out))
+            _show_addresses(server, front, repository, out)
+            wait = front.watched(server.wait) if front else server.wait
+            code = health.watch(server.http_url, wait, *_recovery(server, out))
         except KeyboardInterrupt:
             interrupts.answered()
             out.info("stopping; requests in flight are finished")
@@ -118,8 +132,30 @@ def _recovery(server: Server | ContainerServer, out: Output) -> list[Recovery]:
     return [Recovery(server.http_url, server.processes, out.warn)] if server.processes else []
 
 
-def _show_addresses(server: Server | ContainerServer, repository: Repository, out: Output) -> None:
-    out.result({"http": server.http_url, "grpc": server.grpc_url, "metrics": server.metrics_url, "pid": server.pid})
+def _gateway(
+    arguments: argparse.Namespace, repository: Repository, server: Server | ContainerServer
+) -> AbstractContextManager[Gateway | None]:
+    """The gateway in front of the server; None with --no-gateway."""
+    from builder.serving.gateway import gateway as start
+
+    if arguments.no_gateway:
+        return nullcontext()
+    name = arguments.model_name or (arguments.repository or repository.path).absolute().name
+    options = ["--model-name", name, *gateway.options(arguments)]
+    log = server.log.with_name("gateway.log")
+    address = (arguments.host, arguments.port)
+    return start(repository.path, server.grpc_url, address, log=log, options=options, follow_log=arguments.follow_log)
+
+
+def _show_addresses(
+    server: Server | ContainerServer, front: Gateway | None, repository: Repository, out: Output
+) -> None:
+    openai = {"openai": front.url} if front else {}
+    out.result(
+        {**openai, "http": server.http_url, "grpc": server.grpc_url, "metrics": server.metrics_url, "pid": server.pid}
+    )
+    if front:
+        out.text(f"openai     {front.url}")
     out.text(f"http       {server.http_url}")
     out.text(f"grpc       {server.grpc_url}")
     out.text(f"metrics    {server.metrics_url}")
@@ -154,7 +190,9 @@ def _server(
         verdict.check(arguments.repository or repository.path)
     from builder.serving.launch import Ports
 
-    ports = Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port, arguments.host)
+    behind = arguments.command == "serve" and not arguments.no_gateway
+    host = arguments.triton_host if behind else arguments.host
+    ports = Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port, host)
     if arguments.container:
         from builder.serving.container import serve_container
 

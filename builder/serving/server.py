@@ -108,7 +108,7 @@ def serve(
     start = time.monotonic()
     with _started(models, log, ports or Ports(), options) as (server, stopping):
         if options.follow_log:
-            _follow(server.log)
+            follow(server.log)
         _wait_until_ready(server, models, start + options.timeout)
         stopping.seconds = options.exit_timeout + 10.0
         server.lost_a_model()  # from now on it is known which process is which model's
@@ -191,7 +191,7 @@ def _wait_until_ready(server: Server, models: Path, deadline: float) -> None:
             time.sleep(0.05)
 
 
-def _follow(log: Path) -> None:
+def follow(log: Path) -> None:
     """Copies a server's log to stderr as it grows, for `docker logs`. A thread that ends with this process."""
 
     def copy() -> None:

@@ -138,7 +138,10 @@ class Renderer:
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
     ) -> str:
-        """The text of a conversation. `variables`: what else the template can read. TemplateProblem if it fails."""
+        """The text of a conversation. `variables`: what else the template can read, and `today` (a date in ISO format).
+
+        TemplateProblem if it fails.
+        """
         return self._request({**variables, "messages": list(messages), "add_generation_prompt": add_generation_prompt})
 
     def render_open(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:

@@ -5,7 +5,7 @@ A template is a program: it can loop forever or double a string until memory is 
 then {"messages", ...} for each conversation. A response is {"text"} or {"error": kind, "why"}.
 
 The Jinja environment is that of transformers 4.57 and 5 (utils/chat_template_utils.py, _compile_jinja_template) with a
-fixed date: some templates write today's, and calibration would give another result every day.
+fixed date unless a request has one: some templates write today's, and calibration would give another result every day.
 """
 
 from __future__ import annotations
@@ -75,9 +75,12 @@ class Template:
         self._variables = dict(variables)
         self._template = environment().from_string(text)
 
-    def render(self, messages: Any, *, add_generation_prompt: bool = False, **variables: Any) -> str:
-        """The text of a conversation. `variables`: additional ones for this rendering."""
-        always = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+    def render(self, messages: Any, *, add_generation_prompt: bool = False, today: str = "", **variables: Any) -> str:
+        """The text of a conversation. `today`: a date in ISO format, for templates that write one. `variables`:
+        additional ones for this rendering."""
+        always: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        if today:
+            always["strftime_now"] = datetime.fromisoformat(today).strftime
         return self._template.render(messages=messages, **{**self._variables, **always, **variables})
 
 

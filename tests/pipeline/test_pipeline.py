@@ -105,7 +105,7 @@ def test_a_served_repository_is_not_cleaned(built: tuple[Path, dict[str, Any]]) 
     argv = [sys.executable, "-m", "builder", "serve", said["repository"]]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
-        assert server.stdout.readline().startswith("http")
+        assert server.stdout.readline().startswith("openai ")
         planned = json.loads(builder("clean", "--all", "--dry-run", "--json", "--output", str(output)).stdout)
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 0
@@ -372,7 +372,7 @@ def test_serve_ends_with_its_stdin_when_asked_to(built: tuple[Path, dict[str, An
     argv = [sys.executable, "-m", "builder", "serve", built[1]["repository"], "--until-eof"]
     child = subprocess.Popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
-    assert child.stdout.readline().startswith("http ")
+    assert child.stdout.readline().startswith("openai ")
     child.communicate(timeout=60)  # closes its stdin
     assert child.returncode == 0
     assert not _running(built[1]["repository"])

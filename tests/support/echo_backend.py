@@ -33,16 +33,19 @@ class TritonPythonModel:
     def answer(self, request_id, inputs, sender):
         streaming = bool(inputs.get("streaming", np.array(False)).any())
         generated = []
+        log_probs = [] if "return_log_probs" in inputs else None
         for token in self.tokens(request_id, inputs):
             generated.append(token)
+            if log_probs is not None:  # TensorRT-LLM returns those of the whole answer each time
+                log_probs.append(-len(generated) / 8)
             if streaming:
-                sender.send(response([token]))
+                sender.send(response([token], log_probs))
         final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        sender.send(flags=final) if streaming else sender.send(response(generated), flags=final)
+        sender.send(flags=final) if streaming else sender.send(response(generated, log_probs), flags=final)
 
     def tokens(self, request_id, inputs):
         prompt = inputs["input_ids"][0, : inputs["input_lengths"].flat[0]].tolist()
-        stop_words = words(inputs["stop_words_list"][0])
+        stop_words = words(inputs["stop_words_list"][0]) if "stop_words_list" in inputs else []
         generated = []
         for i in range(inputs["request_output_len"].flat[0]):
             token = prompt[i % len(prompt)]
@@ -64,10 +67,11 @@ def words(packed):
     return [packed[0, start:end].tolist() for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def response(ids):
-    return pb_utils.InferenceResponse(
-        [
-            pb_utils.Tensor("output_ids", np.array([[ids]], np.int32)),
-            pb_utils.Tensor("sequence_length", np.array([[len(ids)]], np.int32)),
-        ]
-    )
+def response(ids, log_probs=None):
+    tensors = [
+        pb_utils.Tensor("output_ids", np.array([[ids]], np.int32)),
+        pb_utils.Tensor("sequence_length", np.array([[len(ids)]], np.int32)),
+    ]
+    if log_probs is not None:
+        tensors.append(pb_utils.Tensor("output_log_probs", np.array([[log_probs]], np.float32)))
+    return pb_utils.InferenceResponse(tensors)

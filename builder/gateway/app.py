@@ -1,0 +1,229 @@
+"""The routes: /v1/chat/completions, /v1/completions, /v1/models, /health/live, /health/ready and /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp
+
+from builder.gateway import requests
+from builder.gateway.engine import Engine
+from builder.gateway.errors import ApiError, invalid
+from builder.gateway.front import Front
+from builder.gateway.job import Job, Jobs
+from builder.gateway.prompts import Prompts
+from builder.gateway.readiness import Readiness
+from builder.gateway.record import Metrics, Record
+from builder.gateway.requests import ChatRequest, CompletionRequest
+from builder.gateway.responses import ChatReply, CompletionReply, Reply
+from builder.gateway.settings import Model, Settings
+from builder.gateway.streams import ClientGone, EventStream, left
+from builder.gateway.tensors import TokenRequest
+
+
+class Gateway:
+    """The application's state and its endpoints."""
+
+    def __init__(self, settings: Settings, model: Model) -> None:
+        self.settings, self.model = settings, model
+        self.created = int(time.time())
+        self.prompts = Prompts(model)
+        self._engine: Engine | None = None
+
+    @asynccontextmanager
+    async def lifespan(self, _: object) -> AsyncIterator[None]:
+        """Connects to the engine in the server's event loop, and closes the connection at the end."""
+        self._engine = engine = Engine(self.settings.grpc, self.model)
+        self._jobs = Jobs(engine, self.model, self.settings.limits)
+        self._readiness = Readiness(engine, self.model)
+        try:
+            yield
+        finally:
+            await engine.close()
+            self.prompts.close()
+
+    def in_progress(self) -> float:
+        """The number of answers in progress, for the metrics."""
+        return self._jobs.admission.in_progress if self._engine else 0
+
+    async def chat(self, request: Request) -> ASGIApp:
+        """POST /v1/chat/completions."""
+        asked = requests.parse(ChatRequest, await self._body(request), self.model)
+        self._check_model(asked.model)
+        ids = await self.prompts.conversation(
+            [message.for_template() for message in asked.messages],
+            continue_final=asked.continue_final_message,
+            **requests.template_variables(asked),
+        )
+        limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+        return await self._respond(request, asked, [ids], limit, ChatReply)
+
+    async def completions(self, request: Request) -> ASGIApp:
+        """POST /v1/completions."""
+        asked = requests.parse(CompletionRequest, await self._body(request), self.model)
+        self._check_model(asked.model)
+        prompts = _prompts(asked.prompt)
+        if not prompts or len(prompts) * asked.n > self.settings.limits.choices:
+            most = self.settings.limits.choices
+            raise invalid(f"prompt and n ask for {len(prompts) * asked.n} answers; 1 to {most} are possible.", "prompt")
+        ids = [
+            await self.prompts.text(one, "prompt") if isinstance(one, str) else self.prompts.ids(one, "prompt")
+            for one in prompts
+        ]
+        text = self.model.vocabulary.tokenizer.decode
+        echoes = [(one if isinstance(one, str) else text(one)) if asked.echo else "" for one in prompts]
+        limit = requests.COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        return await self._respond(request, asked, ids, limit, CompletionReply, echoes)
+
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models."""
+        return _json({"object": "list", "data": [self._model_object()]})
+
+    async def model_by_name(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        self._check_model(request.path_params["name"])
+        return _json(self._model_object())
+
+    async def live(self, _: Request) -> Response:
+        """GET /health/live: the process answers."""
+        return _json({"status": "live"})
+
+    async def ready(self, _: Request) -> Response:
+        """GET /health/ready: the engine generates tokens."""
+        fault = await self._readiness.fault()
+        if fault:
+            raise ApiError(503, "The model does not answer.", code="not_ready", detail=fault)
+        return _json({"status": "ready"})
+
+    async def _respond(
+        self,
+        request: Request,
+        asked: ChatRequest | CompletionRequest,
+        prompts: Sequence[list[int]],
+        limit: int | None,
+        kind: type[Reply],
+        echoes: Sequence[str] = ("",),
+    ) -> ASGIApp:
+        record: Record = request.state.record
+        record.streamed = asked.stream
+        reply = kind(
+            ("chatcmpl-" if kind is ChatReply else "cmpl-") + uuid.uuid4().hex,
+            int(time.time()),
+            self.settings.served_name,
+            self.model.vocabulary,
+            usage=asked.stream_options.include_usage,
+            log_probs=asked.log_probs,
+        )
+        sampling, end_ids = asked.sampling(self.model), asked.end_ids(self.model)
+        made = [
+            TokenRequest(
+                ids, requests.token_limit(limit, len(ids), self.model), sampling, end_ids,
+                streaming=self.model.streams, log_probs=asked.log_probs,
+            )
+            for ids in prompts
+        ]  # fmt: skip
+        job = Job(reply, made, asked.n, asked.stops, echoes)
+        if asked.stream:
+            return EventStream(lambda outbox: self._jobs.stream(job, record, outbox), self.settings.limits)
+        return _json(await _unless_left(request, self._jobs.whole(job, record)))
+
+    async def _body(self, request: Request) -> bytes:
+        """The request's body. ApiError if it is too large, or does not arrive in time; ClientGone."""
+        limits = self.settings.limits
+        kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, f"The content type is {kind[:100]}; it must be application/json.")
+        too_large = ApiError(413, f"The body has more than {limits.body} bytes.", code="body_too_large")
+        if int(request.headers.get("content-length", "0")) > limits.body:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(limits.header_seconds):
+                async for part in request.stream():
+                    parts.append(part)
+                    size += len(part)
+                    if size > limits.body:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(408, f"The body did not arrive within {limits.header_seconds:.0f} s.") from None
+        except ClientDisconnect:
+            raise ClientGone from None
+        return b"".join(parts)
+
+    def _check_model(self, name: str) -> None:
+        served = self.settings.served_name
+        if name != served:
+            raise ApiError(
+                404, f"The model {name[:200]!r} does not exist; this server has {served!r}.",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    def _model_object(self) -> dict[str, Any]:
+        name = self.settings.served_name
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "trtllm-builder",
+            "max_model_len": self.model.max_seq_len,
+        }
+
+
+def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
+    """The prompts of a request, each a text or token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [one for one in prompt if isinstance(one, int)]
+    return [ids] if ids else [one for one in prompt if not isinstance(one, int)]
+
+
+async def _unless_left(request: Request, work: Any) -> Any:
+    """The result of the work, which is cancelled if the client leaves first (ClientGone)."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(left(request.receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for one in (watcher, task):
+            one.cancel()
+            with suppress(asyncio.CancelledError, ApiError):
+                await one
+
+
+def _json(content: Any) -> Response:
+    return Response(json.dumps(content, ensure_ascii=False).encode(), media_type="application/json")
+
+
+def application(settings: Settings, model: Model) -> ASGIApp:
+    """The ASGI application."""
+    gateway = Gateway(settings, model)
+    metrics = Metrics(gateway.in_progress)
+
+    async def show_metrics(_: Request) -> Response:
+        return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    routes = [
+        Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
+        Route("/v1/completions", gateway.completions, methods=["POST"]),
+        Route("/v1/models", gateway.models),
+        Route("/v1/models/{name:path}", gateway.model_by_name),
+        Route("/health/live", gateway.live),
+        Route("/health/ready", gateway.ready),
+        Route("/metrics", show_metrics),
+    ]
+
+    # A router instead of a Starlette application, whose error responses are not OpenAI's.
+    return Front(Router(routes, redirect_slashes=False, lifespan=gateway.lifespan), settings.keys, metrics)

@@ -1,0 +1,138 @@
+"""The answers of one request: each choice is a generation of its own, and all run at once."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from builder.gateway.engine import Engine
+from builder.gateway.errors import ApiError
+from builder.gateway.generation import Answer, Token, generate
+from builder.gateway.record import Record
+from builder.gateway.responses import DONE, Reply, Usage
+from builder.gateway.settings import Limits, Model
+from builder.gateway.streams import Outbox
+from builder.gateway.tensors import TokenRequest
+
+
+class Admission:
+    """Counts the answers in progress, and refuses more than the limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.in_progress = 0
+
+    @asynccontextmanager
+    async def admit(self, answers: int) -> AsyncIterator[None]:
+        """Admits so many answers while the block runs. ApiError (429) if there are too many."""
+        if self.in_progress + answers > self._limit:
+            raise ApiError(
+                429, f"The server is busy with {self.in_progress} answers. Try again later.", code="too_many_requests"
+            )
+        self.in_progress += answers
+        try:
+            yield
+        finally:
+            self.in_progress -= answers
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated request. prompts: one TokenRequest each. n: answers of each prompt. echoes: text to put before the
+    answers of each prompt."""
+
+    reply: Reply
+    prompts: Sequence[TokenRequest]
+    n: int
+    stop: Sequence[str]
+    echoes: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.n
+
+
+class Jobs:
+    """Runs jobs on one engine, within its limits."""
+
+    def __init__(self, engine: Engine, model: Model, limits: Limits) -> None:
+        self._engine, self._model, self._limits = engine, model, limits
+        self.admission = Admission(limits.requests)
+
+    async def whole(self, job: Job, record: Record) -> dict[str, object]:
+        """The response's JSON object, once all answers are complete."""
+        answers = await self._run(job, record, None)
+        for index, answer in enumerate(answers):
+            answer.pieces.insert(0, job.echoes[index // job.n])
+        return job.reply.whole(answers, self._usage(job, answers))
+
+    async def stream(self, job: Job, record: Record, outbox: Outbox) -> None:
+        """Puts the events of all answers into the outbox."""
+        answers = await self._run(job, record, outbox)
+        outbox.put(job.reply.usage(self._usage(job, answers)) + DONE)
+
+    async def _run(self, job: Job, record: Record, outbox: Outbox | None) -> list[Answer]:
+        answers: list[Answer] = []
+        async with self.admission.admit(len(job)):
+            record.prompt_tokens = sum(len(prompt.ids) for prompt in job.prompts)
+            try:
+                async with asyncio.timeout(self._limits.seconds):
+                    if len(job) == 1:
+                        answers = [await self._answer(job, 0, record, outbox)]
+                    else:
+                        answers = await _all([self._answer(job, i, record, outbox) for i in range(len(job))])
+            except TimeoutError:
+                message = f"The answer took longer than {self._limits.seconds:.0f} s."
+                raise ApiError(504, message, code="timeout") from None
+        record.finish_reasons = [answer.finish_reason for answer in answers]
+        return answers
+
+    async def _answer(self, job: Job, index: int, record: Record, outbox: Outbox | None) -> Answer:
+        prompt = job.prompts[index // job.n]
+        sampling = replace(prompt.sampling, seed=(prompt.sampling.seed + index % job.n) % (1 << 64))
+        if outbox is None:
+
+            def emit(text: str, tokens: Sequence[Token]) -> None:
+                record.token()
+        else:
+            started = False
+
+            def emit(text: str, tokens: Sequence[Token]) -> None:
+                nonlocal started
+                if not started:
+                    started = True
+                    record.token()
+                    self._start(job, index, outbox)
+                outbox.put(job.reply.piece(index, text, tokens))
+
+        request = replace(prompt, sampling=sampling)
+        # A new id, not the client's: the engine stops answers by id, and two clients may send the same one.
+        answer = await generate(self._engine, self._model, request, job.stop, uuid.uuid4().hex, emit)
+        record.completion_tokens += answer.tokens
+        if outbox is not None:
+            if not answer.pieces:  # an empty answer
+                self._start(job, index, outbox)
+            outbox.put(job.reply.end(index, answer))
+        return answer
+
+    def _start(self, job: Job, index: int, outbox: Outbox) -> None:
+        outbox.put(job.reply.start(index))
+        if echo := job.echoes[index // job.n]:
+            outbox.put(job.reply.piece(index, echo, ()))
+
+    def _usage(self, job: Job, answers: Sequence[Answer]) -> Usage:
+        prompt = sum(len(prompt.ids) for prompt in job.prompts)
+        return Usage(prompt, sum(answer.tokens for answer in answers))
+
+
+async def _all(coroutines: Sequence[Coroutine[None, None, Answer]]) -> list[Answer]:
+    """The results of all; if one fails or this task is cancelled, the others are cancelled."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

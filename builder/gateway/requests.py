@@ -1,0 +1,241 @@
+"""The requests of /v1/chat/completions and /v1/completions, validated. Values that JSON has in another type are errors.
+
+Besides OpenAI's fields: top_k, min_tokens, repetition_penalty, ignore_eos and stop_token_ids, and for conversations
+chat_template_kwargs and continue_final_message. The openai client sends these with extra_body.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from builder.gateway.errors import ApiError, invalid
+from builder.gateway.fields import known
+from builder.gateway.prompts import RESERVED
+from builder.gateway.settings import Model
+from builder.gateway.tensors import Sampling
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Finite = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # padding against observers of the network; of no use behind TLS of one's own
+
+
+class Generation(BaseModel):
+    """What both requests have in common."""
+
+    model_config = Finite
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    n: int = Field(1, ge=1, le=128)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(0, ge=-1)
+    seed: int | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    ignore_eos: bool = False
+    min_tokens: int = Field(0, ge=0)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
+    max_tokens: int | None = Field(None, ge=1)
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether the response has log-probabilities."""
+        return False
+
+    def sampling(self, model: Model) -> Sampling:
+        """How to sample. Without `seed` a random one, because TensorRT-LLM's default is the same for every request.
+
+        ApiError for a logit_bias that this model does not take.
+        """
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            seed=(random.getrandbits(63) if self.seed is None else self.seed) % (1 << 64),
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            min_tokens=self.min_tokens,
+            bias=self._bias(model),
+        )
+
+    def end_ids(self, model: Model) -> list[int]:
+        """The ids that end an answer."""
+        return [*([] if self.ignore_eos else model.end_ids), *self.stop_token_ids]
+
+    def _bias(self, model: Model) -> dict[int, float]:
+        if self.logit_bias and model.llmapi:
+            raise invalid("This server does not support logit_bias.", "logit_bias", "unsupported_parameter")
+        found = {int(id): value for id, value in self.logit_bias.items() if id.isascii() and id.isdigit()}
+        if len(found) < len(self.logit_bias) or max(found, default=0) >= model.vocab_size:
+            raise invalid(f"logit_bias: keys must be token ids below {model.vocab_size}.", "logit_bias")
+        return found
+
+
+class Part(BaseModel):
+    """A part of a message's content. Only text: the served models read nothing else."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message. Further fields, such as `name` or `reasoning_content`, are passed on to the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates expect it: content is a string, and arguments of tool calls are objects."""
+        found = self.model_dump(exclude_none=True)
+        # Templates of the models that are served here know "system" only.
+        found["role"] = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, list):
+            found["content"] = "".join(part.text for part in self.content)
+        found.setdefault("content", "")
+        for call in found.get("tool_calls", []):
+            function = call.get("function")
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                function["arguments"] = _object(function["arguments"])
+        return found
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+class ChatRequest(Generation):
+    """The body of /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    continue_final_message: bool = False
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether the response has log-probabilities."""
+        return self.logprobs
+
+
+class CompletionRequest(Generation):
+    """The body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1)
+
+    @property
+    def log_probs(self) -> bool:
+        """Whether the response has log-probabilities."""
+        return self.logprobs is not None
+
+
+Request = TypeVar("Request", ChatRequest, CompletionRequest)
+
+
+def parse(kind: type[Request], body: bytes, model: Model) -> Request:
+    """A request from the bytes of its body. ApiError with the first field that is wrong."""
+    try:
+        found = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"The body is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise invalid("The body must be a JSON object.")
+    try:
+        request = kind.model_validate(known(found, kind.model_fields))
+    except ValidationError as error:
+        raise _first(error) from None
+    _check(request, model)
+    return request
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _first(error: ValidationError) -> ApiError:
+    found = error.errors(include_url=False, include_input=False)[0]
+    # Union types add the name of the alternative that was tried, which tells clients nothing.
+    where = [str(part) for part in found["loc"] if "[" not in str(part) and str(part) not in ("str", "int")]
+    name = ".".join(where)
+    return invalid(f"{name}: {found['msg']}", where[0] if where else None)
+
+
+def _check(request: Generation, model: Model) -> None:
+    if max(request.stop_token_ids, default=0) >= model.vocab_size:
+        raise invalid(f"stop_token_ids: ids must be below {model.vocab_size}.", "stop_token_ids")
+    if request.log_probs and model.llmapi:
+        raise invalid("This server does not support logprobs.", "logprobs", "unsupported_parameter")
+    more = getattr(request, "top_logprobs", 0) if isinstance(request, ChatRequest) else getattr(request, "logprobs", 0)
+    if request.log_probs and more:
+        name = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
+        raise invalid(
+            f"{name} is {more}; this server returns the log-probability of the chosen token only, so it must be 0.",
+            name, "unsupported_parameter",
+        )  # fmt: skip
+    if isinstance(request, ChatRequest):
+        if request.top_logprobs and not request.logprobs:
+            raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+        if request.continue_final_message and request.messages[-1].role != "assistant":
+            raise invalid("continue_final_message needs an assistant's message at the end.", "messages")
+    elif isinstance(request, CompletionRequest) and request.best_of not in (None, request.n):
+        raise invalid("best_of must be equal to n: this server does not rank answers.", "best_of")
+
+
+def token_limit(asked: int | None, prompt: int, model: Model) -> int:
+    """max_tokens of a prompt with so many tokens; by default as many as the model's context holds. ApiError if more."""
+    longest = model.max_seq_len - prompt
+    if longest < 1 or (asked or 0) > longest:
+        raise invalid(
+            f"The prompt has {prompt} tokens and max_tokens is {asked or 1}, together {prompt + (asked or 1)}; this "
+            f"model takes {model.max_seq_len} (max_seq_len): max_tokens can be {max(longest, 0)}.",
+            "max_tokens", "context_length_exceeded",
+        )  # fmt: skip
+    return asked or longest
+
+
+def template_variables(request: ChatRequest) -> Mapping[str, Any]:
+    """What a request passes to the chat template. ApiError for a name that the gateway sets itself."""
+    reserved = [name for name in RESERVED if name in request.chat_template_kwargs]
+    if reserved:
+        raise invalid(f"chat_template_kwargs can't set {', '.join(reserved)}.", "chat_template_kwargs")
+    effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
+    return {**effort, **request.chat_template_kwargs}

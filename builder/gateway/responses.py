@@ -1,0 +1,142 @@
+"""OpenAI's JSON objects for answers: whole ones, and the events of a stream.
+
+Events are written with a few string operations, because there is one for each token. Tests read all of them with the
+openai package's types.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from builder.gateway.generation import Answer, Token
+from builder.tokenizer.detokenizer import Vocabulary
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The number of tokens of a request's prompts and of its answers."""
+
+    prompt: int
+    completion: int
+
+    def as_dict(self) -> dict[str, int]:
+        """OpenAI's object."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
+
+
+class Reply:
+    """The JSON of one request's answers. Subclasses say how a choice looks.
+
+    usage: whether a stream ends with an event that has the usage (stream_options.include_usage).
+    """
+
+    KIND = EVENT_KIND = ""
+
+    def __init__(self, id: str, created: int, model: str, vocabulary: Vocabulary, *, usage: bool, log_probs: bool):
+        self._common = {"id": id, "created": created, "model": model}
+        self._vocabulary, self._usage, self._log_probs = vocabulary, usage, log_probs
+        head = json.dumps({**self._common, "object": self.EVENT_KIND})
+        self._head = f'data: {head[:-1]}, "choices": ['
+        self._tail = '], "usage": null}\n\n' if usage else "]}\n\n"
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+        """The response of a request that is not streamed. `answers`: one for each choice."""
+        choices = [
+            {
+                "index": index,
+                **self._content(answer.text),
+                "logprobs": self._logprobs(answer.log_probs),
+                "finish_reason": answer.finish_reason,
+            }
+            for index, answer in enumerate(answers)
+        ]
+        return {**self._common, "object": self.KIND, "choices": choices, "usage": usage.as_dict()}
+
+    def start(self, index: int) -> bytes:
+        """The event before a choice's first piece; b"" if there is none."""
+        return b""
+
+    def piece(self, index: int, text: str, tokens: Sequence[Token]) -> bytes:
+        """The event of a piece of text."""
+        return self._event(index, self._delta(text), tokens, "null")
+
+    def end(self, index: int, answer: Answer) -> bytes:
+        """The event at the end of a choice."""
+        return self._event(index, self._delta(""), (), json.dumps(answer.finish_reason))
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event with the usage, after all choices; b"" if it was not requested."""
+        if not self._usage:
+            return b""
+        return f'{self._head}], "usage": {json.dumps(usage.as_dict())}}}\n\n'.encode()
+
+    def _event(self, index: int, delta: str, tokens: Sequence[Token], finish_reason: str) -> bytes:
+        log_probs = json.dumps(self._logprobs(tokens)) if tokens else "null"
+        choice = f'{{"index": {index}, {delta}, "logprobs": {log_probs}, "finish_reason": {finish_reason}}}'
+        return f"{self._head}{choice}{self._tail}".encode()
+
+    def _content(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(self, text: str) -> str:
+        raise NotImplementedError
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+
+class ChatReply(Reply):
+    """For /v1/chat/completions."""
+
+    KIND, EVENT_KIND = "chat.completion", "chat.completion.chunk"
+
+    def start(self, index: int) -> bytes:
+        """The event with the role."""
+        return self._event(index, '"delta": {"role": "assistant", "content": ""}', (), "null")
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _delta(self, text: str) -> str:
+        return f'"delta": {{"content": {json.dumps(text)}}}' if text else '"delta": {}'
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._log_probs:
+            return None
+        content = []
+        for token in tokens:
+            raw = self._vocabulary.token_bytes(token.id)
+            text = raw.decode("utf-8", "replace")
+            content.append({"token": text, "logprob": token.log_prob, "bytes": list(raw), "top_logprobs": []})
+        return {"content": content, "refusal": None}
+
+
+class CompletionReply(Reply):
+    """For /v1/completions."""
+
+    KIND = EVENT_KIND = "text_completion"
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _delta(self, text: str) -> str:
+        return f'"text": {json.dumps(text)}'
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        if not self._log_probs:
+            return None
+        return {
+            "tokens": [self._vocabulary.token_bytes(token.id).decode("utf-8", "replace") for token in tokens],
+            "token_logprobs": [token.log_prob for token in tokens],
+            "top_logprobs": None,
+            "text_offset": [token.offset for token in tokens],
+        }

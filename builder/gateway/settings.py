@@ -1,0 +1,91 @@
+"""What the gateway knows of a repository, and its own limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from builder.core.errors import UnsupportedError
+from builder.tokenizer import files as tokenizer_files
+from builder.tokenizer.chat_template import ChatTemplate
+from builder.tokenizer.detokenizer import Vocabulary
+from builder.tokenizer.worker import load
+
+
+@dataclass(frozen=True)
+class Model:
+    """The served model: Triton's name for it, its limits and its texts.
+
+    name: of the Triton model that takes token ids. llmapi: it is TensorRT-LLM's LLM class, which returns text;
+    otherwise an engine, which returns token ids. streams: it can answer token by token.
+    end_ids: the ids that end an answer, those of the files and the token that the chat template writes after one.
+    """
+
+    name: str
+    llmapi: bool
+    streams: bool
+    max_batch_size: int
+    max_input_len: int
+    max_seq_len: int
+    vocab_size: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    vocabulary: Vocabulary
+    template: ChatTemplate | None
+
+    @classmethod
+    def read(cls, models: Path, facts: Mapping[str, Any]) -> Model:
+        """Reads a repository: its directory of models, and the facts in its manifest."""
+        directory = models / facts["tokenizer_dir"] if "tokenizer_dir" in facts else Path(facts["checkpoint"])
+        if not (directory / "tokenizer.json").is_file():
+            raise UnsupportedError(
+                f"{directory} has no tokenizer.json, so the gateway can't serve this repository.",
+                hint="Serve it without the gateway: builder serve REPOSITORY --no-gateway",
+            )
+        found = tokenizer_files.read(directory)
+        turn_end = [found.end_of_turn[0]] if found.end_of_turn else []
+        return cls(
+            name=facts["models"].get("engine") or facts["models"]["generate"],
+            llmapi="engine" not in facts["models"],
+            streams=bool(facts["decoupled"]),
+            max_batch_size=facts["max_batch_size"],
+            max_input_len=facts["max_input_len"],
+            max_seq_len=facts["max_seq_len"],
+            vocab_size=facts["vocab_size"],
+            end_ids=tuple(dict.fromkeys([*facts["end_ids"], *turn_end])),
+            pad_id=facts["pad_id"],
+            vocabulary=Vocabulary.of(load(directory)),
+            template=found.template,
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask of the gateway, so that no request harms others.
+
+    requests: answers in progress or waiting, above which a request gets 429. body, header: bytes.
+    header_seconds: for a client to send a request's headers and body. seconds: for one answer.
+    stalled_seconds, stalled_bytes: for a client that does not read its stream, which then ends.
+    choices: answers of one request (n times prompts).
+    """
+
+    requests: int = 256
+    body: int = 8 << 20
+    header: int = 32 << 10
+    header_seconds: float = 20.0
+    seconds: float = 600.0
+    stalled_seconds: float = 30.0
+    stalled_bytes: int = 4 << 20
+    choices: int = 128
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A gateway: where Triton's gRPC port is, the name that clients use for the model, limits and API keys."""
+
+    grpc: str
+    served_name: str
+    limits: Limits = field(default_factory=Limits)
+    keys: tuple[str, ...] = ()

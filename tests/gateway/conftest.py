@@ -1,0 +1,125 @@
+"""A real Triton server with a stand-in for the engine, and gateways in front of it, each a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from builder.core.output import Output
+from builder.core.store import Store
+from builder.recipe import schema
+from builder.serving.server import Server, ServerOptions, serve
+from builder.triton import repository
+from tests.triton.test_repository import SNAPSHOT, write_engine
+
+ECHO = Path(__file__).parents[1] / "support" / "echo_backend.py"
+MODEL = "tiny"
+MAX_INPUT_LEN, MAX_SEQ_LEN = 256, 8192
+# As `builder gateway` runs it, but with limits that no user needs to set.
+SCRIPT = """
+import json, sys
+from builder.gateway import server
+from builder.gateway.listener import listen
+from builder.gateway.settings import Limits, Model, Settings
+from builder.triton import repository
+path, grpc, name, limits, keys = json.loads(sys.argv[1])
+opened = repository.open_repository(path)
+listener = listen("127.0.0.1", None)
+ready = lambda: print(listener.getsockname()[1], flush=True)
+settings = Settings(grpc, name, Limits(**limits), tuple(keys))
+server.run(settings, Model.read(opened.models, opened.facts), listener, drain=3, ready=ready)
+"""
+
+
+@dataclass
+class Running:
+    """A gateway: its URL without /v1, its process, and the lines of its log so far."""
+
+    url: str
+    child: subprocess.Popen[str]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        options = {"api_key": "none", "max_retries": 0, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def running(path: Path, grpc: str, *, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[Running]:
+    job = json.dumps([str(path), grpc, MODEL, limits, keys])
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        port = child.stdout.readline().strip()
+        assert port, child.stderr.read()
+        found = Running(f"http://127.0.0.1:{port}", child)
+
+        def read() -> None:
+            assert child.stderr is not None
+            for line in child.stderr:
+                found.lines.append(json.loads(line) if line.startswith("{") else {"text": line})
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        try:
+            yield found
+        finally:
+            child.terminate()
+            child.wait(30)
+            reader.join(5)
+
+
+@pytest.fixture(scope="module")
+def echo_repository(tmp_path_factory: pytest.TempPathFactory) -> repository.Repository:
+    tmp = tmp_path_factory.mktemp("gateway")
+    build = {"max_batch_size": 64, "max_input_len": MAX_INPUT_LEN, "max_seq_len": MAX_SEQ_LEN, "max_beam_width": 1,
+             "plugin_config": {"use_paged_context_fmha": False}}  # fmt: skip
+    engine = write_engine(tmp / "engine", build_config=build)
+
+    def make(directory: Path) -> dict[str, Any]:
+        return repository.write(directory / "models", engine, SNAPSHOT, schema.Repository(bls_instances=1))
+
+    return repository.open_repository(Store(tmp / "store", Output("quiet")).stage("repository", {}, make).path)
+
+
+@pytest.fixture(scope="module")
+def triton(echo_repository: repository.Repository, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("triton") / "log"
+    with serve(
+        echo_repository.models, out=Output("quiet"), log=log, options=ServerOptions(engine_backend=ECHO)
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(echo_repository: repository.Repository, triton: Server) -> Iterator[Running]:
+    with running(echo_repository.path, triton.grpc_url) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(gateway: Running) -> Iterator[openai.OpenAI]:
+    with gateway.client() as client:
+        yield client

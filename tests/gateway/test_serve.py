@@ -1,0 +1,172 @@
+"""`builder serve` with its gateway, on a repository with the reference executor; and `builder gateway` by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import exports
+import openai
+import pytest
+
+from builder import pipeline
+from builder.cli import main
+from builder.core.output import Output
+from builder.core.store import Store
+from builder.recipe import schema
+from builder.serving.client import Client, Request
+
+KEY = "sk-test"
+TALK: Any = [{"role": "user", "content": "Return the number of items in the list."}]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = Store(tmp_path_factory.mktemp("serve") / "artifacts", Output("quiet"))
+    recipe = schema.resolve({"model.id": str(exports.MODELS["qwen3"]), "gpu": "cpu", "quality.check": False,
+                             "calibration.samples": 0})  # fmt: skip
+    found = pipeline.build(recipe, store, until="repository").repository
+    assert found is not None
+    return found.path
+
+
+@contextmanager
+def command(*argv: str) -> Iterator[tuple[dict[str, Any], subprocess.Popen[str]]]:
+    """A running command, and the JSON object that it prints at the start."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "builder", *argv, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    ) as child:  # fmt: skip
+        try:
+            assert child.stdout is not None
+            lines = iter(child.stdout.readline, "")
+            printed = ""
+            for line in lines:
+                printed += line
+                if line.startswith("}"):
+                    break
+            yield json.loads(printed), child
+        finally:
+            child.terminate()
+            child.wait(60)
+
+
+@pytest.fixture(scope="module")
+def served(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text(f"# ours\n{KEY}\n")
+    with command("serve", str(built), "--model-name", "tiny", "--api-keys", str(keys)) as (found, _):
+        yield found
+
+
+def test_greedy_text_is_that_of_the_other_ways(served: dict[str, Any], built: Path) -> None:
+    facts = json.loads((built / "manifest.json").read_text())["facts"]
+    direct = Client.for_repository(served["http"], served["grpc"], facts, 60)
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        for prompt in ("Return the number of", "def f(x):\n    ", "Grüße 世界 🎉"):
+            asked: Any = {"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0}
+            text = client.completions.create(**asked).choices[0].text
+            stream = client.completions.create(**asked, stream=True)
+            assert "".join(event.choices[0].text for event in stream) == text
+            assert direct.grpc_stream(Request(prompt, 24)).text == text
+
+
+def test_sampling_depends_on_the_seed(served: dict[str, Any]) -> None:
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+
+        def text(**options: Any) -> str:
+            found = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=12, **options)
+            return found.choices[0].message.content or ""
+
+        assert text(seed=1) == text(seed=1)
+        assert len({text(temperature=1.5) for _ in range(4)}) > 1, "temperature alone samples"
+        assert len({text(temperature=0) for _ in range(2)}) == 1
+        choices = client.chat.completions.create(
+            model="tiny", messages=TALK, max_tokens=12, n=3, seed=1, temperature=1.5
+        ).choices
+        assert len({choice.message.content for choice in choices}) > 1
+
+
+def test_log_probabilities_are_those_of_the_model(served: dict[str, Any]) -> None:
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        found = client.completions.create(model="tiny", prompt="Return the", max_tokens=5, temperature=0, logprobs=0)
+    log_probs = found.choices[0].logprobs
+    assert log_probs is not None
+    values = log_probs.token_logprobs or []
+    assert len(values) == 5
+    assert all(value is not None and -20 < value < 0 for value in values), "0 would be that of the only candidate"
+
+
+def test_a_bias_changes_the_answer(served: dict[str, Any]) -> None:
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        found = client.completions.create(
+            model="tiny", prompt="Return the", max_tokens=3, temperature=0, logit_bias={"100": 100}, logprobs=0
+        ).choices[0]
+    assert found.logprobs is not None
+    assert len(set(found.logprobs.tokens or [])) == 1
+
+
+def test_curl(served: dict[str, Any]) -> None:
+    asked = json.dumps({"model": "tiny", "messages": TALK, "max_tokens": 3, "stream": True})
+    argv = ["curl", "-sN", f"{served['openai']}/chat/completions", "-d", asked]
+    argv += ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
+    lines = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    assert all(json.loads(line.removeprefix("data: "))["choices"] for line in lines[:-2])
+
+
+def test_a_gateway_that_ends_is_reported(built: Path) -> None:
+    with command("serve", str(built), "--model-name", "again") as (found, child):
+        url = found["openai"].removesuffix("/v1")
+        with urllib.request.urlopen(f"{url}/health/ready", timeout=30) as response:
+            assert response.status == 200
+        port = url.rpartition(":")[2]
+        [gateway] = [
+            int(path.name)
+            for path in Path("/proc").glob("[0-9]*")
+            if (argv := arguments(path))[1:4] == ["-m", "builder", "gateway"] and port in argv
+        ]
+        os.kill(gateway, signal.SIGKILL)
+        assert child.wait(30) == 5
+        deadline = time.monotonic() + 10
+        while (Path("/proc") / str(found["pid"])).exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not (Path("/proc") / str(found["pid"])).exists(), "the server ends, too"
+
+
+def arguments(process: Path) -> list[str]:
+    try:
+        return (process / "cmdline").read_text().split("\0")
+    except OSError:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--max-requests", "0"], "--max-requests must be at least 1 (got 0)"),
+        (["--api-keys", "absent.txt"], "Can't read the API keys in"),
+        (["--api-keys", os.devnull], "has no API key"),
+    ],
+)
+def test_wrong_options(built: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["gateway", str(built), *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_port_in_use(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with command("gateway", str(built), "--grpc", "127.0.0.1:9") as (found, child):
+        port = found["url"].removesuffix("/v1").rpartition(":")[2]
+        assert main.main(["gateway", str(built), "--port", port]) == 5
+        assert f"Can't listen on 127.0.0.1:{port}" in capsys.readouterr().err
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 0
