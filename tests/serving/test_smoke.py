@@ -100,7 +100,7 @@ def render_checkpoint(root: Path, snapshot: Path, unified: Path, **limits: int) 
         "build_config": trtllm_flags.build_config(version, flags, pretrained),
     }
     (engine / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    facts = repository.write(root / "models", engine, snapshot, schema.Repository(bls_instances=4))
+    facts = repository.write(root / "models", engine, snapshot, schema.Repository())
     return root / "models", facts
 
 
