@@ -17,7 +17,7 @@ REAL := $(VENV)/real
 CHAT_MODEL := $(REAL)/smollm2-135m-instruct
 PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
 LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
-.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos docker-test lint $(LINTERS) hooks bench bench-peers bench-quantize clean
+.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos soak docker-test lint $(LINTERS) hooks bench bench-peers bench-quantize clean
 
 # Installing the project compiles its C extension.
 EXTENSION := hatch_build.py $(addprefix builder/formats/kernels/,native.c loops.h search.h)
@@ -106,6 +106,9 @@ test-llmcompressor: $(LLMCOMPRESSOR)/ready ## compares the compressed-tensors la
 # Each kind of trial at least once, so a little longer than MINUTES on a slow machine.
 chaos: $(VENV)/ready ## kills, full disks, racing commands: then the same bytes and nothing left (MINUTES=30 SAMPLE=4 SEED=7 TRIAL='...')
 	$(VENV)/bin/python -m tests.chaos $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) $(if $(TRIAL),--trial '$(TRIAL)')
+
+soak: $(VENV)/ready ## 32 clients for 10 minutes, some of which leave: every answer right, memory flat (MINUTES=1)
+	$(VENV)/bin/python -m benchmarks.soak $(if $(MINUTES),--minutes $(MINUTES))
 
 docker-test: $(VENV)/ready ## the containers, with the Docker engine that runs, or one of its own (root, Debian)
 	docker/test

@@ -3,6 +3,7 @@
 It repeats the prompt's token ids up to `request_output_len` tokens, and streams one token per response. Like
 TensorRT-LLM, it stops at the end id and at stop words, and includes the stop word in the answer. For a prompt that
 begins with "!" (token id 0 of the fixture), it waits `WAIT_SECONDS` before each token. It logs what was stopped.
+One thread sends at a time: otherwise Triton 24.10 comes to a standstill.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ WAIT, WAIT_SECONDS = 0, 0.05
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.stopped = set()
+        self.stopped, self.sending = set(), threading.Lock()
 
     def execute(self, requests):
         for request in requests:
@@ -26,7 +27,8 @@ class TritonPythonModel:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             if "stop" in inputs and inputs["stop"].any():
                 self.stopped.add(request.request_id())
-                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                with self.sending:
+                    sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             else:
                 threading.Thread(target=self.answer, args=(request.request_id(), inputs, sender)).start()
 
@@ -39,9 +41,11 @@ class TritonPythonModel:
             if log_probs is not None:  # TensorRT-LLM returns those of the whole answer each time
                 log_probs.append(-len(generated) / 8)
             if streaming:
-                sender.send(response([token], log_probs))
+                with self.sending:
+                    sender.send(response([token], log_probs))
         final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        sender.send(flags=final) if streaming else sender.send(response(generated, log_probs), flags=final)
+        with self.sending:
+            sender.send(flags=final) if streaming else sender.send(response(generated, log_probs), flags=final)
 
     def tokens(self, request_id, inputs):
         prompt = inputs["input_ids"][0, : inputs["input_lengths"].flat[0]].tolist()

@@ -34,6 +34,9 @@ CANCELLATION_SECONDS = 0.1  # between two looks at which clients are gone; each 
 STOPPERS = (
     8  # requests that are stopped at the same time: each takes some milliseconds, and many clients may leave at once
 )
+# One thread sends at a time: a process of Triton 24.10 whose threads sent responses concurrently came to a standstill
+# after seconds (seen with a stand-in engine in Python at 32 streams; fixed by sending one after the other).
+SENDING = threading.Lock()
 # Source files, stack frames and the log prefix in TensorRT-LLM's C++ errors, which clients should not see.
 INTERNALS = re.compile(
     r"\s*\(?(?<![\w:/])/(?:[\w.+-]+/)*[\w.+-]+(?::\d+)?\)?"
@@ -208,7 +211,7 @@ class TritonPythonModel:
             beams, extra = read(response)
             new = text.add(beams[0])
             if new or extra:
-                answer.sender.send(text_response([new], extra))
+                answer.send(text_response([new], extra))
                 sent = True
         answer.check_cancelled()
         rest = text.rest()
@@ -249,11 +252,15 @@ class Answer:
         if self.cancelled:
             raise Rejected(pb_utils.TritonError("the client cancelled the request", pb_utils.TritonError.CANCELLED))
 
+    def send(self, response, flags=0):
+        with SENDING:
+            self.sender.send(response, flags=flags)
+
     def finish(self, response):
         """Sends the final response; None sends no more than the end."""
         with self.lock:
             self.finished = True
-        self.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def fail(self, error):
         """Sends an error as the final response."""

@@ -1,0 +1,106 @@
+"""Serves a rendered repository with a stand-in engine for minutes, at a concurrency of 32, and prints its memory.
+
+    make soak                # 10 minutes
+    make soak MINUTES=1
+
+The stand-in repeats the prompt's tokens without computing anything (tests/support/echo_backend.py), so every answer is
+checked, and the text models are as busy as they can be. A quarter of the clients leave in the middle of their answer.
+Exits with 1 if an answer is wrong, a process has ended, or memory grows by more than 10 % between the first and the
+last third of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import tritonclient.grpc as grpcclient
+
+from builder.core import supervisor
+from builder.core.output import Output
+from builder.recipe import schema
+from builder.serving.server import Server, ServerOptions, serve
+from builder.triton import repository
+from tests.triton.test_models import ECHO, echo, inputs, stream
+from tests.triton.test_repository import SNAPSHOT, write_engine
+
+CONCURRENCY, TOKENS, GROWTH = 32, 64, 1.1
+
+
+def leave(server: Server, **values: object) -> None:
+    """Starts a stream and leaves after its first response."""
+    first = threading.Event()
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        client.start_stream(lambda result, error: first.set())
+        client.async_stream_infer("tensorrt_llm_bls", inputs(**values))
+        first.wait(60)
+        client.stop_stream(cancel_requests=True)
+
+
+def run(server: Server, number: int, end: float, wrong: list[str]) -> None:
+    """One client: sends requests until `end`."""
+    count = 0
+    while time.monotonic() < end:
+        count += 1
+        prompt = f"client {number}, request {count} 🎉"
+        try:
+            if count % 4 == 0:
+                leave(server, text_input=prompt, max_tokens=TOKENS, stream=True)
+            elif "".join(stream(server, text_input=prompt, max_tokens=TOKENS, stream=True)) != echo(prompt, TOKENS):
+                wrong.append(prompt)
+        except Exception as error:  # every failure counts, whatever it is
+            wrong.append(f"{prompt}: {error}")
+
+
+def memory(server: Server) -> float:
+    """Proportional set size of all processes of the server, in MB."""
+    total = 0
+    for pid in supervisor.descendants(server.pid):
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+        except OSError:
+            continue
+        total += next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0)
+    return total / 1024
+
+
+def main() -> int:
+    """Runs the soak test; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    seconds = parser.parse_args().minutes * 60
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as directory:
+        models = Path(directory, "models")
+        limits = {"max_batch_size": CONCURRENCY, "max_input_len": 128, "max_seq_len": 256, "plugin_config": {}}
+        repository.write(
+            models, write_engine(Path(directory, "engine"), build_config=limits), SNAPSHOT, schema.Repository()
+        )
+        with serve(models, out=Output("human"), options=ServerOptions(engine_backend=ECHO)) as server:
+            start = time.monotonic()
+            clients = [
+                threading.Thread(target=run, args=(server, number, start + seconds, wrong))
+                for number in range(CONCURRENCY)
+            ]
+            for client in clients:
+                client.start()
+            samples = []
+            while any(client.is_alive() for client in clients):
+                time.sleep(min(5.0, seconds / 12))
+                samples.append(memory(server))
+                print(f"{time.monotonic() - start:6.0f} s  {samples[-1]:7.1f} MB  {len(wrong)} wrong", flush=True)
+            lost = server.lost_a_model()
+    third = max(1, len(samples) // 3)
+    growth = max(samples[-third:]) / max(samples[:third])
+    print(f"memory: {growth:.2f} times that of the first third; {len(wrong)} wrong; a process ended: {lost}")
+    for line in wrong[:10]:
+        print(line)
+    return 1 if wrong or lost or growth > GROWTH else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
