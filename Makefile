@@ -87,6 +87,7 @@ TRTLLM_TESTS := \
   tests/quantize/test_streamed.py \
   tests/quantize/test_streamed_solve.py \
   tests/quantize/test_unquantized.py \
+  tests/recommend/test_search.py \
   tests/reference/test_model.py \
   tests/tokenizer/test_chat_template.py \
   tests/tokenizer/test_files.py \

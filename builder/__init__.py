@@ -29,6 +29,7 @@ read, changed and tested without those above it.
     quality         the quality check of every build
     report          a finished build as a page and tables
     pipeline        the stages of a build, in order
+    recommend       the cheapest recipe within a budget of loss and bytes
     plan            what a build would do
     cli             the command line
 """

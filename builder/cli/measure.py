@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from builder.cli import recommend
 from builder.cli.options import (
     add_command,
     add_force,
@@ -25,7 +26,7 @@ TITLE = "measure"
 
 
 def add(commands: Any) -> None:
-    """Adds eval, sensitivity, inspect, repair and lint."""
+    """Adds eval, sensitivity, recommend, inspect, repair and lint."""
     command = add_command(
         commands, "eval", "measure what quantization cost: perplexity, KL, tasks", run_eval,
         examples=[
@@ -63,6 +64,7 @@ def add(commands: Any) -> None:
     add_force(command)
     add_output(command)
 
+    recommend.add(commands)
     command = add_command(
         commands, "inspect", "check a checkpoint: NaN, scales, shapes, bits per weight", run_inspect,
         examples=["builder inspect artifacts/checkpoint/0123456789abcdef", "builder inspect ./Qwen3-8B-NVFP4 --json"],

@@ -38,7 +38,7 @@ MEASUREMENTS = {
     "tasks": ["tasks"],
     "sensitivity": ["sensitivity", "proxy", "parts"],
     "parts": ["parts"],
-    "selection": ["selection"],
+    "selection": ["selection", "mixtures"],
 }
 
 

@@ -35,9 +35,21 @@ __all__ = ["MANIFEST", "digest_of", "disk_error", "key_of", "replace_file", "rep
 MARKER = ".trtllm-builder-store"  # a file in the root; `builder clean` refuses to touch a directory without it
 STAGES = ("snapshot", "transform", "calibration", "checkpoint", "layouts", "ranks", "engine", "repository", "smoke")
 # Measurements beside the chain of stages: scores of one runner on a data set and on a task, and the tables of all
-# scores; the loss of each layer and the layers selected by it; the quality check of a build and its verdict.
-_MEASURED = ("scores", "tasks", "evaluation", "sensitivity", "selection", "proxy", "parts", "quality", "verdict")
-EVALUATION = ("texts", "task_names", *_MEASURED, "benchmark", "load")
+# scores; the loss of each layer and the layers selected by it, of one checkpoint or mixed from two; the quality check
+# of a build and its verdict.
+_LAYERS = ("sensitivity", "selection", "proxy", "parts", "mixtures")
+EVALUATION = (
+    "texts",
+    "task_names",
+    "scores",
+    "tasks",
+    "evaluation",
+    *_LAYERS,
+    "quality",
+    "verdict",
+    "benchmark",
+    "load",
+)
 TESTS = ("smoke", "benchmark", "load")  # stages that test a repository; "load" is the old name of "benchmark"
 # Names of logs (Store.log) and of the job files beside them (process.job_file).
 LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")

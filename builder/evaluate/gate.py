@@ -71,3 +71,9 @@ def _failure(runner: str, name: str, metric: str, figure: Estimate, limit: float
     if metric == "score":
         return "" if figure.value >= limit else f"score of {runner} on {name} is {figure.value:.2f}, below {limit:g}"
     return "" if figure.value <= limit else f"KL of {runner} on {name} is {figure.value:.4f}, above {limit:g}"
+
+
+def surely_within(limits: Mapping[str, float], figures: Mapping[str, Estimate]) -> bool:
+    """Whether the whole 95 % interval of each limited metric is within its limit. NaN never is."""
+    sides = {"score": lambda limit: figures["score"].low >= limit, "kl": lambda limit: figures["kl"].high <= limit}
+    return all(sides[metric](limit) for metric, limit in limits.items())

@@ -25,7 +25,7 @@ from builder.evaluate.gate import OVERALL, GateResult
 from builder.evaluate.metrics import Estimate
 from builder.evaluate.runners.language import knows
 from builder.evaluate.tasks import TaskTable
-from builder.evaluate.variants import Models, Variant, list_variants, runner_job
+from builder.evaluate.variants import BF16, Models, Variant, list_variants, runner_job
 from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
 from builder.recipe.schema import Recipe
@@ -122,6 +122,12 @@ def evaluate(
     if with_tasks and recipe.tasks.names:
         found = replace(found, tasks=tasks.measure(models, recipe, store=store))
     return _judged(found, scores, recipe, store)
+
+
+def bf16_scores(models: Models, recipe: Recipe, *, store: Store) -> list[tuple[Texts, Artifact]]:
+    """The BF16 model's scores of each data set, from the store or measured now."""
+    texts = datasets.read_texts(recipe.evaluation, store=store)
+    return list(zip(texts, _score(BF16, models, texts, None, recipe, store), strict=True))
 
 
 def _score(

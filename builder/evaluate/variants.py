@@ -67,13 +67,16 @@ class Variant:
     cache: KvCacheFormat
 
 
+BF16 = Variant("bf16", "bf16", kv_cache.AUTO)  # whatever the recipe quantizes, so it is measured once
+
+
 def list_variants(recipe: Recipe) -> list[Variant]:
     """The variants that the recipe measures, in the order of RUNNERS: BF16 first.
 
     UsageError if the recipe compares KV caches and its own is not quantized.
     """
     part, cache = recipe.evaluation, recipe.quantization.cache_format
-    found = [Variant(name, name, cache) for name in RUNNERS if name in part.runners]
+    found = [BF16 if name == BF16.runner else Variant(name, name, cache) for name in RUNNERS if name in part.runners]
     if part.compare_kv and not cache.quantized:
         raise UsageError(
             "There is no quantized KV cache to compare: the recipe keeps the cache in the model's own type.",

@@ -106,6 +106,8 @@ def _next_steps(found: Quality, min_score: float, command: Sequence[str], better
         kept = [word for remedy in found.remedies for word in remedy.flags if word.startswith("--keep-")]
         automatic = [*command, kept[0] if kept else "--keep-fp8", f"auto:{budget:g}", *texts]
         lines.append(f"{shlex.join(automatic)}    # selects the layers automatically")
+        recommend = ["builder", "recommend", *command[2:], "--max-kl", f"{budget:g}"]
+        lines.append(f"{shlex.join(recommend)}    # finds the cheapest recipe within a KL, by measuring")
     return ["Try next, in this order:", *lines, "Or accept it: --set quality.min_score=N, --no-quality-check"]
 
 

@@ -21,6 +21,7 @@ from builder.core.output import Output
 from builder.core.store import Store, WouldRun
 from builder.evaluate import stage as evaluate_stage
 from builder.evaluate import tasks, variants
+from builder.evaluate.mixtures import stage as mixtures_stage
 from builder.evaluate.parts import stage as parts_stage
 from builder.evaluate.sensitivity import stage as sensitivity_stage
 from builder.quantize import imported, modelopt, pseudo_stage, scales, streamed, unquantized
@@ -303,6 +304,7 @@ NO_INGREDIENTS |= {"builder"}  # its version is an ingredient of its own where a
         ("serving/smoke.py", smoke.SOURCES),
         ("evaluate/sensitivity/stage.py", sensitivity_stage.SOURCES),
         ("evaluate/parts/stage.py", parts_stage.SOURCES),
+        ("evaluate/mixtures/stage.py", mixtures_stage.SOURCES),
         ("evaluate/stage.py", variants.SOURCES + evaluate_stage.TABLE_SOURCES),
         ("evaluate/tasks_worker.py", tasks.SOURCES),
     ],

@@ -1,7 +1,7 @@
 """A real chat model (SmolLM2-135M-Instruct): plain NVFP4 ruins it, the build says so, and its advice mends it.
 
-What the advice builds is then evaluated and asked over Triton. `make test-real` writes the model to REAL_MODEL first.
-Some 10 minutes on two cores.
+What the advice builds is then evaluated and asked over Triton; what `builder recommend` finds is built and asked, too.
+`make test-real` writes the model to REAL_MODEL first. Some 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -109,3 +109,38 @@ def test_it_answers_a_question_over_triton(mended: dict[str, Any]) -> None:
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     assert "Answer:   The capital of France is Paris." in done.stdout
+
+
+@pytest.fixture(scope="module")
+def recommended(output: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `recommend` prints for NVFP4 and a KL of 0.1."""
+    file = tmp_path_factory.mktemp("recommended") / "recipe.yaml"
+    texts = [word for name in ("prose", "chat") for word in ("--data", f"tests/data/eval/{name}.jsonl")]
+    sets = ["evaluation.texts=10", "evaluation.max_tokens=128", "sensitivity.texts=4", "sensitivity.max_tokens=64"]
+    argv = ["--model", os.environ["REAL_MODEL"], *RECIPE, "--format", "nvfp4", "--max-kl", "0.1", *texts]
+    argv += [word for one in sets for word in ("--set", one)]
+    code, printed, error = builder("recommend", *argv, "--output", str(output), "--save", str(file))
+    assert code == 0, error
+    print(error)
+    return printed
+
+
+def test_recommend_finds_layers_to_keep(recommended: dict[str, Any]) -> None:
+    winner, plain = recommended["winner"], recommended["candidates"][0]
+    print(recommended["reason"])
+    assert (plain["candidate"], plain["met"]) == ("nvfp4, KV fp8", False)
+    assert 0.3 < plain["figures"]["kl"]["value"] < 0.7
+    assert winner["figures"]["kl"]["high"] <= 0.1
+    assert plain["weights"] < winner["weights"]
+    assert 0 < len(winner["kept"]) < 210
+
+
+def test_what_is_recommended_passes_and_answers_over_triton(recommended: dict[str, Any], output: Path) -> None:
+    code, printed, error = builder("build", "--recipe", recommended["recipe_file"], "--output", str(output))
+    assert code == 0, error
+    assert printed["quality"]["figures"]["score"]["value"] >= 90
+    argv = ["examples/chat.py", printed["repository"], "What is the capital of France?", "--max-tokens", "16"]
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert "Paris" in done.stdout.partition("Answer:")[2]

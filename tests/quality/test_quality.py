@@ -327,6 +327,7 @@ def test_the_smallest_remedy_that_is_enough_comes_first() -> None:
     assert lines[1].startswith("builder build --model 'a b' --keep-fp8 '*.down_proj'    # estimated score 92")
     assert "builder sensitivity --model 'a b' --sensitivity-data builtin:python-docs" in error.hint
     assert "auto:0.1 " in error.hint
+    assert "builder recommend --model 'a b' --max-kl 0.1    # finds the cheapest recipe" in error.hint
     assert "--algorithm" not in error.hint
     better = quality_summary.error(failed, 90, ["builder", "build", "--model", "a b"], better="mse")
     assert better

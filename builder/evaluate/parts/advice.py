@@ -40,8 +40,9 @@ def advise(found: Losses, recipe: Recipe) -> list[str]:
         sentences = [
             text for name in found.alone for text in (f"All is lost by {PARTS[name]}.", *_remedy(name, recipe))
         ]
+    cheapest = f"builder recommend --max-kl {whole / 2:.2g} measures these and writes the cheapest recipe in a budget."
     again = "A quantized model is served as it is. To change it, quantize its original: --model {}"
-    last = [again.format(shlex.quote(recipe.model.original))] if recipe.model.original else []
+    last = [again.format(shlex.quote(recipe.model.original))] if recipe.model.original else [cheapest]
     return [*sentences, *_layers(found, recipe), *last]
 
 

@@ -76,8 +76,11 @@ def check_model(model: ModelFacts, recipe: Recipe, *, quantized: bool) -> None:
         )
 
 
-def measure_parts(snapshot: Snapshot, checkpoint: Checkpoint, recipe: Recipe, *, store: Store) -> Losses:
-    """Measures each part of the checkpoint; an interrupted run resumes. Raises what `check` raises."""
+def measure_parts(
+    snapshot: Snapshot, checkpoint: Checkpoint, recipe: Recipe, *, store: Store, by_layer: bool = True
+) -> Losses:
+    """Measures each part of the checkpoint, and by_layer each part of each decoder layer, which takes most of the time.
+    An interrupted run resumes. Raises what `check` raises."""
     check(recipe)
     _check_memory(snapshot, recipe, store)
     part, evaluation = recipe.sensitivity, recipe.evaluation
@@ -88,6 +91,7 @@ def measure_parts(snapshot: Snapshot, checkpoint: Checkpoint, recipe: Recipe, *,
         "lengths": {"min_tokens": evaluation.min_tokens, "max_tokens": longest},
         "kv_cache_dtype": recipe.quantization.kv_cache_dtype,
         "trust_remote_code": recipe.model.trust_remote_code,
+        "by_layer": by_layer,
         **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top")},
     }
     ingredients = {

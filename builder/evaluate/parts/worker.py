@@ -61,7 +61,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     texts = sequences(Path(job["texts"]), tokenizer, name="the sensitivity texts", **job["lengths"])
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=job["scratch"]) as scratch:
         model = Model(job)
-        wanted = _wanted(model)
+        wanted = _wanted(model, by_layer=job["by_layer"])
         missing = sum(name not in done for name in wanted)
         meter = Meter(model, texts, Path(scratch), done)
         meter.begin(missing, top=job["top"])
@@ -71,19 +71,19 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "results": {name: done[name] for name in wanted},
         "parts": [part for part in PARTS if model.of(part)],
-        "layers": {str(number): model.prefix(number) for number in model.layers},
+        "layers": {str(number): model.prefix(number) for number in model.layers if job["by_layer"]},
         "tokens": sum(len(one) - 1 for one in texts.ids),
     }
 
 
-def _wanted(model: Model) -> dict[str, Quantized]:
+def _wanted(model: Model, *, by_layer: bool = True) -> dict[str, Quantized]:
     """What to measure, by name: the model first, so that a part without any loss is known before its layers."""
     parts = {part: model.of(part) for part in PARTS if model.of(part)}
     found = {WHOLE: Quantized(**parts)}
     for part in parts:
         found[alone(part)] = Quantized(**{part: parts[part]})
         found[without(part)] = Quantized(**{other: parts[other] for other in parts if other != part})
-    for number in model.layers:
+    for number in model.layers if by_layer else ():
         for part in parts:
             if inside := model.of(part, number):
                 found[alone(part, number)] = Quantized(**{part: inside})
@@ -106,10 +106,10 @@ class Model:
         quantization = hf_quant_config(Path(job["unified"]))["quantization"]
         self._declared = declared(quantization)
         self._formats = stored_model.linears(self._stored, self._declared)
-        self._modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules())
         self._check()
         last: dict[str, Any] = {}
-        self._inputs = {name: self._hook(name, last) for name in self._formats}
+        self.inputs = {name: self._hook(name, last) for name in self._formats}
         self._cache = self._scales(quantization, job["kv_cache_dtype"])
         architecture = catalog.of(model.config.to_dict())
         self._layer = {name: names.layer_of(architecture, f"{name}.") for name in (*self._formats, *self._cache)}
@@ -131,29 +131,43 @@ class Model:
         """Quantizes these parts while the block runs. A weight is read again from the files afterwards, so that no
         model is in memory twice."""
         for name in what.weights:
-            self._put(name, stored_model.weight(self._stored, self._declared, f"{name}.weight", self.dtype))
+            self.put(name, self.stored_weight(name))
         for name in what.inputs:
-            self._inputs[name].on = True
-        for name in what.cache:
-            module = self._modules[name]
-            module.k_scale, module.v_scale, module.kv_cache_format = self._cache[name]
+            self.inputs[name].on = True
+        self.switch_cache(what.cache, on=True)
         try:
             yield
         finally:
-            for name in what.cache:
-                self._modules[name].k_scale = self._modules[name].v_scale = None
+            self.switch_cache(what.cache, on=False)
             for name in what.inputs:
-                self._inputs[name].on = False
+                self.inputs[name].on = False
             for name in what.weights:
-                self._put(name, read(self._source, f"{name}.weight").to(self.dtype))
+                self.put(name, self.original_weight(name))
 
-    def _put(self, name: str, weight: Tensor) -> None:
-        self._modules[name].weight.data.copy_(weight)
+    def switch_cache(self, attentions: Collection[str] | None = None, *, on: bool) -> None:
+        """Quantizes the keys and values of these attentions, by default of all, or leaves them as they are."""
+        for name in self._cache if attentions is None else attentions:
+            module = self.modules[name]
+            module.k_scale = module.v_scale = None
+            if on:
+                module.k_scale, module.v_scale, module.kv_cache_format = self._cache[name]
+
+    def put(self, name: str, weight: Tensor) -> None:
+        """Replaces the weight of a linear layer."""
+        self.modules[name].weight.data.copy_(weight)
+
+    def stored_weight(self, name: str) -> Tensor:
+        """The weight of a linear layer in the checkpoint."""
+        return stored_model.weight(self._stored, self._declared, f"{name}.weight", self.dtype)
+
+    def original_weight(self, name: str) -> Tensor:
+        """The weight of a linear layer in the BF16 model."""
+        return read(self._source, f"{name}.weight").to(self.dtype)
 
     def _check(self) -> None:
         """UnsupportedError for layers that are no linear ones in transformers, or whose inputs are scaled."""
         for name, one in self._formats.items():
-            if not isinstance(self._modules.get(name), torch.nn.Linear) or f"{name}.weight" not in self._source:
+            if not isinstance(self.modules.get(name), torch.nn.Linear) or f"{name}.weight" not in self._source:
                 raise UnsupportedError(
                     f"{name} is not a linear layer of its own in this model.",
                     why="transformers stores the experts of a mixture in one module.",
@@ -162,11 +176,11 @@ class Model:
             if one.scales_inputs:
                 raise scaled(one.title)
 
-    def _hook(self, name: str, last: dict[str, Any]) -> _Input:
+    def _hook(self, name: str, last: dict[str, Any]) -> Switched:
         number_format = self._formats[name]
         tensors = stored_model.tensors_of(self._stored, name, number_format)
-        hook = _Input(RoundedInput(number_format, tensors, last))
-        self._modules[name].register_forward_pre_hook(hook)
+        hook = Switched(RoundedInput(number_format, tensors, last))
+        self.modules[name].register_forward_pre_hook(hook)
         return hook
 
     def _scales(self, quantization: Mapping[str, Any], cache_name: str) -> dict[str, tuple[Tensor, Tensor, Any]]:
@@ -182,7 +196,7 @@ class Model:
         return {name: (both["k_scale"], both["v_scale"], cache) for name, both in found.items()}
 
 
-class _Input:
+class Switched:
     """A hook that rounds a layer's input while it is on."""
 
     def __init__(self, rounded: RoundedInput) -> None:

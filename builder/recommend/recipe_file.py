@@ -1,0 +1,42 @@
+"""A recommended recipe as a file for `builder build --recipe`: what the user named, and what the search chose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from builder.core.output import size
+from builder.core.store import replace_file
+from builder.recipe.schema import Resolved
+from builder.recipe.sources import flatten, merge, nest
+from builder.recommend.trials import Trial
+
+# Keys of the search alone: a build has its quality check, or the gate that its user names.
+OF_SEARCH = ("evaluation.", "sensitivity.", "tasks.")
+
+
+def write(trial: Trial, user: Resolved, path: Path) -> None:
+    """Writes the winner's recipe, replacing an earlier file. user: the recipe as the user gave it."""
+    kl = "" if trial.candidate.exact else f" KL to BF16 {trial.figures['kl']}."
+    lines = [
+        f"# Recommended by `builder recommend`: {trial.label}.{kl}",
+        f"# {size(trial.candidate.nbytes)} with the KV cache of one full sequence.",
+        yaml.safe_dump(values(trial, user), sort_keys=False, allow_unicode=True),
+    ]
+    replace_file(path, "\n".join(lines))
+
+
+def values(trial: Trial, user: Resolved) -> dict[str, Any]:
+    """The recipe as a tree: the user's values, GPU and target, and those that the search varied."""
+    profile = f"GPU profile {user.gpu.name}"
+    named = {key for key, origin in user.origins.items() if not origin.startswith(profile)}
+    settings = trial.candidate.settings.flags(user.recipe)
+    chosen = {key for key, value in settings.items() if value not in ((), "none")}
+    wanted = {key for key in named if not key.startswith(OF_SEARCH)} - {*settings} | chosen | {"gpu", "target"}
+    flat = flatten(json.loads(trial.candidate.resolved.recipe.model_dump_json()))
+    kept = {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{one}.") for one in wanted)}
+    tree, _ = merge(("", nest(key, value)) for key, value in kept.items())
+    return tree
