@@ -102,7 +102,7 @@ def _tell(facts: Mapping[str, Any], out: Output) -> None:
     else:
         out.warn(
             f"learning did not lower the loss with rounded inputs ({before:.4f}, then {after:.4f}): the rotations are "
-            "the random ones it began with. More steps or another rate may help: --set transform.learning.rate=0.5"
+            "the random ones it began with. More steps or another rate may help: --set transform.learning.rate=20"
         )
 
 
