@@ -30,6 +30,7 @@ SOURCES = (
     "builder/quantize/streamed_calibration.py",
     "builder/quantize/streamed_ranges.py",
     "builder/quantize/streamed_rows.py",
+    "builder/quantize/expert_inputs.py",
     "builder/quantize/streamed_solve.py",
     "builder/quantize/streamed_states.py",
     "builder/quantize/algorithms",

@@ -74,13 +74,13 @@ def _ranges_by_layer(
     kept under the job's `partial`. UnsupportedError if keys and values of some layers can't be seen."""
     import torch
 
-    from builder.quantize import stored_model, streamed_calibration, streamed_worker
+    from builder.quantize import expert_inputs, stored_model, streamed_calibration, streamed_worker
 
     emit(progress={"label": "opening the checkpoint", "done": 0, "total": None})
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     unified = Path(job["model"])
     model = stored_model.load_streamed(unified, config, found.formats, dtype=_dtype(found), device=device)
-    streamed_worker.see_experts(model)
+    expert_inputs.one_by_one(model.config)
     _scale_inputs(model.model, unified, found, device)
     ranges, facts = streamed_calibration.calibrate(model, batches, list(found.headers), Path(job["partial"]))
     streamed_worker.check_cache(found.config, kv_cache.get(job["kv_cache_dtype"]), ranges)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from builder.calibration.coverage import rare
 from builder.model.streamed import StreamedModel
-from builder.quantize import calibrated
+from builder.quantize import calibrated, expert_inputs
 from builder.quantize.algorithms.moments import Moments
 from builder.quantize.experts import RoutedTokens, counted
 from builder.quantize.ranges import Ranges
@@ -67,7 +67,7 @@ class Seen:
         """Adds the input of a linear layer, or of a projection of joined experts for one of them."""
         self.add(self.inputs, name, values)
         if self.moments is not None and not self.everywhere:
-            self.moments.add(name if expert is None else expert_place(name, expert), values)
+            self.moments.add(name if expert is None else expert_inputs.expert_place(name, expert), values)
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """The same as JSON values: {"inputs", "keys", "values"}."""
@@ -87,7 +87,7 @@ def observed(layer: nn.Module, prefix: str, seen: Seen) -> Iterator[RoutedTokens
             if isinstance(module, nn.Linear):
                 hook = _input_hook(seen, name)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            elif _is_joined(module):
+            elif expert_inputs.is_joined(module):
                 _replace_forward(stack, module, _joined(seen, name, module))
             elif _is_attention(module):
                 attentions[module] = name
@@ -119,51 +119,14 @@ def _input_hook(seen: Seen, name: str) -> Callable[..., None]:
     return hook
 
 
-def _is_joined(module: nn.Module) -> bool:
-    """Whether a module holds all experts of a layer in three-dimensional parameters, as ModelOpt looks for it."""
-    sizes = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
-    return hasattr(module, "num_experts") and sizes.get("down_proj") == 3 and bool(first_of(module))
-
-
-def first_of(module: nn.Module) -> str:
-    """The parameter of joined experts that is multiplied first; "" if there is none."""
-    return next((name for name in ("gate_up_proj", "up_proj") if getattr(module, name, None) is not None), "")
-
-
 def _joined(seen: Seen, name: str, module: nn.Module) -> Callable[..., Any]:
-    """The forward of joined experts, which calls F.linear twice for each expert: with the tokens of the expert, then
-    with what goes into its down projection."""
-    functional: Any = nn.functional
-    real, original, first = functional.linear, module.forward, first_of(module)
+    """The forward of joined experts that records the inputs of each."""
 
-    def forward(*args: Any, **named: Any) -> Any:
-        calls = 0
+    def each(leaf: str, expert: int, values: Tensor) -> Tensor:
+        seen.add_input(f"{name}.{leaf}", values, expert)
+        return values
 
-        def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            nonlocal calls
-            leaf = first if calls % 2 == 0 else "down_proj"
-            seen.add_input(f"{name}.{leaf}", values, _number(getattr(module, leaf), weight))
-            calls += 1
-            made: Tensor = real(values, weight, bias)
-            return made
-
-        functional.linear = linear
-        try:
-            return original(*args, **named)
-        finally:
-            functional.linear = real
-
-    return forward
-
-
-def expert_place(projection: str, expert: int) -> str:
-    """The name of one expert's part of a projection of joined experts."""
-    return f"{projection}#{expert}"
-
-
-def _number(joined: Tensor, weight: Tensor) -> int:
-    """Which of the joined matrices a weight is, a view of one."""
-    return (weight.storage_offset() - joined.storage_offset()) // joined.stride(0)
+    return expert_inputs.replaced(module, each)
 
 
 def _is_attention(module: nn.Module) -> bool:

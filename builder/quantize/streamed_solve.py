@@ -9,7 +9,6 @@ layer's result, so that a killed run continues. Layers that an algorithm can't r
 from __future__ import annotations
 
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from builder.formats.base import NumberFormat
 from builder.formats.int8_dynamic import Int8
 from builder.machine.host_memory import host_memory
 from builder.model.streamed import StreamedModel
-from builder.quantize import calibrated, streamed_ranges
+from builder.quantize import expert_inputs
 from builder.quantize.algorithms import gptq, hessian
 from builder.quantize.algorithms.grids import Grid, Int8Rows, Nvfp4Blocks
 from builder.quantize.algorithms.hessian import Rounded
@@ -36,8 +35,6 @@ from builder.quantize.source_weights import SourceModel, WeightReader, rounded
 from builder.quantize.unified_plan import Layer, UnifiedPlan
 
 _ROWS = 4096  # of a weight at a time
-_EXPERT = re.compile(r"(?P<experts>.+?\bexperts)(?:\.\d+)?\.(?P<projection>\w+)")
-_NUMBER = re.compile(r"\bexperts\.(\d+)\.")
 
 Group = Sequence[Layer]
 Solved = dict[str, Any]  # JSON values: `files` {name: checksum}, `rounded` modules, `left` {module: why}, `damping`
@@ -62,7 +59,7 @@ class LayerSolver:
         self._blocks = self._algorithm is algorithms.HESSIAN
         self._options = None if self._blocks else gptq.Options.of_job(rounding["gptq"])
         self._reader = WeightReader(source.tensors)
-        self._place_of = _places(model)
+        self._place_of = expert_inputs.places(model.model)
         self._groups: dict[int | None, list[Group]] = {}
         for group in self._same_inputs():
             layer = names.layer_of(planned.architecture, f"{group[0].module}.weight")
@@ -198,22 +195,6 @@ def joined(parts: Sequence[Solved]) -> Solved:
 
 def _nothing() -> Solved:
     return {"files": {}, "rounded": [], "left": {}, "damping": {}}
-
-
-def _places(model: StreamedModel) -> Callable[[str], str]:
-    """A function from a linear layer of the checkpoint to the place where its input is seen."""
-    module_of, modules = calibrated.renamed(model.model), dict(model.model.named_modules())
-
-    def place_of(module: str) -> str:
-        place = module_of(f"{module}.weight")
-        found, number = _EXPERT.fullmatch(place), _NUMBER.search(f"{module}.")
-        if place in modules or found is None or number is None:
-            return place
-        last = found["projection"] == "down_proj"
-        leaf = "down_proj" if last else streamed_ranges.first_of(modules[found["experts"]])
-        return streamed_ranges.expert_place(f"{found['experts']}.{leaf}", int(number[1]))
-
-    return place_of
 
 
 def _taken(seen: Moments, place: str) -> Tensor:

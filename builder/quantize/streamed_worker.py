@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
@@ -35,9 +35,6 @@ from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
 from builder.quantize.unified_plan import UnifiedPlan
 from builder.quantize.writer import Work
-
-if TYPE_CHECKING:
-    from builder.model.streamed import StreamedModel
 
 SECOND = "tensorrt_llm"
 
@@ -189,23 +186,17 @@ def calibrate(
     import torch
 
     from builder.model import streamed
-    from builder.quantize import streamed_calibration, streamed_solve
+    from builder.quantize import expert_inputs, streamed_calibration, streamed_solve
 
     emit(progress={"label": "opening the model", "done": 0, "total": None})
     device = torch.device("cuda", 0) if torch.cuda.is_available() else None
     model = streamed.open_decoder(job, device, max(batch.shape[1] for batch in batches))
-    see_experts(model)
+    expert_inputs.one_by_one(model.config)
     tensors = [*(f"{module}.weight" for module in planned.layers), *(part.name for part in planned.copies)]
     solver, partial = None, Path(job["partial"])
     if algorithms.of_job(job).reads_rows:
         solver = streamed_solve.LayerSolver(source, planned, job, model, partial)
     return streamed_calibration.calibrate(model, batches, tensors, partial, solver=solver)
-
-
-def see_experts(model: StreamedModel) -> None:
-    """Computes joined experts one by one: other ways hide their inputs."""
-    if hasattr(model.config, "_experts_implementation"):
-        model.config._experts_implementation = "eager"
 
 
 def check_cache(config: Mapping[str, Any], cache: KvCacheFormat, ranges: Ranges) -> None:

@@ -145,25 +145,30 @@ def test_batches_that_do_not_fit_are_halved(qwen3: Path, tmp_path: Path, monkeyp
 
 
 def quantize(family: str, directory: Path, whole: NumberFormat) -> dict[str, Any]:
-    """A small model of a family and its checkpoint, with an FP8 KV cache; experts stay in BF16. Returns its job."""
+    """A small model of a family and its checkpoint, with an FP8 KV cache, experts too. Returns its job."""
     try:
         families.write(family, directory / "model")
     except ValueError as error:
         pytest.skip(f"not in this transformers: {error}")
     source = SourceModel.open(directory / "model")
     layers = exclude.linears({name: (info.dtype, info.shape) for name, info in source.tensors.items()})
-    experts = [name for name in layers if ".experts." in name]
     attention = {name.rpartition(".")[0]: (3.0, 4.0) for name in layers if name.endswith(".k_proj")}
     ranges = Ranges({name: 2.5 + index / 8 for index, name in enumerate(layers)}, attention)
-    formats = ModelFormats(whole, {registry.BF16: experts}, kv_cache.FP8)
+    formats = ModelFormats(whole, {}, kv_cache.FP8)
     writer.write(source, formats, ranges, directory / "unified")
     return job(directory / "model", "whole", unified=str(directory / "unified"), kv_cache_dtype="fp8")
 
 
 @pytest.mark.parametrize(
     ("family", "whole"),
-    [("qwen3", registry.NVFP4), ("gemma3_text", registry.FP8), ("qwen3_moe", registry.NVFP4)],
-    ids=["qwen3", "gemma3_text", "qwen3_moe"],
+    [
+        ("qwen3", registry.NVFP4),
+        ("gemma3_text", registry.FP8),
+        ("qwen3_moe", registry.NVFP4),
+        ("nemotron_h", registry.FP8),
+        ("deepseek_v3", registry.NVFP4),
+    ],
+    ids=["qwen3", "gemma3_text", "qwen3_moe", "nemotron_h", "deepseek_v3"],
 )
 def test_a_checkpoint_that_is_dequantized_layer_by_layer_has_the_scores_of_the_resident_one(
     family: str, whole: NumberFormat, tmp_path: Path

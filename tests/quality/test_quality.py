@@ -367,13 +367,17 @@ def test_the_estimated_cost_grows_with_model_and_texts() -> None:
     assert publish_links.MODELS
 
 
-def test_a_family_without_a_runner_for_its_checkpoint_is_measured_by_simulation(tmp_path: Path) -> None:
-    """transformers joins a mixture's experts in one tensor, which the runner `checkpoint` can't round the inputs of."""
+def test_a_family_without_a_runner_for_its_checkpoint_is_measured_by_simulation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture that multiplies with its experts in a way that the runner `checkpoint` does not know."""
     import torch
 
     from builder.evaluate.variants import Models, Variant, runner_job
     from builder.quality import worker as quality_worker
+    from builder.quantize import expert_inputs
 
+    monkeypatch.setattr(expert_inputs, "is_joined", lambda _: False)
     asked = resolve(VARIANTS / "qwen3_moe")
     store = Store(tmp_path, Output("quiet"))
     made = pipeline.build(asked, store, until="checkpoint")

@@ -24,15 +24,15 @@ from builder.formats.arithmetic import int8, nvfp4
 from builder.formats.assignment import ModelFormats
 from builder.hub.snapshot import Snapshot, fetch
 from builder.model import streamed
-from builder.quantize import streamed as stage
 from builder.quantize import (
+    expert_inputs,
     streamed_calibration,
     streamed_ranges,
-    streamed_solve,
     streamed_states,
     streamed_worker,
     unified_plan,
 )
+from builder.quantize import streamed as stage
 from builder.quantize.algorithms import gptq, hessian
 from builder.quantize.algorithms.grids import Nvfp4Blocks
 from builder.quantize.algorithms.moments import Moments
@@ -150,7 +150,7 @@ def test_an_expert_s_moments_are_those_of_its_own_tokens(family: str, tmp_path: 
     families.write(family, tmp_path)
     model, source = opened(tmp_path), SourceModel.open(tmp_path)
     planned = unified_plan.plan(source.config, source.headers, source.dtype, FORMATS)
-    place_of = streamed_solve._places(model)
+    place_of = expert_inputs.places(model.model)
     groups = [group for group in planned.groups if ".layers.0." in group[0].module and len(group) == 2]
     wanted = {place_of(group[0].module): 64 for group in groups if ".experts." in group[0].module}
     assert len(wanted) == 4

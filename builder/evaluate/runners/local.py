@@ -33,7 +33,7 @@ from builder.model import dtypes, streamed
 from builder.model import loading as model_loading
 from builder.model.files import CONFIG, json_object, parse_config
 from builder.model.hashed_files import SourceFiles
-from builder.quantize import stored_model
+from builder.quantize import calibrated, expert_inputs, stored_model
 
 LOW = "low"  # a job's `memory` for a model that is computed layer by layer
 ATTENTION = "builder_kv_cache"  # the name of our attention function in transformers
@@ -146,48 +146,82 @@ def places() -> dict[str, Any]:
 
 
 def _quantize_inputs(model: Any, stored: Tensors, formats: DeclaredFormats) -> None:
-    """Makes each quantized linear layer round its input as its format says. NotMeasurable if one is not a Linear."""
-    modules = dict(model.named_modules())
+    """Makes each quantized linear layer round its input as its format says, also those that are parts of joined
+    experts. NotMeasurable if one is neither."""
+    modules, place_of = dict(model.named_modules()), expert_inputs.places(model)
     last: dict[str, Any] = {}
+    experts: dict[str, dict[tuple[str, int], list[RoundedInput]]] = {}
     for name, number_format in stored_model.linears(stored, formats).items():
-        module = modules.get(name)
-        if not isinstance(module, torch.nn.Linear):
+        rounded = RoundedInput(number_format, stored_model.tensors_of(stored, name, number_format), last)
+        place, _, number = place_of(name).partition("#")
+        module, _, leaf = place.rpartition(".")
+        if isinstance(linear := modules.get(place), torch.nn.Linear):
+            linear.register_forward_pre_hook(rounded)
+        elif number and module in modules and expert_inputs.is_joined(modules[module]):
+            experts.setdefault(module, {}).setdefault((leaf, int(number)), []).append(rounded)
+        else:
             raise NotMeasurable(
                 f"{name} is not a linear layer in transformers' {type(model).__name__}.",
-                why="transformers stores the experts of a mixture in one tensor, which this runner does not support.",
+                why="transformers stores the experts of a mixture in one tensor, and how it multiplies with this one "
+                "is not known here.",
                 hint="Measure ModelOpt's simulation or the served model: --runner simulated, --runner served",
             )
-        tensors = stored_model.tensors_of(stored, name, number_format)
-        module.register_forward_pre_hook(RoundedInput(number_format, tensors, last))
+    if experts:
+        expert_inputs.one_by_one(model.config)
+    for module, inputs in experts.items():
+        _check_alike(module, inputs)
+        modules[module].forward = expert_inputs.replaced(modules[module], _rounding(inputs))
+
+
+def _rounding(inputs: Mapping[tuple[str, int], Sequence[RoundedInput]]) -> expert_inputs.Each:
+    """Rounds the inputs of those experts' projections that are quantized."""
+
+    def each(leaf: str, expert: int, values: Tensor) -> Tensor:
+        rounded = inputs.get((leaf, expert))
+        return rounded[0](None, (values,))[0] if rounded else values
+
+    return each
+
+
+def _check_alike(module: str, inputs: Mapping[tuple[str, int], Sequence[RoundedInput]]) -> None:
+    """NotMeasurable if projections with one multiplication, gate and up, round their input differently."""
+    for (leaf, expert), found in inputs.items():
+        projections = 2 if leaf.startswith("gate_up") else 1
+        if len(found) != projections or len({one.key for one in found}) != 1:
+            raise NotMeasurable(
+                f"Gate and up of expert {expert} in {module} round their input differently.",
+                why="transformers multiplies with both at once, so both get one input.",
+                hint="Measure the served model: --runner served",
+            )
 
 
 class RoundedInput:
-    """Rounds a linear layer's input. Consecutive layers with the same input (q, k, v; gate, up) share `last`, so it is
-    rounded once."""
+    """Rounds a linear layer's input; `key` tells how. Consecutive layers with the same input (q, k, v; gate, up) share
+    `last`, so it is rounded once."""
 
     def __init__(self, number_format: NumberFormat, stored: Mapping[str, Tensor], last: dict[str, Any]) -> None:
         calibrated = [one.name for one in number_format.tensors if one.calibrated and one.name in stored]
         self._format, self._last = number_format, last
         self._stored = {name: stored[name] for name in calibrated}
         raw = [stored[name].reshape(-1).view(torch.uint8).numpy().tobytes() for name in calibrated]
-        self._key = (number_format.name, *raw)
+        self.key = (number_format.name, *raw)
 
     def __call__(self, layer: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
         last = self._last
-        if last.get("input") is not inputs[0] or last["key"] != self._key:
+        if last.get("input") is not inputs[0] or last["key"] != self.key:
             scales = {name: scale.to(inputs[0].device) for name, scale in self._stored.items()}
             rounded = self._format.round_input(inputs[0], scales)
-            last.update(input=inputs[0], key=self._key, rounded=rounded)
+            last.update(input=inputs[0], key=self.key, rounded=rounded)
         return (last["rounded"],)
 
 
 def _quantize_cache(model: Any, stored: Tensors, cache: KvCacheFormat) -> None:
     """Sets the format and the scales that `attend` reads, where the checkpoint has them."""
-    modules = dict(model.named_modules())
+    modules, module_of = dict(model.named_modules()), calibrated.renamed(model)
     for key in stored:
-        kind = key.rpartition(".")[2]
+        layer, _, kind = key.rpartition(".")
         if kind in ("k_scale", "v_scale"):
-            attention = modules.get(key.rpartition(".")[0].rpartition(".")[0])
+            attention = modules.get(module_of(f"{layer}.weight").rpartition(".")[0])
             if attention is None:
                 raise UnsupportedError(f"{key} belongs to no attention of {type(model).__name__}.")
             setattr(attention, kind, read(stored, key).reshape(()))

@@ -48,6 +48,7 @@ SOURCES = (
     "builder/evaluate/runners/scoring.py",
     "builder/quantize/simulation.py",
     "builder/quantize/stored_model.py",
+    "builder/quantize/expert_inputs.py",
     "builder/model/dense.py",
     "builder/model/rope.py",
     "builder/model/streamed.py",

@@ -20,7 +20,7 @@ class Moments:
     """Those of some inputs.
 
     wanted: {place: columns}, where a place is the name of a linear layer or that of one expert's projection
-        (streamed_ranges.expert_place); other places are ignored. blocks: only within blocks of 16 columns.
+        (expert_inputs.expert_place); other places are ignored. blocks: only within blocks of 16 columns.
     """
 
     def __init__(self, wanted: Mapping[str, int], *, blocks: bool) -> None:
