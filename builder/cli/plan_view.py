@@ -13,7 +13,7 @@ from builder.formats import algorithms
 from builder.formats import registry as formats
 from builder.formats.registry import BF16, FP8
 from builder.plan import Plan
-from builder.preflight import checks, ways
+from builder.preflight import checks, rotating, ways
 from builder.preflight.suggestions import MemoryCheck
 from builder.preflight.ways import Choice
 from builder.targets.base import no_engine
@@ -83,6 +83,7 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
         ("GPU", f"{card}{gpu.name}: {gpu.title}" + parallel * (recipe.engine.world_size > 1), origin["gpu"]),
         ("target", f"{recipe.target}, TensorRT-LLM {recipe.engine.tensorrt_llm}", origin["target"]),
         *([("transform", recipe.transform.title, origin["transform.name"])] if recipe.transform.rotates else []),
+        *_rotating_rows(found),
         *_learning_rows(found),
         *_format_rows(found, origin["quantization.format"]),
         (
@@ -96,6 +97,17 @@ def _decision_rows(found: Plan) -> list[tuple[str, str, str]]:
     if found.blocked:
         decisions.append(("on this machine", f"no: {found.blocked.what}", found.blocked.hint))
     return decisions
+
+
+def _rotating_rows(found: Plan) -> list[tuple[str, str, str]]:
+    """What folding rotations into the weights costs."""
+    took = rotating.seconds(found.resolved.recipe, found.prepared.model)
+    if took is None:
+        return []
+    about = f"about {seconds(took)}" if took >= 1 else "less than a second"
+    return [
+        ("rotating costs", f"{about}, beside reading and writing {size(found.sizes.disk['transform'])}", ways.BASIS)
+    ]
 
 
 def _learning_rows(found: Plan) -> list[tuple[str, str, str]]:
@@ -247,6 +259,7 @@ def _memory_rows(verdict: MemoryCheck, complete: bool) -> list[tuple[str, ...]]:
 def _as_object(found: Plan) -> dict[str, Any]:
     """Everything that a plan holds, for --json. Its keys are the same for every target and machine."""
     recipe, settings = found.resolved.recipe, [vars(setting) for setting in found.settings]
+    took = rotating.seconds(recipe, found.prepared.model)
     return {
         "model": recipe.model.id,
         "gpu": found.resolved.gpu.name,
@@ -262,6 +275,7 @@ def _as_object(found: Plan) -> dict[str, Any]:
             "bytes": None if found.open_choice else dict(found.prices),
         },
         "ways": _ways(found.way),
+        "rotating": None if took is None else {"seconds": took},
         "learning": {"memory": found.learning.memory, "seconds": found.learning.seconds} if found.learning else None,
         "streams": None
         if found.streams is None

@@ -11,8 +11,10 @@ import pytest
 
 from builder.cli import main
 from builder.machine.gpus import Seen
-from builder.preflight import ways
+from builder.preflight import rotating, ways
+from builder.preflight.model_facts import ModelFacts
 from builder.quantize import modelopt
+from builder.recipe import schema
 
 MODEL = "tests/data/tiny-qwen3"
 
@@ -60,6 +62,27 @@ def test_what_an_algorithm_costs_is_a_decision(tmp_path: Path, capsys: pytest.Ca
     assert re.match(r"about .+s and 47\.\d+ MB of memory more than max; one decoder layer at a time", cost[1])
     [cost] = [row for row in tables(*argv, "--algorithm", "mse", capsys=capsys)["plan"] if row[0] == "algorithm costs"]
     assert cost[1] == "less than a second more than max; whole model in memory"
+
+
+def test_the_time_that_rotations_take_is_a_decision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--gpu", "cpu", "--output", str(tmp_path), "--transform", "spinquant"]
+    [cost] = [row for row in tables(*argv, capsys=capsys)["plan"] if row[0] == "rotating costs"]
+    assert re.match(r"less than a second, beside reading and writing [\d.]+ MB$", cost[1])
+    small = ModelFacts({"hidden_size": 4096}, {"w.weight": ("BF16", (4096, 4096))})
+    took = [
+        rotating.seconds(
+            schema.resolve({"model.id": MODEL, "gpu": "cpu", **{f"transform.{k}": v for k, v in part.items()}}).recipe,
+            small,
+        )
+        for part in (
+            {},
+            {"name": "spinquant"},
+            {"name": "spinquant", "kind": "orthogonal"},
+            {"name": "spinquant", "kind": "orthogonal", "rotations": "r2"},
+        )
+    ]
+    assert took[0] is None
+    assert (took[2] or 0) > (took[1] or 0) == took[3]
 
 
 def test_nothing_of_a_bf16_model_is_called_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
