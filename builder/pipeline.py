@@ -417,7 +417,8 @@ def measure_layers(resolved: Resolved, store: Store, *, proxy: bool = False) -> 
     snapshot = _transformed(prepared, snapshot, store)
     prepared = keep_zeros(prepared, snapshot, store.out)
     if proxy and recipe.sensitivity.data is None:
-        return sensitivity_stage.weight_errors(snapshot, prepared.model, store)
+        algorithm = sensitivity_stage.algorithm_of(recipe, prepared.model)
+        return sensitivity_stage.weight_errors(snapshot, prepared.model, store, algorithm)
     part = recipe.calibration
     if part.data_free:  # of weights alone; the worker that loads the model wants a row
         part = part.model_copy(update={"samples": 1})

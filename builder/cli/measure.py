@@ -133,7 +133,7 @@ def run_sensitivity(arguments: argparse.Namespace, out: Output) -> int:
     if resolved.recipe.calibration.data_free and "--calib-samples" in command:  # auto measures on rows
         at = command.index("--calib-samples")
         command = [*command[:at], *command[at + 2 :]]
-    show(found, command, out)
+    show(found, command, out, resolved.recipe.quantization.algorithm)
     return 0
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from builder import pipeline
 from builder.checkpoint import validate
-from builder.checkpoint.layouts import read_json
+from builder.checkpoint.layouts import hf_quant_config, read_json
 from builder.clean import removal
 from builder.clean.reachability import Request
 from builder.cli import main
@@ -29,15 +29,18 @@ from builder.core.store import Store, WouldRun
 from builder.evaluate.sensitivity import stage as sensitivity_stage
 from builder.evaluate.sensitivity import weight_error
 from builder.evaluate.sensitivity import worker as measuring
-from builder.formats import kv_cache, registry
+from builder.formats import algorithms, kv_cache, registry
 from builder.formats.arithmetic import nvfp4
 from builder.formats.arithmetic.dtypes import read
 from builder.formats.assignment import ModelFormats
+from builder.formats.declared import declared
 from builder.formats.registry import BF16
 from builder.preflight import memory
 from builder.preflight.model_facts import ModelFacts
-from builder.quantize import exclude, modelopt, worker
+from builder.quantize import exclude, modelopt, stored_model, worker, writer
+from builder.quantize.ranges import Ranges
 from builder.quantize.simulation import enable_cpu_simulation
+from builder.quantize.source_weights import SourceModel
 from builder.recipe import schema
 
 LLAMA, TINY = exports.MODELS["llama"], exports.MODELS["qwen3"]
@@ -68,6 +71,7 @@ def job(tmp_path: Path) -> Callable[..., Job]:
             "layers": {},
             "kv_cache_dtype": "fp8",
             "format": "nvfp4",
+            "algorithm": "max",
             "trust_remote_code": False,
             "dtype": "auto",
             "batch_tokens": 4096,
@@ -439,3 +443,56 @@ def test_auto_without_texts_names_the_flag() -> None:
         schema.resolve({"model.id": str(TINY), "gpu": "cpu", "quantization.keep_bf16": "auto:0.1"})
     asked = resolved(TINY, **{"quantization.keep_bf16": ["auto:0.1", "*.down_proj"]}).recipe.quantization
     assert (asked.kept_budget, asked.kept_patterns) == (0.1, ("*.down_proj",))
+
+
+def test_weights_are_rounded_by_the_recipe_s_algorithm(job: Callable[..., Job], tmp_path: Path) -> None:
+    """As a checkpoint has them that the writer made; others stay as they are."""
+    source = SourceModel.open(LLAMA)
+    linears = exclude.linears(facts(LLAMA).tensors)
+    seen = Ranges({name: 1.0 for name in linears})
+    formats = ModelFormats(registry.NVFP4, {}, kv_cache.AUTO)
+    model = measuring.Simulated(job(algorithm="mse"))
+    group = next(name for name, members in GROUPS.items() if len(members) == 3)
+    for algorithm in ("mse", "max"):
+        writer.write(source, formats, seen, tmp_path / algorithm, writer.Work(algorithm=algorithm))
+    written = {
+        name: stored_model.Dequantized(Tensors(tmp_path / name), formats_of(tmp_path / name), torch.float32)
+        for name in ("mse", "max")
+    }
+    with torch.no_grad(), model.quantized(measuring.Quantized([group])):
+        for name in GROUPS[group]:
+            module = model.model.get_submodule(name)
+            rounded = module.weight_quantizer(module.weight)
+            assert torch.equal(rounded, written["mse"].tensor(f"{name}.weight"))
+            assert not torch.equal(rounded, written["max"].tensor(f"{name}.weight"))
+    module = model.model.get_submodule(GROUPS[group][0])
+    assert torch.equal(module.weight_quantizer(module.weight), module.weight)
+
+
+def formats_of(unified: Path) -> Any:
+    return declared(hf_quant_config(unified)["quantization"])
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "number_format", "used", "said"),
+    [
+        ("max", "nvfp4", "max", ""),
+        ("mse", "nvfp4", "mse", "by mse"),
+        ("gptq", "nvfp4", "mse", "by mse, not by gptq: with gptq layers lose less than this"),
+    ],
+)
+def test_what_rounds_with_the_rows_is_measured_by_mse_and_said(
+    algorithm: str, number_format: str, used: str, said: str
+) -> None:
+    asked = {"model.id": str(TINY), "gpu": "sm120", "quantization.algorithm": algorithm}
+    recipe = schema.resolve({**asked, "quantization.format": number_format}).recipe
+    assert sensitivity_stage.algorithm_of(recipe, facts(TINY)).name == used
+    assert sensitivity_stage._rounding_note(used, algorithm) == said
+
+
+def test_searched_weights_have_the_smaller_error() -> None:
+    tensors, groups = Tensors(TINY), exclude.groups(exclude.linears(facts(TINY).tensors))
+    by_max, by_mse = (
+        weight_error.weight_errors(tensors, groups, registry.NVFP4, one) for one in (algorithms.MAX, algorithms.MSE)
+    )
+    assert all(by_mse[group] < by_max[group] for group in groups)

@@ -25,6 +25,8 @@ from builder.core.errors import UsageError
 from builder.core.output import Output, size
 from builder.core.partial_results import PartialResults
 from builder.core.store import Store, key_of, library_versions, replace_file, sources_digest
+from builder.formats import algorithms
+from builder.formats.algorithms import Algorithm
 from builder.hub.snapshot import Snapshot
 from builder.model.dtypes import written_bytes
 from builder.model.hashed_files import SourceFiles
@@ -39,6 +41,7 @@ SOURCES = (
     "builder/evaluate/sensitivity/worker.py",
     "builder/evaluate/sensitivity/results.py",
     "builder/evaluate/sensitivity/weight_error.py",
+    "builder/evaluate/sensitivity/searched_weights.py",
     "builder/quantize/exclude.py",
     "builder/evaluate/datasets.py",
     "builder/evaluate/runners/worker.py",
@@ -88,7 +91,7 @@ class Loss:
 class Sensitivity:
     """`losses` in layer order. `whole`, `kv_cache`: KL with everything quantized, and with only the KV cache.
 
-    `correlation`: Spearman's rank correlation of each proxy with the KL.
+    `correlation`: Spearman's rank correlation of each proxy with the KL. `rounded_by`: the algorithm.
     """
 
     losses: tuple[Loss, ...]
@@ -98,6 +101,7 @@ class Sensitivity:
     correlation: Mapping[str, float]
     path: Path
     digest: str
+    rounded_by: str = algorithms.MAX.name
 
     @property
     def worst(self) -> list[Loss]:
@@ -147,6 +151,7 @@ def _sensitivity(
         **{name: facts[name] for name in ("whole", "kv_cache", "tokens", "correlation")},
         path=artifact.path / "sensitivity.json",
         digest=artifact.digest,
+        rounded_by=job["algorithm"],
     )
 
 
@@ -207,16 +212,20 @@ def _why_not_less(found: Sensitivity, refused: str) -> str:
     return cache + (f"Output projections can't be kept: {refused}." if refused else "")
 
 
-def weight_errors(snapshot: Snapshot, model: ModelFacts, store: Store) -> Sensitivity:
+def weight_errors(
+    snapshot: Snapshot, model: ModelFacts, store: Store, algorithm: Algorithm = algorithms.MAX
+) -> Sensitivity:
     """The errors of the weights alone, computed from the files tensor by tensor. The result is not stored."""
     from builder.evaluate.sensitivity import weight_error
 
     groups = _groups(model)
     with store.out.progress("weight errors", unit="layers") as bar:
-        found = weight_error.weight_errors(open_tensors(snapshot.path), groups, model.number_format, bar.update)
+        found = weight_error.weight_errors(
+            open_tensors(snapshot.path), groups, model.number_format, algorithm, bar.update
+        )
     snapshot.source.check_unchanged()
     losses = _losses(model, groups, {"results": {}, "weight_errors": found, "output_errors": {}})
-    return Sensitivity(tuple(losses), None, None, 0, {}, Path(), "")
+    return Sensitivity(tuple(losses), None, None, 0, {}, Path(), "", algorithm.name)
 
 
 def _job(
@@ -231,6 +240,7 @@ def _job(
         "lengths": {"min_tokens": evaluation.min_tokens, "max_tokens": longest},
         "groups": {name: list(modules) for name, modules in _groups(model).items()},
         "format": model.number_format.name,
+        "algorithm": algorithm_of(recipe, model).name,
         "layers": {name: list(modules) for name, modules in model.layers.items()},
         "kv_cache_dtype": recipe.quantization.kv_cache_dtype,
         "trust_remote_code": recipe.model.trust_remote_code,
@@ -267,6 +277,19 @@ def check_texts(recipe: Recipe) -> DataSet:
             "errors of the weights alone",
         )
     return recipe.sensitivity.data
+
+
+def algorithm_of(recipe: Recipe, model: ModelFacts) -> Algorithm:
+    """The algorithm that rounds layers while they are measured: the recipe's, or one that does without its rows."""
+    asked = algorithms.ALGORITHMS[recipe.quantization.algorithm]
+    return algorithms.fallback(model.number_format) if asked is not algorithms.MAX else asked
+
+
+def _rounding_note(used: str, asked: str) -> str:
+    """How layers were rounded, where the recipe names another algorithm than `max`; ""."""
+    if asked == algorithms.MAX.name:
+        return ""
+    return f"by {used}" if asked == used else f"by {used}, not by {asked}: with {asked} layers lose less than this"
 
 
 def _groups(model: ModelFacts) -> dict[str, tuple[str, ...]]:
@@ -335,10 +358,10 @@ def _run(job: Mapping[str, Any], model: ModelFacts, store: Store) -> dict[str, A
     return summary
 
 
-def show(found: Sensitivity, command: Sequence[str], out: Output) -> None:
+def show(found: Sensitivity, command: Sequence[str], out: Output, algorithm: str = algorithms.MAX.name) -> None:
     """Prints the losses, largest first, the loss of the whole model, and the next command.
 
-    command: the words of the command that quantizes with the same recipe.
+    command: the words of the command that quantizes with the same recipe. algorithm: the recipe's.
     """
     columns = ["layer", "KL", "same token", "output error", "weight error", "bytes to keep"]
     rows = [
@@ -353,6 +376,8 @@ def show(found: Sensitivity, command: Sequence[str], out: Output) -> None:
         for loss in found.worst
     ]
     out.table("loss by layer, quantized alone", columns, rows)
+    if note := _rounding_note(found.rounded_by, algorithm):
+        out.text(f"rounded    {note}")
     if found.whole is not None:
         cache = "" if found.kv_cache is None else f", {found.kv_cache:.2e} with only the KV cache quantized"
         out.text(f"whole      KL {found.whole:.3g} nats a token over {found.tokens:,} tokens{cache}")
@@ -361,4 +386,11 @@ def show(found: Sensitivity, command: Sequence[str], out: Output) -> None:
         out.text(f"kept       {found.path}")
         out.text(f"next       {shlex.join([*command, '--keep-bf16', f'auto:{found.whole / 2:.2g}'])}")
     facts = {name: getattr(found, name) for name in ("whole", "kv_cache", "tokens", "correlation")}
-    out.result({"layers": [asdict(loss) for loss in found.losses], **facts, "path": str(found.path)})
+    out.result(
+        {
+            "layers": [asdict(loss) for loss in found.losses],
+            **facts,
+            "path": str(found.path),
+            "rounded_by": found.rounded_by,
+        }
+    )

@@ -9,12 +9,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from builder.core.errors import IntegrityError
 from builder.core.safetensors_io import Tensors
+from builder.formats.algorithms import MAX, MSE, Algorithm
+from builder.formats.arithmetic import nvfp4, nvfp4_search
 from builder.formats.arithmetic.dtypes import read
 from builder.formats.base import NumberFormat
 from builder.formats.registry import NVFP4
+
+Rounding = Callable[[Tensor, Tensor], Tensor]  # of rows, and the largest magnitude that they share
 
 _STEP = 1 << 16  # blocks at a time: bounds the float32 copies of a weight
 
@@ -23,23 +28,31 @@ def weight_errors(
     tensors: Tensors,
     groups: Mapping[str, Sequence[str]],
     number_format: NumberFormat = NVFP4,
+    algorithm: Algorithm = MAX,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """||W - quantized W|| / ||W|| of each group, in the Frobenius norm over all its modules.
 
-    tensors: of the source model, under its own names (model/source_tensors.py).
+    tensors: of the source model, under its own names (model/source_tensors.py). algorithm: max, or mse where it treats
+    the format.
     IntegrityError for a weight with NaN or Inf.
     """
-    found = {}
+    found, rounding = {}, _searched if algorithm is MSE else number_format.round_weight
     for done, (group, modules) in enumerate(groups.items()):
         progress(done, len(groups))
         fused = group not in modules and not group.endswith(".experts")
-        found[group] = _group_error(tensors, modules, number_format, fused=fused)
+        found[group] = _group_error(tensors, modules, number_format.group_size, rounding, fused=fused)
     progress(len(groups), len(groups))
     return found
 
 
-def _group_error(tensors: Tensors, modules: Sequence[str], number_format: NumberFormat, *, fused: bool) -> float:
+def _searched(rows: Tensor, amax: Tensor) -> Tensor:
+    return nvfp4.dequantize(*nvfp4_search.quantize(rows, nvfp4.scale_of(amax)), torch.float32)
+
+
+def _group_error(
+    tensors: Tensors, modules: Sequence[str], group_size: int | None, rounding: Rounding, *, fused: bool
+) -> float:
     """`fused`: the modules are served as one layer and share one global scale, the largest (q, k, v; gate, up)."""
     weights = [f"{module}.weight" for module in modules]
     amaxes = [read(tensors, name).abs().amax() for name in weights]
@@ -51,9 +64,9 @@ def _group_error(tensors: Tensors, modules: Sequence[str], number_format: Number
         if not torch.isfinite(own):
             raise IntegrityError(f"{name} holds NaN or Inf.", hint="Fetch the model again, or take another one.")
         weight = read(tensors, name)
-        for part in torch.split(weight.view(-1, number_format.group_size or weight.shape[-1]), _STEP):
+        for part in torch.split(weight.view(-1, group_size or weight.shape[-1]), _STEP):
             rows = part.float()
-            back = number_format.round_weight(rows, amax)
+            back = rounding(rows, amax)
             error += float((back - rows).double().pow(2).sum())
             whole += float(rows.double().pow(2).sum())
     return math.sqrt(error / whole) if whole else 0.0

@@ -28,9 +28,10 @@ from builder.core.process import emit, worker_main
 from builder.evaluate.datasets import Sequences, sequences
 from builder.evaluate.runners.local import Causal
 from builder.evaluate.runners.worker import score_set
+from builder.evaluate.sensitivity import searched_weights
 from builder.evaluate.sensitivity.results import Results
 from builder.evaluate.sensitivity.weight_error import weight_errors
-from builder.formats import kv_cache, registry
+from builder.formats import algorithms, kv_cache, registry
 from builder.formats.assignment import of_job
 from builder.model.hashed_files import SourceFiles
 from builder.model.source_tensors import open_tensors
@@ -146,7 +147,9 @@ def _summary(job: Mapping[str, Any], done: Results) -> dict[str, Any]:
     return {
         "results": {name: done[name] for name in _wanted(job)},
         "output_errors": done.output_errors,
-        "weight_errors": weight_errors(open_tensors(Path(job["model"])), job["groups"], registry.get(job["format"])),
+        "weight_errors": weight_errors(
+            open_tensors(Path(job["model"])), job["groups"], registry.get(job["format"]), algorithms.of_job(job)
+        ),
         "tokens": done.tokens,
     }
 
@@ -181,6 +184,8 @@ class Simulated:
             module for name, module in modules.items() if name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
         ]
         quantizers = [m for m in modules.values() if hasattr(m, "is_enabled") and hasattr(m, "disable")]
+        if algorithms.of_job(job) is algorithms.MSE:
+            searched_weights.search(self.model)
         self._used = {id(quantizer) for quantizer in quantizers if quantizer.is_enabled}
         for quantizer in quantizers:
             quantizer.disable()
