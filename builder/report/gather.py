@@ -11,6 +11,7 @@ from typing import Any
 from builder.calibration import coverage
 from builder.core.errors import UsageError
 from builder.core.store import STAGES, Artifact, artifacts, read, root_of, tests_of, upstream
+from builder.evaluate.parts.figures import Losses
 from builder.evaluate.tasks import Row
 from builder.formats import algorithms, kv_cache, registry
 from builder.publish import build_record as records
@@ -94,6 +95,7 @@ class Report:
     evaluation: Evaluation | None
     tasks: Sequence[Row]
     losses: Sequence[Loss]
+    parts: Losses | None
     smoke: SmokeReport | None
     benchmark: BenchmarkReport | None
     calibration: str  # what calibration saw (calibration.coverage.summary)
@@ -118,6 +120,7 @@ class _Found:
     evaluation: Evaluation | None
     tasks: Sequence[Row]
     losses: Sequence[Loss]
+    parts: Losses | None
     record: Mapping[str, Any]
 
     def facts(self, stage: str) -> Mapping[str, Any]:
@@ -146,6 +149,7 @@ def gather(path: Path) -> Report:
         evaluation=found.evaluation,
         tasks=found.tasks,
         losses=found.losses,
+        parts=found.parts,
         smoke=smoke,
         benchmark=BenchmarkReport.from_dict(found.benchmark.facts) if found.benchmark else None,
         calibration=coverage.summary(found.facts("checkpoint")),
@@ -192,6 +196,7 @@ def _find(path: Path) -> _Found:
         evaluation=results.evaluation_of(chain, everything),
         tasks=results.tasks_of(chain, everything),
         losses=results.losses_of(chain, everything),
+        parts=results.parts_of(chain, everything),
         record=record or {},
     )
 

@@ -20,6 +20,7 @@ from builder.core.file_names import truncated
 from builder.core.output import Output, seconds, size
 from builder.core.store import replace_file, root_of
 from builder.evaluate.metrics import Estimate
+from builder.evaluate.parts.figures import PARTS
 from builder.report import charts
 from builder.report.charts import Mark
 from builder.report.gather import Report, gather
@@ -192,6 +193,7 @@ def _context(report: Report) -> dict[str, Any]:
         "score_chart": _score_chart(report),
         "compared_chart": _compared_chart(report),
         "loss_chart": _loss_chart(report),
+        "part_names": PARTS,
         "size_chart": _size_chart(report),
         "contents_charts": [_contents_chart(name, kinds) for name, kinds in report.size.contents.items()],
         "time_chart": _time_chart(report),

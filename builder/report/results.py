@@ -14,6 +14,8 @@ from typing import Any
 
 from builder.core.errors import UsageError
 from builder.core.store import Artifact, digest_of, replace_file
+from builder.evaluate.parts import stage as parts
+from builder.evaluate.parts.figures import Losses
 from builder.evaluate.tasks import Row
 
 OVERALL = "overall"  # all data sets together, weighted by tokens
@@ -211,6 +213,18 @@ def losses_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> 
     newest = max(found, key=_started, default=None)
     layers = newest.facts["layers"] if newest else []
     return [Loss(layer["layer"], layer["kl"], layer.get("bytes")) for layer in layers if layer["kl"] is not None]
+
+
+def parts_of(chain: Mapping[str, Artifact], everything: Sequence[Artifact]) -> Losses | None:
+    """What the chain's checkpoint loses by its weights, inputs and KV cache, from the newest measurement of its parts;
+    None if they were not measured."""
+    checkpoint = chain.get("checkpoint")
+    if checkpoint is None:
+        return None
+    measured = [artifact for artifact in everything if artifact.stage == "parts"]
+    found = [artifact for artifact in measured if checkpoint.digest in artifact.manifest["ingredients"]["of"]]
+    newest = max(found, key=_started, default=None)
+    return parts.losses_of(newest.facts, newest.path) if newest else None
 
 
 def rows(identity: Mapping[str, object], evaluation: Evaluation) -> list[dict[str, str]]:

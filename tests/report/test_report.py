@@ -494,6 +494,29 @@ def test_the_loss_by_layer_is_drawn_where_it_was_measured(link: Path) -> None:
     assert markdown(found).index("`model.layers.6`") < markdown(found).index("`model.layers.0`")
 
 
+def test_the_loss_by_part_is_shown_for_the_model_and_by_layer(link: Path) -> None:
+    from dataclasses import replace
+
+    figure = {"kl": 0.01, "low": 0.005, "high": 0.02}
+    names = ["everything", "weights", "everything but weights", "inputs", "everything but inputs", "weights of layer 3"]
+    facts = {"results": dict.fromkeys(names, figure), "parts": ["weights", "inputs"], "tokens": 1234,
+             "layers": {"3": "model.layers.3"}}  # fmt: skip
+    measured = Artifact("parts", Path("x"), "x", facts, True, {"ingredients": {"of": ["bf16", "made"]}, "started": 2})
+    chain = {"checkpoint": Artifact("checkpoint", Path("c"), "made", {}, True, {})}
+    parts = results.parts_of(chain, [measured])
+    assert parts is not None
+    assert results.parts_of({}, [measured]) is None
+    assert results.parts_of({"checkpoint": replace(chain["checkpoint"], digest="other")}, [measured]) is None
+    found = replace(gather(link), parts=parts)
+    page = Page(html(found))
+    assert "parts" in page.sections
+    assert "0.0100 (0.0050 to 0.0200)" in page.text
+    card = markdown(found)
+    assert "| inputs of layers | 0.0100 (0.0050 to 0.0200) | 0.0100 (0.0050 to 0.0200) |" in card
+    assert "| layer | weights | inputs of layers |\n| --- | ---: | ---: |\n| 3 | 1.00e-02 | – |\n" in card
+    assert gather(link).parts is None
+
+
 def test_what_calibration_saw_is_a_row_and_what_it_lacks_a_warning(tmp_path: Path) -> None:
     coverage = {"rows": 8, "tokens": 4096, "cut": 0, "limit": 512}
     experts = {"model.layers.7.mlp.experts": [12, 900]}

@@ -7,6 +7,7 @@ Nothing heavy is imported here.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ def measure_parts(
 
     artifact = store.stage("parts", ingredients, make)
     partial.end()
-    return _losses(artifact.facts, artifact.path / "parts.json")
+    return losses_of(artifact.facts, artifact.path / "parts.json")
 
 
 def _check_memory(snapshot: Snapshot, recipe: Recipe, store: Store) -> None:
@@ -150,7 +151,8 @@ def _run(job: dict[str, Any], store: Store) -> dict[str, Any]:
     return summary
 
 
-def _losses(facts: Any, path: Path) -> Losses:
+def losses_of(facts: Mapping[str, Any], path: Path) -> Losses:
+    """What an artifact of this stage holds. path: its file for people."""
     results, parts = facts["results"], facts["parts"]
 
     def figure(name: str) -> Figure:
