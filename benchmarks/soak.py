@@ -57,14 +57,14 @@ def run(server: Server, number: int, end: float, wrong: list[str]) -> None:
 
 
 def memory(server: Server) -> float:
-    """Proportional set size of all processes of the server, in MB."""
+    """Private memory of the server's processes, in MB. What they share with other servers on the machine does not count."""
     total = 0
     for pid in supervisor.descendants(server.pid):
         try:
             text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
         except OSError:
             continue
-        total += next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0)
+        total += next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_Dirty:")), 0)
     return total / 1024
 
 
