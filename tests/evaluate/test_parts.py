@@ -237,16 +237,17 @@ def test_the_part_that_leaves_least_is_named_first(left: list[float]) -> None:
 
 def test_advice_names_what_helps_and_only_that() -> None:
     inputs = advice.advise(losses(0.1, {"weights": 0.09, "inputs": 0.02, "cache": 0.099}, EVEN), recipe())
-    assert len(inputs) == 2
+    assert len(inputs) == 3
+    assert inputs[-1].startswith("builder recommend --max-kl 0.05 ")
     assert "--format w4a16_nvfp4" in inputs[1]
     assert "--target llmapi" in inputs[1]
     cache = advice.advise(losses(0.1, {"weights": 0.09, "inputs": 0.09, "cache": 0.01}, EVEN), recipe())
     assert "--kv-cache-dtype auto" in cache[1]
     few = advice.advise(losses(0.1, {"weights": 0.01, "inputs": 0.09, "cache": 0.09}, {**EVEN, 5: 0.2}), recipe())
-    assert few[-1] == "Layer 5: 74 % of the sum over 8 layers. Try --keep-fp8 'model.layers.5.*'."
+    assert few[-2] == "Layer 5: 74 % of the sum over 8 layers. Try --keep-fp8 'model.layers.5.*'."
     fp8 = advice.advise(losses(0.1, {"weights": 0.01, "inputs": 0.09, "cache": 0.09}, {**EVEN, 5: 0.2}),
                         recipe(quantization__format="fp8"))  # fmt: skip
-    assert "--keep-bf16 'model.layers.5.*'" in fp8[-1]
+    assert "--keep-bf16 'model.layers.5.*'" in fp8[-2]
     assert advice.advise(losses(1e-4, {}, EVEN), recipe()) == ["The KL is 0.0001: there is little to win."]
 
 
