@@ -57,7 +57,7 @@ def run(server: Server, number: int, end: float, wrong: list[str]) -> None:
 
 
 def memory(server: Server) -> float:
-    """Private memory of the server's processes, in MB. What they share with other servers on the machine does not count."""
+    """Private memory of the server's processes, in MB. Pages shared with other servers do not count."""
     total = 0
     for pid in supervisor.descendants(server.pid):
         try:
