@@ -34,8 +34,8 @@ CANCELLATION_SECONDS = 0.1  # between two looks at which clients are gone; each 
 STOPPERS = (
     8  # requests that are stopped at the same time: each takes some milliseconds, and many clients may leave at once
 )
-# One thread sends at a time: a process of Triton 24.10 whose threads sent responses concurrently came to a standstill
-# after seconds (seen with a stand-in engine in Python at 32 streams; fixed by sending one after the other).
+# One thread sends at a time. With a stand-in engine in Python whose threads sent concurrently, streams of Triton 24.10
+# stalled after seconds at a concurrency of 32; one after the other, they stalled after minutes. The cause is not known.
 SENDING = threading.Lock()
 # Source files, stack frames and the log prefix in TensorRT-LLM's C++ errors, which clients should not see.
 INTERNALS = re.compile(
