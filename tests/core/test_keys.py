@@ -376,7 +376,7 @@ ALL = {"bf16", "simulated", "checkpoint", "served"}
     [
         ("calibration.seq_len", 33, {"simulated"}),
         ("calibration.batch_size", 2, {"simulated"}),
-        ("quantization.kv_cache_dtype", "auto", ALL),
+        ("quantization.kv_cache_dtype", "auto", ALL - {"bf16"}),
         ("evaluation.min_tokens", 17, ALL),
         ("evaluation.reserve", 9, ALL - {"served"}),
         ("evaluation.max_tokens", 99, ALL),
