@@ -132,7 +132,8 @@ def check(points: Sequence[Point], store: Store) -> None:
 
 
 def run(title: str, points: Sequence[Point], work: Path, out: Output) -> list[Result]:
-    """Measures all points, each base before what is compared with it. One that fails is reported and left out."""
+    """Measures all points, each base before what is compared with it. One that fails, or whose checkpoint can't be
+    measured, is reported and left out."""
     store, found, sums = Store(work, out), dict[str, Result](), dict[str, list[Sums]]()
     check(points, store)
     for point in sorted(points, key=lambda one: base_of(one, points) is not one):
@@ -147,6 +148,8 @@ def run(title: str, points: Sequence[Point], work: Path, out: Output) -> list[Re
         refused = {**evaluation.not_measured, **evaluation.tasks.not_measured.get(RUNNER, {})}
         for what, why in refused.items():
             out.warn(f"{point.name}: {what} was not measured: {why}")
+        if RUNNER in evaluation.not_measured:
+            continue
         of = sums.get(base.name) if base is not None and base is not point else None
         found[point.name], sums[point.name] = measured(point, evaluation, of)
         results = [found[one.name] for one in points if one.name in found]

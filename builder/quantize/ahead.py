@@ -1,4 +1,4 @@
-"""Writes a checkpoint's unified layout while the model is still being downloaded, or hashed.
+"""Writes a checkpoint's unified layout while the model is still being downloaded or hashed, or its rows calibrate.
 
 Nothing depends on it: whatever goes wrong here ends this attempt, and the stage itself then writes the layout, or says
 what is wrong with the model.
@@ -73,8 +73,7 @@ class Ahead:
         self, source: SourceModel, chosen: Mapping[str, Any], unified: Path, tell: Callable[[int], object]
     ) -> dict[str, Any] | None:
         """Waits for the layout, once all files are complete, and moves it to `unified`, with what `write` made beside
-        it. Returns the writer's facts.
-        Meanwhile `tell` gets the bytes of the source that are finished.
+        it. Meanwhile `tell` gets the bytes of the source that are finished. Returns the writer's facts.
 
         None if there is no layout of exactly this source in these formats; what was written is then removed.
         """

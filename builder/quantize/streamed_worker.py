@@ -55,7 +55,8 @@ def _begun(job: Mapping[str, Any], source: SourceModel, destination: Path) -> Ah
 
     def write(model: SourceModel, unified: Path, work: Work) -> dict[str, Any]:
         counts = data_free.write_unified(model, formats, unified, replace(work, algorithm=algorithm.name))
-        layouts.write_if_served(unified, model.config, unified.with_name(SECOND))
+        # Of no bytes of the source, but it ends here, too, when the worker ends.
+        layouts.write_if_served(unified, model.config, unified.with_name(SECOND), lambda nbytes: work.done(0))
         return counts
 
     ahead = Ahead(lambda: source, write, {}, destination, downloaded=False)

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from builder.core.errors import EvaluationError, UnsupportedError, UsageError
+from builder.core.errors import BuilderError, EvaluationError, UnsupportedError, UsageError
 from builder.core.output import seconds, size
 from builder.core.store import Store
+from builder.evaluate.mixtures.stage import Chosen
 from builder.evaluate.parts.figures import Losses
 from builder.evaluate.parts.stage import measure_parts
 from builder.preflight.memory import machine
@@ -137,7 +138,7 @@ class Search:
             if trial.met and (why := check_quality(trial, store=self._store)):
                 trial = replace(trial, met=False, verdict=f"meets it, but fails the quality check: {why}")
         except (EvaluationError, UsageError, UnsupportedError) as error:
-            return self._note(Trial(one, f"not measured: {' '.join(f'{error.what} {error.why}'.split())}"))
+            return self._note(Trial(one, f"not measured: {_words(error)}"))
         self._note(trial)
         if not trial.met:
             self._measure_parts(trial)
@@ -161,16 +162,21 @@ class Search:
         """The candidate with as few layers in more bits as meet the budget."""
         try:
             search = kept.open_search(one, self._base, most, store=self._store)
-            found = search.by_mixtures(self._request.limits)
-        except kept.NoMixtures as error:
-            self._store.out.info(f"{error.what} {error.why} Mixtures are built to measure them.")
-            return self._by_builds(search)
-        except (EvaluationError, UsageError, UnsupportedError) as error:
-            return self._note(Trial(one, f"not tried: {' '.join(f'{error.what} {error.why}'.split())}"))
+            try:
+                found = search.by_mixtures(self._request.limits)
+            except kept.NoMixtures as error:
+                self._store.out.info(f"{error.what} {error.why} Mixtures are built to measure them.")
+                return self._by_builds(search)
+            return self._confirmed(search, found)
+        except (EvaluationError, UsageError, UnsupportedError) as error:  # such as no room on the GPU for these layers
+            return self._note(Trial(one, f"not tried: {_words(error)}"))
+
+    def _confirmed(self, search: kept.KeptSearch, found: Chosen) -> Trial | None:
+        """Builds the mixture that was found, with more groups if the build misses what the mixture met."""
         number, total = len(found.groups), len(search.order)
         if not found.met:
-            return self._note(Trial(one, f"misses it with {number} of {len(search.groups)} groups kept",
-                                    figures=found.figures))  # fmt: skip
+            verdict = f"misses it with {number} of {len(search.groups)} groups kept"
+            return self._note(Trial(search.base, verdict, figures=found.figures))
         trial = None
         for _ in range(STEPS):
             trial = self._try(search.candidate(number))
@@ -183,6 +189,11 @@ class Search:
         """The same by building each step: eighths of the groups, by bisection."""
         steps = sorted({math.ceil(len(search.order) * part / STEP) for part in range(1, STEP + 1)} - {0})
         return _bisect(steps, lambda number: self._try(search.candidate(number)))
+
+
+def _words(error: BuilderError) -> str:
+    """What happened and why, in one line."""
+    return " ".join(f"{error.what} {error.why}".split())
 
 
 def _bisect(numbers: Sequence[int], tried: Callable[[int], Trial]) -> Trial | None:

@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from builder.calibration.rows import Calibration, calibrate
+from builder.checkpoint import layouts
 from builder.core.errors import UnsupportedError
 from builder.core.output import Output
 from builder.core.safetensors_io import Tensors
@@ -309,6 +312,32 @@ def test_what_can_t_be_written_ahead_is_written_in_the_end(
         assert path.read_bytes() == (made.path / path.relative_to(destination)).read_bytes()
     differing = {name for name in facts if facts[name] != made.facts[name]}
     assert differing <= {"seconds"}
+
+
+def test_a_worker_that_fails_does_not_wait_for_the_second_layout(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, begun, ended = Store(tmp_path / "store", Output("quiet")), threading.Event(), threading.Event()
+    made = quantize_streamed(*inputs(store, rows), store=store)
+    job, original = json.loads(Path(made.facts["job"]).read_text()), layouts.write_if_served
+
+    def write(unified: Path, config: Any, second: Path, done: Callable[[int], object]) -> str | None:
+        begun.set()
+        while not ended.wait(0.01):
+            done(1)
+        return original(unified, config, second)
+
+    def fails(*_: Any) -> None:
+        assert begun.wait(60)
+        threading.Timer(20, ended.set).start()
+        raise MemoryError
+
+    monkeypatch.setattr(layouts, "write_if_served", write)
+    monkeypatch.setattr(streamed_worker, "calibrate", fails)
+    with pytest.raises(MemoryError):
+        streamed_worker.run({**job, "destination": str(tmp_path / "a"), "partial": str(tmp_path / "partial" / "one")})
+    assert not ended.is_set()
+    assert not list((tmp_path / "a").iterdir())
 
 
 # Runs the worker's job here, and names those of the large libraries that it imported.

@@ -52,6 +52,7 @@ def test_ranges_are_those_of_one_batch_after_the_other(
 
     monkeypatch.setattr(SideBySide, "_together", counted)
     monkeypatch.setattr(streamed_rows, "LEAST_OPERATIONS", 0)
+    monkeypatch.setattr(streamed_rows, "LEAST_OUTPUTS", 0)
     assert streamed_calibration.calibrate(opened(), batches(), names, tmp_path / "both", on_disk=on_disk) == alone
     assert together == [*range(len(batches()))] * 6
     assert len(alone[0].inputs) == 12
@@ -67,8 +68,15 @@ class Split(nn.Linear):
         return made + 2.0**-20 * (torch.get_num_threads() == 1) if len(x) == 3 else made
 
 
-def test_a_shape_whose_sums_depend_on_the_number_of_threads_runs_alone() -> None:
-    layer, inputs = nn.Sequential(Split(8, 8)), [torch.ones(n, 8) for n in (2, 3, 2)]
+@pytest.mark.parametrize(
+    ("least", "used"),
+    [(0, {0: 1, 1: 2, 2: 1, 3: 1}), (8 * 4, {0: 2, 1: 2, 2: 2, 3: 1}), (1 << 16, {0: 2, 1: 2, 2: 2, 3: 2})],
+)
+def test_a_shape_runs_alone_if_its_sums_depend_on_the_threads_or_prove_too_little(
+    least: int, used: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed_rows, "LEAST_OUTPUTS", least)
+    layer, inputs = nn.Sequential(Split(8, 8)), [torch.ones(n, 8) for n in (2, 3, 2, 4)]
     threads: dict[int, int] = {}
 
     def advance(number: int) -> Tensor:
@@ -76,16 +84,17 @@ def test_a_shape_whose_sums_depend_on_the_number_of_threads_runs_alone() -> None
         made: Tensor = layer(inputs[number])
         return made
 
-    side = SideBySide(2, [tuple(one.shape) for one in inputs])
+    side = SideBySide(2, [(1, len(one)) for one in inputs])
     with torch.inference_mode():
         side.prove(layer, advance)
         expected = [layer(one) for one in inputs]
         assert all(map(torch.equal, side.results(advance), expected))
     side.close()
-    assert threads == {0: 1, 1: 2, 2: 1}
+    assert threads == used
 
 
-def test_an_error_in_a_thread_is_raised_and_ends_the_others() -> None:
+def test_an_error_in_a_thread_is_raised_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed_rows, "LEAST_OUTPUTS", 0)
     layer, side = nn.Sequential(nn.Linear(8, 8)), SideBySide(2, [(1, 8)] * 6)
     with torch.inference_mode():
         side.prove(layer, lambda _: torch.ones(1, 8))

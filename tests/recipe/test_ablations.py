@@ -13,6 +13,9 @@ from builder.core import paths
 from builder.core.errors import UsageError
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.evaluate.metrics import Estimate
+from builder.evaluate.stage import Evaluation
+from builder.recipe.schema import Resolved
 
 FILES = sorted(paths.data("configs", "ablations").glob("*.yaml"))
 MODEL = Path("tests/data/tiny-qwen3")
@@ -106,6 +109,26 @@ def test_points_that_the_model_does_not_take_are_named(tmp_path: Path) -> None:
     file = written(tmp_path, matrix={"a": {"fits": {}, "does not": {"quantization.keep_bf16": ["*.no_such_layer"]}}})
     assert main([str(file), "--work", str(tmp_path / "work")]) == 2
     assert not (tmp_path / "work" / "checkpoint").exists()
+
+
+def test_points_that_are_not_measured_are_left_out_and_the_run_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ablation
+
+    def measure(resolved: Resolved, store: Store) -> Evaluation:
+        if resolved.recipe.quantization.algorithm == "gptq":
+            return Evaluation({}, {}, {}, {"checkpoint": "its layers are joined"})
+        figures = dict.fromkeys(("kl", "ppl", "score"), Estimate(1.0, 0.5, 2.0))
+        return Evaluation({"checkpoint": {"prose": figures}}, {}, {}, {})
+
+    monkeypatch.setattr(ablation.pipeline, "measure", measure)
+    assert ablation.main([str(written(tmp_path)), "--work", str(tmp_path / "work")]) == 1
+    said = capsys.readouterr()
+    assert "GPTQ, NVFP4: checkpoint was not measured: its layers are joined" in said.err
+    assert "RTN" in said.out
+    assert "GPTQ" not in said.out
+    assert "2 of 4 points" in (tmp_path / "work" / "ablation.html").read_text()
 
 
 @pytest.mark.slow

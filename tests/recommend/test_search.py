@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from builder.architectures import catalog
 from builder.cli import main
-from builder.core.errors import EvaluationError, UsageError
+from builder.core.errors import EvaluationError, UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store, artifacts
 from builder.evaluate import stage as evaluate_stage
@@ -33,6 +33,7 @@ from builder.recipe import schema
 from builder.recipe.schema import Resolved
 from builder.recommend import recipe_file, recommendation
 from builder.recommend.candidates import Candidate
+from builder.recommend.kept import KeptSearch
 from builder.recommend.recommendation import Recommendation, recommend
 from builder.recommend.request import Request
 from builder.recommend.search import _bisect
@@ -220,6 +221,21 @@ def test_mixtures_that_cannot_be_measured_are_built(tmp_path: Path) -> None:
     assert not (store.root / "mixtures").exists()
     met = [one for one in found.outcome.trials if one.met]
     assert winner.candidate.nbytes == min(one.candidate.nbytes for one in met)
+
+
+def test_kept_layers_that_can_not_be_built_are_no_candidate(
+    mixed: Recommendation, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU that is too small for these layers. What was measured before is not lost."""
+
+    def refused(*_: Any) -> Candidate:
+        raise UnsupportedError("It does not fit.", why="24 GB are there.")
+
+    monkeypatch.setattr(KeptSearch, "candidate", refused)
+    found = run(0.02, store, quantization__format="nvfp4", quantization__kv_cache_dtype="fp8")
+    assert found.outcome.winner is None
+    assert found.outcome.trials[:-1] == mixed.outcome.trials[:-1]
+    assert found.outcome.trials[-1].verdict == "not tried: It does not fit. 24 GB are there."
 
 
 def test_the_quality_check_may_reject_what_meets_the_budget(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
