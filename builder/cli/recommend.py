@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.cli.options import (
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from builder.core.store import Store
     from builder.recommend.recommendation import Recommendation
 
-DEFAULT = "recommended.yaml"
+DEFAULT = Path("recommended.yaml")
 
 
 def add(commands: Any) -> None:
@@ -56,6 +57,8 @@ def run_recommend(arguments: argparse.Namespace, out: Output) -> int:
     for option, value in (("--max-candidates", arguments.max_candidates), ("--max-minutes", arguments.max_minutes)):
         if value is not None and not value > 0:
             raise UsageError(f"{option} must be above 0 (got {value:g}).")
+    if arguments.save.is_dir():
+        raise UsageError(f"--save {arguments.save} is a directory.", hint=f"Name a file in it: {DEFAULT}")
     resolved = resolve(arguments)
     from builder.checkpoint.conversion import parse_size
     from builder.core.store import Store
@@ -107,12 +110,11 @@ def _settle_losers(found: Recommendation, store: Store, out: Output, *, remove: 
 
 def _write(found: Recommendation, arguments: argparse.Namespace, out: Output) -> None:
     import shlex
-    from pathlib import Path
 
     from builder.recommend.recipe_file import values, write
 
     assert found.outcome.winner is not None
-    write(found.outcome.winner, found.user, Path(arguments.save))
+    write(found.outcome.winner, found.user, arguments.save)
     out.result({"recipe_file": str(arguments.save), "recipe": values(found.outcome.winner, found.user)})
     out.text(f"recommended {found.reason}")
     out.text(f"written to  {arguments.save}")

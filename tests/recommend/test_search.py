@@ -288,7 +288,7 @@ def test_a_plan_builds_nothing(tmp_path: Path) -> None:
     assert all(later > 0.98 * earlier for earlier, later in pairwise(nbytes))
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(tmp_path / "none", Output("quiet"))
     for recipe, why in (
         (resolve(None), "No budget is named"),
@@ -300,6 +300,8 @@ def test_refusals(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=why):
             recommend(recipe, Request({"kl": 0.1}), store=store)
     assert main.main(["recommend", "--model", "x", "--gpu", "cpu", "--max-kl", "1", "--max-candidates", "0"]) == 2
+    assert main.main(["recommend", "--model", "x", "--gpu", "cpu", "--max-kl", "1", "--save", str(tmp_path)]) == 2
+    assert f"--save {tmp_path} is a directory" in capsys.readouterr().err
 
 
 def test_losers_are_named_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
