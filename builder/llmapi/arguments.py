@@ -52,6 +52,7 @@ UNUSED = (
     "repository.max_queue_delay_microseconds",
     "repository.max_queue_size",
     "repository.queue_timeout_seconds",
+    "repository.stall_timeout_seconds",
 )
 
 

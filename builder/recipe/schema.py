@@ -139,6 +139,9 @@ class Repository(Part):
     queue_timeout_seconds: Annotated[
         Natural, Field(le=86_400, description="longest wait in a queue; then a request is rejected; 0: no limit")
     ] = 600
+    stall_timeout_seconds: Annotated[
+        Natural, Field(le=86_400, description="longest pause of an engine inside a streamed answer; 0: no limit")
+    ] = 120
     kv_cache_free_gpu_mem_fraction: Annotated[
         float, Field(gt=0, le=1, description="share of the memory left after the weights")
     ] = 0.9

@@ -18,6 +18,7 @@ from builder.trtllm import compatibility
 # header chosen here cannot be sent: its name contains a colon, which ends a header's name in HTTP, and gRPC rejects it.
 # So the APIs are closed to everybody, and the command line, which every local user can read, contains no secret.
 CLOSED = "model-repository,shared-memory,trace,logging:no:body=x"
+OWN_GRPC = "BUILDER_TRITON_GRPC"  # where tensorrt_llm_bls finds the engine model (its model.py)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class Addresses:
     def grpc_url(self) -> str:
         """HOST:PORT for gRPC."""
         return f"{self.host}:{self.grpc}"
+
+    @property
+    def own_grpc_url(self) -> str:
+        """HOST:PORT at which the server's own models reach its gRPC port."""
+        return f"{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.grpc}"
 
     @property
     def metrics_url(self) -> str:

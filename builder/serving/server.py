@@ -159,7 +159,7 @@ def _started(
                 command.line(models, ranks),
                 stop=stopping.stop,
                 log=sink,
-                env={**variables, "TMPDIR": str(place.tmp)},
+                env={**variables, "TMPDIR": str(place.tmp), launch.OWN_GRPC: addresses.own_grpc_url},
                 scratch=process.Scratch(shm, place.path),
             ) as child,
         ):

@@ -61,6 +61,7 @@ def template_values(
             "threads": stream_capacity.threads(build["max_batch_size"]),
             "max_queue_size": part.max_queue_size,
             "queue_timeout_seconds": part.queue_timeout_seconds,
+            "stall_timeout_seconds": part.stall_timeout_seconds,
         },
         "tensors": tensors,
         "required_inputs": [

@@ -88,6 +88,7 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
     "repository.max_queue_delay_microseconds": (7, "repository"),
     "repository.max_queue_size": (7, "repository"),
     "repository.queue_timeout_seconds": (7, "repository"),
+    "repository.stall_timeout_seconds": (7, "repository"),
     "repository.kv_cache_free_gpu_mem_fraction": (0.5, "repository"),
     "repository.batch_scheduler_policy": ("max_utilization", "repository"),
     "repository.enable_kv_cache_reuse": (False, "repository"),

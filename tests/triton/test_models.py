@@ -358,6 +358,15 @@ def leave_http(server: Server, model: str, **values: Any) -> None:
     connection.close()
 
 
+def wait_until_stopped(server: Server, before: int) -> int:
+    """How many tokens the engine had generated when it was stopped. `before`: where in the log to begin."""
+    deadline = time.monotonic() + 5
+    while not (found := re.search(rb"stopped after (\d+) tokens", server.log.read_bytes()[before:])):
+        assert time.monotonic() < deadline, "the engine was not stopped"
+        time.sleep(0.05)
+    return int(found[1])
+
+
 @pytest.mark.parametrize(
     ("leave", "model", "streams"),
     [
@@ -374,11 +383,7 @@ def test_generation_stops_when_the_client_leaves(
     """This prompt takes the stand-in 0.05 s per token and 10 s in total."""
     before = len(server.log.read_bytes())
     leave(server, model, text_input="! wait", max_tokens=200, stream=streams)
-    deadline = time.monotonic() + 5
-    while not (found := re.search(rb"stopped after (\d+) tokens", server.log.read_bytes()[before:])):
-        assert time.monotonic() < deadline, "the engine was not stopped"
-        time.sleep(0.05)
-    assert int(found[1]) < 60
+    assert wait_until_stopped(server, before) < 60
     assert "".join(stream(server, text_input="Hello", max_tokens=3, stream=True)) == echo("Hello", 3)
 
 
@@ -406,6 +411,39 @@ def test_a_full_queue_and_a_long_wait_are_rejected(tmp_path: Path) -> None:
             thread.join()
     rejected = ["Exceeds maximum queue size"] * 3 + ["Request timeout expired"]
     assert sorted(found, key=len) == sorted([*rejected, *[echo("! wait", 50)] * 2], key=len)
+
+
+def test_a_stream_of_a_stuck_engine_ends_with_an_error(tmp_path: Path) -> None:
+    """The stand-in sends one token for this prompt. Other streams go on, and the stuck request is stopped."""
+    part = schema.Repository(stall_timeout_seconds=1)
+    repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, part)
+    with serve(
+        tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=ServerOptions(engine_backend=ECHO)
+    ) as server:
+        other: list[str] = []
+        busy = threading.Thread(
+            target=lambda: other.extend(stream(server, text_input="! wait", max_tokens=50, stream=True))
+        )
+        busy.start()
+        start = time.monotonic()
+        with pytest.raises(InferenceServerException, match="the engine sent nothing for 1 seconds"):
+            stream(server, text_input='" stall', max_tokens=50, stream=True)
+        assert time.monotonic() - start < 10
+        busy.join()
+        assert "".join(other) == echo("! wait", 50)
+        wait_until_stopped(server, 0)
+
+
+def test_an_engine_that_can_not_be_reached_is_an_error_at_once(tmp_path: Path) -> None:
+    repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, schema.Repository())
+    model = tmp_path / "models" / "tensorrt_llm_bls" / "1" / "model.py"
+    model.write_text(re.sub(r'os.environ.get\("BUILDER_TRITON_GRPC".*\)', '"127.0.0.1:9"', model.read_text()))
+    with serve(
+        tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=ServerOptions(engine_backend=ECHO)
+    ) as server:
+        with pytest.raises(InferenceServerException, match="the engine can't be reached; see the server's log"):
+            stream(server, text_input="Hello", max_tokens=5, stream=True)
+        assert "BUILDER_TRITON_GRPC is not Triton's gRPC address" in server.log.read_text()
 
 
 def test_without_streaming_the_ensemble_serves_infer(tmp_path: Path) -> None:

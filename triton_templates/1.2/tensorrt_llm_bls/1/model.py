@@ -1,42 +1,59 @@
 """Triton model: text to streamed text. Calls preprocessing, then the engine, and detokenizes incrementally.
 
 As tensorrt_llm_bls it streams; as ensemble_infer it does not. One process carries many requests, each in a thread of
-its own. One more thread stops the engine for clients that are gone.
-Needs numpy and tokenizers. Triton loads each model.py by itself, so functions that several of them need are repeated.
-The same file runs in NVIDIA's container and with the reference executor.
+its own. One more thread stops the engine for clients that are gone, and ends the requests of an engine that is stuck.
+It calls the engine over gRPC, at the address in BUILDER_TRITON_GRPC, and not with `exec(decoupled=True)`: with several
+threads that can hang the process for ever. ResponseIterator::Next waits for the GIL while it holds the lock of its
+queue, the thread that delivers responses waits for this lock while it holds that of the map of iterators, and
+Stub::GetResponseIterator waits for the map while it holds the GIL (python_backend r24.10, still so in f9088ff, 2026).
+Needs numpy, tokenizers and tritonclient[grpc]. Triton loads each model.py by itself, so functions that several of them
+need are repeated. The same file runs in NVIDIA's container and with the reference executor.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import threading
 import time
 import traceback
 import uuid
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 OWN_OUTPUTS = ("output_ids", "sequence_length")
-# The Python backend of Triton 24.10 releases a finished stream in another thread without holding the GIL. If that is
-# the last reference, Python objects are freed there and the process crashes: always on Python 3.12, sometimes on 3.11
-# (python_backend r24.10, Stub::SendCleanupId). So a reference is kept here for longer than the backend needs, which is
-# milliseconds, or more under load.
-HELD_SECONDS = 2.0
 CANCELLATION_SECONDS = 0.1  # between two looks at which clients are gone; each look costs one call per running request
 STOPPERS = (
     8  # requests that are stopped at the same time: each takes some milliseconds, and many clients may leave at once
 )
-# One thread sends at a time. With a stand-in engine in Python whose threads sent concurrently, streams of Triton 24.10
-# stalled after seconds at a concurrency of 32; one after the other, they stalled after minutes. The cause is not known.
-SENDING = threading.Lock()
+STOP_SECONDS = 10.0  # for the engine to answer a request to stop another one
+ADDRESS = os.environ.get("BUILDER_TRITON_GRPC", "127.0.0.1:8001")  # by default Triton's default
+CHANNEL = [
+    ("grpc.enable_http_proxy", 0),  # it is this machine
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+# With this header Triton ends a stream that fails with the error's code. Otherwise it sends only the message.
+WITH_CODES = (("triton_grpc_error", "true"),)
+KINDS = {"BOOL": "bool", "INT32": "int32", "INT64": "int64", "UINT64": "uint64", "FP16": "float16", "FP32": "float32"}
+TRITON_KINDS = {name: kind for kind, name in KINDS.items()}
+CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT: "INVALID_ARG",
+    grpc.StatusCode.UNAVAILABLE: "UNAVAILABLE",
+    grpc.StatusCode.NOT_FOUND: "NOT_FOUND",
+    grpc.StatusCode.UNIMPLEMENTED: "UNSUPPORTED",
+    grpc.StatusCode.CANCELLED: "CANCELLED",
+}
 # Source files, stack frames and the log prefix in TensorRT-LLM's C++ errors, which clients should not see.
 INTERNALS = re.compile(
     r"\s*\(?(?<![\w:/])/(?:[\w.+-]+/)*[\w.+-]+(?::\d+)?\)?"
@@ -58,11 +75,13 @@ class TritonPythonModel:
         self.can_stream = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.engine_streams = parameters["engine_decoupled"] == "true"
         self.maps = {key: json.loads(value) for key, value in parameters.items() if "_from_" in key}
-        self.held, self.releasing = deque(), threading.Lock()
+        self.channel = grpc.insecure_channel(ADDRESS, options=CHANNEL)
+        self.engine = service_pb2_grpc.GRPCInferenceServiceStub(self.channel).ModelStreamInfer
         self.running, self.counting = set(), threading.Lock()
         threads, waiting = int(parameters["threads"]), int(parameters["max_queue_size"])
         self.most = threads + waiting if waiting else sys.maxsize
         self.queue_seconds = float(parameters["queue_timeout_seconds"]) or sys.maxsize
+        self.stall_seconds = float(parameters["stall_timeout_seconds"]) or sys.maxsize
         self.pool = ThreadPoolExecutor(threads)
         self.stoppers, self.closing = ThreadPoolExecutor(STOPPERS), threading.Event()
         self.watcher = threading.Thread(target=self.watch)
@@ -85,18 +104,25 @@ class TritonPythonModel:
         self.closing.set()
         self.watcher.join()
         self.stoppers.shutdown()
+        self.channel.close()
 
     def watch(self):
-        """Stops the engine for the requests whose clients are gone."""
+        """Stops the engine for the requests whose clients are gone, and ends requests that are stuck."""
         while not self.closing.wait(CANCELLATION_SECONDS):
             with self.counting:
                 running = list(self.running)
-            list(self.stoppers.map(self.stop_if_cancelled, running))
+            list(self.stoppers.map(self.look_after, running))
 
-    def stop_if_cancelled(self, answer):
+    def look_after(self, answer):
+        generation = answer.generation
         try:  # a problem with one request must not end the watch over the others
-            if answer.is_cancelled() and answer.engine_request and self.engine_streams:
-                self.stop(answer.engine_request)  # again in the next round if the engine has not seen it yet
+            if generation and generation.is_stalled():
+                try:
+                    self.stop(generation)
+                finally:
+                    generation.call.cancel()
+            elif answer.is_cancelled() and generation and self.engine_streams:
+                self.stop(generation)  # again in the next round if the engine has not seen it yet
         except Exception:
             traceback.print_exc()
 
@@ -126,15 +152,11 @@ class TritonPythonModel:
         self.check(inputs, streaming)
         engine_inputs = self.preprocess(inputs)
         extra = [name for name in request.requested_output_names() if name != "text_output"]
-        engine_request = pb_utils.InferenceRequest(
-            model_name="tensorrt_llm",
-            # A new id: the engine stops requests by id, and clients may reuse ids or send none.
-            request_id=uuid.uuid4().hex,
-            inputs=[pb_utils.Tensor(name, value) for name, value in engine_inputs.items()],
-            requested_output_names=[*OWN_OUTPUTS, *extra],
-        )
+        # A new id: the engine stops requests by id, and clients may reuse ids or send none.
+        message = engine_request(uuid.uuid4().hex, engine_inputs, [*OWN_OUTPUTS, *extra])
         answer.check_cancelled()  # while it waited, or while preprocessing ran
-        answer.engine_request = engine_request
+        limits = (self.queue_seconds + self.stall_seconds, self.stall_seconds) if streaming else ()
+        answer.generation = Generation(self.engine, message, limits)
         if streaming:
             self.stream(answer)
         else:
@@ -173,27 +195,9 @@ class TritonPythonModel:
         from_request = self.maps["tensorrt_llm_from_request"]
         return engine | {name: inputs[source] for name, source in from_request.items() if source in inputs}
 
-    def engine_responses(self, request):
-        """Yields the engine's responses that have outputs, as they arrive."""
-        responses = request.exec(decoupled=True) if self.engine_streams else [request.exec()]
-        try:
-            for response in responses:
-                if without_error(response).output_tensors():
-                    yield response
-        finally:
-            self.hold(responses)
-
-    def hold(self, responses):
-        """Keeps a reference for HELD_SECONDS (see there), and releases older ones."""
-        now = time.monotonic()
-        self.held.append((now, responses))
-        with self.releasing:
-            while self.held[0][0] < now - HELD_SECONDS:
-                self.held.popleft()
-
     def answer_once(self, answer, context):
         """Sends the whole answer as one response."""
-        answers = list(self.engine_responses(answer.engine_request))
+        answers = list(answer.generation.responses())
         answer.check_cancelled()
         if len(answers) != 1:
             invalid(f"the engine returned {len(answers)} answers to one request")
@@ -205,7 +209,7 @@ class TritonPythonModel:
         """Sends new text as the engine generates it."""
         text = Detokenizer(self.tokenizer, self.skip_special_tokens, self.incomplete_ids, self.context)
         sent = False
-        for response in self.engine_responses(answer.engine_request):
+        for response in answer.generation.responses():
             if answer.cancelled:
                 continue  # the engine stops soon
             beams, extra = read(response)
@@ -218,25 +222,59 @@ class TritonPythonModel:
         # A client must get at least one response, even if the model ends immediately.
         answer.finish(text_response([rest], []) if rest or not sent else None)
 
-    def stop(self, engine_request):
-        """Tells the engine to end the request with the same id. The caller still reads and drops its responses."""
+    def stop(self, generation):
+        """Tells the engine to end a generation. Its own thread still reads and drops the responses.
+
+        Cancelling the stream instead can crash Triton 24.10 while responses arrive (see builder/gateway/engine.py).
+        """
         one = np.ones((1, 1), np.int32)
         inputs = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.array([[True]])}
-        request = pb_utils.InferenceRequest(
-            model_name="tensorrt_llm",
-            request_id=engine_request.request_id(),
-            inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
-            requested_output_names=list(OWN_OUTPUTS),
-        )
-        for _ in self.engine_responses(request):
+        message = engine_request(generation.message.id, inputs, OWN_OUTPUTS)
+        for _ in self.engine(iter([message]), timeout=STOP_SECONDS):
             pass
 
 
+class Generation:
+    """A request to the engine model, and its responses.
+
+    `limits`: how many seconds the engine may send nothing, before its first response and after it. None for a whole
+    answer, which may take long and comes as one response.
+    """
+
+    def __init__(self, engine, message, limits):
+        self.message, self.limits = message, limits
+        self.started, self.last_response, self.stalled = time.monotonic(), None, ""
+        self.call = engine(iter([message]), metadata=WITH_CODES)
+
+    def responses(self):
+        """Yields the outputs of each response that has some, {name: array}, as they arrive. Rejected if it fails."""
+        try:
+            for response in self.call:
+                self.last_response = time.monotonic()
+                if response.error_message:
+                    raise Rejected(pb_utils.TritonError(public_message(response.error_message)))
+                if response.infer_response.outputs and not self.stalled:
+                    yield arrays(response.infer_response)
+        except grpc.RpcError as error:
+            if not self.stalled:
+                raise rejected(error) from None
+        if self.stalled:
+            raise Rejected(pb_utils.TritonError(self.stalled, pb_utils.TritonError.UNAVAILABLE))
+
+    def is_stalled(self):
+        """Whether the engine has sent nothing for too long. Stays true."""
+        if self.limits:
+            limit = self.limits[self.last_response is not None]
+            if time.monotonic() - (self.last_response or self.started) > limit:
+                self.stalled = f"the engine sent nothing for {limit:g} seconds"
+        return self.stalled
+
+
 class Answer:
-    """A request that is being answered. `engine_request` is what the engine was sent for it, if it was."""
+    """A request that is being answered. `generation` is what the engine was sent for it, if it was."""
 
     def __init__(self, request, sender):
-        self.request, self.sender, self.engine_request = request, sender, None
+        self.request, self.sender, self.generation = request, sender, None
         self.arrived, self.cancelled, self.finished = time.monotonic(), False, False
         self.lock = threading.Lock()
 
@@ -253,8 +291,7 @@ class Answer:
             raise Rejected(pb_utils.TritonError("the client cancelled the request", pb_utils.TritonError.CANCELLED))
 
     def send(self, response, flags=0):
-        with SENDING:
-            self.sender.send(response, flags=flags)
+        self.sender.send(response, flags=flags)
 
     def finish(self, response):
         """Sends the final response; None sends no more than the end."""
@@ -343,12 +380,41 @@ def invalid(message):
     raise Rejected(pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
 
 
-def without_error(response):
-    """The response; Rejected if it is an error."""
-    if response.has_error():
-        error = response.error()
-        raise Rejected(pb_utils.TritonError(public_message(error.message()), error.code()))
-    return response
+def engine_request(request_id, inputs, outputs):
+    """The protobuf message of a request to the engine. inputs: {name: array}."""
+    message = service_pb2.ModelInferRequest(model_name="tensorrt_llm", id=request_id)
+    for name, value in inputs.items():
+        message.inputs.add(name=name, datatype=TRITON_KINDS.get(value.dtype.name, "BYTES"), shape=value.shape)
+        strings = value.dtype.hasobject
+        message.raw_input_contents.append(bytes(pb_utils.serialize_byte_tensor(value)) if strings else value.tobytes())
+    for name in outputs:
+        message.outputs.add(name=name)
+    message.parameters["triton_enable_empty_final_response"].bool_param = True
+    return message
+
+
+def arrays(response):
+    """The outputs of an engine's response, {name: array}."""
+    made = {}
+    for output, content in zip(response.outputs, response.raw_output_contents, strict=True):
+        if output.datatype == "BF16":  # logits, and numpy has no such type; engines that return them come with torch
+            import torch
+
+            made[output.name] = torch.frombuffer(bytearray(content), dtype=torch.bfloat16).reshape(*output.shape)
+        else:
+            made[output.name] = np.frombuffer(content, KINDS[output.datatype]).reshape(output.shape)
+    return made
+
+
+def rejected(error):
+    """What the client gets if the engine's stream ends with this error of gRPC."""
+    details = error.details() or ""
+    if error.code() is grpc.StatusCode.UNAVAILABLE and "connect" in details:
+        print(f"{details}; BUILDER_TRITON_GRPC is not Triton's gRPC address", file=sys.stderr, flush=True)
+        message = "the engine can't be reached; see the server's log"
+        return Rejected(pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
+    code = getattr(pb_utils.TritonError, CODES.get(error.code(), "INTERNAL"))
+    return Rejected(pb_utils.TritonError(public_message(details), code))
 
 
 def public_message(message):
@@ -366,13 +432,16 @@ def flag(inputs, name):
     return name in inputs and bool(inputs[name].any())
 
 
-def read(response):
-    """The token ids of each beam, and the other output tensors, which the client gets unchanged."""
-    tensors = {tensor.name(): tensor for tensor in response.output_tensors()}
-    ids = tensors["output_ids"].as_numpy()
-    lengths = tensors["sequence_length"].as_numpy().reshape(-1)
+def read(outputs):
+    """The token ids of each beam, and the other outputs as tensors, which the client gets unchanged."""
+    ids, lengths = outputs["output_ids"], outputs["sequence_length"].reshape(-1)
     beams = [row[:length].tolist() for row, length in zip(ids.reshape(len(lengths), -1), lengths, strict=True)]
-    return beams, [tensor for name, tensor in tensors.items() if name not in OWN_OUTPUTS]
+    return beams, [tensor(name, value) for name, value in outputs.items() if name not in OWN_OUTPUTS]
+
+
+def tensor(name, value):
+    """The Triton tensor of a numpy array or a torch tensor."""
+    return pb_utils.Tensor(name, value) if isinstance(value, np.ndarray) else pb_utils.Tensor.from_dlpack(name, value)
 
 
 def text_response(texts, extra):
