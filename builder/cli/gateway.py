@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from builder.cli.options import add_command, add_output, path, port
 from builder.core.errors import UsageError
 from builder.core.output import Output
+
+# Option -> (default, metavar, help)
+NUMBERS = {
+    "max-requests": (256, "N", "answers in progress, above which clients get 429"),
+    "max-body": (8 << 20, "BYTES", "bytes of a request's body"),
+    "request-timeout": (600, "SECONDS", "seconds for one answer"),
+}
 
 
 def add(commands: Any) -> None:
@@ -39,12 +48,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model-name", metavar="NAME",
                          help="the model's name for clients (default: the repository's)")  # fmt: skip
     command.add_argument("--api-keys", type=path, metavar="FILE", help="a file with one accepted key per line")
-    for name, default, text in (
-        ("max-requests", 256, "answers in progress, above which clients get 429"),
-        ("max-body", 8 << 20, "bytes of a request's body"),
-        ("request-timeout", 600, "seconds for one answer"),
-    ):
-        metavar = {"max-requests": "N", "max-body": "BYTES"}.get(name, "SECONDS")
+    for name, (default, metavar, text) in NUMBERS.items():
         help = f"{text} (default: {default})"
         command.add_argument(f"--{name}", type=int, metavar=metavar, default=default, help=help)
 
@@ -52,10 +56,42 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def options(arguments: argparse.Namespace) -> list[str]:
     """These options, but for the name, as arguments for another `builder gateway`."""
     keys = ["--api-keys", str(arguments.api_keys.absolute())] if arguments.api_keys else []
-    numbers = ("max_requests", "max_body", "request_timeout")
-    return keys + [
-        word for name in numbers for word in (f"--{name.replace('_', '-')}", str(_positive(arguments, name)))
-    ]
+    return keys + [word for name in NUMBERS for word in (f"--{name}", str(_positive(arguments, name)))]
+
+
+def check(arguments: argparse.Namespace, models: Path, facts: Mapping[str, Any]) -> None:
+    """Checks what `serve` would pass to the gateway, before the server starts, which can take minutes.
+
+    UsageError for wrong options or a file of keys that can't be used, UnsupportedError without a tokenizer,
+    ServingError if the port is in use.
+    """
+    from builder.gateway.listener import listen
+    from builder.gateway.settings import tokenizer_directory
+
+    if arguments.no_gateway:
+        _check_unused(arguments)
+        return
+    for name in NUMBERS:
+        _positive(arguments, name)
+    read_keys(arguments.api_keys)
+    tokenizer_directory(models, facts)
+    for name in ("http", "grpc", "metrics"):
+        if arguments.port and getattr(arguments, f"{name}_port") == arguments.port:
+            raise UsageError(f"--port and --{name}-port are both {arguments.port}.", hint="Choose two ports.")
+    listen(arguments.host, arguments.port).close()
+
+
+def _check_unused(arguments: argparse.Namespace) -> None:
+    """UsageError if an option of the gateway was given with --no-gateway: API keys would protect nothing."""
+    unused: dict[str, Any] = {"port": None, "triton-host": None, "model-name": None, "api-keys": None}
+    unused |= {name: default for name, (default, _, _) in NUMBERS.items()}
+    for name, default in unused.items():
+        if getattr(arguments, name.replace("-", "_")) != default:
+            hint = {"port": "Triton's ports are --http-port, --grpc-port and --metrics-port.",
+                    "triton-host": "Without a gateway, --host is Triton's address."}  # fmt: skip
+            raise UsageError(
+                f"--{name} has no effect with --no-gateway.", hint=hint.get(name, f"Omit one of them: --{name}.")
+            )
 
 
 def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
@@ -66,9 +102,9 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
     from builder.triton import repository
 
     limits = Limits(
-        requests=_positive(arguments, "max_requests"),
-        body=_positive(arguments, "max_body"),
-        seconds=_positive(arguments, "request_timeout"),
+        requests=_positive(arguments, "max-requests"),
+        body=_positive(arguments, "max-body"),
+        seconds=_positive(arguments, "request-timeout"),
     )
     place = arguments.repository or repository.find(arguments.output)
     opened = repository.open_repository(place)
@@ -95,17 +131,17 @@ def read_keys(file: Any) -> tuple[str, ...]:
     if file is None:
         return ()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Can't read the API keys in {file}.", why=str(error), hint="--api-keys FILE") from None
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    keys = tuple(key for line in lines if (key := line.strip()) and not key.startswith("#"))
     if not keys:
         raise UsageError(f"{file} has no API key.", hint="Write one key per line.")
     return keys
 
 
 def _positive(arguments: argparse.Namespace, name: str) -> int:
-    value: int = getattr(arguments, name)
+    value: int = getattr(arguments, name.replace("-", "_"))
     if value < 1:
-        raise UsageError(f"--{name.replace('_', '-')} must be at least 1 (got {value}).")
+        raise UsageError(f"--{name} must be at least 1 (got {value}).")
     return value

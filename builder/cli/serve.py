@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
     command.add_argument("--port", type=port, metavar="PORT", help="of the OpenAI API (default: a free port)")
     command.add_argument("--no-gateway", action="store_true",
                          help="no OpenAI API; --host is Triton's address then")  # fmt: skip
-    command.add_argument("--triton-host", metavar="HOST", default="127.0.0.1",
+    command.add_argument("--triton-host", metavar="HOST",
                          help="address of Triton's own ports (default: this machine only)")  # fmt: skip
     gateway.add_options(command)
     command.add_argument("--follow-log", action="store_true", help="copy the server's log to stderr")
@@ -107,6 +107,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     from builder.serving.server import stop_at_eof
 
     repository = _repository(arguments)
+    gateway.check(arguments, repository.models, repository.facts)
     if arguments.until_eof:
         stop_at_eof()
     with (
@@ -191,7 +192,7 @@ def _server(
     from builder.serving.launch import Ports
 
     behind = arguments.command == "serve" and not arguments.no_gateway
-    host = arguments.triton_host if behind else arguments.host
+    host = (arguments.triton_host or Ports.host) if behind else arguments.host
     ports = Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port, host)
     if arguments.container:
         from builder.serving.container import serve_container

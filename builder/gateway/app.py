@@ -62,8 +62,8 @@ class Gateway:
         self._check_model(asked.model)
         ids = await self.prompts.conversation(
             [message.for_template() for message in asked.messages],
+            requests.template_variables(asked),
             continue_final=asked.continue_final_message,
-            **requests.template_variables(asked),
         )
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         return await self._respond(request, asked, [ids], limit, ChatReply)

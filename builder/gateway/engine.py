@@ -12,6 +12,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from builder.gateway.errors import ApiError
 from builder.gateway.settings import Model
-from builder.gateway.tensors import Decoder, Step, TokenRequest, encode, encode_stop
+from builder.gateway.tensors import Decoder, Step, TokenRequest, encode, encode_stop, is_final
 
 BUSY = "maximum queue size"  # in Triton's error for a request that exceeds max_queue_size
 STOP_ATTEMPTS, STOP_PAUSE = 20, 0.1  # how often, and seconds apart, a full queue is asked to stop an answer
@@ -59,25 +60,30 @@ class Engine:
         """
         call = self._stub.ModelStreamInfer()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        reading = self._start(self._read(call, encode(self._model, request, request_id), on_step, done))
+        ended = asyncio.Event()
+        reading = self._start(self._read(call, encode(self._model, request, request_id), on_step, done, ended))
         try:
             await done
         finally:
-            if not reading.done():
+            if not ended.is_set():
                 self._start(self._end(call, reading, request_id))
 
-    async def _read(self, call: Any, message: Any, on_step: OnStep, done: asyncio.Future[None]) -> None:
-        """Reads a stream to its end, whether or not somebody still waits for `done`."""
+    async def _read(
+        self, call: Any, message: Any, on_step: OnStep, done: asyncio.Future[None], ended: asyncio.Event
+    ) -> None:
+        """Reads a stream to its end, even if nobody waits for `done` any more. `ended`: no more responses follow."""
         try:
-            await self._responses(call, message, on_step, done)
-            if not done.done():
-                done.set_result(None)
+            await call.write(message)
+            await self._responses(call, on_step, done)
         except Exception as error:
             if not done.done():
                 done.set_exception(_broken(error) if isinstance(error, grpc.aio.AioRpcError) else error)
+        ended.set()
+        with suppress(grpc.aio.AioRpcError):
+            await _finish(call)
 
-    async def _responses(self, call: Any, message: Any, on_step: OnStep, done: asyncio.Future[None]) -> None:
-        await call.write(message)
+    async def _responses(self, call: Any, on_step: OnStep, done: asyncio.Future[None]) -> None:
+        """Reads responses up to the final one or an error."""
         decoder, final = Decoder(), False
         while not final:
             response = await call.read()
@@ -86,11 +92,9 @@ class Engine:
             if response.error_message:
                 raise _rejected(response.error_message)
             self.last_response = time.monotonic()
-            step = decoder.step(response.infer_response)
-            final = step.final
-            if not done.done() and not on_step(step) and not final:
-                done.set_result(None)
-        await call.done_writing()
+            final = is_final(response.infer_response)
+            if not done.done():
+                _deliver(decoder, response.infer_response, on_step, done)
 
     async def _end(self, call: Any, reading: asyncio.Task[None], request_id: str) -> None:
         """Ends an answer that nobody wants."""
@@ -109,7 +113,7 @@ class Engine:
             try:
                 await call.write(encode_stop(self._model, request_id))
                 response = await call.read()
-                await call.done_writing()
+                await _finish(call)
             except grpc.aio.AioRpcError:
                 return  # the server is gone, and the answer with it
             if response is grpc.aio.EOF or BUSY not in response.error_message:
@@ -121,6 +125,23 @@ class Engine:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+async def _finish(call: Any) -> None:
+    """Ends a stream whose responses have been read. Closing the connection earlier would cancel it (see above)."""
+    await call.done_writing()
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+def _deliver(decoder: Decoder, response: Any, on_step: OnStep, done: asyncio.Future[None]) -> None:
+    """Passes a response on. Sets `done` after the final one, or if no more are wanted, also because this failed."""
+    try:
+        step = decoder.step(response)
+        if not on_step(step) or step.final:
+            done.set_result(None)
+    except Exception as error:
+        done.set_exception(error)
 
 
 def _broken(error: object) -> ApiError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from builder.core.errors import ServingError
@@ -10,13 +11,21 @@ BACKLOG = 2048
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A listening socket; a free port if none is given. ServingError if the port is in use."""
+    """A listening socket; a free port if none is given. ServingError if the port is in use or the host is not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port or 0), family=family, backlog=BACKLOG)
     except OSError as error:
         raise ServingError(
-            f"Can't listen on {host}:{port}.",
+            f"Can't listen on {host}:{port}." if port else f"Can't listen on {host}.",
             why=error.strerror or str(error),
-            hint="Choose another port for the gateway with --port.",
+            hint=_hint(error, port),
         ) from error
+
+
+def _hint(error: OSError, port: int | None) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"Find out what uses the port (ss -ltnp 'sport = :{port}'), or choose another one with --port."
+    if error.errno == errno.EACCES:
+        return "Ports below 1024 need privileges: choose a higher one with --port."
+    return "--host takes an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them."

@@ -15,7 +15,7 @@ from builder.tokenizer.chat_template import Renderer, TemplateProblem
 from builder.tokenizer.special_tokens import prefix_ids, without_repeated_prefix
 
 LONG = 8192  # characters that take a few milliseconds to tokenize
-RESERVED = ("messages", "add_generation_prompt", "today", "tools")  # what a template gets from the gateway itself
+RESERVED = ("messages", "add_generation_prompt", "today", "tools", "self")  # what a template gets from elsewhere
 
 
 class Prompts:
@@ -36,9 +36,10 @@ class Prompts:
         self._thread.shutdown()
 
     async def conversation(
-        self, messages: Sequence[Mapping[str, Any]], *, continue_final: bool = False, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, continue_final: bool = False
     ) -> list[int]:
-        """The token ids of a conversation up to where the assistant answers. ApiError if the template rejects it."""
+        """The token ids of a conversation up to where the assistant answers. `variables`: of the template, additional
+        ones. ApiError if the template rejects it."""
         if self._model.template is None:
             raise invalid("This model has no chat template. Use /v1/completions.", "messages")
         work = asyncio.get_running_loop().run_in_executor
@@ -54,6 +55,10 @@ class Prompts:
         """The token ids of a text. ApiError, about `param`, if it is empty, too long or has an unknown token."""
         if len(text) > self._longest:
             raise self._too_long(f"{len(text)} characters", param)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair
+            raise invalid(f"The prompt is not valid Unicode at character {error.start}.", param) from None
         ids = await asyncio.to_thread(self._encode, text) if len(text) > LONG else self._encode(text)
         return self.ids(without_repeated_prefix(ids, self._prefix), param)
 

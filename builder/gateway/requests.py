@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,6 +23,11 @@ from builder.gateway.tensors import Sampling
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 
+TOKEN_ID = re.compile("[0-9]{1,10}")
+MAX_INT = (1 << 31) - 1  # the engine's integers have 32 bits
+
+Count = Annotated[int, Field(ge=0, le=MAX_INT)]
+MaxTokens = Annotated[int, Field(ge=1, le=MAX_INT)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Finite = ConfigDict(strict=True, allow_inf_nan=False)
@@ -45,17 +51,17 @@ class Generation(BaseModel):
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
-    top_k: int = Field(0, ge=-1)
+    top_k: int = Field(0, ge=-1, le=MAX_INT)
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    stop_token_ids: list[Count] = []
     ignore_eos: bool = False
-    min_tokens: int = Field(0, ge=0)
+    min_tokens: Count = 0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: MaxTokens | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -91,7 +97,7 @@ class Generation(BaseModel):
     def _bias(self, model: Model) -> dict[int, float]:
         if self.logit_bias and model.llmapi:
             raise invalid("This server does not support logit_bias.", "logit_bias", "unsupported_parameter")
-        found = {int(id): value for id, value in self.logit_bias.items() if id.isascii() and id.isdigit()}
+        found = {int(id): value for id, value in self.logit_bias.items() if TOKEN_ID.fullmatch(id)}
         if len(found) < len(self.logit_bias) or max(found, default=0) >= model.vocab_size:
             raise invalid(f"logit_bias: keys must be token ids below {model.vocab_size}.", "logit_bias")
         return found
@@ -133,7 +139,7 @@ class Message(BaseModel):
 def _object(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -141,7 +147,7 @@ class ChatRequest(Generation):
     """The body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     reasoning_effort: str | None = None

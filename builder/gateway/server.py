@@ -32,7 +32,6 @@ def run(settings: Settings, model: Model, listener: socket.socket, *, drain: int
         timeout_keep_alive=30,
         timeout_graceful_shutdown=drain,
     )
-    ready()
     gc.collect()
     gc.freeze()  # what was loaded so far is never garbage
     server = uvicorn.Server(config)
@@ -40,6 +39,7 @@ def run(settings: Settings, model: Model, listener: socket.socket, *, drain: int
     server.capture_signals = nullcontext
     previous = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        ready()  # a signal that follows is handled, also before the first request
         server.run(sockets=[listener])
     finally:
         for number, handler in previous.items():

@@ -38,12 +38,7 @@ class Model:
     @classmethod
     def read(cls, models: Path, facts: Mapping[str, Any]) -> Model:
         """Reads a repository: its directory of models, and the facts in its manifest."""
-        directory = models / facts["tokenizer_dir"] if "tokenizer_dir" in facts else Path(facts["checkpoint"])
-        if not (directory / "tokenizer.json").is_file():
-            raise UnsupportedError(
-                f"{directory} has no tokenizer.json, so the gateway can't serve this repository.",
-                hint="Serve it without the gateway: builder serve REPOSITORY --no-gateway",
-            )
+        directory = tokenizer_directory(models, facts)
         found = tokenizer_files.read(directory)
         turn_end = [found.end_of_turn[0]] if found.end_of_turn else []
         return cls(
@@ -59,6 +54,17 @@ class Model:
             vocabulary=Vocabulary.of(load(directory)),
             template=found.template,
         )
+
+
+def tokenizer_directory(models: Path, facts: Mapping[str, Any]) -> Path:
+    """Where a repository's tokenizer is. UnsupportedError if it has no tokenizer.json."""
+    directory = models / facts["tokenizer_dir"] if "tokenizer_dir" in facts else Path(facts["checkpoint"])
+    if not (directory / "tokenizer.json").is_file():
+        raise UnsupportedError(
+            f"{directory} has no tokenizer.json, so the gateway can't serve this repository.",
+            hint="Serve it without the gateway: builder serve REPOSITORY --no-gateway",
+        )
+    return directory
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ FINAL = "triton_final_response"
 # Greedy with log-probabilities: with runtime_top_k 1 TensorRT-LLM normalizes over the single candidate and reports 0
 # (samplingTopKKernels.cu, normalize_log_probs). A top-p this small leaves the most likely token only, unnormalized.
 MOST_LIKELY = 1e-6
+COLDEST = 1e-5  # a lower temperature is greedy: logits divided by it would exceed what 32 bits can tell apart
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is chosen."""
-        return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
+        return self.temperature < COLDEST or self.top_k == 1 or self.top_p <= MOST_LIKELY
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,11 @@ def _flag(name: str, value: bool) -> Tensor:
     return Tensor(name, "BOOL", (1,), bytes([value]))
 
 
+def is_final(response: Any) -> bool:
+    """Whether a response's protobuf message (ModelInferResponse) is the last of its request."""
+    return bool(response.parameters[FINAL].bool_param)
+
+
 class Decoder:
     """Reads the responses to one request. Their outputs come in the same order, so names are looked up once."""
 
@@ -186,7 +192,7 @@ class Decoder:
 
     def step(self, response: Any) -> Step:
         """A response's protobuf message (ModelInferResponse)."""
-        final = response.parameters[FINAL].bool_param
+        final = is_final(response)
         contents = response.raw_output_contents
         if not contents:
             return Step((), "", (), final)

@@ -252,6 +252,12 @@ def test_what_is_ignored_and_what_asks_for_nothing_is_accepted(client: openai.Op
     assert chat(client, extra_body=options).choices[0].message.content == f"user\n{TEXT}"
 
 
+def test_any_other_variable_of_the_template_is_passed_on(client: openai.OpenAI) -> None:
+    """Also one with the name of a parameter of ours."""
+    body = {"chat_template_kwargs": {"continue_final": True, "enable_thinking": False}}
+    assert chat(client, extra_body=body).choices[0].message.content == f"user\n{TEXT}"
+
+
 def test_another_models_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as raised:
         client.completions.create(model="gpt", prompt="x")

@@ -103,11 +103,43 @@ def test_any_value_of_a_field_is_taken_or_named(model: Model, name: str, value: 
     rejected = None
     try:
         found = chat(model, **{name: value})
-        found.sampling(model)
+        encode(model, TokenRequest([5], 9, found.sampling(model), found.end_ids(model), streaming=True), "id")
         requests.template_variables(found)
     except ApiError as error:
         rejected = error
     assert rejected is None or (rejected.status == 400 and (name in rejected.message or "JSON" in rejected.message))
+
+
+@pytest.mark.parametrize("number", [1 << 31, 1 << 63, 10**4200])
+def test_numbers_that_an_engine_can_not_take(model: Model, number: int) -> None:
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens", "top_k"):
+        with pytest.raises(ApiError, match=rf"{name}: Input should be less than or equal to 2147483647"):
+            chat(model, **{name: number})
+    with pytest.raises(ApiError, match="keys must be token ids below 4096"):
+        chat(model, logit_bias={str(number): 1}).sampling(model)
+    with pytest.raises(ApiError, match="keys must be token ids below 4096"):
+        chat(model, logit_bias={"9" * 5000: 1}).sampling(model)
+
+
+def test_numbers_that_are_0_in_32_bits(model: Model) -> None:
+    """The engine would divide by them, or reject the request."""
+    assert chat(model, temperature=1e-300).sampling(model).greedy
+    assert chat(model, top_p=1e-300).sampling(model).greedy
+    with pytest.raises(ApiError, match="repetition_penalty: Input should be greater"):
+        chat(model, repetition_penalty=1e-300)
+
+
+@pytest.mark.parametrize("name", ["messages", "self", "tools", "today"])
+def test_names_that_a_template_gets_from_elsewhere(model: Model, name: str) -> None:
+    with pytest.raises(ApiError, match=f"chat_template_kwargs can't set {name}"):
+        requests.template_variables(chat(model, chat_template_kwargs={name: 1}))
+
+
+def test_arguments_of_a_tool_call_that_are_no_json_stay_a_text(model: Model) -> None:
+    for text in ("no JSON", "[" * 100_000):
+        calls = [{"function": {"name": "f", "arguments": text}}]
+        [message] = chat(model, messages=[{"role": "assistant", "tool_calls": calls}]).messages
+        assert message.for_template()["tool_calls"][0]["function"]["arguments"] == text
 
 
 def test_deeply_nested_json(model: Model) -> None:

@@ -20,8 +20,10 @@ import pytest
 
 from builder import pipeline
 from builder.cli import main
+from builder.cli.gateway import read_keys
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.gateway.listener import listen
 from builder.recipe import schema
 from builder.serving.client import Client, Request
 
@@ -158,15 +160,80 @@ def arguments(process: Path) -> list[str]:
         (["--api-keys", os.devnull], "has no API key"),
     ],
 )
-def test_wrong_options(built: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["gateway", str(built), *options]) == 2
+@pytest.mark.parametrize("command", ["serve", "gateway"])
+def test_wrong_options(
+    built: Path, command: str, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main([command, str(built), *options]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Triton is ready" not in error
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--port", "9000"], "--port has no effect with --no-gateway"),
+        (["--api-keys", "keys.txt"], "--api-keys has no effect"),
+        (["--triton-host", "0.0.0.0"], "--host is Triton's address"),
+        (["--request-timeout", "5"], "--request-timeout has no effect"),
+    ],
+)
+def test_options_of_a_gateway_that_is_not_started(
+    built: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(["serve", str(built), "--no-gateway", *options]) == 2
     assert says in capsys.readouterr().err
 
 
-def test_a_port_in_use(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_port_for_two_servers(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["serve", str(built), "--port", "9000", "--grpc-port", "9000"]) == 2
+    assert "--port and --grpc-port are both 9000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "gateway"])
+def test_a_port_in_use(built: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named before Triton starts, which takes minutes for a large engine."""
+    with listen("127.0.0.1", None) as other:
+        port = str(other.getsockname()[1])
+        assert main.main([command, str(built), "--port", port]) == 5
+    error = capsys.readouterr().err
+    assert f"Can't listen on 127.0.0.1:{port}" in error
+    assert "with --port" in error
+    assert "Triton is ready" not in error
+
+
+def test_an_address_that_is_not_of_this_machine(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["serve", str(built), "--host", "192.0.2.1"]) == 5
+    error = capsys.readouterr().err
+    assert "Can't listen on 192.0.2.1." in error
+    assert "--host takes an address of this machine" in error
+
+
+def test_a_gateway_that_is_interrupted(built: Path) -> None:
     with command("gateway", str(built), "--grpc", "127.0.0.1:9") as (found, child):
-        port = found["url"].removesuffix("/v1").rpartition(":")[2]
-        assert main.main(["gateway", str(built), "--port", port]) == 5
-        assert f"Can't listen on 127.0.0.1:{port}" in capsys.readouterr().err
+        assert found["url"].endswith("/v1")
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 0
+
+
+def test_a_file_of_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    file.write_bytes(b"\xef\xbb\xbf  # ours\r\n\r\n key-1 \r\nkey-2\n")
+    assert read_keys(file) == ("key-1", "key-2")
+
+
+def test_killed_serve_leaves_neither_gateway_nor_server(built: Path) -> None:
+    with command("serve", str(built)) as (found, child):
+        port = found["openai"].removesuffix("/v1").rpartition(":")[2]
+        child.kill()
+        child.wait(30)
+        deadline = time.monotonic() + 20
+        while remaining(found["pid"], port) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert remaining(found["pid"], port) == []
+
+
+def remaining(server: int, port: str) -> list[str]:
+    found = [" ".join(argv) for path in Path("/proc").glob("[0-9]*") if port in (argv := arguments(path))]
+    return found + ([f"process {server}"] if (Path("/proc") / str(server)).exists() else [])
