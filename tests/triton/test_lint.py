@@ -230,6 +230,23 @@ def test_a_fault_of_directories_is_named(
     assert any(one.rule == rule and said in one.what and one.fix for one in lint(models).findings)
 
 
+@pytest.mark.parametrize("text", ["a {" * 20_000, "a [" * 20_000, "a <" * 70 + ">" * 70])
+def test_messages_that_nest_without_end_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.pbtxt").write_text(text)
+    [found] = lint(tmp_path).findings
+    assert (found.rule, found.file) == ("syntax", "m/config.pbtxt")
+    assert "nest more than 64 deep" in found.what
+
+
+@pytest.mark.parametrize("text", ["[" * 1500, "model: 2001-99-99", "model: !!int x"])
+def test_a_model_yaml_that_yaml_can_not_read_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    (tmp_path / "m" / "config.pbtxt").write_text('backend: "python"\n')
+    (tmp_path / "m" / "1" / "model.yaml").write_text(text)
+    assert ("syntax", "m/1/model.yaml") in {(one.rule, one.file) for one in lint(tmp_path).findings}
+
+
 def test_ensembles_that_are_steps_of_each_other_are_named(tmp_path: Path) -> None:
     for one, other in (("a", "b"), ("b", "a")):
         (tmp_path / one / "1").mkdir(parents=True)

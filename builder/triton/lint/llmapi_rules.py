@@ -43,10 +43,10 @@ def _check(model: ModelFiles, path: Path) -> Iterator[Finding]:
             )
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
         mark = getattr(error, "problem_mark", None)
         at = mark.line + 1 if mark else 0
-        said = str(getattr(error, "problem", error))
+        said = "it nests too deep" if isinstance(error, RecursionError) else str(getattr(error, "problem", error))
         yield Finding("syntax", file, at, f"{model.name}: it is no YAML: {said}", "Correct the text.")
         return
     if not isinstance(content, Mapping):

@@ -78,6 +78,12 @@ def read(directory: Path, root: Path) -> tuple[ModelFiles, list[Finding]]:
     except UnicodeDecodeError as error:
         fix = "Save the file as UTF-8."
         return model, [model.finding("encoding", None, f"{CONFIG} is not UTF-8 (byte {error.start})", fix)]
+    except OSError as error:
+        said = f"{CONFIG} can't be read: {error.strerror}"
+        return model, [model.finding("config", None, said, "Let this user and Triton's read the file.")]
+    if positions.depth(text) > DEEPEST:
+        said = f"it does not parse: its messages nest more than {DEEPEST} deep"
+        return model, [model.finding("syntax", None, said, "Close each message: no field of Triton's nests so deep.")]
     model.text = positions.read(text)
     message = model_config_pb2.ModelConfig()
     found = list(_unfilled(model, text))
@@ -94,6 +100,7 @@ def read(directory: Path, root: Path) -> tuple[ModelFiles, list[Finding]]:
     return model, found
 
 
+DEEPEST = 64  # messages in messages; Triton's have fewer than ten, and each takes a call here and in protobuf
 PARSING = ("unfilled", "unknown-field", "unknown-value", "repeated-field", "wrong-type")
 
 

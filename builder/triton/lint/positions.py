@@ -105,6 +105,16 @@ class _Reader:
         return Field(name, line, text, named=named or line)
 
 
+def depth(text: str) -> int:
+    """How deep its brackets nest."""
+    deepest = current = 0
+    for found in TOKEN.finditer(text):
+        if found.lastgroup == "mark":
+            current += (found.group() in CLOSING) - (found.group() in CLOSING.values())
+            deepest = max(deepest, current)
+    return deepest
+
+
 def well_formed(text: str) -> bool:
     """Whether strings end and brackets match."""
     open_ones = []
