@@ -1,8 +1,8 @@
 """How many streams an engine's repository carries at once, and how much host memory that takes.
 
-A process of tensorrt_llm_bls carries many streams, each in a thread. With 32 clients at 40 ms per token, one process
-gave 0.96 of the ideal rate and a median TTFT of 83 ms (Triton 24.10, two busy cores). 32 processes of one stream each,
-as here before, gave 0.94 and 107 ms, and took 768 MB instead of 39 MB and 28 instead of 18 CPU-ms per request.
+A process of tensorrt_llm_bls carries many streams, each in a thread. With 32 clients at 40 ms per token it took 40 MB
+and 19 CPU-ms per request of 64 tokens, and the server 15 (Triton 24.10, two cores that were busy with other work). 32
+processes of one stream each, as here before, took 768 MB, 28 CPU-ms and 23.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from builder.recipe import schema
 
 # Requests beyond max_batch_size wait in the engine, whose scheduler knows best what fits. A thread takes about 60 KB.
 THREADS_PER_ROW, MAX_THREADS = 2, 512
-# The proportional set size of a process (smaps_rollup) is 36.4 MiB with a vocabulary of 4,096 tokens, and 45.7 MiB with
-# 32 clients, measured with Triton 24.10. A vocabulary of 49,152 took 28.7 MiB more when the engine was called through
-# the Python backend. The processes share libraries but not the tokenizer.
+# The proportional set size of a process (smaps_rollup) is 36.4 MiB with a vocabulary of 4,096 tokens, and 39 to 46 MiB
+# with 32 clients, measured with Triton 24.10. With 49,152 tokens it was 28.7 MiB more, measured when the engine was
+# called through the Python backend. The processes share libraries but not the tokenizer.
 INSTANCE_BYTES = 34 << 20
 INSTANCE_BYTES_PER_TOKEN = 670
 

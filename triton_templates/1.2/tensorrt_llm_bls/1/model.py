@@ -1,7 +1,8 @@
 """Triton model: text to streamed text. Calls preprocessing, then the engine, and detokenizes incrementally.
 
 As tensorrt_llm_bls it streams; as ensemble_infer it does not. One process carries many requests, each in a thread of
-its own. One more thread stops the engine for clients that are gone, and ends the requests of an engine that is stuck.
+its own. One more thread reads the engine's responses, and one stops the engine for clients that are gone and ends the
+requests of an engine that is stuck.
 It calls the engine over gRPC, at the address in BUILDER_TRITON_GRPC, and not with `exec(decoupled=True)`: with several
 threads that can hang the process for ever. ResponseIterator::Next waits for the GIL while it holds the lock of its
 queue, the thread that delivers responses waits for this lock while it holds that of the map of iterators, and
@@ -12,8 +13,10 @@ need are repeated. The same file runs in NVIDIA's container and with the referen
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import queue
 import re
 import sys
 import threading
@@ -24,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import grpc.aio
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from tokenizers import Tokenizer
@@ -75,8 +79,7 @@ class TritonPythonModel:
         self.can_stream = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.engine_streams = parameters["engine_decoupled"] == "true"
         self.maps = {key: json.loads(value) for key, value in parameters.items() if "_from_" in key}
-        self.channel = grpc.insecure_channel(ADDRESS, options=CHANNEL)
-        self.engine = service_pb2_grpc.GRPCInferenceServiceStub(self.channel).ModelStreamInfer
+        self.engine = Engine()
         self.running, self.counting = set(), threading.Lock()
         threads, waiting = int(parameters["threads"]), int(parameters["max_queue_size"])
         self.most = threads + waiting if waiting else sys.maxsize
@@ -104,7 +107,7 @@ class TritonPythonModel:
         self.closing.set()
         self.watcher.join()
         self.stoppers.shutdown()
-        self.channel.close()
+        self.engine.close()
 
     def watch(self):
         """Stops the engine for the requests whose clients are gone, and ends requests that are stuck."""
@@ -120,7 +123,7 @@ class TritonPythonModel:
                 try:
                     self.stop(generation)
                 finally:
-                    generation.call.cancel()
+                    generation.reading.cancel()
             elif answer.is_cancelled() and generation and self.engine_streams:
                 self.stop(generation)  # again in the next round if the engine has not seen it yet
         except Exception:
@@ -230,8 +233,41 @@ class TritonPythonModel:
         one = np.ones((1, 1), np.int32)
         inputs = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.array([[True]])}
         message = engine_request(generation.message.id, inputs, OWN_OUTPUTS)
-        for _ in self.engine(iter([message]), timeout=STOP_SECONDS):
-            pass
+        self.engine.send(message, lambda response: None, STOP_SECONDS).result()
+
+
+class Engine:
+    """The connection to the engine model. One thread reads all streams: with a thread each, it takes more CPU time."""
+
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        asyncio.run_coroutine_threadsafe(self.connect(), self.loop).result()
+
+    async def connect(self):
+        self.channel = grpc.aio.insecure_channel(ADDRESS, options=CHANNEL)
+        self.infer = service_pb2_grpc.GRPCInferenceServiceStub(self.channel).ModelStreamInfer
+
+    def send(self, message, put, timeout=None):
+        """Sends a request. `put` gets each response, and at the end None or the error. Returns the end as a future."""
+        return asyncio.run_coroutine_threadsafe(self.read(message, put, timeout), self.loop)
+
+    async def read(self, message, put, timeout):
+        end = None
+        try:
+            async for response in self.infer(iter([message]), metadata=WITH_CODES, timeout=timeout):
+                put(response)
+        except Exception as error:
+            end = error
+        finally:
+            put(end)
+
+    def close(self):
+        asyncio.run_coroutine_threadsafe(self.channel.close(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
 
 
 class Generation:
@@ -244,20 +280,21 @@ class Generation:
     def __init__(self, engine, message, limits):
         self.message, self.limits = message, limits
         self.started, self.last_response, self.stalled = time.monotonic(), None, ""
-        self.call = engine(iter([message]), metadata=WITH_CODES)
+        self.received = queue.SimpleQueue()
+        self.reading = engine.send(message, self.received.put)
 
     def responses(self):
         """Yields the outputs of each response that has some, {name: array}, as they arrive. Rejected if it fails."""
-        try:
-            for response in self.call:
-                self.last_response = time.monotonic()
-                if response.error_message:
-                    raise Rejected(pb_utils.TritonError(public_message(response.error_message)))
-                if response.infer_response.outputs and not self.stalled:
-                    yield arrays(response.infer_response)
-        except grpc.RpcError as error:
-            if not self.stalled:
-                raise rejected(error) from None
+        while (response := self.received.get()) is not None and not self.stalled:
+            self.last_response = time.monotonic()
+            if isinstance(response, grpc.RpcError):
+                raise rejected(response)
+            if isinstance(response, Exception):
+                raise response
+            if response.error_message:
+                raise Rejected(pb_utils.TritonError(public_message(response.error_message)))
+            if response.infer_response.outputs:
+                yield arrays(response.infer_response)
         if self.stalled:
             raise Rejected(pb_utils.TritonError(self.stalled, pb_utils.TritonError.UNAVAILABLE))
 
