@@ -20,6 +20,7 @@ from builder.gateway.streams import ClientGone
 
 OPEN_PATHS = ("/health/", "/metrics")  # without an API key
 ROUTES = re.compile(r"/v1/(?:chat/completions|completions|models)|/health/(?:live|ready)|/metrics")
+UNREAD = (401, 404, 405, 408, 413, 415)  # the body may not have been read, so the connection is closed
 CLIENT_ID = re.compile(rb"[\w.:-]{1,64}")
 
 
@@ -95,7 +96,7 @@ async def _respond(send: Any, record: Record, error: ApiError) -> None:
         return
     body = json.dumps(error.body).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status in UNREAD:
         headers["Connection"] = "close"
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     try:

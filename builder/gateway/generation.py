@@ -104,12 +104,19 @@ class _Progress:
             self.answer.log_probs += sent
             self._emit(text, sent)
 
+    def _send_tokens(self) -> None:
+        """Passes on the tokens at the end that have no text: special ones, and parts of a character."""
+        if self._unsent:
+            self.answer.log_probs += self._unsent
+            self._emit("", self._unsent)
+
     def _finish(self, reason: str) -> None:
         if self._stops.matched is None:
             if not self._model.llmapi:
                 self._send(self._detokenizer.rest())
             if self._stops.matched is None:
                 self._pass_on(self._stops.rest())
+                self._send_tokens()
         if self._model.llmapi:  # that model does not count tokens
             self.answer.tokens = len(
                 self._model.vocabulary.tokenizer.encode(self.answer.text, add_special_tokens=False).ids

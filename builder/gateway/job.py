@@ -92,12 +92,12 @@ class Jobs:
     async def _answer(self, job: Job, index: int, record: Record, outbox: Outbox | None) -> Answer:
         prompt = job.prompts[index // job.n]
         sampling = replace(prompt.sampling, seed=(prompt.sampling.seed + index % job.n) % (1 << 64))
+        started = False
         if outbox is None:
 
             def emit(text: str, tokens: Sequence[Token]) -> None:
                 record.token()
         else:
-            started = False
 
             def emit(text: str, tokens: Sequence[Token]) -> None:
                 nonlocal started
@@ -112,7 +112,7 @@ class Jobs:
         answer = await generate(self._engine, self._model, request, job.stop, uuid.uuid4().hex, emit)
         record.completion_tokens += answer.tokens
         if outbox is not None:
-            if not answer.pieces:  # an empty answer
+            if not started:  # an empty answer
                 self._start(job, index, outbox)
             outbox.put(job.reply.end(index, answer))
         return answer

@@ -178,6 +178,16 @@ def test_a_wrong_api_key(strict: Running, key: str) -> None:
     assert KEY not in str(raised.value)
 
 
+def test_a_body_behind_a_wrong_key_is_not_awaited(strict: Running) -> None:
+    """The connection is closed: a client without a key can't hold it by sending a body slowly."""
+    with connect(strict) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n{")
+        received = b""
+        while part := connection.recv(4096):  # up to its end
+            received += part
+    assert received.startswith(b"HTTP/1.1 401 ")
+
+
 def test_a_right_api_key_and_paths_that_need_none(strict: Running) -> None:
     with strict.client(api_key=KEY) as client:
         assert [model.id for model in client.models.list()] == [MODEL]

@@ -191,6 +191,24 @@ def test_log_probabilities_of_the_chosen_tokens(client: openai.OpenAI) -> None:
     assert log_probs.text_offset[0] == 0
 
 
+def test_every_token_has_a_log_probability(client: openai.OpenAI) -> None:
+    """Also one at the end without a text of its own: a special token, and a part of a character."""
+    special = chat(client, max_tokens=1, logprobs=True).choices[0]
+    assert special.message.content == ""
+    assert special.logprobs is not None
+    assert [token.token for token in special.logprobs.content or []] == ["<|im_start|>"]
+    first, streamed, last = events(client, max_tokens=1, logprobs=True)
+    assert (first.choices[0].delta.role, last.choices[0].finish_reason) == ("assistant", "length")
+    assert streamed.choices[0].logprobs is not None
+    assert [token.logprob for token in streamed.choices[0].logprobs.content or []] == [-0.125]
+    tokens = len(TINY.encode("🎉").ids)
+    assert tokens > 1
+    for n in range(1, tokens + 1):
+        log_probs = completion(client, "🎉", max_tokens=n, logprobs=0).choices[0].logprobs
+        assert log_probs is not None
+        assert len(log_probs.tokens or []) == n
+
+
 def test_an_answer_has_as_many_tokens_as_fit_by_default(client: openai.OpenAI) -> None:
     found = chat(client, extra_body={"ignore_eos": True})
     assert found.usage is not None
