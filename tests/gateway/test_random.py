@@ -18,9 +18,10 @@ from tests.gateway.test_limits import connect, eventually, in_progress
 
 WRONG = (400, 404, 405, 415, 429)  # what a client's mistake gets
 LONE = "\ud800"  # half of a character, which JSON can write and UTF-8 cannot
+# Token ids other than 0 and 1 at the start: with these the stand-in waits.
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 0.5, -2.5, 1e-300, 1e300, 2**31, 2**63, 10**4200, "", "x", "界 ", LONE, [], {},
-    [1], ["a", "b"], [[1, 2], [3]], {"a": 1}, {"1": 5}, {"9" * 5000: 1}, {"include_usage": True}, {"self": 1},
+    [7], ["a", "b"], [[7, 1], [3]], {"a": 1}, {"1": 5}, {"9" * 5000: 1}, {"include_usage": True}, {"self": 1},
     {"continue_final": True}, {"add_generation_prompt": LONE}, {"strftime_now": 1},
 ]  # fmt: skip
 CONTENTS: list[Any] = ["Hello", "", "Grüße 🎉", LONE, "<|im_end|>", "{{ 7 }}", None, 5,
