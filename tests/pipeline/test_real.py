@@ -113,11 +113,11 @@ def test_it_answers_a_question_over_triton(mended: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def recommended(output: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `recommend` prints for NVFP4 and a KL of 0.1."""
+    """What `recommend` prints for NVFP4 and a KL of 0.08. At 0.1 the answers are worse (docs/guides/accuracy.md)."""
     file = tmp_path_factory.mktemp("recommended") / "recipe.yaml"
     texts = [word for name in ("prose", "chat") for word in ("--data", f"tests/data/eval/{name}.jsonl")]
     sets = ["evaluation.texts=10", "evaluation.max_tokens=128", "sensitivity.texts=4", "sensitivity.max_tokens=64"]
-    argv = ["--model", os.environ["REAL_MODEL"], *RECIPE, "--format", "nvfp4", "--max-kl", "0.1", *texts]
+    argv = ["--model", os.environ["REAL_MODEL"], *RECIPE, "--format", "nvfp4", "--max-kl", "0.08", *texts]
     argv += [word for one in sets for word in ("--set", one)]
     code, printed, error = builder("recommend", *argv, "--output", str(output), "--save", str(file))
     assert code == 0, error
@@ -130,7 +130,7 @@ def test_recommend_finds_layers_to_keep(recommended: dict[str, Any]) -> None:
     print(recommended["reason"])
     assert (plain["candidate"], plain["met"]) == ("nvfp4, KV fp8", False)
     assert 0.3 < plain["figures"]["kl"]["value"] < 0.7
-    assert winner["figures"]["kl"]["high"] <= 0.1
+    assert winner["figures"]["kl"]["high"] <= 0.08
     assert plain["weights"] < winner["weights"]
     assert 0 < len(winner["kept"]) < 210
 
