@@ -36,6 +36,10 @@ class LockedDirectory:
     path: Path
     lock: int
 
+    def contents(self) -> list[Path]:
+        """What its process put into it: all but the file that is locked."""
+        return [path for path in self.path.iterdir() if path.name != _LOCK]
+
     def remove(self) -> None:
         """Removes it whole: an interrupt waits until the end."""
         with interrupts.deferred():

@@ -34,15 +34,15 @@ def learning(recipe: Recipe, model: ModelFacts, on: Device) -> Learning | None:
         return None
     tokens = min(recipe.calibration.seq_len, int(config.get("max_position_embeddings") or recipe.calibration.seq_len))
     hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    needs = learning_cost.memory(
+    shape = learning_cost.Shape(
         parameters=sum(math.prod(shape) for _, shape in model.tensors.values()),
         hidden=hidden,
         layers=layers,
         vocabulary=int(config.get("vocab_size") or 0),
         width=activation_width(config, 1),
-        tokens=tokens,
-        heads=[head_size(config)] * layers if "r2" in part.rotations else [],
     )
+    heads = [head_size(config)] * layers if "r2" in part.rotations else []
+    needs = learning_cost.memory(shape, tokens=tokens, heads=heads)
     took = learning_cost.operations(
         active=active_parameters(model), tokens=part.learning.steps * part.learning.rows * tokens, hidden=hidden,
         layers=layers,

@@ -88,7 +88,7 @@ class Ahead:
         if self._written is None or not _same(self._written[0], source):
             self.close()
             return None
-        for made in self._directory.path.iterdir():
+        for made in self._directory.contents():
             made.rename(unified if made.name == "unified" else unified.parent / made.name)
         self.close()  # a kill from here on leaves nothing of it
         return self._written[1]

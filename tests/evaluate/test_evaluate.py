@@ -105,7 +105,7 @@ def nll(store: Store, found: Evaluation, runner: str) -> np.ndarray:
         assert artifact is not None
         parts.append((artifact.manifest["ingredients"], np.load(path.parent / "nll.npy")))
     texts = [facts["tokens"] for facts in found.sets[runner].values()]
-    cache = "auto" if runner == variants.KV_AUTO else "fp8"
+    cache = "auto" if runner in (variants.KV_AUTO, variants.BF16.runner) else "fp8"
     name = "checkpoint" if runner == variants.KV_AUTO else runner
     ours = [column for made, column in parts if (made["runner"], made["kv_cache_dtype"]) == (name, cache)]
     return np.concatenate(sorted(ours, key=lambda column: texts.index(len(column))))

@@ -382,7 +382,7 @@ def test_the_plan_shows_arguments_and_yaml_and_makes_no_engine(qwen3_8b: Path, t
     assert content["model"] == "CHECKPOINT/unified"
     assert content["kv_cache_config"]["dtype"] == found["kv_cache_config.dtype"] == "fp8"
     assert plan["command"] is None
-    assert "flags" not in plan
+    assert plan["flags"] == []
     assert "not installed" in plan["blocked"]
     assert plan["sizes"]["disk"]["engine"] == 0
     assert any("does not include CUDA graphs" in note["text"] for note in plan["notes"])

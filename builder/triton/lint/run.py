@@ -77,7 +77,7 @@ def _root(path: Path) -> Path:
     raise UsageError(
         f"{path} is no Triton model repository.",
         why=f"No directory in it has a {CONFIG}.",
-        hint="Name the directory that Triton serves: --model-repository, or models/ of a repository of this builder.",
+        hint="Name what tritonserver gets with --model-repository, or models/ of a repository of this builder.",
     )
 
 
