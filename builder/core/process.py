@@ -373,7 +373,7 @@ def worker_main(
         if to_send is None and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             from builder.core.store import disk_error
 
-            to_send = disk_error(error, Path(str(error.filename or ".")))
+            to_send = disk_error(error, _written(error, job, Path(argv[1]).parent))
         if to_send is None:
             raise
         emit_error(to_send)
@@ -381,6 +381,11 @@ def worker_main(
     if summary is not None:
         emit(summary=summary)
     return 0
+
+
+def _written(error: OSError, job: Mapping[str, Any], logs: Path) -> Path:
+    """Where a worker wrote when the disk refused: a write to an open file raises without a name (write(2))."""
+    return Path(str(error.filename or job.get("destination") or job.get("root") or logs))
 
 
 def leave(code: int) -> NoReturn:

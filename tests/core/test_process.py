@@ -233,3 +233,23 @@ def test_a_worker_that_leaves_loses_no_output() -> None:
     code += "atexit.register(print, 'late')\nprint('x' * 9000)\nleave(6)"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert (done.stdout, done.returncode) == ("x" * 9000 + "\n", 6)
+
+
+@pytest.mark.parametrize(
+    ("job", "named"), [({"destination": "/store/made"}, "/store/made"), ({"root": "/store"}, "/store"), ({}, None)]
+)
+def test_a_full_disk_is_named_where_the_kernel_names_no_file(
+    job: dict[str, str], named: str | None, tmp_path: Path
+) -> None:
+    """write(2) to an open file fails without a name, unlike open(2)."""
+    (tmp_path / "filling_module.py").write_text(
+        "import sys\n"
+        "from builder.core.process import leave, worker_main\n"
+        "def work(job):\n"
+        "    with open('/dev/full', 'w') as full: full.write('anything')\n"
+        "leave(worker_main(sys.argv, work))\n"
+    )
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    bar = process.Bar(Output("quiet"), "")
+    with pytest.raises(StageError, match=rf"The disk that holds {named or tmp_path} is full"):
+        process.run_job("filling_module", job, log=tmp_path / "of.log", bar=bar, env=environment)
