@@ -204,14 +204,16 @@ def request(prompt: Sequence[int], tokens: int, **inputs: Any) -> dict[str, Any]
 
 def test_streams_interleave_and_the_last_response_is_final(served: Server) -> None:
     streaming = {"streaming": [[True]]}
-    got = stream(served, [("a", request([5, 6], 12, **streaming)), ("b", request([7], 12, **streaming))])
+    # The first answer is long: it must not be over before the second request arrives, however busy the machine is.
+    tokens = {"a": 100, "b": 12}
+    got = stream(served, [(n, request(prompt, tokens[n], **streaming)) for n, prompt in (("a", [5, 6]), ("b", [7]))])
     finals = {name: [final for one, final, _ in got if one == name] for name in "ab"}
-    assert finals == {name: [False] * 11 + [True] for name in "ab"}
+    assert finals == {name: [False] * (tokens[name] - 1) + [True] for name in "ab"}
     assert all(len(ids) == 1 for _, _, ids in got)
     order = "".join(name for name, _, _ in got)
     assert order.index("b") < order.rindex("a")
     for name, prompt in (("a", [5, 6]), ("b", [7])):
-        whole = stream(served, [("w", request(prompt, 12))])
+        whole = stream(served, [("w", request(prompt, tokens[name]))])
         assert whole == [("w", True, [ids[0] for one, _, ids in got if one == name])]
 
 
