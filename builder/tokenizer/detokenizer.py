@@ -5,11 +5,14 @@ The same rules as in triton_templates/1.2/tensorrt_llm_bls/1/model.py, which run
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+SINGLE_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")  # how byte-fallback vocabularies write the token of a byte
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,7 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
         """Reads the tokenizer's vocabulary."""
-        single_bytes = {
-            id for token, id in tokenizer.get_vocab().items() if len(token) == 6 and token.startswith("<0x")
-        }
+        single_bytes = {id for token, id in tokenizer.get_vocab().items() if SINGLE_BYTE.fullmatch(token)}
         special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         return cls(tokenizer, frozenset(single_bytes | special), _context(tokenizer, single_bytes))
 
@@ -44,7 +45,7 @@ class Vocabulary:
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token, which may be a part of a character."""
         token = self.tokenizer.id_to_token(id) or ""
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        if SINGLE_BYTE.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         if self.tokenizer.token_to_id(BYTE_LEVEL_SPACE) is not None and all(x in BYTE_OF for x in token):
             return bytes(BYTE_OF[x] for x in token)

@@ -7,6 +7,9 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
 from tokenizers_of_kinds import KINDS
 
 from builder.tokenizer.detokenizer import Detokenizer, Vocabulary
@@ -64,3 +67,11 @@ def test_the_bytes_of_single_byte_tokens() -> None:
     id = made.tokenizer.token_to_id("<0xE4>")
     assert made.token_bytes(id) == b"\xe4"
     assert made.token_bytes(made.tokenizer.encode("Hello", add_special_tokens=False).ids[0]).startswith(b" ")
+
+
+def test_a_token_that_only_looks_like_a_byte_is_text() -> None:
+    tokenizer = Tokenizer(WordLevel({"<0x41>": 0, "<0xyz>": 1}, unk_token="<0xyz>"))
+    tokenizer.decoder = Fuse()
+    made = Vocabulary.of(tokenizer)
+    assert (made.token_bytes(0), made.token_bytes(1)) == (b"A", b"<0xyz>")
+    assert made.incomplete == {0}
