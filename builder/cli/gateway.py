@@ -11,12 +11,13 @@ from typing import Any
 from builder.cli.options import add_command, add_output, path, port
 from builder.core.errors import UsageError
 from builder.core.output import Output
+from builder.gateway.limits import Limits
 
 # Option -> (default, metavar, help)
 NUMBERS = {
-    "max-requests": (256, "N", "answers in progress, above which clients get 429"),
-    "max-body": (8 << 20, "BYTES", "bytes of a request's body"),
-    "request-timeout": (600, "SECONDS", "seconds for one answer"),
+    "max-requests": (Limits.requests, "N", "answers in progress, above which clients get 429"),
+    "max-body": (Limits.body, "BYTES", "bytes of a request's body"),
+    "request-timeout": (int(Limits.seconds), "SECONDS", "seconds for one answer"),
 }
 
 
@@ -97,8 +98,8 @@ def _check_unused(arguments: argparse.Namespace) -> None:
 def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
     """Serves until SIGTERM or Ctrl-C (exit code 0)."""
     from builder.gateway import server
-    from builder.gateway.listener import listen
-    from builder.gateway.settings import Limits, Model, Settings
+    from builder.gateway.listener import authority, listen
+    from builder.gateway.settings import Model, Settings
     from builder.triton import repository
 
     limits = Limits(
@@ -113,7 +114,7 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
     model = Model.read(opened.models, opened.facts)
     listener = listen(arguments.host, arguments.port)
     host, number = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{number}/v1"
+    url = f"http://{authority(host, number)}/v1"
 
     def ready() -> None:
         out.result({"url": url, "model": name})
@@ -126,7 +127,7 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def read_keys(file: Any) -> tuple[str, ...]:
+def read_keys(file: Path | None) -> tuple[str, ...]:
     """The API keys in a file, one per line; none without a file. UsageError if it has none: it would open the door."""
     if file is None:
         return ()

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from builder.gateway.engine import Engine
 from builder.gateway.errors import ApiError
 from builder.gateway.generation import Answer, Token, generate
+from builder.gateway.limits import Limits
 from builder.gateway.record import Record
 from builder.gateway.responses import DONE, Reply, Usage
-from builder.gateway.settings import Limits, Model
+from builder.gateway.settings import Model
 from builder.gateway.streams import Outbox
 from builder.gateway.tensors import TokenRequest
 

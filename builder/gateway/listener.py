@@ -23,6 +23,11 @@ def listen(host: str, port: int | None) -> socket.socket:
         ) from error
 
 
+def authority(host: str, port: int) -> str:
+    """HOST:PORT as in a URL, where an IPv6 address stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _hint(error: OSError, port: int | None) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"Find out what uses the port (ss -ltnp 'sport = :{port}'), or choose another one with --port."

@@ -205,25 +205,30 @@ def _first(error: ValidationError) -> ApiError:
     return invalid(f"{name}: {found['msg']}", where[0] if where else None)
 
 
-def _check(request: Generation, model: Model) -> None:
+def _check(request: ChatRequest | CompletionRequest, model: Model) -> None:
     if max(request.stop_token_ids, default=0) >= model.vocab_size:
         raise invalid(f"stop_token_ids: ids must be below {model.vocab_size}.", "stop_token_ids")
     if request.log_probs and model.llmapi:
         raise invalid("This server does not support logprobs.", "logprobs", "unsupported_parameter")
-    more = getattr(request, "top_logprobs", 0) if isinstance(request, ChatRequest) else getattr(request, "logprobs", 0)
-    if request.log_probs and more:
-        name = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
-        raise invalid(
-            f"{name} is {more}; this server returns the log-probability of the chosen token only, so it must be 0.",
-            name, "unsupported_parameter",
-        )  # fmt: skip
     if isinstance(request, ChatRequest):
         if request.top_logprobs and not request.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+        _check_alternatives("top_logprobs", request.top_logprobs)
         if request.continue_final_message and request.messages[-1].role != "assistant":
             raise invalid("continue_final_message needs an assistant's message at the end.", "messages")
-    elif isinstance(request, CompletionRequest) and request.best_of not in (None, request.n):
-        raise invalid("best_of must be equal to n: this server does not rank answers.", "best_of")
+    else:
+        _check_alternatives("logprobs", request.logprobs or 0)
+        if request.best_of not in (None, request.n):
+            raise invalid("best_of must be equal to n: this server does not rank answers.", "best_of")
+
+
+def _check_alternatives(name: str, number: int) -> None:
+    """ApiError if a request asks for the log-probabilities of so many alternatives to the chosen token."""
+    if number:
+        raise invalid(
+            f"{name} is {number}; this server returns the log-probability of the chosen token only, so it must be 0.",
+            name, "unsupported_parameter",
+        )  # fmt: skip
 
 
 def token_limit(asked: int | None, prompt: int, model: Model) -> int:

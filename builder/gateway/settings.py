@@ -1,4 +1,4 @@
-"""What the gateway knows of a repository, and its own limits."""
+"""What the gateway knows of a repository, and its own settings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.errors import UnsupportedError
+from builder.gateway.limits import Limits
 from builder.tokenizer import files as tokenizer_files
 from builder.tokenizer.chat_template import ChatTemplate
 from builder.tokenizer.detokenizer import Vocabulary
@@ -65,26 +66,6 @@ def tokenizer_directory(models: Path, facts: Mapping[str, Any]) -> Path:
             hint="Serve it without the gateway: builder serve REPOSITORY --no-gateway",
         )
     return directory
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one client may ask of the gateway, so that no request harms others.
-
-    requests: answers in progress or waiting, above which a request gets 429. body, header: bytes.
-    header_seconds: for a client to send a request's headers and body. seconds: for one answer.
-    stalled_seconds, stalled_bytes: for a client that does not read its stream, which then ends.
-    choices: answers of one request (n times prompts).
-    """
-
-    requests: int = 256
-    body: int = 8 << 20
-    header: int = 32 << 10
-    header_seconds: float = 20.0
-    seconds: float = 600.0
-    stalled_seconds: float = 30.0
-    stalled_bytes: int = 4 << 20
-    choices: int = 128
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from starlette.types import Message, Receive, Scope, Send
 
 from builder.gateway.errors import ApiError
-from builder.gateway.settings import Limits
+from builder.gateway.limits import Limits
 
 # Tokens that come faster than this share a write: at 128 tokens of 1 ms each, writing each alone takes a third of the
 # gateway's CPU time. Real engines take longer for a token, and then nothing waits.

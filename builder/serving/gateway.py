@@ -12,7 +12,7 @@ from pathlib import Path
 from builder.core import exit_status, process
 from builder.core.environment import child_environment
 from builder.core.errors import ServingError
-from builder.gateway.listener import listen
+from builder.gateway.listener import authority, listen
 from builder.serving.readiness import answers_ok
 from builder.serving.server import follow
 
@@ -69,12 +69,8 @@ def gateway(
             follow(log)
         # An address that means all of them is none to connect to.
         local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        _wait_until_live(child, f"{_in_url(local)}:{chosen}", log)
-        yield Gateway(f"http://{_in_url(host)}:{chosen}/v1", log, child)
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+        _wait_until_live(child, authority(local, chosen), log)
+        yield Gateway(f"http://{authority(host, chosen)}/v1", log, child)
 
 
 def _wait_until_live(child: process.Child, url: str, log: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -30,8 +29,9 @@ MAX_INPUT_LEN, MAX_SEQ_LEN = 256, 8192
 SCRIPT = """
 import json, sys
 from builder.gateway import server
+from builder.gateway.limits import Limits
 from builder.gateway.listener import listen
-from builder.gateway.settings import Limits, Model, Settings
+from builder.gateway.settings import Model, Settings
 from builder.triton import repository
 path, grpc, name, limits, keys = json.loads(sys.argv[1])
 opened = repository.open_repository(path)
@@ -58,10 +58,6 @@ class Running:
     def address(self) -> tuple[str, int]:
         host, _, port = self.url.removeprefix("http://").partition(":")
         return host, int(port)
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from builder.cli import main
 from builder.cli.gateway import read_keys
 from builder.core.output import Output
 from builder.core.store import Store
-from builder.gateway.listener import listen
+from builder.gateway.listener import authority, listen
 from builder.recipe import schema
 from builder.serving.client import Client, Request
 
@@ -208,6 +208,10 @@ def test_an_address_that_is_not_of_this_machine(built: Path, capsys: pytest.Capt
     error = capsys.readouterr().err
     assert "Can't listen on 192.0.2.1." in error
     assert "--host takes an address of this machine" in error
+
+
+def test_an_ipv6_address_stands_in_brackets() -> None:
+    assert [authority(host, 9000) for host in ("::1", "127.0.0.1")] == ["[::1]:9000", "127.0.0.1:9000"]
 
 
 def test_a_gateway_that_is_interrupted(built: Path) -> None:

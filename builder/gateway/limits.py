@@ -1,0 +1,25 @@
+"""The gateway's limits. Imports nothing of the gateway, so that --help can show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may ask of the gateway, so that no request harms others.
+
+    requests: answers in progress or waiting, above which a request gets 429. body, header: bytes.
+    header_seconds: for a client to send a request's headers and body. seconds: for one answer.
+    stalled_seconds, stalled_bytes: for a client that does not read its stream, which then ends.
+    choices: answers of one request (n times prompts).
+    """
+
+    requests: int = 256
+    body: int = 8 << 20
+    header: int = 32 << 10
+    header_seconds: float = 20.0
+    seconds: float = 600.0
+    stalled_seconds: float = 30.0
+    stalled_bytes: int = 4 << 20
+    choices: int = 128
