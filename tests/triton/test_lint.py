@@ -186,9 +186,13 @@ def plant(sound: Path, directory: Path, fault: Fault) -> Path:
     return models
 
 
-def test_at_least_sixty_faults_of_every_rule_are_planted() -> None:
+def test_at_least_sixty_faults_and_every_rule_of_the_guide_are_planted() -> None:
     assert len(FAULTS) >= 60
     assert len({(one.file, one.old, one.new) for one in FAULTS}) == len(FAULTS)
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "lint.md").read_text()
+    rows = [line.split("|")[1] for line in guide.split("\n") if line.startswith("| `")]
+    planted = {one.rule for one in FAULTS} | {rule for rule, _, _ in DIRECTORIES} | {rule for _, _, rule, _, _ in YAML}
+    assert set(re.findall("`(.*?)`", " ".join(rows))) == planted
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda one: f"{one.rule}: {one.said}")
@@ -308,22 +312,22 @@ def test_several_instances_behind_a_streaming_engine_need_their_order_preserved(
 LLMAPI = "model: /models/qwen3\nbackend: pytorch\ntriton_config:\n  max_batch_size: 0\n  decoupled: true\n"
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "rule", "said", "line"),
-    [
-        ("model: /models/qwen3", "model: ${model}", "unfilled", "is not filled", 1),
-        ("model: /models/qwen3\n", "", "llmapi", "names no model", 0),
-        ("triton_config:", "triton_cfg:", "llmapi", "has no triton_config", 3),
-        ("  max_batch_size: 0\n", "", "llmapi", "triton_config has no max_batch_size", 3),
-        ("  decoupled: true\n", "", "llmapi", "triton_config has no decoupled", 3),
-        ("decoupled: true", "decoupled: 'yes'", "llmapi", "triton_config.decoupled is 'yes'", 5),
-        ("decoupled: true", "decoupled: false", "llmapi", "decoupled is false, and tensorrt_llm/config.pbtxt", 5),
-        ("backend: pytorch", "tensor_parallel_size: two", "llmapi", "tensor_parallel_size is 'two'", 2),
-        ("backend: pytorch", "kv_cache_config: {free_gpu_memory_fraction: 90}", "llmapi", "is 90", 0),
-        ("backend: pytorch", "backend: [", "syntax", "it is no YAML", 4),
-        (LLMAPI, "- model", "llmapi", "not a mapping", 0),
-    ],
-)
+YAML = [
+    ("model: /models/qwen3", "model: ${model}", "unfilled", "is not filled", 1),
+    ("model: /models/qwen3\n", "", "llmapi", "names no model", 0),
+    ("triton_config:", "triton_cfg:", "llmapi", "has no triton_config", 3),
+    ("  max_batch_size: 0\n", "", "llmapi", "triton_config has no max_batch_size", 3),
+    ("  decoupled: true\n", "", "llmapi", "triton_config has no decoupled", 3),
+    ("decoupled: true", "decoupled: 'yes'", "llmapi", "triton_config.decoupled is 'yes'", 5),
+    ("decoupled: true", "decoupled: false", "llmapi", "decoupled is false, and tensorrt_llm/config.pbtxt", 5),
+    ("backend: pytorch", "tensor_parallel_size: two", "llmapi", "tensor_parallel_size is 'two'", 2),
+    ("backend: pytorch", "kv_cache_config: {free_gpu_memory_fraction: 90}", "llmapi", "is 90", 0),
+    ("backend: pytorch", "backend: [", "syntax", "it is no YAML", 4),
+    (LLMAPI, "- model", "llmapi", "not a mapping", 0),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "rule", "said", "line"), YAML)
 def test_a_fault_of_model_yaml_is_named(old: str, new: str, rule: str, said: str, line: int, tmp_path: Path) -> None:
     directory = tmp_path / "tensorrt_llm"
     (directory / "1").mkdir(parents=True)
@@ -432,6 +436,16 @@ def test_an_engine_elsewhere_is_compared_and_one_that_is_none_refused(sound: Pat
         lint(sound, engine=tmp_path)
     with pytest.raises(UsageError, match="no Triton model repository"):
         lint(tmp_path)
+
+
+def test_an_engine_is_named_as_compared_beside_a_draft_engine_that_is_not(sound: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(sound, models)
+    shutil.copytree(models / "tensorrt_llm", models / "tensorrt_llm_draft")
+    config = models / "tensorrt_llm_draft" / "config.pbtxt"
+    config.write_text(config.read_text().replace('name: "tensorrt_llm"', 'name: "tensorrt_llm_draft"'))
+    found = lint(models)
+    assert (found.findings, found.engine) == ((), lint(sound).engine)
 
 
 @settings(max_examples=200, deadline=None)

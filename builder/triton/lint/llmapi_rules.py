@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from builder.triton.lint.findings import Finding
-from builder.triton.lint.model_files import UNFILLED, ModelFiles
+from builder.triton.lint.model_files import FILL, UNFILLED, ModelFiles
 
 FILE = "model.yaml"
 SWITCHES = "triton_config"
@@ -37,10 +37,8 @@ def _check(model: ModelFiles, path: Path) -> Iterator[Finding]:
 
     for number, line in enumerate(text.split("\n"), 1):
         if any(mark in line.partition("#")[0] for mark in UNFILLED):
-            fix = "Fill the template: give this placeholder a value."
-            yield Finding(
-                "unfilled", file, number, f"{model.name}: a placeholder is not filled: {line.strip()[:80]}", fix
-            )
+            what = f"{model.name}: a placeholder is not filled: {line.strip()[:80]}"
+            yield Finding("unfilled", file, number, what, FILL)
     try:
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none

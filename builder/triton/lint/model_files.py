@@ -13,6 +13,7 @@ from builder.triton.lint.findings import Finding
 from builder.triton.lint.positions import Field
 
 CONFIG = "config.pbtxt"
+FILL = "Fill the template: give this placeholder a value."
 UNFILLED = ("${", "{{", "{%", "==SUPPRESS==")
 
 
@@ -111,8 +112,7 @@ def _unfilled(model: ModelFiles, text: str) -> Iterator[Finding]:
         code = line.partition("#")[0] if '"' not in line else line
         left = next((mark for mark in UNFILLED if mark in code and not line.lstrip().startswith("#")), None)
         if left and not (left == "${" and number in values and "string_value" in line):
-            fix = "Fill the template: give this placeholder a value."
-            yield model.finding("unfilled", number, f"a placeholder is not filled: {line.strip()[:80]}", fix)
+            yield model.finding("unfilled", number, f"a placeholder is not filled: {line.strip()[:80]}", FILL)
 
 
 def _fields(model: ModelFiles, text: Field, kind: Any) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ import yaml
 
 from builder.core import paths
 from builder.triton.lint.findings import Finding
-from builder.triton.lint.model_files import ModelFiles
+from builder.triton.lint.model_files import FILL, ModelFiles
 
 SWITCHES = ("true", "false", "True", "False", "TRUE", "FALSE", "1", "0")
 UNSET = re.compile(r"\s*|\$\{\w*\}")
@@ -66,8 +66,7 @@ def check(model: ModelFiles) -> Iterator[Finding]:
             if near and near[0] not in values:
                 yield model.finding("parameter", at, f"parameter {key} is not read", f"Write {near[0]}.")
             if "${" in value:
-                fix = "Fill the template: give this placeholder a value."
-                yield model.finding("unfilled", at, f"parameter {key} is {value}", fix)
+                yield model.finding("unfilled", at, f"parameter {key} is {value}", FILL)
         elif not is_unset(value) and (wrong := _wrong(kinds[key], value)):
             yield model.finding("parameter", at, f"parameter {key} is {value!r}", f"Write {wrong}.")
 

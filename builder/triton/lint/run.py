@@ -18,11 +18,13 @@ from builder.triton.lint import (
 )
 from builder.triton.lint.findings import Finding
 from builder.triton.lint.model_files import CONFIG
+from builder.trtllm.compatibility import ENGINE_MODEL
 
 
 @dataclass(frozen=True)
 class Lint:
-    """models: their names. engine: the directory that values were compared with; None if there was none to read."""
+    """models: their names. engine: the directory that values were compared with, the last of several; None if none
+    could be read."""
 
     root: Path
     models: tuple[str, ...]
@@ -61,8 +63,9 @@ def lint(path: Path, *, engine: Path | None = None) -> Lint:
         found += [*model_rules.check(model), *parameter_rules.check(model)]
         if model.message.platform == "ensemble":
             found += ensemble_rules.check(model, models)
-        if parameter_rules.role(model) == "tensorrt_llm" and (place := engine_rules.directory(model, engine)):
-            found += engine_rules.check(model, place)
+        if parameter_rules.role(model) == ENGINE_MODEL and (own := engine_rules.directory(model, engine)):
+            place = own
+            found += engine_rules.check(model, own)
     found += ensemble_rules.cycles(models)
     found += streaming_rules.check(models)
     found += parameter_rules.tokenizers([model for model in models.values() if model.message is not None])

@@ -7,25 +7,24 @@ from collections.abc import Iterator, Mapping
 from builder.triton.lint.findings import Finding
 from builder.triton.lint.model_files import ModelFiles
 from builder.triton.lint.parameter_rules import is_unset
+from builder.trtllm.compatibility import BLS_MODEL, ENGINE_MODEL
 
 Models = Mapping[str, ModelFiles]
-BLS = "tensorrt_llm_bls"
-ENGINE = "tensorrt_llm"
 MODEL = "tensorrt_llm_model_name"
 NAMES = (MODEL, "tensorrt_llm_draft_model_name", "multimodal_encoders_name")
 
 
 def check(models: Models) -> Iterator[Finding]:
     """All of them."""
-    if BLS in models and models[BLS].message is not None:
-        yield from _bls(models[BLS], models)
+    if BLS_MODEL in models and models[BLS_MODEL].message is not None:
+        yield from _bls(models[BLS_MODEL], models)
     for model in models.values():
         if model.message is not None and model.message.platform == "ensemble":
             yield from _ensemble(model, models)
 
 
 def _bls(bls: ModelFiles, models: Models) -> Iterator[Finding]:
-    named = {MODEL: ENGINE, **{key: value for key in NAMES if not is_unset(value := bls.parameters.get(key, ""))}}
+    named = {MODEL: ENGINE_MODEL, **{key: value for key in NAMES if not is_unset(value := bls.parameters.get(key, ""))}}
     for key, name in named.items():
         at = bls.parameter(key) or bls.text.first("name")
         if name not in models:
