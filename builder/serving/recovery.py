@@ -37,10 +37,11 @@ class Recovery:
         if not ended or wait(0.0) is not None:
             return ""
         for pid, model in ended.items():
-            if self._loads_left(model) and self.processes.load_again(pid):
+            too_often = not self._loads_left(model)
+            if not too_often and self.processes.load_again(pid):
                 self.report(f"The process of {model} has ended. Triton loads the model again.")
             else:
-                lasting = f", {MOST} times in {PERIOD_SECONDS / 60:.0f} minutes" if model in self._loads else ""
+                lasting = f" {MOST + 1} times in {PERIOD_SECONDS / 60:.0f} minutes" if too_often else ""
                 gone = wait(CONFIRM_SECONDS) is not None
                 return "" if gone else f"The process of {model or 'a model'} has ended{lasting}."
         return self._answers(sorted(set(ended.values())), wait)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from builder.serving import server as serving
 from builder.serving.readiness import answers_ok
 from builder.serving.recovery import Recovery
 from builder.serving.server import Server, ServerOptions, serve
-from builder.triton import repository
+from builder.triton import repository, stream_capacity
 from tests.triton.test_models import ECHO, echo, generate, inputs
 from tests.triton.test_repository import SNAPSHOT, write_engine
 
@@ -116,9 +117,23 @@ def test_a_model_that_dies_again_and_again_is_given_up(server: Server, monkeypat
     watching.thread.join(30)
     assert watching.failure is not None
     assert watching.failure.exit_code == 5
-    assert "The process of preprocessing has ended, 1 times in 10 minutes." in watching.failure.why
+    assert "The process of preprocessing has ended 2 times in 10 minutes." in watching.failure.why
     # Triton's own health endpoint does not show it.
     assert answers_ok(server.http_url, "/v2/health/ready")
+
+
+def test_a_model_that_can_not_be_loaded_again_is_given_up_at_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of the llmapi target, which needs a GPU. The message claims no earlier end of the process."""
+    monkeypatch.setattr(recovery, "CONFIRM_SECONDS", 0.1)
+    monkeypatch.setattr(server.processes, "load_again", lambda pid: False)
+    watching = Watching(server)
+    os.kill(of_model(server, "preprocessing"), signal.SIGKILL)
+    watching.thread.join(30)
+    assert watching.failure is not None
+    assert watching.failure.why == "The process of preprocessing has ended."
+    assert watching.reports == []
 
 
 def test_a_server_that_lost_a_model_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,11 +173,21 @@ def test_a_busy_server_is_healthy(server: Server) -> None:
     """Every thread is busy with a stream of ten seconds, and the probe's token waits for one."""
     import tritonclient.grpc as grpcclient
 
-    first = threading.Event()
+    busy, threads = set[str](), stream_capacity.threads(8)
+
+    def answered(result: Any, error: Any) -> None:
+        if result is not None:
+            busy.add(result.get_response().id)
+
     with grpcclient.InferenceServerClient(server.grpc_url) as client:
-        client.start_stream(lambda result, error: first.set())
-        client.async_stream_infer("tensorrt_llm_bls", inputs(text_input="! wait", max_tokens=200, stream=True))
-        assert first.wait(10)
+        client.start_stream(answered)
+        for number in range(threads):
+            values = inputs(text_input="! wait", max_tokens=200, stream=True)
+            client.async_stream_infer("tensorrt_llm_bls", values, request_id=str(number))
+        deadline = time.monotonic() + 10
+        while len(busy) < threads:
+            assert time.monotonic() < deadline, busy
+            time.sleep(0.05)
         assert health.fault(server.http_url, patience=1.0) == ""
         client.stop_stream(cancel_requests=True)
     assert generate(server, "tensorrt_llm_bls", text_input="Hello", max_tokens=1)
