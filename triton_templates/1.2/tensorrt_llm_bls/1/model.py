@@ -36,9 +36,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 OWN_OUTPUTS = ("output_ids", "sequence_length")
 CANCELLATION_SECONDS = 0.1  # between two looks at which clients are gone; each look costs one call per running request
-STOPPERS = (
-    8  # requests that are stopped at the same time: each takes some milliseconds, and many clients may leave at once
-)
+STOPPERS = 8  # requests stopped at the same time: each takes some milliseconds, and many clients may leave at once
 STOP_SECONDS = 10.0  # for the engine to answer a request to stop another one
 ADDRESS = os.environ.get("BUILDER_TRITON_GRPC", "127.0.0.1:8001")  # by default Triton's default
 CHANNEL = [
