@@ -16,30 +16,14 @@ from builder.calibration import coverage
 from builder.calibration.rows import Calibration, required_tokens
 from builder.core import process, workers
 from builder.core.store import Store, library_versions, sources_digest
-from builder.quantize import modelopt
+from builder.quantize import modelopt, streamed
 from builder.recipe import schema
 
 SOURCES = (
-    *modelopt.SOURCES,
+    *streamed.SOURCES,
     "builder/quantize/scales.py",
     "builder/quantize/scales_worker.py",
     "builder/quantize/stored_model.py",
-    "builder/quantize/streamed_worker.py",
-    "builder/quantize/data_free.py",
-    "builder/quantize/ahead.py",
-    "builder/quantize/streamed_calibration.py",
-    "builder/quantize/streamed_ranges.py",
-    "builder/quantize/streamed_rows.py",
-    "builder/quantize/expert_inputs.py",
-    "builder/quantize/streamed_solve.py",
-    "builder/quantize/streamed_states.py",
-    "builder/quantize/algorithms",
-    "builder/model/dense.py",
-    "builder/model/rope.py",
-    "builder/model/streamed.py",
-    "builder/model/joined_experts.py",
-    "builder/model/streamed_embedding.py",
-    "builder/model/streamed_weights.py",
     "builder/checkpoint/description.py",
 )
 

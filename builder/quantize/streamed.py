@@ -48,16 +48,8 @@ SOURCES = (
     "builder/quantize/streamed_solve.py",
     "builder/quantize/streamed_states.py",
     "builder/quantize/algorithms",
-    "builder/quantize/calibrated.py",
     "builder/quantize/data_free.py",
     "builder/quantize/ahead.py",
-    "builder/quantize/ranges.py",
-    "builder/quantize/stored_scales.py",
-    "builder/quantize/writer.py",
-    "builder/quantize/unified_plan.py",
-    "builder/quantize/unified_files.py",
-    "builder/quantize/source_weights.py",
-    "builder/checkpoint/unified_config.py",
 )
 STAGE = "checkpoint"
 NEEDED = ("torch", "transformers", "tokenizers")
