@@ -59,3 +59,9 @@ class ServingError(BuilderError):
 
 class IntegrityError(BuilderError):
     exit_code = 6
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out; torch raises different ones for GPUs and CPUs."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from builder.core.errors import IntegrityError, UnsupportedError
+from builder.core.errors import IntegrityError, UnsupportedError, out_of_memory
 from builder.core.safetensors_io import Tensors
 from builder.model import dtypes, multimodal, tensor_names
 from builder.model.completeness import names
@@ -164,8 +164,7 @@ def refused(shown: Path | str) -> Iterator[None]:
         yield
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        machine = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
-        if machine or "out of memory" in text or "DefaultCPUAllocator" in text:
+        if out_of_memory(error) or getattr(error, "errno", None) is not None:
             raise
         if "conversion of the weights" in text:  # 5.x merges the experts of a mixture; some are missing
             raise IntegrityError(

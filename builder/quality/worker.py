@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.core.errors import BuilderError, IntegrityError, NotMeasurable, UsageError
+from builder.core.errors import BuilderError, IntegrityError, NotMeasurable, UsageError, out_of_memory
 from builder.core.process import emit, worker_main
 from builder.evaluate.datasets import Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring, worker
@@ -228,7 +228,7 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
 
     If neither GPUs nor host memory hold the model, accelerate wants to offload to disk and raises without a folder.
     """
-    if not (scoring.out_of_memory(error) or "offload" in str(error)):
+    if not (out_of_memory(error) or "offload" in str(error)):
         return None
     why = (str(error).splitlines() or [type(error).__name__])[0]
     return NotMeasurable(f"it needs about {job['needs']} of memory, and this machine has less:", why=why)

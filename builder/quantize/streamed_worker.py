@@ -21,7 +21,7 @@ from builder.architectures import catalog, names
 from builder.architectures.attention import attention_layers
 from builder.calibration import coverage
 from builder.checkpoint import layouts
-from builder.core.errors import BuilderError, UnsupportedError
+from builder.core.errors import BuilderError, UnsupportedError, out_of_memory
 from builder.core.process import emit, leave, worker_main
 from builder.formats import algorithms
 from builder.formats.algorithms import Algorithm
@@ -104,8 +104,8 @@ def _written(
     is no second layout."""
     second = unified.with_name(SECOND)
 
-    def tell(nbytes: int | None) -> None:
-        emit(progress={"label": "writing the checkpoint", "done": nbytes or 0, "total": None})
+    def tell(nbytes: int) -> None:
+        emit(progress={"label": "writing the checkpoint", "done": nbytes, "total": None})
 
     tell(0)
     if ahead.take(source, {}, unified, tell) is not None:
@@ -214,7 +214,7 @@ def check_cache(config: Mapping[str, Any], cache: KvCacheFormat, ranges: Ranges)
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
     """The error to show for a problem that the user can solve; None for any other."""
     text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
+    if out_of_memory(error):
         fewer = f"fewer rows at once (--set calibration.batch_size={max(1, job['batch_size'] // 2)})"
         return UnsupportedError(
             "One decoder layer with a batch of calibration rows does not fit into memory.",

@@ -24,7 +24,7 @@ from builder.checkpoint import huggingface
 from builder.checkpoint.finished import write_second_layout
 from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core import temporary
-from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError
+from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError, out_of_memory
 from builder.core.hashes import Hashes
 from builder.core.process import emit, leave, worker_main
 from builder.core.safetensors_io import Tensors
@@ -317,7 +317,7 @@ def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
         return not_finite(Path(job["model"]), text)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         return _full(Path(str(getattr(error, "filename", None) or job["destination"])), Path(job["destination"]))
-    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
+    if out_of_memory(error):
         return UnsupportedError(
             "The model does not fit into this machine's memory.",
             why=text.splitlines()[0] if text else "",

@@ -12,7 +12,7 @@ from typing import Any
 
 from builder.architectures import catalog
 from builder.architectures.attention import head_size
-from builder.core.errors import BuilderError, UnsupportedError, UsageError
+from builder.core.errors import BuilderError, UnsupportedError, UsageError, out_of_memory
 from builder.core.process import emit, worker_main
 from builder.formats.assignment import of_job
 from builder.model import loading
@@ -79,15 +79,14 @@ def _sizes(job: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str,
 
 
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
-    """The error to show for a problem that the user can solve; None for any other."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text:
-        return UnsupportedError(
-            "Learning rotations does not fit into memory.",
-            why=text.splitlines()[0] if text else "",
-            hint="Use shorter rows (--calib-seq-len 512), or random rotations: --set transform.kind=hadamard",
-        )
-    return worker.known(error, job)
+    """The error to show if memory ran out; None for any other."""
+    if not out_of_memory(error):
+        return None
+    return UnsupportedError(
+        "Learning rotations does not fit into memory.",
+        why=(str(error).splitlines() or [""])[0],
+        hint="Use shorter rows (--calib-seq-len 512), or random rotations: --set transform.kind=hadamard",
+    )
 
 
 if __name__ == "__main__":

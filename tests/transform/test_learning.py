@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from builder.transform.rotations import learned_rotations
 
 torch = pytest.importorskip("torch")
 
-from builder.transform import cayley  # noqa: E402
+from builder.transform import cayley, learning_worker  # noqa: E402
 from builder.transform.learning import Learner  # noqa: E402
 from builder.transform.learning_state import State, write_matrices  # noqa: E402
 from builder.transform.rounded_inputs import RoundedInputs  # noqa: E402
@@ -195,3 +196,11 @@ def test_steps_find_the_rotation_that_is_nearest_to_a_matrix() -> None:
 
 def test_the_rate_falls_as_a_cosine() -> None:
     assert [round(cayley.rate_of(step, 4, 2.0), 3) for step in range(4)] == [2.0, 1.707, 1.0, 0.293]
+
+
+def test_memory_that_ran_out_has_a_message_and_a_full_disk_is_left_to_the_worker() -> None:
+    """core/process.py names the disk."""
+    said = learning_worker.known(RuntimeError("DefaultCPUAllocator: can't allocate memory"), {})
+    assert said is not None
+    assert "does not fit into memory" in said.what
+    assert learning_worker.known(OSError(errno.ENOSPC, "No space left on device"), {}) is None

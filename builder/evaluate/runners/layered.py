@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.core.errors import NotMeasurable, UnsupportedError
+from builder.core.errors import NotMeasurable, UnsupportedError, out_of_memory
 from builder.evaluate.datasets import Ids
 from builder.evaluate.runners import scoring
 from builder.evaluate.runners.scoring import Tell, Work
@@ -86,7 +86,7 @@ class Layered:
             while waiting:
                 done += self._pass(waiting, lambda share, where, done=done: tell(done + share, total, where))
         except (RuntimeError, MemoryError) as error:
-            if not scoring.out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             return error.with_traceback(None)  # the frames hold tensors
         return None

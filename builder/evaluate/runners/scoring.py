@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder.core.errors import UnsupportedError
+from builder.core.errors import UnsupportedError, out_of_memory
 from builder.evaluate.datasets import Ids
 
 Columns = dict[str, np.ndarray[Any, Any]]
@@ -247,9 +247,3 @@ def too_long(ids: Ids, error: BaseException) -> UnsupportedError:
         why=(str(error).splitlines() or [type(error).__name__])[0],
         hint=f"Cut the texts: --set evaluation.max_tokens={max(2, len(ids) // 2)}",
     )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out; torch raises different ones for GPUs and CPUs."""
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "DefaultCPUAllocator" in text

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from builder.core.errors import NotMeasurable, ServingError
+from builder.core.errors import NotMeasurable, ServingError, out_of_memory
 from builder.core.output import Output
 from builder.evaluate.datasets import Ids
-from builder.evaluate.runners import scoring
 from builder.recipe.target_facts import target_facts
 from builder.serving.client import Client, MissingOutput, Request, ResponseTimeout, ServerError
 from builder.serving.server import SHM, Server, ServerOptions, serve
@@ -92,7 +91,7 @@ class Served:
             ) from None
         except (ServerError, ResponseTimeout) as error:
             code = self._ended()
-            room = f"{ROOM}\n" if scoring.out_of_memory(error) else ""
+            room = f"{ROOM}\n" if out_of_memory(error) else ""
             raise ServingError(
                 "The server exited during the measurement." if code is not None else "The server did not answer.",
                 why=str(error),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from builder.core.errors import BuilderError, IntegrityError, UnsupportedError
+from builder.core.errors import BuilderError, IntegrityError, UnsupportedError, out_of_memory
 from builder.core.output import Output, size
 from builder.core.process import emit, worker_main
 from builder.core.store import Store
@@ -198,7 +198,7 @@ def _same_texts(reference: Path, starts: Sequence[int]) -> None:
 
 def known(error: BaseException, job: Mapping[str, Any]) -> BuilderError | None:
     """The error to show if memory ran out; None for any other."""
-    if not scoring.out_of_memory(error):
+    if not out_of_memory(error):
         return None
     return UnsupportedError(
         "The model does not fit into this machine's memory.",
