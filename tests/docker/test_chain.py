@@ -18,6 +18,7 @@ from typing import Any
 import docker
 import pytest
 import task_files
+from printed_json import first_object
 
 from builder.core import manifest
 from builder.serving import container as serving_container
@@ -242,21 +243,9 @@ def start(built: Path, *argv: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def said(child: subprocess.Popen[str]) -> dict[str, str]:
-    """The JSON that --json prints once the server is ready."""
-    assert child.stdout
-    text = ""
-    for line in child.stdout:
-        text += line
-        if line.startswith("}"):
-            break
-    found: dict[str, str] = json.loads(text)
-    return found
-
-
 def test_a_kill_leaves_no_container(built: Path, client: Any) -> None:
     child = start(built)
-    where = said(child)
+    where = first_object(child)
     body = json.dumps({"text_input": "Return the number of", "max_tokens": 8}).encode()
     with urllib.request.urlopen(f"http://{where['http']}/v2/models/ensemble/generate", body, timeout=60) as answer:
         assert json.load(answer)["text_output"]

@@ -17,6 +17,7 @@ from typing import Any
 import exports
 import openai
 import pytest
+from printed_json import first_object
 
 from builder import pipeline
 from builder.cli import main
@@ -49,14 +50,7 @@ def command(*argv: str) -> Iterator[tuple[dict[str, Any], subprocess.Popen[str]]
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     ) as child:  # fmt: skip
         try:
-            assert child.stdout is not None
-            lines = iter(child.stdout.readline, "")
-            printed = ""
-            for line in lines:
-                printed += line
-                if line.startswith("}"):
-                    break
-            yield json.loads(printed), child
+            yield first_object(child), child
         finally:
             child.terminate()
             child.wait(60)

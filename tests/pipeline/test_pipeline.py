@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from hub_server import Hub
+from printed_json import first_object
 
 from builder.cli import main
 from builder.core.safetensors_io import NewTensor, Tensors, write
@@ -344,14 +345,7 @@ def test_serve_runs_until_it_is_stopped(built: tuple[Path, dict[str, Any]]) -> N
     output, said = built
     argv = [sys.executable, "-m", "builder", "serve", said["repository"], "--json", "--follow-log"]
     child = subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    lines = iter(child.stdout.readline, "")
-    text = ""
-    for line in lines:
-        text += line
-        if line.startswith("}"):
-            break
-    where = json.loads(text)
+    where = first_object(child)
     body = json.dumps({"text_input": "Return the number of", "max_tokens": 8}).encode()
     with urllib.request.urlopen(f"http://{where['http']}/v2/models/ensemble/generate", body, timeout=30) as answer:
         assert json.load(answer)["text_output"]
