@@ -20,12 +20,12 @@ from builder.formats import kv_cache, registry, schemes
 from builder.formats.algorithms import ALGORITHMS, MAX
 from builder.formats.assignment import to_keep
 from builder.formats.schemes import SCHEMES
-from builder.machine.gpus import GpuProfile
 from builder.preflight.memory import Machine
 from builder.preflight.prepare import Prepared, prepare
 from builder.recipe import card_formats
 from builder.recipe.algorithm import refusal
 from builder.recipe.schema import Recipe, Resolved
+from builder.recommend.request import named
 
 # Bytes that differ by less count as equal: weights without a scale for inputs are smaller, but not by a share that
 # anyone would notice.
@@ -151,7 +151,7 @@ def with_kept(one: Candidate, base: Resolved, kept: Sequence[str], store: Store)
 
 
 def _settings(base: Resolved) -> Iterator[Settings]:
-    recipe, fixed = base.recipe, _fixed(base)
+    recipe, fixed = base.recipe, named(base)
     rotations = (False, True) if recipe.transform.rotates else (False,)
     for name, rotates in product(_formats(base, fixed), rotations):
         caches = [recipe.quantization.kv_cache_dtype]
@@ -163,26 +163,16 @@ def _settings(base: Resolved) -> Iterator[Settings]:
                 yield Settings(name, algorithm, cache, rotates)
 
 
-def _fixed(base: Resolved) -> set[str]:
-    """The keys that the user named, in whatever source."""
-    profile = f"GPU profile {base.gpu.name}"
-    return {key for key, origin in base.origins.items() if not origin.startswith(profile)}
-
-
 def _formats(base: Resolved, fixed: set[str]) -> list[str]:
     """The formats that the GPU and the target serve: those that the profile prefers, the same for weights alone, FP8,
     BF16. Of these the user may have named one."""
     part, gpu = base.recipe.quantization, base.gpu
     if "quantization.format" in fixed:
         return [part.format]
-    served = _served(gpu, base.recipe)
+    served = [one.name for one in card_formats.running(gpu, base.recipe.target, base.recipe.engine.tensorrt_llm)]
     wanted = [choice.format for choice in gpu.best]
     wanted += [WEIGHTS_ALONE.format(name) for name in wanted] + [registry.FP8.name, registry.BF16.name]
     return [name for name in dict.fromkeys(wanted) if name in served]
-
-
-def _served(gpu: GpuProfile, recipe: Recipe) -> list[str]:
-    return [one.name for one in card_formats.running(gpu, recipe.target, recipe.engine.tensorrt_llm)]
 
 
 def _algorithms(name: str, recipe: Recipe, fixed: set[str]) -> list[str]:

@@ -24,10 +24,6 @@ from builder.recipe.schema import Resolved
 from builder.recommend.candidates import Candidate, with_kept
 
 
-class NoMixtures(UnsupportedError):
-    """Mixtures of this model's checkpoints can't be measured without building them."""
-
-
 @dataclass
 class KeptSearch:
     """A candidate that keeps layers. groups: {group: its linear layers} that may be kept; prices: the bytes that each
@@ -43,21 +39,21 @@ class KeptSearch:
     order: list[str] = field(default_factory=list)
 
     def by_mixtures(self, limits: Mapping[str, float]) -> Chosen:
-        """As few groups as meet the limits, measured without building any mixture. NoMixtures where that can't be, and
+        """As few groups as meet the limits, measured without building any mixture. NotMixed where that can't be, and
         `order` is then by the errors of the weights alone."""
         recipe = self.base.prepared.recipe
         try:
             pair = self._pair()
             self._take(mixtures.rank(self.models, pair, recipe, store=self.store))
             return mixtures.choose(self.models, pair, recipe, limits, self.order, store=self.store)
-        except mixtures.NotMixed as error:
+        except mixtures.NotMixed:
             model = self.models.transformed or self.models.snapshot
             worst = weight_errors(model, self.base.prepared.model, self.store).losses
             won = {
                 loss.name: loss.weight_error**2 / self.prices[loss.name] for loss in worst if loss.name in self.groups
             }
             self._take(sorted(won, key=lambda group: -won[group]))
-            raise NoMixtures(error.what, why=error.why) from error
+            raise
 
     def candidate(self, number: int) -> Candidate:
         """The recipe that keeps the first groups of the order."""

@@ -12,6 +12,7 @@ from builder.core.output import size
 from builder.core.store import replace_file
 from builder.recipe.schema import Resolved
 from builder.recipe.sources import flatten, merge, nest
+from builder.recommend.request import named
 from builder.recommend.trials import Trial
 
 # Keys of the search alone: a build has its quality check, or the gate that its user names.
@@ -31,11 +32,9 @@ def write(trial: Trial, user: Resolved, path: Path) -> None:
 
 def values(trial: Trial, user: Resolved) -> dict[str, Any]:
     """The recipe as a tree: the user's values, GPU and target, and those that the search varied."""
-    profile = f"GPU profile {user.gpu.name}"
-    named = {key for key, origin in user.origins.items() if not origin.startswith(profile)}
     settings = trial.candidate.settings.flags(user.recipe)
     chosen = {key for key, value in settings.items() if value not in ((), "none")}
-    wanted = {key for key in named if not key.startswith(OF_SEARCH)} - {*settings} | chosen | {"gpu", "target"}
+    wanted = {key for key in named(user) if not key.startswith(OF_SEARCH)} - {*settings} | chosen | {"gpu", "target"}
     flat = flatten(json.loads(trial.candidate.resolved.recipe.model_dump_json()))
     kept = {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{one}.") for one in wanted)}
     tree, _ = merge(("", nest(key, value)) for key, value in kept.items())

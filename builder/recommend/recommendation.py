@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from builder.core.errors import EvaluationError
@@ -19,7 +19,7 @@ from builder.recipe.schema import Resolved
 from builder.recommend.candidates import Listed, list_candidates
 from builder.recommend.request import Request, varied
 from builder.recommend.search import Outcome, Search
-from builder.recommend.trials import Trial, measure
+from builder.recommend.trials import FAILURES, Trial, measure, not_measured
 
 COLUMNS = ["candidate", "weights", "KV cache", "KL to BF16", "score", "to make", "result"]
 
@@ -121,8 +121,9 @@ def plan(user: Resolved, request: Request, *, store: Store) -> Recommendation:
             try:
                 trial = measure(one, request, store=store)
             except WouldRun:
-                took = one.seconds(machine(store.root))
-                trial = Trial(one, trial.verdict, seconds=took)
+                trial = replace(trial, seconds=one.seconds(machine(store.root)))
+            except FAILURES as error:  # as the search found
+                trial = not_measured(one, error)
         over = request.max_bytes is not None and one.nbytes > request.max_bytes
         outcome.trials.append(Trial(one, "too large", seconds=trial.seconds) if over else trial)
     return Recommendation(user, request, listed, outcome)

@@ -26,6 +26,12 @@ class Request:
     max_seconds: float | None = None
 
 
+def named(resolved: Resolved) -> set[str]:
+    """The keys that the user named, in whatever source. These are not varied."""
+    profile = f"GPU profile {resolved.gpu.name}"
+    return {key for key, origin in resolved.origins.items() if not origin.startswith(profile)}
+
+
 def varied(resolved: Resolved) -> Resolved:
     """The recipe that candidates vary: without a gate, measured as BF16 and as the checkpoint, and with texts to rank
     layers on. UsageError for a recipe that leaves no loss to limit, or in which `auto` chooses layers."""

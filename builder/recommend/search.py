@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from builder.core.errors import BuilderError, EvaluationError, UnsupportedError, UsageError
 from builder.core.output import seconds, size
 from builder.core.store import Store
-from builder.evaluate.mixtures.stage import Chosen
+from builder.evaluate.mixtures.stage import Chosen, NotMixed
 from builder.evaluate.parts.figures import Losses
 from builder.evaluate.parts.stage import measure_parts
 from builder.preflight.memory import machine
@@ -22,7 +21,7 @@ from builder.recipe.schema import Resolved
 from builder.recommend import kept
 from builder.recommend.candidates import Candidate
 from builder.recommend.request import Request
-from builder.recommend.trials import Trial, check_quality, measure
+from builder.recommend.trials import FAILURES, Trial, check_quality, measure, not_measured, words
 
 # A KV cache that has less of the loss than this is not what a candidate fails by.
 LITTLE = 0.1
@@ -137,8 +136,8 @@ class Search:
             self._count += not one.exact
             if trial.met and (why := check_quality(trial, store=self._store)):
                 trial = replace(trial, met=False, verdict=f"meets it, but fails the quality check: {why}")
-        except (EvaluationError, UsageError, UnsupportedError) as error:
-            return self._note(Trial(one, f"not measured: {_words(error)}"))
+        except FAILURES as error:
+            return self._note(not_measured(one, error))
         self._note(trial)
         if not trial.met:
             self._measure_parts(trial)
@@ -153,7 +152,7 @@ class Search:
         recipe, model = trial.candidate.prepared.recipe, models.transformed or models.snapshot
         try:
             found = measure_parts(model, models.checkpoint, recipe, store=self._store, by_layer=False)
-        except (EvaluationError, UsageError, UnsupportedError) as error:
+        except FAILURES as error:
             self._store.out.info(f"parts of the loss: {error.what}")
             return
         self._outcome.parts[family] = trial, found
@@ -164,12 +163,12 @@ class Search:
             search = kept.open_search(one, self._base, most, store=self._store)
             try:
                 found = search.by_mixtures(self._request.limits)
-            except kept.NoMixtures as error:
+            except NotMixed as error:
                 self._store.out.info(f"{error.what} {error.why} Mixtures are built to measure them.")
                 return self._by_builds(search)
             return self._confirmed(search, found)
-        except (EvaluationError, UsageError, UnsupportedError) as error:  # such as no room on the GPU for these layers
-            return self._note(Trial(one, f"not tried: {_words(error)}"))
+        except FAILURES as error:  # such as no room on the GPU for these layers
+            return self._note(Trial(one, f"not tried: {words(error)}"))
 
     def _confirmed(self, search: kept.KeptSearch, found: Chosen) -> Trial | None:
         """Builds the mixture that was found, with more groups if the build misses what the mixture met."""
@@ -189,11 +188,6 @@ class Search:
         """The same by building each step: eighths of the groups, by bisection."""
         steps = sorted({math.ceil(len(search.order) * part / STEP) for part in range(1, STEP + 1)} - {0})
         return _bisect(steps, lambda number: self._try(search.candidate(number)))
-
-
-def _words(error: BuilderError) -> str:
-    """What happened and why, in one line."""
-    return " ".join(f"{error.what} {error.why}".split())
 
 
 def _bisect(numbers: Sequence[int], tried: Callable[[int], Trial]) -> Trial | None:

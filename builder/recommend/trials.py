@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from builder.checkpoint.layouts import Checkpoint
-from builder.core.errors import EvaluationError, NotMeasurable
+from builder.core.errors import BuilderError, EvaluationError, NotMeasurable, UnsupportedError, UsageError
 from builder.core.store import Store
 from builder.evaluate.comparison import OURS, overall
 from builder.evaluate.gate import surely_within
@@ -16,6 +16,7 @@ from builder.pipeline import Built, evaluate_built, run_stages
 from builder.recommend.candidates import Candidate, title
 from builder.recommend.request import Request
 
+FAILURES = (EvaluationError, UsageError, UnsupportedError)  # of one candidate; the search goes on
 NOTHING_LOST = {"kl": Estimate(0.0, 0.0, 0.0), "score": Estimate(100.0, 100.0, 100.0)}
 
 
@@ -53,6 +54,16 @@ def measure(one: Candidate, request: Request, *, store: Store) -> Trial:
     verdict, met = judge(figures, request.limits)
     seconds = made.manifest["seconds"] if made else None
     return Trial(one, verdict, met, figures, seconds, built.checkpoint, built.models)
+
+
+def not_measured(one: Candidate, error: BuilderError) -> Trial:
+    """The trial of a candidate that can't be built or measured."""
+    return Trial(one, f"not measured: {words(error)}")
+
+
+def words(error: BuilderError) -> str:
+    """What happened and why, in one line."""
+    return " ".join(f"{error.what} {error.why}".split())
 
 
 def check_quality(one: Trial, *, store: Store) -> str:

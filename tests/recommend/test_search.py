@@ -288,6 +288,17 @@ def test_a_plan_builds_nothing(tmp_path: Path) -> None:
     assert all(later > 0.98 * earlier for earlier, later in pairwise(nbytes))
 
 
+def test_a_plan_names_what_an_earlier_search_could_not_measure(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a stored measurement that finds shuffled tokens as likely as text: the plan goes on, as the search does."""
+    run(0.08, store)  # its measurement is in the store
+    monkeypatch.setattr(evaluate_stage, "knows", lambda facts: False)
+    dry = Store(store.root, Output("quiet"), dry=True)
+    found = recommendation.plan(resolve(0.08), Request({"kl": 0.08}), store=dry)
+    verdicts = [one.verdict for one in found.outcome.trials]
+    assert verdicts[0] == "not measured: nvfp4, KV fp8 finds shuffled tokens as likely as text."
+    assert "meets it: nothing is quantized" in verdicts
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(tmp_path / "none", Output("quiet"))
     for recipe, why in (
