@@ -91,11 +91,10 @@ def _quality(result: Result, found: Mapping[str, Way], texts: Texts) -> None:
         result.notes.append(f"KL of {name}: {each}")
     for ours, theirs in pairs(found):
         for one in SETS:
-            text = ratio(kls[ours][one], kls[theirs][one])
-            low, high = (float(number) for number in text.split("(")[1].rstrip(")").split(" to "))
+            value, low, high = ratio(kls[ours][one], kls[theirs][one])
             title = f"KL on {one}: {ours} / {theirs}"
             # No worse: the interval of the ratio reaches 1 or lies below.
-            result.figures.append(Figure(f"{title}, low end", low, 1.0, spread=(float(text.split()[0]), high)))
+            result.figures.append(Figure(f"{title}, low end", low, 1.0, spread=(value, high)))
 
 
 def _checkpoint(way: Way) -> Path:
