@@ -6,7 +6,7 @@
 The stand-in repeats the prompt's tokens without computing anything (tests/support/echo_backend.py), so every answer is
 checked, and the text models are as busy as they can be. A quarter of the clients leave in the middle of their answer.
 Exits with 1 if an answer is wrong, a client has waited a minute for one, a process has ended, or memory grows by more
-than 10 % between the first and the last third of the run. The longest run until now took 3 minutes, without a fault.
+than 10 % between the first and the last third of the run. On two busy cores it passed with 1.01 times the memory.
 """
 
 from __future__ import annotations
