@@ -24,6 +24,7 @@ from collections.abc import Iterator
 KILL = b"k"  # the byte that the builder writes into the pipe to have all descendants killed
 MARK = "BUILDER_TREE"  # an environment variable of every process that belongs to one command, with the tree's name
 SHM = "/dev/shm"
+LOCK = "lock"  # the file in a temporary directory that its process holds locked
 GIVE_UP_SECONDS = 30.0  # a process in an uninterruptible system call dies only when that call returns
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -208,9 +209,29 @@ def clean_up(shm: str, directory: str = "") -> None:
             except OSError:
                 pass
     if directory:
-        import shutil
+        remove_directory(directory)
 
-        shutil.rmtree(directory, ignore_errors=True)
+
+def remove_directory(directory: str) -> None:
+    """Removes a temporary directory, LOCK in it last: by that file a sweep knows one whose removal was cut short.
+
+    What can't be removed stays, with LOCK (core/temporary.py).
+    """
+    import shutil
+
+    try:
+        for entry in os.scandir(directory):
+            if entry.name == LOCK:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+        if os.listdir(directory) == [LOCK]:
+            os.unlink(f"{directory}/{LOCK}")
+        os.rmdir(directory)
+    except OSError:
+        pass
 
 
 def _end_as(status: int) -> int:

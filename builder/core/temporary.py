@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -21,11 +20,11 @@ from pathlib import Path
 from builder.core import interrupts
 from builder.core.errors import StageError
 from builder.core.locks import flock, is_at
+from builder.core.supervisor import LOCK, remove_directory
 
 PREFIX = "trtllm-builder-"
 FAILED = "failed"  # marks a directory that holds nothing but the log of a failure, which a message refers to
 KEPT_LOGS = 5  # the newest of these that are kept
-_LOCK = "lock"
 _NAME = re.compile(PREFIX + "[a-z0-9_]{8}")  # as mkdtemp names them
 
 
@@ -38,12 +37,12 @@ class LockedDirectory:
 
     def contents(self) -> list[Path]:
         """What its process put into it: all but the file that is locked."""
-        return [path for path in self.path.iterdir() if path.name != _LOCK]
+        return [path for path in self.path.iterdir() if path.name != LOCK]
 
     def remove(self) -> None:
         """Removes it whole: an interrupt waits until the end."""
         with interrupts.deferred():
-            shutil.rmtree(self.path, ignore_errors=True)
+            remove_directory(str(self.path))
             self.release()
 
     def release(self) -> None:
@@ -109,15 +108,15 @@ def create(place: Path) -> LockedDirectory:
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
         try:
-            lock = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            lock = os.open(path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:  # another process's sweep took it for one that a killed process left empty
             continue
         except OSError:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_directory(str(path))
             raise
         with suppress(OSError):  # a file system without locks: no sweep can lock it, so none removes it
             flock(lock, fcntl.LOCK_EX)
-        if is_at(lock, path / _LOCK):  # else a sweep was faster
+        if is_at(lock, path / LOCK):  # else a sweep was faster
             return LockedDirectory(path, lock)
         os.close(lock)
 
@@ -146,12 +145,12 @@ def _remove_unlocked(path: Path) -> None:
     The process that is just creating it notices (`create`): it can't open or no longer finds the file that it locks.
     """
     try:
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         path.rmdir()  # its process was killed before it created the lock; with anything in it, it is not ours
         return
     try:
         if flock(lock, fcntl.LOCK_EX, wait=False):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_directory(str(path))
     finally:
         os.close(lock)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.core import interrupts, temporary
+from builder.core import interrupts, supervisor, temporary
 from builder.core.errors import BuilderError, IntegrityError, ServingError
 from builder.core.temporary import LockedDirectory
 from builder.serving.installation import Installation
@@ -223,7 +223,7 @@ def _keep_log(directory: Path) -> None:
     """Keeps only the end of the log, which the error message refers to; removes the directory if there is no log."""
     log = directory / LOG
     if not log.is_file() or not log.stat().st_size:
-        shutil.rmtree(directory, ignore_errors=True)
+        supervisor.remove_directory(str(directory))
         return
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():

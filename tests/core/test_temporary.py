@@ -112,8 +112,8 @@ def at(event, arguments):
         os.kill(os.getpid(), number)
 sys.addaudithook(at)
 try:
-    with temporary.directory():
-        print("made", flush=True)
+    with temporary.directory() as made:
+        (made / "below").mkdir()
 except KeyboardInterrupt:
     sys.exit(130)
 """
@@ -130,6 +130,48 @@ def test_no_moment_of_an_interrupt_leaves_a_directory(place: Path, number: int) 
         if number == signal.SIGKILL:
             temporary.sweep(place)
         assert not list(place.iterdir()), moment
+
+
+REMOVED = """
+import os, signal, sys
+from builder.core import temporary
+left = int(sys.argv[1])
+with temporary.directory() as made:
+    for name in ("a", "lock.d", "z/y"):
+        (made / name).mkdir(parents=True)
+        (made / name / "file").touch()
+    for name in ("0", "zz"):
+        (made / name).touch()
+    def at(event, arguments):
+        global left
+        if event in ("os.remove", "os.rmdir", "shutil.rmtree"):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(at)
+"""
+
+
+def test_a_removal_that_is_killed_at_any_step_is_completed_by_the_next_sweep(place: Path) -> None:
+    """In whatever order the file system names the files: the lock goes last."""
+    for step in range(1, 100):
+        code = subprocess.run([sys.executable, "-c", REMOVED, str(step)], cwd=ROOT).returncode
+        assert code in (0, -9)
+        temporary.sweep(place)
+        assert not list(place.iterdir()), step
+        if code == 0:
+            break
+    assert step > 10
+
+
+def test_what_cannot_be_removed_keeps_its_lock_for_the_next_sweep(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched, temporary.directory() as made:
+        (made / "backends").mkdir()
+        (made / "backends" / "library").touch()
+        patched.setattr("shutil.rmtree", lambda *_, **__: None)  # as if the disk refused
+    assert sorted(path.name for path in made.iterdir()) == ["backends", "lock"]
+    temporary.sweep(place)
+    assert not made.exists()
 
 
 KILLED = """
