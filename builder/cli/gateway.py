@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from builder.cli.options import add_command, add_output, path, port
 from builder.core.errors import UsageError
 from builder.core.output import Output
 from builder.gateway.limits import Limits
+
+if TYPE_CHECKING:
+    from builder.triton.repository import Repository
 
 # Option -> (default, metavar, help)
 NUMBERS = {
@@ -40,6 +42,7 @@ def add(commands: Any) -> None:
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     command.add_argument("--port", type=port, metavar="PORT", help="default: a free port")
     add_options(command)
+    command.add_argument("--routes", type=path, help=argparse.SUPPRESS)  # of `builder serve --auto-update`
     command.add_argument("--drain", type=int, metavar="SECONDS", default=30,
                          help="for requests in progress at the end (default: 30)")  # fmt: skip
 
@@ -60,7 +63,7 @@ def options(arguments: argparse.Namespace) -> list[str]:
     return keys + [word for name in NUMBERS for word in (f"--{name}", str(_positive(arguments, name)))]
 
 
-def check(arguments: argparse.Namespace, models: Path, facts: Mapping[str, Any]) -> None:
+def check(arguments: argparse.Namespace, repository: Repository) -> None:
     """Checks what `serve` would pass to the gateway, before the server starts, which can take minutes.
 
     UsageError for wrong options or a file of keys that can't be used, UnsupportedError without a tokenizer,
@@ -75,7 +78,9 @@ def check(arguments: argparse.Namespace, models: Path, facts: Mapping[str, Any])
     for name in NUMBERS:
         _positive(arguments, name)
     read_keys(arguments.api_keys)
-    tokenizer_directory(models, facts)
+    served_names(repository, arguments.model_name, "")
+    for facts in repository.members.values():
+        tokenizer_directory(repository.models, facts)
     for name in ("http", "grpc", "metrics"):
         if arguments.port and getattr(arguments, f"{name}_port") == arguments.port:
             raise UsageError(f"--port and --{name}-port are both {arguments.port}.", hint="Choose two ports.")
@@ -97,9 +102,9 @@ def _check_unused(arguments: argparse.Namespace) -> None:
 
 def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
     """Serves until SIGTERM or Ctrl-C (exit code 0)."""
-    from builder.gateway import server
+    from builder.gateway import routes, server
     from builder.gateway.listener import authority, listen
-    from builder.gateway.settings import Model, Settings
+    from builder.gateway.settings import Place, Settings
     from builder.triton import repository
 
     limits = Limits(
@@ -107,24 +112,43 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
         body=_positive(arguments, "max-body"),
         seconds=_positive(arguments, "request-timeout"),
     )
-    place = arguments.repository or repository.find(arguments.output)
-    opened = repository.open_repository(place)
-    name = arguments.model_name or place.absolute().name
-    settings = Settings(arguments.grpc, name, limits, read_keys(arguments.api_keys))
-    model = Model.read(opened.models, opened.facts)
+    if arguments.routes:
+        places = routes.read(arguments.routes).places
+    else:
+        path = arguments.repository or repository.find(arguments.output)
+        opened = repository.open_repository(path)
+        names = served_names(opened, arguments.model_name, path.absolute().name)
+        places = tuple(Place(name, opened.path, member, arguments.grpc) for member, name in names.items())
+    settings = Settings(places, limits, read_keys(arguments.api_keys), arguments.routes)
     listener = listen(arguments.host, arguments.port)
     host, number = listener.getsockname()[:2]
     url = f"http://{authority(host, number)}/v1"
 
     def ready() -> None:
-        out.result({"url": url, "model": name})
+        out.result({"url": url, "model": places[0].name, "models": [place.name for place in places]})
         out.text(f"openai     {url}")
-        out.text(f"model      {name}")
+        for place in places:
+            out.text(f"model      {place.name}")
         out.finish()
         sys.stdout.flush()
 
-    server.run(settings, model, listener, drain=_positive(arguments, "drain"), ready=ready)
+    server.run(settings, listener, drain=_positive(arguments, "drain"), ready=ready)
     return 0
+
+
+def served_names(repository: Repository, name: str | None, default: str) -> dict[str, str]:
+    """The names that clients use, by the names in the repository. UsageError for --model-name where there are several.
+
+    `name`: of --model-name. `default`: the name of the only model.
+    """
+    if "" in repository.members:
+        return {"": name or default}
+    if name:
+        raise UsageError(
+            f"--model-name names one model, and this repository has {len(repository.members)}.",
+            hint=f"Omit it: clients call them {', '.join(repository.members)}.",
+        )
+    return {member: member for member in repository.members}
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     from builder.serving.server import stop_at_eof
 
     repository = _repository(arguments)
-    gateway.check(arguments, repository.models, repository.facts)
+    gateway.check(arguments, repository)
     if arguments.until_eof:
         stop_at_eof()
     with (
@@ -141,8 +141,11 @@ def _gateway(
 
     if arguments.no_gateway:
         return nullcontext()
-    name = arguments.model_name or (arguments.repository or repository.path).absolute().name
-    options = ["--model-name", name, *gateway.options(arguments)]
+    names = gateway.served_names(
+        repository, arguments.model_name, (arguments.repository or repository.path).absolute().name
+    )
+    options = ["--model-name", names[""]] if "" in names else []
+    options += gateway.options(arguments)
     log = server.log.with_name("gateway.log")
     address = (arguments.host, arguments.port)
     return start(repository.path, server.grpc_url, address, log=log, options=options, follow_log=arguments.follow_log)

@@ -16,17 +16,15 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from builder.gateway import requests
-from builder.gateway.engine import Engine
+from builder.gateway import requests, routes
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.front import Front
-from builder.gateway.job import Job, Jobs
-from builder.gateway.prompts import Prompts
-from builder.gateway.readiness import Readiness
+from builder.gateway.job import Job
+from builder.gateway.models import Models, Served
 from builder.gateway.record import Metrics, Record
 from builder.gateway.requests import ChatRequest, CompletionRequest
 from builder.gateway.responses import ChatReply, CompletionReply, Reply
-from builder.gateway.settings import Model, Settings
+from builder.gateway.settings import Model, Place, Settings
 from builder.gateway.streams import ClientGone, EventStream, left
 from builder.gateway.tensors import TokenRequest
 
@@ -34,33 +32,32 @@ from builder.gateway.tensors import TokenRequest
 class Gateway:
     """The application's state and its endpoints."""
 
-    def __init__(self, settings: Settings, model: Model) -> None:
-        self.settings, self.model = settings, model
-        self.created = int(time.time())
-        self.prompts = Prompts(model)
-        self._engine: Engine | None = None
+    def __init__(self, settings: Settings, first: Sequence[tuple[Place, Model]]) -> None:
+        self.settings, self._first = settings, first
+        self.served = Models(settings.limits)
 
     @asynccontextmanager
     async def lifespan(self, _: object) -> AsyncIterator[None]:
-        """Connects to the engine in the server's event loop, and closes the connection at the end."""
-        self._engine = engine = Engine(self.settings.grpc, self.model)
-        self._jobs = Jobs(engine, self.model, self.settings.limits)
-        self._readiness = Readiness(engine, self.model)
+        """Connects to the engines in the server's event loop, and closes the connections at the end."""
+        await self.served.replace(self._first)
+        following = asyncio.ensure_future(routes.follow(self.settings.routes, self.served))
         try:
             yield
         finally:
-            await engine.close()
-            self.prompts.close()
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
+            await self.served.close()
 
     def in_progress(self) -> float:
         """The number of answers in progress, for the metrics."""
-        return self._jobs.admission.in_progress if self._engine else 0
+        return self.served.admission.in_progress
 
     async def chat(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions."""
-        asked = requests.parse(ChatRequest, await self._body(request), self.model)
-        self._check_model(asked.model)
-        ids = await self.prompts.conversation(
+        asked = requests.parse(ChatRequest, await self._body(request), self._model)
+        served = self._begin(request, asked.model)
+        ids = await served.prompts.conversation(
             [message.for_template() for message in asked.messages],
             requests.template_variables(asked),
             continue_final=asked.continue_final_message,
@@ -70,39 +67,39 @@ class Gateway:
 
     async def completions(self, request: Request) -> ASGIApp:
         """POST /v1/completions."""
-        asked = requests.parse(CompletionRequest, await self._body(request), self.model)
-        self._check_model(asked.model)
+        asked = requests.parse(CompletionRequest, await self._body(request), self._model)
+        served = self._begin(request, asked.model)
         prompts = _prompts(asked.prompt)
         if not prompts or len(prompts) * asked.n > self.settings.limits.choices:
             most = self.settings.limits.choices
             raise invalid(f"prompt and n ask for {len(prompts) * asked.n} answers; 1 to {most} are possible.", "prompt")
         ids = [
-            await self.prompts.text(one, "prompt") if isinstance(one, str) else self.prompts.ids(one, "prompt")
+            await served.prompts.text(one, "prompt") if isinstance(one, str) else served.prompts.ids(one, "prompt")
             for one in prompts
         ]
-        text = self.model.vocabulary.tokenizer.decode
+        text = served.model.vocabulary.tokenizer.decode
         echoes = [(one if isinstance(one, str) else text(one)) if asked.echo else "" for one in prompts]
         limit = requests.COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         return await self._respond(request, asked, ids, limit, CompletionReply, echoes)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
-        return _json({"object": "list", "data": [self._model_object()]})
+        return _json({"object": "list", "data": [_model_object(served) for served in self.served]})
 
     async def model_by_name(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
-        self._check_model(request.path_params["name"])
-        return _json(self._model_object())
+        return _json(_model_object(self.served.named(request.path_params["name"])))
 
     async def live(self, _: Request) -> Response:
         """GET /health/live: the process answers."""
         return _json({"status": "live"})
 
     async def ready(self, _: Request) -> Response:
-        """GET /health/ready: the engine generates tokens."""
-        fault = await self._readiness.fault()
-        if fault:
-            raise ApiError(503, "The model does not answer.", code="not_ready", detail=fault)
+        """GET /health/ready: the engine of each model generates tokens."""
+        found = [(served.name, await served.readiness.fault()) for served in self.served]
+        faults = [f"{name}: {fault}" for name, fault in found if fault]
+        if faults:
+            raise ApiError(503, "The model does not answer.", code="not_ready", detail="; ".join(faults))
         return _json({"status": "ready"})
 
     async def _respond(
@@ -114,28 +111,28 @@ class Gateway:
         kind: type[Reply],
         echoes: Sequence[str] = ("",),
     ) -> ASGIApp:
-        record: Record = request.state.record
+        served, record = request.state.served, request.state.record
         record.streamed = asked.stream
         reply = kind(
             ("chatcmpl-" if kind is ChatReply else "cmpl-") + uuid.uuid4().hex,
             int(time.time()),
-            self.settings.served_name,
-            self.model.vocabulary,
+            served.name,
+            served.model.vocabulary,
             usage=asked.stream_options.include_usage,
             log_probs=asked.log_probs,
         )
-        sampling, end_ids = asked.sampling(self.model), asked.end_ids(self.model)
+        sampling, end_ids = asked.sampling(served.model), asked.end_ids(served.model)
         made = [
             TokenRequest(
-                ids, requests.token_limit(limit, len(ids), self.model), sampling, end_ids,
-                streaming=self.model.streams, log_probs=asked.log_probs,
+                ids, requests.token_limit(limit, len(ids), served.model), sampling, end_ids,
+                streaming=served.model.streams, log_probs=asked.log_probs,
             )
             for ids in prompts
         ]  # fmt: skip
         job = Job(reply, made, asked.n, asked.stops, echoes)
         if asked.stream:
-            return EventStream(lambda outbox: self._jobs.stream(job, record, outbox), self.settings.limits)
-        return _json(await _unless_left(request, self._jobs.whole(job, record)))
+            return EventStream(lambda outbox: served.jobs.stream(job, record, outbox), self.settings.limits)
+        return _json(await _unless_left(request, served.jobs.whole(job, record)))
 
     async def _body(self, request: Request) -> bytes:
         """The request's body. ApiError if it is too large, or does not arrive in time; ClientGone."""
@@ -160,23 +157,26 @@ class Gateway:
             raise ClientGone from None
         return b"".join(parts)
 
-    def _check_model(self, name: str) -> None:
-        served = self.settings.served_name
-        if name != served:
-            raise ApiError(
-                404, f"The model {name[:200]!r} does not exist; this server has {served!r}.",
-                param="model", code="model_not_found",
-            )  # fmt: skip
+    def _model(self, name: str) -> Model:
+        return self.served.named(name).model
 
-    def _model_object(self) -> dict[str, Any]:
-        name = self.settings.served_name
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "trtllm-builder",
-            "max_model_len": self.model.max_seq_len,
-        }
+    def _begin(self, request: Request, name: str) -> Served:
+        """The model that this request keeps until it ends. ApiError if there is none with this name."""
+        served = request.state.served = self.served.named(name)
+        record: Record = request.state.record
+        served.begin()
+        record.model, record.release = name, served.end
+        return served
+
+
+def _model_object(served: Served) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "trtllm-builder",
+        "max_model_len": served.model.max_seq_len,
+    }
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
@@ -207,9 +207,9 @@ def _json(content: Any) -> Response:
     return Response(json.dumps(content, ensure_ascii=False).encode(), media_type="application/json")
 
 
-def application(settings: Settings, model: Model) -> ASGIApp:
-    """The ASGI application."""
-    gateway = Gateway(settings, model)
+def application(settings: Settings, first: Sequence[tuple[Place, Model]]) -> ASGIApp:
+    """The ASGI application. `first`: the models that it serves at the start."""
+    gateway = Gateway(settings, first)
     metrics = Metrics(gateway.in_progress)
 
     async def show_metrics(_: Request) -> Response:

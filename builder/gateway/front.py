@@ -60,6 +60,7 @@ class Front:
             detail = "".join(traceback.format_exception(error))
             await _respond(with_id, record, ApiError(500, "The gateway failed on this request.", detail=detail))
         finally:
+            record.release()
             self._finish(record)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:

@@ -58,9 +58,8 @@ class Job:
 class Jobs:
     """Runs jobs on one engine, within its limits."""
 
-    def __init__(self, engine: Engine, model: Model, limits: Limits) -> None:
-        self._engine, self._model, self._limits = engine, model, limits
-        self.admission = Admission(limits.requests)
+    def __init__(self, engine: Engine, model: Model, limits: Limits, admission: Admission) -> None:
+        self._engine, self._model, self._limits, self._admission = engine, model, limits, admission
 
     async def whole(self, job: Job, record: Record) -> dict[str, object]:
         """The response's JSON object, once all answers are complete."""
@@ -76,7 +75,7 @@ class Jobs:
 
     async def _run(self, job: Job, record: Record, outbox: Outbox | None) -> list[Answer]:
         answers: list[Answer] = []
-        async with self.admission.admit(len(job)):
+        async with self._admission.admit(len(job)):
             record.prompt_tokens = sum(len(prompt.ids) for prompt in job.prompts)
             try:
                 async with asyncio.timeout(self._limits.seconds):

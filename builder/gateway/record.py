@@ -32,6 +32,8 @@ class Record:
     finish_reasons: list[str] = field(default_factory=list)
     code: str = ""
     detail: str = ""
+    model: str = ""
+    release: Callable[[], None] = lambda: None  # called when the request has ended
 
     def token(self) -> None:
         """Notes the time of the first piece of text."""
@@ -98,6 +100,7 @@ def log_request(record: Record) -> None:
         "method": record.method,
         "path": record.path[:200],
         "status": record.status,
+        "model": record.model or None,
         "seconds": round(time.monotonic() - record.started, 4),
         "streamed": record.streamed or None,
         "prompt_tokens": record.prompt_tokens or None,

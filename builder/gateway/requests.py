@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -177,8 +177,11 @@ class CompletionRequest(Generation):
 Request = TypeVar("Request", ChatRequest, CompletionRequest)
 
 
-def parse(kind: type[Request], body: bytes, model: Model) -> Request:
-    """A request from the bytes of its body. ApiError with the first field that is wrong."""
+def parse(kind: type[Request], body: bytes, choose: Callable[[str], Model]) -> Request:
+    """A request from the bytes of its body. ApiError with the first field that is wrong.
+
+    `choose` returns the model that clients call so, or raises an ApiError.
+    """
     try:
         found = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -189,7 +192,7 @@ def parse(kind: type[Request], body: bytes, model: Model) -> Request:
         request = kind.model_validate(known(found, kind.model_fields))
     except ValidationError as error:
         raise _first(error) from None
-    _check(request, model)
+    _check(request, choose(request.model))
     return request
 
 

@@ -13,13 +13,16 @@ import uvicorn
 from builder.gateway.app import application
 from builder.gateway.listener import BACKLOG
 from builder.gateway.protocol import limited
-from builder.gateway.settings import Model, Settings
+from builder.gateway.settings import Settings
 
 
-def run(settings: Settings, model: Model, listener: socket.socket, *, drain: int, ready: Callable[[], None]) -> None:
-    """Serves until a signal. `drain`: seconds for requests in progress then. `ready` is called once, before serving."""
+def run(settings: Settings, listener: socket.socket, *, drain: int, ready: Callable[[], None]) -> None:
+    """Serves until a signal. `drain`: seconds for requests in progress then. `ready` is called once, before serving.
+
+    Errors as for Place.read, for the models that it serves first.
+    """
     config = uvicorn.Config(
-        application(settings, model),
+        application(settings, [(place, place.read()) for place in settings.places]),
         loop="uvloop",
         http=limited(settings.limits),
         ws="none",

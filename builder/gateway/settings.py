@@ -13,6 +13,7 @@ from builder.tokenizer import files as tokenizer_files
 from builder.tokenizer.chat_template import ChatTemplate
 from builder.tokenizer.detokenizer import Vocabulary
 from builder.tokenizer.worker import load
+from builder.triton.repository import open_repository
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,29 @@ def tokenizer_directory(models: Path, facts: Mapping[str, Any]) -> Path:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A gateway: where Triton's gRPC port is, the name that clients use for the model, limits and API keys."""
+class Place:
+    """Where a model is served: the name that clients use, its repository and its name there ("" if the repository has
+    one model only), and its server's gRPC port."""
 
+    name: str
+    repository: Path
+    member: str
     grpc: str
-    served_name: str
+
+    def read(self) -> Model:
+        """The model. UsageError, IntegrityError or UnsupportedError if its repository can't be served."""
+        opened = open_repository(self.repository)
+        return Model.read(opened.models, opened.members[self.member])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A gateway: the models that it serves first, limits and API keys.
+
+    routes: a file that names the models instead, and is read again when it changes (routes.py).
+    """
+
+    places: tuple[Place, ...]
     limits: Limits = field(default_factory=Limits)
     keys: tuple[str, ...] = ()
+    routes: Path | None = None

@@ -40,6 +40,12 @@ class Repository:
         """The directory that Triton serves."""
         return self.path / "models"
 
+    @property
+    def members(self) -> Mapping[str, Mapping[str, Any]]:
+        """The facts of each model that clients can choose, by its name; "" is that of the only one (combined.py)."""
+        found: Mapping[str, Mapping[str, Any]] = self.facts.get("members") or {"": self.facts}
+        return found
+
 
 def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store: Store) -> Repository:
     """The model repository that serves this engine with this model's tokenizer. `part` is the recipe's `repository`.

@@ -31,14 +31,12 @@ import json, sys
 from builder.gateway import server
 from builder.gateway.limits import Limits
 from builder.gateway.listener import listen
-from builder.gateway.settings import Model, Settings
-from builder.triton import repository
+from builder.gateway.settings import Place, Settings
 path, grpc, name, limits, keys = json.loads(sys.argv[1])
-opened = repository.open_repository(path)
 listener = listen("127.0.0.1", None)
 ready = lambda: print(listener.getsockname()[1], flush=True)
-settings = Settings(grpc, name, Limits(**limits), tuple(keys))
-server.run(settings, Model.read(opened.models, opened.facts), listener, drain=3, ready=ready)
+settings = Settings((Place(name, path, "", grpc),), Limits(**limits), tuple(keys))
+server.run(settings, listener, drain=3, ready=ready)
 """
 
 

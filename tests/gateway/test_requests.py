@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 def chat(model: Model, **fields: Any) -> ChatRequest:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
-    return requests.parse(ChatRequest, json.dumps(body).encode(), model)
+    return requests.parse(ChatRequest, json.dumps(body).encode(), lambda name: model)
 
 
 def tensors(message: Any) -> dict[str, tuple[str, list[int], bytes]]:
@@ -93,7 +93,7 @@ def test_every_field_of_openais_requests_is_known(kind: Any, theirs: Any) -> Non
 def test_any_body_is_a_request_or_an_error(model: Model, body: bytes) -> None:
     for kind in (ChatRequest, CompletionRequest):
         with pytest.raises(ApiError) as raised:
-            requests.parse(kind, body, model)
+            requests.parse(kind, body, lambda name: model)
         assert raised.value.status == 400
         json.dumps(raised.value.body)
 
@@ -144,7 +144,7 @@ def test_arguments_of_a_tool_call_that_are_no_json_stay_a_text(model: Model) -> 
 
 def test_deeply_nested_json(model: Model) -> None:
     with pytest.raises(ApiError, match="not valid JSON"):
-        requests.parse(ChatRequest, b"[" * 100_000, model)
+        requests.parse(ChatRequest, b"[" * 100_000, lambda name: model)
 
 
 def test_temperature_alone_samples(model: Model) -> None:

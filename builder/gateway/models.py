@@ -1,0 +1,103 @@
+"""The models that a gateway serves, by the names that clients use. They can be replaced while requests are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from builder.gateway.engine import Engine
+from builder.gateway.errors import ApiError
+from builder.gateway.job import Admission, Jobs
+from builder.gateway.limits import Limits
+from builder.gateway.prompts import Prompts
+from builder.gateway.readiness import Readiness
+from builder.gateway.settings import Model, Place
+
+
+@dataclass(eq=False)
+class Served:
+    """A model behind one connection to its server. A request keeps the one that it began with until it ends.
+
+    created: seconds since 1970, for OpenAI's clients. users: requests that have not ended.
+    """
+
+    place: Place
+    model: Model
+    engine: Engine
+    prompts: Prompts
+    jobs: Jobs
+    readiness: Readiness
+    created: int
+    users: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name that clients use."""
+        return self.place.name
+
+    def begin(self) -> None:
+        """A request has begun."""
+        self.users += 1
+
+    def end(self) -> None:
+        """It has ended, in whatever way."""
+        self.users -= 1
+
+    async def close(self) -> None:
+        """Closes the connection and ends the worker process of the chat template."""
+        await self.engine.close()
+        await asyncio.to_thread(self.prompts.close)
+
+
+class Models:
+    """All models of a gateway. Must be used in its event loop."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.admission = Admission(limits.requests)
+        self._served: Mapping[str, Served] = {}
+        self._retired: set[Served] = set()
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(self._served.values())
+
+    def named(self, name: str) -> Served:
+        """The model that clients call so. ApiError (404) if there is none."""
+        found = self._served.get(name)
+        if found is None:
+            known = ", ".join(repr(one) for one in self._served)
+            raise ApiError(
+                404, f"The model {name[:200]!r} does not exist; this server has {known}.",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+        return found
+
+    async def replace(self, models: Sequence[tuple[Place, Model]]) -> None:
+        """Serves these from now on, and no others. One at the same place as before keeps its connection."""
+        before = {one.place: one for one in self}
+        now = {place.name: before.get(place) or await self._start(place, model) for place, model in models}
+        self._retired |= {one for one in before.values() if one not in now.values()}
+        self._served = now
+
+    async def close_retired(self) -> None:
+        """Closes the models that were replaced and have no requests any more."""
+        for one in [one for one in self._retired if not one.users]:
+            await one.close()
+            self._retired.discard(one)
+
+    def in_use(self) -> set[str]:
+        """The gRPC addresses of the servers that may still get requests."""
+        return {one.place.grpc for one in (*self, *self._retired)}
+
+    async def close(self) -> None:
+        """Closes all."""
+        for one in (*self, *self._retired):
+            await one.close()
+
+    async def _start(self, place: Place, model: Model) -> Served:
+        prompts = await asyncio.to_thread(Prompts, model)  # looks at the whole vocabulary
+        engine = Engine(place.grpc, model)
+        jobs = Jobs(engine, model, self._limits, self.admission)
+        return Served(place, model, engine, prompts, jobs, Readiness(engine, model), int(time.time()))
