@@ -15,24 +15,20 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
 
-import grpc
-import grpc.aio
-from tritonclient.grpc import service_pb2_grpc
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2
 
+from builder.gateway.channel import Channel
 from builder.gateway.errors import ApiError
+from builder.gateway.http2 import BrokenStreamError, Ended, Stream
 from builder.gateway.settings import Model
 from builder.gateway.tensors import Decoder, Step, TokenRequest, encode, encode_stop, is_final
 
+METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 BUSY = "maximum queue size"  # in Triton's error for a request that exceeds max_queue_size
 STOP_ATTEMPTS, STOP_PAUSE = 20, 0.1  # how often, and seconds apart, a full queue is asked to stop an answer
 STOP_SECONDS = 30.0  # for the engine to end an answer that was stopped, before its stream is cancelled
-OPTIONS = [
-    ("grpc.enable_http_proxy", 0),  # the server is ours; HTTP_PROXY and friends are for other hosts
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-]
+CLOSE_SECONDS = 5.0  # for answers that were stopped, when the gateway ends
 
 OnStep = Callable[[Step], bool]  # gets a response; whether more are wanted
 
@@ -42,110 +38,129 @@ class Engine:
 
     def __init__(self, address: str, model: Model) -> None:
         self._model = model
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._channel = Channel(address, METHOD)
         self._tasks: set[asyncio.Task[None]] = set()
         self.last_response = -math.inf  # time.monotonic of the last response that was no error
 
     async def close(self) -> None:
         """Closes the connection, once the answers that were stopped have ended."""
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5.0)
-        await self._channel.close()
+            await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+        await self._channel.close(CLOSE_SECONDS)
 
     async def generate(self, request: TokenRequest, request_id: str, on_step: OnStep) -> None:
         """Passes each response to `on_step`, up to the final one or until it wants no more.
 
         ApiError if the server fails or rejects the request. If this task is cancelled, the engine is told to stop.
         """
-        call = self._stub.ModelStreamInfer()
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        ended = asyncio.Event()
-        reading = self._start(self._read(call, encode(self._model, request, request_id), on_step, done, ended))
+        answer = _Answer(self, on_step)
+        await self._begin(answer.stream, encode(self._model, request, request_id))
         try:
-            await done
+            await answer.done
         finally:
-            if not ended.is_set():
-                self._start(self._end(call, reading, request_id))
+            if not answer.ended.is_set():
+                self._start(self._end(answer, request_id))
 
-    async def _read(
-        self, call: Any, message: Any, on_step: OnStep, done: asyncio.Future[None], ended: asyncio.Event
-    ) -> None:
-        """Reads a stream to its end, even if nobody waits for `done` any more. `ended`: no more responses follow."""
+    async def _begin(self, stream: Stream, message: Any) -> None:
         try:
-            await call.write(message)
-            await self._responses(call, on_step, done)
-        except Exception as error:
-            if not done.done():
-                done.set_exception(_broken(error) if isinstance(error, grpc.aio.AioRpcError) else error)
-        ended.set()
-        with suppress(grpc.aio.AioRpcError):
-            await _finish(call)
+            await self._channel.begin(stream, message.SerializeToString())
+        except BrokenStreamError as error:
+            raise _broken(str(error)) from None
 
-    async def _responses(self, call: Any, on_step: OnStep, done: asyncio.Future[None]) -> None:
-        """Reads responses up to the final one or an error."""
-        decoder, final = Decoder(), False
-        while not final:
-            response = await call.read()
-            if response is grpc.aio.EOF:
-                raise _broken(await call.details())
-            if response.error_message:
-                raise _rejected(response.error_message)
-            self.last_response = time.monotonic()
-            final = is_final(response.infer_response)
-            if not done.done():
-                _deliver(decoder, response.infer_response, on_step, done)
-
-    async def _end(self, call: Any, reading: asyncio.Task[None], request_id: str) -> None:
+    async def _end(self, answer: _Answer, request_id: str) -> None:
         """Ends an answer that nobody wants."""
         if self._model.streams:
-            await self._stop(reading, request_id)
-            await asyncio.wait({reading}, timeout=STOP_SECONDS)
+            await self._stop(answer, request_id)
+            await _wait(answer.ended, STOP_SECONDS)
         # A model that does not stream takes no other request meanwhile; its only response is still to come.
-        if not reading.done():
-            call.cancel()
+        if not answer.ended.is_set():
+            answer.stream.cancel()
 
-    async def _stop(self, reading: asyncio.Task[None], request_id: str) -> None:
+    async def _stop(self, answer: _Answer, request_id: str) -> None:
         for _ in range(STOP_ATTEMPTS):
-            if reading.done():
+            if answer.ended.is_set():
                 return
-            call = self._stub.ModelStreamInfer()
+            stop = _Answer(self, lambda step: True)
             try:
-                await call.write(encode_stop(self._model, request_id))
-                response = await call.read()
-                await _finish(call)
-            except grpc.aio.AioRpcError:
-                return  # the server is gone, and the answer with it
-            if response is grpc.aio.EOF or BUSY not in response.error_message:
+                await self._begin(stop.stream, encode_stop(self._model, request_id))
+                await stop.done
+            except ApiError as error:
+                if error.status != 429:
+                    return  # the server is gone, and the answer with it
+                await asyncio.sleep(STOP_PAUSE)
+            else:
                 return
-            await asyncio.sleep(STOP_PAUSE)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
 
-async def _finish(call: Any) -> None:
-    """Ends a stream whose responses have been read. Closing the connection earlier would cancel it (see above)."""
-    await call.done_writing()
-    while await call.read() is not grpc.aio.EOF:
-        pass
+class _Answer:
+    """The responses to one request. They are read to their end, even if nobody waits for `done` any more.
+
+    done: completed when the answer is, or no more of it is wanted. ended: no more responses follow.
+    """
+
+    def __init__(self, engine: Engine, on_step: OnStep) -> None:
+        self._engine, self._on_step = engine, on_step
+        self._decoder = Decoder()
+        self.stream = Stream(self._message, self._stream_ended)
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.Event()
+
+    def _message(self, message: bytes) -> None:
+        if self.ended.is_set():
+            return
+        try:
+            response = service_pb2.ModelStreamInferResponse.FromString(message)
+        except DecodeError:
+            self.stream.cancel()
+            return
+        if response.error_message:
+            self._finish(_rejected(response.error_message))
+            return
+        self._engine.last_response = time.monotonic()
+        if not self.done.done():
+            self._deliver(response.infer_response)
+        if is_final(response.infer_response):
+            self._finish()
+
+    def _deliver(self, response: Any) -> None:
+        """Passes a response on. Sets `done` if no more are wanted, also because whoever uses them failed."""
+        try:
+            if not self._on_step(self._decoder.step(response)):
+                self.done.set_result(None)
+        except Exception as error:
+            self.done.set_exception(error)
+
+    def _finish(self, error: ApiError | None = None) -> None:
+        """After the last response. Only now no more messages follow: ending earlier could cancel the stream."""
+        self.ended.set()
+        self.stream.finish()
+        self._complete(error)
+
+    def _stream_ended(self, how: Ended) -> None:
+        self.ended.set()
+        self._complete(_broken(f"gRPC status {how.status}: {how.message}"))
+
+    def _complete(self, error: ApiError | None) -> None:
+        if self.done.done():
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
 
 
-def _deliver(decoder: Decoder, response: Any, on_step: OnStep, done: asyncio.Future[None]) -> None:
-    """Passes a response on. Sets `done` after the final one, or if no more are wanted, also because this failed."""
-    try:
-        step = decoder.step(response)
-        if not on_step(step) or step.final:
-            done.set_result(None)
-    except Exception as error:
-        done.set_exception(error)
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
-def _broken(error: object) -> ApiError:
-    detail = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error)
+def _broken(detail: str) -> ApiError:
     return ApiError(503, "The model server does not answer. Try again later.", code="server_unavailable", detail=detail)
 
 
