@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -52,6 +53,9 @@ class Front:
             await self._app(scope, receive, with_id)
         except ClientGone:
             record.status = 499
+        except asyncio.CancelledError:  # by uvicorn, when the time is over that a gateway has to finish
+            message = "The gateway was stopped before the answer was complete."
+            await _respond(with_id, record, ApiError(503, message, code="shutting_down"))
         except HTTPException as error:
             await _respond(with_id, record, _from_http(error, scope))
         except ApiError as error:

@@ -73,7 +73,16 @@ class Addresses:
     @property
     def own_grpc_url(self) -> str:
         """HOST:PORT at which the server's own models reach its gRPC port."""
-        return f"{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.grpc}"
+        return f"{self._own_host}:{self.grpc}"
+
+    @property
+    def own_http(self) -> tuple[str, int]:
+        """Host and port at which this machine reaches its HTTP port."""
+        return self._own_host, self.http
+
+    @property
+    def _own_host(self) -> str:
+        return "127.0.0.1" if self.host == "0.0.0.0" else self.host
 
     @property
     def metrics_url(self) -> str:

@@ -24,6 +24,7 @@ from builder.trtllm import compatibility
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 LOG = "server.log"
+REQUESTS = "BUILDER_REQUESTS"  # a directory in which tensorrt_llm_bls writes how many requests it has (its model.py)
 LOG_BYTES = 4 << 20  # the end of a failed server's log that is kept
 
 
@@ -47,6 +48,16 @@ class ServingDirectory:
     def tmp(self) -> Path:
         """The directory for temporary files of the server and of the libraries that its models import."""
         return self.path / "tmp"
+
+    @property
+    def requests(self) -> Path:
+        """Where the server's models write how many requests they have (draining.py)."""
+        return self.path / "requests"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables by which the server's processes find these directories."""
+        return {"TMPDIR": str(self.tmp), REQUESTS: str(self.requests)}
 
     @property
     def log(self) -> Path:
@@ -200,7 +211,7 @@ def _make(executable: bool) -> LockedDirectory:
             made = temporary.create(base)
             (made.path / "space").write_bytes(b"\0" * (4 << 20))  # about the size of the copied backends
             (made.path / "space").unlink()
-            for name in ("backends", "tmp"):
+            for name in ("backends", "tmp", "requests"):
                 (made.path / name).mkdir()
             return made
         except OSError as error:

@@ -23,6 +23,7 @@ from builder.core.safe_text import printable_bytes
 from builder.llmapi import launch as llmapi_launch
 from builder.machine import gpus
 from builder.serving import launch, limits
+from builder.serving.draining import Draining
 from builder.serving.installation import find_server
 from builder.serving.launch import Ports
 from builder.serving.model_processes import ModelProcesses
@@ -50,6 +51,7 @@ class Server:
     log: Path
     child: process.Child
     processes: ModelProcesses
+    draining: Draining
 
     @property
     def pid(self) -> int:
@@ -111,24 +113,31 @@ def serve(
             follow(server.log)
         _wait_until_ready(server, models, start + options.timeout)
         stopping.seconds = options.exit_timeout + 10.0
+        stopping.draining = server.draining
         server.lost_a_model()  # from now on it is known which process is which model's
         out.info(f"Triton is ready after {seconds(time.monotonic() - start)}: {server.http_url}, log {server.log}")
         try:
             yield server
         finally:
             if server.child.poll() is None and server.lost_a_model():
-                stopping.seconds = BROKEN_SECONDS
+                stopping.seconds, stopping.draining = BROKEN_SECONDS, None
 
 
 @dataclass
 class _Stopping:
-    """How long a server may take to exit after SIGTERM. Whatever is left then is killed."""
+    """How long a server may take to exit after SIGTERM. Whatever is left then is killed.
+
+    draining: how a server is stopped that has requests in progress.
+    """
 
     seconds: float = STOP_SECONDS
+    draining: Draining | None = None
 
     def stop(self, child: process.Child) -> None:
         """Sends SIGTERM and waits."""
-        if child.poll() is None:
+        if child.poll() is None and self.draining:
+            self.draining.stop(self.seconds)
+        elif child.poll() is None:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):
                 child.wait(self.seconds)
@@ -159,12 +168,13 @@ def _started(
                 command.line(models, ranks),
                 stop=stopping.stop,
                 log=sink,
-                env={**variables, "TMPDIR": str(place.tmp), launch.OWN_GRPC: addresses.own_grpc_url},
+                env={**variables, **place.environment, launch.OWN_GRPC: addresses.own_grpc_url},
                 scratch=process.Scratch(shm, place.path),
             ) as child,
         ):
             urls = (addresses.http_url, addresses.grpc_url, addresses.metrics_url)
-            yield Server(*urls, log, child, ModelProcesses(child.pid, place.models)), stopping
+            draining = Draining(child, addresses.own_http, addresses.grpc, place.requests)
+            yield Server(*urls, log, child, ModelProcesses(child.pid, place.models), draining), stopping
 
 
 def _wait_until_ready(server: Server, models: Path, deadline: float) -> None:

@@ -4,6 +4,8 @@ SERVED_SOURCES = (
     "builder/serving/sources.py",
     "builder/serving/client.py",
     "builder/serving/server.py",
+    "builder/serving/connections.py",
+    "builder/serving/draining.py",
     "builder/serving/launch.py",
     "builder/serving/readiness.py",
     "builder/serving/model_processes.py",

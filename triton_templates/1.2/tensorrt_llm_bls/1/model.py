@@ -39,6 +39,8 @@ CANCELLATION_SECONDS = 0.1  # between two looks at which clients are gone; each 
 STOPPERS = 8  # requests stopped at the same time: each takes some milliseconds, and many clients may leave at once
 STOP_SECONDS = 10.0  # for the engine to answer a request to stop another one
 ADDRESS = os.environ.get("BUILDER_TRITON_GRPC", "127.0.0.1:8001")  # by default Triton's default
+# A directory in which `builder serve` looks for requests in progress before it lets Triton close its gRPC port.
+REQUESTS = os.environ.get("BUILDER_REQUESTS")
 CHANNEL = [
     ("grpc.enable_http_proxy", 0),  # it is this machine
     ("grpc.max_send_message_length", -1),
@@ -79,6 +81,7 @@ class TritonPythonModel:
         self.maps = {key: json.loads(value) for key, value in parameters.items() if "_from_" in key}
         self.engine = Engine()
         self.running, self.counting = set(), threading.Lock()
+        self.shown = os.open(f"{REQUESTS}/{os.getpid()}", os.O_CREAT | os.O_WRONLY) if REQUESTS else None
         threads, waiting = int(parameters["threads"]), int(parameters["max_queue_size"])
         self.most = threads + waiting if waiting else sys.maxsize
         self.queue_seconds = float(parameters["queue_timeout_seconds"]) or sys.maxsize
@@ -95,10 +98,15 @@ class TritonPythonModel:
                 accepted = len(self.running) < self.most
                 if accepted:
                     self.running.add(answer)
+                    self.show_running()
             if accepted:
                 self.pool.submit(self.answer, answer)
             else:
                 answer.fail(pb_utils.TritonError("Exceeds maximum queue size", pb_utils.TritonError.UNAVAILABLE))
+
+    def show_running(self):
+        if self.shown is not None:
+            os.pwrite(self.shown, b"%6d" % len(self.running), 0)
 
     def finalize(self):
         self.pool.shutdown()
@@ -144,6 +152,7 @@ class TritonPythonModel:
         finally:
             with self.counting:
                 self.running.discard(answer)
+                self.show_running()
 
     def serve(self, answer):
         """Answers one request, streamed or not. Rejected for an invalid one."""
