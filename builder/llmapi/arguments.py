@@ -29,6 +29,7 @@ from builder.trtllm import flags as trtllm_flags
 
 __all__ = ["Argument", "Subject", "check_card", "check_machine", "check_model", "notes", "resolve", "settle", "tree"]
 TOKENS_PER_BLOCK = 32
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # name -> neutral value
 # Arguments that have a key of their own in the recipe.
 SAID = {
     "tensor_parallel_size": "engine.tp",
@@ -66,6 +67,7 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[
     subject = _subject(resolved, model_config)
     _check_target(resolved)
     trtllm_flags.check_format(resolved)
+    _check_defaults(resolved, penalties=subject.facts.penalties)
     own = {name: value for name, value in _flatten(asked.llmapi.args).items()}
     for name, value in own.items():
         llmapi_versions.check(subject.facts, name, value)
@@ -177,6 +179,19 @@ def _check_target(resolved: schema.Resolved) -> None:
             raise UsageError(
                 f"{key} has no effect with the llmapi target: there is one model, and the LLM API does the batching.",
                 hint=f"Omit {key}.",
+            )
+
+
+def _check_defaults(resolved: schema.Resolved, *, penalties: bool) -> None:
+    """UsageError for default penalties that the version's sampler ignores: the model would reject every request."""
+    asked = resolved.recipe.repository.sampling_defaults
+    for name, neutral in PENALTIES.items():
+        if not penalties and getattr(asked, name) not in (None, neutral):
+            raise UsageError(
+                f"repository.sampling_defaults.{name} would be ignored by the sampler of TensorRT-LLM "
+                f"{resolved.recipe.engine.tensorrt_llm}.",
+                why="Its PyTorch sampler has no penalties.",
+                hint=f"Omit {name}.",
             )
 
 

@@ -20,10 +20,11 @@ from builder.llmapi import arguments as llmapi_arguments
 from builder.llmapi import lora
 from builder.llmapi import versions as llmapi_versions
 from builder.llmapi.arguments import Argument
+from builder.recipe import schema
 from builder.recipe.schema import Resolved
-from builder.tokenizer.special_ids import special_ids
 from builder.triton import model_config
 from builder.triton.repository import Repository
+from builder.triton.template_values import text_facts
 
 MODEL = "tensorrt_llm"  # upstream's name of it, which clients know
 TEMPLATE = paths.data("triton_templates", "llmapi", MODEL)
@@ -51,7 +52,8 @@ def render(
         "libraries": library_versions("jinja2", "pyyaml"),
         "sources": sources_digest(
             "builder/llmapi/repository.py", "builder/triton/repository.py", "builder/triton/model_config.py",
-            "builder/model/files.py", "builder/model/multimodal.py", "builder/tokenizer/special_ids.py", TEMPLATE,
+            "builder/model/files.py", "builder/model/multimodal.py", "builder/tokenizer/special_ids.py",
+            "builder/tokenizer/sampling_defaults.py", "builder/triton/template_values.py", TEMPLATE,
             model_config.MACROS, TENSORS,
         ),
     }  # fmt: skip
@@ -75,10 +77,18 @@ def write(
     check_checkpoint(unified, arguments)
     part, tensors = resolved.recipe.repository, json.loads(TENSORS.read_text(encoding="utf-8"))
     facts = llmapi_versions.load(resolved.recipe.engine.tensorrt_llm)
-    switches = {"exclude_input_in_output": part.exclude_input_in_output, "penalties": facts.penalties}
+    texts = _text_facts(snapshot, part, facts)
+    switches = {
+        "exclude_input_in_output": part.exclude_input_in_output,
+        "penalties": facts.penalties,
+        "add_special_tokens": part.add_special_tokens,
+        "skip_special_tokens": part.skip_special_tokens,
+        "parse_special_tokens": part.parse_special_tokens != "never",
+    }
     parameters = {name: str(value).lower() for name, value in switches.items()}
+    parameters["sampling_defaults"] = json.dumps(texts["sampling_defaults"])
     parameters["vocab_size"] = str(read_json(unified / "config.json")["vocab_size"])
-    parameters["end_ids"] = json.dumps(special_ids(snapshot, part.end_ids)["end_ids"])
+    parameters["end_ids"] = json.dumps(texts["end_ids"])
     parameters["tensorrt_llm"] = resolved.recipe.engine.tensorrt_llm  # compatibility.py compares it
     values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
     directory = models / MODEL / "1"
@@ -88,6 +98,14 @@ def write(
     (directory / "model.yaml").write_text(model_yaml(unified, arguments, decoupled=part.decoupled), encoding="utf-8")
     model_config.check(models, max_batch_size=0, decoupled=part.decoupled)
     return _facts(unified, snapshot, llmapi_arguments.tree(arguments), resolved, tensors["names"])
+
+
+def _text_facts(snapshot: Path, part: schema.Repository, facts: llmapi_versions.Facts) -> dict[str, Any]:
+    """Without the penalties of generation_config.json for a version whose sampler has none."""
+    texts = text_facts(snapshot, part)
+    ignored = () if facts.penalties else llmapi_arguments.PENALTIES
+    kept = {name: value for name, value in texts["sampling_defaults"].items() if name not in ignored}
+    return {**texts, "sampling_defaults": kept}
 
 
 def model_yaml(unified: Path, arguments: Sequence[Argument], *, decoupled: bool) -> str:
@@ -122,7 +140,7 @@ def _facts(
     A decoupled model takes no `infer` (Triton answers 501), one that is not can't stream.
     """
     part = resolved.recipe.repository
-    ids = special_ids(snapshot, part.end_ids)
+    texts = _text_facts(snapshot, part, llmapi_versions.load(resolved.recipe.engine.tensorrt_llm))
     return {
         "target": "llmapi",
         "models": {"generate": MODEL, ("stream" if part.decoupled else "infer"): MODEL},
@@ -132,8 +150,8 @@ def _facts(
         "decoupled": part.decoupled,
         **{name: arguments[name] for name in ("max_batch_size", "max_input_len", "max_seq_len")},
         "vocab_size": read_json(unified / "config.json").get("vocab_size"),
-        "end_id": ids["end_ids"][0] if ids["end_ids"] else None,
-        **ids,
+        "end_id": texts["end_ids"][0] if texts["end_ids"] else None,
+        **texts,
         "checkpoint": str(unified),
         "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
         "world_size": resolved.recipe.engine.world_size,

@@ -35,6 +35,7 @@ from builder.serving import installation, limits, private_directory
 from builder.targets import target
 from builder.targets.base import Excluded, Inputs, Settings
 from builder.tokenizer import files as tokenizer_files
+from builder.tokenizer.sampling_defaults import sampling_defaults
 from builder.tokenizer.special_ids import special_ids
 from builder.transform import advice as transform_advice
 from builder.trtllm.rules import Note
@@ -97,7 +98,7 @@ def check_tokenizer(recipe: Recipe, directory: Path, config: Mapping[str, Any]) 
     """Checks the recipe against the tokenizer files in `directory`.
 
     UsageError for end ids that the model does not have, and for calibration conversations (in a local or bundled file)
-    that its chat template cannot render.
+    that its chat template cannot render. IntegrityError for sampling values in generation_config.json that are none.
     """
     size, largest = tokenizer_files.vocab_size(config), tokenizer_files.largest_token_id(directory)
     known = largest + 1 if size is None else min(size, largest + 1)
@@ -107,6 +108,7 @@ def check_tokenizer(recipe: Recipe, directory: Path, config: Mapping[str, Any]) 
             f"repository.end_ids has {wrong}, and the model's tokens are 0 to {known - 1}.",
             hint="tokenizer.json lists the special tokens and their ids under added_tokens.",
         )
+    sampling_defaults(directory, recipe.repository.sampling_defaults)
     calibration_rows.check_conversations(calibration_rows.first_rows(recipe.calibration), directory)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from builder.core.errors import UsageError
 from builder.formats import algorithms
@@ -20,7 +20,7 @@ from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
 from builder.machine import gpus
 from builder.recipe import card_formats
-from builder.recipe.base import Natural, Part, Positive, Processes, Ranks
+from builder.recipe.base import MOST, Natural, Part, Positive, Processes, Ranks
 from builder.recipe.evaluation import Evaluation, Quality, Sensitivity, Tasks
 from builder.recipe.quantization import COMPRESSED_TENSORS, Quantization
 from builder.recipe.sources import flatten, load_preset, load_yaml, merge, nest, parse_set
@@ -123,6 +123,22 @@ class LlmApi(Part):
     args: dict[str, Any] = Field(default={}, description="more LLM arguments, as in a model.yaml")
 
 
+class SamplingDefaults(Part):
+    """Values for requests that name none of their own. Without any, text models decode greedily."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    from_model: Annotated[
+        bool, Field(description="those of the model's generation_config.json, for the ones that are not set here")
+    ] = False
+    temperature: Annotated[float | None, Field(ge=0, description="0: greedy")] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, description="1: the whole vocabulary")] = None
+    top_k: Annotated[int | None, Field(ge=0, le=MOST, description="0: the whole vocabulary; 1: greedy")] = None
+    repetition_penalty: Annotated[float | None, Field(gt=0, description="1: none")] = None
+    presence_penalty: Annotated[float | None, Field(description="0: none")] = None
+    frequency_penalty: Annotated[float | None, Field(description="0: none")] = None
+
+
 class Repository(Part):
     """How Triton serves the model."""
 
@@ -155,6 +171,15 @@ class Repository(Part):
         tuple[Annotated[int, Field(ge=0)], ...] | None,
         Field(min_length=1, description="token ids that end an answer; default: from the model's files"),
     ] = None
+    add_special_tokens: Annotated[
+        bool, Field(description="begin a text prompt with the tokenizer's own tokens, such as <s>")
+    ] = True
+    skip_special_tokens: Annotated[bool, Field(description="leave control tokens out of the answer's text")] = True
+    parse_special_tokens: Annotated[
+        Literal["prompts", "everywhere", "never"],
+        Field(description="where text of clients can contain control tokens; prompts: not in messages of a chat"),
+    ] = "prompts"
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
 
 
 class Recipe(Part):

@@ -15,9 +15,8 @@ from builder.model.files import json_object
 from builder.recipe import schema
 from builder.recipe.target_facts import ENGINE, REFERENCE
 from builder.tokenizer import files as tokenizer_files
-from builder.tokenizer.special_ids import special_ids
 from builder.triton import model_config, stream_capacity
-from builder.triton.template_values import TOKENIZER_DIR, template_files, template_values
+from builder.triton.template_values import TOKENIZER_DIR, template_files, template_values, text_facts
 from builder.trtllm import compatibility
 
 if TYPE_CHECKING:
@@ -63,12 +62,14 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
         "sources": sources_digest(
             "builder/triton/repository.py",
             "builder/triton/model_config.py",
+            "builder/triton/sampling_tensors.py",
             "builder/triton/stream_capacity.py",
             "builder/triton/template_values.py",
             "builder/trtllm/compatibility.py",
             "builder/model/files.py",
             "builder/model/multimodal.py",
             "builder/tokenizer/files.py",
+            "builder/tokenizer/sampling_defaults.py",
             "builder/tokenizer/special_ids.py",
             templates,
             model_config.MACROS,
@@ -143,8 +144,8 @@ def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -
     `engine` and `snapshot` are the directories of the engine and of the model's files. Errors as for `render`.
     """
     config = json_object(engine / "config.json")
-    ids = special_ids(snapshot, part.end_ids)
-    values = template_values(engine, config, ids, part)
+    texts = text_facts(snapshot, part)
+    values = template_values(engine, config, texts, part)
     templates, _ = template_files(config["version"])
     for source in sorted(path.parent for path in templates.glob("*/config.pbtxt.j2")):
         if source.name == "ensemble_infer" and not part.decoupled:
@@ -157,7 +158,7 @@ def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -
             shutil.copyfile(code, model / "1" / "model.py")
     _copy_tokenizer(snapshot, models / TOKENIZER_DIR)
     model_config.check(models, max_batch_size=values["max_batch_size"], decoupled=part.decoupled)
-    return _facts(engine, config, ids, part)
+    return _facts(engine, config, texts, part)
 
 
 def repository_key(repository: Repository) -> str:
@@ -172,7 +173,9 @@ def _repository(artifact: Artifact) -> Repository:
     return Repository(artifact.path, artifact.digest, artifact.facts)
 
 
-def _facts(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], part: schema.Repository) -> dict[str, Any]:
+def _facts(
+    engine: Path, config: Mapping[str, Any], texts: Mapping[str, Any], part: schema.Repository
+) -> dict[str, Any]:
     build = config["build_config"]
     return {
         "target": (ENGINE if list(engine.glob("*.engine")) else REFERENCE).name,
@@ -185,8 +188,8 @@ def _facts(engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], part
         "decoupled": part.decoupled,
         **{name: build[name] for name in ("max_batch_size", "max_input_len", "max_seq_len")},
         "vocab_size": config["pretrained_config"]["vocab_size"],
-        "end_id": ids["end_ids"][0] if ids["end_ids"] else None,
-        **ids,
+        "end_id": texts["end_ids"][0] if texts["end_ids"] else None,
+        **texts,
         "streams": stream_capacity.streams(part, build["max_batch_size"]),
         "tokenizer_dir": TOKENIZER_DIR,
         "engine": str(engine),

@@ -10,11 +10,14 @@ from typing import Any
 from builder.core import paths
 from builder.core.errors import UnsupportedError, UsageError
 from builder.recipe import schema
-from builder.triton import stream_capacity
+from builder.tokenizer.sampling_defaults import sampling_defaults
+from builder.tokenizer.special_ids import special_ids
+from builder.triton import sampling_tensors, stream_capacity
 from builder.trtllm import compatibility
 from builder.trtllm.compatibility import LOGITS_TYPES
 
 TOKENIZER_DIR = "preprocessing/1/tokenizer"  # relative to the model repository
+SPECIAL_TOKENS = ("add_special_tokens", "skip_special_tokens", "parse_special_tokens")  # keys of the recipe, and facts
 # Request inputs that tensorrt_llm_bls and ensemble_infer check themselves (see the note in triton-tensors.json).
 REQUIRED = ("text_input", "max_tokens")
 
@@ -35,15 +38,29 @@ def template_files(version: str) -> tuple[Path, Path]:
     return templates, tensors
 
 
+def text_facts(snapshot: Path, part: schema.Repository) -> dict[str, Any]:
+    """What the models and the gateway need to know of texts: special ids, special tokens, sampling defaults.
+
+    `snapshot` is the directory of the model's files. IntegrityError if one of them can't be read.
+    """
+    return {
+        **special_ids(snapshot, part.end_ids),
+        **{name: getattr(part, name) for name in SPECIAL_TOKENS},
+        "sampling_defaults": sampling_defaults(snapshot, part.sampling_defaults),
+    }
+
+
 def template_values(
-    engine: Path, config: Mapping[str, Any], ids: Mapping[str, Any], part: schema.Repository
+    engine: Path, config: Mapping[str, Any], texts: Mapping[str, Any], part: schema.Repository
 ) -> dict[str, Any]:
     """Every value that the templates use.
 
-    `config` is the engine's config.json, `ids` are the model's special ids, `part` is the recipe's `repository`.
+    `config` is the engine's config.json, `texts` what `text_facts` says of the model, `part` the recipe's `repository`.
     """
     pretrained, build = config["pretrained_config"], config["build_config"]
     tensors = _tensors(config["version"], pretrained["logits_dtype"])
+    defaults = sampling_tensors.by_input(tensors, texts["sampling_defaults"])
+    tensors = sampling_tensors.with_defaults(tensors, texts["sampling_defaults"])
     return {
         "max_batch_size": build["max_batch_size"],
         "decoupled": part.decoupled,
@@ -69,12 +86,17 @@ def template_values(
             for entry in tensors["request"]["input"]
         ],
         "steps": _steps(tensors),
-        "tokenizer": {"tokenizer_dir": TOKENIZER_DIR, "skip_special_tokens": "true"},
-        "answers": {"exclude_input_in_output": _lower(part.exclude_input_in_output)},
+        "tokenizer": {"tokenizer_dir": TOKENIZER_DIR, "skip_special_tokens": _lower(part.skip_special_tokens)},
+        "answers": {
+            "exclude_input_in_output": _lower(part.exclude_input_in_output),
+            "add_special_tokens": _lower(part.add_special_tokens),
+        },
         "limits": {
-            "add_special_tokens": "true",
-            "end_ids": json.dumps(ids["end_ids"]),
-            "pad_id": ids["pad_id"],
+            "add_special_tokens": _lower(part.add_special_tokens),
+            "parse_special_tokens": _lower(part.parse_special_tokens != "never"),
+            "sampling_defaults": json.dumps(defaults),
+            "end_ids": json.dumps(texts["end_ids"]),
+            "pad_id": texts["pad_id"],
             "vocab_size": pretrained["vocab_size"],
             "max_input_len": build["max_input_len"],
             "max_seq_len": build["max_seq_len"],

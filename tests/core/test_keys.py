@@ -95,6 +95,16 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
     "repository.enable_chunked_context": (False, "repository"),
     "repository.exclude_input_in_output": (False, "repository"),
     "repository.end_ids": ([3], "repository"),
+    "repository.add_special_tokens": (False, "repository"),
+    "repository.skip_special_tokens": (False, "repository"),
+    "repository.parse_special_tokens": ("never", "repository"),
+    "repository.sampling_defaults.from_model": (True, "repository"),
+    "repository.sampling_defaults.temperature": (0.5, "repository"),
+    "repository.sampling_defaults.top_p": (0.5, "repository"),
+    "repository.sampling_defaults.top_k": (5, "repository"),
+    "repository.sampling_defaults.repetition_penalty": (1.5, "repository"),
+    "repository.sampling_defaults.presence_penalty": (0.5, "repository"),
+    "repository.sampling_defaults.frequency_penalty": (0.5, "repository"),
     "name": ("production", None),
 }
 ELSEWHERE = {

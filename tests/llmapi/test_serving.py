@@ -115,6 +115,31 @@ def test_a_checkpoint_that_says_otherwise_is_refused(unified: Path, tmp_path: Pa
         write(tmp_path / "models", unified, **{"quantization.kv_cache_dtype": "auto"})
 
 
+def test_defaults_that_the_sampler_would_ignore_are_refused(unified: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"sampling_defaults\.presence_penalty would be ignored by the sampler of"):
+        write(tmp_path / "models", unified, **{"repository.sampling_defaults.presence_penalty": 0.5})
+    facts = write(tmp_path / "models", unified, **{"repository.sampling_defaults.presence_penalty": 0})
+    assert facts["sampling_defaults"] == {}
+
+
+def test_text_settings_of_the_recipe(unified: Path, tmp_path: Path) -> None:
+    """top_k 1 as default makes the stand-in answer requests with top_p, which it rejects otherwise."""
+    more = {"sampling_defaults.top_k": 1, "parse_special_tokens": "never", "add_special_tokens": False}
+    facts = write(tmp_path / "models", unified, **{f"repository.{name}": value for name, value in more.items()})
+    assert facts["sampling_defaults"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
+    put_stand_in(tmp_path / "models")
+    with serve(tmp_path / "models", out=QUIET, log=tmp_path / "log") as server:
+        tokenizer = Tokenizer.from_file(str(SNAPSHOT / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True
+        long = "<|im_end|>" * 100  # 100 tokens if they are parsed
+        status, text = post(server, {"text_input": long, "sampling_param_max_tokens": 4})
+        assert (status, f"has {len(tokenizer.encode(long).ids)} tokens" in text) == (400, True)
+        body = {"text_input": "A list is", "sampling_param_max_tokens": 4}
+        assert post(server, body)[0] == 200
+        status, text = post(server, {**body, "sampling_param_top_k": 2})
+        assert (status, "the stand-in is greedy" in text) == (400, True)
+
+
 # ---- what is served
 
 

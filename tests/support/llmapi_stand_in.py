@@ -137,8 +137,9 @@ class TransformersTokenizer:
     def __init__(self, directory):
         self.tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
 
-    def encode(self, text):
-        return self.tokenizer.encode(text).ids
+    def encode(self, text, add_special_tokens=True, split_special_tokens=False):
+        self.tokenizer.encode_special_tokens = split_special_tokens  # as transformers' fast tokenizers do
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 class LLM:

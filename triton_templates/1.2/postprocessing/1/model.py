@@ -22,7 +22,8 @@ class TritonPythonModel:
         self.tokenizer = Tokenizer.from_file(str(root / parameters["tokenizer_dir"] / "tokenizer.json"))
         self.skip_special_tokens = parameters["skip_special_tokens"] == "true"
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
-        self.prefix = prefix_ids(lambda text: self.tokenizer.encode(text).ids)
+        adds = parameters["add_special_tokens"] == "true"
+        self.prefix = prefix_ids(lambda text: self.tokenizer.encode(text, add_special_tokens=adds).ids)
         self.context = context_ids(self.tokenizer)
 
     def execute(self, requests):

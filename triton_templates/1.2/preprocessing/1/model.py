@@ -48,6 +48,8 @@ class TritonPythonModel:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.add_special_tokens = parameters["add_special_tokens"] == "true"
+        self.parse_special_tokens = parameters["parse_special_tokens"] == "true"
+        self.defaults = json.loads(parameters["sampling_defaults"])
         self.prefix = prefix_ids(self.encode)
         self.end_ids = json.loads(parameters["end_ids"])
         self.pad_id = int(parameters["pad_id"])
@@ -106,6 +108,7 @@ class TritonPythonModel:
             "EMBEDDING_BIAS": self.bias(request, rows),
             "OUT_END_ID": end_id.astype(np.int32),
             "OUT_PAD_ID": pad_id.astype(np.int32),
+            **self.sampling(request, rows),
         }
 
     def prompt(self, value):
@@ -127,7 +130,11 @@ class TritonPythonModel:
         return ids
 
     def encode(self, prompt):
-        return self.tokenizer.encode(prompt, add_special_tokens=self.add_special_tokens).ids
+        self.tokenizer.encode_special_tokens = not self.parse_special_tokens  # True reads them as text
+        try:
+            return self.tokenizer.encode(prompt, add_special_tokens=self.add_special_tokens).ids
+        finally:
+            self.tokenizer.encode_special_tokens = False
 
     def check_lengths(self, prompt, max_tokens):
         """ValueError if a prompt of so many tokens, with max_tokens, exceeds the engine's limits."""
@@ -159,6 +166,17 @@ class TritonPythonModel:
         logits = array(request, "RETURN_CONTEXT_LOGITS")
         if logits is not None and logits.any() and not self.has_context_logits:
             raise ValueError("return_context_logits needs an engine built with gather_context_logits")
+
+    def sampling(self, request, rows):
+        """The sampling values that have a default: the client's own, or the default. Temperature 0 is greedy."""
+        found = {}
+        for name, default in self.defaults.items():
+            given = array(request, name)
+            kind = np.int32 if isinstance(default, int) else np.float32
+            found[name] = np.full((rows, 1), default, kind) if given is None else given.reshape(rows, 1).astype(kind)
+        if "TOP_K" in found and array(request, "TOP_K") is None:
+            found["TOP_K"][found["TEMPERATURE"] == 0] = 1
+        return {f"OUT_{name}": values for name, values in found.items()}
 
     def token_id(self, request, name, client_name):
         ids = array(request, name)

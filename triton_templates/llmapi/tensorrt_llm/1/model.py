@@ -56,6 +56,11 @@ class TritonPythonModel:
         self.decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
         self.penalties = parameters["penalties"] == "true"
+        self.defaults = json.loads(parameters["sampling_defaults"])
+        self.skip_special_tokens = parameters["skip_special_tokens"] == "true"
+        self.encoding = {"add_special_tokens": False} if parameters["add_special_tokens"] != "true" else {}
+        if parameters["parse_special_tokens"] != "true":
+            self.encoding["split_special_tokens"] = True  # reads them as text
         self.vocab_size = int(parameters["vocab_size"])
         self.end_ids = json.loads(parameters["end_ids"])
         self.gives_logits = os.environ.get(LOGITS_SWITCH) == "1"
@@ -70,7 +75,7 @@ class TritonPythonModel:
 
         self.sampling_params = SamplingParams
         self.llm = LLM(**llm_arguments(arguments))
-        self.prefix = prefix_ids(self.llm.tokenizer.encode)
+        self.prefix = prefix_ids(self.encode)
         self.running = {}  # task -> (the client's request id, its response sender)
         self.sender = ThreadPoolExecutor(1)
         self.loop = asyncio.new_event_loop()
@@ -157,12 +162,15 @@ class TritonPythonModel:
         elif len(prompts) != 1 or not prompts[0]:
             raise ValueError("text_input is empty" if len(prompts) == 1 else "text_input takes one prompt per request")
         else:
-            ids = without_repeated_prefix(list(self.llm.tokenizer.encode(prompts[0])), self.prefix)
+            ids = without_repeated_prefix(self.encode(prompts[0]), self.prefix)
             if max(ids, default=0) >= self.vocab_size:
                 raise ValueError(f"text_input has token {max(ids)}; this model knows 0 to {self.vocab_size - 1}")
         if len(ids) > self.max_input_len:
             raise ValueError(f"the prompt has {len(ids)} tokens; this model takes {self.max_input_len} (max_input_len)")
         return prompts[0], ids
+
+    def encode(self, text):
+        return list(self.llm.tokenizer.encode(text, **self.encoding))
 
     def input_ids(self, inputs, prompts):
         """A prompt given as token ids. ValueError for ids without an embedding, which would crash this process."""
@@ -196,7 +204,11 @@ class TritonPythonModel:
         """
         found = {name: scalar(inputs, f"sampling_param_{name}") for name in SAMPLING}
         found["stop"] = words(inputs, "sampling_param_stop") or None
-        found = {name: value for name, value in found.items() if value is not None}
+        found = self.defaults | {name: value for name, value in found.items() if value is not None}
+        if found.get("temperature") == 0 and scalar(inputs, "sampling_param_top_k") is None and self.defaults:
+            found["top_k"] = 1  # greedy, whatever the defaults are
+        if not self.skip_special_tokens:
+            found["skip_special_tokens"] = False
         for name, neutral in PENALTIES.items():
             if not self.penalties and found.pop(name, neutral) != neutral:
                 raise ValueError(f"{name} would be ignored: this version's sampler has no penalties")
