@@ -43,6 +43,7 @@ def add(commands: Any) -> None:
     command.add_argument("--port", type=port, metavar="PORT", help="default: a free port")
     add_options(command)
     command.add_argument("--routes", type=path, help=argparse.SUPPRESS)  # of `builder serve --auto-update`
+    command.add_argument("--watchdog", type=path, help=argparse.SUPPRESS)  # of `builder serve`
     command.add_argument("--drain", type=int, metavar="SECONDS", default=30,
                          help="for requests in progress at the end (default: 30)")  # fmt: skip
 
@@ -119,7 +120,7 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
         opened = repository.open_repository(path)
         names = served_names(opened, arguments.model_name, path.absolute().name)
         places = tuple(Place(name, opened.path, member, arguments.grpc) for member, name in names.items())
-    settings = Settings(places, limits, read_keys(arguments.api_keys), arguments.routes)
+    settings = Settings(places, limits, read_keys(arguments.api_keys), arguments.routes, arguments.watchdog)
     listener = listen(arguments.host, arguments.port)
     host, number = listener.getsockname()[:2]
     url = f"http://{authority(host, number)}/v1"

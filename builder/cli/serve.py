@@ -7,18 +7,19 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.cli import gateway
 from builder.cli.options import add_command, add_output, path, port
-from builder.core import interrupts
-from builder.core.errors import ServingError, UsageError
+from builder.core.errors import UsageError
 from builder.core.output import Output, seconds
 
 if TYPE_CHECKING:
     from builder.serving.container import ContainerServer
     from builder.serving.gateway import Gateway
-    from builder.serving.recovery import Recovery
+    from builder.serving.launch import Ports
     from builder.serving.server import Server
     from builder.triton.repository import Repository
 
@@ -100,41 +101,28 @@ def _add_served(command: argparse.ArgumentParser) -> None:
 
 
 def run_serve(arguments: argparse.Namespace, out: Output) -> int:
-    """Serves in the foreground until interrupted (exit code 0) or the server exits (ServingError)."""
-    from builder.core import exit_status
+    """Serves in the foreground until interrupted (exit code 0) or the server fails for good (ServingError)."""
     from builder.core.locks import serving_lock
-    from builder.serving import health
+    from builder.serving.foreground import Foreground
+    from builder.serving.private_directory import serving_directory
     from builder.serving.server import stop_at_eof
 
     repository = _repository(arguments)
     gateway.check(arguments, repository)
     if arguments.until_eof:
         stop_at_eof()
-    with (
-        serving_lock(repository.path),
-        _server(arguments, repository, out) as server,
-        _gateway(arguments, repository, server) as front,
-    ):
-        try:  # an interrupt while the addresses are printed stops the server like a later one
-            _show_addresses(server, front, repository, out)
-            wait = front.watched(server.wait) if front else server.wait
-            code = health.watch(server.http_url, wait, *_recovery(server, out))
-        except KeyboardInterrupt:
-            interrupts.answered()
-            out.info("stopping; requests in flight are finished")
-            return 0
-        raise ServingError(f"The server {exit_status.describe(code)}.", hint=f"Its log: {server.log}")
-
-
-def _recovery(server: Server | ContainerServer, out: Output) -> list[Recovery]:
-    """What repairs the server; nothing for one in a container, where another `builder serve` does."""
-    from builder.serving.recovery import Recovery
-
-    return [Recovery(server.http_url, server.processes, out.warn)] if server.processes else []
+    with serving_lock(repository.path), serving_directory(executable=False) as place:
+        return Foreground(
+            partial(_server, arguments, repository, out),
+            partial(_gateway, arguments, repository),
+            partial(_show_addresses, repository, out),
+            place.path,
+            out,
+        ).run()
 
 
 def _gateway(
-    arguments: argparse.Namespace, repository: Repository, server: Server | ContainerServer
+    arguments: argparse.Namespace, repository: Repository, server: Server | ContainerServer, log: Path, watchdog: Path
 ) -> AbstractContextManager[Gateway | None]:
     """The gateway in front of the server; None with --no-gateway."""
     from builder.serving.gateway import gateway as start
@@ -145,14 +133,13 @@ def _gateway(
         repository, arguments.model_name, (arguments.repository or repository.path).absolute().name
     )
     options = ["--model-name", names[""]] if "" in names else []
-    options += gateway.options(arguments)
-    log = server.log.with_name("gateway.log")
+    options += [*gateway.options(arguments), "--watchdog", str(watchdog)]
     address = (arguments.host, arguments.port)
     return start(repository.path, server.grpc_url, address, log=log, options=options, follow_log=arguments.follow_log)
 
 
 def _show_addresses(
-    server: Server | ContainerServer, front: Gateway | None, repository: Repository, out: Output
+    repository: Repository, out: Output, server: Server | ContainerServer, front: Gateway | None
 ) -> None:
     openai = {"openai": front.url} if front else {}
     out.result(
@@ -185,18 +172,17 @@ def _repository(arguments: argparse.Namespace) -> Repository:
 
 
 def _server(
-    arguments: argparse.Namespace, repository: Repository, out: Output
+    arguments: argparse.Namespace, repository: Repository, out: Output, ports: Ports | None = None
 ) -> AbstractContextManager[Server | ContainerServer]:
-    """A server for it, on this machine or in a container. EvaluationError if it failed its gate, without --ungated."""
+    """A server for it, on this machine or in a container. EvaluationError if it failed its gate, without --ungated.
+
+    `ports`: of the server that it replaces, if it replaces one.
+    """
     from builder.publish import verdict
 
     if not arguments.ungated:
         verdict.check(arguments.repository or repository.path)
-    from builder.serving.launch import Ports
-
-    behind = arguments.command == "serve" and not arguments.no_gateway
-    host = (arguments.triton_host or Ports.host) if behind else arguments.host
-    ports = Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port, host)
+    ports = ports or _chosen_ports(arguments)
     if arguments.container:
         from builder.serving.container import serve_container
 
@@ -206,6 +192,14 @@ def _server(
 
     options = ServerOptions(follow_log=getattr(arguments, "follow_log", False))
     return serve(repository.models, out=out, ports=ports, options=options)
+
+
+def _chosen_ports(arguments: argparse.Namespace) -> Ports:
+    from builder.serving.launch import Ports
+
+    behind = arguments.command == "serve" and not arguments.no_gateway
+    host = (arguments.triton_host or Ports.host) if behind else arguments.host
+    return Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port, host)
 
 
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:

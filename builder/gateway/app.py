@@ -27,6 +27,7 @@ from builder.gateway.responses import ChatReply, CompletionReply, Reply
 from builder.gateway.settings import Model, Place, Settings
 from builder.gateway.streams import ClientGone, EventStream, left
 from builder.gateway.tensors import TokenRequest
+from builder.gateway.watchdog import WatchdogCollector, Watched
 
 
 class Gateway:
@@ -96,6 +97,9 @@ class Gateway:
 
     async def ready(self, _: Request) -> Response:
         """GET /health/ready: the engine of each model generates tokens."""
+        watched = Watched.read(self.settings.watchdog)
+        if watched and watched.fault:
+            raise ApiError(503, f"The model server is down: {watched.fault}", code="not_ready")
         found = [(served.name, await served.readiness.fault()) for served in self.served]
         faults = [f"{name}: {fault}" for name, fault in found if fault]
         if faults:
@@ -211,6 +215,7 @@ def application(settings: Settings, first: Sequence[tuple[Place, Model]]) -> ASG
     """The ASGI application. `first`: the models that it serves at the start."""
     gateway = Gateway(settings, first)
     metrics = Metrics(gateway.in_progress)
+    metrics.registry.register(WatchdogCollector(settings.watchdog))
 
     async def show_metrics(_: Request) -> Response:
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -90,9 +90,11 @@ class Settings:
     """A gateway: the models that it serves first, limits and API keys.
 
     routes: a file that names the models instead, and is read again when it changes (routes.py).
+    watchdog: a file that says what the watchdog of `builder serve` has seen (watchdog.py).
     """
 
     places: tuple[Place, ...]
     limits: Limits = field(default_factory=Limits)
     keys: tuple[str, ...] = ()
     routes: Path | None = None
+    watchdog: Path | None = None

@@ -76,6 +76,11 @@ class ContainerServer:
         """None: the `builder serve` in the container watches the processes."""
         return None
 
+    @property
+    def draining(self) -> None:
+        """None: so it is with requests in progress."""
+        return None
+
 
 @contextmanager
 def serve_container(

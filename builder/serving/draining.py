@@ -19,6 +19,10 @@ from builder.core import process, supervisor
 from builder.serving import connections
 
 LOOK_SECONDS = 0.1
+LEAST_SECONDS = 10.0  # for requests to Triton itself, however long the gateway has taken
+# For a server that has lost a model: requests in flight to other models may finish. Triton unloads the processes of a
+# model one after the other, which takes a second or more for each, so waiting for a clean exit would delay the error.
+BROKEN_SECONDS = 3.0
 LOOKS = 3  # in a row at which nothing is in progress: a request on its way from Triton to a model is in no count
 
 
@@ -30,10 +34,25 @@ class Draining:
     http: tuple[str, int]
     grpc_port: int
     requests: Path
+    _begun: float | None = None
+    _given_up: bool = False
+
+    def begin(self) -> None:
+        """From now on the time runs: the gateway is drained first."""
+        self._begun = time.monotonic()
+
+    def give_up(self) -> None:
+        """The server does not answer, so nothing is lost if it is killed."""
+        self._given_up = True
 
     def stop(self, seconds: float) -> None:
         """Sends SIGTERM and waits until the server has exited, at most so many seconds. Then it may still run."""
-        end = time.monotonic() + seconds
+        if self._given_up:
+            self.child.terminate()
+            self._exited(BROKEN_SECONDS)
+            return
+        now = time.monotonic()
+        end = now + seconds if self._begun is None else max(self._begun + seconds, now + LEAST_SECONDS)
         with closing(self._connected()) as ours:
             self.child.terminate()
             while not self._exited(LOOK_SECONDS) and self._is_busy(ours, end):

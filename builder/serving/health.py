@@ -52,11 +52,21 @@ def fault(url: str, patience: float = PATIENCE) -> str:
     return ""
 
 
-def watch(url: str, wait: Wait, recover: Callable[[Wait], str] = lambda wait: "") -> int:
+def no_recovery(wait: Wait) -> str:
+    """Repairs nothing, and finds nothing to repair."""
+    return ""
+
+
+def watch(
+    url: str,
+    wait: Wait,
+    recover: Callable[[Wait], str] = no_recovery,
+    probed: Callable[[str], None] = lambda found: None,
+) -> int:
     """Watches a server until it exits and returns its exit code. ServingError if it runs but no longer answers.
 
     `wait` waits for the exit for some seconds and returns the exit code or None. `recover` repairs what it can each
-    LOOK_SECONDS and returns why it can't, or "".
+    LOOK_SECONDS and returns why it can't, or "". `probed` gets what each probe found.
     """
     failures, next_probe = 0, time.monotonic() + PERIOD
     while True:
@@ -67,6 +77,7 @@ def watch(url: str, wait: Wait, recover: Callable[[Wait], str] = lambda wait: ""
         if time.monotonic() < next_probe:
             continue
         found = fault(url)
+        probed(found)
         failures = failures + 1 if found else 0
         if failures == FAILURES:
             if (code := wait(1.0)) is not None:

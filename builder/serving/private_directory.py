@@ -232,13 +232,15 @@ def _no_place(refused: list[str]) -> ServingError:
 
 def _keep_log(directory: Path) -> None:
     """Keeps only the end of the log, which the error message refers to; removes the directory if there is no log."""
-    log = directory / LOG
-    if not log.is_file() or not log.stat().st_size:
+    log = next((path for path in directory.glob("*.log") if path.stat().st_size), None)
+    if log is None:
         supervisor.remove_directory(str(directory))
         return
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+        elif path.suffix == ".json":
+            path.unlink()
     with suppress(OSError):
         if log.stat().st_size > LOG_BYTES:
             with open(log, "rb+") as file:

@@ -7,11 +7,11 @@ seconds. Up to 2 of them pass until the next look, and 1 until Triton looks at t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from builder.serving import health
 from builder.serving.model_processes import ModelProcesses
+from builder.serving.watchdog import Watchdog
 
 CONFIRM_SECONDS = 3.0  # a process that is still dead after that was not part of a normal exit of the server
 STOPPED_SECONDS = 1.0  # a process that is stopped for longer is replaced
@@ -21,11 +21,11 @@ MOST, PERIOD_SECONDS = 3, 600.0  # a model that needs more loads in this period 
 
 @dataclass
 class Recovery:
-    """Recovers the models of one server. `report` gets what happened, for the log."""
+    """Recovers the models of one server, and tells the watchdog."""
 
     url: str
     processes: ModelProcesses
-    report: Callable[[str], None]
+    watchdog: Watchdog
     _loads: dict[str, list[float]] = field(default_factory=dict)
 
     def __call__(self, wait: health.Wait) -> str:
@@ -39,7 +39,7 @@ class Recovery:
         for pid, model in ended.items():
             too_often = not self._loads_left(model)
             if not too_often and self.processes.load_again(pid):
-                self.report(f"The process of {model} has ended. Triton loads the model again.")
+                self.watchdog.replaced(model)
             else:
                 lasting = f" {MOST + 1} times in {PERIOD_SECONDS / 60:.0f} minutes" if too_often else ""
                 gone = wait(CONFIRM_SECONDS) is not None
@@ -61,6 +61,6 @@ class Recovery:
             if wait(0.2) is not None:
                 return ""
             if all(self.processes.is_loaded(model) for model in models) and not (found := health.fault(self.url)):
-                self.report(f"{', '.join(models)}: answers again after {time.monotonic() - start:.1f} s.")
+                self.watchdog.log(f"{', '.join(models)}: answers again after {time.monotonic() - start:.1f} s.")
                 return ""
         return f"{', '.join(models)} was loaded again and does not answer: {found}"

@@ -36,9 +36,6 @@ SHM = Path(supervisor.SHM)
 # process, Triton notices within three seconds and exits by itself, with a better message in its log.
 DEAD_SECONDS = 5.0
 STOP_SECONDS = 2.0  # for a server that is not ready yet to exit after SIGTERM
-# For a server that has lost a model: requests in flight to other models may finish. Triton unloads the processes of a
-# model one after the other, which takes a second or more for each, so waiting for a clean exit would delay the error.
-BROKEN_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def serve(
             yield server
         finally:
             if server.child.poll() is None and server.lost_a_model():
-                stopping.seconds, stopping.draining = BROKEN_SECONDS, None
+                server.draining.give_up()
 
 
 @dataclass

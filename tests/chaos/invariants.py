@@ -133,7 +133,8 @@ def temporary_files(directory: Path, *, failed: bool) -> list[str]:
     found = []
     for path in sorted(directory.iterdir()):
         inside = [p.name for p in path.rglob("*") if not p.is_dir()] if path.is_dir() else [path.name]
-        log_of_a_failure = failed and "server.log" in inside and {"server.log", "failed", "lock"}.issuperset(inside)
+        logs = {"server.log", "gateway.log"}
+        log_of_a_failure = failed and not logs.isdisjoint(inside) and (logs | {"failed", "lock"}).issuperset(inside)
         if not log_of_a_failure and not path.name.startswith("torchinductor_"):
             found.append(f"left in TMPDIR: {path.name} ({', '.join(inside[:3]) or 'empty'})")
     return found

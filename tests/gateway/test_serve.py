@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from printed_json import first_object
 from builder import pipeline
 from builder.cli import main
 from builder.cli.gateway import read_keys
+from builder.core import supervisor
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.gateway.listener import authority, listen
@@ -137,6 +139,52 @@ def test_a_gateway_that_ends_is_reported(built: Path) -> None:
         while (Path("/proc") / str(found["pid"])).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not (Path("/proc") / str(found["pid"])).exists(), "the server ends, too"
+
+
+def test_a_server_that_dies_is_started_again_behind_its_gateway(built: Path) -> None:
+    with command("serve", str(built), "--model-name", "phoenix") as (found, child):
+        url = found["openai"].removesuffix("/v1")
+        with openai.OpenAI(base_url=found["openai"], api_key="-", max_retries=0) as client:
+            asked: Any = {"model": "phoenix", "prompt": "Return the", "max_tokens": 4, "temperature": 0}
+            text = client.completions.create(**asked).choices[0].text
+            os.kill(triton_of(child.pid), signal.SIGKILL)
+            status, why = waited_for(f"{url}/health/ready", 503, "The model server is down")
+            assert (status, why["error"]["message"]) == (
+                503, "The model server is down: The server was killed by SIGKILL."
+            )  # fmt: skip
+            with pytest.raises(openai.InternalServerError) as raised:
+                client.completions.create(**asked)
+            assert (raised.value.status_code, raised.value.response.headers["retry-after"]) == (503, "1")
+            waited_for(f"{url}/health/ready", 200, "ready")
+            assert [client.completions.create(**asked).choices[0].text for _ in range(8)] == [text] * 8
+        with urllib.request.urlopen(f"{url}/metrics") as response:
+            metrics = response.read().decode()
+        for line in ("watchdog_restarts_total 1.0", "watchdog_replaced_total 0.0", "watchdog_server_up 1.0"):
+            assert line in metrics.splitlines()
+        child.terminate()
+        assert child.wait(60) == 0
+
+
+def triton_of(serve: int) -> int:
+    """The process id of the Triton below `builder serve`."""
+    below = set(supervisor.descendants(serve))
+    return next(pid for pid, name, _, _ in supervisor.processes() if name == "tritonserver" and pid in below)
+
+
+def waited_for(url: str, status: int, text: str) -> tuple[int, Any]:
+    """The answer at `url`, once it has this status and text."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=20) as response:
+                found = response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                found = error.code, error.read().decode()
+        if found[0] == status and text in found[1]:
+            return found[0], json.loads(found[1])
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
 
 
 def arguments(process: Path) -> list[str]:

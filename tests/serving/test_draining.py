@@ -137,6 +137,7 @@ def test_requests_that_wait_in_a_model_are_answered(server: Server) -> None:
     assert time.monotonic() - stopped < 2, "the answers were there before the server had stopped"
 
 
+@pytest.mark.slow
 def test_idle_clients_do_not_delay_the_end(server: Server) -> None:
     with idle(server), idle(server):
         start = time.monotonic()

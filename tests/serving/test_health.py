@@ -18,11 +18,11 @@ from builder.core import supervisor
 from builder.core.errors import ServingError
 from builder.core.output import Output
 from builder.recipe import schema
-from builder.serving import health, recovery
-from builder.serving import server as serving
+from builder.serving import draining, health, recovery
 from builder.serving.readiness import answers_ok
 from builder.serving.recovery import Recovery
 from builder.serving.server import Server, ServerOptions, serve
+from builder.serving.watchdog import Watchdog
 from builder.triton import repository, stream_capacity
 from tests.triton.test_models import ECHO, echo, generate, inputs
 from tests.triton.test_repository import SNAPSHOT, write_engine
@@ -61,13 +61,14 @@ class Watching:
     def __init__(self, server: Server) -> None:
         self.reports: list[str] = []
         self.failure: ServingError | None = None
-        recovery = Recovery(server.http_url, server.processes, self.reports.append)
+        self.watchdog = Watchdog(server.log.with_name("watchdog.json"), self.reports.append)
+        recovery = Recovery(server.http_url, server.processes, self.watchdog)
         self.thread = threading.Thread(target=self.watch, args=(server, recovery))
         self.thread.start()
 
     def watch(self, server: Server, recovery: Recovery) -> None:
         try:
-            health.watch(server.http_url, server.wait, recovery)
+            health.watch(server.http_url, server.wait, recovery, self.watchdog.probed)
         except ServingError as error:
             self.failure = error
 
@@ -139,7 +140,7 @@ def test_a_model_that_can_not_be_loaded_again_is_given_up_at_once(
 def test_a_server_that_lost_a_model_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clean exit can take a second for each of a model's processes; a server without a wait is killed."""
     repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, schema.Repository())
-    monkeypatch.setattr(serving, "BROKEN_SECONDS", 0.0)
+    monkeypatch.setattr(draining, "BROKEN_SECONDS", 0.0)
     options = ServerOptions(engine_backend=ECHO)
     with serve(tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=options) as server:
         os.kill(stubs(server)[-1], signal.SIGKILL)
