@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect, Request
@@ -16,9 +16,10 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from builder.gateway import requests, routes
+from builder.gateway import chat_rules, requests, routes
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.front import Front
+from builder.gateway.generation import TextRules
 from builder.gateway.job import Job
 from builder.gateway.models import Models, Served
 from builder.gateway.record import Metrics, Record
@@ -28,6 +29,15 @@ from builder.gateway.settings import Model, Place, Settings
 from builder.gateway.streams import ClientGone, EventStream, left
 from builder.gateway.tensors import TokenRequest
 from builder.gateway.watchdog import WatchdogCollector, Watched
+
+
+class _Prompts(NamedTuple):
+    """The prompts of a request, the most tokens of an answer, how its text is read, and what stands before it."""
+
+    ids: Sequence[list[int]]
+    limit: int | None
+    rules: TextRules
+    echoes: Sequence[str] = ("",)
 
 
 class Gateway:
@@ -58,13 +68,10 @@ class Gateway:
         """POST /v1/chat/completions."""
         asked = requests.parse(ChatRequest, await self._body(request), self._model)
         served = self._begin(request, asked.model)
-        ids = await served.prompts.conversation(
-            [message.for_template() for message in asked.messages],
-            requests.template_variables(asked),
-            continue_final=asked.continue_final_message,
-        )
+        prompt = await served.prompts.conversation(chat_rules.conversation(asked, served.model))
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
-        return await self._respond(request, asked, [ids], limit, ChatReply)
+        rules = chat_rules.text_rules(asked, served.model, opened=prompt.opened)
+        return await self._respond(request, asked, _Prompts([prompt.ids], limit, rules), ChatReply)
 
     async def completions(self, request: Request) -> ASGIApp:
         """POST /v1/completions."""
@@ -81,7 +88,8 @@ class Gateway:
         text = served.model.vocabulary.tokenizer.decode
         echoes = [(one if isinstance(one, str) else text(one)) if asked.echo else "" for one in prompts]
         limit = requests.COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
-        return await self._respond(request, asked, ids, limit, CompletionReply, echoes)
+        rules = TextRules(asked.stops, tokens=chat_rules.kept_tokens(served.model))
+        return await self._respond(request, asked, _Prompts(ids, limit, rules, echoes), CompletionReply)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
@@ -110,10 +118,8 @@ class Gateway:
         self,
         request: Request,
         asked: ChatRequest | CompletionRequest,
-        prompts: Sequence[list[int]],
-        limit: int | None,
+        prompts: _Prompts,
         kind: type[Reply],
-        echoes: Sequence[str] = ("",),
     ) -> ASGIApp:
         served, record = request.state.served, request.state.record
         record.streamed = asked.stream
@@ -128,12 +134,12 @@ class Gateway:
         sampling, end_ids = asked.sampling(served.model), asked.end_ids(served.model)
         made = [
             TokenRequest(
-                ids, requests.token_limit(limit, len(ids), served.model), sampling, end_ids,
+                ids, requests.token_limit(prompts.limit, len(ids), served.model), sampling, end_ids,
                 streaming=served.model.streams, log_probs=asked.log_probs,
             )
-            for ids in prompts
+            for ids in prompts.ids
         ]  # fmt: skip
-        job = Job(reply, made, asked.n, asked.stops, echoes)
+        job = Job(reply, made, asked.n, prompts.rules, prompts.echoes)
         if asked.stream:
             return EventStream(lambda outbox: served.jobs.stream(job, record, outbox), self.settings.limits)
         return _json(await _unless_left(request, served.jobs.whole(job, record)))

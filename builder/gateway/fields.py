@@ -13,19 +13,17 @@ from typing import Any
 from builder.gateway.errors import ApiError, invalid
 
 IGNORED = (
-    "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "metadata", "moderation", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
 )  # fmt: skip
 # Field -> (values that ask for nothing, what it would need)
 REFUSED: Mapping[str, tuple[Collection[Any], str]] = {
     "audio": ((), "audio"),
-    "functions": (([],), "tools"),
-    "function_call": (("none", "auto"), "tools"),
+    "functions": (([],), "functions, the deprecated form of tools"),
+    "function_call": (("none", "auto"), "functions, the deprecated form of tools"),
     "modalities": ((["text"],), "output other than text"),
     "response_format": (({"type": "text"},), "guided decoding"),
     "suffix": (("",), "models that fill in the middle of a text"),
-    "tool_choice": (("none", "auto"), "tools"),
-    "tools": (([],), "tools"),
     "web_search_options": ((), "web search"),
 }
 

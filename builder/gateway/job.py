@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 
 from builder.gateway.engine import Engine
 from builder.gateway.errors import ApiError
-from builder.gateway.generation import Answer, Token, generate
+from builder.gateway.generation import Answer, TextRules, Token, generate
 from builder.gateway.limits import Limits
 from builder.gateway.record import Record
 from builder.gateway.responses import DONE, Reply, Usage
 from builder.gateway.settings import Model
 from builder.gateway.streams import Outbox
 from builder.gateway.tensors import TokenRequest
+from builder.gateway.text_parts import Part
 
 
 class Admission:
@@ -48,7 +49,7 @@ class Job:
     reply: Reply
     prompts: Sequence[TokenRequest]
     n: int
-    stop: Sequence[str]
+    rules: TextRules
     echoes: Sequence[str]
 
     def __len__(self) -> int:
@@ -95,21 +96,21 @@ class Jobs:
         started = False
         if outbox is None:
 
-            def emit(text: str, tokens: Sequence[Token]) -> None:
+            def emit(part: Part, tokens: Sequence[Token]) -> None:
                 record.token()
         else:
 
-            def emit(text: str, tokens: Sequence[Token]) -> None:
+            def emit(part: Part, tokens: Sequence[Token]) -> None:
                 nonlocal started
                 if not started:
                     started = True
                     record.token()
                     self._start(job, index, outbox)
-                outbox.put(job.reply.piece(index, text, tokens))
+                outbox.put(job.reply.piece(index, part, tokens))
 
         request = replace(prompt, sampling=sampling)
         # A new id, not the client's: the engine stops answers by id, and two clients may send the same one.
-        answer = await generate(self._engine, self._model, request, job.stop, uuid.uuid4().hex, emit)
+        answer = await generate(self._engine, self._model, request, job.rules, uuid.uuid4().hex, emit)
         record.completion_tokens += answer.tokens
         if outbox is not None:
             if not started:  # an empty answer
@@ -120,11 +121,12 @@ class Jobs:
     def _start(self, job: Job, index: int, outbox: Outbox) -> None:
         outbox.put(job.reply.start(index))
         if echo := job.echoes[index // job.n]:
-            outbox.put(job.reply.piece(index, echo, ()))
+            outbox.put(job.reply.piece(index, Part("content", echo), ()))
 
     def _usage(self, job: Job, answers: Sequence[Answer]) -> Usage:
         prompt = sum(len(prompt.ids) for prompt in job.prompts)
-        return Usage(prompt, sum(answer.tokens for answer in answers))
+        reasoning = sum(answer.reasoning_tokens for answer in answers)
+        return Usage(prompt, sum(answer.tokens for answer in answers), reasoning)
 
 
 async def _all(coroutines: Sequence[Coroutine[None, None, Answer]]) -> list[Answer]:

@@ -14,15 +14,19 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from builder.gateway import tools
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.fields import known
 from builder.gateway.prompts import RESERVED
 from builder.gateway.settings import Model
 from builder.gateway.tensors import Sampling
+from builder.gateway.tools import ToolChoice, Tools
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 
+# Values that a recipe can have defaults for.
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
 TOKEN_ID = re.compile("[0-9]{1,10}")
 MAX_INT = (1 << 31) - 1  # the engine's integers have 32 bits
 
@@ -76,19 +80,18 @@ class Generation(BaseModel):
     def sampling(self, model: Model) -> Sampling:
         """How to sample. Without `seed` a random one, because TensorRT-LLM's default is the same for every request.
 
+        Values that the request does not name are the recipe's (`sampling_defaults`), or else those of OpenAI's API.
         ApiError for a logit_bias that this model does not take.
         """
-        return Sampling(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            seed=(random.getrandbits(63) if self.seed is None else self.seed) % (1 << 64),
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            min_tokens=self.min_tokens,
-            bias=self._bias(model),
-        )
+        defaults = {
+            name: value
+            for name, value in model.texts.sampling_defaults.items()
+            if name in SAMPLING and name not in self.model_fields_set
+        }
+        values = {name: getattr(self, name) for name in SAMPLING} | defaults
+        values["top_k"] = max(values["top_k"], 0)
+        seed = (random.getrandbits(63) if self.seed is None else self.seed) % (1 << 64)
+        return Sampling(**values, seed=seed, min_tokens=self.min_tokens, bias=self._bias(model))
 
     def end_ids(self, model: Model) -> list[int]:
         """The ids that end an answer."""
@@ -153,6 +156,9 @@ class ChatRequest(Generation):
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
     continue_final_message: bool = False
+    tools: Tools = []
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
     @property
     def log_probs(self) -> bool:
@@ -219,6 +225,9 @@ def _check(request: ChatRequest | CompletionRequest, model: Model) -> None:
         _check_alternatives("top_logprobs", request.top_logprobs)
         if request.continue_final_message and request.messages[-1].role != "assistant":
             raise invalid("continue_final_message needs an assistant's message at the end.", "messages")
+        tools.check(request.tools, request.tool_choice, model)
+        if request.continue_final_message and request.tools:
+            raise invalid("continue_final_message can't be combined with tools.", "continue_final_message")
     else:
         _check_alternatives("logprobs", request.logprobs or 0)
         if request.best_of not in (None, request.n):
@@ -251,5 +260,7 @@ def template_variables(request: ChatRequest) -> Mapping[str, Any]:
     reserved = [name for name in RESERVED if name in request.chat_template_kwargs]
     if reserved:
         raise invalid(f"chat_template_kwargs can't set {', '.join(reserved)}.", "chat_template_kwargs")
-    effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
+    effort: dict[str, Any] = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort else {}
+    if request.reasoning_effort == "none":
+        effort["enable_thinking"] = False  # the variable of Qwen3's template and others
     return {**effort, **request.chat_template_kwargs}

@@ -12,24 +12,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from builder.gateway.generation import Answer, Token
+from builder.gateway.text_parts import Part
 from builder.tokenizer.detokenizer import Vocabulary
 
 DONE = b"data: [DONE]\n\n"
+EMPTY = Part("content", "")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """The number of tokens of a request's prompts and of its answers."""
+    """The number of tokens of a request's prompts, of its answers, and of the reasoning in them."""
 
     prompt: int
     completion: int
+    reasoning: int = 0
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         """OpenAI's object."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
         }
 
 
@@ -53,7 +57,7 @@ class Reply:
         choices = [
             {
                 "index": index,
-                **self._content(answer.text),
+                **self._content(answer),
                 "logprobs": self._logprobs(answer.log_probs),
                 "finish_reason": answer.finish_reason,
             }
@@ -65,13 +69,13 @@ class Reply:
         """The event before a choice's first piece; b"" if there is none."""
         return b""
 
-    def piece(self, index: int, text: str, tokens: Sequence[Token]) -> bytes:
-        """The event of a piece of text."""
-        return self._event(index, self._delta(text), tokens, "null")
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> bytes:
+        """The event of a part of the answer."""
+        return self._event(index, self._delta(part), tokens, "null")
 
     def end(self, index: int, answer: Answer) -> bytes:
         """The event at the end of a choice."""
-        return self._event(index, self._delta(""), (), json.dumps(answer.finish_reason))
+        return self._event(index, self._delta(EMPTY), (), json.dumps(answer.finish_reason))
 
     def usage(self, usage: Usage) -> bytes:
         """The event with the usage, after all choices; b"" if it was not requested."""
@@ -84,10 +88,10 @@ class Reply:
         choice = f'{{"index": {index}, {delta}, "logprobs": {log_probs}, "finish_reason": {finish_reason}}}'
         return f"{self._head}{choice}{self._tail}".encode()
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, answer: Answer) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _delta(self, text: str) -> str:
+    def _delta(self, part: Part) -> str:
         raise NotImplementedError
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
@@ -103,11 +107,29 @@ class ChatReply(Reply):
         """The event with the role."""
         return self._event(index, '"delta": {"role": "assistant", "content": ""}', (), "null")
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _content(self, answer: Answer) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.reasoning:
+            message["reasoning_content"] = "".join(answer.reasoning)
+        if answer.calls:
+            message["content"] = answer.text or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function",
+                 "function": {"name": call.name, "arguments": "".join(call.arguments)}}
+                for call in answer.calls
+            ]  # fmt: skip
+        return {"message": message}
 
-    def _delta(self, text: str) -> str:
-        return f'"delta": {{"content": {json.dumps(text)}}}' if text else '"delta": {}'
+    def _delta(self, part: Part) -> str:
+        kind, text = part.kind, part.text
+        if kind == "content":
+            return f'"delta": {{"content": {json.dumps(text)}}}' if text else '"delta": {}'
+        if kind == "reasoning":
+            return f'"delta": {{"reasoning_content": {json.dumps(text)}}}'
+        call: dict[str, Any] = {"index": part.number, "function": {"arguments": text}}
+        if kind == "call":
+            call |= {"id": part.id, "type": "function", "function": {"name": text, "arguments": ""}}
+        return f'"delta": {json.dumps({"tool_calls": [call]} if kind != "dropped" else {})}'
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._log_probs:
@@ -125,11 +147,11 @@ class CompletionReply(Reply):
 
     KIND = EVENT_KIND = "text_completion"
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _content(self, answer: Answer) -> dict[str, Any]:
+        return {"text": answer.text}
 
-    def _delta(self, text: str) -> str:
-        return f'"text": {json.dumps(text)}'
+    def _delta(self, part: Part) -> str:
+        return f'"text": {json.dumps(part.text)}'
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
         if not self._log_probs:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from builder.core.errors import UnsupportedError
+from builder.gateway.chat_forms import AUTO, ReasoningForm, ToolCallForm, reasoning_form, tool_call_form
 from builder.gateway.limits import Limits
 from builder.tokenizer import files as tokenizer_files
 from builder.tokenizer.chat_template import ChatTemplate
@@ -17,12 +18,29 @@ from builder.triton.repository import open_repository
 
 
 @dataclass(frozen=True)
+class TextSettings:
+    """What the recipe says of texts (`repository`). sampling_defaults: values of requests that have none."""
+
+    add_special_tokens: bool = True
+    skip_special_tokens: bool = True
+    parse_special_tokens: str = "prompts"
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> TextSettings:
+        """From a repository's facts."""
+        return cls(**{one.name: facts[one.name] for one in fields(cls) if one.name in facts})
+
+
+@dataclass(frozen=True)
 class Model:
     """The served model: Triton's name for it, its limits and its texts.
 
     name: of the Triton model that takes token ids. llmapi: it is TensorRT-LLM's LLM class, which returns text;
     otherwise an engine, which returns token ids. streams: it can answer token by token.
     end_ids: the ids that end an answer, those of the files and the token that the chat template writes after one.
+    tool_calls, reasoning: how the model writes either; None: not at all, or in no way that is known.
+    special_tokens: ids of the tokens that have no text in an answer. texts: the recipe's values.
     """
 
     name: str
@@ -36,6 +54,10 @@ class Model:
     pad_id: int
     vocabulary: Vocabulary
     template: ChatTemplate | None
+    tool_calls: ToolCallForm | None = None
+    reasoning: ReasoningForm | None = None
+    special_tokens: Mapping[str, int] = field(default_factory=dict)
+    texts: TextSettings = field(default_factory=TextSettings)
 
     @classmethod
     def read(cls, models: Path, facts: Mapping[str, Any]) -> Model:
@@ -43,6 +65,8 @@ class Model:
         directory = tokenizer_directory(models, facts)
         found = tokenizer_files.read(directory)
         turn_end = [found.end_of_turn[0]] if found.end_of_turn else []
+        tokenizer = load(directory)
+        template, names = found.template.text if found.template else "", tokenizer.get_vocab()
         return cls(
             name=facts["models"].get("engine") or facts["models"]["generate"],
             llmapi="engine" not in facts["models"],
@@ -53,8 +77,12 @@ class Model:
             vocab_size=facts["vocab_size"],
             end_ids=tuple(dict.fromkeys([*facts["end_ids"], *turn_end])),
             pad_id=facts["pad_id"],
-            vocabulary=Vocabulary.of(load(directory)),
+            vocabulary=Vocabulary.of(tokenizer),
             template=found.template,
+            tool_calls=tool_call_form(template, names, facts.get("tool_calls", AUTO)),
+            reasoning=reasoning_form(template, names, facts.get("reasoning", AUTO)),
+            special_tokens={one.content: id for id, one in tokenizer.get_added_tokens_decoder().items() if one.special},
+            texts=TextSettings.read(facts),
         )
 
 

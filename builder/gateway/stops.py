@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from builder.gateway.text_parts import beginning_at_end
+
 
 class StopStrings:
     """Ends an answer before the first of some strings.
@@ -14,9 +16,13 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._strings = [string for string in strings if string]
-        self._longest = max((len(string) for string in self._strings), default=0)
         self._held = ""
         self.matched: str | None = None
+
+    @property
+    def held(self) -> int:
+        """The number of characters that are held back."""
+        return len(self._held)
 
     def add(self, text: str) -> str:
         """The text that can be sent now. Holds back only what may be the beginning of a stop string.
@@ -33,7 +39,7 @@ class StopStrings:
             _, start, self.matched = min(found)
             self._held = ""
             return text[:start]
-        hold = self._prefix_at_end(text)
+        hold = beginning_at_end(text, self._strings)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
@@ -41,10 +47,3 @@ class StopStrings:
         """What was held back when the answer ended without a match."""
         held, self._held = self._held, ""
         return held
-
-    def _prefix_at_end(self, text: str) -> int:
-        """The length of the longest end of the text that is the beginning of a stop string."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(string.startswith(text[-length:]) for string in self._strings):
-                return length
-        return 0

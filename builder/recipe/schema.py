@@ -180,6 +180,14 @@ class Repository(Part):
         Field(description="where text of clients can contain control tokens; prompts: not in messages of a chat"),
     ] = "prompts"
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    tool_calls: Annotated[
+        Literal["auto", "hermes", "llama3", "mistral", "mistral-named", "none"],
+        Field(description="how the model writes tool calls; auto: as its chat template tells"),
+    ] = "auto"
+    reasoning: Annotated[
+        Literal["auto", "think", "magistral", "none"],
+        Field(description="how the model marks its reasoning; auto: as its chat template tells"),
+    ] = "auto"
 
 
 class Recipe(Part):

@@ -17,7 +17,8 @@ from builder.trtllm import compatibility
 from builder.trtllm.compatibility import LOGITS_TYPES
 
 TOKENIZER_DIR = "preprocessing/1/tokenizer"  # relative to the model repository
-SPECIAL_TOKENS = ("add_special_tokens", "skip_special_tokens", "parse_special_tokens")  # keys of the recipe, and facts
+# Keys of the recipe that are facts, too. The last two matter to the gateway alone.
+TEXT_KEYS = ("add_special_tokens", "skip_special_tokens", "parse_special_tokens", "tool_calls", "reasoning")
 # Request inputs that tensorrt_llm_bls and ensemble_infer check themselves (see the note in triton-tensors.json).
 REQUIRED = ("text_input", "max_tokens")
 
@@ -39,13 +40,13 @@ def template_files(version: str) -> tuple[Path, Path]:
 
 
 def text_facts(snapshot: Path, part: schema.Repository) -> dict[str, Any]:
-    """What the models and the gateway need to know of texts: special ids, special tokens, sampling defaults.
+    """What the models and the gateway need to know of texts: special ids and tokens, forms, sampling defaults.
 
     `snapshot` is the directory of the model's files. IntegrityError if one of them can't be read.
     """
     return {
         **special_ids(snapshot, part.end_ids),
-        **{name: getattr(part, name) for name in SPECIAL_TOKENS},
+        **{name: getattr(part, name) for name in TEXT_KEYS},
         "sampling_defaults": sampling_defaults(snapshot, part.sampling_defaults),
     }
 

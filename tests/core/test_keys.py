@@ -98,6 +98,8 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
     "repository.add_special_tokens": (False, "repository"),
     "repository.skip_special_tokens": (False, "repository"),
     "repository.parse_special_tokens": ("never", "repository"),
+    "repository.tool_calls": ("hermes", "repository"),
+    "repository.reasoning": ("none", "repository"),
     "repository.sampling_defaults.from_model": (True, "repository"),
     "repository.sampling_defaults.temperature": (0.5, "repository"),
     "repository.sampling_defaults.top_p": (0.5, "repository"),

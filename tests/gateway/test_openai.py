@@ -237,7 +237,7 @@ BAD: list[tuple[dict[str, Any], str, str | None]] = [
     ({"max_tokens": 10**6}, "max_tokens can be 81", "max_tokens"),
     ({"n": True}, "n: Input should be a valid integer", "n"),
     ({"top_logprobs": 5, "logprobs": True}, "so it must be 0", "top_logprobs"),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "does not support tools", "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "does not support tools with this model", "tools"),
     ({"response_format": {"type": "json_object"}}, "does not support guided decoding", "response_format"),
     ({"extra_body": {"temperatur": 1}}, "Unrecognized request argument supplied: temperatur. Did you mean temperature?",
      "temperatur"),
