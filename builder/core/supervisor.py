@@ -201,8 +201,12 @@ def _kill(pid: int, number: int) -> None:
 
 
 def clean_up(shm: str, directory: str = "") -> None:
-    """Removes the shared memory whose names begin with `shm`, and the directory. Empty strings are skipped."""
-    for name in os.listdir(SHM) if shm and os.path.isdir(SHM) else ():
+    """Removes the shared memory whose names begin with `shm`, and the directory. Empty strings are skipped.
+
+    A lock goes last: by that file a sweep knows a removal that was cut short (serving/shared_memory.py).
+    """
+    names = os.listdir(SHM) if shm and os.path.isdir(SHM) else []
+    for name in sorted(names, key=lambda name: name.endswith("lock")):
         if name.startswith(shm):
             try:  # noqa: SIM105
                 os.unlink(f"{SHM}/{name}")

@@ -7,7 +7,6 @@ environment without secrets (core/environment.py). Its APIs that load models or 
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import subprocess
 import threading
@@ -17,12 +16,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.core import exit_status, process, supervisor
+from builder.core import exit_status, process
 from builder.core.output import Output, seconds
 from builder.core.safe_text import printable_bytes
 from builder.llmapi import launch as llmapi_launch
 from builder.machine import gpus
-from builder.serving import launch, limits
+from builder.serving import launch, limits, shared_memory
 from builder.serving.draining import Draining
 from builder.serving.installation import find_server
 from builder.serving.launch import Ports
@@ -31,7 +30,6 @@ from builder.serving.private_directory import prepare_backends, serving_director
 from builder.serving.readiness import answers_ok, ready_paths, start_failure
 from builder.trtllm import compatibility
 
-SHM = Path(supervisor.SHM)
 # A model whose process has been dead for so long while loading does not come up. When a model's own code ends its
 # process, Triton notices within three seconds and exits by itself, with a better message in its log.
 DEAD_SECONDS = 5.0
@@ -152,9 +150,8 @@ def _started(
         models, {**installation.environment, **gpus.cuda_order(), **options.environment}
     )
     ranks = 1 if options.engine_backend else launch.world_size(models)
-    shm = f"builder-{os.getpid()}-{secrets.token_hex(4)}-"
     stopping = _Stopping()
-    with serving_directory(executable=code is not None) as place:
+    with shared_memory.prefix() as shm, serving_directory(executable=code is not None) as place:
         place.link(models)
         backends = prepare_backends(installation, code, place.backends)
         command = launch.Command(installation.binary, place, backends, addresses, shm, options.exit_timeout)

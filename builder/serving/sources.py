@@ -12,6 +12,7 @@ SERVED_SOURCES = (
     "builder/llmapi/launch.py",
     "builder/serving/safe_links.py",
     "builder/serving/private_directory.py",
+    "builder/serving/shared_memory.py",
     "builder/serving/installation.py",
     "builder/trtllm/compatibility.py",
     "builder/architectures",

@@ -25,6 +25,7 @@ from builder.serving.launch import Addresses, Ports
 from builder.serving.private_directory import prepare_backends, serving_directory
 from builder.serving.readiness import reasons
 from builder.serving.server import ServerOptions, serve
+from builder.serving.shared_memory import SHM
 
 QUIET = Output("quiet")
 MODEL = """
@@ -66,7 +67,7 @@ def alive(pid: int) -> bool:
 
 
 def shared_memory(pid: int) -> list[str]:
-    return [path.name for path in serving.SHM.glob(f"builder-{pid}-*")]
+    return [path.name for path in SHM.glob(f"builder-{pid}-*")]
 
 
 def test_a_stopped_server_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
