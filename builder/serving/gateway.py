@@ -18,6 +18,7 @@ from builder.serving.server import follow
 
 START_SECONDS = 120.0  # a large tokenizer takes seconds to load; a busy machine takes longer
 DRAIN_SECONDS = 30  # for requests in progress when it is stopped, as for Triton's
+KILL_SECONDS = 5  # for it to exit after that
 
 
 @dataclass(frozen=True)
@@ -91,4 +92,4 @@ def _stop(child: process.Child) -> None:
     if child.poll() is None:
         child.terminate()
         with suppress(subprocess.TimeoutExpired):
-            child.wait(DRAIN_SECONDS + 5)
+            child.wait(DRAIN_SECONDS + KILL_SECONDS)

@@ -2,8 +2,8 @@
 
 Triton's own health endpoints are not enough. After the process of a model has ended, Triton 24.10 still reports the
 model as ready, does not restart it, and answers every request with an error (recovery.py loads it again).
-Containers run this file as their health check (python -m builder.serving.health HOST:PORT), so it imports the standard
-library only.
+Containers run this file as their health check (python -m builder.serving.health --gateway HOST:PORT), so it imports the
+standard library only.
 """
 
 from __future__ import annotations
@@ -50,6 +50,15 @@ def fault(url: str, patience: float = PATIENCE) -> str:
     except (OSError, http.client.HTTPException, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def gateway_fault(url: str, patience: float) -> str:
+    """Describes why the gateway at `url` (HOST:PORT) is not ready; "" if the engine behind it has generated a token."""
+    try:
+        status, answer = _call(url, "GET", "/health/ready", patience)
+    except (OSError, http.client.HTTPException) as error:
+        return f"{type(error).__name__}: {error}"
+    return "" if status == 200 else answer[:300].decode("utf-8", "replace")
 
 
 def no_recovery(wait: Wait) -> str:
@@ -120,8 +129,9 @@ def _call(url: str, verb: str, path: str, timeout: float, body: bytes | None = N
 
 
 def main(argv: list[str]) -> int:
-    """Probes the server at HOST:PORT. Exit code 0 if it answers; otherwise 1, with the reason on stderr."""
-    found = fault(argv[1], patience=8.0)
+    """Probes Triton at HOST:PORT, or with --gateway the gateway. Exit code 0 if it answers; otherwise 1, with the
+    reason on stderr."""
+    found = gateway_fault(argv[2], patience=12.0) if argv[1] == "--gateway" else fault(argv[1], patience=8.0)
     if found:
         print(found, file=sys.stderr)
     return 1 if found else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from builder.core.output import Output
 from builder.llmapi import launch as llmapi_launch
 from builder.machine import containers
 from builder.recipe import schema
-from builder.serving.server import serve
+from builder.serving import draining, gateway
+from builder.serving.server import ServerOptions, serve
 from tests.serving.test_server import one_model
 
 COMPOSE = yaml.safe_load(Path("docker-compose.yml").read_text())
@@ -84,9 +86,36 @@ def test_what_serves_starts_again_and_is_healthy_only_if_it_answers() -> None:
     assert {name for name in SERVICES if "restart" in SERVICES[name]} == {"triton", "prometheus", "grafana"}
     assert {SERVICES[name].get("restart") for name in ("triton", "prometheus", "grafana")} == {"unless-stopped"}
     command, check = SERVICES["triton"]["command"], SERVICES["triton"]["healthcheck"]
-    port = command[command.index("--http-port") + 1]
-    assert check["test"] == ["CMD", "python3", "-m", "builder.serving.health", f"127.0.0.1:{port}"]
+    port = command[command.index("--port") + 1]
+    assert check["test"] == ["CMD", "python3", "-m", "builder.serving.health", "--gateway", f"127.0.0.1:{port}"]
     assert importlib.util.find_spec("builder.serving.health")
+    assert check["start_period"] == "30m", "as long as ServerOptions.timeout"
+    assert ServerOptions.timeout == 30 * 60
+
+
+def test_a_container_is_not_killed_while_it_drains() -> None:
+    grace = int(SERVICES["triton"]["stop_grace_period"].removesuffix("s"))
+    assert grace > gateway.DRAIN_SECONDS + gateway.KILL_SECONDS + draining.LEAST_SECONDS + 5
+    assert grace > ServerOptions.exit_timeout + draining.LEAST_SECONDS + 5
+
+
+@pytest.mark.parametrize("files", [["docker-compose.yml"], ["docker-compose.yml", "compose.cpu.yml"]])
+def test_compose_reads_the_files(files: list[str], tmp_path: Path) -> None:
+    if subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
+        pytest.skip("docker compose is not installed")
+    options = [word for file in files for word in ("-f", file)]
+    environment = {**os.environ, "ARTIFACTS_DIR": str(tmp_path), "OPENAI_PORT": "9100"}
+    done = subprocess.run(
+        ["docker", "compose", *options, "--profile", "*", "config", "--format", "json"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    triton = json.loads(done.stdout)["services"]["triton"]
+    assert triton["restart"] == "unless-stopped"
+    assert triton["healthcheck"]["start_period"] in ("30m0s", "1800s")
+    assert {(port["host_ip"], port["published"]) for port in triton["ports"]} == {
+        ("127.0.0.1", port) for port in ("9100", "8000", "8001", "8002")
+    }
 
 
 def test_no_token_comes_near_the_image() -> None:
@@ -153,9 +182,10 @@ def test_the_dashboard_asks_for_labels_that_upstream_has() -> None:
 
 
 def test_prometheus_asks_triton_where_it_listens() -> None:
-    scrape = yaml.safe_load(Path("docker/metrics/prometheus.yml").read_text())["scrape_configs"][0]
+    scraped = yaml.safe_load(Path("docker/metrics/prometheus.yml").read_text())["scrape_configs"]
     command = SERVICES["triton"]["command"]
-    assert scrape["static_configs"] == [{"targets": [f"triton:{command[command.index('--metrics-port') + 1]}"]}]
+    for job, option in zip(scraped, ("--metrics-port", "--port"), strict=True):
+        assert job["static_configs"] == [{"targets": [f"triton:{command[command.index(option) + 1]}"]}]
     source = yaml.safe_load(Path("docker/metrics/grafana/datasources/prometheus.yml").read_text())["datasources"][0]
     assert {panel["datasource"]["uid"] for panel in DASHBOARD["panels"]} == {source["uid"]}
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from builder.serving import health
 from builder.serving.server import Server
 from builder.triton import repository
 from tests.gateway.conftest import MODEL, Running, running
@@ -41,6 +42,14 @@ def test_streams_are_finished_and_idle_clients_are_not_awaited(
         assert time.monotonic() - answered < DRAIN
         for one in (unused, used):
             one.close()
+
+
+def test_the_health_check_of_containers(echo_repository: repository.Repository, triton: Server) -> None:
+    with running(echo_repository.path, triton.grpc_url) as own:
+        assert health.main(["health", "--gateway", own.url.removeprefix("http://")]) == 0
+    assert health.main(["health", "--gateway", own.url.removeprefix("http://")]) == 1
+    with running(echo_repository.path, "127.0.0.1:9") as alone:
+        assert health.gateway_fault(alone.url.removeprefix("http://"), 12.0).startswith('{"error": ')
 
 
 def test_a_client_that_never_reads_does_not_outlast_the_drain(

@@ -26,7 +26,8 @@ from builder.core.output import Output
 from builder.evaluate.datasets import Ids
 from builder.recipe.target_facts import target_facts
 from builder.serving.client import Client, MissingOutput, Request, ResponseTimeout, ServerError
-from builder.serving.server import SHM, Server, ServerOptions, serve
+from builder.serving.server import Server, ServerOptions, serve
+from builder.serving.shared_memory import SHM
 
 CONCURRENCY = 4  # requests at the same time: the engine batches them
 # One, because the PyTorch backend keeps a prompt's logits on the GPU beside those of the forward pass, in the memory
