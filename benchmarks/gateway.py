@@ -1,229 +1,271 @@
-"""Measures the gateway's CPU time for streamed answers, and checks every text.
+"""Measures streaming through the gateway and through Triton's own models, and checks every text.
 
-    python benchmarks/gateway.py [--requests 200] [--concurrency 32] [--triton]
+    python benchmarks/gateway.py
+    NVIDIA_TEMPLATES=.../all_models/inflight_batcher_llm python benchmarks/gateway.py
 
-Prompts of 512 tokens, answers of 128. The engine generates without a pause: a process that speaks Triton's gRPC
-protocol and repeats the prompt's tokens, one in each response. With --triton it is the real server with the tests'
-stand-in in Python, which is slower. The robust figure is the gateway's CPU time for a request. Beside it
-stands the CPU time of a program that only reads the same gRPC streams, in the same run: both depend on what else runs.
+The real Triton, with an engine in C that repeats the prompt's tokens (instant_engine.c). Prompts of 512 tokens, answers
+of 128. Three parts, each with its table:
+
+- load: an engine without a pause, 32 clients. CPU milliseconds for a request are the robust figure: of the text models
+  and the gateway ("text"), and of Triton's own process. Beside them, reading the engine's streams without making text.
+- paced: 20 ms a token, 32 and 128 clients. The rate as a part of what the engine alone would yield, and the time to the
+  first token. The clients begin spread over the time of one answer.
+- memory: of each text model and the gateway, in MB (PSS), for vocabularies of several sizes.
+
+NVIDIA's templates, filled by its own tool, are measured beside ours if NVIDIA_TEMPLATES names them. Rates and times
+need a machine that does nothing else: on two cores, the clients, Triton and the gateway share them.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import uvloop
 from tokenizers import Tokenizer
 
-from builder.core.output import Output
-from builder.core.store import Store
+from benchmarks.clients import Ask, Load, drive, over_grpc, over_http, triton_channel
+from benchmarks.engine import (
+    cpu_seconds,
+    engine_server,
+    make_nvidia_repository,
+    make_repository,
+    make_snapshot,
+    memory,
+    processes,
+)
 from builder.gateway.engine import Engine
 from builder.gateway.settings import Model
 from builder.gateway.tensors import Sampling, TokenRequest
-from builder.recipe import schema
-from builder.serving.server import ServerOptions, serve
+from builder.serving.server import Server
 from builder.triton import repository
 
 SNAPSHOT = Path("tests/data/tiny-qwen3")
-ECHO = Path("tests/support/echo_backend.py")
-INPUT, OUTPUT, GOAL = 512, 128, 8.0
-QUIET = Output("quiet")
+NVIDIA = os.environ.get("NVIDIA_TEMPLATES", "")
+INPUT, OUTPUT, TOKEN_SECONDS = 512, 128, 0.02
+VOCABULARIES = (0, 151_936, 262_144)  # 0: the fixture's own; Qwen3's and Gemma 3's sizes
+GOALS = """goals: gateway at most 8 CPU-ms of text and 20,000 tokens a second, 0 wrong; paced at least 0.95 of the ideal
+rate and p50 TTFT under 40 ms; each text model under 80 MB"""
+PARTS = ("load", "paced", "memory")
 
 
-async def instant_engine(port: int) -> None:
-    """A gRPC server that answers as the engine model does, with the prompt's tokens."""
-    import struct
+@dataclass(frozen=True)
+class Texts:
+    """The prompt and the answer to it. Both have characters of several tokens."""
 
-    import grpc.aio
-    from tritonclient.grpc import service_pb2, service_pb2_grpc
-
-    class Instant(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-        async def ModelStreamInfer(self, requests: Any, context: Any) -> Any:
-            async for request in requests:
-                raw = dict(zip([one.name for one in request.inputs], request.raw_input_contents, strict=True))
-                (count,) = struct.unpack("<i", raw["request_output_len"])
-                for place in range(count):
-                    at = 4 * place % len(raw["input_ids"])
-                    yield response(raw["input_ids"][at : at + 4])
-                yield response(None)
-
-    def response(token: bytes | None) -> Any:
-        made = service_pb2.ModelStreamInferResponse()
-        made.infer_response.parameters["triton_final_response"].bool_param = token is None
-        if token is not None:
-            for name, content in (("output_ids", token), ("sequence_length", struct.pack("<i", 1))):
-                made.infer_response.outputs.add(name=name, datatype="INT32", shape=[1, 1])
-                made.infer_response.raw_output_contents.append(content)
-        return made
-
-    server = grpc.aio.server()
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Instant(), server)
-    server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
-    await server.wait_for_termination()
+    prompt: str
+    ids: list[int]
+    expected: str
 
 
-def make_repository(directory: Path) -> repository.Repository:
-    """A repository with the fixture's tokenizer, for an engine that does not exist."""
-    build = {"max_batch_size": 128, "max_input_len": 1024, "max_seq_len": 2048, "max_beam_width": 1,
-             "plugin_config": {"use_paged_context_fmha": False}}  # fmt: skip
-    engine = directory / "engine"
-    engine.mkdir()
-    pretrained = {"logits_dtype": "float16", "vocab_size": 4096}
-    config = {"version": "1.2.1", "pretrained_config": pretrained, "build_config": build}
-    (engine / "config.json").write_text(json.dumps(config))
+@dataclass(frozen=True)
+class Way:
+    """A way to an answer. `ask` makes a client, within an event loop."""
 
-    def make(made: Path) -> dict[str, Any]:
-        return repository.write(made / "models", engine, SNAPSHOT, schema.Repository())
+    name: str
+    ask: Callable[[], Callable[[], Awaitable[Ask]]]
 
-    return repository.open_repository(Store(directory / "store", QUIET).stage("repository", {}, make).path)
+
+def make_texts() -> Texts:
+    """English prose behind some emoji, accents and Chinese."""
+    tokenizer = Tokenizer.from_file(str(SNAPSHOT / "tokenizer.json"))
+    prose = Path("tests/data/eval/prose.jsonl").read_text(encoding="utf-8")
+    text = "Grüße 🎉👩‍👩‍👧 und 你好,世界! " + " ".join(json.loads(line)["text"] for line in prose.splitlines())
+    ids = tokenizer.encode(tokenizer.decode(tokenizer.encode(text).ids[:INPUT])).ids
+    return Texts(tokenizer.decode(ids), ids, tokenizer.decode((ids * OUTPUT)[:OUTPUT]))
 
 
 @contextmanager
-def engine_server(opened: repository.Repository, *, triton: bool) -> Iterator[str]:
-    """The address of the engine's gRPC port."""
-    if triton:
-        with serve(opened.models, out=QUIET, options=ServerOptions(engine_backend=ECHO)) as server:
-            yield server.grpc_url
-        return
-    port = free_port()
-    with subprocess.Popen([sys.executable, __file__, "--instant-engine", str(port)]) as child:
-        try:
-            yield f"127.0.0.1:{port}"
-        finally:
-            child.kill()
-
-
-def free_port() -> int:
-    """A port that nobody uses now."""
-    from builder.gateway.listener import listen
-
-    with listen("127.0.0.1", None) as listener:
-        return int(listener.getsockname()[1])
-
-
-def cpu_seconds(pid: int) -> float:
-    """The CPU time of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-async def ask(port: int, body: bytes, waiting: list[int], texts: list[str]) -> None:
-    """Sends requests one after the other on one connection, and collects the texts."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    while waiting:
-        waiting.pop()
-        writer.write(head + body)
-        received = b""
-        while not received.endswith(b"\r\n0\r\n\r\n"):
-            part = await reader.read(1 << 16)
-            if not part:
-                break
-            received += part
-        texts.append(text_of(received.partition(b"\r\n\r\n")[2]))
-    writer.close()
-
-
-def text_of(chunked: bytes) -> str:
-    """The text of a stream of events in HTTP chunks; a wrong one for an error."""
-    events = b""
-    while chunked:
-        size, _, rest = chunked.partition(b"\r\n")
-        length = int(size, 16)
-        events, chunked = events + rest[:length], rest[length + 2 :]
-    found = [json.loads(event[6:]) for event in events.split(b"\n\n") if event.startswith(b"data: {")]
-    return "".join(choice["text"] for event in found for choice in event.get("choices", []))
-
-
-async def run(port: int, body: bytes, requests: int, concurrency: int) -> list[str]:
-    """The texts of so many requests, with so many in flight."""
-    texts: list[str] = []
-    waiting = [1] * requests
-    await asyncio.gather(*(ask(port, body, waiting, texts) for _ in range(concurrency)))
-    return texts
-
-
-async def read_only(address: str, model: Model, ids: list[int], requests: int, concurrency: int) -> float:
-    """CPU seconds of reading the streams of so many requests in this process, without making text of them."""
-    engine, waiting = Engine(address, model), [1] * requests
-    request = TokenRequest(ids, OUTPUT, Sampling(temperature=0), model.end_ids, streaming=True)
-
-    async def one() -> None:
-        while waiting:
-            await engine.generate(request, f"read-{waiting.pop()}-{len(waiting)}", lambda step: True)
-
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    await asyncio.gather(*(one() for _ in range(concurrency)))
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    await engine.close()
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def measure(opened: repository.Repository, grpc: str, requests: int, concurrency: int) -> dict[str, float]:
-    """One round."""
-    import uvloop
-
-    tokenizer = Tokenizer.from_file(str(SNAPSHOT / "tokenizer.json"))
-    source = Path("tests/data/eval/prose.jsonl").read_text(encoding="utf-8")
-    prompt = tokenizer.decode(
-        tokenizer.encode(" ".join(json.loads(line)["text"] for line in source.splitlines())).ids[:INPUT]
-    )
-    ids = tokenizer.encode(prompt).ids
-    expected = tokenizer.decode((ids * OUTPUT)[:OUTPUT])
-    asked = {"model": "m", "prompt": prompt, "max_tokens": OUTPUT, "temperature": 0, "stream": True, "ignore_eos": True}
+def gateway(opened: repository.Repository, grpc: str) -> Iterator[tuple[int, int]]:
+    """A running gateway: its process id and its port."""
     argv = [sys.executable, "-m", "builder", "gateway", str(opened.path), "--grpc", grpc, "--model-name", "m", "--json"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as gateway:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
         try:
-            assert gateway.stdout is not None
-            lines = iter(gateway.stdout.readline, "}\n")
-            port = int(next(line for line in lines if '"url"' in line).split(":")[3].partition("/")[0])
-            body = json.dumps(asked).encode()
-            uvloop.run(run(port, body, concurrency, concurrency))  # warm
-            start, before = time.perf_counter(), cpu_seconds(gateway.pid)
-            texts = uvloop.run(run(port, body, requests, concurrency))
-            wall, used = time.perf_counter() - start, cpu_seconds(gateway.pid) - before
+            assert child.stdout is not None
+            lines = iter(child.stdout.readline, "}\n")
+            yield child.pid, int(next(line for line in lines if '"url"' in line).split(":")[3].partition("/")[0])
         finally:
-            gateway.terminate()
+            child.terminate()
+
+
+def of_gateway(port: int, texts: Texts) -> Way:
+    """Streaming through the gateway."""
+    request = {"model": "m", "prompt": texts.prompt, "max_tokens": OUTPUT, "temperature": 0, "stream": True,
+               "ignore_eos": True}  # fmt: skip
+    return Way("gateway, stream", lambda: over_http(port, request))
+
+
+def of_model(server: Server, model: str, texts: Texts, *, stream: bool, whose: str = "") -> Way:
+    """A Triton model that takes text."""
+    return Way(
+        f"{whose}{model}, {'stream' if stream else 'whole'}",
+        lambda: over_grpc(triton_channel(server.grpc_url), model, texts.prompt, OUTPUT, stream=stream),
+    )
+
+
+def send(path: Way, load: Load, spread: float = 0.0) -> float:
+    """Sends a load; returns the seconds that it took."""
+
+    async def run() -> None:
+        await drive(path.ask(), load, spread)
+
+    started = time.perf_counter()
+    uvloop.run(run())
+    return time.perf_counter() - started
+
+
+def wrong(load: Load, texts: Texts) -> int:
+    """How many answers are wrong or missing."""
+    return load.requests - sum(text == texts.expected for text in load.texts)
+
+
+def measure_load(path: Way, server: Server, extra: list[int], texts: Texts, requests: int) -> int:
+    """Prints a line of the first table; returns the number of wrong answers."""
+    send(path, Load(32, 64))  # warm
+    names = processes(server) | dict.fromkeys(extra, "gateway")
+    before, load = {pid: cpu_seconds(pid) for pid in names}, Load(32, requests)
+    seconds = send(path, load)
+    used = {pid: 1000 * (cpu_seconds(pid) - before[pid]) / requests for pid in names}
+    text = sum(ms for pid, ms in used.items() if names[pid] != "Triton")
+    triton = sum(ms for pid, ms in used.items() if names[pid] == "Triton")
+    found = wrong(load, texts)
+    print(f"{path.name:<42} {text:7.1f} {triton:7.1f} {OUTPUT * requests / seconds:10,.0f} {found:6}", flush=True)
+    return found
+
+
+def reading_alone(opened: repository.Repository, server: Server, texts: Texts, requests: int) -> None:
+    """Prints what reading the engine's streams costs in this process, without making text of them."""
     model = Model.read(opened.models, opened.facts)
-    reading = uvloop.run(read_only(grpc, model, ids, requests, concurrency))
-    return {
-        "gateway CPU-ms per request": 1000 * used / requests,
-        "reading alone, CPU-ms per request": 1000 * reading / requests,
-        "tokens per second": OUTPUT * requests / wall,
-        "wrong texts": sum(text != expected for text in texts) + requests - len(texts),
-    }  # fmt: skip
+    request = TokenRequest(texts.ids, OUTPUT, Sampling(temperature=0), model.end_ids, streaming=True)
+
+    async def make() -> Ask:
+        async def ask(load: Load) -> None:
+            await engine.generate(request, f"read-{time.monotonic_ns()}", lambda step: True)
+
+        return ask
+
+    def connect() -> Callable[[], Awaitable[Ask]]:
+        nonlocal engine
+        engine = Engine(server.grpc_url, model)
+        return make
+
+    engine: Engine
+    names = processes(server)
+    before, started = sum(cpu_seconds(pid) for pid in names), time.process_time()
+    seconds = send(Way("", connect), Load(32, requests))
+    own, theirs = time.process_time() - started, sum(cpu_seconds(pid) for pid in names) - before
+    figures = f"{1000 * own / requests:7.1f} {1000 * theirs / requests:7.1f} {OUTPUT * requests / seconds:10,.0f}"
+    print(f"{'reading the engine alone':<42} {figures}", flush=True)
+
+
+def measure_paced(path: Way, texts: Texts, clients: int) -> int:
+    """Prints a line of the second table; returns the number of wrong answers."""
+    ideal = OUTPUT * TOKEN_SECONDS
+    load = Load(clients, 4 * clients)
+    send(path, load, spread=ideal)
+    found = wrong(load, texts)
+    quantiles = statistics.quantiles(load.ttft, n=20)
+    print(
+        f"{path.name:<42} {clients:7} {ideal / statistics.mean(load.seconds):7.3f} {1000 * quantiles[9]:10.0f} "
+        f"{1000 * quantiles[18]:10.0f} {found:6}",
+        flush=True,
+    )
+    return found
+
+
+def load_part(opened: repository.Repository, directory: Path, texts: Texts, requests: int) -> int:
+    """The first table."""
+    print(f"\n{'load, 32 clients':<42} {'text ms':>7} {'Triton':>7} {'tokens/s':>10} {'wrong':>6}")
+    found = 0
+    with engine_server(opened.models, 0, directory / "log") as server:
+        with gateway(opened, server.grpc_url) as (pid, port):
+            found += measure_load(of_gateway(port, texts), server, [pid], texts, requests)
+        reading_alone(opened, server, texts, requests)
+        for model, stream in (("tensorrt_llm_bls", True), ("tensorrt_llm_bls", False)):
+            path = of_model(server, model, texts, stream=stream)
+            found += measure_load(path, server, [], texts, requests // 2)
+    if NVIDIA:
+        models = directory / "nvidia"
+        make_nvidia_repository(models, Path(NVIDIA), SNAPSHOT)
+        with engine_server(models, 0, directory / "log") as server:
+            for model in ("ensemble", "tensorrt_llm_bls"):
+                path = of_model(server, model, texts, stream=True, whose="NVIDIA's ")
+                measure_load(path, server, [], texts, requests // 4)
+    return found
+
+
+def paced_part(opened: repository.Repository, directory: Path, texts: Texts) -> int:
+    """The second table."""
+    print(f"\n{'20 ms a token':<42} {'clients':>7} {'rate':>7} {'TTFT p50':>10} {'TTFT p95':>10} {'wrong':>6}")
+    found = 0
+    with engine_server(opened.models, TOKEN_SECONDS, directory / "log") as server:
+        with gateway(opened, server.grpc_url) as (_, port):
+            for clients in (32, 128):
+                found += measure_paced(of_gateway(port, texts), texts, clients)
+        for clients in (32, 128):
+            found += measure_paced(of_model(server, "tensorrt_llm_bls", texts, stream=True), texts, clients)
+    if NVIDIA:
+        models = directory / "nvidia-paced"
+        make_nvidia_repository(models, Path(NVIDIA), SNAPSHOT)
+        with engine_server(models, TOKEN_SECONDS, directory / "log") as server:
+            path = of_model(server, "ensemble", texts, stream=True, whose="NVIDIA's ")
+            for clients in (32, 128):
+                measure_paced(path, texts, clients)
+    return found
+
+
+def memory_part(directory: Path, texts: Texts) -> int:
+    """The third table, after 32 clients have had answers in every way."""
+    names = ("preprocessing", "postprocessing", "tensorrt_llm_bls", "ensemble_infer", "gateway")
+    print(f"\n{'memory, MB':<42} " + " ".join(f"{name:>16}" for name in names))
+    for number, size in enumerate(VOCABULARIES):
+        place = directory / f"memory-{number}"
+        place.mkdir()
+        snapshot = make_snapshot(place / "snapshot", SNAPSHOT, size) if size else SNAPSHOT
+        opened = make_repository(place, snapshot)
+        with (
+            engine_server(opened.models, 0, place / "log") as server,
+            gateway(opened, server.grpc_url) as (pid, port),
+        ):
+            ways = (("tensorrt_llm_bls", True), ("ensemble_infer", False), ("ensemble", False))
+            paths = [of_model(server, model, texts, stream=stream) for model, stream in ways]
+            for path in (of_gateway(port, texts), *paths):
+                send(path, Load(32, 64))
+            found = {name: memory(pid) for pid, name in processes(server).items()} | {"gateway": memory(pid)}
+        label = f"{size or 'fixture'} tokens"
+        print(f"{label:<42} " + " ".join(f"{found.get(name, 0.0):16.0f}" for name in names), flush=True)
+    return 0
 
 
 def main() -> int:
-    """Prints the figures. Exit code 1 if a text is wrong."""
+    """Prints the tables. Exit code 1 if a text of ours is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--concurrency", type=int, default=32)
-    parser.add_argument("--triton", action="store_true", help="the real server, with a stand-in in Python")
-    parser.add_argument("--instant-engine", type=int, metavar="PORT", help=argparse.SUPPRESS)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
-    if arguments.instant_engine:
-        asyncio.run(instant_engine(arguments.instant_engine))
-    with tempfile.TemporaryDirectory() as directory:
-        opened = make_repository(Path(directory))
-        with engine_server(opened, triton=arguments.triton) as grpc:
-            found = measure(opened, grpc, arguments.requests, arguments.concurrency)
-    for name, value in found.items():
-        print(f"{name:<36} {value:10.1f}")
-    print(f"goal: at most {GOAL} CPU-ms per request, 0 wrong texts")
-    return int(found["wrong texts"] > 0)
+    texts, found = make_texts(), 0
+    print(f"load average: {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        opened = make_repository(directory, SNAPSHOT)
+        if "load" in arguments.parts:
+            found += load_part(opened, directory, texts, arguments.requests)
+        if "paced" in arguments.parts:
+            found += paced_part(opened, directory, texts)
+        if "memory" in arguments.parts:
+            found += memory_part(directory, texts)
+    print(f"\n{GOALS}")
+    return int(found > 0)
 
 
 if __name__ == "__main__":

@@ -153,14 +153,14 @@ def mpi_command(ranks: Sequence[list[str]]) -> list[str]:
     return ["mpirun", "--allow-run-as-root", *first, *(word for command in others for word in (":", *command))]
 
 
-def stand_in(installation: Installation, models: Path, engine_backend: Path | None) -> str | None:
-    """The code of a model.py that replaces the C++ `tensorrtllm` backend; None if no replacement is needed.
+def stand_in(installation: Installation, models: Path, engine_backend: Path | None) -> str | Path | None:
+    """What replaces the C++ `tensorrtllm` backend: the code of a model.py, or a library; None if nothing has to.
 
-    `engine_backend` is a file with that code. Without one, an engine directory without a *.engine file gets the
-    reference executor.
+    `engine_backend` is a file with that code, or a library (*.so). Without one, an engine directory without a *.engine
+    file gets the reference executor.
     """
     if engine_backend is not None:
-        return engine_backend.read_text(encoding="utf-8")
+        return engine_backend if engine_backend.suffix == ".so" else engine_backend.read_text(encoding="utf-8")
     if has_engine(models) or _needs_no_engine(installation, models):
         return None
     root = str(Path(__file__).resolve().parents[2])

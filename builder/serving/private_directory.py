@@ -141,11 +141,11 @@ def _models(models: Path) -> list[Path]:
     return [path for path in sorted(models.iterdir()) if path.is_dir()]
 
 
-def prepare_backends(installation: Installation, code: str | None, directory: Path) -> Path:
+def prepare_backends(installation: Installation, code: str | Path | None, directory: Path) -> Path:
     """The directory of backends for the server: the installation's own if `code` is None.
 
-    `code` is the model.py that replaces the C++ backend. With it, the Python backend is copied into `directory`, next
-    to the replacement. ServingError if a path is not safe in a shell, or the copy fails.
+    `code` is the model.py or the library that replaces the C++ backend. With it, the Python backend is copied into
+    `directory`, next to the replacement. ServingError if a path is not safe in a shell, or the copy fails.
     """
     return _own_backends(installation) if code is None else _copied_backends(installation, code, directory)
 
@@ -161,7 +161,7 @@ def _own_backends(installation: Installation) -> Path:
     return installation.backends
 
 
-def _copied_backends(installation: Installation, code: str, directory: Path) -> Path:
+def _copied_backends(installation: Installation, code: str | Path, directory: Path) -> Path:
     """Copies the Python backend and writes the replacement of the C++ backend. Triton rejects symbolic links here."""
     try:
         for name in ("python", "tensorrtllm"):
@@ -170,7 +170,10 @@ def _copied_backends(installation: Installation, code: str, directory: Path) -> 
             if file.is_file():
                 shutil.copy(file, directory / "python" / file.name)
         (directory / "python" / "triton_python_backend_stub").chmod(0o755)
-        (directory / "tensorrtllm" / "model.py").write_text(code, encoding="utf-8")
+        if isinstance(code, Path):
+            shutil.copy(code, directory / "tensorrtllm" / "libtriton_tensorrtllm.so")
+        else:
+            (directory / "tensorrtllm" / "model.py").write_text(code, encoding="utf-8")
     except OSError as error:
         raise ServingError(
             f"Triton's backends can't be copied to {directory}.",

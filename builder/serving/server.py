@@ -70,8 +70,8 @@ class ServerOptions:
     """How to run a server.
 
     follow_log: copy the log to stderr.
-    engine_backend: the model.py that replaces the C++ backend. By default the reference executor does if the engine
-        directory has no *.engine file.
+    engine_backend: the model.py or library (*.so) that replaces the C++ backend. By default the reference executor
+        does if the engine directory has no *.engine file.
     timeout: seconds until the server must be ready.
     exit_timeout: seconds for requests in flight when the server is stopped.
     environment: variables to add to the server's environment.
