@@ -3,7 +3,7 @@
     python benchmarks/gateway.py
     NVIDIA_TEMPLATES=.../all_models/inflight_batcher_llm python benchmarks/gateway.py
 
-The real Triton, with an engine in C that repeats the prompt's tokens (instant_engine.c). Prompts of 512 tokens, answers
+The real Triton, with an engine in C that repeats the prompt's tokens (engine_in_c.c). Prompts of 512 tokens, answers
 of 128. Three parts, each with its table:
 
 - load: an engine without a pause, 32 clients. CPU milliseconds for a request are the robust figure: of the text models
@@ -32,10 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
-from tokenizers import Tokenizer
-
-from benchmarks.clients import Ask, Load, drive, over_grpc, over_http, triton_channel
-from benchmarks.engine import (
+from engine_in_c import (
     cpu_seconds,
     engine_server,
     make_nvidia_repository,
@@ -44,6 +41,9 @@ from benchmarks.engine import (
     memory,
     processes,
 )
+from streaming_clients import Ask, Load, drive, over_grpc, over_http, triton_channel
+from tokenizers import Tokenizer
+
 from builder.gateway.engine import Engine
 from builder.gateway.settings import Model
 from builder.gateway.tensors import Sampling, TokenRequest

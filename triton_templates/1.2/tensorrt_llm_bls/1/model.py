@@ -14,6 +14,7 @@ need are repeated. The same file runs in NVIDIA's container and with the referen
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import queue
@@ -71,10 +72,11 @@ class TritonPythonModel:
         parameters = {key: v["string_value"] for key, v in config["parameters"].items()}
         root = Path(args["model_repository"]).parent
         self.name = args["model_name"]
-        self.tokenizer = Tokenizer.from_file(str(root / parameters["tokenizer_dir"] / "tokenizer.json"))
+        path = root / parameters["tokenizer_dir"] / "tokenizer.json"
+        self.context = context_ids(Tokenizer.from_file(str(path)))
+        self.tokenizer = without_merges(path)
         self.skip_special_tokens = parameters["skip_special_tokens"] == "true"
         self.incomplete_ids = incomplete_ids(self.tokenizer, self.skip_special_tokens)
-        self.context = context_ids(self.tokenizer)
         self.exclude_input = parameters["exclude_input_in_output"] == "true"
         self.can_stream = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.engine_streams = parameters["engine_decoupled"] == "true"
@@ -90,6 +92,7 @@ class TritonPythonModel:
         self.stoppers, self.closing = ThreadPoolExecutor(STOPPERS), threading.Event()
         self.watcher = threading.Thread(target=self.watch)
         self.watcher.start()
+        release_memory()
 
     def execute(self, requests):
         for request in requests:
@@ -492,3 +495,16 @@ def text_response(texts, extra):
     """A response with the text of each beam, [1, beams], and the other output tensors."""
     output = np.array([[text.encode("utf-8") for text in texts]], dtype=object)
     return pb_utils.InferenceResponse([pb_utils.Tensor("text_output", output), *extra])
+
+
+def without_merges(path):
+    """A tokenizer that only decodes. What BPE merges when it encodes is a fifth of a large tokenizer's memory."""
+    content = json.loads(path.read_bytes())
+    if content["model"].get("type") == "BPE":
+        content["model"]["merges"] = []
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def release_memory():
+    """Returns memory to the system: reading a tokenizer's file takes more than twice what the tokenizer keeps."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # a function of glibc

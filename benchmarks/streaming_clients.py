@@ -113,7 +113,9 @@ async def _ask_triton(channel: Channel, message: bytes, load: Load) -> None:
     def receive(raw: bytes) -> None:
         nonlocal first
         response = service_pb2.ModelStreamInferResponse.FromString(raw)
-        for output, content in zip(response.infer_response.outputs, response.infer_response.raw_output_contents):
+        for output, content in zip(
+            response.infer_response.outputs, response.infer_response.raw_output_contents, strict=False
+        ):
             if output.name == "text_output" and len(content) > 4:
                 first = first or time.monotonic()
                 pieces.append(content[4:])

@@ -1,7 +1,7 @@
 /* Triton's `tensorrtllm` backend without a model, for benchmarks: it repeats the prompt's tokens, one in each response.
 
    With ENGINE_TOKEN_SECONDS it is paced like an engine with in-flight batching: each request that is running gets one
-   token in each such step. Without, it generates without a pause. benchmarks/engine.py compiles it and starts Triton
+   token in each such step. Without, it generates without a pause. engine_in_c.py compiles it and starts Triton
    with it. The declarations below are those of Triton's backend API 1.x (core include/triton/core/tritonbackend.h and
    tritonserver.h), as far as they are used here. */
 

@@ -1,4 +1,4 @@
-"""A Triton server whose engine is instant_engine.c, for benchmarks of what stands around an engine.
+"""A Triton server whose engine is engine_in_c.c, for benchmarks of what stands around an engine.
 
 The engine is a backend in C, so the measured figures are those of Triton, its text models and the gateway.
 """
@@ -23,7 +23,7 @@ from builder.recipe import schema
 from builder.serving.server import Server, ServerOptions, serve
 from builder.triton import repository
 
-SOURCE = Path(__file__).parent / "instant_engine.c"
+SOURCE = Path(__file__).parent / "engine_in_c.c"
 QUIET = Output("quiet")
 BATCH = 128  # requests that the engine computes at once
 # What NVIDIA's tools/fill_template.py gets for each of its models.
@@ -68,7 +68,7 @@ def make_nvidia_repository(models: Path, templates: Path, snapshot: Path) -> Non
 @contextmanager
 def engine_server(models: Path, token_seconds: float, log: Path) -> Iterator[Server]:
     """Serves models with the engine in C, which is compiled next to the log."""
-    library = log.parent / "instant_engine.so"
+    library = log.parent / "engine_in_c.so"
     command = ["cc", "-O2", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-o", str(library), str(SOURCE)]
     subprocess.run(command, check=True)
     environment = {"ENGINE_TOKEN_SECONDS": str(token_seconds)}

@@ -1,0 +1,18 @@
+"""The gateway's benchmark: the real Triton with an engine in C, whose tokens arrive faster than any model's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler for the engine")
+def test_every_text_of_an_engine_without_a_pause_is_right() -> None:
+    command = [sys.executable, "benchmarks/gateway.py", "--requests", "64", "--parts", "load"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "gateway, stream" in done.stdout
