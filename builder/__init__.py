@@ -23,6 +23,7 @@ read, changed and tested without those above it.
     gateway         OpenAI's API in front of Triton
     serving         Triton as a process or a container, clients, smoke and load tests
     preflight       what can be rejected before work begins
+    aiperf          NVIDIA's load generator in an environment of its own, and what it measures
     publish         the verdict on a build, the link to serve it by, the build record
     clean           removal of what nothing needs
     evaluate        what quantization costs

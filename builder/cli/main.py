@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder import __version__
-from builder.cli import build, keep, machine, measure, serve
+from builder.cli import bench, build, keep, machine, measure, serve
 from builder.cli.options import Parser
 from builder.core import interrupts, streams, temporary
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output, print_error
 
-GROUPS = (build, measure, serve, keep, machine)  # in the order of `builder --help`
+GROUPS = (build, measure, serve, bench, keep, machine)  # in the order of `builder --help`
 INTERRUPTED = 130  # as shells say it
 EPILOG = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120
@@ -121,11 +121,11 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"builder {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    groups = []
+    groups: dict[str, list[argparse.Action]] = {}
     for group in GROUPS:
         before = len(commands._choices_actions)
         group.add(commands)
-        groups.append((group.TITLE, commands._choices_actions[before:]))
-    top.groups = groups
+        groups.setdefault(group.TITLE, []).extend(commands._choices_actions[before:])
+    top.groups = list(groups.items())
     top.set_defaults(parser=top)  # `builder completion` writes it down
     return top

@@ -1,4 +1,4 @@
-"""The commands that serve a repository: in the foreground, for a smoke test, for a benchmark."""
+"""The commands that serve a repository: in the foreground, and for a smoke test."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from builder.triton.repository import Repository
 
 TITLE = "serve"
-OLD_BENCH = "load"
 
 
 def add(commands: Any) -> None:
-    """Adds serve, gateway, smoke and bench."""
+    """Adds serve, gateway and smoke."""
     command = add_command(
         commands, "serve", "serve a repository until Ctrl-C", run_serve,
         examples=[
@@ -37,7 +36,7 @@ def add(commands: Any) -> None:
             "builder serve artifacts/models/qwen3-8b-sm120-nvfp4 --container --host 0.0.0.0",
         ],
     )  # fmt: skip
-    _add_served(command)
+    add_served(command)
     command.add_argument("--port", type=port, metavar="PORT", help="of the OpenAI API (default: a free port)")
     command.add_argument("--no-gateway", action="store_true",
                          help="no OpenAI API; --host is Triton's address then")  # fmt: skip
@@ -54,37 +53,19 @@ def add(commands: Any) -> None:
             "builder smoke artifacts/models/tiny-qwen3-cpu-nvfp4 --http localhost:8000 --grpc localhost:8001",
         ],
     )  # fmt: skip
-    _add_served(command)
-    _add_running(command)
+    add_served(command)
+    add_running(command)
     command.add_argument("--junit", type=path, metavar="FILE", help="write the results as JUnit XML")
-    examples = [
-        "builder bench artifacts/models/tiny-qwen3-cpu-nvfp4",
-        "builder bench artifacts/models/tiny-qwen3-cpu-nvfp4 --concurrency 1 --concurrency 8 --requests 64",
-    ]
-    _add_benchmark(add_command(commands, "bench", "measure latency and throughput", run_bench, examples=examples))
-    _add_benchmark(add_command(commands, OLD_BENCH, None, run_bench, examples=examples))
 
 
-def _add_benchmark(command: argparse.ArgumentParser) -> None:
-    _add_served(command)
-    _add_running(command)
-    command.add_argument("--concurrency", type=int, metavar="N", action="append", default=[],
-                         help="requests in flight at any time; repeatable (default: 1, 4 and 16)")  # fmt: skip
-    command.add_argument("--clients", type=int, action="append", default=[], help=argparse.SUPPRESS)
-    for name, default, text in (
-        ("requests", None, "requests at each concurrency (default: 32, or twice the concurrency)"),
-        ("input-tokens", 128, "tokens of each prompt (default: 128)"),
-        ("output-tokens", 32, "tokens of each answer (default: 32)"),
-    ):
-        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=text)
-
-
-def _add_running(command: argparse.ArgumentParser) -> None:
+def add_running(command: argparse.ArgumentParser) -> None:
+    """Adds --http and --grpc, of a server that runs already."""
     command.add_argument("--http", metavar="HOST:PORT", help="use the server that runs there instead of starting one")
     command.add_argument("--grpc", metavar="HOST:PORT", help="its gRPC port (with --http)")
 
 
-def _add_served(command: argparse.ArgumentParser) -> None:
+def add_served(command: argparse.ArgumentParser) -> None:
+    """Adds which repository is served and how."""
     command.add_argument(
         "repository", type=path, nargs="?",
         help="a repository, as in artifacts/models/; default: MODEL_REPOSITORY, or the only one in OUTPUT/models",
@@ -107,13 +88,13 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     from builder.serving.private_directory import serving_directory
     from builder.serving.server import stop_at_eof
 
-    repository = _repository(arguments)
+    repository = open_named(arguments)
     gateway.check(arguments, repository)
     if arguments.until_eof:
         stop_at_eof()
     with serving_lock(repository.path), serving_directory(executable=False) as place:
         return Foreground(
-            partial(_server, arguments, repository, out),
+            partial(started, arguments, repository, out),
             partial(_gateway, arguments, repository),
             partial(_show_addresses, repository, out),
             place.path,
@@ -161,7 +142,7 @@ def _curl(url: str, facts: Mapping[str, Any]) -> str:
     return f"curl -s http://{url}/v2/models/{facts['models']['generate']}/generate -d '{body}'"
 
 
-def _repository(arguments: argparse.Namespace) -> Repository:
+def open_named(arguments: argparse.Namespace) -> Repository:
     """The repository that was named, or else the only one that was published."""
     from builder.triton import repository
 
@@ -171,7 +152,7 @@ def _repository(arguments: argparse.Namespace) -> Repository:
     return found
 
 
-def _server(
+def started(
     arguments: argparse.Namespace, repository: Repository, out: Output, ports: Ports | None = None
 ) -> AbstractContextManager[Server | ContainerServer]:
     """A server for it, on this machine or in a container. EvaluationError if it failed its gate, without --ungated.
@@ -207,12 +188,12 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     from builder.core.locks import serving_lock
     from builder.serving.smoke import smoke, write_junit
 
-    _check_both_ports(arguments)
-    repository = _repository(arguments)
+    check_both_ports(arguments)
+    repository = open_named(arguments)
     if arguments.http:
         report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
     else:
-        with serving_lock(repository.path), _server(arguments, repository, out) as server:
+        with serving_lock(repository.path), started(arguments, repository, out) as server:
             report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
     if arguments.junit:
         write_junit(report, arguments.junit)
@@ -224,44 +205,8 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     return 0
 
 
-def run_bench(arguments: argparse.Namespace, out: Output) -> int:
-    """Serves a repository, sends concurrent requests and stops it. The result is kept beside it for the report."""
-    from builder.core.locks import serving_lock
-    from builder.serving import benchmark
-
-    _warn_of_old_names(arguments, out)
-    _check_both_ports(arguments)
-    concurrency = (*arguments.concurrency, *arguments.clients) or benchmark.Workload.concurrency
-    workload = benchmark.Workload(
-        concurrency,
-        benchmark.default_requests(concurrency) if arguments.requests is None else arguments.requests,
-        arguments.input_tokens,
-        arguments.output_tokens,
-    )
-    repository = _repository(arguments)
-    benchmark.check(workload, repository.facts)
-    if arguments.http:
-        report = benchmark.run(arguments.http, arguments.grpc, repository, workload, out=out)
-    else:
-        with serving_lock(repository.path), _server(arguments, repository, out) as server:
-            report = benchmark.run(server.http_url, server.grpc_url, repository, workload, out=out)
-    kept = benchmark.save(repository, report, out)
-    benchmark.show(report, out)
-    out.result({**report.as_dict(), "path": str(kept) if kept else None})
-    if kept:
-        out.text(f"next       builder report {arguments.repository or repository.path}")
-    return 0
-
-
-def _warn_of_old_names(arguments: argparse.Namespace, out: Output) -> None:
-    """`builder load` and --clients work for one more version."""
-    if arguments.command == OLD_BENCH:
-        out.warn("`builder load` is now `builder bench`; the next version removes the old name")
-    if arguments.clients:
-        out.warn("--clients is now --concurrency; the next version removes the old name")
-
-
-def _check_both_ports(arguments: argparse.Namespace) -> None:
+def check_both_ports(arguments: argparse.Namespace) -> None:
+    """UsageError if only one port of a running server was given."""
     if bool(arguments.http) != bool(arguments.grpc):
         raise UsageError(
             "--http and --grpc must be given together: both ports of a running server are used.",

@@ -167,6 +167,10 @@ class Running:
         self._child.returncode = os.waitstatus_to_exitcode(status)
         self._max_rss, self._timed_out = usage.ru_maxrss * 1024, timed_out.is_set()  # in KiB (getrusage(2))
 
+    def kill(self) -> None:
+        """Kills it and its descendants. Does not wait."""
+        kill(self._child)
+
     def finished(self, limit: float | None = None) -> Finished:
         """What a command that has exited cost. Raises what `run` raises."""
         if self._timed_out:

@@ -49,8 +49,10 @@ EVALUATION = (
     "verdict",
     "benchmark",
     "load",
+    "aiperf",
 )
-TESTS = ("smoke", "benchmark", "load")  # stages that test a repository; "load" is the old name of "benchmark"
+# Stages that test a repository: `builder load` fills "benchmark", once named "load", and `builder bench` "aiperf".
+TESTS = ("smoke", "benchmark", "load", "aiperf")
 # Names of logs (Store.log) and of the job files beside them (process.job_file).
 LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")
 # Logs to keep, and the age in seconds below which none is removed: a younger log may still be written to.

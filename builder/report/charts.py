@@ -51,7 +51,7 @@ def bars(name: str, title: str, description: str, marks: Sequence[Mark]) -> str:
             _error_bar(mark, y + 27, lambda value: 100 * value / largest),
             "</g>",
         ]
-    return _svg(name, title, description, TOP + len(marks) * ROW, body)
+    return svg(name, title, description, TOP + len(marks) * ROW, body)
 
 
 def dots(
@@ -88,7 +88,7 @@ def dots(
             f'<circle class="dot" cx="{place(mark.value):.2f}%" cy="{y + 28}" r="5"/>',
             "</g>",
         ]
-    return _svg(name, title, description, bottom + AXIS, body)
+    return svg(name, title, description, bottom + AXIS, body)
 
 
 def columns(name: str, title: str, description: str, marks: Sequence[Mark], height: int = 160) -> str:
@@ -116,7 +116,7 @@ def columns(name: str, title: str, description: str, marks: Sequence[Mark], heig
             body.append(f'<text class="tick" x="{(index + 0.5) * step:.2f}%" y="{height + 40}">')
             body.append(f"{escape(_cut(mark.tick, 12))}</text>")
     body.append(f'<line class="axis" x1="0" x2="100%" y1="{22 + height}" y2="{22 + height}"/>')
-    return _svg(name, title, description, height + 22 + AXIS, body)
+    return svg(name, title, description, height + 22 + AXIS, body)
 
 
 def nice_ticks(values: Sequence[float], most: int = 6) -> list[float]:
@@ -150,7 +150,8 @@ def _error_bar(mark: Mark, y: int, place: Callable[[float], float]) -> str:
     return f'<g class="interval"><line x1="{low:.2f}%" x2="{high:.2f}%" y1="{y}" y2="{y}"/>{ends}</g>'
 
 
-def _svg(name: str, title: str, description: str, height: int, body: Sequence[str]) -> str:
+def svg(name: str, title: str, description: str, height: int, body: Sequence[str]) -> str:
+    """A chart of this height with what is drawn in it."""
     return (
         f'<svg class="chart" role="img" width="100%" height="{height}" '
         f'aria-labelledby="{name}-title {name}-text">'

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.aiperf import measured
+from builder.aiperf.measured import Measurement
 from builder.calibration import coverage
 from builder.core.errors import UsageError
 from builder.core.store import STAGES, Artifact, artifacts, read, root_of, tests_of, upstream
@@ -98,6 +100,7 @@ class Report:
     parts: Losses | None
     smoke: SmokeReport | None
     benchmark: BenchmarkReport | None
+    load: Measurement | None  # by AIPerf
     calibration: str  # what calibration saw (calibration.coverage.summary)
     warnings: Sequence[str]
     unmeasured: Sequence[str]
@@ -115,6 +118,7 @@ class _Found:
     chain: Mapping[str, Artifact]
     smoke: Artifact | None
     benchmark: Artifact | None
+    load: Artifact | None
     quality: Quality | None
     judged: verdict.BuildVerdict | None  # by the build
     evaluation: Evaluation | None
@@ -152,6 +156,7 @@ def gather(path: Path) -> Report:
         parts=found.parts,
         smoke=smoke,
         benchmark=BenchmarkReport.from_dict(found.benchmark.facts) if found.benchmark else None,
+        load=Measurement.from_dict(found.load.facts) if found.load else None,
         calibration=coverage.summary(found.facts("checkpoint")),
         warnings=_warnings(found),
         unmeasured=_unmeasured(found, target),
@@ -191,6 +196,7 @@ def _find(path: Path) -> _Found:
         chain=chain,
         smoke=_newest(tests_of([repository], everything, ["smoke"])),
         benchmark=_newest(tests_of([repository], everything, [STAGE, OLD_STAGE])),
+        load=_newest(tests_of([repository], everything, [measured.STAGE])),
         quality=_quality(chain, everything),
         judged=verdict.latest(repository.digest, [artifact.digest for artifact in chain.values()], everything),
         evaluation=results.evaluation_of(chain, everything),
@@ -364,7 +370,7 @@ def _unmeasured(found: _Found, target: str) -> list[str]:
         texts.append("Tasks were not run: its accuracy on benchmark questions is unknown.")
     if not found.losses:
         texts.append("The loss caused by each layer was not measured.")
-    if found.benchmark is None:
+    if found.benchmark is None and found.load is None:
         texts.append("Serving was not benchmarked: latency and throughput under concurrent requests are unknown.")
     if found.record.get("memory"):
         texts.append("Memory at run time was estimated with upstream's formulas, not measured on a GPU.")

@@ -14,6 +14,7 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
+from builder.aiperf.keep import lengths
 from builder.core import paths
 from builder.core.errors import UsageError
 from builder.core.file_names import truncated
@@ -21,7 +22,7 @@ from builder.core.output import Output, seconds, size
 from builder.core.store import replace_file, root_of
 from builder.evaluate.metrics import Estimate
 from builder.evaluate.parts.figures import PARTS
-from builder.report import charts
+from builder.report import charts, load
 from builder.report.charts import Mark
 from builder.report.gather import Report, gather
 from builder.report.results import OVERALL, RUNNERS, Interval, Score, append, rows, task_rows
@@ -96,8 +97,10 @@ def publish(
     added = append(table, fresh) if fresh else 0
     files = {"html": str(page), "markdown": str(card), "csv": str(table)}
     measured = report.benchmark.as_dict() if report.benchmark else None
-    # "load" is the old name of "benchmark".
-    out.result({**asdict(report), "benchmark": measured, "load": measured, "files": files, "rows": added})
+    # "load" is the old name of "benchmark"; what AIPerf measured is "aiperf".
+    aiperf = report.load.as_dict() if report.load else None
+    data = {**asdict(report), "benchmark": measured, "load": measured, "aiperf": aiperf}
+    out.result({**data, "files": files, "rows": added})
     out.text(f"verdict    {report.verdict.status}: {report.verdict.headline}")
     out.text(f"page       {page}")
     out.text(f"card       {card}")
@@ -163,6 +166,7 @@ def _environment(*, autoescape: bool, finalize: Any) -> jinja2.Environment:
         "number": number,
         "thousands": lambda value: f"{value:,}",
         "percentiles": format_percentiles,
+        "lengths": lengths,
         "signed": lambda value, digits, scale=1: "–" if value is None else f"{value * scale:+.{digits}f}",
         "runner": lambda name: RUNNERS.get(name, name),
         "breakable": lambda text: Markup(re.sub(r"([._/=-])", r"\1<wbr>", str(escape(visible(text))))),
@@ -198,6 +202,7 @@ def _context(report: Report) -> dict[str, Any]:
         "contents_charts": [_contents_chart(name, kinds) for name, kinds in report.size.contents.items()],
         "time_chart": _time_chart(report),
         "throughput_chart": _throughput_chart(report),
+        "load_charts": load.charts(report.load),
         "set_by_hand": [row for row in report.values if row[2] != "default"],
         "defaults": [row for row in report.values if row[2] == "default"],
     }

@@ -189,7 +189,7 @@ def test_an_unknown_kind_of_trial_is_an_error() -> None:
 
 def test_every_command_is_disturbed() -> None:
     disturbed = {about for kind, about in trials.all_kinds() if kind == "kill"}
-    assert disturbed >= {"fetch", "quantize", "render", "build", "eval", "sensitivity", "serve", "smoke", "bench"}
+    assert disturbed >= {"fetch", "quantize", "render", "build", "eval", "sensitivity", "serve", "smoke", "load"}
     assert disturbed >= {"report", "verify", "clean", "plan"}
 
 

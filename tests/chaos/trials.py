@@ -16,7 +16,7 @@ from tests.chaos.world import COMMANDS, World
 GRACE = 60.0  # seconds that processes have to end after their command: Triton drains for up to 30
 SHM = Path("/dev/shm")
 INTERRUPTED = 130
-SERVING = ("serve", "smoke", "bench", "build")  # they start Triton
+SERVING = ("serve", "smoke", "load", "build")  # they start Triton
 WITH_CHILDREN = ("fetch", "quantize", "eval", "sensitivity", *SERVING)
 # Where a disk gives out, and the commands that touch it there.
 WRITERS = {

@@ -75,7 +75,7 @@ COMMANDS = {
     "sensitivity": Command("built", lambda w: ["sensitivity", *_recipe(w), "--proxy"]),
     "serve": Command("built", lambda w: ["serve", str(w.link)], until="try "),
     "smoke": Command("built", lambda w: ["smoke", str(w.link)], again="serve"),
-    "bench": Command("built", lambda w: ["bench", str(w.link), *_LOAD]),
+    "load": Command("built", lambda w: ["load", str(w.link), *_LOAD]),
     "report": Command("built", lambda w: ["report", str(w.link)]),
     "verify": Command("built", lambda w: ["verify"]),
     "clean": Command("littered", lambda w: ["clean"]),

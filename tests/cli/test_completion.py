@@ -45,7 +45,7 @@ def script() -> str:
         ("builder explain R4", {f"R{n}" for n in range(40, 50)}),
         ("builder bench --conc", {"--concurrency"}),
         ("builder bench --clie", set()),
-        ("builder loa", set()),
+        ("builder loa", {"load"}),
     ],
 )
 def test_bash_offers(script: str, typed: str, offered: set[str]) -> None:

@@ -12,8 +12,6 @@ import pytest
 
 from builder.cli import main
 
-OLD_NAMES = {"load"}
-
 
 def commands() -> dict[str, argparse.ArgumentParser]:
     [action] = [a for a in main.parser()._actions if isinstance(a, argparse._SubParsersAction)]
@@ -45,7 +43,7 @@ def test_help_is_one_screen_with_every_command_in_a_group(monkeypatch: pytest.Mo
     titles = [line.removesuffix(":") for line in lines if re.fullmatch(r"\w+:", line)]
     assert titles == ["build", "measure", "serve", "keep", "machine", "options", "examples"]
     listed = [line.split()[0] for line in lines if re.match(r"  [a-z]", line) and not line.startswith("  builder")]
-    assert set(listed) == set(commands()) - OLD_NAMES
+    assert set(listed) == set(commands())
 
 
 def test_help_lists_the_exit_codes() -> None:
@@ -56,7 +54,7 @@ def test_help_lists_the_exit_codes() -> None:
     assert {int(code) for code in re.findall(r"(\d+) [a-z]", text)} == codes
 
 
-@pytest.mark.parametrize("name", sorted(set(commands()) - OLD_NAMES))
+@pytest.mark.parametrize("name", sorted(commands()))
 def test_every_command_has_an_example_of_its_own(name: str) -> None:
     assert any(line.split()[1] == name for line in (commands()[name].epilog or "").splitlines()[1:])
 
@@ -77,13 +75,17 @@ def test_an_example_runs(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out
 
 
-def test_old_names_work_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    """`load` and --clients: no repository is served here, so the command ends with a usage error after the warnings."""
-    assert main.main(["load", "tests/data", "--clients", "2"]) == 2
-    said = capsys.readouterr().err
-    assert "`builder load` is now `builder bench`" in said
-    assert "--clients is now --concurrency" in said
-    assert main.main(["bench", "tests/data", "--concurrency", "2"]) == 2
+@pytest.mark.parametrize("command", ["load", "bench"])
+def test_old_names_work_with_a_warning(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--clients: no repository is served here, so the command ends with a usage error after the warning."""
+    assert main.main([command, "tests/data", "--clients", "2"]) == 2
+    assert "--clients is now --concurrency" in capsys.readouterr().err
+    assert main.main([command, "tests/data", "--concurrency", "2"]) == 2
     assert "is now" not in capsys.readouterr().err
-    arguments = main.parser().parse_args(["load", "tests/data", "--clients", "2", "--clients", "4"])
+    arguments = main.parser().parse_args([command, "tests/data", "--clients", "2", "--clients", "4"])
     assert (arguments.clients, arguments.concurrency) == ([2, 4], [])
+
+
+def test_what_bench_measured_before_is_found_under_its_new_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["bench", "tests/data", "--http", "localhost:8000", "--grpc", "localhost:8001"]) == 2
+    assert "`builder load` with the same options" in capsys.readouterr().err

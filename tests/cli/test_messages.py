@@ -52,7 +52,7 @@ def test_a_value_that_names_no_gpu(value: str, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("port", ["70000", "0", "-1", "8000.0", "http", "", "99999999999999999999", "²"])
 @pytest.mark.parametrize("flag", ["--http-port", "--grpc-port", "--metrics-port"])
 def test_an_invalid_port(flag: str, port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("serve", "smoke", "bench"):
+    for command in ("serve", "smoke", "bench", "load"):
         code, said = refusal(command, f"{flag}={port}", capsys=capsys)
         assert code == 2
         assert "is not a port: give a number from 1 to 65535" in said

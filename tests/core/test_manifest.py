@@ -236,7 +236,13 @@ def test_a_file_of_equal_size_and_other_content_is_refused(tmp_path: Path) -> No
     link = report_store.build(tmp_path, link="a")
     [file] = [path for path in link.resolve().iterdir() if path.name != "manifest.json"]
     other_content(file)
-    for argv in (["serve", str(link)], ["smoke", str(link)], ["bench", str(link)], ["report", str(link)]):
+    for argv in (
+        ["serve", str(link)],
+        ["smoke", str(link)],
+        ["bench", str(link)],
+        ["load", str(link)],
+        ["report", str(link)],
+    ):
         done = subprocess.run([sys.executable, "-m", "builder", *argv], capture_output=True, text=True, timeout=120)
         assert done.returncode == 6, (argv, done.stderr)
         assert f"{file} has changed since the stage was made" in done.stderr

@@ -99,6 +99,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report_store.evaluate(full)
     report_store.ask(full)
     report_store.put_benchmark(full)
+    report_store.put_aiperf(full)
     losses = [Loss(f"model.layers.{n}", 0.001 * (n % 7 + 1)) for n in range(36)]
     whole = replace(gather(full), losses=losses)
     long = "an-endless-name-without-a-space-" * 12
@@ -107,6 +108,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report_store.evaluate(crowded, score=91.0, data=long)
     report_store.ask(crowded, task=long)
     report_store.put_benchmark(crowded, concurrency=tuple(2**n for n in range(12)))
+    report_store.put_aiperf(crowded, concurrency=tuple(2**n for n in range(17)))
     model = replace(gather(crowded).model, id=long, gpu_title=long)
     texts = {"full": html(whole), "crowded": html(replace(gather(crowded), model=model, command=long))}
     for name, text in texts.items():
@@ -159,7 +161,7 @@ def test_charts_are_drawn_and_their_words_do_not_collide(browser: Browser, pages
     drawn = browser.evaluate(
         "[...document.querySelectorAll('svg.chart')].filter(c => c.getClientRects().length).length"
     )
-    assert drawn == 7
+    assert drawn == 7 + 8
     assert browser.evaluate(COLLISIONS) == []
     bar = browser.evaluate("getComputedStyle(document.querySelector('.chart .bar')).fill")
     browser.open(pages["full"], width=width, dark=True)

@@ -67,6 +67,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report_store.evaluate(made)
     report_store.ask(made)
     report_store.put_benchmark(made)
+    report_store.put_aiperf(made)
     return made
 
 
@@ -135,7 +136,7 @@ def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     page = Page(text)
     assert page.open == []
     assert page.sections == [
-        "not-measured", "accuracy", "tasks", "size", "smoke", "benchmark",
+        "not-measured", "accuracy", "tasks", "size", "smoke", "load", "benchmark",
         "warnings", "times", "recipe", "versions", "reproduce",
     ]  # fmt: skip
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & {tag for tag, _ in page.tags}

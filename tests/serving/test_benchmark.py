@@ -1,4 +1,4 @@
-"""`builder bench` on a real Triton with the reference executor, and the workloads that are rejected before serving."""
+"""`builder load` on a real Triton with the reference executor, and the workloads that are rejected before serving."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_command_saves_the_results_for_the_report(
     served: Server, repository: Repository, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     running = ["--http", served.http_url, "--grpc", served.grpc_url]
-    argv = ["bench", str(repository.path), "--concurrency", "2", "--requests", "3", "--input-tokens", "16"]
+    argv = ["load", str(repository.path), "--concurrency", "2", "--requests", "3", "--input-tokens", "16"]
     assert main.main([*argv, "--output-tokens", "4", *running, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [level["completed"] for level in printed["levels"]] == [3]

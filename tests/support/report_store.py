@@ -11,6 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from builder.aiperf import objective
+from builder.aiperf.measured import Measurement, Point
+from builder.aiperf.workload import Load
+from builder.aiperf.workload import Workload as AIPerfWorkload
 from builder.core.output import Output
 from builder.core.store import Artifact, Store
 from builder.evaluate.tasks import Row
@@ -153,7 +157,7 @@ def ask(link: Path, *, task: str = "gsm8k", value: float = 0.512) -> None:
 
 
 def put_benchmark(link: Path, *, concurrency: tuple[int, ...] = (1, 16, 256)) -> None:
-    """Adds a stored benchmark, as `builder bench` does."""
+    """Adds a stored benchmark, as `builder load` does."""
     root = link.resolve().parent.parent
     manifest = json.loads((link.resolve() / "manifest.json").read_text())
     times = Percentiles(0.0123, 0.0456, 12.345)
@@ -162,8 +166,23 @@ def put_benchmark(link: Path, *, concurrency: tuple[int, ...] = (1, 16, 256)) ->
     _stage(Store(root, Output("quiet")), "benchmark", {"repository": manifest["digest"]}, asdict(report))
 
 
+def put_aiperf(link: Path, *, concurrency: tuple[int, ...] = (1, 16, 256)) -> None:
+    """Adds what AIPerf measured, as `builder bench` does: a point per concurrency, one per rate, and a replay."""
+    loads = [*(Load(concurrency=n) for n in concurrency), *(Load(rate=n / 2) for n in concurrency), Load()]
+    points = tuple(
+        Point(load, 31, 1, 12.5, 2.5 + n, 70.0 * n + 1, 512, 128, Percentiles(0.01 * n, 0.02 * n, 0.05 * n + 1),
+              Percentiles(0.004, 0.005, 0.006 + n / 1000), Percentiles(1.0, 2.0, 3.0), 2.0 + n / 2, 0.75, "too many")
+        for n, load in enumerate(loads)
+    )  # fmt: skip
+    workload = AIPerfWorkload(tuple(loads), 32, 512, 128, objective=objective.parse("ttft<=500ms,itl<=50ms"))
+    manifest = json.loads((link.resolve() / "manifest.json").read_text())
+    store = Store(link.resolve().parent.parent, Output("quiet"))
+    facts = Measurement(workload.as_dict(), points, "0.13.0").as_dict()
+    _stage(store, "aiperf", {"repository": manifest["digest"]}, facts)
+
+
 def put_load(link: Path) -> None:
-    """Adds the artifact that `builder load`, the old name of `builder bench`, stored."""
+    """Adds the artifact that `builder load` stored before its stage was named "benchmark"."""
     times = {"p50": 0.1, "p90": 0.2, "p99": 0.3}
     levels = [
         {"clients": 3, "answered": 32, "failed": 0, "seconds": 1.5, "tokens_per_second": 20.0, "whole": times,

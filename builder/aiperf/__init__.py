@@ -1,0 +1,1 @@
+"""AIPerf, NVIDIA's load generator, in an environment of its own, and what it measures of a gateway."""
