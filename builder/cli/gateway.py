@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from builder.cli.options import add_command, add_output, path, port
 from builder.core.errors import UsageError
 from builder.core.output import Output
-from builder.gateway.limits import Limits
+from builder.gateway.limits import DRAIN_SECONDS, Limits
 
 if TYPE_CHECKING:
     from builder.triton.repository import Repository
@@ -34,7 +35,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument(
         "repository", type=path, nargs="?",
-        help="the repository that is served; default: the only one in OUTPUT/models",
+        help="the repository that is served; default: MODEL_REPOSITORY, or the only one in OUTPUT/models",
     )  # fmt: skip
     add_output(command)
     command.add_argument("--grpc", metavar="HOST:PORT", default="localhost:8001",
@@ -44,8 +45,8 @@ def add(commands: Any) -> None:
     add_options(command)
     command.add_argument("--routes", type=path, help=argparse.SUPPRESS)  # of `builder serve --auto-update`
     command.add_argument("--watchdog", type=path, help=argparse.SUPPRESS)  # of `builder serve`
-    command.add_argument("--drain", type=int, metavar="SECONDS", default=30,
-                         help="for requests in progress at the end (default: 30)")  # fmt: skip
+    command.add_argument("--drain", type=int, metavar="SECONDS", default=DRAIN_SECONDS,
+                         help=f"for requests in progress at the end (default: {DRAIN_SECONDS})")  # fmt: skip
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -116,7 +117,7 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.routes:
         places = routes.read(arguments.routes).places
     else:
-        path = arguments.repository or repository.find(arguments.output)
+        path = arguments.repository or repository.find(arguments.output, os.environ.get("MODEL_REPOSITORY"))
         opened = repository.open_repository(path)
         names = served_names(opened, arguments.model_name, path.absolute().name)
         places = tuple(Place(name, opened.path, member, arguments.grpc) for member, name in names.items())

@@ -1,9 +1,9 @@
 """Talks to the engine model over gRPC: one stream for each answer, which ends as soon as nobody wants it.
 
 An unwanted answer is ended by a second request with the same id and the input `stop`, and its stream is read to its
-end. Cancelling the stream would be simpler, but is not safe with Triton 24.10: while responses arrive quickly it can
-crash the whole server (seen here with four streams of a stand-in that generates without a pause), and just after the
-final response it leaks the request, so that the server takes its whole exit timeout to stop.
+end. Cancelling the stream would be simpler, but is not safe with Triton 24.10 (no fix is known): while responses arrive
+quickly it can crash the whole server (seen here with four streams of a stand-in that generates without a pause), and
+just after the final response it leaks the request, so that the server takes its whole exit timeout to stop.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DRAIN_SECONDS = 30  # for requests in progress when the gateway is stopped, as for Triton's
+
 
 @dataclass(frozen=True)
 class Limits:

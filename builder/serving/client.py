@@ -236,7 +236,8 @@ class Client:
                 final = True
                 raise
             finally:
-                # Cancelling a stream that has just ended leaks its request in Triton 24.10: the model never unloads.
+                # Cancelling a stream that has just ended leaks its request in Triton 24.10 (no fix is known): the model
+                # never unloads.
                 grpc.stop_stream(cancel_requests=not final)
 
     def _next(self, responses: queue.Queue[tuple[Any, Exception | None]]) -> Any:

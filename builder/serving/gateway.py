@@ -12,12 +12,12 @@ from pathlib import Path
 from builder.core import exit_status, process
 from builder.core.environment import child_environment
 from builder.core.errors import ServingError
+from builder.gateway.limits import DRAIN_SECONDS
 from builder.gateway.listener import authority, listen
 from builder.serving.readiness import answers_ok
 from builder.serving.server import follow
 
 START_SECONDS = 120.0  # a large tokenizer takes seconds to load; a busy machine takes longer
-DRAIN_SECONDS = 30  # for requests in progress when it is stopped, as for Triton's
 KILL_SECONDS = 5  # for it to exit after that
 
 

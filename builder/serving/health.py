@@ -1,7 +1,8 @@
 """Whether a server still answers: requests one token of each model that takes text.
 
-Triton's own health endpoints are not enough. After the process of a model has ended, Triton 24.10 still reports the
-model as ready, does not restart it, and answers every request with an error (recovery.py loads it again).
+Triton's own health endpoints are not enough. After the process of a model has ended, Triton 24.10 (no fix is
+known) still reports the model as ready, does not restart it, and answers every request with an error (recovery.py loads
+it again).
 Containers run this file as their health check (python -m builder.serving.health --gateway HOST:PORT), so it imports the
 standard library only.
 """

@@ -31,7 +31,8 @@ class ModelProcesses:
     def ended(self) -> dict[int, str]:
         """The processes that have ended and were not replaced: {pid: its model}; "" for one that was not seen before.
 
-        A process that is stopped (SIGSTOP) at two calls in a row is killed: when it continues, Triton 24.10 aborts.
+        A process that is stopped (SIGSTOP) at two calls in a row is killed: when it continues, Triton 24.10 aborts
+        (no fix is known).
         """
         ours, found = set(supervisor.descendants(self._supervisor)), list(supervisor.processes())
         servers = {pid for pid, name, _, _ in found if name == "tritonserver" and pid in ours}

@@ -301,8 +301,8 @@ class Checks:
     def missing_input(self) -> str:
         """A request without a required input is rejected with the input's name.
 
-        No optional input is sent: Triton 24.10 only counts inputs, and if an optional one takes the place of a required
-        one, an ensemble does not respond at all.
+        No optional input is sent: Triton 24.10 (no fix is known) only counts inputs, and if an optional one takes the
+        place of a required one, an ensemble does not respond at all.
         """
         bare = {"top_k": None}
         text = self._rejected(Request(None, 1, bare), "text_input")

@@ -23,7 +23,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "BUILDER_KERNELS": "What packs weights: `avx512`, `avx2`, `baseline` or `torch`. All give the same bytes.",
     "BUILDER_LLMAPI_LAUNCH": "`1` starts a server with one rank through `trtllm-llmapi-launch` too (llmapi target).",
     "BUILDER_FORCE_NUM_PROFILES": "Debugs `trtllm-build`. The builder refuses to build while it is set.",
-    "MODEL_REPOSITORY": "The repository that `serve`, `smoke` and the benchmark use when none is named.",
+    "MODEL_REPOSITORY": "The repository that `serve`, `gateway`, `smoke` and `bench` use if none is named.",
     "UNGATED": "`1` means `--ungated`: serve a repository that failed its quality check or accuracy gate.",
     "MEMLOCK": "Limit of locked memory for `serve --container`, in bytes. Default: -1, no limit.",
     "HF_TOKEN": "Token for gated models. It is passed only to processes that talk to the Hub and is never written.",

@@ -17,6 +17,7 @@ import yaml
 
 from builder.cli import main
 from builder.core.output import Output
+from builder.gateway import limits
 from builder.llmapi import launch as llmapi_launch
 from builder.machine import containers
 from builder.recipe import schema
@@ -95,7 +96,7 @@ def test_what_serves_starts_again_and_is_healthy_only_if_it_answers() -> None:
 
 def test_a_container_is_not_killed_while_it_drains() -> None:
     grace = int(SERVICES["triton"]["stop_grace_period"].removesuffix("s"))
-    assert grace > gateway.DRAIN_SECONDS + gateway.KILL_SECONDS + draining.LEAST_SECONDS + 5
+    assert grace > limits.DRAIN_SECONDS + gateway.KILL_SECONDS + draining.LEAST_SECONDS + 5
     assert grace > ServerOptions.exit_timeout + draining.LEAST_SECONDS + 5
 
 

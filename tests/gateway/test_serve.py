@@ -256,6 +256,14 @@ def test_an_ipv6_address_stands_in_brackets() -> None:
     assert [authority(host, 9000) for host in ("::1", "127.0.0.1")] == ["[::1]:9000", "127.0.0.1:9000"]
 
 
+def test_the_gateway_takes_its_repository_from_the_environment(
+    built: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODEL_REPOSITORY", "absent")
+    assert main.main(["gateway", "--output", str(built.parents[1])]) == 2
+    assert "no repository 'absent'" in capsys.readouterr().err
+
+
 def test_a_gateway_that_is_interrupted(built: Path) -> None:
     with command("gateway", str(built), "--grpc", "127.0.0.1:9") as (found, child):
         assert found["url"].endswith("/v1")

@@ -201,7 +201,7 @@ class TritonPythonModel:
         )
         response = request.exec()
         if response.has_error():
-            # Preprocessing rejects invalid requests only. Triton 24.10 drops the error code on the way here.
+            # Preprocessing rejects invalid requests only. Triton 24.10 (no fix is known) drops the code.
             invalid(response.error().message())
         made = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
         engine = {name: made[source] for name, source in from_preprocessing.items()}
@@ -238,7 +238,8 @@ class TritonPythonModel:
     def stop(self, generation):
         """Tells the engine to end a generation. Its own thread still reads and drops the responses.
 
-        Cancelling the stream instead can crash Triton 24.10 while responses arrive (see builder/gateway/engine.py).
+        Cancelling the stream instead can crash Triton 24.10 while responses arrive (no fix is known; see
+        builder/gateway/engine.py).
         """
         one = np.ones((1, 1), np.int32)
         inputs = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.array([[True]])}
@@ -326,7 +327,8 @@ class Answer:
         self.lock = threading.Lock()
 
     def is_cancelled(self):
-        """Whether the client is gone. False after the final response: asking Triton 24.10 then crashes this process."""
+        """Whether the client is gone. False after the final response: asking Triton 24.10 then crashes this process
+        (no fix is known)."""
         with self.lock:
             if not self.finished and not self.cancelled:
                 self.cancelled = self.sender.is_cancelled()

@@ -247,7 +247,8 @@ class TritonPythonModel:
                 continue
             last = response(text[len(sent) :], output, extra)
             if LOGITS in extra:  # large, and may not fit into shared memory: wait, so that the client gets the error
-                del self.running[asyncio.current_task()]  # is_cancelled after a final response crashes Triton 24.10
+                # is_cancelled after a final response crashes Triton 24.10 (no fix is known)
+                del self.running[asyncio.current_task()]
                 await asyncio.wrap_future(self.finish(sender, last))
                 return
             self.finish(sender, last)
