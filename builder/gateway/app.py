@@ -1,4 +1,4 @@
-"""The routes: /v1/chat/completions, /v1/completions, /v1/models, /health/live, /health/ready and /metrics."""
+"""The routes: those of OpenAI's API under /v1, /health/live, /health/ready and /metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from builder.gateway.job import Job
 from builder.gateway.models import Models, Served
 from builder.gateway.record import Metrics, Record
 from builder.gateway.requests import ChatRequest, CompletionRequest
-from builder.gateway.responses import ChatReply, CompletionReply, Reply
+from builder.gateway.responses import ChatReply, Choices, CompletionReply, Reply
+from builder.gateway.responses_reply import ResponsesReply
+from builder.gateway.responses_request import ResponsesRequest
 from builder.gateway.settings import Model, Place, Settings
 from builder.gateway.streams import ClientGone, EventStream, left
 from builder.gateway.tensors import TokenRequest
@@ -68,10 +70,22 @@ class Gateway:
         """POST /v1/chat/completions."""
         asked = requests.parse(ChatRequest, await self._body(request), self._model)
         served = self._begin(request, asked.model)
+        return await self._talk(request, asked, _reply(ChatReply, "chatcmpl-", asked, served))
+
+    async def responses(self, request: Request) -> ASGIApp:
+        """POST /v1/responses."""
+        sent = ResponsesRequest.parse(await self._body(request))
+        asked = sent.conversation()
+        requests.check(asked, self._model(asked.model))
+        served = self._begin(request, asked.model)
+        return await self._talk(request, asked, ResponsesReply(f"resp_{uuid.uuid4().hex}", sent, served.name))
+
+    async def _talk(self, request: Request, asked: ChatRequest, reply: Reply) -> ASGIApp:
+        served: Served = request.state.served
         prompt = await served.prompts.conversation(chat_rules.conversation(asked, served.model))
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         rules = chat_rules.text_rules(asked, served.model, opened=prompt.opened)
-        return await self._respond(request, asked, _Prompts([prompt.ids], limit, rules), ChatReply)
+        return await self._respond(request, asked, _Prompts([prompt.ids], limit, rules), reply)
 
     async def completions(self, request: Request) -> ASGIApp:
         """POST /v1/completions."""
@@ -89,7 +103,8 @@ class Gateway:
         echoes = [(one if isinstance(one, str) else text(one)) if asked.echo else "" for one in prompts]
         limit = requests.COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         rules = TextRules(asked.stops, tokens=chat_rules.kept_tokens(served.model))
-        return await self._respond(request, asked, _Prompts(ids, limit, rules, echoes), CompletionReply)
+        reply = _reply(CompletionReply, "cmpl-", asked, served)
+        return await self._respond(request, asked, _Prompts(ids, limit, rules, echoes), reply)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
@@ -119,18 +134,10 @@ class Gateway:
         request: Request,
         asked: ChatRequest | CompletionRequest,
         prompts: _Prompts,
-        kind: type[Reply],
+        reply: Reply,
     ) -> ASGIApp:
         served, record = request.state.served, request.state.record
         record.streamed = asked.stream
-        reply = kind(
-            ("chatcmpl-" if kind is ChatReply else "cmpl-") + uuid.uuid4().hex,
-            int(time.time()),
-            served.name,
-            served.model.vocabulary,
-            usage=asked.stream_options.include_usage,
-            log_probs=asked.log_probs,
-        )
         sampling, end_ids = asked.sampling(served.model), asked.end_ids(served.model)
         made = [
             TokenRequest(
@@ -177,6 +184,17 @@ class Gateway:
         served.begin()
         record.model, record.release = name, served.end
         return served
+
+
+def _reply(kind: type[Choices], prefix: str, asked: ChatRequest | CompletionRequest, served: Served) -> Reply:
+    return kind(
+        prefix + uuid.uuid4().hex,
+        int(time.time()),
+        served.name,
+        served.model.vocabulary,
+        usage=asked.stream_options.include_usage,
+        log_probs=asked.log_probs,
+    )
 
 
 def _model_object(served: Served) -> dict[str, Any]:
@@ -229,6 +247,7 @@ def application(settings: Settings, first: Sequence[tuple[Place, Model]]) -> ASG
     routes = [
         Route("/v1/chat/completions", gateway.chat, methods=["POST"]),
         Route("/v1/completions", gateway.completions, methods=["POST"]),
+        Route("/v1/responses", gateway.responses, methods=["POST"]),
         Route("/v1/models", gateway.models),
         Route("/v1/models/{name:path}", gateway.model_by_name),
         Route("/health/live", gateway.live),

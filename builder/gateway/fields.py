@@ -28,7 +28,12 @@ REFUSED: Mapping[str, tuple[Collection[Any], str]] = {
 }
 
 
-def known(body: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
+def known(
+    body: Mapping[str, Any],
+    fields: Collection[str],
+    ignored: Collection[str] = IGNORED,
+    refused: Mapping[str, tuple[Collection[Any], str]] = REFUSED,
+) -> dict[str, Any]:
     """The fields of a request that have an effect. Null means that a field is absent, as in OpenAI's API.
 
     ApiError for a refused field, or one that is none of `fields` (a misspelt one would be ignored silently).
@@ -38,12 +43,12 @@ def known(body: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
         if name in fields:
             if value is not None:
                 found[name] = value
-        elif name in REFUSED:
-            neutral, what = REFUSED[name]
+        elif name in refused:
+            neutral, what = refused[name]
             if value is not None and value not in neutral:
                 raise invalid(f"This server does not support {what}: omit {name}.", name, "unsupported_parameter")
-        elif name not in IGNORED:
-            raise _unknown(name, [*fields, *IGNORED, *REFUSED])
+        elif name not in ignored:
+            raise _unknown(name, [*fields, *ignored, *refused])
     return found
 
 

@@ -20,7 +20,7 @@ from builder.gateway.record import Metrics, Record, log, log_request
 from builder.gateway.streams import ClientGone
 
 OPEN_PATHS = ("/health/", "/metrics")  # without an API key
-ROUTES = re.compile(r"/v1/(?:chat/completions|completions|models)|/health/(?:live|ready)|/metrics")
+ROUTES = re.compile(r"/v1/(?:chat/completions|completions|responses|models)|/health/(?:live|ready)|/metrics")
 UNREAD = (401, 404, 405, 408, 413, 415)  # the body may not have been read, so the connection is closed
 CLIENT_ID = re.compile(rb"[\w.:-]{1,64}")
 

@@ -13,7 +13,7 @@ from builder.gateway.errors import ApiError
 from builder.gateway.generation import Answer, TextRules, Token, generate
 from builder.gateway.limits import Limits
 from builder.gateway.record import Record
-from builder.gateway.responses import DONE, Reply, Usage
+from builder.gateway.responses import Reply, Usage
 from builder.gateway.settings import Model
 from builder.gateway.streams import Outbox
 from builder.gateway.tensors import TokenRequest
@@ -72,7 +72,7 @@ class Jobs:
     async def stream(self, job: Job, record: Record, outbox: Outbox) -> None:
         """Puts the events of all answers into the outbox."""
         answers = await self._run(job, record, outbox)
-        outbox.put(job.reply.usage(self._usage(job, answers)) + DONE)
+        outbox.put(job.reply.last(answers, self._usage(job, answers)))
 
     async def _run(self, job: Job, record: Record, outbox: Outbox | None) -> list[Answer]:
         answers: list[Answer] = []

@@ -13,6 +13,7 @@ from builder.gateway.job import Admission, Jobs
 from builder.gateway.limits import Limits
 from builder.gateway.prompts import Prompts
 from builder.gateway.readiness import Readiness
+from builder.gateway.record import log
 from builder.gateway.settings import Model, Place
 
 
@@ -98,6 +99,7 @@ class Models:
 
     async def _start(self, place: Place, model: Model) -> Served:
         prompts = await asyncio.to_thread(Prompts, model)  # looks at the whole vocabulary
+        log("info", "model", name=place.name, **model.explained())
         engine = Engine(place.grpc, model)
         jobs = Jobs(engine, model, self._limits, self.admission)
         return Served(place, model, engine, prompts, jobs, Readiness(engine, model), int(time.time()))

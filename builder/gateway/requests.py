@@ -181,6 +181,7 @@ class CompletionRequest(Generation):
 
 
 Request = TypeVar("Request", ChatRequest, CompletionRequest)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def parse(kind: type[Request], body: bytes, choose: Callable[[str], Model]) -> Request:
@@ -188,18 +189,28 @@ def parse(kind: type[Request], body: bytes, choose: Callable[[str], Model]) -> R
 
     `choose` returns the model that clients call so, or raises an ApiError.
     """
+    request = validated(kind, known(json_object(body), kind.model_fields))
+    check(request, choose(request.model))
+    return request
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. ApiError for anything else."""
     try:
         found = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise invalid(f"The body is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(found, dict):
         raise invalid("The body must be a JSON object.")
+    return found
+
+
+def validated(kind: type[Body], values: Mapping[str, Any]) -> Body:
+    """The values as a model. ApiError with the first that is wrong."""
     try:
-        request = kind.model_validate(known(found, kind.model_fields))
+        return kind.model_validate(values)
     except ValidationError as error:
         raise _first(error) from None
-    _check(request, choose(request.model))
-    return request
 
 
 def _no_constant(name: str) -> None:
@@ -214,7 +225,8 @@ def _first(error: ValidationError) -> ApiError:
     return invalid(f"{name}: {found['msg']}", where[0] if where else None)
 
 
-def _check(request: ChatRequest | CompletionRequest, model: Model) -> None:
+def check(request: ChatRequest | CompletionRequest, model: Model) -> None:
+    """ApiError for what this model can't answer, and for fields that contradict each other."""
     if max(request.stop_token_ids, default=0) >= model.vocab_size:
         raise invalid(f"stop_token_ids: ids must be below {model.vocab_size}.", "stop_token_ids")
     if request.log_probs and model.llmapi:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from builder.gateway.generation import Answer, Token
 from builder.gateway.text_parts import Part
@@ -37,8 +37,27 @@ class Usage:
         }
 
 
-class Reply:
-    """The JSON of one request's answers. Subclasses say how a choice looks.
+class Reply(Protocol):
+    """The JSON of one request's answers: a whole response, or the events of a stream in the order of these methods."""
+
+    def whole(self, answers: Sequence[Answer], usage: Usage) -> dict[str, Any]:
+        """The response of a request that is not streamed. `answers`: one for each choice."""
+
+    def start(self, index: int) -> bytes:
+        """The events before a choice's first piece; b"" if there are none."""
+
+    def piece(self, index: int, part: Part, tokens: Sequence[Token]) -> bytes:
+        """The events of a part of the answer."""
+
+    def end(self, index: int, answer: Answer) -> bytes:
+        """The events at the end of a choice."""
+
+    def last(self, answers: Sequence[Answer], usage: Usage) -> bytes:
+        """The events after all choices."""
+
+
+class Choices:
+    """A reply with choices (see Reply). Subclasses say how a choice looks.
 
     usage: whether a stream ends with an event that has the usage (stream_options.include_usage).
     """
@@ -77,11 +96,11 @@ class Reply:
         """The event at the end of a choice."""
         return self._event(index, self._delta(EMPTY), (), json.dumps(answer.finish_reason))
 
-    def usage(self, usage: Usage) -> bytes:
-        """The event with the usage, after all choices; b"" if it was not requested."""
+    def last(self, answers: Sequence[Answer], usage: Usage) -> bytes:
+        """The events after all choices: the usage, if it was requested, and the mark of the end."""
         if not self._usage:
-            return b""
-        return f'{self._head}], "usage": {json.dumps(usage.as_dict())}}}\n\n'.encode()
+            return DONE
+        return f'{self._head}], "usage": {json.dumps(usage.as_dict())}}}\n\n'.encode() + DONE
 
     def _event(self, index: int, delta: str, tokens: Sequence[Token], finish_reason: str) -> bytes:
         log_probs = json.dumps(self._logprobs(tokens)) if tokens else "null"
@@ -98,7 +117,7 @@ class Reply:
         raise NotImplementedError
 
 
-class ChatReply(Reply):
+class ChatReply(Choices):
     """For /v1/chat/completions."""
 
     KIND, EVENT_KIND = "chat.completion", "chat.completion.chunk"
@@ -142,7 +161,7 @@ class ChatReply(Reply):
         return {"content": content, "refusal": None}
 
 
-class CompletionReply(Reply):
+class CompletionReply(Choices):
     """For /v1/completions."""
 
     KIND = EVENT_KIND = "text_completion"

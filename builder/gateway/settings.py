@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.errors import UnsupportedError
-from builder.gateway.chat_forms import AUTO, ReasoningForm, ToolCallForm, reasoning_form, tool_call_form
+from builder.gateway.chat_forms import AUTO, NONE, ReasoningForm, ToolCallForm, reasoning_form, tool_call_form
 from builder.gateway.limits import Limits
 from builder.tokenizer import files as tokenizer_files
 from builder.tokenizer.chat_template import ChatTemplate
@@ -40,7 +40,8 @@ class Model:
     otherwise an engine, which returns token ids. streams: it can answer token by token.
     end_ids: the ids that end an answer, those of the files and the token that the chat template writes after one.
     tool_calls, reasoning: how the model writes either; None: not at all, or in no way that is known.
-    special_tokens: ids of the tokens that have no text in an answer. texts: the recipe's values.
+    special_tokens: ids of the tokens that have no text in an answer. turn_end: the end id of the chat template.
+    texts: the recipe's values.
     """
 
     name: str
@@ -57,7 +58,18 @@ class Model:
     tool_calls: ToolCallForm | None = None
     reasoning: ReasoningForm | None = None
     special_tokens: Mapping[str, int] = field(default_factory=dict)
+    turn_end: int | None = None
     texts: TextSettings = field(default_factory=TextSettings)
+
+    def explained(self) -> dict[str, Any]:
+        """What was derived from the model's files, for the log."""
+        ends = {f"{id} {self.vocabulary.tokenizer.id_to_token(id)}": id == self.turn_end for id in self.end_ids}
+        return {
+            "end_ids": [f"{end} (ends a turn of the chat template)" if turn else end for end, turn in ends.items()],
+            "tool_calls": self.tool_calls.name if self.tool_calls else NONE,
+            "reasoning": self.reasoning.name if self.reasoning else NONE,
+            "sampling_defaults": dict(self.texts.sampling_defaults),
+        }
 
     @classmethod
     def read(cls, models: Path, facts: Mapping[str, Any]) -> Model:
@@ -76,6 +88,7 @@ class Model:
             max_seq_len=facts["max_seq_len"],
             vocab_size=facts["vocab_size"],
             end_ids=tuple(dict.fromkeys([*facts["end_ids"], *turn_end])),
+            turn_end=turn_end[0] if turn_end else None,
             pad_id=facts["pad_id"],
             vocabulary=Vocabulary.of(tokenizer),
             template=found.template,

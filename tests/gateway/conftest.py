@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,3 +118,39 @@ def gateway(echo_repository: repository.Repository, triton: Server) -> Iterator[
 def client(gateway: Running) -> Iterator[openai.OpenAI]:
     with gateway.client() as client:
         yield client
+
+
+Serve = Callable[..., Running]
+
+
+@pytest.fixture(scope="module")
+def serve_with(triton: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """Starts a gateway with another chat template, and other tokens in the tokenizer, in front of the same server."""
+    with ExitStack() as stack:
+
+        def start(template: str, tokens: dict[str, str] | None = None, **part: Any) -> Running:
+            tmp = tmp_path_factory.mktemp("repository")
+            snapshot = write_snapshot(tmp / "snapshot", template, tokens or {})
+            build = {"max_batch_size": 64, "max_input_len": MAX_INPUT_LEN, "max_seq_len": MAX_SEQ_LEN,
+                     "max_beam_width": 1, "plugin_config": {"use_paged_context_fmha": False}}  # fmt: skip
+            engine = write_engine(tmp / "engine", build_config=build)
+
+            def make(directory: Path) -> dict[str, Any]:
+                return repository.write(directory / "models", engine, snapshot, schema.Repository(**part))
+
+            made = Store(tmp / "store", Output("quiet")).stage("repository", {}, make)
+            return stack.enter_context(running(made.path, triton.grpc_url))
+
+        yield start
+
+
+def write_snapshot(directory: Path, template: str, tokens: dict[str, str]) -> Path:
+    """The fixture's tokenizer with this template. `tokens`: added tokens to rename and to mark as special."""
+    shutil.copytree(SNAPSHOT, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    (directory / "chat_template.jinja").write_text(template)
+    file = json.loads((directory / "tokenizer.json").read_text())
+    for token in file["added_tokens"]:
+        if token["content"] in tokens:
+            token |= {"content": tokens[token["content"]], "special": True}
+    (directory / "tokenizer.json").write_text(json.dumps(file))
+    return directory

@@ -6,24 +6,15 @@ beginning, so that is the model's answer; what the template writes for the conve
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
-from builder.core.output import Output
-from builder.core.store import Store
-from builder.recipe import schema
-from builder.serving.server import Server
-from builder.triton import repository
-from tests.gateway.conftest import MAX_INPUT_LEN, MAX_SEQ_LEN, MODEL, Running, running
+from tests.gateway.conftest import MODEL, Running, Serve
+from tests.gateway.test_limits import eventually
 from tests.gateway.test_openai import known_only
-from tests.triton.test_repository import SNAPSHOT, write_engine
 
 TEMPLATE = (
     "{# <tool_call> #}{{ answer if answer is defined else messages[-1].content }}<|im_end|>"
@@ -35,41 +26,6 @@ TOOLS: Any = [
 ]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "Grüße"}}\n</tool_call>'
 OTHER = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
-
-Serve = Callable[..., Running]
-
-
-@pytest.fixture(scope="module")
-def serve_with(triton: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """Starts a gateway with another chat template, and other tokens in the tokenizer, in front of the same server."""
-    with ExitStack() as stack:
-
-        def start(template: str, tokens: dict[str, str] | None = None, **part: Any) -> Running:
-            tmp = tmp_path_factory.mktemp("repository")
-            snapshot = write_snapshot(tmp / "snapshot", template, tokens or {})
-            build = {"max_batch_size": 64, "max_input_len": MAX_INPUT_LEN, "max_seq_len": MAX_SEQ_LEN,
-                     "max_beam_width": 1, "plugin_config": {"use_paged_context_fmha": False}}  # fmt: skip
-            engine = write_engine(tmp / "engine", build_config=build)
-
-            def make(directory: Path) -> dict[str, Any]:
-                return repository.write(directory / "models", engine, snapshot, schema.Repository(**part))
-
-            made = Store(tmp / "store", Output("quiet")).stage("repository", {}, make)
-            return stack.enter_context(running(made.path, triton.grpc_url))
-
-        yield start
-
-
-def write_snapshot(directory: Path, template: str, tokens: dict[str, str]) -> Path:
-    """The fixture's tokenizer with this template. `tokens`: added tokens to rename and to mark as special."""
-    shutil.copytree(SNAPSHOT, directory, ignore=shutil.ignore_patterns("*.safetensors"))
-    (directory / "chat_template.jinja").write_text(template)
-    file = json.loads((directory / "tokenizer.json").read_text())
-    for token in file["added_tokens"]:
-        if token["content"] in tokens:
-            token |= {"content": tokens[token["content"]], "special": True}
-    (directory / "tokenizer.json").write_text(json.dumps(file))
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -236,10 +192,17 @@ def test_control_tokens_that_the_recipe_allows(serve_with: Serve) -> None:
         assert made.choices[0].text.startswith("a <|im_end|> b")
 
 
-def test_sampling_defaults_of_the_recipe(serve_with: Serve) -> None:
-    """The stand-in does not sample; the engine's tensors are tested in test_requests."""
-    with serve_with(TEMPLATE, sampling_defaults={"temperature": 0.5}).client() as client:
-        assert ask(client, "a")[0].message.content == "a"
+def test_the_log_has_what_was_derived(serve_with: Serve) -> None:
+    found = serve_with(TEMPLATE, sampling_defaults={"temperature": 0.5})
+    [line] = eventually_lines(found)
+    assert line["end_ids"] == ["4089 <|im_end|>", "4087 <|endoftext|>"]
+    assert (line["tool_calls"], line["reasoning"]) == ("hermes", "think")
+    assert line["sampling_defaults"]["temperature"] == 0.5
+
+
+def eventually_lines(gateway: Running) -> list[dict[str, Any]]:
+    assert eventually(lambda: any(line.get("event") == "model" for line in gateway.lines))
+    return [line for line in gateway.lines if line.get("event") == "model"]
 
 
 MISTRAL = {"<tool_response>": "[TOOL_CALLS]", "</tool_response>": "[ARGS]"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import typing
 from pathlib import Path
@@ -65,6 +66,23 @@ def test_the_model_of_a_repository(model: Model) -> None:
     assert (model.max_input_len, model.max_seq_len, model.vocab_size) == (128, 256, 4096)
     assert model.end_ids == (4089, 4087)
     assert model.template is not None
+
+
+def test_end_ids_that_the_files_do_not_have(tmp_path: Path) -> None:
+    """As in fine-tunes that end a turn with a token of their own, and keep the base model's configuration."""
+    snapshot = shutil.copytree(SNAPSHOT, tmp_path / "snapshot", ignore=shutil.ignore_patterns("*.safetensors"))
+    (snapshot / "generation_config.json").write_text(json.dumps({"eos_token_id": 4087, "temperature": 0.25}))
+    part = schema.Repository.model_validate({"sampling_defaults": {"from_model": True, "top_k": 7}})
+    facts = repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), snapshot, part)
+    assert facts["end_ids"] == [4087]
+    model = Model.read(tmp_path / "models", facts)
+    assert model.end_ids == (4087, 4089)
+    explained = model.explained()
+    assert explained["end_ids"] == ["4087 <|endoftext|>", "4089 <|im_end|> (ends a turn of the chat template)"]
+    assert (explained["tool_calls"], explained["reasoning"]) == ("none", "think")
+    found, own = chat(model).sampling(model), chat(model, temperature=1, top_k=0).sampling(model)
+    assert (found.temperature, found.top_k, found.top_p) == (0.25, 7, 1.0)
+    assert (own.temperature, own.top_k) == (1.0, 0)
 
 
 def test_a_repository_without_a_tokenizer(tmp_path: Path) -> None:
