@@ -23,6 +23,7 @@ from builder.preflight.ways import Choice
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Recipe, Resolved
 from builder.targets.base import Launch, Made, Settings
+from builder.triton.engine_parameters import Parameter
 from builder.trtllm.rules import Note
 
 Row = tuple[str, str, str]  # stage, "cached" | "will run" | "skipped", why
@@ -38,6 +39,7 @@ class Plan:
     way: how this machine would quantize the model, and the other ways; None if it is not quantized.
     learning: what learning its rotations takes; None if none are learned.
     open_choice: `auto` has not chosen its layers yet. prices: the bytes that the single layers add, by their format.
+    parameters: of the model in Triton that runs the engine or the LLM class.
     streams: concurrent streams, their bytes of host memory, and why that many; None if the target has no limit.
     """
 
@@ -54,6 +56,7 @@ class Plan:
     refusal: BuilderError | None
     open_choice: bool
     prices: Mapping[str, int]
+    parameters: Sequence[Parameter]
     streams: tuple[int, int, str] | None
 
     @property
@@ -110,6 +113,7 @@ def plan(resolved: Resolved, store: Store) -> Plan:
         prices={
             name: memory.price(prepared.model, prepared.serving, formats.get(name)) for name in prepared.model.layers
         },
+        parameters=prepared.target.parameters(prepared.inputs, prepared.settings),
         streams=prepared.target.streams(prepared.inputs, prepared.serving.max_batch_size),
     )
 

@@ -16,6 +16,7 @@ from builder.plan import Plan
 from builder.preflight import checks, rotating, ways
 from builder.preflight.suggestions import MemoryCheck
 from builder.preflight.ways import Choice
+from builder.recipe.triton_parameters import PREFIX
 from builder.targets.base import no_engine
 
 MEMORY = ["card", "memory", "weights", "workspace", "KV cache", "KV tokens", "at full length", "largest batch", "fits"]
@@ -65,6 +66,8 @@ def _show_settings(found: Plan, out: Output, complete: bool) -> None:
     title, column = ("LLM arguments", "argument") if found.launch.model_yaml else ("trtllm-build flags", "flag")
     flags = [(f.name, f.value, f.reason, f.source) for f in found.settings if complete or not _is_default(f.reason)]
     out.table(f"{title}{which}", [column, "value", "why", "source"], flags)
+    served = [vars(one) for one in found.parameters if complete or one.reason.startswith(PREFIX)]
+    out.table("parameters in Triton", ["parameter", "value", "why", "source"], [tuple(one.values()) for one in served])
 
 
 def _is_default(reason: str) -> bool:
@@ -284,6 +287,7 @@ def _as_object(found: Plan) -> dict[str, Any]:
         "values": {key: {"value": value, "from": origin} for key, value, origin in found.resolved.explained()},
         "flags": [] if found.launch.model_yaml else settings,
         "arguments": settings if found.launch.model_yaml else [],
+        "parameters": [vars(one) for one in found.parameters],
         "notes": [vars(note) for note in found.notes],
         "command": found.launch.command,
         "model_yaml": found.launch.model_yaml,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from builder.calibration.rows import Calibration
@@ -162,7 +161,7 @@ def _served(repository: Repository | None, store: Store) -> dict[str, Any]:
     assert repository is not None
     gathers = target_facts(repository.facts["target"]).python_model
     if not gathers:
-        engine = json.loads((Path(repository.facts["engine"]) / "config.json").read_text(encoding="utf-8"))
+        engine = json.loads((repository.path_of("engine") / "config.json").read_text(encoding="utf-8"))
         gathers = bool(engine.get("build_config", {}).get("gather_context_logits"))
     return {
         "models": str(repository.models.absolute()),

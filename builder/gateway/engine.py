@@ -25,7 +25,8 @@ from builder.gateway.settings import Model
 from builder.gateway.tensors import Decoder, Step, TokenRequest, encode, encode_stop, is_final
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
-BUSY = "maximum queue size"  # in Triton's error for a request that exceeds max_queue_size
+# In Triton's errors for a request that exceeds max_queue_size, and for one that waited too long.
+BUSY = ("maximum queue size", "Request timeout expired")
 STOP_ATTEMPTS, STOP_PAUSE = 20, 0.1  # how often, and seconds apart, a full queue is asked to stop an answer
 STOP_SECONDS = 30.0  # for the engine to end an answer that was stopped, before its stream is cancelled
 CLOSE_SECONDS = 5.0  # for answers that were stopped, when the gateway ends
@@ -165,6 +166,6 @@ def _broken(detail: str) -> ApiError:
 
 
 def _rejected(message: str) -> ApiError:
-    if BUSY in message:
+    if any(busy in message for busy in BUSY):
         return ApiError(429, "The model server's queue is full. Try again later.", code="queue_full", detail=message)
     return ApiError(500, "The model server failed on this request.", code="engine_error", detail=message)

@@ -15,6 +15,7 @@ from builder.tokenizer.chat_template import ChatTemplate
 from builder.tokenizer.detokenizer import Vocabulary
 from builder.tokenizer.worker import load
 from builder.triton.repository import open_repository
+from builder.trtllm import references
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Model:
 
 def tokenizer_directory(models: Path, facts: Mapping[str, Any]) -> Path:
     """Where a repository's tokenizer is. UnsupportedError if it has no tokenizer.json."""
-    directory = models / facts["tokenizer_dir"] if "tokenizer_dir" in facts else Path(facts["checkpoint"])
+    bundled = "tokenizer_dir" in facts
+    directory = models / facts["tokenizer_dir"] if bundled else references.resolved(facts["checkpoint"], models.parent)
     if not (directory / "tokenizer.json").is_file():
         raise UnsupportedError(
             f"{directory} has no tokenizer.json, so the gateway can't serve this repository.",

@@ -25,10 +25,13 @@ from builder.model import dtypes
 from builder.model.config_values import routed_experts
 from builder.quantize.modelopt import gpus
 from builder.recipe import schema
+from builder.recipe.triton_parameters import PREFIX, text
+from builder.triton.engine_parameters import Parameter
 from builder.trtllm import flags as trtllm_flags
 
 __all__ = ["Argument", "Subject", "check_card", "check_machine", "check_model", "notes", "resolve", "settle", "tree"]
 TOKENS_PER_BLOCK = 32
+CHECK_PERIOD = "cancellation_check_period_ms"
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # name -> neutral value
 # Arguments that have a key of their own in the recipe.
 SAID = {
@@ -51,9 +54,6 @@ UNUSED = (
     "repository.postprocessing_instances",
     "repository.bls_instances",
     "repository.max_queue_delay_microseconds",
-    "repository.max_queue_size",
-    "repository.queue_timeout_seconds",
-    "repository.stall_timeout_seconds",
 )
 
 
@@ -67,6 +67,7 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[
     subject = _subject(resolved, model_config)
     _check_target(resolved)
     trtllm_flags.check_format(resolved)
+    triton_config(asked.repository)
     _check_defaults(resolved, penalties=subject.facts.penalties)
     own = {name: value for name, value in _flatten(asked.llmapi.args).items()}
     for name, value in own.items():
@@ -78,6 +79,27 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[
         if name not in SAID:
             arguments[name] = Argument(name, value, ASKED, "recipe")
     return list(settle(subject, arguments).values())
+
+
+def triton_config(part: schema.Repository) -> list[Parameter]:
+    """What Triton's side of the model reads (upstream's model.py reads it under the same names).
+
+    UsageError for parameters of other models.
+    """
+    upstream = "llmapi/tensorrt_llm/1/model.py@044a90d2"
+    found = [
+        Parameter("max_batch_size", "0", "the LLM API does the batching", upstream),
+        Parameter("decoupled", text(part.decoupled), "repository.decoupled", "recipe"),
+        Parameter(CHECK_PERIOD, "100", "the default, written down", upstream),
+    ]
+    for name, value in part.parameters.items():
+        if name != CHECK_PERIOD:
+            raise UsageError(
+                f"{PREFIX}{name} is a parameter of an engine's models, which the llmapi target does not have.",
+                hint=f"Omit it. Arguments of the LLM class: --set llmapi.args.NAME=VALUE. Its own: {CHECK_PERIOD}.",
+            )
+        found[-1] = Parameter(name, value, PREFIX + name, "recipe")
+    return found
 
 
 def _of_family(

@@ -25,10 +25,12 @@ from builder.recipe.schema import Resolved
 from builder.triton import model_config
 from builder.triton.repository import Repository
 from builder.triton.template_values import text_facts
+from builder.trtllm import references
 
 MODEL = "tensorrt_llm"  # upstream's name of it, which clients know
 TEMPLATE = paths.data("triton_templates", "llmapi", MODEL)
 TENSORS = paths.data("configs", "trtllm", "llmapi-tensors.json")
+QUEUE = ("max_queue_size", "queue_timeout_seconds", "stall_timeout_seconds")  # keys of the recipe, and parameters
 HEADER = (
     "# Arguments of tensorrt_llm.LLM, and what Triton's side reads (triton_config). `builder plan` tells why each.\n"
 )
@@ -42,7 +44,7 @@ def render(
     ingredients = {
         "target": "llmapi",
         "checkpoint": checkpoint.digest,
-        "checkpoint_path": str(checkpoint.unified.resolve()),
+        "checkpoint_path": references.relative(checkpoint.unified, store.root),
         "snapshot": snapshot.digest,
         "arguments": llmapi_arguments.tree(arguments),
         **({"adapters": adapters} if adapters else {}),
@@ -53,8 +55,8 @@ def render(
         "sources": sources_digest(
             "builder/llmapi/repository.py", "builder/triton/repository.py", "builder/triton/model_config.py",
             "builder/model/files.py", "builder/model/multimodal.py", "builder/tokenizer/special_ids.py",
-            "builder/tokenizer/sampling_defaults.py", "builder/triton/template_values.py", TEMPLATE,
-            model_config.MACROS, TENSORS,
+            "builder/tokenizer/sampling_defaults.py", "builder/triton/template_values.py",
+            "builder/trtllm/references.py", TEMPLATE, model_config.MACROS, TENSORS,
         ),
     }  # fmt: skip
 
@@ -89,15 +91,19 @@ def write(
     parameters["sampling_defaults"] = json.dumps(texts["sampling_defaults"])
     parameters["vocab_size"] = str(read_json(unified / "config.json")["vocab_size"])
     parameters["end_ids"] = json.dumps(texts["end_ids"])
+    for name in QUEUE:
+        parameters[name] = str(getattr(part, name))
     parameters["tensorrt_llm"] = resolved.recipe.engine.tensorrt_llm  # compatibility.py compares it
     values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
     directory = models / MODEL / "1"
     directory.mkdir(parents=True)
     (models / MODEL / "config.pbtxt").write_text(model_config.render(TEMPLATE, values), encoding="utf-8")
     shutil.copyfile(TEMPLATE / "1" / "model.py", directory / "model.py")
-    (directory / "model.yaml").write_text(model_yaml(unified, arguments, decoupled=part.decoupled), encoding="utf-8")
+    path = references.relative(unified, models / MODEL)
+    (directory / "model.yaml").write_text(model_yaml(path, arguments, part), encoding="utf-8")
     model_config.check(models, max_batch_size=0, decoupled=part.decoupled)
-    return _facts(unified, snapshot, llmapi_arguments.tree(arguments), resolved, tensors["names"])
+    made = _facts(unified, snapshot, llmapi_arguments.tree(arguments), resolved, tensors["names"])
+    return {**made, "checkpoint": references.relative(unified, models.parent)}
 
 
 def _text_facts(snapshot: Path, part: schema.Repository, facts: llmapi_versions.Facts) -> dict[str, Any]:
@@ -108,13 +114,17 @@ def _text_facts(snapshot: Path, part: schema.Repository, facts: llmapi_versions.
     return {**texts, "sampling_defaults": kept}
 
 
-def model_yaml(unified: Path, arguments: Sequence[Argument], *, decoupled: bool) -> str:
-    """The text of model.yaml. triton_config is as in upstream's model.py, so that either can read it."""
+def model_yaml(path: str, arguments: Sequence[Argument], part: schema.Repository) -> str:
+    """The text of model.yaml. triton_config is as in upstream's model.py, so that either can read it.
+
+    `path`: the checkpoint's, from the model's directory.
+    """
+    own = {one.name: yaml.safe_load(one.value) for one in llmapi_arguments.triton_config(part)}
     content = {
-        "model": str(unified),
+        "model": path,
         "backend": "pytorch",
         **llmapi_arguments.tree(arguments),
-        "triton_config": {"max_batch_size": 0, "decoupled": decoupled},
+        "triton_config": own,
     }
     return HEADER + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1 << 16)
 
@@ -152,7 +162,7 @@ def _facts(
         "vocab_size": read_json(unified / "config.json").get("vocab_size"),
         "end_id": texts["end_ids"][0] if texts["end_ids"] else None,
         **texts,
-        "checkpoint": str(unified),
+        "parameters": [vars(one) for one in llmapi_arguments.triton_config(part)],
         "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
         "world_size": resolved.recipe.engine.world_size,
     }

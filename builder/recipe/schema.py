@@ -19,7 +19,7 @@ from builder.formats import registry as formats
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
 from builder.machine import gpus
-from builder.recipe import card_formats
+from builder.recipe import card_formats, triton_parameters
 from builder.recipe.base import MOST, Natural, Part, Positive, Processes, Ranks
 from builder.recipe.evaluation import Evaluation, Quality, Sensitivity, Tasks
 from builder.recipe.quantization import COMPRESSED_TENSORS, Quantization
@@ -188,6 +188,12 @@ class Repository(Part):
         Literal["auto", "think", "magistral", "none"],
         Field(description="how the model marks its reasoning; auto: as its chat template tells"),
     ] = "auto"
+    parameters: dict[str, str] = Field(default={}, description="more parameters of NVIDIA's Triton models, by name")
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        return triton_parameters.checked(value) if isinstance(value, Mapping) else value
 
 
 class Recipe(Part):
@@ -324,6 +330,7 @@ def resolve(
     layers += [(f"--set {text}", parse_set(text)) for text in sets]
     layers += [("command line", nest(key, value)) for key, value in flags.items()]
 
+    layers = [(origin, triton_parameters.to_own_keys(layer)) for origin, layer in layers]
     name = "auto"
     for _, layer in layers:
         name = layer.get("gpu", name)

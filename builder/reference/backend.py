@@ -30,7 +30,8 @@ class TritonPythonModel:
     """One engine. `execute` queues requests for the scheduler's thread, which sends the responses if decoupled."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Loads the engine that the model's parameter gpt_model_path names. args: `model_config` as JSON."""
+        """Loads the engine that the model's parameter gpt_model_path names. args: `model_config` as JSON, and
+        `model_repository`, the model's directory."""
         import triton_python_backend_utils as pb_utils
 
         from builder.reference.model import ReferenceModel
@@ -42,7 +43,7 @@ class TritonPythonModel:
         self._inputs = [tensor["name"] for tensor in config["input"]]
         self._logits_dtypes = {t["name"]: pb_utils.triton_string_to_numpy(t["data_type"]) for t in config["output"]}
         self._limit_threads()
-        engine = self._engine_directory()
+        engine = self._engine_directory(Path(args.get("model_repository", "")))
         self._limits = Limits.read(
             json.loads((engine / "config.json").read_text(encoding="utf-8")),
             chunked_context=self._flag("enable_chunked_context", False),
@@ -88,11 +89,11 @@ class TritonPythonModel:
         found = ((name, self._pb.get_input_tensor_by_name(request, name)) for name in self._inputs)
         return {name: tensor.as_numpy() for name, tensor in found if tensor is not None}
 
-    def _engine_directory(self) -> Path:
+    def _engine_directory(self, model: Path) -> Path:
         path = self._parameters.get("gpt_model_path", "")
         if not path:
             raise ValueError("the parameter gpt_model_path, the directory of the engine, is missing")
-        directory = Path(path)
+        directory: Path = model / path
         if not (directory / "config.json").is_file():
             raise ValueError(f"gpt_model_path {directory} has no config.json")
         return directory

@@ -281,7 +281,7 @@ def _tokenizer(repository: Repository) -> Tokenizer:
 
     facts = repository.facts
     bundled = "tokenizer_dir" in facts
-    directory = repository.models / str(facts["tokenizer_dir"]) if bundled else Path(facts["checkpoint"])
+    directory = repository.models / str(facts["tokenizer_dir"]) if bundled else repository.path_of("checkpoint")
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.no_truncation()  # as in preprocessing's model.py
     tokenizer.no_padding()

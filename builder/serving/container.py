@@ -26,7 +26,7 @@ from builder.recipe.target_facts import target_facts
 from builder.serving.launch import Addresses, Ports
 from builder.serving.private_directory import serving_directory
 from builder.serving.readiness import answers_ok, ready_paths, reasons
-from builder.trtllm import compatibility
+from builder.trtllm import compatibility, references
 
 if TYPE_CHECKING:
     from builder.triton.repository import Repository
@@ -238,7 +238,7 @@ def _create(client: Any, repository: Repository, image: str, addresses: Addresse
     """Creates the container. The store is mounted where the rendered configuration expects it."""
     from docker.types import DeviceRequest, Mount, Ulimit
 
-    inside = _inside(repository.facts)
+    inside = _inside(repository.path, repository.facts)
     root = repository.path.parents[1]
     argv = ["serve", str(inside / repository.path.relative_to(root)), "--quiet", "--until-eof", "--follow-log"]
     argv += ["--host", "0.0.0.0", "--no-gateway"]  # the command on the host starts one
@@ -273,9 +273,11 @@ def _create(client: Any, repository: Repository, image: str, addresses: Addresse
     return client.containers.get(made["Id"])
 
 
-def _inside(facts: Mapping[str, Any]) -> Path:
-    """The store's path when the repository was rendered, from STORE/engine/KEY or STORE/checkpoint/KEY/unified."""
-    return Path(facts["engine"]).parents[1] if "engine" in facts else Path(facts["checkpoint"]).parents[2]
+def _inside(repository: Path, facts: Mapping[str, Any]) -> Path:
+    """The store's path that the repository refers to, from STORE/engine/KEY or STORE/checkpoint/KEY/unified."""
+    if "engine" in facts:
+        return references.resolved(str(facts["engine"]), repository).parents[1]
+    return references.resolved(str(facts["checkpoint"]), repository).parents[2]
 
 
 def _start(container: Any) -> None:

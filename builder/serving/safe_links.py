@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from builder.core.untrusted_text import parse_yaml
-from builder.trtllm import compatibility
+from builder.trtllm import compatibility, references
 
 ALLOWED = "ASCII letters, digits and _ . / + -"
 _SAFE = re.compile(r"[A-Za-z0-9_./+-]+")
@@ -48,23 +48,35 @@ def _link(path: str, links: Path) -> str:
 
 
 def _rewritten(model: Path, linked: Callable[[str], str]) -> dict[str, str]:
-    """The rewritten text of each configuration file that contains an unsafe path, by name relative to the model."""
+    """The rewritten text of each configuration file that has an unsafe or relative path, by name in the model."""
     found = {}
     config = compatibility.parse(model / "config.pbtxt")
     if config is not None:
         from google.protobuf import text_format
 
         before = config.SerializeToString(deterministic=True)
-        for parameter in config.parameters.values():
-            parameter.string_value = linked(parameter.string_value)
+        for name, parameter in config.parameters.items():
+            path = parameter.string_value
+            if name in references.PARAMETERS and path:
+                path = str(references.resolved(path, model))
+            parameter.string_value = linked(path)
         if config.SerializeToString(deterministic=True) != before:
             found["config.pbtxt"] = text_format.MessageToString(config)
     if (model / _MODEL_YAML).is_file():
         arguments: Any = parse_yaml((model / _MODEL_YAML).read_bytes())
-        safe = {key: linked(value) if isinstance(value, str) else value for key, value in arguments.items()}
+        safe = {
+            key: linked(_absolute(key, value, model)) if isinstance(value, str) else value
+            for key, value in arguments.items()
+        }
         if safe != arguments:
             found[_MODEL_YAML] = yaml.safe_dump(safe, sort_keys=False)
     return found
+
+
+def _absolute(key: str, value: str, model: Path) -> str:
+    """A reference as an absolute path; any other value, such as a model's name on the Hub, as it is."""
+    found = references.resolved(value, model) if key in references.ARGUMENTS else None
+    return str(found) if found is not None and found.exists() else value
 
 
 def _mirror(source: Path, target: Path, files: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from builder.hub.snapshot import Snapshot
 from builder.llmapi.arguments import Argument
 from builder.recipe.schema import Resolved
 from builder.recipe.target_facts import TargetFacts
+from builder.triton.engine_parameters import Parameter
 from builder.triton.repository import Repository
 from builder.trtllm.engine import Engine
 from builder.trtllm.probe_results import Answer
@@ -106,6 +107,9 @@ class Target(Protocol):
 
     def launch(self, inputs: Inputs, settings: Settings, made: Made) -> Launch:
         """The command or file that a plan prints."""
+
+    def parameters(self, inputs: Inputs, settings: Settings) -> list[Parameter]:
+        """The parameters of the model in Triton that runs the engine, without paths. UsageError for a bad one."""
 
     def streams(self, inputs: Inputs, max_batch_size: int) -> tuple[int, int, str] | None:
         """Concurrent streams, host memory of their processes in bytes, and why that many; None if there is no limit."""

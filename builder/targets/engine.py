@@ -9,13 +9,14 @@ from builder.checkpoint import sharding
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import UsageError
 from builder.hub.snapshot import Snapshot
-from builder.model import config_values
+from builder.model import config_values, dtypes
 from builder.quantize import exclude
 from builder.recipe.schema import Resolved
 from builder.recipe.target_facts import ENGINE, TargetFacts
 from builder.reference import supported
 from builder.targets.base import Excluded, Inputs, Launch, Made, Served, Settings, Stages, flags_of
-from builder.triton import repository, stream_capacity
+from builder.triton import engine_parameters, repository, stream_capacity
+from builder.triton.engine_parameters import Parameter
 from builder.triton.template_values import template_files
 from builder.trtllm import engine
 from builder.trtllm import flags as trtllm_flags
@@ -51,9 +52,11 @@ class EngineTarget:
         sharding.check(config, part.tp, part.pp, number_format=number_format, gemm=self.facts.builds_tensorrt)
 
     def settings(self, inputs: Inputs) -> Settings:
-        """trtllm-build's flags."""
+        """trtllm-build's flags. The parameters that serve the engine are checked against them."""
         _check_no_arguments(inputs)
-        return trtllm_flags.resolve(inputs.resolved, inputs.config, inputs.answers)
+        found = trtllm_flags.resolve(inputs.resolved, inputs.config, inputs.answers)
+        self.parameters(inputs, found)
+        return found
 
     def check_excluded(self, excluded: Excluded, settings: Settings) -> None:
         """UnsupportedError for layers that trtllm-build would take for layers in the format of the others."""
@@ -101,6 +104,15 @@ class EngineTarget:
             timing_cache=engine.timing_cache(made.root, part.tensorrt_llm),
         )
         return Launch(command, None if found else stage.upper())
+
+    def parameters(self, inputs: Inputs, settings: Settings) -> list[Parameter]:
+        """Those of the C++ backend."""
+        recipe = inputs.resolved.recipe
+        mapping = {"world_size": recipe.engine.world_size}
+        pretrained = {"dtype": dtypes.served(inputs.config), "mapping": mapping}
+        version = trtllm_flags.load(recipe.engine.tensorrt_llm)
+        build = trtllm_flags.build_config(version, flags_of(settings), pretrained)
+        return engine_parameters.resolve({"build_config": build, "pretrained_config": pretrained}, recipe.repository)
 
     def streams(self, inputs: Inputs, max_batch_size: int) -> tuple[int, int, str] | None:
         """What tensorrt_llm_bls carries."""

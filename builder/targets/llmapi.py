@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import UnsupportedError
 from builder.formats.registry import BF16
@@ -14,6 +12,7 @@ from builder.quantize import exclude
 from builder.recipe.schema import Resolved
 from builder.recipe.target_facts import LLMAPI, TargetFacts
 from builder.targets.base import Excluded, Inputs, Launch, Made, Served, Settings, Stages, arguments_of
+from builder.triton.engine_parameters import Parameter
 from builder.trtllm.rules import Note
 
 
@@ -70,9 +69,13 @@ class LlmApiTarget:
 
     def launch(self, inputs: Inputs, settings: Settings, made: Made) -> Launch:
         """The model.yaml, with a placeholder for the checkpoint."""
-        decoupled = inputs.resolved.recipe.repository.decoupled
-        text = repository.model_yaml(Path("CHECKPOINT/unified"), arguments_of(settings), decoupled=decoupled)
+        part = inputs.resolved.recipe.repository
+        text = repository.model_yaml("CHECKPOINT/unified", arguments_of(settings), part)
         return Launch(model_yaml=text)
+
+    def parameters(self, inputs: Inputs, settings: Settings) -> list[Parameter]:
+        """What model.yaml has under triton_config."""
+        return arguments.triton_config(inputs.resolved.recipe.repository)
 
     def streams(self, inputs: Inputs, max_batch_size: int) -> tuple[int, int, str] | None:
         """No limit: the LLM API's own server carries them."""

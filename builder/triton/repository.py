@@ -15,9 +15,9 @@ from builder.model.files import json_object
 from builder.recipe import schema
 from builder.recipe.target_facts import ENGINE, REFERENCE
 from builder.tokenizer import files as tokenizer_files
-from builder.triton import model_config, stream_capacity
+from builder.triton import engine_parameters, model_config, stream_capacity
 from builder.triton.template_values import TOKENIZER_DIR, template_files, template_values, text_facts
-from builder.trtllm import compatibility
+from builder.trtllm import compatibility, references
 
 if TYPE_CHECKING:
     from builder.hub.snapshot import Snapshot
@@ -45,6 +45,10 @@ class Repository:
         found: Mapping[str, Mapping[str, Any]] = self.facts.get("members") or {"": self.facts}
         return found
 
+    def path_of(self, fact: str) -> Path:
+        """The absolute path of what a fact refers to: `engine` or `checkpoint`."""
+        return references.resolved(str(self.facts[fact]), self.path)
+
 
 def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store: Store) -> Repository:
     """The model repository that serves this engine with this model's tokenizer. `part` is the recipe's `repository`.
@@ -55,17 +59,21 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
     templates, tensors = template_files(engine.config["version"])
     ingredients = {
         "engine": engine.digest,
-        "engine_path": str(engine.path.resolve()),
+        "engine_path": references.relative(engine.path, store.root),
         "snapshot": snapshot.digest,
         "part": part.model_dump(mode="json"),
         "libraries": library_versions("jinja2"),
         "sources": sources_digest(
             "builder/triton/repository.py",
             "builder/triton/model_config.py",
+            "builder/triton/engine_parameters.py",
             "builder/triton/sampling_tensors.py",
             "builder/triton/stream_capacity.py",
             "builder/triton/template_values.py",
             "builder/trtllm/compatibility.py",
+            "builder/trtllm/mismatch.py",
+            "builder/trtllm/references.py",
+            "builder/trtllm/parameter_rules.py",
             "builder/model/files.py",
             "builder/model/multimodal.py",
             "builder/tokenizer/files.py",
@@ -105,9 +113,11 @@ def open_repository(path: Path) -> Repository:
 def check_served(repository: Repository) -> None:
     """IntegrityError if the engine or checkpoint that the repository serves is in a store and was changed there."""
     for name, below, stage in (("engine", "", "engine"), ("checkpoint", "unified", "quantize")):
-        served = Path(str(repository.facts.get(name, "")))
+        if name not in repository.facts:
+            continue
+        served = repository.path_of(name)
         directory = served.parent if below and served.name == below else served
-        if name in repository.facts and (directory / MANIFEST).is_file() and read(directory) is None:
+        if (directory / MANIFEST).is_file() and read(directory) is None:
             compatibility.check(repository.models)
             raise _changed(directory, f"Make it again: the same `builder build` command with --from {stage}")
 
@@ -145,7 +155,7 @@ def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -
     """
     config = json_object(engine / "config.json")
     texts = text_facts(snapshot, part)
-    values = template_values(engine, config, texts, part)
+    values = template_values(references.relative(engine, models / compatibility.ENGINE_MODEL), config, texts, part)
     templates, _ = template_files(config["version"])
     for source in sorted(path.parent for path in templates.glob("*/config.pbtxt.j2")):
         if source.name == "ensemble_infer" and not part.decoupled:
@@ -158,7 +168,7 @@ def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -
             shutil.copyfile(code, model / "1" / "model.py")
     _copy_tokenizer(snapshot, models / TOKENIZER_DIR)
     model_config.check(models, max_batch_size=values["max_batch_size"], decoupled=part.decoupled)
-    return _facts(engine, config, texts, part)
+    return {**_facts(engine, config, texts, part), "engine": references.relative(engine, models.parent)}
 
 
 def repository_key(repository: Repository) -> str:
@@ -192,7 +202,7 @@ def _facts(
         **texts,
         "streams": stream_capacity.streams(part, build["max_batch_size"]),
         "tokenizer_dir": TOKENIZER_DIR,
-        "engine": str(engine),
+        "parameters": [vars(one) for one in engine_parameters.resolve(config, part)],
         "tensorrt_llm": config["version"],
         "world_size": config["pretrained_config"].get("mapping", {}).get("world_size", 1),
     }

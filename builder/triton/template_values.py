@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from builder.core import paths
-from builder.core.errors import UnsupportedError, UsageError
+from builder.core.errors import UnsupportedError
 from builder.recipe import schema
 from builder.tokenizer.sampling_defaults import sampling_defaults
 from builder.tokenizer.special_ids import special_ids
-from builder.triton import sampling_tensors, stream_capacity
-from builder.trtllm import compatibility
+from builder.triton import engine_parameters, sampling_tensors, stream_capacity
 from builder.trtllm.compatibility import LOGITS_TYPES
 
 TOKENIZER_DIR = "preprocessing/1/tokenizer"  # relative to the model repository
@@ -52,11 +51,12 @@ def text_facts(snapshot: Path, part: schema.Repository) -> dict[str, Any]:
 
 
 def template_values(
-    engine: Path, config: Mapping[str, Any], texts: Mapping[str, Any], part: schema.Repository
+    engine: str, config: Mapping[str, Any], texts: Mapping[str, Any], part: schema.Repository
 ) -> dict[str, Any]:
     """Every value that the templates use.
 
-    `config` is the engine's config.json, `texts` what `text_facts` says of the model, `part` the recipe's `repository`.
+    `engine` is the engine's path from the model's directory, `config` its config.json, `texts` what `text_facts` says
+    of the model, `part` the recipe's `repository`.
     """
     pretrained, build = config["pretrained_config"], config["build_config"]
     tensors = _tensors(config["version"], pretrained["logits_dtype"])
@@ -104,7 +104,7 @@ def template_values(
             "max_beam_width": build.get("max_beam_width", 1),
             "context_logits": _lower(bool(build.get("gather_context_logits"))),
         },
-        "engine": _engine_parameters(engine, build, part),
+        "engine": engine_parameters.values(engine_parameters.resolve(config, part, engine)),
         "bls": {
             "engine_decoupled": _lower(part.decoupled),
             "exclude_input_in_output": _lower(part.exclude_input_in_output),
@@ -148,33 +148,6 @@ def _steps(tensors: Mapping[str, Any]) -> dict[str, Any]:
             "input": {k: f"_{v.upper()}" for k, v in between.items()},
             "output": {"OUTPUT": "text_output"},
         },
-    }
-
-
-def _engine_parameters(engine: Path, build: Mapping[str, Any], part: schema.Repository) -> dict[str, Any]:
-    """Parameters of the C++ backend. The backend has defaults for those left out (model_instance_state.cc@c8c6df08).
-
-    An engine of several ranks needs no further parameters. In leader mode each rank is a separate server, which
-    mpirun starts (serving/launch.py), and without `gpu_device_ids` all visible GPUs are used (docs/model_config.md).
-    """
-    paged = compatibility.has_paged_fmha(build)
-    chosen = {name: getattr(part, name) for name in compatibility.NEED_PAGED_FMHA}
-    for name in compatibility.lacking_paged_fmha(build, [name for name, value in chosen.items() if value]):
-        raise UsageError(
-            f"repository.{name} needs an engine with paged context FMHA, and this engine has none.",
-            hint=f"Omit {name}, or build with --set engine.flags.use_paged_context_fmha=enable "
-            "on a GPU profile with context FMHA.",
-        )
-    return {
-        "gpt_model_type": "inflight_fused_batching",
-        "gpt_model_path": engine,
-        "max_beam_width": build.get("max_beam_width", 1),
-        "batch_scheduler_policy": part.batch_scheduler_policy,
-        "kv_cache_free_gpu_mem_fraction": part.kv_cache_free_gpu_mem_fraction,
-        "exclude_input_in_output": _lower(part.exclude_input_in_output),
-        **{name: _lower(paged if value is None else value) for name, value in chosen.items()},
-        "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
-        "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
     }
 
 

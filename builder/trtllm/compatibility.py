@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from builder.core import manifest
 from builder.core.errors import IntegrityError
 from builder.machine.gpus import Seen, visible
 from builder.recipe.target_facts import ENGINE, REFERENCE, TARGETS, target_facts
+from builder.trtllm import references
+from builder.trtllm.mismatch import STREAMING, Mismatch
+from builder.trtllm.parameter_rules import ON, contradictions
 
 ENGINE_MODEL, BLS_MODEL = "tensorrt_llm", "tensorrt_llm_bls"
 BUILT_WITH = "built_with.json"  # in the engine's directory, so that a copied engine can still be validated
@@ -43,15 +46,6 @@ RENDER = "Or render the repository again: the same `builder build`, with --from 
 
 
 @dataclass(frozen=True)
-class Mismatch:
-    """One incompatibility: what, why it matters, and what to do."""
-
-    what: str
-    why: str
-    hint: str
-
-
-@dataclass(frozen=True)
 class Served:
     """What a repository's config.pbtxt files say about its engine. logits: tensor name -> data type."""
 
@@ -63,6 +57,7 @@ class Served:
     logits: Mapping[str, str]
     decoupled: bool
     bls_decoupled: bool | None
+    parameters: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -139,14 +134,14 @@ def read_served(models: Path) -> Served | None:
     tensors = [tensor for tensor in (*config.input, *config.output) if tensor.name in LOGITS]
     return Served(
         file=models / ENGINE_MODEL / "config.pbtxt",
-        engine=Path(parameters["gpt_model_path"]),
+        engine=references.resolved(parameters["gpt_model_path"], models / ENGINE_MODEL),
         max_batch_size=config.max_batch_size,
         max_beam_width=_number(parameters.get("max_beam_width"), 1),
-        # What the backend takes for true (GetParameter<bool>, model_state.cc@5cdd6921).
-        on=frozenset(n for n in NEED_PAGED_FMHA if parameters.get(n) in ("True", "true", "TRUE", "1")),
+        on=frozenset(n for n in NEED_PAGED_FMHA if parameters.get(n) in ON),
         logits={tensor.name: model_config_pb2.DataType.Name(tensor.data_type) for tensor in tensors},
         decoupled=config.model_transaction_policy.decoupled,
         bls_decoupled=bls.model_transaction_policy.decoupled if bls else None,
+        parameters={name: value for name, value in parameters.items() if value and not value.startswith("${")},
     )
 
 
@@ -201,7 +196,11 @@ def mismatches(served: Served, engine: EngineFacts, runtime: Runtime) -> list[Mi
     found: list[Mismatch] = []
     if engine.is_tensorrt:
         found += [*_versions(engine, runtime), *_cards(engine, runtime)]
-    return [*found, *_paged(served, engine), *_sizes(served, engine), *_logits(served, engine), *_streaming(served)]
+    found += [*_paged(served, engine), *_sizes(served, engine), *_logits(served, engine), *_streaming(served)]
+    if not engine.build:
+        return found
+    contradicted = contradictions(served.parameters, engine.build, engine.world_size)
+    return [*found, *(replace(one, hint=f"{one.hint} {RENDER}") for one in contradicted)]
 
 
 def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
@@ -322,6 +321,7 @@ def _streaming(served: Served) -> Iterator[Mismatch]:
             what=f"decoupled is {str(engine).lower()} for {ENGINE_MODEL} and {str(bls).lower()} for {BLS_MODEL}.",
             why="Streaming needs both to be decoupled; otherwise streaming requests fail.",
             hint=f"Set model_transaction_policy of both config.pbtxt files to the same. {RENDER}",
+            about=STREAMING,
         )
 
 

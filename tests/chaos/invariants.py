@@ -112,7 +112,7 @@ def _damage(repository: Path) -> list[str]:
             wrong.append(f"{name} is missing or damaged")
     for config in repository.glob("models/*/config.pbtxt"):
         for engine in re.findall(r'key: "gpt_model_path" value: \{ string_value: "([^"]+)"', config.read_text()):
-            wrong += [] if (Path(engine) / "manifest.json").is_file() else [f"its engine {engine} is missing"]
+            wrong += [] if (config.parent / engine / "manifest.json").is_file() else [f"its engine {engine} is missing"]
     return wrong
 
 

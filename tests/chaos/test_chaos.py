@@ -96,10 +96,11 @@ def test_a_link_must_lead_to_a_whole_repository(tmp_path: Path) -> None:
     engine = artifact(tmp_path, "engine", "a1")
     config = repository / "models" / "tensorrt_llm" / "config.pbtxt"
     config.parent.mkdir(parents=True)
-    config.write_text(f'parameters {{ key: "gpt_model_path" value: {{ string_value: "{engine}" }} }}\n')
+    path = "../../../../engine/a1"  # from the model's directory
+    config.write_text(f'parameters {{ key: "gpt_model_path" value: {{ string_value: "{path}" }} }}\n')
     assert not invariants.links_are_whole(tmp_path)
     engine.rename(engine.with_name("gone"))
-    assert invariants.links_are_whole(tmp_path) == [f"models/m: its engine {engine} is missing"]
+    assert invariants.links_are_whole(tmp_path) == [f"models/m: its engine {path} is missing"]
     config.unlink()
     (repository / "config").write_text("d")
     assert invariants.links_are_whole(tmp_path) == ["models/m: config is missing or damaged"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import re
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -84,9 +86,13 @@ def server(rendered: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempP
 def test_the_yaml_holds_the_arguments_and_the_config_says_the_same(unified: Path, tmp_path: Path) -> None:
     facts = write(tmp_path / "models", unified)
     content = yaml.safe_load((tmp_path / "models/tensorrt_llm/1/model.yaml").read_text())
-    assert content.pop("model") == str(unified)
+    assert content.pop("model") == os.path.relpath(unified, tmp_path / "models/tensorrt_llm")
     assert content.pop("backend") == "pytorch"
-    assert content.pop("triton_config") == {"max_batch_size": 0, "decoupled": True}
+    own = {"max_batch_size": 0, "decoupled": True, "cancellation_check_period_ms": 100}
+    assert content.pop("triton_config") == own
+    assert {row["name"]: row["value"] for row in facts["parameters"]} == {
+        name: str(value).lower() for name, value in own.items()
+    }
     assert content == llmapi_arguments.tree(llmapi_arguments.resolve(resolved(), CONFIG))
     text = (tmp_path / "models/tensorrt_llm/config.pbtxt").read_text()
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
@@ -138,6 +144,27 @@ def test_text_settings_of_the_recipe(unified: Path, tmp_path: Path) -> None:
         assert post(server, body)[0] == 200
         status, text = post(server, {**body, "sampling_param_top_k": 2})
         assert (status, "the stand-in is greedy" in text) == (400, True)
+
+
+def test_a_full_queue_and_a_stuck_stream_are_unavailable(unified: Path, tmp_path: Path) -> None:
+    """Of four requests one runs and one waits. Each gets one token of the stand-in, and then nothing."""
+    limits = {"max_queue_size": 1, "queue_timeout_seconds": 1, "stall_timeout_seconds": 1}
+    more = {f"repository.{name}": value for name, value in limits.items()}
+    write(tmp_path / "models", unified, **more, **{"engine.max_batch_size": 1})
+    put_stand_in(tmp_path / "models", "Stuck")
+    with serve(tmp_path / "models", out=QUIET, log=tmp_path / "log") as server:
+        body = {"text_input": "A list is", "sampling_param_max_tokens": 9, "streaming": True}
+        found: list[str] = []
+        threads = [
+            threading.Thread(target=lambda: found.append(post(server, body, "generate_stream")[1])) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    full = sum("Exceeds maximum queue size" in text for text in found)
+    stuck = sum("the engine sent nothing for 1 seconds" in text for text in found)
+    assert (full, stuck) == (2, 2), found
 
 
 # ---- what is served

@@ -58,8 +58,10 @@ def test_errors_of_the_engine_are_explained(message: str, kind: type[Exception],
 
 
 def test_the_store_is_mounted_where_the_repository_expects_it() -> None:
-    assert serving_container._inside({"engine": "/artifacts/engine/abc"}) == Path("/artifacts")
-    assert serving_container._inside({"checkpoint": "/artifacts/checkpoint/abc/unified"}) == Path("/artifacts")
+    path = Path("/moved/repository/abc")
+    assert serving_container._inside(path, {"engine": "../../engine/abc"}) == Path("/moved")
+    assert serving_container._inside(path, {"checkpoint": "../../checkpoint/abc/unified"}) == Path("/moved")
+    assert serving_container._inside(path, {"engine": "/artifacts/engine/abc"}) == Path("/artifacts"), "rendered before"
 
 
 def test_only_processes_of_this_boot_and_namespace_can_leave_orphans() -> None:

@@ -273,3 +273,11 @@ class Shifted(LLM):
             output, finished, None if context_logits is None else context_logits.roll(1, 0)
         )
         super()._steps(ids, wanted, streaming, result, reused)
+
+
+class Stuck(LLM):
+    """Sends one token of a stream and then nothing, until the request is aborted."""
+
+    def _steps(self, ids, wanted, streaming, result, reused):
+        result.put(self._output(ids[:1], 0.0, None, None))
+        result.aborted.wait()

@@ -176,9 +176,14 @@ FAULTS = [
 ]  # fmt: skip
 
 
+def copied(sound: Path, directory: Path) -> Path:
+    """The repository and its engine in another directory: the repository refers to it by a relative path."""
+    shutil.copytree(sound.parent, directory, dirs_exist_ok=True)
+    return directory / sound.name
+
+
 def plant(sound: Path, directory: Path, fault: Fault) -> Path:
-    models = directory / "models"
-    shutil.copytree(sound, models)
+    models = copied(sound, directory)
     file = models / fault.file
     text = file.read_text()
     assert fault.old in text, "the templates changed: write the fault anew"
@@ -322,6 +327,7 @@ YAML = [
     ("decoupled: true", "decoupled: false", "llmapi", "decoupled is false, and tensorrt_llm/config.pbtxt", 5),
     ("backend: pytorch", "tensor_parallel_size: two", "llmapi", "tensor_parallel_size is 'two'", 2),
     ("backend: pytorch", "kv_cache_config: {free_gpu_memory_fraction: 90}", "llmapi", "is 90", 0),
+    ("decoupled: true", "decoupled: true\n  cancellation_check_period_ms: 0", "llmapi", "check_period_ms is 0", 6),
     ("backend: pytorch", "backend: [", "syntax", "it is no YAML", 4),
     (LLMAPI, "- model", "llmapi", "not a mapping", 0),
 ]
@@ -382,7 +388,7 @@ def test_our_llmapi_repository_has_no_finding(decoupled: bool, tmp_path: Path) -
     text = model_config.render(llmapi_repository.TEMPLATE, values)
     (tmp_path / "tensorrt_llm" / "config.pbtxt").write_text(text)
     shutil.copy(llmapi_repository.TEMPLATE / "1" / "model.py", directory)
-    yaml = llmapi_repository.model_yaml(tmp_path / "unified", arguments, decoupled=decoupled)
+    yaml = llmapi_repository.model_yaml("../unified", arguments, asked.recipe.repository)
     (directory / "model.yaml").write_text(yaml)
     assert lint(tmp_path).findings == ()
 
@@ -439,13 +445,12 @@ def test_an_engine_elsewhere_is_compared_and_one_that_is_none_refused(sound: Pat
 
 
 def test_an_engine_is_named_as_compared_beside_a_draft_engine_that_is_not(sound: Path, tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    shutil.copytree(sound, models)
+    models = copied(sound, tmp_path)
     shutil.copytree(models / "tensorrt_llm", models / "tensorrt_llm_draft")
     config = models / "tensorrt_llm_draft" / "config.pbtxt"
     config.write_text(config.read_text().replace('name: "tensorrt_llm"', 'name: "tensorrt_llm_draft"'))
     found = lint(models)
-    assert (found.findings, found.engine) == ((), lint(sound).engine)
+    assert (found.findings, found.engine) == ((), tmp_path / "engine")
 
 
 @settings(max_examples=200, deadline=None)

@@ -76,7 +76,7 @@ def test_an_engines_repository_has_six_models(tmp_path: Path) -> None:
         SNAPSHOT / "tokenizer.json"
     ).read_bytes()
     assert all((models / name / "1").is_dir() for name in found)
-    assert parameters(found["tensorrt_llm"])["gpt_model_path"] == str(tmp_path / "engine")
+    assert parameters(found["tensorrt_llm"])["gpt_model_path"] == "../../engine"
 
 
 def test_without_streaming_the_ensemble_serves_infer(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from builder.triton.lint.model_files import ModelFiles
 from builder.triton.lint.parameter_rules import is_unset
 from builder.triton.lint.positions import Field
 from builder.trtllm import compatibility
-from builder.trtllm.compatibility import ENGINE_MODEL, Mismatch, Runtime
+from builder.trtllm.compatibility import ENGINE_MODEL, Runtime
+from builder.trtllm.mismatch import STREAMING, Mismatch
+from builder.trtllm.references import resolved
 
 PATH = "gpt_model_path"
 
@@ -22,7 +24,7 @@ def check(engine_model: ModelFiles, engine: Path) -> Iterator[Finding]:
         return
     facts = compatibility.read_engine(engine)
     for one in compatibility.mismatches(served, facts, Runtime()):
-        if "decoupled" not in one.what:  # streaming_rules.py
+        if one.about != STREAMING:  # which streaming_rules.py checks
             what = one.what.replace(f" in {served.file}", "").replace(f"{served.file} declares", "it declares")
             fix = one.hint.replace(compatibility.RENDER, "").strip().replace("that file", engine_model.file)
             at = _place(engine_model, one)
@@ -32,7 +34,7 @@ def check(engine_model: ModelFiles, engine: Path) -> Iterator[Finding]:
 def directory(engine_model: ModelFiles, named: Path | None) -> Path | None:
     """The engine to compare with: the one that the user names, or the model's own, if its config.json can be read."""
     path = engine_model.parameters.get(PATH, "")
-    own = None if engine_model.name != ENGINE_MODEL or is_unset(path) else Path(path)
+    own = None if engine_model.name != ENGINE_MODEL or is_unset(path) else resolved(path, engine_model.directory)
     found = named or own
     return found if found is not None and (found / "config.json").is_file() else None
 

@@ -16,6 +16,7 @@ FILE = "model.yaml"
 SWITCHES = "triton_config"
 # llmapi/tensorrt_llm/1/model.py@044a90d2 reads both without a default.
 NEEDED = {"max_batch_size": int, "decoupled": bool}
+PERIOD = "cancellation_check_period_ms"
 SIZES = ("max_batch_size", "max_num_tokens", "max_seq_len", "max_input_len", "tensor_parallel_size",
          "pipeline_parallel_size")  # fmt: skip
 
@@ -77,6 +78,9 @@ def _switches(model: ModelFiles, switches: Mapping[str, Any], finding: Any) -> I
         elif not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             titles = {int: "a number", bool: "true or false"}
             yield finding(key, f"{SWITCHES}.{key} is {value!r}", f"Write {titles[kind]}.")
+    period = switches.get(PERIOD, 100)
+    if not isinstance(period, int) or isinstance(period, bool) or period < 1:
+        yield finding(PERIOD, f"{SWITCHES}.{PERIOD} is {period!r}", "Write a number of 1 or more, in milliseconds.")
     text, stated = model.text.first("model_transaction_policy"), switches.get("decoupled")
     decoupled = model.message.model_transaction_policy.decoupled if model.message is not None else None
     if text is not None and isinstance(stated, bool) and decoupled is not None and stated != decoupled:

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from builder.core import paths
+from builder.recipe.triton_parameters import kinds, known, wrong
 from builder.triton.lint.findings import Finding
 from builder.triton.lint.model_files import FILL, ModelFiles
 
-SWITCHES = ("true", "false", "True", "False", "TRUE", "FALSE", "1", "0")
 UNSET = re.compile(r"\s*|\$\{\w*\}")
 ALIKE = 0.85
-PATTERNS = {
-    "count": (r"[1-9]\d*", "a number of 1 or more"),
-    "number": (r"\d+", "a number of 0 or more"),
-    "counts": (r"\d+(,\d+)*", "numbers with commas between them"),
-    "devices": (r"\d+([,;]\d+)*", "numbers of GPUs with commas between them"),
-}
-
-
-@functools.cache
-def known() -> Mapping[str, Any]:
-    """configs/triton/parameters.yaml."""
-    found: Mapping[str, Any] = yaml.safe_load(paths.data("configs", "triton", "parameters.yaml").read_text("utf-8"))
-    return found
 
 
 def role(model: ModelFiles) -> str | None:
@@ -51,7 +33,7 @@ def is_unset(value: str) -> bool:
 def check(model: ModelFiles) -> Iterator[Finding]:
     """Parameters that are missing, misspelt, or of another kind; and placeholders in parameters that are not known."""
     which = role(model)
-    kinds = known()[which] if which else {}
+    known_kinds = kinds(which) if which else {}
     values = model.parameters
     for key in known()["required"].get(which, ()) if which else ():
         if is_unset(values.get(key, "")):
@@ -61,35 +43,14 @@ def check(model: ModelFiles) -> Iterator[Finding]:
             yield model.finding("parameter", at, said, f"Give {key} its value." if at else fix)
     for key, value in values.items():
         at = model.parameter(key)
-        if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, 1, ALIKE)
+        if key not in known_kinds:
+            near = difflib.get_close_matches(key, known_kinds, 1, ALIKE)
             if near and near[0] not in values:
                 yield model.finding("parameter", at, f"parameter {key} is not read", f"Write {near[0]}.")
             if "${" in value:
                 yield model.finding("unfilled", at, f"parameter {key} is {value}", FILL)
-        elif not is_unset(value) and (wrong := _wrong(kinds[key], value)):
-            yield model.finding("parameter", at, f"parameter {key} is {value!r}", f"Write {wrong}.")
-
-
-def _wrong(kind: str | Sequence[str], value: str) -> str:
-    """What the value should be and is not, or ""."""
-    if not isinstance(kind, str):
-        return "" if value in kind else " or ".join(kind)
-    if "${" in value:
-        return "a value instead of the placeholder"
-    if kind == "switch":
-        return "" if value in SWITCHES else "true or false"
-    if kind == "fraction":
-        return "" if _is_fraction(value) else "a number from 0 to 1"
-    pattern, title = PATTERNS.get(kind, (".*", ""))
-    return "" if re.fullmatch(pattern, value) else title
-
-
-def _is_fraction(value: str) -> bool:
-    try:
-        return 0 <= float(value) <= 1
-    except ValueError:
-        return False
+        elif not is_unset(value) and (should := wrong(known_kinds[key], value)):
+            yield model.finding("parameter", at, f"parameter {key} is {value!r}", f"Write {should}.")
 
 
 def tokenizers(models: Sequence[ModelFiles]) -> Iterator[Finding]:

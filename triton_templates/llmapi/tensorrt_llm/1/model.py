@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,9 @@ class TritonPythonModel:
         self.gives_logits = os.environ.get(LOGITS_SWITCH) == "1"
         directory = Path(args["model_repository"]) / args["model_version"]
         arguments = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
+        checkpoint = Path(args["model_repository"]) / arguments["model"]  # relative to this model's directory
+        if checkpoint.exists():
+            arguments["model"] = str(checkpoint)
         check_period = arguments.pop("triton_config").get("cancellation_check_period_ms", 100) / 1000
         self.max_input_len, self.max_seq_len = arguments["max_input_len"], arguments["max_seq_len"]
         self.lora = arguments.get("lora_config", {})
@@ -76,7 +80,12 @@ class TritonPythonModel:
         self.sampling_params = SamplingParams
         self.llm = LLM(**llm_arguments(arguments))
         self.prefix = prefix_ids(self.encode)
-        self.running = {}  # task -> (the client's request id, its response sender)
+        waiting = int(parameters["max_queue_size"])
+        self.most = arguments["max_batch_size"] + waiting if waiting else sys.maxsize
+        stall = float(parameters["stall_timeout_seconds"]) or sys.maxsize
+        queued = float(parameters["queue_timeout_seconds"]) or sys.maxsize
+        self.limits = (queued + stall, stall)  # seconds without a chunk of a stream: before the first, after it
+        self.running = {}  # task -> Running
         self.sender = ThreadPoolExecutor(1)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
@@ -99,9 +108,9 @@ class TritonPythonModel:
         """Cancels the requests whose clients are gone, every `period` seconds."""
         while True:
             await asyncio.sleep(period)
-            for task, (_, sender) in list(self.running.items()):
+            for task, running in list(self.running.items()):
                 try:
-                    if sender.is_cancelled():
+                    if running.is_stalled() or running.sender.is_cancelled():
                         task.cancel()
                 except Exception:  # a problem with one request must not end the watch over the others
                     traceback.print_exc()
@@ -109,10 +118,16 @@ class TritonPythonModel:
     async def answer(self, request, sender):
         """Handles a request. Always sends a final response, because the client would otherwise wait forever."""
         task = asyncio.current_task()
-        self.running[task] = (request.request_id(), sender)
+        if len(self.running) >= self.most:
+            self.send_error(sender, "Exceeds maximum queue size", pb_utils.TritonError.UNAVAILABLE)
+            return
+        running = self.running[task] = Running(request.request_id(), sender)
         try:
             await self.serve(request, sender)
         except asyncio.CancelledError:
+            if running.stalled:
+                self.send_error(sender, running.stalled, pb_utils.TritonError.UNAVAILABLE)
+                return
             self.send_error(sender, "the client cancelled the request", pb_utils.TritonError.CANCELLED)
         except ValueError as error:
             self.send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
@@ -145,6 +160,8 @@ class TritonPythonModel:
         # (upstream tests this: tests/unittest/_torch/sampler/test_return_logits.py@f59aed07).
         options = {"cache_salt": uuid.uuid4().hex} if LOGITS in extra else {}
         options |= self.adapter(words(inputs, "lora_name"))
+        if streaming:
+            self.running[asyncio.current_task()].limits = self.limits
         result = self.llm.generate_async(ids, sampling_params=parameters, streaming=streaming, **options)
         try:
             await self.send(result, sender, "" if exclude else prompt, extra)
@@ -237,7 +254,9 @@ class TritonPythonModel:
         If the client is slow, a chunk has the text of several steps. An incomplete character is sent with the next one.
         """
         sent, sending = "", None
+        running = self.running[asyncio.current_task()]
         async for output in result:
+            running.last_response = time.monotonic()
             text = prefix + output.outputs[0].text
             if not output.finished:
                 text = text.rstrip(REPLACEMENT)
@@ -259,8 +278,8 @@ class TritonPythonModel:
         """Cancels the running requests with this id."""
         if not request_id:
             raise ValueError("stop needs the id of the request to cancel")
-        for task, (id, _) in list(self.running.items()):
-            if id == request_id and task is not asyncio.current_task():
+        for task, running in list(self.running.items()):
+            if running.request_id == request_id and task is not asyncio.current_task():
                 task.cancel()
 
     def send_error(self, sender, message, *code):
@@ -270,6 +289,22 @@ class TritonPythonModel:
     def finish(self, sender, last):
         """Sends the final response from the sending thread; returns its future."""
         return self.sender.submit(sender.send, last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+class Running:
+    """A request in progress. limits: as for TritonPythonModel; None for a whole answer, which may take long."""
+
+    def __init__(self, request_id, sender):
+        self.request_id, self.sender, self.limits, self.stalled = request_id, sender, None, ""
+        self.started, self.last_response = time.monotonic(), None
+
+    def is_stalled(self):
+        """Whether the LLM has sent nothing for too long. Stays true."""
+        if self.limits:
+            limit = self.limits[self.last_response is not None]
+            if time.monotonic() - (self.last_response or self.started) > limit:
+                self.stalled = f"the engine sent nothing for {limit:g} seconds"
+        return self.stalled
 
 
 def prefix_ids(encode):
