@@ -26,7 +26,7 @@ from builder.triton import repository
 SOURCE = Path(__file__).parent / "engine_in_c.c"
 QUIET = Output("quiet")
 BATCH = 128  # requests that the engine computes at once
-# What NVIDIA's tools/fill_template.py gets for each of its models.
+# What NVIDIA's tools/fill_template.py gets for each of its models. Versions have different keys.
 NVIDIA_VALUES = {
     "preprocessing": "tokenizer_dir:{tokenizer},triton_max_batch_size:{batch},preprocessing_instance_count:1",
     "postprocessing": "tokenizer_dir:{tokenizer},triton_max_batch_size:{batch},postprocessing_instance_count:1",
@@ -61,8 +61,10 @@ def make_nvidia_repository(models: Path, templates: Path, snapshot: Path) -> Non
     shutil.copytree(templates, models)
     tool = templates.parents[1] / "tools" / "fill_template.py"
     for model, values in NVIDIA_VALUES.items():
-        values = values.format(tokenizer=snapshot.absolute(), batch=BATCH)
-        subprocess.run([sys.executable, tool, "-i", models / model / "config.pbtxt", values], check=True)
+        config = models / model / "config.pbtxt"
+        known = [value for value in values.split(",") if f"${{{value.partition(':')[0]}}}" in config.read_text()]
+        filled = ",".join(known).format(tokenizer=snapshot.absolute(), batch=BATCH)
+        subprocess.run([sys.executable, tool, "-i", config, filled], check=True)
 
 
 @contextmanager

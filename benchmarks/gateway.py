@@ -12,7 +12,8 @@ of 128. Three parts, each with its table:
   first token. The clients begin spread over the time of one answer.
 - memory: of each text model and the gateway, in MB (PSS), for vocabularies of several sizes.
 
-NVIDIA's templates, filled by its own tool, are measured beside ours if NVIDIA_TEMPLATES names them. Rates and times
+NVIDIA's templates, filled by its own tool, are measured beside ours if NVIDIA_TEMPLATES names them; they need pillow,
+requests, torch and transformers. Rates and times
 need a machine that does nothing else: on two cores, the clients, Triton and the gateway share them.
 """
 
@@ -200,7 +201,10 @@ def load_part(opened: repository.Repository, directory: Path, texts: Texts, requ
         with engine_server(models, 0, directory / "log") as server:
             for model in ("ensemble", "tensorrt_llm_bls"):
                 path = of_model(server, model, texts, stream=True, whose="NVIDIA's ")
-                measure_load(path, server, [], texts, requests // 4)
+                try:
+                    measure_load(path, server, [], texts, requests // 4)
+                except FileNotFoundError:  # in /proc
+                    print(f"{path.name:<42} a process of the server ended")
     return found
 
 
