@@ -134,7 +134,7 @@ def test_a_gateway_that_ends_is_reported(built: Path) -> None:
             if (argv := arguments(path))[1:4] == ["-m", "builder", "gateway"] and port in argv
         ]
         os.kill(gateway, signal.SIGKILL)
-        assert child.wait(30) == 5
+        assert child.wait(90) == 5
         deadline = time.monotonic() + 10
         while (Path("/proc") / str(found["pid"])).exists() and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -7,10 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,11 +17,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from builder.core.errors import ServingError
 from builder.core.output import Output
 from builder.gateway.watchdog import WatchdogCollector
-from builder.serving import watchdog
+from builder.serving import health, watchdog
 from builder.serving.foreground import Either, Foreground
 from builder.serving.launch import Ports
 from builder.serving.readiness import answers_ok
-from builder.serving.server import serve
+from builder.serving.server import Server, serve
 from builder.serving.watchdog import Watchdog
 from tests.serving.test_server import one_model
 
@@ -36,41 +35,65 @@ def eventually(check: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+class Servers:
+    """Starts servers of the smallest repository one after the other, and disturbs each as soon as it is ready."""
+
+    def __init__(self, directory: Path, number: signal.Signals, last: int) -> None:
+        self.running: list[Either] = []
+        self.shown: list[str] = []
+        self._models, self._log = one_model(directory / "models"), directory / "log"
+        self._disturbing = threading.Thread(target=self._disturb, args=(number, last), daemon=True)
+        self.foreground = Foreground(
+            self.start, lambda *_: nullcontext(), lambda server, _: self.shown.append(server.http_url),
+            directory, Output("quiet"),
+        )  # fmt: skip
+
+    @contextmanager
+    def start(self, ports: Ports | None) -> Iterator[Either]:
+        with serve(self._models, out=Output("quiet"), log=self._log, ports=ports) as server:
+            self.running.append(server)
+            yield server
+
+    def run(self) -> ServingError:
+        """The error with which `builder serve` gives up."""
+        self._disturbing.start()
+        with pytest.raises(ServingError) as caught:
+            self.foreground.run()
+        self._disturbing.join()
+        return caught.value
+
+    def _disturb(self, number: signal.Signals, last: int) -> None:
+        for index in range(last):
+            eventually(lambda index=index: len(self.running) > index)  # type: ignore[misc]
+            server = self.running[index]
+            assert isinstance(server, Server)
+            assert answers_ok(server.http_url, "/v2/health/ready")
+            for pid in server.draining.servers():
+                os.kill(pid, number)
+
+
 def test_a_server_that_dies_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "PAUSES", (0.1, 0.1))
-    models = one_model(tmp_path / "models")
-    running: list[Either] = []
-    shown: list[str] = []
-
-    class Started(AbstractContextManager[Either]):
-        def __init__(self, ports: Ports | None) -> None:
-            self.made = serve(models, out=Output("quiet"), log=tmp_path / "log", ports=ports)
-
-        def __enter__(self) -> Either:
-            running.append(self.made.__enter__())
-            return running[-1]
-
-        def __exit__(self, *error: Any) -> Any:
-            return self.made.__exit__(*error)
-
-    def kill_each() -> None:
-        for number in range(3):
-            eventually(lambda number=number: len(running) > number)  # type: ignore[misc]
-            [triton] = running[number].draining.servers()  # type: ignore[union-attr]
-            assert answers_ok(running[number].http_url, "/v2/health/ready")
-            os.kill(triton, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_each)
-    killer.start()
-    foreground = Foreground(
-        Started, lambda *_: nullcontext(), lambda server, _: shown.append(server.http_url), tmp_path, Output("quiet")
-    )
-    with pytest.raises(ServingError, match=r"The server was killed by SIGKILL.") as caught:
-        foreground.run()
-    killer.join()
-    assert "It was started again 2 times within 10 minutes." in caught.value.why
-    assert [server.http_url for server in running] == shown * 3, "the addresses stay, and are printed once"
+    servers = Servers(tmp_path, signal.SIGKILL, last=3)
+    error = servers.run()
+    assert error.what == "The server was killed by SIGKILL."
+    assert "It was started again 2 times within 10 minutes." in error.why
+    assert [server.http_url for server in servers.running] == servers.shown * 3, "the addresses stay, printed once"
     assert json.loads((tmp_path / "watchdog.json").read_text())["restarts"] == 2
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "PAUSES", (0.1,))
+    monkeypatch.setattr(health, "PERIOD", 0.1)
+    monkeypatch.setattr(health, "FAILURES", 1)
+    servers = Servers(tmp_path, signal.SIGSTOP, last=2)
+    start = time.monotonic()
+    error = servers.run()
+    assert error.what == "The server is running but no longer answers."
+    assert "it does not answer, and is not ready" in error.why
+    assert len(servers.running) == 2
+    assert time.monotonic() - start < 60, "the hung server is not waited for"
 
 
 def test_pauses_grow_and_old_restarts_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
