@@ -28,6 +28,7 @@ SETS = ("prose", "chat")
 MAX_TOKENS, RESAMPLES = 256, 2000
 GPTQ = ("--algorithm", "gptq", "--set")
 BY_HESSIAN = (*GPTQ, "quantization.gptq.scales=hessian")
+LEARNED = ("--transform", "spinquant", "--set", "transform.kind=learned")
 ROWS: Mapping[str, Sequence[str]] = {
     "max": (),
     "mse": ("--algorithm", "mse"),
@@ -41,6 +42,8 @@ ROWS: Mapping[str, Sequence[str]] = {
     "W4A16, gptq": ("--format", "w4a16_nvfp4", *BY_HESSIAN),
     "spinquant, max": ("--transform", "spinquant"),
     "spinquant, gptq": ("--transform", "spinquant", *BY_HESSIAN),
+    "learned rotation, max": LEARNED,
+    "learned rotation, gptq": (*LEARNED, *BY_HESSIAN),
 }
 EXACT = "weights exact, activations NVFP4"
 

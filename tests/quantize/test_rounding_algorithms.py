@@ -107,6 +107,22 @@ def test_hessian_scales_leave_no_more_error_in_any_block_than_largest_magnitudes
     assert errors[0].sum() < 0.95 * errors[1].sum()
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 1000))
+def test_hessian_codes_leave_no_more_error_in_any_block_than_nearest_ones(seed: int) -> None:
+    weight, matrix, scale = problem(seed)
+    codes, scales = hessian.round_rows(weight, blocks_of(matrix), scale)
+    step = (scales.float() * scale).repeat_interleave(BLOCK, 1)
+    nearest = nvfp4.pack(nvfp4.encode(weight / step))
+    assert not torch.equal(codes, nearest)
+    errors = []
+    for made in (codes, nearest):
+        error = (nvfp4.dequantize(made, scales, scale, torch.float32) - weight).view(len(weight), -1, BLOCK)
+        errors.append(torch.einsum("rbi,bij,rbj->rb", error, blocks_of(matrix), error))
+    assert bool((errors[0] <= errors[1] * (1 + 1e-4) + 1e-9).all())
+    assert errors[0].sum() < 0.97 * errors[1].sum()
+
+
 @given(st.integers(0, 1000), st.sampled_from(["none", "activation"]))
 @settings(max_examples=20, deadline=None)
 def test_without_correlation_gptq_is_rounding(seed: int, order: str) -> None:

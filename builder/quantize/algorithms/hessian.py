@@ -1,7 +1,8 @@
-"""`hessian`: the block scale with the least error of the layer's outputs, codes by plain rounding. Imports torch.
+"""`hessian`: the block scale and the codes with the least error of the layer's outputs. Imports torch.
 
 The error of a block's weights counts as e^T H e, with the second moments H of its 16 inputs, as ModelOpt's local
-Hessian has it (0.47, quantization/model_calib.py, local_hessian_calibrate).
+Hessian has it (0.47, quantization/model_calib.py, local_hessian_calibrate), which rounds to nearest. Here the codes
+descend from there, one weight at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from builder.quantize.algorithms import block_scales
 
 # Codes as they are stored, and scales: of NVFP4 packed uint8 [rows, inputs / 2] and E4M3 [rows, inputs / 16].
 Rounded = tuple[Tensor, Tensor]
+
+SWEEPS = 2  # over the 16 weights of a block
 
 
 def round_rows(weight: Tensor, hessians: Tensor, global_scale: Tensor) -> Rounded:
@@ -31,5 +34,21 @@ def round_rows(weight: Tensor, hessians: Tensor, global_scale: Tensor) -> Rounde
     for number, hessian in enumerate(hessians):
         block = slice(number * nvfp4.BLOCK, (number + 1) * nvfp4.BLOCK)
         scales[number] = block_scales.by_error(columns[block], global_scale, hessian)
-        codes[block] = nvfp4.encode(columns[block] / (scales[number].float() * global_scale))
+        codes[block] = _codes(columns[block], scales[number].float() * global_scale, hessian)
     return nvfp4.pack(codes.T.contiguous()), scales.T.contiguous()
+
+
+def _codes(columns: Tensor, step: Tensor, hessian: Tensor) -> Tensor:
+    """Codes of columns [16, rows]: rounded to nearest, then each to where the errors of the other 15 want it.
+
+    e^T H e of a row is least in weight j at w_j + (sum over k != j of H_jk e_k) / H_jj, e = w - q, and its nearest
+    number is the best of the grid. No step raises the error.
+    """
+    ratios = columns / step
+    errors = columns - block_scales.rounded(ratios) * step
+    for _ in range(SWEEPS):
+        for number, row in enumerate(hessian):
+            wanted = columns[number] + (row @ errors) / row[number] - errors[number]
+            torch.div(wanted, step, out=ratios[number])
+            torch.sub(columns[number], block_scales.rounded(ratios[number]) * step, out=errors[number])
+    return nvfp4.encode(ratios)
