@@ -22,7 +22,7 @@ ROUNDED_ROWS = 4096  # of a weight at a time (quantize/streamed_solve.py, _ROWS)
 # (`gptq`), FACTOR_NS for each cubed input, WEIGHT_NS for each weight, CORRECTION_NS for each weight times its inputs.
 MOMENT_NS = {"hessian": 1.5, "gptq": 0.017}
 FACTOR_NS = 0.035
-WEIGHT_NS = {"hessian": 75.0, "gptq": 110.0}
+WEIGHT_NS = {"hessian": 130.0, "gptq": 110.0}
 CORRECTION_NS = 0.016
 
 
