@@ -72,6 +72,7 @@ TRTLLM_TESTS := \
   tests/checkpoint/test_conversion.py \
   tests/evaluate/test_layered.py \
   tests/formats \
+  tests/grammar \
   tests/hub/test_faults.py \
   tests/hub/test_snapshot.py \
   tests/model/test_dtypes.py \
@@ -165,13 +166,14 @@ clean: ## remove the environments
 	rm -rf $(VENV) $(TRTLLM) $(LLMCOMPRESSOR) $(MODELOPT)
 
 # torch goes first: anything else that asked for it would take the newest build with gigabytes of CUDA packages.
-# nvidia-pytriton carries the Triton server; what it depends on (cuda-python and more) serves nothing here.
+# nvidia-pytriton carries the Triton server; what it depends on (cuda-python and more) serves nothing here. Nor does the
+# compiler for GPUs (triton) that xgrammar depends on.
 $(VENV)/ready: pyproject.toml requirements/cpu.txt $(EXTENSION)
 	@$(call system_packages)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q torch==2.13.0
 	$(VENV)/bin/pip install -q -c requirements/cpu.txt -e '.[quantize,serve,container,tasks,dev]'
-	$(VENV)/bin/pip install -q --no-deps nvidia-pytriton==0.7.0
+	$(VENV)/bin/pip install -q --no-deps nvidia-pytriton==0.7.0 xgrammar==0.2.9 apache-tvm-ffi==0.1.15.post2
 	touch $@
 
 $(TRTLLM)/ready: pyproject.toml requirements/trtllm-1.2.1.txt $(EXTENSION)
@@ -179,6 +181,7 @@ $(TRTLLM)/ready: pyproject.toml requirements/trtllm-1.2.1.txt $(EXTENSION)
 	$(PYTHON) -m venv $(TRTLLM)
 	$(TRTLLM)/bin/pip install -q torch==2.13.0
 	$(TRTLLM)/bin/pip install -q -r requirements/trtllm-1.2.1.txt
+	$(TRTLLM)/bin/pip install -q --no-deps xgrammar==0.1.25
 	$(TRTLLM)/bin/pip install -q --no-deps -e .
 	touch $@
 

@@ -10,6 +10,7 @@ read, changed and tested without those above it.
     architectures   model families: tensor names, features, who serves them
     model           the source model: files, config.json, tensors, one layer computed at a time
     tokenizer       its tokenizer and chat template
+    grammar         guided decoding: JSON schemas as grammars, tokens as bytes
     hub             the Hugging Face Hub
     calibration     texts that the activation ranges are read from
     checkpoint      the quantized checkpoint: layouts, sharding, validation

@@ -10,6 +10,8 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 RUN --mount=from=wheels,target=/wheels --mount=type=bind,source=base-cpu.txt,target=/base-cpu.txt \
     python3 -m venv /opt/venv-tritonserver \
     && /opt/venv-tritonserver/bin/pip install -q --no-cache-dir --no-compile --no-index --find-links /wheels -r /base-cpu.txt \
+    && /opt/venv-tritonserver/bin/pip install -q --no-cache-dir --no-compile --no-index --find-links /wheels --no-deps \
+        xgrammar==0.2.9 apache-tvm-ffi==0.1.15.post2 \
     && python3 -c 'import compileall; compileall.compile_dir("/opt/venv-tritonserver/lib", quiet=2, workers=0)'
 # The Triton server from nvidia-pytriton, moved to where NVIDIA's images have it. The package's Python code is not used.
 RUN --mount=from=wheels,target=/wheels \

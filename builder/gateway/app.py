@@ -139,10 +139,13 @@ class Gateway:
         served, record = request.state.served, request.state.record
         record.streamed = asked.stream
         sampling, end_ids = asked.sampling(served.model), asked.end_ids(served.model)
+        guide = await served.guides.of(asked.response_format)
+        if guide and served.model.guided:  # the grammar allows nothing after these
+            end_ids = list(dict.fromkeys([*end_ids, *served.model.guided.stop_token_ids]))
         made = [
             TokenRequest(
                 ids, requests.token_limit(prompts.limit, len(ids), served.model), sampling, end_ids,
-                streaming=served.model.streams, log_probs=asked.log_probs,
+                streaming=served.model.streams, log_probs=asked.log_probs, guide=guide,
             )
             for ids in prompts.ids
         ]  # fmt: skip

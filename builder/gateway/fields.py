@@ -22,7 +22,6 @@ REFUSED: Mapping[str, tuple[Collection[Any], str]] = {
     "functions": (([],), "functions, the deprecated form of tools"),
     "function_call": (("none", "auto"), "functions, the deprecated form of tools"),
     "modalities": ((["text"],), "output other than text"),
-    "response_format": (({"type": "text"},), "guided decoding"),
     "suffix": (("",), "models that fill in the middle of a text"),
     "web_search_options": ((), "web search"),
 }

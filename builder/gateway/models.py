@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from builder.gateway.engine import Engine
 from builder.gateway.errors import ApiError
+from builder.gateway.guided import Guides
 from builder.gateway.job import Admission, Jobs
 from builder.gateway.limits import Limits
 from builder.gateway.prompts import Prompts
@@ -30,6 +31,7 @@ class Served:
     prompts: Prompts
     jobs: Jobs
     readiness: Readiness
+    guides: Guides
     created: int
     users: int = 0
 
@@ -47,8 +49,9 @@ class Served:
         self.users -= 1
 
     async def close(self) -> None:
-        """Closes the connection and ends the worker process of the chat template."""
+        """Closes the connection and ends the worker processes of chat template and grammars."""
         await self.engine.close()
+        await asyncio.to_thread(self.guides.close)
         await asyncio.to_thread(self.prompts.close)
 
 
@@ -102,4 +105,4 @@ class Models:
         log("info", "model", name=place.name, **model.explained())
         engine = Engine(place.grpc, model)
         jobs = Jobs(engine, model, self._limits, self.admission)
-        return Served(place, model, engine, prompts, jobs, Readiness(engine, model), int(time.time()))
+        return Served(place, model, engine, prompts, jobs, Readiness(engine, model), Guides(model), int(time.time()))

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from builder.gateway import tools
+from builder.gateway import guided, tools
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.fields import known
+from builder.gateway.guided import ResponseFormat
 from builder.gateway.prompts import RESERVED
 from builder.gateway.settings import Model
 from builder.gateway.tensors import Sampling
@@ -66,6 +67,7 @@ class Generation(BaseModel):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = {}
     max_tokens: MaxTokens | None = None
+    response_format: ResponseFormat | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -229,6 +231,9 @@ def check(request: ChatRequest | CompletionRequest, model: Model) -> None:
     """ApiError for what this model can't answer, and for fields that contradict each other."""
     if max(request.stop_token_ids, default=0) >= model.vocab_size:
         raise invalid(f"stop_token_ids: ids must be below {model.vocab_size}.", "stop_token_ids")
+    guided_form = request.response_format is not None and request.response_format.guides
+    if guided_form:
+        guided.check(request, model)
     if request.log_probs and model.llmapi:
         raise invalid("This server does not support logprobs.", "logprobs", "unsupported_parameter")
     if isinstance(request, ChatRequest):
@@ -238,6 +243,10 @@ def check(request: ChatRequest | CompletionRequest, model: Model) -> None:
         if request.continue_final_message and request.messages[-1].role != "assistant":
             raise invalid("continue_final_message needs an assistant's message at the end.", "messages")
         tools.check(request.tools, request.tool_choice, model)
+        if guided_form and tools.used(request.tools, request.tool_choice):
+            raise invalid(
+                "response_format can't be combined with tools; tool_choice none omits them.", "response_format"
+            )
         if request.continue_final_message and request.tools:
             raise invalid("continue_final_message can't be combined with tools.", "continue_final_message")
     else:

@@ -19,6 +19,15 @@ from builder.trtllm import references
 
 
 @dataclass(frozen=True)
+class Guided:
+    """What guided decoding of a model needs: the file of its vocabulary (builder.grammar.vocabulary), and the ids that
+    its grammars allow after a complete answer."""
+
+    file: Path
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TextSettings:
     """What the recipe says of texts (`repository`). sampling_defaults: values of requests that have none."""
 
@@ -39,6 +48,7 @@ class Model:
 
     name: of the Triton model that takes token ids. llmapi: it is TensorRT-LLM's LLM class, which returns text;
     otherwise an engine, which returns token ids. streams: it can answer token by token.
+    guided: None if the model can't follow a grammar.
     end_ids: the ids that end an answer, those of the files and the token that the chat template writes after one.
     tool_calls, reasoning: how the model writes either; None: not at all, or in no way that is known.
     special_tokens: ids of the tokens that have no text in an answer. turn_end: the end id of the chat template.
@@ -61,6 +71,7 @@ class Model:
     special_tokens: Mapping[str, int] = field(default_factory=dict)
     turn_end: int | None = None
     texts: TextSettings = field(default_factory=TextSettings)
+    guided: Guided | None = None
 
     def explained(self) -> dict[str, Any]:
         """What was derived from the model's files, for the log."""
@@ -97,7 +108,16 @@ class Model:
             reasoning=reasoning_form(template, names, facts.get("reasoning", AUTO)),
             special_tokens={one.content: id for id, one in tokenizer.get_added_tokens_decoder().items() if one.special},
             texts=TextSettings.read(facts),
+            guided=_guided(models, facts),
         )
+
+
+def _guided(models: Path, facts: Mapping[str, Any]) -> Guided | None:
+    found = facts.get("guided_decoding")
+    if not found:
+        return None
+    name = facts["models"].get("engine") or facts["models"]["generate"]
+    return Guided(models / name / found["file"], tuple(found["stop_token_ids"]))
 
 
 def tokenizer_directory(models: Path, facts: Mapping[str, Any]) -> Path:

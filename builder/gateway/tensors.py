@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tritonclient.grpc import service_pb2
 
 from builder.gateway.settings import Model
+from builder.grammar.guides import Guide
 
 FINAL = "triton_final_response"
 # Greedy with log-probabilities: with runtime_top_k 1 TensorRT-LLM normalizes over the single candidate and reports 0
@@ -46,7 +47,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A prompt of token ids, and how to continue it. `log_probs`: also return each token's log-probability."""
+    """A prompt of token ids, and how to continue it.
+
+    log_probs: also return each token's log-probability. guide: the grammar of the answer.
+    """
 
     ids: Sequence[int]
     max_tokens: int
@@ -54,6 +58,7 @@ class TokenRequest:
     end_ids: Sequence[int]
     streaming: bool
     log_probs: bool = False
+    guide: Guide | None = None
 
 
 class Step(NamedTuple):
@@ -133,6 +138,7 @@ def _engine(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str
         for id, value in how.bias.items():
             bias[id] = value
         tensors.append(Tensor("embedding_bias", "FP32", (model.vocab_size,), bias.tobytes()))
+    tensors += _guide(request.guide)
     if request.log_probs:
         tensors.append(_flag("return_log_probs", True))
     return tensors, ["output_ids", "sequence_length", *(["output_log_probs"] if request.log_probs else [])]
@@ -159,7 +165,21 @@ def _llmapi(request: TokenRequest) -> tuple[list[Tensor], list[str]]:
         tensors.append(Tensor(f"{prefix}seed", "UINT64", (1,), struct.pack("<Q", how.seed)))
     if how.min_tokens:
         tensors.append(_ints(f"{prefix}min_tokens", [how.min_tokens]))
+    tensors += _guide(request.guide)
     return tensors, ["text_output", "finish_reason"]
+
+
+def _guide(guide: Guide | None) -> list[Tensor]:
+    if guide is None:
+        return []
+    names = ("guided_decoding_guide_type", "guided_decoding_guide")
+    found = [Tensor(name, "BYTES", (1,), _bytes(text)) for name, text in zip(names, guide, strict=True)]
+    return found if guide.text else found[:1]
+
+
+def _bytes(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<I", len(raw)) + raw
 
 
 def _ints(name: str, values: Sequence[int]) -> Tensor:

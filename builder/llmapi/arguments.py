@@ -54,6 +54,7 @@ UNUSED = (
     "repository.postprocessing_instances",
     "repository.bls_instances",
     "repository.max_queue_delay_microseconds",
+    "repository.guided_decoding",
 )
 
 

@@ -167,6 +167,9 @@ class Repository(Part):
     enable_kv_cache_reuse: Annotated[bool | None, Field(description="default: if the engine supports it")] = None
     enable_chunked_context: Annotated[bool | None, Field(description="default: if the engine supports it")] = None
     exclude_input_in_output: Annotated[bool, Field(description="leave the prompt out of the answer")] = True
+    guided_decoding: Annotated[
+        bool | None, Field(description="answers that follow a JSON schema; default: if the engine supports it")
+    ] = None
     end_ids: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...] | None,
         Field(min_length=1, description="token ids that end an answer; default: from the model's files"),

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from builder.grammar.matching import NOT_INSTALLED, Compiler, Match
 from builder.reference.request import Limits, Request, Tensors, is_stop, read
 from builder.reference.sampling import RequestError
 from builder.reference.scheduler import Scheduler, Sequence
@@ -44,6 +45,8 @@ class TritonPythonModel:
         self._logits_dtypes = {t["name"]: pb_utils.triton_string_to_numpy(t["data_type"]) for t in config["output"]}
         self._limit_threads()
         engine = self._engine_directory(Path(args.get("model_repository", "")))
+        self._vocabulary = self._vocabulary_file(args)
+        self._compiler: Compiler | None = None
         self._limits = Limits.read(
             json.loads((engine / "config.json").read_text(encoding="utf-8")),
             chunked_context=self._flag("enable_chunked_context", False),
@@ -81,7 +84,10 @@ class TritonPythonModel:
                 raise RequestError("A request with more than one prompt needs decoupled mode.")
             if not self._decoupled and reply.rows[0].streaming:
                 raise RequestError("Streaming is only supported if the model is deployed in decoupled mode.")
-            self._scheduler.submit([_sequence(row, index, reply) for index, row in enumerate(reply.rows)])
+            matches = [self._match(row) for row in reply.rows]
+            self._scheduler.submit(
+                [_sequence(row, index, reply, matches[index]) for index, row in enumerate(reply.rows)]
+            )
         except Exception as error:  # every request gets a response
             reply.send_error(error)
 
@@ -98,6 +104,35 @@ class TritonPythonModel:
             raise ValueError(f"gpt_model_path {directory} has no config.json")
         return directory
 
+    def _vocabulary_file(self, args: Mapping[str, str]) -> Path | None:
+        """The file that guided decoding reads, as the C++ backend finds it (getGuidedDecodingConfigFromParams); None if
+        the parameters do not turn it on. A relative path begins at the model's directory."""
+        name: str = self._parameters.get("xgrammar_tokenizer_info_path", "")
+        kind = self._parameters.get("guided_decoding_backend", "")
+        if not name or not kind:
+            return None
+        if kind != "xgrammar":
+            raise ValueError(f"guided_decoding_backend is {kind}; only xgrammar is supported")
+        file = Path(str(args["model_repository"])) / name
+        if not file.is_file():
+            raise ValueError(f"xgrammar_tokenizer_info_path {file} does not exist")
+        return file
+
+    def _match(self, row: Request) -> Match | None:
+        """The place in a row's grammar. RequestError if it can't be compiled, or this model has none."""
+        if row.guide is None:
+            return None
+        if self._vocabulary is None:
+            raise RequestError("This model has no guided decoding (guided_decoding_backend is empty).")
+        try:
+            if self._compiler is None:
+                self._compiler = Compiler(self._vocabulary, self._limits.vocab_size)
+            return self._compiler.match(row.guide)
+        except ModuleNotFoundError:
+            raise RequestError(f"{NOT_INSTALLED}.") from None
+        except ValueError as error:
+            raise RequestError(f"guided_decoding_guide can't be used: {error}") from None
+
     def _flag(self, name: str, default: bool) -> bool:
         value = self._parameters.get(name, "").strip().lower()
         return value in ("1", "true") if value else default
@@ -108,7 +143,7 @@ class TritonPythonModel:
         torch.set_num_threads(int(wanted) if wanted.isdigit() and int(wanted) else max(1, (os.cpu_count() or 2) // 2))
 
 
-def _sequence(request: Request, row: int, reply: Reply) -> Sequence:
+def _sequence(request: Request, row: int, reply: Reply, match: Match | None) -> Sequence:
     return Sequence(
         prompt=request.prompt,
         max_tokens=request.max_tokens,
@@ -120,6 +155,7 @@ def _sequence(request: Request, row: int, reply: Reply) -> Sequence:
         keep_generation_logits=request.generation_logits,
         request_id=reply.request_id,
         row=row,
+        match=match,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from builder.grammar.guides import KINDS, Guide
 from builder.reference.sampling import RequestError, Sampling, Words
 
 Tensors = Mapping[str, "np.ndarray[Any, Any]"]
@@ -36,8 +37,6 @@ _UNSUPPORTED = {
     "lora_weights": "LoRA",
     "lora_config": "LoRA",
     "context_phase_params": "disaggregated serving",
-    "guided_decoding_guide_type": "guided decoding",
-    "guided_decoding_guide": "guided decoding",
     "runtime_top_p_min": "top-p decay",
     "runtime_top_p_decay": "top-p decay",
     "runtime_top_p_reset_ids": "top-p decay",
@@ -79,7 +78,7 @@ class Request:
     """One row of a request, validated: the prompt, its sampling parameters, and which outputs to return.
 
     end_id: None if the request has none. exclude_input: whether output_ids leave the prompt out. log_probs, logits and
-    counts are returned if the field is true.
+    counts are returned if the field is true. guide: the grammar of the answer.
     """
 
     prompt: list[int]
@@ -94,6 +93,7 @@ class Request:
     generation_logits: bool
     count_input: bool
     count_output: bool
+    guide: Guide | None = None
 
 
 def is_stop(tensors: Tensors) -> bool:
@@ -173,7 +173,32 @@ def _row(
         generation_logits=bool(get("return_generation_logits", False)),
         count_input=bool(get("return_num_input_tokens", False)),
         count_output=bool(get("return_num_output_tokens", False)),
+        guide=_guide(tensors, row, sampling),
     )
+
+
+def _guide(tensors: Tensors, row: int, sampling: Sampling) -> Guide | None:
+    """The grammar of a row's answer. The C++ backend ignores a kind that it does not know."""
+    kind, text = (_text(tensors, f"guided_decoding_guide{suffix}", row) for suffix in ("_type", ""))
+    if kind is None and text is None:
+        return None
+    if kind not in KINDS:
+        raise RequestError(f"guided_decoding_guide_type must be one of {', '.join(KINDS)}.")
+    if kind != "json" and not text:
+        raise RequestError(f"guided_decoding_guide is missing; the type {kind} needs one.")
+    if sampling.min_tokens:
+        raise RequestError("min_tokens can't be used with a guide: a complete answer has nothing else to follow.")
+    return Guide(kind, text or "")
+
+
+def _text(tensors: Tensors, name: str, row: int) -> str | None:
+    value = _scalar(tensors, name, row, None)
+    if value is None:
+        return None
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError:
+        raise RequestError(f"{name} is not valid UTF-8.") from None
 
 
 def _sampling(tensors: Tensors, row: int, vocab_size: int) -> Sampling:

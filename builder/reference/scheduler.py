@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from builder.grammar.matching import Match
 from builder.reference.sampling import Choice, Sampling, Words, adjust, choose, ends_with
 
 # Asking Triton whether a request was cancelled is a message to another process, so not for every token. TensorRT-LLM's
@@ -51,7 +52,7 @@ class Sequence:
     """A prompt, its sampling parameters, and the tokens generated so far, without the end token.
 
     row: which prompt of a request with several this is. keep_context_logits, keep_generation_logits: whether the logits
-    of prompt and generated tokens are kept.
+    of prompt and generated tokens are kept. match: the place in the grammar that guides the answer.
     """
 
     prompt: list[int]
@@ -64,6 +65,7 @@ class Sequence:
     keep_generation_logits: bool = False
     request_id: str = ""
     row: int = 0
+    match: Match | None = None
 
     generated: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -89,7 +91,8 @@ class Sequence:
         else:
             logits = model.forward(torch.tensor(self.generated[-1:], dtype=torch.int64), self._cache)
         ids = self.prompt + self.generated
-        adjusted = adjust(logits[-1], ids, len(self.generated), self.end_id, self.sampling)
+        allowed = self.match.masked(logits[-1]) if self.match else logits[-1]
+        adjusted = adjust(allowed, ids, len(self.generated), self.end_id, self.sampling)
         self._accept(choose(adjusted, self.sampling, self._generator), logits[-1])
 
     def _accept(self, choice: Choice, logits: Tensor) -> None:
@@ -97,11 +100,13 @@ class Sequence:
             self.finish_reason = "end_id"
             return
         self.generated.append(choice.token)
+        if self.match:
+            self.match.accept(choice.token)
         self.log_probs.append(choice.reported_log_prob)
         self.cumulative_log_prob += choice.log_prob
         if self.keep_generation_logits:
             self.generation_logits.append(logits)
-        if ends_with(self.prompt + self.generated, self.stop_words):
+        if (self.match and self.match.ended) or ends_with(self.prompt + self.generated, self.stop_words):
             self.finish_reason = "stop_word"
         elif len(self.generated) >= self.max_tokens:
             self.finish_reason = "length"

@@ -20,6 +20,8 @@ SERVED_SOURCES = (
     "builder/trtllm/references.py",
     "builder/architectures",
     "builder/model/rope.py",
+    "builder/grammar/guides.py",
+    "builder/grammar/matching.py",
     "builder/reference",
     "builder/recipe/target_facts.py",
     "builder/formats",

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from builder.core import manifest as manifests
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.store import MANIFEST, Artifact, Store, library_versions, read, sources_digest
+from builder.grammar import vocabulary
 from builder.model.files import json_object
 from builder.recipe import schema
 from builder.recipe.target_facts import ENGINE, REFERENCE
 from builder.tokenizer import files as tokenizer_files
-from builder.triton import engine_parameters, model_config, stream_capacity
+from builder.triton import engine_parameters, guided_decoding, model_config, stream_capacity
 from builder.triton.template_values import TOKENIZER_DIR, template_files, template_values, text_facts
 from builder.trtllm import compatibility, references
 
@@ -67,6 +68,7 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
             "builder/triton/repository.py",
             "builder/triton/model_config.py",
             "builder/triton/engine_parameters.py",
+            "builder/triton/guided_decoding.py",
             "builder/triton/sampling_tensors.py",
             "builder/triton/stream_capacity.py",
             "builder/triton/template_values.py",
@@ -74,6 +76,7 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
             "builder/trtllm/mismatch.py",
             "builder/trtllm/references.py",
             "builder/trtllm/parameter_rules.py",
+            "builder/grammar",
             "builder/model/files.py",
             "builder/model/multimodal.py",
             "builder/tokenizer/files.py",
@@ -153,9 +156,14 @@ def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -
 
     `engine` and `snapshot` are the directories of the engine and of the model's files. Errors as for `render`.
     """
+    _check_tokenizer(snapshot)
     config = json_object(engine / "config.json")
     texts = text_facts(snapshot, part)
-    values = template_values(references.relative(engine, models / compatibility.ENGINE_MODEL), config, texts, part)
+    vocab_size = config["pretrained_config"]["vocab_size"]
+    stops = guided_decoding.stop_token_ids(snapshot, texts["end_ids"], vocab_size)
+    guided = guided_decoding.check(part, config, stops)
+    reference = references.relative(engine, models / compatibility.ENGINE_MODEL)
+    values = template_values(reference, config, texts, part, guided=guided)
     templates, _ = template_files(config["version"])
     for source in sorted(path.parent for path in templates.glob("*/config.pbtxt.j2")):
         if source.name == "ensemble_infer" and not part.decoupled:
@@ -166,9 +174,17 @@ def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -
         code = templates / SAME_CODE.get(source.name, source.name) / "1" / "model.py"
         if code.is_file():
             shutil.copyfile(code, model / "1" / "model.py")
-    _copy_tokenizer(snapshot, models / TOKENIZER_DIR)
+    (models / TOKENIZER_DIR).mkdir(parents=True)
+    tokenizer_files.copy(snapshot, models / TOKENIZER_DIR)
+    if guided:
+        vocabulary.write(
+            models / TOKENIZER_DIR, models / guided_decoding.MODEL / guided_decoding.FILE, vocab_size, stops
+        )
     model_config.check(models, max_batch_size=values["max_batch_size"], decoupled=part.decoupled)
-    return {**_facts(engine, config, texts, part), "engine": references.relative(engine, models.parent)}
+    facts = {**_facts(engine, config, texts, part), "engine": references.relative(engine, models.parent)}
+    if guided:
+        facts["guided_decoding"] = {"file": guided_decoding.FILE, "stop_token_ids": stops}
+    return facts
 
 
 def repository_key(repository: Repository) -> str:
@@ -208,11 +224,9 @@ def _facts(
     }
 
 
-def _copy_tokenizer(snapshot: Path, target: Path) -> None:
+def _check_tokenizer(snapshot: Path) -> None:
     if not (snapshot / "tokenizer.json").is_file():
         raise UnsupportedError(
             f"{snapshot} has no tokenizer.json, the only tokenizer format that can be served.",
             hint="Create it: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
         )
-    target.mkdir(parents=True)
-    tokenizer_files.copy(snapshot, target)

@@ -12,7 +12,7 @@ from builder.core.errors import UnsupportedError
 from builder.recipe import schema
 from builder.tokenizer.sampling_defaults import sampling_defaults
 from builder.tokenizer.special_ids import special_ids
-from builder.triton import engine_parameters, sampling_tensors, stream_capacity
+from builder.triton import engine_parameters, guided_decoding, sampling_tensors, stream_capacity
 from builder.trtllm.compatibility import LOGITS_TYPES
 
 TOKENIZER_DIR = "preprocessing/1/tokenizer"  # relative to the model repository
@@ -51,12 +51,12 @@ def text_facts(snapshot: Path, part: schema.Repository) -> dict[str, Any]:
 
 
 def template_values(
-    engine: str, config: Mapping[str, Any], texts: Mapping[str, Any], part: schema.Repository
+    engine: str, config: Mapping[str, Any], texts: Mapping[str, Any], part: schema.Repository, *, guided: bool
 ) -> dict[str, Any]:
     """Every value that the templates use.
 
     `engine` is the engine's path from the model's directory, `config` its config.json, `texts` what `text_facts` says
-    of the model, `part` the recipe's `repository`.
+    of the model, `part` the recipe's `repository`. `guided`: whether it has guided decoding.
     """
     pretrained, build = config["pretrained_config"], config["build_config"]
     tensors = _tensors(config["version"], pretrained["logits_dtype"])
@@ -105,6 +105,7 @@ def template_values(
             "context_logits": _lower(bool(build.get("gather_context_logits"))),
         },
         "engine": engine_parameters.values(engine_parameters.resolve(config, part, engine)),
+        "guided": guided_decoding.parameters(guided),
         "bls": {
             "engine_decoupled": _lower(part.decoupled),
             "exclude_input_in_output": _lower(part.exclude_input_in_output),

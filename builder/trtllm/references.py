@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 # Parameters of config.pbtxt, and keys of the llmapi target's model.yaml, that are such paths.
-PARAMETERS = ("gpt_model_path",)
+PARAMETERS = ("gpt_model_path", "xgrammar_tokenizer_info_path")
 ARGUMENTS = ("model",)
 
 

@@ -96,6 +96,7 @@ CHAIN: dict[str, tuple[Any, str | None]] = {
     "repository.exclude_input_in_output": (False, "repository"),
     "repository.end_ids": ([3], "repository"),
     "repository.parameters": ({"multi_block_mode": False}, "repository"),
+    "repository.guided_decoding": (False, "repository"),
     "repository.add_special_tokens": (False, "repository"),
     "repository.skip_special_tokens": (False, "repository"),
     "repository.parse_special_tokens": ("never", "repository"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,16 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import exports
+import jsonschema
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from printed_json import first_object
+from pydantic import BaseModel, Field
 
 from builder import pipeline
 from builder.cli import main
@@ -29,6 +34,7 @@ from builder.core.store import Store
 from builder.gateway.listener import authority, listen
 from builder.recipe import schema
 from builder.serving.client import Client, Request
+from tests.grammar.test_json_schema import SCHEMAS, valid
 
 KEY = "sk-test"
 TALK: Any = [{"role": "user", "content": "Return the number of items in the list."}]
@@ -76,6 +82,86 @@ def test_greedy_text_is_that_of_the_other_ways(served: dict[str, Any], built: Pa
             stream = client.completions.create(**asked, stream=True)
             assert "".join(event.choices[0].text for event in stream) == text
             assert direct.grpc_stream(Request(prompt, 24)).text == text
+
+
+PERSON: Any = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "tags": {"type": "array", "items": {"enum": ["new", "old"]}, "maxItems": 2},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def form(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+def test_an_answer_follows_a_json_schema_streamed_or_not(served: dict[str, Any]) -> None:
+    asked: Any = {"model": "tiny", "messages": TALK, "max_tokens": 200, "response_format": form(PERSON)}
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        for seed in range(3):
+            [choice] = client.chat.completions.create(**asked, seed=seed).choices
+            assert choice.finish_reason == "stop"
+            jsonschema.validate(json.loads(choice.message.content or ""), PERSON)
+            stream = client.chat.completions.create(**asked, seed=seed, stream=True)
+            assert "".join(event.choices[0].delta.content or "" for event in stream) == choice.message.content
+        several = client.chat.completions.create(**asked, n=3)
+        for choice in several.choices:
+            jsonschema.validate(json.loads(choice.message.content or ""), PERSON)
+        cut = client.chat.completions.create(**{**asked, "max_tokens": 3}).choices[0]
+        assert cut.finish_reason == "length", "an answer that max_tokens ended is no JSON"
+        whole = client.completions.create(
+            model="tiny", prompt="x", max_tokens=300, extra_body={"response_format": {"type": "json_object"}}
+        ).choices[0]
+        assert whole.text.startswith("{")
+        assert whole.finish_reason == "length" or isinstance(json.loads(whole.text), dict)
+
+
+def test_pydantic_models_are_parsed_by_the_openai_client(served: dict[str, Any]) -> None:
+    class Person(BaseModel):
+        name: Annotated[str, Field(max_length=8)]
+        kind: Literal["a", "b"]
+
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        asked: Any = {"model": "tiny", "messages": TALK, "max_tokens": 100, "response_format": Person}
+        parsed = client.chat.completions.parse(**asked).choices[0].message.parsed
+    assert isinstance(parsed, Person)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schema=SCHEMAS, seed=st.integers(0, 1 << 30))
+def test_finished_answers_of_the_model_fulfil_any_schema(served: dict[str, Any], schema: Any, seed: int) -> None:
+    asked: Any = {"model": "tiny", "messages": TALK, "max_tokens": 60, "response_format": form(schema), "seed": seed}
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        [choice] = client.chat.completions.create(**asked).choices
+    if choice.finish_reason == "stop":
+        valid((choice.message.content or "").encode(), schema)
+
+
+def test_tritons_own_clients_can_send_a_guide(served: dict[str, Any]) -> None:
+    body = {
+        "text_input": "x",
+        "max_tokens": 8,
+        "guided_decoding_guide_type": "regex",
+        "guided_decoding_guide": "[a-c]{4}",
+    }
+
+    def generate(**change: Any) -> dict[str, Any]:
+        url = f"{served['http']}/v2/models/ensemble/generate"
+        url = url if url.startswith("http") else f"http://{url}"
+        request = urllib.request.Request(url, json.dumps({**body, **change}).encode())
+        try:
+            with urllib.request.urlopen(request) as response:
+                return dict(json.load(response))
+        except urllib.error.HTTPError as error:
+            return dict(json.load(error))
+
+    assert re.fullmatch("[a-c]{4}", generate()["text_output"])
+    assert "guided_decoding_guide can't be used" in generate(guided_decoding_guide="(")["error"]
 
 
 def test_sampling_depends_on_the_seed(served: dict[str, Any]) -> None:

@@ -134,11 +134,43 @@ def test_the_maps_of_bls_name_existing_tensors(tmp_path: Path) -> None:
 
 def test_parameters_without_a_default_in_the_cpp_backend_are_set(tmp_path: Path) -> None:
     values = parameters(written(tmp_path)[0]["tensorrt_llm"])
-    for name in ("tokenizer_dir", "guided_decoding_backend", "xgrammar_tokenizer_info_path"):
-        assert values[name] == ""
+    assert values["tokenizer_dir"] == ""
     assert values["gpt_model_type"] == "inflight_fused_batching"
     assert values["exclude_input_in_output"] == "true"
     assert values["FORCE_CPU_ONLY_INPUT_TENSORS"] == "no"
+
+
+GUIDED = {"guided_decoding_backend": "xgrammar", "xgrammar_tokenizer_info_path": "1/xgrammar_tokenizer_info.json"}
+
+
+def test_guided_decoding_gets_its_file_and_stops_where_the_chat_template_does(tmp_path: Path) -> None:
+    found, facts = written(tmp_path)
+    assert parameters(found["tensorrt_llm"]).items() >= GUIDED.items()
+    assert facts["guided_decoding"] == {"file": GUIDED["xgrammar_tokenizer_info_path"], "stop_token_ids": [4089, 4087]}
+    content = json.loads((tmp_path / "models/tensorrt_llm/1/xgrammar_tokenizer_info.json").read_text())
+    assert content["stop_token_ids"] == [4089, 4087]
+    assert len(content["encoded_vocab"]) <= 4096
+
+
+@pytest.mark.parametrize("change", [{"pretrained": {"logits_dtype": "bfloat16"}}, {"build_config": {"mode": "eagle"}}])
+def test_guided_decoding_is_off_where_the_engine_cant(tmp_path: Path, change: dict[str, Any]) -> None:
+    if "build_config" in change:
+        build = {"max_batch_size": 8, "max_input_len": 128, "max_seq_len": 256, "plugin_config": {}}
+        change = {"build_config": {**build, "speculative_decoding_mode": 8}}
+    engine = write_engine(tmp_path / "engine", **change)
+    found, facts = written(tmp_path, engine)
+    for name in ("tokenizer_dir", *GUIDED):
+        assert parameters(found["tensorrt_llm"])[name] == ""
+    assert "guided_decoding" not in facts
+    with pytest.raises(UsageError, match="guided_decoding can't be used with this engine"):
+        written(tmp_path / "asked", engine, guided_decoding=True)
+
+
+def test_guided_decoding_can_be_turned_off(tmp_path: Path) -> None:
+    found, facts = written(tmp_path, guided_decoding=False)
+    assert parameters(found["tensorrt_llm"])["guided_decoding_backend"] == ""
+    assert "guided_decoding" not in facts
+    assert not (tmp_path / "models/tensorrt_llm/1/xgrammar_tokenizer_info.json").exists()
 
 
 @pytest.mark.parametrize("paged", [True, False])

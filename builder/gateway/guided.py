@@ -1,0 +1,168 @@
+"""response_format: answers that follow a JSON schema.
+
+A schema becomes a grammar here (builder.grammar), and a worker process compiles the grammar within limits before the
+engine gets it: an engine compiles it in the loop that serves everyone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from builder.core import workers
+from builder.gateway.errors import ApiError, invalid
+from builder.gateway.settings import Guided, Model
+from builder.grammar import json_schema
+from builder.grammar.errors import GrammarError
+from builder.grammar.guides import Guide
+from builder.tokenizer import chat_template
+
+LARGEST = 64 << 10  # characters of a schema
+LARGEST_GRAMMAR = 1 << 20  # characters
+COMPILE_SECONDS, START_SECONDS = 5.0, 120.0
+REMEMBERED = 256  # grammars that were compiled
+PARAM = "response_format"
+
+
+class JsonSchema(BaseModel):
+    """A named schema. Only `schema` and `strict` have an effect."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
+
+    name: Annotated[str, Field(max_length=256)] = ""
+    description: str | None = None
+    content: Annotated[dict[str, Any] | bool, Field(alias="schema")] = {}
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form of an answer."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def guides(self) -> bool:
+        """Whether a grammar guides the answer."""
+        return self.type != "text"
+
+
+class Asked(Protocol):
+    """What is looked at of a request."""
+
+    response_format: ResponseFormat | None
+    ignore_eos: bool
+    min_tokens: int
+
+
+def check(request: Asked, model: Model) -> None:
+    """ApiError if this request and this model can't have a grammar."""
+    if model.guided is None:
+        raise invalid("This server has no guided decoding: omit response_format.", PARAM, "unsupported_parameter")
+    if (
+        request.response_format
+        and request.response_format.type == "json_schema"
+        and not request.response_format.json_schema
+    ):
+        raise invalid("response_format.json_schema is missing.", PARAM)
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(request, name):
+            raise invalid(f"{name} can't be combined with response_format: a complete answer ends.", name)
+
+
+class Guides:
+    """Makes the guides of one model's answers. `close` ends the worker process."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._verdicts: OrderedDict[str, str] = OrderedDict()  # grammar -> why it can't be used; "" if it can
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._thread = ThreadPoolExecutor(1, "grammar")  # the worker compiles one grammar at a time
+
+    def close(self) -> None:
+        """Ends the worker process."""
+        self._thread.submit(self._stop).result()
+        self._thread.shutdown()
+
+    async def of(self, form: ResponseFormat | None) -> Guide | None:
+        """The guide of a response_format. ApiError if it can't be used."""
+        if form is None or not form.guides:
+            return None
+        if form.json_schema is None or form.type == "json_object":
+            return await self._checked(json_schema.any_object(), PARAM)
+        return await self.schema(form.json_schema.content, strict=bool(form.json_schema.strict), param=PARAM)
+
+    async def schema(self, schema: Any, *, strict: bool, param: str) -> Guide:
+        """The guide of a JSON schema. ApiError, about `param`, if it is too large or can't be used.
+
+        strict: also for keywords that the grammar does not fulfil; otherwise those are ignored.
+        """
+        size = len(json.dumps(schema))
+        if size > LARGEST:
+            raise invalid(
+                f"The schema has {size} characters; at most {LARGEST} are possible.", param, "schema_too_large"
+            )
+        try:
+            text = await asyncio.to_thread(json_schema.grammar, schema, strict=strict)
+        except (GrammarError, RecursionError) as error:
+            raise invalid(f"The schema can't be used: {error}", param, "invalid_schema") from None
+        return await self._checked(text, param)
+
+    async def _checked(self, text: str, param: str) -> Guide:
+        if len(text) > LARGEST_GRAMMAR:
+            raise invalid("The schema is too complex.", param, "schema_too_large")
+        why = self._verdicts.get(text)
+        if why is None:
+            why = await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, text)
+            self._verdicts[text] = why
+            if len(self._verdicts) > REMEMBERED:
+                self._verdicts.popitem(last=False)
+        else:
+            self._verdicts.move_to_end(text)
+        if why:
+            raise invalid(f"The schema can't be used: {why}", param, "invalid_schema")
+        return Guide("ebnf_grammar", text)
+
+    def _compile(self, text: str) -> str:
+        """In the thread: why the grammar can't be used, or "". ApiError if there is no compiler."""
+        if self._worker is None:
+            self._worker = self._start()
+        assert self._worker.stdin is not None
+        try:
+            self._worker.stdin.write(json.dumps({"kind": "ebnf_grammar", "text": text}).encode() + b"\n")
+            self._worker.stdin.flush()
+            response = chat_template.read_response(self._worker, wall=COMPILE_SECONDS)
+        except BrokenPipeError:
+            response = {"error": "crashed", "why": "its process exited"}
+        if response.get("error") in ("endless", "crashed"):
+            self._stop()
+            return "compiling it takes too long or too much memory"
+        return str(response.get("why", ""))
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        guided: Guided | None = self._model.guided
+        assert guided is not None
+        arguments = (str(guided.file.absolute()), str(self._model.vocab_size))
+        worker = chat_template.start_worker(workers.GRAMMAR, *arguments, stdin=subprocess.PIPE)
+        response = chat_template.read_response(worker, wall=START_SECONDS)
+        if "error" in response:
+            worker.kill()
+            worker.communicate()
+            raise ApiError(
+                500, "This server can't compile grammars.", code="guided_decoding_unavailable", detail=response["why"]
+            )
+        return worker
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker.communicate()
+            self._worker = None

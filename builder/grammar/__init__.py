@@ -1,0 +1,1 @@
+"""Guided decoding: JSON schemas as grammars, and the tokens of a model as the bytes that a grammar reads."""

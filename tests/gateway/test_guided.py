@@ -1,0 +1,77 @@
+"""response_format at the gateway: bad and hostile schemas get 400 in time, and never reach the engine."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.conftest import MODEL, Running
+
+TALK: Any = [{"role": "user", "content": "x"}]
+
+
+def asked(client: openai.OpenAI, schema: Any, *, strict: bool = False) -> str:
+    """The error message for a schema; "" if there is none. (The stand-in for the engine ignores the grammar.)"""
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": strict}}
+    try:
+        client.chat.completions.create(model=MODEL, messages=TALK, max_tokens=4, response_format=form)
+    except openai.BadRequestError as error:
+        return error.message if error.param == "response_format" else f"not about response_format: {error}"
+    return ""
+
+
+def deep(levels: int) -> Any:
+    made: Any = {"type": "null"}
+    for _ in range(levels):
+        made = {"type": "array", "items": made}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "text"}, "#: the type 'text' is not one of JSON's"),
+        ({"type": "object", "properties": {"a": {"type": "string", "pattern": "("}}}, "#/properties/a: the pattern"),
+        ({"enum": ["x" * 70_000]}, "The schema has 70014 characters; at most 65536 are possible."),
+        (deep(100), "nested more than 64 deep"),
+        ({"$ref": "#"}, "# refers to itself"),
+    ],
+)
+def test_a_schema_that_cant_be_used_is_named(client: openai.OpenAI, schema: Any, says: str) -> None:
+    assert says in asked(client, schema)
+
+
+def test_strict_refuses_more(client: openai.OpenAI) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    assert "uniqueItems is not supported here" in asked(client, schema, strict=True)
+    assert asked(client, schema) == ""
+
+
+HOSTILE: list[Any] = [
+    {"type": "string", "pattern": "((a{0,1000}){0,1000}){0,1000}"},
+    {"type": "string", "pattern": "(" * 400 + "a" + ")*" * 400},
+    {"type": "string", "minLength": 99_999, "maxLength": 100_000},
+    {"type": "array", "minItems": 90_000, "items": {"type": "array", "minItems": 90_000, "items": {"enum": [1, 2]}}},
+    {"anyOf": [{"type": "string", "pattern": f"(a|b|{n})*c(d|e){{0,50}}"} for n in range(800)]},
+    {"type": "object", "properties": {f"p{n}": {"type": "number", "minimum": 0.123456789} for n in range(900)}},
+    {"$ref": "#/$defs/0",
+     "$defs": {"40": {}} | {f"{n}": {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(40)}},
+]  # fmt: skip
+
+
+def test_hostile_schemas_hold_up_nobody(gateway: Running) -> None:
+    with gateway.client(timeout=60) as client, ThreadPoolExecutor(1) as other:
+        attack = other.submit(lambda: [asked(client, schema) for schema in HOSTILE])
+        slowest = 0.0
+        while not attack.done():
+            start = time.monotonic()
+            client.chat.completions.create(model=MODEL, messages=TALK, max_tokens=4)
+            slowest = max(slowest, time.monotonic() - start)
+            time.sleep(0.05)
+        attack.result()
+        assert slowest < 3, "requests without a schema go on"
+        assert asked(client, {"type": "object"}) == "", "and so do those with one"
