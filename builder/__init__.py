@@ -32,6 +32,7 @@ read, changed and tested without those above it.
     report          a finished build as a page and tables
     pipeline        the stages of a build, in order
     recommend       the cheapest recipe within a budget of loss and bytes
+    sweep           many recipes, built and measured with shared work done once
     plan            what a build would do
     cli             the command line
 """

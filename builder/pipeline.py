@@ -220,9 +220,12 @@ def _run_stages(
     snapshot = fetch(recipe.model, store=store, source=prepared.source, before=before, arrived=arrived)
     if early.ahead:
         early.ahead.complete()
-    if "checkpoint" not in wanted:
+    if "transform" not in wanted:
         return Built(snapshot)
-    tell(prepared, store)
+    if "checkpoint" in wanted:
+        tell(prepared, store)
+    elif prepared.quantized is not None:
+        return Built(snapshot, prepared)
     if prepared.quantized is not None:
         imported = _imported(prepared, prepared.quantized, snapshot, store)
         named = prepared.quantized.original
@@ -232,6 +235,10 @@ def _run_stages(
 
     source, snapshot = snapshot, _transformed(prepared, snapshot, store)
     rotated_from = source if recipe.transform.rotates else None
+    if "checkpoint" not in wanted:
+        part = prepared.calibration if "calibration" in wanted else None
+        rows = calibrate(part, store=store) if part else None
+        return Built(snapshot, prepared, rows, original=rotated_from)
     if recipe.quantization.as_it_is:
         plain = Built(snapshot, prepared, checkpoint=write_checkpoint(snapshot, store=store), original=rotated_from)
         return _serve(plain, wanted, store)

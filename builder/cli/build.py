@@ -28,11 +28,13 @@ TITLE = "build"
 
 
 def add(commands: Any) -> None:
-    """Adds build, plan, fetch, quantize, engine and render."""
+    """Adds build, plan, fetch, transform, calibrate, quantize, engine and render."""
     _add_build(commands)
     _add_plan(commands)
-    stages = {
+    stages: dict[str, tuple[str | None, str]] = {
         "fetch": ("download the model and verify its files", "--revision main"),
+        "transform": (None, "--transform spinquant"),  # a step of a sweep
+        "calibrate": (None, "--calib-data rows.jsonl"),
         "quantize": ("stop at the checkpoint, in both layouts", "--calib-data rows.jsonl"),
         "engine": ("stop at the engine", "--tp 2"),
         "render": ("stop at the Triton repository; do not serve it", "--preset throughput"),
@@ -72,7 +74,7 @@ def _add_plan(commands: Any) -> None:
     command.add_argument("--all", action="store_true", help="also print defaults, every card and the launch command")
 
 
-def _add_stages(commands: Any, name: str, text: str, examples: list[str]) -> argparse.ArgumentParser:
+def _add_stages(commands: Any, name: str, text: str | None, examples: list[str]) -> argparse.ArgumentParser:
     command = add_command(commands, name, text, run_build, examples=examples)
     add_recipe(command)
     add_output(command)
@@ -83,7 +85,7 @@ def _add_stages(commands: Any, name: str, text: str, examples: list[str]) -> arg
 
 
 def run_build(arguments: argparse.Namespace, out: Output) -> int:
-    """build, fetch, quantize, engine or render: runs the chain as far as the command's name says."""
+    """build, or one of the commands that stop earlier: runs the chain as far as the command's name says."""
     if getattr(arguments, "dry_run", False):
         return run_plan(arguments, out)
     resolved = resolve(arguments)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from builder.cli import recommend
+from builder.cli import recommend, sweep
 from builder.cli.options import (
     add_command,
     add_force,
@@ -65,6 +65,7 @@ def add(commands: Any) -> None:
     add_output(command)
 
     recommend.add(commands)
+    sweep.add(commands)
     command = add_command(
         commands, "inspect", "check a checkpoint: NaN, scales, shapes, bits per weight", run_inspect,
         examples=["builder inspect artifacts/checkpoint/0123456789abcdef", "builder inspect ./Qwen3-8B-NVFP4 --json"],

@@ -61,8 +61,8 @@ def add_command(
     """Adds a command with the options that every command has.
 
     `commands` is what ArgumentParser.add_subparsers returned. `text` is the line in `builder --help`; None hides the
-    command, which is for an old name that still works. `run` returns the exit code. `examples` are complete command
-    lines, printed at the end of the command's own help.
+    command, which is for an old name that still works and for a step of a sweep. `run` returns the exit code.
+    `examples` are complete command lines, printed at the end of the command's own help.
     """
     about = {"help": text, "description": text[0].upper() + text[1:] + "."} if text else {}
     command: argparse.ArgumentParser = commands.add_parser(

@@ -21,12 +21,13 @@ _EXCHANGE_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file atomically: readers see the old text or the new one. BuilderError if the disk refuses."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes a file atomically: readers see the old content or the new one. BuilderError if the disk refuses."""
     make_directory(path.parent)
     temporary = _temporary(path)
     try:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+        data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+        temporary.write_bytes(data)
         fsync(temporary)
         temporary.replace(path)
         fsync(path.parent)

@@ -164,8 +164,18 @@ class Running:
         """Waits until it exits; after `limit` seconds it is killed."""
         with _limited(self._child, limit) as timed_out:
             _, status, usage = os.wait4(self._child.pid, 0)  # not Popen.wait, which does not return the memory used
-        self._child.returncode = os.waitstatus_to_exitcode(status)
-        self._max_rss, self._timed_out = usage.ru_maxrss * 1024, timed_out.is_set()  # in KiB (getrusage(2))
+        self._ended(status, usage.ru_maxrss)
+        self._timed_out = timed_out.is_set()
+
+    def poll(self) -> bool:
+        """Whether it has exited. Does not wait."""
+        pid, status, usage = os.wait4(self._child.pid, os.WNOHANG)
+        if pid:
+            self._ended(status, usage.ru_maxrss)
+        return pid != 0
+
+    def _ended(self, status: int, kilobytes: int) -> None:
+        self._child.returncode, self._max_rss = os.waitstatus_to_exitcode(status), kilobytes * 1024  # getrusage(2)
 
     def kill(self) -> None:
         """Kills it and its descendants. Does not wait."""

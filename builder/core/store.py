@@ -55,6 +55,7 @@ EVALUATION = (
 TESTS = ("smoke", "benchmark", "load", "aiperf")
 # Names of logs (Store.log) and of the job files beside them (process.job_file).
 LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")
+LOGS = "BUILDER_LOGS"  # names a directory for logs that are kept
 # Logs to keep, and the age in seconds below which none is removed: a younger log may still be written to.
 LOGS_KEPT, LOGS_YOUNG = 200, 24 * 3600.0
 
@@ -137,12 +138,13 @@ class Store:
     def log(self, name: str) -> Path:
         """The path for a new log file; removes old ones. Logs are not part of artifacts, since no two are equal.
 
-        A dry run logs to the system's temporary directory.
+        A dry run logs to the system's temporary directory, a step of a sweep to the directory that BUILDER_LOGS names.
         """
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        directory = temporary.base() if self.dry else self.root / "logs"
+        named = os.environ.get(LOGS)
+        directory = temporary.base() if self.dry else Path(named) if named else self.root / "logs"
         make_directory(directory)
-        if not self.dry:
+        if not self.dry and not named:
             mark(self.root)
             for old in old_logs(directory, keep=LOGS_KEPT, older_than=LOGS_YOUNG):
                 with suppress(OSError):

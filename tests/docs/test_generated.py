@@ -82,7 +82,7 @@ def _read_variables() -> Iterator[str]:
 
 
 # Set by the builder, the image or compose for its own processes; not for users.
-INTERNAL = {"BUILDER_PROGRESS_FD", "BUILDER_CONTAINER", "BUILDER_LLMAPI_OVERLAY"}
+INTERNAL = {"BUILDER_PROGRESS_FD", "BUILDER_CONTAINER", "BUILDER_LLMAPI_OVERLAY", "BUILDER_LOGS"}
 
 
 def test_every_variable_that_the_code_reads_is_documented() -> None:

@@ -1,4 +1,4 @@
-"""The points of an ablation: a YAML file with a matrix of recipe keys becomes ordinary recipes, all validated."""
+"""A sweep's file -> its points: ordinary recipes, all validated before anything runs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from builder.core.errors import BuilderError, UsageError
 from builder.recipe import schema
 from builder.recipe.base import Part
 from builder.recipe.schema import Resolved
-from builder.recipe.sources import flatten, load_yaml, parse_set
+from builder.recipe.sources import flatten, load_yaml, merge, nest, parse_set
 
 Labels = Mapping[str, str]  # {axis: label}
 Keys = dict[str, Any]  # {recipe key with dots: value}
+SLUG = 100  # characters of a directory's name
+LISTED = "point"  # the only axis of a file with a list of points
 
 
 class Included(Part):
@@ -28,18 +31,28 @@ class Included(Part):
     recipe: Keys = Field(default_factory=dict)
 
 
-class Ablation(Part):
+class Listed(Part):
+    """A point of a file without a matrix."""
+
+    name: str
+    recipe: Keys = Field(default_factory=dict)
+
+
+class Sweep(Part):
     """A file. recipe: the keys that all points share, as in a recipe. matrix: {axis: {label: keys}}. exclude: points
-    with all of these labels are left out."""
+    with all of these labels are left out. points: instead of a matrix, the points one by one."""
 
     title: str
-    recipe: dict[str, Any]
-    matrix: Annotated[dict[str, dict[str, Keys]], Field(min_length=1)]
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    matrix: dict[str, dict[str, Keys]] = Field(default_factory=dict)
     exclude: tuple[dict[str, str], ...] = ()
     include: tuple[Included, ...] = ()
+    points: tuple[Listed, ...] = ()
 
     @model_validator(mode="after")
-    def _labels_exist(self) -> Ablation:
+    def _labels_exist(self) -> Sweep:
+        if bool(self.matrix) == bool(self.points):
+            raise ValueError("give a matrix, or a list of points")
         for axis, labels in self.matrix.items():
             if not labels:
                 raise ValueError(f"the axis {axis} has no labels")
@@ -55,62 +68,75 @@ class Ablation(Part):
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe. labels: in the order of the axes."""
+    """One recipe. labels: in the order of the axes. values: the keys that the file sets, which are its recipe file."""
 
     labels: Labels
+    values: Keys
     resolved: Resolved
 
     @property
     def name(self) -> str:
-        """For files and messages."""
+        """For messages and tables."""
         return ", ".join(self.labels.values())
 
     @property
     def slug(self) -> str:
-        """The name in lower-case letters, digits and dashes."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        """The name in lower-case letters, digits and dashes, for files."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:SLUG]
+
+    @property
+    def recipe_file(self) -> str:
+        """The point as a file for `builder build --recipe`."""
+        tree, _ = merge(("", nest(key, value)) for key, value in self.values.items())
+        return f"# {self.name}\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
 
 
-def read(file: Path, *, model: Path | None = None, sets: Sequence[str] = ()) -> tuple[str, list[Point]]:
-    """The title and all points of a file. UsageError names what is wrong and the points that no build would accept.
+def read(file: Path, *, model: str | None = None, sets: Sequence[str] = ()) -> tuple[str, list[Point]]:
+    """The title and all points of a file. UsageError names what is wrong, and every point that is not a valid recipe.
 
     model: measured instead of the file's. sets: KEY=VALUE for all points.
     """
     try:
-        asked = Ablation.model_validate(load_yaml(file))
+        asked = Sweep.model_validate(load_yaml(file))
     except ValidationError as error:
         found = "\n".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise UsageError(f"{file} is not an ablation.", why=found, hint="Compare it with configs/ablations/") from error
-    more: Keys = {"model.id": str(model)} if model else {}
+        raise UsageError(f"{file} is not a sweep.", why=found, hint="Compare it with configs/sweeps/") from error
+    more: Keys = {"model.id": model} if model else {}
     for text in sets:
         more |= flatten(parse_set(text))
     points, wrong = [], list[str]()
     for labels, keys in _combinations(asked):
+        values = {**flatten(asked.recipe), **keys, **more}
         try:
-            values = {**flatten(asked.recipe), "quality.check": False, **keys, **more}
-            points.append(Point(labels, schema.resolve(values)))
+            points.append(Point(labels, values, schema.resolve({**values, "quality.check": False})))
         except BuilderError as error:
             wrong.append(f"{', '.join(labels.values())}: {error.what} {error.why}".strip())
-    names = [point.slug for point in points]
-    wrong += [f"{name}: two points have this name" for name in dict.fromkeys(names) if names.count(name) > 1]
+    slugs = [point.slug for point in points]
+    wrong += [f"{name}: two points have this name" for name in dict.fromkeys(slugs) if slugs.count(name) > 1]
+    wrong += [f"{point.name}: the name has no letter or digit" for point in points if not point.slug]
     if wrong or not points:
-        what = "points that can't be built" if wrong else "no points"
+        what = "points that are no valid recipe" if wrong else "no points"
         raise UsageError(f"{file} has {what}.", why="\n".join(wrong), hint="Correct the file; nothing was run.")
     return asked.title, points
 
 
-def _combinations(asked: Ablation) -> list[tuple[Labels, Keys]]:
+def _combinations(asked: Sweep) -> list[tuple[Labels, Keys]]:
+    if asked.points:
+        return [({LISTED: one.name}, flatten(one.recipe)) for one in asked.points]
     found: list[tuple[Labels, Keys]] = []
     for chosen in itertools.product(*(labels.items() for labels in asked.matrix.values())):
         labels = {axis: label for axis, (label, _) in zip(asked.matrix, chosen, strict=True)}
         if not any(one.items() <= labels.items() for one in asked.exclude):
             found.append((labels, {key: value for _, keys in chosen for key, value in flatten(keys).items()}))
-    ordered = [({axis: one.labels[axis] for axis in asked.matrix}, flatten(one.recipe)) for one in asked.include]
-    return found + ordered
+    added = [({axis: one.labels[axis] for axis in asked.matrix}, flatten(one.recipe)) for one in asked.include]
+    return found + added
 
 
 def base_of(point: Point, points: Sequence[Point]) -> Point | None:
-    """What the point is compared with: the same label of the last axis, and the first point's label of all others."""
+    """What the point is compared with: the same label of the last axis, and the first point's label of all others. Of
+    a list or of a single axis the first point."""
+    if len(point.labels) == 1:
+        return points[0]
     *others, last = point.labels
     first = points[0].labels
     wanted = {**{axis: first[axis] for axis in others}, last: point.labels[last]}

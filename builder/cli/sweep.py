@@ -1,0 +1,69 @@
+"""The commands that build and measure many recipes, and compare what was found."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from builder.cli.options import add_command, add_output, path
+from builder.core.output import Output
+
+
+def add(commands: Any) -> None:
+    """Adds sweep and compare."""
+    command = add_command(
+        commands, "sweep", "build and measure many recipes from one file, and compare them", run_sweep,
+        examples=[
+            "builder sweep configs/sweeps/smallest.yaml --dry-run",
+            "builder sweep configs/sweeps/bundled.yaml --output /tmp/sweep",
+            "builder sweep configs/sweeps/short.yaml --model ./my-model --jobs 2",
+        ],
+    )  # fmt: skip
+    command.add_argument("file", type=path, metavar="FILE", help="a YAML file such as those of configs/sweeps")
+    command.add_argument("--model", metavar="MODEL", help="measure this model instead of the file's")
+    command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
+                         help="set a recipe key of all points; repeatable")  # fmt: skip
+    command.add_argument("--jobs", type=int, metavar="N",
+                         help="steps at once (default: up to 4, as cores and memory allow)")  # fmt: skip
+    command.add_argument("--dry-run", action="store_true", help="print the steps and what they share; run nothing")
+    add_output(command)
+
+    command = add_command(
+        commands, "compare", "compare the results of two sweeps", run_compare,
+        examples=["builder compare artifacts/sweeps/first artifacts/sweeps/second"],
+    )  # fmt: skip
+    command.add_argument("runs", type=path, nargs=2, metavar="RUN", help="a directory with a sweep's results.csv")
+
+
+def run_sweep(arguments: argparse.Namespace, out: Output) -> int:
+    """Runs all points that the store does not have. Exits with 1 if one failed."""
+    from builder.core.errors import UsageError
+    from builder.core.store import Store
+    from builder.sweep import points, show, sweep
+
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise UsageError(f"--jobs must be 1 or more (got {arguments.jobs}).")
+    title, found = points.read(arguments.file, model=arguments.model, sets=arguments.set)
+    store = Store(arguments.output, out)
+    planned = sweep.plan(title, found, Store(arguments.output, Output("quiet"), dry=True), jobs=arguments.jobs)
+    if arguments.dry_run:
+        show.plan(planned, store, out)
+        return 0
+    told = show.Told(len(planned.steps), out)
+    with store.in_use():
+        results = sweep.run(planned, store, told.begun, told.ended)
+    show.table(planned, results, out)
+    directory = planned.directory(store)
+    out.text(f"results    {directory / 'results.csv'}")
+    out.text(f"report     {directory / sweep.REPORT}")
+    failed = [one.point.name for one in results if one.why]
+    out.result({"directory": str(directory), "points": len(results), "failed": failed})
+    return 1 if failed else 0
+
+
+def run_compare(arguments: argparse.Namespace, out: Output) -> int:
+    """Prints the figures of both runs for the points that they have in common."""
+    from builder.sweep.compare import compare, show
+
+    show(compare(*arguments.runs), out)
+    return 0

@@ -1,0 +1,1 @@
+"""Sweeps: many recipes from one file, built and measured with shared work done once, and compared."""

@@ -1,0 +1,126 @@
+"""Runs the jobs of a sweep as processes of this machine, as many as its cores, memory and GPUs allow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from builder.core import process
+from builder.core.process import Command, Running
+from builder.core.store import LOGS
+from builder.sweep.slots import Slots
+
+POLL_SECONDS = 0.02
+KILLED = "killed by SIGKILL"  # in the words of core/exit_status.py: as the kernel does when memory runs out
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A step that runs. argv: the command, "builder" first. directory: for its log and those of its workers."""
+
+    name: str
+    argv: Sequence[str]
+    takes: Slots
+    directory: Path
+
+    @property
+    def log(self) -> Path:
+        """What the command prints."""
+        return self.directory / "run.log"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended. why: the end of its log if it failed. lost: the machine was at fault, not the job."""
+
+    name: str
+    code: int
+    seconds: float
+    memory: int = 0
+    why: str = ""
+    lost: bool = False
+
+
+@dataclass
+class _Process:
+    job: Job
+    running: Running
+    stack: ExitStack
+    cores: tuple[int, ...]
+    gpus: tuple[int, ...]
+    began: float = field(default_factory=time.monotonic)
+
+
+class LocalExecutor:
+    """The processes. A context: all that still run when it ends are stopped, as by ctrl-C."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots, self.free = slots, slots
+        self._running: list[_Process] = []
+        self._cores, self._gpus = os.sched_getaffinity(0), set(range(slots.gpus))
+
+    def __enter__(self) -> LocalExecutor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        while self._running:
+            self._running.pop().stack.__exit__(kind, error, None)
+
+    def start(self, job: Job) -> None:
+        """Starts a job, which must fit into what is free.
+
+        Cores are given by affinity, which thread pools follow: a variable that limits threads is part of the store's
+        keys, so another build would not find what was made.
+        """
+        cores = tuple(sorted(self._cores)[: job.takes.cores])
+        gpus = tuple(sorted(self._gpus)[: job.takes.gpus])
+        command = Command(
+            [sys.executable, "-m", *job.argv], env=_environment(job, gpus if self.slots.gpus else None), kind="hub"
+        )
+        stack = ExitStack()
+        all_cores = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, cores)
+            running = stack.enter_context(process.started(command, log=job.log))
+        finally:
+            os.sched_setaffinity(0, all_cores)
+        self._cores, self._gpus = self._cores - {*cores}, self._gpus - {*gpus}
+        self.free = self.free.minus(job.takes)
+        self._running.append(_Process(job, running, stack, cores, gpus))
+
+    def wait(self) -> list[Ended]:
+        """The jobs that have ended, at least one. There must be one that runs."""
+        while not (done := [one for one in self._running if one.running.poll()]):
+            time.sleep(POLL_SECONDS)
+        return [self._ended(one) for one in done]
+
+    def _ended(self, one: _Process) -> Ended:
+        self._running.remove(one)
+        one.stack.close()
+        self.free = self.free.plus(one.job.takes)
+        self._cores, self._gpus = self._cores | {*one.cores}, self._gpus | {*one.gpus}
+        took = time.monotonic() - one.began
+        try:
+            finished = one.running.finished()
+        except process.Failed as error:
+            code = error.code or 1
+            lost = -code == signal.SIGKILL or KILLED in error.why
+            return Ended(one.job.name, code, took, why=error.why, lost=lost)
+        return Ended(one.job.name, 0, took, finished.max_rss)
+
+
+def _environment(job: Job, gpus: Sequence[int] | None) -> Mapping[str, str]:
+    found = {LOGS: str(job.directory)}
+    if gpus is None:
+        return found
+    named = os.environ.get(VISIBLE)
+    names = named.split(",") if named else [*map(str, range(max(gpus, default=-1) + 1))]
+    return found | {VISIBLE: ",".join(names[number] for number in gpus)}

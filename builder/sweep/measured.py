@@ -1,0 +1,168 @@
+"""What was found of each point of a sweep, compared with its base and over all choices. Imports numpy.
+
+Intervals are 95 %, paired: over the same texts (bootstrap) and the same questions (from the answers that differ).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from builder import pipeline
+from builder.core.output import Output
+from builder.core.store import Store
+from builder.evaluate import metrics
+from builder.evaluate.comparison import OURS, overall
+from builder.evaluate.metrics import Estimate, Sums
+from builder.sweep.points import LISTED, Point, base_of
+
+Array = np.ndarray[Any, Any]
+Z = 1.96  # standard errors in half of a 95 % interval
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found of a point.
+
+    texts: {data set, "overall" for several together: {metric: estimate}}; tasks: {task: {metric: estimate}}, "change"
+    against BF16. nbytes: of the checkpoint. seconds: that it took to make, now or before. refused: {what was not
+    measured: why}. why: the end of the log of a point that failed. finished: when this was read, seconds since 1970.
+    """
+
+    point: Point
+    texts: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    nbytes: int | None = None
+    seconds: float | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
+    why: str = ""
+    finished: float = field(default_factory=time.time)
+    sums: tuple[Sums, ...] = field(default=(), repr=False)
+
+    @property
+    def kl(self) -> Estimate | None:
+        """Over all data sets."""
+        return overall(self.texts)["kl"] if self.texts else None
+
+    @property
+    def score(self) -> Estimate | None:
+        """Over all data sets."""
+        return overall(self.texts)["score"] if self.texts else None
+
+
+def read(point: Point, store: Store) -> Result:
+    """What the store has of a point. WouldRun if something is missing."""
+    dry = Store(store.root, Output("quiet"), dry=True)
+    found = pipeline.measure(point.resolved, dry)
+    made = next((one for one in dry.done if one.stage == "checkpoint"), None)
+    scores = [found.scores.get(label, ()) for label in (OURS, "bf16")]
+    sums = tuple(metrics.read(own, bf16) for own, bf16 in zip(*scores, strict=True)) if all(scores) else ()
+    tasks: dict[str, dict[str, Estimate]] = {}
+    for row in found.tasks.rows:
+        if row.runner == OURS:
+            tasks[row.task] = {row.metric: _around(row.value, row.stderr)}
+            if row.change is not None and row.flips is not None:
+                deviation = math.sqrt(max(0.0, row.flips - row.change**2) / max(1, row.documents))
+                tasks[row.task]["change"] = _around(row.change, deviation)
+    files = made.manifest["files"] if made else {}
+    nbytes = sum(entry["size"] for name, entry in files.items() if name.startswith("unified/"))
+    return Result(
+        point,
+        found.measured.get(OURS, {}),
+        tasks,
+        nbytes or None,
+        made.manifest["seconds"] if made else None,
+        {**found.not_measured, **found.tasks.not_measured.get(OURS, {})},
+        sums=sums,
+    )
+
+
+def with_ratios(results: Sequence[Result]) -> list[Result]:
+    """The results, each with the ratio of its KL to that of its base (points.base_of) on each data set."""
+    points, by_name = [one.point for one in results], {one.point.name: one for one in results}
+    found = []
+    for one in results:
+        base = base_of(one.point, points)
+        other = by_name.get(base.name) if base else None
+        if other is None or other is one or not (one.sums and other.sums):
+            found.append(one)
+            continue
+        texts = {}
+        for number, (name, figures) in enumerate(one.texts.items()):
+            which = [number] if number < len(one.sums) else [*range(len(one.sums))]  # all sets together are last
+            pair = [one.sums[n] for n in which], [other.sums[n] for n in which]
+            ratio = metrics.kl_ratio(*pair, resamples=RESAMPLES, seed=number)
+            texts[name] = {**figures, "kl_ratio": ratio} if math.isfinite(ratio.value) else figures
+        found.append(replace(one, texts=texts))
+    return found
+
+
+def effects(results: Sequence[Result]) -> dict[str, Estimate]:
+    """{"axis: label": the KL with that choice over the KL with the axis' first label}, over all texts: the geometric
+    mean of the pairs of points that differ in nothing else, with its interval over the texts."""
+    measured = {tuple(one.point.labels.items()): one for one in results if one.sums}
+    if not measured or any(LISTED in one.point.labels for one in results):
+        return {}
+    found = {}
+    first = results[0].point.labels
+    for axis in first:
+        for label in dict.fromkeys(one.point.labels[axis] for one in results):
+            if label == first[axis]:
+                continue
+            pairs = []
+            for key, one in measured.items():
+                other = measured.get(tuple((name, first[axis] if name == axis else its) for name, its in key))
+                if one.point.labels[axis] == label and other:
+                    pairs.append((_kl(one), _kl(other)))
+            if pairs:
+                found[f"{axis}: {label}"] = _geometric_mean(pairs)
+    return found
+
+
+def _kl(one: Result) -> Array:
+    """Of each text, summed over its tokens."""
+    return np.concatenate([np.asarray(sums.kl) for sums in one.sums])
+
+
+def _geometric_mean(pairs: Sequence[tuple[Array, Array]]) -> Estimate:
+    draws = np.random.default_rng(0).integers(0, len(pairs[0][0]), (RESAMPLES, len(pairs[0][0])))
+    logs = np.mean([np.log(one[draws].sum(1) / other[draws].sum(1)) for one, other in pairs], axis=0)
+    value = np.mean([np.log(one.sum() / other.sum()) for one, other in pairs])
+    low, high = np.quantile(logs, [0.025, 0.975])
+    return Estimate(float(np.exp(value)), float(np.exp(low)), float(np.exp(high)))
+
+
+def front(results: Sequence[Result]) -> list[Result]:
+    """The points that no other one beats in both KL and bytes, smallest first."""
+    found: list[Result] = []
+    measured = [one for one in results if one.kl is not None and one.nbytes is not None]
+    for one in sorted(measured, key=lambda one: (one.nbytes, one.kl.value if one.kl else 0)):
+        if not found or one.kl.value < found[-1].kl.value:  # type: ignore[union-attr]
+            found.append(one)
+    return found
+
+
+def recommended(results: Sequence[Result]) -> tuple[Result, str] | None:
+    """The point to build, and why: the smallest whose whole interval of the score passes the quality check of a build;
+    of points that differ by less than 1 % in bytes the one with the least KL. Without one, the least KL."""
+    on_front = front(results)
+    if not on_front:
+        return None
+    least = on_front[0].point.resolved.recipe.quality.min_score
+    passing = [one for one in on_front if one.score is not None and one.score.low >= least]
+    if not passing:
+        return on_front[-1], f"no point surely has a score of {least:g}; this one has the least KL"
+    near = [one for one in passing if (one.nbytes or 0) <= 1.01 * (passing[0].nbytes or 0)]
+    return near[-1], f"the fewest bytes with a score that is surely {least:g} or above, and of these the least KL"
+
+
+def _around(value: float, stderr: float | None) -> Estimate:
+    """A value and its 95 % interval."""
+    half = Z * (stderr or 0.0)
+    return Estimate(value, value - half, value + half)

@@ -1,0 +1,100 @@
+"""The results of a sweep as a table and as an HTML page that loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from builder.core.output import seconds, size
+from builder.evaluate.metrics import Estimate
+from builder.report import charts, scatter
+from builder.report.render import pages
+from builder.sweep import measured
+from builder.sweep.measured import Result
+
+
+def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: labels, bytes, figures on each data set and task. KL / base: see points.base_of."""
+    sets = list(dict.fromkeys(name for one in results for name in one.texts))
+    tasks = list(dict.fromkeys(name for one in results for name in one.tasks))
+    head = [*results[0].point.labels, "bytes"] if results else []
+    for name in sets:
+        head += [f"PPL {name}", f"KL {name}", "KL / base"]
+    head += [cell for task in tasks for cell in (task, "against BF16")]
+    return head, [_cells(one, sets, tasks) for one in results]
+
+
+def _cells(one: Result, sets: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    cells = [*one.point.labels.values(), size(one.nbytes) if one.nbytes else "failed" if one.why else "-"]
+    for name in sets:
+        found = one.texts.get(name, {})
+        cells += [_text(found.get("ppl"), 2), _text(found.get("kl"), 5), _text(found.get("kl_ratio"), 2)]
+    for task in tasks:
+        values = list(one.tasks.get(task, {}).values())
+        cells += [_text(values[0], 1, 100) if values else "-", _text(values[1], 1, 100) if len(values) > 1 else "-"]
+    return cells
+
+
+def _text(found: Estimate | None, digits: int, scale: float = 1) -> str:
+    if found is None:
+        return "-"
+    value, low, high = (f"{scale * number:.{digits}f}" for number in (found.value, found.low, found.high))
+    return value if low == high else f"{value} ({low} to {high})"
+
+
+def page(title: str, results: Sequence[Result], points: int) -> str:
+    """The page. points: of the sweep, of which these have ended."""
+    recipe = results[0].point.resolved.recipe
+    head, rows = table(results)
+    facts = [f"{len(results)} of {points} points"]
+    failed = [(one.point.name, one.why.strip().splitlines()[-1]) for one in results if one.why.strip()]
+    chosen = measured.recommended(results)
+    template = pages().get_template("sweep.html.j2")
+    return template.render(
+        title=title, model=recipe.model.id, facts=facts, head=head, rows=rows, failed=failed,
+        charts=_charts(results), front=_front(results), effects=_effects(results),
+        chosen=chosen and {"name": chosen[0].point.name, "why": chosen[1], "recipe": chosen[0].point.recipe_file},
+    )  # fmt: skip
+
+
+def _charts(results: Sequence[Result]) -> dict[str, Markup]:
+    """{data set: KL of each point}."""
+    drawn: dict[str, Markup] = {}
+    for name in dict.fromkeys(name for one in results for name in one.texts):
+        marks = []
+        for one in results:
+            if kl := one.texts.get(name, {}).get("kl"):
+                marks.append(charts.Mark(one.point.name, kl.value, _text(kl, 5), kl.low, kl.high))
+        drawn[name] = Markup(charts.bars(f"kl-{len(drawn)}", f"KL to BF16 on {name}", _spoken(marks), marks))
+    return drawn
+
+
+def _front(results: Sequence[Result]) -> Markup | None:
+    """KL and bytes of each point, those joined that no other one beats in both."""
+    best = {one.point.name for one in measured.front(results)}
+    spots = []
+    for one in sorted(results, key=lambda one: one.nbytes or 0):
+        if one.kl is not None and one.nbytes:
+            text = f"{size(one.nbytes)}, KL {_text(one.kl, 5)}, {seconds(one.seconds or 0)} to quantize"
+            tone = "front" if one.point.name in best else ""
+            spots.append(scatter.Spot(one.point.name, one.nbytes / 1e6, one.kl.value, text, tone))
+    if len(spots) < 2:
+        return None
+    spoken = "; ".join(f"{spot.label}: {spot.text}" for spot in spots)
+    return Markup(scatter.scatter("front", "KL to BF16 and size of the checkpoint", spoken, spots))
+
+
+def _effects(results: Sequence[Result]) -> Markup | None:
+    """The KL with each choice over that without it."""
+    found = measured.effects(results)
+    if not found:
+        return None
+    marks = [charts.Mark(name, one.value, _text(one, 2), one.low, one.high) for name, one in found.items()]
+    return Markup(
+        charts.dots("effects", "Effect of each choice on the KL", _spoken(marks), marks, [(1.0, "no effect", "")])
+    )
+
+
+def _spoken(marks: Sequence[charts.Mark]) -> str:
+    return "; ".join(f"{mark.label}: {mark.text}" for mark in marks)

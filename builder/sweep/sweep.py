@@ -1,0 +1,173 @@
+"""Runs a sweep: its points as a graph of steps, on an executor, with results that grow as points finish.
+
+    OUTPUT/sweeps/<title>/results.csv, results.parquet, report.html
+    OUTPUT/sweeps/<title>/runs/<time>/<step>/recipe.yaml, run.sh, run.log and the logs of its workers
+
+Everything that is built and measured lies in the store, so what an earlier run finished is not run again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from builder import pipeline
+from builder.core.atomic import make_directory
+from builder.core.errors import BuilderError, UsageError
+from builder.core.output import Output
+from builder.core.store import Store, WouldRun, mark, replace_file
+from builder.preflight.memory import Machine, machine
+from builder.preflight.prepare import Prepared, prepare
+from builder.preflight.ways import device
+from builder.sweep import graph, measured, page, results, scheduler
+from builder.sweep.graph import Step
+from builder.sweep.local import Job, LocalExecutor
+from builder.sweep.measured import Result
+from builder.sweep.points import SLUG, Point
+from builder.sweep.scheduler import Outcome
+from builder.sweep.slots import Slots, of_step
+
+DIRECTORY, REPORT = "sweeps", "report.html"
+AT_ONCE = 4  # steps that share the cores, unless the user says otherwise
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sweep before it runs. ready: results that the store has already. takes: {step: what it takes}."""
+
+    title: str
+    points: Sequence[Point]
+    prepared: Mapping[str, Prepared]
+    ready: Sequence[Result]
+    steps: Sequence[Step]
+    takes: Mapping[str, Slots]
+    whole: Slots
+
+    def directory(self, store: Store) -> Path:
+        """Where its results are."""
+        return store.root / DIRECTORY / (re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")[:SLUG] or "sweep")
+
+
+def plan(title: str, points: Sequence[Point], store: Store, *, jobs: int | None = None) -> Planned:
+    """What would run. UsageError that names every point whose model, formats and layers do not go together.
+
+    jobs: steps that run at once at most; by default up to 4, as far as cores and memory go."""
+    prepared = _prepared(points, store)
+    ready, missing = list[Result](), list[Point]()
+    for point in points:
+        try:
+            ready.append(measured.read(point, store))
+        except WouldRun:
+            missing.append(point)
+    host, steps = machine(store.root), _missing(graph.steps(missing), store)
+    whole = _whole(host)
+    at_once = min(jobs or AT_ONCE, max(1, len(missing)))
+    cores = max(1, whole.cores // at_once)
+    takes = {}
+    for step in steps:
+        found = of_step(step.kind, prepared[step.points[0].slug], host, cores).within(whole)
+        takes[step.name] = found if jobs is None else Slots(max(found.cores, cores), found.memory, found.gpus)
+    return Planned(title, points, prepared, ready, steps, takes, whole)
+
+
+def _missing(steps: Sequence[Step], store: Store) -> list[Step]:
+    """The steps without those whose results are in the store."""
+    done = {step.name for step in steps if step.kind != "measure" and _is_stored(step, store)}
+    return [
+        replace(step, needs=tuple(need for need in step.needs if need not in done))
+        for step in steps
+        if step.name not in done
+    ]
+
+
+def _is_stored(step: Step, store: Store) -> bool:
+    dry, resolved = Store(store.root, Output("quiet"), dry=True), step.points[0].resolved
+    try:
+        if step.kind == "baseline":
+            alone = resolved.recipe.evaluation.model_copy(
+                update={"runners": ("bf16",), "min_score": None, "max_kl": None}
+            )
+            recipe = resolved.recipe.model_copy(update={"evaluation": alone})
+            pipeline.measure(replace(resolved, recipe=recipe), dry)
+        else:
+            pipeline.build(resolved, dry, until=graph.STAGES[step.kind])
+    except WouldRun:
+        return False
+    return True
+
+
+def _prepared(points: Sequence[Point], store: Store) -> dict[str, Prepared]:
+    found, wrong = {}, []
+    for point in points:
+        try:
+            found[point.slug] = prepare(point.resolved, store, layouts=False)  # nothing is served
+        except BuilderError as error:
+            wrong.append(f"{point.name}: {error.what} {error.why}".strip())
+    if wrong:
+        raise UsageError("Not all points can be built.", why="\n".join(wrong), hint="Exclude them; nothing was run.")
+    return found
+
+
+def _whole(host: Machine) -> Slots:
+    """What this machine has: memory that is free now."""
+    from builder.machine.gpus import visible
+
+    return Slots(device(host).cores or len(os.sched_getaffinity(0)), host.available, len(visible() or ()))
+
+
+def run(
+    planned: Planned, store: Store, begun: Callable[[Step], object], ended: Callable[[Outcome], object]
+) -> list[Result]:
+    """Runs the steps. Returns the results of all points in their order; those that failed say why.
+
+    begun, ended: told of each step. Results and report are written anew after each point."""
+    directory = planned.directory(store)
+    logs = directory / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    found = {one.point.slug: one for one in planned.ready}
+
+    def settled(outcome: Outcome) -> None:
+        if outcome.step.kind == "measure":
+            [point] = outcome.step.points
+            found[point.slug] = measured.read(point, store) if outcome.ok else Result(point, why=outcome.why)
+            _write(planned, directory, found)
+        ended(outcome)
+
+    make_directory(directory)
+    mark(store.root)
+    _write(planned, directory, found)
+    if planned.steps:
+        with LocalExecutor(planned.whole) as executor:
+            jobs = _jobs(planned, store, logs)
+            scheduler.run(planned.steps, jobs, executor, begun, settled)
+    return _ordered(planned, found)
+
+
+def _ordered(planned: Planned, found: Mapping[str, Result]) -> list[Result]:
+    return measured.with_ratios([found[point.slug] for point in planned.points if point.slug in found])
+
+
+def _write(planned: Planned, directory: Path, found: Mapping[str, Result]) -> None:
+    ordered = _ordered(planned, found)
+    if ordered:
+        results.update(directory, ordered)
+        replace_file(directory / REPORT, page.page(planned.title, ordered, len(planned.points)))
+
+
+def _jobs(planned: Planned, store: Store, logs: Path) -> Callable[[Step], Job]:
+    def job(step: Step) -> Job:
+        place = logs / step.name
+        recipe = place / "recipe.yaml"
+        argv = [*step.argv, "--recipe", str(recipe), "--output", str(store.root)]
+        if not place.exists():
+            make_directory(place)
+            replace_file(recipe, step.points[0].recipe_file)
+            lines = ["#!/bin/sh", f"cd {shlex.quote(os.getcwd())} || exit", f"exec {shlex.join(argv)}", ""]
+            replace_file(place / "run.sh", "\n".join(lines))
+        return Job(step.name, argv, planned.takes[step.name], place)
+
+    return job

@@ -1,0 +1,148 @@
+"""Results in files: no row is lost or doubled, other versions are refused; and what follows from the figures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from builder.cli import main
+from builder.core.errors import UsageError
+from builder.evaluate.metrics import Estimate, Sums
+from builder.recipe import schema
+from builder.sweep import measured, page, results
+from builder.sweep.measured import Result
+from builder.sweep.points import Point
+
+ROOT = Path(__file__).parents[2]
+RESOLVED = schema.resolve({"model.id": "tests/data/tiny-qwen3", "gpu": "cpu"})
+
+
+def result(kl: float, nbytes: int = 1000, *, score: float = 95.0, why: str = "", **labels: str) -> Result:
+    point = Point(labels, {}, RESOLVED)
+    if why:
+        return Result(point, why=why)
+    figures = {"kl": Estimate(kl, kl * 0.9, kl * 1.1), "score": Estimate(score, score - 1, score + 1)}
+    kls = np.linspace(0.5, 1.5, 20) * kl
+    ones = np.ones(20)
+    sums = (Sums(ones, ones, ones, kl=kls, agree=ones, flips=ones),)
+    figures["ppl"] = Estimate(10.0, 9.0, float("inf"))
+    return Result(point, {"prose": figures}, {"follows": {"acc": Estimate(0.5, 0.4, 0.6)}}, nbytes, 1.5, sums=sums)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.floats(1e-6, 10)), min_size=1, max_size=8))
+def test_each_point_has_its_newest_rows_once(tmp_path_factory: pytest.TempPathFactory, changes: list[Any]) -> None:
+    directory = tmp_path_factory.mktemp("sweep")
+    for name, kl in changes:
+        results.update(directory, [result(kl, point=name)])
+    found = results.read(directory / results.CSV)
+    assert {(row["point"], row["name"]): row["kl"] for row in found if row["kind"] == "texts"} == {
+        (name, "prose"): pytest.approx(kl) for name, kl in dict(changes).items()
+    }
+    assert len(found) == 2 * len(dict(changes))
+    table = parquet.read_table(directory / results.PARQUET).to_pylist()
+    assert [(row["point"], row["kind"], row["kl"]) for row in table] == [
+        (row["point"], row["kind"], row["kl"]) for row in found
+    ]
+    assert table[0]["ppl_high"] is None, "infinity is no number in a table"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests/sweep")
+from test_results import result, results
+for number in range(15):
+    results.update(Path(sys.argv[1]), [result(1.0, point=f"{sys.argv[2]}-{number}")])
+"""
+
+
+def test_two_sweeps_that_write_at_once_lose_no_row(tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", WRITER, str(tmp_path)]
+    running = [subprocess.Popen([*argv, name], cwd=ROOT, env=None) for name in ("a", "b")]
+    assert [process.wait(120) for process in running] == [0, 0]
+    points = [row["point"] for row in results.read(tmp_path / results.CSV) if row["kind"] == "task"]
+    assert sorted(points) == sorted(f"{name}-{number}" for name in "ab" for number in range(15))
+    assert {path.name for path in tmp_path.iterdir()} == {results.CSV, results.PARQUET, results.LOCK}
+
+
+def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / results.CSV
+    results.update(tmp_path, [result(1.0, point="a")])
+    newer = file.read_text().replace("\n1,", "\n2,")
+    for text, said in ((newer, "has version 2"), ("a,b\n1,2\n", "is not a file of a sweep's results")):
+        file.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            results.update(tmp_path, [result(1.0, point="b")])
+        assert file.read_text() == text
+
+
+def test_a_failed_point_has_one_row_that_says_why() -> None:
+    [row] = results.rows(result(0, why="line 1\nout of memory", point="a"))
+    assert (row["status"], row["why"]) == ("failed", "line 1 out of memory")
+
+
+def test_ratios_and_effects_are_those_of_the_pairs() -> None:
+    of = {("x", "p"): 1.0, ("y", "p"): 0.5, ("x", "q"): 4.0, ("y", "q"): 1.0}
+    found = [result(kl, a=a, b=b) for (a, b), kl in of.items()]
+    ratios = {one.point.name: one.texts["prose"].get("kl_ratio") for one in measured.with_ratios(found)}
+    assert ratios["x, p"] is None
+    assert ratios["x, q"] is None
+    assert ratios["y, p"].value == pytest.approx(0.5)  # type: ignore[union-attr]
+    assert ratios["y, q"].value == pytest.approx(0.25)  # type: ignore[union-attr]
+    effects = measured.effects(found)
+    assert effects["a: y"].value == pytest.approx((0.5 * 0.25) ** 0.5)
+    assert effects["b: q"].value == pytest.approx((4 * 2) ** 0.5)
+    assert effects["a: y"].low == pytest.approx(effects["a: y"].value), "all texts agree here"
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 2)), min_size=1, max_size=12))
+def test_nothing_beats_a_point_of_the_front(pairs: list[tuple[int, float]]) -> None:
+    found = [result(kl, nbytes, point=str(number)) for number, (nbytes, kl) in enumerate(pairs)]
+    front = measured.front(found)
+    for one in found:
+        beaten = [other for other in front if other.nbytes <= one.nbytes and other.kl.value <= one.kl.value]  # type: ignore[operator, union-attr]
+        assert beaten
+    assert [one.nbytes for one in front] == sorted(one.nbytes for one in front)  # type: ignore[type-var]
+
+
+def test_the_smallest_that_passes_is_recommended() -> None:
+    small, passing, large = (
+        result(0.5, 100, score=80, point="small"),
+        result(0.2, 150, score=95, point="passing"),
+        result(0.1, 300, score=99, point="large"),
+    )
+    near = result(0.19, 151, score=95, point="near")
+    several = [small, passing, large]
+    for among, expected in (([*several, near], near), (several, passing), ([small], small)):
+        chosen = measured.recommended(among)
+        assert chosen is not None
+        assert chosen[0] is expected
+    assert measured.recommended([result(0, why="x", point="a")]) is None
+
+
+def test_a_page_of_hostile_names_and_failures_is_whole() -> None:
+    found = [result(1.0, a="<script>", b="p"), result(0.5, 900, a="y", b="p"), result(0, why="<b>x</b>", a="z", b="p")]
+    text = page.page("<title>", measured.with_ratios(found), 4)
+    assert "<script>" not in text
+    assert "<b>x" not in text
+    assert "3 of 4 points" in text
+    assert "Points that failed" in text
+
+
+def test_compare_prints_both_figures_and_what_only_one_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, kl in (("first", 1.0), ("second", 0.5)):
+        results.update(tmp_path / name, [result(kl, point="same"), result(kl, point=name)])
+    assert main.main(["compare", str(tmp_path / "first"), str(tmp_path / "second")]) == 0
+    said = capsys.readouterr().out
+    assert "same\tprose\tkl\t1 (0.9 to 1.1)\t0.5 (0.45 to 0.55)\t0.500" in said
+    assert f"only in {tmp_path / 'second'}: second" in said
+    assert main.main(["compare", str(tmp_path / "first"), str(tmp_path)]) == 2

@@ -1,0 +1,122 @@
+"""A sweep from end to end: shared work once, results, what is repeated, and what a failure leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from builder.cli import main
+from builder.core import paths
+
+FILE = paths.data("configs", "sweeps", "smallest.yaml")
+
+
+def small(directory: Path, **matrix: dict[str, object]) -> Path:
+    """Data-free points without tasks, which take a few seconds each."""
+    asked = yaml.safe_load(FILE.read_text())
+    del asked["recipe"]["tasks"], asked["exclude"]
+    asked["recipe"]["calibration"] = {"samples": 0}
+    asked["recipe"]["evaluation"] |= {"texts": 3, "max_tokens": 32}
+    asked["matrix"] = matrix or {"rounding": {"max": {}, "mse": {"quantization.algorithm": "mse"}}}
+    (directory / "sweep.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
+    return directory / "sweep.yaml"
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    [file] = output.glob("sweeps/*/results.csv")
+    with open(file, newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_points_are_measured_once_one_added_later_costs_only_itself_and_one_that_fails_stops_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    argv = ["sweep", str(small(tmp_path)), "--output", str(output)]
+    assert main.main([*argv, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [step["kind"] for step in planned["steps"]] == ["fetch", "baseline", "measure", "measure"]
+    assert not output.exists()
+    assert main.main(argv) == 0
+    first = capsys.readouterr()
+    assert [(row["point"], row["kind"], row["status"]) for row in rows(output)] == [
+        ("max", "texts", "measured"),
+        ("mse", "texts", "measured"),
+    ]
+    assert float(rows(output)[1]["kl_ratio"]) < 1.2
+    assert "recommended" in first.out
+    [run] = output.glob("sweeps/*/runs/*")
+    assert {path.name for path in (run / "mse").iterdir()} >= {"recipe.yaml", "run.sh", "run.log"}
+    assert list((run / "mse").glob("*-evaluate-checkpoint-*.log"))
+    assert len(list((output / "snapshot").iterdir())) == 1
+
+    assert main.main(argv) == 0, "all is there: nothing runs"
+    assert "begins" not in capsys.readouterr().err
+    (tmp_path / "bad.jsonl").write_text("no json\n")
+    bad = {"calibration.samples": 4, "calibration.data": str(tmp_path / "bad.jsonl")}
+    more = {"max": {}, "mse": {"quantization.algorithm": "mse"}, "FP8": {"quantization.format": "fp8"}, "bad": bad}
+    small(tmp_path, rounding=more)
+    assert main.main(argv) == 1, "one fails, the others are measured"
+    said = capsys.readouterr().err
+    assert [line.split()[1] for line in said.splitlines() if line.endswith(" begins")] == ["fp8", "bad"]
+    assert "bad failed" in said
+    found = {row["point"]: row for row in rows(output)}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "max": "measured",
+        "mse": "measured",
+        "fp8": "measured",
+        "bad": "failed",
+    }
+    assert "bad.jsonl" in found["bad"]["why"]
+    assert "<svg" in next(output.glob("sweeps/*/report.html")).read_text()
+    script = subprocess.run(["sh", str(run / "mse" / "run.sh")], capture_output=True, text=True, env=_with_builder())
+    assert script.returncode == 0, script.stderr
+    assert "making" not in script.stderr
+
+
+def _with_builder() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_process_and_the_next_run_continues(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "builder", "sweep", str(small(tmp_path)), "--output", str(tmp_path / "out")]
+    running = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    assert running.stderr
+    for line in running.stderr:
+        if "begins" in line and line.startswith("measure"):
+            break
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(30) == 130
+    marked = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
+    assert not marked
+    again = subprocess.run(argv, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "fetch " not in again.stderr
+    assert "baseline " not in again.stderr
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.slow
+def test_a_sweep_is_measured_on_texts_and_tasks(tmp_path: Path) -> None:
+    assert main.main(["sweep", str(FILE), "--output", str(tmp_path)]) == 0
+    found = {(row["point"], row["kind"]): row for row in rows(tmp_path)}
+    assert float(found["gptq-nvfp4", "texts"]["kl_ratio_high"]) < 1
+    assert found["rtn-nvfp4", "texts"]["kl_ratio"] == ""
+    assert float(found["gptq-nvfp4", "task"]["task_low"]) <= float(found["gptq-nvfp4", "task"]["task"])
