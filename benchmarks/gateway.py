@@ -130,17 +130,27 @@ def wrong(load: Load, texts: Texts) -> int:
     return load.requests - sum(text == texts.expected for text in load.texts)
 
 
+class Used:
+    """CPU milliseconds for a request since this was made. `extra`: the gateway's process, if there is one."""
+
+    def __init__(self, server: Server, extra: list[int]) -> None:
+        self._names = processes(server) | dict.fromkeys(extra, "gateway")
+        self._before = {pid: cpu_seconds(pid) for pid in self._names}
+
+    def columns(self, requests: int) -> str:
+        """Of the text models and the gateway, and of Triton's own process."""
+        used = {pid: 1000 * (cpu_seconds(pid) - before) / requests for pid, before in self._before.items()}
+        triton = sum(ms for pid, ms in used.items() if self._names[pid] == "Triton")
+        return f"{sum(used.values()) - triton:7.1f} {triton:7.1f}"
+
+
 def measure_load(path: Way, server: Server, extra: list[int], texts: Texts, requests: int) -> int:
     """Prints a line of the first table; returns the number of wrong answers."""
     send(path, Load(32, 64))  # warm
-    names = processes(server) | dict.fromkeys(extra, "gateway")
-    before, load = {pid: cpu_seconds(pid) for pid in names}, Load(32, requests)
+    used, load = Used(server, extra), Load(32, requests)
     seconds = send(path, load)
-    used = {pid: 1000 * (cpu_seconds(pid) - before[pid]) / requests for pid in names}
-    text = sum(ms for pid, ms in used.items() if names[pid] != "Triton")
-    triton = sum(ms for pid, ms in used.items() if names[pid] == "Triton")
     found = wrong(load, texts)
-    print(f"{path.name:<42} {text:7.1f} {triton:7.1f} {OUTPUT * requests / seconds:10,.0f} {found:6}", flush=True)
+    print(f"{path.name:<42} {used.columns(requests)} {OUTPUT * requests / seconds:10,.0f} {found:6}", flush=True)
     return found
 
 
@@ -169,16 +179,16 @@ def reading_alone(opened: repository.Repository, server: Server, texts: Texts, r
     print(f"{'reading the engine alone':<42} {figures}", flush=True)
 
 
-def measure_paced(path: Way, texts: Texts, clients: int) -> int:
+def measure_paced(path: Way, server: Server, extra: list[int], texts: Texts, clients: int) -> int:
     """Prints a line of the second table; returns the number of wrong answers."""
     ideal = OUTPUT * TOKEN_SECONDS
-    load = Load(clients, 4 * clients)
+    used, load = Used(server, extra), Load(clients, 4 * clients)
     send(path, load, spread=ideal)
     found = wrong(load, texts)
     quantiles = statistics.quantiles(load.ttft, n=20)
     print(
-        f"{path.name:<42} {clients:7} {ideal / statistics.mean(load.seconds):7.3f} {1000 * quantiles[9]:10.0f} "
-        f"{1000 * quantiles[18]:10.0f} {found:6}",
+        f"{path.name:<42} {clients:7} {used.columns(load.requests)} {ideal / statistics.mean(load.seconds):7.3f} "
+        f"{1000 * quantiles[9]:10.0f} {1000 * quantiles[18]:10.0f} {found:6}",
         flush=True,
     )
     return found
@@ -210,21 +220,23 @@ def load_part(opened: repository.Repository, directory: Path, texts: Texts, requ
 
 def paced_part(opened: repository.Repository, directory: Path, texts: Texts) -> int:
     """The second table."""
-    print(f"\n{'20 ms a token':<42} {'clients':>7} {'rate':>7} {'TTFT p50':>10} {'TTFT p95':>10} {'wrong':>6}")
+    columns = f"{'clients':>7} {'text ms':>7} {'Triton':>7} {'rate':>7} {'TTFT p50':>10} {'TTFT p95':>10} {'wrong':>6}"
+    print(f"\n{'20 ms a token':<42} {columns}")
     found = 0
     with engine_server(opened.models, TOKEN_SECONDS, directory / "log") as server:
-        with gateway(opened, server.grpc_url) as (_, port):
+        with gateway(opened, server.grpc_url) as (pid, port):
             for clients in (32, 128):
-                found += measure_paced(of_gateway(port, texts), texts, clients)
+                found += measure_paced(of_gateway(port, texts), server, [pid], texts, clients)
+        bls = of_model(server, "tensorrt_llm_bls", texts, stream=True)
         for clients in (32, 128):
-            found += measure_paced(of_model(server, "tensorrt_llm_bls", texts, stream=True), texts, clients)
+            found += measure_paced(bls, server, [], texts, clients)
     if NVIDIA:
         models = directory / "nvidia-paced"
         make_nvidia_repository(models, Path(NVIDIA), SNAPSHOT)
         with engine_server(models, TOKEN_SECONDS, directory / "log") as server:
             path = of_model(server, "ensemble", texts, stream=True, whose="NVIDIA's ")
             for clients in (32, 128):
-                measure_paced(path, texts, clients)
+                measure_paced(path, server, [], texts, clients)
     return found
 
 
