@@ -31,6 +31,7 @@ from builder.cli.gateway import read_keys
 from builder.core import supervisor
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.gateway.fields import IGNORED, REFUSED
 from builder.gateway.listener import authority, listen
 from builder.recipe import schema
 from builder.serving.client import Client, Request
@@ -82,6 +83,36 @@ def test_greedy_text_is_that_of_the_other_ways(served: dict[str, Any], built: Pa
             stream = client.completions.create(**asked, stream=True)
             assert "".join(event.choices[0].text for event in stream) == text
             assert direct.grpc_stream(Request(prompt, 24)).text == text
+
+
+CONTRACT = Path(__file__).parents[2] / "docs" / "guides" / "requests.md"
+EXAMPLES = re.findall(r"^```(bash|python)\n(.*?)^```$", CONTRACT.read_text(encoding="utf-8"), re.S | re.M)
+
+
+def test_the_contract_has_an_example_for_each_client() -> None:
+    text = "".join(example for _, example in EXAMPLES)
+    for client in ("curl", "openai.OpenAI", "http.InferenceServerClient", "grpc.InferenceServerClient", "grpc.aio"):
+        assert client in text
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_an_example_of_the_contract_prints_an_answer(served: dict[str, Any], number: int) -> None:
+    kind, text = EXAMPLES[number]
+    addresses = {"127.0.0.1:9000": served["openai"], "127.0.0.1:8000": served["http"], "127.0.0.1:8001": served["grpc"]}
+    for shown, real in addresses.items():
+        text = text.replace(shown, real.removeprefix("http://").removesuffix("/v1"))
+    text = text.replace("Bearer none", f"Bearer {KEY}").replace('api_key="none"', f'api_key="{KEY}"')
+    argv = ["bash", "-c", text] if kind == "bash" else [sys.executable, "-c", text]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)["choices"][0]["message"]["content"] if kind == "bash" else done.stdout
+    assert answer.strip()
+
+
+def test_the_contract_names_the_fields_that_are_ignored_and_refused() -> None:
+    text = CONTRACT.read_text(encoding="utf-8")
+    for name in (*IGNORED, *REFUSED):
+        assert f"`{name}`" in text
 
 
 PERSON: Any = {
