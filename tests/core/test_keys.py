@@ -414,7 +414,9 @@ def test_each_value_that_scores_depend_on(
 def test_scores_of_a_served_model_are_of_its_engine(root: Path, models: variants.Models) -> None:
     """As for the smoke test: rebuilding the engine does not change the repository's digest."""
     assert models.repository is not None
-    copied = shutil.copytree(models.repository.path, root.parent / "other" / ("3" * 16))
+    other_root = root.parent / "other"
+    copied = shutil.copytree(models.repository.path, other_root / "repository" / ("3" * 16))
+    (other_root / "engine").symlink_to(root / "engine")  # which the repository refers to by a relative path
     other = replace(models, repository=replace(models.repository, path=copied))
     assert scores_key(root, other, "served") != scores_key(root, models, "served")
     assert scores_key(root, other, "bf16") == scores_key(root, models, "bf16")
