@@ -68,7 +68,7 @@ def find_leftovers(root: Path, older_than: float | None) -> Iterator[tuple[str, 
                 yield _unless_mounted(path, "unfinished or partly removed")
             elif found := WAITING.fullmatch(path.name):
                 yield _waiting(path, path.parent / found[1])
-    for name in ("models", "builds", "probes", "timing", "reports"):
+    for name in ("models", "builds", "history", "probes", "timing", "reports"):
         for path in _inside(root / name):
             if HALF_WRITTEN.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
                 yield _unless_mounted(path, "partly written")

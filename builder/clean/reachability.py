@@ -21,7 +21,7 @@ from builder.core.errors import UsageError
 from builder.core.locks import lock_unless_served
 from builder.core.manifest import KEY, MANIFEST, Damaged
 from builder.core.store import EVALUATION, STAGES, Artifact, strings, upstream
-from builder.publish import build_record
+from builder.publish import build_record, versions
 
 ANY_FORMAT = tuple(range(1, manifests.FORMAT + 1))
 INPUTS = ("texts", "task_names")  # stages of EVALUATION that are inputs of measurements, not measurements
@@ -152,6 +152,10 @@ def _protected(graph: Graph, request: Request) -> dict[Path, str]:
     """Stages that must stay, with reasons: what an entry of models/, a served repository or a stuck stage needs."""
     links = [link for link in graph.links if not link.is_requested(request)]
     roots = [(link.repository, f"models/{link.path.name} needs it") for link in links]
+    for link in links:
+        version = versions.before(graph.root, link.path.name) if link.ours else None
+        if version and (path := version.repository(graph.root)) in graph.nodes:
+            roots.append((graph.nodes[path], f"models/{link.path.name} can return to it (builder rollback)"))
     for path, repository in graph.nodes.items():
         if repository.stage == "repository":
             with suppress(OSError), lock_unless_served(path) as free:

@@ -23,7 +23,7 @@ from builder.core.locks import lock_unless_served
 from builder.core.manifest import KEY
 from builder.core.output import Output, size
 from builder.core.store import EVALUATION, MARKER, STAGES
-from builder.publish import build_record
+from builder.publish import build_record, versions
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY, "w": 7 * DAY}
 SHOWN = 20  # how many entries that were left alone to print
@@ -82,6 +82,9 @@ def plan(root: Path, request: Request) -> Plan:
     made.remove += sorted(stages, key=_downstream_first)
     for path in build_record.stale(root, gone=[entry.path for entry in stages]):
         made.remove.append(Entry(path, "the record of a repository that is gone", bytes_of(path)))
+    gone = {entry.path.name for entry in made.remove if entry.path.parent == root / "models"}
+    for path in versions.stale(root, gone):
+        made.remove.append(Entry(path, "the versions of a link that is gone", bytes_of(path)))
     known = {entry.path for entry in made.remove}
     lists = {"remove": made.remove, "keep": made.keep, "alone": made.alone}
     older_than = 0.0 if request.everything else request.older_than

@@ -79,6 +79,7 @@ def run_bench(arguments: argparse.Namespace, out: Output) -> int:
     _warn_of_old_names(arguments, out)
     asked = workload_of(arguments)
     repository = serve.open_named(arguments)
+    repository.check_single(arguments.command)
     asked = with_route(asked, arguments.api, repository)
     workload.check(asked, repository.facts)
     if arguments.url:
@@ -160,6 +161,7 @@ def run_load(arguments: argparse.Namespace, out: Output) -> int:
         default.output_tokens if arguments.output_tokens is None else arguments.output_tokens,
     )
     repository = serve.open_named(arguments)
+    repository.check_single(arguments.command)
     benchmark.check(workload, repository.facts)
     if arguments.http:
         report = benchmark.run(arguments.http, arguments.grpc, repository, workload, out=out)

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from builder.cli import combine
 from builder.cli.options import (
     STAGE_NAMES,
     add_command,
@@ -43,9 +44,15 @@ def add(commands: Any) -> None:
         examples = [f"builder {name} --model Qwen/Qwen3-8B --gpu sm120 {more}"]
         if name == "engine":
             examples.append("builder engine --model Qwen/Qwen3-8B --gpu sm120 --dry-run")
+        if name == "render":
+            examples.append("builder render --model Qwen/Qwen3-8B --gpu sm120 --add both --as qwen3")
         command = _add_stages(commands, name, text, examples)
         if name == "engine":
             command.add_argument("--dry-run", action="store_true", help="print the trtllm-build command; run nothing")
+        if name == "render":
+            command.add_argument("--add", metavar="NAME", help="add the model to this repository of several models")
+            command.add_argument("--as", metavar="MODEL", dest="model_as",
+                                 help="its name there, for clients (default: that of its own repository)")  # fmt: skip
 
 
 def _add_build(commands: Any) -> None:
@@ -93,6 +100,7 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     from builder.cli import summary
     from builder.core.store import STAGES, Store
     from builder.preflight import doctor
+    from builder.publish import links
     from builder.serving.smoke import SmokeFailed
 
     force = forced_stages(arguments)
@@ -105,6 +113,8 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
         recipe = resolved.recipe
         doctor.require(resolved.gpu, recipe.engine.tensorrt_llm, arguments.output, target=recipe.target)
     store = Store(arguments.output, out, force=sorted(force))
+    combine.check_add(arguments, store.root)
+    links.check_free(resolved.recipe.name, store.root)
     try:
         with store.in_use():
             built = pipeline.build(resolved, store, until=until)
@@ -118,6 +128,8 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
     _check_quality(built, resolved, arguments)
     if built.evaluation:
         built.evaluation.check()
+    if built.link:
+        combine.add_built(arguments, built.link, store)
     return 0
 
 

@@ -72,7 +72,6 @@ def check(arguments: argparse.Namespace, repository: Repository) -> None:
     ServingError if the port is in use.
     """
     from builder.gateway.listener import listen
-    from builder.gateway.settings import tokenizer_directory
 
     if arguments.no_gateway:
         _check_unused(arguments)
@@ -80,13 +79,20 @@ def check(arguments: argparse.Namespace, repository: Repository) -> None:
     for name in NUMBERS:
         _positive(arguments, name)
     read_keys(arguments.api_keys)
-    served_names(repository, arguments.model_name, "")
-    for facts in repository.members.values():
-        tokenizer_directory(repository.models, facts)
+    check_model(arguments, repository)
     for name in ("http", "grpc", "metrics"):
         if arguments.port and getattr(arguments, f"{name}_port") == arguments.port:
             raise UsageError(f"--port and --{name}-port are both {arguments.port}.", hint="Choose two ports.")
     listen(arguments.host, arguments.port).close()
+
+
+def check_model(arguments: argparse.Namespace, repository: Repository) -> None:
+    """UsageError for a name that several models would have, UnsupportedError for a model without a tokenizer."""
+    from builder.gateway.settings import tokenizer_directory
+
+    served_names(repository, arguments.model_name, "")
+    for facts in repository.members.values():
+        tokenizer_directory(repository.models, facts)
 
 
 def _check_unused(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.cli import gateway
+from builder.cli import combine, gateway, updating
 from builder.cli.options import add_command, add_output, path, port
 from builder.core.errors import UsageError
 from builder.core.output import Output, seconds
@@ -43,9 +43,12 @@ def add(commands: Any) -> None:
     command.add_argument("--triton-host", metavar="HOST",
                          help="address of Triton's own ports (default: this machine only)")  # fmt: skip
     gateway.add_options(command)
+    command.add_argument("--auto-update", action="store_true",
+                         help="when the link names a new version, switch to it without losing a request")  # fmt: skip
     command.add_argument("--follow-log", action="store_true", help="copy the server's log to stderr")
     command.add_argument("--until-eof", action="store_true", help="stop when stdin is closed")
     gateway.add(commands)
+    combine.add(commands)
     command = add_command(
         commands, "smoke", "start a server, test every endpoint, stop it", run_smoke,
         examples=[
@@ -92,6 +95,9 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     gateway.check(arguments, repository)
     if arguments.until_eof:
         stop_at_eof()
+    if arguments.auto_update:
+        with serving_directory(executable=False) as place:
+            return updating.run(arguments, place.path, out)
     with serving_lock(repository.path), serving_directory(executable=False) as place:
         return Foreground(
             partial(started, arguments, repository, out),
@@ -131,7 +137,8 @@ def _show_addresses(
     out.text(f"http       {server.http_url}")
     out.text(f"grpc       {server.grpc_url}")
     out.text(f"metrics    {server.metrics_url}")
-    out.text(f"try        {_curl(server.http_url, repository.facts)}")
+    for facts in repository.members.values():
+        out.text(f"try        {_curl(server.http_url, facts)}")
     out.finish()  # now, not at the end: whoever reads it wants to talk to the server
     sys.stdout.flush()
 
@@ -186,15 +193,16 @@ def _chosen_ports(arguments: argparse.Namespace) -> Ports:
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     """Serves a repository, tests it and stops the server. ServingError if a check failed."""
     from builder.core.locks import serving_lock
-    from builder.serving.smoke import smoke, write_junit
+    from builder.serving.smoke import smoke_models as smoke
+    from builder.serving.smoke import write_junit
 
     check_both_ports(arguments)
     repository = open_named(arguments)
     if arguments.http:
-        report = smoke(arguments.http, arguments.grpc, repository.facts, out=out)
+        report = smoke(arguments.http, arguments.grpc, repository.members, out=out)
     else:
         with serving_lock(repository.path), started(arguments, repository, out) as server:
-            report = smoke(server.http_url, server.grpc_url, repository.facts, out=out)
+            report = smoke(server.http_url, server.grpc_url, repository.members, out=out)
     if arguments.junit:
         write_junit(report, arguments.junit)
     outcomes = {True: "ok", False: "FAILED", None: "not checked"}

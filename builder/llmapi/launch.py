@@ -53,12 +53,13 @@ if any("PartReasoningText" in f.read_text("utf-8", "replace") for f in files):
 
 
 def arguments(models: Path) -> Mapping[str, Any] | None:
-    """The content of the repository's model.yaml; None for a repository of another target."""
-    file = models / compatibility.ENGINE_MODEL / "1" / "model.yaml"
-    if not file.is_file():
-        return None
-    found: Mapping[str, Any] = parse_yaml(file.read_bytes())
-    return found
+    """The content of the repository's model.yaml, the first of several; None for a repository of another target."""
+    for prefix in compatibility.prefixes(models):
+        file = models / f"{prefix}{compatibility.ENGINE_MODEL}" / "1" / "model.yaml"
+        if file.is_file():
+            found: Mapping[str, Any] = parse_yaml(file.read_bytes())
+            return found
+    return None
 
 
 def world_size(models: Path) -> int:

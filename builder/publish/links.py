@@ -17,7 +17,7 @@ from typing import Any
 
 from builder.core.errors import UsageError
 from builder.core.file_names import sanitized, truncated
-from builder.core.store import Store, digest_of, replace_link
+from builder.core.store import Store, digest_of, read, replace_link
 from builder.hub.snapshot import local_directory
 from builder.publish import build_record
 from builder.recipe.schema import Model, Recipe, Resolved
@@ -69,6 +69,18 @@ def move(name: Path, repository: Path) -> None:
             f"{name} is not a link, so it was not replaced.", hint="Move it away, or choose another --name."
         )
     replace_link(name, target)
+
+
+def check_free(name: str | None, root: Path) -> None:
+    """UsageError if a build may not have this name (--name), because a repository of several models has it."""
+    link = root / MODELS / (name or "")
+    artifact = read(link.resolve(), check_files=False) if name and link.is_symlink() else None
+    if artifact and "members" in artifact.facts:
+        raise UsageError(
+            f"{link} has several models.",
+            why=f"They are {', '.join(artifact.facts['members'])}.",
+            hint=f"Build by another --name, and add it: builder combine {name} --add {root / MODELS}/OTHER",
+        )
 
 
 def base_name(recipe: Recipe, gpu: str, prefix: str = "") -> str:

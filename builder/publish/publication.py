@@ -7,7 +7,7 @@ from pathlib import Path
 
 from builder.core.store import Store
 from builder.preflight.prepare import Prepared
-from builder.publish import build_record, links
+from builder.publish import build_record, links, versions
 from builder.triton.repository import Repository
 
 
@@ -18,6 +18,7 @@ def publish(prepared: Prepared, repository: Repository, store: Store) -> Path:
         name = links.link(resolved, repository.path, store)
         if not os.path.lexists(name):  # a record whose link is missing tells `clean` that the user removed the link
             links.move(name, repository.path)
+        versions.remember(store.root, name, repository.path)
         build_record.write(prepared, link=name, source=links.source_of(resolved.recipe.model), store=store)
         links.move(name, repository.path)
     if name.name != (short := links.base_name(resolved.recipe, resolved.gpu.name)) and not resolved.recipe.name:

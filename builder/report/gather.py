@@ -176,7 +176,7 @@ def name_of(path: Path) -> str:
 
 def _find(path: Path) -> _Found:
     directory = Path(path).resolve()
-    open_repository(path)
+    open_repository(path).check_single("report")
     repository = read(directory)
     if repository is None:
         raise UsageError(f"{path} was just changed or removed.", hint="Run the same command again.")

@@ -238,7 +238,8 @@ def _create(client: Any, repository: Repository, image: str, addresses: Addresse
     """Creates the container. The store is mounted where the rendered configuration expects it."""
     from docker.types import DeviceRequest, Mount, Ulimit
 
-    inside = _inside(repository.path, repository.facts)
+    facts = next(iter(repository.members.values()))  # several are in one store
+    inside = _inside(repository.path, facts)
     root = repository.path.parents[1]
     argv = ["serve", str(inside / repository.path.relative_to(root)), "--quiet", "--until-eof", "--follow-log"]
     argv += ["--host", "0.0.0.0", "--no-gateway"]  # the command on the host starts one

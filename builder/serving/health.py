@@ -35,7 +35,7 @@ def fault(url: str, patience: float = PATIENCE) -> str:
     """
     deadline = time.monotonic() + patience
     try:
-        requests = [(model, body) for model in MODELS if (body := _request_body(url, model))]
+        requests = [(model, body) for model in text_models(url) if (body := _request_body(url, model))]
         if not requests:
             return "it has no model that takes text"
         for model, body in requests:
@@ -102,6 +102,13 @@ def _broken(why: str) -> ServingError:
         why=why,
         hint="Start the server again (docker compose does so with restart: unless-stopped). See the server's log.",
     )
+
+
+def text_models(url: str) -> list[str]:
+    """Those of the server's models that may take text: MODELS, or in a repository of several NAME_tensorrt_llm, ..."""
+    status, answer = _call(url, "GET", "/v2/models/stats", 5.0)
+    names = [entry["name"] for entry in json.loads(answer).get("model_stats", [])] if status == 200 else list(MODELS)
+    return [name for name in names if name.endswith(tuple(f"_{model}" for model in MODELS)) or name in MODELS]
 
 
 def _request_body(url: str, model: str) -> bytes | None:

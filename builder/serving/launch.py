@@ -170,25 +170,24 @@ def stand_in(installation: Installation, models: Path, engine_backend: Path | No
 
 def _needs_no_engine(installation: Installation, models: Path) -> bool:
     """Whether the model is a Python model (the llmapi target) and the installation can run it as it is."""
-    config = models / compatibility.ENGINE_MODEL / "config.pbtxt"
-    python = config.is_file() and 'backend: "python"' in config.read_text(encoding="utf-8")
+    names = (f"{prefix}{compatibility.ENGINE_MODEL}" for prefix in compatibility.prefixes(models))
+    configs = [(models / name / "config.pbtxt").read_text(encoding="utf-8") for name in names]
+    python = bool(configs) and all('backend: "python"' in config for config in configs)
     return python and (installation.backends / "python" / "triton_python_backend_stub").is_file()
 
 
 def has_engine(models: Path) -> bool:
-    """Whether the repository's engine directory contains an engine that trtllm-build made."""
-    directory = _engine_directory(models)
-    return directory is not None and any(directory.glob("*.engine"))
+    """Whether an engine directory of the repository contains an engine that trtllm-build made."""
+    return any(any(directory.glob("*.engine")) for directory in _engine_directories(models))
 
 
 def world_size(models: Path) -> int:
     """The number of ranks of the engine or the llmapi target; 1 for the reference executor, a single process."""
-    directory = _engine_directory(models)
-    if directory is None or not has_engine(models):
+    if not has_engine(models):
         return llmapi_launch.world_size(models)
-    return compatibility.read_engine(directory).world_size
+    return max(compatibility.read_engine(directory).world_size for directory in _engine_directories(models))
 
 
-def _engine_directory(models: Path) -> Path | None:
-    served = compatibility.read_served(models)
-    return served.engine if served else None
+def _engine_directories(models: Path) -> list[Path]:
+    found = (compatibility.read_served(models, prefix) for prefix in compatibility.prefixes(models))
+    return [served.engine for served in found if served]

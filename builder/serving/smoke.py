@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +173,18 @@ def smoke(
     report = SmokeReport(tuple(checks), Sample(*suite.sample) if suite.sample else None)
     out.info(f"smoke checks: {report.counts}, in {seconds(sum(c.seconds for c in checks))}")
     return report
+
+
+def smoke_models(http_url: str, grpc_url: str, members: Mapping[str, Mapping[str, Any]], *, out: Output) -> SmokeReport:
+    """`smoke` for each model of a repository, whose facts `members` has by name; "" is the name of a single one."""
+    if list(members) == [""]:
+        return smoke(http_url, grpc_url, members[""], out=out)
+    checks, sample = [], None
+    for name, facts in members.items():
+        report = smoke(http_url, grpc_url, facts, out=out)
+        checks += [replace(check, name=f"{name}: {check.name}") for check in report.checks]
+        sample = sample or report.sample
+    return SmokeReport(tuple(checks), sample)
 
 
 def write_junit(report: SmokeReport, path: Path) -> None:

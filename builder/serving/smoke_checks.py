@@ -104,7 +104,8 @@ class Checks:
         """The server and every model that clients need report that they are ready."""
         if not self.client.ready():
             raise CheckFailed("the server is not ready")
-        steps = {"preprocessing", "postprocessing"} if "engine" in self.facts["models"] else set()
+        prefix = self.facts.get("prefix", "")
+        steps = {f"{prefix}preprocessing", f"{prefix}postprocessing"} if "engine" in self.facts["models"] else set()
         names = sorted({*self.facts["models"].values(), *steps})
         missing = [name for name in names if not self.client.ready(name)]
         if missing:

@@ -50,6 +50,15 @@ class Repository:
         """The absolute path of what a fact refers to: `engine` or `checkpoint`."""
         return references.resolved(str(self.facts[fact]), self.path)
 
+    def check_single(self, command: str) -> None:
+        """UsageError if there are several models, for a command that takes one."""
+        if "" not in self.members:
+            links = [str(facts["link"]) for facts in self.members.values()]
+            raise UsageError(
+                f"builder {command} takes a repository of one model, and {self.path} has {', '.join(self.members)}.",
+                hint=f"Name the repository of one of them: {', '.join(f'artifacts/models/{link}' for link in links)}.",
+            )
+
 
 def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store: Store) -> Repository:
     """The model repository that serves this engine with this model's tokenizer. `part` is the recipe's `repository`.
@@ -115,10 +124,11 @@ def open_repository(path: Path) -> Repository:
 
 def check_served(repository: Repository) -> None:
     """IntegrityError if the engine or checkpoint that the repository serves is in a store and was changed there."""
-    for name, below, stage in (("engine", "", "engine"), ("checkpoint", "unified", "quantize")):
-        if name not in repository.facts:
+    parts = (("engine", "", "engine"), ("checkpoint", "unified", "quantize"))
+    for facts, (name, below, stage) in ((facts, part) for facts in repository.members.values() for part in parts):
+        if name not in facts:
             continue
-        served = repository.path_of(name)
+        served = references.resolved(str(facts[name]), repository.path)
         directory = served.parent if below and served.name == below else served
         if (directory / MANIFEST).is_file() and read(directory) is None:
             compatibility.check(repository.models)

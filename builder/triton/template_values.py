@@ -109,6 +109,8 @@ def template_values(
         "bls": {
             "engine_decoupled": _lower(part.decoupled),
             "exclude_input_in_output": _lower(part.exclude_input_in_output),
+            "preprocessing_model_name": "preprocessing",
+            "tensorrt_llm_model_name": "tensorrt_llm",
             **{name: json.dumps(entries) for name, entries in tensors["maps"].items()},
         },
     }

@@ -111,30 +111,46 @@ def check(models: Path, runtime: Runtime | None = None) -> None:
     runtime: this machine by default. For a repository of the llmapi target only the TensorRT-LLM version is compared,
     if it is installed.
     """
-    served = read_served(models)
-    found = missing(served) if served else list(_llmapi(models, runtime))
-    if served and not found:
-        engine = read_engine(served.engine)
-        if runtime is None and engine.is_tensorrt:
-            runtime = here()
-        found = mismatches(served, engine, runtime or Runtime())
+    found = [one for prefix in prefixes(models) or [""] for one in _of_model(models, prefix, runtime)]
     if found:
         raise _refusal(found)
 
 
-def read_served(models: Path) -> Served | None:
-    """What config.pbtxt says about the engine, parsed as Triton parses it; None for a repository without an engine."""
-    config = parse(models / ENGINE_MODEL / "config.pbtxt")
+def prefixes(models: Path) -> list[str]:
+    """What the names of Triton's models begin with, for each model of the repository; [""] if it has only one."""
+    names = (path.parent.name for path in models.glob(f"*{ENGINE_MODEL}/config.pbtxt"))
+    found = sorted(name.removesuffix(ENGINE_MODEL) for name in names)
+    return [prefix for prefix in found if not prefix or prefix.endswith("_")]
+
+
+def _of_model(models: Path, prefix: str, runtime: Runtime | None) -> list[Mismatch]:
+    served = read_served(models, prefix)
+    if served is None:
+        return list(_llmapi(models, prefix, runtime))
+    if found := missing(served):
+        return found
+    engine = read_engine(served.engine)
+    if runtime is None and engine.is_tensorrt:
+        runtime = here()
+    return mismatches(served, engine, runtime or Runtime())
+
+
+def read_served(models: Path, prefix: str = "") -> Served | None:
+    """What config.pbtxt says about the engine, parsed as Triton parses it; None for a repository without an engine.
+
+    prefix: of the names of Triton's models, in a repository of several.
+    """
+    config = parse(models / f"{prefix}{ENGINE_MODEL}" / "config.pbtxt")
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     if not parameters.get("gpt_model_path"):
         return None
     from tritonclient.grpc import model_config_pb2
 
-    bls = parse(models / BLS_MODEL / "config.pbtxt")
+    bls = parse(models / f"{prefix}{BLS_MODEL}" / "config.pbtxt")
     tensors = [tensor for tensor in (*config.input, *config.output) if tensor.name in LOGITS]
     return Served(
-        file=models / ENGINE_MODEL / "config.pbtxt",
-        engine=references.resolved(parameters["gpt_model_path"], models / ENGINE_MODEL),
+        file=models / f"{prefix}{ENGINE_MODEL}" / "config.pbtxt",
+        engine=references.resolved(parameters["gpt_model_path"], models / f"{prefix}{ENGINE_MODEL}"),
         max_batch_size=config.max_batch_size,
         max_beam_width=_number(parameters.get("max_beam_width"), 1),
         on=frozenset(n for n in NEED_PAGED_FMHA if parameters.get(n) in ON),
@@ -224,9 +240,9 @@ def _versions(engine: EngineFacts, runtime: Runtime) -> Iterator[Mismatch]:
         )
 
 
-def _llmapi(models: Path, runtime: Runtime | None) -> Iterator[Mismatch]:
+def _llmapi(models: Path, prefix: str, runtime: Runtime | None) -> Iterator[Mismatch]:
     """The LLM class of another version accepts arguments of the same name, but may treat them differently."""
-    config = parse(models / ENGINE_MODEL / "config.pbtxt")
+    config = parse(models / f"{prefix}{ENGINE_MODEL}" / "config.pbtxt")
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     rendered = parameters.get("tensorrt_llm")
     have = runtime.tensorrt_llm if runtime else installed("tensorrt_llm")

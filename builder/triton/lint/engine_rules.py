@@ -19,7 +19,7 @@ PATH = "gpt_model_path"
 
 def check(engine_model: ModelFiles, engine: Path) -> Iterator[Finding]:
     """All of them. engine: its directory, which may have another path than where it is served."""
-    served = compatibility.read_served(engine_model.directory.parent)
+    served = compatibility.read_served(engine_model.directory.parent, engine_model.name.removesuffix(ENGINE_MODEL))
     if served is None:
         return
     facts = compatibility.read_engine(engine)
@@ -34,7 +34,8 @@ def check(engine_model: ModelFiles, engine: Path) -> Iterator[Finding]:
 def directory(engine_model: ModelFiles, named: Path | None) -> Path | None:
     """The engine to compare with: the one that the user names, or the model's own, if its config.json can be read."""
     path = engine_model.parameters.get(PATH, "")
-    own = None if engine_model.name != ENGINE_MODEL or is_unset(path) else resolved(path, engine_model.directory)
+    named_so = engine_model.name == ENGINE_MODEL or engine_model.name.endswith(f"_{ENGINE_MODEL}")
+    own = resolved(path, engine_model.directory) if named_so and not is_unset(path) else None
     found = named or own
     return found if found is not None and (found / "config.json").is_file() else None
 

@@ -11,6 +11,7 @@ from builder.recipe.triton_parameters import kinds, known, wrong
 from builder.triton.lint.findings import Finding
 from builder.triton.lint.model_files import FILL, ModelFiles
 
+TEXT = ("preprocessing", "postprocessing", "tensorrt_llm_bls")  # or with a prefix, in a repository of several models
 UNSET = re.compile(r"\s*|\$\{\w*\}")
 ALIKE = 0.85
 
@@ -20,8 +21,8 @@ def role(model: ModelFiles) -> str | None:
     runs_engine = model.message.backend == "python" and "gpt_model_type" in model.message.parameters
     if model.message.backend == "tensorrtllm" or runs_engine:
         return "tensorrt_llm"
-    if model.message.backend == "python" and model.name in ("preprocessing", "postprocessing", "tensorrt_llm_bls"):
-        return model.name
+    if model.message.backend == "python":
+        return next((name for name in TEXT if model.name == name or model.name.endswith(f"_{name}")), None)
     return None
 
 
@@ -54,18 +55,15 @@ def check(model: ModelFiles) -> Iterator[Finding]:
 
 
 def tokenizers(models: Sequence[ModelFiles]) -> Iterator[Finding]:
-    """Text models that read different tokenizers."""
-    found = {
-        model.name: (model, value)
-        for model in models
-        if role(model) in ("preprocessing", "postprocessing", "tensorrt_llm_bls")
-        and not is_unset(value := model.parameters.get("tokenizer_dir", ""))
-    }
-    if "preprocessing" not in found:
-        return
-    _, expected = found["preprocessing"]
-    for model, value in found.values():
-        if Path(value) != Path(expected):
+    """Text models that read another tokenizer than preprocessing, that of the same prefix."""
+    roles = {model.name: (model, which) for model in models if (which := role(model)) in TEXT}
+    for name, (model, which) in roles.items():
+        assert which is not None
+        first = f"{name.removesuffix(which)}preprocessing"
+        if first not in roles:
+            continue
+        value, expected = (one.parameters.get("tokenizer_dir", "") for one in (model, roles[first][0]))
+        if not is_unset(value) and not is_unset(expected) and Path(value) != Path(expected):
             fix = f"Name one directory in both: {expected}"
-            said = f"tokenizer_dir is {value}, and that of preprocessing {expected}"
+            said = f"tokenizer_dir is {value}, and that of {first} {expected}"
             yield model.finding("tokenizer", model.parameter("tokenizer_dir"), said, fix)

@@ -16,9 +16,9 @@ NAMES = (MODEL, "tensorrt_llm_draft_model_name", "multimodal_encoders_name")
 
 def check(models: Models) -> Iterator[Finding]:
     """All of them."""
-    if BLS_MODEL in models and models[BLS_MODEL].message is not None:
-        yield from _bls(models[BLS_MODEL], models)
     for model in models.values():
+        if model.message is not None and (model.name == BLS_MODEL or model.name.endswith(f"_{BLS_MODEL}")):
+            yield from _bls(model, models)
         if model.message is not None and model.message.platform == "ensemble":
             yield from _ensemble(model, models)
 

@@ -81,6 +81,8 @@ class TritonPythonModel:
         self.can_stream = config.get("model_transaction_policy", {}).get("decoupled", False)
         self.engine_streams = parameters["engine_decoupled"] == "true"
         self.maps = {key: json.loads(value) for key, value in parameters.items() if "_from_" in key}
+        self.preprocessing = parameters["preprocessing_model_name"]
+        self.engine_model = parameters["tensorrt_llm_model_name"]
         self.engine = Engine()
         self.running, self.counting = set(), threading.Lock()
         self.shown = os.open(f"{REQUESTS}/{os.getpid()}", os.O_CREAT | os.O_WRONLY) if REQUESTS else None
@@ -166,7 +168,7 @@ class TritonPythonModel:
         engine_inputs = self.preprocess(inputs)
         extra = [name for name in request.requested_output_names() if name != "text_output"]
         # A new id: the engine stops requests by id, and clients may reuse ids or send none.
-        message = engine_request(uuid.uuid4().hex, engine_inputs, [*OWN_OUTPUTS, *extra])
+        message = engine_request(self.engine_model, uuid.uuid4().hex, engine_inputs, [*OWN_OUTPUTS, *extra])
         answer.check_cancelled()  # while it waited, or while preprocessing ran
         limits = (self.queue_seconds + self.stall_seconds, self.stall_seconds) if streaming else ()
         answer.generation = Generation(self.engine, message, limits)
@@ -197,7 +199,7 @@ class TritonPythonModel:
         ]
         from_preprocessing = self.maps["tensorrt_llm_from_preprocessing"]
         request = pb_utils.InferenceRequest(
-            model_name="preprocessing", inputs=tensors, requested_output_names=list(from_preprocessing.values())
+            model_name=self.preprocessing, inputs=tensors, requested_output_names=list(from_preprocessing.values())
         )
         response = request.exec()
         if response.has_error():
@@ -243,7 +245,7 @@ class TritonPythonModel:
         """
         one = np.ones((1, 1), np.int32)
         inputs = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.array([[True]])}
-        message = engine_request(generation.message.id, inputs, OWN_OUTPUTS)
+        message = engine_request(self.engine_model, generation.message.id, inputs, OWN_OUTPUTS)
         self.engine.send(message, lambda response: None, STOP_SECONDS).result()
 
 
@@ -429,9 +431,9 @@ def invalid(message):
     raise Rejected(pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG))
 
 
-def engine_request(request_id, inputs, outputs):
+def engine_request(model, request_id, inputs, outputs):
     """The protobuf message of a request to the engine. inputs: {name: array}."""
-    message = service_pb2.ModelInferRequest(model_name="tensorrt_llm", id=request_id)
+    message = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     for name, value in inputs.items():
         message.inputs.add(name=name, datatype=TRITON_KINDS.get(value.dtype.name, "BYTES"), shape=value.shape)
         strings = value.dtype.hasobject

@@ -1,0 +1,80 @@
+"""Models beside each other on one card: what is accepted fits, whichever of them is loaded first."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder.core.errors import UnsupportedError
+from builder.preflight import beside
+from builder.preflight.beside import Share
+
+GB = 10**9
+SHARES = st.lists(
+    st.tuples(
+        st.integers(0, 60 * GB), st.integers(0, 20 * GB), st.floats(0.01, 0.99),
+    ),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+def caches(memory: int, shares: list[Share]) -> list[int]:
+    """The KV caches if the models are loaded one after the other, as TensorRT-LLM allocates them."""
+    taken, found = 0, []
+    for share in shares:
+        assert share.fraction is not None
+        taken += share.weights
+        found.append(int(share.fraction * (memory - taken)))
+        taken += found[-1]
+        assert taken <= memory
+    return found
+
+
+@given(st.integers(1 * GB, 200 * GB), SHARES)
+def test_what_is_accepted_fits_in_any_order(memory: int, parts: list[tuple[int, int, float]]) -> None:
+    shares = [Share(str(i), *part) for i, part in enumerate(parts)]
+    if not beside.problem(memory, shares):
+        for order in permutations(shares):
+            for share, cache in zip(order, caches(memory, list(order)), strict=True):
+                assert cache >= share.sequence - 1  # rounded
+
+
+@given(st.integers(1 * GB, 200 * GB), SHARES)
+def test_what_is_suggested_is_accepted(memory: int, parts: list[tuple[int, int, float]]) -> None:
+    shares = [Share(str(i), *part) for i, part in enumerate(parts)]
+    fractions = beside.suggested(memory, shares)
+    typed = [Share(s.name, s.weights, s.sequence, fractions[s.name]) for s in shares if fractions]
+    assert beside.problem(memory, typed) == ""
+
+
+def test_two_models_with_the_default_fraction_do_not_fit() -> None:
+    """The first would take nine tenths of the card, and the second would find no room for its weights."""
+    shares = [Share("chat", 16 * GB, GB, 0.9), Share("code", 16 * GB, GB, 0.9)]
+    with pytest.raises(UnsupportedError, match="The 2 models do not fit beside each other on H100") as caught:
+        beside.check({"H100": (80 * GB, shares)})
+    assert (
+        caught.value.hint == "Divide the memory with `builder combine`: --kv-fraction chat=0.34 --kv-fraction code=0.34"
+    )
+    assert "chat: 16.00 GB of weights and workspace, up to 57.60 GB of KV cache" in caught.value.why
+    beside.check({"H100": (80 * GB, [Share(s.name, s.weights, s.sequence, 0.34) for s in shares])})
+
+
+def test_models_that_no_fraction_helps() -> None:
+    shares = [Share("chat", 50 * GB, GB, 0.9), Share("code", 40 * GB, GB, 0.9)]
+    with pytest.raises(UnsupportedError, match="do not fit") as caught:
+        beside.check({"H100": (80 * GB, shares)})
+    assert "another card" in caught.value.hint
+
+
+def test_a_cpu_needs_what_the_models_need() -> None:
+    shares = [Share("a", 3 * GB, GB, None), Share("b", 3 * GB, GB, None)]
+    assert beside.problem(8 * GB, shares) == ""
+    assert "Together they may take 8.00 GB" in beside.problem(7 * GB, shares)
+
+
+def test_one_card_that_fits_is_enough() -> None:
+    shares = [Share("a", 3 * GB, GB, None)]
+    beside.check({"small": (GB, shares), "large": (8 * GB, shares)})
