@@ -112,7 +112,7 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
     """Serves until SIGTERM or Ctrl-C (exit code 0)."""
     from builder.gateway import routes, server
     from builder.gateway.listener import authority, listen
-    from builder.gateway.settings import Place, Settings
+    from builder.gateway.settings import Settings, places
     from builder.triton import repository
 
     limits = Limits(
@@ -121,21 +121,21 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
         seconds=_positive(arguments, "request-timeout"),
     )
     if arguments.routes:
-        places = routes.read(arguments.routes).places
+        found = routes.read(arguments.routes).places
     else:
         path = arguments.repository or repository.find(arguments.output, os.environ.get("MODEL_REPOSITORY"))
         opened = repository.open_repository(path)
         names = served_names(opened, arguments.model_name, path.absolute().name)
-        places = tuple(Place(name, opened.path, member, arguments.grpc) for member, name in names.items())
-    settings = Settings(places, limits, read_keys(arguments.api_keys), arguments.routes, arguments.watchdog)
+        found = places(opened, names, arguments.grpc)
+    settings = Settings(found, limits, read_keys(arguments.api_keys), arguments.routes, arguments.watchdog)
     listener = listen(arguments.host, arguments.port)
     host, number = listener.getsockname()[:2]
     url = f"http://{authority(host, number)}/v1"
 
     def ready() -> None:
-        out.result({"url": url, "model": places[0].name, "models": [place.name for place in places]})
+        out.result({"url": url, "model": found[0].name, "models": [place.name for place in found]})
         out.text(f"openai     {url}")
-        for place in places:
+        for place in found:
             out.text(f"model      {place.name}")
         out.finish()
         sys.stdout.flush()

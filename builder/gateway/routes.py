@@ -17,7 +17,7 @@ from builder.core.store import replace_file
 from builder.core.untrusted_text import parse_json, read_regular
 from builder.gateway.models import Models
 from builder.gateway.record import log
-from builder.gateway.settings import Place
+from builder.gateway.settings import Place, read_models
 
 LOOK_SECONDS = 0.2  # between two looks at the file
 
@@ -85,7 +85,7 @@ async def _switch(routes: Routes, models: Models) -> str:
     """Serves these models. Returns why they can't be served; the former ones stay then."""
     try:
         # A large tokenizer takes seconds to load: in a thread, and requests go on.
-        read = [(place, await asyncio.to_thread(place.read)) for place in routes.places]
+        read = await asyncio.to_thread(read_models, routes.places)
     except BuilderError as error:
         log("error", "switch failed", detail=str(error))
         return str(error)

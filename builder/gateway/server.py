@@ -13,7 +13,7 @@ import uvicorn
 from builder.gateway.app import application
 from builder.gateway.listener import BACKLOG
 from builder.gateway.protocol import limited
-from builder.gateway.settings import Settings
+from builder.gateway.settings import Settings, read_models
 
 
 def run(settings: Settings, listener: socket.socket, *, drain: int, ready: Callable[[], None]) -> None:
@@ -22,7 +22,7 @@ def run(settings: Settings, listener: socket.socket, *, drain: int, ready: Calla
     Errors as for Place.read, for the models that it serves first.
     """
     config = uvicorn.Config(
-        application(settings, [(place, place.read()) for place in settings.places]),
+        application(settings, read_models(settings.places)),
         loop="uvloop",
         http=limited(settings.limits),
         ws="none",

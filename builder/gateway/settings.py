@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from builder.tokenizer import files as tokenizer_files
 from builder.tokenizer.chat_template import ChatTemplate
 from builder.tokenizer.detokenizer import Vocabulary
 from builder.tokenizer.worker import load
-from builder.triton.repository import open_repository
+from builder.triton.repository import Repository, open_repository
 from builder.trtllm import references
 
 
@@ -53,6 +53,7 @@ class Model:
     tool_calls, reasoning: how the model writes either; None: not at all, or in no way that is known.
     special_tokens: ids of the tokens that have no text in an answer. turn_end: the end id of the chat template.
     texts: the recipe's values.
+    adapter: the LoRA adapter that requests use, "" for none.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Model:
     turn_end: int | None = None
     texts: TextSettings = field(default_factory=TextSettings)
     guided: Guided | None = None
+    adapter: str = ""
 
     def explained(self) -> dict[str, Any]:
         """What was derived from the model's files, for the log."""
@@ -135,17 +137,42 @@ def tokenizer_directory(models: Path, facts: Mapping[str, Any]) -> Path:
 @dataclass(frozen=True)
 class Place:
     """Where a model is served: the name that clients use, its repository and its name there ("" if the repository has
-    one model only), and its server's gRPC port."""
+    one model only), its server's gRPC port, and the LoRA adapter that is applied ("" for none)."""
 
     name: str
     repository: Path
     member: str
     grpc: str
+    adapter: str = ""
 
     def read(self) -> Model:
         """The model. UsageError, IntegrityError or UnsupportedError if its repository can't be served."""
         opened = open_repository(self.repository)
         return Model.read(opened.models, opened.members[self.member])
+
+
+def places(opened: Repository, names: Mapping[str, str], grpc: str) -> tuple[Place, ...]:
+    """Where the models of a repository are served, if `grpc` serves it. Adapters are models called MODEL:ADAPTER.
+
+    names: {name in the repository: name for clients}.
+    """
+    return tuple(
+        Place(f"{name}:{adapter}" if adapter else name, opened.path, member, grpc, adapter)
+        for member, name in names.items()
+        for adapter in ("", *opened.members[member].get("adapters", ()))
+    )
+
+
+def read_models(found: Iterable[Place]) -> list[tuple[Place, Model]]:
+    """The models at these places; adapters share the tokenizer of their model. Errors as for `Place.read`."""
+    read: dict[tuple[Path, str], Model] = {}
+    models = []
+    for place in found:
+        key = (place.repository, place.member)
+        if key not in read:
+            read[key] = place.read()
+        models.append((place, replace(read[key], adapter=place.adapter)))
+    return models
 
 
 @dataclass(frozen=True)

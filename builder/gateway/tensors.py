@@ -83,7 +83,7 @@ class Tensor(NamedTuple):
 
 def encode(model: Model, request: TokenRequest, request_id: str) -> Any:
     """The protobuf message of a request."""
-    tensors, outputs = _llmapi(request) if model.llmapi else _engine(model, request)
+    tensors, outputs = _llmapi(model, request) if model.llmapi else _engine(model, request)
     return _message(model, request_id, tensors, outputs)
 
 
@@ -144,7 +144,7 @@ def _engine(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str
     return tensors, ["output_ids", "sequence_length", *(["output_log_probs"] if request.log_probs else [])]
 
 
-def _llmapi(request: TokenRequest) -> tuple[list[Tensor], list[str]]:
+def _llmapi(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str]]:
     """Log-probabilities and biases are refused before: this model has neither."""
     how, prefix = request.sampling, "sampling_param_"
     tensors = [
@@ -166,6 +166,9 @@ def _llmapi(request: TokenRequest) -> tuple[list[Tensor], list[str]]:
     if how.min_tokens:
         tensors.append(_ints(f"{prefix}min_tokens", [how.min_tokens]))
     tensors += _guide(request.guide)
+    if model.adapter:
+        name = model.adapter.encode()
+        tensors.append(Tensor("lora_name", "BYTES", (1,), struct.pack("<I", len(name)) + name))
     return tensors, ["text_output", "finish_reason"]
 
 

@@ -150,6 +150,7 @@ def _facts(
     A decoupled model takes no `infer` (Triton answers 501), one that is not can't stream.
     """
     part = resolved.recipe.repository
+    adapters = [Path(path).name for path in (arguments.get("lora_config") or {}).get("lora_dir") or ()]
     texts = _text_facts(snapshot, part, llmapi_versions.load(resolved.recipe.engine.tensorrt_llm))
     return {
         "target": "llmapi",
@@ -163,6 +164,7 @@ def _facts(
         "end_id": texts["end_ids"][0] if texts["end_ids"] else None,
         **texts,
         "parameters": [vars(one) for one in llmapi_arguments.triton_config(part)],
+        **({"adapters": adapters} if adapters else {}),
         "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
         "world_size": resolved.recipe.engine.world_size,
     }

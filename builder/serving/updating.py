@@ -19,11 +19,12 @@ from builder.core.environment import child_environment
 from builder.core.errors import BuilderError, ServingError
 from builder.core.output import Output
 from builder.gateway.routes import Routes, State
-from builder.gateway.settings import Place
+from builder.gateway.settings import places
 from builder.serving import health
 from builder.serving.gateway import Gateway
 from builder.serving.launch import Addresses, Ports
 from builder.serving.readiness import answers_ok
+from builder.triton.repository import open_repository
 
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 60.0  # for a server to stop: its own limit for requests in flight is 30
@@ -176,11 +177,9 @@ class Updating:
         return Version(repository, addresses, log, child, own)
 
     def _write(self, version: Version) -> None:
-        names = self.names(version.repository)
-        grpc = version.addresses.grpc_url
-        places = (Place(name, version.repository, member, grpc) for member, name in names.items())
+        found = places(open_repository(version.repository), self.names(version.repository), version.addresses.grpc_url)
         self._number += 1
-        Routes(self._number, tuple(places)).write(self.directory / "routes.json")
+        Routes(self._number, found).write(self.directory / "routes.json")
 
     def _state(self) -> State:
         state = State.read(self.directory / "routes.json")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,15 @@ import pytest
 from llmapi_stand_in import put_stand_in
 
 from builder.core.errors import ServingError
+from builder.gateway.engine import Engine
+from builder.gateway.settings import Model, places
+from builder.gateway.tensors import Sampling, Step, TokenRequest
 from builder.llmapi import launch as llmapi_launch
 from builder.llmapi import repository as llmapi_repository
 from builder.serving.launch import world_size
 from builder.serving.readiness import start_failure
-from builder.serving.server import serve
+from builder.serving.server import Server, serve
+from builder.triton.repository import Repository
 from builder.trtllm import build_log
 from tests.llmapi.test_serving import QUIET, generate, unified, write
 from tests.llmapi.test_versions import adapter
@@ -122,22 +128,47 @@ def test_two_ranks_serve(programs: Path, unified: Path, tmp_path: Path, monkeypa
     assert json.loads(said)["TRTLLM_NO_USAGE_STATS"] == "1"
 
 
+def through_gateway(server: Server, models: Path, facts: dict[str, Any], adapter: str) -> None:
+    """A request as the gateway sends it for this model with this adapter."""
+    model = replace(Model.read(models, facts), adapter=adapter)
+
+    async def run() -> None:
+        engine = Engine(server.grpc_url, model)
+        steps: list[Step] = []
+        request = TokenRequest([5, 6, 7], 4, Sampling(temperature=0), [], streaming=True)
+        await engine.generate(request, "id", lambda step: bool(steps.append(step)) or True)
+        await engine.close()
+        assert "".join(step.text for step in steps)
+
+    asyncio.run(run())
+
+
+def test_adapters_are_models_of_the_gateway() -> None:
+    opened = Repository(Path("both"), "", {"members": {"a": {"adapters": ["x", "y"]}, "b": {}}})
+    found = places(opened, {"a": "chat", "b": "code"}, "host:1")
+    assert [(place.name, place.member, place.adapter) for place in found] == [
+        ("chat", "a", ""), ("chat:x", "a", "x"), ("chat:y", "a", "y"), ("code", "b", ""),
+    ]  # fmt: skip
+
+
 def test_speculation_and_adapters_are_served(unified: Path, tmp_path: Path) -> None:
     one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
     asked = {
         "llmapi.args.lora_config.lora_dir": [str(one), str(two)],
         "llmapi.args.speculative_config.decoding_type": "NGram",
     }
-    write(tmp_path / "models", unified, **asked)
+    facts = write(tmp_path / "models", unified, **asked)
     put_stand_in(tmp_path / "models")
     with serve(tmp_path / "models", out=QUIET, log=tmp_path / "log") as server:
         assert generate(server, "A list is", 4)["text_output"]
         assert "adapter {" not in server.log.read_text()
         generate(server, "A list is", 4, lora_name="two")
+        through_gateway(server, tmp_path / "models", facts, "")
+        through_gateway(server, tmp_path / "models", facts, "one")
         log = server.log.read_text()
-    [adapters] = re.findall(r"stand-in: adapter (\{.*\})", log)
+    found = [json.loads(text) for text in re.findall(r"stand-in: adapter (\{.*\})", log)]
     wanted = {"lora_name": "two", "lora_int_id": 2, "lora_path": str(two), "lora_ckpt_source": "hf"}
-    assert json.loads(adapters) == wanted
+    assert found == [wanted, {**wanted, "lora_name": "one", "lora_int_id": 1, "lora_path": str(one)}]
     [said] = re.findall(r"stand-in for TensorRT-LLM: (\{.*\})", log)
     assert json.loads(said)["speculative_config"]["max_draft_len"] == 4
 
