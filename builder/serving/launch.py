@@ -171,7 +171,8 @@ def stand_in(installation: Installation, models: Path, engine_backend: Path | No
 def _needs_no_engine(installation: Installation, models: Path) -> bool:
     """Whether the model is a Python model (the llmapi target) and the installation can run it as it is."""
     names = (f"{prefix}{compatibility.ENGINE_MODEL}" for prefix in compatibility.prefixes(models))
-    configs = [(models / name / "config.pbtxt").read_text(encoding="utf-8") for name in names]
+    files = [models / name / "config.pbtxt" for name in names]
+    configs = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
     python = bool(configs) and all('backend: "python"' in config for config in configs)
     return python and (installation.backends / "python" / "triton_python_backend_stub").is_file()
 
