@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -57,6 +58,13 @@ def test_every_field_of_openais_requests_is_known() -> None:
     for theirs in (response_create_params.ResponseCreateParamsNonStreaming,
                    response_create_params.ResponseCreateParamsStreaming):  # fmt: skip
         assert set(typing.get_type_hints(theirs)) - {*ResponsesRequest.model_fields, *IGNORED, *REFUSED} == set()
+
+
+def test_the_contract_names_the_fields() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "requests.md").read_text(encoding="utf-8")
+    text = text.partition("/v1/responses`](")[2].partition("| status |")[0]
+    for name in {*ResponsesRequest.model_fields, *IGNORED, *REFUSED} - {"model"}:
+        assert f"`{name}`" in text
 
 
 def test_a_text(client: openai.OpenAI) -> None:
