@@ -6,6 +6,7 @@ of the worst model.
 
 from __future__ import annotations
 
+import datetime
 import json
 import random
 from typing import Any
@@ -54,7 +55,8 @@ def valid(text: bytes, schema: Any) -> None:
     """The text is JSON that fulfils the schema. Bytes that are not UTF-8 arrive as U+FFFD."""
     value = json.loads(text.decode("utf-8", "replace"))
     if "\ufffd" not in text.decode("utf-8", "replace"):  # else lengths are others (see strings.py)
-        jsonschema.validate(value, schema, format_checker=jsonschema.FormatChecker())
+        # Not FormatChecker(), whose time is that of an old draft, without the offset that RFC 3339 asks for.
+        jsonschema.validate(value, schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
 
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=6)
@@ -144,6 +146,14 @@ def accepts(compiler: Compiler, schema: Any, text: str, *, strict: bool = False)
     except RuntimeError:
         return False
     return True
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_times_have_an_offset(compiler: Compiler, seed: int) -> None:
+    for name, read in (("time", datetime.time.fromisoformat), ("date-time", datetime.datetime.fromisoformat)):
+        text = answer(compiler, {"type": "string", "format": name}, seed)
+        assert text is not None
+        assert read(json.loads(text)).utcoffset() is not None
 
 
 LIST: Any = {
