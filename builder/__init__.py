@@ -33,6 +33,7 @@ read, changed and tested without those above it.
     pipeline        the stages of a build, in order
     recommend       the cheapest recipe within a budget of loss and bytes
     sweep           many recipes, built and measured with shared work done once
+    tune            the settings that serve the most within an objective
     plan            what a build would do
     cli             the command line
 """

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from builder import __version__
-from builder.cli import bench, build, keep, machine, measure, serve
+from builder.cli import bench, build, keep, machine, measure, serve, tune
 from builder.cli.options import Parser
 from builder.core import interrupts, streams, temporary
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output, print_error
 
-GROUPS = (build, measure, serve, bench, keep, machine)  # in the order of `builder --help`
+GROUPS = (build, measure, serve, bench, tune, keep, machine)  # in the order of `builder --help`
 INTERRUPTED = 130  # as shells say it
 EPILOG = """examples:
   builder build --model Qwen/Qwen3-8B --gpu sm120

@@ -50,9 +50,11 @@ EVALUATION = (
     "benchmark",
     "load",
     "aiperf",
+    "tuning",
 )
-# Stages that test a repository: `builder load` fills "benchmark", once named "load", and `builder bench` "aiperf".
-TESTS = ("smoke", "benchmark", "load", "aiperf")
+# Stages that test a repository: `builder load` fills "benchmark", once named "load", `builder bench` "aiperf" and
+# `builder tune` "tuning".
+TESTS = ("smoke", "benchmark", "load", "aiperf", "tuning")
 # Names of logs (Store.log) and of the job files beside them (process.job_file).
 LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")
 LOGS = "BUILDER_LOGS"  # names a directory for logs that are kept
