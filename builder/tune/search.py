@@ -22,7 +22,7 @@ from builder.core.store import Store
 from builder.preflight.prepare import prepare
 from builder.recipe.schema import Resolved
 from builder.serving.server import serve
-from builder.triton.repository import Repository, check_served
+from builder.triton.repository import Repository, check_served, repository_key
 from builder.tune import suggest
 from builder.tune.space import Parameter, Value, flags, settings_of, spoken
 
@@ -122,7 +122,7 @@ def _trial(
     loads = [asdict(load) for load in asked.loads]
     ingredients = {
         "repository": repository.digest,
-        "engine": Path(str(repository.facts.get("engine", repository.path))).name,  # its key covers its content
+        "key": repository_key(repository),
         "workload": {**asked.as_dict(), "loads": loads},
         "aiperf": aiperf_version(),
     }

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from builder.report import charts
 from builder.report.charts import Mark
+from builder.report.curves import Curve, curves
 
 MARKS = [Mark("embedding", 50.0, "50 B"), Mark("weights", 100.0, "100 B", 90.0, 125.0), Mark("nothing", 0.0, "0 B")]
 HOSTILE = '</svg><script>alert("x")</script>&'
@@ -33,6 +34,22 @@ def drawn() -> dict[str, str]:
             "c", "Loss", "by layer", [Mark(f"layer {n}", n / 7, f"{n}", tick=f"{n}") for n in range(64)]
         ),
     }
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_curves_begin_at_zero_stay_inside_and_leave_out_what_was_not_measured(count: int) -> None:
+    values: list[float | None] = [None if n == 3 else 10.0 * n for n in range(count)]
+    texts = [f"{HOSTILE}{n}" for n in range(count)]
+    second = Curve("p99", [5.0] * count, texts)
+    svg = curves("d", "TTFT", HOSTILE, [f"{n}{HOSTILE}" for n in range(count)], [Curve("p50", values, texts), second])
+    root = parse(svg)
+    assert all(0 <= place <= 100 for place in percents(svg))
+    dots = [dot for dot in root.iter("circle") if dot.get("class") == "point"]
+    assert len(dots) == 2 * count - (count > 3)
+    heights = [float(dot.get("cy", "-1")) for dot in dots]
+    assert all(0 < height <= float(root.get("height", "0")) for height in heights)
+    assert heights[0] == max(heights), "0 is on the axis"
+    assert not list(root.iter("script"))
 
 
 @pytest.mark.parametrize("kind", ["bars", "dots", "columns"])

@@ -150,7 +150,9 @@ def test_the_page_stands_alone_and_has_every_section_once(link: Path) -> None:
     assert "&lt;" not in page.text
     assert "<" not in page.text
     assert "Return the number of" in page.text
-    assert sum(tag == "svg" for tag, _ in page.tags) == 6
+    assert sum(tag == "svg" for tag, _ in page.tags) == 6 + 8, (
+        "six charts of the build, and four each of a closed and an open loop"
+    )
 
 
 def test_the_same_report_is_the_same_page(link: Path) -> None:
