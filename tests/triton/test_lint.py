@@ -164,8 +164,8 @@ FAULTS = [
     # Streaming.
     Fault(ENGINE, "decoupled: true", "decoupled: false", "streaming", "streams from it"),
     Fault(BLS, "decoupled: true", "decoupled: false", "streaming", "it can't stream"),
-    Fault(BLS, 'backend: "python"', 'backend: "python"\nparameters { key: "tensorrt_llm_model_name" value: '
-          '{ string_value: "llm" } }', "step", "calls llm", "tensorrt_llm_model_name"),
+    Fault(BLS, 'key: "tensorrt_llm_model_name" value: { string_value: "tensorrt_llm" }',
+          'key: "tensorrt_llm_model_name" value: { string_value: "llm" }', "step", "calls llm"),
     # The engine.
     Fault(ENGINE, "max_batch_size: 8", "max_batch_size: 16", "engine", "the engine was built for 8"),
     Fault(ENGINE, 'key: "max_beam_width" value: { string_value: "1" }',
