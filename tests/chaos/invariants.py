@@ -17,7 +17,7 @@ from tests.chaos.running import Finished
 # Their bytes, and the key of the second, hold times and ports, so two runs differ.
 _TIMED = ("smoke", "benchmark")
 # Directories of the store whose files are named by time and process, or made anew at each command.
-_UNCOMPARED = ("logs", "locks", "reports", "builds")
+_UNCOMPARED = ("logs", "locks", "reports", "builds", "history")
 _TRACEBACK = re.compile(r"^(Traceback \(most recent call last\)|Exception ignored |Fatal Python error)", re.MULTILINE)
 ERRORS = frozenset(range(1, 7))  # the exit codes of BuilderError and its kinds
 
