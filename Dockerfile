@@ -35,7 +35,7 @@ RUN --mount=type=bind,source=pyproject.toml,target=/pyproject.toml \
     --mount=type=bind,source=docker/image_packages.py,target=/image_packages.py \
     python3 /image_packages.py expect tensorrt_llm "${TENSORRT_LLM}" \
     && python3 /image_packages.py save /shipped.txt \
-    && python3 /image_packages.py requirements /pyproject.toml quantize serve tasks > /needed.txt \
+    && python3 /image_packages.py requirements /pyproject.toml quantize serve telemetry tasks > /needed.txt \
     && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --no-cache-dir --root-user-action ignore \
         --constraint /shipped.txt --requirement /needed.txt \
     && python3 /image_packages.py compare /shipped.txt \

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 # "work": quantizes, evaluates, builds an engine or serves. "hub": talks to the Hub with the user's credentials.
-# "public": talks to the Hub without them. "docker": the docker command.
-Kind = Literal["work", "hub", "public", "docker"]
+# "public": talks to the Hub without them. "docker": the docker command. "gateway": sends traces, and runs no such code.
+Kind = Literal["work", "hub", "public", "docker", "gateway"]
 NAMED = "BUILDER_CHILD_ENV"  # the user's additions to the allowlist: variable names, separated by commas
 
 
@@ -65,6 +65,8 @@ def _allowed(name: str, kind: Kind) -> bool:
     if kind == "hub" and name in _TOKENS:
         return True
     if kind == "docker" and name in _DOCKER:
+        return True
+    if kind == "gateway" and name.startswith("OTEL_"):  # OTEL_EXPORTER_OTLP_HEADERS has the collector's key
         return True
     return name in _NAMES or (name.startswith(_PREFIXES) and not _SECRET.search(upper))
 

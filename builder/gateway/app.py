@@ -29,6 +29,7 @@ from builder.gateway.responses_reply import ResponsesReply
 from builder.gateway.responses_request import ResponsesRequest
 from builder.gateway.settings import Model, Place, Settings
 from builder.gateway.streams import ClientGone, EventStream, left
+from builder.gateway.telemetry import Traces
 from builder.gateway.tensors import TokenRequest
 from builder.gateway.watchdog import WatchdogCollector, Watched
 
@@ -238,7 +239,7 @@ def _json(content: Any) -> Response:
     return Response(json.dumps(content, ensure_ascii=False).encode(), media_type="application/json")
 
 
-def application(settings: Settings, first: Sequence[tuple[Place, Model]]) -> ASGIApp:
+def application(settings: Settings, first: Sequence[tuple[Place, Model]], traces: Traces | None = None) -> ASGIApp:
     """The ASGI application. `first`: the models that it serves at the start."""
     gateway = Gateway(settings, first)
     metrics = Metrics(gateway.in_progress)
@@ -259,4 +260,4 @@ def application(settings: Settings, first: Sequence[tuple[Place, Model]]) -> ASG
     ]
 
     # A router instead of a Starlette application, whose error responses are not OpenAI's.
-    return Front(Router(routes, redirect_slashes=False, lifespan=gateway.lifespan), settings.keys, metrics)
+    return Front(Router(routes, redirect_slashes=False, lifespan=gateway.lifespan), settings.keys, metrics, traces)

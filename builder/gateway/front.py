@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from builder.gateway.errors import ApiError
 from builder.gateway.record import Metrics, Record, log, log_request
 from builder.gateway.streams import ClientGone
+from builder.gateway.telemetry import Traces
 
 OPEN_PATHS = ("/health/", "/metrics")  # without an API key
 ROUTES = re.compile(r"/v1/(?:chat/completions|completions|responses|models)|/health/(?:live|ready)|/metrics")
@@ -28,8 +29,8 @@ CLIENT_ID = re.compile(rb"[\w.:-]{1,64}")
 class Front:
     """Wraps the application. `keys`: the API keys that are accepted; none are needed if it is empty."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics, traces: Traces | None = None) -> None:
+        self._app, self._metrics, self._traces = app, metrics, traces
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +66,7 @@ class Front:
             await _respond(with_id, record, ApiError(500, "The gateway failed on this request.", detail=detail))
         finally:
             record.release()
-            self._finish(record)
+            self._finish(record, scope)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if not self._keys or path.startswith(OPEN_PATHS):
@@ -76,11 +77,14 @@ class Front:
         if not any([hmac.compare_digest(digest, one) for one in self._keys]):
             raise ApiError(401, "The API key is missing or wrong (Authorization: Bearer KEY).", code="invalid_api_key")
 
-    def _finish(self, record: Record) -> None:
-        route = ROUTES.match(record.path)
-        self._metrics.add(record, route.group() if route else "other")
+    def _finish(self, record: Record, scope: Scope) -> None:
+        found = ROUTES.match(record.path)
+        route = found.group() if found else "other"
+        self._metrics.add(record, route)
         if not record.path.startswith(OPEN_PATHS) or record.status >= 500:
             log_request(record)
+            if self._traces is not None:
+                self._traces.add(record, route, scope)
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

@@ -14,6 +14,7 @@ from builder.gateway.app import application
 from builder.gateway.listener import BACKLOG
 from builder.gateway.protocol import limited
 from builder.gateway.settings import Settings, read_models
+from builder.gateway.telemetry import traces
 
 
 def run(settings: Settings, listener: socket.socket, *, drain: int, ready: Callable[[], None]) -> None:
@@ -21,8 +22,9 @@ def run(settings: Settings, listener: socket.socket, *, drain: int, ready: Calla
 
     Errors as for Place.read, for the models that it serves first.
     """
+    models, traced = read_models(settings.places), traces()
     config = uvicorn.Config(
-        application(settings, read_models(settings.places)),
+        application(settings, models, traced),
         loop="uvloop",
         http=limited(settings.limits),
         ws="none",
@@ -47,3 +49,5 @@ def run(settings: Settings, listener: socket.socket, *, drain: int, ready: Calla
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if traced is not None:
+            traced.close()

@@ -65,7 +65,10 @@ def gateway(
         chosen = listener.getsockname()[1]
     argv = [process.python(), "-m", "builder", "gateway", str(repository), "--grpc", grpc, "--host", host]
     argv += ["--port", str(chosen), "--drain", str(DRAIN_SECONDS), "--json", *options]
-    with open(log, "wb") as sink, process.supervised(argv, stop=_stop, log=sink, env=child_environment()) as child:
+    with (
+        open(log, "wb") as sink,
+        process.supervised(argv, stop=_stop, log=sink, env=child_environment("gateway")) as child,
+    ):
         if follow_log:
             follow(log)
         # An address that means all of them is none to connect to.

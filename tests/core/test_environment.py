@@ -93,6 +93,13 @@ def test_jobs_of_the_hub_get_its_token_and_no_other(monkeypatch: pytest.MonkeyPa
     assert {name for name, value in child_environment("docker").items() if SECRET in value} == {"SSH_AUTH_SOCK"}
 
 
+def test_the_gateway_gets_the_collectors_key_and_no_model_server_does() -> None:
+    given = dict.fromkeys(["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_HEADERS", "OTEL_SERVICE_NAME"], "1")
+    assert child_environment("gateway", given) == given
+    assert child_environment("gateway", dict.fromkeys(PLANTED, SECRET)) == {}
+    assert child_environment("work", given) == {}
+
+
 @pytest.mark.parametrize(
     ("address", "left"),
     [

@@ -23,6 +23,7 @@ from builder.machine import containers
 from builder.recipe import schema
 from builder.serving import draining, gateway
 from builder.serving.server import ServerOptions, serve
+from docs.generate import usage
 from tests.serving.test_server import one_model
 
 COMPOSE = yaml.safe_load(Path("docker-compose.yml").read_text())
@@ -94,6 +95,13 @@ def test_what_serves_starts_again_and_is_healthy_only_if_it_answers() -> None:
     assert ServerOptions.timeout == 30 * 60
 
 
+def test_the_gateway_in_it_gets_the_collectors_address_if_there_is_one() -> None:
+    passed = {name for name in SERVICES["triton"]["environment"] if name.startswith("OTEL_")}
+    assert {name for name in usage.ENVIRONMENT if name.startswith("OTEL_") and "PROTOCOL" not in name} <= passed
+    assert all(SERVICES["triton"]["environment"][name] is None for name in passed)
+    assert [name for name in SERVICES if set(SERVICES[name].get("environment", ())) & passed] == ["triton"]
+
+
 def test_a_container_is_not_killed_while_it_drains() -> None:
     grace = int(SERVICES["triton"]["stop_grace_period"].removesuffix("s"))
     assert grace > limits.DRAIN_SECONDS + gateway.KILL_SECONDS + draining.LEAST_SECONDS + 5
@@ -140,7 +148,7 @@ def test_the_images_openai_stays_and_the_llmapi_target_gets_another() -> None:
     # Only where the image has one, and one without the name that TensorRT-LLM takes from it.
     assert install.startswith("if python3 -c 'import openai'")
     assert "import PartReasoningText' 2>/dev/null; then" in install
-    needed = run_packages("requirements", "pyproject.toml", "quantize", "serve", "tasks").stdout
+    needed = run_packages("requirements", "pyproject.toml", "quantize", "serve", "telemetry", "tasks").stdout
     assert "starlette" in needed
     assert "openai" not in needed, "the gateway does without it; only its tests use the package"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,11 +61,15 @@ class Running:
 
 
 @contextmanager
-def running(path: Path, grpc: str, *, keys: tuple[str, ...] = (), **limits: Any) -> Iterator[Running]:
+def running(
+    path: Path, grpc: str, *, keys: tuple[str, ...] = (), env: Mapping[str, str] | None = None, **limits: Any
+) -> Iterator[Running]:
+    """A gateway. `env`: further variables of its environment."""
     job = json.dumps([str(path), grpc, MODEL, limits, keys])
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
+        [sys.executable, "-c", SCRIPT, job],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}),
+    ) as child:  # fmt: skip
         assert child.stdout is not None
         assert child.stderr is not None
         port = child.stdout.readline().strip()
