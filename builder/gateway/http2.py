@@ -1,8 +1,8 @@
-"""gRPC streams over one HTTP/2 connection (RFC 9113), for many small messages.
+"""gRPC streams over one HTTP/2 connection, for many small messages. The library h2 does all of HTTP/2.
 
 grpc.aio wakes its event loop for each message, which costs more than everything that the gateway does with a token.
-Here one read of the socket brings the messages of all streams, and each is passed on by a function call. Only what
-gRPC's servers send is understood: no push, no priorities, no compression.
+Here one read of the socket brings the messages of all streams, and each is passed on by a function call. Messages that
+are compressed are refused. h2 takes 1.1 of the 4.8 CPU milliseconds of a streamed request (512 tokens in, 128 out).
 """
 
 from __future__ import annotations
@@ -10,40 +10,30 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import NamedTuple, cast
 from urllib.parse import unquote_to_bytes
 
-from builder.gateway.frames import (
-    ACK,
-    CANCEL,
-    CONTINUATION,
-    DATA,
-    DEFAULT_WINDOW,
-    ENABLE_PUSH,
-    END_HEADERS,
-    END_STREAM,
-    FRAME,
-    GOAWAY,
-    HEADER_TABLE_SIZE,
-    HEADERS,
-    INITIAL_WINDOW_SIZE,
-    LARGEST_FRAME,
-    LARGEST_WINDOW,
-    LAST_STREAM,
-    MESSAGE,
-    PING,
-    PREFACE,
-    PRIORITY,
-    RST_STREAM,
-    SETTING,
-    SETTINGS,
-    WINDOW_UPDATE,
-    WORD,
-    unpadded,
+from h2.config import H2Configuration
+from h2.connection import ConnectionInputs, H2Connection, H2ConnectionStateMachine
+from h2.errors import ErrorCodes
+from h2.events import (
+    ConnectionTerminated,
+    DataReceived,
+    Event,
+    RemoteSettingsChanged,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+    TrailersReceived,
+    WindowUpdated,
 )
-from builder.gateway.header_block import named_fields, request_block
+from h2.exceptions import ProtocolError
+from h2.settings import SettingCodes, Settings
 
-TOP_UP = 1 << 24  # bytes received until the server is told that it may send more
+MESSAGE = struct.Struct(">BI")  # what precedes a gRPC message: whether it is compressed, and its length
+LARGEST_MESSAGE = 1 << 26
+WINDOW, DEFAULT_WINDOW = 1 << 24, 65535  # bytes that the server may send before they are acknowledged
 
 
 class BrokenStreamError(Exception):
@@ -64,45 +54,54 @@ class Stream:
         self.on_message, self.on_end = on_message, on_end
         self.id = 0
         self.connection: Connection | None = None  # None before the call begins and after it has ended
-        self.partial = b""  # the beginning of a message
+        self.partial, self.needed = bytearray(), 0  # the beginning of a message, and how many bytes make progress
         self.unsent = b""
-        self.send_window, self.received = DEFAULT_WINDOW, 0
         self.finishing = False
+        self.status = Ended(2, "the server ended the stream without a status")
 
     def finish(self) -> None:
         """Tells the server that no more messages follow."""
         self.finishing = True
         if self.connection and not self.unsent:
-            self.connection.send(DATA, END_STREAM, self.id)
+            self.connection.finish(self)
 
     def cancel(self) -> None:
         """Ends the stream at once."""
         if self.connection:
-            self.connection.send(RST_STREAM, 0, self.id, WORD.pack(CANCEL))
-            self.connection.end(self, Ended(1, "cancelled"))
+            self.connection.cancel(self)
 
 
 class Connection(asyncio.Protocol):
     """One connection. `usable`: new streams can begin."""
 
     def __init__(self, authority: str, path: str) -> None:
-        self._head = request_block(authority, path)
+        self._head = [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":authority", authority),
+            (":path", path),
+            ("content-type", "application/grpc"),
+            ("te", "trailers"),
+        ]
         self._streams: dict[int, Stream] = {}
-        self._next_id, self._last_id = 1, LAST_STREAM
-        self._rest = b""  # the beginning of a frame
-        self._block: tuple[int, int, bytes] | None = None  # the beginning of a header block: stream, flags, bytes
-        self._send_window, self._stream_window, self._received = DEFAULT_WINDOW, DEFAULT_WINDOW, 0
+        self._h2 = H2Connection(H2Configuration(client_side=True, header_encoding=None))
+        self._h2.state_machine = _Draining()
         self.usable = True
         self.idle = asyncio.Event()  # set while there are no streams
         self.idle.set()
 
-    def connection_made(self, transport: Any) -> None:
-        """Sends the preface and the settings: no push, no dynamic table, and windows that leave nothing unsent."""
-        self._transport = transport
-        settings = ((HEADER_TABLE_SIZE, 0), (ENABLE_PUSH, 0), (INITIAL_WINDOW_SIZE, LARGEST_WINDOW))
-        transport.write(PREFACE)
-        self.send(SETTINGS, 0, 0, b"".join(SETTING.pack(*setting) for setting in settings))
-        self.send(WINDOW_UPDATE, 0, 0, WORD.pack(LARGEST_WINDOW - DEFAULT_WINDOW))
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Sends the settings: no push, and windows that hold no server up."""
+        self._transport = cast(asyncio.Transport, transport)
+        values = {
+            SettingCodes.ENABLE_PUSH: 0,
+            SettingCodes.INITIAL_WINDOW_SIZE: WINDOW,
+            SettingCodes.MAX_HEADER_LIST_SIZE: H2Connection.DEFAULT_MAX_HEADER_LIST_SIZE,
+        }
+        self._h2.local_settings = Settings(client=True, initial_values=dict(values))
+        self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(WINDOW - DEFAULT_WINDOW)
+        self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends all streams."""
@@ -115,19 +114,124 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
     def begin(self, stream: Stream, message: bytes) -> None:
-        """Begins a stream with the client's message. BrokenStreamError if the connection is not usable any more."""
+        """Begins a stream with the client's message. BrokenStreamError if the connection takes no more."""
         if not self.usable:
             raise BrokenStreamError("the connection was closed")
-        stream.id, stream.connection, stream.send_window = self._next_id, self, self._stream_window
+        try:
+            stream.id = self._h2.get_next_available_stream_id()
+            self._h2.send_headers(stream.id, self._head)
+        except ProtocolError as error:
+            raise BrokenStreamError(str(error)) from None
+        stream.connection = self
         self._streams[stream.id] = stream
         self.idle.clear()
-        self._next_id += 2
-        self.usable = self._next_id < LAST_STREAM
-        self.send(HEADERS, END_HEADERS, stream.id, self._head)
+        self.usable = stream.id + 2 < H2Connection.HIGHEST_ALLOWED_STREAM_ID
         stream.unsent = MESSAGE.pack(0, len(message)) + message
         self._send_unsent(stream)
+        self._flush()
 
-    def end(self, stream: Stream, how: Ended) -> None:
+    def finish(self, stream: Stream) -> None:
+        """Ends the client's side of a stream."""
+        with suppress(ProtocolError):  # the server has ended it; this event is still to be passed on
+            self._h2.end_stream(stream.id)
+        self._flush()
+
+    def cancel(self, stream: Stream) -> None:
+        """Ends a stream at once."""
+        with suppress(ProtocolError):  # as above
+            self._h2.reset_stream(stream.id, ErrorCodes.CANCEL)
+        self._flush()
+        self._end(stream, Ended(1, "cancelled"))
+
+    def data_received(self, data: bytes) -> None:
+        """Passes on what the server sends."""
+        try:
+            for event in self._h2.receive_data(data):
+                if isinstance(event, DataReceived):
+                    self._data(event)
+                else:
+                    self._event(event)
+        except (ProtocolError, ValueError) as error:
+            self._fail(f"the server did not keep to the protocol: {error}")
+        self._flush()
+
+    def _data(self, event: DataReceived) -> None:
+        self._h2.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
+        stream = self._streams.get(event.stream_id)
+        if stream is None:
+            return
+        data = event.data or b""
+        if stream.partial:
+            stream.partial += data
+            if len(stream.partial) < stream.needed:
+                return
+            data = bytes(stream.partial)
+        start, stop, stream.needed = 0, len(data), MESSAGE.size
+        while stop - start >= MESSAGE.size and stream.connection:
+            compressed, length = MESSAGE.unpack_from(data, start)
+            if compressed or length > LARGEST_MESSAGE:
+                raise ValueError("a message is compressed" if compressed else f"a message of {length} bytes")
+            following = start + MESSAGE.size + length
+            if following > stop:
+                stream.needed = following - start
+                break
+            stream.on_message(data[start + MESSAGE.size : following])
+            start = following
+        stream.partial = bytearray(data[start:])
+
+    def _event(self, event: Event) -> None:
+        """All but data. Nothing needs to be done about other kinds: h2 answers what must be answered."""
+        if isinstance(event, ResponseReceived | TrailersReceived):
+            self._headers(event)
+        elif isinstance(event, StreamEnded):
+            self._ended(event.stream_id)
+        elif isinstance(event, StreamReset):
+            if stream := self._streams.get(event.stream_id):
+                self._end(stream, Ended(14, f"the server ended the stream (code {int(event.error_code or 0)})"))
+        elif isinstance(event, WindowUpdated | RemoteSettingsChanged):
+            for stream in self._streams.values():
+                self._send_unsent(stream)
+        elif isinstance(event, ConnectionTerminated):
+            self._go_away(event.last_stream_id or 0, int(event.error_code or 0))
+
+    def _headers(self, event: ResponseReceived | TrailersReceived) -> None:
+        fields = {bytes(name): bytes(value) for name, value in event.headers or ()}
+        if b"grpc-status" in fields and (stream := self._streams.get(event.stream_id or 0)):
+            message = unquote_to_bytes(fields.get(b"grpc-message", b"")).decode("utf-8", "replace")
+            stream.status = Ended(int(fields[b"grpc-status"]), message)
+
+    def _ended(self, id: int) -> None:
+        """The server has ended a stream. If the client has not, nobody wants to have the rest."""
+        if stream := self._streams.get(id):
+            if stream.unsent or not stream.finishing:
+                with suppress(ProtocolError):  # the server has also reset it
+                    self._h2.reset_stream(id, ErrorCodes.CANCEL)
+            self._end(stream, stream.status)
+
+    def _go_away(self, last: int, code: int) -> None:
+        """The server takes no more streams, and has not seen those after `last`."""
+        self.usable = False
+        for stream in [stream for id, stream in self._streams.items() if id > last]:
+            self._end(stream, Ended(14, f"the server takes no more requests (code {code})"))
+        if not self._streams:
+            self._transport.close()
+
+    def _send_unsent(self, stream: Stream) -> None:
+        """Sends what the windows allow."""
+        with suppress(ProtocolError):  # the server has ended the stream; this event is still to be passed on
+            while stream.unsent:
+                size = min(self._h2.max_outbound_frame_size, self._h2.local_flow_control_window(stream.id))
+                if size <= 0:
+                    break
+                piece, stream.unsent = stream.unsent[:size], stream.unsent[size:]
+                self._h2.send_data(stream.id, piece, end_stream=stream.finishing and not stream.unsent)
+
+    def _flush(self) -> None:
+        data = self._h2.data_to_send()
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def _end(self, stream: Stream, how: Ended) -> None:
         """Forgets a stream, and tells it how it ended."""
         self._streams.pop(stream.id, None)
         stream.connection = None
@@ -137,154 +241,19 @@ class Connection(asyncio.Protocol):
                 self._transport.close()
         stream.on_end(how)
 
-    def send(self, kind: int, flags: int, stream: int, payload: bytes = b"") -> None:
-        """Sends a frame."""
-        length = len(payload)
-        self._transport.write(FRAME.pack(length >> 8, length & 255, kind, flags, stream) + payload)
-
-    def _send_unsent(self, stream: Stream) -> None:
-        """Sends what the windows allow."""
-        while stream.unsent and (size := min(LARGEST_FRAME, stream.send_window, self._send_window)) > 0:
-            piece, stream.unsent = stream.unsent[:size], stream.unsent[size:]
-            stream.send_window -= len(piece)
-            self._send_window -= len(piece)
-            last = stream.finishing and not stream.unsent
-            self.send(DATA, END_STREAM if last else 0, stream.id, piece)
-
-    def data_received(self, data: bytes) -> None:
-        """Reads frames."""
-        if self._rest:
-            data = self._rest + data
-        at, end = 0, len(data)
-        while end - at >= FRAME.size:
-            high, low, kind, flags, id = FRAME.unpack_from(data, at)
-            start = at + FRAME.size
-            stop = start + (high << 8) + low
-            if stop - start > LARGEST_FRAME:
-                self._fail("this is not a gRPC port")
-                return
-            if stop > end:
-                break
-            at = stop
-            if kind == DATA and not flags:
-                self._count(stop - start)
-                stream = self._streams.get(id)
-                if stream is not None:
-                    self._receive(stream, data, start, stop)
-            else:
-                self._frame(kind, flags, id & LAST_STREAM, data[start:stop])
-        self._rest = data[at:]
-
-    def _count(self, size: int) -> None:
-        self._received += size
-        if self._received > TOP_UP:
-            self.send(WINDOW_UPDATE, 0, 0, WORD.pack(self._received))
-            self._received = 0
-
-    def _receive(self, stream: Stream, data: bytes, start: int, stop: int) -> None:
-        """Passes on the messages in data[start:stop]."""
-        stream.received += stop - start
-        if stream.received > TOP_UP:
-            self.send(WINDOW_UPDATE, 0, stream.id, WORD.pack(stream.received))
-            stream.received = 0
-        if stream.partial:
-            data = stream.partial + data[start:stop]
-            start, stop = 0, len(data)
-        while stop - start >= MESSAGE.size:
-            compressed, length = MESSAGE.unpack_from(data, start)
-            following = start + MESSAGE.size + length
-            if following > stop:
-                break
-            if compressed:
-                self._fail("the server compresses its messages")
-                return
-            stream.on_message(data[start + MESSAGE.size : following])
-            start = following
-        stream.partial = data[start:stop]
-
-    def _frame(self, kind: int, flags: int, id: int, payload: bytes) -> None:
-        """Any frame but plain DATA. Unknown kinds are ignored, as the protocol demands."""
-        try:
-            if kind == DATA:
-                self._last_data(flags, id, payload)
-            elif kind == HEADERS:
-                self._block = (id, flags, unpadded(flags, payload)[5 if flags & PRIORITY else 0 :])
-                self._headers(flags)
-            elif kind == CONTINUATION and self._block and self._block[0] == id:
-                self._block = (id, self._block[1], self._block[2] + payload)
-                self._headers(flags)
-            elif kind == RST_STREAM:
-                self._end_one(id, Ended(14, f"the server ended the stream (code {WORD.unpack(payload)[0]})"))
-            elif kind == SETTINGS and not flags & ACK:
-                self._settings(payload)
-            elif kind == PING and not flags & ACK:
-                self.send(PING, ACK, 0, payload)
-            elif kind == GOAWAY:
-                self._go_away(*struct.unpack_from(">II", payload))
-            elif kind == WINDOW_UPDATE:
-                self._window(id, WORD.unpack(payload)[0] & LARGEST_WINDOW)
-        except (ValueError, IndexError, struct.error) as error:
-            self._fail(f"the server sent a damaged frame of kind {kind}: {error}")
-
-    def _last_data(self, flags: int, id: int, payload: bytes) -> None:
-        self._count(len(payload))
-        stream = self._streams.get(id)
-        if stream is not None:
-            content = unpadded(flags, payload)
-            self._receive(stream, content, 0, len(content))
-        if flags & END_STREAM:
-            self._end_one(id, Ended(2, "the server ended the stream without a status"))
-
-    def _headers(self, flags: int) -> None:
-        if flags & END_HEADERS and self._block:
-            id, first_flags, block = self._block
-            self._block = None
-            if first_flags & END_STREAM:
-                fields = named_fields(block)
-                message = unquote_to_bytes(fields.get(b"grpc-message", b"")).decode("utf-8", "replace")
-                self._end_one(id, Ended(int(fields.get(b"grpc-status", b"2")), message))
-
-    def _settings(self, payload: bytes) -> None:
-        for name, value in SETTING.iter_unpack(payload):
-            if name == INITIAL_WINDOW_SIZE:
-                change, self._stream_window = value - self._stream_window, value
-                for stream in self._streams.values():
-                    stream.send_window += change
-        self.send(SETTINGS, ACK, 0)
-        self._send_all()
-
-    def _window(self, id: int, size: int) -> None:
-        if not id:
-            self._send_window += size
-            self._send_all()
-        elif stream := self._streams.get(id):
-            stream.send_window += size
-            self._send_unsent(stream)
-
-    def _send_all(self) -> None:
-        for stream in self._streams.values():
-            if stream.unsent:
-                self._send_unsent(stream)
-
-    def _go_away(self, last: int, code: int) -> None:
-        """The server takes no more streams, and has not seen those after `last`."""
-        self.usable = False
-        self._last_id = last & LAST_STREAM
-        for stream in [stream for id, stream in self._streams.items() if id > self._last_id]:
-            self.end(stream, Ended(14, f"the server takes no more requests (code {code})"))
-        if not self._streams:
-            self._transport.close()
-
-    def _end_one(self, id: int, how: Ended) -> None:
-        if stream := self._streams.get(id):
-            self.end(stream, how)
-
     def _end_all(self, why: str) -> None:
         for stream in list(self._streams.values()):
-            self.end(stream, Ended(14, why))
+            self._end(stream, Ended(14, why))
 
     def _fail(self, why: str) -> None:
-        self._rest = b""
+        self._flush()  # h2 tells the server why
         self.usable = False
         self._end_all(why)
         self._transport.abort()
+
+
+class _Draining(H2ConnectionStateMachine):
+    """Streams go on after the server's GOAWAY (RFC 9113, 6.8), which h2 4.4 takes for the end of the connection."""
+
+    def process_input(self, input_: ConnectionInputs) -> list[Event]:
+        return [] if input_ is ConnectionInputs.RECV_GOAWAY else super().process_input(input_)

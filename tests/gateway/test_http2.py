@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.gateway import header_block
 from builder.gateway.channel import Channel
 from builder.gateway.http2 import BrokenStreamError, Connection, Ended, Stream
 
@@ -238,11 +237,18 @@ class Transport:
     def close(self) -> None:
         self.closed = True
 
+    def is_closing(self) -> bool:
+        return self.closed
+
     abort = close
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+OK = b"\x88"  # a header block: status 200
+STATUS = b"\x00\x0bgrpc-status\x010"  # a trailer: success
 
 
 def padded(payload: bytes) -> bytes:
@@ -273,16 +279,17 @@ def test_messages_do_not_depend_on_frames_and_reads(
     """The bytes of the messages in frames of any sizes, and these in reads of any sizes."""
     connection, _, received, ended = connected(3)
     sent = frame(4, 0, 0, struct.pack(">HI", 4, 1 << 20)) + frame(99, 7, 0, b"unknown")
+    for place in range(3):
+        sent += frame(1, 4, 2 * place + 1, OK)
     for number, (place, message) in enumerate(messages):
         content = struct.pack(">BI", 0, len(message)) + message
         while content:
             size = sizes[number % len(sizes)] or len(content)
             piece, content = content[:size], content[size:]
             sent += frame(0, 8 if pad else 0, 2 * place + 1, padded(piece) if pad else piece)
-    status = b"\x00\x0bgrpc-status\x010"
     for place in range(3):  # a block in two parts
-        sent += frame(1, 1 | (8 if pad else 0), 2 * place + 1, padded(status[:5]) if pad else status[:5])
-        sent += frame(9, 4, 2 * place + 1, status[5:])
+        sent += frame(1, 1 | (8 if pad else 0), 2 * place + 1, padded(STATUS[:5]) if pad else STATUS[:5])
+        sent += frame(9, 4, 2 * place + 1, STATUS[5:])
     number = 0
     while sent:
         size = cuts[number % len(cuts)]
@@ -293,39 +300,45 @@ def test_messages_do_not_depend_on_frames_and_reads(
     assert connection.idle.is_set()
 
 
-@given(st.binary(max_size=200), st.integers(0, 10), st.integers(0, 255))
-@settings(max_examples=500)
-def test_no_bytes_of_a_server_do_harm(payload: bytes, kind: int, flags: int) -> None:
-    connection, _, _, ended = connected(2)
-    connection.data_received(frame(kind, flags, 1, payload))
-    connection.data_received(payload)
-    connection.connection_lost(None)
-    assert len(ended) == 2
-    assert not connection.usable
-
-
-@given(st.binary(max_size=60))
-def test_a_header_block_of_any_bytes_is_read_or_refused(block: bytes) -> None:
-    with suppress(ValueError):
-        header_block.named_fields(block)
-
-
-@given(
-    st.dictionaries(st.binary(min_size=1, max_size=200), st.binary(max_size=3000), max_size=5), st.integers(0, 1 << 30)
+FRAMES = st.tuples(
+    st.sampled_from([0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 99]),
+    st.one_of(st.sampled_from([0, 1, 4, 5]), st.integers(0, 255)),
+    st.integers(0, 7),
+    st.one_of(st.sampled_from([b"\0\0\0\0\3one", b"\x88", b"\0\0\0\0", b""]), st.binary(max_size=60)),
 )
-def test_header_fields_are_read_as_they_were_written(fields: dict[bytes, bytes], number: int) -> None:
-    block = b"\x88" + b"".join(
-        kind + header_block._string(name) + header_block._string(value)
-        for (name, value), kind in zip(fields.items(), [b"\x00", b"\x40", b"\x10", b"\x00", b"\x40"], strict=False)
-    )
-    assert header_block.named_fields(b"\x20" + block) == fields
-    written = header_block._integer(number, 5)
-    assert header_block._read_integer(written, 0, 5) == (number, len(written))
+
+
+@given(st.lists(FRAMES, max_size=12), st.binary(max_size=60), st.integers(0, 2), st.booleans())
+@settings(max_examples=500)
+def test_no_bytes_of_a_server_do_harm(
+    frames: list[tuple[int, int, int, bytes]], rest: bytes, reaction: int, whole: bool
+) -> None:
+    """Each stream ends once, whatever it does on a message. Frames arrive in one read or one by one."""
+    connection, transport = Connection("host:1", METHOD), Transport()
+    connection.connection_made(transport)  # type: ignore[arg-type]
+    ended: list[int] = []
+
+    def begin(number: int) -> None:
+        def react(message: bytes) -> None:
+            (lambda: None, stream.finish, stream.cancel)[reaction]()
+
+        stream = Stream(react, lambda how: ended.append(number))
+        connection.begin(stream, b"request")
+
+    for number in range(3):
+        begin(number)
+    reads = [frame(1, 4, id, OK) for id in (1, 3)] + [frame(*each) for each in frames] + [rest]
+    for read in [b"".join(reads)] if whole else reads:
+        connection.data_received(read)
+    connection.connection_lost(None)
+    assert sorted(ended) == [0, 1, 2]
+    assert connection.idle.is_set()
+    assert not connection.usable
 
 
 def test_after_the_last_id_a_connection_takes_no_more_streams() -> None:
     connection, transport, _, ended = connected(1)
-    connection._next_id = (1 << 31) - 3
+    connection._h2.highest_outbound_stream_id = (1 << 31) - 5
     connection.begin(Stream(lambda message: None, ended.append), b"")
     assert not connection.usable
     with pytest.raises(BrokenStreamError):
@@ -338,11 +351,56 @@ def test_after_the_last_id_a_connection_takes_no_more_streams() -> None:
 
 
 def test_much_that_is_received_is_acknowledged() -> None:
-    """Otherwise a stream would stand still after 2 GiB."""
+    """Otherwise a stream would stand still after 16 MiB."""
     connection, transport, _, _ = connected(1)
+    connection.data_received(frame(1, 4, 1, OK))
     message = struct.pack(">BI", 0, 16000) + bytes(16000)
     transport.written = b""
     for _ in range(1100):
         connection.data_received(frame(0, 0, 1, message))
-    assert transport.written.count(b"\x00\x00\x04\x08\x00\x00\x00\x00\x00") == 1
-    assert transport.written.count(b"\x00\x00\x04\x08\x00\x00\x00\x00\x01") == 1
+    for stream in (b"\x00", b"\x01"):
+        assert transport.written.count(b"\x00\x00\x04\x08\x00\x00\x00\x00" + stream) == 2  # after 8 MiB each
+    assert len(transport.written) == 4 * 13
+
+
+def test_streams_go_on_after_the_server_has_announced_its_end() -> None:
+    """All in one read: GOAWAY, the PING that gRPC's servers send behind it, and a message."""
+    connection, transport, received, ended = connected(3)
+    sent = frame(1, 4, 1, OK) + frame(7, 0, 0, struct.pack(">II", 3, 0)) + frame(6, 0, 0, b"12345678")
+    connection.data_received(sent + frame(0, 0, 1, b"\0\0\0\0\3one"))
+    assert transport.written.endswith(frame(6, 1, 0, b"12345678"))
+    assert (received, [how.status for how in ended]) == ([[b"one"], [], []], [14])
+    with pytest.raises(BrokenStreamError):
+        connection.begin(Stream(lambda message: None, ended.append), b"")
+    connection.data_received(frame(1, 5, 1, STATUS) + frame(3, 0, 3, struct.pack(">I", 2)))
+    assert [how.status for how in ended] == [14, 0, 14]
+    assert transport.closed
+
+
+def test_a_server_that_takes_no_more_streams_at_once() -> None:
+    connection, _, _, _ = connected(1)
+    connection.data_received(frame(4, 0, 0, struct.pack(">HI", 3, 1)))
+    with pytest.raises(BrokenStreamError, match="1"):
+        connection.begin(Stream(lambda message: None, lambda how: None), b"")
+    connection.data_received(frame(1, 5, 1, OK + STATUS))
+    connection.begin(Stream(lambda message: None, lambda how: None), b"")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        frame(1, 4, 1, OK) + frame(0, 0, 1, b"\1\0\0\0\3one"),  # compressed
+        frame(1, 4, 1, OK) + frame(0, 0, 1, b"\0\x7f\0\0\3one"),  # of 2 GiB
+        frame(1, 0, 1, OK) + 100 * frame(9, 0, 1, bytes(10_000)),  # a header block without an end
+        frame(1, 5, 1, OK + 17 * (b"\0\1x\x7f\x81\x1f" + bytes(4096))),  # headers of more than 64 KiB
+        frame(1, 5, 1, OK + b"\0\x0bgrpc-status\1x"),
+        frame(8, 0, 0, struct.pack(">I", (1 << 31) - 1)),  # a window of more than 2 GiB
+        frame(5, 4, 1, struct.pack(">I", 2) + OK),  # a push
+    ],
+)
+def test_what_a_server_may_not_send_ends_the_connection(sent: bytes) -> None:
+    connection, transport, received, ended = connected(2)
+    connection.data_received(sent)
+    assert [how.status for how in ended] == [14, 14]
+    assert received == [[], []]
+    assert transport.closed
