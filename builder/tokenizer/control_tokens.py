@@ -7,8 +7,9 @@ without a look at added tokens. All other ids are those of the whole text, so no
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -23,8 +24,8 @@ class ControlTokens:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder().items()
         self._special = {id: token.content for id, token in added if token.special}
-        texts = sorted((text for text in self._special.values() if len(text) > 1), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts))) if texts else None
+        texts = {text for text in self._special.values() if len(text) > 1}
+        self._pattern = re.compile(_any_of(texts)) if texts else None
         # Metaspace writes a space before the first word of a text, but not after a control token ("first").
         self._first_only = b'"prepend_scheme":"first"' in tokenizer.to_str().encode()
 
@@ -80,6 +81,21 @@ class ControlTokens:
         if isinstance(value, dict):
             return {self._marked(key, mark, pattern): self._marked(one, mark, pattern) for key, one in value.items()}
         return [self._marked(one, mark, pattern) for one in value] if isinstance(value, list) else value
+
+
+def _any_of(texts: Collection[str]) -> str:
+    """A regular expression for these texts, of several the longest.
+
+    Their common beginnings are tried once: a user's text of many "<|" would otherwise take time for each token.
+    """
+    common = os.path.commonprefix(list(texts))  # noqa: RUF071 -- of characters, not of paths
+    rest: dict[str, list[str]] = {}
+    for text in texts:
+        rest.setdefault(text[len(common) : len(common) + 1], []).append(text[len(common) :])
+    optional = rest.pop("", None) is not None
+    branches = "|".join(_any_of(some) for some in rest.values())
+    group = f"(?:{branches})" if len(rest) > 1 or (optional and branches) else branches
+    return re.escape(common) + group + ("?" if optional and branches else "")
 
 
 def _texts(value: Any) -> Iterator[str]:
