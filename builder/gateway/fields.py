@@ -52,6 +52,7 @@ def known(
 
 
 def _unknown(name: str, names: Collection[str]) -> ApiError:
+    name = name[:100]  # a name may be as long as the body, and comparing it would hold up every client
     close = difflib.get_close_matches(name, names, 1)
     hint = f" Did you mean {close[0]}?" if close else ""
-    return invalid(f"Unrecognized request argument supplied: {name[:100]}.{hint}", name[:100], "unknown_parameter")
+    return invalid(f"Unrecognized request argument supplied: {name}.{hint}", name, "unknown_parameter")

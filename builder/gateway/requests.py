@@ -24,6 +24,7 @@ from builder.gateway.tensors import Sampling
 from builder.gateway.tools import ToolChoice, Tools
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
+MAX_STOP_IDS = 256  # all of them are sent to the engine with each answer
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 
 # Values that a recipe can have defaults for.
@@ -59,7 +60,7 @@ class Generation(BaseModel):
     top_k: int = Field(0, ge=-1, le=MAX_INT)
     seed: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = []
-    stop_token_ids: list[Count] = []
+    stop_token_ids: list[Count] = Field([], max_length=MAX_STOP_IDS)
     ignore_eos: bool = False
     min_tokens: Count = 0
     presence_penalty: Penalty = 0.0
@@ -223,7 +224,7 @@ def _first(error: ValidationError) -> ApiError:
     found = error.errors(include_url=False, include_input=False)[0]
     # Union types add the name of the alternative that was tried, which tells clients nothing.
     where = [str(part) for part in found["loc"] if "[" not in str(part) and str(part) not in ("str", "int")]
-    name = ".".join(where)
+    name = ".".join(where)[:200]  # an unknown key of an object may be as long as the body
     return invalid(f"{name}: {found['msg']}", where[0] if where else None)
 
 

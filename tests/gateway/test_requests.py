@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,21 @@ def test_any_value_of_a_field_is_taken_or_named(model: Model, name: str, value: 
     except ApiError as error:
         rejected = error
     assert rejected is None or (rejected.status == 400 and (name in rejected.message or "JSON" in rejected.message))
+
+
+def test_names_as_long_as_the_body_are_named_briefly_and_soon(model: Model) -> None:
+    name, start = "m" * (4 << 20), time.process_time()
+    for fields in ({name: 1}, {"stream_options": {name: 1}}):
+        with pytest.raises(ApiError) as caught:
+            chat(model, **fields)
+        assert len(caught.value.message) < 400
+    assert time.process_time() - start < 1
+
+
+def test_more_stop_ids_than_an_answer_may_have(model: Model) -> None:
+    assert chat(model, stop_token_ids=[1] * requests.MAX_STOP_IDS)
+    with pytest.raises(ApiError, match="stop_token_ids: List should have at most 256 items"):
+        chat(model, stop_token_ids=[1] * (requests.MAX_STOP_IDS + 1))
 
 
 @pytest.mark.parametrize("number", [1 << 31, 1 << 63, 10**4200])
