@@ -59,8 +59,7 @@ class Gateway:
             yield
         finally:
             following.cancel()
-            with suppress(asyncio.CancelledError):
-                await following
+            await asyncio.gather(following, return_exceptions=True)
             await self.served.close()
 
     def in_progress(self) -> float:
@@ -124,8 +123,10 @@ class Gateway:
         watched = Watched.read(self.settings.watchdog)
         if watched and watched.fault:
             raise ApiError(503, f"The model server is down: {watched.fault}", code="not_ready")
-        found = [(served.name, await served.readiness.fault()) for served in self.served]
-        faults = [f"{name}: {fault}" for name, fault in found if fault]
+        # At once: a probe may take as long as the client that asks is willing to wait.
+        models = list(self.served)
+        found = await asyncio.gather(*[served.readiness.fault() for served in models])
+        faults = [f"{served.name}: {fault}" for served, fault in zip(models, found, strict=True) if fault]
         if faults:
             raise ApiError(503, "The model does not answer.", code="not_ready", detail="; ".join(faults))
         return _json({"status": "ready"})

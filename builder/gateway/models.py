@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from builder.gateway.engine import Engine
@@ -81,14 +81,20 @@ class Models:
     async def replace(self, models: Sequence[tuple[Place, Model]]) -> None:
         """Serves these from now on, and no others. One at the same place as before keeps its connection."""
         before = {one.place: one for one in self}
-        now = {place.name: before.get(place) or await self._start(place, model) for place, model in models}
+        now: dict[str, Served] = {}
+        try:
+            for place, model in models:
+                now[place.name] = before.get(place) or await self._start(place, model)
+        except BaseException:
+            await _close(one for one in now.values() if one.place not in before)
+            raise
         self._retired |= {one for one in before.values() if one not in now.values()}
         self._served = now
 
     async def close_retired(self) -> None:
         """Closes the models that were replaced and have no requests any more."""
         for one in [one for one in self._retired if not one.users]:
-            await one.close()
+            await _close([one])
             self._retired.discard(one)
 
     def in_use(self) -> set[str]:
@@ -97,8 +103,7 @@ class Models:
 
     async def close(self) -> None:
         """Closes all."""
-        for one in (*self, *self._retired):
-            await one.close()
+        await _close((*self, *self._retired))
 
     async def _start(self, place: Place, model: Model) -> Served:
         prompts = await asyncio.to_thread(Prompts, model)  # looks at the whole vocabulary
@@ -106,3 +111,12 @@ class Models:
         engine = Engine(place.grpc, model)
         jobs = Jobs(engine, model, self._limits, self.admission)
         return Served(place, model, engine, prompts, jobs, Readiness(engine, model), Guides(model), int(time.time()))
+
+
+async def _close(models: Iterable[Served]) -> None:
+    """Closes all of them, even if one fails, which is logged."""
+    for one in models:
+        try:
+            await one.close()
+        except Exception as error:
+            log("error", "close failed", name=one.name, detail=str(error))

@@ -68,16 +68,22 @@ async def follow(file: Path | None, models: Models) -> None:
     """Serves what the file names, whenever it changes, and keeps the state up to date. Returns if there is no file."""
     if file is None:
         return
-    number, fault, written = read(file).number, "", None
+    number, fault, written, logged = read(file).number, "", None, ""
     while True:
-        routes = read(file)
-        if routes.number != number:
-            number, fault = routes.number, await _switch(routes, models)
-        await models.close_retired()
-        state = State(number, fault, frozenset(models.in_use()))
-        if state != written:
-            state.write(file)
-            written = state
+        try:
+            routes = read(file)
+            if routes.number != number:
+                number, fault = routes.number, await _switch(routes, models)
+            await models.close_retired()
+            state = State(number, fault, frozenset(models.in_use()))
+            if state != written:
+                state.write(file)
+                written = state
+            logged = ""
+        except (BuilderError, OSError, ValueError) as error:  # such as a full disk: tried again at the next look
+            if str(error) != logged:
+                log("error", "routes failed", detail=str(error))
+            logged = str(error)
         await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -85,11 +91,11 @@ async def _switch(routes: Routes, models: Models) -> str:
     """Serves these models. Returns why they can't be served; the former ones stay then."""
     try:
         # A large tokenizer takes seconds to load: in a thread, and requests go on.
-        read = await asyncio.to_thread(read_models, routes.places)
-    except BuilderError as error:
-        log("error", "switch failed", detail=str(error))
-        return str(error)
-    await models.replace(read)
+        await models.replace(await asyncio.to_thread(read_models, routes.places))
+    except Exception as error:  # of any kind: nobody else would hear of it
+        fault = str(error) if isinstance(error, BuilderError) else repr(error)
+        log("error", "switch failed", detail=fault)
+        return fault
     log("info", "switched", models=[place.name for place in routes.places], number=routes.number)
     return ""
 

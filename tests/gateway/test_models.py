@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
 from printed_json import first_object
 
-from builder.gateway.routes import Routes, State, read
+from builder.gateway.routes import LOOK_SECONDS, Routes, State, read
 from builder.gateway.settings import Place
 from builder.serving.server import Server
 from builder.triton.repository import Repository
@@ -76,6 +77,13 @@ def test_each_model_has_its_name_and_what_cannot_be_served_replaces_none(tmp_pat
         state = until(lambda state: state.number == 1, file)
         assert "is not a finished repository" in state.fault
         assert answer(client, "b")
+        Routes(2, (replace(places[0], member="nothing"),)).write(file)
+        assert until(lambda state: state.number == 2, file).fault == "KeyError('nothing')"
+        file.write_text("{")
+        time.sleep(3 * LOOK_SECONDS)
+        Routes(3, tuple(places[:1])).write(file)
+        assert until(lambda state: state.number == 3, file).fault == ""
+        assert [model.id for model in client.models.list()] == ["a"]
 
 
 def test_a_request_ends_where_it_began(tmp_path: Path, places: list[Place]) -> None:
