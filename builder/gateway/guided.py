@@ -7,6 +7,7 @@ engine gets it: an engine compiles it in the loop that serves everyone.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import subprocess
 from collections import OrderedDict
@@ -83,7 +84,8 @@ class Guides:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._verdicts: OrderedDict[str, str] = OrderedDict()  # grammar -> why it can't be used; "" if it can
+        # SHA-256 of a grammar, which may have a million characters -> why it can't be used; "" if it can
+        self._verdicts: OrderedDict[bytes, str] = OrderedDict()
         self._worker: subprocess.Popen[bytes] | None = None
         self._thread = ThreadPoolExecutor(1, "grammar")  # the worker compiles one grammar at a time
 
@@ -105,12 +107,12 @@ class Guides:
 
         strict: also for keywords that the grammar does not fulfil; otherwise those are ignored.
         """
-        size = len(json.dumps(schema))
-        if size > LARGEST:
-            raise invalid(
-                f"The schema has {size} characters; at most {LARGEST} are possible.", param, "schema_too_large"
-            )
         try:
+            size = len(json.dumps(schema))
+            if size > LARGEST:
+                raise invalid(
+                    f"The schema has {size} characters; at most {LARGEST} are possible.", param, "schema_too_large"
+                )
             text = await asyncio.to_thread(json_schema.grammar, schema, strict=strict)
         except (GrammarError, RecursionError) as error:
             raise invalid(f"The schema can't be used: {error}", param, "invalid_schema") from None
@@ -119,20 +121,23 @@ class Guides:
     async def _checked(self, text: str, param: str) -> Guide:
         if len(text) > LARGEST_GRAMMAR:
             raise invalid("The schema is too complex.", param, "schema_too_large")
-        why = self._verdicts.get(text)
+        key = hashlib.sha256(text.encode()).digest()
+        why = self._verdicts.get(key)
         if why is None:
             why = await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, text)
-            self._verdicts[text] = why
+            self._verdicts[key] = why
             if len(self._verdicts) > REMEMBERED:
                 self._verdicts.popitem(last=False)
         else:
-            self._verdicts.move_to_end(text)
+            self._verdicts.move_to_end(key)
         if why:
             raise invalid(f"The schema can't be used: {why}", param, "invalid_schema")
         return Guide("ebnf_grammar", text)
 
     def _compile(self, text: str) -> str:
         """In the thread: why the grammar can't be used, or "". ApiError if there is no compiler."""
+        if self._worker is not None and self._worker.poll() is not None:  # it died while idle: not this grammar's fault
+            self._stop()
         if self._worker is None:
             self._worker = self._start()
         assert self._worker.stdin is not None

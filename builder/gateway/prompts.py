@@ -136,6 +136,8 @@ class Prompts:
         variables = {**talk.variables, "today": datetime.now().isoformat()}
         if talk.tools:
             variables["tools"] = list(talk.tools)
+        if self._renderer is not None and self._renderer.ended:  # while idle: not this conversation's fault
+            self._stop()
         try:
             if self._renderer is None:
                 self._renderer = Renderer(self._model.template).__enter__()

@@ -131,6 +131,11 @@ class Renderer:
             raise
         return self
 
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended."""
+        return self._child.poll() is not None
+
     def __exit__(self, *_: object) -> None:
         self._child.kill()
         self._child.communicate()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -75,3 +78,16 @@ def test_hostile_schemas_hold_up_nobody(gateway: Running) -> None:
         attack.result()
         assert slowest < 3, "requests without a schema go on"
         assert asked(client, {"type": "object"}) == "", "and so do those with one"
+
+
+@pytest.mark.slow  # the worker of grammars takes seconds to start
+def test_a_worker_that_was_killed_while_idle_is_replaced(gateway: Running, client: openai.OpenAI) -> None:
+    """As by the kernel, when memory is short: the next template and the next grammar are not to blame."""
+    assert asked(client, {"enum": ["before"]}) == ""
+    threads = Path(f"/proc/{gateway.child.pid}/task").iterdir()
+    workers = [int(child) for thread in threads for child in (thread / "children").read_text().split()]
+    assert len(workers) >= 2, "of the chat template and of the grammars"
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    time.sleep(0.2)
+    assert asked(client, {"enum": ["after"]}) == ""
