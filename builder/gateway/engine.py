@@ -71,8 +71,10 @@ class Engine:
     async def _end(self, answer: _Answer, request_id: str) -> None:
         """Ends an answer that nobody wants."""
         if self._model.streams:
-            await self._stop(answer, request_id)
-            await _wait(answer.ended, STOP_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STOP_SECONDS):  # a hung server does not answer the request to stop either
+                    await self._stop(answer, request_id)
+                    await answer.ended.wait()
         # A model that does not stream takes no other request meanwhile; its only response is still to come.
         if not answer.ended.is_set():
             answer.stream.cancel()
@@ -91,6 +93,9 @@ class Engine:
                 await asyncio.sleep(STOP_PAUSE)
             else:
                 return
+            finally:
+                if not stop.ended.is_set():
+                    stop.stream.cancel()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -153,12 +158,6 @@ class _Answer:
             self.done.set_result(None)
         else:
             self.done.set_exception(error)
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
 
 
 def _broken(detail: str) -> ApiError:

@@ -167,8 +167,7 @@ def _llmapi(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str
         tensors.append(_ints(f"{prefix}min_tokens", [how.min_tokens]))
     tensors += _guide(request.guide)
     if model.adapter:
-        name = model.adapter.encode()
-        tensors.append(Tensor("lora_name", "BYTES", (1,), struct.pack("<I", len(name)) + name))
+        tensors.append(Tensor("lora_name", "BYTES", (1,), _bytes(model.adapter)))
     return tensors, ["text_output", "finish_reason"]
 
 
