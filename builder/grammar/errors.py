@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST_PATH = 300  # characters of a pointer in a message
+
 
 class GrammarError(ValueError):
     """A schema or pattern can't become a grammar.
@@ -10,5 +12,6 @@ class GrammarError(ValueError):
     """
 
     def __init__(self, text: str, path: str = "#", *, invalid: bool = False) -> None:
-        super().__init__(f"{path}: {text}")
+        shown = f"{path[-LONGEST_PATH:]}: {text}"  # both quote the client, who may have sent half of a surrogate pair
+        super().__init__(shown.encode("utf-8", "backslashreplace").decode())
         self.text, self.invalid = text, invalid

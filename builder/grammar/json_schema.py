@@ -11,6 +11,7 @@ that a model can't go on with white space for ever.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ KEYWORDS: Mapping[str, frozenset[str]] = {
     "null": frozenset(),
 }
 TYPES = tuple(KEYWORDS)
+INDEX = re.compile("0|[1-9][0-9]{0,8}")  # RFC 6901: no leading zeros, so that each place has one pointer
 _ALONE = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
 
 
@@ -107,7 +109,10 @@ class _Converter:
             "".join(map(str, kept)).encode()
         except UnicodeEncodeError:
             raise GrammarError("half of a surrogate pair is no character", path) from None
-        return f"({' | '.join(map(strings.json_literal, kept))})"
+        try:
+            return f"({' | '.join(map(strings.json_literal, kept))})"
+        except ValueError:
+            raise GrammarError("a number is too large for JSON", path) from None
 
     def _reference(self, pointer: Any, path: str, open_refs: frozenset[str], depth: int) -> str:
         if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
@@ -124,7 +129,7 @@ class _Converter:
         found: Any = self._schema
         for part in pointer.split("/")[1:]:
             key = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list) and key.isascii() and key.isdigit() and int(key) < len(found):
+            if isinstance(found, list) and INDEX.fullmatch(key) and int(key) < len(found):
                 found = found[int(key)]
             elif isinstance(found, Mapping) and key in found:
                 found = found[key]
@@ -184,8 +189,9 @@ class _Converter:
             return self._map(extra, (least or 0, most), path, depth)
         if self._strict and (least is not None or most is not None):
             raise GrammarError("minProperties and maxProperties are supported only without properties", path)
+        always = frozenset(required)
         pairs = [
-            (self._pair(key, value, f"{path}/properties/{key}", depth), key in required)
+            (self._pair(key, value, f"{path}/properties/{key}", depth), key in always)
             for key, value in {**properties, **missing}.items()
         ]
         return f'"{{" ws {self._members(pairs)} ws "}}"' if pairs else '"{" ws "}"'

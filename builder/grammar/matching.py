@@ -13,6 +13,8 @@ from builder.grammar.guides import KINDS, TOKENIZER_STR, Guide
 
 NOT_INSTALLED = "xgrammar is not installed: pip install 'trtllm-builder[guided]'"
 
+CACHE = 256 << 20  # bytes of compiled grammars to keep; xgrammar's default is all of them, and clients send new ones
+
 
 class Compiler:
     """Compiles guides for one vocabulary. `vocab_size`: the length of the model's logits."""
@@ -32,7 +34,7 @@ class Compiler:
             vocab_size=vocab_size,
             stop_token_ids=info["stop_token_ids"],
         )
-        self._compiler = xgrammar.GrammarCompiler(tokens, max_threads=1)
+        self._compiler = xgrammar.GrammarCompiler(tokens, max_threads=1, cache_limit_bytes=CACHE)
 
     def compile(self, guide: Guide) -> Any:
         """The compiled grammar. ValueError, with xgrammar's reason, if it can't be compiled."""

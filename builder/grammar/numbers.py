@@ -14,7 +14,8 @@ from builder.grammar.errors import GrammarError
 
 DIGITS = 18  # of a number without a bound: integers that 64 bits hold
 LARGEST = 10**20  # of a bound
-EXTRA_DIGITS = 6  # decimals behind those of a bound; few enough that a double tells the number from the bound
+EXTRA_DIGITS = 6  # decimals behind those of a bound
+PRECISE = 15  # digits of two numbers that a double always tells apart (DBL_DIG of C's float.h)
 INTEGER = '"-"? ("0" | [1-9] [0-9]{0,17})'
 NUMBER = f'{INTEGER} ("." [0-9]{{1,17}})? ([eE] [-+]? [0-9]{{1,2}})?'
 
@@ -59,7 +60,7 @@ def integer(bounds: Range) -> str:
     """An expression for the integers of a range. GrammarError if there are none."""
     if bounds.low is None and bounds.high is None:
         return INTEGER
-    return _signed(bounds, [0], extra=False)
+    return _signed(bounds, [0], extra=0)
 
 
 def number(bounds: Range) -> str:
@@ -67,12 +68,25 @@ def number(bounds: Range) -> str:
     if bounds.low is None and bounds.high is None:
         return NUMBER
     places = max(_decimals(bound) for bound in (bounds.low, bounds.high) if bound is not None)
+    exact = places
     if bounds.open_low or bounds.open_high:
         places += 3
-    return _signed(bounds, list(range(places + 1)), extra=True)
+    most = min([_precise(bounds.low, bounds.open_low), _precise(bounds.high, bounds.open_high)])
+    places = min(places, most)
+    return _signed(bounds, list(range(places + 1)), extra=min(EXTRA_DIGITS, most - places) if places >= exact else 0)
 
 
-def _signed(bounds: Range, places: list[int], *, extra: bool) -> str:
+def _precise(bound: Fraction | None, is_open: bool) -> int:
+    """With how many decimals a number beside a bound is still beside it once a reader has made it a double.
+
+    Rounding keeps the order, so it can't cross a bound that is a double, nor reach one that is in the range anyway.
+    """
+    if bound is None or not (is_open or (bound.denominator == 1 and Fraction(float(bound)) != bound)):
+        return DIGITS + EXTRA_DIGITS
+    return max(PRECISE - (len(str(int(abs(bound)))) if abs(bound) >= 1 else 0), 0)
+
+
+def _signed(bounds: Range, places: list[int], *, extra: int) -> str:
     found = list(_unsigned(bounds, places, extra))
     below = bounds.mirrored
     if below.high is None or below.high > 0:
@@ -82,7 +96,7 @@ def _signed(bounds: Range, places: list[int], *, extra: bool) -> str:
     return " | ".join(found)
 
 
-def _unsigned(bounds: Range, places: list[int], extra: bool) -> Iterator[str]:
+def _unsigned(bounds: Range, places: list[int], extra: int) -> Iterator[str]:
     """Alternatives for the numbers of the range that are not negative, with each number of decimals."""
     for count in places:
         first, last = bounds.scaled(count)
@@ -90,7 +104,7 @@ def _unsigned(bounds: Range, places: list[int], extra: bool) -> Iterator[str]:
     if extra:  # any further digits stay below the next number
         first, last = bounds.scaled(places[-1])
         exact = last is not None and bounds.high is not None and last == bounds.high * 10 ** places[-1]
-        more = f"[0-9]{{1,{EXTRA_DIGITS}}}"
+        more = f"[0-9]{{1,{extra}}}"
         yield from _written(first, last - 1 if last is not None and exact else last, places[-1], more)
 
 

@@ -50,11 +50,13 @@ def expression(pattern: str) -> str:
         raise GrammarError(f"a pattern can have at most {LONGEST} characters")
     try:
         parsed = parser.parse(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        if parsed.state.flags & ~re.UNICODE:
+            raise GrammarError("flags in a pattern are not supported")
+        return _sequence(list(parsed), True, True) or '""'
+    except (re.error, OverflowError) as error:
         raise GrammarError(f"the pattern can't be read: {str(error)[:200]}", invalid=True) from None
-    if parsed.state.flags & ~re.UNICODE:
-        raise GrammarError("flags in a pattern are not supported")
-    return _sequence(list(parsed), True, True) or '""'
+    except RecursionError:
+        raise GrammarError("the pattern is nested too deep") from None
 
 
 def _sequence(items: Sequence[tuple[Any, Any]], left: bool, right: bool) -> str:

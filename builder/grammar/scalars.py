@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -65,6 +66,8 @@ def _bounds(schema: Mapping[str, Any], keywords: Sequence[str], sign: int, path:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise GrammarError(f"{keyword} must be a number", path)
+        if not math.isfinite(value):  # as Python reads 1e999 and Infinity
+            raise GrammarError(f"{keyword} is too large", path)
         found.append((sign * Fraction(repr(value)), keyword.startswith("exclusive")))
     return found
 

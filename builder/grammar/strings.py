@@ -28,8 +28,8 @@ def literal(text: str) -> str:
 
 
 def json_literal(value: object) -> str:
-    """A JSON value as a literal of a grammar."""
-    return literal(json.dumps(value, ensure_ascii=False))
+    """A JSON value as a literal of a grammar. ValueError for a number that JSON does not have: infinity, NaN."""
+    return literal(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def char_class(ranges: Iterable[tuple[int, int]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builder.grammar import json_schema
+from builder.grammar import json_schema, matching
 from builder.grammar.errors import GrammarError
 from builder.grammar.guides import TOKENIZER_STR, Guide
 from builder.grammar.matching import Compiler
@@ -26,12 +27,17 @@ END, SIZE = 256, 288
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Compiler:
+def compiler_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("bytes") / "info.json"
     vocabulary = ["" if byte in NEVER else ALPHABET[byte] for byte in range(256)]
     content = {"encoded_vocab": [*vocabulary, "</s>"], "tokenizer_str": TOKENIZER_STR, "stop_token_ids": [END]}
     file.write_text(json.dumps(content))
-    return Compiler(file, SIZE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def compiler(compiler_file: Path) -> Compiler:
+    return Compiler(compiler_file, SIZE)
 
 
 def answer(compiler: Compiler, schema: Any, seed: int, *, strict: bool = True, most: int = 600) -> bytes | None:
@@ -168,6 +174,11 @@ LIST: Any = {
         ({"type": "integer", "minimum": 7, "maximum": 120}, ["7", "42", "120"], ["6", "121", "007", "7.0"]),
         ({"type": "number", "minimum": 0, "maximum": 1}, ["0", "0.25", "1", "0.999"], ["1.5", "-1", "1e5", "2"]),
         ({"type": "number", "exclusiveMinimum": 0}, ["0.5", "12", "1234.5"], ["0", "-3"]),
+        # As doubles, which readers make of them, the bad ones reach the bound.
+        ({"type": "number", "exclusiveMinimum": -(10**15) - 1}, ["-1000000000000000", "7"],
+         ["-1000000000000000.9999999"]),
+        ({"type": "number", "maximum": 2**63 - 1}, ["9223372036854775807"], ["9223372036854775806.9"]),
+        ({"type": "number", "exclusiveMaximum": 0.1234567890123456}, ["0.123456789012345"], ["0.1234567890123455999"]),
         ({"type": "integer", "minimum": -(2**63)}, ["-9223372036854775808", "0", "77"], ["-9223372036854775809"]),
         (LIST, ['{"v": 1, "next": {"next": {}}}', "{}"], ['{"next": 1}', "[]"]),
         ({"type": "object", "properties": {"a": {}, "b": {}}, "required": ["b"]},
@@ -205,6 +216,11 @@ def test_what_a_grammar_accepts(compiler: Compiler, schema: Any, good: list[str]
         ({"required": ["b"], "additionalProperties": False}, "b is required, and properties lacks it"),
         ({"allOf": [{}, {}]}, "allOf with more than one schema"),
         ({"const": "\ud800"}, "half of a surrogate pair"),
+        ({"properties": {"\ud800": {}}}, r"#/properties/\\ud800: half of a surrogate pair"),
+        ({"const": [1, float("inf")]}, "too large for JSON"),  # as Python reads 1e999
+        ({"maximum": float("inf")}, "maximum is too large"),
+        ({"prefixItems": [{}], "items": {"$ref": "#/prefixItems/00"}}, "#/prefixItems/00 does not exist"),
+        ({"$ref": f"#/{'0' * 5000}"}, "does not exist"),
         ({"properties": []}, "properties must be an object"),
     ],
 )  # fmt: skip
@@ -222,6 +238,7 @@ def test_a_schema_without_a_grammar_is_refused_with_a_reason(schema: Any, says: 
         ({"oneOf": [{"type": "null"}, {"type": "integer"}]}, "oneOf is not supported; use anyOf"),
         ({"type": "string", "format": "regex"}, "the format 'regex' is not supported; use date"),
         ({"type": "string", "pattern": "a", "maxLength": 3}, "pattern is supported only without other keywords"),
+        ({"type": "string", "pattern": "(" * 240 + "a" + ")*" * 240}, "the pattern is nested too deep"),
         ({"type": "string", "pattern": "(?=a)b"}, "lookahead in a pattern is not supported"),
         ({"type": "string", "pattern": r"(a)\1"}, "a reference to a group in a pattern"),
         ({"type": "object", "properties": {"a": {}}, "minProperties": 1}, "supported only without properties"),
@@ -241,3 +258,11 @@ def test_a_deep_schema_is_refused_and_a_long_one_is_short_as_a_grammar() -> None
         json_schema.grammar(deep)
     wide = {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(1000)}}
     assert len(json_schema.grammar(wide)) < 300_000
+
+
+def test_a_compiler_keeps_grammars_up_to_a_limit(compiler_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "CACHE", 100_000)
+    small = Compiler(compiler_file, SIZE)
+    for number in range(200):
+        small.compile(Guide("ebnf_grammar", json_schema.grammar({"const": f"{number}" * 20})))
+    assert small._compiler.get_cache_size_bytes() < 150_000  # the limit and one more; all take 2.8 MB
