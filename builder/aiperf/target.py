@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from builder.serving.server import Server
 
 LOCAL = "127.0.0.1"
+LARGEST = 1 << 20  # bytes of a list of models
 
 
 @contextmanager
@@ -41,11 +42,20 @@ def running(url: str, repository: Repository, model: str | None) -> Target:
 
     UsageError for an address that is none, ServingError if nothing answers there.
     """
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+    if not _is_address(url):
         raise UsageError(f"{url!r} is not the address of an OpenAI API.", hint="--url http://127.0.0.1:9000/v1")
     base = url.rstrip("/").removesuffix("/v1")
     return Target(base, model or _listed(base), tokenizer(repository))
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.port  # noqa: B018 - it is parsed here
+    except ValueError:  # half of an IPv6 address, or a port that is none
+        return False
+    extra = parts.query or parts.fragment or parts.username
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and not extra
 
 
 def tokenizer(repository: Repository) -> Path:
@@ -61,6 +71,7 @@ def has_template(repository: Repository) -> bool:
 
 
 def _listed(base: str) -> str:
+    import http.client
     import json
     import urllib.request
 
@@ -68,8 +79,8 @@ def _listed(base: str) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{base}/v1/models", timeout=30) as answer:
-            return str(json.load(answer)["data"][0]["id"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+            return str(json.loads(answer.read(LARGEST))["data"][0]["id"])
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ServingError(
             f"{base}/v1/models lists no model.", why=str(error), hint="Start it: builder serve REPOSITORY --port 9000"
         ) from None

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from builder.core.errors import UsageError
 
+LATEST = 1e15  # milliseconds; clocks since 1970 count to 2e12
 EXAMPLE = '{"timestamp": 0, "input_length": 512, "output_length": 128}'
 
 
@@ -52,7 +52,7 @@ def read(path: Path) -> Trace:
     """Reads a trace. UsageError names the line that is not a request."""
     try:
         data = path.read_bytes()
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").split("\n")  # splitlines would also split at U+2028, which JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"Can't read the trace {path}.", why=str(error), hint="--trace FILE.jsonl") from None
     requests = tuple(_request(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
@@ -67,7 +67,7 @@ def _request(path: Path, number: int, line: str) -> Recorded:
         if not isinstance(found, dict):
             raise ValueError("It is not an object.")
         return Recorded(_length(found, "input_length"), _length(found, "output_length"), _timestamp(found))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}:{number} is not a request.", why=str(error), hint=f"As in: {EXAMPLE}") from None
 
 
@@ -82,6 +82,6 @@ def _timestamp(found: dict[str, Any]) -> float | None:
     value = found.get("timestamp")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"timestamp must be milliseconds from 0 (got {json.dumps(value)}).")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < LATEST:
+        raise ValueError(f"timestamp must be milliseconds from 0, below {LATEST:.0e} (got {json.dumps(value)}).")
     return float(value)

@@ -76,6 +76,8 @@ def run_bench(arguments: argparse.Namespace, out: Output) -> int:
     from builder.core.locks import serving_lock
 
     _refuse_old_options(arguments)
+    if arguments.model_name and not arguments.url:
+        raise UsageError("--model-name has no effect without --url.", hint="Omit --model-name.")
     _warn_of_old_names(arguments, out)
     asked = workload_of(arguments)
     repository = serve.open_named(arguments)

@@ -67,6 +67,9 @@ def check(resolved: Resolved, request: Request, store: Store) -> None:
         )
     if request.trials < 1:
         raise UsageError(f"--trials must be at least 1 (got {request.trials}).", hint="--trials 12")
+    for one in request.parameters:
+        for value in one.values:
+            resolved.changed(flags({one.name: value}))  # UsageError for a value that the recipe can't have
     sizes = {"max_input_len": recipe.engine.max_input_len, "max_seq_len": recipe.engine.max_seq_len}
     workload.check(request.workload, {**sizes, "decoupled": recipe.repository.decoupled})
     pipeline.check_target(resolved, store, "smoke")  # this machine can build and serve it
@@ -167,12 +170,12 @@ def _next(resolved: Resolved, request: Request, trials: Sequence[Trial], place: 
 def _suggested(told: Mapping[str, Any], place: Environment) -> dict[str, int] | None:
     with temporary.directory() as directory:
         (directory / "told.json").write_text(json.dumps(told), encoding="utf-8")
-        script = f'exec "$0" "$1" < "{directory}/told.json" > "{directory}/said.json"'
-        argv = ["/bin/sh", "-c", script, str(place.python), str(suggest.__file__)]
-        process.run(process.Command(argv, cwd=directory), log=directory / "optuna.log")
+        script = 'exec "$0" "$1" < told.json > said.json'
+        argv = ["/bin/sh", "-c", script, str(place.python), str(Path(suggest.__file__).resolve())]
         try:
+            process.run(process.Command(argv, cwd=directory), log=directory / "optuna.log")
             found: dict[str, int] | None = json.loads((directory / "said.json").read_text(encoding="utf-8"))["indices"]
-        except (OSError, ValueError, KeyError) as error:
+        except (process.Failed, OSError, ValueError, KeyError) as error:
             why = process.tail(directory / "optuna.log")
             raise StageError("Optuna suggested no settings.", why=why) from error
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -132,7 +134,32 @@ def test_versions_are_pinned_and_another_python_has_another_environment(monkeypa
     assert environment.place() != ours
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://h/v1", "http:///v1", "http://u:p@h/v1", "http://h/v1?x=1"])
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "ftp://h/v1", "http:///v1", "http://u:p@h/v1", "http://h/v1?x=1", "http://h/v1#x", "http://[::1",
+     "http://h:port/v1", "http://h:99999/v1"],
+)  # fmt: skip
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is not the address"):
         target.running(url, None, "m")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"\x00\x00\x12\x04 not HTTP\n\n", b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, b"HTTP/1.1 200 OK\r\n\r\n{}"],
+    ids=["a port of gRPC", "nested", "no list"],
+)
+def test_a_port_that_speaks_something_else_is_told(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def respond() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=respond)
+        thread.start()
+        with pytest.raises(ServingError, match="lists no model"):
+            target.running(f"http://127.0.0.1:{server.getsockname()[1]}/v1", None, None)  # type: ignore[arg-type]
+        thread.join()

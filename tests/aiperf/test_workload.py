@@ -47,8 +47,10 @@ def test_a_trace_is_read_with_what_it_has(tmp_path: Path) -> None:
         ({"input_length": 3}, "output_length must be a whole number from 1 (got null)."),
         (request(input_length=True), "got true"),
         (request(input_length=2.5), "got 2.5"),
-        (request(timestamp=-1), "timestamp must be milliseconds from 0 (got -1)."),
+        (request(timestamp=-1), "timestamp must be milliseconds from 0, below 1e+15 (got -1)."),
         ('{"input_length": 1, "output_length": 1, "timestamp": NaN}', "timestamp must be"),
+        (request(timestamp=10**400), "timestamp must be"),
+        ("[" * 100_000, "recursion"),
     ],
 )
 def test_a_line_that_is_no_request_is_named(tmp_path: Path, line: object, said: str) -> None:

@@ -111,3 +111,12 @@ def test_a_search_that_can_t_run_is_refused_before_anything_is_installed(
     with pytest.raises(UsageError) as caught:
         search.check(asked, request, Store(tmp_path, Output("quiet")))
     assert said in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "wrong", [Parameter("max_batch_size", (1, 0)), Parameter("kv_fraction", (0.9, float("nan"), 0.8))]
+)
+def test_a_value_that_no_recipe_has_is_refused_before_anything_is_built(wrong: Parameter, tmp_path: Path) -> None:
+    request = Request((wrong,), WORKLOAD, 3, lambda one, _: one)
+    with pytest.raises(UsageError, match=wrong.key):
+        search.check(resolved(), request, Store(tmp_path, Output("quiet")))
