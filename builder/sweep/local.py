@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from builder.core import process
 from builder.core.process import Command, Running
@@ -70,9 +69,10 @@ class LocalExecutor:
     def __enter__(self) -> LocalExecutor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        while self._running:
-            self._running.pop().stack.__exit__(kind, error, None)
+    def __exit__(self, *_: object) -> None:
+        with ExitStack() as all_jobs:  # a second ctrl-C or an error while one is stopped must not leave the others
+            while self._running:
+                all_jobs.push(self._running.pop().stack)
 
     def start(self, job: Job) -> None:
         """Starts a job, which must fit into what is free.

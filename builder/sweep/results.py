@@ -31,6 +31,7 @@ NUMBERS = tuple(f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_h
 REST = (*NUMBERS, "bytes", "seconds", "status", "why", "finished")
 WHOLE = ("format", "bytes")
 FLOATS = (*NUMBERS, "seconds")
+AXIS = "axis "  # begins the columns of labels
 Row = dict[str, Any]  # {column: str, number or None}
 
 
@@ -38,7 +39,7 @@ def rows(result: Result) -> list[Row]:
     """A row for each data set and task; of a point that failed or was not measured one row that says why."""
     why = " ".join((result.why or "; ".join(f"{name}: {text}" for name, text in result.refused.items())).split())
     measured = bool(result.texts or result.tasks)
-    common = {"format": FORMAT, "point": result.point.slug, **{f"axis {k}": v for k, v in result.point.labels.items()}}
+    common = {"format": FORMAT, "point": result.point.slug, **{f"{AXIS}{k}": v for k, v in result.point.labels.items()}}
     common |= {"bytes": result.nbytes, "seconds": result.seconds, "why": why}
     common |= {"status": "measured" if measured else "failed" if result.why else "not measured"}
     common["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(result.finished))
@@ -72,11 +73,17 @@ def update(directory: Path, results: Sequence[Result]) -> None:
 
 def read(path: Path) -> list[Row]:
     """The rows of a CSV. UsageError if it is not one of ours, or of another version."""
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        found = list(reader)
-    if not {*FIRST, *LAST, "status"} <= {*(reader.fieldnames or ())}:
-        raise UsageError(f"{path} is not a file of a sweep's results.", hint="Name another --output, or move it away.")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            found = list(reader)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise _not_ours(path, str(error)) from None
+    names = [*(reader.fieldnames or ())]
+    if "format" not in names:
+        raise _not_ours(path, "It has no column 'format'.")
+    if any(None in row or None in row.values() for row in found):
+        raise _not_ours(path, "Not every row has a value for each column.")
     versions = {row["format"] for row in found} - {str(FORMAT)}
     if versions:
         raise UsageError(
@@ -84,7 +91,19 @@ def read(path: Path) -> list[Row]:
             why=f"This builder reads and writes version {FORMAT}.",
             hint="Move it away; measured points are in the store and are not measured again.",
         )
-    return [{name: _read(name, text) for name, text in row.items()} for row in found]
+    known = (*FIRST, *LAST, *REST)
+    if {name for name in names if not name.startswith(AXIS)} != {*known}:
+        raise _not_ours(path, f"Its columns are {', '.join(names)[:300]}.")
+    try:
+        return [{name: _read(name, text) for name, text in row.items()} for row in found]
+    except ValueError as error:
+        raise _not_ours(path, str(error)) from None
+
+
+def _not_ours(path: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{path} is not a file of a sweep's results.", why=why, hint="Name another --output, or move it away."
+    )
 
 
 def _read(name: str, text: str) -> Any:
@@ -96,7 +115,7 @@ def _read(name: str, text: str) -> Any:
 
 
 def _write(directory: Path, found: Sequence[Row]) -> None:
-    axes = list(dict.fromkeys(name for row in found for name in row if name.startswith("axis ")))
+    axes = list(dict.fromkeys(name for row in found for name in row if name.startswith(AXIS)))
     names = [*FIRST, *axes, *LAST, *REST]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")

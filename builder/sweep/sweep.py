@@ -114,10 +114,11 @@ def _prepared(points: Sequence[Point], store: Store) -> dict[str, Prepared]:
 
 
 def _whole(host: Machine) -> Slots:
-    """What this machine has: memory that is free now."""
+    """What this machine has: memory that is free now, and one GPU if it is not known how many."""
     from builder.machine.gpus import visible
 
-    return Slots(device(host).cores or len(os.sched_getaffinity(0)), host.available, len(visible() or ()))
+    on, gpus = device(host), visible()
+    return Slots(on.cores, host.available, int(on.gpu) if gpus is None else len(gpus))
 
 
 def run(
@@ -133,7 +134,7 @@ def run(
     def settled(outcome: Outcome) -> None:
         if outcome.step.kind == "measure":
             [point] = outcome.step.points
-            found[point.slug] = measured.read(point, store) if outcome.ok else Result(point, why=outcome.why)
+            found[point.slug] = _result(point, store) if outcome.ok else Result(point, why=outcome.why)
             _write(planned, directory, found)
         ended(outcome)
 
@@ -145,6 +146,14 @@ def run(
             jobs = _jobs(planned, store, logs)
             scheduler.run(planned.steps, jobs, executor, begun, settled)
     return _ordered(planned, found)
+
+
+def _result(point: Point, store: Store) -> Result:
+    """What a command that succeeded left of its point."""
+    try:
+        return measured.read(point, store)
+    except WouldRun as error:
+        return Result(point, why=f"Its command succeeded, and the store has no result of it: {error}")
 
 
 def _ordered(planned: Planned, found: Mapping[str, Result]) -> list[Result]:

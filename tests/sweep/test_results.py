@@ -77,8 +77,18 @@ def test_two_sweeps_that_write_at_once_lose_no_row(tmp_path: Path) -> None:
 def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     file = tmp_path / results.CSV
     results.update(tmp_path, [result(1.0, point="a")])
-    newer = file.read_text().replace("\n1,", "\n2,")
-    for text, said in ((newer, "has version 2"), ("a,b\n1,2\n", "is not a file of a sweep's results")):
+    ours = file.read_text()
+    newer = ours.replace("\n1,", "\n2,")
+    others = [
+        "a,b\n1,2\n",
+        "\0",
+        f'{ours}"half',
+        f"{ours}1,a\n",
+        f"{ours[:-1]},more\n",
+        ours.replace("kl_low", "else"),
+        ours.replace("1000", "1 k"),
+    ]
+    for text, said in ((newer, "has version 2"), *((text, "is not a file of a sweep's results") for text in others)):
         file.write_text(text)
         with pytest.raises(UsageError, match=said):
             results.update(tmp_path, [result(1.0, point="b")])
