@@ -17,10 +17,10 @@ PLACEHOLDERS = "placeholders"
 PREFIX = "repository.parameters."
 SWITCHES = ("true", "false", "True", "False", "TRUE", "FALSE", "1", "0")
 PATTERNS = {
-    "count": (r"[1-9]\d*", "a number of 1 or more"),
-    "number": (r"\d+", "a number of 0 or more"),
-    "counts": (r"\d+(,\d+)*", "numbers with commas between them"),
-    "devices": (r"\d+([,;]\d+)*", "numbers of GPUs with commas between them"),
+    "count": (r"[1-9][0-9]*", "a number of 1 or more"),
+    "number": (r"[0-9]+", "a number of 0 or more"),
+    "counts": (r"[0-9]+(,[0-9]+)*", "numbers with commas between them"),
+    "devices": (r"[0-9]+([,;][0-9]+)*", "numbers of GPUs with commas between them"),
 }
 LARGEST = {"count": 1 << 31, "number": 1 << 63}  # the backend reads an int, or a size of memory
 
@@ -51,14 +51,18 @@ def wrong(kind: str | Sequence[str], value: str) -> str:
     pattern, title = PATTERNS.get(kind, (".*", ""))
     if not re.fullmatch(pattern, value):
         return title
-    return f"a number below {LARGEST[kind]}" if kind in LARGEST and int(value) >= LARGEST[kind] else ""
+    return f"a number below {LARGEST[kind]}" if kind in LARGEST and _is_above(value, LARGEST[kind]) else ""
+
+
+def _is_above(digits: str, limit: int) -> bool:
+    """Python reads no number of thousands of digits."""
+    digits = digits.lstrip("0")
+    return len(digits) > len(str(limit)) or int(digits or 0) >= limit
 
 
 def _is_fraction(value: str) -> bool:
-    try:
-        return 0 <= float(value) <= 1
-    except ValueError:
-        return False
+    """In the digits that C++ reads: Python also takes 0_1, and those of other scripts."""
+    return re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,4})?", value) is not None and float(value) <= 1
 
 
 def text(value: Any) -> str:

@@ -224,3 +224,17 @@ def test_the_plan_shows_them_and_refuses_contradictions_before_any_work(
     assert rows["max_beam_width"]["reason"] == "what the engine was built for"
     assert main.main([*asked, "repository.parameters.cuda_graph_cache_size=4"]) == 2
     assert "cuda_graph_cache_size needs cuda_graph_mode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("count", ["1", "2147483647"], ["0", "01", "\u0663", "1_0", "2147483648", "9" * 5000]),
+        ("number", ["0", "007", "0" * 5000], ["-1", "\u0663", "9" * 5000]),
+        ("counts", ["1,2"], ["1,", "\u0663"]),
+        ("fraction", ["0", ".5", "1.0", "5e-1"], ["0_1", "\u0661", " 0.5", "nan", "1.5", "-0.1", ""]),
+    ],
+)
+def test_numbers_are_those_that_the_backend_reads(kind: str, good: list[str], bad: list[str]) -> None:
+    assert [value for value in good if triton_parameters.wrong(kind, value)] == []
+    assert [value for value in bad if not triton_parameters.wrong(kind, value)] == []
