@@ -149,7 +149,9 @@ def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if kind == "message":
             _add_message(messages, str(item.get("role")), _text(item.get("content"), number))
         elif kind == "reasoning":
-            _assistant(messages)["reasoning_content"] = _text(item.get("content") or [], number)
+            message = _assistant(messages)
+            text = _text(item.get("content") or [], number)
+            message["reasoning_content"] = message.get("reasoning_content", "") + text
         elif kind == "function_call":
             call = {"name": item.get("name"), "arguments": item.get("arguments")}
             made = {"id": item.get("call_id"), "type": "function", "function": call}

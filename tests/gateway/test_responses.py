@@ -132,6 +132,17 @@ def test_the_history(client: openai.OpenAI) -> None:
     assert ask(client, items, tools=TOOLS).output_text == "It is 3."
 
 
+def test_reasoning_before_each_of_several_calls_is_kept() -> None:
+    items: list[Any] = [{"role": "user", "content": "Add."}]
+    for number in "12":
+        items.append({"type": "reasoning", "content": [{"type": "reasoning_text", "text": f"Call {number}."}]})
+        items.append({"type": "function_call", "call_id": number, "name": "add", "arguments": "{}"})
+    chat = ResponsesRequest.model_validate({"model": MODEL, "input": items}).conversation()
+    assistant = chat.messages[1].for_template()
+    assert assistant["reasoning_content"] == "Call 1.Call 2."
+    assert [call["id"] for call in assistant["tool_calls"]] == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
