@@ -126,8 +126,9 @@ def test_the_engine_command_names_the_checkpoint_of_the_store(built: tuple[Path,
 
 def test_a_repository_at_odds_with_its_engine_is_not_served(built: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Edited by hand, or its engine gone: exit code 6 with what, why and hint, and no server."""
-    repository = tmp_path / "repository"
-    shutil.copytree(built[1]["repository"], repository)
+    found = Path(built[1]["repository"]).resolve()
+    repository = Path(shutil.copytree(found, tmp_path / "repository" / found.name))
+    (tmp_path / "engine").symlink_to(found.parents[1] / "engine")  # which the repository refers to by a relative path
     config = repository / "models" / "tensorrt_llm" / "config.pbtxt"
     text = config.read_text()
     for old, new, what in (

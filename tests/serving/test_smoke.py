@@ -119,6 +119,7 @@ def changed(rendered: tuple[Path, dict[str, Any]], tmp_path: Path, changes: dict
     """A copy of the repository with code appended to the model.py of some models."""
     models = tmp_path / "models"
     shutil.copytree(rendered[0], models)
+    (tmp_path / "engine").symlink_to(rendered[0].parent / "engine")  # which the repository refers to by a relative path
     for model, code in changes.items():
         with open(models / model / "1" / "model.py", "a", encoding="utf-8") as file:
             file.write(code)
