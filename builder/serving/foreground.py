@@ -43,10 +43,12 @@ class Foreground:
 
     def run(self) -> int:
         """Serves until interrupted (0). ServingError if the server or the gateway failed for good."""
-        watchdog = Watchdog(self.directory / "watchdog.json", self.out.warn)
+        watchdog, pause = Watchdog(self.directory / "watchdog.json", self.out.warn), 0.0
         with self._opened:
             while True:
                 try:
+                    if pause:
+                        self._pause(pause)
                     with self.start(self._ports) as server:
                         return self._serve(server, watchdog)
                 except KeyboardInterrupt:
@@ -57,7 +59,7 @@ class Foreground:
                 except ServingError as error:
                     if self._ports is None or self._gateway_ended():
                         raise
-                    self._pause(watchdog.restart(error))
+                    pause = watchdog.restart(error)
 
     def _serve(self, server: Either, watchdog: Watchdog) -> int:
         """Watches a server that is ready until an interrupt. ServingError if it fails."""
@@ -96,9 +98,15 @@ class Foreground:
         return self._gateway is not None and self._gateway.child.poll() is not None
 
     def _pause(self, seconds: float) -> None:
+        """Waits before a restart. ServingError if the gateway exits meanwhile: nothing would need the server."""
+        wait = self._gateway.watched(_sleep) if self._gateway else _sleep
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._gateway_ended():
-            time.sleep(0.1)
+        while (left := end - time.monotonic()) > 0:
+            wait(min(left, 0.1))
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 def _ports(server: Either) -> Ports:

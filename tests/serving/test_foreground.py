@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from builder.core.output import Output
 from builder.gateway.watchdog import WatchdogCollector
 from builder.serving import health, watchdog
 from builder.serving.foreground import Either, Foreground
+from builder.serving.gateway import Gateway
 from builder.serving.launch import Ports
 from builder.serving.readiness import answers_ok
 from builder.serving.server import Server, serve
@@ -80,6 +82,35 @@ def test_a_server_that_dies_again_and_again_is_given_up(tmp_path: Path, monkeypa
     assert "It was started again 2 times within 10 minutes." in error.why
     assert [server.http_url for server in servers.running] == servers.shown * 3, "the addresses stay, printed once"
     assert json.loads((tmp_path / "watchdog.json").read_text())["restarts"] == 2
+
+
+def failing(directory: Path, gateway: Gateway | None) -> Foreground:
+    """A `builder serve` whose server can't be started again."""
+
+    @contextmanager
+    def start(ports: Ports | None) -> Iterator[Either]:
+        raise BROKEN
+        yield
+
+    foreground = Foreground(start, lambda *_: nullcontext(), lambda *_: None, directory, Output("quiet"))
+    foreground._ports, foreground._gateway = Ports(), gateway
+    return foreground
+
+
+def test_an_interrupt_before_a_restart_is_no_failure(tmp_path: Path) -> None:
+    foreground = failing(tmp_path, None)
+    threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+    assert foreground.run() == 0
+
+
+def test_a_gateway_that_ends_before_a_restart_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "PAUSES", (60.0,))
+    (tmp_path / "log").write_text("out of memory\n")
+    with subprocess.Popen(["sleep", "0.3"]) as child:
+        foreground = failing(tmp_path, Gateway("", tmp_path / "log", child))
+        with pytest.raises(ServingError, match="The gateway") as caught:
+            foreground.run()
+    assert "out of memory" in caught.value.why
 
 
 @pytest.mark.slow
