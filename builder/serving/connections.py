@@ -76,7 +76,9 @@ def _sockets() -> Iterator[tuple[int, int, int, int, bytes]]:
     for family in (socket.AF_INET, socket.AF_INET6):
         for content in _dumped(family):
             own, other, unread, unsent, inode = _MESSAGE.unpack_from(content)
-            info = dict(_split(content[_MESSAGE.size :], "=HH", 4))[_INFO]
+            info = dict(_split(content[_MESSAGE.size :], "=HH", 4)).get(_INFO, b"")
+            if len(info) < _TIMES.size:
+                raise OSError("the kernel does not say when connections were used")
             yield socket.ntohs(own), socket.ntohs(other), unread + unsent, inode, info
 
 

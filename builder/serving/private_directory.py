@@ -98,7 +98,7 @@ def serving_directory(*, executable: bool = True) -> Iterator[ServingDirectory]:
     finally:
         if made and failed:
             with interrupts.deferred():
-                _keep_log(made.path)
+                _keep_logs(made.path)
                 made.release()
         elif made:
             made.remove()
@@ -233,23 +233,28 @@ def _no_place(refused: list[str]) -> ServingError:
     )
 
 
-def _keep_log(directory: Path) -> None:
-    """Keeps only the end of the log, which the error message refers to; removes the directory if there is no log."""
-    log = next((path for path in directory.glob("*.log") if path.stat().st_size), None)
-    if log is None:
+def _keep_logs(directory: Path) -> None:
+    """Keeps only the ends of the logs, which the error message refers to; removes the directory if there is no log."""
+    logs = [path for path in directory.glob("*.log") if path.stat().st_size]
+    if not logs:
         supervisor.remove_directory(str(directory))
         return
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        elif path.suffix == ".json":
-            path.unlink()
+        elif path not in logs and path.name != supervisor.LOCK:
+            path.unlink(missing_ok=True)
     with suppress(OSError):
-        if log.stat().st_size > LOG_BYTES:
-            with open(log, "rb+") as file:
-                file.seek(-LOG_BYTES, os.SEEK_END)
-                end = file.read()
-                file.seek(0)
-                file.write(end)
-                file.truncate()
+        for log in logs:
+            _cut(log)
         (directory / temporary.FAILED).touch()
+
+
+def _cut(log: Path) -> None:
+    if log.stat().st_size > LOG_BYTES:
+        with open(log, "rb+") as file:
+            file.seek(-LOG_BYTES, os.SEEK_END)
+            end = file.read()
+            file.seek(0)
+            file.write(end)
+            file.truncate()

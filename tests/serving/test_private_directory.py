@@ -111,7 +111,7 @@ def test_the_directory_is_private_and_removed(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_log_of_a_failed_server_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_logs_of_a_failed_server_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(private_directory, "LOG_BYTES", 1000)
 
@@ -119,13 +119,17 @@ def test_only_the_log_of_a_failed_server_is_kept(tmp_path: Path, monkeypatch: py
         with suppress(type(error)), directory() as place:
             place.link(models)
             place.log.write_text(log)
+            (place.path / "gateway.log").write_text(log)
+            (place.path / "empty.log").touch()
+            (place.path / "routes.json.state").touch()
             raise error
         return place
 
     models = one_model(tmp_path / "models")
     place = fail(ServingError("it failed"), "x" * 5000 + "the end")
-    assert sorted(path.name for path in place.path.iterdir()) == ["failed", "lock", "server.log"]
-    assert place.log.read_text() == "x" * 993 + "the end"
+    assert sorted(path.name for path in place.path.iterdir()) == ["failed", "gateway.log", "lock", "server.log"]
+    for log in place.path.glob("*.log"):
+        assert log.read_text() == "x" * 993 + "the end"
     assert not fail(KeyboardInterrupt(), "interrupted").path.exists()
 
 
