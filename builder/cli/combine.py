@@ -136,20 +136,20 @@ def run_rollback(arguments: argparse.Namespace, out: Output) -> int:
     from builder.core.store import Store
     from builder.publish import versions
 
-    store = Store(arguments.output, out)
+    store, name = Store(arguments.output, out), Path(arguments.name).name  # a build's name may be a long one
     if arguments.list:
-        now = versions.current(store.root, arguments.name)
-        found = versions.read(store.root, arguments.name)
+        now = versions.current(store.root, name)
+        found = versions.read(store.root, name)
         if not found:
-            raise UsageError(f"{arguments.name} has no versions.", hint="Name a link in OUTPUT/models.")
+            raise UsageError(f"{name} has no versions.", hint="Name a link in OUTPUT/models.")
         rows = [(v.key, _when(v.since), _state(v, now, store.root)) for v in found]
-        out.table(f"versions of {arguments.name}", ["version", "since", ""], rows)
+        out.table(f"versions of {name}", ["version", "since", ""], rows)
         out.result({"current": now, "versions": [{"key": v.key, "since": v.since} for v in found]})
         return 0
-    had, version = versions.rollback(store, _name(arguments.name), arguments.to)
-    out.result({"link": str(store.root / "models" / arguments.name), "from": had, "to": version.key})
-    out.text(f"models/{arguments.name} is version {version.key} again (it was {had})")
-    out.text(f"back       builder rollback {arguments.name} --to {had}")
+    had, version = versions.rollback(store, name, arguments.to)
+    out.result({"link": str(store.root / "models" / name), "from": had, "to": version.key})
+    out.text(f"models/{name} is version {version.key} again (it was {had})")
+    out.text(f"back       builder rollback {name} --to {had}")
     return 0
 
 

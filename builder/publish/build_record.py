@@ -70,7 +70,10 @@ def write(prepared: Prepared, *, link: Path, source: str, store: Store) -> Path:
 
 
 def find(root: Path, repository: Path) -> Mapping[str, Any] | None:
-    """The newest record of this repository, or None. A record that was edited is ignored."""
+    """The newest record of this repository, or None. A record that was edited is ignored.
+
+    The record of an earlier version is not here but in its history (versions.record).
+    """
     records = [record for record in map(_read, sorted((root / DIRECTORY).glob("*.json"))) if record]
     found = [record for record in records if (root / record["repository"]).resolve() == repository]
     return max(found, key=lambda record: float(record["written"]), default=None)

@@ -12,7 +12,7 @@ from builder.core.errors import UsageError
 from builder.core.store import Store, root_of
 from builder.preflight import beside
 from builder.preflight.beside import Share
-from builder.publish import build_record, links, verdict, versions
+from builder.publish import links, verdict, versions
 from builder.recipe.target_facts import target_facts
 from builder.triton import combined
 from builder.triton.combined import Member
@@ -169,7 +169,7 @@ def _cards(root: Path, members: Mapping[str, Member]) -> tuple[dict[str, tuple[i
     """What each model takes of each card that all of them name in their build records; and models without a record."""
     shares: dict[str, dict[str, tuple[int, Share]]] = {}
     for name, member in members.items():
-        record = build_record.find(root, member.repository.path)
+        record = versions.record(root, member.repository.path)
         if record is not None:
             shares[name] = {card["card"]: (card["memory"], _share(name, member, card)) for card in record["memory"]}
     common = set.intersection(*(set(cards) for cards in shares.values())) if shares else set()

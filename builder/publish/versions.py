@@ -65,6 +65,18 @@ def current(root: Path, name: str) -> str | None:
     return None
 
 
+def record(root: Path, repository: Path) -> Mapping[str, Any] | None:
+    """The build record of a repository, also if no link names it any more but a history remembers it."""
+    if (found := build_record.find(root, repository)) is not None:
+        return found
+    for file in sorted((root / DIRECTORY).glob("[!.]*.json")):
+        with suppress(IntegrityError):  # reported by the commands that need this history
+            for version in read(root, file.stem):
+                if version.key == repository.name and version.record is not None:
+                    return version.record
+    return None
+
+
 def before(root: Path, name: str) -> Version | None:
     """The version before the current one, if its repository is still there."""
     found = [version for version in read(root, name) if version.repository(root).is_dir()]
@@ -74,8 +86,11 @@ def before(root: Path, name: str) -> Version | None:
 
 def remember(root: Path, link: Path, repository: Path) -> None:
     """Notes that the link is about to name this repository, and keeps the build record of the version that it names."""
-    kept = [version for version in _left(root, link.name) if version.key != repository.name]
-    _write(root, link.name, [*kept, Version(repository.name, time.time())])
+    left = _left(root, link.name)
+    if current(root, link.name) != repository.name:  # else nothing changes, also after a rollback
+        left = [version for version in left if version.key != repository.name]
+        left.append(Version(repository.name, time.time()))
+    _write(root, link.name, left)
 
 
 def stale(root: Path, gone: Collection[str]) -> list[Path]:
@@ -88,7 +103,7 @@ def rollback(store: Store, name: str, key: str | None = None) -> tuple[str, Vers
     """Links models/NAME to its previous version, or the one with this key (or its beginning). Returns the key that it
     had and the version that it has. UsageError if there is none."""
     root = store.root
-    with store.locked("publish", "models"):
+    with store.in_use(), store.locked("publish", "models"):  # no `builder clean` removes the version meanwhile
         had = current(root, name)
         if had is None:
             raise UsageError(

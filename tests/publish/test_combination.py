@@ -18,7 +18,7 @@ from builder.core.errors import EvaluationError, IntegrityError, UnsupportedErro
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.publish import build_record, links, verdict, versions
-from builder.publish.combination import Change, change
+from builder.publish.combination import Change, change, check_beside
 from builder.publish.verdict import BuildVerdict
 from builder.triton import combined
 from builder.triton.repository import open_repository
@@ -133,6 +133,16 @@ def test_models_that_do_not_fit_beside_each_other(store: Store) -> None:
     assert not (store.root / "models" / "three").exists()
 
 
+def test_two_versions_of_one_model_that_do_not_fit(store: Store) -> None:
+    """What `builder serve --auto-update` asks: the record of the earlier version is only in the history."""
+    small = {**CARD, "memory": 9_000_000_000}
+    old = published(store, "a", "1", card=small).resolve()
+    new = published(store, "a", "2", card=small).resolve()
+    with pytest.raises(UnsupportedError, match="The 2 models do not fit beside each other on L4"):
+        check_beside({"old": old, "new": new})
+    check_beside({"new": new})
+
+
 def test_rollback_goes_back_version_by_version(store: Store) -> None:
     keys = [published(store, "a", key, card=CARD).resolve().name for key in ("1", "2", "3")]
     record = store.root / "builds" / "a.json"
@@ -155,6 +165,15 @@ def test_a_version_that_is_built_again_is_the_newest(store: Store) -> None:
     keys = [published(store, "a", key).resolve().name for key in ("1", "2", "1")]
     assert [version.key for version in versions.read(store.root, "a")] == [keys[1], keys[0]]
     assert versions.rollback(store, "a")[1].key == keys[1]
+
+
+def test_a_version_that_is_published_again_stays_where_it_is(store: Store) -> None:
+    keys = [published(store, "a", key).resolve().name for key in ("1", "2")]
+    versions.rollback(store, "a")
+    before = versions.read(store.root, "a")
+    published(store, "a", "1")
+    assert versions.read(store.root, "a") == before
+    assert [version.key for version in before] == keys
 
 
 def test_a_link_of_an_older_builder_has_a_version(store: Store) -> None:
@@ -209,8 +228,14 @@ def test_the_commands(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert "builder serve" not in shown  # nothing was made
     assert main.main(["rollback", "a", "--list", *output]) == 0
     assert capsys.readouterr().out.count("current") == 1
+    assert main.main(["rollback", place, "--list", *output]) == 0
+    assert capsys.readouterr().out.count("current") == 1
     assert main.main(["rollback", "a", *output]) == 0
-    assert "is version" in capsys.readouterr().out
+    assert "models/a is version" in capsys.readouterr().out
+    long = "a" * 150  # as links.py may name a build
+    published(store, long, "a")
+    assert main.main(["rollback", long, "--list", *output]) == 0
+    capsys.readouterr()
     for argv, code, message in (
         (["combine", "both"], 2, "nothing to change"),
         (["combine", "both", "--kv-fraction", "chat=2"], 2, "is not MODEL=X"),
