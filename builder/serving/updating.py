@@ -83,6 +83,7 @@ class Updating:
     _number: int = 0
     _next: Version | None = None
     _failed: Path | None = None
+    _started: int = 0
     _old: list[Version] = field(default_factory=list)
 
     def run(self) -> int:
@@ -94,11 +95,11 @@ class Updating:
                 time.sleep(LOOK_SECONDS)
             self._write(self._current)
             gateway = front.enter_context(self.front(self._current, self.directory / "routes.json"))
-            wait = gateway.watched(lambda timeout: time.sleep(timeout))
+            self._sleep = gateway.watched(_sleep)
             try:
                 self.show(self._current, gateway)
                 while True:
-                    wait(LOOK_SECONDS)
+                    self._sleep(LOOK_SECONDS)
                     self._current.check_running()
                     self._look(opened)
             except KeyboardInterrupt:
@@ -128,7 +129,7 @@ class Updating:
         try:
             self.fits(self._current.repository, target)
             self._next = self._start(opened)
-        except BuilderError as error:
+        except (BuilderError, OSError) as error:  # such as a full disk: the version that is served goes on
             self._reject(target, error)
         else:
             self.out.info(f"{self.link.name}: starting version {target.name}; {self._current.key} goes on meanwhile")
@@ -137,14 +138,14 @@ class Updating:
         """Switches to the new version once it answers; gives it up if its process has ended."""
         try:
             version.check_running()
-        except ServingError as error:
+            if not version.is_ready():
+                return
+            self._write(version)
+        except (BuilderError, OSError) as error:
             self._give_up(version, error)
             return
-        if not version.is_ready():
-            return
-        self._write(version)
         while (state := self._state()).number != self._number:  # a large tokenizer takes seconds to load
-            time.sleep(0.05)
+            self._sleep(0.05)
             self._current.check_running()
         if state.fault:
             self._write(self._current)
@@ -154,12 +155,12 @@ class Updating:
         self._current, self._next = version, None
         self.out.info(f"{self.link.name}: version {version.key} is served")
 
-    def _give_up(self, version: Version, error: BuilderError) -> None:
+    def _give_up(self, version: Version, error: BuilderError | OSError) -> None:
         self._reject(version.repository, error)
         self._stop(version)
         self._next = None
 
-    def _reject(self, target: Path, error: BuilderError) -> None:
+    def _reject(self, target: Path, error: BuilderError | OSError) -> None:
         self._failed = target
         self.out.warn(f"{self.link.name}: version {target.name} can't be served, so {self._current.key} stays: {error}")
 
@@ -171,7 +172,8 @@ class Updating:
         ports = ("http", addresses.http), ("grpc", addresses.grpc), ("metrics", addresses.metrics)
         argv = [process.python(), "-m", "builder", "serve", str(repository), "--no-gateway", "--host", self.host]
         argv += [word for name, port in ports for word in (f"--{name}-port", str(port))] + [*self.options, "--quiet"]
-        log = self.directory / f"{repository.name}-{self._number}.log"
+        self._started += 1
+        log = self.directory / f"{repository.name}-{self._started}.log"
         own = opened.enter_context(ExitStack())
         child = own.enter_context(_running(argv, log))
         return Version(repository, addresses, log, child, own)
@@ -199,9 +201,17 @@ class Updating:
             if version.stopped is None:
                 continue
             if version.child.poll() is not None or time.monotonic() > version.stopped + STOP_SECONDS:
+                if version.child.poll() is None:
+                    process.kill(version.child)  # it had its time: closing it must not wait as long once more
                 version.opened.close()
+                if version.repository != self._failed:  # a message refers to that log
+                    version.log.unlink(missing_ok=True)
                 self._old.remove(version)
                 self.out.info(f"{self.link.name}: the server of version {version.key} has stopped")
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
 
 
 @contextmanager
