@@ -143,7 +143,7 @@ def run_rollback(arguments: argparse.Namespace, out: Output) -> int:
         if not found:
             raise UsageError(f"{name} has no versions.", hint="Name a link in OUTPUT/models.")
         rows = [(v.key, _when(v.since), _state(v, now, store.root)) for v in found]
-        out.table(f"versions of {name}", ["version", "since", ""], rows)
+        out.table(f"versions of {name}", ["version", "since", "state"], rows)
         out.result({"current": now, "versions": [{"key": v.key, "since": v.since} for v in found]})
         return 0
     had, version = versions.rollback(store, name, arguments.to)

@@ -67,7 +67,9 @@ def _show_settings(found: Plan, out: Output, complete: bool) -> None:
     flags = [(f.name, f.value, f.reason, f.source) for f in found.settings if complete or not _is_default(f.reason)]
     out.table(f"{title}{which}", [column, "value", "why", "source"], flags)
     served = [vars(one) for one in found.parameters if complete or one.reason.startswith(PREFIX)]
-    out.table("parameters in Triton", ["parameter", "value", "why", "source"], [tuple(one.values()) for one in served])
+    if served:
+        rows = [tuple(one.values()) for one in served]
+        out.table("parameters in Triton", ["parameter", "value", "why", "source"], rows)
 
 
 def _is_default(reason: str) -> bool:

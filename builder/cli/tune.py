@@ -109,7 +109,7 @@ def _show(trials: list[Trial], best: Trial, out: Output) -> None:
     for trial in trials:
         value = trial.error if trial.value is None else f"{trial.value:.3f}"
         rows.append(("best" if trial is best else "", spoken(trial.settings), value))
-    out.table("tune (the first row: the recipe's own settings)", ["", "settings", unit], rows)
+    out.table("tune (the first row: the recipe's own settings)", ["which", "settings", unit], rows)
 
 
 def _as_dict(trial: Trial) -> dict[str, Any]:

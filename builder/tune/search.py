@@ -21,6 +21,7 @@ from builder.core.output import Output
 from builder.core.store import Store
 from builder.preflight.prepare import prepare
 from builder.recipe.schema import Resolved
+from builder.recipe.target_facts import target_facts
 from builder.serving.server import serve
 from builder.triton.repository import Repository, check_served, repository_key
 from builder.tune import suggest
@@ -60,9 +61,9 @@ class Request:
 def check(resolved: Resolved, request: Request, store: Store) -> None:
     """Rejects what can't be searched here, or a workload that does not fit, before anything is installed or built."""
     recipe = resolved.recipe
-    if recipe.target == "llmapi":
+    if not target_facts(recipe.target).has_engine:
         raise UsageError(
-            "The llmapi target can't be tuned: its settings are arguments of TensorRT-LLM's LLM class.",
+            f"The {recipe.target} target can't be tuned: its settings are arguments of TensorRT-LLM's LLM class.",
             hint="Vary llmapi.args yourself and compare with builder bench, or use --target engine",
         )
     if request.trials < 1:

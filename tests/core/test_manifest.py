@@ -197,6 +197,7 @@ def test_an_engines_files_can_hold_anything(tmp_path: Path, name: str) -> None:
         {"context_logits": "x"},
         True,
         True,
+        {},
     )
     refused = 0
     for text in mutations(config if name == "config.json" else built_with, 300, seed=3):

@@ -11,6 +11,7 @@ from typing import Any
 import exports
 import fabricated
 import pytest
+import yaml
 from hub_server import Hub
 
 from builder import pipeline, plan
@@ -162,9 +163,9 @@ def test_llmapi_gets_the_hugging_face_layout_alone(nvfp4: Path, tmp_path: Path) 
     assert built.checkpoint is not None
     assert not built.checkpoint.tensorrt_llm.exists()
     assert built.repository is not None
-    assert (
-        str(built.checkpoint.unified) in (built.repository.path / "models").rglob("model.yaml").__next__().read_text()
-    )
+    file = next((built.repository.path / "models").rglob("model.yaml"))
+    named = yaml.safe_load(file.read_text())["model"]  # relative to the model's directory
+    assert (file.parents[1] / named).resolve() == built.checkpoint.unified.resolve()
 
 
 def test_a_checkpoint_described_only_in_config_json_gets_what_tensorrt_llm_reads(nvfp4: Path, tmp_path: Path) -> None:
