@@ -13,8 +13,8 @@ of 128. Three parts, each with its table:
 - memory: of each text model and the gateway, in MB (PSS), for vocabularies of several sizes.
 
 NVIDIA's templates, filled by its own tool, are measured beside ours if NVIDIA_TEMPLATES names them; they need pillow,
-requests, torch and transformers. Rates and times
-need a machine that does nothing else: on two cores, the clients, Triton and the gateway share them.
+requests, torch and transformers. Rates and times need a machine that does nothing else: on two cores, the clients,
+Triton and the gateway share them.
 """
 
 from __future__ import annotations
