@@ -91,17 +91,23 @@ def running(
             reader.join(5)
 
 
-@pytest.fixture(scope="module")
-def echo_repository(tmp_path_factory: pytest.TempPathFactory) -> repository.Repository:
-    tmp = tmp_path_factory.mktemp("gateway")
-    build = {"max_batch_size": 64, "max_input_len": MAX_INPUT_LEN, "max_seq_len": MAX_SEQ_LEN, "max_beam_width": 1,
-             "plugin_config": {"use_paged_context_fmha": False}}  # fmt: skip
-    engine = write_engine(tmp / "engine", build_config=build)
+def write_repository(
+    tmp: Path, part: schema.Repository, snapshot: Path = SNAPSHOT, **build: int
+) -> repository.Repository:
+    """A finished repository for an engine that does not exist. `build`: other limits of the engine."""
+    limits = {"max_batch_size": 64, "max_input_len": MAX_INPUT_LEN, "max_seq_len": MAX_SEQ_LEN, "max_beam_width": 1}
+    config = {**limits, **build, "plugin_config": {"use_paged_context_fmha": False}}
+    engine = write_engine(tmp / "engine", build_config=config)
 
     def make(directory: Path) -> dict[str, Any]:
-        return repository.write(directory / "models", engine, SNAPSHOT, schema.Repository(bls_instances=1))
+        return repository.write(directory / "models", engine, snapshot, part)
 
     return repository.open_repository(Store(tmp / "store", Output("quiet")).stage("repository", {}, make).path)
+
+
+@pytest.fixture(scope="module")
+def echo_repository(tmp_path_factory: pytest.TempPathFactory) -> repository.Repository:
+    return write_repository(tmp_path_factory.mktemp("gateway"), schema.Repository(bls_instances=1))
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +142,7 @@ def serve_with(triton: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
         def start(template: str, tokens: dict[str, str] | None = None, **part: Any) -> Running:
             tmp = tmp_path_factory.mktemp("repository")
             snapshot = write_snapshot(tmp / "snapshot", template, tokens or {})
-            build = {"max_batch_size": 64, "max_input_len": MAX_INPUT_LEN, "max_seq_len": MAX_SEQ_LEN,
-                     "max_beam_width": 1, "plugin_config": {"use_paged_context_fmha": False}}  # fmt: skip
-            engine = write_engine(tmp / "engine", build_config=build)
-
-            def make(directory: Path) -> dict[str, Any]:
-                return repository.write(directory / "models", engine, snapshot, schema.Repository(**part))
-
-            made = Store(tmp / "store", Output("quiet")).stage("repository", {}, make)
+            made = write_repository(tmp, schema.Repository(**part), snapshot)
             return stack.enter_context(running(made.path, triton.grpc_url))
 
         yield start

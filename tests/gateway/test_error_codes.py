@@ -18,13 +18,10 @@ import tritonclient.grpc as grpcclient
 from tritonclient.utils import InferenceServerException
 
 from builder.core.output import Output
-from builder.core.store import Store
 from builder.recipe import schema
 from builder.serving.server import Server, ServerOptions, serve
-from builder.triton import repository
-from tests.gateway.conftest import ECHO, MAX_INPUT_LEN, Running, running
+from tests.gateway.conftest import ECHO, MAX_INPUT_LEN, Running, running, write_repository
 from tests.triton.test_models import TINY, inputs, post
-from tests.triton.test_repository import SNAPSHOT, write_engine
 
 FULL, LATE, BROKEN = "#", "%", "$"
 FAILING = f"""
@@ -67,17 +64,9 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     tmp = tmp_path_factory.mktemp("codes")
-    build = {"max_batch_size": 8, "max_input_len": MAX_INPUT_LEN, "max_seq_len": 512, "max_beam_width": 1,
-             "plugin_config": {}}  # fmt: skip
-    engine = write_engine(tmp / "engine", build_config=build)
     backend = tmp / "failing.py"
     backend.write_text(ECHO.read_text() + FAILING)
-
-    def make(directory: Path) -> dict[str, Any]:
-        return repository.write(directory / "models", engine, SNAPSHOT, schema.Repository())
-
-    path = Store(tmp / "store", Output("quiet")).stage("repository", {}, make).path
-    found = repository.open_repository(path)
+    found = write_repository(tmp, schema.Repository(), max_batch_size=8, max_seq_len=512)
     options = ServerOptions(engine_backend=backend)
     with (
         serve(found.models, out=Output("quiet"), log=tmp / "log", options=options) as triton,
