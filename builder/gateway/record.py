@@ -35,6 +35,11 @@ class Record:
     model: str = ""
     release: Callable[[], None] = lambda: None  # called when the request has ended
 
+    @property
+    def failed(self) -> bool:
+        """Whether the fault is the server's: a status of 500 or more, or an error within a stream."""
+        return self.status >= 500 or (self.status == 200 and bool(self.code))
+
     def token(self) -> None:
         """Notes the time of the first piece of text."""
         if self.first_token is None:
@@ -92,8 +97,7 @@ def log(level: str, event: str, **values: Any) -> None:
 
 def log_request(record: Record) -> None:
     """Writes a request's line. `path` is shortened: it is the only text that comes from the client."""
-    failed = record.status >= 500 or (record.status == 200 and record.code)  # the latter within a stream
-    level = "error" if failed else "warning" if record.status == 429 else "info"
+    level = "error" if record.failed else "warning" if record.status == 429 else "info"
     ttft = None if record.first_token is None else round(record.first_token - record.started, 4)
     values = {
         "request_id": record.id,

@@ -115,11 +115,11 @@ class Model:
 
 
 def _guided(models: Path, facts: Mapping[str, Any]) -> Guided | None:
+    """Only engine models have it (builder.triton.guided_decoding)."""
     found = facts.get("guided_decoding")
     if not found:
         return None
-    name = facts["models"].get("engine") or facts["models"]["generate"]
-    return Guided(models / name / found["file"], tuple(found["stop_token_ids"]))
+    return Guided(models / facts["models"]["engine"] / found["file"], tuple(found["stop_token_ids"]))
 
 
 def tokenizer_directory(models: Path, facts: Mapping[str, Any]) -> Path:

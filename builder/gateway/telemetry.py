@@ -63,7 +63,7 @@ class Traces:
         )
         if record.first_token is not None:
             span.add_event("gen_ai.first_token", timestamp=at(record.first_token))
-        if _failed(record):
+        if record.failed:
             span.set_status(self._error)
         span.end(now)
 
@@ -128,11 +128,6 @@ def _resource() -> Mapping[str, str]:
     """What describes this process, besides OTEL_RESOURCE_ATTRIBUTES."""
     named = os.environ.get("OTEL_SERVICE_NAME") or "service.name=" in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     return {"service.version": __version__} | ({} if named else {"service.name": "trtllm-builder-gateway"})
-
-
-def _failed(record: Record) -> bool:
-    """Whether the fault is the server's: a status of 500 or more, or an error within a stream."""
-    return record.status >= 500 or (record.status == 200 and bool(record.code))
 
 
 def _http(record: Record, route: str, scope: Scope) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def _engine(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str
 
 
 def _llmapi(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str]]:
-    """Log-probabilities and biases are refused before: this model has neither."""
+    """Log-probabilities, biases and grammars are refused before: this model has none of them."""
     how, prefix = request.sampling, "sampling_param_"
     tensors = [
         _ints("input_ids", request.ids),
@@ -165,7 +165,6 @@ def _llmapi(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str
         tensors.append(Tensor(f"{prefix}seed", "UINT64", (1,), struct.pack("<Q", how.seed)))
     if how.min_tokens:
         tensors.append(_ints(f"{prefix}min_tokens", [how.min_tokens]))
-    tensors += _guide(request.guide)
     if model.adapter:
         tensors.append(Tensor("lora_name", "BYTES", (1,), _bytes(model.adapter)))
     return tensors, ["text_output", "finish_reason"]
