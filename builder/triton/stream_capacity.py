@@ -12,11 +12,11 @@ from builder.recipe import schema
 
 # Requests beyond max_batch_size wait in the engine, whose scheduler knows best what fits. A thread takes about 60 KB.
 THREADS_PER_ROW, MAX_THREADS = 2, 512
-# The proportional set size of a process (smaps_rollup) is 36.4 MiB with a vocabulary of 4,096 tokens, and 39 to 46 MiB
-# with 32 clients, measured with Triton 24.10. With 49,152 tokens it was 28.7 MiB more, measured when the engine was
-# called through the Python backend. The processes share libraries but not the tokenizer.
-INSTANCE_BYTES = 34 << 20
-INSTANCE_BYTES_PER_TOKEN = 670
+# The proportional set size of a process (smaps_rollup) is 40 MB with a vocabulary of 4,096 tokens, 77 with 151,936 and
+# 105 with 262,144, measured with Triton 24.10 (benchmarks/gateway.py). The processes share libraries but not the
+# tokenizer.
+INSTANCE_BYTES = 37 << 20
+INSTANCE_BYTES_PER_TOKEN = 250
 
 
 def threads(max_batch_size: int) -> int:
