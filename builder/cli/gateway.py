@@ -123,7 +123,7 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.routes:
         found = routes.read(arguments.routes).places
     else:
-        path = arguments.repository or repository.find(arguments.output, os.environ.get("MODEL_REPOSITORY"))
+        path = named(arguments)
         opened = repository.open_repository(path)
         names = served_names(opened, arguments.model_name, path.absolute().name)
         found = places(opened, names, arguments.grpc)
@@ -142,6 +142,14 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
 
     server.run(settings, listener, drain=_positive(arguments, "drain"), ready=ready)
     return 0
+
+
+def named(arguments: argparse.Namespace) -> Path:
+    """The repository that was named, or else the only one that was published; a link gives the model its name."""
+    from builder.triton import repository
+
+    path: Path | None = arguments.repository
+    return path or repository.find(arguments.output, os.environ.get("MODEL_REPOSITORY"))
 
 
 def served_names(repository: Repository, name: str | None, default: str) -> dict[str, str]:

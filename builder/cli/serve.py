@@ -116,9 +116,7 @@ def _gateway(
 
     if arguments.no_gateway:
         return nullcontext()
-    names = gateway.served_names(
-        repository, arguments.model_name, (arguments.repository or repository.path).absolute().name
-    )
+    names = gateway.served_names(repository, arguments.model_name, arguments.repository.absolute().name)
     options = ["--model-name", names[""]] if "" in names else []
     options += [*gateway.options(arguments), "--watchdog", str(watchdog)]
     address = (arguments.host, arguments.port)
@@ -150,11 +148,11 @@ def _curl(url: str, facts: Mapping[str, Any]) -> str:
 
 
 def open_named(arguments: argparse.Namespace) -> Repository:
-    """The repository that was named, or else the only one that was published."""
+    """The repository that was named, or else the only one that was published, which the arguments then name."""
     from builder.triton import repository
 
-    named = os.environ.get("MODEL_REPOSITORY")
-    found = repository.open_repository(arguments.repository or repository.find(arguments.output, named))
+    arguments.repository = gateway.named(arguments)
+    found = repository.open_repository(arguments.repository)
     repository.check_served(found)
     return found
 
@@ -169,7 +167,7 @@ def started(
     from builder.publish import verdict
 
     if not arguments.ungated:
-        verdict.check(arguments.repository or repository.path)
+        verdict.check(arguments.repository)
     ports = ports or _chosen_ports(arguments)
     if arguments.container:
         from builder.serving.container import serve_container
@@ -193,16 +191,15 @@ def _chosen_ports(arguments: argparse.Namespace) -> Ports:
 def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     """Serves a repository, tests it and stops the server. ServingError if a check failed."""
     from builder.core.locks import serving_lock
-    from builder.serving.smoke import smoke_models as smoke
-    from builder.serving.smoke import write_junit
+    from builder.serving.smoke import smoke_models, write_junit
 
     check_both_ports(arguments)
     repository = open_named(arguments)
     if arguments.http:
-        report = smoke(arguments.http, arguments.grpc, repository.members, out=out)
+        report = smoke_models(arguments.http, arguments.grpc, repository.members, out=out)
     else:
         with serving_lock(repository.path), started(arguments, repository, out) as server:
-            report = smoke(server.http_url, server.grpc_url, repository.members, out=out)
+            report = smoke_models(server.http_url, server.grpc_url, repository.members, out=out)
     if arguments.junit:
         write_junit(report, arguments.junit)
     outcomes = {True: "ok", False: "FAILED", None: "not checked"}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +13,7 @@ from builder.core.errors import UsageError
 from builder.core.output import Output
 
 if TYPE_CHECKING:
+    from builder.gateway.settings import Place
     from builder.serving.gateway import Gateway
     from builder.serving.updating import Version
 
@@ -23,19 +22,20 @@ UNUSED = ("container", "no_gateway", "http_port", "grpc_port", "metrics_port")
 
 def run(arguments: argparse.Namespace, directory: Path, out: Output) -> int:
     """Serves until interrupted. UsageError for options that can't be kept over several servers."""
+    from builder.gateway.settings import places
     from builder.publish.combination import check_beside
     from builder.serving.launch import Ports
     from builder.serving.updating import Updating
     from builder.triton import repository
 
-    link = arguments.repository or repository.find(arguments.output, os.environ.get("MODEL_REPOSITORY"))
+    link: Path = arguments.repository
     check(arguments, link)
 
-    def names(path: Path) -> Mapping[str, str]:
+    def served(path: Path, grpc: str) -> tuple[Place, ...]:
         opened = repository.open_repository(path)
         repository.check_served(opened)
         gateway.check_model(arguments, opened)
-        return gateway.served_names(opened, arguments.model_name, link.absolute().name)
+        return places(opened, gateway.served_names(opened, arguments.model_name, link.absolute().name), grpc)
 
     def fits(current: Path, following: Path) -> None:
         check_beside({f"version {current.name}": current, f"version {following.name}": following})
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace, directory: Path, out: Output) -> int:
 
     options = ["--ungated"] if arguments.ungated else []
     host = arguments.triton_host or Ports.host
-    return Updating(link, names, fits, options, host, front, show, directory, out).run()
+    return Updating(link, served, fits, options, host, front, show, directory, out).run()
 
 
 def check(arguments: argparse.Namespace, link: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,11 @@ from builder.core.environment import child_environment
 from builder.core.errors import BuilderError, ServingError
 from builder.core.output import Output
 from builder.gateway.routes import Routes, State
-from builder.gateway.settings import places
+from builder.gateway.settings import Place
 from builder.serving import health
 from builder.serving.gateway import Gateway
 from builder.serving.launch import Addresses, Ports
 from builder.serving.readiness import answers_ok
-from builder.triton.repository import open_repository
 
 LOOK_SECONDS = 0.5
 STOP_SECONDS = 60.0  # for a server to stop: its own limit for requests in flight is 30
@@ -33,10 +32,11 @@ PROBE_SECONDS = 10.0  # for a token of each model of a new version, on a server 
 
 @dataclass(eq=False)
 class Version:
-    """A server of one repository. stopped: when it was told to stop, by time.monotonic."""
+    """A server of one repository. places: of its models. stopped: when it was told to stop, by time.monotonic."""
 
     repository: Path
     addresses: Addresses
+    places: tuple[Place, ...]
     log: Path
     child: process.Child
     opened: ExitStack
@@ -66,13 +66,14 @@ class Version:
 class Updating:
     """Serves the versions of one link.
 
-    link: in models/. names: the models of a repository, {name in it: name for clients}. fits: raises a BuilderError if
-    two versions do not fit beside each other. options: of each `builder serve`. host: of Triton's ports. front: starts
-    the gateway, which reads the given file of routes. show: prints the addresses. directory: for logs and routes.
+    link: in models/. places: where the models of a repository are for clients, if it is served at a gRPC address; it
+    raises a BuilderError if they can't be served. fits: raises one if two versions do not fit beside each other.
+    options: of each `builder serve`. host: of Triton's ports. front: starts the gateway, which reads the given file of
+    routes. show: prints the addresses. directory: for logs and routes.
     """
 
     link: Path
-    names: Callable[[Path], Mapping[str, str]]
+    places: Callable[[Path, str], tuple[Place, ...]]
     fits: Callable[[Path, Path], None]
     options: Sequence[str]
     host: str
@@ -147,8 +148,7 @@ class Updating:
         while (state := self._state()).number != self._number:  # a large tokenizer takes seconds to load
             self._sleep(0.05)
             self._current.check_running()
-        if state.fault:
-            self._write(self._current)
+        if state.fault:  # the gateway stays with the current version
             self._give_up(version, ServingError(state.fault))
             return
         self._old.append(self._current)
@@ -167,8 +167,8 @@ class Updating:
     def _start(self, opened: ExitStack) -> Version:
         """Starts a server of what the link names now. UsageError or IntegrityError if it can't be served."""
         repository = self.link.resolve()
-        self.names(repository)
         addresses = Ports(host=self.host).choose()
+        places = self.places(repository, addresses.grpc_url)
         ports = ("http", addresses.http), ("grpc", addresses.grpc), ("metrics", addresses.metrics)
         argv = [process.python(), "-m", "builder", "serve", str(repository), "--no-gateway", "--host", self.host]
         argv += [word for name, port in ports for word in (f"--{name}-port", str(port))] + [*self.options, "--quiet"]
@@ -176,12 +176,11 @@ class Updating:
         log = self.directory / f"{repository.name}-{self._started}.log"
         own = opened.enter_context(ExitStack())
         child = own.enter_context(_running(argv, log))
-        return Version(repository, addresses, log, child, own)
+        return Version(repository, addresses, places, log, child, own)
 
     def _write(self, version: Version) -> None:
-        found = places(open_repository(version.repository), self.names(version.repository), version.addresses.grpc_url)
         self._number += 1
-        Routes(self._number, found).write(self.directory / "routes.json")
+        Routes(self._number, version.places).write(self.directory / "routes.json")
 
     def _state(self) -> State:
         state = State.read(self.directory / "routes.json")

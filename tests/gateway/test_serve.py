@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from pydantic import BaseModel, Field
 from builder import pipeline
 from builder.cli import main
 from builder.cli.gateway import read_keys
+from builder.cli.serve import open_named
 from builder.core import supervisor
 from builder.core.output import Output
 from builder.core.store import Store
@@ -379,6 +381,14 @@ def test_the_gateway_takes_its_repository_from_the_environment(
     monkeypatch.setenv("MODEL_REPOSITORY", "absent")
     assert main.main(["gateway", "--output", str(built.parents[1])]) == 2
     assert "no repository 'absent'" in capsys.readouterr().err
+
+
+def test_the_only_repository_gives_its_model_the_name_of_its_link(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that of the directory, which is a key."""
+    monkeypatch.delenv("MODEL_REPOSITORY", raising=False)
+    asked = argparse.Namespace(repository=None, output=built.parents[1])
+    assert open_named(asked).path == built
+    assert asked.repository.name == "tiny-qwen3-cpu-nvfp4"
 
 
 def test_a_gateway_that_is_interrupted(built: Path) -> None:
