@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,23 +128,18 @@ def _changed(link: Path, members: Mapping[str, Member], asked: Change, store: St
     for model in asked.remove:
         del found[model]
     for model in asked.update:
-        found[model] = Member(
-            _opened(store.root / links.MODELS / found[model].link, asked, store), *_rest(found[model])
-        )
+        newest = _opened(store.root / links.MODELS / found[model].link, asked, store)
+        found[model] = replace(found[model], repository=newest)
     for model, path in asked.add.items():
         check_free(link.name, model, found)
         found[model] = Member(_opened(path, asked, store), path.name)
     for model, fraction in asked.fractions.items():
         if model not in found:
             raise UsageError(f"--kv-fraction: there is no model {model!r}.", hint=f"Models: {', '.join(found)}.")
-        found[model] = Member(found[model].repository, found[model].link, fraction)
+        found[model] = replace(found[model], fraction=fraction)
     if not found:
         raise UsageError(f"{link.name} would have no model.", hint=f"To remove it: builder clean {link.name}")
     return found
-
-
-def _rest(member: Member) -> tuple[str, float | None]:
-    return member.link, member.fraction
 
 
 def _opened(path: Path, asked: Change, store: Store) -> Repository:

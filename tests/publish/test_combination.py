@@ -55,6 +55,11 @@ def models(store: Store, name: str = "both") -> dict[str, str]:
     return {model: facts["repository"] for model, facts in found.members.items()}
 
 
+def fraction(store: Store, model: str) -> str:
+    found = configs(open_repository(store.root / "models" / "both").models)
+    return parameters(found[f"{model}_tensorrt_llm"])[combined.FRACTION]
+
+
 def test_models_are_added_updated_and_removed(store: Store) -> None:
     a, b = published(store, "a"), published(store, "b")
     change("both", Change({"chat": a, "code": b}), store=store)
@@ -66,15 +71,12 @@ def test_models_are_added_updated_and_removed(store: Store) -> None:
     assert models(store) == {"chat": a.resolve().name, "code": first["code"]}
     change("both", Change(remove=["code"], add={"extra": b}, fractions={"extra": 0.25}), store=store)
     assert list(models(store)) == ["chat", "extra"]
-    found = configs(open_repository(store.root / "models" / "both").models)
-    assert parameters(found["extra_tensorrt_llm"])[combined.FRACTION] == "0.25"
+    assert fraction(store, "extra") == "0.25"
     change("both", Change(remove=["chat"]), store=store)
-    assert (
-        parameters(configs(open_repository(store.root / "models" / "both").models)["extra_tensorrt_llm"])[
-            combined.FRACTION
-        ]
-        == "0.25"
-    )  # kept
+    assert fraction(store, "extra") == "0.25"
+    published(store, "b", "b2")
+    change("both", Change(update=["extra"]), store=store)
+    assert fraction(store, "extra") == "0.25"
 
 
 def test_what_is_refused_changes_nothing(store: Store) -> None:
