@@ -81,8 +81,8 @@ class Point:
 
     @property
     def slug(self) -> str:
-        """The name in lower-case letters, digits and dashes, for files."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:SLUG]
+        """The name for files."""
+        return slug(self.name)
 
     @property
     def recipe_file(self) -> str:
@@ -91,10 +91,16 @@ class Point:
         return f"# {self.name}\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
 
 
+def slug(text: str) -> str:
+    """The text in lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:SLUG]
+
+
 def read(file: Path, *, model: str | None = None, sets: Sequence[str] = ()) -> tuple[str, list[Point]]:
     """The title and all points of a file. UsageError names what is wrong, and every point that is not a valid recipe.
 
-    model: measured instead of the file's. sets: KEY=VALUE for all points.
+    model: measured instead of the file's. sets: KEY=VALUE for all points. A model that is named here is part of the
+    title, so that its results have a directory of their own.
     """
     try:
         asked = Sweep.model_validate(load_yaml(file))
@@ -117,7 +123,8 @@ def read(file: Path, *, model: str | None = None, sets: Sequence[str] = ()) -> t
     if wrong or not points:
         what = "points that are no valid recipe" if wrong else "no points"
         raise UsageError(f"{file} has {what}.", why="\n".join(wrong), hint="Correct the file; nothing was run.")
-    return asked.title, points
+    other = more.get("model.id")
+    return f"{asked.title} {Path(other).name}" if other else asked.title, points
 
 
 def _combinations(asked: Sweep) -> list[tuple[Labels, Keys]]:

@@ -64,7 +64,7 @@ def run(
     while pending or running:
         for step in _hopeless(pending, found):
             pending.remove(step)
-            end(step_failed(step, found))
+            end(_not_run(step, found))
         for step in [one for one in pending if all(need in found for need in one.needs)]:
             job = job_of(step)
             if executor.free.holds(job.takes):
@@ -87,7 +87,7 @@ def _hopeless(pending: Sequence[Step], found: Mapping[str, Outcome]) -> list[Ste
     return [step for step in pending if any(need in found and not found[need].ok for need in step.needs)]
 
 
-def step_failed(step: Step, found: Mapping[str, Outcome]) -> Outcome:
+def _not_run(step: Step, found: Mapping[str, Outcome]) -> Outcome:
     """The outcome of a step that was not run because of one that it needs."""
     first = next(found[need] for need in step.needs if need in found and not found[need].ok)
     return Outcome(step, why=f"{first.step.name}, which it needs, failed: {first.why}", code=first.code)

@@ -9,7 +9,6 @@ Everything that is built and measured lies in the store, so what an earlier run 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from builder.sweep import graph, measured, page, results, scheduler
 from builder.sweep.graph import Step
 from builder.sweep.local import Job, LocalExecutor
 from builder.sweep.measured import Result
-from builder.sweep.points import SLUG, Point
+from builder.sweep.points import Point, slug
 from builder.sweep.scheduler import Outcome
 from builder.sweep.slots import Slots, of_step
 
@@ -50,7 +49,7 @@ class Planned:
 
     def directory(self, store: Store) -> Path:
         """Where its results are."""
-        return store.root / DIRECTORY / (re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")[:SLUG] or "sweep")
+        return store.root / DIRECTORY / (slug(self.title) or "sweep")
 
 
 def plan(title: str, points: Sequence[Point], store: Store, *, jobs: int | None = None) -> Planned:

@@ -70,6 +70,13 @@ def test_points_are_left_out_added_and_set(tmp_path: Path) -> None:
     assert {point.resolved.recipe.calibration.samples for point in points} == {8}
 
 
+@pytest.mark.parametrize("named", [{"model": f"{MODEL}/"}, {"sets": [f"model.id={MODEL}"]}])
+def test_results_of_another_model_have_a_directory_of_their_own(tmp_path: Path, named: dict[str, Any]) -> None:
+    file, store = written(tmp_path), Store(tmp_path, Output("quiet"), dry=True)
+    directories = [sweep.plan(*read(file, **more), store).directory(store).name for more in ({}, named)]
+    assert directories == ["test", "test-tiny-qwen3"]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
