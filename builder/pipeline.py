@@ -243,6 +243,15 @@ def _run_stages(
         plain = Built(snapshot, prepared, checkpoint=write_checkpoint(snapshot, store=store), original=rotated_from)
         return _serve(plain, wanted, store)
 
+    built = replace(_made(prepared, snapshot, store, early, check_room), original=rotated_from)
+    _tell_limit(used(), store)
+    return _serve(_checked(built, store) if quality else built, wanted, store)
+
+
+def _made(
+    prepared: Prepared, snapshot: Snapshot, store: Store, early: Early, check_room: Callable[[Prepared], None]
+) -> Built:
+    """The quantized checkpoint, with what it was calibrated on. check_room: for more layers in higher precision."""
     prepared = keep_zeros(prepared, snapshot, store.out)
     if prepared.zero_layers:
         check_room(prepared)
@@ -250,7 +259,7 @@ def _run_stages(
     if prepared.calibration is not None:
         calibration = calibrate(prepared.calibration, store=store)
         check_conversations(read_rows(calibration), snapshot.path)
-    if calibration is not None and recipe.quantization.kept_budget is not None:
+    if calibration is not None and prepared.recipe.quantization.kept_budget is not None:
         from builder.evaluate.sensitivity.choose import choose_excluded  # numpy: only for those who measure
 
         prepared = choose_excluded(prepared, snapshot, calibration, store)
@@ -259,9 +268,7 @@ def _run_stages(
         checkpoint = write_data_free(snapshot, _request(prepared), store=store, ahead=early.ahead)
     else:
         checkpoint = _quantized(prepared, snapshot, calibration, store, early)
-    _tell_limit(used(), store)
-    built = Built(snapshot, prepared, calibration, checkpoint, original=rotated_from)
-    return _serve(_checked(built, store) if quality else built, wanted, store)
+    return Built(snapshot, prepared, calibration, checkpoint)
 
 
 def _transformed(prepared: Prepared, snapshot: Snapshot, store: Store) -> Snapshot:

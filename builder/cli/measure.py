@@ -26,7 +26,17 @@ TITLE = "measure"
 
 
 def add(commands: Any) -> None:
-    """Adds eval, sensitivity, recommend, inspect, repair and lint."""
+    """Adds eval, sensitivity, recommend, sweep, compare, inspect, repair and lint."""
+    _add_eval(commands)
+    _add_sensitivity(commands)
+    recommend.add(commands)
+    sweep.add(commands)
+    _add_inspect(commands)
+    _add_repair(commands)
+    _add_lint(commands)
+
+
+def _add_eval(commands: Any) -> None:
     command = add_command(
         commands, "eval", "measure what quantization cost: perplexity, KL, tasks", run_eval,
         examples=[
@@ -47,6 +57,8 @@ def add(commands: Any) -> None:
         command.add_argument(option, dest=key, type=kind, metavar=placeholder(option, kind), help=text)
     add_output(command)
 
+
+def _add_sensitivity(commands: Any) -> None:
     command = add_command(
         commands, "sensitivity", "measure what each linear layer loses by quantization", run_sensitivity,
         examples=[
@@ -64,14 +76,16 @@ def add(commands: Any) -> None:
     add_force(command)
     add_output(command)
 
-    recommend.add(commands)
-    sweep.add(commands)
+
+def _add_inspect(commands: Any) -> None:
     command = add_command(
         commands, "inspect", "check a checkpoint: NaN, scales, shapes, bits per weight", run_inspect,
         examples=["builder inspect artifacts/checkpoint/0123456789abcdef", "builder inspect ./Qwen3-8B-NVFP4 --json"],
     )  # fmt: skip
     command.add_argument("path", type=path, metavar="CHECKPOINT", help="directory of a quantized checkpoint")
 
+
+def _add_repair(commands: Any) -> None:
     command = add_command(
         commands, "repair", "replace scales of a checkpoint that are not numbers", run_repair,
         examples=[
@@ -85,6 +99,8 @@ def add(commands: Any) -> None:
                          help="write a repaired copy there and leave CHECKPOINT as it is")  # fmt: skip
     command.add_argument("--undo", action="store_true", help="remove the patches of earlier repairs")
 
+
+def _add_lint(commands: Any) -> None:
     command = add_command(
         commands, "lint", "check a Triton model repository, whoever rendered it", run_lint,
         examples=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 
 from builder.core.output import size
 from builder.core.store import replace_file
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe, Resolved
 from builder.recipe.sources import flatten, merge, nest
 from builder.recommend.request import named
 from builder.recommend.trials import Trial
@@ -35,7 +36,12 @@ def values(trial: Trial, user: Resolved) -> dict[str, Any]:
     settings = trial.candidate.settings.flags(user.recipe)
     chosen = {key for key, value in settings.items() if value not in ((), "none")}
     wanted = {key for key in named(user) if not key.startswith(OF_SEARCH)} - {*settings} | chosen | {"gpu", "target"}
-    flat = flatten(json.loads(trial.candidate.resolved.recipe.model_dump_json()))
+    return part_of(trial.candidate.resolved.recipe, wanted)
+
+
+def part_of(recipe: Recipe, wanted: Set[str]) -> dict[str, Any]:
+    """These keys of the recipe, or what is below them, as a tree."""
+    flat = flatten(json.loads(recipe.model_dump_json()))
     kept = {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{one}.") for one in wanted)}
     tree, _ = merge(("", nest(key, value)) for key, value in kept.items())
     return tree

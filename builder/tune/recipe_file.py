@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import yaml
 
 from builder.core.store import replace_file
 from builder.recipe.schema import Resolved
-from builder.recipe.sources import flatten, merge, nest
+from builder.recommend.recipe_file import part_of
 from builder.recommend.request import named
 from builder.tune.search import Trial
 from builder.tune.space import flags
@@ -21,10 +19,7 @@ def values(best: Trial, user: Resolved) -> dict[str, Any]:
     """The recipe as a tree: the user's values, GPU and target, and those that the search varied."""
     changed = user.changed(flags(best.settings))
     wanted = {*named(user), *flags(best.settings), "gpu", "target"}
-    flat: Mapping[str, Any] = flatten(json.loads(changed.recipe.model_dump_json()))
-    kept = {key: value for key, value in flat.items() if any(f"{key}.".startswith(f"{one}.") for one in wanted)}
-    tree, _ = merge(("", nest(key, value)) for key, value in kept.items())
-    return tree
+    return part_of(changed.recipe, wanted)
 
 
 def write(best: Trial, first: Trial, user: Resolved, path: Path) -> None:
