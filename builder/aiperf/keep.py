@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
-from typing import Any
 
 from builder.aiperf.measured import STAGE, Measurement, Point
-from builder.core.errors import BuilderError
 from builder.core.output import Output
-from builder.core.store import Store, root_of
+from builder.serving import benchmark
 from builder.serving.benchmark import format_percentiles
 from builder.triton.repository import Repository
 
 
 def save(repository: Repository, measurement: Measurement, out: Output) -> Path | None:
-    """Stores the measurement and returns its directory.
-
-    None if the repository is in no store, or (with a warning) if the store is not writable.
-    """
-    root = root_of(repository.path)
-    if root is None:
-        return None
-    facts = measurement.as_dict()
-    ingredients = {
-        "repository": repository.digest,
-        "workload": facts["workload"],
-        "measured": time.time_ns(),  # makes the key of every run unique
-    }
-
-    def make(directory: Path) -> dict[str, Any]:
-        (directory / "aiperf.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        return facts
-
-    try:
-        store = Store(root, Output("quiet"))
-        with store.in_use():
-            return store.stage(STAGE, ingredients, make).path
-    except (BuilderError, OSError) as error:
-        out.warn(f"The results of AIPerf were not saved in {root}: {error}")
-        return None
+    """Keeps the measurement beside the repository (serving.benchmark.keep)."""
+    return benchmark.keep(repository, STAGE, measurement.as_dict(), out)
 
 
 def show(measurement: Measurement, out: Output) -> None:

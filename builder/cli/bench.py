@@ -61,12 +61,12 @@ def _add_sizes(command: argparse.ArgumentParser) -> None:
     command.add_argument("--concurrency", type=int, metavar="N", action="append", default=[],
                          help="requests in flight at any time; repeatable (default: 1, 4 and 16)")  # fmt: skip
     command.add_argument("--clients", type=int, action="append", default=[], help=argparse.SUPPRESS)
-    for name, default, text in (
-        ("requests", None, "requests at each load (default: 32, or twice the concurrency)"),
-        ("input-tokens", None, "tokens of each prompt (default: 128)"),
-        ("output-tokens", None, "tokens of each answer (default: 32)"),
+    for name, text in (
+        ("requests", "requests at each load (default: 32, or twice the concurrency)"),
+        ("input-tokens", "tokens of each prompt (default: 128)"),
+        ("output-tokens", "tokens of each answer (default: 32)"),
     ):
-        command.add_argument(f"--{name}", type=int, metavar="N", default=default, help=text)
+        command.add_argument(f"--{name}", type=int, metavar="N", help=text)
 
 
 def run_bench(arguments: argparse.Namespace, out: Output) -> int:
@@ -119,14 +119,18 @@ def workload_of(arguments: argparse.Namespace) -> Any:
     loads = loads or ((Load(),) if recorded and recorded.timed else tuple(Load(concurrency=n) for n in (1, 4, 16)))
     return Workload(
         loads,
-        default_requests(loads, recorded) if arguments.requests is None else arguments.requests,
-        128 if arguments.input_tokens is None else arguments.input_tokens,
-        32 if arguments.output_tokens is None else arguments.output_tokens,
-        recorded,
-        objective.parse(arguments.objective) if arguments.objective is not None else None,
-        arguments.arrival,
+        trace=recorded,
+        objective=objective.parse(arguments.objective) if arguments.objective is not None else None,
+        arrival=arguments.arrival,
         seed=time.time_ns() % 1_000_000_000 if arguments.seed is None else _seed(arguments.seed),
+        **{"requests": default_requests(loads, recorded), **_sizes(arguments)},
     )
+
+
+def _sizes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of the options of `_add_sizes` that were given."""
+    given = {name: getattr(arguments, name) for name in ("requests", "input_tokens", "output_tokens")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def with_route(asked: Any, api: str | None, repository: Any) -> Any:
@@ -155,13 +159,8 @@ def run_load(arguments: argparse.Namespace, out: Output) -> int:
     _warn_of_old_names(arguments, out)
     serve.check_both_ports(arguments)
     concurrency = (*arguments.concurrency, *arguments.clients) or benchmark.Workload.concurrency
-    default = benchmark.Workload
-    workload = benchmark.Workload(
-        concurrency,
-        benchmark.default_requests(concurrency) if arguments.requests is None else arguments.requests,
-        default.input_tokens if arguments.input_tokens is None else arguments.input_tokens,
-        default.output_tokens if arguments.output_tokens is None else arguments.output_tokens,
-    )
+    sizes = {"requests": benchmark.default_requests(concurrency), **_sizes(arguments)}
+    workload = benchmark.Workload(concurrency, **sizes)
     repository = serve.open_named(arguments)
     repository.check_single(arguments.command)
     benchmark.check(workload, repository.facts)

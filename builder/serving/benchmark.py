@@ -212,7 +212,12 @@ def prompts(repository: Repository, tokens: int, count: int, *, prefix: str) -> 
 
 
 def save(repository: Repository, report: BenchmarkReport, out: Output) -> Path | None:
-    """Stores the report next to the repository, for `builder report`, and returns its directory.
+    """Keeps the report beside the repository (`keep`)."""
+    return keep(repository, STAGE, asdict(report), out)
+
+
+def keep(repository: Repository, stage: str, facts: Mapping[str, Any], out: Output) -> Path | None:
+    """Stores a measurement next to the repository, for `builder report`, and returns its directory.
 
     None if the repository is in no store, or (with a warning) if the store is not writable.
     """
@@ -221,21 +226,20 @@ def save(repository: Repository, report: BenchmarkReport, out: Output) -> Path |
         return None
     ingredients = {
         "repository": repository.digest,
-        "workload": asdict(report.workload),
+        "workload": facts["workload"],
         "measured": time.time_ns(),  # makes the key of every run unique
     }
 
     def make(directory: Path) -> dict[str, Any]:
-        made = asdict(report)
-        (directory / "benchmark.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
-        return made
+        (directory / f"{stage}.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        return dict(facts)
 
     try:
         store = Store(root, Output("quiet"))
         with store.in_use():
-            made: Artifact = store.stage(STAGE, ingredients, make)
+            made: Artifact = store.stage(stage, ingredients, make)
     except (BuilderError, OSError) as error:  # for example a store that is mounted read-only where it is served
-        out.warn(f"The benchmark's results were not saved in {root}: {error}")
+        out.warn(f"The results of this measurement were not saved in {root}: {error}")
         return None
     return made.path
 
