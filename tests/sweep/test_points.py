@@ -61,7 +61,7 @@ def test_the_field_s_ablation_has_its_axes() -> None:
 
 
 def test_points_are_left_out_added_and_set(tmp_path: Path) -> None:
-    more = {"labels": {"rounding": "GPTQ, scales by max", "format": "NVFP4"}}
+    more: dict[str, Any] = {"labels": {"rounding": "GPTQ, scales by max", "format": "NVFP4"}}
     more |= {"recipe": {"quantization": {"algorithm": "gptq", "gptq": {"scales": "max"}}}}
     file = written(tmp_path, exclude=[{"rounding": "GPTQ", "format": "INT8"}], include=[more])
     _, points = read(file, sets=["calibration.samples=8"])
@@ -70,7 +70,7 @@ def test_points_are_left_out_added_and_set(tmp_path: Path) -> None:
     assert {point.resolved.recipe.calibration.samples for point in points} == {8}
 
 
-@pytest.mark.parametrize("named", [{"model": f"{MODEL}/"}, {"sets": [f"model.id={MODEL}"]}])
+@pytest.mark.parametrize("named", [{"model": f"{MODEL}/"}, {"sets": (f"model.id={MODEL}",)}], ids=["model", "set"])
 def test_results_of_another_model_have_a_directory_of_their_own(tmp_path: Path, named: dict[str, Any]) -> None:
     file, store = written(tmp_path), Store(tmp_path, Output("quiet"), dry=True)
     directories = [sweep.plan(*read(file, **more), store).directory(store).name for more in ({}, named)]
