@@ -47,6 +47,7 @@ def render(
         "checkpoint_path": references.relative(checkpoint.unified, store.root),
         "snapshot": snapshot.digest,
         "arguments": llmapi_arguments.tree(arguments),
+        "triton_config": [vars(one) for one in llmapi_arguments.triton_config(resolved.recipe.repository)],
         **({"adapters": adapters} if adapters else {}),
         "tensorrt_llm": resolved.recipe.engine.tensorrt_llm,
         "penalties": llmapi_versions.load(resolved.recipe.engine.tensorrt_llm).penalties,
@@ -102,7 +103,7 @@ def write(
     path = references.relative(unified, models / MODEL)
     (directory / "model.yaml").write_text(model_yaml(path, arguments, part), encoding="utf-8")
     model_config.check(models, max_batch_size=0, decoupled=part.decoupled)
-    made = _facts(unified, snapshot, llmapi_arguments.tree(arguments), resolved, tensors["names"])
+    made = _facts(unified, texts, llmapi_arguments.tree(arguments), resolved, tensors["names"])
     return {**made, "checkpoint": references.relative(unified, models.parent)}
 
 
@@ -143,7 +144,11 @@ def check_checkpoint(unified: Path, arguments: Sequence[Argument]) -> None:
 
 
 def _facts(
-    unified: Path, snapshot: Path, arguments: Mapping[str, Any], resolved: Resolved, names: Mapping[str, str]
+    unified: Path,
+    texts: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    resolved: Resolved,
+    names: Mapping[str, str],
 ) -> dict[str, Any]:
     """As repository.py's. `names` are this model's for the other targets' inputs; no tensor has a batch dimension.
 
@@ -151,7 +156,6 @@ def _facts(
     """
     part = resolved.recipe.repository
     adapters = [Path(path).name for path in (arguments.get("lora_config") or {}).get("lora_dir") or ()]
-    texts = _text_facts(snapshot, part, llmapi_versions.load(resolved.recipe.engine.tensorrt_llm))
     return {
         "target": "llmapi",
         "models": {"generate": MODEL, ("stream" if part.decoupled else "infer"): MODEL},

@@ -86,6 +86,7 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
             "builder/trtllm/references.py",
             "builder/trtllm/parameter_rules.py",
             "builder/grammar",
+            "builder/recipe/triton_parameters.py",
             "builder/model/files.py",
             "builder/model/multimodal.py",
             "builder/tokenizer/files.py",
@@ -188,7 +189,7 @@ def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -
     tokenizer_files.copy(snapshot, models / TOKENIZER_DIR)
     if guided:
         vocabulary.write(
-            models / TOKENIZER_DIR, models / guided_decoding.MODEL / guided_decoding.FILE, vocab_size, stops
+            models / TOKENIZER_DIR, models / compatibility.ENGINE_MODEL / guided_decoding.FILE, vocab_size, stops
         )
     model_config.check(models, max_batch_size=values["max_batch_size"], decoupled=part.decoupled)
     facts = {**_facts(engine, config, texts, part), "engine": references.relative(engine, models.parent)}
