@@ -11,7 +11,6 @@ from builder.grammar import vocabulary
 from builder.recipe import schema
 from builder.tokenizer import files as tokenizer_files
 
-MODEL = "tensorrt_llm"
 FILE = f"1/{vocabulary.FILE}"  # relative to the model's directory, so that the model can be renamed
 OFF = {"tokenizer_dir": "", "guided_decoding_backend": "", "xgrammar_tokenizer_info_path": ""}
 LOGITS = ("float32", "float16")  # of which GuidedDecoder::execute masks (batch_manager/guidedDecoder.cpp@000a01de)

@@ -10,6 +10,7 @@ from typing import Any
 from builder.core import paths
 from builder.core.errors import UnsupportedError
 from builder.recipe import schema
+from builder.recipe.triton_parameters import text
 from builder.tokenizer.sampling_defaults import sampling_defaults
 from builder.tokenizer.special_ids import special_ids
 from builder.triton import engine_parameters, guided_decoding, sampling_tensors, stream_capacity
@@ -65,6 +66,34 @@ def template_values(
     return {
         "max_batch_size": build["max_batch_size"],
         "decoupled": part.decoupled,
+        **_processes(part, build["max_batch_size"]),
+        "tensors": tensors,
+        "required_inputs": [
+            {key: value for key, value in entry.items() if key != "optional" or entry["name"] not in REQUIRED}
+            for entry in tensors["request"]["input"]
+        ],
+        "steps": _steps(tensors),
+        "tokenizer": {"tokenizer_dir": TOKENIZER_DIR, "skip_special_tokens": text(part.skip_special_tokens)},
+        "answers": {
+            "exclude_input_in_output": text(part.exclude_input_in_output),
+            "add_special_tokens": text(part.add_special_tokens),
+        },
+        "limits": {**_prompts(config, texts, part), "sampling_defaults": json.dumps(defaults)},
+        "engine": engine_parameters.values(engine_parameters.resolve(config, part, engine)),
+        "guided": guided_decoding.parameters(guided),
+        "bls": {
+            "engine_decoupled": text(part.decoupled),
+            "exclude_input_in_output": text(part.exclude_input_in_output),
+            "preprocessing_model_name": "preprocessing",
+            "tensorrt_llm_model_name": "tensorrt_llm",
+            **{name: json.dumps(entries) for name, entries in tensors["maps"].items()},
+        },
+    }
+
+
+def _processes(part: schema.Repository, max_batch_size: int) -> dict[str, Any]:
+    """How many processes each model has, and how many requests run and wait in them."""
+    return {
         "queue": {
             "delay_microseconds": part.max_queue_delay_microseconds,
             "size": part.max_queue_size,
@@ -76,43 +105,27 @@ def template_values(
             "bls": part.bls_instances,
         },
         "concurrency": {
-            "threads": stream_capacity.threads(build["max_batch_size"]),
+            "threads": stream_capacity.threads(max_batch_size),
             "max_queue_size": part.max_queue_size,
             "queue_timeout_seconds": part.queue_timeout_seconds,
             "stall_timeout_seconds": part.stall_timeout_seconds,
         },
-        "tensors": tensors,
-        "required_inputs": [
-            {key: value for key, value in entry.items() if key != "optional" or entry["name"] not in REQUIRED}
-            for entry in tensors["request"]["input"]
-        ],
-        "steps": _steps(tensors),
-        "tokenizer": {"tokenizer_dir": TOKENIZER_DIR, "skip_special_tokens": _lower(part.skip_special_tokens)},
-        "answers": {
-            "exclude_input_in_output": _lower(part.exclude_input_in_output),
-            "add_special_tokens": _lower(part.add_special_tokens),
-        },
-        "limits": {
-            "add_special_tokens": _lower(part.add_special_tokens),
-            "parse_special_tokens": _lower(part.parse_special_tokens != "never"),
-            "sampling_defaults": json.dumps(defaults),
-            "end_ids": json.dumps(texts["end_ids"]),
-            "pad_id": texts["pad_id"],
-            "vocab_size": pretrained["vocab_size"],
-            "max_input_len": build["max_input_len"],
-            "max_seq_len": build["max_seq_len"],
-            "max_beam_width": build.get("max_beam_width", 1),
-            "context_logits": _lower(bool(build.get("gather_context_logits"))),
-        },
-        "engine": engine_parameters.values(engine_parameters.resolve(config, part, engine)),
-        "guided": guided_decoding.parameters(guided),
-        "bls": {
-            "engine_decoupled": _lower(part.decoupled),
-            "exclude_input_in_output": _lower(part.exclude_input_in_output),
-            "preprocessing_model_name": "preprocessing",
-            "tensorrt_llm_model_name": "tensorrt_llm",
-            **{name: json.dumps(entries) for name, entries in tensors["maps"].items()},
-        },
+    }
+
+
+def _prompts(config: Mapping[str, Any], texts: Mapping[str, Any], part: schema.Repository) -> dict[str, Any]:
+    """How preprocessing reads a prompt, and which it rejects."""
+    build = config["build_config"]
+    return {
+        "add_special_tokens": text(part.add_special_tokens),
+        "parse_special_tokens": text(part.parse_special_tokens != "never"),
+        "end_ids": json.dumps(texts["end_ids"]),
+        "pad_id": texts["pad_id"],
+        "vocab_size": config["pretrained_config"]["vocab_size"],
+        "max_input_len": build["max_input_len"],
+        "max_seq_len": build["max_seq_len"],
+        "max_beam_width": build.get("max_beam_width", 1),
+        "context_logits": text(bool(build.get("gather_context_logits"))),
     }
 
 
@@ -123,8 +136,8 @@ def _tensors(version: str, logits_dtype: str) -> dict[str, Any]:
             hint=f"Build the engine with one of {', '.join(LOGITS_TYPES)}.",
         )
     _, file = template_files(version)
-    text = file.read_text(encoding="utf-8").replace("$logits_datatype", LOGITS_TYPES[logits_dtype])
-    tensors: dict[str, Any] = json.loads(text)
+    content = file.read_text(encoding="utf-8").replace("$logits_datatype", LOGITS_TYPES[logits_dtype])
+    tensors: dict[str, Any] = json.loads(content)
     return tensors
 
 
@@ -152,7 +165,3 @@ def _steps(tensors: Mapping[str, Any]) -> dict[str, Any]:
             "output": {"OUTPUT": "text_output"},
         },
     }
-
-
-def _lower(value: bool) -> str:
-    return str(value).lower()

@@ -117,7 +117,7 @@ def check(models: Path, runtime: Runtime | None = None) -> None:
 
 
 def prefixes(models: Path) -> list[str]:
-    """What the names of Triton's models begin with, for each model of the repository; [""] if it has only one."""
+    """What the names of Triton's models begin with, for each model of the repository; "" if it has only one."""
     names = (path.name for path in models.glob(f"*{ENGINE_MODEL}") if path.is_dir())
     found = sorted(name.removesuffix(ENGINE_MODEL) for name in names)
     return [prefix for prefix in found if not prefix or prefix.endswith("_")]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from builder.triton.lint.findings import Finding
 from builder.triton.lint.model_files import ModelFiles
-from builder.triton.lint.parameter_rules import is_unset
+from builder.triton.lint.parameter_rules import is_unset, role
 from builder.trtllm.compatibility import BLS_MODEL, ENGINE_MODEL
 
 Models = Mapping[str, ModelFiles]
@@ -17,9 +17,11 @@ NAMES = (MODEL, "tensorrt_llm_draft_model_name", "multimodal_encoders_name")
 def check(models: Models) -> Iterator[Finding]:
     """All of them."""
     for model in models.values():
-        if model.message is not None and (model.name == BLS_MODEL or model.name.endswith(f"_{BLS_MODEL}")):
+        if model.message is None:
+            continue
+        if role(model) == BLS_MODEL:
             yield from _bls(model, models)
-        if model.message is not None and model.message.platform == "ensemble":
+        if model.message.platform == "ensemble":
             yield from _ensemble(model, models)
 
 
