@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from builder.publish import build_record
 from builder.recipe import schema
 from builder.serving import smoke
 from builder.serving.server import Server, serve
+from builder.triton.combined import Member, combine, fraction_of
+from builder.triton.repository import open_repository
 from builder.trtllm import compatibility
 
 SNAPSHOT = Path(__file__).parents[1] / "data" / "tiny-qwen3"
@@ -119,6 +122,18 @@ def test_without_streaming_it_takes_infer(unified: Path, tmp_path: Path) -> None
 def test_a_checkpoint_that_says_otherwise_is_refused(unified: Path, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"KV cache is in FP8, and kv_cache_config\.dtype is auto"):
         write(tmp_path / "models", unified, **{"quantization.kv_cache_dtype": "auto"})
+
+
+def test_a_share_of_the_memory_beside_other_models(unified: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", QUIET)
+    made = store.stage("repository", {}, lambda directory: write(directory / "models", unified))
+    member = Member(open_repository(made.path), "a", 0.4)
+    models = combine({"a": member}, store=store).models
+    content = yaml.safe_load((models / "a_tensorrt_llm/1/model.yaml").read_text())
+    assert content["kv_cache_config"]["free_gpu_memory_fraction"] == 0.4
+    assert (models / "a_tensorrt_llm" / content["model"]).resolve() == unified.resolve()
+    own = schema.Repository().kv_cache_free_gpu_mem_fraction
+    assert [fraction_of(one) for one in (member, replace(member, fraction=None))] == [0.4, own]
 
 
 def test_defaults_that_the_sampler_would_ignore_are_refused(unified: Path, tmp_path: Path) -> None:
