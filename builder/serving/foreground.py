@@ -99,14 +99,10 @@ class Foreground:
 
     def _pause(self, seconds: float) -> None:
         """Waits before a restart. ServingError if the gateway exits meanwhile: nothing would need the server."""
-        wait = self._gateway.watched(_sleep) if self._gateway else _sleep
+        wait = self._gateway.sleep if self._gateway else time.sleep
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             wait(min(left, 0.1))
-
-
-def _sleep(seconds: float) -> None:
-    time.sleep(seconds)
 
 
 def _ports(server: Either) -> Ports:

@@ -29,20 +29,30 @@ class Gateway:
     log: Path
     child: process.Child
 
+    def check_running(self) -> None:
+        """ServingError if it has exited."""
+        if (code := self.child.poll()) is not None:
+            raise ServingError(
+                f"The gateway {exit_status.describe(code)}.",
+                why=process.tail(self.log),
+                hint=f"Its log: {self.log}",
+            )
+
     def watched(self, wait: Callable[[float], int | None]) -> Callable[[float], int | None]:
         """`wait`, which waits for the server's exit, but raising ServingError if the gateway exits."""
 
         def both(timeout: float) -> int | None:
             code = wait(timeout)
-            if code is None and (ended := self.child.poll()) is not None:
-                raise ServingError(
-                    f"The gateway {exit_status.describe(ended)}.",
-                    why=process.tail(self.log),
-                    hint=f"Its log: {self.log}",
-                )
+            if code is None:
+                self.check_running()
             return code
 
         return both
+
+    def sleep(self, seconds: float) -> None:
+        """Waits so long. ServingError if it exits meanwhile."""
+        time.sleep(seconds)
+        self.check_running()
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class Updating:
                 time.sleep(LOOK_SECONDS)
             self._write(self._current)
             gateway = front.enter_context(self.front(self._current, self.directory / "routes.json"))
-            self._sleep = gateway.watched(_sleep)
+            self._sleep = gateway.sleep
             try:
                 self.show(self._current, gateway)
                 while True:
@@ -207,10 +207,6 @@ class Updating:
                     version.log.unlink(missing_ok=True)
                 self._old.remove(version)
                 self.out.info(f"{self.link.name}: the server of version {version.key} has stopped")
-
-
-def _sleep(seconds: float) -> None:
-    time.sleep(seconds)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from builder.core import supervisor
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.recipe import schema
-from builder.serving import health
+from builder.serving import health, updating
 from builder.serving.client import Client, Request
 from builder.triton.repository import open_repository
 
@@ -179,8 +179,8 @@ def test_a_new_version_and_the_way_back_lose_no_request(root: Path) -> None:
         clients.wait_for(old)
         link.unlink()
         link.symlink_to("../repository/0123456789abcdef")
-        count = len(clients.texts)
-        while len(clients.texts) < count + 6:
+        count, end = len(clients.texts), time.monotonic() + 4 * updating.LOOK_SECONDS  # it looks at the link
+        while len(clients.texts) < count + 6 or time.monotonic() < end:
             time.sleep(0.1)
     assert clients.errors == []
     assert set(clients.texts) == {old, new}
