@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from builder.recipe.triton_parameters import kinds, wrong
 from builder.trtllm.mismatch import Mismatch
 
 ON = ("True", "true", "TRUE", "1")  # what the backend takes for true (GetParameter<bool>, model_state.cc@5cdd6921)
@@ -20,7 +21,12 @@ LORA = "lora_"
 
 
 def contradictions(values: Mapping[str, str], build: Mapping[str, Any], world_size: int = 1) -> Iterator[Mismatch]:
-    """All of them. values: the parameters that have a value; build: the engine's build_config."""
+    """All of them. values: the parameters that have a value; build: the engine's build_config.
+
+    A value of another kind is left out: the backend takes its default instead.
+    """
+    known = kinds("tensorrt_llm")
+    values = {name: value for name, value in values.items() if not wrong(known.get(name, "text"), value)}
     yield from _cache(values, build)
     yield from _decoding(values, build)
     yield from _features(values, build)
@@ -108,8 +114,8 @@ def _features(values: Mapping[str, str], build: Mapping[str, Any]) -> Iterator[M
             "This one was built without lora_plugin, so the C++ backend makes no cache of adapters.",
             f"Omit {' and '.join(adapters)}, or build with --set engine.flags.lora_plugin=auto.",
         )
-    share = values.get("gpu_weights_percent")
-    if share is not None and float(share) < 1 and build.get("weight_streaming") is False:
+    share = values.get("gpu_weights_percent", "1")
+    if float(share) < 1 and build.get("weight_streaming") is False:
         yield Mismatch(
             f"gpu_weights_percent is {share}, and the engine was built without weight_streaming.",
             "Its weights can't be kept in host memory, so the C++ backend would not load the engine.",
@@ -124,5 +130,4 @@ def _features(values: Mapping[str, str], build: Mapping[str, Any]) -> Iterator[M
 
 
 def _number(values: Mapping[str, str], name: str) -> int:
-    text = values.get(name, "")
-    return int(text) if text.isdecimal() else 0
+    return int(values.get(name, "").lstrip("0") or 0)  # Python reads no number of thousands of digits

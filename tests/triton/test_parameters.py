@@ -18,6 +18,7 @@ from builder.core.errors import UsageError
 from builder.llmapi import arguments as llmapi_arguments
 from builder.recipe import schema, triton_parameters
 from builder.triton import engine_parameters
+from builder.triton.lint.run import lint
 from builder.trtllm import compatibility
 from tests.triton.test_repository import SNAPSHOT, parameters, write_engine, written
 
@@ -139,6 +140,7 @@ FITTING: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"lora_cache_max_adapter_size": 8}, {"plugin_config": {"lora_plugin": "auto"}}),
     ({"gpu_weights_percent": 0.5}, {"weight_streaming": True}),
     ({"cuda_graph_cache_size": 4, "cuda_graph_mode": True, "gpu_device_ids": "1"}, {}),
+    ({"cuda_graph_cache_size": "0" * 5000}, {}),
 ]
 
 
@@ -201,6 +203,21 @@ def test_serve_and_lint_find_the_same_contradiction(tmp_path: Path) -> None:
                                      compatibility.Runtime())  # fmt: skip
     assert [one.what for one in found] == ["cuda_graph_cache_size needs cuda_graph_mode."]
     assert found[0].hint.endswith(compatibility.RENDER)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("gpu_weights_percent", "abc"), ("sink_token_length", "9" * 5000), ("max_tokens_in_paged_kv_cache", "-1")],
+)
+def test_a_value_of_another_kind_in_a_file_is_a_finding_and_no_crash(tmp_path: Path, name: str, value: str) -> None:
+    written(tmp_path)
+    file = tmp_path / "models" / "tensorrt_llm" / "config.pbtxt"
+    file.write_text(file.read_text() + f'parameters {{ key: "{name}" value: {{ string_value: "{value}" }} }}\n')
+    engine = tmp_path / "engine" / "config.json"
+    content = json.loads(engine.read_text())
+    content["build_config"] |= {"weight_streaming": False, "plugin_config": {"streamingllm": False}}
+    engine.write_text(json.dumps(content))
+    assert [one.rule for one in lint(tmp_path / "models").findings] == ["parameter"]
 
 
 def test_the_llmapi_model_takes_its_own_and_no_others() -> None:
