@@ -48,17 +48,11 @@ CHANNEL = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
-# With this header Triton ends a stream that fails with the error's code. Otherwise it sends only the message.
-WITH_CODES = (("triton_grpc_error", "true"),)
 KINDS = {"BOOL": "bool", "INT32": "int32", "INT64": "int64", "UINT64": "uint64", "FP16": "float16", "FP32": "float32"}
 TRITON_KINDS = {name: kind for kind, name in KINDS.items()}
-CODES = {
-    grpc.StatusCode.INVALID_ARGUMENT: "INVALID_ARG",
-    grpc.StatusCode.UNAVAILABLE: "UNAVAILABLE",
-    grpc.StatusCode.NOT_FOUND: "NOT_FOUND",
-    grpc.StatusCode.UNIMPLEMENTED: "UNSUPPORTED",
-    grpc.StatusCode.CANCELLED: "CANCELLED",
-}
+# In Triton's errors for a full queue, and for a request that waited in it too long. An error within a gRPC stream has
+# no code: the header triton_grpc_error adds one, but with it Triton 24.10 can crash.
+BUSY = ("maximum queue size", "Request timeout expired")
 # Source files, stack frames and the log prefix in TensorRT-LLM's C++ errors, which clients should not see.
 INTERNALS = re.compile(
     r"\s*\(?(?<![\w:/])/(?:[\w.+-]+/)*[\w.+-]+(?::\d+)?\)?"
@@ -269,7 +263,7 @@ class Engine:
     async def read(self, message, put, timeout):
         end = None
         try:
-            async for response in self.infer(iter([message]), metadata=WITH_CODES, timeout=timeout):
+            async for response in self.infer(iter([message]), timeout=timeout):
                 put(response)
         except Exception as error:
             end = error
@@ -305,7 +299,7 @@ class Generation:
             if isinstance(response, Exception):
                 raise response
             if response.error_message:
-                raise Rejected(pb_utils.TritonError(public_message(response.error_message)))
+                raise failed(response.error_message)
             if response.infer_response.outputs:
                 yield arrays(response.infer_response)
         if self.stalled:
@@ -464,8 +458,14 @@ def rejected(error):
         print(f"{details}; BUILDER_TRITON_GRPC is not Triton's gRPC address", file=sys.stderr, flush=True)
         message = "the engine can't be reached; see the server's log"
         return Rejected(pb_utils.TritonError(message, pb_utils.TritonError.UNAVAILABLE))
-    code = getattr(pb_utils.TritonError, CODES.get(error.code(), "INTERNAL"))
-    return Rejected(pb_utils.TritonError(public_message(details), code))
+    return failed(details)
+
+
+def failed(message):
+    """What the client gets for this error of the engine."""
+    busy = any(one in message for one in BUSY)
+    code = pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INTERNAL
+    return Rejected(pb_utils.TritonError(public_message(message), code))
 
 
 def public_message(message):
