@@ -1,5 +1,6 @@
 """The `builder` command. `python -m builder` is the same."""
 
+import signal
 import sys
 
 
@@ -8,12 +9,22 @@ def main() -> int:
     try:  # importing the command line takes a while, and Ctrl-C may come in that time
         from builder.cli.main import main as command_line
 
-        return command_line()
+        code = command_line()
+        _let_signals_end_us()
+        return code
     except BaseException as error:
+        _let_signals_end_us()
         if not _from_interrupt(error):
             raise
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _let_signals_end_us() -> None:
+    """A signal while Python exits ends it without the traceback of an exception that nobody expects any more."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _from_interrupt(error: BaseException | None) -> bool:

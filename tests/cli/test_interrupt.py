@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tomllib
@@ -49,6 +50,19 @@ sys.exit(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_command_ends_python_without_a_traceback(number: int) -> None:
+    code = """
+import os, sys
+from builder.__main__ import main
+sys.argv[1:] = ["gpus"]
+main()
+os.kill(os.getpid(), %d)
+"""
+    done = subprocess.run([sys.executable, "-c", code % number], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-number, "")
 
 
 def test_both_entry_points_are_the_same() -> None:
