@@ -24,6 +24,7 @@ SERVED_SOURCES = (
     "builder/grammar/matching.py",
     "builder/reference",
     "builder/recipe/target_facts.py",
+    "builder/recipe/triton_parameters.py",
     "builder/formats",
     "builder/checkpoint/sharding.py",
     "builder/checkpoint/joining.py",
