@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,11 +16,14 @@ import numpy as np
 
 from builder import pipeline
 from builder.core.output import Output
-from builder.core.store import Store
+from builder.core.store import Store, WouldRun
 from builder.evaluate import metrics
 from builder.evaluate.comparison import OURS, overall
 from builder.evaluate.metrics import Estimate, Sums
+from builder.sweep import served
+from builder.sweep.graph import Kind
 from builder.sweep.points import LISTED, Point, base_of
+from builder.sweep.served import Served
 
 Array = np.ndarray[Any, Any]
 Z = 1.96  # standard errors in half of a 95 % interval
@@ -33,6 +37,7 @@ class Result:
     texts: {data set, "overall" for several together: {metric: estimate}}; tasks: {task: {metric: estimate}}, "change"
     against BF16. nbytes: of the checkpoint. seconds: that it took to make, now or before. refused: {what was not
     measured: why}. why: the end of the log of a point that failed. finished: when this was read, seconds since 1970.
+    served: the verdict on the build and the figures under load, of a point that is built.
     """
 
     point: Point
@@ -44,6 +49,7 @@ class Result:
     why: str = ""
     finished: float = field(default_factory=time.time)
     sums: tuple[Sums, ...] = field(default=(), repr=False)
+    served: Served | None = None
 
     @property
     def kl(self) -> Estimate | None:
@@ -55,9 +61,45 @@ class Result:
         """Over all data sets."""
         return overall(self.texts)["score"] if self.texts else None
 
+    @property
+    def verdict(self) -> str:
+        """Of the build: "passed", "failed" or "not checked". Without a build by the score: "passed" or "failed" if its
+        whole interval is on one side of the quality check's limit, else "unsure". "" without a score."""
+        if self.served:
+            return self.served.verdict.status
+        if self.score is None:
+            return ""
+        least = self.point.recipe.quality.min_score
+        return "passed" if self.score.low >= least else "failed" if self.score.high < least else "unsure"
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the server, at the concurrency with the most."""
+        return self.served.tokens_per_second if self.served else None
+
 
 def read(point: Point, store: Store) -> Result:
     """What the store has of a point. WouldRun if something is missing."""
+    found = read_eval(point, store) if point.measured else Result(point)
+    return replace(found, served=served.read(point, store)) if point.served else found
+
+
+def read_so_far(point: Point, store: Store, failed: Mapping[Kind, str]) -> Result:
+    """What the store has of a point of which something may be missing. failed: {kind of step: why}."""
+    found = Result(point)
+    with suppress(WouldRun):
+        found = read_eval(point, store) if point.measured else found
+    if point.served:
+        with suppress(WouldRun):
+            found = replace(found, served=served.read_build(point, store))
+            found = replace(found, served=served.read(point, store))
+    rejected = found.served is not None and found.served.rejected
+    whys = [why for kind, why in failed.items() if not (rejected and kind in ("build", "load"))]
+    return replace(found, why="\n".join(whys))
+
+
+def read_eval(point: Point, store: Store) -> Result:
+    """What the store has of a point's figures on texts and tasks. WouldRun if something is missing."""
     dry = Store(store.root, Output("quiet"), dry=True)
     found = pipeline.measure(point.resolved, dry)
     made = next((one for one in dry.done if one.stage == "checkpoint"), None)
@@ -138,23 +180,36 @@ def _geometric_mean(pairs: Sequence[tuple[Array, Array]]) -> Estimate:
     return Estimate(float(np.exp(value)), float(np.exp(low)), float(np.exp(high)))
 
 
-def front(results: Sequence[Result]) -> list[Result]:
-    """The points that no other one beats in both KL and bytes, smallest first."""
-    found: list[Result] = []
+def front(results: Sequence[Result], *, served: bool = False) -> list[Result]:
+    """The points that no other one beats in both KL and bytes, smallest first; with `served` in KL, bytes and tokens a
+    second."""
     measured = [one for one in results if one.kl is not None and one.nbytes is not None]
-    for one in sorted(measured, key=lambda one: (one.nbytes, one.kl.value if one.kl else 0)):
-        if not found or one.kl.value < found[-1].kl.value:  # type: ignore[union-attr]
+    if served:
+        measured = [one for one in measured if one.tokens_per_second is not None]
+    costs = {one.point.name: _costs(one, served) for one in measured}
+    found: list[Result] = []
+    for one in sorted(measured, key=lambda one: (one.nbytes, *costs[one.point.name])):
+        mine = costs[one.point.name]
+        if not any(all(a <= b for a, b in zip(costs[kept.point.name], mine, strict=True)) for kept in found):
             found.append(one)
     return found
 
 
+def _costs(one: Result, served: bool) -> tuple[float, ...]:
+    """Less is better in all."""
+    assert one.kl is not None
+    speed = (-(one.tokens_per_second or 0),) if served else ()
+    return (float(one.nbytes or 0), one.kl.value, *speed)
+
+
 def recommended(results: Sequence[Result]) -> tuple[Result, str] | None:
     """The point to build, and why: the smallest whose whole interval of the score passes the quality check of a build;
-    of points that differ by less than 1 % in bytes the one with the least KL. Without one, the least KL."""
-    on_front = front(results)
+    of points that differ by less than 1 % in bytes the one with the least KL. Without one, the least KL. What a build
+    rejected is not recommended."""
+    on_front = front([one for one in results if not (one.served and one.served.rejected)])
     if not on_front:
         return None
-    least = on_front[0].point.resolved.recipe.quality.min_score
+    least = on_front[0].point.recipe.quality.min_score
     passing = [one for one in on_front if one.score is not None and one.score.low >= least]
     if not passing:
         return on_front[-1], f"no point surely has a score of {least:g}; this one has the least KL"

@@ -10,8 +10,11 @@ from builder.core.output import seconds, size
 from builder.evaluate.metrics import Estimate
 from builder.report import charts, scatter
 from builder.report.render import pages
+from builder.serving.benchmark import Level
 from builder.sweep import measured
 from builder.sweep.measured import Result
+
+LOADED = ["tokens/s", "TTFT"]
 
 
 def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
@@ -22,7 +25,9 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     for name in sets:
         head += [f"PPL {name}", f"KL {name}", "KL / base"]
     head += [cell for task in tasks for cell in (task, "against BF16")]
-    return head, [_cells(one, sets, tasks) for one in results]
+    head += ["verdict"] + LOADED * any(one.tokens_per_second for one in results)
+    cells = [_cells(one, sets, tasks) for one in results]
+    return head, [row[: len(head)] for row in cells]
 
 
 def _cells(one: Result, sets: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -33,7 +38,17 @@ def _cells(one: Result, sets: Sequence[str], tasks: Sequence[str]) -> list[str]:
     for task in tasks:
         values = list(one.tasks.get(task, {}).values())
         cells += [_text(values[0], 1, 100) if values else "-", _text(values[1], 1, 100) if len(values) > 1 else "-"]
-    return cells
+    return [*cells, one.verdict or "-", *_speeds(one.served.levels if one.served else ())]
+
+
+def _speeds(levels: Sequence[Level]) -> list[str]:
+    """Tokens a second of the fastest concurrency, and the time to the first token at the lowest one."""
+    if not levels:
+        return ["-", "-"]
+    fastest = max(levels, key=lambda level: level.tokens_per_second)
+    lowest = min(levels, key=lambda level: level.concurrency)
+    ttft = f"{1000 * lowest.ttft.p50:.1f} ms" if lowest.ttft else "-"
+    return [f"{fastest.tokens_per_second:.1f} (concurrency {fastest.concurrency})", ttft]
 
 
 def _text(found: Estimate | None, digits: int, scale: float = 1) -> str:
@@ -53,7 +68,8 @@ def page(title: str, results: Sequence[Result], points: int) -> str:
     template = pages().get_template("sweep.html.j2")
     return template.render(
         title=title, model=recipe.model.id, facts=facts, head=head, rows=rows, failed=failed,
-        charts=_charts(results), front=_front(results), effects=_effects(results),
+        charts=_charts(results), front=_front(results), speed=_speed(results), effects=_effects(results),
+        best=[one.point.name for one in measured.front(results, served=True)],
         chosen=chosen and {"name": chosen[0].point.name, "why": chosen[1], "recipe": chosen[0].point.recipe_file},
     )  # fmt: skip
 
@@ -77,12 +93,29 @@ def _front(results: Sequence[Result]) -> Markup | None:
     for one in sorted(results, key=lambda one: one.nbytes or 0):
         if one.kl is not None and one.nbytes:
             text = f"{size(one.nbytes)}, KL {_text(one.kl, 5)}, {seconds(one.seconds or 0)} to quantize"
-            tone = "front" if one.point.name in best else ""
+            tone = "front" if one.point.name in best else "other"
             spots.append(scatter.Spot(one.point.name, one.nbytes / 1e6, one.kl.value, text, tone))
     if len(spots) < 2:
         return None
     spoken = "; ".join(f"{spot.label}: {spot.text}" for spot in spots)
     return Markup(scatter.scatter("front", "KL to BF16 and size of the checkpoint", spoken, spots))
+
+
+def _speed(results: Sequence[Result]) -> Markup | None:
+    """KL and tokens a second of each point that was served, those marked that no other one beats in KL, bytes and
+    tokens a second."""
+    best = {one.point.name for one in measured.front(results, served=True)}
+    spots = []
+    for one in results:
+        if one.kl is not None and (speed := one.tokens_per_second):
+            text = f"{speed:.1f} tokens/s, KL {_text(one.kl, 5)}, {size(one.nbytes or 0)}"
+            spots.append(
+                scatter.Spot(one.point.name, speed, one.kl.value, text, "best" if one.point.name in best else "other")
+            )
+    if len(spots) < 2:
+        return None
+    spoken = "; ".join(f"{spot.label}: {spot.text}" for spot in spots)
+    return Markup(scatter.scatter("speed", "KL to BF16 and throughput", spoken, spots))
 
 
 def _effects(results: Sequence[Result]) -> Markup | None:

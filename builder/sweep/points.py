@@ -7,17 +7,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from builder.core.errors import BuilderError, UsageError
+from builder.core.store import digest_of
 from builder.recipe import schema
 from builder.recipe.base import Part
-from builder.recipe.schema import Resolved
+from builder.recipe.schema import Recipe, Resolved
 from builder.recipe.sources import flatten, load_yaml, merge, nest, parse_set
 
+Measure = Literal["eval", "build", "load"]
 Labels = Mapping[str, str]  # {axis: label}
 Keys = dict[str, Any]  # {recipe key with dots: value}
 SLUG = 100  # characters of a directory's name
@@ -38,11 +40,23 @@ class Listed(Part):
     recipe: Keys = Field(default_factory=dict)
 
 
+class Load(Part):
+    """What each served repository is sent: the options of `builder load`."""
+
+    concurrency: tuple[PositiveInt, ...] = Field(default=(1, 4), min_length=1)
+    requests: PositiveInt = 32
+    input_tokens: PositiveInt = 128
+    output_tokens: PositiveInt = 32
+
+
 class Sweep(Part):
     """A file. recipe: the keys that all points share, as in a recipe. matrix: {axis: {label: keys}}. exclude: points
-    with all of these labels are left out. points: instead of a matrix, the points one by one."""
+    with all of these labels are left out. points: instead of a matrix, the points one by one. measure: eval: texts and
+    tasks; build: the repository with its quality check; load: that, served and measured with what `load` says."""
 
     title: str
+    measure: tuple[Measure, ...] = Field(default=("eval",), min_length=1)
+    load: Load = Load()
     recipe: dict[str, Any] = Field(default_factory=dict)
     matrix: dict[str, dict[str, Keys]] = Field(default_factory=dict)
     exclude: tuple[dict[str, str], ...] = ()
@@ -51,6 +65,8 @@ class Sweep(Part):
 
     @model_validator(mode="after")
     def _labels_exist(self) -> Sweep:
+        if "load" in self.model_fields_set and "load" not in self.measure:
+            raise ValueError("load says what a served point is sent, and measure does not name load")
         if bool(self.matrix) == bool(self.points):
             raise ValueError("give a matrix, or a list of points")
         for axis, labels in self.matrix.items():
@@ -68,11 +84,16 @@ class Sweep(Part):
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe. labels: in the order of the axes. values: the keys that the file sets, which are its recipe file."""
+    """One recipe. labels: in the order of the axes. values: the keys that the file sets, which are its recipe file.
+    resolved: what is measured on texts and tasks, without a quality check. served: what is built, with one; None if
+    nothing is. load: what the server is sent; None if it is not served."""
 
     labels: Labels
     values: Keys
     resolved: Resolved
+    measured: bool = True
+    served: Resolved | None = None
+    load: Load | None = None
 
     @property
     def name(self) -> str:
@@ -83,6 +104,16 @@ class Point:
     def slug(self) -> str:
         """The name for files."""
         return slug(self.name)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of what is built or, if nothing is, measured."""
+        return (self.served or self.resolved).recipe
+
+    @property
+    def recipe_digest(self) -> str:
+        """Of the keys that the file sets: another one for each change of the point."""
+        return digest_of(self.values)[:16]
 
     @property
     def recipe_file(self) -> str:
@@ -99,8 +130,7 @@ def slug(text: str) -> str:
 def read(file: Path, *, model: str | None = None, sets: Sequence[str] = ()) -> tuple[str, list[Point]]:
     """The title and all points of a file. UsageError names what is wrong, and every point that is not a valid recipe.
 
-    model: measured instead of the file's. sets: KEY=VALUE for all points. A model that is named here is part of the
-    title, so that its results have a directory of their own.
+    model: measured instead of the file's. sets: KEY=VALUE for all points.
     """
     try:
         asked = Sweep.model_validate(load_yaml(file))
@@ -114,7 +144,7 @@ def read(file: Path, *, model: str | None = None, sets: Sequence[str] = ()) -> t
     for labels, keys in _combinations(asked):
         values = {**flatten(asked.recipe), **keys, **more}
         try:
-            points.append(Point(labels, values, schema.resolve({**values, "quality.check": False})))
+            points.append(_point(asked, labels, values))
         except BuilderError as error:
             wrong.append(f"{', '.join(labels.values())}: {error.what} {error.why}".strip())
     slugs = [point.slug for point in points]
@@ -123,8 +153,24 @@ def read(file: Path, *, model: str | None = None, sets: Sequence[str] = ()) -> t
     if wrong or not points:
         what = "points that are no valid recipe" if wrong else "no points"
         raise UsageError(f"{file} has {what}.", why="\n".join(wrong), hint="Correct the file; nothing was run.")
-    other = more.get("model.id")
-    return f"{asked.title} {Path(other).name}" if other else asked.title, points
+    return asked.title, points
+
+
+def _point(asked: Sweep, labels: Labels, values: Keys) -> Point:
+    """Each repository has a name of its own in models/, by which it is served."""
+    built = asked.measure != ("eval",)
+    if built:
+        of = Path(str(values.get("model.id", ""))).name
+        name = slug(" ".join([asked.title, of, *labels.values()]))
+        values = {**values, "name": name if len(name) < SLUG else f"{name}-{digest_of([of, labels])[:8]}"}
+    return Point(
+        labels,
+        values,
+        schema.resolve({**values, "quality.check": False}),
+        "eval" in asked.measure,
+        schema.resolve(values) if built else None,
+        asked.load if "load" in asked.measure else None,
+    )
 
 
 def _combinations(asked: Sweep) -> list[tuple[Labels, Keys]]:

@@ -1,5 +1,5 @@
 """The results of a sweep as files that grow as its points finish: results.csv and results.parquet, a row for each point
-and data set or task.
+and data set, task or concurrency.
 
 Both are replaced whole and under a lock, so no reader sees half a row, and of two sweeps that write at once neither
 loses the other's rows. The rows of a point that is measured again take the place of its old ones. CSV is what is read
@@ -21,27 +21,33 @@ from builder.core.errors import UsageError
 from builder.core.locks import flock, lock_file
 from builder.core.store import replace_file
 from builder.evaluate.metrics import Estimate
+from builder.serving.benchmark import Level
 from builder.sweep.measured import Result
 
-FORMAT = 1
+FORMAT = 2  # 1 had no model, recipe, verdict and figures under load
 CSV, PARQUET, LOCK = "results.csv", "results.parquet", ".results.lock"
 INTERVALS = ("ppl", "score", "kl", "kl_ratio", "task", "change")  # each with _low and _high
-FIRST, LAST = ("format", "point"), ("kind", "name")
+FIRST, LAST = ("format", "model", "point", "recipe"), ("kind", "name")
 NUMBERS = tuple(f"{name}{end}" for name in INTERVALS for end in ("", "_low", "_high"))
-REST = (*NUMBERS, "bytes", "seconds", "status", "why", "finished")
+LOADED = ("tokens_per_second", "ttft", "inter_token_latency", "latency")  # the last three: median seconds
+REST = (*NUMBERS, *LOADED, "bytes", "seconds", "verdict", "status", "why", "finished")
 WHOLE = ("format", "bytes")
-FLOATS = (*NUMBERS, "seconds")
+FLOATS = (*NUMBERS, *LOADED, "seconds")
 AXIS = "axis "  # begins the columns of labels
 Row = dict[str, Any]  # {column: str, number or None}
 
 
 def rows(result: Result) -> list[Row]:
-    """A row for each data set and task; of a point that failed or was not measured one row that says why."""
-    why = " ".join((result.why or "; ".join(f"{name}: {text}" for name, text in result.refused.items())).split())
-    measured = bool(result.texts or result.tasks)
-    common = {"format": FORMAT, "point": result.point.slug, **{f"{AXIS}{k}": v for k, v in result.point.labels.items()}}
-    common |= {"bytes": result.nbytes, "seconds": result.seconds, "why": why}
-    common |= {"status": "measured" if measured else "failed" if result.why else "not measured"}
+    """A row for each data set, task and concurrency; of a point without figures one row that says why."""
+    point, refused = result.point, "; ".join(f"{name}: {text}" for name, text in result.refused.items())
+    levels = result.served.levels if result.served else ()
+    rejected = result.served.verdict.reasons if result.served and result.served.rejected else ()
+    common = {"format": FORMAT, "model": point.recipe.model.id, "point": point.slug, "recipe": point.recipe_digest}
+    common |= {f"{AXIS}{axis}": label for axis, label in point.labels.items()}
+    common |= {"bytes": result.nbytes, "seconds": result.seconds, "verdict": result.verdict}
+    common["why"] = " ".join((result.why or refused or "; ".join(rejected)).split())
+    measured = bool(result.texts or result.tasks or result.served)
+    common["status"] = "failed" if result.why else "measured" if measured else "not measured"
     common["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(result.finished))
     found: list[Row] = []
     for name, figures in result.texts.items():
@@ -50,7 +56,17 @@ def rows(result: Result) -> list[Row]:
     for name, figures in result.tasks.items():
         values = {("change" if metric == "change" else "task"): value for metric, value in figures.items()}
         found.append({**common, "kind": "task", "name": name, **_numbers(values)})
-    return found or [{**common, "kind": "", "name": ""}]
+    for level in levels:
+        found.append({**common, "kind": "load", "name": f"concurrency {level.concurrency}", **_load(level)})
+    return found or [{**common, "kind": "build" if result.served else "", "name": ""}]
+
+
+def _load(level: Level) -> dict[str, float | None]:
+    medians = {name: getattr(level, name) for name in LOADED[1:]}
+    return {
+        "tokens_per_second": level.tokens_per_second,
+        **{name: times.p50 if times else None for name, times in medians.items()},
+    }
 
 
 def _numbers(figures: Mapping[str, Estimate]) -> dict[str, float | None]:

@@ -65,7 +65,7 @@ def run(
         for step in _hopeless(pending, found):
             pending.remove(step)
             end(_not_run(step, found))
-        for step in [one for one in pending if all(need in found for need in one.needs)]:
+        for step in [one for one in pending if all(need in found and found[need].ok for need in one.needs)]:
             job = job_of(step)
             if executor.free.holds(job.takes):
                 pending.remove(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from builder.core.errors import EvaluationError
 from builder.core.output import Output, seconds, size
 from builder.core.store import Store
 from builder.preflight.memory import machine
@@ -24,7 +25,7 @@ def plan(planned: Planned, store: Store, out: Output) -> None:
         took = choice.taken.seconds if choice and step.kind in ("quantize", "measure") else None
         takes = planned.takes[step.name]
         rows.append((
-            step.name, f"{len(step.points)} points" if step.kind != "measure" else "1", ", ".join(step.needs) or "-",
+            step.name, f"{len(step.points)} points" if len(step.points) > 1 else "1", ", ".join(step.needs) or "-",
             str(takes.cores), size(takes.memory), str(takes.gpus),
             f"about {seconds(took)}" if took is not None else "-",
         ))  # fmt: skip
@@ -56,7 +57,9 @@ class Told:
         if self._done < self._steps:
             took = (time.monotonic() - self._began) / self._done * (self._steps - self._done)
             left = f"; {self._done} of {self._steps} steps, about {seconds(took)} left"
-        if outcome.ok:
+        if outcome.code == EvaluationError.exit_code and outcome.step.kind in ("build", "load"):
+            self._out.stage(outcome.step.kind, f"{name} has nothing to serve: the build was rejected{left}")
+        elif outcome.ok:
             self._out.stage(outcome.step.kind, f"{name} took {seconds(outcome.seconds)}{left}")
         else:
             last = (outcome.why.strip().splitlines() or ["no message"])[-1]

@@ -13,6 +13,7 @@ from builder.sweep.graph import Kind
 
 SMALL = 500_000_000  # bytes of a process that holds no weights: Python, tokenizer, rows
 LIGHT = ("fetch", "calibrate")  # kinds that load no weights
+MEASURING = ("baseline", "measure", "build", "load")  # with the whole model, or layer by layer
 LIBRARIES = ways.LIBRARIES["whole"]
 
 
@@ -42,7 +43,8 @@ class Slots:
 
 
 def of_step(kind: Kind, prepared: Prepared, host: Machine, cores: int) -> Slots:
-    """What a step takes with so many cores. On a machine with GPUs, one that computes takes as many as it needs."""
+    """What a step takes with so many cores. On a machine with GPUs, one that computes takes as many as it needs. A
+    server is measured with nothing beside it, so it takes all cores."""
     if kind in LIGHT:
         return Slots(1, SMALL)
     on = ways.device(host)
@@ -50,7 +52,10 @@ def of_step(kind: Kind, prepared: Prepared, host: Machine, cores: int) -> Slots:
     quantizing = choice.taken.memory if choice else 0
     found = measuring.needs(prepared.model, measuring.CPU_TOKENS, float32=not on.gpu)
     evaluating = found.low if choice and choice.taken.name == "low" else found.whole
-    needed = {"baseline": evaluating, "measure": max(quantizing, evaluating)}.get(kind, quantizing)
-    if on.gpu:
-        return Slots(1, LIBRARIES, math.ceil(needed / on.largest) if on.largest else 1)
-    return Slots(cores, LIBRARIES + needed)
+    needed = evaluating if kind in MEASURING else quantizing
+    cores = on.cores if kind == "load" else cores
+    if not on.gpu:
+        return Slots(cores, LIBRARIES + needed)
+    gpus = math.ceil(needed / on.largest) if on.largest else 1
+    gpus = max(gpus, prepared.recipe.engine.world_size) if kind in ("build", "load") else gpus
+    return Slots(cores if kind == "load" else 1, LIBRARIES, gpus)

@@ -1,7 +1,7 @@
 """Runs a sweep: its points as a graph of steps, on an executor, with results that grow as points finish.
 
-    OUTPUT/sweeps/<title>/results.csv, results.parquet, report.html
-    OUTPUT/sweeps/<title>/runs/<time>/<step>/recipe.yaml, run.sh, run.log and the logs of its workers
+    OUTPUT/sweeps/<title>-<model>/results.csv, results.parquet, report.html
+    OUTPUT/sweeps/<title>-<model>/runs/<time>/<step>/recipe.yaml, run.sh, run.log and the logs of its workers
 
 Everything that is built and measured lies in the store, so what an earlier run finished is not run again.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,18 +21,30 @@ from builder.core.atomic import make_directory
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store, WouldRun, mark, replace_file
+from builder.preflight import checks
 from builder.preflight.memory import Machine, machine
 from builder.preflight.prepare import Prepared, prepare
 from builder.preflight.ways import device
-from builder.sweep import graph, measured, page, results, scheduler
-from builder.sweep.graph import Step
+from builder.sweep import graph, measured, page, place, results, scheduler, served
+from builder.sweep.graph import Kind, Step
 from builder.sweep.local import Job, LocalExecutor
 from builder.sweep.measured import Result
-from builder.sweep.points import Point, slug
+from builder.sweep.points import Point
 from builder.sweep.scheduler import Outcome
 from builder.sweep.slots import Slots, of_step
 
-DIRECTORY, REPORT = "sweeps", "report.html"
+REPORT = "report.html"
+# What `--force` makes each kind of step repeat.
+AGAIN: Mapping[Kind, Sequence[str]] = {
+    "fetch": ("fetch",),
+    "calibrate": ("calibrate",),
+    "transform": ("transform",),
+    "quantize": ("quantize",),
+    "baseline": ("scores", "tasks"),
+    "measure": ("scores", "tasks"),
+    "build": ("render",),
+    "load": (),
+}
 AT_ONCE = 4  # steps that share the cores, unless the user says otherwise
 
 
@@ -49,7 +62,7 @@ class Planned:
 
     def directory(self, store: Store) -> Path:
         """Where its results are."""
-        return store.root / DIRECTORY / (slug(self.title) or "sweep")
+        return place.directory(self.title, self.points, store)
 
 
 def plan(title: str, points: Sequence[Point], store: Store, *, jobs: int | None = None) -> Planned:
@@ -76,7 +89,7 @@ def plan(title: str, points: Sequence[Point], store: Store, *, jobs: int | None 
 
 def _missing(steps: Sequence[Step], store: Store) -> list[Step]:
     """The steps without those whose results are in the store."""
-    done = {step.name for step in steps if step.kind != "measure" and _is_stored(step, store)}
+    done = {step.name for step in steps if _is_stored(step, store)}
     return [
         replace(step, needs=tuple(need for need in step.needs if need not in done))
         for step in steps
@@ -85,16 +98,23 @@ def _missing(steps: Sequence[Step], store: Store) -> list[Step]:
 
 
 def _is_stored(step: Step, store: Store) -> bool:
-    dry, resolved = Store(store.root, Output("quiet"), dry=True), step.points[0].resolved
+    """Whether the store has what the step makes. A step that nothing follows is stored if its point's result is."""
+    dry, [point, *_] = Store(store.root, Output("quiet"), dry=True), step.points
     try:
-        if step.kind == "baseline":
-            alone = resolved.recipe.evaluation.model_copy(
+        if step.kind == "measure":
+            measured.read_eval(point, store)
+        elif step.kind == "build":
+            served.read_build(point, store)
+        elif step.kind == "load":
+            served.read(point, store)
+        elif step.kind == "baseline":
+            alone = point.resolved.recipe.evaluation.model_copy(
                 update={"runners": ("bf16",), "min_score": None, "max_kl": None}
             )
-            recipe = resolved.recipe.model_copy(update={"evaluation": alone})
-            pipeline.measure(replace(resolved, recipe=recipe), dry)
+            recipe = point.resolved.recipe.model_copy(update={"evaluation": alone})
+            pipeline.measure(replace(point.resolved, recipe=recipe), dry)
         else:
-            pipeline.build(resolved, dry, until=graph.STAGES[step.kind])
+            pipeline.build(point.resolved, dry, until=graph.STAGES[step.kind])
     except WouldRun:
         return False
     return True
@@ -104,7 +124,9 @@ def _prepared(points: Sequence[Point], store: Store) -> dict[str, Prepared]:
     found, wrong = {}, []
     for point in points:
         try:
-            found[point.slug] = prepare(point.resolved, store, layouts=False)  # nothing is served
+            if point.served:
+                checks.check_machine(point.served, serving=point.load is not None)
+            found[point.slug] = prepare(point.served or point.resolved, store, layouts=point.served is not None)
         except BuilderError as error:
             wrong.append(f"{point.name}: {error.what} {error.why}".strip())
     if wrong:
@@ -126,33 +148,37 @@ def run(
     """Runs the steps. Returns the results of all points in their order; those that failed say why.
 
     begun, ended: told of each step. Results and report are written anew after each point."""
-    directory = planned.directory(store)
+    directory = place.claim(planned.title, planned.points, store)
     logs = directory / "runs" / time.strftime("%Y%m%d-%H%M%S")
     found = {one.point.slug: one for one in planned.ready}
+    failed: dict[str, dict[Kind, str]] = {}
 
     def settled(outcome: Outcome) -> None:
-        if outcome.step.kind == "measure":
+        if outcome.step.kind in graph.OWN:
             [point] = outcome.step.points
-            found[point.slug] = _result(point, store) if outcome.ok else Result(point, why=outcome.why)
+            failed.setdefault(point.slug, {}).update({} if outcome.ok else {outcome.step.kind: outcome.why})
+            found[point.slug] = measured.read_so_far(point, store, failed[point.slug])
             _write(planned, directory, found)
         ended(outcome)
 
-    make_directory(directory)
     mark(store.root)
     _write(planned, directory, found)
     if planned.steps:
         with LocalExecutor(planned.whole) as executor:
             jobs = _jobs(planned, store, logs)
             scheduler.run(planned.steps, jobs, executor, begun, settled)
+    for point in planned.points:
+        if point.slug in failed and not any(failed[point.slug].values()):
+            found[point.slug] = _result(point, store)
     return _ordered(planned, found)
 
 
 def _result(point: Point, store: Store) -> Result:
-    """What a command that succeeded left of its point."""
+    """What commands that succeeded left of their point."""
     try:
         return measured.read(point, store)
     except WouldRun as error:
-        return Result(point, why=f"Its command succeeded, and the store has no result of it: {error}")
+        return Result(point, why=f"Its commands succeeded, and the store has no result of it: {error}")
 
 
 def _ordered(planned: Planned, found: Mapping[str, Result]) -> list[Result]:
@@ -168,14 +194,23 @@ def _write(planned: Planned, directory: Path, found: Mapping[str, Result]) -> No
 
 def _jobs(planned: Planned, store: Store, logs: Path) -> Callable[[Step], Job]:
     def job(step: Step) -> Job:
-        place = logs / step.name
-        recipe = place / "recipe.yaml"
-        argv = [*step.argv, "--recipe", str(recipe), "--output", str(store.root)]
-        if not place.exists():
-            make_directory(place)
+        directory = logs / step.name
+        recipe = directory / "recipe.yaml"
+        argv = step.argv(str(recipe), str(store.root))
+        if not directory.exists():
+            make_directory(directory)
             replace_file(recipe, step.points[0].recipe_file)
-            lines = ["#!/bin/sh", f"cd {shlex.quote(os.getcwd())} || exit", f"exec {shlex.join(argv)}", ""]
-            replace_file(place / "run.sh", "\n".join(lines))
-        return Job(step.name, argv, planned.takes[step.name], place)
+            replace_file(directory / "run.sh", _script(step.kind, argv))
+        return Job(step.name, argv, planned.takes[step.name], directory)
 
     return job
+
+
+def _script(kind: Kind, argv: Sequence[str]) -> str:
+    """Repeats a step by hand. What the store has is not made again unless that is asked for."""
+    again = "".join(f" --force {stage}" for stage in AGAIN[kind])
+    lines = ["#!/bin/sh"]
+    lines += [f"# The store has what this makes. To make it again: sh run.sh{again}"] if again else []
+    lines += [f"cd {shlex.quote(os.getcwd())} || exit"]
+    lines += [f'exec {shlex.quote(sys.executable)} -m {shlex.join(argv)} "$@"']
+    return "\n".join([*lines, ""])

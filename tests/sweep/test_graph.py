@@ -10,7 +10,7 @@ import pytest
 
 from builder.recipe import schema
 from builder.sweep.graph import Step, steps
-from builder.sweep.points import Point
+from builder.sweep.points import Load, Point
 
 MODEL = "tests/data/tiny-qwen3"
 
@@ -24,17 +24,34 @@ def made(*values: Mapping[str, Any]) -> list[Step]:
     return steps([point(f"p{number}", one) for number, one in enumerate(values)])
 
 
-def test_one_point_is_one_step() -> None:
-    [step] = made({})
-    assert (step.name, step.kind, step.needs, step.argv) == ("p0", "measure", (), ("builder", "eval"))
+def test_each_stage_of_a_point_is_a_step() -> None:
+    found = made({})
+    assert [step.name for step in found] == [
+        f"p0/{kind}" for kind in ("fetch", "calibrate", "quantize", "baseline", "measure")
+    ]
+    assert found[-1].argv("recipe.yaml", "out") == ("builder", "eval", "--recipe", "recipe.yaml", "--output", "out")
+    assert found[-1].needs == ("p0/fetch", "p0/quantize", "p0/baseline")
+
+
+def test_a_point_that_is_served_is_built_and_loaded_after_its_checkpoint() -> None:
+    values = {"model.id": MODEL, "gpu": "cpu", "calibration.samples": 0, "name": "mine"}
+    resolved = schema.resolve(values)
+    one = Point({"point": "p"}, values, resolved, measured=False, served=resolved, load=Load(concurrency=(1, 2)))
+    found = {step.kind: step for step in steps([one])}
+    assert [*found] == ["fetch", "quantize", "build", "load"]
+    assert (found["build"].needs, found["load"].needs) == (("p/quantize",), ("p/build",))
+    said = " ".join(found["load"].argv("recipe.yaml", "out"))
+    assert said.startswith("builder load out/models/mine --concurrency 1 --concurrency 2 --requests 32 ")
+    assert found["build"].argv("r", "o") == ("builder", "build", "--no-smoke", "--recipe", "r", "--output", "o")
 
 
 def test_two_algorithms_share_all_but_the_checkpoint() -> None:
     found = made({}, {"quantization.algorithm": "mse"})
-    fetch, calibrate, baseline, first, second = found
-    assert [step.kind for step in found] == ["fetch", "calibrate", "baseline", "measure", "measure"]
+    fetch, calibrate, baseline, *own = found
+    assert [step.kind for step in found] == ["fetch", "calibrate", "baseline", *["quantize", "measure"] * 2]
     assert (fetch.needs, calibrate.needs, baseline.needs) == ((), (fetch.name,), (fetch.name,))
-    assert first.needs == second.needs == (fetch.name, calibrate.name, baseline.name)
+    assert own[0].needs == own[2].needs == (fetch.name, calibrate.name)
+    assert own[1].needs == (fetch.name, own[0].name, baseline.name)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +69,7 @@ def test_two_algorithms_share_all_but_the_checkpoint() -> None:
 )
 def test_what_two_points_share_follows_from_their_recipes(changed: dict[str, Any], shared: list[str]) -> None:
     found = made({}, changed)
-    assert [step.kind for step in found if step.kind != "measure"] == shared
+    assert [step.kind for step in found if len(step.points) > 1] == shared
 
 
 def test_a_rotation_is_computed_once_for_all_formats() -> None:
@@ -61,7 +78,7 @@ def test_a_rotation_is_computed_once_for_all_formats() -> None:
     [transform] = [step for step in found if step.kind == "transform"]
     assert [one.name for one in transform.points] == ["p1", "p2"]
     users = [step.name for step in found if transform.name in step.needs]
-    assert users == ["p1", "p2"]
+    assert users == ["p1/quantize", "p2/quantize"]
 
 
 def test_learned_rotations_wait_for_the_rows_that_they_read() -> None:
@@ -76,7 +93,7 @@ def test_a_gate_does_not_refuse_the_baseline_alone(tmp_path: Path) -> None:
     baseline = next(step for step in made(gate, {**gate, "quantization.algorithm": "mse"}) if step.kind == "baseline")
     file = tmp_path / "recipe.yaml"
     file.write_text(baseline.points[0].recipe_file)
-    sets = [word for word in baseline.argv if "=" in word]
+    sets = [word for word in baseline.argv("recipe.yaml", "out") if "=" in word]
     assert sets
     resolved = schema.resolve({"evaluation.runners": ("bf16",)}, sets=sets, recipe_file=file)
     assert not resolved.recipe.evaluation.limits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from builder.core.errors import UsageError
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.recipe import schema
-from builder.sweep import sweep
-from builder.sweep.points import base_of, read
+from builder.sweep import place, sweep
+from builder.sweep.points import Load, base_of, read
 
 FILES = sorted(paths.data("configs", "sweeps").glob("*.yaml"))
 MODEL = Path("tests/data/tiny-qwen3")
@@ -71,10 +72,34 @@ def test_points_are_left_out_added_and_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [{"model": f"{MODEL}/"}, {"sets": (f"model.id={MODEL}",)}], ids=["model", "set"])
-def test_results_of_another_model_have_a_directory_of_their_own(tmp_path: Path, named: dict[str, Any]) -> None:
+def test_a_model_that_is_named_takes_the_place_of_the_file_s(tmp_path: Path, named: dict[str, Any]) -> None:
     file, store = written(tmp_path), Store(tmp_path, Output("quiet"), dry=True)
-    directories = [sweep.plan(*read(file, **more), store).directory(store).name for more in ({}, named)]
-    assert directories == ["test", "test-tiny-qwen3"]
+    directories = {place.directory(*read(file, **more), store) for more in ({}, named)}
+    assert directories == {tmp_path / "sweeps" / "test-tiny-qwen3"}
+
+
+def test_files_of_one_title_and_other_models_of_one_name_share_no_results(tmp_path: Path) -> None:
+    store = Store(tmp_path / "out", Output("quiet"))
+    files = []
+    for parent in ("a", "b"):
+        shutil.copytree(MODEL, tmp_path / parent / "model")
+        shared = {"model": {"id": str(tmp_path / parent / "model")}, "gpu": "cpu", "calibration": {"samples": 0}}
+        files.append(written(tmp_path / parent, recipe=shared, matrix={"a": {"x": {}}}))
+    places = [place.claim(*read(file), store) for file in (*files, *files)]
+    assert places[0].name == "test-model"
+    assert places[1].name.startswith("test-model-")
+    assert places[2:] == places[:2], "the same ones again"
+
+
+def test_a_point_that_is_built_has_a_repository_of_its_own(tmp_path: Path) -> None:
+    _, points = read(written(tmp_path, measure=["build", "load"], load={"concurrency": [2]}))
+    names = [point.recipe.name for point in points]
+    assert names[0] == "test-tiny-qwen3-rtn-nvfp4"
+    assert len({*names}) == len(points)
+    assert points[0].load == Load(concurrency=(2,))
+    assert points[0].served
+    assert points[0].served.recipe.quality.check
+    assert not points[0].measured
 
 
 @pytest.mark.parametrize(
@@ -90,6 +115,9 @@ def test_results_of_another_model_have_a_directory_of_their_own(tmp_path: Path, 
             "A: The recipe is not valid: there is no key 'quantization.formt'",
         ),
         ({"points": [{"name": "A"}]}, "give a matrix, or a list of points"),
+        ({"measure": ["speed"]}, "measure.0: Input should be 'eval', 'build' or 'load'"),
+        ({"load": {"requests": 4}}, "measure does not name load"),
+        ({"measure": ["load"], "load": {"requests": 0}}, "load.requests: Input should be greater than 0"),
         ({"matrix": {"a": {"x y": {}, "x-y": {}}}}, "x-y: two points have this name"),
         ({"matrix": {"a": {"low": {"quantization.algorithm": "mse", "quantization.format": "int8_dynamic"}}}}, "low: "),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from pyarrow import parquet
 from builder.cli import main
 from builder.core.errors import UsageError
 from builder.evaluate.metrics import Estimate, Sums
+from builder.publish.verdict import BuildVerdict
 from builder.recipe import schema
+from builder.serving.benchmark import Level, Percentiles
 from builder.sweep import measured, page, results
 from builder.sweep.measured import Result
 from builder.sweep.points import Point
+from builder.sweep.served import Served
 
 ROOT = Path(__file__).parents[2]
 RESOLVED = schema.resolve({"model.id": "tests/data/tiny-qwen3", "gpu": "cpu"})
@@ -57,6 +61,7 @@ def test_each_point_has_its_newest_rows_once(tmp_path_factory: pytest.TempPathFa
 
 WRITER = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, "tests/sweep")
 from test_results import result, results
@@ -78,17 +83,17 @@ def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
     file = tmp_path / results.CSV
     results.update(tmp_path, [result(1.0, point="a")])
     ours = file.read_text()
-    newer = ours.replace("\n1,", "\n2,")
+    newer = ours.replace("\n2,", "\n3,")
     others = [
         "a,b\n1,2\n",
         "\0",
         f'{ours}"half',
-        f"{ours}1,a\n",
+        f"{ours}2,a\n",
         f"{ours[:-1]},more\n",
         ours.replace("kl_low", "else"),
         ours.replace("1000", "1 k"),
     ]
-    for text, said in ((newer, "has version 2"), *((text, "is not a file of a sweep's results") for text in others)):
+    for text, said in ((newer, "has version 3"), *((text, "is not a file of a sweep's results") for text in others)):
         file.write_text(text)
         with pytest.raises(UsageError, match=said):
             results.update(tmp_path, [result(1.0, point="b")])
@@ -98,6 +103,56 @@ def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
 def test_a_failed_point_has_one_row_that_says_why() -> None:
     [row] = results.rows(result(0, why="line 1\nout of memory", point="a"))
     assert (row["status"], row["why"]) == ("failed", "line 1 out of memory")
+
+
+def served(one: Result, speed: float, status: Any = "passed") -> Result:
+    """The same, built and served."""
+    times = Percentiles(0.1, 0.2, 0.3)
+    levels = (Level(1, 4, 0, 1.0, speed / 2, times, times, times), Level(4, 4, 0, 1.0, speed, times))
+    rejected = status == "failed"
+    return replace(one, served=Served(BuildVerdict(status, ("why",)), None, () if rejected else levels))
+
+
+def test_what_a_served_point_did_has_a_row_for_each_concurrency() -> None:
+    found = results.rows(served(result(1.0, point="a"), 80))
+    assert [(row["kind"], row["name"]) for row in found][2:] == [("load", "concurrency 1"), ("load", "concurrency 4")]
+    figures = ("tokens_per_second", "ttft", "inter_token_latency", "latency")
+    assert [found[2][name] for name in figures] == [40, 0.1, 0.1, 0.1]
+    assert [found[3][name] for name in figures] == [80, None, None, 0.1]
+    assert {row["verdict"] for row in found} == {"passed"}
+
+
+def test_a_build_that_was_rejected_is_measured_but_not_recommended() -> None:
+    rejected, other = served(result(0.1, 100, point="a"), 1, "failed"), result(0.2, 200, point="b")
+    assert {(row["status"], row["verdict"], row["why"]) for row in results.rows(rejected)} == {
+        ("measured", "failed", "why")
+    }
+    chosen = measured.recommended([rejected, other])
+    assert chosen is not None
+    assert chosen[0] is other
+
+
+@pytest.mark.parametrize(("score", "verdict"), [(95, "passed"), (80, "failed"), (90.5, "unsure")])
+def test_without_a_build_the_verdict_follows_from_the_score(score: float, verdict: str) -> None:
+    assert result(1.0, score=score, point="a").verdict == verdict
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=12))
+def test_the_front_of_three_figures_is_that_of_the_definition(found: list[tuple[int, int, int]]) -> None:
+    every = {n: served(result(kl, nbytes, point=str(n)), speed) for n, (nbytes, kl, speed) in enumerate(found)}
+    on_front = {int(one.point.name) for one in measured.front([*every.values()], served=True)}
+    for n, (nbytes, kl, speed) in enumerate(found):
+        beaten = any((b <= nbytes and k <= kl and s >= speed) and (b, k, s) != (nbytes, kl, speed) for b, k, s in found)
+        same = {m for m, other in enumerate(found) if other == found[n]}
+        assert len(on_front & same) == (0 if beaten else 1)
+
+
+def test_the_page_of_served_points_shows_their_speed() -> None:
+    text = page.page("t", [served(result(1.0, 200, point="a"), 50), served(result(2.0, 100, point="b"), 80)], 2)
+    assert "Accuracy and throughput" in text
+    assert "80.0 (concurrency 4)" in text
+    assert "100.0 ms" in text
+    assert "tokens/s" not in page.page("t", [result(1.0, point="a")], 1)
 
 
 def test_ratios_and_effects_are_those_of_the_pairs() -> None:

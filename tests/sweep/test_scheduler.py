@@ -84,7 +84,8 @@ def test_each_process_has_cores_and_gpus_of_its_own(tmp_path: Path, monkeypatch:
 
 def test_a_failure_stops_only_what_needs_it(tmp_path: Path) -> None:
     run = Run(tmp_path, Slots(1, GIB), {}, {"a": "raise SystemExit('no such file')", "b": "pass"})
-    found = run(steps({"a": [], "c": ["a"], "b": [], "d": ["b"]}))
+    found = run(steps({"a": [], "c": ["a"], "e": ["c"], "b": [], "d": ["b"]}))
+    assert ("begun", "e") not in run.events, "nor what needs that"
     assert [name for name, outcome in found.items() if outcome.ok] == ["b", "d"]
     assert "no such file" in found["a"].why
     assert found["c"].why.startswith("a, which it needs, failed: ")

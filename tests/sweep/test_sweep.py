@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 
 from builder.cli import main
 from builder.core import paths
+from builder.sweep.points import read
 
 FILE = paths.data("configs", "sweeps", "smallest.yaml")
 
@@ -44,7 +44,8 @@ def test_points_are_measured_once_one_added_later_costs_only_itself_and_one_that
     argv = ["sweep", str(small(tmp_path)), "--output", str(output)]
     assert main.main([*argv, "--dry-run", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert [step["kind"] for step in planned["steps"]] == ["fetch", "baseline", "measure", "measure"]
+    own = ["quantize", "measure"]
+    assert [step["kind"] for step in planned["steps"]] == ["fetch", "baseline", *own, *own]
     assert not output.exists()
     assert main.main(argv) == 0
     first = capsys.readouterr()
@@ -55,8 +56,10 @@ def test_points_are_measured_once_one_added_later_costs_only_itself_and_one_that
     assert float(rows(output)[1]["kl_ratio"]) < 1.2
     assert "recommended" in first.out
     [run] = output.glob("sweeps/*/runs/*")
-    assert {path.name for path in (run / "mse").iterdir()} >= {"recipe.yaml", "run.sh", "run.log"}
-    assert list((run / "mse").glob("*-evaluate-checkpoint-*.log"))
+    assert {path.name for path in (run / "mse").iterdir()} == {"quantize", "measure"}
+    for stage in (run / "mse").iterdir():
+        assert {path.name for path in stage.iterdir()} >= {"recipe.yaml", "run.sh", "run.log"}
+    assert list((run / "mse" / "measure").glob("*-evaluate-checkpoint-*.log"))
     assert len(list((output / "snapshot").iterdir())) == 1
 
     assert main.main(argv) == 0, "all is there: nothing runs"
@@ -67,8 +70,12 @@ def test_points_are_measured_once_one_added_later_costs_only_itself_and_one_that
     small(tmp_path, rounding=more)
     assert main.main(argv) == 1, "one fails, the others are measured"
     said = capsys.readouterr().err
-    assert [line.split()[1] for line in said.splitlines() if line.endswith(" begins")] == ["fp8", "bad"]
-    assert "bad failed" in said
+    assert [line.split()[1] for line in said.splitlines() if line.endswith(" begins")] == [
+        "fp8/quantize",
+        "bad/calibrate",
+        "fp8/measure",
+    ]
+    assert "bad/calibrate failed" in said
     found = {row["point"]: row for row in rows(output)}
     assert {name: row["status"] for name, row in found.items()} == {
         "max": "measured",
@@ -78,13 +85,12 @@ def test_points_are_measured_once_one_added_later_costs_only_itself_and_one_that
     }
     assert "bad.jsonl" in found["bad"]["why"]
     assert "<svg" in next(output.glob("sweeps/*/report.html")).read_text()
-    script = subprocess.run(["sh", str(run / "mse" / "run.sh")], capture_output=True, text=True, env=_with_builder())
-    assert script.returncode == 0, script.stderr
-    assert "making" not in script.stderr
-
-
-def _with_builder() -> dict[str, str]:
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for more_words, made in (([], "nothing to do"), (["--force", "quantize"], "making")):
+        script = ["sh", str(run / "mse" / "quantize" / "run.sh"), *more_words]
+        again = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert [line for line in again.stderr.splitlines() if line.startswith("checkpoint ") and made in line]
+    assert "--force quantize" in Path(script[1]).read_text()
 
 
 @pytest.mark.slow
@@ -93,7 +99,7 @@ def test_ctrl_c_leaves_no_process_and_the_next_run_continues(tmp_path: Path) -> 
     running = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     assert running.stderr
     for line in running.stderr:
-        if "begins" in line and line.startswith("measure"):
+        if "begins" in line and line.startswith("quantize"):
             break
     time.sleep(0.5)
     running.send_signal(signal.SIGINT)
@@ -120,3 +126,45 @@ def test_a_sweep_is_measured_on_texts_and_tasks(tmp_path: Path) -> None:
     assert float(found["gptq-nvfp4", "texts"]["kl_ratio_high"]) < 1
     assert found["rtn-nvfp4", "texts"]["kl_ratio"] == ""
     assert float(found["gptq-nvfp4", "task"]["task_low"]) <= float(found["gptq-nvfp4", "task"]["task"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["algorithms", "calibration", "kv-cache", "short"])
+def test_a_file_that_comes_with_the_builder_runs(name: str, tmp_path: Path) -> None:
+    argv = ["sweep", str(FILE.with_stem(name)), "--output", str(tmp_path), "--set", "evaluation.texts=4"]
+    argv += ["--set", "tasks.limit=8"]
+    assert main.main(argv) == 0
+    _, points = read(FILE.with_stem(name))
+    found = rows(tmp_path)
+    assert {row["point"] for row in found} == {point.slug for point in points}
+    tasks = {row["name"] for row in found if row["kind"] == "task"}
+    assert tasks == (set() if name == "short" else {"follows", "next_word"})
+    assert all(row["kl"] for row in found if row["kind"] == "texts")
+
+
+@pytest.mark.slow
+def test_points_are_built_served_and_measured_unless_the_quality_check_rejects_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, asked = small(tmp_path), yaml.safe_load(small(tmp_path).read_text())
+    asked["recipe"]["quality"] = {"texts": 8}
+    asked |= {"measure": ["eval", "load"], "load": {"concurrency": [1, 2], "requests": 4, "output_tokens": 8}}
+    impossible = {"quality.min_score": 100, "quantization.format": "nvfp4"}
+    asked["matrix"] = {"format": {"FP8": {"quantization.format": "fp8"}, "rejected": impossible}}
+    file.write_text(yaml.safe_dump(asked, sort_keys=False))
+    argv = ["sweep", str(file), "--output", str(tmp_path / "out")]
+    assert main.main(argv) == 0, "a rejected build is a result"
+    assert "rejected/load has nothing to serve: the build was rejected" in capsys.readouterr().err
+    found = rows(tmp_path / "out")
+    assert [(row["point"], row["kind"], row["name"], row["verdict"]) for row in found] == [
+        ("fp8", "texts", "prose", "passed"),
+        ("fp8", "load", "concurrency 1", "passed"),
+        ("fp8", "load", "concurrency 2", "passed"),
+        ("rejected", "texts", "prose", "failed"),
+    ]
+    assert all(float(row["tokens_per_second"]) > 0 and float(row["ttft"]) > 0 for row in found if row["kind"] == "load")
+    [link] = (tmp_path / "out" / "models").iterdir()
+    assert link.name == "gptq-in-nvfp4-tiny-qwen3-fp8"
+    capsys.readouterr()
+    assert main.main(argv) == 0
+    assert "begins" not in capsys.readouterr().err, "both are in the store"
