@@ -406,7 +406,7 @@ def test_a_full_queue_and_a_long_wait_are_rejected(tmp_path: Path) -> None:
         threads = [threading.Thread(target=ask) for _ in range(6)]
         for thread in threads:
             thread.start()
-            time.sleep(0.05)
+            time.sleep(0.3)  # so that no two reach the engine's queue at once
         for thread in threads:
             thread.join()
     rejected = ["Exceeds maximum queue size"] * 3 + ["Request timeout expired"]
@@ -482,6 +482,61 @@ def test_functions_that_are_repeated_in_several_models_are_equal() -> None:
             if isinstance(node, ast.FunctionDef) and node.name in REPEATED:
                 sources.setdefault(node.name, set()).add(ast.unparse(node))
     assert {name: len(copies) for name, copies in sources.items()} == dict.fromkeys(REPEATED, 1)
+
+
+class Sent:
+    """In the place of an answer and its engine: `sent` is what its client would get."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, list[Any]]] = []
+        self.cancelled, self.generation = False, self
+
+    def outputs(self, response: Any) -> Any:
+        if isinstance(response, Exception):
+            raise response
+        return response
+
+    def send(self, response: tuple[str, list[Any]]) -> None:
+        self.sent.append(response)
+
+
+def token(id: int, extra: int | None = None) -> dict[str, Any]:
+    outputs = {"output_ids": np.array([[[id]]]), "sequence_length": np.array([[1]])}
+    return outputs if extra is None else outputs | {"extra": extra}
+
+
+def test_tokens_that_wait_are_sent_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not those that have outputs of their own. What came before an error is sent, and nothing after it."""
+    monkeypatch.setattr(BLS, "tensor", lambda name, value: value)
+    monkeypatch.setattr(BLS, "text_response", lambda texts, extra: (texts[0], extra))
+    one, two, three = (TINY.encode(word).ids[0] for word in ("Hello", " there", " you"))
+    answer = Sent()
+    stream = BLS.Stream(answer, BLS.Detokenizer(TINY, True, set(), []))
+    stream.received.extend([token(one), token(two)])
+    stream.forward()
+    assert answer.sent == [(TINY.decode([one, two]), [])]
+    stream.received.extend([token(one), token(two, 7), token(three), ValueError("late"), token(one)])
+    stream.forward()
+    assert answer.sent[1:] == [(TINY.decode([one, two]), [7]), (TINY.decode([three]), [])]
+    assert isinstance(stream.ended.exception(), ValueError)
+    stream.forward()
+    assert len(answer.sent) == 3
+
+
+def test_a_stream_ends_with_its_last_response_and_sends_nothing_to_clients_that_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BLS, "text_response", lambda texts, extra: (texts[0], extra))
+    answer = Sent()
+    stream = BLS.Stream(answer, BLS.Detokenizer(TINY, True, set(), []))
+    answer.cancelled = True
+    stream.received.append(token(TINY.encode("Hello").ids[0]))
+    stream.forward()
+    assert not stream.ended.done()
+    stream.received.append(None)
+    stream.forward()
+    assert stream.ended.result(0) is False
+    assert answer.sent == []
 
 
 CPP = """Encountered an error when fetching new request: [TensorRT-LLM][ERROR] Assertion failed: beamWidth > 0 \

@@ -1,8 +1,8 @@
 """Triton model: text to streamed text. Calls preprocessing, then the engine, and detokenizes incrementally.
 
 As tensorrt_llm_bls it streams; as ensemble_infer it does not. One process carries many requests, each in a thread of
-its own. One more thread reads the engine's responses, and one stops the engine for clients that are gone and ends the
-requests of an engine that is stuck.
+its own, which waits until the answer is complete. One more thread reads the engine's responses, one sends what is
+streamed, and one stops the engine for clients that are gone and ends the requests of an engine that is stuck.
 It calls the engine over gRPC, at the address in BUILDER_TRITON_GRPC, and not with `exec(decoupled=True)`: with several
 threads that can hang the process for ever. ResponseIterator::Next waits for the GIL while it holds the lock of its
 queue, the thread that delivers responses waits for this lock while it holds that of the map of iterators, and
@@ -24,7 +24,8 @@ import threading
 import time
 import traceback
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -77,7 +78,7 @@ class TritonPythonModel:
         self.maps = {key: json.loads(value) for key, value in parameters.items() if "_from_" in key}
         self.preprocessing = parameters["preprocessing_model_name"]
         self.engine_model = parameters["tensorrt_llm_model_name"]
-        self.engine = Engine()
+        self.engine, self.forwarder = Engine(), Forwarder()
         self.running, self.counting = set(), threading.Lock()
         self.shown = os.open(f"{REQUESTS}/{os.getpid()}", os.O_CREAT | os.O_WRONLY) if REQUESTS else None
         threads, waiting = int(parameters["threads"]), int(parameters["max_queue_size"])
@@ -112,6 +113,7 @@ class TritonPythonModel:
         self.closing.set()
         self.watcher.join()
         self.stoppers.shutdown()
+        self.forwarder.close()
         self.engine.close()
 
     def watch(self):
@@ -119,20 +121,28 @@ class TritonPythonModel:
         while not self.closing.wait(CANCELLATION_SECONDS):
             with self.counting:
                 running = list(self.running)
-            list(self.stoppers.map(self.look_after, running))
+            list(self.stoppers.map(self.end, filter(self.must_end, running)))
 
-    def look_after(self, answer):
+    def must_end(self, answer):
+        """Whether a request is stuck, or its client is gone and the engine can be stopped."""
         generation = answer.generation
         try:  # a problem with one request must not end the watch over the others
             if generation and generation.is_stalled():
-                try:
-                    self.stop(generation)
-                finally:
-                    generation.reading.cancel()
-            elif answer.is_cancelled() and generation and self.engine_streams:
-                self.stop(generation)  # again in the next round if the engine has not seen it yet
+                return True
+            return answer.is_cancelled() and generation and self.engine_streams
         except Exception:
             traceback.print_exc()
+
+    def end(self, answer):
+        """Stops the engine; in the next round again if it has not seen it yet."""
+        generation = answer.generation
+        try:
+            self.stop(generation)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            if generation.stalled:
+                generation.reading.cancel()
 
     def answer(self, answer):
         """Handles a request. Always sends a final response, because the client would otherwise wait forever."""
@@ -164,11 +174,11 @@ class TritonPythonModel:
         # A new id: the engine stops requests by id, and clients may reuse ids or send none.
         message = engine_request(self.engine_model, uuid.uuid4().hex, engine_inputs, [*OWN_OUTPUTS, *extra])
         answer.check_cancelled()  # while it waited, or while preprocessing ran
-        limits = (self.queue_seconds + self.stall_seconds, self.stall_seconds) if streaming else ()
-        answer.generation = Generation(self.engine, message, limits)
         if streaming:
-            self.stream(answer)
+            self.stream(answer, message)
         else:
+            answer.generation = Generation(message)
+            answer.generation.start(self.engine, answer.generation.received.put)
             exclude = inputs.get("exclude_input_in_output")
             has_prompt = not (self.exclude_input if exclude is None else exclude.any())
             self.answer_once(answer, [] if has_prompt else self.context)
@@ -214,18 +224,14 @@ class TritonPythonModel:
         texts = [decode_after(self.tokenizer, context, ids, self.skip_special_tokens) for ids in beams]
         answer.finish(text_response(texts, extra))
 
-    def stream(self, answer):
+    def stream(self, answer, message):
         """Sends new text as the engine generates it."""
+        limits = (self.queue_seconds + self.stall_seconds, self.stall_seconds)
+        answer.generation = Generation(message, limits)
         text = Detokenizer(self.tokenizer, self.skip_special_tokens, self.incomplete_ids, self.context)
-        sent = False
-        for response in answer.generation.responses():
-            if answer.cancelled:
-                continue  # the engine stops soon
-            beams, extra = read(response)
-            new = text.add(beams[0])
-            if new or extra:
-                answer.send(text_response([new], extra))
-                sent = True
+        stream = Stream(answer, text)
+        answer.generation.start(self.engine, lambda response: self.forwarder.put(stream, response))
+        sent = stream.ended.result()
         answer.check_cancelled()
         rest = text.rest()
         # A client must get at least one response, even if the model ends immediately.
@@ -277,33 +283,112 @@ class Engine:
         self.loop.close()
 
 
+class Forwarder:
+    """Sends the text of all streams, in one thread: with a thread each, most of a token's CPU time is for switching
+    between them. Tokens that arrive for a stream while others are sent are sent together."""
+
+    def __init__(self):
+        self.waiting = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def put(self, stream, response):
+        """Adds a response of the engine to what is to be sent. None or an exception is the last."""
+        stream.received.append(response)
+        if not stream.waiting:
+            stream.waiting = True
+            self.waiting.put(stream)
+
+    def run(self):
+        while (stream := self.waiting.get()) is not None:
+            stream.waiting = False  # first: what arrives while it is forwarded must not be missed
+            stream.forward()
+
+    def close(self):
+        self.waiting.put(None)
+        self.thread.join()
+
+
+class Stream:
+    """A streamed answer. `ended`: whether something was sent, or the error that ended it."""
+
+    def __init__(self, answer, text):
+        self.answer, self.text, self.new = answer, text, ""
+        self.received, self.waiting, self.ended, self.sent = deque(), False, Future(), False
+
+    def forward(self):
+        """Sends the text of all responses that were received. Does nothing after an error."""
+        if self.ended.done():
+            return
+        try:
+            try:
+                is_complete = self.add_received()
+            finally:
+                self.send([])  # also what came before an error
+        except Exception as error:  # for the request's own thread
+            self.ended.set_exception(error)
+        else:
+            if is_complete:
+                self.ended.set_result(self.sent)
+
+    def add_received(self):
+        """Whether the last response was among those received. Their text is in `new`, or sent."""
+        while self.received:
+            response = self.received.popleft()
+            if outputs := self.answer.generation.outputs(response):
+                beams, extra = read(outputs)
+                self.new += self.text.add(beams[0])
+                if extra:  # it belongs to this response
+                    self.send(extra)
+            if response is None:
+                return True
+        return False
+
+    def send(self, extra):
+        """Sends the new text, unless the client is gone: then the engine stops soon."""
+        if (self.new or extra) and not self.answer.cancelled:
+            self.answer.send(text_response([self.new], extra))
+            self.sent = True
+        self.new = ""
+
+
 class Generation:
-    """A request to the engine model, and its responses.
+    """A request to the engine model.
 
     `limits`: how many seconds the engine may send nothing, before its first response and after it. None for a whole
     answer, which may take long and comes as one response.
     """
 
-    def __init__(self, engine, message, limits):
+    def __init__(self, message, limits=()):
         self.message, self.limits = message, limits
         self.started, self.last_response, self.stalled = time.monotonic(), None, ""
         self.received = queue.SimpleQueue()
-        self.reading = engine.send(message, self.received.put)
+
+    def start(self, engine, put):
+        """Sends the request. `put` gets each response, and at the end None or the error."""
+        self.reading = engine.send(self.message, put)
 
     def responses(self):
         """Yields the outputs of each response that has some, {name: array}, as they arrive. Rejected if it fails."""
-        while (response := self.received.get()) is not None and not self.stalled:
-            self.last_response = time.monotonic()
-            if isinstance(response, grpc.RpcError):
-                raise rejected(response)
-            if isinstance(response, Exception):
-                raise response
-            if response.error_message:
-                raise failed(response.error_message)
-            if response.infer_response.outputs:
-                yield arrays(response.infer_response)
+        while (response := self.received.get()) is not None:
+            if outputs := self.outputs(response):
+                yield outputs
+        self.outputs(None)
+
+    def outputs(self, response):
+        """The outputs of what was received, {name: array}. Rejected if it is an error, or if it came too late."""
+        self.last_response = time.monotonic()
         if self.stalled:
             raise Rejected(pb_utils.TritonError(self.stalled, pb_utils.TritonError.UNAVAILABLE))
+        if isinstance(response, grpc.RpcError):
+            raise rejected(response)
+        if isinstance(response, Exception):
+            raise response
+        if response is None:
+            return {}
+        if response.error_message:
+            raise failed(response.error_message)
+        return arrays(response.infer_response)
 
     def is_stalled(self):
         """Whether the engine has sent nothing for too long. Stays true."""
