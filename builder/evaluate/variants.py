@@ -114,6 +114,7 @@ def runner_job(variant: Variant, models: Models, recipe: Recipe, store: Store) -
         "tokenizer": models.snapshot.digest,
         **{key: job[key] for key in ("dtype", "kv_cache_dtype", "trust_remote_code")},
         **{key: more.get("calibration", {}).get(key) for key in ("format", "layers", "seq_len", "batch_size")},
+        "engine_cache": more.get("engine_cache"),
         # A repository refers to its engine by path, so rebuilding the engine does not change the repository's digest.
         "repository": repository_key(models.repository) if variant.runner == "served" and models.repository else None,
         "libraries": library_versions(*LIBRARIES),
@@ -153,7 +154,11 @@ def _of(variant: Variant, models: Models, recipe: Recipe, store: Store) -> tuple
     assert models.checkpoint is not None
     if variant.runner == "reference" and not models.checkpoint.tensorrt_llm.is_dir():
         raise NotMeasurable("The checkpoint has no TensorRT-LLM layout, which the reference executor reads.")
-    layouts = {"unified": str(models.checkpoint.unified), "tensorrt_llm": str(models.checkpoint.tensorrt_llm)}
+    layouts: dict[str, Any] = {
+        "unified": str(models.checkpoint.unified),
+        "tensorrt_llm": str(models.checkpoint.tensorrt_llm),
+        "engine_cache": target_facts(recipe.target).has_engine,
+    }
     return layouts, [models.checkpoint.digest]
 
 

@@ -71,6 +71,11 @@ class KvCacheFormat:
         """ModelOpt's entries for the cache's quantizers, {} if there are none; `mtq` is modelopt.torch.quantization."""
         return getattr(mtq, self.modelopt_config)["quant_cfg"] if self.modelopt_config else {}
 
+    def engine_scales(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of the Hugging Face layout -> those under which an engine made of it stores keys and values."""
+        keys, values = (scale.clamp(min=self.least_scale) for scale in (keys, values))
+        return (keys.maximum(values),) * 2 if self.one_scale else (keys, values)
+
     def round(self, x: Tensor, scale: Tensor) -> Tensor:
         """Keys (after RoPE) or values [..., head size] as they are read back from the cache, in the dtype of `x`."""
         return x

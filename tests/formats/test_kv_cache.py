@@ -107,14 +107,20 @@ def test_a_smaller_cache_changes_more_and_the_executor_agrees_with_the_checkpoin
         executor = ReferenceModel.load(at / "tensorrt_llm")
         found = executor.forward(ids, executor.new_cache())
         job = {"unified": str(at / "unified"), "model": str(exports.MODELS["qwen3"]), "dtype": "float32"}
-        job |= {"trust_remote_code": False, "batch_tokens": 512, "kv_cache_dtype": cache.name}
+        job |= {"trust_remote_code": False, "batch_tokens": 512, "kv_cache_dtype": cache.name, "engine_cache": True}
         with torch.no_grad(), local.checkpoint(job) as runner:
             [other] = runner.logits([ids.numpy()])
-        if cache is not kv_cache.FP8:  # whose scale is below 1 in one layout alone
-            assert (found - other).norm() / other.norm() < 0.02
+        assert (found - other).norm() / other.norm() < 0.02
         exact = found if exact is None else exact
         errors.append(float((found - exact).norm() / exact.norm()))
     assert errors[0] == 0 < errors[1] < errors[2] < 0.5
+
+
+@given(st.floats(2**-20, 2**20), st.floats(2**-20, 2**20))
+def test_an_engine_has_one_fp8_scale_of_at_least_1(keys: float, values: float) -> None:
+    pair = torch.tensor(keys), torch.tensor(values)
+    assert torch.stack(kv_cache.FP8.engine_scales(*pair)).tolist() == [max(1.0, *map(float, pair))] * 2
+    assert kv_cache.NVFP4.engine_scales(*pair) == pair
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=16, max_size=16), st.sampled_from([4.0, 100.0, 1000.0]))

@@ -29,6 +29,7 @@ from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
 from builder.recipe.schema import Calibration as Rows
 from builder.recipe.schema import Recipe
+from builder.recipe.target_facts import target_facts
 
 if TYPE_CHECKING:
     from builder.architectures.facts import Architecture
@@ -152,6 +153,7 @@ def _measure(
     common: dict[str, Any] = {
         "groups": {name: list(modules) for name, modules in pair.groups.items()},
         "kv_cache_dtype": recipe.quantization.kv_cache_dtype,
+        "engine_cache": target_facts(recipe.target).has_engine,
         "trust_remote_code": recipe.model.trust_remote_code,
         **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top", "resamples", "seed")},
         **{key: value for key, value in asked.items() if key not in ("of", "sets")},

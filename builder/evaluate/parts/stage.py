@@ -26,6 +26,7 @@ from builder.model.hashed_files import SourceFiles
 from builder.quantize import modelopt
 from builder.recipe.schema import Calibration as Rows
 from builder.recipe.schema import Recipe
+from builder.recipe.target_facts import target_facts
 
 if TYPE_CHECKING:
     from builder.preflight.model_facts import ModelFacts
@@ -36,6 +37,7 @@ SOURCES = (
     "builder/evaluate/parts/stage.py",
     "builder/evaluate/parts/figures.py",
     "builder/evaluate/parts/worker.py",
+    "builder/recipe/target_facts.py",
     *sensitivity.SOURCES,
 )
 
@@ -91,6 +93,7 @@ def measure_parts(
     asked: dict[str, Any] = {
         "lengths": {"min_tokens": evaluation.min_tokens, "max_tokens": longest},
         "kv_cache_dtype": recipe.quantization.kv_cache_dtype,
+        "engine_cache": target_facts(recipe.target).has_engine,
         "trust_remote_code": recipe.model.trust_remote_code,
         "by_layer": by_layer,
         **{key: getattr(evaluation, key) for key in ("dtype", "batch_tokens", "top")},

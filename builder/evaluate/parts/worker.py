@@ -30,9 +30,8 @@ from builder.evaluate import metrics
 from builder.evaluate.datasets import Sequences, sequences
 from builder.evaluate.parts.figures import PARTS, WHOLE, alone, without
 from builder.evaluate.runners import worker as runners
-from builder.evaluate.runners.local import ATTENTION, Causal, RoundedInput, attend, dtype_of, places
+from builder.evaluate.runners.local import ATTENTION, Causal, RoundedInput, attend, cache_scales, dtype_of, places
 from builder.evaluate.sensitivity.results import Results
-from builder.formats import kv_cache
 from builder.formats.arithmetic.dtypes import read
 from builder.formats.declared import declared
 from builder.model import loading as model_loading
@@ -110,7 +109,7 @@ class Model:
         self._check()
         last: dict[str, Any] = {}
         self.inputs = {name: self._hook(name, last) for name in self._formats}
-        self._cache = self._scales(quantization, job["kv_cache_dtype"])
+        self._cache = cache_scales(self._stored, quantization, job)
         architecture = catalog.of(model.config.to_dict())
         self._layer = {name: names.layer_of(architecture, f"{name}.") for name in (*self._formats, *self._cache)}
         self.layers = sorted({number for number in self._layer.values() if number is not None})
@@ -182,18 +181,6 @@ class Model:
         hook = Switched(RoundedInput(number_format, tensors, last))
         self.modules[name].register_forward_pre_hook(hook)
         return hook
-
-    def _scales(self, quantization: Mapping[str, Any], cache_name: str) -> dict[str, tuple[Tensor, Tensor, Any]]:
-        """{attention: scales of keys and values, format} where the KV cache is quantized."""
-        cache = kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo"))
-        if not (cache.quantized and kv_cache.get(cache_name).quantized):
-            return {}
-        found: dict[str, dict[str, Tensor]] = {}
-        for key in self._stored:
-            module, _, leaf = key.rpartition(".")
-            if leaf in ("k_scale", "v_scale"):
-                found.setdefault(module.rpartition(".")[0], {})[leaf] = read(self._stored, key).reshape(())
-        return {name: (both["k_scale"], both["v_scale"], cache) for name, both in found.items()}
 
 
 class Switched:

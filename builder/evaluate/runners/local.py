@@ -3,7 +3,7 @@
 | runner | weights | inputs of linear layers | KV cache |
 | bf16 | the model's | - | - |
 | simulated | NVFP4 by ModelOpt, calibrated as the checkpoint was | NVFP4, dynamic blocks | FP8, its own amax |
-| checkpoint | dequantized from `unified/` | NVFP4 under its input_scale | FP8 under its k_scale, v_scale |
+| checkpoint | dequantized from `unified/` | NVFP4 under its input_scale | FP8 under the scales that the target serves |
 The table shows NVFP4; a layer in another format (builder/formats) is rounded as that format says.
 """
 
@@ -93,7 +93,7 @@ def simulated(job: Mapping[str, Any]) -> Iterator[Causal]:
 @contextmanager
 def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
     """The unified layout on disk, dequantized here. `kv_cache_dtype` auto keeps the KV cache in the dtype of
-    computation; otherwise it is in the format that the checkpoint declares."""
+    computation; otherwise it is in the format that the checkpoint declares, under the scales of `cache_scales`."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
     from transformers.masking_utils import sdpa_mask
 
@@ -117,8 +117,7 @@ def checkpoint(job: Mapping[str, Any]) -> Iterator[Causal | Layered]:
         model = stored_model.load(unified, config, formats, **options, **places())
         runner = Causal(model, job["batch_tokens"])
     _quantize_inputs(model, stored, formats)
-    if kv_cache.get(job["kv_cache_dtype"]).quantized:
-        _quantize_cache(model, stored, kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo")))
+    _quantize_cache(model, cache_scales(stored, quantization, job))
     yield runner
 
 
@@ -215,17 +214,36 @@ class RoundedInput:
         return (last["rounded"],)
 
 
-def _quantize_cache(model: Any, stored: Tensors, cache: KvCacheFormat) -> None:
-    """Sets the format and the scales that `attend` reads, where the checkpoint has them."""
-    modules, module_of = dict(model.named_modules()), calibrated.renamed(model)
+CacheScales = tuple[Tensor, Tensor, KvCacheFormat]  # of keys and values, and the format that they are stored in
+
+
+def cache_scales(stored: Tensors, quantization: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, CacheScales]:
+    """{attention, as the checkpoint names it: its scales}, {} where the job or the checkpoint has no quantized cache.
+
+    The job's `engine_cache`: the scales are those of an engine (KvCacheFormat.engine_scales), which may lie far from
+    the ones in the Hugging Face layout: an engine's FP8 cache has none below 1. What is measured is what is served."""
+    cache = kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo"))
+    if not (cache.quantized and kv_cache.get(job["kv_cache_dtype"]).quantized):
+        return {}
+    found: dict[str, dict[str, Tensor]] = {}
     for key in stored:
-        layer, _, kind = key.rpartition(".")
-        if kind in ("k_scale", "v_scale"):
-            attention = modules.get(module_of(f"{layer}.weight").rpartition(".")[0])
-            if attention is None:
-                raise UnsupportedError(f"{key} belongs to no attention of {type(model).__name__}.")
-            setattr(attention, kind, read(stored, key).reshape(()))
-            attention.kv_cache_format = cache
+        module, _, leaf = key.rpartition(".")
+        if leaf in ("k_scale", "v_scale"):
+            found.setdefault(module.rpartition(".")[0], {})[leaf] = read(stored, key).reshape(())
+    scales = {name: (both["k_scale"], both["v_scale"]) for name, both in found.items()}
+    if job.get("engine_cache"):
+        scales = {name: cache.engine_scales(*both) for name, both in scales.items()}
+    return {name: (*both, cache) for name, both in scales.items()}
+
+
+def _quantize_cache(model: Any, scales: Mapping[str, CacheScales]) -> None:
+    """Sets the format and the scales that `attend` reads."""
+    modules, module_of = dict(model.named_modules()), calibrated.renamed(model)
+    for name, found in scales.items():
+        attention = modules.get(module_of(f"{name}.k_proj.weight").rpartition(".")[0])
+        if attention is None:
+            raise UnsupportedError(f"The scales of {name} belong to no attention of {type(model).__name__}.")
+        attention.k_scale, attention.v_scale, attention.kv_cache_format = found
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:
