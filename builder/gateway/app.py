@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-from builder.gateway import chat_rules, requests, routes
+from builder.gateway import chat_rules, guided_calls, requests, routes
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.front import Front
 from builder.gateway.generation import TextRules
@@ -32,14 +32,17 @@ from builder.gateway.streams import ClientGone, EventStream, left
 from builder.gateway.telemetry import Traces
 from builder.gateway.tensors import TokenRequest
 from builder.gateway.watchdog import WatchdogCollector, Watched
+from builder.grammar.guides import Guide
 
 
 class _Prompts(NamedTuple):
-    """The prompts of a request, the most tokens of an answer, how its text is read, and what stands before it."""
+    """The prompts of a request, the most tokens of an answer, how its text is read, its grammar, and what stands before
+    it."""
 
     ids: Sequence[list[int]]
     limit: int | None
     rules: TextRules
+    guide: Guide | None
     echoes: Sequence[str] = ("",)
 
 
@@ -69,6 +72,7 @@ class Gateway:
     async def chat(self, request: Request) -> ASGIApp:
         """POST /v1/chat/completions."""
         asked = requests.parse(ChatRequest, await self._body(request), self._model)
+        guided_calls.check(asked, self._model(asked.model))
         served = self._begin(request, asked.model)
         return await self._talk(request, asked, _reply(ChatReply, "chatcmpl-", asked, served))
 
@@ -77,6 +81,7 @@ class Gateway:
         sent = ResponsesRequest.parse(await self._body(request))
         asked = sent.conversation()
         requests.check(asked, self._model(asked.model))
+        guided_calls.check(asked, self._model(asked.model))
         served = self._begin(request, asked.model)
         return await self._talk(request, asked, ResponsesReply(f"resp_{uuid.uuid4().hex}", sent, served.name))
 
@@ -85,7 +90,8 @@ class Gateway:
         prompt = await served.prompts.conversation(chat_rules.conversation(asked, served.model))
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         rules = chat_rules.text_rules(asked, served.model, opened=prompt.opened)
-        return await self._respond(request, asked, _Prompts([prompt.ids], limit, rules), reply)
+        guide = await guided_calls.guide(asked, served.model, served.guides, opened=prompt.opened)
+        return await self._respond(request, asked, _Prompts([prompt.ids], limit, rules, guide), reply)
 
     async def completions(self, request: Request) -> ASGIApp:
         """POST /v1/completions."""
@@ -104,7 +110,8 @@ class Gateway:
         limit = requests.COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
         rules = TextRules(asked.stops, tokens=chat_rules.kept_tokens(served.model))
         reply = _reply(CompletionReply, "cmpl-", asked, served)
-        return await self._respond(request, asked, _Prompts(ids, limit, rules, echoes), reply)
+        guide = await served.guides.of(asked.response_format)
+        return await self._respond(request, asked, _Prompts(ids, limit, rules, guide, echoes), reply)
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models."""
@@ -141,13 +148,12 @@ class Gateway:
         served, record = request.state.served, request.state.record
         record.streamed = asked.stream
         sampling, end_ids = asked.sampling(served.model), asked.end_ids(served.model)
-        guide = await served.guides.of(asked.response_format)
-        if guide and served.model.guided:  # the grammar allows nothing after these
+        if prompts.guide and served.model.guided:  # the grammar allows nothing after these
             end_ids = list(dict.fromkeys([*end_ids, *served.model.guided.stop_token_ids]))
         made = [
             TokenRequest(
                 ids, requests.token_limit(prompts.limit, len(ids), served.model), sampling, end_ids,
-                streaming=served.model.streams, log_probs=asked.log_probs, guide=guide,
+                streaming=served.model.streams, log_probs=asked.log_probs, guide=prompts.guide,
             )
             for ids in prompts.ids
         ]  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
+from builder.grammar import tool_calls
+
 AUTO, NONE = "auto", "none"
 
 
@@ -41,6 +43,20 @@ class ToolCallForm:
             return start + (f"{function}[ARGS]" if function else "")
         start += f" {self.listed}" if self.listed else "\n" if start else ""
         return f'{start}{{"name": "{function}", "{self.key}":' if function else f'{start}{{"name": "'
+
+    def grammar(self, special: Container[str]) -> tool_calls.Form:
+        """As grammars have it. A grammar can't have a mark that is one of the model's special tokens: it ends there."""
+        listed, separator, closing = ("", "", "") if self.named else (self.listed, self.separator, self.closing)
+        before = tuple(filter(None, (self.openings[0], listed)))
+        between = (separator,) if separator else (closing, *before)
+        return tool_calls.Form(
+            before=before,
+            between=tuple(filter(None, between)),
+            after=(closing,) if closing and closing not in special else (),
+            key="" if self.named else self.key,
+            marks=tuple(mark for mark in self.openings if mark),
+            bare="" in self.openings,
+        )
 
 
 HERMES = ToolCallForm("hermes", ("<tool_call>",), closing="</tool_call>", tokens=("<tool_call>", "</tool_call>"))

@@ -27,11 +27,11 @@ def conversation(asked: ChatRequest, model: Model) -> Conversation:
 
 def text_rules(asked: ChatRequest, model: Model, *, opened: bool) -> TextRules:
     """How the answer is read. `opened`: the prompt ends within the reasoning."""
-    if asked.response_format and asked.response_format.guides:  # from its first token on the answer is JSON
-        return TextRules(asked.stops, tokens=kept_tokens(model))
     names = [tool.function.name for tool in tools.used(asked.tools, asked.tool_choice)]
     forced = _forced(asked, model)
     reasons = model.reasoning if opened or not (asked.continue_final_message or forced) else None
+    if asked.response_format and asked.response_format.guides:  # from its first token on the answer is JSON, or a call
+        reasons = None
     calls = model.tool_calls if names else None
     if not reasons and not calls:
         return TextRules(asked.stops, tokens=kept_tokens(model))

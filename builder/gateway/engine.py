@@ -128,15 +128,16 @@ class _Answer:
             self._finish(_rejected(response.error_message))
             return
         self._engine.last_response = time.monotonic()
+        final = is_final(response.infer_response)
         if not self.done.done():
-            self._deliver(response.infer_response)
-        if is_final(response.infer_response):
+            self._deliver(response.infer_response, final)
+        if final:
             self._finish()
 
-    def _deliver(self, response: Any) -> None:
+    def _deliver(self, response: Any, final: bool) -> None:
         """Passes a response on. Sets `done` if no more are wanted, also because whoever uses them failed."""
         try:
-            if not self._on_step(self._decoder.step(response)):
+            if not self._on_step(self._decoder.step(response, final=final)):
                 self.done.set_result(None)
         except Exception as error:
             self.done.set_exception(error)

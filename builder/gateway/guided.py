@@ -1,4 +1,4 @@
-"""response_format: answers that follow a JSON schema.
+"""Answers that follow a grammar: those with a response_format, and those that call functions (guided_calls.py).
 
 A schema becomes a grammar here (builder.grammar), and a worker process compiles the grammar within limits before the
 engine gets it: an engine compiles it in the loop that serves everyone.
@@ -11,24 +11,26 @@ import hashlib
 import json
 import subprocess
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from builder.core import workers
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.settings import Guided, Model
-from builder.grammar import json_schema
+from builder.grammar import json_schema, tool_calls
 from builder.grammar.errors import GrammarError
 from builder.grammar.guides import Guide
+from builder.grammar.tool_calls import Answer, Form, Function
 from builder.tokenizer import chat_template
 
 LARGEST = 64 << 10  # characters of a schema
 LARGEST_GRAMMAR = 1 << 20  # characters
 COMPILE_SECONDS, START_SECONDS = 5.0, 120.0
 REMEMBERED = 256  # grammars that were compiled
-PARAM = "response_format"
 
 
 class JsonSchema(BaseModel):
@@ -49,6 +51,19 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    _param: str = PrivateAttr("response_format")
+
+    @property
+    def param(self) -> str:
+        """The field of the request that has it, for messages."""
+        return self._param
+
+    @property
+    def content(self) -> tuple[Any, bool]:
+        """The schema, and whether all of it must be fulfilled."""
+        if self.json_schema is None or self.type == "json_object":
+            return {"type": "object"}, False
+        return self.json_schema.content, bool(self.json_schema.strict)
 
     @property
     def guides(self) -> bool:
@@ -66,17 +81,23 @@ class Asked(Protocol):
 
 def check(request: Asked, model: Model) -> None:
     """ApiError if this request and this model can't have a grammar."""
+    form = request.response_format
+    if form is None:
+        return
     if model.guided is None:
-        raise invalid("This server has no guided decoding: omit response_format.", PARAM, "unsupported_parameter")
-    if (
-        request.response_format
-        and request.response_format.type == "json_schema"
-        and not request.response_format.json_schema
-    ):
-        raise invalid("response_format.json_schema is missing.", PARAM)
+        raise invalid(f"This server has no guided decoding: omit {form.param}.", form.param, "unsupported_parameter")
+    if form.type == "json_schema" and not form.json_schema:
+        raise invalid(f"{form.param}.json_schema is missing.", form.param)
     for name in ("ignore_eos", "min_tokens"):
         if getattr(request, name):
-            raise invalid(f"{name} can't be combined with response_format: a complete answer ends.", name)
+            raise invalid(f"{name} can't be combined with {form.param}: a complete answer ends.", name)
+
+
+def _check_size(schema: Any, param: str) -> None:
+    """ApiError for a schema that is too large."""
+    size = len(json.dumps(schema))
+    if size > LARGEST:
+        raise invalid(f"The schema has {size} characters; at most {LARGEST} are possible.", param, "schema_too_large")
 
 
 class Guides:
@@ -98,22 +119,35 @@ class Guides:
         """The guide of a response_format. ApiError if it can't be used."""
         if form is None or not form.guides:
             return None
-        if form.json_schema is None or form.type == "json_object":
-            return await self._checked(json_schema.any_object(), PARAM)
-        return await self.schema(form.json_schema.content, strict=bool(form.json_schema.strict), param=PARAM)
+        content, strict = form.content
+        _check_size(content, form.param)
+        return await self._made(lambda: json_schema.grammar(content, strict=strict), form.param)
 
-    async def schema(self, schema: Any, *, strict: bool, param: str) -> Guide:
-        """The guide of a JSON schema. ApiError, about `param`, if it is too large or can't be used.
-
-        strict: also for keywords that the grammar does not fulfil; otherwise those are ignored.
-        """
+    async def calls(
+        self, functions: Sequence[Function], form: Form, answer: Answer, formed: ResponseFormat | None
+    ) -> Guide:
+        """The guide of an answer with calls of these functions. ApiError as for `of`. `formed`: the form of an answer
+        without calls."""
+        if formed:
+            content, strict = formed.content
+            _check_size(content, formed.param)
+            answer = replace(answer, content=content, strict_content=strict)
+        for one in functions:
+            if one.strict:
+                _check_size(one.parameters, "tools")
+        param = formed.param if formed else "tools"
         try:
-            size = len(json.dumps(schema))
-            if size > LARGEST:
-                raise invalid(
-                    f"The schema has {size} characters; at most {LARGEST} are possible.", param, "schema_too_large"
-                )
-            text = await asyncio.to_thread(json_schema.grammar, schema, strict=strict)
+            return await self._made(lambda: tool_calls.grammar(functions, form, answer), param)
+        except ApiError as error:
+            if error.status != 400 or formed or any(one.strict for one in functions):
+                raise
+            # What is not strict need not be followed: any object does, as without guided decoding.
+            free = [replace(one, parameters={}) for one in functions]
+            return await self._made(lambda: tool_calls.grammar(free, form, answer), param)
+
+    async def _made(self, make: Callable[[], str], param: str) -> Guide:
+        try:
+            text = await asyncio.to_thread(make)
         except (GrammarError, RecursionError) as error:
             raise invalid(f"The schema can't be used: {error}", param, "invalid_schema") from None
         return await self._checked(text, param)

@@ -244,10 +244,6 @@ def check(request: ChatRequest | CompletionRequest, model: Model) -> None:
         if request.continue_final_message and request.messages[-1].role != "assistant":
             raise invalid("continue_final_message needs an assistant's message at the end.", "messages")
         tools.check(request.tools, request.tool_choice, model)
-        if guided_form and tools.used(request.tools, request.tool_choice):
-            raise invalid(
-                "response_format can't be combined with tools; tool_choice none omits them.", "response_format"
-            )
         if request.continue_final_message and request.tools:
             raise invalid("continue_final_message can't be combined with tools.", "continue_final_message")
     else:

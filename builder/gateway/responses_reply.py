@@ -25,6 +25,7 @@ class ResponsesReply:
     """For /v1/responses (see responses.Reply). There is one answer. A stream's last event has the whole response."""
 
     def __init__(self, id: str, asked: ResponsesRequest, served_name: str) -> None:
+        form = asked.text.format
         choice = asked.tool_choice if isinstance(asked.tool_choice, str) else asked.tool_choice.model_dump()
         self._response: dict[str, Any] = {
             "id": id, "object": "response", "created_at": int(time.time()), "status": "in_progress", "error": None,
@@ -34,7 +35,7 @@ class ResponsesReply:
                                              for tool in asked.tools],
             "top_p": asked.top_p, "background": False, "max_output_tokens": asked.max_output_tokens,
             "previous_response_id": None, "reasoning": {"effort": asked.reasoning.effort, "summary": None},
-            "text": {"format": {"type": "text"}}, "truncation": "disabled", "usage": None,
+            "text": {"format": form.as_dict() if form else {"type": "text"}}, "truncation": "disabled", "usage": None,
         }  # fmt: skip
         self._output: list[dict[str, Any]] = self._response["output"]
         self._open = False  # the last item is in progress

@@ -6,13 +6,14 @@ Supported is what has a counterpart there: text, functions, reasoning and their 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from builder.gateway import requests, tools
 from builder.gateway.errors import invalid
 from builder.gateway.fields import known
+from builder.gateway.guided import JsonSchema, ResponseFormat
 from builder.gateway.requests import ChatRequest, MaxTokens
 
 STRICT = ConfigDict(strict=True, extra="forbid")
@@ -73,11 +74,29 @@ class ReasoningOptions(BaseModel):
 
 
 class TextFormat(BaseModel):
-    """The form of the text."""
+    """The form of the text: response_format, without its inner object."""
 
-    model_config = STRICT
+    model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    content: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    def response_format(self) -> ResponseFormat:
+        """As conversations have it. ApiError for a form without its schema."""
+        made = ResponseFormat(type=self.type)
+        if self.type == "json_schema":
+            if self.content is None:
+                raise invalid("text.format.schema is missing.", "text.format")
+            made.json_schema = JsonSchema(content=self.content, strict=self.strict)
+        made._param = "text.format"
+        return made
+
+    def as_dict(self) -> dict[str, Any]:
+        """OpenAI's object."""
+        return self.model_dump(by_alias=True, exclude_none=True)
 
 
 class TextOptions(BaseModel):
@@ -117,6 +136,7 @@ class ResponsesRequest(BaseModel):
         """The request for the same answer. ApiError for an input item that is not supported."""
         first = [{"role": "system", "content": self.instructions}] if self.instructions else []
         given = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else _messages(self.input)
+        form = self.text.format.response_format() if self.text.format else None
         choice: Any = self.tool_choice
         if isinstance(choice, FunctionChoice):
             choice = {"type": "function", "function": {"name": choice.name}}
@@ -127,7 +147,7 @@ class ResponsesRequest(BaseModel):
             "reasoning_effort": self.reasoning.effort,
         }
         try:
-            return ChatRequest.model_validate({
+            made = ChatRequest.model_validate({
                 "model": self.model,
                 "messages": first + given,
                 "stream": self.stream,
@@ -139,6 +159,8 @@ class ResponsesRequest(BaseModel):
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)[0]
             raise invalid(f"input: {found['msg']}", "input") from None
+        made.response_format = form
+        return made
 
 
 def _messages(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

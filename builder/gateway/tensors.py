@@ -211,9 +211,8 @@ class Decoder:
         self._places: dict[str, int] = {}
         self._seen = 0  # tokens
 
-    def step(self, response: Any) -> Step:
-        """A response's protobuf message (ModelInferResponse)."""
-        final = is_final(response)
+    def step(self, response: Any, *, final: bool) -> Step:
+        """A response's protobuf message (ModelInferResponse). `final`: what `is_final` says of it."""
         contents = response.raw_output_contents
         if not contents:
             return Step((), "", (), final)

@@ -14,6 +14,7 @@ from typing import Any
 
 from builder.gateway.chat_forms import ToolCallForm
 from builder.gateway.text_parts import Part, beginning_at_end
+from builder.grammar.tool_calls import SPACE
 
 HEADER = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*'
@@ -93,7 +94,7 @@ class ToolCalls:
             text = text.lstrip()
         if text:
             self._after_call = False
-            self._fresh = self._fresh and text.isspace()
+            self._fresh = self._fresh and not text.strip(SPACE)
             self._emit("content", text)
 
     def _find(self, text: str) -> str:
@@ -102,7 +103,7 @@ class ToolCalls:
         at, mark = min(
             ((at, mark) for mark in self._marks if (at := text.find(mark)) >= 0), default=(len(text), "")
         )  # fmt: skip
-        if self._starts and (self._fresh or self._after_call) and text.lstrip().startswith("{"):
+        if self._starts and (self._fresh or self._after_call) and text.lstrip(SPACE).startswith("{"):
             at, mark = text.index("{"), ""
         if at == len(text):
             known = text[: at - beginning_at_end(text, self._marks)].rstrip()

@@ -17,7 +17,7 @@ FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class Function(BaseModel):
-    """A function. parameters: a JSON schema. strict: taken, but arguments are not forced to follow the schema."""
+    """A function. parameters: a JSON schema. strict: its arguments must fulfil it (guided_calls.py)."""
 
     model_config = STRICT
 
@@ -103,4 +103,6 @@ def function_to_call(tools: Sequence[Tool], choice: ToolChoice | None) -> str | 
     """The function that must be called: "" for any, None if the model decides."""
     if isinstance(choice, Choice):
         return choice.function.name
-    return "" if choice == "required" and tools else None
+    if choice == "required" and tools:
+        return tools[0].function.name if len(tools) == 1 else ""
+    return None

@@ -14,4 +14,4 @@ class GrammarError(ValueError):
     def __init__(self, text: str, path: str = "#", *, invalid: bool = False) -> None:
         shown = f"{path[-LONGEST_PATH:]}: {text}"  # both quote the client, who may have sent half of a surrogate pair
         super().__init__(shown.encode("utf-8", "backslashreplace").decode())
-        self.text, self.invalid = text, invalid
+        self.text, self.path, self.invalid = text, path, invalid

@@ -43,27 +43,27 @@ def grammar(schema: Any, *, strict: bool = False) -> str:
 
     strict: also for a keyword that the grammar does not fulfil; otherwise it is ignored.
     """
-    return _Converter(schema, strict).text()
-
-
-def any_object() -> str:
-    """The grammar of any JSON object."""
     rules = Rules()
-    rules.add("root", ANY_OBJECT)
+    rule(schema, rules, strict=strict, name="root")
     return rules.text()
 
 
+def rule(schema: Any, rules: Rules, *, strict: bool, name: str = "") -> str:
+    """Adds the rule of a schema's values, under this name or a new one, which is returned. GrammarError as above."""
+    name = name or rules.name()
+    _Converter(schema, strict, rules).add(name)
+    return name
+
+
 class _Converter:
-    def __init__(self, schema: Any, strict: bool) -> None:
-        self._schema, self._strict = schema, strict
-        self._rules = Rules()
+    def __init__(self, schema: Any, strict: bool, rules: Rules) -> None:
+        self._schema, self._strict, self._rules = schema, strict, rules
         self._named: dict[str, str] = {}  # JSON pointer of a $ref -> rule
 
-    def text(self) -> str:
-        """The whole grammar; `root` is its first rule."""
-        self._named["#"] = "root"
-        self._rules.add("root", self._value(self._schema, "#", frozenset({"#"}), 0))
-        return self._rules.text()
+    def add(self, name: str) -> None:
+        """Adds the rule of the whole schema."""
+        self._named["#"] = name
+        self._rules.add(name, self._value(self._schema, "#", frozenset({"#"}), 0))
 
     def _value(self, schema: Any, path: str, open_refs: frozenset[str], depth: int) -> str:
         """An expression for a schema. open_refs: pointers that lead here without a character between."""

@@ -226,7 +226,6 @@ def test_marks_that_are_special_tokens(serve_with: Serve) -> None:
         ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "not a name"}}]}, "tools.0.function.name"),
         ({"functions": [{"name": "x"}]}, "deprecated form of tools"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "can't be combined with tools"),
     ],
 )
 def test_tools_that_are_rejected(client: openai.OpenAI, options: Any, says: str) -> None:

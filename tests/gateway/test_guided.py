@@ -6,13 +6,15 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from tests.gateway.conftest import MODEL, Running
+from tests.gateway.conftest import MODEL, Running, Serve
+from tests.gateway.test_chat_parts import TEMPLATE
 
 TALK: Any = [{"role": "user", "content": "x"}]
 
@@ -52,6 +54,62 @@ def test_strict_refuses_more(client: openai.OpenAI) -> None:
     schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     assert "uniqueItems is not supported here" in asked(client, schema, strict=True)
     assert asked(client, schema) == ""
+
+
+def tool(name: str, parameters: Any, *, strict: bool) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": strict}}
+
+
+UNIQUE: Any = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tools": [tool("f", UNIQUE, strict=True)]},
+         "The schema can't be used: parameters of f: #/properties/a: uniqueItems is not supported here"),
+        ({"tools": [tool("f", {"type": "array"}, strict=True)]}, "parameters of f: #: the type must be object"),
+        ({"tools": [tool("f", {"enum": ["x" * 70_000]}, strict=True)]}, "The schema has 70014 characters"),
+        ({"tools": [tool("f", UNIQUE, strict=True)], "extra_body": {"min_tokens": 5}},
+         "min_tokens can't be combined with strict functions: a complete answer ends."),
+    ],
+)  # fmt: skip
+def test_a_strict_function_that_cant_be_had(serve_with: Serve, options: Any, says: str) -> None:
+    with shared(serve_with).client() as client, pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model=MODEL, messages=TALK, max_tokens=4, **options)
+    assert says in raised.value.message
+
+
+def test_what_is_not_strict_is_not_refused(serve_with: Serve) -> None:
+    hostile = {"type": "object", "properties": {"a": HOSTILE[0]}}
+    with shared(serve_with).client() as client:
+        for parameters in (UNIQUE, {"type": "array"}, hostile, {"enum": ["x" * 70_000]}):
+            for choice in ("auto", "required"):
+                made: Any = {"tools": [tool("f", parameters, strict=False)], "tool_choice": choice}
+                client.chat.completions.create(model=MODEL, messages=TALK, max_tokens=4, **made)
+
+
+def test_models_without_what_a_grammar_needs(serve_with: Serve) -> None:
+    asked: Any = {"model": MODEL, "messages": TALK, "max_tokens": 4, "tools": [tool("f", {}, strict=True)]}
+    with serve_with(TEMPLATE, guided_decoding=False).client() as client:
+        with pytest.raises(openai.BadRequestError, match="has no guided decoding: omit strict from the functions"):
+            client.chat.completions.create(**asked)
+        client.chat.completions.create(**{**asked, "tools": [tool("f", {}, strict=False)], "tool_choice": "required"})
+    mistral = TEMPLATE.replace("<tool_call>", "[TOOL_CALLS]")
+    with serve_with(mistral, {"<tool_call>": "[TOOL_CALLS]"}).client() as client:
+        with pytest.raises(openai.BadRequestError, match="calls with special tokens, which a grammar can't have"):
+            client.chat.completions.create(**asked)
+        client.chat.completions.create(**asked, tool_choice="required")
+    llama = TEMPLATE.replace("<tool_call>", 'ipython "parameters"')
+    with serve_with(llama).client() as client:
+        client.chat.completions.create(**asked)
+        with pytest.raises(openai.BadRequestError, match="tools: this model writes calls as JSON"):
+            client.chat.completions.create(**asked, response_format={"type": "json_object"})
+
+
+@cache
+def shared(serve_with: Serve) -> Running:
+    return serve_with(TEMPLATE)
 
 
 HOSTILE: list[Any] = [

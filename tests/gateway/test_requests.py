@@ -222,9 +222,8 @@ def test_a_request_to_stop(model: Model) -> None:
     assert tensors(message)["stop"] == ("BOOL", [1, 1], b"\x01")
 
 
-def response(ids: list[int], log_probs: list[float], *, final: bool) -> Any:
+def response(ids: list[int], log_probs: list[float]) -> Any:
     made = service_pb2.ModelInferResponse()
-    made.parameters["triton_final_response"].bool_param = final
     for name, content in (
         ("sequence_length", struct.pack("<i", len(ids))),
         ("output_log_probs", struct.pack(f"<{len(log_probs)}f", *log_probs)),
@@ -242,7 +241,7 @@ def test_log_probabilities_of_the_new_tokens(steps: list[list[int]], cumulative:
     for place, ids in enumerate(steps):
         values = [float(n) for n in range(seen + len(ids))]
         sent = values if cumulative else values[seen:]
-        step = decoder.step(response(ids, sent, final=place == len(steps) - 1))
+        step = decoder.step(response(ids, sent), final=place == len(steps) - 1)
         assert list(step.ids) == ids
         assert list(step.log_probs) == values[seen:]
         assert step.final == (place == len(steps) - 1)

@@ -47,7 +47,7 @@ TALK: Any = [{"role": "user", "content": "Return the number of items in the list
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Store(tmp_path_factory.mktemp("serve") / "artifacts", Output("quiet"))
     recipe = schema.resolve({"model.id": str(exports.MODELS["qwen3"]), "gpu": "cpu", "quality.check": False,
-                             "calibration.samples": 0})  # fmt: skip
+                             "calibration.samples": 0, "repository.tool_calls": "hermes"})  # fmt: skip
     found = pipeline.build(recipe, store, until="repository").repository
     assert found is not None
     return found.path
@@ -173,6 +173,83 @@ def test_finished_answers_of_the_model_fulfil_any_schema(served: dict[str, Any],
         [choice] = client.chat.completions.create(**asked).choices
     if choice.finish_reason == "stop":
         valid((choice.message.content or "").encode(), schema)
+
+
+PARAMETERS: Any = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Bern", "Zürich"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def function(name: str, *, strict: bool = True) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": PARAMETERS, "strict": strict}}
+
+
+def test_a_call_that_is_required_is_complete_and_fulfils_its_schema(served: dict[str, Any]) -> None:
+    """The model itself can't call functions: it has 1 M parameters."""
+    named: Any = {"type": "function", "function": {"name": "snow"}}
+    asked: Any = {"model": "tiny", "messages": TALK, "max_tokens": 200, "parallel_tool_calls": False}
+    asked |= {"tools": [function("weather", strict=False), function("snow")]}
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        for seed, choice in enumerate((named, "required")):
+            whole = client.chat.completions.create(**asked, seed=seed, tool_choice=choice).choices[0]
+            [call] = whole.message.tool_calls or []
+            assert call.type == "function"
+            jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+            assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+            assert call.function.name == "snow" or choice == "required"
+            stream = client.chat.completions.create(**asked, seed=seed, tool_choice=choice, stream=True)
+            deltas = [delta for event in stream for delta in event.choices[0].delta.tool_calls or []]
+            arguments = "".join((delta.function and delta.function.arguments) or "" for delta in deltas)
+            assert arguments == call.function.arguments
+
+
+def test_a_strict_function_that_the_model_may_call(served: dict[str, Any]) -> None:
+    """A bias makes the model begin a call, which the grammar then completes."""
+    asked: Any = {"model": "tiny", "messages": TALK, "max_tokens": 300, "logit_bias": {"4090": 30}}  # <tool_call>
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        found = client.chat.completions.create(**asked, tools=[function("weather")]).choices[0]
+        calls = found.message.tool_calls or []
+        assert calls
+        for call in calls:
+            assert call.type == "function"
+            jsonschema.validate(json.loads(call.function.arguments), PARAMETERS)
+        asked["max_tokens"] = 30
+        free = client.chat.completions.create(**asked, tools=[function("weather", strict=False)]).choices[0]
+        assert not free.message.tool_calls, "only a strict function has a grammar"
+        both = {
+            **asked,
+            "max_tokens": 80,
+            "logit_bias": {},
+            "response_format": form(PERSON),
+            "tools": [function("weather")],
+        }
+        other = client.chat.completions.create(**both).choices[0]
+        if other.finish_reason == "stop":
+            jsonschema.validate(json.loads(other.message.content or ""), PERSON)
+
+
+def test_a_response_follows_a_json_schema_streamed_or_not(served: dict[str, Any]) -> None:
+    text: Any = {"format": {"type": "json_schema", "name": "person", "schema": PERSON, "strict": True}}
+    asked: Any = {"model": "tiny", "input": "Who?", "max_output_tokens": 200, "text": text, "temperature": 0}
+    with openai.OpenAI(base_url=served["openai"], api_key=KEY) as client:
+        whole = client.responses.create(**asked)
+        assert (whole.status, whole.text and whole.text.format and whole.text.format.type) == (
+            "completed", "json_schema"
+        )  # fmt: skip
+        jsonschema.validate(json.loads(whole.output_text), PERSON)
+        events = client.responses.create(**asked, stream=True)
+        assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == (
+            whole.output_text
+        )
+        called = client.responses.create(
+            model="tiny", input="Snow?", max_output_tokens=200, tool_choice="required", parallel_tool_calls=False,
+            tools=[{"type": "function", "name": "snow", "parameters": PARAMETERS, "strict": True}],
+        ).output[0]  # fmt: skip
+        assert called.type == "function_call"
+        jsonschema.validate(json.loads(called.arguments), PARAMETERS)
 
 
 def test_tritons_own_clients_can_send_a_guide(served: dict[str, Any]) -> None:
