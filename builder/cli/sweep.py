@@ -47,10 +47,9 @@ def run_sweep(arguments: argparse.Namespace, out: Output) -> int:
     store = Store(arguments.output, out)
     planned = sweep.plan(title, found, Store(arguments.output, Output("quiet"), dry=True), jobs=arguments.jobs)
     if arguments.dry_run:
-        show.plan(planned, store, out)
+        show.plan(planned, out)
         return 0
-    told = show.Told(len(planned.steps), out)
-    with store.in_use():
+    with store.in_use(), show.Told(planned, out) as told:
         results = sweep.run(planned, store, told.begun, told.ended)
     show.table(planned, results, out)
     directory = planned.directory(store)

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from builder.preflight.memory import Machine, machine
 from builder.preflight.prepare import Prepared, prepare
 from builder.preflight.ways import device
 from builder.sweep import graph, measured, page, place, results, scheduler, served
+from builder.sweep.expected import Expected, expected, note
 from builder.sweep.graph import Kind, Step
 from builder.sweep.local import Job, LocalExecutor
 from builder.sweep.measured import Result
@@ -50,7 +52,9 @@ AT_ONCE = 4  # steps that share the cores, unless the user says otherwise
 
 @dataclass(frozen=True)
 class Planned:
-    """A sweep before it runs. ready: results that the store has already. takes: {step: what it takes}."""
+    """A sweep before it runs. ready: results that the store has already. takes: {step: what it takes}. expected: {step:
+    seconds, memory and disk}. cached: steps that the
+    store has, by kind."""
 
     title: str
     points: Sequence[Point]
@@ -59,6 +63,8 @@ class Planned:
     steps: Sequence[Step]
     takes: Mapping[str, Slots]
     whole: Slots
+    expected: Mapping[str, Expected]
+    cached: Mapping[Kind, int]
 
     def directory(self, store: Store) -> Path:
         """Where its results are."""
@@ -76,7 +82,8 @@ def plan(title: str, points: Sequence[Point], store: Store, *, jobs: int | None 
             ready.append(measured.read(point, store))
         except WouldRun:
             missing.append(point)
-    host, steps = machine(store.root), _missing(graph.steps(missing), store)
+    every, host = graph.steps(points), machine(store.root)
+    steps = _missing(graph.steps(missing), store)
     whole = _whole(host)
     at_once = min(jobs or AT_ONCE, max(1, len(missing)))
     cores = max(1, whole.cores // at_once)
@@ -84,7 +91,10 @@ def plan(title: str, points: Sequence[Point], store: Store, *, jobs: int | None 
     for step in steps:
         found = of_step(step.kind, prepared[step.points[0].slug], host, cores).within(whole)
         takes[step.name] = found if jobs is None else Slots(max(found.cores, cores), found.memory, found.gpus)
-    return Planned(title, points, prepared, ready, steps, takes, whole)
+    cached = Counter(step.kind for step in every) - Counter(step.kind for step in steps)
+    return Planned(
+        title, points, prepared, ready, steps, takes, whole, expected(steps, prepared, takes, host, store), cached
+    )
 
 
 def _missing(steps: Sequence[Step], store: Store) -> list[Step]:
@@ -102,6 +112,8 @@ def _is_stored(step: Step, store: Store) -> bool:
     dry, [point, *_] = Store(store.root, Output("quiet"), dry=True), step.points
     try:
         if step.kind == "measure":
+            if not point.served:
+                return False  # or else the point would be ready
             measured.read_eval(point, store)
         elif step.kind == "build":
             served.read_build(point, store)
@@ -158,11 +170,12 @@ def run(
             [point] = outcome.step.points
             failed.setdefault(point.slug, {}).update({} if outcome.ok else {outcome.step.kind: outcome.why})
             found[point.slug] = measured.read_so_far(point, store, failed[point.slug])
-            _write(planned, directory, found)
+            write(planned, directory, found)
+        note(outcome, logs)
         ended(outcome)
 
     mark(store.root)
-    _write(planned, directory, found)
+    write(planned, directory, found)
     if planned.steps:
         with LocalExecutor(planned.whole) as executor:
             jobs = _jobs(planned, store, logs)
@@ -185,7 +198,7 @@ def _ordered(planned: Planned, found: Mapping[str, Result]) -> list[Result]:
     return measured.with_ratios([found[point.slug] for point in planned.points if point.slug in found])
 
 
-def _write(planned: Planned, directory: Path, found: Mapping[str, Result]) -> None:
+def write(planned: Planned, directory: Path, found: Mapping[str, Result]) -> None:
     ordered = _ordered(planned, found)
     if ordered:
         results.update(directory, ordered)
