@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from builder.cli.options import add_command, add_output, path
@@ -26,6 +27,8 @@ def add(commands: Any) -> None:
     command.add_argument("--jobs", type=int, metavar="N",
                          help="steps at once (default: up to 4, as cores and memory allow)")  # fmt: skip
     command.add_argument("--dry-run", action="store_true", help="print the steps and what they share; run nothing")
+    command.add_argument("--store", metavar="s3://BUCKET/PREFIX",
+                         help="share what is made through this bucket")  # fmt: skip
     add_output(command)
 
     command = add_command(
@@ -37,12 +40,18 @@ def add(commands: Any) -> None:
 
 def run_sweep(arguments: argparse.Namespace, out: Output) -> int:
     """Runs all points that the store does not have. Exits with 1 if one failed."""
+    from builder.core import bucket
+    from builder.core.environment import STORE
     from builder.core.errors import UsageError
     from builder.core.store import Store
     from builder.sweep import points, show, sweep
 
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UsageError(f"--jobs must be 1 or more (got {arguments.jobs}).")
+    if arguments.store is not None:
+        os.environ[STORE] = arguments.store
+    if (used := bucket.named()) is not None:
+        used.check()
     title, found = points.read(arguments.file, model=arguments.model, sets=arguments.set)
     store = Store(arguments.output, out)
     planned = sweep.plan(title, found, Store(arguments.output, Output("quiet"), dry=True), jobs=arguments.jobs)

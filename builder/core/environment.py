@@ -14,7 +14,9 @@ from typing import Literal
 
 # "work": quantizes, evaluates, builds an engine or serves. "hub": talks to the Hub with the user's credentials.
 # "public": talks to the Hub without them. "docker": the docker command. "gateway": sends traces, and runs no such code.
-Kind = Literal["work", "hub", "public", "docker", "gateway"]
+# "step": a command of ours, which talks to the Hub and to the store's bucket.
+Kind = Literal["work", "hub", "public", "docker", "gateway", "step"]
+STORE = "BUILDER_STORE"  # the address of a bucket that artifacts are shared through (bucket.py)
 NAMED = "BUILDER_CHILD_ENV"  # the user's additions to the allowlist: variable names, separated by commas
 
 
@@ -40,6 +42,7 @@ _NETWORK = _words(
 )
 _TOKENS = _words("HF_TOKEN HF_TOKEN_PATH HUGGING_FACE_HUB_TOKEN HUGGINGFACE_TOKEN")
 _DOCKER = _words("DOCKER_HOST DOCKER_CONFIG DOCKER_CONTEXT DOCKER_CERT_PATH DOCKER_TLS_VERIFY SSH_AUTH_SOCK")
+_BUCKET = _words("AWS_ FSSPEC_S3_")  # keys and endpoint of a bucket
 # Rejects secrets that match an allowed prefix, such as TRITON_API_KEY.
 _SECRET = re.compile(r"(^|_)(TOKENS?|SECRETS?|PASS|PASSWORD|PASSWD|CREDENTIALS?|AUTH|JWT|API_?KEY|KEY)(_|$)")
 _USERINFO = re.compile(r"^([a-z][a-z0-9+.-]*://)?[^/]*@", re.IGNORECASE)
@@ -60,9 +63,11 @@ def child_environment(kind: Kind = "work", source: Mapping[str, str] | None = No
 
 def _allowed(name: str, kind: Kind) -> bool:
     upper = name.upper()  # curl and Python accept the proxy variables in either case
-    if kind in ("hub", "public") and upper in _NETWORK:
+    if name == STORE or name.startswith(_BUCKET):
+        return kind == "step"
+    if kind in ("hub", "public", "step") and upper in _NETWORK:
         return True
-    if kind == "hub" and name in _TOKENS:
+    if kind in ("hub", "step") and name in _TOKENS:
         return True
     if kind == "docker" and name in _DOCKER:
         return True

@@ -51,7 +51,25 @@ def load(directory: Path, *, formats: tuple[int, ...] = (FORMAT,)) -> dict[str, 
         raise Damaged("it is nested too deeply") from None
 
 
+def parsed(text: str) -> dict[str, Any]:
+    """The text of a manifest, checked as `load` does. Damaged or ValueError says what is wrong."""
+    try:
+        found = parse_json(text.encode())
+        if not isinstance(found, dict):
+            raise Damaged(f"it contains a {type(found).__name__}, not an object")
+        return _checked(found, (FORMAT,))
+    except RecursionError:
+        raise Damaged("it is nested too deeply") from None
+
+
 def _validated(directory: Path, manifest: dict[str, Any], formats: tuple[int, ...]) -> dict[str, Any]:
+    stage, key = _checked(manifest, formats)["stage"], manifest["key"]
+    if directory.parent.name == stage and directory.name != key:
+        raise Damaged(f"it belongs to {stage}/{key}")
+    return manifest
+
+
+def _checked(manifest: dict[str, Any], formats: tuple[int, ...]) -> dict[str, Any]:
     if manifest.get("format") not in formats or isinstance(manifest["format"], bool):
         raise Damaged(f"it has format {str(manifest.get('format'))[:40]}, not {FORMAT}")
     if manifest["format"] >= 2:
@@ -62,8 +80,6 @@ def _validated(directory: Path, manifest: dict[str, Any], formats: tuple[int, ..
         raise Damaged("its key does not match its ingredients")
     if manifest["digest"] != content_digest(manifest):
         raise Damaged("its digest does not match its files")
-    if directory.parent.name == stage and directory.name != key:
-        raise Damaged(f"it belongs to {stage}/{key}")
     return manifest
 
 

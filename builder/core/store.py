@@ -3,6 +3,7 @@
     <root>/<stage>/<key>/...             a finished artifact: the stage's output and manifest.json
     <root>/<stage>/.<key>.<pid>.tmp/     an unfinished one; the next build of the same key removes it
     <root>/locks/, <root>/logs/          flock files; logs of worker processes
+    <root>/pulled/                       what is being downloaded from a bucket (bucket.py)
 
 The key is a digest of everything that can change the output, the ingredients. The kernel releases a lock when its
 process dies, so a killed build does not block others.
@@ -22,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from builder.core import atomic, interrupts, temporary
+from builder.core import atomic, bucket, interrupts, temporary
 from builder.core import manifest as manifests
 from builder.core.atomic import disk_error, make_directory, replace_file, replace_link
 from builder.core.errors import IntegrityError, UsageError
@@ -97,6 +98,7 @@ class Store:
         self.out = out
         self.force = frozenset(force)
         self.dry = dry
+        self.bucket = bucket.named()
         self.done: list[Artifact] = []
         self.assumed: list[str] = []
 
@@ -124,7 +126,8 @@ class Store:
                 atomic.restore_backup(self.root / name / key)
                 found = None if name in self.force else self.find(name, key)
                 if found is None:
-                    found = self._make(name, key, ingredients, make)
+                    made = self._make(name, key, ingredients, make)
+                    found = self._shared(made, replace=name in self.force)
         if found.cached:
             self.out.stage(name, f"found {key}, nothing to do")
             if not self.dry:
@@ -134,8 +137,32 @@ class Store:
         return found
 
     def find(self, name: str, key: str) -> Artifact | None:
-        """The artifact with this key, or None if it is absent or was changed. Checks what `read` checks."""
-        return read(self.root / name / key)
+        """The artifact with this key, or None if it is absent or was changed. Checks what `read` checks.
+
+        With a bucket (bucket.py) also from there: whole, in a dry store without its large files.
+        """
+        found = read(self.root / name / key)
+        if self.bucket is None:
+            return found
+        if not self.dry:
+            return self._shared(found) if found else self._pulled(name, key)
+        seen = None if found else self.bucket.glimpse(name, key)
+        return read(seen, check_files=False) if seen else found
+
+    def _shared(self, found: Artifact, *, replace: bool = False) -> Artifact:
+        """The artifact once it is in the bucket too: another machine's, if that one was first."""
+        if self.bucket is None:
+            return found
+        held = self.bucket.push(found.path, found.manifest, replace=replace)
+        return found if held.digest == found.digest else self._pulled(found.stage, found.path.name) or found
+
+    def _pulled(self, name: str, key: str) -> Artifact | None:
+        """The artifact from the bucket. None if it has none that is whole."""
+        if self.bucket is None or self.bucket.find(name, key) is None:
+            return None
+        self.out.stage(name, f"{key} comes from {self.bucket.address}")
+        place = self.bucket.pull(name, key, self.root)
+        return read(place) if place else None
 
     def log(self, name: str) -> Path:
         """The path for a new log file; removes old ones. Logs are not part of artifacts, since no two are equal.

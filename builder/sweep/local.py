@@ -83,7 +83,7 @@ class LocalExecutor:
         cores = tuple(sorted(self._cores)[: job.takes.cores])
         gpus = tuple(sorted(self._gpus)[: job.takes.gpus])
         command = Command(
-            [sys.executable, "-m", *job.argv], env=_environment(job, gpus if self.slots.gpus else None), kind="hub"
+            [sys.executable, "-m", *job.argv], env=_environment(job, gpus if self.slots.gpus else None), kind="step"
         )
         stack = ExitStack()
         all_cores = os.sched_getaffinity(0)

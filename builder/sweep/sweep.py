@@ -19,6 +19,7 @@ from pathlib import Path
 
 from builder import pipeline
 from builder.core.atomic import make_directory
+from builder.core.environment import STORE
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store, WouldRun, mark, replace_file
@@ -225,5 +226,6 @@ def _script(kind: Kind, argv: Sequence[str]) -> str:
     lines = ["#!/bin/sh"]
     lines += [f"# The store has what this makes. To make it again: sh run.sh{again}"] if again else []
     lines += [f"cd {shlex.quote(os.getcwd())} || exit"]
+    lines += [f"export {STORE}={shlex.quote(os.environ[STORE])}"] if os.environ.get(STORE) else []
     lines += [f'exec {shlex.quote(sys.executable)} -m {shlex.join(argv)} "$@"']
     return "\n".join([*lines, ""])

@@ -18,6 +18,7 @@ RECIPE_GROUP = "recipe"  # title of the option group that all commands with a re
 # Every variable that the builder reads itself; tests/docs/test_generated.py compares the names with the code.
 ENVIRONMENT: Mapping[str, str] = {
     "BUILDER_OUTPUT": "Default of `--output`.",
+    "BUILDER_STORE": "A bucket, `s3://BUCKET/PREFIX`, through which machines share what they make.",
     "BUILDER_IMAGE": "Default of `--image`, the image that `serve --container` and `smoke --container` run.",
     "BUILDER_CHILD_ENV": "Names of further variables to pass to worker processes, separated by commas.",
     "BUILDER_KERNELS": "What packs weights: `avx512`, `avx2`, `baseline` or `torch`. All give the same bytes.",

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import s3_server
 import yaml
 
 from builder.cli import main
-from builder.core import paths
+from builder.core import bucket, paths
+from builder.core.environment import STORE
 from builder.sweep.points import read
 
 FILE = paths.data("configs", "sweeps", "smallest.yaml")
@@ -168,3 +170,25 @@ def test_points_are_built_served_and_measured_unless_the_quality_check_rejects_t
     capsys.readouterr()
     assert main.main(argv) == 0
     assert "begins" not in capsys.readouterr().err, "both are in the store"
+
+
+def test_two_output_directories_share_their_work_through_a_bucket(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one runs nothing and takes no weights; the bucket's keys are in no file of either."""
+    file = small(tmp_path, rounding={"max": {}})
+    monkeypatch.setenv(STORE, "")  # restored at the end: --store sets it
+    with s3_server.running(tmp_path) as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        for place in ("one", "two"):
+            argv = ["sweep", str(file), "--output", str(tmp_path / place), "--store", s3_server.ADDRESS]
+            assert main.main(argv) == 0
+            bucket.opened.cache_clear()
+    assert capsys.readouterr().err.count("measure begins") == 1
+    assert rows(tmp_path / "one")[0]["kl"] == rows(tmp_path / "two")[0]["kl"]
+    assert {path.name for path in (tmp_path / "two").iterdir() if path.is_dir()} <= {"locks", "sweeps"}
+    [script] = (tmp_path / "one").glob("sweeps/*/runs/*/max/measure/run.sh")
+    assert f"export {STORE}={s3_server.ADDRESS}" in script.read_text()
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".parquet"]
+    assert not [path for path in written if variables["AWS_SECRET_ACCESS_KEY"].encode() in path.read_bytes()]
