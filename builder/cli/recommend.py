@@ -41,7 +41,9 @@ def add(commands: Any) -> None:
                        help="of weights and the KV cache of one full sequence, as 500MB or 7GB")  # fmt: skip
     group.add_argument("--max-candidates", type=int, default=16, metavar="N",
                        help="how many to build and measure at most (default: 16)")  # fmt: skip
-    group.add_argument("--max-minutes", type=float, metavar="N", help="begin no candidate that would end later")
+    group.add_argument(
+        "--max-minutes", type=float, metavar="N", help="end the search by then, with what it found so far"
+    )
     group.add_argument("--save", type=path, default=DEFAULT, metavar="FILE",
                        help=f"the recipe file to write (default: {DEFAULT})")  # fmt: skip
     group.add_argument("--remove", action="store_true", help="remove the checkpoints of candidates that lost")

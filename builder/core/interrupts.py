@@ -9,11 +9,12 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TIME_OVER = signal.SIGUSR1  # sent to the process itself by `within`
 REPEAT_SECONDS = 0.05
 _received: list[int] = []
 
@@ -74,7 +75,7 @@ def deferred() -> Iterator[None]:
     previous = {}
     try:
         if threading.current_thread() is threading.main_thread():  # only the main thread can set and run handlers
-            for number in SIGNALS:
+            for number in (*SIGNALS, TIME_OVER):
                 if callable(signal.getsignal(number)):
                     previous[number] = signal.signal(number, lambda number, frame: held.append(number))
         yield
@@ -83,3 +84,38 @@ def deferred() -> Iterator[None]:
             signal.signal(number, handler)
         for caught in held:  # also if the block raised: a failure must not hide an interrupt
             signal.raise_signal(caught)
+
+
+def within(seconds: float | None, work: Callable[[], object]) -> bool:
+    """Does some work, and ends it after so many seconds as Ctrl-C would: children end, half-made files are removed.
+
+    Whether the work was done in time; then nothing is raised, unless the user interrupts it too. None: no limit. Only
+    the main thread can call it."""
+    if seconds is None:
+        work()
+        return True
+    main = threading.main_thread().ident or 0
+    rang = threading.Event()
+
+    def ring() -> None:
+        rang.set()
+        signal.pthread_kill(main, TIME_OVER)
+
+    previous = signal.signal(TIME_OVER, interrupt)
+    timer = threading.Timer(seconds, ring)
+    timer.daemon = True
+    try:
+        timer.start()
+        try:
+            work()
+        finally:
+            timer.cancel()
+            timer.join()
+    except BaseException:  # it may have been turned into another error
+        if not rang.is_set() or any(number != TIME_OVER for number in _received):
+            raise
+        return False
+    finally:
+        signal.signal(TIME_OVER, previous)
+        _received[:] = [number for number in _received if number != TIME_OVER]
+    return True

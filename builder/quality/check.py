@@ -35,10 +35,12 @@ from builder.formats.registry import BF16
 from builder.preflight import ways
 from builder.preflight.memory import Machine
 from builder.preflight.model_facts import ModelFacts
+from builder.quality.answers import ANSWER_TOKENS, PROMPTS, Answer
 from builder.quantize import exclude, modelopt
 from builder.recipe.schema import Recipe
 
 SOURCES = (
+    "builder/quality/answers.py",
     "builder/quality/check.py",
     "builder/quality/worker.py",
     "builder/quality/remedies.py",
@@ -50,24 +52,8 @@ HELD_OUT = "held-out"
 MIN_TOKENS = 8
 RESAMPLES, SEED = 300, 0
 TOP = 1024  # as evaluation.top
-# Questions for models with a chat template, and texts to continue for models without.
-PROMPTS = (
-    {"ask": "What is the capital of France?", "continue": "The capital of France is"},
-    {"ask": "Name three primary colors.", "continue": "The three primary colors are"},
-    {"ask": "What does len() return in Python?", "continue": "Return the number of"},
-)
-ANSWER_TOKENS = 32
 # Layers that are tried in FP8 (or BF16: formats/assignment.py, to_keep) if the score is low, cheapest first.
 KEPT = (("*.{down}",), ("*.{attention}.*",), ("*.{mlp}.*",), ("*.{mlp}.*", "*.{q}"))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Greedy answers to one prompt."""
-
-    prompt: str
-    bf16: str
-    quantized: str
 
 
 @dataclass(frozen=True)
@@ -113,6 +99,11 @@ class Quality:
         if self.collapsed:
             return "the checkpoint finds shuffled tokens as likely as text"
         return "" if self.score >= min_score else f"its score is {self.score:.2f}, below {min_score:g} (BF16 = 100)"
+
+    @property
+    def lost(self) -> str:
+        """What its answers lack that BF16's have, in words; "" if nothing, or if nobody answered."""
+        return "; ".join(f"it answers {one.prompt!r} without {one.lost}" for one in self.answers if one.lost)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -23,6 +23,7 @@ from builder.evaluate.datasets import Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring, worker
 from builder.evaluate.runners.language import check_known_language, check_vocabulary, knows
 from builder.evaluate.runners.scoring import Runner
+from builder.quality.answers import lost
 
 CHECK_TEXTS = 4  # texts of each set in the language check
 REMEDIES_BELOW = 93.0  # the score from which no remedies are estimated
@@ -60,12 +61,15 @@ def _compared(job: Mapping[str, Any]) -> dict[str, Any]:
         collapsed = not all(map(knows, _score(runner, sets, job, "quantized").values()))
         ours = _answers(runner, tokenizer, prompts, job["answer_tokens"])
         remedies = _remedies(runner, sets, job, label)
-    answers = zip(prompts, original, ours, strict=False)  # some runners give none
+    answers = [  # some runners give none
+        {"prompt": shown, "bf16": theirs, "quantized": mine, "lost": lost(asked["fact"], theirs, mine)}
+        for (shown, _), asked, theirs, mine in zip(prompts, job["prompts"], original, ours, strict=False)
+    ]
     return {
         "runner": label,
         "texts": {name: len(one.ids) for name, one in sets.items()},
         "tokens": sum(one.starts[-1] for one in sets.values()),
-        "answers": [{"prompt": shown, "bf16": theirs, "quantized": mine} for (shown, _), theirs, mine in answers],
+        "answers": answers,
         "remedies": remedies,
         "collapsed": collapsed,
         "notes": notes,

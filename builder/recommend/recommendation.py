@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from builder.core import interrupts
 from builder.core.errors import EvaluationError
 from builder.core.output import Output, seconds, size
 from builder.core.store import STAGES, Store, WouldRun, artifacts, strings
@@ -97,15 +99,23 @@ class Recommendation:
 def recommend(user: Resolved, request: Request, *, store: Store) -> Recommendation:
     """Searches for the cheapest recipe; if interrupted, shows what it has. A second call finds all measurements in the
     store. UsageError for a quantized model and for what `varied` refuses."""
+    start = time.monotonic()
     base, listed = _listed(user, store)
-    snapshot = fetch(base.recipe.model, store=store)
-    bf16_scores(Models(snapshot), base.recipe, store=store)  # errors of texts and model are no candidate's
     found = Recommendation(user, request, listed, Outcome())
+
+    def search() -> None:
+        snapshot = fetch(base.recipe.model, store=store)
+        bf16_scores(Models(snapshot), base.recipe, store=store)  # errors of texts and model are no candidate's
+        Search(request, base, store, found.outcome, start).run(listed.candidates)
+
     try:
-        Search(request, base, store, found.outcome).run(listed.candidates)
+        done = interrupts.within(request.max_seconds, search)
     except KeyboardInterrupt:
         show(found, store.out)
         raise
+    if not done and request.max_seconds is not None:
+        during = found.outcome.trying and f" while {found.outcome.trying} was tried"
+        found.outcome.stopped = f"{seconds(request.max_seconds)} were over (--max-minutes){during}"
     return found
 
 
@@ -147,6 +157,8 @@ def show(found: Recommendation, out: Output) -> None:
     if parts:
         titles = [f"{title} exact" for title in PARTS.values()]
         out.table("KL on the texts that rank layers, with a part exact", ["candidate", "all", *titles], parts)
+    if found.outcome.stopped:
+        out.info(f"the search ended early: {found.outcome.stopped}; the same command continues it")
     for label, why in found.listed.impossible.items():
         out.info(f"not possible: {label}: {why}")
     out.result(found.as_dict())

@@ -17,8 +17,8 @@ RANKED_ON = {"sensitivity.texts": 8, "sensitivity.max_tokens": 128}
 @dataclass(frozen=True)
 class Request:
     """limits: by metric (evaluation.limits): the largest KL, the least score. max_bytes: of the checkpoint and the KV
-    cache of one full sequence; None: any. max_candidates: how many to build and measure. max_seconds: no candidate is
-    begun that would probably end later; None: any time."""
+    cache of one full sequence; None: any. max_candidates: how many to build and measure. max_seconds: of the whole
+    search, with all that it measures; None: any time."""
 
     limits: Mapping[str, float]
     max_bytes: int | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from builder.core.output import seconds, size
@@ -34,7 +34,8 @@ Family = tuple[str, str, bool]  # format, KV cache, whether rotated
 class Outcome:
     """All trials in order, the winner, and with a limit of bytes that none kept the cheapest that met the others.
 
-    parts: of the first candidate of each family that missed. stopped: why the search ended early, or "".
+    parts: of the first candidate of each family that missed. stopped: why the search ended early, or "". trying: what
+    is tried now.
     """
 
     trials: list[Trial] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Outcome:
     over: Trial | None = None
     parts: dict[Family, tuple[Trial, Losses]] = field(default_factory=dict)
     stopped: str = ""
+    trying: str = ""
 
     @property
     def nearest(self) -> Trial | None:
@@ -51,25 +53,30 @@ class Outcome:
 
 
 class Search:
-    """One search; what it finds goes into `outcome` as it is found."""
+    """One search; what it finds goes into `outcome` as it is found. start: since when its time counts."""
 
-    def __init__(self, request: Request, base: Resolved, store: Store, outcome: Outcome) -> None:
+    def __init__(
+        self, request: Request, base: Resolved, store: Store, outcome: Outcome, start: float | None = None
+    ) -> None:
         self._request, self._base, self._store, self._outcome = request, base, store, outcome
-        self._count, self._start = 0, time.monotonic()
+        self._count, self._start = 0, time.monotonic() if start is None else start
+        self._measured = 0.0  # seconds that candidates took beyond what their checkpoints were estimated to take
 
     def run(self, candidates: Sequence[Candidate]) -> None:
         """First what keeps the limit of bytes; if none of that meets the others, what does not."""
         most = self._request.max_bytes
         inside = [one for one in candidates if most is None or one.nbytes <= most]
-        self._outcome.winner = self._first(inside, most)
+        for trial in self._found(inside, most):
+            self._outcome.winner = trial
         if self._outcome.winner is None and most is not None and not self._outcome.stopped:
             self._store.out.info(f"none within {size(most)}; looking for what meets the other limits")
             outside = [one for one in candidates if one.nbytes > most or one.searches]
-            self._outcome.over = self._first(outside, None)
+            for trial in self._found(outside, None):
+                self._outcome.over = trial
 
-    def _first(self, candidates: Sequence[Candidate], room: int | None) -> Trial | None:
-        """The cheapest that meets the budget. One that searches for layers may turn out to have more bytes than a
-        later one, so those are still tried."""
+    def _found(self, candidates: Sequence[Candidate], room: int | None) -> Iterator[Trial]:
+        """Those that meet the budget, each cheaper than the one before. One that searches for layers may turn out to
+        have more bytes than a later one, so those are still tried."""
         best: Trial | None = None
         for one in candidates:
             if best is not None and one.nbytes >= best.candidate.nbytes:
@@ -80,12 +87,13 @@ class Search:
             if self._ends(one):
                 break
             most = room if best is None else best.candidate.nbytes - 1
+            self._outcome.trying = Trial(one, "").label
             trial = self._with_kept(one, most) if one.searches else self._try(one)
             if trial is not None and trial.met:
                 best = trial
+                yield trial
                 if not one.searches:
                     break
-        return best
 
     def _note(self, trial: Trial) -> Trial:
         self._outcome.trials.append(trial)
@@ -96,6 +104,7 @@ class Search:
         """Whether the bounds of the search end it before this candidate."""
         request, out = self._request, self._outcome
         took, expected = time.monotonic() - self._start, one.seconds(machine(self._store.root)) or 0.0
+        expected += self._measured / max(1, self._count)
         if self._count >= request.max_candidates:
             out.stopped = f"{self._count} candidates were measured (--max-candidates)"
         elif request.max_seconds is not None and took + expected > request.max_seconds:
@@ -131,16 +140,18 @@ class Search:
         about = "" if took is None else f", about {seconds(took)} to make"
         number = f"{self._count + 1} of at most {self._request.max_candidates}"
         out.stage("recommend", f"candidate {number}: {Trial(one, '').label}, {size(one.nbytes)}{about}")
+        began = time.monotonic()
         try:
             trial = measure(one, self._request, store=self._store)
             self._count += not one.exact
             if trial.met and (why := check_quality(trial, store=self._store)):
-                trial = replace(trial, met=False, verdict=f"meets it, but fails the quality check: {why}")
+                trial = replace(trial, met=False, verdict=f"meets it, but {why}")
         except FAILURES as error:
             return self._note(not_measured(one, error))
         self._note(trial)
         if not trial.met:
             self._measure_parts(trial)
+        self._measured += max(0.0, time.monotonic() - began - (trial.seconds or 0.0))
         return trial
 
     def _measure_parts(self, trial: Trial) -> None:

@@ -67,13 +67,17 @@ def words(error: BuilderError) -> str:
 
 
 def check_quality(one: Trial, *, store: Store) -> str:
-    """Why a build of the candidate would fail its quality check; "" if it passes or can't be measured."""
+    """Why a build of the candidate would fail its quality check, or what its answers lack that BF16's have; "" if it
+    passes with answers as good, or can't be measured."""
     prepared = one.candidate.prepared
     if one.candidate.exact or not prepared.recipe.quality.check:
         return ""
     built = run_stages(prepared, store, "checkpoint", quality=True)
     assert built.quality is not None
-    return built.quality.failure(prepared.recipe.quality.min_score)
+    failed = built.quality.failure(prepared.recipe.quality.min_score)
+    return (
+        f"fails the quality check: {failed}" if failed else built.quality.lost and f"unlike BF16, {built.quality.lost}"
+    )
 
 
 def judge(figures: Mapping[str, Estimate], limits: Mapping[str, float]) -> tuple[str, bool]:

@@ -44,6 +44,8 @@ def show(found: Quality, min_score: float, out: Output) -> None:
         out.table("what would help (estimated)", ["flags", "score", "additional size"], rows_of)
     for note in found.notes:
         out.text(f"quality    {note}")
+    if found.lost:
+        out.text(f"quality    unlike BF16, {found.lost}; `builder recommend` tries until it doesn't")
     failed = found.failure(min_score)
     out.text(f"quality    {f'FAILED: {failed}' if failed else f'passed: a score of at least {min_score:g}'}")
 

@@ -166,3 +166,47 @@ def test_other_exceptions_of_finalizers_are_printed_as_ever(capsys: pytest.Captu
 
     Broken()
     assert "ValueError: in a finalizer" in capsys.readouterr().err
+
+
+def test_work_is_done_within_a_time_or_ends_as_by_an_interrupt() -> None:
+    done: list[str] = []
+
+    def whole() -> None:
+        with interrupts.deferred():
+            time.sleep(0.2)
+            done.append("what must not be torn")
+        time.sleep(60)
+        done.append("never")
+
+    assert interrupts.within(0.05, whole) is False
+    assert done == ["what must not be torn"]
+    assert interrupts.within(60, lambda: done.append("quick")) is True
+    assert interrupts.within(0.01, in_a_descriptor_for_long) is False
+    assert interrupts.within(None, lambda: done.append("unlimited")) is True
+    assert done[1:] == ["quick", "unlimited"]
+    assert not interrupts.received()
+
+
+def in_a_descriptor_for_long() -> None:
+    """Python 3.11 makes a RuntimeError of the interrupt."""
+
+    class Descriptor:
+        def __set_name__(self, owner: type, name: str) -> None:
+            time.sleep(5)
+
+    class Model:
+        field = Descriptor()
+
+
+def test_a_user_s_interrupt_and_an_error_within_a_time_are_what_they_were() -> None:
+    previous = signal.signal(signal.SIGHUP, interrupts.interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.within(60, stop)
+        assert interrupts.received()
+    finally:
+        interrupts.answered()
+        signal.signal(signal.SIGHUP, previous)
+    with pytest.raises(ZeroDivisionError):
+        interrupts.within(60, lambda: 1 / 0)
+    assert signal.getsignal(interrupts.TIME_OVER) == signal.SIG_DFL

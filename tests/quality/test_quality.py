@@ -32,6 +32,7 @@ from builder.publish import links as publish_links
 from builder.publish import verdict
 from builder.publish.verdict import BuildVerdict
 from builder.quality import check
+from builder.quality.answers import ANSWER_TOKENS, PROMPTS
 from builder.quality.check import Quality, Remedy
 from builder.recipe import schema
 from builder.report import gather, quality_summary
@@ -74,7 +75,7 @@ def test_the_bundled_model_passes_and_manifest_report_and_plan_say_so(built: tup
     assert found.figures["score"].low < found.score < found.figures["score"].high
     assert found.texts == {"bundled": 6, "held-out": 6}
     assert (found.runner, found.collapsed, found.remedies) == ("checkpoint", False, ())
-    assert [one.prompt for one in found.answers] == [one["ask"] for one in check.PROMPTS]
+    assert [one.prompt for one in found.answers] == [one["ask"] for one in PROMPTS]
     assert all(one.bf16 and one.quantized for one in found.answers)
     assert made.verdict == BuildVerdict("passed", (f"a score of {found.score:.2f}, at least 90 was asked",))
     assert made.link
@@ -90,6 +91,31 @@ def test_the_bundled_model_passes_and_manifest_report_and_plan_say_so(built: tup
     [row] = [row for row in plan(root) if row["stage"] == "quality"]
     assert row["state"] == "cached"
     assert row["why"].endswith(f"score {found.score:.2f}, at least 90 asked: passed")
+
+
+def test_the_answers_are_those_of_what_is_served(built: tuple[Path, Built]) -> None:
+    """Greedy answers of the executor that Triton runs, from the files that it loads: the same arithmetic, with other
+    orders of float32 sums."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from builder.quality import worker
+    from builder.reference.model import ReferenceModel
+
+    _, made = built
+    assert made.checkpoint
+    assert made.quality
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model, same = ReferenceModel.load(made.checkpoint.tensorrt_llm), 0
+    ends = json.loads((TINY / "generation_config.json").read_text())["eos_token_id"]
+    for asked, answer in zip(PROMPTS, made.quality.answers, strict=True):
+        cache, ids = model.new_cache(), worker._prompt(tokenizer, asked)[1]
+        tokens: list[int] = []
+        while len(tokens) < ANSWER_TOKENS and not (tokens and tokens[-1] in ends):
+            logits = model.forward(torch.tensor(tokens[-1:] or ids), cache)
+            tokens.append(int(logits[-1].argmax()))
+        same += tokenizer.decode(tokens, skip_special_tokens=True).strip() == answer.quantized
+    assert same >= 2, "a near tie may fall otherwise"
 
 
 def plan(root: Path, *argv: str) -> list[dict[str, str]]:

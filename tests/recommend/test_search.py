@@ -6,6 +6,7 @@ The recipe is data-free, so that nothing is calibrated; the workers run in this 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -243,12 +244,12 @@ def test_the_quality_check_may_reject_what_meets_the_budget(store: Store, monkey
     from builder.recommend import search
 
     def failing(one: Trial, *, store: Store) -> str:
-        return "its score is 80.00" if one.candidate.settings.format == "nvfp4" else ""
+        return "unlike BF16, it answers 'Why?' without because" if one.candidate.settings.format == "nvfp4" else ""
 
     monkeypatch.setattr(search, "check_quality", failing)
     found = run(0.08, store, quantization__algorithm="max", quantization__kv_cache_dtype="fp8")
     assert [one.label for one in found.outcome.trials] == ["nvfp4, KV fp8", "w4a16_nvfp4, KV fp8"]
-    assert found.outcome.trials[0].verdict == "meets it, but fails the quality check: its score is 80.00"
+    assert found.outcome.trials[0].verdict == "meets it, but unlike BF16, it answers 'Why?' without because"
     assert found.outcome.winner is found.outcome.trials[1]
 
 
@@ -266,16 +267,31 @@ def test_an_interrupted_search_shows_what_it_has(store: Store, monkeypatch: pyte
     assert [one["candidate"] for one in out._result["candidates"]] == ["nvfp4, KV fp8"]
 
 
-def test_the_bounds_end_the_search(store: Store) -> None:
+def test_the_bounds_end_the_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Candidate, "seconds", lambda one, host: 100.0)
     user = resolve(0.02)
     for request, why in (
         (Request({"kl": 0.02}, max_candidates=1), "1 candidates were measured"),
-        (Request({"kl": 0.02}, max_seconds=0.0), "would take longer than 0.0s"),
+        (Request({"kl": 0.02}, max_seconds=0.0), "0.0s were over (--max-minutes)"),
+        (Request({"kl": 0.02}, max_seconds=60.0), "would take longer than 1m00s (--max-minutes)"),
     ):
         found = recommend(user, request, store=Store(store.root, Output("quiet")))
         assert why in found.outcome.stopped
         with pytest.raises(EvaluationError, match="The search ended early"):
             found.check()
+
+
+def test_the_time_limit_ends_a_measurement(mixed: Recommendation, store: Store, monkeypatch: Any) -> None:
+    """Also one that takes much longer than was expected. What was measured before is shown."""
+    from builder.recommend import search
+
+    monkeypatch.setattr(search, "measure_parts", lambda *_, **__: time.sleep(600))
+    user = resolve(0.02, quantization__format="nvfp4", quantization__kv_cache_dtype="fp8")
+    found = recommend(user, Request({"kl": 0.02}, max_seconds=6.0), store=Store(store.root, Output("quiet")))
+    assert found.outcome.stopped == "6.0s were over (--max-minutes) while nvfp4, KV fp8 was tried"
+    with pytest.raises(EvaluationError, match=r"ended early: 6\.0s were over") as failed:
+        found.check()
+    assert "The least loss so far: nvfp4, KV fp8, KL" in failed.value.why
 
 
 def test_a_plan_builds_nothing(tmp_path: Path) -> None:
