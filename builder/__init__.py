@@ -12,6 +12,7 @@ read, changed and tested without those above it.
     tokenizer       its tokenizer and chat template
     grammar         guided decoding: JSON schemas as grammars, tokens as bytes
     hub             the Hugging Face Hub
+    lora            LoRA adapters of a model: their files, and TensorRT-LLM's tensors of them
     calibration     texts that the activation ranges are read from
     checkpoint      the quantized checkpoint: layouts, sharding, validation
     quantize        backends that make a checkpoint

@@ -22,7 +22,7 @@ from builder.gateway.channel import Channel
 from builder.gateway.errors import ApiError
 from builder.gateway.http2 import BrokenStreamError, Ended, Stream
 from builder.gateway.settings import Model
-from builder.gateway.tensors import Decoder, Step, TokenRequest, encode, encode_stop, is_final
+from builder.gateway.tensors import Decoder, Step, TokenRequest, encode, encode_stop, is_final, read_adapter
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 # In Triton's errors for a request that exceeds max_queue_size, and for one that waited too long.
@@ -31,7 +31,14 @@ STOP_ATTEMPTS, STOP_PAUSE = 20, 0.1  # how often, and seconds apart, a full queu
 STOP_SECONDS = 30.0  # for the engine to end an answer that was stopped, before its stream is cancelled
 CLOSE_SECONDS = 5.0  # for answers that were stopped, when the gateway ends
 
+# What TensorRT-LLM's cache of LoRA adapters says (batch_manager/peftCacheManager.cpp, addRequestPeft).
+ADAPTER_MISSING, ADAPTERS_FULL = "not found in cache. Please send LoRA weights", "PEFT Cache is full"
+
 OnStep = Callable[[Step], bool]  # gets a response; whether more are wanted
+
+
+class AdapterMissingError(ApiError):
+    """The engine has no weights of the request's LoRA adapter, or no longer."""
 
 
 class Engine:
@@ -53,9 +60,19 @@ class Engine:
         """Passes each response to `on_step`, up to the final one or until it wants no more.
 
         ApiError if the server fails or rejects the request. If this task is cancelled, the engine is told to stop.
+        An engine keeps LoRA adapters in a cache, from which they can vanish: if it lacks the request's, the request is
+        sent once more, with the adapter.
         """
+        try:
+            await self._generate(encode(self._model, request, request_id), request_id, on_step)
+        except AdapterMissingError:
+            adapter = await asyncio.to_thread(read_adapter, self._model)
+            message = await asyncio.to_thread(encode, self._model, request, request_id, adapter)
+            await self._generate(message, request_id, on_step)
+
+    async def _generate(self, message: Any, request_id: str, on_step: OnStep) -> None:
         answer = _Answer(self, on_step)
-        await self._begin(answer.stream, encode(self._model, request, request_id))
+        await self._begin(answer.stream, message)
         try:
             await answer.done
         finally:
@@ -166,6 +183,12 @@ def _broken(detail: str) -> ApiError:
 
 
 def _rejected(message: str) -> ApiError:
+    if ADAPTER_MISSING in message:
+        text = "The model server has lost the adapter. Try again."
+        return AdapterMissingError(503, text, code="adapter_missing", detail=message)
+    if ADAPTERS_FULL in message:
+        text = "All adapters that the model server has room for are in use. Try again later."
+        return ApiError(429, text, code="adapters_full", detail=message)
     if any(busy in message for busy in BUSY):
         return ApiError(429, "The model server's queue is full. Try again later.", code="queue_full", detail=message)
     return ApiError(500, "The model server failed on this request.", code="engine_error", detail=message)

@@ -28,6 +28,14 @@ class Guided:
 
 
 @dataclass(frozen=True)
+class AdapterFile:
+    """A LoRA adapter of an engine model: its tensors, and the number that the engine knows it by (lora_task_id)."""
+
+    file: Path
+    task_id: int
+
+
+@dataclass(frozen=True)
 class TextSettings:
     """What the recipe says of texts (`repository`). sampling_defaults: values of requests that have none."""
 
@@ -53,7 +61,7 @@ class Model:
     tool_calls, reasoning: how the model writes either; None: not at all, or in no way that is known.
     special_tokens: ids of the tokens that have no text in an answer. turn_end: the end id of the chat template.
     texts: the recipe's values.
-    adapter: the LoRA adapter that requests use, "" for none.
+    adapter: the LoRA adapter that requests use, "" for none. adapters: those of an engine model, by name.
     """
 
     name: str
@@ -74,6 +82,7 @@ class Model:
     texts: TextSettings = field(default_factory=TextSettings)
     guided: Guided | None = None
     adapter: str = ""
+    adapters: Mapping[str, AdapterFile] = field(default_factory=dict)
 
     def explained(self) -> dict[str, Any]:
         """What was derived from the model's files, for the log."""
@@ -111,6 +120,7 @@ class Model:
             special_tokens={one.content: id for id, one in tokenizer.get_added_tokens_decoder().items() if one.special},
             texts=TextSettings.read(facts),
             guided=_guided(models, facts),
+            adapters=_adapters(models, facts),
         )
 
 
@@ -120,6 +130,14 @@ def _guided(models: Path, facts: Mapping[str, Any]) -> Guided | None:
     if not found:
         return None
     return Guided(models / facts["models"]["engine"] / found["file"], tuple(found["stop_token_ids"]))
+
+
+def _adapters(models: Path, facts: Mapping[str, Any]) -> dict[str, AdapterFile]:
+    """Those of an engine model. The llmapi model has adapters too, and loads them by their names."""
+    return {
+        name: AdapterFile(models / facts["models"]["engine"] / one["file"], int(one["task_id"]))
+        for name, one in facts.get("adapter_files", {}).items()
+    }
 
 
 def tokenizer_directory(models: Path, facts: Mapping[str, Any]) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from tritonclient.grpc import service_pb2
 
+from builder.core.safetensors_io import Tensors
 from builder.gateway.settings import Model
 from builder.grammar.guides import Guide
 
@@ -22,6 +23,7 @@ FINAL = "triton_final_response"
 # Greedy with log-probabilities: with runtime_top_k 1 TensorRT-LLM normalizes over the single candidate and reports 0
 # (samplingTopKKernels.cu, normalize_log_probs). A top-p this small leaves the most likely token only, unnormalized.
 MOST_LIKELY = 1e-6
+ADAPTER_KINDS = {"F16": "FP16", "BF16": "BF16", "F32": "FP32", "I32": "INT32"}  # safetensors' names: Triton's
 COLDEST = 1e-5  # a lower temperature is greedy: logits divided by it would exceed what 32 bits can tell apart
 
 
@@ -81,10 +83,16 @@ class Tensor(NamedTuple):
     content: bytes
 
 
-def encode(model: Model, request: TokenRequest, request_id: str) -> Any:
-    """The protobuf message of a request."""
+def encode(model: Model, request: TokenRequest, request_id: str, adapter: Iterable[Tensor] = ()) -> Any:
+    """The protobuf message of a request. adapter: the tensors of its LoRA adapter, for an engine that lacks them."""
     tensors, outputs = _llmapi(model, request) if model.llmapi else _engine(model, request)
-    return _message(model, request_id, tensors, outputs)
+    return _message(model, request_id, [*tensors, *adapter], outputs)
+
+
+def read_adapter(model: Model) -> list[Tensor]:
+    """The tensors of the model's LoRA adapter, from its file: up to some hundred MB."""
+    tensors = Tensors(model.adapters[model.adapter].file.parent, [model.adapters[model.adapter].file])
+    return [Tensor(name, ADAPTER_KINDS[info.dtype], info.shape, tensors.read(name)) for name, info in tensors.items()]
 
 
 def encode_stop(model: Model, request_id: str) -> Any:
@@ -139,6 +147,9 @@ def _engine(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str
             bias[id] = value
         tensors.append(Tensor("embedding_bias", "FP32", (model.vocab_size,), bias.tobytes()))
     tensors += _guide(request.guide)
+    if model.adapter:
+        number = struct.pack("<Q", model.adapters[model.adapter].task_id)
+        tensors.append(Tensor("lora_task_id", "UINT64", (1,), number))
     if request.log_probs:
         tensors.append(_flag("return_log_probs", True))
     return tensors, ["output_ids", "sequence_length", *(["output_log_probs"] if request.log_probs else [])]

@@ -63,6 +63,7 @@ class Job:
 
     `waits`: seconds before each retry in a row. `stall`: seconds without a byte after which a download is given up.
     `limit`: seconds for everything except the download itself. `at_once`: files that are downloaded at the same time.
+    `adapter`: the repository holds a LoRA adapter instead of a model.
     """
 
     job: str
@@ -75,6 +76,7 @@ class Job:
     stall: float = 300.0
     limit: float = 600.0
     at_once: int = 8
+    adapter: bool = False
 
     @property
     def storage(self) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import HfApi, constants, hf_hub_download
 
-from builder.core.errors import IntegrityError
+from builder.core.errors import IntegrityError, UsageError
 from builder.core.output import size as readable
 from builder.hub import guard
 from builder.hub.cache import MOST_FILES, HubFile, Job, cached_files, drop_damaged, is_plain
@@ -42,6 +42,8 @@ def select(job: Job) -> Selection:
     Raises what model.files and tokenizer.files raise for a model that is incomplete or not supported.
     """
     listed = cached_files(job) if constants.HF_HUB_OFFLINE else _hub_files(job)
+    if job.adapter:
+        return _select_adapter(job, listed)
     model_files.check_names(listed, job.repo)
     config_path = _download_small(job, model_files.CONFIG, listed)
     config = model_files.parse_config(config_path.read_bytes(), job.repo)
@@ -57,6 +59,19 @@ def select(job: Job) -> Selection:
     if not model_files.split_ranks(listed):
         _check_tokenizer(job, config_path.parent, files, config)
     return Selection(files, config, config_path.parent)
+
+
+def _select_adapter(job: Job, listed: Mapping[str, HubFile]) -> Selection:
+    """The two files of a LoRA adapter, as PEFT names them."""
+    missing = [name for name in model_files.ADAPTER if name not in listed]
+    if missing:
+        raise UsageError(
+            f"{job.repo} is no LoRA adapter that can be served: it has no {' and no '.join(missing)}.",
+            hint="Name a repository that PEFT's save_pretrained wrote, with safetensors.",
+        )
+    config_path = _download_small(job, model_files.ADAPTER[0], listed)
+    config = model_files.json_object(config_path, job.repo)
+    return Selection({name: listed[name] for name in model_files.ADAPTER}, config, config_path.parent)
 
 
 def _check_tokenizer(job: Job, root: Path, files: Mapping[str, HubFile], config: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[
     trtllm_flags.check_format(resolved)
     triton_config(asked.repository)
     _check_defaults(resolved, penalties=subject.facts.penalties)
-    own = {name: value for name, value in _flatten(asked.llmapi.args).items()}
+    own = _asked(asked)
     for name, value in own.items():
         llmapi_versions.check(subject.facts, name, value)
     _check_said_once(resolved, own)
@@ -80,6 +80,11 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[
         if name not in SAID:
             arguments[name] = Argument(name, value, ASKED, "recipe")
     return list(settle(subject, arguments).values())
+
+
+def _asked(recipe: schema.Recipe) -> dict[str, Any]:
+    """The arguments that the recipe names, by dotted name: llmapi.args, and those of its LoRA adapters."""
+    return lora.with_adapters(_flatten(recipe.llmapi.args), recipe.lora)
 
 
 def triton_config(part: schema.Repository) -> list[Parameter]:
@@ -225,7 +230,7 @@ def check_model(resolved: schema.Resolved, config: Mapping[str, Any]) -> None:
     engine = resolved.recipe.engine
     number_format = resolved.recipe.quantization.number_format
     sharding.check(config, engine.tp, engine.pp, number_format=number_format, gemm=True)
-    lora.check(_flatten(resolved.recipe.llmapi.args))
+    lora.check(_asked(resolved.recipe))
     if subject.cache.quantized and subject.fmha_head_sizes and subject.head_size not in subject.fmha_head_sizes:
         raise UnsupportedError(
             f"sm{subject.sm} has no fused attention kernel for heads of {subject.head_size} with an "

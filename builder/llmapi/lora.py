@@ -9,11 +9,36 @@ from typing import Any
 
 from builder.core.errors import UsageError
 from builder.core.untrusted_text import parse_json, read_regular
+from builder.recipe.lora import Lora
 
 DIRECTORIES = "lora_config.lora_dir"
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT_RANK = 64  # lora_helper.py@585c7567, LoraConfig.max_lora_rank
+
+
+def with_adapters(arguments: dict[str, Any], part: Lora) -> dict[str, Any]:
+    """The arguments with the adapters of the recipe's `lora`. UsageError for one that this target can't name."""
+    if not part.adapters:
+        return arguments
+    if arguments.get(DIRECTORIES):
+        raise UsageError(
+            f"LoRA adapters are named twice: by lora.adapters and by llmapi.args.{DIRECTORIES}.",
+            hint="Name all of them with --lora NAME=DIRECTORY.",
+        )
+    found = []
+    for name, place in part.adapters.items():
+        directory = Path(place).expanduser().absolute()
+        if not directory.is_dir() or directory.name != name:
+            raise UsageError(
+                f"--target llmapi serves an adapter from a directory of its name, and {name} is {place}.",
+                why="TensorRT-LLM loads it from there, and requests name it by the last part of that path.",
+                hint=f"Copy or download it: hf download OWNER/NAME --local-dir adapters/{name}; then "
+                f"--lora {name}=adapters/{name}",
+            )
+        found.append(str(directory))
+    most = {"lora_config.max_lora_rank": part.max_rank} if part.max_rank else {}
+    return {**arguments, DIRECTORIES: found, **most}
 
 
 def directories(arguments: Mapping[str, Any]) -> list[Path]:

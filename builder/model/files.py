@@ -25,6 +25,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 GENERATION = "generation_config.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # of PEFT
 # What transformers' AutoTokenizer reads, all at the top of the directory.
 TOKENIZER = (
     "tokenizer.json",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from builder.core.errors import BuilderError, UnsupportedError, UsageError
 from builder.recipe.schema import Resolved
@@ -89,7 +90,7 @@ def _without_refused(hint: str, inputs: Inputs, check: Check) -> str:
 
 def _is_accepted(asked: Mapping[str, str], inputs: Inputs, check: Check) -> bool:
     try:
-        check(Inputs(inputs.resolved.changed(asked), inputs.config, inputs.answers), True)
+        check(replace(inputs, resolved=inputs.resolved.changed(asked)), True)
     except (UnsupportedError, UsageError):
         return False
     return True
@@ -102,7 +103,7 @@ def _accepted(
     found = dict(asked)
     for _ in range(MOST):
         try:
-            check(Inputs(inputs.resolved.changed(found), inputs.config, inputs.answers), layouts)
+            check(replace(inputs, resolved=inputs.resolved.changed(found)), layouts)
         except (UnsupportedError, UsageError) as refused:
             error = possible(refused, inputs.resolved)
             more = {key: value for key, value in settings(error.hint).items() if found.get(key) != value}

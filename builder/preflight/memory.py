@@ -40,6 +40,8 @@ class Serving:
     """What determines memory use at run time. All sizes are in tokens or sequences.
 
     fixed_formats: the model is quantized already, so no other format can be suggested.
+    adapter: bytes of the largest LoRA adapter; adapter_fraction: the engine's share for adapters of the memory beside
+    weights, workspace and KV cache.
     fraction: kv_cache_free_gpu_mem_fraction. most_kv_tokens: the recipe's own limit of the KV cache (llmapi), or None.
     """
 
@@ -57,6 +59,8 @@ class Serving:
     tensorrt_llm: str = "1.2.1"
     fixed_formats: bool = False
     most_kv_tokens: int | None = None
+    adapter: int = 0
+    adapter_fraction: Fraction = Fraction(1)
 
     @property
     def facts(self) -> TargetFacts:

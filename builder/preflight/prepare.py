@@ -16,8 +16,10 @@ from builder.core.store import STAGES, Store
 from builder.formats.assignment import Layers
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
+from builder.lora.adapter import Adapter
+from builder.lora.source import open_adapters
 from builder.model import multimodal
-from builder.preflight import advice, checks, memory, quantized, suggestions, ways
+from builder.preflight import adapter_memory, advice, checks, memory, quantized, suggestions, ways
 from builder.preflight.learning import Learning, learning
 from builder.preflight.memory import Machine, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
@@ -71,7 +73,8 @@ class Prepared:
     @cached_property
     def serving(self) -> Serving:
         """What memory at run time depends on."""
-        return replace(memory.serving(self.recipe, self.settings), fixed_formats=self.quantized is not None)
+        found = replace(memory.serving(self.recipe, self.settings), fixed_formats=self.quantized is not None)
+        return adapter_memory.serving(found, self.inputs, self.settings)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -168,7 +171,7 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
         return _prepare_quantized(resolved, source, store, layouts)
     quantized.check_unquantized(resolved.recipe)
     made = expected(source, resolved.recipe.transform)
-    inputs = Inputs(resolved, made.config, probe_store.answers(resolved, store.root))
+    inputs = Inputs(resolved, made.config, probe_store.answers(resolved, store.root), _adapters(resolved, store))
     settings = checks.check_model(inputs, layouts=layouts)
     checks.check_gate(resolved.recipe, settings)
     checks.check_tokenizer(resolved.recipe, source.directory, source.config)
@@ -182,10 +185,14 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
     return Prepared(inputs, source, settings, model)
 
 
+def _adapters(resolved: Resolved, store: Store) -> tuple[Adapter, ...]:
+    return open_adapters(resolved.recipe.lora.adapters, store=store)
+
+
 def _prepare_quantized(resolved: Resolved, source: Source, store: Store, layouts: bool) -> Prepared:
     """The same for a model that is quantized already: its own formats are checked against GPU and target."""
     resolved, source, model, found = quantized.take(resolved, source, store=store)
-    inputs = Inputs(resolved, source.config, probe_store.answers(resolved, store.root))
+    inputs = Inputs(resolved, source.config, probe_store.answers(resolved, store.root), _adapters(resolved, store))
     try:
         settings = checks.check_model(inputs, layouts=layouts)
         checks.check_kept(resolved.recipe, model, settings)

@@ -12,6 +12,7 @@ from builder.formats import kv_cache
 from builder.formats.base import NumberFormat
 from builder.formats.kv_cache import KvCacheFormat
 from builder.machine.gpus import GpuProfile
+from builder.preflight import adapter_memory
 from builder.preflight import memory as preflight_memory
 from builder.preflight.memory import Machine, Memory, Serving, Sizes
 from builder.preflight.model_facts import ModelFacts
@@ -205,7 +206,9 @@ def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, her
     known, name = preflight_memory.cards(asked, gpu, host, here)
     found = tuple(preflight_memory.memory(model, asked, card, available) for card, available in known)
     about = next((m for m in found if m.card == name), None)
-    if about is None or about.fits:
+    if about is not None and about.fits:
+        return MemoryCheck(found, name, adapter_memory.refusal(asked, about), None)
+    if about is None:
         return MemoryCheck(found, name, None, None)
     if asked.fixed_formats:
         return MemoryCheck(found, name, *refusal(model, asked, about, Smaller(caches=())))

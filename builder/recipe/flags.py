@@ -92,6 +92,7 @@ LIST_FLAGS = (
         "PATTERN",
         "quantize these linear layers to FP8: '*.down_proj', or auto:KL; repeatable",
     ),
+    ("--lora", "lora.adapters", "NAME=PLACE", "serve this PEFT adapter too, a directory or a Hub id; repeatable"),
     ("--data", "evaluation.data", "FILE|ID", "evaluate on this .jsonl file or Hub dataset; repeatable"),
     ("--runner", "evaluation.runners", "RUNNER", "measure bf16, simulated, checkpoint, reference, served, or all"),
 )

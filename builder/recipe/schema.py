@@ -22,6 +22,7 @@ from builder.machine import gpus
 from builder.recipe import card_formats, triton_parameters
 from builder.recipe.base import MOST, Natural, Part, Positive, Processes, Ranks
 from builder.recipe.evaluation import Evaluation, Quality, Sensitivity, Tasks
+from builder.recipe.lora import Lora, named
 from builder.recipe.quantization import COMPRESSED_TENSORS, Quantization
 from builder.recipe.sources import flatten, load_preset, load_yaml, merge, nest, parse_set
 from builder.recipe.target_facts import TARGETS
@@ -219,6 +220,7 @@ class Recipe(Part):
     calibration: Annotated[Calibration, Field(validate_default=True)] = Calibration.model_validate({})
     engine: Engine = Engine()
     llmapi: LlmApi = LlmApi()
+    lora: Lora = Lora()
     repository: Repository = Repository()
     quality: Quality = Quality()
     evaluation: Evaluation = Evaluation()
@@ -333,7 +335,7 @@ def resolve(
     layers += [(f"--set {text}", parse_set(text)) for text in sets]
     layers += [("command line", nest(key, value)) for key, value in flags.items()]
 
-    layers = [(origin, triton_parameters.to_own_keys(layer)) for origin, layer in layers]
+    layers = [(origin, named(triton_parameters.to_own_keys(layer))) for origin, layer in layers]
     name = "auto"
     for _, layer in layers:
         name = layer.get("gpu", name)

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from builder.grammar.matching import NOT_INSTALLED, Compiler, Match
+from builder.lora.cache import HOST_DEFAULT
+from builder.reference.adapters import Adapter, AdapterCache, AdapterLimits
 from builder.reference.request import Limits, Request, Tensors, is_stop, read
 from builder.reference.sampling import RequestError
 from builder.reference.scheduler import Scheduler, Sequence
@@ -41,7 +43,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self._parameters = {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
         self._decoupled = bool(config.get("model_transaction_policy", {}).get("decoupled", False))
-        self._inputs = [tensor["name"] for tensor in config["input"]]
+        self._inputs = {tensor["name"]: tensor["data_type"] for tensor in config["input"]}
         self._logits_dtypes = {t["name"]: pb_utils.triton_string_to_numpy(t["data_type"]) for t in config["output"]}
         self._limit_threads()
         engine = self._engine_directory(Path(args.get("model_repository", "")))
@@ -50,6 +52,10 @@ class TritonPythonModel:
         self._limits = Limits.read(
             json.loads((engine / "config.json").read_text(encoding="utf-8")),
             chunked_context=self._flag("enable_chunked_context", False),
+        )
+        self._adapters = AdapterCache(
+            AdapterLimits.read(json.loads((engine / "config.json").read_text(encoding="utf-8"))),
+            int(self._parameters.get("lora_cache_host_memory_bytes") or HOST_DEFAULT),
         )
         self._scheduler = Scheduler(ReferenceModel.load(engine), self._limits.max_batch_size, pb_utils.Logger.log_error)
 
@@ -85,15 +91,25 @@ class TritonPythonModel:
             if not self._decoupled and reply.rows[0].streaming:
                 raise RequestError("Streaming is only supported if the model is deployed in decoupled mode.")
             matches = [self._match(row) for row in reply.rows]
+            adapters = [self._adapter(tensors, index, reply) for index in range(len(reply.rows))]
             self._scheduler.submit(
-                [_sequence(row, index, reply, matches[index]) for index, row in enumerate(reply.rows)]
+                [_sequence(row, index, reply, matches[index], adapters[index]) for index, row in enumerate(reply.rows)]
             )
         except Exception as error:  # every request gets a response
             reply.send_error(error)
 
+    def _adapter(self, tensors: Tensors, row: int, reply: Reply) -> Adapter | None:
+        """The LoRA adapter of a row, which is in use until the reply has ended."""
+        taken = self._adapters.take(tensors, row)
+        if taken is None:
+            return None
+        task, adapter = taken
+        reply.at_end.append(lambda: self._adapters.release(task))
+        return adapter
+
     def _tensors(self, request: Any) -> Tensors:
         found = ((name, self._pb.get_input_tensor_by_name(request, name)) for name in self._inputs)
-        return {name: tensor.as_numpy() for name, tensor in found if tensor is not None}
+        return {name: _array(tensor, self._inputs[name]) for name, tensor in found if tensor is not None}
 
     def _engine_directory(self, model: Path) -> Path:
         path = self._parameters.get("gpt_model_path", "")
@@ -143,7 +159,15 @@ class TritonPythonModel:
         torch.set_num_threads(int(wanted) if wanted.isdigit() and int(wanted) else max(1, (os.cpu_count() or 2) // 2))
 
 
-def _sequence(request: Request, row: int, reply: Reply, match: Match | None) -> Sequence:
+def _array(tensor: Any, data_type: str) -> np.ndarray[Any, Any]:
+    """An input as numpy has it. numpy has no bfloat16, in which adapters come: float32 then."""
+    if data_type == "TYPE_BF16":
+        return torch.utils.dlpack.from_dlpack(tensor.to_dlpack()).float().numpy()
+    array: np.ndarray[Any, Any] = tensor.as_numpy()
+    return array
+
+
+def _sequence(request: Request, row: int, reply: Reply, match: Match | None, adapter: Adapter | None) -> Sequence:
     return Sequence(
         prompt=request.prompt,
         max_tokens=request.max_tokens,
@@ -156,6 +180,7 @@ def _sequence(request: Request, row: int, reply: Reply, match: Match | None) -> 
         request_id=reply.request_id,
         row=row,
         match=match,
+        adapter=adapter,
     )
 
 
@@ -163,6 +188,7 @@ class Reply:
     """Sends the responses of one request; if not decoupled, keeps the response for `wait`.
 
     dtypes: of the outputs, {name: numpy dtype}. rows: the request's rows, in the order of their sequences' `row`.
+    at_end: called once, when no more responses follow.
     """
 
     def __init__(self, pb_utils: Any, request: Any, decoupled: bool, dtypes: Mapping[str, Any]) -> None:
@@ -175,6 +201,7 @@ class Reply:
         self._finished_rows: set[int] = set()
         self.request_id: str = request.request_id()
         self.rows: list[Request] = []
+        self.at_end: list[Callable[[], None]] = []
 
     def advanced(self, sequence: Sequence) -> None:
         """Sends the newest token if the request streams, or the result of a finished row."""
@@ -206,6 +233,8 @@ class Reply:
         else:
             self._sender.send(response)
         if final:
+            while self.at_end:
+                self.at_end.pop()()
             self._done.set()
 
     def send_error(self, error: Exception) -> None:

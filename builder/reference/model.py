@@ -10,7 +10,7 @@ fp8 (quantization/layers.py); here they are those of the checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED, DeclaredFormats, declared
 from builder.formats.registry import for_tensorrt_llm
 from builder.model.rope import frequencies, rotate
+from builder.reference.adapters import Adapter
 from builder.reference.supported import ACTIVATIONS, engine_architectures
 
 _KINDS = {kind: name for name, kind in DTYPES.items()}
@@ -50,6 +51,9 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(self.number_format.round_input(x, self.stored), self.weight, self.bias)
+
+
+Adapted = Callable[[str, Linear, Tensor], Tensor]  # the kind of layer by Hugging Face's name, the layer, its inputs
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,10 @@ class Layer:
     gate: Linear
     proj: Linear
 
-    def mlp(self, x: Tensor) -> Tensor:
-        """The gated MLP, [n, hidden] -> [n, hidden]."""
-        return self.proj(F.silu(self.fc(x)) * self.gate(x))
+    def mlp(self, x: Tensor, adapted: Adapted = lambda kind, linear, x: linear(x)) -> Tensor:
+        """The gated MLP, [n, hidden] -> [n, hidden]. adapted: runs a linear layer with what an adapter adds."""
+        inner = F.silu(adapted("gate_proj", self.fc, x)) * adapted("up_proj", self.gate, x)
+        return adapted("down_proj", self.proj, inner)
 
 
 class KVCache:
@@ -150,9 +155,11 @@ class ReferenceModel:
         return KVCache(len(self.layers))
 
     @torch.no_grad()
-    def forward(self, ids: Tensor, cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache, adapter: Adapter | None = None) -> Tensor:
         """Logits [n, vocab] float32 of the next n token ids of the cache's sequence. The cache grows by n.
 
+        adapter: a LoRA adapter, whose part is computed on the inputs of a layer before they are rounded, as in
+        TensorRT-LLM (quantization/layers.py, FP8Linear.forward: lora_hidden_state).
         ValueError for no token, one outside of the vocabulary, or a sequence longer than max_seq_len.
         """
         self._check_ids(ids, cache)
@@ -162,20 +169,31 @@ class ReferenceModel:
         turn = [(f(angles) * self._rope_factor).to(self.dtype) for f in (torch.cos, torch.sin)]
         mask = None if len(ids) == 1 else torch.arange(cache.length + len(ids)) <= positions[:, None]
         for index, layer in enumerate(self.layers):
-            x = x + layer.dense(self._attend(layer, index, layer.input_norm(x), turn, mask, cache))
-            x = x + layer.mlp(layer.post_norm(x))
+            adapted = _adapted(adapter, index)
+            heads = self._attend(layer, index, self._qkv(layer, adapter, index, layer.input_norm(x)), turn, mask, cache)
+            x = x + adapted("o_proj", layer.dense, heads)
+            x = x + layer.mlp(layer.post_norm(x), adapted)
         cache.length += len(ids)
         return self.head(self.norm(x)).float()
 
+    def _qkv(self, layer: Layer, adapter: Adapter | None, index: int, x: Tensor) -> Tensor:
+        """Queries, keys and values of x [n, hidden], beside each other."""
+        found = layer.qkv(x)
+        if adapter is None:
+            return found
+        widths = {"q_proj": self.heads, "k_proj": self.kv_heads, "v_proj": self.kv_heads}
+        added = [adapter.added(index, kind, x, heads * self.head_size) for kind, heads in widths.items()]
+        return found + torch.cat(added, dim=-1)
+
     def _attend(
-        self, layer: Layer, index: int, x: Tensor, turn: list[Tensor], mask: Tensor | None, cache: KVCache
+        self, layer: Layer, index: int, qkv: Tensor, turn: list[Tensor], mask: Tensor | None, cache: KVCache
     ) -> Tensor:
-        """Grouped-query attention of x [n, hidden] over the cache and itself -> [n, heads * head size].
+        """Grouped-query attention of queries, keys and values over the cache and themselves -> [n, heads * head size].
 
         turn: cosine and sine [n, head size]. mask: [n, tokens], None if every token is visible.
         """
         size = self.head_size
-        heads = layer.qkv(x).reshape(len(x), -1, size).transpose(0, 1)
+        heads = qkv.reshape(len(qkv), -1, size).transpose(0, 1)
         q, k, v = torch.split(heads, [self.heads, self.kv_heads, self.kv_heads])
         q = layer.q_norm(q) if layer.q_norm else q
         k = layer.k_norm(k) if layer.k_norm else k
@@ -196,6 +214,17 @@ class ReferenceModel:
             raise ValueError(f"a token id is outside of the vocabulary (0 to {len(self.embedding) - 1})")
         if cache.length + len(ids) > self.max_seq_len:
             raise ValueError(f"{cache.length} + {len(ids)} tokens exceed max_seq_len {self.max_seq_len}")
+
+
+def _adapted(adapter: Adapter | None, index: int) -> Adapted:
+    """Runs a linear layer of the layer with this index, with what the adapter adds."""
+    if adapter is None:
+        return lambda kind, linear, x: linear(x)
+
+    def run(kind: str, linear: Linear, x: Tensor) -> Tensor:
+        return linear(x) + adapter.added(index, kind, x, len(linear.weight))
+
+    return run
 
 
 class _Ranks:

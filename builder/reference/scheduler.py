@@ -31,7 +31,7 @@ class Model(Protocol):
 
     def new_cache(self) -> Any: ...
 
-    def forward(self, ids: Tensor, cache: Any) -> Tensor: ...
+    def forward(self, ids: Tensor, cache: Any, adapter: Any = None) -> Tensor: ...
 
 
 class Listener(Protocol):
@@ -52,7 +52,8 @@ class Sequence:
     """A prompt, its sampling parameters, and the tokens generated so far, without the end token.
 
     row: which prompt of a request with several this is. keep_context_logits, keep_generation_logits: whether the logits
-    of prompt and generated tokens are kept. match: the place in the grammar that guides the answer.
+    of prompt and generated tokens are kept. match: the place in the grammar that guides the answer. adapter: the LoRA
+    adapter that the model runs with.
     """
 
     prompt: list[int]
@@ -66,6 +67,7 @@ class Sequence:
     request_id: str = ""
     row: int = 0
     match: Match | None = None
+    adapter: Any = None
 
     generated: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
@@ -85,15 +87,18 @@ class Sequence:
             return
         if self._cache is None:
             self._cache = model.new_cache()
-            logits = model.forward(torch.tensor(self.prompt, dtype=torch.int64), self._cache)
+            logits = self._forward(model, self.prompt)
             if self.keep_context_logits:
                 self.context_logits = logits
         else:
-            logits = model.forward(torch.tensor(self.generated[-1:], dtype=torch.int64), self._cache)
+            logits = self._forward(model, self.generated[-1:])
         ids = self.prompt + self.generated
         allowed = self.match.masked(logits[-1]) if self.match else logits[-1]
         adjusted = adjust(allowed, ids, len(self.generated), self.end_id, self.sampling)
         self._accept(choose(adjusted, self.sampling, self._generator), logits[-1])
+
+    def _forward(self, model: Model, ids: list[int]) -> Tensor:
+        return model.forward(torch.tensor(ids, dtype=torch.int64), self._cache, self.adapter)
 
     def _accept(self, choice: Choice, logits: Tensor) -> None:
         if choice.token == self.end_id:

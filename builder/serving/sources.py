@@ -22,6 +22,8 @@ SERVED_SOURCES = (
     "builder/model/rope.py",
     "builder/grammar/guides.py",
     "builder/grammar/matching.py",
+    "builder/lora/cache.py",
+    "builder/lora/modules.py",
     "builder/reference",
     "builder/recipe/target_facts.py",
     "builder/recipe/triton_parameters.py",

@@ -16,6 +16,7 @@ from builder.formats.base import NumberFormat
 from builder.formats.registry import NVFP4
 from builder.hub.snapshot import Snapshot
 from builder.llmapi.arguments import Argument
+from builder.lora.adapter import Adapter
 from builder.recipe.schema import Resolved
 from builder.recipe.target_facts import TargetFacts
 from builder.triton.engine_parameters import Parameter
@@ -30,12 +31,13 @@ Settings = Sequence[Flag] | Sequence[Argument]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a target's settings follow from: recipe and GPU profile, the model's config.json, and what cards of this
-    kind answered to probes."""
+    """What a target's settings follow from: recipe and GPU profile, the model's config.json, what cards of this kind
+    answered to probes, and the LoRA adapters that the recipe names."""
 
     resolved: Resolved
     config: Mapping[str, Any]
     answers: Sequence[Answer] = ()
+    adapters: Sequence[Adapter] = ()
 
 
 @dataclass(frozen=True)

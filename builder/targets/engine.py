@@ -9,6 +9,7 @@ from builder.checkpoint import sharding
 from builder.checkpoint.layouts import Checkpoint
 from builder.core.errors import UsageError
 from builder.hub.snapshot import Snapshot
+from builder.lora import model_checks, source
 from builder.model import config_values, dtypes
 from builder.quantize import exclude
 from builder.recipe.schema import Resolved
@@ -50,11 +51,13 @@ class EngineTarget:
             supported.check_model(config)
         part, number_format = recipe.engine, recipe.quantization.number_format
         sharding.check(config, part.tp, part.pp, number_format=number_format, gemm=self.facts.builds_tensorrt)
+        model_checks.check_fits(inputs.adapters, config)
+        model_checks.check_engine(inputs.adapters, config)
 
     def settings(self, inputs: Inputs) -> Settings:
         """trtllm-build's flags. The parameters that serve the engine are checked against them."""
         _check_no_arguments(inputs)
-        found = trtllm_flags.resolve(inputs.resolved, inputs.config, inputs.answers)
+        found = trtllm_flags.resolve(inputs.resolved, inputs.config, inputs.answers, inputs.adapters)
         self.parameters(inputs, found)
         return found
 
@@ -74,11 +77,14 @@ class EngineTarget:
     def notes(self, inputs: Inputs, settings: Settings) -> list[Note]:
         """What the flags cost, what trtllm-build will choose, and what it does not know of the model."""
         found = trtllm_flags.notes(inputs.resolved, inputs.config, flags_of(settings), inputs.answers)
+        found += [Note("LoRA", text) for text in model_checks.sizes_note(inputs.adapters)]
         return found + self.warnings(inputs, settings)
 
     def warnings(self, inputs: Inputs, settings: Settings) -> list[Note]:
-        """A sliding window, which an engine ignores."""
-        return trtllm_flags.window_notes(inputs.config, flags_of(settings))
+        """A sliding window, which an engine ignores; adapters of another model."""
+        found = trtllm_flags.window_notes(inputs.config, flags_of(settings))
+        adapters = model_checks.notes(inputs.adapters, inputs.resolved.recipe.model.id)
+        return found + [Note("LoRA", text) for text in adapters]
 
     def serve_layout(self, checkpoint: Checkpoint, snapshot: Snapshot, stages: Stages) -> Served:
         """Splits the checkpoint into ranks, builds the engine and renders the repository around it."""
@@ -90,7 +96,8 @@ class EngineTarget:
         built = engine.build(split, flags_of(stages.settings), resolved, store=store)
         if "repository" not in wanted:
             return Served(built)
-        return Served(built, repository.render(built, snapshot, resolved.recipe.repository, store=store))
+        adapters = source.fetched(stages.inputs.adapters, store=store)
+        return Served(built, repository.render(built, snapshot, resolved.recipe.repository, adapters, store=store))
 
     def launch(self, inputs: Inputs, settings: Settings, made: Made) -> Launch:
         """trtllm-build's command for the checkpoint in the store, or for one that a placeholder stands for."""
@@ -109,7 +116,7 @@ class EngineTarget:
         """Those of the C++ backend."""
         recipe = inputs.resolved.recipe
         mapping = {"world_size": recipe.engine.world_size}
-        pretrained = {"dtype": dtypes.served(inputs.config), "mapping": mapping}
+        pretrained = {**inputs.config, "dtype": dtypes.served(inputs.config), "mapping": mapping}
         version = trtllm_flags.load(recipe.engine.tensorrt_llm)
         build = trtllm_flags.build_config(version, flags_of(settings), pretrained)
         return engine_parameters.resolve({"build_config": build, "pretrained_config": pretrained}, recipe.repository)

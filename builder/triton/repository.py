@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,13 @@ from builder.model.files import json_object
 from builder.recipe import schema
 from builder.recipe.target_facts import ENGINE, REFERENCE
 from builder.tokenizer import files as tokenizer_files
-from builder.triton import engine_parameters, guided_decoding, model_config, stream_capacity
+from builder.triton import adapter_files, engine_parameters, guided_decoding, model_config, stream_capacity
 from builder.triton.template_values import TOKENIZER_DIR, template_files, template_values, text_facts
 from builder.trtllm import compatibility, references
 
 if TYPE_CHECKING:
     from builder.hub.snapshot import Snapshot
+    from builder.lora.adapter import Adapter
     from builder.trtllm.engine import Engine
 
 SAME_CODE = {"ensemble_infer": "tensorrt_llm_bls"}  # a model -> the model whose model.py it runs
@@ -60,7 +61,14 @@ class Repository:
             )
 
 
-def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store: Store) -> Repository:
+def render(
+    engine: Engine,
+    snapshot: Snapshot,
+    part: schema.Repository,
+    adapters: Sequence[Adapter] = (),
+    *,
+    store: Store,
+) -> Repository:
     """The model repository that serves this engine with this model's tokenizer. `part` is the recipe's `repository`.
 
     UnsupportedError for a TensorRT-LLM version without templates or a model without tokenizer.json, UsageError for a
@@ -72,9 +80,12 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
         "engine_path": references.relative(engine.path, store.root),
         "snapshot": snapshot.digest,
         "part": part.model_dump(mode="json"),
+        **adapter_files.ingredients(adapters),
         "libraries": library_versions("jinja2"),
         "sources": sources_digest(
             "builder/triton/repository.py",
+            "builder/triton/adapter_files.py",
+            "builder/lora",
             "builder/triton/model_config.py",
             "builder/triton/engine_parameters.py",
             "builder/triton/guided_decoding.py",
@@ -99,7 +110,7 @@ def render(engine: Engine, snapshot: Snapshot, part: schema.Repository, *, store
     }
 
     def make(directory: Path) -> Mapping[str, Any]:
-        facts = write(directory / "models", engine.path.resolve(), snapshot.path, part)
+        facts = write(directory / "models", engine.path.resolve(), snapshot.path, part, adapters)
         snapshot.source.check_unchanged()  # the tokenizer is copied from it
         return facts
 
@@ -162,7 +173,9 @@ def find(root: Path, named: str | None = None) -> Path:
     raise UsageError(f"{root / 'models'} contains {problem}.", why=f"It contains {names}." if names else "", hint=hint)
 
 
-def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -> dict[str, Any]:
+def write(
+    models: Path, engine: Path, snapshot: Path, part: schema.Repository, adapters: Sequence[Adapter] = ()
+) -> dict[str, Any]:
     """Renders every model into `models`, checks them, and returns the repository's facts.
 
     `engine` and `snapshot` are the directories of the engine and of the model's files. Errors as for `render`.
@@ -191,8 +204,13 @@ def write(models: Path, engine: Path, snapshot: Path, part: schema.Repository) -
         vocabulary.write(
             models / TOKENIZER_DIR, models / compatibility.ENGINE_MODEL / guided_decoding.FILE, vocab_size, stops
         )
+    adapter_facts = adapter_files.write(models / compatibility.ENGINE_MODEL, adapters, config)
     model_config.check(models, max_batch_size=values["max_batch_size"], decoupled=part.decoupled)
-    facts = {**_facts(engine, config, texts, part), "engine": references.relative(engine, models.parent)}
+    facts = {
+        **_facts(engine, config, texts, part),
+        "engine": references.relative(engine, models.parent),
+        **adapter_facts,
+    }
     if guided:
         facts["guided_decoding"] = {"file": guided_decoding.FILE, "stop_token_ids": stops}
     return facts

@@ -13,7 +13,7 @@ from builder.recipe import schema
 from builder.recipe.triton_parameters import text
 from builder.tokenizer.sampling_defaults import sampling_defaults
 from builder.tokenizer.special_ids import special_ids
-from builder.triton import engine_parameters, guided_decoding, sampling_tensors, stream_capacity
+from builder.triton import adapter_files, engine_parameters, guided_decoding, sampling_tensors, stream_capacity
 from builder.trtllm.compatibility import LOGITS_TYPES
 
 TOKENIZER_DIR = "preprocessing/1/tokenizer"  # relative to the model repository
@@ -61,6 +61,7 @@ def template_values(
     """
     pretrained, build = config["pretrained_config"], config["build_config"]
     tensors = _tensors(config["version"], pretrained["logits_dtype"])
+    tensors = adapter_files.with_dtype(tensors, config)
     defaults = sampling_tensors.by_input(tensors, texts["sampling_defaults"])
     tensors = sampling_tensors.with_defaults(tensors, texts["sampling_defaults"])
     return {

@@ -15,6 +15,7 @@ from typing import Any
 
 from builder.core import manifest
 from builder.core.errors import IntegrityError
+from builder.lora import cache
 from builder.machine.gpus import Seen, visible
 from builder.recipe.target_facts import ENGINE, REFERENCE, TARGETS, target_facts
 from builder.trtllm import references
@@ -36,8 +37,8 @@ SITES = ("/opt/venv-*/lib/python3*/site-packages", "/usr/local/lib/python3*/dist
 # What is read of an engine's config.json and of built_with.json, with its type; the rest is upstream's.
 CONFIG_TYPES: Mapping[str, Any] = {
     "version": str,
-    "pretrained_config": {"logits_dtype": str, "mapping": {"world_size": int}},
-    "build_config": {"max_batch_size": int, "max_beam_width": int, "plugin_config": {}},
+    "pretrained_config": {"dtype": str, "logits_dtype": str, "mapping": {"world_size": int}},
+    "build_config": {"max_batch_size": int, "max_beam_width": int, "plugin_config": {}, "lora_config": {}},
 }
 MOST_RANKS = 4096  # of an engine; a damaged number would be a list of as many file names
 BUILT_WITH_TYPES: Mapping[str, Any] = {"target": str, "tensorrt": str, "sm": int, "gpu": str}
@@ -47,7 +48,8 @@ RENDER = "Or render the repository again: the same `builder build`, with --from 
 
 @dataclass(frozen=True)
 class Served:
-    """What a repository's config.pbtxt files say about its engine. logits: tensor name -> data type."""
+    """What a repository's config.pbtxt files say about its engine. logits: tensor name -> data type. lora_weights: the
+    data type of that input, "" without one."""
 
     file: Path
     engine: Path
@@ -55,6 +57,7 @@ class Served:
     max_beam_width: int
     on: frozenset[str]
     logits: Mapping[str, str]
+    lora_weights: str
     decoupled: bool
     bls_decoupled: bool | None
     parameters: Mapping[str, str]
@@ -144,8 +147,6 @@ def read_served(models: Path, prefix: str = "") -> Served | None:
     parameters = {name: value.string_value for name, value in config.parameters.items()} if config else {}
     if not parameters.get("gpt_model_path"):
         return None
-    from tritonclient.grpc import model_config_pb2
-
     bls = parse(models / f"{prefix}{BLS_MODEL}" / "config.pbtxt")
     tensors = [tensor for tensor in (*config.input, *config.output) if tensor.name in LOGITS]
     return Served(
@@ -154,11 +155,18 @@ def read_served(models: Path, prefix: str = "") -> Served | None:
         max_batch_size=config.max_batch_size,
         max_beam_width=_number(parameters.get("max_beam_width"), 1),
         on=frozenset(n for n in NEED_PAGED_FMHA if parameters.get(n) in ON),
-        logits={tensor.name: model_config_pb2.DataType.Name(tensor.data_type) for tensor in tensors},
+        logits={tensor.name: _type(tensor) for tensor in tensors},
+        lora_weights=next((_type(tensor) for tensor in config.input if tensor.name == "lora_weights"), ""),
         decoupled=config.model_transaction_policy.decoupled,
         bls_decoupled=bls.model_transaction_policy.decoupled if bls else None,
         parameters={name: value for name, value in parameters.items() if value and not value.startswith("${")},
     )
+
+
+def _type(tensor: Any) -> str:
+    from tritonclient.grpc import model_config_pb2
+
+    return str(model_config_pb2.DataType.Name(tensor.data_type))
 
 
 def read_engine(directory: Path) -> EngineFacts:
@@ -212,7 +220,8 @@ def mismatches(served: Served, engine: EngineFacts, runtime: Runtime) -> list[Mi
     found: list[Mismatch] = []
     if engine.is_tensorrt:
         found += [*_versions(engine, runtime), *_cards(engine, runtime)]
-    found += [*_paged(served, engine), *_sizes(served, engine), *_logits(served, engine), *_streaming(served)]
+    found += [*_paged(served, engine), *_sizes(served, engine), *_logits(served, engine), *_adapters(served, engine)]
+    found += _streaming(served)
     if not engine.build:
         return found
     contradicted = contradictions(served.parameters, engine.build, engine.world_size)
@@ -325,6 +334,19 @@ def _logits(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
         yield Mismatch(
             what=f"{served.file} declares {', '.join(wrong)}, and the engine's logits are {dtype}: {wanted}.",
             why="The C++ backend would load the engine and fail each request for logits.",
+            hint=f"Set the type there to {wanted}. {RENDER}",
+        )
+
+
+def _adapters(served: Served, engine: EngineFacts) -> Iterator[Mismatch]:
+    """loraValidateRequestTensors (tensorrt_llm/runtime/loraUtils.cpp@2a9abd95): the data type is that of the model."""
+    dtype = (engine.config.get("pretrained_config") or {}).get("dtype")
+    wanted = LOGITS_TYPES.get(dtype or "")
+    if cache.has_adapters(engine.build) and wanted and served.lora_weights not in ("", wanted):
+        yield Mismatch(
+            what=f"{served.file} declares lora_weights {served.lora_weights}, and the engine computes in {dtype}: "
+            f"{wanted}.",
+            why="The C++ backend would load the engine and fail each request that brings an adapter.",
             hint=f"Set the type there to {wanted}. {RENDER}",
         )
 

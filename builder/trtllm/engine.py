@@ -122,6 +122,7 @@ def build(checkpoint: Checkpoint, flags: Sequence[trtllm_flags.Flag], resolved: 
             "builder/trtllm/probe_results.py",
             "builder/trtllm/versions.py",
             "builder/trtllm/rules.py",
+            "builder/lora/modules.py",
             # The reference engine's build_config is made of the version's defaults.
             paths.data("configs", "trtllm", recipe.engine.tensorrt_llm),
         ),

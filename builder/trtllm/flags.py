@@ -17,6 +17,8 @@ from builder.core.release import order
 from builder.formats.base import NumberFormat
 from builder.formats.declared import MIXED
 from builder.formats.kv_cache import KvCacheFormat
+from builder.lora import modules as lora_modules
+from builder.lora.adapter import Adapter
 from builder.model import dtypes
 from builder.recipe import card_formats, schema
 from builder.recipe.target_facts import target_facts
@@ -36,10 +38,17 @@ SIZES = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
 UNSCALED = ("su", "longrope", "llama3")
 # Fields of BuildConfig that EngineConfig.to_dict removes: they describe a run of the builder (rule R51).
 NOT_IN_ENGINE = ("dry_run", "visualize_network")
+WORDS = ("lora_target_modules",)  # flags that take several words
 
 
-def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers: Sequence[Answer] = ()) -> list[Flag]:
-    """The flags for this recipe, GPU and model (its config.json), in the order of the command line.
+def resolve(
+    resolved: schema.Resolved,
+    model_config: Mapping[str, Any],
+    answers: Sequence[Answer] = (),
+    adapters: Sequence[Adapter] = (),
+) -> list[Flag]:
+    """The flags for this recipe, GPU and model (its config.json), in the order of the command line. adapters: those of
+    the recipe, opened.
 
     Probe answers of a card take precedence over the profile and the tables. What trtllm-build would silently rewrite is
     resolved here. UsageError for flags that this version does not have or does not allow together, UnsupportedError for
@@ -56,6 +65,7 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers:
     number_format = asked.quantization.number_format
     profile = {name: Flag(name, f.value, f.reason, f.source) for name, f in gpu.flags.items()}
     profile["gemm_plugin"] = _gemm_plugin(number_format)
+    profile |= _lora(adapters, asked.lora.max_rank)
     flags |= probe_results.upgrade(profile, ours, subject, answers) | ours
     dtype = subject.dtype
     if dtype == "float16" and "gpt_attention_plugin" not in asked.engine.flags:
@@ -74,6 +84,27 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any], answers:
 def _gemm_plugin(one: NumberFormat) -> Flag:
     """The GEMM plugin that suits the format of the weights."""
     return Flag("gemm_plugin", one.gemm_plugin, one.gemm_plugin_why, one.gemm_plugin_source)
+
+
+def _lora(adapters: Sequence[Adapter], max_rank: int | None) -> dict[str, Flag]:
+    """What an engine needs so that it takes these adapters; --lora_dir would only be read for their modules."""
+    if not adapters:
+        return {}
+    rank = max(adapter.rank for adapter in adapters)
+    if max_rank is not None and max_rank < rank:
+        raise UsageError(
+            f"lora.max_rank is {max_rank}, and the largest of the adapters' ranks is {rank}.",
+            hint=f"--set lora.max_rank={rank}",
+        )
+    modules = lora_modules.enabled(module for adapter in adapters for module in adapter.modules)
+    names = " ".join(lora_modules.BY_HF[module].name for module in modules)
+    why, where = f"for the adapters {', '.join(adapter.name for adapter in adapters)}", "tensorrt_llm/lora_helper.py"
+    made = {
+        "lora_plugin": ("auto", why),
+        "lora_target_modules": (names, "the layers that they change; q, k and v only together"),
+        "max_lora_rank": (str(max_rank or rank), "lora.max_rank" if max_rank else "the largest of their ranks"),
+    }
+    return {name: Flag(name, value, reason, where) for name, (value, reason) in made.items()}
 
 
 def notes(
@@ -325,7 +356,8 @@ def command(flags: Sequence[Flag], *, checkpoint: Path, output: Path, timing_cac
     """The trtllm-build command line. Paths come last, because the flags before them are the same on every machine."""
     argv = ["trtllm-build"]
     for flag in flags:
-        argv += [f"--{flag.name}", *([flag.value] if flag.value else [])]
+        words = flag.value.split() if flag.name in WORDS else [flag.value]
+        argv += [f"--{flag.name}", *filter(None, words)]
     # The default is model.cache in the working directory: a PermissionError for most users of containers.
     timing = ["--input_timing_cache", str(timing_cache), "--output_timing_cache", str(timing_cache)]
     return [*argv, "--checkpoint_dir", str(checkpoint), "--output_dir", str(output), *timing]
@@ -343,12 +375,24 @@ def build_config(version: Version, flags: Sequence[Flag], pretrained: Mapping[st
         if spec["group"] != "plugin" and field and name in values and field not in NOT_IN_ENGINE:
             config[field] = _config_value(spec, values[name])
     plugins = _plugin_config(version, values, pretrained)
+    config["lora_config"] = _lora_config(config["lora_config"], values)
     config["kv_cache_type"] = str(config["kv_cache_type"] or "paged").upper()
     if plugins["remove_input_padding"] and not plugins["multiple_profiles"]:  # rules R19, R24
         batch = config["max_batch_size"] * config["max_beam_width"]
         config["opt_num_tokens"] = config["opt_num_tokens"] or min(batch, config["max_num_tokens"])
     config["plugin_config"] = plugins
     return config
+
+
+def _lora_config(defaults: Mapping[str, Any], values: Mapping[str, str]) -> dict[str, Any]:
+    """LoraConfig as an engine has it (tensorrt_llm/lora_helper.py@037d4ba1; load_hf_lora fills in the last field)."""
+    made = dict(defaults)
+    if "lora_target_modules" in values:
+        made["lora_target_modules"] = values["lora_target_modules"].split()
+        made["trtllm_modules_to_hf_modules"] = {one.name: one.hf for one in lora_modules.MODULES}
+    if "max_lora_rank" in values:
+        made["max_lora_rank"] = int(values["max_lora_rank"])
+    return made
 
 
 def _plugin_config(version: Version, values: Mapping[str, str], pretrained: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ INTEGER = (
     "W8A8_SQ_PER_CHANNEL", "W8A8_SQ_PER_TENSOR_PLUGIN", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN",
     "W8A8_SQ_PER_CHANNEL_PER_TENSOR_PLUGIN", "W8A8_SQ_PER_TENSOR_PER_TOKEN_PLUGIN",
 )  # fmt: skip
+# Fp8RowwiseLinear and SmoothQuantLinear (rule R53). W8A8_SQ_PER_CHANNEL without a plugin is Int8SmoothQuantLinear.
+WITHOUT_LORA = ("FP8_PER_CHANNEL_PER_TOKEN", *(name for name in INTEGER if name.endswith("_PLUGIN")))
 FMHA_ON = "Context FMHA is on with --gpu sm120-fmha, or --set engine.flags.context_fmha=enable (paged FMHA likewise)."
 IN_WORDS = {
     "C++ check fails": "TensorRT-LLM's C++ runtime would not load the engine",
@@ -307,7 +309,13 @@ def _refuse_model(s: Settings) -> None:
                 "Use another model or, if --tp is the cause, a smaller --tp.",
             )  # fmt: skip
         if s.asked("lora_plugin") or "lora_dir" in s.flags:
-            raise _unsupported(s, "R41", "NVFP4 layers do not support LoRA.", "Merge the LoRA into the model first.")
+            hint = "--format fp8, or merge the LoRA into the model first."
+            raise _unsupported(s, "R41", "NVFP4 layers do not support LoRA.", hint)
+    if subject.quant_algo in WITHOUT_LORA and s.asked("lora_plugin"):
+        raise _unsupported(
+            s, "R53", f"Layers in {subject.quant_algo} do not support LoRA.",
+            "--format fp8, or merge the LoRA into the model first.",
+        )  # fmt: skip
 
 
 def _refuse_formats(s: Settings) -> None:

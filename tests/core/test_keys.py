@@ -123,6 +123,8 @@ ELSEWHERE = {
     "calibration.scales": "test_scales.py: for quantized models only",
     "engine.tensorrt_llm": "below",
     "llmapi.args": "below",
+    "lora.adapters": "tests/lora/test_recipe.py",
+    "lora.max_rank": "with adapters alone (tests/lora/test_recipe.py)",
     **{f"evaluation.{name}": MEASURED for name in schema.Evaluation.model_fields},
     **{f"quality.{name}": "test_quality.py" for name in schema.Quality.model_fields},
     **{f"sensitivity.{name}": MEASURED for name in schema.Sensitivity.model_fields},

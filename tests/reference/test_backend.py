@@ -31,7 +31,7 @@ class PrefixModel:
     def new_cache(self) -> list[int]:
         return []
 
-    def forward(self, ids: torch.Tensor, cache: list[int]) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, cache: list[int], adapter: object = None) -> torch.Tensor:
         time.sleep(self.pause)
         rows = []
         for token in ids.tolist():
@@ -234,7 +234,6 @@ def test_max_tokens_is_limited_by_max_seq_len() -> None:
         ({"end_id": [VOCAB]}, "end_id"),
         ({"beam_width": [2]}, "does not support beam search"),
         ({"num_return_sequences": [2]}, "does not support beam search"),
-        ({"lora_task_id": [1]}, "does not support LoRA"),
         ({"prompt_embedding_table": [[[1.0]]]}, "prompt embedding tables"),
         ({"draft_input_ids": [[1]]}, "speculative decoding"),
         ({"guided_decoding_guide": np.array([[b"{}"]], object)}, "guided_decoding_guide_type must be one of json, "),

@@ -199,7 +199,7 @@ def test_a_version_has_all_its_facts(version: str) -> None:
     known = trtllm_flags.load(version)
     assert known.facts["version"] == version
     assert known.facts["engine"] is True
-    assert len(known.rules) == 52
+    assert len(known.rules) == 53
     assert not set(known.flags) & set(known.removed)
     flags = trtllm_flags.resolve(resolved(f"engine.tensorrt_llm={version}"), QWEN3_8B)
     config = trtllm_flags.build_config(known, flags, {"dtype": "bfloat16", "mapping": {"world_size": 1}})

@@ -191,6 +191,14 @@ def test_nvfp4_needs_blocks_of_16_and_takes_no_lora() -> None:
     is_refused("R41", UnsupportedError, "do not support LoRA", lambda: flags_of("lora_dir=/lora"))
 
 
+@covers("R53")
+def test_fp8_per_token_takes_no_lora() -> None:
+    per_token = {"gpu": "sm89", "quantization.format": "fp8_pc_pt"}
+    is_refused("R53", UnsupportedError, "do not support LoRA", lambda: flags_of("lora_plugin=auto", **per_token))
+    assert flags_of(**per_token)
+    assert flags_of("lora_plugin=auto", **{**per_token, "quantization.format": "fp8"})["lora_plugin"].value == "auto"
+
+
 # ---- what trtllm-build would silently rewrite or ignore
 
 

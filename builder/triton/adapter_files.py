@@ -1,0 +1,50 @@
+"""LoRA adapters in an engine's repository: their files, and the type of the input that they are sent in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from builder.lora import cache, tensors
+from builder.trtllm.compatibility import LOGITS_TYPES
+
+if TYPE_CHECKING:
+    from builder.lora.adapter import Adapter
+
+DIRECTORY = "1/adapters"  # relative to the model's directory, so that the model can be renamed
+
+
+def ingredients(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The repository's ingredients: names and content."""
+    return {"adapters": {one.name: one.digest for one in adapters}} if adapters else {}
+
+
+def with_dtype(listed: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of the models with lora_weights in the engine's dtype, if it takes adapters; `config` is its
+    config.json. Upstream's template says TYPE_FP16 for every engine, and the backend then rejects the adapters of a
+    bfloat16 one."""
+    if not cache.has_adapters(config["build_config"]):
+        return dict(listed)
+    kind = LOGITS_TYPES[config["pretrained_config"]["dtype"]]
+    return {name: _with_dtype(part, kind) for name, part in listed.items()}
+
+
+def _with_dtype(part: Any, kind: str) -> Any:
+    if not isinstance(part, Mapping) or "input" not in part:
+        return part
+    inputs = [{**one, "data_type": kind} if one["name"] == "lora_weights" else one for one in part["input"]]
+    return {**part, "input": inputs}
+
+
+def write(model: Path, adapters: Sequence[Adapter], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the adapters into the engine model's directory. Returns the facts that clients need: names, and for each
+    its file and the number that stands for it (lora_task_id)."""
+    if not adapters:
+        return {}
+    dtype, found = config["pretrained_config"]["dtype"], {}
+    for adapter in adapters:
+        file = f"{DIRECTORY}/{adapter.name}.safetensors"
+        tensors.write(adapter, dtype, model / file)
+        found[adapter.name] = {"file": file, "task_id": tensors.task_id(adapter.digest, dtype)}
+    return {"adapters": list(found), "adapter_files": found}
