@@ -46,6 +46,8 @@ def add(commands: Any) -> None:
     command.add_argument("--auto-update", action="store_true",
                          help="when the link names a new version, switch to it without losing a request")  # fmt: skip
     command.add_argument("--follow-log", action="store_true", help="copy the server's log to stderr")
+    # Of another `builder serve`, which shows the events that this one prints, also with --quiet.
+    command.add_argument("--watchdog", type=path, help=argparse.SUPPRESS)
     command.add_argument("--until-eof", action="store_true", help="stop when stdin is closed")
     gateway.add(commands)
     combine.add(commands)
@@ -90,6 +92,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     from builder.serving.foreground import Foreground
     from builder.serving.private_directory import serving_directory
     from builder.serving.server import stop_at_eof
+    from builder.serving.watchdog import Watchdog
 
     repository = open_named(arguments)
     gateway.check(arguments, repository)
@@ -98,6 +101,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.auto_update:
         with serving_directory(executable=False) as place:
             return updating.run(arguments, place.path, out)
+    watchdog = Watchdog(arguments.watchdog, Output().warn) if arguments.watchdog else None
     with serving_lock(repository.path), serving_directory(executable=False) as place:
         return Foreground(
             partial(started, arguments, repository, out),
@@ -105,6 +109,7 @@ def run_serve(arguments: argparse.Namespace, out: Output) -> int:
             partial(_show_addresses, repository, out),
             place.path,
             out,
+            watchdog,
         ).run()
 
 

@@ -15,7 +15,7 @@ from builder.core.output import Output
 if TYPE_CHECKING:
     from builder.gateway.settings import Place
     from builder.serving.gateway import Gateway
-    from builder.serving.updating import Version
+    from builder.serving.version import Version
 
 UNUSED = ("container", "no_gateway", "http_port", "grpc_port", "metrics_port")
 
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace, directory: Path, out: Output) -> int:
     from builder.gateway.settings import places
     from builder.publish.combination import check_beside
     from builder.serving.launch import Ports
-    from builder.serving.updating import Updating
+    from builder.serving.updating import WATCHDOG, Updating
     from builder.triton import repository
 
     link: Path = arguments.repository
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace, directory: Path, out: Output) -> int:
     def front(version: Version, routes: Path) -> AbstractContextManager[Gateway]:
         from builder.serving.gateway import gateway as start
 
-        options = [*gateway.options(arguments), "--routes", str(routes)]
+        options = [*gateway.options(arguments), "--routes", str(routes), "--watchdog", str(directory / WATCHDOG)]
         address, log = (arguments.host, arguments.port), directory / "gateway.log"
         return start(
             version.repository, version.addresses.grpc_url, address, log=log, options=options,

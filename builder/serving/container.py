@@ -243,6 +243,7 @@ def _create(client: Any, repository: Repository, image: str, addresses: Addresse
     root = repository.path.parents[1]
     argv = ["serve", str(inside / repository.path.relative_to(root)), "--quiet", "--until-eof", "--follow-log"]
     argv += ["--host", "0.0.0.0", "--no-gateway"]  # the command on the host starts one
+    argv += ["--watchdog", "/tmp/watchdog.json"]  # its events are part of the log
     argv += [word for name, port in PORTS.items() for word in (f"--{name}-port", str(port))]
     gpu: dict[str, Any] = {}
     if target_facts(repository.facts["target"]).needs_gpu:

@@ -30,6 +30,7 @@ Either: TypeAlias = Server | ContainerServer
 class Foreground:
     """start: starts a server, on the ports of the one before if there was one. front: starts the gateway for a server;
     it gets the log to write, and the watchdog's file to read. show: prints the addresses. directory: for these files.
+    watchdog: by default one that writes its file there and tells `out`.
     """
 
     start: Callable[[Ports | None], AbstractContextManager[Either]]
@@ -37,13 +38,14 @@ class Foreground:
     show: Callable[[Either, Gateway | None], None]
     directory: Path
     out: Output
+    watchdog: Watchdog | None = None
     _ports: Ports | None = None
     _gateway: Gateway | None = None
     _opened: ExitStack = field(default_factory=ExitStack)
 
     def run(self) -> int:
         """Serves until interrupted (0). ServingError if the server or the gateway failed for good."""
-        watchdog, pause = Watchdog(self.directory / "watchdog.json", self.out.warn), 0.0
+        watchdog, pause = self.watchdog or Watchdog(self.directory / "watchdog.json", self.out.warn), 0.0
         with self._opened:
             while True:
                 try:

@@ -7,59 +7,24 @@ Triton loads models stay closed in both: only who can write to the output direct
 
 from __future__ import annotations
 
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from builder.core import exit_status, interrupts, process
-from builder.core.environment import child_environment
+from builder.core import interrupts, process
 from builder.core.errors import BuilderError, ServingError
 from builder.core.output import Output
+from builder.core.store import replace_file
 from builder.gateway.routes import Routes, State
 from builder.gateway.settings import Place
-from builder.serving import health
 from builder.serving.gateway import Gateway
-from builder.serving.launch import Addresses, Ports
-from builder.serving.readiness import answers_ok
+from builder.serving.launch import Ports
+from builder.serving.version import STOP_SECONDS, Version, running
 
 LOOK_SECONDS = 0.5
-STOP_SECONDS = 60.0  # for a server to stop: its own limit for requests in flight is 30
-PROBE_SECONDS = 10.0  # for a token of each model of a new version, on a server without other requests
-
-
-@dataclass(eq=False)
-class Version:
-    """A server of one repository. places: of its models. stopped: when it was told to stop, by time.monotonic."""
-
-    repository: Path
-    addresses: Addresses
-    places: tuple[Place, ...]
-    log: Path
-    child: process.Child
-    opened: ExitStack
-    stopped: float | None = None
-
-    @property
-    def key(self) -> str:
-        """The repository's key."""
-        return self.repository.name
-
-    def is_ready(self) -> bool:
-        """Whether each of its models that takes text generates a token."""
-        url = self.addresses.http_url
-        return answers_ok(url, "/v2/health/ready") and not health.fault(url, PROBE_SECONDS)
-
-    def check_running(self) -> None:
-        """ServingError if its process has ended."""
-        if self.child.poll() is not None:
-            raise ServingError(
-                f"The server of version {self.key} {exit_status.describe(self.child.returncode)}.",
-                why=process.tail(self.log),
-                hint=f"Its log: {self.log}",
-            )
+WATCHDOG = "watchdog.json"  # for the gateway: of the server of the current version
 
 
 @dataclass
@@ -85,12 +50,15 @@ class Updating:
     _next: Version | None = None
     _failed: Path | None = None
     _started: int = 0
+    _seen: str = ""
     _old: list[Version] = field(default_factory=list)
 
     def run(self) -> int:
         """Serves until interrupted (0). ServingError if the server or the gateway fails."""
-        with ExitStack() as opened, ExitStack() as front:  # the gateway ends first: its requests need the servers
+        # The gateway ends first: its requests need the servers. These are then told to stop, all at once.
+        with ExitStack() as opened, ExitStack() as servers, ExitStack() as front:
             self._current = self._start(opened)
+            servers.callback(self._tell_all)
             while not self._current.is_ready():
                 self._current.check_running()
                 time.sleep(LOOK_SECONDS)
@@ -120,11 +88,23 @@ class Updating:
             self._proceed(self._next)
         if target == self._current.repository:
             self._failed = None
+        self._pass_on_events()
         in_use = self._state().in_use
         for version in self._old:
             if version.stopped is None and version.addresses.grpc_url not in in_use:
                 self._stop(version)
         self._collect()
+
+    def _pass_on_events(self) -> None:
+        """Shows what the watchdogs of the servers log; the gateway gets what that of the current one has seen."""
+        for version in filter(None, (self._current, self._next, *self._old)):
+            for event in version.events():
+                self.out.warn(f"version {version.key}: {event}")
+        with suppress(FileNotFoundError, BuilderError):  # there is none yet, or the disk is full
+            seen = self._current.watchdog.read_text(encoding="utf-8")
+            if seen != self._seen:
+                replace_file(self.directory / WATCHDOG, seen)
+                self._seen = seen
 
     def _begin(self, target: Path, opened: ExitStack) -> None:
         try:
@@ -171,12 +151,18 @@ class Updating:
         places = self.places(repository, addresses.grpc_url)
         ports = ("http", addresses.http), ("grpc", addresses.grpc), ("metrics", addresses.metrics)
         argv = [process.python(), "-m", "builder", "serve", str(repository), "--no-gateway", "--host", self.host]
-        argv += [word for name, port in ports for word in (f"--{name}-port", str(port))] + [*self.options, "--quiet"]
         self._started += 1
         log = self.directory / f"{repository.name}-{self._started}.log"
+        argv += [word for name, port in ports for word in (f"--{name}-port", str(port))]
+        argv += [*self.options, "--watchdog", str(log.with_suffix(".json")), "--quiet"]
         own = opened.enter_context(ExitStack())
-        child = own.enter_context(_running(argv, log))
-        return Version(repository, addresses, places, log, child, own)
+        version = Version(repository, addresses, places, log, own.enter_context(running(argv, log)), own)
+        own.callback(version.end)
+        return version
+
+    def _tell_all(self) -> None:
+        for version in filter(None, (self._current, self._next, *self._old)):
+            version.tell()
 
     def _write(self, version: Version) -> None:
         self._number += 1
@@ -188,9 +174,7 @@ class Updating:
 
     def _stop(self, version: Version) -> None:
         """Tells a server to stop, and does not wait."""
-        version.stopped = time.monotonic()
-        if version.child.poll() is None:
-            version.child.terminate()
+        version.tell()
         if version not in self._old:
             self._old.append(version)
 
@@ -200,23 +184,9 @@ class Updating:
             if version.stopped is None:
                 continue
             if version.child.poll() is not None or time.monotonic() > version.stopped + STOP_SECONDS:
-                if version.child.poll() is None:
-                    process.kill(version.child)  # it had its time: closing it must not wait as long once more
                 version.opened.close()
+                version.watchdog.unlink(missing_ok=True)
                 if version.repository != self._failed:  # a message refers to that log
                     version.log.unlink(missing_ok=True)
                 self._old.remove(version)
                 self.out.info(f"{self.link.name}: the server of version {version.key} has stopped")
-
-
-@contextmanager
-def _running(argv: Sequence[str], log: Path) -> Iterator[process.Child]:
-    with open(log, "wb") as sink, process.supervised(argv, stop=_terminate, log=sink, env=child_environment()) as child:
-        yield child
-
-
-def _terminate(child: process.Child) -> None:
-    if child.poll() is None:
-        child.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_SECONDS)

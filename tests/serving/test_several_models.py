@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,11 +34,11 @@ PROMPT = "Return the number of"
 
 
 @contextmanager
-def command(*argv: str) -> Iterator[dict[str, Any]]:
-    """A running command's first JSON object."""
-    with subprocess.Popen(
+def command(*argv: str, log: Path = Path("/dev/null")) -> Iterator[dict[str, Any]]:
+    """A running command's first JSON object. `log`: gets its stderr."""
+    with open(log, "wb") as sink, subprocess.Popen(
         [sys.executable, "-m", "builder", *argv, "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=sink, text=True, start_new_session=True,
     ) as child:  # fmt: skip
         try:
             yield {**first_object(child), "command": child.pid}
@@ -151,17 +154,37 @@ def may_load(port: int) -> int:
         connection.close()
 
 
-def test_a_new_version_and_the_way_back_lose_no_request(root: Path) -> None:
+def eventually(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def replaced(found: dict[str, Any], version: str, log: Path) -> bool:
+    """Whether the watchdog of the server's `builder serve` has replaced a process, by stderr and the metrics."""
+    metrics = urllib.request.urlopen(found["openai"].removesuffix("/v1") + "/metrics").read().decode()
+    events = [f"version {version}: postprocessing: answers", f"version {version}: The process of postprocessing has"]
+    return "\nwatchdog_replaced_total 1.0\n" in metrics and all(event in log.read_text() for event in events)
+
+
+def test_a_new_version_and_the_way_back_lose_no_request(root: Path, tmp_path: Path) -> None:
     """Three clients stream all the time while the link moves to a new version, back, and to one that can't be served.
 
-    Each answer is whole and of one version. Nobody can load models into any of the servers.
+    Each answer is whole and of one version. Nobody can load models into any of the servers. What the watchdog of a
+    server does is shown and counted.
     """
-    link = build(root, "qwen3", "live")
+    link, log = build(root, "qwen3", "live"), tmp_path / "log"
     first = link.resolve().name
-    with command("serve", str(link), "--auto-update") as found, Clients(found["openai"], "live", 3) as clients:
+    served = command("serve", str(link), "--auto-update", log=log)
+    with served as found, Clients(found["openai"], "live", 3) as clients:
         while len(clients.texts) < 6:
             assert not clients.errors
             time.sleep(0.1)
+        for pid in supervisor.descendants(found["command"]):
+            if b"/postprocessing/" in Path(f"/proc/{pid}/cmdline").read_bytes():  # which the gateway does not need
+                os.kill(pid, signal.SIGKILL)
+        eventually(lambda: replaced(found, first, log))
         old = clients.texts[0]
         build(root, "llama", "live")
         ports: set[int] = set()
