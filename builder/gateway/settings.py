@@ -103,7 +103,7 @@ class Model:
         tokenizer = load(directory)
         template, names = found.template.text if found.template else "", tokenizer.get_vocab()
         return cls(
-            name=facts["models"].get("engine") or facts["models"]["generate"],
+            name=_token_model(facts),
             llmapi="engine" not in facts["models"],
             streams=bool(facts["decoupled"]),
             max_batch_size=facts["max_batch_size"],
@@ -125,11 +125,16 @@ class Model:
 
 
 def _guided(models: Path, facts: Mapping[str, Any]) -> Guided | None:
-    """Only engine models have it (builder.triton.guided_decoding)."""
     found = facts.get("guided_decoding")
     if not found:
         return None
-    return Guided(models / facts["models"]["engine"] / found["file"], tuple(found["stop_token_ids"]))
+    return Guided(models / _token_model(facts) / found["file"], tuple(found["stop_token_ids"]))
+
+
+def _token_model(facts: Mapping[str, Any]) -> str:
+    """Triton's name of the model that takes token ids."""
+    models: Mapping[str, str] = facts["models"]
+    return models.get("engine") or models["generate"]
 
 
 def _adapters(models: Path, facts: Mapping[str, Any]) -> dict[str, AdapterFile]:

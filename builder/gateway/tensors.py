@@ -156,7 +156,7 @@ def _engine(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str
 
 
 def _llmapi(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str]]:
-    """Log-probabilities, biases and grammars are refused before: this model has none of them."""
+    """Log-probabilities and biases are refused before: this model has neither. End ids are a parameter of the model."""
     how, prefix = request.sampling, "sampling_param_"
     tensors = [
         _ints("input_ids", request.ids),
@@ -176,6 +176,7 @@ def _llmapi(model: Model, request: TokenRequest) -> tuple[list[Tensor], list[str
         tensors.append(Tensor(f"{prefix}seed", "UINT64", (1,), struct.pack("<Q", how.seed)))
     if how.min_tokens:
         tensors.append(_ints(f"{prefix}min_tokens", [how.min_tokens]))
+    tensors += _guide(request.guide)
     if model.adapter:
         tensors.append(Tensor("lora_name", "BYTES", (1,), _bytes(model.adapter)))
     return tensors, ["text_output", "finish_reason"]
@@ -216,7 +217,8 @@ def is_final(response: Any) -> bool:
 
 
 class Decoder:
-    """Reads the responses to one request. Their outputs come in the same order, so names are looked up once."""
+    """Reads the responses to one request. As many outputs are the same ones in the same order: their names are looked up
+    once."""
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}
@@ -227,7 +229,7 @@ class Decoder:
         contents = response.raw_output_contents
         if not contents:
             return Step((), "", (), final)
-        if not self._places:
+        if len(self._places) != len(contents):  # the llmapi model's last response also has a reason
             self._places = {output.name: place for place, output in enumerate(response.outputs)}
         places = self._places
         if "output_ids" not in places:

@@ -17,6 +17,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from builder.core import workers
 from builder.core.errors import IntegrityError
@@ -42,7 +43,18 @@ def write(tokenizer: Path, file: Path, vocab_size: int, stop_token_ids: Sequence
 
 
 def encoded(tokenizer: Path) -> list[str]:
-    """The tokens by id, their bytes in GPT-2's alphabet. A worker process reads the tokenizer: it is not trusted."""
+    """The tokens by id, their bytes in GPT-2's alphabet."""
+    return [str(token) for token in _read(tokenizer)["tokens"]]
+
+
+def missing_id(tokenizer: Path) -> int | None:
+    """The first id, below the largest, that has no token."""
+    found: int | None = _read(tokenizer)["missing"]
+    return found
+
+
+def _read(tokenizer: Path) -> dict[str, Any]:
+    """What a worker process says of the tokenizer, which is not trusted."""
     child = chat_template.start_worker(workers.VOCABULARY, str(tokenizer.absolute()), stdin=subprocess.DEVNULL)
     try:
         response = chat_template.read_response(child, wall=SECONDS)
@@ -51,4 +63,4 @@ def encoded(tokenizer: Path) -> list[str]:
         child.communicate()
     if "error" in response:
         raise IntegrityError(f"The vocabulary of {tokenizer} can't be read.", why=str(response["why"]), hint=SAVE_AGAIN)
-    return [str(token) for token in response["tokens"]]
+    return response

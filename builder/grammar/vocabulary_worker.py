@@ -1,6 +1,6 @@
 """The worker process that reads a tokenizer's vocabulary: python -m builder.grammar.vocabulary_worker DIRECTORY
 
-Writes {"tokens": [...]} as a line of JSON. `tokenizers` may panic at an invalid file (see tokenizer/worker.py).
+Writes a line of JSON: {"tokens": [...], "missing": the first id without a token, or null}. `tokenizers` may panic at an invalid file (see tokenizer/worker.py).
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def main(directory: Path) -> int:
     limit_memory(MEMORY)
     limit_time(SECONDS)
     try:
-        text = json.dumps({"tokens": tokens(load(directory))})
+        tokenizer = load(directory)
+        ids = {*tokenizer.get_vocab().values(), *tokenizer.get_added_tokens_decoder()}
+        missing = next((id for id in range(max(ids, default=0)) if id not in ids), None)
+        text = json.dumps({"tokens": tokens(tokenizer), "missing": missing})
     except BaseException as error:
         text = json.dumps({"error": "unreadable", "why": f"{type(error).__name__}: {error}"[:300]})
     response.write(text + "\n")

@@ -17,7 +17,7 @@ from builder.checkpoint import sharding
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.store import library_versions
 from builder.formats.registry import NVFP4
-from builder.llmapi import lora
+from builder.llmapi import guided_decoding, lora
 from builder.llmapi import versions as llmapi_versions
 from builder.llmapi.normalize import ARGS, ASKED, EXECUTOR, Argument, Subject, settle
 from builder.llmapi.notes import notes
@@ -54,7 +54,6 @@ UNUSED = (
     "repository.postprocessing_instances",
     "repository.bls_instances",
     "repository.max_queue_delay_microseconds",
-    "repository.guided_decoding",
 )
 
 
@@ -73,6 +72,12 @@ def resolve(resolved: schema.Resolved, model_config: Mapping[str, Any]) -> list[
     own = _asked(asked)
     for name, value in own.items():
         llmapi_versions.check(subject.facts, name, value)
+    if guided_decoding.ARGUMENT in own:
+        raise UsageError(
+            f"llmapi.args.{guided_decoding.ARGUMENT} belongs to a key of its own.",
+            why="The repository needs more for it than the argument: a vocabulary, and inputs for grammars.",
+            hint="--set repository.guided_decoding=true",
+        )
     _check_said_once(resolved, own)
     arguments = {argument.name: argument for argument in _derived(subject, resolved, model_config)}
     arguments |= _of_family(model_config, resolved, arguments)
@@ -294,6 +299,9 @@ def _derived(subject: Subject, resolved: schema.Resolved, config: Mapping[str, A
                  f"{ARGS}: usually a net win; off by default"),
         Argument("trust_remote_code", asked.model.trust_remote_code, *_from(resolved, "model.trust_remote_code")),
     ]  # fmt: skip
+    if part.guided_decoding:
+        reason = "repository.guided_decoding: answers that follow a grammar"
+        found.append(Argument(guided_decoding.ARGUMENT, guided_decoding.BACKEND, reason, ARGS))
     if subject.facts.takes("telemetry_config.disabled"):
         reason = "off here: the class sends NVIDIA usage data by default (GPU, CPU, architecture, these values)"
         source = "tensorrt_llm/usage/usage_lib.py@03fa4799; PR #12384"

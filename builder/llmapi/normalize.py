@@ -299,6 +299,13 @@ def _speculation(subject: Subject, settled: dict[str, Argument]) -> None:
     kind = settled.get("speculative_config.decoding_type", _NONE).value
     if kind is None:
         return
+    if "guided_decoding_backend" in settled:
+        raise UsageError(
+            "repository.guided_decoding and llmapi.args.speculative_config can't be combined here.",
+            why="Drafted tokens are checked against a grammar by code that differs between versions "
+            f"({EXECUTOR}/guided_decoder.py@07dacbbc).",
+            hint="Leave out one of the two.",
+        )
     source = f"{ARGS}, {kind}DecodingConfig"
     if "speculative_config.max_draft_len" not in settled:
         put(settled, "speculative_config.max_draft_len", 4, "it must be said; a few tokens cost little", source)

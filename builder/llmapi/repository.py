@@ -17,7 +17,7 @@ from builder.core.store import Store, library_versions, sources_digest
 from builder.formats import kv_cache
 from builder.hub.snapshot import Snapshot
 from builder.llmapi import arguments as llmapi_arguments
-from builder.llmapi import lora
+from builder.llmapi import guided_decoding, lora
 from builder.llmapi import versions as llmapi_versions
 from builder.llmapi.arguments import Argument
 from builder.recipe import schema
@@ -56,7 +56,8 @@ def render(
         "sources": sources_digest(
             "builder/llmapi/repository.py", "builder/triton/repository.py", "builder/triton/model_config.py",
             "builder/model/files.py", "builder/model/multimodal.py", "builder/tokenizer/special_ids.py",
-            "builder/tokenizer/sampling_defaults.py", "builder/triton/template_values.py",
+            "builder/tokenizer/sampling_defaults.py", "builder/triton/template_values.py", "builder/grammar",
+            "builder/llmapi/guided_decoding.py", "builder/triton/guided_decoding.py",
             "builder/trtllm/references.py", TEMPLATE, model_config.MACROS, TENSORS,
         ),
     }  # fmt: skip
@@ -98,13 +99,17 @@ def write(
     values = {"decoupled": part.decoupled, "tensors": tensors, "parameters": parameters}
     directory = models / MODEL / "1"
     directory.mkdir(parents=True)
+    guided = {}
+    if part.guided_decoding:
+        size = int(parameters["vocab_size"])
+        guided["guided_decoding"] = guided_decoding.write(models / MODEL, snapshot, texts["end_ids"], size)
     (models / MODEL / "config.pbtxt").write_text(model_config.render(TEMPLATE, values), encoding="utf-8")
     shutil.copyfile(TEMPLATE / "1" / "model.py", directory / "model.py")
     path = references.relative(unified, models / MODEL)
     (directory / "model.yaml").write_text(model_yaml(path, arguments, part), encoding="utf-8")
     model_config.check(models, max_batch_size=0, decoupled=part.decoupled)
     made = _facts(unified, texts, llmapi_arguments.tree(arguments), resolved, tensors["names"])
-    return {**made, "checkpoint": references.relative(unified, models.parent)}
+    return {**made, **guided, "checkpoint": references.relative(unified, models.parent)}
 
 
 def _text_facts(snapshot: Path, part: schema.Repository, facts: llmapi_versions.Facts) -> dict[str, Any]:

@@ -36,7 +36,7 @@ sys.modules |= {{name: llmapi_stand_in for name in llmapi_stand_in.MODULES}}
 """
 SHOWN = ("OMPI_", "PMIX_", "PMI_", "TRTLLM_", "BUILDER_", "PYTHONPATH")  # variables in the log
 # Where model.py takes more names from.
-MODULES = ("tensorrt_llm.executor.request", "tensorrt_llm.llmapi.llm_utils")
+MODULES = ("tensorrt_llm.executor.request", "tensorrt_llm.llmapi.llm_utils", "tensorrt_llm.llmapi")
 
 
 def put_stand_in(models: Path, llm: str = "LLM") -> None:
@@ -75,6 +75,16 @@ class RequestError(RuntimeError):
 
 
 @dataclass(kw_only=True)
+class GuidedDecodingParams:
+    """tensorrt_llm/sampling_params.py@000a01de."""
+
+    json: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    json_object: bool = False
+
+
+@dataclass(kw_only=True)
 class SamplingParams:
     best_of: int | None = None
     max_tokens: int = 32
@@ -91,6 +101,7 @@ class SamplingParams:
     stop: list[str] | None = None
     logprobs: int | None = None
     return_context_logits: bool = False
+    guided_decoding: GuidedDecodingParams | None = None
 
     def __post_init__(self):
         if self.temperature is not None and self.temperature < 0:
@@ -162,6 +173,8 @@ class LLM:
         self._ends = ends if isinstance(ends, list) else [ends]
         self._pool = ThreadPoolExecutor(8)
         self._reuses = kwargs.get("kv_cache_config", {}).get("enable_block_reuse", True)
+        self._vocab_size = json.loads((directory / "config.json").read_text())["vocab_size"]
+        self._compiler = self._made_compiler() if kwargs.get("guided_decoding_backend") == "xgrammar" else None
         self._cached = []  # (salt, token ids) of what was answered
         print(f"stand-in for TensorRT-LLM: {json.dumps(kwargs)}", file=sys.stderr, flush=True)
         environment = {name: value for name, value in os.environ.items() if name.startswith(SHOWN)}
@@ -189,6 +202,45 @@ class LLM:
     def shutdown(self):
         self._pool.shutdown()
 
+    def _made_compiler(self):
+        """As TensorRT-LLM makes it (_xgrammar_tokenizer_info; _torch/pyexecutor/grammar_matcher.py@0fccc5b9)."""
+        import xgrammar
+
+        tokenizer = self.tokenizer.tokenizer
+        found = xgrammar.TokenizerInfo._detect_metadata_from_hf(tokenizer.to_str())
+        listed = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        info = xgrammar.TokenizerInfo(
+            [token for token, _ in listed], vocab_type=found["vocab_type"], vocab_size=self._vocab_size,
+            stop_token_ids=self._ends[:1], add_prefix_space=found["add_prefix_space"],
+        )  # fmt: skip
+        return xgrammar.GrammarCompiler(info)
+
+    def _match(self, guide):
+        import xgrammar
+
+        if guide is None:
+            return None
+        if guide.json_object:
+            compiled = self._compiler.compile_builtin_json_grammar()
+        elif guide.json:
+            compiled = self._compiler.compile_json_schema(guide.json)
+        elif guide.regex:
+            compiled = self._compiler.compile_regex(guide.regex)
+        else:
+            compiled = self._compiler.compile_grammar(guide.grammar)
+        return xgrammar.GrammarMatcher(compiled)
+
+    def _masked(self, match, logits):
+        """The logits [vocab] without tokens that can't follow. Not after the end, as in guided_decoder.py."""
+        import xgrammar
+
+        if match is None or match.is_terminated():
+            return logits
+        mask = xgrammar.allocate_token_bitmask(1, len(logits))
+        match.fill_next_token_bitmask(mask)
+        xgrammar.apply_token_bitmask_inplace(logits[None], mask)
+        return logits
+
     def _reused(self, ids, salt):
         """Tokens of the prompt that lie in the cache. Whole blocks or not: enable_partial_reuse is on by default."""
         found = 0
@@ -213,6 +265,7 @@ class LLM:
         ends = self._ends if wanted.end_id is None else [wanted.end_id, *(wanted.stop_token_ids or ())]
         prompt = self.tokenizer.tokenizer.decode(ids)
         forced = self.tokenizer.encode(prompt.removeprefix(SAY)) if prompt.startswith(SAY) else []
+        match = self._match(wanted.guided_decoding)
         for n in range(wanted.max_tokens):
             if result.aborted.is_set():
                 print(f"stand-in: aborted after {n} of {wanted.max_tokens} tokens", file=sys.stderr, flush=True)
@@ -224,7 +277,10 @@ class LLM:
             logits = every[-1]
             if n < (wanted.min_tokens or 0):
                 logits[ends] = -torch.inf
+            logits = self._masked(match, logits)
             token = forced[n] if n < len(forced) else int(logits.argmax())
+            if match and not match.is_terminated() and not match.accept_token(token):
+                raise ValueError(f"failed to accept last new token: {token}")
             if token in ends:
                 reason = "stop"
                 break

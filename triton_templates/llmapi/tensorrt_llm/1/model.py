@@ -28,6 +28,8 @@ SAMPLING = (
 )  # fmt: skip
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # name -> neutral value
 EXTRAS = {"finish_reason": np.object_, "stop_reason": np.object_, "cumulative_logprob": np.float32}
+# The engine model's names of guides -> those of GuidedDecodingParams (tensorrt_llm/sampling_params.py@000a01de)
+GUIDES = {"json": "json_object", "json_schema": "json", "regex": "regex", "ebnf_grammar": "grammar"}
 # Clients may request a prompt's logits only if the server was started with this variable, as `builder eval` starts its
 # own. If a batch contains such a request, TensorRT-LLM's forward pass returns logits for every token of every prompt,
 # but counts one row for prompts that did not request them (_torch/pyexecutor/py_executor.py of late 2025,
@@ -73,6 +75,7 @@ class TritonPythonModel:
         check_period = arguments.pop("triton_config").get("cancellation_check_period_ms", 100) / 1000
         self.max_input_len, self.max_seq_len = arguments["max_input_len"], arguments["max_seq_len"]
         self.lora = arguments.get("lora_config", {})
+        self.guided = "guided_decoding_backend" in arguments
         prepare_environment()
         # Not at the top of the file: the import initializes CUDA and MPI, for which the environment must be prepared.
         from tensorrt_llm import LLM, SamplingParams
@@ -246,7 +249,29 @@ class TritonPythonModel:
             found["logprobs"] = 1
         if LOGITS in extra:
             found["return_context_logits"] = True
-        return found
+        guide = self.guide(words(inputs, "guided_decoding_guide_type"), words(inputs, "guided_decoding_guide"))
+        if guide and found.get("min_tokens"):
+            raise ValueError("min_tokens can't be used with a guide: a complete answer has nothing else to follow")
+        return found | guide
+
+    def guide(self, kinds, texts):
+        """The argument of SamplingParams for the grammar of the answer; empty without one. ValueError for a wrong one.
+
+        An answer's grammar is compiled where all requests are served, and one that is invalid may end that: clients
+        other than the gateway, which compiles it before, must send valid ones.
+        """
+        if not kinds and not texts:
+            return {}
+        if not self.guided:
+            raise ValueError("this model has no guided decoding (repository.guided_decoding)")
+        if not kinds or len(kinds) != 1 or kinds[0] not in GUIDES:
+            raise ValueError(f"guided_decoding_guide_type must be one of {', '.join(GUIDES)}")
+        if kinds[0] != "json" and (not texts or len(texts) != 1):
+            raise ValueError(f"guided_decoding_guide is missing; the type {kinds[0]} needs one")
+        from tensorrt_llm.llmapi import GuidedDecodingParams
+
+        value = True if kinds[0] == "json" else texts[0]
+        return {"guided_decoding": GuidedDecodingParams(**{GUIDES[kinds[0]]: value})}
 
     async def send(self, result, sender, prefix, extra):
         """Sends one response, or a chunk with the new text of each step.
