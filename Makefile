@@ -176,7 +176,7 @@ $(VENV)/ready: pyproject.toml requirements/cpu.txt $(EXTENSION)
 	@$(call system_packages)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q torch==2.13.0
-	$(VENV)/bin/pip install -q -c requirements/cpu.txt -e '.[quantize,serve,telemetry,container,tasks,cluster,dev]'
+	$(VENV)/bin/pip install -q -c requirements/cpu.txt -e '.[quantize,serve,telemetry,container,tasks,cluster,mlflow,dev]'
 	$(VENV)/bin/pip install -q --no-deps nvidia-pytriton==0.7.0 xgrammar==0.2.9 apache-tvm-ffi==0.1.15.post2
 	touch $@
 

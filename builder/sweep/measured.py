@@ -125,8 +125,16 @@ def read_eval(point: Point, store: Store) -> Result:
     )
 
 
-def with_ratios(results: Sequence[Result]) -> list[Result]:
-    """The results, each with the ratio of its KL to that of its base (points.base_of) on each data set."""
+Known = dict[
+    tuple[str, float, float], Mapping[str, Mapping[str, Estimate]]
+]  # {(point, when it and its base were read)}
+
+
+def with_ratios(results: Sequence[Result], known: Known | None = None) -> list[Result]:
+    """The results, each with the ratio of its KL to that of its base (points.base_of) on each data set.
+
+    known: ratios of earlier calls, which are not computed again and to which this call adds."""
+    known = {} if known is None else known
     points, by_name = [one.point for one in results], {one.point.name: one for one in results}
     found = []
     for one in results:
@@ -135,14 +143,22 @@ def with_ratios(results: Sequence[Result]) -> list[Result]:
         if other is None or other is one or not (one.sums and other.sums):
             found.append(one)
             continue
-        texts = {}
-        for number, (name, figures) in enumerate(one.texts.items()):
-            which = [number] if number < len(one.sums) else [*range(len(one.sums))]  # all sets together are last
-            pair = [one.sums[n] for n in which], [other.sums[n] for n in which]
-            ratio = metrics.kl_ratio(*pair, resamples=RESAMPLES, seed=number)
-            texts[name] = {**figures, "kl_ratio": ratio} if math.isfinite(ratio.value) else figures
-        found.append(replace(one, texts=texts))
+        key = (one.point.slug, one.finished, other.finished)
+        if key not in known:
+            known[key] = _with_ratio(one, other)
+        found.append(replace(one, texts=known[key]))
     return found
+
+
+def _with_ratio(one: Result, other: Result) -> dict[str, Mapping[str, Estimate]]:
+    """A result's figures on texts with the ratio of its KL to the other's."""
+    texts = {}
+    for number, (name, figures) in enumerate(one.texts.items()):
+        which = [number] if number < len(one.sums) else [*range(len(one.sums))]  # all sets together are last
+        pair = [one.sums[n] for n in which], [other.sums[n] for n in which]
+        ratio = metrics.kl_ratio(*pair, resamples=RESAMPLES, seed=number)
+        texts[name] = {**figures, "kl_ratio": ratio} if math.isfinite(ratio.value) else figures
+    return texts
 
 
 def effects(results: Sequence[Result]) -> dict[str, Estimate]:

@@ -165,18 +165,19 @@ def run(
     logs = directory / "runs" / time.strftime("%Y%m%d-%H%M%S")
     found = {one.point.slug: one for one in planned.ready}
     failed: dict[str, dict[Kind, str]] = {}
+    ratios: measured.Known = {}
 
     def settled(outcome: Outcome) -> None:
         if outcome.step.kind in graph.OWN:
             [point] = outcome.step.points
             failed.setdefault(point.slug, {}).update({} if outcome.ok else {outcome.step.kind: outcome.why})
             found[point.slug] = measured.read_so_far(point, store, failed[point.slug])
-            write(planned, directory, found)
+            write(planned, directory, found, ratios)
         note(outcome, logs)
         ended(outcome)
 
     mark(store.root)
-    write(planned, directory, found)
+    write(planned, directory, found, ratios)
     if planned.steps:
         with LocalExecutor(planned.whole) as executor:
             jobs = _jobs(planned, store, logs)
@@ -184,7 +185,7 @@ def run(
     for point in planned.points:
         if point.slug in failed and not any(failed[point.slug].values()):
             found[point.slug] = _result(point, store)
-    return _ordered(planned, found)
+    return write(planned, directory, found, ratios)
 
 
 def _result(point: Point, store: Store) -> Result:
@@ -195,15 +196,13 @@ def _result(point: Point, store: Store) -> Result:
         return Result(point, why=f"Its commands succeeded, and the store has no result of it: {error}")
 
 
-def _ordered(planned: Planned, found: Mapping[str, Result]) -> list[Result]:
-    return measured.with_ratios([found[point.slug] for point in planned.points if point.slug in found])
-
-
-def write(planned: Planned, directory: Path, found: Mapping[str, Result]) -> None:
-    ordered = _ordered(planned, found)
+def write(planned: Planned, directory: Path, found: Mapping[str, Result], ratios: measured.Known) -> list[Result]:
+    """Writes the results that are there and the page of them. Returns them in the order of the points."""
+    ordered = measured.with_ratios([found[point.slug] for point in planned.points if point.slug in found], ratios)
     if ordered:
         results.update(directory, ordered)
         replace_file(directory / REPORT, page.page(planned.title, ordered, len(planned.points)))
+    return ordered
 
 
 def _jobs(planned: Planned, store: Store, logs: Path) -> Callable[[Step], Job]:

@@ -4,41 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from sweep_results import result, served
 
 from builder.cli import main
 from builder.core.errors import UsageError
-from builder.evaluate.metrics import Estimate, Sums
-from builder.publish.verdict import BuildVerdict
-from builder.recipe import schema
-from builder.serving.benchmark import Level, Percentiles
 from builder.sweep import measured, page, results
-from builder.sweep.measured import Result
-from builder.sweep.points import Point
-from builder.sweep.served import Served
 
 ROOT = Path(__file__).parents[2]
-RESOLVED = schema.resolve({"model.id": "tests/data/tiny-qwen3", "gpu": "cpu"})
-
-
-def result(kl: float, nbytes: int = 1000, *, score: float = 95.0, why: str = "", **labels: str) -> Result:
-    point = Point(labels, {}, RESOLVED)
-    if why:
-        return Result(point, why=why)
-    figures = {"kl": Estimate(kl, kl * 0.9, kl * 1.1), "score": Estimate(score, score - 1, score + 1)}
-    kls = np.linspace(0.5, 1.5, 20) * kl
-    ones = np.ones(20)
-    sums = (Sums(ones, ones, ones, kl=kls, agree=ones, flips=ones),)
-    figures["ppl"] = Estimate(10.0, 9.0, float("inf"))
-    return Result(point, {"prose": figures}, {"follows": {"acc": Estimate(0.5, 0.4, 0.6)}}, nbytes, 1.5, sums=sums)
 
 
 @settings(max_examples=10, deadline=None)
@@ -63,8 +42,9 @@ WRITER = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-sys.path.insert(0, "tests/sweep")
-from test_results import result, results
+sys.path.insert(0, "tests/support")
+from sweep_results import result
+from builder.sweep import results
 for number in range(15):
     results.update(Path(sys.argv[1]), [result(1.0, point=f"{sys.argv[2]}-{number}")])
 """
@@ -103,14 +83,6 @@ def test_other_files_are_refused_and_left_alone(tmp_path: Path) -> None:
 def test_a_failed_point_has_one_row_that_says_why() -> None:
     [row] = results.rows(result(0, why="line 1\nout of memory", point="a"))
     assert (row["status"], row["why"]) == ("failed", "line 1 out of memory")
-
-
-def served(one: Result, speed: float, status: Any = "passed") -> Result:
-    """The same, built and served."""
-    times = Percentiles(0.1, 0.2, 0.3)
-    levels = (Level(1, 4, 0, 1.0, speed / 2, times, times, times), Level(4, 4, 0, 1.0, speed, times))
-    rejected = status == "failed"
-    return replace(one, served=Served(BuildVerdict(status, ("why",)), None, () if rejected else levels))
 
 
 def test_what_a_served_point_did_has_a_row_for_each_concurrency() -> None:
