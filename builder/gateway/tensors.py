@@ -217,8 +217,8 @@ def is_final(response: Any) -> bool:
 
 
 class Decoder:
-    """Reads the responses to one request. As many outputs are the same ones in the same order: their names are looked up
-    once."""
+    """Reads the responses to one request. Those with as many outputs have them in the same order, so names are looked
+    up once."""
 
     def __init__(self) -> None:
         self._places: dict[str, int] = {}

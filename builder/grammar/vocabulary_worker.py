@@ -1,6 +1,7 @@
 """The worker process that reads a tokenizer's vocabulary: python -m builder.grammar.vocabulary_worker DIRECTORY
 
-Writes a line of JSON: {"tokens": [...], "missing": the first id without a token, or null}. `tokenizers` may panic at an invalid file (see tokenizer/worker.py).
+Writes a line of JSON: {"tokens": [...], "missing": the first id without a token, or null}. `tokenizers` may panic at
+an invalid file (see tokenizer/worker.py).
 """
 
 from __future__ import annotations
