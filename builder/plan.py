@@ -145,6 +145,8 @@ def _stages(prepared: Prepared, done: Sequence[Artifact], first: WouldRun | None
     if prepared.recipe.quantization.kept_budget is not None:
         at = stages.index("checkpoint")
         stages[at:at] = ["texts", "sensitivity", "selection"]
+    at = stages.index("repository")
+    stages[at:at] = ["adapter" for one in prepared.inputs.adapters if one.repository]  # each is downloaded
     for stage in stages[len(rows) :]:
         why = first.why if first and first.stage == stage else f"its input comes from {rows[-1][0]}"
         rows.append((stage, "will run", why))

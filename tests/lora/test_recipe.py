@@ -10,6 +10,7 @@ import adapters
 import pytest
 from hub_server import Hub
 
+from builder import pipeline
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
@@ -168,7 +169,6 @@ def test_the_llm_class_gets_the_same_adapters(tmp_path: Path) -> None:
 
 
 def test_the_repository_depends_on_the_content_and_the_engine_does_not(tmp_path: Path) -> None:
-    from builder import pipeline
 
     place, store = adapters.write(tmp_path / "sql"), Store(tmp_path / "store", QUIET)
     asked = resolved(f"sql={place}", **{"calibration.samples": 0, "quality.check": False})
@@ -186,3 +186,14 @@ def test_the_repository_depends_on_the_content_and_the_engine_does_not(tmp_path:
     assert first.repository.facts["adapter_files"] != other.repository.facts["adapter_files"]
     config = json.loads((other.engine.path / "config.json").read_text())
     assert config["build_config"]["lora_config"]["max_lora_rank"] == 4
+
+
+def test_the_plan_shows_an_adapter_that_is_still_to_be_downloaded(hub: Hub, tmp_path: Path) -> None:
+    hub.add("someone/sql", adapters.write(tmp_path / "sql"))
+    asked = resolved("sql=someone/sql", **{"calibration.samples": 0, "quality.check": False})
+    dry = Store(tmp_path / "store", QUIET, dry=True)
+    before = {stage: state for stage, state, _ in plan(asked, dry).stages}
+    assert (before["engine"], before["adapter"], before["repository"]) == ("will run",) * 3
+    pipeline.build(asked, Store(tmp_path / "store", QUIET), until="repository")
+    after = {stage: state for stage, state, _ in plan(asked, Store(tmp_path / "store", QUIET, dry=True)).stages}
+    assert (after["engine"], after["adapter"], after["repository"], after["smoke"]) == (*("cached",) * 3, "will run")
