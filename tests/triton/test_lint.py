@@ -18,12 +18,16 @@ from hypothesis import strategies as st
 from builder.cli import main
 from builder.core import paths
 from builder.core.errors import UsageError
+from builder.core.output import Output
+from builder.core.store import Store
 from builder.llmapi import arguments as llmapi_arguments
 from builder.llmapi import repository as llmapi_repository
 from builder.recipe import schema
 from builder.triton import model_config, repository
+from builder.triton.combined import Member, combine
 from builder.triton.lint import positions
 from builder.triton.lint.run import lint
+from tests.triton.test_combined import rendered
 from tests.triton.test_repository import SNAPSHOT, write_engine
 
 ENSEMBLE, PRE, POST = "ensemble/config.pbtxt", "preprocessing/config.pbtxt", "postprocessing/config.pbtxt"
@@ -140,6 +144,13 @@ FAULTS = [
     Fault(POST, 'key: "skip_special_tokens" value: { string_value: "true" }',
           'key: "skip_special_tokens" value: { string_value: "skip" }', "parameter", "is 'skip'"),
     Fault(POST, "preprocessing/1/tokenizer", "other/tokenizer", "tokenizer", "that of preprocessing"),
+    *(Fault(ENGINE, 'key: "max_beam_width" value: { string_value: "1" }',
+            f'key: "{key}" value: {{ string_value: "{value}" }}', "parameter", said)
+      for key, value, said in (
+          ("lora_cache_gpu_memory_fraction", "5", "lora_cache_gpu_memory_fraction is '5'"),
+          ("lora_cache_max_adapter_size", "eight", "lora_cache_max_adapter_size is 'eight'"),
+          ("lora_cache_host_memory_byte", "1024", "lora_cache_host_memory_byte is not read"),
+      )),
     # Ensembles.
     Fault(ENSEMBLE, 'model_name: "postprocessing"', 'model_name: "postprocesing"', "step", "not a model of the repo"),
     Fault(ENSEMBLE, 'model_name: "postprocessing"', 'model_name: "ensemble"', "step", "a step of itself"),
@@ -166,6 +177,8 @@ FAULTS = [
     Fault(BLS, "decoupled: true", "decoupled: false", "streaming", "it can't stream"),
     Fault(BLS, 'key: "tensorrt_llm_model_name" value: { string_value: "tensorrt_llm" }',
           'key: "tensorrt_llm_model_name" value: { string_value: "llm" }', "step", "calls llm"),
+    Fault(BLS, 'key: "preprocessing_model_name" value: { string_value: "preprocessing" }',
+          'key: "preprocessing_model_name" value: { string_value: "pre" }', "step", "calls pre, which is not a model"),
     # The engine.
     Fault(ENGINE, "max_batch_size: 8", "max_batch_size: 16", "engine", "the engine was built for 8"),
     Fault(ENGINE, 'key: "max_beam_width" value: { string_value: "1" }',
@@ -191,8 +204,51 @@ def plant(sound: Path, directory: Path, fault: Fault) -> Path:
     return models
 
 
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of a repository of `a` and `b`."""
+    store = Store(tmp_path_factory.mktemp("both") / "store", Output("quiet"))
+    models = combine({name: Member(rendered(store, name), name) for name in ("a", "b")}, store=store).models
+    assert lint(models).findings == ()
+    return models
+
+
+COMBINED = [
+    ("b_ensemble", 'model_name: "b_preprocessing"', 'model_name: "a_preprocessing"', "step", "to another model"),
+    ("b_ensemble", 'model_name: "b_tensorrt_llm"', 'model_name: "a_tensorrt_llm"', "step", "to another model"),
+    ("a_ensemble", 'model_name: "a_postprocessing"', 'model_name: "b_postprocessing"', "step", "Write a_postproc"),
+    ("b_ensemble", 'model_name: "b_postprocessing"', 'model_name: "postprocessing"', "step", "not a model of the rep"),
+    ("b_tensorrt_llm_bls", 'string_value: "b_tensorrt_llm"', 'string_value: "a_tensorrt_llm"', "step",
+     "it calls a_tensorrt_llm, which belongs to another model"),
+    ("b_tensorrt_llm_bls", 'string_value: "b_tensorrt_llm"', 'string_value: "tensorrt_llm"', "step", "not a model"),
+    ("a_ensemble_infer", 'string_value: "a_preprocessing"', 'string_value: "b_preprocessing"', "step",
+     "it calls b_preprocessing, which belongs to another model"),
+    ("b_tensorrt_llm", "decoupled: true", "decoupled: false", "streaming", "b_tensorrt_llm_bls streams from it"),
+    ("b_tensorrt_llm", 'name: "b_tensorrt_llm"', 'name: "a_tensorrt_llm"', "name", "unlike its directory's"),
+    ("b_tensorrt_llm", "max_batch_size: 8", "max_batch_size: 16", "engine", "the engine was built for 8"),
+    ("b_postprocessing", "b_preprocessing/1/tokenizer", "a_preprocessing/1/tokenizer", "tokenizer", "a_preprocessing"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "old", "new", "rule", "said"), COMBINED)
+def test_a_fault_between_several_models_is_named(
+    model: str, old: str, new: str, rule: str, said: str, both: Path, tmp_path: Path
+) -> None:
+    depth = tmp_path / "x" / "y"  # the engines are found from there as from the store
+    models = shutil.copytree(both, depth / "z" / "models")
+    for engine in ("engine-a", "engine-b"):
+        shutil.copytree(both.parents[3] / engine, tmp_path / engine)
+    assert lint(models).findings == ()
+    file = models / model / "config.pbtxt"
+    assert old in file.read_text(), "the templates changed: write the fault anew"
+    file.write_text(file.read_text().replace(old, new, 1))
+    found = [one for one in lint(models).findings if one.rule == rule and said in f"{one.what} {one.fix}"]
+    assert found, [f"{one.place} {one.rule} {one.what}" for one in lint(models).findings]
+    assert found[0].line > 0
+
+
 def test_at_least_sixty_faults_and_every_rule_of_the_guide_are_planted() -> None:
-    assert len(FAULTS) >= 60
+    assert len(FAULTS) + len(DIRECTORIES) + len(YAML) + len(COMBINED) >= 120
     assert len({(one.file, one.old, one.new) for one in FAULTS}) == len(FAULTS)
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "lint.md").read_text()
     rows = [line.split("|")[1] for line in guide.split("\n") if line.startswith("| `")]
@@ -328,6 +384,18 @@ YAML = [
     ("backend: pytorch", "tensor_parallel_size: two", "llmapi", "tensor_parallel_size is 'two'", 2),
     ("backend: pytorch", "kv_cache_config: {free_gpu_memory_fraction: 90}", "llmapi", "is 90", 0),
     ("decoupled: true", "decoupled: true\n  cancellation_check_period_ms: 0", "llmapi", "check_period_ms is 0", 6),
+    ("backend: pytorch", "tensor_paralel_size: 2", "llmapi", "tensor_paralel_size is not an argument", 2),
+    (
+        "backend: pytorch",
+        "kv_cache_config: {\nenable_block_reuze: true}",
+        "llmapi",
+        "kv_cache_config.enable_block_reuze",
+        3,
+    ),
+    ("backend: pytorch", "lora_confg: {lora_dir: [/a]}", "llmapi", "lora_confg is not an argument", 2),
+    ("backend: pytorch", "lora_config:\n  max_lora_rnk: 8", "llmapi", "lora_config.max_lora_rnk is not", 3),
+    ("backend: pytorch", "max_num_tokens: 0", "llmapi", "max_num_tokens is 0", 2),
+    ("max_batch_size: 0", "max_batch_size: many", "llmapi", "triton_config.max_batch_size is 'many'", 4),
     ("backend: pytorch", "backend: [", "syntax", "it is no YAML", 4),
     (LLMAPI, "- model", "llmapi", "not a mapping", 0),
 ]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from builder.core import paths
+from builder.core.untrusted_text import parse_yaml
 from builder.triton.lint.findings import Finding
 from builder.triton.lint.model_files import FILL, UNFILLED, ModelFiles
 
 FILE = "model.yaml"
+OWN = ("model", "backend", "triton_config")  # what the file has beside arguments of the LLM class
+ALIKE = 0.85
 SWITCHES = "triton_config"
 # llmapi/tensorrt_llm/1/model.py@044a90d2 reads both without a default.
 NEEDED = {"max_batch_size": int, "decoupled": bool}
@@ -64,10 +69,36 @@ def _check(model: ModelFiles, path: Path) -> Iterator[Finding]:
         value = content.get(key)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             yield finding(key, f"{key} is {value!r}", "Write a number of 1 or more.")
+    yield from _misspelt(content, finding)
     kv = content.get("kv_cache_config")
     share = kv.get("free_gpu_memory_fraction") if isinstance(kv, Mapping) else None
     if share is not None and not (isinstance(share, (int, float)) and 0 < share <= 1):
         yield finding("free_gpu_memory_fraction", f"free_gpu_memory_fraction is {share!r}", "Write a number up to 1.")
+
+
+def _misspelt(content: Mapping[Any, Any], finding: Any) -> Iterator[Finding]:
+    """Arguments of the LLM class that are almost those of a known version. Others may be a later version's."""
+    known = arguments()
+    for name in _dotted(content):
+        parent, dot, key = name.rpartition(".")
+        alike = [one.rpartition(".")[2] for one in known if one.rpartition(".")[0] == parent]
+        near = difflib.get_close_matches(key, alike, 1, ALIKE)
+        if near and key not in alike and (dot or key not in OWN):
+            yield finding(key, f"{name} is not an argument of the LLM class", f"Write {parent}{dot}{near[0]}.")
+
+
+@functools.cache
+def arguments() -> frozenset[str]:
+    """The LLM class's arguments of all known versions by dotted name, and the mappings that hold some of them."""
+    found = parse_yaml(paths.data("configs", "trtllm", "llmapi.yaml").read_bytes(), own=True)["arguments"]
+    return frozenset(found) | {name.partition(".")[0] for name in found}
+
+
+def _dotted(content: Mapping[Any, Any]) -> Iterator[str]:
+    for key, value in content.items():
+        yield str(key)
+        if isinstance(value, Mapping) and key != SWITCHES:
+            yield from (f"{key}.{inner}" for inner in value)
 
 
 def _switches(model: ModelFiles, switches: Mapping[str, Any], finding: Any) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from builder.triton.lint import (
     model_files,
     model_rules,
     parameter_rules,
+    several_rules,
     streaming_rules,
 )
 from builder.triton.lint.findings import Finding
@@ -67,7 +68,7 @@ def lint(path: Path, *, engine: Path | None = None) -> Lint:
             place = own
             found += engine_rules.check(model, own)
     found += ensemble_rules.cycles(models)
-    found += streaming_rules.check(models)
+    found += [*streaming_rules.check(models), *several_rules.check(models)]
     found += parameter_rules.tokenizers([model for model in models.values() if model.message is not None])
     ordered = sorted(set(found), key=lambda one: (one.file, one.line, one.rule, one.what))
     return Lint(root, tuple(models), tuple(ordered), place)

@@ -11,7 +11,7 @@ from builder.trtllm.compatibility import BLS_MODEL, ENGINE_MODEL
 
 Models = Mapping[str, ModelFiles]
 MODEL = "tensorrt_llm_model_name"
-NAMES = (MODEL, "tensorrt_llm_draft_model_name", "multimodal_encoders_name")
+NAMES = (MODEL, "preprocessing_model_name", "tensorrt_llm_draft_model_name", "multimodal_encoders_name")
 
 
 def check(models: Models) -> Iterator[Finding]:
