@@ -65,7 +65,8 @@ class ResponseTimeout(Exception):
 class Request:
     """A generation request, greedy by default. `options` are further inputs by name, such as `stop_words`.
 
-    `text` is bytes to send invalid UTF-8. None omits the input, and so does `max_tokens` None.
+    `text` is bytes to send invalid UTF-8. None omits the input, and so does `max_tokens` None. The answer is without
+    the prompt, whatever the repository's default is.
     """
 
     text: str | bytes | None
@@ -74,7 +75,8 @@ class Request:
 
     def inputs(self, **more: Any) -> dict[str, Any]:
         """Input values by name; those that are None are left out."""
-        values = {"text_input": self.text, "max_tokens": self.max_tokens, "top_k": 1, **self.options, **more}
+        own = {"text_input": self.text, "max_tokens": self.max_tokens, "top_k": 1, "exclude_input_in_output": True}
+        values = {**own, **self.options, **more}
         return {name: value for name, value in values.items() if value is not None}
 
 
