@@ -73,7 +73,7 @@ class Gateway:
         """POST /v1/chat/completions."""
         asked = requests.parse(ChatRequest, await self._body(request), self._model)
         guided_calls.check(asked, self._model(asked.model))
-        served = self._begin(request, asked.model)
+        served = self._begin(request, asked.model, asked.n)
         return await self._talk(request, asked, _reply(ChatReply, "chatcmpl-", asked, served))
 
     async def responses(self, request: Request) -> ASGIApp:
@@ -82,7 +82,7 @@ class Gateway:
         asked = sent.conversation()
         requests.check(asked, self._model(asked.model))
         guided_calls.check(asked, self._model(asked.model))
-        served = self._begin(request, asked.model)
+        served = self._begin(request, asked.model, 1)
         return await self._talk(request, asked, ResponsesReply(f"resp_{uuid.uuid4().hex}", sent, served.name))
 
     async def _talk(self, request: Request, asked: ChatRequest, reply: Reply) -> ASGIApp:
@@ -96,11 +96,11 @@ class Gateway:
     async def completions(self, request: Request) -> ASGIApp:
         """POST /v1/completions."""
         asked = requests.parse(CompletionRequest, await self._body(request), self._model)
-        served = self._begin(request, asked.model)
         prompts = _prompts(asked.prompt)
         if not prompts or len(prompts) * asked.n > self.settings.limits.choices:
             most = self.settings.limits.choices
             raise invalid(f"prompt and n ask for {len(prompts) * asked.n} answers; 1 to {most} are possible.", "prompt")
+        served = self._begin(request, asked.model, len(prompts) * asked.n)
         ids = [
             await served.prompts.text(one, "prompt") if isinstance(one, str) else served.prompts.ids(one, "prompt")
             for one in prompts
@@ -188,12 +188,23 @@ class Gateway:
     def _model(self, name: str) -> Model:
         return self.served.named(name).model
 
-    def _begin(self, request: Request, name: str) -> Served:
-        """The model that this request keeps until it ends. ApiError if there is none with this name."""
-        served = request.state.served = self.served.named(name)
+    def _begin(self, request: Request, name: str, answers: int) -> Served:
+        """The model that this request keeps until it ends, and room for its answers. Before any work for the request.
+
+        ApiError if there is no model with this name, or no room.
+        """
+        served = self.served.named(name)
         record: Record = request.state.record
+        record.model = name
+        self.served.admission.enter(answers)
         served.begin()
-        record.model, record.release = name, served.end
+        request.state.served = served
+
+        def release() -> None:
+            self.served.admission.leave(answers)
+            served.end()
+
+        record.release = release
         return served
 
 

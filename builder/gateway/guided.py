@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from builder.core import workers
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.settings import Guided, Model
+from builder.gateway.turns import Turns
 from builder.grammar import json_schema, tool_calls
 from builder.grammar.errors import GrammarError
 from builder.grammar.guides import Guide
@@ -93,11 +94,12 @@ def check(request: Asked, model: Model) -> None:
             raise invalid(f"{name} can't be combined with {form.param}: a complete answer ends.", name)
 
 
-def _check_size(schema: Any, param: str) -> None:
-    """ApiError for a schema that is too large."""
+def _checked_size(schema: Any, param: str) -> int:
+    """The characters of a schema. ApiError if it is too large."""
     size = len(json.dumps(schema))
     if size > LARGEST:
         raise invalid(f"The schema has {size} characters; at most {LARGEST} are possible.", param, "schema_too_large")
+    return size
 
 
 class Guides:
@@ -109,6 +111,7 @@ class Guides:
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
         self._worker: subprocess.Popen[bytes] | None = None
         self._thread = ThreadPoolExecutor(1, "grammar")  # the worker compiles one grammar at a time
+        self._turns = Turns("grammars")
 
     def close(self) -> None:
         """Ends the worker process."""
@@ -120,27 +123,27 @@ class Guides:
         if form is None or not form.guides:
             return None
         content, strict = form.content
-        _check_size(content, form.param)
-        return await self._made(lambda: json_schema.grammar(content, strict=strict), form.param)
+        size = _checked_size(content, form.param)
+        async with self._turns.turn(size):
+            return await self._made(lambda: json_schema.grammar(content, strict=strict), form.param)
 
     async def calls(
         self, functions: Sequence[Function], form: Form, answer: Answer, formed: ResponseFormat | None
     ) -> Guide:
         """The guide of an answer with calls of these functions. ApiError as for `of`. `formed`: the form of an answer
         without calls."""
+        param = formed.param if formed else "tools"
+        size = sum(_checked_size(one.parameters, "tools") for one in functions if one.strict)
         if formed:
             content, strict = formed.content
-            _check_size(content, formed.param)
+            size += _checked_size(content, param)
             answer = replace(answer, content=content, strict_content=strict)
-        for one in functions:
-            if one.strict:
-                _check_size(one.parameters, "tools")
-        param = formed.param if formed else "tools"
-        try:
-            return await self._made(lambda: tool_calls.grammar(functions, form, answer), param)
-        except ApiError as error:
-            if error.status != 400 or formed or any(one.strict for one in functions):
-                raise
+        async with self._turns.turn(size):
+            try:
+                return await self._made(lambda: tool_calls.grammar(functions, form, answer), param)
+            except ApiError as error:
+                if error.status != 400 or formed or any(one.strict for one in functions):
+                    raise
             # What is not strict need not be followed: any object does, as without guided decoding.
             free = [replace(one, parameters={}) for one in functions]
             return await self._made(lambda: tool_calls.grammar(free, form, answer), param)

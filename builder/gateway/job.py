@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 
 from builder.gateway.engine import Engine
@@ -21,24 +20,23 @@ from builder.gateway.text_parts import Part
 
 
 class Admission:
-    """Counts the answers in progress, and refuses more than the limit."""
+    """Counts the answers that were asked for and have not ended, and refuses more than the limit."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.in_progress = 0
 
-    @asynccontextmanager
-    async def admit(self, answers: int) -> AsyncIterator[None]:
-        """Admits so many answers while the block runs. ApiError (429) if there are too many."""
+    def enter(self, answers: int) -> None:
+        """Admits so many answers, until `leave`. ApiError (429) if there are too many."""
         if self.in_progress + answers > self._limit:
             raise ApiError(
                 429, f"The server is busy with {self.in_progress} answers. Try again later.", code="too_many_requests"
             )
         self.in_progress += answers
-        try:
-            yield
-        finally:
-            self.in_progress -= answers
+
+    def leave(self, answers: int) -> None:
+        """They have ended, in whatever way."""
+        self.in_progress -= answers
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,10 @@ class Job:
 
 
 class Jobs:
-    """Runs jobs on one engine, within its limits."""
+    """Runs jobs on one engine, within the limit of time."""
 
-    def __init__(self, engine: Engine, model: Model, limits: Limits, admission: Admission) -> None:
-        self._engine, self._model, self._limits, self._admission = engine, model, limits, admission
+    def __init__(self, engine: Engine, model: Model, limits: Limits) -> None:
+        self._engine, self._model, self._limits = engine, model, limits
 
     async def whole(self, job: Job, record: Record) -> dict[str, object]:
         """The response's JSON object, once all answers are complete."""
@@ -76,17 +74,16 @@ class Jobs:
 
     async def _run(self, job: Job, record: Record, outbox: Outbox | None) -> list[Answer]:
         answers: list[Answer] = []
-        async with self._admission.admit(len(job)):
-            record.prompt_tokens = sum(len(prompt.ids) for prompt in job.prompts)
-            try:
-                async with asyncio.timeout(self._limits.seconds):
-                    if len(job) == 1:
-                        answers = [await self._answer(job, 0, record, outbox)]
-                    else:
-                        answers = await _all([self._answer(job, i, record, outbox) for i in range(len(job))])
-            except TimeoutError:
-                message = f"The answer took longer than {self._limits.seconds:.0f} s."
-                raise ApiError(504, message, code="timeout") from None
+        record.prompt_tokens = sum(len(prompt.ids) for prompt in job.prompts)
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                if len(job) == 1:
+                    answers = [await self._answer(job, 0, record, outbox)]
+                else:
+                    answers = await _all([self._answer(job, i, record, outbox) for i in range(len(job))])
+        except TimeoutError:
+            message = f"The answer took longer than {self._limits.seconds:.0f} s."
+            raise ApiError(504, message, code="timeout") from None
         record.finish_reasons = [answer.finish_reason for answer in answers]
         return answers
 

@@ -109,7 +109,7 @@ class Models:
         prompts = await asyncio.to_thread(Prompts, model)  # looks at the whole vocabulary
         log("info", "model", name=place.name, **model.explained())
         engine = Engine(place.grpc, model)
-        jobs = Jobs(engine, model, self._limits, self.admission)
+        jobs = Jobs(engine, model, self._limits)
         return Served(place, model, engine, prompts, jobs, Readiness(engine, model), Guides(model), int(time.time()))
 
 

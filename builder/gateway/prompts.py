@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from builder.gateway.chat_forms import ReasoningForm
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.settings import Model
+from builder.gateway.turns import Turns
 from builder.tokenizer.chat_template import Renderer, TemplateProblem
 from builder.tokenizer.control_tokens import ControlTokens
 from builder.tokenizer.special_tokens import prefix_ids, without_repeated_prefix
@@ -52,6 +53,7 @@ class Prompts:
         self._longest = model.max_input_len * max(len(token) for token in self._tokenizer.get_vocab())
         self._renderer: Renderer | None = None
         self._thread = ThreadPoolExecutor(1, "chat-template")  # a template renders one conversation at a time
+        self._turns = Turns("the chat template")
 
     def close(self) -> None:
         """Ends the worker process."""
@@ -67,7 +69,8 @@ class Prompts:
             talk, mark = self._protected(talk)
         work = asyncio.get_running_loop().run_in_executor
         try:
-            text = await work(self._thread, self._render, talk)
+            async with self._turns.turn(_size(talk)):
+                text = await work(self._thread, self._render, talk)
         except TemplateProblem as problem:
             message = f"The model's chat template {problem}".replace(mark, "")
             # Only a template that rejects the conversation, or needs too much for it, is the client's matter.
@@ -156,6 +159,11 @@ class Prompts:
         if self._renderer is not None:
             self._renderer.__exit__()
             self._renderer = None
+
+
+def _size(talk: Conversation) -> int:
+    """The characters of a conversation and its tools, roughly."""
+    return sum(len(str(message.get("content", ""))) for message in talk.messages) + sum(map(len, map(str, talk.tools)))
 
 
 def _open(text: str, form: ReasoningForm, *, continued: bool) -> bool:

@@ -1,0 +1,77 @@
+"""Turns for work that is done for one request at a time: chat templates, grammars.
+
+The smallest waiting request comes next, and if too many wait, the largest is refused, so that large requests hold up
+neither small ones nor the answers in progress.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from builder.gateway.errors import ApiError
+
+MOST_WAITING = 64
+SECONDS = 10.0  # that a request waits for its turn
+
+_Waiting = tuple[int, int, "asyncio.Future[None]"]  # size, order of arrival, done when it is its turn
+
+
+class Turns:
+    """Must be used in one event loop. `what`: the work, for messages."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._busy = False
+        self._waiting: list[_Waiting] = []
+        self._numbers = itertools.count()
+
+    @asynccontextmanager
+    async def turn(self, size: int) -> AsyncIterator[None]:
+        """Waits for the turn of a request of this size, which ends with the block. ApiError (429) if too many wait."""
+        if self._busy:
+            await self._wait(size)
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._next()
+
+    async def _wait(self, size: int) -> None:
+        mine = (size, next(self._numbers), asyncio.get_running_loop().create_future())
+        heapq.heappush(self._waiting, mine)
+        if len(self._waiting) > MOST_WAITING:
+            largest = max(self._waiting)
+            self._remove(largest)
+            largest[2].set_exception(self._refused())
+        try:
+            async with asyncio.timeout(SECONDS):
+                await mine[2]
+        except TimeoutError:
+            raise self._refused() from None
+        except asyncio.CancelledError:
+            if mine[2].done() and not mine[2].cancelled() and mine[2].exception() is None:
+                self._next()  # the turn came with the cancellation
+            raise
+        finally:
+            self._remove(mine)
+
+    def _next(self) -> None:
+        """Passes the turn on."""
+        while self._waiting:
+            _, _, future = heapq.heappop(self._waiting)
+            if not future.done():
+                future.set_result(None)
+                return
+        self._busy = False
+
+    def _remove(self, one: _Waiting) -> None:
+        if one in self._waiting:
+            self._waiting.remove(one)
+            heapq.heapify(self._waiting)
+
+    def _refused(self) -> ApiError:
+        return ApiError(429, f"Too many requests wait for {self._what}. Try again later.", code="too_many_requests")
