@@ -79,6 +79,7 @@ TRTLLM_TESTS := \
   tests/grammar \
   tests/hub/test_faults.py \
   tests/hub/test_snapshot.py \
+  tests/lora/test_adapter.py \
   tests/model/test_dtypes.py \
   tests/model/test_loading.py \
   tests/model/test_multimodal.py \

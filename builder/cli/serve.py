@@ -201,10 +201,10 @@ def run_smoke(arguments: argparse.Namespace, out: Output) -> int:
     check_both_ports(arguments)
     repository = open_named(arguments)
     if arguments.http:
-        report = smoke_models(arguments.http, arguments.grpc, repository.members, out=out)
+        report = smoke_models(arguments.http, arguments.grpc, repository, out=out)
     else:
         with serving_lock(repository.path), started(arguments, repository, out) as server:
-            report = smoke_models(server.http_url, server.grpc_url, repository.members, out=out)
+            report = smoke_models(server.http_url, server.grpc_url, repository, out=out)
     if arguments.junit:
         write_junit(report, arguments.junit)
     outcomes = {True: "ok", False: "FAILED", None: "not checked"}

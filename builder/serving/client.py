@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tritonclient.grpc as triton_grpc
@@ -47,6 +47,15 @@ _DIRECT_GRPC = [
     ("grpc.max_send_message_length", triton_grpc.MAX_GRPC_MESSAGE_SIZE),
     ("grpc.max_receive_message_length", triton_grpc.MAX_GRPC_MESSAGE_SIZE),
 ]
+
+
+class Raw(NamedTuple):
+    """An input as bytes: name, Triton's data type, shape without the batch dimension, and content."""
+
+    name: str
+    kind: str
+    shape: Sequence[int]
+    content: bytes
 
 
 class ServerError(Exception):
@@ -174,13 +183,13 @@ class Client:
         for result in self._stream(self.models["stream"], inputs, ["text_output"], sent):
             yield _text(result)
 
-    def engine_tokens(self, ids: Sequence[int], max_tokens: int) -> list[int]:
-        """The token ids that the engine model generates for a prompt of token ids. Only max_tokens ends it."""
+    def engine_tokens(self, ids: Sequence[int], max_tokens: int, adapter: Sequence[Raw] = ()) -> list[int]:
+        """The token ids that the engine model generates for a prompt of token ids. Only max_tokens ends it. adapter:
+        the inputs of a LoRA adapter."""
         inputs = {"input_ids": ids, "input_lengths": len(ids), "request_output_len": max_tokens, "runtime_top_k": 1}
         streamed = {**inputs, "streaming": True, "exclude_input_in_output": True}
-        results = self._stream(
-            self.models["engine"], _tensors(triton_grpc, streamed), ["output_ids", "sequence_length"]
-        )
+        tensors = [*_tensors(triton_grpc, streamed), *map(_raw, adapter)]
+        results = self._stream(self.models["engine"], tensors, ["output_ids", "sequence_length"])
         return [int(token) for result in results for token in result.as_numpy("output_ids").reshape(-1)]
 
     def context_logits(self, ids: Sequence[int]) -> np.ndarray[Any, Any]:
@@ -283,6 +292,13 @@ def _tensors(
         tensor.set_data_from_numpy(array)
         made.append(tensor)
     return made
+
+
+def _raw(one: Raw) -> Any:
+    """An input tensor from bytes: tritonclient takes BF16 of no type of numpy."""
+    tensor = triton_grpc.InferInput(one.name, [1, *one.shape], one.kind)
+    tensor._raw_content = one.content
+    return tensor
 
 
 def _json(inputs: Mapping[str, Any]) -> bytes:

@@ -138,7 +138,8 @@ def smoke_test(repository: Repository, *, store: Store) -> SmokeReport:
 
     def make(directory: Path) -> Mapping[str, Any]:
         with serve(repository.models, out=store.out, log=store.log("tritonserver")) as server:
-            report = smoke(server.http_url, server.grpc_url, repository.facts, out=store.out)
+            urls = server.http_url, server.grpc_url
+            report = smoke(*urls, repository.facts, out=store.out, models=repository.models)
         (directory / "report.json").write_text(json.dumps(report.as_dict(), indent=2), encoding="utf-8")
         write_junit(report, directory / "junit.xml")
         report.check()
@@ -148,16 +149,23 @@ def smoke_test(repository: Repository, *, store: Store) -> SmokeReport:
 
 
 def smoke(
-    http_url: str, grpc_url: str, facts: Mapping[str, Any], *, out: Output, timeout: float = 120.0
+    http_url: str,
+    grpc_url: str,
+    facts: Mapping[str, Any],
+    *,
+    out: Output,
+    timeout: float = 120.0,
+    models: Path | None = None,
 ) -> SmokeReport:
     """Runs all checks on a running server, in order.
 
     URLs have no scheme, `facts` are the repository's, `timeout` is in seconds for a response or a chunk of a stream.
+    `models`: the directory that Triton serves, if it is on this machine.
     """
     from builder.serving.client import Client
     from builder.serving.smoke_checks import READY, Checks
 
-    suite = Checks(Client.for_repository(http_url, grpc_url, facts, timeout), facts)
+    suite = Checks(Client.for_repository(http_url, grpc_url, facts, timeout), facts, models)
     named = suite.named()
     checks: list[Check] = []
     with out.progress("smoke test", total=len(named), unit="checks") as bar:
@@ -175,13 +183,14 @@ def smoke(
     return report
 
 
-def smoke_models(http_url: str, grpc_url: str, members: Mapping[str, Mapping[str, Any]], *, out: Output) -> SmokeReport:
-    """`smoke` for each model of a repository, whose facts `members` has by name; "" is the name of a single one."""
+def smoke_models(http_url: str, grpc_url: str, repository: Repository, *, out: Output) -> SmokeReport:
+    """`smoke` for each model of a repository."""
+    members, models = repository.members, repository.models
     if list(members) == [""]:
-        return smoke(http_url, grpc_url, members[""], out=out)
+        return smoke(http_url, grpc_url, members[""], out=out, models=models)
     checks, sample = [], None
     for name, facts in members.items():
-        report = smoke(http_url, grpc_url, facts, out=out)
+        report = smoke(http_url, grpc_url, facts, out=out, models=models)
         checks += [replace(check, name=f"{name}: {check.name}") for check in report.checks]
         sample = sample or report.sample
     return SmokeReport(tuple(checks), sample)

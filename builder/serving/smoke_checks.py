@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from builder.core.safetensors_io import Tensors
 from builder.recipe.target_facts import ENGINE, TargetFacts, target_facts
-from builder.serving.client import Client, Endpoint, Request, Response, ServerError
+from builder.serving.client import Client, Endpoint, Raw, Request, Response, ServerError
 from builder.serving.smoke_prompts import (
     BIAS_TO_UTF8,
     PROMPTS,
@@ -27,6 +29,7 @@ from builder.serving.smoke_prompts import (
 
 # What an error message for clients must not contain: tracebacks, file names and paths, memory addresses.
 LEAK = re.compile(r"Traceback|File \"|\.(?:py|cc|cpp|cu|so)\b|(?<![\w:/])/(?:[\w.+-]+/)+[\w.+-]+|\b0x[0-9a-f]{6,}")
+KINDS = {"F16": "FP16", "BF16": "BF16", "F32": "FP32", "I32": "INT32"}  # safetensors' names of types: Triton's
 REPLACEMENT = "\ufffd"
 READY = "server and models ready"
 
@@ -36,11 +39,13 @@ class Checks:
     """The checks of one server. `facts` are the repository's.
 
     `first` is the first answer to the main prompt, which the last check compares with. `endpoints` are those that the
-    repository has, by name. `answered` caches the main prompt's answers between two checks.
+    repository has, by name. `answered` caches the main prompt's answers between two checks. `models` is the directory
+    that Triton serves, None if it is not on this machine.
     """
 
     client: Client
     facts: Mapping[str, Any]
+    models: Path | None = None
     first: str = ""
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     answered: dict[str, str] = field(default_factory=dict)
@@ -89,6 +94,8 @@ class Checks:
             named["streamed UTF-8 is never cut"] = self.utf8
             if "engine" in self.facts["models"]:
                 named["the engine generates max_tokens tokens"] = self.engine_tokens
+            if self.facts.get("adapter_files"):
+                named["the engine takes each LoRA adapter"] = self.adapters
         return named | {
             "all endpoints give the same answer": self.same_everywhere,
             "max_tokens ends the answer": self.max_tokens,
@@ -169,6 +176,20 @@ class Checks:
             if len(tokens) != length:
                 raise CheckFailed(f"max_tokens is {length}, and the engine generated {len(tokens)} tokens")
         return f"max_tokens {' and '.join(map(str, lengths))}"
+
+    def adapters(self) -> str:
+        """The engine generates with each adapter, which it gets first, and then knows by its number."""
+        if self.models is None:
+            raise NotChecked("the repository is not on this machine")
+        for name, one in self.facts["adapter_files"].items():
+            file = self.models / self.facts["models"]["engine"] / one["file"]
+            number = Raw("lora_task_id", "UINT64", (1,), int(one["task_id"]).to_bytes(8, "little"))
+            tensors = Tensors(file.parent, [file])
+            brought = [Raw(key, KINDS[info.dtype], info.shape, tensors.read(key)) for key, info in tensors.items()]
+            found = [self.client.engine_tokens([1], 2, adapter) for adapter in ([number, *brought], [number])]
+            if found[0] != found[1] or len(found[0]) != 2:
+                raise CheckFailed(f"with {name} the engine generated {found[0]}, and then {found[1]}")
+        return ", ".join(self.facts["adapter_files"])
 
     def max_tokens(self) -> str:
         """A larger max_tokens gives a longer answer, and every shorter answer is a prefix of it.

@@ -96,9 +96,7 @@ class Sink:
     def _log(self, one: Result, rows: Sequence[Row], tags: Mapping[str, str], digest: str) -> None:
         """A run. The digest comes last: a run that was killed before has none, so the next sweep logs it again."""
         link = one.served.link if one.served else None
-        more = {"sweep.report": str(tags[RESULTS]) + "/report.html"} | (
-            {"sweep.repository": str(link)} if link else {}
-        )
+        more = {"sweep.report": str(tags[RESULTS]) + "/report.html"} | ({"sweep.repository": str(link)} if link else {})
         run = self._client.create_run(self._experiment, run_name=one.point.name, tags={**tags, **more}).info.run_id
         first = rows[0]
         params = {name.removeprefix(AXIS): value for name, value in first.items() if name.startswith(AXIS)}

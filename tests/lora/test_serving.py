@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Queue
 from typing import Any
 
@@ -23,8 +23,11 @@ from builder.core.store import Store
 from builder.lora.adapter import open_adapter
 from builder.recipe import schema
 from builder.reference.model import ReferenceModel
+from builder.serving.client import Client
 from builder.serving.gateway import gateway
 from builder.serving.server import Server, serve
+from builder.serving.smoke_checks import Checks
+from builder.serving.smoke_prompts import NotChecked
 from builder.triton.repository import Repository
 from tests.reference.test_adapters import MODEL, merged
 
@@ -165,6 +168,15 @@ def test_requests_with_and_without_an_adapter_run_together(served: Served) -> No
     names = ["", "sql"] * 6
     with ThreadPoolExecutor(len(names)) as pool:
         assert list(pool.map(served.text, names)) == [served.expected[name] for name in names]
+
+
+def test_the_smoke_test_uses_each_adapter(served: Served) -> None:
+    made = served.repository
+    checks = Checks(Client.for_repository(served.server.http_url, served.server.grpc_url, made.facts, 60), made.facts)
+    name = "the engine takes each LoRA adapter"
+    with pytest.raises(NotChecked, match="not on this machine"):
+        checks.named()[name]()
+    assert replace(checks, models=made.models).named()[name]() == "sql, law"
 
 
 def test_an_adapter_waits_for_room_that_others_use(served: Served) -> None:
