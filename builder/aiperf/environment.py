@@ -74,6 +74,7 @@ def environment(out: Output, source: Mapping[str, str] | None = None) -> Environ
         return _named(Path(named))
     found = Environment(place())
     if found.python.exists():  # false for a link to a Python that was removed
+        os.utime(found.root)  # `builder clean` removes those of other versions that were not used for long
         return found
     with lock_file(cache() / "aiperf.lock") as lock:
         flock(lock, fcntl.LOCK_EX)

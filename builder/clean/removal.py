@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from builder.aiperf.environment import cache
 from builder.clean import leftovers, reachability
 from builder.clean.leftovers import DAY, Entry, bytes_of
 from builder.clean.reachability import Graph, Request
@@ -165,7 +166,12 @@ def check_failed(failed: Sequence[Entry], root: Path) -> None:
 
 
 def _put_aside(path: Path) -> Path:
-    """Renames a stage to a name that is not a stage's. If we are killed now, the next clean removes it."""
+    """Renames a stage to a name that is not a stage's. If we are killed now, the next clean removes it.
+
+    Likewise an environment of AIPerf, which the next one that is made would sweep.
+    """
+    if path.parent == cache():
+        return path.rename(path.parent / f".{path.name}.{os.getpid()}.tmp")
     if not KEY.fullmatch(path.name):
         return path
     aside = path.parent / f".{path.name}.{os.getpid()}.trash"

@@ -139,7 +139,7 @@ def run_verify(arguments: argparse.Namespace, out: Output) -> int:
 
 def run_clean(arguments: argparse.Namespace, out: Output) -> int:
     """Removes leftovers and what was named; lists what stays and why."""
-    from builder.clean import removal
+    from builder.clean import environments, removal
     from builder.clean.reachability import Request
     from builder.core.store import Store
 
@@ -148,6 +148,7 @@ def run_clean(arguments: argparse.Namespace, out: Output) -> int:
     request = Request(tuple(arguments.names), older_than, arguments.all)
     with Store(root, out).in_use(exclusive=True):
         made = removal.plan(root, request)
+        made.remove += environments.find(0.0 if arguments.all else older_than)
         failed = [] if arguments.dry_run else removal.carry_out(made)
     removal.show(made, failed, out, dry=arguments.dry_run)
     removal.check_failed(failed, root)

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import report_store
 
+from builder.aiperf import environment
 from builder.clean import removal
 from builder.clean.reachability import Request
+from builder.cli.main import main
 from builder.core import manifest
 from builder.core import store as stores
 from builder.core.errors import BuilderError, UsageError
@@ -414,3 +416,27 @@ def test_what_can_not_be_removed_is_one_error(tmp_path: Path) -> None:
     failed = removal.carry_out(made)
     with pytest.raises(BuilderError, match="could not be removed"):
         removal.check_failed(failed, tmp_path)
+
+
+def test_old_environments_of_aiperf_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the current one, nor what was used a moment ago: another Python may share the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = environment.cache()
+    old, young, current = cache / "aiperf-0.1.0-0123456789ab", cache / "aiperf-0.2.0-0123456789ab", environment.place()
+    for path in (old, young, current, cache / "other"):
+        path.mkdir(parents=True)
+        (path / "file").write_bytes(bytes(2048))
+        os.utime(path, (0, 0))
+    os.utime(young)
+    root = tmp_path / "store"
+    stage(root, "engine", {})
+    assert main(["clean", "--output", str(root), "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [name for name in found["removed"] if "/locks/" not in name] == [str(old)]
+    assert found["bytes"] == 2048
+    assert old.is_dir()
+    assert main(["clean", "--output", str(root), "--all"]) == 0
+    assert "AIPerf's environment of another version, unused for" in capsys.readouterr().out
+    assert {*cache.iterdir()} == {young, current, cache / "other"}
