@@ -93,7 +93,6 @@ def of_reference(store: Store, name: str, resolved: schema.Resolved) -> Reposito
     return repository.open_repository(made.resolve())
 
 
-ECHOED = echo("Hello there", 9)
 RENDER: dict[str, tuple[Render, Path | None]] = {
     "engine": (of_engine, ECHO),  # the templates are those of the C++ backend, for which a stand-in echoes
     "llmapi": (of_llmapi, None),
@@ -114,9 +113,7 @@ def answers(found: Repository, backend: Path | None, log: Path) -> None:
             checks = Checks(client, facts)
             assert checks.ready()
             texts = {ask(Request("Hello there", 9)).text for ask in checks.endpoints.values()}
-            assert [text[-len(ECHOED) :] for text in texts] == [ECHOED]
-            if "stream" in facts["models"]:
-                assert client.engine_tokens([5, 6, 7], 5) == [5, 6, 7, 5, 6]
+            assert texts == {echo("Hello there", 9)}
 
 
 def digest(models: Path) -> str:
