@@ -20,7 +20,7 @@ PSEUDO = "pseudo"  # quantize/pseudo_stage.py
 
 
 def add(commands: Any) -> None:
-    """Adds report, convert, verify and clean."""
+    """Adds report, convert, export, verify and clean."""
     command = add_command(
         commands, "report", "write what is known of a repository as HTML and Markdown", run_report,
         examples=[
@@ -33,6 +33,13 @@ def add(commands: Any) -> None:
         command.add_argument(f"--{option}", type=path, metavar="FILE", help=f"{text} (default: in OUTPUT/reports/)")
 
     _add_convert(commands)
+    command = add_command(
+        commands, "export", "copy a repository with its engine, to move both elsewhere", run_export,
+        examples=["builder export artifacts/models/qwen3-8b-sm120-nvfp4 /mnt/share/served"],
+    )  # fmt: skip
+    command.add_argument("repository", type=path, help="a repository, as in artifacts/models/")
+    command.add_argument("destination", type=path, help="the output directory to write, or to add it to")
+    command.add_argument("--ungated", action="store_true", help="export it even if it failed a gate")
     command = add_command(commands, "verify", "check every stored file against its SHA-256", run_verify,
                           examples=["builder verify", "builder verify --output /data/artifacts"])  # fmt: skip
     add_output(command)
@@ -123,6 +130,26 @@ def run_report(arguments: argparse.Namespace, out: Output) -> int:
     from builder.report import render
 
     render.publish(arguments.repository, out, page=arguments.html, card=arguments.markdown, table=arguments.csv)
+    return 0
+
+
+def run_export(arguments: argparse.Namespace, out: Output) -> int:
+    """Copies the repository and what it serves. EvaluationError if it failed its gate, without --ungated."""
+    from builder.core.store import Store
+    from builder.publish import verdict
+    from builder.publish.export import export
+    from builder.triton.repository import check_served, open_repository
+
+    found = open_repository(arguments.repository)
+    check_served(found)
+    if not arguments.ungated:
+        verdict.check(arguments.repository)
+    store = Store(found.path.parents[1], out)
+    with store.in_use():
+        link = export(found, arguments.repository.absolute().name, arguments.destination, store)
+    out.result({"link": str(link)})
+    out.text(f"repository {link}")
+    out.text(f"next       builder serve {link}")
     return 0
 
 

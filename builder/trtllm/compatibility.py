@@ -211,7 +211,10 @@ def missing(served: Served) -> list[Mismatch]:
             f"The engine at {served.engine} lacks {', '.join(absent)}.",
             "The copy or the build is incomplete.",
         )
-    hint = "Restore it there, or run the same `builder build` again, which rebuilds what is missing."
+    hint = (
+        "Restore it there, or run the same `builder build` again, which rebuilds what is missing. To move a repository "
+    )
+    hint += "with its engine: builder export REPOSITORY DIRECTORY"
     return [Mismatch(what=what, why=why, hint=hint)]
 
 

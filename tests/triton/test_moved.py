@@ -14,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builder.cli.main import main
 from builder.core.errors import IntegrityError
 from builder.core.output import Output
+from builder.core.store import Store, verify
 from builder.recipe import schema
 from builder.serving.server import Server, ServerOptions, serve
 from builder.triton import repository
@@ -116,3 +118,29 @@ def test_the_facts_lead_to_the_engine(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"engine": "../../engine/key", "target": "engine"}
     found = repository.Repository(models.parent, "0" * 64, facts)
     assert json.loads((found.path_of("engine") / "config.json").read_text())["version"] == "1.2.1"
+
+
+def test_what_is_exported_serves_where_it_is_moved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The repository with its engine, without the output directory that it comes from; whole or not at all."""
+    store = Store(tmp_path / "store", Output("quiet"))
+    engine = store.stage("engine", {}, lambda made: write_engine(made) and {}).path
+    (link := store.root / "models" / "live").parent.mkdir()
+
+    def make(directory: Path) -> dict[str, Any]:
+        return repository.write(directory / "models", engine, SNAPSHOT, schema.Repository())
+
+    link.symlink_to(store.stage("repository", {}, make).path)
+    assert main(["export", str(link), str(tmp_path / "out")]) == 0
+    assert main(["export", str(link), str(tmp_path / "out")]) == 0, "what is there stays"
+    assert "builder serve" in capsys.readouterr().out
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    shutil.rmtree(store.root)
+    moved = tmp_path / "elsewhere" / "models" / "live"
+    found = repository.open_repository(moved)
+    assert found.path_of("engine").is_relative_to(tmp_path / "elsewhere")
+    assert (found.path_of("engine") / "config.json").is_file()
+    assert not any(verify(tmp_path / "elsewhere", Output("quiet")).values())
+    assert main(["export", str(moved), str(tmp_path / "elsewhere")]) == 2, "onto itself"
+    (found.path_of("engine") / "rank0.safetensors").write_bytes(b"")
+    compatibility.check(found.models)
+    assert answers(found.models, tmp_path / "log") == [echo("Hello there", 9)] * 2
