@@ -46,8 +46,7 @@ def requirements() -> Path:
 
 def version() -> str:
     """The version of AIPerf that is pinned."""
-    lines = requirements().read_text(encoding="utf-8").splitlines()
-    return next(line.removeprefix("aiperf==") for line in lines if line.startswith("aiperf=="))
+    return next(pin.removeprefix("aiperf==") for pin in _pins() if pin.startswith("aiperf=="))
 
 
 def cache() -> Path:
@@ -151,4 +150,10 @@ def _not_installed(why: str) -> BuilderError:
 
 
 def _count() -> int:
-    return sum("==" in line for line in requirements().read_text(encoding="utf-8").splitlines())
+    return len(_pins())
+
+
+def _pins() -> list[str]:
+    """NAME==VERSION of each package. Their hashes are on the lines below, so pip accepts no other file."""
+    lines = requirements().read_text(encoding="utf-8").splitlines()
+    return [line.split()[0] for line in lines if line[:1].isalnum()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -126,9 +127,11 @@ def test_a_named_environment_is_taken_if_it_has_aiperf(tmp_path: Path) -> None:
 
 
 def test_versions_are_pinned_and_another_python_has_another_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = environment.requirements().read_text().splitlines()
-    assert all(line.startswith("#") or line.count("==") == 1 for line in lines)
-    assert f"aiperf=={environment.version()}" in lines
+    text = environment.requirements().read_text()
+    pins = [line for line in text.splitlines() if not line.startswith(("#", " "))]
+    assert all(line.count("==") == 1 and line.endswith(" \\") for line in pins), "hashes follow"
+    assert len(re.findall(r"\n    --hash=sha256:[0-9a-f]{64}", text)) > len(pins)
+    assert f"aiperf=={environment.version()} \\" in pins
     ours = environment.place()
     monkeypatch.setattr("sys.base_prefix", "/elsewhere")
     assert environment.place() != ours
