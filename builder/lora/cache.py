@@ -13,9 +13,10 @@ from typing import Any
 from builder.lora.modules import MODULES, sizes
 
 HOST_DEFAULT = 1 << 30
-# Of the GPU memory that is left beside weights and KV cache. The default of 0.05 is 0.5 % of a card if the KV cache
-# takes nine tenths, which does not hold one adapter of rank 64 of a model of 8 billion parameters.
-GPU_FRACTION = 0.5
+# Of the GPU memory that is free after the engine is loaded, before the KV cache is made: TrtGptModelInflightBatching's
+# constructor (batch_manager/trtGptModelInflightBatching.cpp, 1.x) makes the cache of adapters first. It is the default
+# (triton-inference-server/tensorrtllm_backend, docs/lora.md@0b9d7d5), written down.
+GPU_FRACTION = 0.05
 HELD = 8  # adapters of the largest rank that the host's cache holds at least
 
 
@@ -53,7 +54,7 @@ def parameters(build: Mapping[str, Any], pretrained: Mapping[str, Any]) -> list[
         (
             "lora_cache_gpu_memory_fraction",
             f"{GPU_FRACTION:g}",
-            "of the memory beside the KV cache; the default is 0.05",
+            "of the memory beside the weights; the default, written down",
         ),
     ]
     if host > HOST_DEFAULT:

@@ -12,6 +12,7 @@ from builder.lora import cache
 from builder.preflight.memory import Memory, Serving
 from builder.targets.base import Inputs, Settings
 
+MOST = Fraction(99, 100)  # something must be left for the KV cache
 SHARE = "lora_cache_gpu_memory_fraction"
 
 
@@ -22,21 +23,21 @@ def serving(asked: Serving, inputs: Inputs, settings: Settings) -> Serving:
         return asked
     largest = cache.adapter_bytes(values["lora_target_modules"].split(), int(values["max_lora_rank"]), inputs.config)
     share = inputs.resolved.recipe.repository.parameters.get(SHARE, str(cache.GPU_FRACTION))
-    return replace(asked, adapter=largest, adapter_fraction=Fraction(share))
+    return replace(asked, adapter=largest, adapter_fraction=min(Fraction(share), MOST))
 
 
 def refusal(asked: Serving, found: Memory) -> UnsupportedError | None:
-    """The error if the memory that is left on a card does not hold the largest adapter, else None."""
+    """The error if an engine's share of the memory of a card does not hold the largest adapter, else None."""
     beside = found.memory - found.weights - found.workspace
-    left = beside - found.kv_cache
-    if not asked.adapter or left * asked.adapter_fraction >= asked.adapter:
+    room = math.floor(beside * asked.adapter_fraction)
+    if room >= asked.adapter:
         return None
-    fits = math.floor((1 - asked.adapter / asked.adapter_fraction / beside) * 100) / 100
-    smaller = f"Leave more: --set repository.kv_cache_free_gpu_mem_fraction={fits:g}. Or use" if fits > 0 else "Use"
+    enough = math.ceil(asked.adapter / beside * 100) / 100
+    larger = f"Give them more: --set repository.parameters.{SHARE}={enough:g}. Or use" if enough < 1 else "Use"
     return UnsupportedError(
-        f"The LoRA adapters do not fit on {found.card}: the largest takes {size(asked.adapter)}, and "
-        f"{size(math.floor(left * asked.adapter_fraction))} are left for adapters.",
-        why=f"{SHARE} of {float(asked.adapter_fraction):g} of the {size(left)} beside weights, workspace and KV cache; "
-        "TensorRT-LLM does not load an engine whose cache can't hold one adapter.",
-        hint=f"{smaller} adapters of a smaller rank.",
+        f"The LoRA adapters do not fit on {found.card}: the largest takes {size(asked.adapter)}, and {size(room)} are "
+        "for adapters.",
+        why=f"{SHARE} is {float(asked.adapter_fraction):g} of the {size(beside)} beside weights and workspace; "
+        "TensorRT-LLM does not load an engine whose cache can't hold one adapter of the largest rank.",
+        hint=f"{larger} adapters of a smaller rank.",
     )

@@ -40,8 +40,8 @@ class Serving:
     """What determines memory use at run time. All sizes are in tokens or sequences.
 
     fixed_formats: the model is quantized already, so no other format can be suggested.
-    adapter: bytes of the largest LoRA adapter; adapter_fraction: the engine's share for adapters of the memory beside
-    weights, workspace and KV cache.
+    adapter: bytes of the largest LoRA adapter; adapter_fraction: the share for adapters of the memory beside weights
+    and workspace, before the KV cache.
     fraction: kv_cache_free_gpu_mem_fraction. most_kv_tokens: the recipe's own limit of the KV cache (llmapi), or None.
     """
 
@@ -60,7 +60,7 @@ class Serving:
     fixed_formats: bool = False
     most_kv_tokens: int | None = None
     adapter: int = 0
-    adapter_fraction: Fraction = Fraction(1)
+    adapter_fraction: Fraction = Fraction(0)
 
     @property
     def facts(self) -> TargetFacts:
@@ -426,7 +426,8 @@ def _blocks(tokens: int) -> int:
 
 
 def _fraction(asked: Serving) -> Fraction:
-    return asked.fraction if asked.facts.needs_gpu else Fraction(1)
+    """The KV cache's share of the memory beside weights and workspace."""
+    return asked.fraction * (1 - asked.adapter_fraction) if asked.facts.needs_gpu else Fraction(1)
 
 
 def _layers(config: Mapping[str, Any]) -> int:

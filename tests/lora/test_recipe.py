@@ -15,7 +15,7 @@ from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.lora.source import fetched, open_adapters
-from builder.plan import plan
+from builder.plan import Plan, plan
 from builder.preflight.prepare import prepare
 from builder.recipe import schema
 from builder.targets.base import flags_of
@@ -102,18 +102,27 @@ def test_formats_without_adapters_are_rejected_with_one_that_has(number_format: 
 
 
 def test_a_card_without_room_for_an_adapter_is_refused(tmp_path: Path) -> None:
-    """With a KV cache of all that is left, nothing is left for the engine's cache of adapters."""
+    """The engine's cache of adapters is a share of what the weights leave, and the KV cache gets the rest."""
     named = f"sql={adapters.write(tmp_path / 'sql')}"
-    asked = {"gpu": "rtx4090", "target": "engine", "repository.kv_cache_free_gpu_mem_fraction": 1.0}
-    found = plan(resolved(named, **asked), Store(tmp_path / "store", QUIET, dry=True))
+    share = "lora_cache_gpu_memory_fraction"
+
+    def planned(fraction: str | None, *names: str) -> Plan:
+        parameters = {share: fraction} if fraction else {}
+        asked = resolved(*names, gpu="rtx4090", target="engine", **{"repository.parameters": parameters})
+        return plan(asked, Store(tmp_path / "store", QUIET, dry=True))
+
+    found = planned("0.000001", named)
     assert found.refusal is not None
     assert "The LoRA adapters do not fit on" in found.refusal.what
-    assert "--set repository.kv_cache_free_gpu_mem_fraction=0.99" in found.refusal.hint
-    fits = plan(resolved(named, **asked | {"repository.kv_cache_free_gpu_mem_fraction": 0.99}),
-                Store(tmp_path / "store", QUIET, dry=True))  # fmt: skip
+    assert f"--set repository.parameters.{share}=0.01" in found.refusal.hint
+    fits, plain, all_of_it = planned(None, named), planned(None), planned("1", named)
+    assert all_of_it.memory.cards[-1].kv_cache < plain.memory.cards[-1].kv_cache / 50
     assert fits.refusal is None
     assert any("sql (rank 4, q_proj, v_proj" in note.text for note in fits.notes)
-    assert {"lora_cache_max_adapter_size", "lora_cache_gpu_memory_fraction"} <= {one.name for one in fits.parameters}
+    parameters = {one.name: one.value for one in fits.parameters}
+    assert (parameters["lora_cache_max_adapter_size"], parameters[share]) == ("4", "0.05")
+    with_adapters, without = (one.memory.cards[-1].kv_cache for one in (fits, plain))
+    assert abs(with_adapters / without - 0.95) < 0.001
 
 
 def test_a_place_that_is_neither_directory_nor_hub_id_is_rejected(tmp_path: Path) -> None:
