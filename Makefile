@@ -47,11 +47,11 @@ test-slow: $(VENV)/ready ## whole builds, every model family, lm-eval's tasks, f
 	$(VENV)/bin/python -m pytest -m slow $(PARALLEL)
 
 # Debian's package: a browser that draws what readers will see.
-test-browser: $(VENV)/ready ## the report's page in Chromium
+test-browser: $(VENV)/ready ## the report's and a sweep's page in Chromium
 	@command -v chromium >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-dejavu-core; \
 	  else echo "Install first: sudo apt-get install chromium" >&2; exit 1; fi; }
-	$(VENV)/bin/python -m pytest -m browser tests/report/test_browser.py
+	$(VENV)/bin/python -m pytest -m browser tests/report/test_browser.py tests/sweep/test_page_in_browser.py
 
 test-real: $(CHAT_MODEL)/config.json ## build, evaluate and serve the chat model of demo-chat
 	REAL_MODEL=$(CHAT_MODEL) $(VENV)/bin/python -m pytest -m real -s tests/pipeline/test_real.py

@@ -17,7 +17,7 @@ from html import escape
 ROW = 42  # px: a row, with its label above the mark
 TOP = 4  # px: space above the first row
 AXIS = 26  # px: the axis below the last row
-LABEL = 38  # characters of a label before it is cut; the mark's <title> has all of it
+LABEL = 32  # characters of a label before it is cut; the mark's <title> has all of it
 
 
 @dataclass(frozen=True)

@@ -60,18 +60,26 @@ def _text(found: Estimate | None, digits: int, scale: float = 1) -> str:
 
 def page(title: str, results: Sequence[Result], points: int) -> str:
     """The page. points: of the sweep, of which these have ended."""
-    recipe = results[0].point.resolved.recipe
+    axes = len(results[0].point.labels)
     head, rows = table(results)
     facts = [f"{len(results)} of {points} points"]
     failed = [(one.point.name, one.why.strip().splitlines()[-1]) for one in results if one.why.strip()]
     chosen = measured.recommended(results)
     template = pages().get_template("sweep.html.j2")
     return template.render(
-        title=title, model=recipe.model.id, facts=facts, head=head, rows=rows, failed=failed,
+        title=title, model=", ".join(dict.fromkeys(one.point.recipe.model.id for one in results)), facts=facts,
+        head=head, rows=[_parted(row, axes) for row in rows], axes=axes, failed=failed,
+        joined=[one.point.name for one in measured.front(results)],
         charts=_charts(results), front=_front(results), speed=_speed(results), effects=_effects(results),
         best=[one.point.name for one in measured.front(results, served=True)],
         chosen=chosen and {"name": chosen[0].point.name, "why": chosen[1], "recipe": chosen[0].point.recipe_file},
     )  # fmt: skip
+
+
+def _parted(row: Sequence[str], axes: int) -> list[tuple[str, str]]:
+    """Each cell and what stands below it: the interval of a figure."""
+    parts = [cell.partition(" (") for cell in row[axes:]]
+    return [*((cell, "") for cell in row[:axes]), *((value, more.removesuffix(")")) for value, _, more in parts)]
 
 
 def _charts(results: Sequence[Result]) -> dict[str, Markup]:
@@ -81,7 +89,7 @@ def _charts(results: Sequence[Result]) -> dict[str, Markup]:
         marks = []
         for one in results:
             if kl := one.texts.get(name, {}).get("kl"):
-                marks.append(charts.Mark(one.point.name, kl.value, _text(kl, 5), kl.low, kl.high))
+                marks.append(charts.Mark(one.point.name, kl.value, f"{kl.value:.5f}", kl.low, kl.high))
         drawn[name] = Markup(charts.bars(f"kl-{len(drawn)}", f"KL to BF16 on {name}", _spoken(marks), marks))
     return drawn
 

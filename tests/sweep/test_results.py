@@ -122,7 +122,7 @@ def test_the_front_of_three_figures_is_that_of_the_definition(found: list[tuple[
 def test_the_page_of_served_points_shows_their_speed() -> None:
     text = page.page("t", [served(result(1.0, 200, point="a"), 50), served(result(2.0, 100, point="b"), 80)], 2)
     assert "Accuracy and throughput" in text
-    assert "80.0 (concurrency 4)" in text
+    assert "80.0<small>concurrency 4</small>" in text
     assert "100.0 ms" in text
     assert "tokens/s" not in page.page("t", [result(1.0, point="a")], 1)
 
