@@ -84,6 +84,7 @@ class Connection(asyncio.Protocol):
             ("te", "trailers"),
         ]
         self._streams: dict[int, Stream] = {}
+        self._held_up: dict[int, Stream] = {}  # those that have something unsent, for which a window was too small
         self._h2 = H2Connection(H2Configuration(client_side=True, header_encoding=None))
         self._h2.state_machine = _Draining()
         self.usable = True
@@ -189,7 +190,7 @@ class Connection(asyncio.Protocol):
             if stream := self._streams.get(event.stream_id):
                 self._end(stream, Ended(14, f"the server ended the stream (code {int(event.error_code or 0)})"))
         elif isinstance(event, WindowUpdated | RemoteSettingsChanged):
-            for stream in self._streams.values():
+            for stream in list(self._held_up.values()):
                 self._send_unsent(stream)
         elif isinstance(event, ConnectionTerminated):
             self._go_away(event.last_stream_id or 0, int(event.error_code or 0))
@@ -225,6 +226,10 @@ class Connection(asyncio.Protocol):
                     break
                 piece, stream.unsent = stream.unsent[:size], stream.unsent[size:]
                 self._h2.send_data(stream.id, piece, end_stream=stream.finishing and not stream.unsent)
+        if stream.unsent:
+            self._held_up[stream.id] = stream
+        else:
+            self._held_up.pop(stream.id, None)
 
     def _flush(self) -> None:
         data = self._h2.data_to_send()
@@ -234,6 +239,7 @@ class Connection(asyncio.Protocol):
     def _end(self, stream: Stream, how: Ended) -> None:
         """Forgets a stream, and tells it how it ended."""
         self._streams.pop(stream.id, None)
+        self._held_up.pop(stream.id, None)
         stream.connection = None
         if not self._streams:
             self.idle.set()
