@@ -138,7 +138,7 @@ lint-docker: $(VENV)/ready
 	$(VENV)/bin/hadolint Dockerfile docker/base-cpu.Dockerfile
 
 lint-shell: $(VENV)/ready
-	$(VENV)/bin/shellcheck .ci/run docker/packages docker/engine docker/base-cpu docker/test docker/gpu-hook/*
+	$(VENV)/bin/shellcheck .ci/run docker/packages docker/engine docker/base-cpu docker/test docker/gpu-hook/* configs/cluster/slurm.sbatch
 
 lint-compose: $(VENV)/ready
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml

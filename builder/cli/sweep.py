@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 from typing import Any
 
 from builder.cli.options import add_command, add_output, path
@@ -29,6 +30,8 @@ def add(commands: Any) -> None:
     command.add_argument("--mlflow", metavar="URL",
                          help="also log each point to this MLflow server or directory")  # fmt: skip
     command.add_argument("--dry-run", action="store_true", help="print the steps and what they share; run nothing")
+    command.add_argument("--on", metavar="auto|HOST:PORT",
+                         help="run the steps on this Ray cluster (auto: the one here)")  # fmt: skip
     command.add_argument("--store", metavar="s3://BUCKET/PREFIX",
                          help="share what is made through this bucket")  # fmt: skip
     add_output(command)
@@ -46,7 +49,7 @@ def run_sweep(arguments: argparse.Namespace, out: Output) -> int:
     from builder.core.environment import STORE
     from builder.core.errors import UsageError
     from builder.core.store import Store
-    from builder.sweep import points, show, sweep
+    from builder.sweep import cluster, points, ray_executor, show, sweep
 
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UsageError(f"--jobs must be 1 or more (got {arguments.jobs}).")
@@ -56,13 +59,16 @@ def run_sweep(arguments: argparse.Namespace, out: Output) -> int:
         used.check()
     title, found = points.read(arguments.file, model=arguments.model, sets=arguments.set)
     store = Store(arguments.output, out)
-    planned = sweep.plan(title, found, Store(arguments.output, Output("quiet"), dry=True), jobs=arguments.jobs)
-    if arguments.dry_run:
-        show.plan(planned, out)
-        return 0
-    sink = _sink(arguments, title)
-    with store.in_use(), show.Told(planned, out) as told:
-        results = sweep.run(planned, store, told.begun, told.ended)
+    dry = Store(arguments.output, Output("quiet"), dry=True)
+    with cluster.connected(arguments.on, found, store.root) if arguments.on else nullcontext() as on:
+        planned = sweep.plan(title, found, dry, jobs=arguments.jobs, cluster=on)
+        if arguments.dry_run:
+            show.plan(planned, out)
+            return 0
+        sink = _sink(arguments, title)
+        with store.in_use(), show.Told(planned, out) as told:
+            executor = ray_executor.on_cluster(on, found, store, arguments.jobs) if on and planned.steps else None
+            results = sweep.run(planned, store, told.begun, told.ended, executor)
     show.table(planned, results, out)
     directory = planned.directory(store)
     if sink:

@@ -152,9 +152,12 @@ class _Simulated:
     """An executor that takes the expected time and does nothing."""
 
     def __init__(self, slots: Slots, seconds: Callable[[str], float]) -> None:
-        self.slots, self.free, self.now = slots, slots, 0.0
+        self.free, self.now = slots, 0.0
         self._seconds = seconds
         self._running: list[tuple[float, str, Slots]] = []
+
+    def fits(self, job: Job) -> bool:
+        return self.free.holds(job.takes)
 
     def start(self, job: Job) -> None:
         heapq.heappush(self._running, (self.now + self._seconds(job.name), job.name, job.takes))

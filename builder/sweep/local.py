@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from builder.core import process
+from builder.core.errors import BuilderError
 from builder.core.process import Command, Running
 from builder.core.store import LOGS
+from builder.sweep.cores import pinned
 from builder.sweep.slots import Slots
 
 POLL_SECONDS = 0.02
@@ -74,24 +76,20 @@ class LocalExecutor:
             while self._running:
                 all_jobs.push(self._running.pop().stack)
 
-    def start(self, job: Job) -> None:
-        """Starts a job, which must fit into what is free.
+    def fits(self, job: Job) -> bool:
+        """Whether a job can be started now."""
+        return self.free.holds(job.takes)
 
-        Cores are given by affinity, which thread pools follow: a variable that limits threads is part of the store's
-        keys, so another build would not find what was made.
-        """
+    def start(self, job: Job) -> None:
+        """Starts a job, which must fit into what is free."""
         cores = tuple(sorted(self._cores)[: job.takes.cores])
         gpus = tuple(sorted(self._gpus)[: job.takes.gpus])
         command = Command(
             [sys.executable, "-m", *job.argv], env=_environment(job, gpus if self.slots.gpus else None), kind="step"
         )
         stack = ExitStack()
-        all_cores = os.sched_getaffinity(0)
-        try:
-            os.sched_setaffinity(0, cores)
+        with pinned(cores):
             running = stack.enter_context(process.started(command, log=job.log))
-        finally:
-            os.sched_setaffinity(0, all_cores)
         self._cores, self._gpus = self._cores - {*cores}, self._gpus - {*gpus}
         self.free = self.free.minus(job.takes)
         self._running.append(_Process(job, running, stack, cores, gpus))
@@ -107,14 +105,19 @@ class LocalExecutor:
         one.stack.close()
         self.free = self.free.plus(one.job.takes)
         self._cores, self._gpus = self._cores | {*one.cores}, self._gpus | {*one.gpus}
-        took = time.monotonic() - one.began
-        try:
-            finished = one.running.finished()
-        except process.Failed as error:
-            code = error.code or 1
-            lost = -code == signal.SIGKILL or KILLED in error.why
-            return Ended(one.job.name, code, took, why=error.why, lost=lost)
-        return Ended(one.job.name, 0, took, finished.max_rss)
+        return ended(one.job.name, one.running, time.monotonic() - one.began)
+
+
+def ended(name: str, running: Running, took: float) -> Ended:
+    """How a process that has exited ended."""
+    try:
+        finished = running.finished()
+    except process.Failed as error:
+        code = error.code or 1
+        return Ended(name, code, took, why=error.why, lost=-code == signal.SIGKILL or KILLED in error.why)
+    except BuilderError as error:  # sent by the command
+        return Ended(name, error.exit_code, took, why=f"{error.what} {error.why}".strip())
+    return Ended(name, 0, took, finished.max_rss)
 
 
 def _environment(job: Job, gpus: Sequence[int] | None) -> Mapping[str, str]:

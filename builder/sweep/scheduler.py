@@ -8,14 +8,13 @@ from typing import Protocol
 
 from builder.sweep.graph import Step
 from builder.sweep.local import Ended, Job
-from builder.sweep.slots import Slots
 
 
 class Executor(Protocol):
-    """Where jobs run. free: what the jobs that run leave."""
+    """Where jobs run."""
 
-    slots: Slots
-    free: Slots
+    def fits(self, job: Job) -> bool:
+        """Whether a job can be started now."""
 
     def start(self, job: Job) -> None:
         """Starts a job."""
@@ -67,7 +66,7 @@ def run(
             end(_not_run(step, found))
         for step in [one for one in pending if all(need in found and found[need].ok for need in one.needs)]:
             job = job_of(step)
-            if executor.free.holds(job.takes):
+            if executor.fits(job):
                 pending.remove(step)
                 running[step.name] = step
                 begun(step)

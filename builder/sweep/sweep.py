@@ -8,12 +8,14 @@ Everything that is built and measured lies in the store, so what an earlier run 
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,12 +30,13 @@ from builder.preflight.memory import Machine, machine
 from builder.preflight.prepare import Prepared, prepare
 from builder.preflight.ways import device
 from builder.sweep import graph, measured, page, place, results, scheduler, served
+from builder.sweep.cluster import Cluster
 from builder.sweep.expected import Expected, expected, note
 from builder.sweep.graph import Kind, Step
 from builder.sweep.local import Job, LocalExecutor
 from builder.sweep.measured import Result
 from builder.sweep.points import Point
-from builder.sweep.scheduler import Outcome
+from builder.sweep.scheduler import Executor, Outcome
 from builder.sweep.slots import Slots, of_step
 
 REPORT = "report.html"
@@ -72,10 +75,13 @@ class Planned:
         return place.directory(self.title, self.points, store)
 
 
-def plan(title: str, points: Sequence[Point], store: Store, *, jobs: int | None = None) -> Planned:
+def plan(
+    title: str, points: Sequence[Point], store: Store, *, jobs: int | None = None, cluster: Cluster | None = None
+) -> Planned:
     """What would run. UsageError that names every point whose model, formats and layers do not go together.
 
-    jobs: steps that run at once at most; by default up to 4, as far as cores and memory go."""
+    jobs: steps that run at once at most; by default up to 4 on a machine, as far as cores and memory go. cluster: whose
+    nodes run them, instead of this machine."""
     prepared = _prepared(points, store)
     ready, missing = list[Result](), list[Point]()
     for point in points:
@@ -83,15 +89,19 @@ def plan(title: str, points: Sequence[Point], store: Store, *, jobs: int | None 
             ready.append(measured.read(point, store))
         except WouldRun:
             missing.append(point)
-    every, host = graph.steps(points), machine(store.root)
+    every, host = graph.steps(points), cluster.host if cluster else machine(store.root)
     steps = _missing(graph.steps(missing), store)
-    whole = _whole(host)
-    at_once = min(jobs or AT_ONCE, max(1, len(missing)))
+    whole = cluster.whole if cluster else _whole(host)
+    on_each = math.ceil(len(missing) / len(cluster.nodes)) if cluster else len(missing)
+    at_once = min(jobs or AT_ONCE, max(1, on_each))
     cores = max(1, whole.cores // at_once)
     takes = {}
     for step in steps:
         found = of_step(step.kind, prepared[step.points[0].slug], host, cores).within(whole)
-        takes[step.name] = found if jobs is None else Slots(max(found.cores, cores), found.memory, found.gpus)
+        takes[step.name] = (
+            found if jobs is None or cluster else Slots(max(found.cores, cores), found.memory, found.gpus)
+        )
+    whole = cluster.total if cluster else whole
     cached = Counter(step.kind for step in every) - Counter(step.kind for step in steps)
     return Planned(
         title, points, prepared, ready, steps, takes, whole, expected(steps, prepared, takes, host, store), cached
@@ -156,11 +166,16 @@ def _whole(host: Machine) -> Slots:
 
 
 def run(
-    planned: Planned, store: Store, begun: Callable[[Step], object], ended: Callable[[Outcome], object]
+    planned: Planned,
+    store: Store,
+    begun: Callable[[Step], object],
+    ended: Callable[[Outcome], object],
+    executor: AbstractContextManager[Executor] | None = None,
 ) -> list[Result]:
     """Runs the steps. Returns the results of all points in their order; those that failed say why.
 
-    begun, ended: told of each step. Results and report are written anew after each point."""
+    begun, ended: told of each step. executor: where they run, by default here. Results and report are written
+    anew after each point."""
     directory = place.claim(planned.title, planned.points, store)
     logs = directory / "runs" / time.strftime("%Y%m%d-%H%M%S")
     found = {one.point.slug: one for one in planned.ready}
@@ -179,9 +194,9 @@ def run(
     mark(store.root)
     write(planned, directory, found, ratios)
     if planned.steps:
-        with LocalExecutor(planned.whole) as executor:
+        with executor or LocalExecutor(planned.whole) as runs:
             jobs = _jobs(planned, store, logs)
-            scheduler.run(planned.steps, jobs, executor, begun, settled)
+            scheduler.run(planned.steps, jobs, runs, begun, settled)
     for point in planned.points:
         if point.slug in failed and not any(failed[point.slug].values()):
             found[point.slug] = _result(point, store)

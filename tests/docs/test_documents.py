@@ -19,7 +19,7 @@ from builder.cli import main
 # Programs that a shell block may name; a new one is added here on purpose.
 PROGRAMS = {
     "builder", "make", "docker", "docker/base-cpu", "python", "python3", "pip", "curl", "export", "source", "git",
-    "pre-commit", "cp", "cd", "sed",
+    "pre-commit", "cp", "cd", "sed", "ray", "sbatch",
 }  # fmt: skip
 # What needs no model, no server and no network, and changes nothing.
 FAST = ("gpus", "explain", "schema", "--help", "--version", "completion")

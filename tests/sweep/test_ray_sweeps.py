@@ -1,0 +1,191 @@
+"""Whole sweeps on a real Ray cluster: a node that dies, ctrl-C, a cluster that goes away, nodes with disks of their own
+that share through a real S3 server."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray_cluster
+import s3_server
+import yaml
+
+from builder.core import paths
+from builder.core.environment import STORE
+
+pytestmark = [pytest.mark.slow, pytest.mark.any_version]
+
+
+def sweep_file(directory: Path) -> Path:
+    """Three data-free points without tasks."""
+    asked = yaml.safe_load(paths.data("configs", "sweeps", "smallest.yaml").read_text())
+    del asked["recipe"]["tasks"], asked["exclude"]
+    asked["recipe"] |= {"calibration": {"samples": 0}}
+    asked["recipe"]["evaluation"] |= {"texts": 3, "max_tokens": 32}
+    rounding = {"max": {}, "mse": {"quantization.algorithm": "mse"}, "FP8": {"quantization.format": "fp8"}}
+    asked["matrix"] = {"rounding": rounding}
+    (directory / "sweep.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
+    return directory / "sweep.yaml"
+
+
+class Sweep:
+    """The command as a process, and what it says."""
+
+    def __init__(self, directory: Path, *more: str, output: str = "out", **environment: str) -> None:
+        self.output, self.said = directory / output, directory / "said"
+        argv = [sys.executable, "-m", "builder", "sweep", str(sweep_file(directory)), "--output", str(self.output)]
+        with open(self.said, "wb") as sink:
+            self.process = subprocess.Popen([*argv, *more], stderr=sink, env={**os.environ, **environment})
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 240
+        while text not in self.said.read_text():
+            assert self.process.poll() is None, self.said.read_text()
+            assert time.monotonic() < deadline, self.said.read_text()
+            time.sleep(0.05)
+
+    def ended(self) -> tuple[int, str]:
+        code = self.process.wait(400)
+        return code, self.said.read_text()
+
+    def status(self) -> dict[str, str]:
+        [file] = self.output.glob("sweeps/*/results.csv")
+        with open(file, newline="") as opened:
+            return {row["point"]: row["status"] for row in csv.DictReader(opened)}
+
+
+ALL = dict.fromkeys(("max", "mse", "fp8"), "measured")
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def test_a_node_that_is_killed_loses_only_its_step(tmp_path: Path) -> None:
+    """Its processes die with it, the step runs on another node, and a second run has nothing to do."""
+    with ray_cluster.running(3, 1) as nodes:
+        sweep = Sweep(tmp_path, "--on", nodes.address)
+        sweep.wait_for("max/quantize begins")
+        while not (found := ray_cluster.processes(f"{tmp_path}/out/sweeps/")):
+            time.sleep(0.05)
+        raylets = {node.all_processes["raylet"][0].process.pid for node in nodes.worker_nodes}
+        chain = [found[0]]
+        while chain[-1] not in raylets:
+            chain.append(parent(chain[-1]))
+        for pid in reversed(chain):  # as when power fails; the supervisor and what it started end by themselves
+            if pid in raylets or b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        code, said = sweep.ended()
+        assert code == 0, said
+        assert sweep.status() == ALL
+        assert not ray_cluster.processes(f"{tmp_path}/out/sweeps/")
+        assert not list((tmp_path / "out").glob("*/.*.tmp"))
+        code, said = Sweep(tmp_path, "--on", nodes.address).ended()
+        assert code == 0, said
+        assert "begins" not in said
+
+
+def test_ctrl_c_ends_the_steps_on_all_nodes_and_the_next_run_continues_here(tmp_path: Path) -> None:
+    with ray_cluster.running(2, 1) as nodes:
+        sweep = Sweep(tmp_path, "--on", nodes.address)
+        sweep.wait_for("measure begins")
+        time.sleep(1)
+        sweep.process.send_signal(signal.SIGINT)
+        code, said = sweep.ended()
+        assert code == 130, said
+        deadline = time.monotonic() + 15
+        while ray_cluster.processes(f"{tmp_path}/out/sweeps/") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not ray_cluster.processes(f"{tmp_path}/out/sweeps/")
+    again = Sweep(tmp_path)
+    code, said = again.ended()
+    assert code == 0, said
+    assert "baseline " not in said, "it was finished on the cluster"
+    assert again.status() == ALL
+
+
+def test_a_cluster_that_goes_away_is_named_and_what_was_finished_is_kept(tmp_path: Path) -> None:
+    with ray_cluster.running(2, 1) as nodes:
+        sweep = Sweep(tmp_path, "--on", nodes.address)
+        sweep.wait_for("measure begins")
+        for node in (*nodes.worker_nodes, nodes.head_node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+        code, said = sweep.ended()
+    assert code == 1, said
+    assert "went away" in said
+    assert "Traceback" not in said
+    code, said = Sweep(tmp_path).ended()
+    assert code == 0, said
+    assert "baseline " not in said
+
+
+@contextmanager
+def with_own_disks(head: str, hidden: Path, place: Path, **environment: str) -> Iterator[None]:
+    """Two nodes for each of which `hidden` is an empty directory of its own."""
+    start = f"mount -t tmpfs tmpfs {hidden} && exec {sys.executable} -m ray.scripts.scripts start --address {head} "
+    start += f"--num-cpus 1 --memory {ray_cluster.MEMORY} --object-store-memory {ray_cluster.OBJECTS} --block"
+    argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", start]
+    nodes = []
+    for number in range(2):
+        with open(place / f"node-{number}.log", "wb") as log:
+            kept = {**os.environ, **environment}
+            nodes.append(subprocess.Popen(argv, stdout=log, stderr=log, env=kept, start_new_session=True))
+    try:
+        yield
+    finally:
+        for node in nodes:
+            os.killpg(node.pid, signal.SIGTERM)
+        for node in nodes:
+            node.wait(60)
+
+
+def _may_mount() -> bool:
+    argv = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(argv, capture_output=True).returncode == 0
+
+
+def test_nodes_with_disks_of_their_own_share_through_a_bucket(tmp_path: Path) -> None:
+    if not _may_mount():
+        pytest.skip("mounting is not allowed")
+    (tmp_path / "out").mkdir()
+    with s3_server.running(tmp_path) as keys, ray_cluster.running(0) as head:  # noqa: SIM117
+        with with_own_disks(head.address, tmp_path / "out", tmp_path, **keys):
+            _wait_for_nodes(head, 2)
+            refused = Sweep(tmp_path, "--on", head.address)
+            code, said = refused.ended()
+            assert code == 2, said
+            assert "can't see the output directory" in said
+            sweep = Sweep(tmp_path, "--on", head.address, "--store", s3_server.ADDRESS, **keys)
+            code, said = sweep.ended()
+            assert code == 0, said
+            assert sweep.status() == ALL
+            logs = list(sweep.output.glob("sweeps/*/runs/*/*/measure/run.log"))
+            assert len(logs) == 3
+            assert any("comes from s3://" in log.read_text() for log in logs)
+            assert not (sweep.output / "checkpoint").exists(), "weights stay on the nodes and in the bucket"
+            scripts = [path.read_text() for path in sweep.output.glob("sweeps/*/runs/*/*/*/run.sh")]
+            assert all(f"export {STORE}={s3_server.ADDRESS}" in text for text in scripts)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if keys["AWS_SECRET_ACCESS_KEY"].encode() in path.read_bytes()]
+
+
+def _wait_for_nodes(head: Any, count: int) -> None:
+    from ray._private.state import GlobalState
+    from ray._raylet import GcsClientOptions
+
+    state = GlobalState()
+    state._initialize_global_state(GcsClientOptions.create(head.address, None, True, False))
+    deadline = time.monotonic() + 120
+    while sum(1 for node in state.node_table() if node["Alive"] and node["Resources"].get("CPU")) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
