@@ -87,6 +87,12 @@ def update(directory: Path, results: Sequence[Result]) -> None:
         _write(directory, [*kept, *(row for of in new.values() for row in of)])
 
 
+def check(directory: Path) -> None:
+    """UsageError, before anything runs, for a file that `update` would refuse."""
+    if (directory / CSV).exists():
+        read(directory / CSV)
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a CSV. UsageError if it is not one of ours, or of another version."""
     try:

@@ -177,6 +177,7 @@ def run(
     begun, ended: told of each step. executor: where they run, by default here. Results and report are written
     anew after each point."""
     directory = place.claim(planned.title, planned.points, store)
+    results.check(directory)
     logs = directory / "runs" / time.strftime("%Y%m%d-%H%M%S")
     found = {one.point.slug: one for one in planned.ready}
     failed: dict[str, dict[Kind, str]] = {}

@@ -40,22 +40,30 @@ def test_each_point_has_its_newest_rows_once(tmp_path_factory: pytest.TempPathFa
 
 WRITER = """
 import sys
-from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, "tests/support")
 from sweep_results import result
 from builder.sweep import results
 for number in range(15):
-    results.update(Path(sys.argv[1]), [result(1.0, point=f"{sys.argv[2]}-{number}")])
+    mine = result(float(sys.argv[2]), point=f"{sys.argv[2]}-{number}")
+    results.update(Path(sys.argv[1]), [mine, result(float(sys.argv[2]) + number / 100, point="both")])
 """
 
 
-def test_two_sweeps_that_write_at_once_lose_no_row(tmp_path: Path) -> None:
+def test_sweeps_that_write_at_once_lose_no_row_and_double_none(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", WRITER, str(tmp_path)]
-    running = [subprocess.Popen([*argv, name], cwd=ROOT, env=None) for name in ("a", "b")]
-    assert [process.wait(120) for process in running] == [0, 0]
-    points = [row["point"] for row in results.read(tmp_path / results.CSV) if row["kind"] == "task"]
-    assert sorted(points) == sorted(f"{name}-{number}" for name in "ab" for number in range(15))
+    names = ("1", "2", "3")
+    running = [subprocess.Popen([*argv, name], cwd=ROOT, env=None) for name in names]
+    assert [process.wait(120) for process in running] == [0, 0, 0]
+    found = [row for row in results.read(tmp_path / results.CSV) if row["kind"] == "texts"]
+    points = [row["point"] for row in found]
+    assert sorted(points) == sorted([*(f"{name}-{number}" for name in names for number in range(15)), "both"])
+    [both] = [row["kl"] for row in found if row["point"] == "both"]
+    assert both in [pytest.approx(int(name) + 0.14) for name in names], "the last one of a writer"
+    table = parquet.read_table(tmp_path / results.PARQUET).to_pylist()
+    assert [(row["point"], row["kl"]) for row in table if row["kind"] == "texts"] == [
+        (row["point"], row["kl"]) for row in found
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {results.CSV, results.PARQUET, results.LOCK}
 
 

@@ -122,6 +122,28 @@ def _read(path: Path) -> bytes:
 
 
 @pytest.mark.slow
+def test_two_sweeps_over_one_store_at_once_make_everything_once(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "builder", "sweep", str(small(tmp_path)), "--output", str(tmp_path / "out")]
+    running = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [one.communicate(timeout=500)[1] for one in running]
+    assert [one.returncode for one in running] == [0, 0], said
+    stages = {stage: len([*(tmp_path / "out" / stage).iterdir()]) for stage in ("snapshot", "checkpoint", "evaluation")}
+    assert stages == {"snapshot": 1, "checkpoint": 2, "evaluation": 3}, "one of BF16 alone, one of each point"
+    assert [row["point"] for row in rows(tmp_path / "out")] == ["max", "mse"]
+
+
+def test_results_of_another_version_are_refused_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "out" / "sweeps" / "gptq-in-nvfp4-tiny-qwen3"
+    place.mkdir(parents=True)
+    (place / "results.csv").write_text("format,point,kind,name\n1,a,texts,prose\n")
+    assert main.main(["sweep", str(small(tmp_path)), "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "has version 1 of the results" in said.err
+    assert "begins" not in said.err, "before anything runs"
+    assert (place / "results.csv").read_text().endswith("1,a,texts,prose\n")
+
+
+@pytest.mark.slow
 def test_a_sweep_is_measured_on_texts_and_tasks(tmp_path: Path) -> None:
     assert main.main(["sweep", str(FILE), "--output", str(tmp_path)]) == 0
     found = {(row["point"], row["kind"]): row for row in rows(tmp_path)}
