@@ -11,7 +11,7 @@ from builder.core.output import Output
 from builder.sweep import results
 from builder.sweep.results import Row
 
-FIGURES = ("kl", "score", "ppl", "task")
+FIGURES = ("kl", "score", "ppl", "task", "tokens_per_second", "ttft")
 
 
 @dataclass(frozen=True)

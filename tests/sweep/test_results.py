@@ -185,9 +185,10 @@ def test_a_page_of_hostile_names_and_failures_is_whole() -> None:
 
 def test_compare_prints_both_figures_and_what_only_one_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, kl in (("first", 1.0), ("second", 0.5)):
-        results.update(tmp_path / name, [result(kl, point="same"), result(kl, point=name)])
+        results.update(tmp_path / name, [served(result(kl, point="same"), 60 / kl), result(kl, point=name)])
     assert main.main(["compare", str(tmp_path / "first"), str(tmp_path / "second")]) == 0
     said = capsys.readouterr().out
     assert "same\tprose\tkl\t1 (0.9 to 1.1)\t0.5 (0.45 to 0.55)\t0.500" in said
+    assert "same\tconcurrency 4\ttokens_per_second\t60\t120\t2.000" in said
     assert f"only in {tmp_path / 'second'}: second" in said
     assert main.main(["compare", str(tmp_path / "first"), str(tmp_path)]) == 2
