@@ -41,7 +41,8 @@ class RayExecutor:
         """shared: whether all nodes see the output directory (Cluster.shares). jobs: at once at most."""
         self._cluster, self._jobs, self._running = cluster, jobs, dict[Any, Job]()
         self._watch, bucket = Watch(cluster), os.environ.get(STORE, "")
-        self._common = Common(os.getcwd(), ray_task.versions(), modelopt.numerics(), bucket, not shared)
+        numerics = {name: os.environ[name] for name in modelopt.NUMERICS if name in os.environ}
+        self._common = Common(os.getcwd(), ray_task.versions(), numerics, bucket, not shared)
         self._task = remote(ray_task.run)
 
     def __enter__(self) -> RayExecutor:

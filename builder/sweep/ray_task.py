@@ -27,7 +27,7 @@ from builder.preflight.memory import Machine, machine
 from builder.preflight.ways import device
 from builder.quantize import modelopt
 from builder.sweep import cores
-from builder.sweep.local import Ended, ended
+from builder.sweep.local import VISIBLE, Ended, ended
 
 POLL_SECONDS = 0.05
 LOG_BYTES = 4 << 20  # of the end of each log that comes back from a node with a disk of its own
@@ -84,7 +84,12 @@ def versions() -> Mapping[str, str]:
     """What must be equal on all nodes, because the store's keys depend on it, so that each finds what others made."""
     python = ".".join(map(str, sys.version_info[:2]))
     own = {"trtllm-builder": builder.__version__, "its code": sources_digest("builder")[:12], "Python": python}
-    return {**own, **library_versions(*LIBRARIES), "what it computes on": device(machine(Path.cwd())).name}
+    hidden = os.environ.pop(VISIBLE, None)  # Ray shows a task only the GPUs that it takes
+    try:
+        computes_on = device(machine(Path.cwd())).name
+    finally:
+        os.environ.update({VISIBLE: hidden} if hidden is not None else {})
+    return {**own, **library_versions(*LIBRARIES), "what it computes on": computes_on}
 
 
 def look(root: str, paths: Sequence[str], address: str) -> Node:
