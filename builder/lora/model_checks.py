@@ -7,6 +7,7 @@ from typing import Any
 
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import size
+from builder.formats.base import NumberFormat
 from builder.lora.adapter import MERGE, Adapter
 from builder.lora.modules import sizes
 from builder.lora.tensors import nbytes
@@ -49,6 +50,27 @@ def check_engine(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> None
                 f"can change o_proj only where it has as many as hidden_size, {hidden}.",
                 why="cpp/tensorrt_llm/runtime/loraModule.cpp@2a9abd95, createLoraModules.",
                 hint=f"Train it without o_proj, or use --target llmapi. Or: {MERGE}",
+            )
+
+
+def check_inputs(adapters: Sequence[Adapter], formats: Sequence[NumberFormat], *, rotated: bool) -> None:
+    """UnsupportedError where the layers get other inputs than those that an adapter was trained with: it would be
+    applied to them, and the answers would be wrong without an error."""
+    folded = {f"{role}_proj": one.title for one in formats for tensor in one.tensors for role in tensor.folded}
+    for adapter in adapters:
+        if rotated:
+            raise UnsupportedError(
+                f"The adapter {adapter.name} can't be served with rotated weights.",
+                why="The rotations change the inputs of the layers, which its matrices were trained on.",
+                hint="--set transform.name=none, or merge the adapter into the model first.",
+            )
+        if wrong := [kind for kind in adapter.modules if kind in folded]:
+            raise UnsupportedError(
+                f"The adapter {adapter.name} changes {', '.join(wrong)}, whose inputs are scaled with "
+                f"{folded[wrong[0]]}.",
+                why="The scales are folded into the norm before these layers, so the adapter's matrices would get "
+                "scaled inputs.",
+                hint="--format fp8, or merge the adapter into the model first.",
             )
 
 

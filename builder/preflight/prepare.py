@@ -16,6 +16,7 @@ from builder.core.store import STAGES, Store
 from builder.formats.assignment import Layers
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
+from builder.lora import model_checks
 from builder.lora.adapter import Adapter
 from builder.lora.source import open_adapters
 from builder.model import multimodal
@@ -186,7 +187,9 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepar
 
 
 def _adapters(resolved: Resolved, store: Store) -> tuple[Adapter, ...]:
-    return open_adapters(resolved.recipe.lora.adapters, store=store)
+    found = open_adapters(resolved.recipe.lora.adapters, store=store)
+    model_checks.check_inputs(found, resolved.quantized_formats, rotated=resolved.recipe.transform.rotates)
+    return found
 
 
 def _prepare_quantized(resolved: Resolved, source: Source, store: Store, layouts: bool) -> Prepared:

@@ -101,6 +101,17 @@ def test_formats_without_adapters_are_rejected_with_one_that_has(number_format: 
     assert "--format fp8" in caught.value.hint
 
 
+def test_layers_with_other_inputs_than_an_adapter_was_trained_on_are_refused(tmp_path: Path) -> None:
+    """AWQ's scales are in the norm before q_proj, and not before down_proj; rotations are before all of them."""
+    one, two = adapters.write(tmp_path / "1", ["q_proj"]), adapters.write(tmp_path / "2", ["down_proj", "o_proj"])
+    awq: dict[str, Any] = {"quantization.format": "int4_awq", "gpu": "rtx4090", "target": "engine"}
+    with pytest.raises(UnsupportedError, match="sql changes q_proj, whose inputs are scaled with"):
+        flags(tmp_path, f"sql={one}", **awq)
+    assert "lora_plugin" in flags(tmp_path, f"sql={two}", **awq)
+    with pytest.raises(UnsupportedError, match="sql can't be served with rotated weights"):
+        flags(tmp_path, f"sql={two}", **{"transform.name": "spinquant"})
+
+
 def test_a_card_without_room_for_an_adapter_is_refused(tmp_path: Path) -> None:
     """The engine's cache of adapters is a share of what the weights leave, and the KV cache gets the rest."""
     named = f"sql={adapters.write(tmp_path / 'sql')}"
