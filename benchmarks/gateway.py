@@ -202,15 +202,15 @@ def load_part(opened: repository.Repository, directory: Path, texts: Texts, requ
         with gateway(opened, server.grpc_url) as (pid, port):
             found += measure_load(of_gateway(port, texts), server, [pid], texts, requests)
         reading_alone(opened, server, texts, requests)
-        for model, stream in (("tensorrt_llm_bls", True), ("tensorrt_llm_bls", False)):
+        for model, stream in (("tensorrt_llm_bls", True), ("tensorrt_llm_bls", False), ("ensemble", False)):
             path = of_model(server, model, texts, stream=stream)
             found += measure_load(path, server, [], texts, requests // 2)
     if NVIDIA:
         models = directory / "nvidia"
         make_nvidia_repository(models, Path(NVIDIA), SNAPSHOT)
         with engine_server(models, 0, directory / "log") as server:
-            for model in ("ensemble", "tensorrt_llm_bls"):
-                path = of_model(server, model, texts, stream=True, whose="NVIDIA's ")
+            for model, stream in (("ensemble", False), ("ensemble", True), ("tensorrt_llm_bls", True)):
+                path = of_model(server, model, texts, stream=stream, whose="NVIDIA's ")
                 try:
                     measure_load(path, server, [], texts, requests // 4)
                 except FileNotFoundError:  # in /proc
