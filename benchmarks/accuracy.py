@@ -39,6 +39,8 @@ ROWS: Mapping[str, Sequence[str]] = {
     "gptq, scales by hessian, attention in BF16": (*BY_HESSIAN, "--keep-bf16", "*.self_attn.*"),
     "W4A16, max": ("--format", "w4a16_nvfp4"),
     "W4A16, mse": ("--format", "w4a16_nvfp4", "--algorithm", "mse"),
+    "W4A16, gptq, scales by max": ("--format", "w4a16_nvfp4", *GPTQ, "quantization.gptq.scales=max"),
+    "W4A16, gptq, scales by mse": ("--format", "w4a16_nvfp4", *GPTQ, "quantization.gptq.scales=mse"),
     "W4A16, gptq": ("--format", "w4a16_nvfp4", *BY_HESSIAN),
     "spinquant, max": ("--transform", "spinquant"),
     "spinquant, gptq": ("--transform", "spinquant", *BY_HESSIAN),

@@ -113,11 +113,12 @@ def test_it_answers_a_question_over_triton(mended: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def recommended(output: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `recommend` prints for NVFP4 and a KL of 0.08 (docs/guides/accuracy.md has what was found)."""
+    """What `recommend` prints for a KL of 0.1, in any format rounded by GPTQ, which spares it six builds and what they
+    lose (docs/guides/accuracy.md has what was found)."""
     file = tmp_path_factory.mktemp("recommended") / "recipe.yaml"
     texts = [word for name in ("prose", "chat") for word in ("--data", f"tests/data/eval/{name}.jsonl")]
     sets = ["evaluation.texts=10", "evaluation.max_tokens=128", "sensitivity.texts=4", "sensitivity.max_tokens=64"]
-    argv = ["--model", os.environ["REAL_MODEL"], *RECIPE, "--format", "nvfp4", "--max-kl", "0.08", *texts]
+    argv = ["--model", os.environ["REAL_MODEL"], *RECIPE, "--algorithm", "gptq", "--max-kl", "0.1", *texts]
     argv += [word for one in sets for word in ("--set", one)]
     code, printed, error = builder("recommend", *argv, "--output", str(output), "--save", str(file))
     assert code == 0, error
@@ -125,23 +126,24 @@ def recommended(output: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return printed
 
 
-def test_recommend_finds_layers_to_keep(recommended: dict[str, Any]) -> None:
+def test_recommend_goes_on_until_the_loss_and_the_answers_are_good_enough(recommended: dict[str, Any]) -> None:
     winner, plain = recommended["winner"], recommended["candidates"][0]
     print(recommended["reason"])
-    assert (plain["candidate"], plain["met"]) == ("nvfp4, KV fp8", False)
-    assert 0.3 < plain["figures"]["kl"]["value"] < 0.7
-    assert winner["figures"]["kl"]["high"] <= 0.08
-    assert plain["weights"] < winner["weights"]
-    assert 0 < len(winner["kept"]) < 210
+    assert (plain["candidate"], plain["met"]) == ("nvfp4 gptq, KV fp8", False)
+    assert 0.15 < plain["figures"]["kl"]["value"] < 0.4
+    assert winner["figures"]["kl"]["high"] <= 0.1
+    assert winner["weights"] < 150e6, "less than FP8"
 
 
-@pytest.mark.xfail(reason="passes the check, but BF16 itself nearly ties on its first word: accuracy.md")
 def test_what_is_recommended_passes_and_answers_over_triton(recommended: dict[str, Any], output: Path) -> None:
     code, printed, error = builder("build", "--recipe", recommended["recipe_file"], "--output", str(output))
     assert code == 0, error
     assert printed["quality"]["figures"]["score"]["value"] >= 90
-    argv = ["examples/chat.py", printed["repository"], "What is the capital of France?", "--max-tokens", "16"]
+    argv = ["examples/chat.py", printed["repository"], "What is the capital of France?", "--max-tokens", "32"]
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
+    [capital, *_] = printed["quality"]["answers"]
+    print(capital["quantized"])
+    assert "Paris" in capital["quantized"]
     assert "Paris" in done.stdout.partition("Answer:")[2]
