@@ -29,6 +29,7 @@ METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 BUSY = ("maximum queue size", "Request timeout expired")
 STOP_ATTEMPTS, STOP_PAUSE = 20, 0.1  # how often, and seconds apart, a full queue is asked to stop an answer
 STOP_SECONDS = 30.0  # for the engine to end an answer that was stopped, before its stream is cancelled
+LONGEST_WAIT = 3600.0
 CLOSE_SECONDS = 5.0  # for answers that were stopped, when the gateway ends
 
 # What TensorRT-LLM's cache of LoRA adapters says (batch_manager/peftCacheManager.cpp, addRequestPeft).
@@ -44,8 +45,8 @@ class AdapterMissingError(ApiError):
 class Engine:
     """The connection to one server's model. Must be made in the event loop that uses it."""
 
-    def __init__(self, address: str, model: Model) -> None:
-        self._model = model
+    def __init__(self, address: str, model: Model, silent_seconds: float = math.inf) -> None:
+        self._model, self._silent_seconds = model, silent_seconds
         self._channel = Channel(address, METHOD)
         self._tasks: set[asyncio.Task[None]] = set()
         self.last_response = -math.inf  # time.monotonic of the last response that was no error
@@ -59,7 +60,8 @@ class Engine:
     async def generate(self, request: TokenRequest, request_id: str, on_step: OnStep) -> None:
         """Passes each response to `on_step`, up to the final one or until it wants no more.
 
-        ApiError if the server fails or rejects the request. If this task is cancelled, the engine is told to stop.
+        ApiError if the server fails, rejects the request, or sends nothing for too long after its first response. If
+        this task is cancelled, the engine is told to stop.
         An engine keeps LoRA adapters in a cache, from which they can vanish: if it lacks the request's, the request is
         sent once more, with the adapter.
         """
@@ -70,12 +72,18 @@ class Engine:
             message = await asyncio.to_thread(encode, self._model, request, request_id, adapter)
             await self._generate(message, request_id, on_step)
 
-    async def _generate(self, message: Any, request_id: str, on_step: OnStep) -> None:
+    async def _generate(self, sent: Any, request_id: str, on_step: OnStep) -> None:
         answer = _Answer(self, on_step)
-        await self._begin(answer.stream, message)
+        await self._begin(answer.stream, sent)
         try:
-            await answer.done
+            while not answer.done.done():
+                await asyncio.wait({answer.done}, timeout=min(self._silent_seconds, LONGEST_WAIT))
+                if not answer.done.done() and time.monotonic() - answer.last_response > self._silent_seconds:
+                    message = f"The model server sent nothing for {self._silent_seconds:g} s."
+                    raise ApiError(504, message, code="timeout")
+            answer.done.result()
         finally:
+            answer.done.cancel()  # nobody wants more of it
             if not answer.ended.is_set():
                 self._start(self._end(answer, request_id))
 
@@ -132,6 +140,7 @@ class _Answer:
         self.stream = Stream(self._message, self._stream_ended)
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = asyncio.Event()
+        self.last_response = math.inf  # as the engine's; there is none yet
 
     def _message(self, message: bytes) -> None:
         if self.ended.is_set():
@@ -144,7 +153,7 @@ class _Answer:
         if response.error_message:
             self._finish(_rejected(response.error_message))
             return
-        self._engine.last_response = time.monotonic()
+        self._engine.last_response = self.last_response = time.monotonic()
         final = is_final(response.infer_response)
         if not self.done.done():
             self._deliver(response.infer_response, final)

@@ -13,6 +13,7 @@ class Limits:
 
     requests: answers in progress or waiting, above which a request gets 429. body, header: bytes.
     header_seconds: for a client to send a request's headers and body. seconds: for one answer.
+    silent_seconds: of an engine within an answer, whether that is streamed or not.
     stalled_seconds, stalled_bytes: for a client that does not read its stream, which then ends.
     choices: answers of one request (n times prompts).
     """
@@ -22,6 +23,7 @@ class Limits:
     header: int = 32 << 10
     header_seconds: float = 20.0
     seconds: float = 600.0
+    silent_seconds: float = 120.0
     stalled_seconds: float = 30.0
     stalled_bytes: int = 4 << 20
     choices: int = 128

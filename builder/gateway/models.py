@@ -108,7 +108,7 @@ class Models:
     async def _start(self, place: Place, model: Model) -> Served:
         prompts = await asyncio.to_thread(Prompts, model)  # looks at the whole vocabulary
         log("info", "model", name=place.name, **model.explained())
-        engine = Engine(place.grpc, model)
+        engine = Engine(place.grpc, model, self._limits.silent_seconds)
         jobs = Jobs(engine, model, self._limits)
         return Served(place, model, engine, prompts, jobs, Readiness(engine, model), Guides(model), int(time.time()))
 

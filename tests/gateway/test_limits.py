@@ -111,6 +111,20 @@ def test_a_client_that_leaves_ends_its_answer_at_once(gateway: Running, triton: 
     assert eventually(lambda: sum(line.get("status") == 499 for line in gateway.lines) >= 20)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_that_falls_silent_ends_the_answer(
+    echo_repository: repository.Repository, triton: Server, stream: bool
+) -> None:
+    """After the first token; the engine is told to stop, and others are answered."""
+    with running(echo_repository.path, triton.grpc_url, silent_seconds=1.0) as own, own.client() as client:
+        asked: Any = {"model": MODEL, "prompt": '" x', "max_tokens": 40}
+        before = triton.log.read_text().count("stopped after")
+        with pytest.raises(openai.APIError, match="The model server sent nothing for 1 s"):
+            list(client.completions.create(**asked, stream=True)) if stream else client.completions.create(**asked)
+        assert eventually(lambda: triton.log.read_text().count("stopped after") > before)
+        assert client.completions.create(model=MODEL, prompt=SLOW, max_tokens=30).choices[0].text
+
+
 def test_a_client_that_leaves_does_not_end_another_answer_with_its_id(gateway: Running) -> None:
     asked = body(prompt=SLOW, max_tokens=20)
     stays, leaves = connect(gateway), connect(gateway)
