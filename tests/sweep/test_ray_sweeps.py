@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray_cluster
@@ -136,11 +135,12 @@ def with_own_disks(head: str, hidden: Path, place: Path, **environment: str) -> 
     start += f"--num-cpus 1 --memory {ray_cluster.MEMORY} --object-store-memory {ray_cluster.OBJECTS} --block"
     argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", start]
     nodes = []
-    for number in range(2):
-        with open(place / f"node-{number}.log", "wb") as log:
-            kept = {**os.environ, **environment}
-            nodes.append(subprocess.Popen(argv, stdout=log, stderr=log, env=kept, start_new_session=True))
     try:
+        for number in range(2):
+            with open(place / f"node-{number}.log", "wb") as log:
+                kept = {**os.environ, **environment, "RAY_raylet_start_wait_time_s": "120"}
+                nodes.append(subprocess.Popen(argv, stdout=log, stderr=log, env=kept, start_new_session=True))
+            _wait_for_node(place / f"node-{number}.log")
         yield
     finally:
         for node in nodes:
@@ -160,7 +160,6 @@ def test_nodes_with_disks_of_their_own_share_through_a_bucket(tmp_path: Path) ->
     (tmp_path / "out").mkdir()
     with s3_server.running(tmp_path) as keys, ray_cluster.running(0) as head:  # noqa: SIM117
         with with_own_disks(head.address, tmp_path / "out", tmp_path, **keys):
-            _wait_for_nodes(head, 2)
             refused = Sweep(tmp_path, "--on", head.address)
             code, said = refused.ended()
             assert code == 2, said
@@ -179,13 +178,8 @@ def test_nodes_with_disks_of_their_own_share_through_a_bucket(tmp_path: Path) ->
     assert not [path for path in written if keys["AWS_SECRET_ACCESS_KEY"].encode() in path.read_bytes()]
 
 
-def _wait_for_nodes(head: Any, count: int) -> None:
-    from ray._private.state import GlobalState
-    from ray._raylet import GcsClientOptions
-
-    state = GlobalState()
-    state._initialize_global_state(GcsClientOptions.create(head.address, None, True, False))
+def _wait_for_node(log: Path) -> None:
     deadline = time.monotonic() + 120
-    while sum(1 for node in state.node_table() if node["Alive"] and node["Resources"].get("CPU")) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    while "Ray runtime started" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
