@@ -107,12 +107,14 @@ def show(made: Combination, out: Output) -> None:
             (
                 share.name,
                 size(share.weights),
+                size(share.adapters(memory)) if share.adapter_fraction else "",
                 size(share.most(memory)),
                 "" if share.fraction is None else share.fraction,
             )
             for share in shares
         ]
-        out.table(f"{card}, {size(memory)}", ["model", "weights, workspace", "KV cache, at most", "fraction"], of)
+        columns = ["model", "weights, workspace", "LoRA adapters", "KV cache, at most", "fraction"]
+        out.table(f"{card}, {size(memory)}", columns, of)
     for name in made.unknown:
         out.warn(f"{name} has no build record, so it was not checked whether the models fit beside each other")
     repository = made.repository
@@ -121,9 +123,7 @@ def show(made: Combination, out: Output) -> None:
             "link": str(made.link),
             "repository": str(repository.path) if repository else None,
             "models": {name: member.link for name, member in made.members.items()},
-            "memory": {
-                card: {s.name: s.weights + s.most(m) for s in shares} for card, (m, shares) in made.cards.items()
-            },
+            "memory": {card: {s.name: s.taken(m) for s in shares} for card, (m, shares) in made.cards.items()},
         }
     )
     if repository:

@@ -16,7 +16,7 @@ HOST_DEFAULT = 1 << 30
 # Of the GPU memory that is free after the engine is loaded, before the KV cache is made: TrtGptModelInflightBatching's
 # constructor (batch_manager/trtGptModelInflightBatching.cpp, 1.x) makes the cache of adapters first. It is the default
 # (triton-inference-server/tensorrtllm_backend, docs/lora.md@0b9d7d5), written down.
-GPU_FRACTION = 0.05
+GPU_FRACTION_KEY, GPU_FRACTION = "lora_cache_gpu_memory_fraction", 0.05
 HELD = 8  # adapters of the largest rank that the host's cache holds at least
 
 
@@ -51,11 +51,7 @@ def parameters(build: Mapping[str, Any], pretrained: Mapping[str, Any]) -> list[
     found = [
         ("lora_cache_max_adapter_size", rank, "the engine's largest rank; the default is 64"),
         ("lora_cache_optimal_adapter_size", rank, "so that an adapter takes one page"),
-        (
-            "lora_cache_gpu_memory_fraction",
-            f"{GPU_FRACTION:g}",
-            "of the memory beside the weights; the default, written down",
-        ),
+        (GPU_FRACTION_KEY, f"{GPU_FRACTION:g}", "of the memory beside the weights; the default, written down"),
     ]
     if host > HOST_DEFAULT:
         found.append(("lora_cache_host_memory_bytes", str(host), f"{HELD} adapters of the largest rank"))

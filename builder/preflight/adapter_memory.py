@@ -12,8 +12,8 @@ from builder.lora import cache
 from builder.preflight.memory import Memory, Serving
 from builder.targets.base import Inputs, Settings
 
+SHARE = cache.GPU_FRACTION_KEY
 MOST = Fraction(99, 100)  # something must be left for the KV cache
-SHARE = "lora_cache_gpu_memory_fraction"
 
 
 def serving(asked: Serving, inputs: Inputs, settings: Settings) -> Serving:

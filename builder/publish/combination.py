@@ -178,5 +178,6 @@ def _cards(root: Path, members: Mapping[str, Member]) -> tuple[dict[str, tuple[i
 def _share(name: str, member: Member, card: Mapping[str, Any]) -> Share:
     weights = card["weights"] + card["workspace"]
     needs_gpu = target_facts(member.repository.facts["target"]).needs_gpu
-    fraction = combined.fraction_of(member) if needs_gpu else None
-    return Share(name, weights, card["needed"] - weights, fraction)
+    if not needs_gpu:
+        return Share(name, weights, card["needed"] - weights, None)
+    return Share(name, weights, card["needed"] - weights, combined.fraction_of(member), *combined.adapters_of(member))

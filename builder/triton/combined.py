@@ -16,6 +16,7 @@ from typing import Any
 
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.store import Store, sources_digest
+from builder.lora import cache
 from builder.triton.lint.run import lint
 from builder.triton.repository import Repository
 from builder.trtllm import compatibility
@@ -151,6 +152,19 @@ def fraction_of(member: Member) -> float:
         if file.is_file() and (found := re.search(pattern, file.read_text(encoding="utf-8"))):
             return float(found[1])
     return DEFAULT_FRACTION
+
+
+def adapters_of(member: Member) -> tuple[float, int]:
+    """The share of the GPU's free memory that an engine's LoRA adapters take, and the bytes of the largest one."""
+    served = compatibility.read_served(member.repository.models)
+    if served is None:
+        return 0.0, 0
+    config = compatibility.read_engine(served.engine).config
+    build = config.get("build_config") or {}
+    if not cache.has_adapters(build):
+        return 0.0, 0
+    fraction = served.parameters.get(cache.GPU_FRACTION_KEY, cache.GPU_FRACTION)
+    return float(fraction), cache.largest(build, config["pretrained_config"])
 
 
 def _card(repository: Repository) -> int | None:

@@ -17,11 +17,12 @@ from builder.core.output import Output
 from builder.core.store import Store
 from builder.gateway.settings import places, read_models
 from builder.gateway.tensors import read_adapter
+from builder.lora import cache
 from builder.lora.adapter import open_adapter
 from builder.lora.modules import MODULES
 from builder.recipe import schema
 from builder.triton import repository
-from builder.triton.combined import Member, combine
+from builder.triton.combined import Member, adapters_of, combine
 from builder.triton.lint.run import lint
 from builder.trtllm import compatibility
 from tests.triton.test_repository import SNAPSHOT, configs, parameters, write_engine
@@ -77,6 +78,14 @@ def test_an_engine_without_adapters_keeps_upstreams_type(tmp_path: Path) -> None
     facts = repository.write(models, write_engine(tmp_path / "engine"), SNAPSHOT, schema.Repository())
     assert '"lora_weights"\n    data_type: TYPE_FP16' in (models / "tensorrt_llm" / "config.pbtxt").read_text()
     assert not {"adapters", "adapter_files"} & facts.keys()
+
+
+def test_combine_counts_the_adapters_share_of_the_card(tmp_path: Path) -> None:
+    found = adapters_of(Member(rendered(tmp_path), "a"))
+    assert found == (0.05, cache.largest(BUILD, {**SHAPE, "dtype": "bfloat16"}))
+    models = tmp_path / "plain" / "models"
+    facts = repository.write(models, write_engine(tmp_path / "without"), SNAPSHOT, schema.Repository())
+    assert adapters_of(Member(repository.Repository(models.parent, "", facts), "b")) == (0.0, 0)
 
 
 def test_adapters_of_one_of_several_models_have_its_name(tmp_path: Path) -> None:

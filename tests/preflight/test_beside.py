@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -16,17 +17,21 @@ GB = 10**9
 SHARES = st.lists(
     st.tuples(
         st.integers(0, 60 * GB), st.integers(0, 20 * GB), st.floats(0.01, 0.99),
-    ),
+        st.sampled_from([0.0, 0.05, 0.5]), st.integers(0, GB),
+    ).map(lambda part: part if part[3] else (*part[:4], 0)),
     min_size=1, max_size=4,
 )  # fmt: skip
 
 
 def caches(memory: int, shares: list[Share]) -> list[int]:
-    """The KV caches if the models are loaded one after the other, as TensorRT-LLM allocates them."""
+    """The KV caches if the models are loaded one after the other, as TensorRT-LLM allocates them: adapters first."""
     taken, found = 0, []
     for share in shares:
         assert share.fraction is not None
         taken += share.weights
+        room = int(share.adapter_fraction * (memory - taken))
+        assert room >= share.adapter - 1  # rounded
+        taken += room
         found.append(int(share.fraction * (memory - taken)))
         taken += found[-1]
         assert taken <= memory
@@ -34,19 +39,19 @@ def caches(memory: int, shares: list[Share]) -> list[int]:
 
 
 @given(st.integers(1 * GB, 200 * GB), SHARES)
-def test_what_is_accepted_fits_in_any_order(memory: int, parts: list[tuple[int, int, float]]) -> None:
+def test_what_is_accepted_fits_in_any_order(memory: int, parts: list[tuple[int, int, float, float, int]]) -> None:
     shares = [Share(str(i), *part) for i, part in enumerate(parts)]
     if not beside.problem(memory, shares):
         for order in permutations(shares):
             for share, cache in zip(order, caches(memory, list(order)), strict=True):
-                assert cache >= share.sequence - 1  # rounded
+                assert cache >= share.sequence - 2  # rounded
 
 
 @given(st.integers(1 * GB, 200 * GB), SHARES)
-def test_what_is_suggested_is_accepted(memory: int, parts: list[tuple[int, int, float]]) -> None:
+def test_what_is_suggested_is_accepted(memory: int, parts: list[tuple[int, int, float, float, int]]) -> None:
     shares = [Share(str(i), *part) for i, part in enumerate(parts)]
     fractions = beside.suggested(memory, shares)
-    typed = [Share(s.name, s.weights, s.sequence, fractions[s.name]) for s in shares if fractions]
+    typed = [replace(s, fraction=fractions[s.name]) for s in shares if fractions]
     assert beside.problem(memory, typed) == ""
 
 
@@ -60,6 +65,17 @@ def test_two_models_with_the_default_fraction_do_not_fit() -> None:
     )
     assert "chat: 16.00 GB of weights and workspace, up to 57.60 GB of KV cache" in caught.value.why
     beside.check({"H100": (80 * GB, [Share(s.name, s.weights, s.sequence, 0.34) for s in shares])})
+
+
+def test_lora_adapters_are_counted() -> None:
+    """Their memory is taken before the KV cache, and an engine is not loaded if it does not hold one of them."""
+    one = Share("chat", 20 * GB, GB, 0.5, 0.1, GB)
+    assert (one.adapters(80 * GB), one.most(80 * GB), one.taken(80 * GB)) == (6 * GB, 27 * GB, 53 * GB)
+    large = replace(one, adapter=7 * GB)
+    assert beside.problem(80 * GB, [large]) == "chat may get 6.00 GB for LoRA adapters; one takes 7.00 GB."
+    with pytest.raises(UnsupportedError) as caught:
+        beside.check({"H100": (80 * GB, [large])})
+    assert "chat: 20.00 GB of weights and workspace, up to 6.00 GB for LoRA adapters, up to 27.00" in caught.value.why
 
 
 def test_models_that_no_fraction_helps() -> None:
