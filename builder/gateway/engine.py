@@ -49,6 +49,7 @@ class Engine:
         self._model, self._silent_seconds = model, silent_seconds
         self._channel = Channel(address, METHOD)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._bringing, self._brought = asyncio.Lock(), 0  # who sends the adapter, and how often the engine got it
         self.last_response = -math.inf  # time.monotonic of the last response that was no error
 
     async def close(self) -> None:
@@ -63,18 +64,46 @@ class Engine:
         ApiError if the server fails, rejects the request, or sends nothing for too long after its first response. If
         this task is cancelled, the engine is told to stop.
         An engine keeps LoRA adapters in a cache, from which they can vanish: if it lacks the request's, the request is
-        sent once more, with the adapter.
+        sent again, with the adapter. Only one request at a time brings it, because it can have hundreds of MB; those
+        that waited meanwhile find it in the cache.
         """
-        try:
-            await self._generate(encode(self._model, request, request_id), request_id, on_step)
-        except AdapterMissingError:
-            adapter = await asyncio.to_thread(read_adapter, self._model)
-            message = await asyncio.to_thread(encode, self._model, request, request_id, adapter)
-            await self._generate(message, request_id, on_step)
+        while True:
+            brought = self._brought
+            try:
+                answer = await self._send(encode(self._model, request, request_id), on_step)
+                await self._finished(answer, request_id)
+                return
+            except AdapterMissingError:
+                async with self._bringing:
+                    if brought == self._brought:
+                        answer = await self._bring(request, request_id, on_step)
+                        break
+        await self._finished(answer, request_id)
 
-    async def _generate(self, sent: Any, request_id: str, on_step: OnStep) -> None:
+    async def _bring(self, request: TokenRequest, request_id: str, on_step: OnStep) -> _Answer:
+        """Sends the request with its adapter, up to the engine's first response: then the engine has the adapter."""
+        answer = await self._send_with_adapter(request, request_id, on_step)
+        try:
+            await answer.started.wait()
+        except asyncio.CancelledError:
+            self._abandon(answer, request_id)
+            raise
+        if not (answer.done.done() and answer.done.exception()):
+            self._brought += 1
+        return answer
+
+    async def _send_with_adapter(self, request: TokenRequest, request_id: str, on_step: OnStep) -> _Answer:
+        """A function of its own, so that nothing refers to the adapter while the answer is generated."""
+        adapter = await asyncio.to_thread(read_adapter, self._model)
+        message = await asyncio.to_thread(encode, self._model, request, request_id, adapter)
+        return await self._send(message, on_step)
+
+    async def _send(self, message: Any, on_step: OnStep) -> _Answer:
         answer = _Answer(self, on_step)
-        await self._begin(answer.stream, sent)
+        await self._begin(answer.stream, message)
+        return answer
+
+    async def _finished(self, answer: _Answer, request_id: str) -> None:
         try:
             while not answer.done.done():
                 await asyncio.wait({answer.done}, timeout=min(self._silent_seconds, LONGEST_WAIT))
@@ -83,9 +112,13 @@ class Engine:
                     raise ApiError(504, message, code="timeout")
             answer.done.result()
         finally:
-            answer.done.cancel()  # nobody wants more of it
-            if not answer.ended.is_set():
-                self._start(self._end(answer, request_id))
+            self._abandon(answer, request_id)
+
+    def _abandon(self, answer: _Answer, request_id: str) -> None:
+        """Ends an answer, if it has not ended, because nobody wants more of it."""
+        answer.done.cancel()
+        if not answer.ended.is_set():
+            self._start(self._end(answer, request_id))
 
     async def _begin(self, stream: Stream, message: Any) -> None:
         try:
@@ -131,7 +164,8 @@ class Engine:
 class _Answer:
     """The responses to one request. They are read to their end, even if nobody waits for `done` any more.
 
-    done: completed when the answer is, or no more of it is wanted. ended: no more responses follow.
+    done: completed when the answer is, or no more of it is wanted. started: there was a response, or none will come.
+    ended: no more responses follow.
     """
 
     def __init__(self, engine: Engine, on_step: OnStep) -> None:
@@ -139,7 +173,7 @@ class _Answer:
         self._decoder = Decoder()
         self.stream = Stream(self._message, self._stream_ended)
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.ended = asyncio.Event()
+        self.started, self.ended = asyncio.Event(), asyncio.Event()
         self.last_response = math.inf  # as the engine's; there is none yet
 
     def _message(self, message: bytes) -> None:
@@ -157,6 +191,7 @@ class _Answer:
         final = is_final(response.infer_response)
         if not self.done.done():
             self._deliver(response.infer_response, final)
+        self.started.set()
         if final:
             self._finish()
 
@@ -170,13 +205,17 @@ class _Answer:
 
     def _finish(self, error: ApiError | None = None) -> None:
         """After the last response. Only now no more messages follow: ending earlier could cancel the stream."""
-        self.ended.set()
+        self._set_ended()
         self.stream.finish()
         self._complete(error)
 
     def _stream_ended(self, how: Ended) -> None:
-        self.ended.set()
+        self._set_ended()
         self._complete(_broken(f"gRPC status {how.status}: {how.message}"))
+
+    def _set_ended(self) -> None:
+        self.started.set()
+        self.ended.set()
 
     def _complete(self, error: ApiError | None) -> None:
         if self.done.done():

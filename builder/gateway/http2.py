@@ -55,7 +55,7 @@ class Stream:
         self.id = 0
         self.connection: Connection | None = None  # None before the call begins and after it has ended
         self.partial, self.needed = bytearray(), 0  # the beginning of a message, and how many bytes make progress
-        self.unsent = b""
+        self.unsent = memoryview(b"")  # of a message, whose rest must not be copied with each frame
         self.finishing = False
         self.status = Ended(2, "the server ended the stream without a status")
 
@@ -127,7 +127,7 @@ class Connection(asyncio.Protocol):
         self._streams[stream.id] = stream
         self.idle.clear()
         self.usable = stream.id + 2 < H2Connection.HIGHEST_ALLOWED_STREAM_ID
-        stream.unsent = MESSAGE.pack(0, len(message)) + message
+        stream.unsent = memoryview(MESSAGE.pack(0, len(message)) + message)
         self._send_unsent(stream)
         self._flush()
 
@@ -225,10 +225,11 @@ class Connection(asyncio.Protocol):
                 if size <= 0:
                     break
                 piece, stream.unsent = stream.unsent[:size], stream.unsent[size:]
-                self._h2.send_data(stream.id, piece, end_stream=stream.finishing and not stream.unsent)
+                self._h2.send_data(stream.id, bytes(piece), end_stream=stream.finishing and not stream.unsent)
         if stream.unsent:
             self._held_up[stream.id] = stream
         else:
+            stream.unsent = memoryview(b"")  # lets go of the message
             self._held_up.pop(stream.id, None)
 
     def _flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +21,9 @@ from tokenizers import Tokenizer
 from builder import pipeline
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.gateway.engine import Engine
+from builder.gateway.settings import Model, places, read_models
+from builder.gateway.tensors import Sampling, Tensor, TokenRequest, read_adapter
 from builder.lora.adapter import open_adapter
 from builder.recipe import schema
 from builder.reference.model import ReferenceModel
@@ -154,6 +158,36 @@ def test_an_evicted_adapter_is_sent_again(served: Served) -> None:
     with pytest.raises(triton.InferenceServerException, match=r"not found in cache\. Please send LoRA weights"):
         through_triton(served, "ensemble", known)
     assert served.text("sql") == served.expected["sql"]
+
+
+def test_one_of_many_requests_brings_the_adapter(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them holding hundreds of MB would be too much for the gateway and for Triton."""
+    found = places(served.repository, {"": served.name}, served.server.grpc_url)
+    model = next(model for _, model in read_models(found) if model.adapter == "sql")
+    ids = model.vocabulary.tokenizer.encode(PROMPT).ids
+    request = TokenRequest(ids, TOKENS, Sampling(temperature=0), (), streaming=True)
+    brought: list[str] = []
+
+    def read(model: Model) -> list[Tensor]:
+        brought.append(model.adapter)
+        return read_adapter(model)
+
+    async def ask(engine: Engine, number: int) -> str:
+        found: list[int] = []
+        await engine.generate(request, f"many {number}", lambda step: found.extend(step.ids) or True)
+        return model.vocabulary.tokenizer.decode(found)
+
+    async def ask_often() -> list[str]:
+        engine = Engine(served.server.grpc_url, model)
+        try:
+            return await asyncio.gather(*(ask(engine, number) for number in range(8)))
+        finally:
+            await engine.close()
+
+    monkeypatch.setattr("builder.gateway.engine.read_adapter", read)
+    assert served.text("law")
+    assert asyncio.run(ask_often()) == [served.expected["sql"]] * 8
+    assert brought == ["sql"]
 
 
 @pytest.mark.parametrize("model", ["ensemble", "tensorrt_llm_bls"])
