@@ -24,6 +24,7 @@ from builder.reference.sampling import RequestError
 
 NOT_CACHED = "LoRA task {} not found in cache. Please send LoRA weights with request"
 FULL = "PEFT Cache is full. Could not store taskId={}"
+COLUMNS = (3, 4)  # of lora_config; the fourth says whether the layer is DoRA
 
 Tensors = Mapping[str, "np.ndarray[Any, Any]"]
 
@@ -74,7 +75,7 @@ class AdapterCache:
         self._limits, self._limit = limits, limit
         self._lock = threading.Lock()
         self._adapters: OrderedDict[int, Adapter] = OrderedDict()  # the one that was not used for longest first
-        self._users: dict[int, int] = {}
+        self._users: dict[int, int] = {}  # how many rows use it, of those that are in use
 
     def take(self, tensors: Tensors, row: int) -> tuple[int, Adapter] | None:
         """The adapter of a row of a request, which `release` gives back; None if the row has none.
@@ -104,13 +105,15 @@ class AdapterCache:
         """A row that has taken it has ended."""
         with self._lock:
             self._users[task] -= 1
+            if not self._users[task]:
+                del self._users[task]
 
     def _make_room(self, task: int, nbytes: int) -> None:
         used = sum(one.nbytes for one in self._adapters.values())
         for other in list(self._adapters):
             if used + nbytes <= self._limit:
                 return
-            if not self._users[other]:
+            if other not in self._users:
                 used -= self._adapters.pop(other).nbytes
         if used + nbytes > self._limit:
             raise RequestError(FULL.format(task))
@@ -132,12 +135,16 @@ def _adapter(tensors: Tensors, row: int, limits: AdapterLimits) -> Adapter:
     if weights.ndim != 3 or config.ndim != 3:
         raise RequestError("Invalid shape for lora_weights tensor")
     values, keys = (array[row if row < len(array) else 0] for array in (weights, config))
+    if keys.shape[-1] not in COLUMNS:
+        raise RequestError("Expected dim2 of lora_keys to have a size in [3, 4]")
     if len(values) != len(keys):
         raise RequestError("Expected dim1 lora_weights and lora_keys to have the same size")
     numbers = torch.from_numpy(np.ascontiguousarray(values))
     pairs = {}
     for key, line in zip(keys.tolist(), numbers, strict=True):
-        module, layer, rank = key[:3]
+        module, layer, rank, *dora = key
+        if any(dora):
+            raise RequestError("The reference executor does not support DoRA adapters.")
         kind = _kind(module, limits)
         pairs[layer, kind] = _pair(line, layer, rank, kind, limits)
     return Adapter(pairs)

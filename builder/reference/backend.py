@@ -49,14 +49,10 @@ class TritonPythonModel:
         engine = self._engine_directory(Path(args.get("model_repository", "")))
         self._vocabulary = self._vocabulary_file(args)
         self._compiler: Compiler | None = None
-        self._limits = Limits.read(
-            json.loads((engine / "config.json").read_text(encoding="utf-8")),
-            chunked_context=self._flag("enable_chunked_context", False),
-        )
-        self._adapters = AdapterCache(
-            AdapterLimits.read(json.loads((engine / "config.json").read_text(encoding="utf-8"))),
-            int(self._parameters.get("lora_cache_host_memory_bytes") or HOST_DEFAULT),
-        )
+        built = json.loads((engine / "config.json").read_text(encoding="utf-8"))
+        self._limits = Limits.read(built, chunked_context=self._flag("enable_chunked_context", False))
+        room = int(self._parameters.get("lora_cache_host_memory_bytes") or HOST_DEFAULT)
+        self._adapters = AdapterCache(AdapterLimits.read(built), room)
         self._scheduler = Scheduler(ReferenceModel.load(engine), self._limits.max_batch_size, pb_utils.Logger.log_error)
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
@@ -188,7 +184,7 @@ class Reply:
     """Sends the responses of one request; if not decoupled, keeps the response for `wait`.
 
     dtypes: of the outputs, {name: numpy dtype}. rows: the request's rows, in the order of their sequences' `row`.
-    at_end: called once, when no more responses follow.
+    at_end: called once, before the last response.
     """
 
     def __init__(self, pb_utils: Any, request: Any, decoupled: bool, dtypes: Mapping[str, Any]) -> None:
@@ -226,6 +222,8 @@ class Reply:
     def send(self, tensors: list[Any], *, final: bool, error: Any = None) -> None:
         """Sends a response, or keeps it for `wait`. final: no more follow."""
         response = self._pb.InferenceResponse(output_tensors=tensors, error=error)
+        while final and self.at_end:  # first: a client may send its next request as soon as it has the response
+            self.at_end.pop()()
         if self._sender is None:
             self._response = response
         elif final:
@@ -233,8 +231,6 @@ class Reply:
         else:
             self._sender.send(response)
         if final:
-            while self.at_end:
-                self.at_end.pop()()
             self._done.set()
 
     def send_error(self, error: Exception) -> None:

@@ -135,6 +135,7 @@ def test_adapters_in_use_stay_and_the_oldest_other_one_goes(tmp_path: Path) -> N
     with pytest.raises(RequestError, match=r"PEFT Cache is full\. Could not store taskId=3"):
         found.take(requests[2], 0)
     found.release(2)
+    assert set(found._users) == {1}  # numbers that clients have chosen are not kept
     taken(found, requests[2])
     taken(found, {"lora_task_id": requests[0]["lora_task_id"]})
     with pytest.raises(RequestError, match="task 2 not found"):
@@ -148,6 +149,13 @@ def test_adapters_in_use_stay_and_the_oldest_other_one_goes(tmp_path: Path) -> N
         (lambda request: request.pop("lora_config"), "must have both"),
         (lambda request: request.update(lora_weights=request["lora_weights"][0]), "Invalid shape"),
         (lambda request: request.update(lora_config=request["lora_config"][:, 1:]), "the same size"),
+        (lambda request: request.update(lora_config=request["lora_config"][:, :, :2]), "dim2 of lora_keys"),
+        (
+            lambda request: request.update(
+                lora_config=np.pad(request["lora_config"], [(0, 0), (0, 0), (0, 1)], constant_values=1)
+            ),
+            "does not support DoRA",
+        ),
         (lambda request: request["lora_config"].__setitem__((0, 0, 0), 9), "lora module 9 not enabled"),
         (lambda request: request["lora_config"].__setitem__((0, 0, 1), 6), "layerId"),
         (lambda request: request["lora_config"].__setitem__((0, 0, 2), 0), "adapterSize to be > 0"),
