@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,12 @@ from builder.lora.modules import BY_HF, MODULES
 from builder.model.files import ADAPTER
 
 FILES = CONFIG, WEIGHTS = ADAPTER
-TENSOR = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+))\.lora_(A|B)\.weight")
+TENSOR = re.compile(r"base_model\.model\.((?:model\.)?layers\.(\d{1,3})\.(?:self_attn|mlp)\.(\w+))\.lora_(A|B)\.weight")
 PATTERN = re.compile(r"[\w.*+?^$\\\[\]|-]{1,200}")  # no groups and no counts, which can be nested
-MOST_REPEATS = 4
+# Of * + ? in a pattern, which takes time to this power, and in all patterns, each of which is tried with each layer.
+MOST_REPEATS, MOST_REPEATS_TOGETHER = 3, 150
+LARGEST_ALPHA = 1e6
+Patterns = Sequence[tuple[re.Pattern[str], Any]]
 FLOATS = ("F16", "BF16", "F32")
 MERGE = "Merge it into the model with PEFT (merge_and_unload), save the model, and build that."
 # Fields of PEFT's LoraConfig (0.21.2, tuners/lora/config.py) with which an adapter is more than two matrices beside
@@ -92,7 +95,7 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """The sha256 of its files."""
+        """The sha256 of its files, as they are now."""
         digest = hashlib.sha256()
         for name in FILES:
             with open(self.directory / name, "rb") as file:
@@ -176,25 +179,28 @@ def _pairs(name: str, config: Mapping[str, Any], tensors: Tensors) -> dict[tuple
             other.append(tensor)
             continue
         key = (int(found[2]), found[3])
-        modules[key] = found[1]
+        if modules.setdefault(key, found[1]) != found[1]:
+            other.append(tensor)  # a second name of the same layer
+            continue
         halves.setdefault(key, {})[found[4]] = tensor
     if other:
         raise UnsupportedError(
-            f"The adapter {name} has tensors that no engine takes: {', '.join(sorted(other)[:3])}"
+            f"The adapter {name} has tensors that no engine takes: {', '.join(map(quoted, sorted(other)[:3]))}"
             f"{', ...' * (len(other) > 3)}.",
             why=f"Supported are lora_A and lora_B of {', '.join(BY_HF)} of the decoder layers, in 16 or 32 bits.",
             hint=MERGE,
         )
     if not halves:
         raise IntegrityError(f"The adapter {name} has no tensors.", hint="Save or download the adapter again.")
-    return {key: _pair(name, config, tensors, modules[key], halves[key]) for key in sorted(halves, key=_order)}
+    scales = _Scales.read(config)
+    return {key: _pair(name, scales, tensors, modules[key], halves[key]) for key in sorted(halves, key=_order)}
 
 
 def _order(key: tuple[int, str]) -> tuple[int, int]:
     return key[0], BY_HF[key[1]].id
 
 
-def _pair(name: str, config: Mapping[str, Any], tensors: Tensors, module: str, halves: Mapping[str, str]) -> Pair:
+def _pair(name: str, scales: _Scales, tensors: Tensors, module: str, halves: Mapping[str, str]) -> Pair:
     if len(halves) < 2:
         raise IntegrityError(
             f"The adapter {name} has only one of the two matrices of {module}.",
@@ -202,35 +208,66 @@ def _pair(name: str, config: Mapping[str, Any], tensors: Tensors, module: str, h
         )
     a, b = halves["A"], halves["B"]
     rank, other = tensors[a].shape[0], tensors[b].shape[1]
-    stated = _of_layer(config, "rank_pattern", module, config.get("r"))
+    stated = _of_layer(scales.ranks, module, scales.rank)
     if rank != other or not rank or stated not in (None, rank):
         raise IntegrityError(
             f"The ranks of {module} in the adapter {name} contradict each other: lora_A has {rank}, lora_B {other}, "
-            f"and {CONFIG} says {stated}.",
+            f"and {CONFIG} says {quoted(stated)}.",
             hint="Save or download the adapter again.",
         )
-    alpha = _of_layer(config, "alpha_pattern", module, config.get("lora_alpha", 8))  # 8: the default of LoraConfig
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    alpha = _of_layer(scales.alphas, module, scales.alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
         raise IntegrityError(
-            f"lora_alpha of the adapter {name} is {quoted(str(alpha))}, not a number.",
+            f"lora_alpha of the adapter {name} is {quoted(str(alpha))}, not a number up to {LARGEST_ALPHA:g}.",
             hint="Save or download the adapter again.",
         )
-    return Pair(a, b, rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return Pair(a, b, rank, alpha / math.sqrt(rank) if scales.rslora else alpha / rank)
 
 
-def _of_layer(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
-    """The value of a layer in rank_pattern or alpha_pattern: of the first key that its name ends with. Keys are regular
-    expressions (PEFT, utils/other.py, get_pattern_key); UnsupportedError for one that could take for ever."""
-    for key, value in (config.get(field) or {}).items():
-        if not PATTERN.fullmatch(key) or sum(key.count(sign) for sign in "*+?") > MOST_REPEATS:
+class _Scales(NamedTuple):
+    """What adapter_config.json says of ranks and scales: for all layers, and by patterns of their names."""
+
+    rank: Any
+    alpha: Any
+    rslora: bool
+    ranks: Patterns
+    alphas: Patterns
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> _Scales:
+        alpha = config.get("lora_alpha", 8)  # 8: the default of LoraConfig
+        ranks, alphas = (_patterns(config, field) for field in ("rank_pattern", "alpha_pattern"))
+        return cls(config.get("r"), alpha, bool(config.get("use_rslora")), ranks, alphas)
+
+
+def _patterns(config: Mapping[str, Any], field: str) -> Patterns:
+    """rank_pattern or alpha_pattern, whose keys are regular expressions for the ends of layers' names (PEFT,
+    utils/other.py, get_pattern_key). UnsupportedError for those that could take for ever."""
+    given = config.get(field) or {}
+    if not isinstance(given, Mapping):
+        raise IntegrityError(f"{field} of {CONFIG} is no object.", hint="Save or download the adapter again.")
+    found, repeats = [], 0
+    for key, value in given.items():
+        here = sum(key.count(sign) for sign in "*+?")
+        repeats += here
+        if not PATTERN.fullmatch(key) or here > MOST_REPEATS or repeats > MOST_REPEATS_TOGETHER:
             raise UnsupportedError(
                 f"{field} of {CONFIG} has the pattern {quoted(key)}, which is not evaluated.",
-                why="A pattern can't have groups, counts, or more than four repetitions.",
+                why="A pattern can't have groups, counts, or more than three repetitions, and all of them together not "
+                f"more than {MOST_REPEATS_TOGETHER}.",
                 hint=MERGE,
             )
         try:
-            if re.fullmatch(rf"(.*\.)?({key})", module):
-                return value
-        except re.error:
-            continue
-    return default
+            found.append((re.compile(rf"(.*\.)?({key})"), value))
+        except re.error as error:
+            raise IntegrityError(
+                f"{field} of {CONFIG} has the pattern {quoted(key)}, which is no regular expression.",
+                why=str(error),
+                hint="Save or download the adapter again.",
+            ) from None
+    return found
+
+
+def _of_layer(patterns: Patterns, module: str, default: Any) -> Any:
+    """The value of a layer: that of the first pattern which its name ends with."""
+    return next((value for pattern, value in patterns if pattern.fullmatch(module)), default)

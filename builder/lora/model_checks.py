@@ -7,6 +7,7 @@ from typing import Any
 
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import size
+from builder.core.safe_text import quoted
 from builder.formats.base import NumberFormat
 from builder.lora.adapter import MERGE, Adapter
 from builder.lora.modules import sizes
@@ -28,7 +29,7 @@ def check_fits(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> None:
 
 
 def _other_model(adapter: Adapter, why: str) -> UsageError:
-    trained = f" It was trained on {adapter.base}." if adapter.base else ""
+    trained = f" It was trained on {quoted(adapter.base)}." if adapter.base else ""
     return UsageError(
         f"The adapter {adapter.name} does not fit this model.",
         why=why + trained,
@@ -81,8 +82,8 @@ def notes(adapters: Sequence[Adapter], model_id: str) -> list[str]:
         one, other = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (adapter.base, model_id))
         if one and one != other:
             found.append(
-                f"The adapter {adapter.name} says that it was trained on {adapter.base}, and the model is {model_id}. "
-                "Its shapes fit; whether it is the same model can't be told from them."
+                f"The adapter {adapter.name} says that it was trained on {quoted(adapter.base)}, and the model is "
+                f"{model_id}. Its shapes fit; whether it is the same model can't be told from them."
             )
     return found
 

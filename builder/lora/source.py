@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from builder.core.errors import UsageError
+from builder.core.errors import IntegrityError, UsageError
 from builder.core.safe_text import quoted
 from builder.core.safetensors_io import TensorInfo, Tensors
 from builder.core.store import Store, key_of
@@ -28,8 +28,19 @@ def open_adapters(places: Mapping[str, str], *, store: Store) -> tuple[Adapter, 
 
 
 def fetched(adapters: Sequence[Adapter], *, store: Store) -> list[Adapter]:
-    """The same adapters with their files on this machine."""
-    return [_download(adapter, store) if adapter.repository else adapter for adapter in adapters]
+    """The same adapters with their files on this machine, as these are now. IntegrityError for one that has become
+    another since it was opened: the engine may have been built for the one before."""
+    found = []
+    for adapter in adapters:
+        now = _download(adapter, store) if adapter.repository else open_adapter(adapter.name, adapter.directory)
+        if now.pairs != adapter.pairs:
+            raise IntegrityError(
+                f"The adapter {adapter.name} in {adapter.directory} changed during the build.",
+                why="The engine was built for its earlier ranks and layers.",
+                hint="Wait until nothing writes to it, then run the same command again.",
+            )
+        found.append(now)
+    return found
 
 
 def _open(name: str, place: str, store: Store) -> Adapter:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from builder.core.errors import IntegrityError
 from builder.lora import cache, tensors
 from builder.trtllm.compatibility import LOGITS_TYPES
 
@@ -18,6 +19,16 @@ DIRECTORY = "1/adapters"  # relative to the model's directory, so that the model
 def ingredients(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """The repository's ingredients: names and content."""
     return {"adapters": {one.name: one.digest for one in adapters}} if adapters else {}
+
+
+def check_unchanged(adapters: Sequence[Adapter], known: Mapping[str, Any]) -> None:
+    """IntegrityError if an adapter changed since `known`, the ingredients, were made of it."""
+    if changed := [one.name for one in adapters if one.digest != known["adapters"][one.name]]:
+        raise IntegrityError(
+            f"The files of an adapter changed while they were converted: {', '.join(changed)}.",
+            why="The result would be stored under the key of the old files.",
+            hint="Wait until nothing writes to them, then run the same command again.",
+        )
 
 
 def with_dtype(listed: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

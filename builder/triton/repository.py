@@ -75,12 +75,13 @@ def render(
     setting that the engine does not support, IntegrityError if the rendered files are invalid.
     """
     templates, tensors = template_files(engine.config["version"])
+    named = adapter_files.ingredients(adapters)
     ingredients = {
         "engine": engine.digest,
         "engine_path": references.relative(engine.path, store.root),
         "snapshot": snapshot.digest,
         "part": part.model_dump(mode="json"),
-        **adapter_files.ingredients(adapters),
+        **named,
         "libraries": library_versions("jinja2"),
         "sources": sources_digest(
             "builder/triton/repository.py",
@@ -112,6 +113,7 @@ def render(
     def make(directory: Path) -> Mapping[str, Any]:
         facts = write(directory / "models", engine.path.resolve(), snapshot.path, part, adapters)
         snapshot.source.check_unchanged()  # the tokenizer is copied from it
+        adapter_files.check_unchanged(adapters, named)
         return facts
 
     return _repository(store.stage("repository", ingredients, make))

@@ -97,6 +97,14 @@ def test_ranks_and_scales_of_single_layers_are_pefts(tmp_path: Path) -> None:
     assert (adapter.pairs[0, "q_proj"].rank, adapter.pairs[1, "q_proj"].rank, adapter.rank) == (6, 4, 6)
 
 
+def test_a_pattern_for_each_layer_is_read_once(tmp_path: Path) -> None:
+    """As rank_pattern of trained ranks has them; more than the 512 patterns that Python's `re` caches."""
+    patterns = {f"layers.{layer}.self_attn.{kind}": 3 for layer in range(150) for kind in adapters.ALL[:4]}
+    found = opened(tmp_path, kinds=adapters.ALL, rank=4, lora_alpha=8, alpha_pattern=patterns).pairs
+    assert {pair.scale for (_, kind), pair in found.items() if kind in adapters.ALL[:4]} == {3 / 4}
+    assert {pair.scale for (_, kind), pair in found.items() if kind in adapters.ALL[4:]} == {2}
+
+
 def test_a_task_id_follows_from_the_content(tmp_path: Path) -> None:
     one, same = opened(tmp_path / "one").digest, opened(tmp_path / "two").digest
     other = opened(tmp_path / "three", lora_alpha=9).digest
@@ -118,12 +126,22 @@ DAMAGED: list[tuple[dict[str, Any], type[BuilderError], str]] = [
     ({"init_lora_weights": "pissa_niter_4"}, UnsupportedError, "pissa_niter_4, which changes the model's own weights"),
     ({"alpha_pattern": {"(a+)+b": 3}}, UnsupportedError, "alpha_pattern .* has the pattern"),
     ({"alpha_pattern": {"a*" * 9: 3}}, UnsupportedError, "alpha_pattern .* has the pattern"),
+    ({"alpha_pattern": {f"{n}.*": 3 for n in range(200)}}, UnsupportedError, "alpha_pattern .* has the pattern"),
+    ({"alpha_pattern": ["q_proj"]}, IntegrityError, "alpha_pattern of adapter_config.json is no object"),
+    ({"rank_pattern": {"[a": 3}}, IntegrityError, r"has the pattern '\[a', which is no regular expression"),
+    ({"lora_alpha": 10**400}, IntegrityError, "lora_alpha of the adapter sql is '1000"),
+    ({"lora_alpha": math.nan}, IntegrityError, "lora_alpha of the adapter sql is 'nan'"),
     ({"lora_alpha": "much"}, IntegrityError, "lora_alpha of the adapter sql is 'much', not a number"),
     ({"r": 5}, IntegrityError, "ranks of .*q_proj .* lora_A has 4, lora_B 4, and adapter_config.json says 5"),
     ({"changed": {f"{FIRST}.lora_B.weight": None}}, IntegrityError, "only one of the two matrices of .*q_proj"),
     ({"changed": {f"{FIRST}.lora_B.weight": torch.ones(256, 3)}}, IntegrityError, "contradict each other"),
     ({"changed": {f"{FIRST}.lora_A.weight": torch.ones(4)}}, UnsupportedError, "tensors that no engine takes"),
     ({"changed": {f"{FIRST}.lora_magnitude_vector": torch.ones(256)}}, UnsupportedError, "lora_magnitude_vector"),
+    (
+        {"changed": {f"{FIRST}.lora_A.weight".replace("model.model.model", "model.model"): torch.ones(4, 256)}},
+        UnsupportedError,
+        "'base_model.model.(model.)?layers.0.self_attn.q_proj.lora_A.weight'",
+    ),
     ({"changed": {"base_model.model.lm_head.weight": torch.ones(4, 4)}}, UnsupportedError, "lm_head"),
     (
         {"changed": {"base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight": torch.ones(4, 256)}},
@@ -181,8 +199,8 @@ def test_an_adapter_must_fit_the_model(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         model_checks.check_fits([one], {**CONFIG, "num_key_value_heads": 2})
     assert "k_proj of layer 0 has 256 inputs and 64 outputs, in the adapter 256 and 128" in caught.value.why
-    assert "trained on org/Other-7B" in caught.value.why
-    assert "trained on org/Other-7B" in model_checks.notes([one], "org/tiny-qwen3")[0]
+    assert "trained on 'org/Other-7B'" in caught.value.why
+    assert "trained on 'org/Other-7B'" in model_checks.notes([one], "org/tiny-qwen3")[0]
     assert not model_checks.notes([one], "elsewhere/other-7b/")
 
 

@@ -11,9 +11,10 @@ import pytest
 from hub_server import Hub
 
 from builder import pipeline
-from builder.core.errors import UnsupportedError, UsageError
+from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.lora import tensors
 from builder.lora.source import fetched, open_adapters
 from builder.plan import Plan, plan
 from builder.preflight.prepare import prepare
@@ -188,8 +189,29 @@ def test_the_llm_class_gets_the_same_adapters(tmp_path: Path) -> None:
 # ---- keys
 
 
-def test_the_repository_depends_on_the_content_and_the_engine_does_not(tmp_path: Path) -> None:
+def test_an_adapter_that_changes_during_the_build_is_not_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither with the ranks of an earlier one, nor under the key of one."""
+    place, store = adapters.write(tmp_path / "sql"), Store(tmp_path / "store", QUIET)
+    found = open_adapters({"sql": str(place)}, store=store)
+    adapters.write(place, lora_alpha=3)
+    with pytest.raises(IntegrityError, match=r"The adapter sql in .* changed during the build"):
+        fetched(found, store=store)
+    write = tensors.write
 
+    def write_and_change(*arguments: Any) -> None:
+        write(*arguments)
+        adapters.write(place, seed=9, lora_alpha=3)
+
+    monkeypatch.setattr(tensors, "write", write_and_change)
+    asked = resolved(f"sql={place}", **{"calibration.samples": 0, "quality.check": False})
+    with pytest.raises(IntegrityError, match="files of an adapter changed while they were converted: sql"):
+        pipeline.build(asked, store, until="repository")
+    assert not list((store.root / "repository").glob("[!.]*"))
+
+
+def test_the_repository_depends_on_the_content_and_the_engine_does_not(tmp_path: Path) -> None:
     place, store = adapters.write(tmp_path / "sql"), Store(tmp_path / "store", QUIET)
     asked = resolved(f"sql={place}", **{"calibration.samples": 0, "quality.check": False})
     first = pipeline.build(asked, store, until="repository")
