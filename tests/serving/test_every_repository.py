@@ -106,7 +106,7 @@ def answers(found: Repository, backend: Path | None, log: Path) -> None:
     options = ServerOptions(engine_backend=backend) if backend else ServerOptions()
     with serve(found.models, out=QUIET, log=log, options=options) as server:
         if not backend:
-            smoke_models(server.http_url, server.grpc_url, found.members, out=QUIET).check()
+            smoke_models(server.http_url, server.grpc_url, found, out=QUIET).check()
             return
         for facts in found.members.values():
             client = Client.for_repository(server.http_url, server.grpc_url, facts, 60)
