@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def environment(out: Output, source: Mapping[str, str] | None = None) -> Environ
         return _named(Path(named))
     found = Environment(place())
     if found.python.exists():  # false for a link to a Python that was removed
-        os.utime(found.root)  # `builder clean` removes those of other versions that were not used for long
+        with suppress(OSError):  # a cache that only its owner can write to
+            os.utime(found.root)  # `builder clean` removes those of other versions that were not used for long
         return found
     with lock_file(cache() / "aiperf.lock") as lock:
         flock(lock, fcntl.LOCK_EX)

@@ -1,10 +1,12 @@
 """Environments of AIPerf that were made for other versions of it, or by other Pythons, and are no longer used.
 
-They are in the user's cache, which several output directories and Pythons share. So only age says that one is unused.
+They are in the user's cache, which several output directories and Pythons share. So only age says that one is unused,
+or that one whose name ends in .tmp is no longer being made or removed.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 
@@ -12,6 +14,7 @@ from builder.aiperf.environment import cache, place
 from builder.clean.leftovers import DAY, Entry, bytes_of, children, duration
 
 YOUNG = 30 * DAY
+NAME = re.compile(r"aiperf-.+|\.aiperf-.+\.tmp")
 
 
 def find(older_than: float | None) -> Iterator[Entry]:
@@ -19,8 +22,12 @@ def find(older_than: float | None) -> Iterator[Entry]:
     young = YOUNG if older_than is None else max(older_than, DAY)
     current = place()
     for path in children(cache()):
-        if not path.name.startswith("aiperf-") or path == current or path.is_symlink() or not path.is_dir():
+        if not NAME.fullmatch(path.name) or path == current or path.is_symlink() or not path.is_dir():
             continue
-        unused = time.time() - path.stat().st_mtime
+        try:
+            unused = time.time() - path.stat().st_mtime
+        except FileNotFoundError:  # another clean has removed it
+            continue
         if unused >= young:
-            yield Entry(path, f"AIPerf's environment of another version, unused for {duration(unused)}", bytes_of(path))
+            which = "unfinished" if path.name.startswith(".") else "of another version"
+            yield Entry(path, f"AIPerf's environment {which}, unused for {duration(unused)}", bytes_of(path))

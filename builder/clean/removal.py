@@ -168,9 +168,9 @@ def check_failed(failed: Sequence[Entry], root: Path) -> None:
 def _put_aside(path: Path) -> Path:
     """Renames a stage to a name that is not a stage's. If we are killed now, the next clean removes it.
 
-    Likewise an environment of AIPerf, which the next one that is made would sweep.
+    Likewise an environment of AIPerf, which also disappears when the next one is made.
     """
-    if path.parent == cache():
+    if path.parent == cache() and not path.name.startswith("."):
         return path.rename(path.parent / f".{path.name}.{os.getpid()}.tmp")
     if not KEY.fullmatch(path.name):
         return path

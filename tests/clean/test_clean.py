@@ -425,7 +425,8 @@ def test_old_environments_of_aiperf_are_removed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cache = environment.cache()
     old, young, current = cache / "aiperf-0.1.0-0123456789ab", cache / "aiperf-0.2.0-0123456789ab", environment.place()
-    for path in (old, young, current, cache / "other"):
+    half = cache / ".aiperf-0.1.0-ba9876543210.77.tmp"  # of a clean that was killed
+    for path in (old, half, young, current, cache / "other"):
         path.mkdir(parents=True)
         (path / "file").write_bytes(bytes(2048))
         os.utime(path, (0, 0))
@@ -434,8 +435,8 @@ def test_old_environments_of_aiperf_are_removed(
     stage(root, "engine", {})
     assert main(["clean", "--output", str(root), "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [name for name in found["removed"] if "/locks/" not in name] == [str(old)]
-    assert found["bytes"] == 2048
+    assert [name for name in found["removed"] if "/locks/" not in name] == [str(half), str(old)]
+    assert found["bytes"] == 4096
     assert old.is_dir()
     assert main(["clean", "--output", str(root), "--all"]) == 0
     assert "AIPerf's environment of another version, unused for" in capsys.readouterr().out
