@@ -102,7 +102,7 @@ def within(seconds: float | None, work: Callable[[], object]) -> bool:
         signal.pthread_kill(main, TIME_OVER)
 
     previous = signal.signal(TIME_OVER, interrupt)
-    timer = threading.Timer(seconds, ring)
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), ring)
     timer.daemon = True
     try:
         timer.start()

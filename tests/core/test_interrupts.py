@@ -183,6 +183,7 @@ def test_work_is_done_within_a_time_or_ends_as_by_an_interrupt() -> None:
     assert interrupts.within(60, lambda: done.append("quick")) is True
     assert interrupts.within(0.01, in_a_descriptor_for_long) is False
     assert interrupts.within(None, lambda: done.append("unlimited")) is True
+    assert interrupts.within(float("inf"), lambda: time.sleep(0.1)) is True, "as for --max-minutes inf"
     assert done[1:] == ["quick", "unlimited"]
     assert not interrupts.received()
 
