@@ -41,9 +41,12 @@ class Version:
 
     def events(self) -> list[str]:
         """What its watchdog has logged since the last call."""
-        with open(self.log, "rb") as log:
-            log.seek(self._read)
-            new = log.read()
+        try:
+            with open(self.log, "rb") as log:
+                log.seek(self._read)
+                new = log.read()
+        except FileNotFoundError:  # whoever tidies up a directory of temporary files must not end the service
+            return []
         whole = new[: new.rfind(b"\n") + 1]
         self._read += len(whole)
         lines = whole.decode("utf-8", "replace").splitlines()

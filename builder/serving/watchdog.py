@@ -30,19 +30,19 @@ class Watchdog:
         self.seen.failures += bool(fault)
         self.seen.probed_at = time.monotonic()
         if fault:
-            self.log(f"A request for one token failed: {fault}")
+            self._say(f"A request for one token failed: {fault}")
         self._write()
 
     def replaced(self, model: str) -> None:
         """The process of a model has ended, and Triton starts another."""
         self.seen.replaced += 1
-        self.log(f"The process of {model} has ended. Triton loads the model again.")
+        self._say(f"The process of {model} has ended. Triton loads the model again.")
         self._write()
 
     def up(self) -> None:
         """The server is ready."""
         if self.seen.fault:
-            self.log("The server answers again.")
+            self._say("The server answers again.")
         self.seen.fault = ""
         self._write()
 
@@ -61,9 +61,12 @@ class Watchdog:
         self.seen.restarts += 1
         self.seen.fault = error.what
         why = f" {error.why}" if error.why else ""
-        self.log(f"{error.what}{why} It is started again in {pause:g} s.")
+        self._say(f"{error.what}{why} It is started again in {pause:g} s.")
         self._write()
         return pause
+
+    def _say(self, event: str) -> None:
+        self.log(" ".join(event.split()))  # `--auto-update` reads events by line, and a reason may have several
 
     def _write(self) -> None:
         with suppress(BuilderError):  # a full disk must not end a server that works

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from builder.core.errors import ServingError
 from builder.serving import version
 from builder.serving.launch import Ports
 from builder.serving.version import Version
+from builder.serving.watchdog import Watchdog
 
 # Says when it was told to stop, and takes a second for it. A second signal would end it at once, with an error.
 SLOW = """
@@ -75,3 +77,17 @@ def test_events_are_the_warnings_of_whole_lines(tmp_path: Path) -> None:
             log.write(" a line\n")
             log.flush()
         assert one.events() == ["half a line"]
+
+
+def test_a_log_that_was_removed_has_no_events(tmp_path: Path) -> None:
+    with ExitStack() as opened:
+        one = started(opened, tmp_path, "a")
+        one.log.unlink()
+        assert one.events() == []
+
+
+def test_each_event_of_a_watchdog_is_one_line(tmp_path: Path) -> None:
+    said: list[str] = []
+    watchdog = Watchdog(tmp_path / "watchdog.json", said.append)
+    watchdog.restart(ServingError("It failed.", why="The end of its log:\n  one line\n  another"))
+    assert said == ["It failed. The end of its log: one line another It is started again in 1 s."]
