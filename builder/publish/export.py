@@ -26,18 +26,30 @@ def export(repository: Repository, name: str, destination: Path, store: Store) -
     """
     root = repository.path.parents[1]
     directories = [repository.path, *_served(repository, root)]
-    if destination.resolve() == root:
-        raise UsageError(f"{destination} is the output directory of {name}.", hint="Name another directory.")
+    if destination.resolve().is_relative_to(root):
+        raise UsageError(
+            f"{destination} is in {root}, the output directory of {name}.", hint="Name a directory outside of it."
+        )
     try:
-        for directory in dict.fromkeys(directories):
-            _copy(directory, destination / directory.relative_to(root), store)
-        mark(destination)
-        link = destination / "models" / name
-        link.parent.mkdir(exist_ok=True)
-        atomic.replace_link(link, f"../{repository.path.relative_to(root)}")
+        with Store(destination, store.out).in_use():  # so that `builder clean` removes no half of a copy
+            for directory in dict.fromkeys(directories):
+                _copy(directory, destination / directory.relative_to(root), store)
+            mark(destination)
+            link = destination / "models" / name
+            link.parent.mkdir(exist_ok=True)
+            atomic.replace_link(link, f"../{repository.path.relative_to(root)}")
     except OSError as error:
         raise atomic.disk_error(error, destination) from error
+    _warn_of_adapters(repository, store)
     return link
+
+
+def _warn_of_adapters(repository: Repository, store: Store) -> None:
+    """The LLM class takes adapters by absolute paths only. Those of an engine are files of the repository."""
+    for facts in repository.members.values():
+        if facts.get("adapters") and "adapter_files" not in facts:
+            names = ", ".join(facts["adapters"])
+            store.out.warn(f"not copied: the LoRA adapters {names}; they must be at the same paths where it is served")
 
 
 def _served(repository: Repository, root: Path) -> list[Path]:

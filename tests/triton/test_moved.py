@@ -127,12 +127,17 @@ def test_what_is_exported_serves_where_it_is_moved(tmp_path: Path, capsys: pytes
     (link := store.root / "models" / "live").parent.mkdir()
 
     def make(directory: Path) -> dict[str, Any]:
-        return repository.write(directory / "models", engine, SNAPSHOT, schema.Repository())
+        facts = repository.write(directory / "models", engine, SNAPSHOT, schema.Repository())
+        return {**facts, "adapters": ["law"]}  # as of --target llmapi
 
     link.symlink_to(store.stage("repository", {}, make).path)
     assert main(["export", str(link), str(tmp_path / "out")]) == 0
     assert main(["export", str(link), str(tmp_path / "out")]) == 0, "what is there stays"
-    assert "builder serve" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "builder serve" in printed.out
+    assert "not copied: the LoRA adapters law" in printed.err
+    assert main(["export", str(link), str(store.root / "models" / "out")]) == 2, "into the output directory itself"
+    assert not (store.root / "models" / "out").exists()
     shutil.move(tmp_path / "out", tmp_path / "elsewhere")
     shutil.rmtree(store.root)
     moved = tmp_path / "elsewhere" / "models" / "live"
