@@ -75,9 +75,9 @@ def check_quality(one: Trial, *, store: Store) -> str:
     built = run_stages(prepared, store, "checkpoint", quality=True)
     assert built.quality is not None
     failed = built.quality.failure(prepared.recipe.quality.min_score)
-    return (
-        f"fails the quality check: {failed}" if failed else built.quality.lost and f"unlike BF16, {built.quality.lost}"
-    )
+    if failed:
+        return f"fails the quality check: {failed}"
+    return built.quality.lost and f"unlike BF16, {built.quality.lost}"
 
 
 def judge(figures: Mapping[str, Estimate], limits: Mapping[str, float]) -> tuple[str, bool]:

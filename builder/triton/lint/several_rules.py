@@ -25,7 +25,7 @@ def check(models: Mapping[str, ModelFiles]) -> Iterator[Finding]:
             continue
         prefix = caller.name.removesuffix(role)
         for at, name in _calls(caller):
-            own = f"{prefix}{_role(name, CALLED)}"
+            own = f"{prefix}{_role(name, CALLED) or ''}"
             if name in models and own in models and name != own:
                 said = f"it calls {name}, which belongs to another model"
                 yield caller.finding("step", at, said, f"Write {own}.")
