@@ -28,7 +28,7 @@ KEY = re.compile(r"[0-9a-f]{16}")
 # Bytes. Files up to this size are hashed whenever a stage is opened, larger ones only by `builder verify`. The limit
 # covers code, configurations and the largest tokenizers (17 MB, Llama 3), at about 15 ms each.
 SMALL = 32 << 20
-_LARGEST = 256 << 20  # bytes of a manifest; one with 100,000 files has 15 MB
+LARGEST = 256 << 20  # bytes of a manifest; one with 100,000 files has 15 MB
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Hashed at a time, in one buffer. A new one for each chunk costs page faults, and with small chunks a thread often
 # waits for Python's lock while another one computes.
@@ -86,7 +86,7 @@ def _checked(manifest: dict[str, Any], formats: tuple[int, ...]) -> dict[str, An
 def read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file. Damaged if the file can't be read or holds anything else."""
     try:
-        found = parse_json(read_regular(path, _LARGEST))
+        found = parse_json(read_regular(path, LARGEST))
     except (OSError, ValueError) as error:
         raise Damaged(str(error)) from None
     if not isinstance(found, dict):

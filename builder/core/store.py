@@ -18,7 +18,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -125,10 +125,10 @@ class Store:
         if found is None:
             with self.locked(name, key):  # another build may have made it while we waited: look again
                 atomic.restore_backup(self.root / name / key)
-                found = None if name in self.force else self.find(name, key)
+                found = None if name in self.force else self._find(name, key, nullcontext())
                 if found is None:
                     made = self._make(name, key, ingredients, make)
-                    found = self._shared(made, replace=name in self.force)
+                    found = self._shared(made, nullcontext(), replace=name in self.force)
         if found.cached:
             self.out.stage(name, f"found {key}, nothing to do")
             if not self.dry:
@@ -142,28 +142,36 @@ class Store:
 
         With a bucket (bucket.py) also from there: whole, in a dry store without its large files.
         """
+        return self._find(name, key, self.locked(name, key))
+
+    def _find(self, name: str, key: str, lock: AbstractContextManager[object]) -> Artifact | None:
+        """lock: taken where an artifact is replaced by the bucket's."""
         found = read(self.root / name / key)
         if self.bucket is None:
             return found
         if not self.dry:
-            return self._shared(found) if found else self._pulled(name, key)
+            return self._shared(found, lock) if found else self._pulled(name, key, lock)
         seen = None if found else self.bucket.glimpse(name, key)
         return read(seen, check_files=False) if seen else found
 
-    def _shared(self, found: Artifact, *, replace: bool = False) -> Artifact:
+    def _shared(self, found: Artifact, lock: AbstractContextManager[object], *, replace: bool = False) -> Artifact:
         """The artifact once it is in the bucket too: another machine's, if that one was first."""
         if self.bucket is None:
             return found
         held = self.bucket.push(found.path, found.manifest, replace=replace)
-        return found if held.digest == found.digest else self._pulled(found.stage, found.path.name) or found
+        return found if held.digest == found.digest else self._pulled(found.stage, found.path.name, lock) or found
 
-    def _pulled(self, name: str, key: str) -> Artifact | None:
+    def _pulled(self, name: str, key: str, lock: AbstractContextManager[object]) -> Artifact | None:
         """The artifact from the bucket. None if it has none that is whole."""
-        if self.bucket is None or self.bucket.find(name, key) is None:
+        if self.bucket is None or (held := self.bucket.find(name, key)) is None:
             return None
-        self.out.stage(name, f"{key} comes from {self.bucket.address}")
-        place = self.bucket.pull(name, key, self.root)
-        return read(place) if place else None
+        with lock:
+            found = read(self.root / name / key)
+            if found and found.digest == held.digest:  # another process of this machine was faster
+                return found
+            self.out.stage(name, f"{key} comes from {self.bucket.address}")
+            place = self.bucket.pull(name, key, self.root)
+            return read(place) if place else None
 
     def log(self, name: str) -> Path:
         """The path for a new log file; removes old ones. Logs are not part of artifacts, since no two are equal.

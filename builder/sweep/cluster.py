@@ -89,7 +89,8 @@ def connected(address: str, points: Sequence[Point], root: Path) -> Iterator[Clu
         raise UsageError(
             f"Can't join the Ray cluster at {gcs[0]}:{gcs[1]}.", why=str(error).strip()[:500], hint=JOIN
         ) from None
-    signal.signal(signal.SIGTERM, old)  # Ray's own handler would leave steps to be killed
+    finally:
+        signal.signal(signal.SIGTERM, old)  # Ray's own handler would leave steps to be killed
     # Ray 2.60 prints the log of a raylet that died to our stdout, with no option against it (worker.py,
     # listen_error_messages).
     ray._private.worker.print_to_stdstream = lambda *_, **__: None

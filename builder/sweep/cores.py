@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from builder.core import temporary
-from builder.core.atomic import make_directory
 from builder.core.locks import flock, lock_file
 
 
@@ -31,9 +32,11 @@ def taken(count: int) -> Iterator[set[int]]:
     """Cores that no other process of this user has taken so, while the block runs: `count` of them, or as many as are
     free; without any free one all."""
     place = temporary.base() / f"trtllm-builder-cores-{os.getuid()}"
-    make_directory(place)
     found = set[int]()
     with ExitStack() as held:
+        if not _is_ours(place):
+            yield os.sched_getaffinity(0)
+            return
         for core in sorted(os.sched_getaffinity(0)):
             if len(found) == count:
                 break
@@ -43,3 +46,13 @@ def taken(count: int) -> Iterator[set[int]]:
                     found.add(core)
                     held.enter_context(tried.pop_all())
         yield found or os.sched_getaffinity(0)
+
+
+def _is_ours(place: Path) -> bool:
+    """Makes the directory. False if it can't be made or is another user's, who could have put links into it."""
+    try:
+        place.mkdir(mode=0o700, exist_ok=True)
+        found = place.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()

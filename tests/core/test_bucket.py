@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,107 @@ def test_a_glimpse_has_no_large_file_and_files_elsewhere_are_not_invented(tmp_pa
     assert Bucket(files, "b").glimpse("snapshot", model.name), "but a dry run knows its digest"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda commit: b"",
+        lambda commit: b"[]",
+        lambda commit: json.dumps({**commit, "format": 9}).encode(),
+        lambda commit: json.dumps({**commit, "manifest": 1}).encode(),
+        lambda commit: json.dumps({**commit, "directories": 1}).encode(),
+        lambda commit: json.dumps({**commit, "directories": [1]}).encode(),
+        lambda commit: json.dumps({**commit, "directories": ["a\0b"]}).encode(),
+        lambda commit: json.dumps({**commit, "directories": ["../../x"]}).encode(),
+    ],
+)
+def test_a_manifest_that_is_none_of_ours_is_as_absent(tmp_path: Path, change: Any) -> None:
+    files = Dying()
+    made = artifact(tmp_path / "one", {"x": b"x"})
+    Bucket(files, "b").push(made, load(made))
+    name = f"/b/checkpoint/{made.name}.json"
+    files.pipe_file(name, change(json.loads(files.cat_file(name))))
+    assert Bucket(files, "b").find("checkpoint", made.name) is None
+    assert Bucket(files, "b").push(made, load(made)).digest == load(made)["digest"], "it is replaced"
+
+
+def test_another_artifacts_manifest_is_not_taken_for_this_key(tmp_path: Path) -> None:
+    files = Dying()
+    made = artifact(tmp_path / "one", {"x": b"x"})
+    Bucket(files, "b").push(made, load(made))
+    text = files.cat_file(f"/b/checkpoint/{made.name}.json")
+    for stage, key in (("engine", made.name), ("checkpoint", "0" * 16)):
+        files.pipe_file(f"/b/{stage}/{key}.json", text)
+        assert Bucket(files, "b").find(stage, key) is None
+
+
+def test_a_file_of_another_size_is_not_downloaded_and_a_changed_one_is_not_glimpsed(tmp_path: Path) -> None:
+    files = Dying()
+    made = artifact(tmp_path / "one", {"x": b"12345"})
+    Bucket(files, "b").push(made, load(made))
+    found = Bucket(files, "b").find("checkpoint", made.name)
+    assert found
+    name = f"/b/checkpoint/{made.name}/{found.digest}/x"
+    files.pipe_file(name, b"54321")
+    assert Bucket(files, "b").glimpse("checkpoint", made.name) is None
+    files.pipe_file(name, bytes(1 << 20))
+    assert not Bucket(files, "b")._download(found, tmp_path / "two", ["x"])
+    assert sum(path.stat().st_size for path in (tmp_path / "two").rglob("*") if path.is_file()) == 0
+
+
+def test_a_full_disk_is_named_as_such_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Dying()
+    made = artifact(tmp_path / "one", {"x": b"x"})
+    Bucket(files, "b").push(made, load(made))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "get_file", full)
+    with pytest.raises(StageError, match="is full"):
+        Bucket(files, "b").pull("checkpoint", made.name, tmp_path / "two")
+    assert not list((tmp_path / "two" / "pulled").iterdir())
+
+
+def test_two_that_need_one_artifact_at_once_download_it_once(tmp_path: Path) -> None:
+    """Processes of one machine over one store: a second download would take the first one's files from its reader."""
+    files, taken = Dying(), list[str]()
+    made = artifact(tmp_path / "one", {"x": b"x"})
+    Bucket(files, "b").push(made, load(made))
+
+    class Slow(Dying):
+        def get_file(self, rpath: str, *more: Any, **options: Any) -> None:
+            taken.append(rpath)
+            time.sleep(0.3)
+            super().get_file(rpath, *more, **options)
+
+    slow = Slow()
+    slow.store = files.store
+
+    def find(_: int) -> Path | None:
+        store = Store(tmp_path / "two", Output("quiet"))
+        store.bucket = Bucket(slow, "b")
+        found = store.find("checkpoint", made.name)
+        return found.path if found else None
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(find, range(2))] == [tmp_path / "two" / "checkpoint" / made.name] * 2
+    assert len(taken) == 1
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(bucket, "ATTEMPTS", 1)
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS", raising=False)
+    bucket.opened.cache_clear()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        for name, value in {"ENDPOINT_URL": address, "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "y"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        with pytest.raises(StageError, match="can't be reached"):
+            bucket.opened("s3://models/x").find("parts", "0" * 16)
+    bucket.opened.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with s3_server.running(tmp_path_factory.mktemp("s3")) as variables:
@@ -207,6 +311,7 @@ def test_what_was_made_without_the_bucket_goes_there_when_it_is_used(
         ({environment.STORE: "s3://no-such-bucket/x"}, "does not exist"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "can't be reached"),
         ({environment.STORE: "s3://key:secret@bucket/x"}, "is not the address of a bucket"),
+        ({environment.STORE: "s3://key:a/secret@bucket/x"}, "is not the address of a bucket"),
         ({environment.STORE: "/mnt/disk"}, "is not the address of a bucket"),
     ],
 )
@@ -229,26 +334,22 @@ def test_a_store_that_can_not_be_used_is_named(
 
 
 def test_a_bucket_without_permission_and_one_without_credentials_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with s3_server.running(tmp_path, strict_after=1) as variables:
-        for name, value in {**variables, environment.STORE: s3_server.ADDRESS}.items():
-            monkeypatch.setenv(name, value)
-        bucket.opened.cache_clear()
+    with s3_server.strict(s3):
         used = bucket.named()
         assert used
         with pytest.raises(UsageError, match="does not allow this"):
             used.check()
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.delenv(name)
-        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        monkeypatch.setenv("HOME", str(tmp_path))
-        bucket.opened.cache_clear()
-        used = bucket.named()
-        assert used
-        with pytest.raises(UsageError, match="needs credentials"):
-            used.check()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
     bucket.opened.cache_clear()
+    used = bucket.named()
+    assert used
+    with pytest.raises(UsageError, match="needs credentials"):
+        used.check()
 
 
 def test_only_our_own_commands_get_the_buckets_keys() -> None:

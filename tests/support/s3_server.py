@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +16,17 @@ ADDRESS = f"s3://{BUCKET}/team/builds"
 
 
 @contextmanager
-def running(directory: Path, *, strict_after: int | None = None) -> Iterator[dict[str, str]]:
-    """Yields the variables by which clients reach it. It has one bucket. strict_after: requests after which it asks
-    for permissions, which nobody has."""
+def running(directory: Path) -> Iterator[dict[str, str]]:
+    """Yields the variables by which clients reach it. It has one bucket."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    env = {} if strict_after is None else {"INITIAL_NO_AUTH_ACTION_COUNT": str(strict_after)}
     with open(directory / "s3.log", "wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
             stdout=log,
             stderr=log,
-            env={"PATH": "/usr/bin:/bin", **env},
+            env={"PATH": "/usr/bin:/bin"},
         )
     try:
         _wait(port)
@@ -44,9 +43,24 @@ def running(directory: Path, *, strict_after: int | None = None) -> Iterator[dic
         server.wait()
 
 
-def _make_bucket(variables: Mapping[str, str]) -> None:
-    import urllib.request
+@contextmanager
+def strict(variables: Mapping[str, str]) -> Iterator[None]:
+    """While the block runs, it asks for permissions, which nobody has."""
+    _ask_permissions(variables, "0")
+    try:
+        yield
+    finally:
+        _ask_permissions(variables, "inf")
 
+
+def _ask_permissions(variables: Mapping[str, str], after: str) -> None:
+    """after: so many requests."""
+    address = f"{variables['AWS_ENDPOINT_URL']}/moto-api/reset-auth"
+    request = urllib.request.Request(address, after.encode(), {"Content-Type": "text/plain"})
+    urllib.request.urlopen(request, timeout=60).close()
+
+
+def _make_bucket(variables: Mapping[str, str]) -> None:
     request = urllib.request.Request(f"{variables['AWS_ENDPOINT_URL']}/{BUCKET}", method="PUT")
     urllib.request.urlopen(request, timeout=10).close()
 
