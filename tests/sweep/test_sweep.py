@@ -17,6 +17,7 @@ import yaml
 from builder.cli import main
 from builder.core import bucket, paths
 from builder.core.environment import STORE
+from builder.sweep import sweep
 from builder.sweep.points import read
 
 FILE = paths.data("configs", "sweeps", "smallest.yaml")
@@ -194,6 +195,15 @@ def test_points_are_built_served_and_measured_unless_the_quality_check_rejects_t
     assert "begins" not in capsys.readouterr().err, "both are in the store"
 
 
+def test_a_script_names_the_bucket_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {STORE: s3_server.ADDRESS, "AWS_SECRET_ACCESS_KEY": "only-in-the-environment"}.items():
+        monkeypatch.setenv(name, value)
+    script = sweep._script("measure", ("builder", "eval"))
+    assert f"export {STORE}={s3_server.ADDRESS}" in script
+    assert "only-in-the-environment" not in script
+
+
+@pytest.mark.slow
 def test_two_output_directories_share_their_work_through_a_bucket(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
