@@ -351,8 +351,18 @@ def sources_digest(*sources: str | Path) -> str:
     """Digest of our own source files, as an ingredient: editing one changes the key.
 
     `sources`: files or directories, relative to the project, such as "builder/core/store.py". Of a compiled extension
-    its source counts, not what a compiler made of it.
+    its source counts, not what a compiler made of it. Files of the project (str) are read once in a process, which
+    doesn't see later edits of its own code either; a user's (Path) each time.
     """
+    return _own_digest(sources) if all(isinstance(one, str) for one in sources) else _digest(sources)
+
+
+@functools.cache
+def _own_digest(sources: tuple[str | Path, ...]) -> str:
+    return _digest(sources)
+
+
+def _digest(sources: Sequence[str | Path]) -> str:
     root = Path(__file__).resolve().parents[2]
     paths = [root / source for source in sources]
     found = {f for path in paths for f in (path.rglob("*") if path.is_dir() else [path]) if not f.is_dir()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -62,6 +63,7 @@ def html(report: Report) -> str:
     return pages().get_template("page.html.j2").render(_context(report))
 
 
+@functools.cache
 def pages() -> jinja2.Environment:
     """The environment of HTML pages: templates in configs/report/, all text escaped."""
     return _environment(autoescape=True, finalize=lambda value: value if _safe(value) else visible(value))

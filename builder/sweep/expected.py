@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,14 +70,22 @@ def settings(step: Step) -> dict[str, Any]:
 
 def notes(store: Store) -> list[dict[str, Any]]:
     """Those of all earlier sweeps of a store, oldest first."""
-    files = sorted((store.root / DIRECTORY).glob(f"*/runs/**/{NOTE}"), key=lambda file: file.stat().st_mtime)
+    files = sorted((store.root / DIRECTORY).glob(f"*/runs/**/{NOTE}"), key=_written)
     found = []
     for file in files:
-        try:
-            found.append(read_object(file))
-        except Damaged:
-            continue
+        with suppress(Damaged):
+            one = read_object(file)
+            if all(isinstance(one.get(name), int | float) for name in ("seconds", "memory")):
+                found.append(one)
     return found
+
+
+def _written(file: Path) -> float:
+    """When; 0 for one that was removed since it was listed."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def expected(

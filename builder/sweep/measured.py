@@ -130,12 +130,13 @@ Known = dict[
 ]  # {(point, when it and its base were read)}
 
 
-def with_ratios(results: Sequence[Result], known: Known | None = None) -> list[Result]:
+def with_ratios(results: Sequence[Result], known: Known | None = None, points: Sequence[Point] = ()) -> list[Result]:
     """The results, each with the ratio of its KL to that of its base (points.base_of) on each data set.
 
-    known: ratios of earlier calls, which are not computed again and to which this call adds."""
+    known: ratios of earlier calls, which are not computed again and to which this call adds. points: all of the sweep,
+    if some have no result yet: the first of them is the base, not the first that ended."""
     known = {} if known is None else known
-    points, by_name = [one.point for one in results], {one.point.name: one for one in results}
+    points, by_name = points or [one.point for one in results], {one.point.name: one for one in results}
     found = []
     for one in results:
         base = base_of(one.point, points)

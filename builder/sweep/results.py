@@ -79,7 +79,7 @@ def _numbers(figures: Mapping[str, Estimate]) -> dict[str, float | None]:
 
 def update(directory: Path, results: Sequence[Result]) -> None:
     """Puts the rows of these points into both files, in place of their old ones. UsageError for files of another
-    version; OSError if the disk refuses, and then the files are as they were."""
+    version; OSError if the disk refuses: each file then has either its old rows or the new ones."""
     with lock_file(directory / LOCK) as handle:
         flock(handle, fcntl.LOCK_EX)
         new = {result.point.slug: rows(result) for result in results}

@@ -83,7 +83,8 @@ def _rejection(done: Sequence[Artifact], recipe: Recipe, root: Path) -> BuildVer
 
 def _levels(link: Path, load: Load, everything: Sequence[Artifact]) -> tuple[Level, ...]:
     """The newest measurement of this repository under this load."""
-    repository = next(one.digest for one in everything if one.path == link.resolve())
+    built = link.resolve()  # the store's own root may lie behind a link
+    repository = next(one.digest for one in everything if one.stage == "repository" and one.path.resolve() == built)
     asked = asdict(Workload(load.concurrency, load.requests, load.input_tokens, load.output_tokens))
     kept = [
         one

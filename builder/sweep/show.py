@@ -117,7 +117,7 @@ class Told:
         known = [one.seconds for one in self._planned.expected.values() if one.seconds is not None]
         usual = sum(known) / len(known) if known else 10.0
         work = {name: usual if one.seconds is None else one.seconds for name, one in self._planned.expected.items()}
-        done = sum(work[name] for name in self._done)
+        done = sum(took for name, took in work.items() if name in self._done)  # which changes while this is drawn
         if done:
             left = (time.monotonic() - self._began) * (sum(work.values()) - done) / done
         else:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,9 +56,8 @@ AT_ONCE = 4  # steps that share the cores, unless the user says otherwise
 
 @dataclass(frozen=True)
 class Planned:
-    """A sweep before it runs. ready: results that the store has already. takes: {step: what it takes}. expected: {step:
-    seconds, memory and disk}. cached: steps that the
-    store has, by kind."""
+    """A sweep before it runs. ready: results that the store has already. takes: {step: what it takes}. whole: what all
+    steps share. expected: {step: seconds, memory and disk}. cached: steps that the store has, by kind."""
 
     title: str
     points: Sequence[Point]
@@ -178,7 +177,7 @@ def run(
     anew after each point."""
     directory = place.claim(planned.title, planned.points, store)
     results.check(directory)
-    logs = directory / "runs" / time.strftime("%Y%m%d-%H%M%S")
+    logs = _new_run(directory / "runs") if planned.steps else directory
     found = {one.point.slug: one for one in planned.ready}
     failed: dict[str, dict[Kind, str]] = {}
     ratios: measured.Known = {}
@@ -186,7 +185,8 @@ def run(
     def settled(outcome: Outcome) -> None:
         if outcome.step.kind in graph.OWN:
             [point] = outcome.step.points
-            failed.setdefault(point.slug, {}).update({} if outcome.ok else {outcome.step.kind: outcome.why})
+            why = outcome.why or f"It exited with {outcome.code} and said nothing."
+            failed.setdefault(point.slug, {}).update({} if outcome.ok else {outcome.step.kind: why})
             found[point.slug] = measured.read_so_far(point, store, failed[point.slug])
             write(planned, directory, found, ratios)
         note(outcome, logs)
@@ -204,6 +204,18 @@ def run(
     return write(planned, directory, found, ratios)
 
 
+def _new_run(runs: Path) -> Path:
+    """A directory that no other sweep has, not even one that began in the same second."""
+    stamp, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    make_directory(runs)
+    while True:
+        place = runs / (stamp if number == 1 else f"{stamp}-{number}")
+        with suppress(FileExistsError):
+            place.mkdir()
+            return place
+        number += 1
+
+
 def _result(point: Point, store: Store) -> Result:
     """What commands that succeeded left of their point."""
     try:
@@ -214,7 +226,8 @@ def _result(point: Point, store: Store) -> Result:
 
 def write(planned: Planned, directory: Path, found: Mapping[str, Result], ratios: measured.Known) -> list[Result]:
     """Writes the results that are there and the page of them. Returns them in the order of the points."""
-    ordered = measured.with_ratios([found[point.slug] for point in planned.points if point.slug in found], ratios)
+    so_far = [found[point.slug] for point in planned.points if point.slug in found]
+    ordered = measured.with_ratios(so_far, ratios, planned.points)
     if ordered:
         results.update(directory, ordered)
         replace_file(directory / REPORT, page.page(planned.title, ordered, len(planned.points)))

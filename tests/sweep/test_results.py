@@ -143,6 +143,9 @@ def test_ratios_and_effects_are_those_of_the_pairs() -> None:
     assert ratios["x, q"] is None
     assert ratios["y, p"].value == pytest.approx(0.5)  # type: ignore[union-attr]
     assert ratios["y, q"].value == pytest.approx(0.25)  # type: ignore[union-attr]
+    listed = [result(kl, point=name) for name, kl in (("first", 1.0), ("second", 2.0), ("third", 4.0))]
+    [_, third] = measured.with_ratios(listed[1:], points=[one.point for one in listed])
+    assert "kl_ratio" not in third.texts["prose"], "the base has not ended yet"
     effects = measured.effects(found)
     assert effects["a: y"].value == pytest.approx((0.5 * 0.25) ** 0.5)
     assert effects["b: q"].value == pytest.approx((4 * 2) ** 0.5)

@@ -40,60 +40,61 @@ def rows(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(opened))
 
 
-def test_points_are_measured_once_one_added_later_costs_only_itself_and_one_that_fails_stops_no_other(
+def test_points_share_work_one_that_fails_stops_no_other_and_one_added_later_costs_only_itself(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    argv = ["sweep", str(small(tmp_path)), "--output", str(output)]
-    assert main.main([*argv, "--dry-run", "--json"]) == 0
-    planned = json.loads(capsys.readouterr().out)
-    own = ["quantize", "measure"]
-    assert [step["kind"] for step in planned["steps"]] == ["fetch", "baseline", *own, *own]
-    assert not output.exists()
-    assert main.main(argv) == 0
-    first = capsys.readouterr()
-    assert [(row["point"], row["kind"], row["status"]) for row in rows(output)] == [
-        ("max", "texts", "measured"),
-        ("mse", "texts", "measured"),
-    ]
-    assert float(rows(output)[1]["kl_ratio"]) < 1.2
-    assert "recommended" in first.out
-    [run] = output.glob("sweeps/*/runs/*")
-    assert {path.name for path in (run / "mse").iterdir()} == {"quantize", "measure"}
-    for stage in (run / "mse").iterdir():
-        assert {path.name for path in stage.iterdir()} >= {"recipe.yaml", "run.sh", "run.log"}
-    assert list((run / "mse" / "measure").glob("*-evaluate-checkpoint-*.log"))
-    assert len(list((output / "snapshot").iterdir())) == 1
-
-    assert main.main(argv) == 0, "all is there: nothing runs"
-    assert "begins" not in capsys.readouterr().err
     (tmp_path / "bad.jsonl").write_text("no json\n")
     bad = {"calibration.samples": 4, "calibration.data": str(tmp_path / "bad.jsonl")}
-    more = {"max": {}, "mse": {"quantization.algorithm": "mse"}, "FP8": {"quantization.format": "fp8"}, "bad": bad}
-    small(tmp_path, rounding=more)
-    assert main.main(argv) == 1, "one fails, the others are measured"
+    argv = ["sweep", str(small(tmp_path, rounding={"max": {}, "bad": bad})), "--output", str(output)]
+    assert main.main([*argv, "--dry-run", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    shared, own = ["fetch", "baseline"], ["quantize", "measure"]
+    assert [step["kind"] for step in planned["steps"]] == [*shared, *own, "calibrate", *own]
+    assert not output.exists()
+    assert main.main(argv) == 1, "one fails, the other is measured"
+    first = capsys.readouterr()
+    began = [line.split()[0] for line in first.err.splitlines() if line.endswith(" begins")]
+    assert sorted(began) == sorted([*shared, *own, "calibrate"])
+    assert "bad/calibrate failed" in first.err
+    assert "recommended" in first.out
+    assert [(row["point"], row["kind"], row["status"]) for row in rows(output)] == [
+        ("max", "texts", "measured"),
+        ("bad", "", "failed"),
+    ]
+    assert "bad.jsonl" in rows(output)[1]["why"]
+    [run] = output.glob("sweeps/*/runs/*")
+    assert {path.name for path in (run / "max").iterdir()} == {"quantize", "measure"}
+    for stage in (run / "max").iterdir():
+        assert {path.name for path in stage.iterdir()} >= {"recipe.yaml", "run.sh", "run.log"}
+    assert list((run / "max" / "measure").glob("*-evaluate-checkpoint-*.log"))
+    assert "--force quantize" in (run / "max" / "quantize" / "run.sh").read_text()
+    assert len(list((output / "snapshot").iterdir())) == 1
+
+    small(tmp_path, rounding={"max": {}, "mse": {"quantization.algorithm": "mse"}})
+    assert main.main(argv) == 0
     said = capsys.readouterr().err
     assert [line.split()[1] for line in said.splitlines() if line.endswith(" begins")] == [
-        "fp8/quantize",
-        "bad/calibrate",
-        "fp8/measure",
+        "mse/quantize",
+        "mse/measure",
     ]
-    assert "bad/calibrate failed" in said
     found = {row["point"]: row for row in rows(output)}
     assert {name: row["status"] for name, row in found.items()} == {
         "max": "measured",
         "mse": "measured",
-        "fp8": "measured",
         "bad": "failed",
     }
-    assert "bad.jsonl" in found["bad"]["why"]
+    assert float(found["mse"]["kl_ratio"]) < 1.2
     assert "<svg" in next(output.glob("sweeps/*/report.html")).read_text()
-    for more_words, made in (([], "nothing to do"), (["--force", "quantize"], "making")):
-        script = ["sh", str(run / "mse" / "quantize" / "run.sh"), *more_words]
-        again = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+
+    assert main.main(argv) == 0, "all is there: nothing runs"
+    assert "begins" not in capsys.readouterr().err
+    [fetch] = run.glob("fetch-*/run.sh")
+    for more_words, made in (([], "nothing to do"), (["--force", "fetch"], "making")):
+        again = subprocess.run(["sh", str(fetch), *more_words], capture_output=True, text=True, cwd=tmp_path)
         assert again.returncode == 0, again.stderr
-        assert [line for line in again.stderr.splitlines() if line.startswith("checkpoint ") and made in line]
-    assert "--force quantize" in Path(script[1]).read_text()
+        assert [line for line in again.stderr.splitlines() if line.startswith("snapshot ") and made in line]
+    assert "--force fetch" in fetch.read_text()
 
 
 @pytest.mark.slow
