@@ -24,7 +24,7 @@ from builder.core.store import EVALUATION, STAGES, Artifact, strings, upstream
 from builder.publish import build_record, versions
 
 ANY_FORMAT = tuple(range(1, manifests.FORMAT + 1))
-INPUTS = ("texts", "task_names")  # stages of EVALUATION that are inputs of measurements, not measurements
+INPUTS = ("adapter", "texts", "task_names")  # stages of EVALUATION that are inputs, not measurements
 MEASUREMENTS = frozenset((*EVALUATION, "smoke")) - set(INPUTS)
 
 

@@ -38,9 +38,10 @@ MARKER = ".trtllm-builder-store"  # a file in the root; `builder clean` refuses 
 STAGES = ("snapshot", "transform", "calibration", "checkpoint", "layouts", "ranks", "engine", "repository", "smoke")
 # Measurements beside the chain of stages: scores of one runner on a data set and on a task, and the tables of all
 # scores; the loss of each layer and the layers selected by it, of one checkpoint or mixed from two; the quality check
-# of a build and its verdict.
+# of a build and its verdict. Also LoRA adapters that were downloaded, which only some builds have.
 _LAYERS = ("sensitivity", "selection", "proxy", "parts", "mixtures")
 EVALUATION = (
+    "adapter",
     "texts",
     "task_names",
     "scores",

@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 
 from tritonclient.grpc import service_pb2
 
-from builder.core.safetensors_io import Tensors
 from builder.gateway.settings import Model
 from builder.grammar.guides import Guide
+from builder.triton import adapter_files
 
 FINAL = "triton_final_response"
 # Greedy with log-probabilities: with runtime_top_k 1 TensorRT-LLM normalizes over the single candidate and reports 0
 # (samplingTopKKernels.cu, normalize_log_probs). A top-p this small leaves the most likely token only, unnormalized.
 MOST_LIKELY = 1e-6
-ADAPTER_KINDS = {"F16": "FP16", "BF16": "BF16", "F32": "FP32", "I32": "INT32"}  # safetensors' names: Triton's
 COLDEST = 1e-5  # a lower temperature is greedy: logits divided by it would exceed what 32 bits can tell apart
 
 
@@ -90,9 +89,8 @@ def encode(model: Model, request: TokenRequest, request_id: str, adapter: Iterab
 
 
 def read_adapter(model: Model) -> list[Tensor]:
-    """The tensors of the model's LoRA adapter, from its file: up to some hundred MB."""
-    tensors = Tensors(model.adapters[model.adapter].file.parent, [model.adapters[model.adapter].file])
-    return [Tensor(name, ADAPTER_KINDS[info.dtype], info.shape, tensors.read(name)) for name, info in tensors.items()]
+    """The tensors of the model's LoRA adapter, from its file."""
+    return [Tensor(*one) for one in adapter_files.read(model.adapters[model.adapter].file)]
 
 
 def encode_stop(model: Model, request_id: str) -> Any:

@@ -11,7 +11,7 @@ from builder.core.safe_text import quoted
 from builder.formats.base import NumberFormat
 from builder.lora.adapter import MERGE, Adapter
 from builder.lora.modules import sizes
-from builder.lora.tensors import nbytes
+from builder.lora.tensors import check_size, nbytes
 
 
 def check_fits(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> None:
@@ -38,13 +38,14 @@ def _other_model(adapter: Adapter, why: str) -> UsageError:
 
 
 def check_engine(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> None:
-    """UnsupportedError for an adapter that the C++ backend would read wrongly.
+    """UnsupportedError for an adapter that is too large for a request, or that the C++ backend would read wrongly.
 
     It takes attention's output projection for a layer from hidden_size to hidden_size
     (tensorrt_llm/runtime/loraModule.cpp@2a9abd95, createLoraModules: kATTN_DENSE).
     """
     inputs, hidden = sizes(config)["o_proj"]
     for adapter in adapters:
+        check_size(adapter)
         if "o_proj" in adapter.modules and inputs != hidden:
             raise UnsupportedError(
                 f"The adapter {adapter.name} changes o_proj, which has {inputs} inputs in this model, and TensorRT-LLM "

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from builder.core.safetensors_io import Tensors
 from builder.recipe.target_facts import ENGINE, TargetFacts, target_facts
 from builder.serving.client import Client, Endpoint, Raw, Request, Response, ServerError
 from builder.serving.smoke_prompts import (
@@ -26,10 +25,10 @@ from builder.serving.smoke_prompts import (
     difference,
     short,
 )
+from builder.triton import adapter_files
 
 # What an error message for clients must not contain: tracebacks, file names and paths, memory addresses.
 LEAK = re.compile(r"Traceback|File \"|\.(?:py|cc|cpp|cu|so)\b|(?<![\w:/])/(?:[\w.+-]+/)+[\w.+-]+|\b0x[0-9a-f]{6,}")
-KINDS = {"F16": "FP16", "BF16": "BF16", "F32": "FP32", "I32": "INT32"}  # safetensors' names of types: Triton's
 REPLACEMENT = "\ufffd"
 READY = "server and models ready"
 
@@ -184,8 +183,7 @@ class Checks:
         for name, one in self.facts["adapter_files"].items():
             file = self.models / self.facts["models"]["engine"] / one["file"]
             number = Raw("lora_task_id", "UINT64", (1,), int(one["task_id"]).to_bytes(8, "little"))
-            tensors = Tensors(file.parent, [file])
-            brought = [Raw(key, KINDS[info.dtype], info.shape, tensors.read(key)) for key, info in tensors.items()]
+            brought = [Raw(*tensor) for tensor in adapter_files.read(file)]
             found = [self.client.engine_tokens([1], 2, adapter) for adapter in ([number, *brought], [number])]
             if found[0] != found[1] or len(found[0]) != 2:
                 raise CheckFailed(f"with {name} the engine generated {found[0]}, and then {found[1]}")

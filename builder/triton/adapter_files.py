@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from builder.core.errors import IntegrityError
+from builder.core.safetensors_io import Tensors
 from builder.lora import cache, tensors
 from builder.trtllm.compatibility import LOGITS_TYPES
 
 if TYPE_CHECKING:
     from builder.lora.adapter import Adapter
 
+KINDS = {"F16": "FP16", "BF16": "BF16", "F32": "FP32", "I32": "INT32"}  # safetensors' names of types: Triton's
 DIRECTORY = "1/adapters"  # relative to the model's directory, so that the model can be renamed
 
 
@@ -59,3 +61,10 @@ def write(model: Path, adapters: Sequence[Adapter], config: Mapping[str, Any]) -
         tensors.write(adapter, dtype, model / file)
         found[adapter.name] = {"file": file, "task_id": tensors.task_id(adapter.digest, dtype)}
     return {"adapters": list(found), "adapter_files": found}
+
+
+def read(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
+    """The inputs with which a request brings the adapter of a file, up to some hundred MB: name, Triton's data type,
+    shape without the batch dimension, and content."""
+    found = Tensors(file.parent, [file])
+    return ((name, KINDS[info.dtype], tuple(info.shape), found.read(name)) for name, info in found.items())

@@ -213,6 +213,14 @@ def test_o_proj_of_wide_attention_is_refused(tmp_path: Path) -> None:
     model_checks.check_engine([opened(tmp_path / "two", kinds=["q_proj"])], wide)
 
 
+def test_an_adapter_that_no_request_can_bring_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the engine only: TensorRT-LLM's LLM class reads the files itself."""
+    one = opened(tmp_path)
+    monkeypatch.setattr(tensors, "LARGEST", tensors.nbytes(one) - 1)
+    with pytest.raises(UnsupportedError, match=r"The adapter sql takes .* as an input"):
+        model_checks.check_engine([one], CONFIG)
+
+
 def test_an_engine_has_q_k_and_v_together() -> None:
     assert modules.enabled(["v_proj"]) == ["q_proj", "k_proj", "v_proj"]
     assert modules.enabled(["down_proj", "gate_proj"]) == ["gate_proj", "down_proj"]
