@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -74,7 +74,8 @@ class Gateway:
         asked = requests.parse(ChatRequest, await self._body(request), self._model)
         guided_calls.check(asked, self._model(asked.model))
         served = self._begin(request, asked.model, asked.n)
-        return await self._talk(request, asked, _reply(ChatReply, "chatcmpl-", asked, served))
+        reply = _reply(ChatReply, "chatcmpl-", asked, served)
+        return await _unless_left(request, self._talk(request, asked, reply))
 
     async def responses(self, request: Request) -> ASGIApp:
         """POST /v1/responses."""
@@ -83,11 +84,13 @@ class Gateway:
         requests.check(asked, self._model(asked.model))
         guided_calls.check(asked, self._model(asked.model))
         served = self._begin(request, asked.model, 1)
-        return await self._talk(request, asked, ResponsesReply(f"resp_{uuid.uuid4().hex}", sent, served.name))
+        reply = ResponsesReply(f"resp_{uuid.uuid4().hex}", sent, served.name)
+        return await _unless_left(request, self._talk(request, asked, reply))
 
     async def _talk(self, request: Request, asked: ChatRequest, reply: Reply) -> ASGIApp:
         served: Served = request.state.served
-        prompt = await served.prompts.conversation(chat_rules.conversation(asked, served.model))
+        size = request.state.record.body
+        prompt = await served.prompts.conversation(chat_rules.conversation(asked, served.model), size)
         limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
         rules = chat_rules.text_rules(asked, served.model, opened=prompt.opened)
         guide = await guided_calls.guide(asked, served.model, served.guides, opened=prompt.opened)
@@ -100,7 +103,13 @@ class Gateway:
         if not prompts or len(prompts) * asked.n > self.settings.limits.choices:
             most = self.settings.limits.choices
             raise invalid(f"prompt and n ask for {len(prompts) * asked.n} answers; 1 to {most} are possible.", "prompt")
-        served = self._begin(request, asked.model, len(prompts) * asked.n)
+        self._begin(request, asked.model, len(prompts) * asked.n)
+        return await _unless_left(request, self._complete(request, asked, prompts))
+
+    async def _complete(
+        self, request: Request, asked: CompletionRequest, prompts: Sequence[str | list[int]]
+    ) -> ASGIApp:
+        served: Served = request.state.served
         ids = [
             await served.prompts.text(one, "prompt") if isinstance(one, str) else served.prompts.ids(one, "prompt")
             for one in prompts
@@ -160,7 +169,7 @@ class Gateway:
         job = Job(reply, made, asked.n, prompts.rules, prompts.echoes)
         if asked.stream:
             return EventStream(lambda outbox: served.jobs.stream(job, record, outbox), self.settings.limits)
-        return _json(await _unless_left(request, served.jobs.whole(job, record)))
+        return _json(await served.jobs.whole(job, record))
 
     async def _body(self, request: Request) -> bytes:
         """The request's body. ApiError if it is too large, or does not arrive in time; ClientGone."""
@@ -183,6 +192,7 @@ class Gateway:
             raise ApiError(408, f"The body did not arrive within {limits.header_seconds:.0f} s.") from None
         except ClientDisconnect:
             raise ClientGone from None
+        request.state.record.body = size
         return b"".join(parts)
 
     def _model(self, name: str) -> Model:
@@ -237,8 +247,8 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[
     return [ids] if ids else [one for one in prompt if not isinstance(one, int)]
 
 
-async def _unless_left(request: Request, work: Any) -> Any:
-    """The result of the work, which is cancelled if the client leaves first (ClientGone)."""
+async def _unless_left(request: Request, work: Coroutine[Any, Any, ASGIApp]) -> ASGIApp:
+    """The result of the work, which is cancelled if the client leaves first (ClientGone), also while it waits."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(left(request.receive))
     try:

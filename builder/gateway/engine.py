@@ -106,10 +106,11 @@ class Engine:
     async def _finished(self, answer: _Answer, request_id: str) -> None:
         try:
             while not answer.done.done():
-                await asyncio.wait({answer.done}, timeout=min(self._silent_seconds, LONGEST_WAIT))
-                if not answer.done.done() and time.monotonic() - answer.last_response > self._silent_seconds:
+                silent = max(time.monotonic() - answer.last_response, 0)  # 0 before the first response
+                if silent >= self._silent_seconds:
                     message = f"The model server sent nothing for {self._silent_seconds:g} s."
                     raise ApiError(504, message, code="timeout")
+                await asyncio.wait({answer.done}, timeout=min(self._silent_seconds - silent, LONGEST_WAIT))
             answer.done.result()
         finally:
             self._abandon(answer, request_id)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from builder.core import workers
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.settings import Guided, Model
-from builder.gateway.turns import Turns
+from builder.gateway.turns import Turns, completed
 from builder.grammar import json_schema, tool_calls
 from builder.grammar.errors import GrammarError
 from builder.grammar.guides import Guide
@@ -150,7 +150,7 @@ class Guides:
 
     async def _made(self, make: Callable[[], str], param: str) -> Guide:
         try:
-            text = await asyncio.to_thread(make)
+            text = await completed(asyncio.to_thread(make))
         except (GrammarError, RecursionError) as error:
             raise invalid(f"The schema can't be used: {error}", param, "invalid_schema") from None
         return await self._checked(text, param)
@@ -161,7 +161,8 @@ class Guides:
         key = hashlib.sha256(text.encode()).digest()
         why = self._verdicts.get(key)
         if why is None:
-            why = await asyncio.get_running_loop().run_in_executor(self._thread, self._compile, text)
+            work = asyncio.get_running_loop().run_in_executor
+            why = await completed(work(self._thread, self._compile, text))
             self._verdicts[key] = why
             if len(self._verdicts) > REMEMBERED:
                 self._verdicts.popitem(last=False)

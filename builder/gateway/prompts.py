@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from builder.gateway.chat_forms import ReasoningForm
 from builder.gateway.errors import ApiError, invalid
 from builder.gateway.settings import Model
-from builder.gateway.turns import Turns
+from builder.gateway.turns import Turns, completed
 from builder.tokenizer.chat_template import Renderer, TemplateProblem
 from builder.tokenizer.control_tokens import ControlTokens
 from builder.tokenizer.special_tokens import prefix_ids, without_repeated_prefix
@@ -60,8 +60,11 @@ class Prompts:
         self._thread.submit(self._stop).result()
         self._thread.shutdown()
 
-    async def conversation(self, talk: Conversation) -> Prompt:
-        """The prompt of a conversation up to where the assistant answers. ApiError if the template rejects it."""
+    async def conversation(self, talk: Conversation, size: int) -> Prompt:
+        """The prompt of a conversation up to where the assistant answers. ApiError if the template rejects it.
+
+        size: the bytes of the request, all of which its template may get. Larger ones let smaller ones go first.
+        """
         if self._model.template is None:
             raise invalid("This model has no chat template. Use /v1/completions.", "messages")
         mark = ""
@@ -69,8 +72,8 @@ class Prompts:
             talk, mark = self._protected(talk)
         work = asyncio.get_running_loop().run_in_executor
         try:
-            async with self._turns.turn(_size(talk)):
-                text = await work(self._thread, self._render, talk)
+            async with self._turns.turn(size):
+                text = await completed(work(self._thread, self._render, talk))
         except TemplateProblem as problem:
             message = f"The model's chat template {problem}".replace(mark, "")
             # Only a template that rejects the conversation, or needs too much for it, is the client's matter.
@@ -159,11 +162,6 @@ class Prompts:
         if self._renderer is not None:
             self._renderer.__exit__()
             self._renderer = None
-
-
-def _size(talk: Conversation) -> int:
-    """The characters of a conversation and its tools, roughly."""
-    return sum(len(str(message.get("content", ""))) for message in talk.messages) + sum(map(len, map(str, talk.tools)))
 
 
 def _open(text: str, form: ReasoningForm, *, continued: bool) -> bool:

@@ -33,6 +33,7 @@ class Record:
     code: str = ""
     detail: str = ""
     model: str = ""
+    body: int = 0  # bytes
     release: Callable[[], None] = lambda: None  # called when the request has ended
 
     @property

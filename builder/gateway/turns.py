@@ -1,21 +1,25 @@
 """Turns for work that is done for one request at a time: chat templates, grammars.
 
 The smallest waiting request comes next, and if too many wait, the largest is refused, so that large requests hold up
-neither small ones nor the answers in progress.
+neither small ones nor the answers in progress. Every eighth turn is that of the request that has waited longest, so
+that small ones can't keep a large one waiting until it is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 
 from builder.gateway.errors import ApiError
 
 MOST_WAITING = 64
 SECONDS = 10.0  # that a request waits for its turn
+OLDEST = 8  # of so many turns in a row one is that of the oldest request
+
+Result = TypeVar("Result")
 
 _Waiting = tuple[int, int, "asyncio.Future[None]"]  # size, order of arrival, done when it is its turn
 
@@ -28,6 +32,7 @@ class Turns:
         self._busy = False
         self._waiting: list[_Waiting] = []
         self._numbers = itertools.count()
+        self._passed = 0  # turns
 
     @asynccontextmanager
     async def turn(self, size: int) -> AsyncIterator[None]:
@@ -42,7 +47,7 @@ class Turns:
 
     async def _wait(self, size: int) -> None:
         mine = (size, next(self._numbers), asyncio.get_running_loop().create_future())
-        heapq.heappush(self._waiting, mine)
+        self._waiting.append(mine)
         if len(self._waiting) > MOST_WAITING:
             largest = max(self._waiting)
             self._remove(largest)
@@ -62,16 +67,30 @@ class Turns:
     def _next(self) -> None:
         """Passes the turn on."""
         while self._waiting:
-            _, _, future = heapq.heappop(self._waiting)
-            if not future.done():
-                future.set_result(None)
+            oldest = self._passed % OLDEST == OLDEST - 1
+            following = min(self._waiting, key=(lambda one: one[1]) if oldest else None)
+            self._remove(following)
+            if not following[2].done():
+                self._passed += 1
+                following[2].set_result(None)
                 return
         self._busy = False
 
     def _remove(self, one: _Waiting) -> None:
         if one in self._waiting:
             self._waiting.remove(one)
-            heapq.heapify(self._waiting)
 
     def _refused(self) -> ApiError:
         return ApiError(429, f"Too many requests wait for {self._what}. Try again later.", code="too_many_requests")
+
+
+async def completed(work: Awaitable[Result]) -> Result:
+    """The result of work in a thread. If this task is cancelled, it ends after the work, which nothing can stop: the
+    turn is over only then."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            await task
+        raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +18,7 @@ from builder.gateway import turns
 from builder.gateway.errors import ApiError
 from builder.gateway.turns import Turns
 from tests.gateway.conftest import MODEL, Serve
+from tests.gateway.test_limits import connect, eventually, head, in_progress, metric
 
 SLOW = "slow" + "x" * 1000
 # Takes some tenths of a second for such a message, and no time for others.
@@ -53,9 +56,69 @@ async def run(sizes: list[int], cancelled: list[int]) -> list[tuple[int, int]]:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.lists(st.integers(0, 19), max_size=4))
 def test_the_smallest_comes_next_and_the_turn_is_never_lost(sizes: list[int], cancelled: list[int]) -> None:
     gone = {number % len(sizes) for number in cancelled}
-    assert asyncio.run(run(sizes, cancelled)) == sorted(
-        (size, number) for number, size in enumerate(sizes) if number not in gone
-    )
+    waiting = [(size, number) for number, size in enumerate(sizes) if number not in gone]
+    had = asyncio.run(run(sizes, cancelled))
+    assert len(had) == len(waiting)
+    for turn, one in enumerate(had, 1):
+        assert one == (min(waiting) if turn % turns.OLDEST else min(waiting, key=lambda one: one[1]))
+        waiting.remove(one)
+
+
+def test_small_requests_do_not_starve_a_large_one() -> None:
+    """As many small ones as end keep coming."""
+    shared, before = Turns("tests"), 0
+
+    async def small() -> None:
+        nonlocal before
+        while not large.done():
+            async with shared.turn(1):
+                await asyncio.sleep(0)
+                before += 1
+
+    async def once() -> None:
+        async with shared.turn(10**6):
+            pass
+
+    async def main() -> None:
+        nonlocal large
+        async with shared.turn(0):
+            large = asyncio.ensure_future(once())
+            others = [asyncio.ensure_future(small()) for _ in range(4)]
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await asyncio.gather(large, *others)
+
+    large: asyncio.Future[None]
+    asyncio.run(main())
+    assert before <= turns.OLDEST + 4
+
+
+def test_work_in_a_thread_keeps_its_turn_if_its_client_leaves() -> None:
+    async def main() -> None:
+        shared, working, go_on = Turns("tests"), threading.Event(), threading.Event()
+
+        def work() -> None:
+            working.set()
+            assert go_on.wait(10)
+
+        async def one() -> None:
+            async with shared.turn(1):
+                await turns.completed(asyncio.to_thread(work))
+
+        async def another() -> bool:
+            async with shared.turn(1):
+                return go_on.is_set()
+
+        task, following = asyncio.ensure_future(one()), asyncio.ensure_future(another())
+        await asyncio.to_thread(working.wait, 10)
+        task.cancel()
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        go_on.set()
+        assert await following, "its turn came after the work"
+        assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
+
+    asyncio.run(main())
 
 
 def test_if_too_many_wait_the_largest_are_refused() -> None:
@@ -105,3 +168,20 @@ def test_small_conversations_are_answered_while_many_large_ones_wait(serve_with:
         assert set(small) == {200}
         assert took < 10, "each waits for one large conversation at most"
         assert {one.result() for one in large} <= {200, 400, 429}, "400: the template took too long"
+
+
+def test_those_that_leave_while_they_wait_are_forgotten_at_once(serve_with: Serve) -> None:
+    """Whether their conversation is in its text or in a variable of the template."""
+    gateway = serve_with(TEMPLATE)
+    talk = [{"role": "user", "content": SLOW}]
+    body = json.dumps({"model": MODEL, "messages": talk, "max_tokens": 1}).encode()
+    connections = [connect(gateway) for _ in range(60)]
+    for connection in connections:
+        connection.sendall(head(len(body), path="/v1/chat/completions") + body)
+    assert eventually(lambda: in_progress(gateway) > 40)
+    for connection in connections:
+        connection.close()
+    left = time.monotonic()
+    assert eventually(lambda: in_progress(gateway) == 0)
+    assert time.monotonic() - left < 5, "not after the 10 s that each waits for its turn"
+    assert metric(gateway, "gateway_cancelled_total") > 40
