@@ -172,27 +172,29 @@ class Gateway:
         return _json(await served.jobs.whole(job, record))
 
     async def _body(self, request: Request) -> bytes:
-        """The request's body. ApiError if it is too large, or does not arrive in time; ClientGone."""
-        limits = self.settings.limits
+        """The request's body. ApiError if it, or all bodies, are too large, or if it arrives too slowly; ClientGone."""
+        limits, admission = self.settings.limits, self.served.admission
+        record: Record = request.state.record
+        record.releases.append(lambda: admission.forget(record.body))
         kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, f"The content type is {kind[:100]}; it must be application/json.")
         too_large = ApiError(413, f"The body has more than {limits.body} bytes.", code="body_too_large")
         if int(request.headers.get("content-length", "0")) > limits.body:
             raise too_large
-        parts, size = [], 0
+        parts = []
         try:
             async with asyncio.timeout(limits.header_seconds):
                 async for part in request.stream():
                     parts.append(part)
-                    size += len(part)
-                    if size > limits.body:
+                    record.body += len(part)
+                    admission.keep(len(part))
+                    if record.body > limits.body:
                         raise too_large
         except TimeoutError:
             raise ApiError(408, f"The body did not arrive within {limits.header_seconds:.0f} s.") from None
         except ClientDisconnect:
             raise ClientGone from None
-        request.state.record.body = size
         return b"".join(parts)
 
     def _model(self, name: str) -> Model:
@@ -214,7 +216,7 @@ class Gateway:
             self.served.admission.leave(answers)
             served.end()
 
-        record.release = release
+        record.releases.append(release)
         return served
 
 

@@ -22,7 +22,8 @@ from builder.gateway.telemetry import Traces
 
 OPEN_PATHS = ("/health/", "/metrics")  # without an API key
 ROUTES = re.compile(r"/v1/(?:chat/completions|completions|responses|models)|/health/(?:live|ready)|/metrics")
-UNREAD = (401, 404, 405, 408, 413, 415)  # the body may not have been read, so the connection is closed
+# Statuses and a code after which the body may not have been read, so the connection is closed.
+UNREAD = (401, 404, 405, 408, 413, 415, "too_many_bytes")
 CLIENT_ID = re.compile(rb"[\w.:-]{1,64}")
 
 
@@ -65,7 +66,8 @@ class Front:
             detail = "".join(traceback.format_exception(error))
             await _respond(with_id, record, ApiError(500, "The gateway failed on this request.", detail=detail))
         finally:
-            record.release()
+            for release in record.releases:
+                release()
             self._finish(record, scope)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
@@ -105,7 +107,7 @@ async def _respond(send: Any, record: Record, error: ApiError) -> None:
         return
     body = json.dumps(error.body).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
-    if error.status in UNREAD:
+    if error.status in UNREAD or error.code in UNREAD:
         headers["Connection"] = "close"
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     try:

@@ -20,15 +20,16 @@ from builder.gateway.text_parts import Part
 
 
 class Admission:
-    """Counts the answers that were asked for and have not ended, and refuses more than the limit."""
+    """Counts the answers that were asked for and have not ended, and the bytes of requests, and refuses more than the
+    limits."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self.in_progress = 0
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.in_progress = self._bytes = 0
 
     def enter(self, answers: int) -> None:
         """Admits so many answers, until `leave`. ApiError (429) if there are too many."""
-        if self.in_progress + answers > self._limit:
+        if self.in_progress + answers > self._limits.requests:
             raise ApiError(
                 429, f"The server is busy with {self.in_progress} answers. Try again later.", code="too_many_requests"
             )
@@ -37,6 +38,16 @@ class Admission:
     def leave(self, answers: int) -> None:
         """They have ended, in whatever way."""
         self.in_progress -= answers
+
+    def keep(self, size: int) -> None:
+        """Counts bytes of a request, until `forget`. ApiError (429) if there are too many, also counted."""
+        self._bytes += size
+        if self._bytes > self._limits.bodies:
+            raise ApiError(429, "The server is busy with large requests. Try again later.", code="too_many_bytes")
+
+    def forget(self, size: int) -> None:
+        """A request with so many bytes has ended."""
+        self._bytes -= size
 
 
 @dataclass(frozen=True)

@@ -27,3 +27,8 @@ class Limits:
     stalled_seconds: float = 30.0
     stalled_bytes: int = 4 << 20
     choices: int = 128
+
+    @property
+    def bodies(self) -> int:
+        """The bytes of the bodies of all requests in progress: parsed, some take thirty times as much memory."""
+        return 32 * self.body

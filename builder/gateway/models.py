@@ -60,7 +60,7 @@ class Models:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.admission = Admission(limits.requests)
+        self.admission = Admission(limits)
         self._served: Mapping[str, Served] = {}
         self._retired: set[Served] = set()
 

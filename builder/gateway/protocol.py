@@ -34,12 +34,17 @@ class LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]  # mypy does not
 
     def data_received(self, data: bytes) -> None:
         """Parses data. A head that is too large ends the connection, even if the parser has not seen its end."""
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > self.limits.header + 65536:  # bodies may follow in the same piece
-                self._end(b"431 Request Header Fields Too Large", b"The request's headers are too large.")
-                return
+        self._completed = False
         super().data_received(data)
+        if self._in_head and not self._completed:  # so all of the piece belongs to the head
+            self._head_bytes += len(data)
+            if self._head_bytes > 2 * self.limits.header and not self.transport.is_closing():
+                self._end(b"431 Request Header Fields Too Large", b"The request's headers are too large.")
+
+    def on_message_complete(self) -> None:
+        """Called by the parser at the end of a request."""
+        super().on_message_complete()
+        self._completed = True
 
     def on_message_begin(self) -> None:
         """Called by the parser at the start of a request."""

@@ -34,7 +34,7 @@ class Record:
     detail: str = ""
     model: str = ""
     body: int = 0  # bytes
-    release: Callable[[], None] = lambda: None  # called when the request has ended
+    releases: list[Callable[[], None]] = field(default_factory=list)  # called when the request has ended
 
     @property
     def failed(self) -> bool:

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,36 @@ def test_a_client_that_never_reads_is_ended_and_memory_is_bounded(
         assert answers(own)
 
 
+def test_a_client_that_closes_its_half_of_the_connection_has_left(gateway: Running) -> None:
+    asked = body(prompt=SLOW, max_tokens=400)
+    with connect(gateway) as connection:
+        connection.sendall(head(len(asked)) + asked)
+        assert eventually(lambda: in_progress(gateway) == 1)
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+    assert eventually(lambda: in_progress(gateway) == 0)
+
+
+def test_the_bodies_of_all_requests_are_bounded(strict: Running) -> None:
+    """32 times that of one: those that arrive slowly count, too, and one that is refused is not awaited."""
+    with ExitStack() as stack:
+        connections = [stack.enter_context(connect(strict)) for _ in range(34)]
+        for connection in connections:
+            connection.sendall(head(20000) + b"x" * 19999)
+        assert eventually(lambda: sum(line.get("code") == "too_many_bytes" for line in strict.lines) >= 2)
+        assert {line["status"] for line in strict.lines if line.get("code") == "too_many_bytes"} == {429}
+        refused = 0
+        for connection in connections:
+            connection.settimeout(5)
+            received = b""
+            while part := connection.recv(4096):  # up to its end
+                received += part
+            refused += received.startswith(b"HTTP/1.1 429 ")
+            assert received.startswith((b"HTTP/1.1 429 ", b"HTTP/1.1 408 "))
+        assert refused == 2
+    assert answers(strict)
+
+
 def test_too_many_answers_get_429_with_retry_after(strict: Running) -> None:
     with strict.client(api_key=KEY) as client, ThreadPoolExecutor(4) as pool:
         slow = [
@@ -227,6 +258,15 @@ def test_large_bodies_and_headers(strict: Running) -> None:
     connection.sendall(chunked)
     assert status(connection) == 413
     assert answers(strict)
+
+
+def test_a_body_that_arrives_together_with_its_head_is_no_head(gateway: Running) -> None:
+    """uvloop passes on pieces of up to 256,000 bytes."""
+    asked = body(stop="x" * 200_000)
+    for _ in range(3):
+        connection = connect(gateway)
+        connection.sendall(head(len(asked)) + asked)
+        assert status(connection) == 400
 
 
 def test_headers_and_bodies_that_do_not_arrive(strict: Running) -> None:
