@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -336,12 +337,12 @@ def tests_of(repositories: Sequence[Artifact], everything: Sequence[Artifact], s
 
 def library_versions(*names: str) -> dict[str, str]:
     """{distribution name: installed version}, "absent" if it is not installed. Imports none of them."""
-    return {name: _version(name) for name in names}
+    return {name: _version(name, tuple(sys.path)) for name in names}
 
 
 @functools.cache
-def _version(name: str) -> str:
-    """metadata.version parses the distribution's description, which takes milliseconds."""
+def _version(name: str, path: tuple[str, ...]) -> str:
+    """Remembered for a `path` of modules: metadata.version parses the whole description, which takes milliseconds."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from builder.gateway.chat_forms import ReasoningForm
 from builder.gateway.text_parts import Part, beginning_at_end
+from builder.grammar.tool_calls import SPACE
 
 
 class Reasoning:
     """Reads an answer. `opened`: the prompt ends within the reasoning, so the answer begins in it.
 
-    White space around the reasoning is dropped. A reasoning that does not end is the whole answer. An answer that does
-    not begin with the opening text has none, whatever follows.
+    White space around the reasoning is dropped: what grammars take for it, so that a call is found where they allow one.
+    A reasoning that does not end is the whole answer. An answer that does not begin with the opening text has none,
+    whatever follows.
     """
 
     def __init__(self, form: ReasoningForm, *, opened: bool) -> None:
@@ -41,11 +43,11 @@ class Reasoning:
         """What was held back when the answer ended."""
         held, self._held = self._held, ""
         if self._within:
-            return self._part("reasoning", held.rstrip())
+            return self._part("reasoning", held.rstrip(SPACE))
         return self._part("content", held)
 
     def _first(self, text: str) -> list[Part]:
-        start, opening = text.lstrip(), self._form.opening
+        start, opening = text.lstrip(SPACE), self._form.opening
         if start.startswith(opening):
             self._within = self.found = True
             return self._inside(start[len(opening) :])
@@ -57,19 +59,19 @@ class Reasoning:
 
     def _inside(self, text: str) -> list[Part]:
         if self._fresh:
-            text = text.lstrip()
+            text = text.lstrip(SPACE)
         self._fresh = self._fresh and not text
         before, found, after = text.partition(self._form.closing)
         if found:
             self._within, self._fresh = False, True
-            return self._part("reasoning", before.rstrip()) + self._outside(after)
-        known = text[: len(text) - beginning_at_end(text, (self._form.closing,))].rstrip()
+            return self._part("reasoning", before.rstrip(SPACE)) + self._outside(after)
+        known = text[: len(text) - beginning_at_end(text, (self._form.closing,))].rstrip(SPACE)
         self._held = text[len(known) :]
         return self._part("reasoning", known)
 
     def _outside(self, text: str) -> list[Part]:
         if self._fresh:
-            text = text.lstrip()
+            text = text.lstrip(SPACE)
             self._fresh = not text
         return self._part("content", text)
 

@@ -195,6 +195,7 @@ def test_an_engines_files_can_hold_anything(tmp_path: Path, name: str) -> None:
         2,
         frozenset(compatibility.NEED_PAGED_FMHA),
         {"context_logits": "x"},
+        "",
         True,
         True,
         {},

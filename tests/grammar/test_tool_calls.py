@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder.gateway.chat_forms import THINK, TOOL_CALL_FORMS, ToolCallForm
@@ -89,6 +89,7 @@ def found(form: ToolCallForm, text: str, *, begun: str = "", parser: Reasoning |
 
 @settings(deadline=None, max_examples=200)
 @given(name=st.sampled_from(sorted(FORMS)), seed=st.integers(0, 1 << 30), thinks=st.booleans(), opened=st.booleans())
+@example(name="llama3", seed=9060, thinks=True, opened=True)  # a control character before "{", after the reasoning
 def test_what_looks_like_a_call_is_a_valid_one(
     compiler: Compiler, name: str, seed: int, thinks: bool, opened: bool
 ) -> None:
