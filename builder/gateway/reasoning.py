@@ -10,8 +10,8 @@ from builder.grammar.tool_calls import SPACE
 class Reasoning:
     """Reads an answer. `opened`: the prompt ends within the reasoning, so the answer begins in it.
 
-    White space around the reasoning is dropped: what grammars take for it, so that a call is found where they allow one.
-    A reasoning that does not end is the whole answer. An answer that does not begin with the opening text has none,
+    White space around the reasoning is dropped: what grammars take for it, so a call is found where they allow one. A
+    reasoning that does not end is the whole answer. An answer that does not begin with the opening text has none,
     whatever follows.
     """
 

@@ -28,6 +28,11 @@ SOURCES = (
     "builder/serving/smoke.py",
     "builder/serving/smoke_checks.py",
     "builder/serving/smoke_prompts.py",
+    "builder/triton/adapter_files.py",
+    "builder/lora/adapter.py",
+    "builder/lora/cache.py",
+    "builder/lora/modules.py",
+    "builder/lora/tensors.py",
 )
 
 LIBRARIES = (

@@ -100,7 +100,7 @@ def test_a_kill_while_models_load_leaves_nothing(
     os.kill(pid, how)
     assert parent.wait(60) in (130, 1, -how)
     assert wait_for(lambda: not marked(run)), [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked(run)]
-    assert not [name for name in os.listdir(supervisor.SHM) if name.startswith(f"builder-{parent.pid}-")]
+    assert wait_for(lambda: not [one for one in os.listdir(supervisor.SHM) if one.startswith(f"builder-{parent.pid}-")])
     left = [
         path for path in temporary.rglob("*") if path.is_file() and path.name not in ("server.log", "lock", "failed")
     ]

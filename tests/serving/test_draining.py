@@ -118,11 +118,12 @@ def test_requests_that_wait_in_a_model_are_answered(server: Server) -> None:
     """Triton alone closes its gRPC port first, and tensorrt_llm_bls can't send them to the engine any more."""
     carried = stream_capacity.threads(LIMITS["max_batch_size"])
     with idle(server), ThreadPoolExecutor(carried + 12) as pool:
-        streams = [pool.submit(stream, server, text_input=SLOW, max_tokens=20, stream=True) for _ in range(carried + 8)]
+        # First: the ensemble's request is counted nowhere, and must be there when the server is stopped.
         whole = [
             pool.submit(generate, server, model, text_input=SLOW, max_tokens=40)
             for model in ("ensemble", "ensemble_infer")
         ]
+        streams = [pool.submit(stream, server, text_input=SLOW, max_tokens=20, stream=True) for _ in range(carried + 8)]
         deadline = time.monotonic() + 20
         while draining.in_progress(server.draining.requests) < carried + 9:
             assert time.monotonic() < deadline
