@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from builder.architectures import attention
+from builder.architectures import shapes
 
 
 class Module(NamedTuple):
@@ -36,18 +36,7 @@ QKV = ("q_proj", "k_proj", "v_proj")
 
 def sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """{Hugging Face's name: (inputs, outputs)} of the layers of a model, by its config.json or that of a checkpoint."""
-    hidden, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    size = attention.head_size(config)
-    heads, kv = size * int(config["num_attention_heads"]), size * attention.kv_heads(config)
-    return {
-        "q_proj": (hidden, heads),
-        "k_proj": (hidden, kv),
-        "v_proj": (hidden, kv),
-        "o_proj": (heads, hidden),
-        "gate_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-        "up_proj": (hidden, inner),
-    }
+    return {f"{role}_proj": (wide.size, high.size) for role, (high, wide) in shapes.linears(config).items()}
 
 
 def enabled(found: Iterable[str]) -> list[str]:

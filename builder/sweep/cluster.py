@@ -161,27 +161,28 @@ def _slots(resources: Mapping[str, float]) -> Slots:
 
 def _check(nodes: Mapping[str, Node]) -> None:
     other = {name: ray_task.differences(node.versions, ray_task.versions()) for name, node in nodes.items()}
-    wrong = [f"{name} has {text}" for name, text in other.items() if text]
-    if wrong:
-        raise UsageError(
-            "The nodes of the cluster do not have the same versions as this machine.",
-            why="\n".join(wrong[:SHOWN]),
-            hint="Install the same builder and packages on all of them: what one makes, others could not find.",
-        )
-    missing = [f"{name}: {', '.join(node.missing[:SHOWN])}" for name, node in nodes.items() if node.missing]
-    if missing:
-        raise UsageError(
-            "Nodes of the cluster lack files that this sweep needs.",
-            why="\n".join(missing[:SHOWN]),
-            hint="Start it in a directory that all nodes share, or ship the directory: ray job submit --working-dir .",
-        )
-    refused = [f"{name}: {node.refused}" for name, node in nodes.items() if node.refused]
-    if refused:
-        raise UsageError(
-            "Nodes of the cluster can't use the bucket.",
-            why="\n".join(refused[:SHOWN]),
-            hint="Set the bucket's credentials in the environment of `ray start` on each node.",
-        )
+    _refuse(
+        other,
+        "The nodes of the cluster do not have the same versions as this machine.",
+        "Install the same builder and packages on all of them: what one makes, others could not find.",
+    )
+    _refuse(
+        {name: ", ".join(node.missing[:SHOWN]) for name, node in nodes.items()},
+        "Nodes of the cluster lack files that this sweep needs.",
+        "Start it in a directory that all nodes share, or ship the directory: ray job submit --working-dir .",
+    )
+    _refuse(
+        {name: node.refused for name, node in nodes.items()},
+        "Nodes of the cluster can't use the bucket.",
+        "Set the bucket's credentials in the environment of `ray start` on each node.",
+    )
+
+
+def _refuse(problems: Mapping[str, str], what: str, hint: str) -> None:
+    """UsageError if a node has a problem; `problems` has "" for those without."""
+    found = [f"{name}: {text}" for name, text in problems.items() if text]
+    if found:
+        raise UsageError(what, why="\n".join(found[:SHOWN]), hint=hint)
 
 
 def _paths(points: Sequence[Point]) -> list[str]:

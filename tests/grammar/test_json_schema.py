@@ -19,20 +19,14 @@ from hypothesis import strategies as st
 
 from builder.grammar import json_schema, matching
 from builder.grammar.errors import GrammarError
-from builder.grammar.guides import TOKENIZER_STR, Guide
+from builder.grammar.guides import Guide
 from builder.grammar.matching import Compiler
-from builder.grammar.vocabulary_worker import ALPHABET, NEVER
-
-END, SIZE = 256, 288
+from tests.support.byte_tokens import END, SIZE, write_info
 
 
 @pytest.fixture(scope="module")
 def compiler_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("bytes") / "info.json"
-    vocabulary = ["" if byte in NEVER else ALPHABET[byte] for byte in range(256)]
-    content = {"encoded_vocab": [*vocabulary, "</s>"], "tokenizer_str": TOKENIZER_STR, "stop_token_ids": [END]}
-    file.write_text(json.dumps(content))
-    return file
+    return write_info(tmp_path_factory.mktemp("bytes") / "info.json")
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,11 @@ from builder.gateway.reasoning import Reasoning
 from builder.gateway.tool_calls import ToolCalls
 from builder.grammar import tool_calls
 from builder.grammar.errors import GrammarError
-from builder.grammar.guides import TOKENIZER_STR, Guide
+from builder.grammar.guides import Guide
 from builder.grammar.matching import Compiler
 from builder.grammar.tool_calls import SPACE, Answer, Begun, Function
-from builder.grammar.vocabulary_worker import ALPHABET, NEVER
+from tests.support.byte_tokens import END, SIZE, write_info
 
-END, SIZE = 256, 288
 ADD = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}},
@@ -45,11 +44,7 @@ LIKELY = [
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Compiler:
-    file = tmp_path_factory.mktemp("bytes") / "info.json"
-    vocabulary = ["" if byte in NEVER else ALPHABET[byte] for byte in range(256)]
-    content = {"encoded_vocab": [*vocabulary, "</s>"], "tokenizer_str": TOKENIZER_STR, "stop_token_ids": [END]}
-    file.write_text(json.dumps(content))
-    return Compiler(file, SIZE)
+    return Compiler(write_info(tmp_path_factory.mktemp("bytes") / "info.json"), SIZE)
 
 
 def drawn(compiler: Compiler, text: str, seed: int, *, most: int = 400) -> str | None:
