@@ -14,6 +14,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from byte_tokens import END, SIZE, write_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +22,6 @@ from builder.grammar import json_schema, matching
 from builder.grammar.errors import GrammarError
 from builder.grammar.guides import Guide
 from builder.grammar.matching import Compiler
-from tests.support.byte_tokens import END, SIZE, write_info
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+from byte_tokens import END, SIZE, write_info
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from builder.grammar.errors import GrammarError
 from builder.grammar.guides import Guide
 from builder.grammar.matching import Compiler
 from builder.grammar.tool_calls import SPACE, Answer, Begun, Function
-from tests.support.byte_tokens import END, SIZE, write_info
 
 ADD = {
     "type": "object",

@@ -145,7 +145,7 @@ def test_a_node_with_other_versions_is_refused(on: Cluster, tmp_path: Path) -> N
     other = replace(node, versions={**node.versions, "trtllm-builder": "0.0.9"})
     with pytest.raises(UsageError, match="same versions") as found:
         cluster._check({"10.0.0.7": other})
-    assert "10.0.0.7 has trtllm-builder 0.0.9" in found.value.why
+    assert "10.0.0.7: trtllm-builder 0.0.9" in found.value.why
 
 
 def test_files_that_nodes_lack_a_bucket_that_they_can_not_use_and_disks_of_their_own_are_named(
