@@ -53,28 +53,27 @@ class Turns:
             self._remove(largest)
             largest[2].set_exception(self._refused())
         try:
-            async with asyncio.timeout(SECONDS):
-                await mine[2]
-        except TimeoutError:
-            raise self._refused() from None
+            await asyncio.wait({mine[2]}, timeout=SECONDS)  # asyncio.timeout would lose a turn that comes at its end
         except asyncio.CancelledError:
-            if mine[2].done() and not mine[2].cancelled() and mine[2].exception() is None:
+            if mine[2].done() and mine[2].exception() is None:
                 self._next()  # the turn came with the cancellation
             raise
         finally:
             self._remove(mine)
+        if not mine[2].done():
+            raise self._refused()
+        mine[2].result()
 
     def _next(self) -> None:
         """Passes the turn on."""
-        while self._waiting:
-            oldest = self._passed % OLDEST == OLDEST - 1
-            following = min(self._waiting, key=(lambda one: one[1]) if oldest else None)
-            self._remove(following)
-            if not following[2].done():
-                self._passed += 1
-                following[2].set_result(None)
-                return
-        self._busy = False
+        if not self._waiting:
+            self._busy = False
+            return
+        oldest = self._passed % OLDEST == OLDEST - 1
+        following = min(self._waiting, key=(lambda one: one[1]) if oldest else None)
+        self._remove(following)
+        self._passed += 1
+        following[2].set_result(None)
 
     def _remove(self, one: _Waiting) -> None:
         if one in self._waiting:

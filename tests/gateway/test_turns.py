@@ -142,6 +142,31 @@ def test_nobody_waits_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(wait())
 
 
+def test_a_turn_that_comes_when_the_wait_ends_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "SECONDS", 0.05)
+
+    async def main() -> None:
+        shared, over = Turns("tests"), asyncio.Event()
+
+        async def hold() -> None:
+            async with shared.turn(0):
+                await over.wait()
+
+        async def wait() -> None:
+            async with shared.turn(0):
+                pass
+
+        tasks = [asyncio.ensure_future(hold()), asyncio.ensure_future(wait())]
+        await asyncio.sleep(0)
+        time.sleep(0.1)  # so that the loop finds the end of the turn and of the wait together
+        over.set()
+        await asyncio.gather(*tasks)
+        async with asyncio.timeout(1), shared.turn(0):
+            pass
+
+    asyncio.run(main())
+
+
 def test_small_conversations_are_answered_while_many_large_ones_wait(serve_with: Serve) -> None:
     """The large ones have all the answers that the gateway gives at once, but are worked on one at a time."""
     gateway = serve_with(TEMPLATE)
