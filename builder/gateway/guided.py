@@ -94,6 +94,14 @@ def check(request: Asked, model: Model) -> None:
             raise invalid(f"{name} can't be combined with {form.param}: a complete answer ends.", name)
 
 
+def _bounded(functions: Sequence[Function]) -> Sequence[Function]:
+    """Those functions; if their schemas are too large to be worked on, without those that need not be followed."""
+    sizes = [len(json.dumps(one.parameters)) for one in functions]
+    if max(sizes) <= LARGEST and sum(sizes) <= LARGEST_GRAMMAR:
+        return functions
+    return [one if one.strict else replace(one, parameters={}) for one in functions]
+
+
 def _checked_size(schema: Any, param: str) -> int:
     """The characters of a schema. ApiError if it is too large."""
     size = len(json.dumps(schema))
@@ -133,7 +141,11 @@ class Guides:
         """The guide of an answer with calls of these functions. ApiError as for `of`. `formed`: the form of an answer
         without calls."""
         param = formed.param if formed else "tools"
-        size = sum(_checked_size(one.parameters, "tools") for one in functions if one.strict)
+        functions = _bounded(functions)
+        size = sum(_checked_size(one.parameters, "tools") for one in functions)
+        if size > LARGEST_GRAMMAR:
+            message = f"The schemas have {size} characters; at most {LARGEST_GRAMMAR} are possible."
+            raise invalid(message, "tools", "schema_too_large")
         if formed:
             content, strict = formed.content
             size += _checked_size(content, param)

@@ -13,6 +13,8 @@ from typing import Any
 import openai
 import pytest
 
+from builder.gateway import guided
+from builder.grammar.tool_calls import Function
 from tests.gateway.conftest import MODEL, Running, Serve
 from tests.gateway.test_chat_parts import TEMPLATE
 
@@ -70,6 +72,8 @@ UNIQUE: Any = {"type": "object", "properties": {"a": {"type": "array", "uniqueIt
          "The schema can't be used: parameters of f: #/properties/a: uniqueItems is not supported here"),
         ({"tools": [tool("f", {"type": "array"}, strict=True)]}, "parameters of f: #: the type must be object"),
         ({"tools": [tool("f", {"enum": ["x" * 70_000]}, strict=True)]}, "The schema has 70014 characters"),
+        ({"tools": [tool(f"f{n}", {"enum": ["x" * 60_000]}, strict=True) for n in range(20)]},
+         "The schemas have 1200280 characters; at most 1048576 are possible."),
         ({"tools": [tool("f", UNIQUE, strict=True)], "extra_body": {"min_tokens": 5}},
          "min_tokens can't be combined with strict functions: a complete answer ends."),
     ],
@@ -87,6 +91,15 @@ def test_what_is_not_strict_is_not_refused(serve_with: Serve) -> None:
             for choice in ("auto", "required"):
                 made: Any = {"tools": [tool("f", parameters, strict=False)], "tool_choice": choice}
                 client.chat.completions.create(model=MODEL, messages=TALK, max_tokens=4, **made)
+
+
+def test_schemas_that_are_too_large_to_work_on_and_need_not_be_followed() -> None:
+    """An object of 8 MB would take half a minute."""
+    large = {"enum": ["x" * 60_000]}
+    free, strict = (Function("f", large, strict) for strict in (False, True))
+    assert guided._bounded([free] * 17) == [free] * 17
+    assert guided._bounded([free, strict] * 9) == [Function("f", {}, False), strict] * 9
+    assert guided._bounded([Function("f", {"enum": ["x" * 70_000]}, False)]) == [Function("f", {}, False)]
 
 
 def test_models_without_what_a_grammar_needs(serve_with: Serve) -> None:
