@@ -134,7 +134,8 @@ class Engine:
                 async with asyncio.timeout(STOP_SECONDS):  # a hung server does not answer the request to stop either
                     await self._stop(answer, request_id)
                     await answer.ended.wait()
-        # A model that does not stream takes no other request meanwhile; its only response is still to come.
+        # A model that does not stream can't end a request to stop without a response: Triton 24.10 crashed when one in
+        # Python did. Its only response is still to come, so its stream can be cancelled.
         if not answer.ended.is_set():
             answer.stream.cancel()
 

@@ -2,7 +2,8 @@
 
 grpc.aio wakes its event loop for each message, which costs more than everything that the gateway does with a token.
 Here one read of the socket brings the messages of all streams, and each is passed on by a function call. Messages that
-are compressed are refused. For the 128 messages of an answer h2 takes 1.2 CPU milliseconds by itself, the gateway 4.3.
+are compressed are refused. For the 128 messages of an answer h2 takes 1.2 CPU milliseconds by itself, the gateway 4.3
+to 5.3.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def _text(rules: Rules, marks: Mapping[str, str], *, ends: bool, first: str = ""
     contain that), and returns the name of the first. ends: it can end without. first: it can't begin with one of these.
 
     There is a rule for each beginning of a mark that the text may end with (the automaton of Aho and Corasick, 1975),
-    so that one rule applies at a time: a rule for all of the text takes xgrammar 40 ms a token, this one 5 us.
+    so that one rule applies at a time: a rule for all of the text takes xgrammar 0.2.9 45 ms a token, this one 6 us
+    (of a vocabulary of 49,000).
     """
     beginnings = {mark[:length] for mark in marks for length in range(len(mark))}
     names = {beginning: rules.name() for beginning in sorted(beginnings)}
