@@ -32,7 +32,7 @@ class Turns:
         self._busy = False
         self._waiting: list[_Waiting] = []
         self._numbers = itertools.count()
-        self._passed = 0  # turns
+        self._passed = 0  # turns of those that waited
 
     @asynccontextmanager
     async def turn(self, size: int) -> AsyncIterator[None]:
@@ -63,6 +63,7 @@ class Turns:
         if not mine[2].done():
             raise self._refused()
         mine[2].result()
+        self._passed += 1
 
     def _next(self) -> None:
         """Passes the turn on."""
@@ -72,7 +73,6 @@ class Turns:
         oldest = self._passed % OLDEST == OLDEST - 1
         following = min(self._waiting, key=(lambda one: one[1]) if oldest else None)
         self._remove(following)
-        self._passed += 1
         following[2].set_result(None)
 
     def _remove(self, one: _Waiting) -> None:
