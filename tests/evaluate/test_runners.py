@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from builder.core.errors import IntegrityError
+from builder.core.safetensors_io import NewTensor, Tensors, write
 from builder.evaluate.runners import local
 from builder.quantize import worker as quantizer
 
@@ -63,3 +65,11 @@ def test_scales_of_inputs_are_applied(job: dict[str, Any]) -> None:
 @pytest.mark.parametrize("job", ["qwen3_moe"], indirect=True)
 def test_a_mixture_s_checkpoint_has_the_same_logits_layer_by_layer(job: dict[str, Any]) -> None:
     assert torch.equal(logits("checkpoint", job), logits("checkpoint", {**job, "memory": "low"}))
+
+
+def test_a_layer_with_one_of_its_two_cache_scales_is_refused(tmp_path: Path) -> None:
+    name, one = "model.layers.1.self_attn", np.ones(1, "<f4").tobytes()
+    write(tmp_path / "made", [NewTensor(f"{name}.v_proj.v_scale", "F32", (1,), [one])])
+    stored = Tensors(tmp_path, [tmp_path / "made"])
+    with pytest.raises(IntegrityError, match=f"only v_scale of k_scale and v_scale of {name}"):
+        local.cache_scales(stored, {"kv_cache_quant_algo": "FP8"}, {"kv_cache_dtype": "fp8"})

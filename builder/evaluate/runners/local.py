@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from builder.checkpoint.layouts import hf_quant_config
-from builder.core.errors import NotMeasurable, UnsupportedError
+from builder.core.errors import IntegrityError, NotMeasurable, UnsupportedError
 from builder.core.safetensors_io import Tensors
 from builder.evaluate.datasets import Ids
 from builder.evaluate.runners import scoring
@@ -221,7 +221,8 @@ def cache_scales(stored: Tensors, quantization: Mapping[str, Any], job: Mapping[
     """{attention, as the checkpoint names it: its scales}, {} where the job or the checkpoint has no quantized cache.
 
     The job's `engine_cache`: the scales are those of an engine (KvCacheFormat.engine_scales), which may lie far from
-    the ones in the Hugging Face layout: an engine's FP8 cache has none below 1. What is measured is what is served."""
+    the ones in the Hugging Face layout: an engine's FP8 cache has none below 1. What is measured is what is served.
+    IntegrityError for a layer with one of its two scales."""
     cache = kv_cache.of_checkpoint(quantization.get("kv_cache_quant_algo"))
     if not (cache.quantized and kv_cache.get(job["kv_cache_dtype"]).quantized):
         return {}
@@ -230,6 +231,12 @@ def cache_scales(stored: Tensors, quantization: Mapping[str, Any], job: Mapping[
         module, _, leaf = key.rpartition(".")
         if leaf in ("k_scale", "v_scale"):
             found.setdefault(module.rpartition(".")[0], {})[leaf] = read(stored, key).reshape(())
+    if halves := [name for name, scales in found.items() if len(scales) < 2]:
+        raise IntegrityError(
+            f"The checkpoint has only {next(iter(found[halves[0]]))} of k_scale and v_scale of {halves[0]}.",
+            why="The quantized KV cache of a layer needs both.",
+            hint="Make or download the checkpoint again.",
+        )
     scales = {name: (both["k_scale"], both["v_scale"]) for name, both in found.items()}
     if job.get("engine_cache"):
         scales = {name: cache.engine_scales(*both) for name, both in scales.items()}
