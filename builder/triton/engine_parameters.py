@@ -44,17 +44,16 @@ def resolve(config: Mapping[str, Any], part: schema.Repository, path: str = "") 
         Parameter("max_beam_width", str(beams), "what the engine was built for", "build_config"),
         *(Parameter(name, text(getattr(part, name)), "repository." + name, "recipe") for name in OWN_KEYS),
         *_paged(build, part),
-        *(Parameter(name, value, why, LORA_CACHE) for name, value, why in _adapters(build, config)),
+        *(
+            Parameter(name, value, why, LORA_CACHE)
+            for name, value, why in cache.parameters(build, config.get("pretrained_config") or {})
+        ),
         Parameter("FORCE_CPU_ONLY_INPUT_TENSORS", "no", "the default, written down", "docs/model_config.md"),
     ]
     asked = [Parameter(name, value, PREFIX + name, "recipe") for name, value in part.parameters.items()]
     found = {one.name: one for one in [*derived, *asked]}
     _check(found, config, beams)
     return list(found.values())
-
-
-def _adapters(build: Mapping[str, Any], config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    return cache.parameters(build, config.get("pretrained_config") or {})
 
 
 def values(found: list[Parameter]) -> dict[str, str]:
