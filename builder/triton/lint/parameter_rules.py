@@ -22,8 +22,13 @@ def role(model: ModelFiles) -> str | None:
     if model.message.backend == "tensorrtllm" or runs_engine:
         return "tensorrt_llm"
     if model.message.backend == "python":
-        return next((name for name in TEXT if model.name == name or model.name.endswith(f"_{name}")), None)
+        return named(model.name, TEXT)
     return None
+
+
+def named(name: str, roles: Sequence[str]) -> str | None:
+    """Which of these names a model has, itself or after a prefix, as in a repository of several models."""
+    return next((one for one in roles if name == one or name.endswith(f"_{one}")), None)
 
 
 def is_unset(value: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from builder.triton.lint.findings import Finding
 from builder.triton.lint.model_files import ModelFiles
+from builder.triton.lint.parameter_rules import named
 from builder.triton.lint.positions import Field
 
 CALLERS = ("ensemble", "ensemble_infer", "tensorrt_llm_bls")
@@ -20,19 +21,15 @@ PARAMETERS = ("preprocessing_model_name", "tensorrt_llm_model_name")
 def check(models: Mapping[str, ModelFiles]) -> Iterator[Finding]:
     """All of them. Models belong together whose names have one prefix: chat_ensemble, chat_tensorrt_llm."""
     for caller in models.values():
-        role = _role(caller.name, CALLERS)
+        role = named(caller.name, CALLERS)
         if caller.message is None or role is None:
             continue
         prefix = caller.name.removesuffix(role)
         for at, name in _calls(caller):
-            own = f"{prefix}{_role(name, CALLED) or ''}"
+            own = f"{prefix}{named(name, CALLED) or ''}"
             if name in models and own in models and name != own:
                 said = f"it calls {name}, which belongs to another model"
                 yield caller.finding("step", at, said, f"Write {own}.")
-
-
-def _role(name: str, roles: tuple[str, ...]) -> str | None:
-    return next((role for role in roles if name == role or name.endswith(f"_{role}")), None)
 
 
 def _calls(caller: ModelFiles) -> Iterator[tuple[Field | None, str]]:
