@@ -16,6 +16,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CONFIDENCE = 0.95
+DRAWN = 1 << 17  # counts of texts that are drawn at a time: 1 MB
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,13 @@ def _totals(columns: Array, resamples: int, seed: int) -> Array:
 
     Equal seeds, equal draws: models are compared on the same texts."""
     generator, texts = np.random.default_rng(seed), len(columns)
-    drawn = (generator.multinomial(texts, np.full(texts, 1 / texts)) @ columns for _ in range(resamples))
-    return np.stack([columns.sum(axis=0), *drawn])
+    found, block = np.empty((1 + resamples, columns.shape[1])), max(1, DRAWN // texts)
+    found[0] = columns.sum(axis=0)
+    for first in range(1, 1 + resamples, block):
+        part = found[first : first + block]
+        counts = generator.multinomial(texts, np.full(texts, 1 / texts), size=len(part))
+        part[:] = (counts[:, np.newaxis] @ columns)[:, 0]  # row by row, so that no sum depends on the block
+    return found
 
 
 def _estimate(values: Array) -> Estimate:

@@ -185,7 +185,5 @@ def makespan(steps: Sequence[Step], takes: Mapping[str, Slots], whole: Slots, fo
     def job(step: Step) -> Job:
         return Job(step.name, (), takes[step.name], Path())
 
-    left = {step.name for step in steps}
-    ready = [Step(s.name, s.kind, s.points, tuple(need for need in s.needs if need in left)) for s in steps]
-    scheduler.run(ready, job, executor, lambda step: None, lambda outcome: None)
+    scheduler.run(steps, job, executor, lambda step: None, lambda outcome: None)
     return executor.now

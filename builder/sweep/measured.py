@@ -91,8 +91,9 @@ def read_so_far(point: Point, store: Store, failed: Mapping[Kind, str]) -> Resul
         found = read_eval(point, store) if point.measured else found
     if point.served:
         with suppress(WouldRun):
-            found = replace(found, served=served.read_build(point, store))
-            found = replace(found, served=served.read(point, store))
+            built = served.read_build(point, store)
+            found = replace(found, served=built)
+            found = replace(found, served=served.with_levels(built, point, store))
     rejected = found.served is not None and found.served.rejected
     whys = [why for kind, why in failed.items() if not (rejected and kind in ("build", "load"))]
     return replace(found, why="\n".join(whys))

@@ -74,7 +74,6 @@ class Node:
 
     versions: Mapping[str, str]
     host: Machine
-    cores: int
     missing: Sequence[str]
     refused: str = ""
 
@@ -101,7 +100,7 @@ def look(root: str, paths: Sequence[str], address: str) -> Node:
         except BuilderError as error:
             refused = f"{error.what} {error.why}"
     missing = [path for path in paths if not os.path.exists(path)]
-    return Node(versions(), machine(Path(root)), len(os.sched_getaffinity(0)), missing, refused)
+    return Node(versions(), machine(Path(root)), missing, refused)
 
 
 def run(common: Common, task: Task) -> Done:

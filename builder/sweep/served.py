@@ -39,7 +39,11 @@ class Served:
 
 def read(point: Point, store: Store) -> Served:
     """What the store has. WouldRun if the build or, unless it was rejected, its measurement is missing."""
-    found = read_build(point, store)
+    return with_levels(read_build(point, store), point, store)
+
+
+def with_levels(found: Served, point: Point, store: Store) -> Served:
+    """The verdict with the figures under load. WouldRun if they are missing and it was not rejected."""
     if found.rejected or point.load is None or found.link is None:
         return found
     levels = _levels(found.link, point.load, artifacts(store.root, check_files=False))

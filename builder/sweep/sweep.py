@@ -180,14 +180,18 @@ def run(
     logs = _new_run(directory / "runs") if planned.steps else directory
     found = {one.point.slug: one for one in planned.ready}
     failed: dict[str, dict[Kind, str]] = {}
+    left = Counter(step.points[0].slug for step in planned.steps if step.kind in graph.OWN)
     ratios: measured.Known = {}
 
     def settled(outcome: Outcome) -> None:
         if outcome.step.kind in graph.OWN:
             [point] = outcome.step.points
             why = outcome.why or f"It exited with {outcome.code} and said nothing."
-            failed.setdefault(point.slug, {}).update({} if outcome.ok else {outcome.step.kind: why})
-            found[point.slug] = measured.read_so_far(point, store, failed[point.slug])
+            failures = failed.setdefault(point.slug, {})
+            failures.update({} if outcome.ok else {outcome.step.kind: why})
+            left[point.slug] -= 1
+            whole = not (left[point.slug] or failures)
+            found[point.slug] = _result(point, store) if whole else measured.read_so_far(point, store, failures)
             write(planned, directory, found, ratios)
         note(outcome, logs)
         ended(outcome)
@@ -198,9 +202,9 @@ def run(
         with executor or LocalExecutor(planned.whole) as runs:
             jobs = _jobs(planned, store, logs)
             scheduler.run(planned.steps, jobs, runs, begun, settled)
-    for point in planned.points:
-        if point.slug in failed and not any(failed[point.slug].values()):
-            found[point.slug] = _result(point, store)
+    for slug, failures in failed.items():
+        if found[slug].why and not failures:  # a shared disk may show late what another machine wrote
+            found[slug] = _result(found[slug].point, store)
     return write(planned, directory, found, ratios)
 
 

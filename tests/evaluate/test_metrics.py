@@ -73,6 +73,14 @@ def test_the_interval_is_repeatable_and_within_the_texts(texts: list[tuple[int, 
     assert low - 1e-9 <= found.low <= found.high <= high + 1e-9
 
 
+@pytest.mark.parametrize("drawn", [1, 30, 1 << 17], ids=["one by one", "in blocks", "at once"])
+def test_resamples_do_not_depend_on_how_many_are_drawn_at_a_time(drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "DRAWN", drawn)
+    columns, generator = np.random.default_rng(1).random((7, 3)), np.random.default_rng(5)
+    expected = [generator.multinomial(7, np.full(7, 1 / 7)) @ columns for _ in range(50)]
+    assert np.array_equal(metrics._totals(columns, 50, 5), [columns.sum(axis=0), *expected])
+
+
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     """95 %: of 200 samples of 60 texts from a population whose mean is 3, between 88 and 100 % hold it."""
     generator = np.random.default_rng(1)
