@@ -12,11 +12,13 @@ from builder.sweep import results
 from builder.sweep.results import Row
 
 FIGURES = ("kl", "score", "ppl", "task", "tokens_per_second", "ttft")
+Rows = dict[tuple[str, str, str], Row]  # {(point, kind, name): row with a figure}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of both runs with the same point and data set or task, and the points that only one run has."""
+    """Rows of both runs with the same point and data set, task or concurrency; and what only one run has: points, and
+    of a point that both have "POINT (data set, task or concurrency)"."""
 
     both: Sequence[tuple[Row, Row]]
     only: Mapping[str, Sequence[str]]
@@ -25,16 +27,23 @@ class Comparison:
 def compare(first: Path, second: Path) -> Comparison:
     """UsageError for a directory without results."""
     one, other = _rows(first), _rows(second)
-    points = [{row["point"] for row in found.values()} for found in (one, other)]
-    only = {str(first): sorted(points[0] - points[1]), str(second): sorted(points[1] - points[0])}
+    only = {str(first): _only(one, other), str(second): _only(other, one)}
     return Comparison([(row, other[key]) for key, row in one.items() if key in other], only)
 
 
-def _rows(run: Path) -> dict[tuple[str, str, str], Row]:
+def _only(one: Rows, other: Rows) -> list[str]:
+    """What the first of two runs has and the second has not."""
+    theirs = {point for point, *_ in other}
+    alone = [key for key in one if key not in other]
+    return sorted({f"{point} ({name})" if point in theirs else point for point, _, name in alone})
+
+
+def _rows(run: Path) -> Rows:
     file = run / results.CSV if run.is_dir() else run
     if not file.is_file():
         raise UsageError(f"{run} holds no results of a sweep.", hint="Name a directory OUTPUT/sweeps/TITLE.")
-    return {(row["point"], row["kind"], row["name"]): row for row in results.read(file)}
+    measured = [row for row in results.read(file) if any(row.get(figure) is not None for figure in FIGURES)]
+    return {(row["point"], row["kind"], row["name"]): row for row in measured}
 
 
 def show(found: Comparison, out: Output) -> None:

@@ -163,14 +163,15 @@ def _with_ratio(one: Result, other: Result) -> dict[str, Mapping[str, Estimate]]
     return texts
 
 
-def effects(results: Sequence[Result]) -> dict[str, Estimate]:
+def effects(results: Sequence[Result], points: Sequence[Point] = ()) -> dict[str, Estimate]:
     """{"axis: label": the KL with that choice over the KL with the axis' first label}, over all texts: the geometric
-    mean of the pairs of points that differ in nothing else, with its interval over the texts."""
+    mean of the pairs of points that differ in nothing else, with its interval over the texts. points: as in
+    with_ratios."""
     measured = {tuple(one.point.labels.items()): one for one in results if one.sums}
     if not measured or any(LISTED in one.point.labels for one in results):
         return {}
     found = {}
-    first = results[0].point.labels
+    first = points[0].labels if points else results[0].point.labels
     for axis in first:
         for label in dict.fromkeys(one.point.labels[axis] for one in results):
             if label == first[axis]:

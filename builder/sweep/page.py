@@ -13,6 +13,7 @@ from builder.report.render import pages
 from builder.serving.benchmark import Level
 from builder.sweep import measured
 from builder.sweep.measured import Result
+from builder.sweep.points import Point
 
 LOADED = ["tokens/s", "TTFT"]
 
@@ -58,11 +59,11 @@ def _text(found: Estimate | None, digits: int, scale: float = 1) -> str:
     return value if low == high else f"{value} ({low} to {high})"
 
 
-def page(title: str, results: Sequence[Result], points: int) -> str:
-    """The page. points: of the sweep, of which these have ended."""
+def page(title: str, results: Sequence[Result], points: Sequence[Point]) -> str:
+    """The page. points: all of the sweep, of which these have ended."""
     axes = len(results[0].point.labels)
     head, rows = table(results)
-    facts = [f"{len(results)} of {points} points"]
+    facts = [f"{len(results)} of {len(points)} points"]
     failed = [(one.point.name, one.why.strip().splitlines()[-1]) for one in results if one.why.strip()]
     chosen = measured.recommended(results)
     template = pages().get_template("sweep.html.j2")
@@ -70,7 +71,7 @@ def page(title: str, results: Sequence[Result], points: int) -> str:
         title=title, model=", ".join(dict.fromkeys(one.point.recipe.model.id for one in results)), facts=facts,
         head=head, rows=[_parted(row, axes) for row in rows], axes=axes, failed=failed,
         joined=[one.point.name for one in measured.front(results)],
-        charts=_charts(results), front=_front(results), speed=_speed(results), effects=_effects(results),
+        charts=_charts(results), front=_front(results), speed=_speed(results), effects=_effects(results, points),
         best=[one.point.name for one in measured.front(results, served=True)],
         chosen=chosen and {"name": chosen[0].point.name, "why": chosen[1], "recipe": chosen[0].point.recipe_file},
     )  # fmt: skip
@@ -126,9 +127,9 @@ def _speed(results: Sequence[Result]) -> Markup | None:
     return Markup(scatter.scatter("speed", "KL to BF16 and throughput", spoken, spots))
 
 
-def _effects(results: Sequence[Result]) -> Markup | None:
+def _effects(results: Sequence[Result], points: Sequence[Point]) -> Markup | None:
     """The KL with each choice over that without it."""
-    found = measured.effects(results)
+    found = measured.effects(results, points)
     if not found:
         return None
     marks = [charts.Mark(name, one.value, _text(one, 2), one.low, one.high) for name, one in found.items()]

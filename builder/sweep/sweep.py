@@ -234,7 +234,7 @@ def write(planned: Planned, directory: Path, found: Mapping[str, Result], ratios
     ordered = measured.with_ratios(so_far, ratios, planned.points)
     if ordered:
         results.update(directory, ordered)
-        replace_file(directory / REPORT, page.page(planned.title, ordered, len(planned.points)))
+        replace_file(directory / REPORT, page.page(planned.title, ordered, planned.points))
     return ordered
 
 

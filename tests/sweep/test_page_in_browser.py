@@ -35,7 +35,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         found.append(served(one, 50.0 + number, "failed" if number == 1 else "passed"))
     found[3] = result(0, why="out of memory " + "x" * 400, **found[3].point.labels)
     made = tmp_path_factory.mktemp("page") / "report.html"
-    made.write_text(page.page("A sweep", measured.with_ratios(found), 12), encoding="utf-8")
+    made.write_text(page.page("A sweep", measured.with_ratios(found), [one.point for one in found]), encoding="utf-8")
     return made
 
 

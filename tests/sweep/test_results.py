@@ -128,11 +128,12 @@ def test_the_front_of_three_figures_is_that_of_the_definition(found: list[tuple[
 
 
 def test_the_page_of_served_points_shows_their_speed() -> None:
-    text = page.page("t", [served(result(1.0, 200, point="a"), 50), served(result(2.0, 100, point="b"), 80)], 2)
+    found = [served(result(1.0, 200, point="a"), 50), served(result(2.0, 100, point="b"), 80)]
+    text = page.page("t", found, [one.point for one in found])
     assert "Accuracy and throughput" in text
     assert "80.0<small>concurrency 4</small>" in text
     assert "100.0 ms" in text
-    assert "tokens/s" not in page.page("t", [result(1.0, point="a")], 1)
+    assert "tokens/s" not in page.page("t", [one := result(1.0, point="a")], [one.point])
 
 
 def test_ratios_and_effects_are_those_of_the_pairs() -> None:
@@ -150,6 +151,8 @@ def test_ratios_and_effects_are_those_of_the_pairs() -> None:
     assert effects["a: y"].value == pytest.approx((0.5 * 0.25) ** 0.5)
     assert effects["b: q"].value == pytest.approx((4 * 2) ** 0.5)
     assert effects["a: y"].low == pytest.approx(effects["a: y"].value), "all texts agree here"
+    assert measured.effects(found[1:2], [one.point for one in found]) == {}, "the base has not ended yet"
+    assert [*measured.effects(found[1:], [one.point for one in found])] == ["a: y", "b: q"], "by the file's first"
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 2)), min_size=1, max_size=12))
@@ -179,7 +182,8 @@ def test_the_smallest_that_passes_is_recommended() -> None:
 
 def test_a_page_of_hostile_names_and_failures_is_whole() -> None:
     found = [result(1.0, a="<script>", b="p"), result(0.5, 900, a="y", b="p"), result(0, why="<b>x</b>", a="z", b="p")]
-    text = page.page("<title>", measured.with_ratios(found), 4)
+    later = result(1.0, a="later", b="p").point
+    text = page.page("<title>", measured.with_ratios(found), [*(one.point for one in found), later])
     assert "<script>" not in text
     assert "<b>x" not in text
     assert "3 of 4 points" in text
@@ -194,4 +198,10 @@ def test_compare_prints_both_figures_and_what_only_one_has(tmp_path: Path, capsy
     assert "same\tprose\tkl\t1 (0.9 to 1.1)\t0.5 (0.45 to 0.55)\t0.500" in said
     assert "same\tconcurrency 4\ttokens_per_second\t60\t120\t2.000" in said
     assert f"only in {tmp_path / 'second'}: second" in said
+    results.update(tmp_path / "unserved", [result(1.0, point="same"), result(0, why="killed", point="first")])
+    assert main.main(["compare", str(tmp_path / "first"), str(tmp_path / "unserved")]) == 0
+    said = capsys.readouterr().out
+    assert "same\tprose\tkl\t1 (0.9 to 1.1)\t1 (0.9 to 1.1)\t1.000" in said
+    assert f"only in {tmp_path / 'first'}: first, same (concurrency 1), same (concurrency 4)" in said
+    assert f"only in {tmp_path / 'unserved'}" not in said, "a point that failed there has no figures"
     assert main.main(["compare", str(tmp_path / "first"), str(tmp_path)]) == 2
