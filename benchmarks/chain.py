@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import subprocess
 import sys
@@ -61,27 +60,27 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    work = Path(tempfile.mkdtemp())
-    direct = [sys.executable, "benchmarks/peer_modelopt.py", "calibrated", MODEL]
-    subprocess.run(chain("render", work / "warm"), check=True)
-    ratios, times = [], []
-    for n in range(rounds):
-        ours = timed(chain("render", work / f"chain{n}"))
-        theirs = timed([*direct, str(work / f"direct{n}"), ROWS, SEQ_LEN])
-        ratios.append(ours / theirs)
-        times.append((ours, theirs))
-        print(f"round {n + 1}: chain {ours:.2f} s, direct {theirs:.2f} s", file=sys.stderr)
-    subprocess.run(chain("build", work / "warm"), check=True, stdout=subprocess.DEVNULL)
-    second = chain("build", work / "warm")
-    met = [
-        show("chain / direct", ratios, ""),
-        show("second build", [timed(second) for _ in range(5)], " s"),
-        show("builder --help", [timed(builder("--help")) for _ in range(5)], " s"),
-        show("builder plan", [timed(chain("plan", work / "warm")) for _ in range(5)], " s"),
-        not imports_torch(second),
-    ]
-    print(f"second build imports torch: {not met[-1]}")
-    shutil.rmtree(work)
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        direct = [sys.executable, "benchmarks/peer_modelopt.py", "calibrated", MODEL]
+        subprocess.run(chain("render", work / "warm"), check=True)
+        ratios, times = [], []
+        for n in range(rounds):
+            ours = timed(chain("render", work / f"chain{n}"))
+            theirs = timed([*direct, str(work / f"direct{n}"), ROWS, SEQ_LEN])
+            ratios.append(ours / theirs)
+            times.append((ours, theirs))
+            print(f"round {n + 1}: chain {ours:.2f} s, direct {theirs:.2f} s", file=sys.stderr)
+        subprocess.run(chain("build", work / "warm"), check=True, stdout=subprocess.DEVNULL)
+        second = chain("build", work / "warm")
+        met = [
+            show("chain / direct", ratios, ""),
+            show("second build", [timed(second) for _ in range(5)], " s"),
+            show("builder --help", [timed(builder("--help")) for _ in range(5)], " s"),
+            show("builder plan", [timed(chain("plan", work / "warm")) for _ in range(5)], " s"),
+            not imports_torch(second),
+        ]
+        print(f"second build imports torch: {not met[-1]}")
     return 0 if all(met) else 1
 
 

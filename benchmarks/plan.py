@@ -114,8 +114,8 @@ def measured(name: str, argv: list[str], codes: tuple[int, ...] = (0,)) -> bool:
 
 def main() -> int:
     """Exit code 1 if a goal is missed."""
-    work = Path(tempfile.mkdtemp())
-    try:
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
         large = str(make(QWEN25_72B, work / "72b"))
         moe = str(make(QWEN3_235B, work / "235b"))
         plan = ["-m", "builder", "plan", "--model", large, "--output", str(work / "out")]
@@ -124,8 +124,6 @@ def main() -> int:
             measured("plan, 72B, refused with a change", [*plan, "--gpu", "sm120", "--max-batch-size", "64"], (3,)),
             measured("sizes, 235B MoE", ["-c", SIZES, moe, str(work / "out")]),
         ]
-    finally:
-        shutil.rmtree(work)
     return 0 if all(met) else 1
 
 
