@@ -51,10 +51,8 @@ def version() -> str:
 
 
 def cache() -> Path:
-    """Where it is kept: XDG_CACHE_HOME, which containers have on a volume, or ~/.cache."""
-    named = os.environ.get("XDG_CACHE_HOME")
-    # Absolute: AIPerf runs in a working directory of its own.
-    return (Path(named).absolute() if named else Path.home() / ".cache") / "trtllm-builder"
+    """The directory that it is kept in."""
+    return paths.user_cache() / "trtllm-builder"
 
 
 def place() -> Path:

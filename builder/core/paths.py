@@ -1,13 +1,22 @@
-"""Locates data files that ship with the project: beside the package in a checkout, inside it in an installed wheel."""
+"""Locates data files that ship with the project, and the user's cache directory."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def data(*parts: str) -> Path:
-    """The path of a shipped file or directory: `data("configs", "gpus")` -> .../configs/gpus."""
+    """The path of a shipped file or directory: `data("configs", "gpus")` -> .../configs/gpus.
+
+    Data files are beside the package in a checkout, and inside it in an installed wheel."""
     inside = _PACKAGE / "data"
     return (inside if inside.is_dir() else _PACKAGE.parent).joinpath(*parts)
+
+
+def user_cache() -> Path:
+    """The user's cache directory, absolute: XDG_CACHE_HOME, which containers have on a volume, or ~/.cache."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    return Path(named).absolute() if named else Path.home() / ".cache"

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from builder.core import paths, supervisor
 from builder.core.environment import child_environment
 from builder.core.errors import BuilderError, UnsupportedError
 from builder.core.output import Output, size
@@ -27,7 +28,7 @@ from builder.recipe.target_facts import ENGINE, TargetFacts, target_facts
 from builder.trtllm import compatibility
 
 INSIDE = "BUILDER_CONTAINER"  # set by our Dockerfile
-SHM = Path("/dev/shm")
+SHM = Path(supervisor.SHM)
 TOOLKIT = "https://docs.nvidia.com/datacenter/cloud-native/container-toolkit"
 
 
@@ -309,7 +310,7 @@ def _disk(output: Path) -> Check:
 
 
 def _writable(output: Path, inside: bool) -> Iterator[Check]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = paths.user_cache()
     hub = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     uid, gid = os.getuid(), os.getgid()
     for name, path in {"artifacts": output, "Hub's cache": hub, "cache": cache, "temporary": _tmp()}.items():

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from builder.core import interrupts, supervisor, temporary
+from builder.core import interrupts, paths, supervisor, temporary
 from builder.core.errors import BuilderError, IntegrityError, ServingError
 from builder.core.temporary import LockedDirectory
 from builder.serving.installation import Installation
@@ -185,9 +185,8 @@ def _copied_backends(installation: Installation, code: str | Path, directory: Pa
 
 def _bases() -> list[Path]:
     """Where a server's directory may be created, in order of preference."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     runtime = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
-    named = (os.environ.get("TMPDIR") or "/tmp", str(cache), runtime, "/tmp", "/var/tmp", "/dev/shm")
+    named = (os.environ.get("TMPDIR") or "/tmp", str(paths.user_cache()), runtime, "/tmp", "/var/tmp", supervisor.SHM)
     return [Path(base).absolute() for base in dict.fromkeys(named)]
 
 
