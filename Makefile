@@ -75,6 +75,7 @@ TRTLLM_TESTS := \
   tests/calibration/test_rows.py \
   tests/checkpoint/test_conversion.py \
   tests/evaluate/test_layered.py \
+  tests/evaluate/test_runners.py \
   tests/formats \
   tests/grammar \
   tests/hub/test_faults.py \

@@ -33,7 +33,7 @@ from builder.formats.assignment import ModelFormats, of_job
 from builder.model import loading as model_loading
 from builder.model.hashed_files import SourceFiles
 from builder.model.imports import only_needed
-from builder.quantize import calibrated, experts, quantizers, unified_plan, writer
+from builder.quantize import calibrated, experts, quantizers, stored_scales, unified_files, unified_plan, writer
 from builder.quantize.device import check_device
 from builder.quantize.ranges import Ranges
 from builder.quantize.source_weights import SourceModel
@@ -226,7 +226,16 @@ def _export(model: Any, source: SourceModel, unified: Path, formats: ModelFormat
     with torch.inference_mode(), unsupported("export"):
         quantizers.round_weights(model, formats)
         export_hf_checkpoint(model, export_dir=unified)
+    _measured_cache_scales(model, unified, formats)
     huggingface.complete(unified, source.directory)
+
+
+def _measured_cache_scales(model: Any, unified: Path, formats: ModelFormats) -> None:
+    """Gives ModelOpt's export the KV cache scales that our writer gives: 0.37 raises those of an FP8 cache to 1, under
+    which small keys and values lose digits. TensorRT-LLM's layout has no smaller ones anyway."""
+    tensors = Tensors(unified)
+    scales = stored_scales.of_cache(formats.cache, calibrated.ranges(model, tensors).cache)
+    unified_files.renumber(unified, {name: scale for name, scale in scales.items() if name in tensors})
 
 
 class unsupported:
