@@ -3,7 +3,8 @@
 It repeats the prompt's token ids up to `request_output_len` tokens, and streams one token per response. Like
 TensorRT-LLM, it stops at the end id and at stop words, and includes the stop word in the answer. For a prompt that
 begins with "!" (token id 0 of the fixture), it waits `WAIT_SECONDS` before each token. It logs what was stopped.
-For a prompt that begins with '"' (token id 1), it sends one token and then nothing.
+For a prompt that begins with '"' (token id 1), it sends one token and then nothing. For one that begins with "#"
+(token id 2), it is stuck as well: for `STUCK_SECONDS` it does not answer a request to stop it.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ import time
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-WAIT, WAIT_SECONDS, STALL = 0, 0.05, 1
+WAIT, WAIT_SECONDS, STALL, STUCK, STUCK_SECONDS = 0, 0.05, 1, 2, 6.0
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.stopped = set()
+        self.stopped, self.stuck = set(), set()
 
     def execute(self, requests):
         for request in requests:
             sender = request.get_response_sender()
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             if "stop" in inputs and inputs["stop"].any():
-                self.stopped.add(request.request_id())
-                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                seconds = STUCK_SECONDS if request.request_id() in self.stuck else 0
+                threading.Timer(seconds, self.stop, (request.request_id(), sender)).start()
             else:
                 threading.Thread(target=self.answer, args=(request.request_id(), inputs, sender)).start()
+
+    def stop(self, request_id, sender):
+        self.stopped.add(request_id)
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def answer(self, request_id, inputs, sender):
         streaming = bool(inputs.get("streaming", np.array(False)).any())
@@ -57,7 +62,9 @@ class TritonPythonModel:
                 return
             if prompt[0] == WAIT:
                 time.sleep(WAIT_SECONDS)
-            while prompt[0] == STALL and i and request_id not in self.stopped:
+            if prompt[0] == STUCK:
+                self.stuck.add(request_id)
+            while prompt[0] in (STALL, STUCK) and i and request_id not in self.stopped:
                 time.sleep(WAIT_SECONDS)
             generated.append(token)
             yield token

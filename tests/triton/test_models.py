@@ -434,6 +434,33 @@ def test_a_stream_of_a_stuck_engine_ends_with_an_error(tmp_path: Path) -> None:
         wait_until_stopped(server, 0)
 
 
+def test_all_streams_of_a_stuck_engine_end_at_their_own_limit(tmp_path: Path) -> None:
+    """The stand-in answers no request to stop one of these for 6 seconds, and the limit is 1. Others go on."""
+    part = schema.Repository(stall_timeout_seconds=1)
+    repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, part)
+    with serve(
+        tmp_path / "models", out=Output("quiet"), log=tmp_path / "log", options=ServerOptions(engine_backend=ECHO)
+    ) as server:
+        found: list[tuple[float, str]] = []
+
+        def ask() -> None:
+            start = time.monotonic()
+            with pytest.raises(InferenceServerException) as error:
+                stream(server, text_input="# stuck", max_tokens=50, stream=True)
+            found.append((time.monotonic() - start, error.value.message()))
+
+        threads = [threading.Thread(target=ask) for _ in range(32)]
+        for thread in threads:
+            thread.start()
+        while len(found) < 32:
+            assert "".join(stream(server, text_input="Hello", max_tokens=3, stream=True)) == echo("Hello", 3)
+        for thread in threads:
+            thread.join()
+        seconds, messages = zip(*found, strict=True)
+        assert set(messages) == {"the engine sent nothing for 1 seconds"}
+        assert max(seconds) < 6
+
+
 def test_an_engine_that_can_not_be_reached_is_an_error_at_once(tmp_path: Path) -> None:
     repository.write(tmp_path / "models", write_engine(tmp_path / "engine"), SNAPSHOT, schema.Repository())
     model = tmp_path / "models" / "tensorrt_llm_bls" / "1" / "model.py"

@@ -38,8 +38,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 OWN_OUTPUTS = ("output_ids", "sequence_length")
 CANCELLATION_SECONDS = 0.1  # between two looks at which clients are gone; each look costs one call per running request
-STOPPERS = 8  # requests stopped at the same time: each takes some milliseconds, and many clients may leave at once
-STOP_SECONDS = 10.0  # for the engine to answer a request to stop another one
+STOP_SECONDS = 10.0  # for the engine to end a request that was stopped, before its stream is cancelled
 ADDRESS = os.environ.get("BUILDER_TRITON_GRPC", "127.0.0.1:8001")  # by default Triton's default
 # A directory in which `builder serve` looks for requests in progress before it lets Triton close its gRPC port.
 REQUESTS = os.environ.get("BUILDER_REQUESTS")
@@ -88,7 +87,7 @@ class TritonPythonModel:
         self.queue_seconds = float(parameters["queue_timeout_seconds"]) or sys.maxsize
         self.stall_seconds = float(parameters["stall_timeout_seconds"]) or sys.maxsize
         self.pool = ThreadPoolExecutor(threads)
-        self.stoppers, self.closing = ThreadPoolExecutor(STOPPERS), threading.Event()
+        self.closing = threading.Event()
         self.watcher = threading.Thread(target=self.watch)
         self.watcher.start()
         release_memory()
@@ -114,37 +113,31 @@ class TritonPythonModel:
         self.pool.shutdown()
         self.closing.set()
         self.watcher.join()
-        self.stoppers.shutdown()
         self.forwarder.close()
         self.engine.close()
 
     def watch(self):
-        """Stops the engine for the requests whose clients are gone, and ends requests that are stuck."""
+        """Stops the engine for the requests whose clients are gone, and ends requests that are stuck. Waits for none of
+        them: the others have their own time limits."""
         while not self.closing.wait(CANCELLATION_SECONDS):
             with self.counting:
                 running = list(self.running)
-            list(self.stoppers.map(self.end, filter(self.must_end, running)))
+            for answer in running:
+                try:  # a problem with one request must not end the watch over the others
+                    self.check_on(answer)
+                except Exception:
+                    traceback.print_exc()
 
-    def must_end(self, answer):
-        """Whether a request is stuck, or its client is gone and the engine can be stopped."""
-        generation = answer.generation
-        try:  # a problem with one request must not end the watch over the others
-            if generation and generation.is_stalled():
-                return True
-            return answer.is_cancelled() and generation and self.engine_streams
-        except Exception:
-            traceback.print_exc()
-
-    def end(self, answer):
-        """Stops the engine; in the next round again if it has not seen it yet."""
-        generation = answer.generation
-        try:
+    def check_on(self, answer):
+        """Ends a request that is stuck, or stops the engine if the client is gone."""
+        cancelled, generation = answer.is_cancelled(), answer.generation
+        if not generation or not generation.reading:
+            return
+        if generation.is_stalled():
             self.stop(generation)
-        except Exception:
-            traceback.print_exc()
-        finally:
-            if generation.stalled:
-                generation.reading.cancel()
+            generation.put(None)
+        elif cancelled and self.engine_streams:
+            self.stop(generation)
 
     def answer(self, answer):
         """Handles a request. Always sends a final response, because the client would otherwise wait forever."""
@@ -243,15 +236,13 @@ class TritonPythonModel:
         answer.finish(text_response([rest], []) if rest or not sent else None)
 
     def stop(self, generation):
-        """Tells the engine to end a generation. Its own thread still reads and drops the responses.
-
-        Cancelling the stream instead can crash Triton 24.10 while responses arrive (no fix is known; see
-        builder/gateway/engine.py).
-        """
-        one = np.ones((1, 1), np.int32)
-        inputs = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.array([[True]])}
-        message = engine_request(self.engine_model, generation.message.id, inputs, OWN_OUTPUTS)
-        self.engine.send(message, lambda response: None, STOP_SECONDS).result()
+        """Tells the engine to end a generation, if it was not told yet."""
+        if not generation.stopped:
+            generation.stopped = True
+            one = np.ones((1, 1), np.int32)
+            inputs = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.array([[True]])}
+            message = engine_request(self.engine_model, generation.message.id, inputs, OWN_OUTPUTS)
+            self.engine.stop(message, generation.reading)
 
 
 class Engine:
@@ -267,11 +258,27 @@ class Engine:
         self.channel = grpc.aio.insecure_channel(ADDRESS, options=CHANNEL)
         self.infer = service_pb2_grpc.GRPCInferenceServiceStub(self.channel).ModelStreamInfer
 
-    def send(self, message, put, timeout=None):
+    def send(self, message, put):
         """Sends a request. `put` gets each response, and at the end None or the error. Returns the end as a future."""
-        return asyncio.run_coroutine_threadsafe(self.read(message, put, timeout), self.loop)
+        return asyncio.run_coroutine_threadsafe(self.read(message, put), self.loop)
 
-    async def read(self, message, put, timeout):
+    def stop(self, message, reading):
+        """Sends a request to stop the one whose end is `reading`. Does not wait for it."""
+        asyncio.run_coroutine_threadsafe(self.end(message, reading), self.loop)
+
+    async def end(self, message, reading):
+        """Repeats a request to stop another one, which the engine may not have seen yet, until that one has ended.
+
+        Cancelling its stream at once instead can crash Triton 24.10 while responses arrive (no fix is known; see
+        builder/gateway/engine.py).
+        """
+        deadline = time.monotonic() + STOP_SECONDS
+        while not reading.done() and (left := deadline - time.monotonic()) > 0:
+            await self.read(message, lambda response: None, left)
+            await asyncio.wait([asyncio.wrap_future(reading)], timeout=CANCELLATION_SECONDS)
+        reading.cancel()
+
+    async def read(self, message, put, timeout=None):
         end = None
         try:
             async for response in self.infer(iter([message]), timeout=timeout):
@@ -281,8 +288,15 @@ class Engine:
         finally:
             put(end)
 
+    async def disconnect(self):
+        others = asyncio.all_tasks() - {asyncio.current_task()}  # that stop requests
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.channel.close()
+
     def close(self):
-        asyncio.run_coroutine_threadsafe(self.channel.close(), self.loop).result()
+        asyncio.run_coroutine_threadsafe(self.disconnect(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -367,11 +381,11 @@ class Generation:
     def __init__(self, message, limits=()):
         self.message, self.limits = message, limits
         self.started, self.last_response, self.stalled = time.monotonic(), None, ""
-        self.received = queue.SimpleQueue()
+        self.received, self.put, self.reading, self.stopped = queue.SimpleQueue(), None, None, False
 
     def start(self, engine, put):
         """Sends the request. `put` gets each response, and at the end None or the error."""
-        self.reading = engine.send(self.message, put)
+        self.put, self.reading = put, engine.send(self.message, put)
 
     def responses(self):
         """Yields the outputs of each response that has some, {name: array}, as they arrive. Rejected if it fails."""
