@@ -127,26 +127,29 @@ def own_cost(work: Path, count: int, result: Result) -> None:
     """CPU seconds for each point of a plan, of scheduling, and of writing results. Needs the store of `sharing`."""
     many, few = file(work, 60), work / f"{count}.yaml"
     title, found = points.read(few)
-    store = Store(work / f"of-{count}", Output("quiet"), dry=True)
-    sweep.plan(title, found, store)  # imports
+    store, empty = (Store(work / name, Output("quiet"), dry=True) for name in (f"of-{count}", "none"))
+    planned = sweep.plan(title, found, empty)  # imports
     parts: dict[str, float] = {}
     with watch() as took:
         title, every = points.read(many)
-        sweep.plan(title, every, Store(work / "none", Output("quiet"), dry=True))
+        sweep.plan(title, every, empty)
     parts["plan"] = took[0] / len(every)
     steps = graph.steps(every)
     with watch() as took:
         jobs = {step.name: Job(step.name, (), Slots(1, 0), work) for step in steps}
         scheduler.run(steps, lambda step: jobs[step.name], Instant(), print_nothing, print_nothing)
     parts["schedule"] = took[0] / len(every)
-    read = {point.slug: measured.read(point, store) for point in found}
-    planned, ratios = sweep.plan(title, found, store), measured.Known()
-    sweep.write(planned, work, read, measured.Known())  # imports
-    with watch() as took:
-        for point in found:
-            read[point.slug] = measured.read(point, store)
+    first, *others = found
+    read, ratios = {first.slug: measured.read(first, sweep.look(store))}, measured.Known()
+    sweep.write(planned, work, read, ratios)  # imports
+    parts["read"] = parts["write"] = 0.0
+    for point in others:
+        with watch() as took:
+            read[point.slug] = measured.read(point, sweep.look(store))
+        parts["read"] += took[0] / len(others)
+        with watch() as took:
             sweep.write(planned, work, read, ratios)
-    parts["results"] = took[0] / len(found)
+        parts["write"] += took[0] / len(others)
     result.figures.append(Figure("own CPU seconds for each point", sum(parts.values()), OWN_COST))
     result.notes.append("of these: " + ", ".join(f"{name} {1000 * one:.1f} ms" for name, one in parts.items()))
 

@@ -111,18 +111,20 @@ def build(resolved: Resolved, store: Store, *, until: str = "smoke") -> Built:
     return built if built.repository is None else _published(built, store)
 
 
-def measure(resolved: Resolved, store: Store, *, against: Sequence[str] = ()) -> Evaluation:
+def measure(
+    resolved: Resolved, store: Store, *, against: Sequence[str] = (), prepared: Prepared | None = None
+) -> Evaluation:
     """Builds what the recipe's runners need, and measures it, by questions too where the recipe names tasks.
 
     against: directories with quantized checkpoints of the same model, and candidates.DATA_FREE, to compare with.
+    prepared: what prepare returned for this recipe, if it is known.
     """
     recipe = resolved.recipe
     if recipe.tasks.names:
         tasks.check(recipe.tasks, store)
     if not against:
-        return evaluate_built(
-            _run(resolved, store, stage_needed(recipe), measured=True), recipe, store, with_tasks=True
-        )
+        built = _run(resolved, store, stage_needed(recipe), measured=True, prepared=prepared)
+        return evaluate_built(built, recipe, store, with_tasks=True)
     from builder.evaluate import candidates  # for those who compare
 
     base = candidates.base_of(recipe.model, store=store)
@@ -131,7 +133,7 @@ def measure(resolved: Resolved, store: Store, *, against: Sequence[str] = ()) ->
     if len(places) < len(against):
         candidates.check_data_free(recipe, quantized=base.quantized or recipe.model.original is not None)
     needed = max(stage_needed(recipe), "checkpoint", key=STAGES.index)
-    built = _run(resolved, store, needed, measured=True)
+    built = _run(resolved, store, needed, measured=True, prepared=prepared)
     found = [one.candidate(store) for one in opened]
     if len(places) < len(against):
         assert built.prepared is not None
@@ -139,10 +141,18 @@ def measure(resolved: Resolved, store: Store, *, against: Sequence[str] = ()) ->
     return evaluate_built(built, recipe, store, with_tasks=True, against=found)
 
 
-def _run(resolved: Resolved, store: Store, until: str, *, quality: bool = False, measured: bool = False) -> Built:
+def _run(
+    resolved: Resolved,
+    store: Store,
+    until: str,
+    *,
+    quality: bool = False,
+    measured: bool = False,
+    prepared: Prepared | None = None,
+) -> Built:
     """Checks everything that can be checked before any work, then runs the stages.
 
-    measured: the recipe's runners will measure the result."""
+    measured: the recipe's runners will measure the result. prepared: what prepare returned, if it is known."""
     check_target(resolved, store, until)
     if until == "snapshot":
         source = open_source(resolved.recipe.model, store=store)
@@ -152,7 +162,7 @@ def _run(resolved: Resolved, store: Store, until: str, *, quality: bool = False,
             return Built(fetch(resolved.recipe.model, store=store, source=source))
         until = "checkpoint"  # BF16 is then the original, which is fetched with it
     wanted = stages_until(until)
-    prepared = prepare(resolved, store, layouts="engine" in wanted)
+    prepared = prepared or prepare(resolved, store, layouts="engine" in wanted)
     if prepared.quantized and (measured or resolved.recipe.evaluation.limits):
         check_runners(resolved.recipe, prepared.quantized)
     quality = quality and "repository" in wanted

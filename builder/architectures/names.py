@@ -120,9 +120,13 @@ def engine_layer(architecture: Architecture, module: str) -> str:
 def layer_of(architecture: Architecture, name: str) -> int | None:
     """The number of the decoder layer that a module or tensor belongs to; None outside of them."""
     tensors = architecture.tensors
-    pattern = re.compile(rf"^{re.escape(tensors.layers)}\.(\d+)\.") if tensors else _LAYER
-    found = pattern.search(name)
+    found = (_numbered(tensors.layers) if tensors else _LAYER).search(name)
     return int(found[1][:9]) if found else None  # a longer number is a mistake, and slow to read
+
+
+@functools.cache
+def _numbered(layers: str) -> re.Pattern[str]:
+    return re.compile(rf"^{re.escape(layers)}\.(\d+)\.")
 
 
 def is_embedding(architecture: Architecture, module: str) -> bool:

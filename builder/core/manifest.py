@@ -13,6 +13,7 @@ import os
 import re
 import stat
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -29,6 +30,10 @@ KEY = re.compile(r"[0-9a-f]{16}")
 # covers code, configurations and the largest tokenizers (17 MB, Llama 3), at about 15 ms each.
 SMALL = 32 << 20
 LARGEST = 256 << 20  # bytes of a manifest; one with 100,000 files has 15 MB
+# Seconds for which the hash of a changed file is not remembered: a change soon after may leave it the same times, whose
+# steps are up to 10 ms on a local disk and 1 s or 2 s on others.
+YOUNG = 3.0
+_KNOWN: dict[str, tuple[tuple[int, ...], str]] = {}  # {path: (state of the file, its sha256)}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Hashed at a time, in one buffer. A new one for each chunk costs page faults, and with small chunks a thread often
 # waits for Python's lock while another one computes.
@@ -130,7 +135,9 @@ def all_files(directory: Path, manifest: Mapping[str, Any]) -> list[tuple[Path, 
 
 
 def file_problems(directory: Path, manifest: Mapping[str, Any], *, hashed_up_to: float = math.inf) -> Iterator[str]:
-    """Yields a sentence for each missing, changed or added file. Files over `hashed_up_to` bytes are not hashed."""
+    """Yields a sentence for each missing, changed or added file. With `hashed_up_to`, larger files are not hashed, and
+    the others only once in a process unless they change."""
+    hashed = sha256 if hashed_up_to == math.inf else _known_sha256
     for file, entry in all_files(directory, manifest):
         try:
             found = file.stat()
@@ -138,7 +145,7 @@ def file_problems(directory: Path, manifest: Mapping[str, Any], *, hashed_up_to:
                 yield f"{file} is not a regular file"
             elif found.st_size != entry["size"]:
                 yield f"{file} has {found.st_size} bytes instead of {entry['size']}"
-            elif found.st_size <= hashed_up_to and sha256(file) != entry["sha256"]:
+            elif found.st_size <= hashed_up_to and hashed(file) != entry["sha256"]:
                 yield f"{file} has changed since the stage was made"
         except FileNotFoundError:
             yield f"{file} is missing"
@@ -168,6 +175,20 @@ def sha256(path: Path, stop: threading.Event | None = None) -> str:
                 break
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _known_sha256(path: Path) -> str:
+    """The sha256 of a file, which is hashed again if its inode, size or times have changed since it was hashed."""
+    found = os.stat(path)
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    known = _KNOWN.get(str(path))
+    if known and known[0] == state:
+        return known[1]
+    settled = time.time() - max(found.st_mtime, found.st_ctime) > YOUNG
+    digest = sha256(path)
+    if settled:
+        _KNOWN[str(path)] = (state, digest)
+    return digest
 
 
 def chunks(file: FileIO, nbytes: int | None = None) -> Iterator[memoryview]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -12,8 +13,13 @@ def data(*parts: str) -> Path:
     """The path of a shipped file or directory: `data("configs", "gpus")` -> .../configs/gpus.
 
     Data files are beside the package in a checkout, and inside it in an installed wheel."""
+    return _root().joinpath(*parts)
+
+
+@functools.cache
+def _root() -> Path:
     inside = _PACKAGE / "data"
-    return (inside if inside.is_dir() else _PACKAGE.parent).joinpath(*parts)
+    return inside if inside.is_dir() else _PACKAGE.parent
 
 
 def user_cache() -> Path:

@@ -187,7 +187,8 @@ def _check_layers(config: Mapping[str, Any], tensors: Iterable[str], where: str)
     """IntegrityError unless there are num_hidden_layers decoder layers; DeepSeek and GLM may have more, which predict
     further tokens."""
     layers, extra = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers") or 0
-    numbers = {number for number in (_layer_of(config, name) for name in tensors) if number is not None}
+    architecture = catalog.of(config)
+    numbers = {number for number in (_layer_of(architecture, name) for name in tensors) if number is not None}
     if not layers or not numbers:
         return
     if (absent := next((n for n in range(layers) if n not in numbers), None)) is not None:
@@ -204,9 +205,8 @@ def _check_layers(config: Mapping[str, Any], tensors: Iterable[str], where: str)
     )
 
 
-def _layer_of(config: Mapping[str, Any], name: str) -> int | None:
+def _layer_of(architecture: Architecture, name: str) -> int | None:
     """The number of the decoder layer that a tensor belongs to, whatever the layers are called."""
-    architecture = catalog.of(config)
     if architecture.tensors:
         return module_names.layer_of(architecture, name)
     found = LAYER.search(name)

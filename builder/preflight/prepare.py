@@ -104,7 +104,15 @@ class Prepared:
         """How this machine quantizes the model or calibrates scales of a quantized one; None if it does neither."""
         if self.calibration is None and not self.data_free:
             return None
-        return ways.choose(self.recipe, self.model, ways.device(host), scales=self.quantized is not None)
+        if host not in self._ways:
+            scales = self.quantized is not None
+            self._ways[host] = ways.choose(self.recipe, self.model, ways.device(host), scales=scales)
+        return self._ways[host]
+
+    @cached_property
+    def _ways(self) -> dict[Machine, Choice]:
+        """Those that were asked for: for a mixture of many experts each takes a while."""
+        return {}
 
     def learning(self, host: Machine) -> Learning | None:
         """What learning its rotations takes on this machine; None if none are learned."""
@@ -161,13 +169,14 @@ class Prepared:
         return made
 
 
-def prepare(resolved: Resolved, store: Store, *, layouts: bool = True) -> Prepared:
+def prepare(resolved: Resolved, store: Store, *, layouts: bool = True, source: Source | None = None) -> Prepared:
     """Opens the model and checks it, the recipe and the target against each other.
 
-    layouts: also that the target can load the model. UsageError or UnsupportedError for what cannot be built.
+    layouts: also that the target can load the model. source: the model if it is open. UsageError or UnsupportedError
+    for what cannot be built.
     """
     ways.check_scales(resolved.recipe)
-    source = open_source(resolved.recipe.model, store=store)
+    source = source or open_source(resolved.recipe.model, store=store)
     if source.quantized:
         return _prepare_quantized(resolved, source, store, layouts)
     quantized.check_unquantized(resolved.recipe)

@@ -5,6 +5,7 @@ Intervals are 95 %, paired: over the same texts (bootstrap) and the same questio
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from builder import pipeline
-from builder.core.output import Output
 from builder.core.store import Store, WouldRun
 from builder.evaluate import metrics
 from builder.evaluate.comparison import OURS, overall
 from builder.evaluate.metrics import Estimate, Sums
+from builder.preflight.prepare import Prepared
 from builder.sweep import served
 from builder.sweep.graph import Kind
 from builder.sweep.points import LISTED, Point, base_of
@@ -78,31 +79,32 @@ class Result:
         return self.served.tokens_per_second if self.served else None
 
 
-def read(point: Point, store: Store) -> Result:
-    """What the store has of a point. WouldRun if something is missing."""
-    found = read_eval(point, store) if point.measured else Result(point)
-    return replace(found, served=served.read(point, store)) if point.served else found
+def read(point: Point, dry: Store, prepared: Prepared | None = None) -> Result:
+    """What the store has of a point. WouldRun if something is missing.
+
+    dry: a dry store of its own, which lists what it found (`done`). prepared: of what is measured, if it is known."""
+    found = read_eval(point, dry, prepared) if point.measured else Result(point)
+    return replace(found, served=served.read(point, dry)) if point.served else found
 
 
-def read_so_far(point: Point, store: Store, failed: Mapping[Kind, str]) -> Result:
+def read_so_far(point: Point, dry: Store, failed: Mapping[Kind, str]) -> Result:
     """What the store has of a point of which something may be missing. failed: {kind of step: why}."""
     found = Result(point)
     with suppress(WouldRun):
-        found = read_eval(point, store) if point.measured else found
+        found = read_eval(point, dry) if point.measured else found
     if point.served:
         with suppress(WouldRun):
-            built = served.read_build(point, store)
+            built = served.read_build(point, dry)
             found = replace(found, served=built)
-            found = replace(found, served=served.with_levels(built, point, store))
+            found = replace(found, served=served.with_levels(built, point, dry))
     rejected = found.served is not None and found.served.rejected
     whys = [why for kind, why in failed.items() if not (rejected and kind in ("build", "load"))]
     return replace(found, why="\n".join(whys))
 
 
-def read_eval(point: Point, store: Store) -> Result:
+def read_eval(point: Point, dry: Store, prepared: Prepared | None = None) -> Result:
     """What the store has of a point's figures on texts and tasks. WouldRun if something is missing."""
-    dry = Store(store.root, Output("quiet"), dry=True)
-    found = pipeline.measure(point.resolved, dry)
+    found = pipeline.measure(point.resolved, dry, prepared=prepared)
     made = next((one for one in dry.done if one.stage == "checkpoint"), None)
     scores = [found.scores.get(label, ()) for label in (OURS, "bf16")]
     sums = tuple(metrics.read(own, bf16) for own, bf16 in zip(*scores, strict=True)) if all(scores) else ()
@@ -142,7 +144,7 @@ def with_ratios(results: Sequence[Result], known: Known | None = None, points: S
     for one in results:
         base = base_of(one.point, points)
         other = by_name.get(base.name) if base else None
-        if other is None or other is one or not (one.sums and other.sums):
+        if other is None or other is one or not same_texts(one, other):
             found.append(one)
             continue
         key = (one.point.slug, one.finished, other.finished)
@@ -167,35 +169,45 @@ def effects(results: Sequence[Result], points: Sequence[Point] = ()) -> dict[str
     """{"axis: label": the KL with that choice over the KL with the axis' first label}, over all texts: the geometric
     mean of the pairs of points that differ in nothing else, with its interval over the texts. points: as in
     with_ratios."""
-    measured = {tuple(one.point.labels.items()): one for one in results if one.sums}
+    measured = {tuple(one.point.labels.items()): (one, _log_kl(one)) for one in results if one.sums}
     if not measured or any(LISTED in one.point.labels for one in results):
         return {}
-    found = {}
     first = points[0].labels if points else results[0].point.labels
-    for axis in first:
-        for label in dict.fromkeys(one.point.labels[axis] for one in results):
-            if label == first[axis]:
-                continue
-            pairs = []
-            for key, one in measured.items():
-                other = measured.get(tuple((name, first[axis] if name == axis else its) for name, its in key))
-                if one.point.labels[axis] == label and other:
-                    pairs.append((_kl(one), _kl(other)))
-            if pairs:
-                found[f"{axis}: {label}"] = _geometric_mean(pairs)
+    ratios: dict[str, list[Array]] = {f"{axis}: {one.point.labels[axis]}": [] for axis in first for one in results}
+    for key, (one, logs) in measured.items():
+        for axis, label in key:
+            base = measured.get(tuple((name, first[axis] if name == axis else its) for name, its in key))
+            if label != first[axis] and base and same_texts(one, base[0]) and np.isfinite([logs, base[1]]).all():
+                ratios[f"{axis}: {label}"].append(logs - base[1])
+    return {name: _geometric_mean(found) for name, found in ratios.items() if found}
+
+
+def same_texts(one: Result, other: Result) -> bool:
+    """Whether both were measured, on texts of the same tokens."""
+    pairs = [*zip(one.sums, other.sums, strict=False)]
+    whole = len(pairs) == len(one.sums) == len(other.sums) > 0
+    return whole and all(np.array_equal(a.tokens, b.tokens) for a, b in pairs)
+
+
+def _log_kl(one: Result) -> Array:
+    """Logarithms of the sum of the KL over all texts, and over each resample of them."""
+    kl = np.concatenate([np.asarray(sums.kl) for sums in one.sums])
+    with np.errstate(divide="ignore"):  # BF16 itself has none
+        found: Array = np.log(_times_drawn(len(kl)) @ kl)
     return found
 
 
-def _kl(one: Result) -> Array:
-    """Of each text, summed over its tokens."""
-    return np.concatenate([np.asarray(sums.kl) for sums in one.sums])
+@functools.cache
+def _times_drawn(texts: int) -> Array:
+    """How often each text counts: all of them once, and in each resample as often as it is drawn."""
+    draws = np.random.default_rng(0).integers(0, texts, (RESAMPLES, texts))
+    return np.vstack([np.ones(texts), *(np.bincount(row, minlength=texts) for row in draws)])
 
 
-def _geometric_mean(pairs: Sequence[tuple[Array, Array]]) -> Estimate:
-    draws = np.random.default_rng(0).integers(0, len(pairs[0][0]), (RESAMPLES, len(pairs[0][0])))
-    logs = np.mean([np.log(one[draws].sum(1) / other[draws].sum(1)) for one, other in pairs], axis=0)
-    value = np.mean([np.log(one.sum() / other.sum()) for one, other in pairs])
-    low, high = np.quantile(logs, [0.025, 0.975])
+def _geometric_mean(logs: Sequence[Array]) -> Estimate:
+    """Of ratios, whose logarithms these are: each over all texts, and over each resample."""
+    value, *drawn = np.mean(logs, axis=0)
+    low, high = np.quantile(drawn, [0.025, 0.975])
     return Estimate(float(np.exp(value)), float(np.exp(low)), float(np.exp(high)))
 
 

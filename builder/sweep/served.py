@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from builder import pipeline
-from builder.core.output import Output
 from builder.core.store import Artifact, Store, WouldRun, artifacts
 from builder.publish import verdict
 from builder.publish.links import MODELS
@@ -37,9 +36,9 @@ class Served:
         return max((level.tokens_per_second for level in self.levels), default=None)
 
 
-def read(point: Point, store: Store) -> Served:
+def read(point: Point, dry: Store) -> Served:
     """What the store has. WouldRun if the build or, unless it was rejected, its measurement is missing."""
-    return with_levels(read_build(point, store), point, store)
+    return with_levels(read_build(point, dry), point, dry)
 
 
 def with_levels(found: Served, point: Point, store: Store) -> Served:
@@ -52,20 +51,20 @@ def with_levels(found: Served, point: Point, store: Store) -> Served:
     return Served(found.verdict, found.link, levels)
 
 
-def read_build(point: Point, store: Store) -> Served:
-    """The verdict alone. WouldRun if nothing was built."""
+def read_build(point: Point, dry: Store) -> Served:
+    """The verdict alone. WouldRun if nothing was built. dry: as in measured.read."""
     assert point.served is not None
-    dry, recipe = Store(store.root, Output("quiet"), dry=True), point.served.recipe
+    recipe = point.served.recipe
     try:
         built = pipeline.build(point.served, dry, until="repository")
     except WouldRun:
-        rejected = _rejection(dry.done, recipe, store.root)
+        rejected = _rejection(dry.done, recipe, dry.root)
         if rejected is None:
             raise
         return Served(rejected)
     assert built.repository is not None
-    found = verdict.latest(built.repository.digest, [], artifacts(store.root, check_files=False))
-    link = store.root / MODELS / (recipe.name or "")
+    found = verdict.latest(built.repository.digest, [], artifacts(dry.root, check_files=False))
+    link = dry.root / MODELS / (recipe.name or "")
     if found is None or (found.status != "failed" and link.resolve() != built.repository.path.resolve()):
         raise WouldRun(verdict.STAGE, "not in the store")
     return Served(found, link if found.status != "failed" else None)

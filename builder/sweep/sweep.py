@@ -25,10 +25,12 @@ from builder.core.environment import STORE
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store, WouldRun, mark, replace_file
+from builder.hub.snapshot import Source
 from builder.preflight import checks
 from builder.preflight.memory import Machine, machine
 from builder.preflight.prepare import Prepared, prepare
 from builder.preflight.ways import device
+from builder.recipe.schema import Model
 from builder.sweep import graph, measured, page, place, results, scheduler, served
 from builder.sweep.cluster import Cluster
 from builder.sweep.expected import Expected, expected, note
@@ -82,14 +84,16 @@ def plan(
     jobs: steps that run at once at most; by default up to 4 on a machine, as far as cores and memory go. cluster: whose
     nodes run them, instead of this machine."""
     prepared = _prepared(points, store)
-    ready, missing = list[Result](), list[Point]()
+    ready, missing, made = list[Result](), list[Point](), dict[str, set[str]]()
     for point in points:
+        dry = look(store)
         try:
-            ready.append(measured.read(point, store))
+            ready.append(measured.read(point, dry, None if point.served else prepared[point.slug]))
         except WouldRun:
             missing.append(point)
+            made[point.slug] = {one.stage for one in dry.done}
     every, host = graph.steps(points), cluster.host if cluster else machine(store.root)
-    steps = _missing(graph.steps(missing), store)
+    steps = _missing(graph.steps(missing), made, store)
     whole = cluster.whole if cluster else _whole(host)
     on_each = math.ceil(len(missing) / len(cluster.nodes)) if cluster else len(missing)
     at_once = min(jobs or AT_ONCE, max(1, on_each))
@@ -107,9 +111,14 @@ def plan(
     )
 
 
-def _missing(steps: Sequence[Step], store: Store) -> list[Step]:
-    """The steps without those whose results are in the store."""
-    done = {step.name for step in steps if _is_stored(step, store)}
+def look(store: Store) -> Store:
+    """A dry store that lists what it finds and says nothing."""
+    return Store(store.root, Output("quiet"), dry=True)
+
+
+def _missing(steps: Sequence[Step], made: Mapping[str, set[str]], store: Store) -> list[Step]:
+    """The steps without those whose results are in the store. made: {point: stages of it that are there}."""
+    done = {step.name for step in steps if _is_stored(step, made, store)}
     return [
         replace(step, needs=tuple(need for need in step.needs if need not in done))
         for step in steps
@@ -117,38 +126,42 @@ def _missing(steps: Sequence[Step], store: Store) -> list[Step]:
     ]
 
 
-def _is_stored(step: Step, store: Store) -> bool:
+def _is_stored(step: Step, made: Mapping[str, set[str]], store: Store) -> bool:
     """Whether the store has what the step makes. A step that nothing follows is stored if its point's result is."""
-    dry, [point, *_] = Store(store.root, Output("quiet"), dry=True), step.points
+    dry, [point, *_] = look(store), step.points
+    if step.kind in graph.STAGES:
+        return graph.STAGES[step.kind] in made[point.slug]
     try:
         if step.kind == "measure":
             if not point.served:
                 return False  # or else the point would be ready
-            measured.read_eval(point, store)
+            measured.read_eval(point, dry)
         elif step.kind == "build":
-            served.read_build(point, store)
+            served.read_build(point, dry)
         elif step.kind == "load":
-            served.read(point, store)
-        elif step.kind == "baseline":
+            served.read(point, dry)
+        else:
             alone = point.resolved.recipe.evaluation.model_copy(
                 update={"runners": ("bf16",), "min_score": None, "max_kl": None}
             )
             recipe = point.resolved.recipe.model_copy(update={"evaluation": alone})
             pipeline.measure(replace(point.resolved, recipe=recipe), dry)
-        else:
-            pipeline.build(point.resolved, dry, until=graph.STAGES[step.kind])
     except WouldRun:
         return False
     return True
 
 
 def _prepared(points: Sequence[Point], store: Store) -> dict[str, Prepared]:
-    found, wrong = {}, []
+    found, wrong, sources = dict[str, Prepared](), list[str](), dict[Model, Source]()
     for point in points:
         try:
             if point.served:
                 checks.check_machine(point.served, serving=point.load is not None)
-            found[point.slug] = prepare(point.served or point.resolved, store, layouts=point.served is not None)
+            asked, model = point.served or point.resolved, point.recipe.model
+            made = prepare(asked, store, layouts=point.served is not None, source=sources.get(model))
+            found[point.slug] = made
+            if made.quantized is None:  # or else its source is changed to what it was made from
+                sources[model] = made.source
         except BuilderError as error:
             wrong.append(f"{point.name}: {error.what} {error.why}".strip())
     if wrong:
@@ -191,7 +204,7 @@ def run(
             failures.update({} if outcome.ok else {outcome.step.kind: why})
             left[point.slug] -= 1
             whole = not (left[point.slug] or failures)
-            found[point.slug] = _result(point, store) if whole else measured.read_so_far(point, store, failures)
+            found[point.slug] = _result(point, store) if whole else measured.read_so_far(point, look(store), failures)
             write(planned, directory, found, ratios)
         note(outcome, logs)
         ended(outcome)
@@ -223,7 +236,7 @@ def _new_run(runs: Path) -> Path:
 def _result(point: Point, store: Store) -> Result:
     """What commands that succeeded left of their point."""
     try:
-        return measured.read(point, store)
+        return measured.read(point, look(store))
     except WouldRun as error:
         return Result(point, why=f"Its commands succeeded, and the store has no result of it: {error}")
 

@@ -252,6 +252,33 @@ def test_a_file_of_equal_size_and_other_content_is_refused(tmp_path: Path) -> No
     assert store.find("repository", link.resolve().name) is None, "a build makes it again"
 
 
+@pytest.mark.parametrize("young", [0.0, manifest.YOUNG])
+def test_a_process_hashes_a_file_once_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, young: float
+) -> None:
+    """A file that was written just now is hashed each time: its times may not show the next change."""
+    hashed: list[Path] = []
+
+    def counted(path: Path) -> str:
+        hashed.append(path)
+        return real(path)
+
+    real = manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", counted)
+    monkeypatch.setattr(manifest, "YOUNG", young)
+    place = report_store.build(tmp_path, link="a").resolve()
+    [file] = [path for path in place.iterdir() if path.name != "manifest.json"]
+    found = manifest.load(place)
+    for _ in range(3):
+        assert not list(manifest.file_problems(place, found, hashed_up_to=manifest.SMALL))
+    assert len(hashed) == (3 if young else 1)
+    assert not list(manifest.file_problems(place, found))
+    assert len(hashed) == (4 if young else 2), "`builder verify` reads what is on the disk now"
+    other_content(file)
+    [problem] = manifest.file_problems(place, found, hashed_up_to=manifest.SMALL)
+    assert "has changed" in problem
+
+
 def test_an_added_file_is_refused_and_bytecode_is_not(tmp_path: Path) -> None:
     """Triton would load an added model and run its Python code."""
     link = report_store.build(tmp_path, link="a")

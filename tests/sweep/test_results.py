@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from sweep_results import result, served
 
 from builder.cli import main
 from builder.core.errors import UsageError
+from builder.evaluate.metrics import Sums
 from builder.sweep import measured, page, results
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +156,15 @@ def test_ratios_and_effects_are_those_of_the_pairs() -> None:
     assert effects["a: y"].low == pytest.approx(effects["a: y"].value), "all texts agree here"
     assert measured.effects(found[1:2], [one.point for one in found]) == {}, "the base has not ended yet"
     assert [*measured.effects(found[1:], [one.point for one in found])] == ["a: y", "b: q"], "by the file's first"
+
+
+def test_points_that_were_measured_on_other_texts_or_lose_nothing_are_not_compared() -> None:
+    base, fewer, same, bf16 = (result(kl, form=name) for name, kl in (("a", 1.0), ("b", 0.5), ("c", 2.0), ("d", 0.0)))
+    ten = Sums(*[np.ones(10)] * 3, kl=np.ones(10))
+    found = [base, replace(fewer, sums=(ten,)), same, bf16]
+    assert ["kl_ratio" in one.texts["prose"] for one in measured.with_ratios(found)] == [False, False, True, True]
+    effects = measured.effects(found)
+    assert {name: one.value for name, one in effects.items()} == {"form: c": pytest.approx(2)}
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 2)), min_size=1, max_size=12))
