@@ -17,7 +17,7 @@ import datasets
 
 from builder.calibration.rows import Rows, collect, dump
 from builder.core.errors import UnsupportedError, UsageError
-from builder.core.process import emit
+from builder.core.worker import emit
 from builder.hub.cache import Job, drop_damaged_cached
 from builder.hub.download import report
 from builder.hub.errors import gated_error, with_retries

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from builder.core import process
+from builder.core import process, worker
 from builder.core.errors import BuilderError
 from builder.core.process import Bar, Finished, Running
 
@@ -32,7 +32,7 @@ class EarlyWorker:
     def _begin(self, log: Path) -> None:
         theirs, ours = os.pipe()
         try:
-            env = {**self._env, process.JOB_FD: str(theirs)}
+            env = {**self._env, worker.JOB_FD: str(theirs)}
             command = process.worker_command(self._module, log, env)
             running = self._stack.enter_context(process.started(command, log=log, inherited=[theirs]))
         except BaseException:

@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from builder.core.errors import UsageError
-from builder.core.process import worker_main
+from builder.core.worker import worker_main
 
 
 def manager_of(names: Sequence[str], directory: str | None) -> TaskManager:

@@ -30,8 +30,8 @@ from lm_eval.utils import handle_non_serializable
 from builder.core.errors import BuilderError, NotMeasurable, StageError, UnsupportedError, UsageError
 from builder.core.file_names import truncated
 from builder.core.output import Output
-from builder.core.process import emit, worker_main
 from builder.core.store import Store
+from builder.core.worker import emit, worker_main
 from builder.evaluate.runners.worker import known, opener
 from builder.evaluate.task_names import manager_of
 from builder.hub.errors import translate

@@ -23,7 +23,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from builder.core.errors import IntegrityError, StageError
 from builder.core.output import size as readable
-from builder.core.process import emit
+from builder.core.worker import emit
 from builder.hub import guard
 from builder.model import files as model_files
 

@@ -2,7 +2,7 @@
 
 It is a separate process because huggingface_hub reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE at import,
 because its download threads can't be interrupted, and so that a stuck transfer can be killed and started again. Works
-with huggingface_hub 0.36 and 1.x. Answers with events (`process.emit`): info, progress, stalled, result, error.
+with huggingface_hub 0.36 and 1.x. Answers with events (`worker.emit`): info, progress, stalled, result, error.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from builder.core.errors import BuilderError
 from builder.core.output import size as readable
-from builder.core.process import emit, emit_error
 from builder.core.untrusted_text import read_regular
+from builder.core.worker import emit, emit_error
 from builder.hub import cache, guard, remote_headers
 from builder.hub.cache import HubFile, Job
 from builder.hub.errors import redact_token, translate, with_retries

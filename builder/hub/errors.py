@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants, errors, get_token
 
 from builder.core.errors import BuilderError, IntegrityError, StageError, UsageError
-from builder.core.process import emit
 from builder.core.safe_text import SHORTEST_SECRET, redact
+from builder.core.worker import emit
 from builder.hub.guard import DEADLINE, endpoint
 
 T = TypeVar("T")

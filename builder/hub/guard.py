@@ -22,8 +22,8 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils._http import hf_raise_for_status
 
 from builder.core.errors import BuilderError, IntegrityError, StageError
-from builder.core.process import emit_error
 from builder.core.safe_text import printable_line
+from builder.core.worker import emit_error
 
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # sha1 of a git blob, or sha256 of an LFS file
 COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from builder.core import temporary
-from builder.core.process import worker_main
 from builder.core.safetensors_io import byte_size
+from builder.core.worker import worker_main
 from builder.model import loading as model_loading
 from builder.model.files import CONFIG, WEIGHTS
 

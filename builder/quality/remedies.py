@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from builder.core.process import emit
 from builder.core.safetensors_io import Tensors
+from builder.core.worker import emit
 from builder.evaluate.datasets import Sequences
 from builder.evaluate.runners.worker import mean_nll
 from builder.formats import registry

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from builder.core.errors import BuilderError, IntegrityError, NotMeasurable, UsageError, out_of_memory
-from builder.core.process import emit, worker_main
+from builder.core.worker import emit, worker_main
 from builder.evaluate.datasets import Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring, worker
 from builder.evaluate.runners.language import check_known_language, check_vocabulary, knows

@@ -16,8 +16,8 @@ from builder.architectures import catalog
 from builder.calibration import coverage
 from builder.checkpoint.description import Description, describe_directory
 from builder.core.errors import BuilderError, UnsupportedError
-from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
+from builder.core.worker import emit, worker_main
 from builder.formats import kv_cache
 from builder.formats.kv_cache import KvCacheFormat
 from builder.model import dtypes

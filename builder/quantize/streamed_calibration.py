@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from builder.core.process import emit
 from builder.core.store import library_versions
+from builder.core.worker import emit
 from builder.model.streamed import State, StreamedModel
 from builder.quantize import streamed_ranges, streamed_rows, streamed_solve, streamed_states
 from builder.quantize.algorithms.moments import Moments

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from builder.core.atomic import replace_file
 from builder.core.errors import BuilderError
-from builder.core.process import emit
 from builder.core.safetensors_io import NewTensor, Tensors, byte_size, read_metadata, write
+from builder.core.worker import emit
 from builder.formats.arithmetic.dtypes import DTYPES, read
 from builder.machine.host_memory import host_memory
 

@@ -22,7 +22,7 @@ from builder.architectures.attention import attention_layers
 from builder.calibration import coverage
 from builder.checkpoint import layouts
 from builder.core.errors import BuilderError, UnsupportedError, out_of_memory
-from builder.core.process import emit, leave, worker_main
+from builder.core.worker import emit, leave, worker_main
 from builder.formats import algorithms
 from builder.formats.algorithms import Algorithm
 from builder.formats.assignment import ModelFormats, of_job

@@ -1,7 +1,7 @@
 """Worker process of the quantize stage: python -m builder.quantize.worker JOB.json
 
 The job names a local model directory, calibration rows, a sequence length, a batch size, the number formats and a
-destination, where the worker writes `unified/` and `tensorrt_llm/`. Events go to the parent (core.process.emit).
+destination, where the worker writes `unified/` and `tensorrt_llm/`. Events go to the parent (core.worker.emit).
 ModelOpt 0.37 to 0.47, with transformers 4.57 or 5, with or without CUDA.
 """
 
@@ -26,8 +26,8 @@ from builder.checkpoint.tensor_checks import wrong_floats
 from builder.core import temporary
 from builder.core.errors import BuilderError, IntegrityError, StageError, UnsupportedError, out_of_memory
 from builder.core.hashes import Hashes
-from builder.core.process import emit, leave, worker_main
 from builder.core.safetensors_io import Tensors
+from builder.core.worker import emit, leave, worker_main
 from builder.formats import algorithms
 from builder.formats.assignment import ModelFormats, of_job
 from builder.model import loading as model_loading

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.core.errors import IntegrityError
-from builder.core.process import emit
+from builder.core.worker import emit
 from builder.model.files import json_object
 from builder.tokenizer.worker import SAMPLE
 

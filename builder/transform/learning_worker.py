@@ -13,7 +13,7 @@ from typing import Any
 from builder.architectures import catalog
 from builder.architectures.attention import head_size
 from builder.core.errors import BuilderError, UnsupportedError, UsageError, out_of_memory
-from builder.core.process import emit, worker_main
+from builder.core.worker import emit, worker_main
 from builder.formats.assignment import of_job
 from builder.model import loading
 from builder.quantize import worker

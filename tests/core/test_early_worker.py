@@ -22,7 +22,7 @@ MODULE = """
 import os, sys
 from pathlib import Path
 from builder.core import errors
-from builder.core.process import emit, worker_main
+from builder.core.worker import emit, worker_main
 HERE = Path(__file__).parent
 def prepare():
     emit(info="not heard")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from builder.core import process
+from builder.core import process, worker
 from builder.core.errors import BuilderError, StageError, UnsupportedError, UsageError
 from builder.core.output import Output
 
@@ -37,7 +37,7 @@ def gone(pid: int) -> bool:
 
 def test_output_is_in_the_log_and_events_are_heard(tmp_path: Path) -> None:
     events: list[dict[str, object]] = []
-    code = "from builder.core.process import emit\nprint('hello'); emit(done=1); emit(done=2, label='größer')"
+    code = "from builder.core.worker import emit\nprint('hello'); emit(done=1); emit(done=2, label='größer')"
     finished = process.run(process.Command(python(code)), log=tmp_path / "log", on_event=events.append)
     assert events == [{"done": 1}, {"done": 2, "label": "größer"}]
     assert "hello" in (tmp_path / "log").read_text()
@@ -86,7 +86,7 @@ def test_the_error_of_a_child_is_raised_as_its_own_class(tmp_path: Path) -> None
     code = """
 import sys
 from builder.core.errors import UnsupportedError
-from builder.core.process import emit_error
+from builder.core.worker import emit_error
 emit_error(UnsupportedError("too large", why="it is", hint="take a smaller one"))
 sys.exit(3)
 """
@@ -157,8 +157,8 @@ def test_an_interrupt_while_a_child_is_started_is_not_lost(tmp_path: Path, name:
 
 
 def test_emit_without_a_parent_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(process.PROGRESS_FD, raising=False)
-    process.emit(done=1)
+    monkeypatch.delenv(worker.PROGRESS_FD, raising=False)
+    worker.emit(done=1)
 
 
 def test_a_stopped_child_says_what_it_was(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_job_is_told_by_a_file_and_its_events_are_heard(tmp_path: Path, capsys
     module = tmp_path / "job_module.py"
     module.write_text(
         "import json, os, sys\n"
-        "from builder.core.process import emit\n"
+        "from builder.core.worker import emit\n"
         "job = json.load(open(sys.argv[1]))\n"
         "emit(progress={'done': 1, 'total': 2, 'label': 'half'})\n"
         "emit(info='said by the child')\n"
@@ -211,7 +211,7 @@ def test_what_a_job_fails_with_is_what_its_parent_raises(
     (tmp_path / "failing_module.py").write_text(
         "import sys\n"
         "from builder.core import errors\n"
-        "from builder.core.process import leave, worker_main\n"
+        "from builder.core.worker import leave, worker_main\n"
         f"def work(job): raise {failure}\n"
         "def known(error, job):\n"
         "    if isinstance(error, MemoryError): return errors.UnsupportedError(f'too large: {job[\"size\"]}')\n"
@@ -229,7 +229,7 @@ def test_what_a_job_fails_with_is_what_its_parent_raises(
 
 
 def test_a_worker_that_leaves_loses_no_output() -> None:
-    code = "import atexit\nfrom builder.core.process import leave\n"
+    code = "import atexit\nfrom builder.core.worker import leave\n"
     code += "atexit.register(print, 'late')\nprint('x' * 9000)\nleave(6)"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert (done.stdout, done.returncode) == ("x" * 9000 + "\n", 6)
@@ -244,7 +244,7 @@ def test_a_full_disk_is_named_where_the_kernel_names_no_file(
     """write(2) to an open file fails without a name, unlike open(2)."""
     (tmp_path / "filling_module.py").write_text(
         "import sys\n"
-        "from builder.core.process import leave, worker_main\n"
+        "from builder.core.worker import leave, worker_main\n"
         "def work(job):\n"
         "    with open('/dev/full', 'w') as full: full.write('anything')\n"
         "leave(worker_main(sys.argv, work))\n"

@@ -245,6 +245,7 @@ def test_versions_come_from_metadata() -> None:
 NO_INGREDIENTS = {"calibration.rows", "core.errors", "core.manifest", "core.output", "core.paths", "core.process"}
 NO_INGREDIENTS |= {
     "core.locks",
+    "core.worker",
     "core.partial_results",
     "core.store",
     "hub.download",

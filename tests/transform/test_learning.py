@@ -199,7 +199,7 @@ def test_the_rate_falls_as_a_cosine() -> None:
 
 
 def test_memory_that_ran_out_has_a_message_and_a_full_disk_is_left_to_the_worker() -> None:
-    """core/process.py names the disk."""
+    """core/worker.py names the disk."""
     said = learning_worker.known(RuntimeError("DefaultCPUAllocator: can't allocate memory"), {})
     assert said is not None
     assert "does not fit into memory" in said.what

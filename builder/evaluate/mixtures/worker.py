@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from builder.checkpoint.layouts import hf_quant_config
-from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
+from builder.core.worker import emit, worker_main
 from builder.evaluate import metrics
 from builder.evaluate.datasets import Sequences, sequences
 from builder.evaluate.gate import surely_within

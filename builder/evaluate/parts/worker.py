@@ -24,8 +24,8 @@ from torch import Tensor
 from builder.architectures import catalog, names
 from builder.checkpoint.layouts import hf_quant_config
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError
-from builder.core.process import emit, worker_main
 from builder.core.safetensors_io import Tensors
+from builder.core.worker import emit, worker_main
 from builder.evaluate import metrics
 from builder.evaluate.datasets import Sequences, sequences
 from builder.evaluate.parts.figures import PARTS, WHOLE, alone, without

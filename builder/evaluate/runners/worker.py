@@ -1,7 +1,7 @@
 """Worker process of one runner: python -m builder.evaluate.runners.worker JOB.json
 
 Scores one data set after the other and stores each as its own stage, so an interrupted run resumes at the first
-unfinished data set. Events go to the parent (builder.core.process.emit).
+unfinished data set. Events go to the parent (builder.core.worker.emit).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError, out_of_memory
 from builder.core.output import Output, size
-from builder.core.process import emit, worker_main
 from builder.core.store import Store
+from builder.core.worker import emit, worker_main
 from builder.evaluate.datasets import Ids, Sequences, sequences, shuffled
 from builder.evaluate.runners import scoring
 from builder.evaluate.runners.language import check_known_language, check_vocabulary

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from builder.core.errors import BuilderError, IntegrityError, UnsupportedError
-from builder.core.process import emit, worker_main
+from builder.core.worker import emit, worker_main
 from builder.evaluate.datasets import Sequences, sequences
 from builder.evaluate.runners.local import Causal
 from builder.evaluate.runners.worker import score_set
