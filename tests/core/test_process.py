@@ -110,7 +110,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from builder.core import process
-code = "import os, sys, time; from builder.core.process import emit; emit(pid=os.getpid()); time.sleep(60)"
+code = "import os, sys, time; from builder.core.worker import emit; emit(pid=os.getpid()); time.sleep(60)"
 command = process.Command([sys.executable, "-c", code])
 process.run(command, log=Path(sys.argv[1]), on_event=lambda e: print(e["pid"], flush=True))
 """
