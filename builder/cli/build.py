@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from builder.cli import combine
+from builder.cli import combine, plan_beside
 from builder.cli.options import (
     STAGE_NAMES,
     add_command,
@@ -73,12 +73,14 @@ def _add_plan(commands: Any) -> None:
         "builder plan --model Qwen/Qwen3-8B --gpu sm120 --max-seq-len 8192",
         "builder plan --model tests/data/tiny-qwen3 --gpu cpu",
         "builder plan --model tests/data/tiny-qwen3 --gpu sm120 --json",
+        "builder plan --model Qwen/Qwen3-8B --gpu 'RTX 5090' --as chat --with configs/recipes/demo.yaml=demo",
     ]
     command = add_command(commands, "plan", "show what a build would do, and why; run nothing", run_plan,
                           examples=examples)  # fmt: skip
     add_recipe(command)
     add_output(command)
     command.add_argument("--all", action="store_true", help="also print defaults, every card and the launch command")
+    plan_beside.add(command)
 
 
 def _add_stages(commands: Any, name: str, text: str | None, examples: list[str]) -> argparse.ArgumentParser:
@@ -114,6 +116,7 @@ def run_build(arguments: argparse.Namespace, out: Output) -> int:
         doctor.require(resolved.gpu, recipe.engine.tensorrt_llm, arguments.output, target=recipe.target)
     store = Store(arguments.output, out, force=sorted(force))
     combine.check_add(arguments, store.root)
+    plan_beside.check_add(arguments, resolved, store.root)
     links.check_free(resolved.recipe.name, store.root)
     try:
         with store.in_use():
@@ -162,7 +165,13 @@ def run_plan(arguments: argparse.Namespace, out: Output) -> int:
     from builder.cli import plan_view
     from builder.core.store import Store
 
+    beside = getattr(arguments, "beside", None)
+    if arguments.command == "plan":
+        plan_beside.check(arguments)
     found = plan.plan(resolved, Store(arguments.output, Output("quiet"), dry=True))
+    if beside:
+        plan_beside.run(found, arguments, out)
+        return 0
     if arguments.command == "engine":
         plan_view.show_command(found, out)
     else:

@@ -57,7 +57,7 @@ def run_combine(arguments: argparse.Namespace, out: Output) -> int:
         {model: place for place, model in map(_added, arguments.add)},
         arguments.update,
         arguments.remove,
-        dict(_fraction(text) for text in arguments.kv_fraction),
+        dict(fraction_of(text) for text in arguments.kv_fraction),
         arguments.ungated,
     )
     if len(asked.add) < len(arguments.add):
@@ -106,7 +106,7 @@ def show(made: Combination, out: Output) -> None:
         of = [
             (
                 share.name,
-                size(share.weights),
+                size(share.held),
                 size(share.adapters(memory)) if share.adapter_fraction else "",
                 size(share.most(memory)),
                 "" if share.fraction is None else share.fraction,
@@ -167,7 +167,8 @@ def _added(text: str) -> tuple[Path, str]:
     return found, model or found.absolute().name
 
 
-def _fraction(text: str) -> tuple[str, float]:
+def fraction_of(text: str) -> tuple[str, float]:
+    """MODEL=X as --kv-fraction takes it."""
     model, _, number = text.rpartition("=")
     try:
         fraction = float(number)

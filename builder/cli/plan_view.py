@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,21 @@ MEMORY = ["card", "memory", "weights", "workspace", "KV cache", "KV tokens", "at
 WAYS = ["way", "flag", "memory", "time", "time is", "taken"]
 
 
-def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[str] = ()) -> None:
+def show(
+    found: Plan,
+    out: Output,
+    *,
+    complete: bool = False,
+    build: Sequence[str] = (),
+    beside: Mapping[str, object] | None = None,
+) -> None:
     """Prints a plan: decisions, stages, what was chosen, notes, sizes. With --json everything, as one object.
 
     `complete` adds the values and flags that are defaults, the memory of every card, and the command or model.yaml that
-    launches TensorRT-LLM. `build` is the command that builds this plan, printed at the end.
+    launches TensorRT-LLM. `build` is the command that builds this plan, printed at the end. `beside`: for --json, how
+    the card is divided among several models.
     """
-    out.table(
-        f"plan: {found.resolved.recipe.model.id} on {found.resolved.gpu.name}",
-        ["decision", "value", "from"],
-        _decision_rows(found),
-    )
+    show_decisions(found, out)
     out.table("stages", ["stage", "state", "why"], found.stages)
     _show_settings(found, out, complete)
     if found.way:
@@ -55,7 +59,16 @@ def show(found: Plan, out: Output, *, complete: bool = False, build: Sequence[st
         out.text("more       --all: every value, flag and card, and what launches TensorRT-LLM")
     if build and not (found.refusal or found.blocked):
         out.text(f"next       {shlex.join(build)}")
-    out.result(_as_object(found))
+    out.result({**_as_object(found), "beside": beside})
+
+
+def show_decisions(found: Plan, out: Output) -> None:
+    """Prints what is built, in which formats, and whether it fits."""
+    out.table(
+        f"plan: {found.resolved.recipe.model.id} on {found.resolved.gpu.name}",
+        ["decision", "value", "from"],
+        _decision_rows(found),
+    )
 
 
 def _show_settings(found: Plan, out: Output, complete: bool) -> None:

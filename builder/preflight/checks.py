@@ -226,7 +226,7 @@ def host_refusal(way: Choice | None, found: Sizes, host: Machine, remaining: Seq
 
     way: how the model is quantized; None if it is not."""
     missing = sum(found.disk.get(stage, 0) for stage in remaining if stage != "snapshot")
-    if refusal := suggestions.disk_refusal(found, host, missing):
+    if refusal := suggestions.disk_refusal(found.disk, host, missing):
         return refusal
     return way.refusal if way is not None and "checkpoint" in remaining else None
 

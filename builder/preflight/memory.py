@@ -101,8 +101,9 @@ class Sizes:
 class Memory:
     """The memory estimate for one card (or this machine, for the reference executor), in bytes of the largest rank.
 
-    needed: weights, workspace and the KV cache of one sequence of max_seq_len. lacking: how much the card is short of
-    that. sequences: how many of max_seq_len the KV cache holds. largest_batch: the largest max_batch_size that fits.
+    sequence: the KV cache of one sequence of max_seq_len. needed: weights, workspace and a cache that holds it.
+    lacking: how much the card is short of that. sequences: how many of max_seq_len the KV cache holds. largest_batch:
+    the largest max_batch_size that fits.
     """
 
     card: str
@@ -111,6 +112,7 @@ class Memory:
     workspace: int
     kv_cache: int
     kv_tokens: int
+    sequence: int
     sequences: int
     largest_batch: int
     needed: int
@@ -361,6 +363,7 @@ def memory(model: ModelFacts, asked: Serving, card: str, available: int) -> Memo
         workspace=work,
         kv_cache=tokens * per_token,
         kv_tokens=tokens,
+        sequence=_blocks(asked.max_seq_len) * per_token,
         sequences=tokens // _blocks(asked.max_seq_len),
         largest_batch=largest_batch(model, asked, available),
         needed=least,

@@ -14,7 +14,7 @@ from builder.formats.kv_cache import KvCacheFormat
 from builder.machine.gpus import GpuProfile
 from builder.preflight import adapter_memory
 from builder.preflight import memory as preflight_memory
-from builder.preflight.memory import Machine, Memory, Serving, Sizes
+from builder.preflight.memory import Machine, Memory, Serving
 from builder.preflight.model_facts import ModelFacts
 from builder.recipe import card_formats
 from builder.recipe.schema import Calibration
@@ -25,8 +25,9 @@ MOST_GPUS = 16  # on one machine
 
 @dataclass(frozen=True)
 class Change:
-    """Settings that fit, and the command-line flags for them."""
+    """Settings that fit, the model in its format with them, and the command-line flags for them."""
 
+    model: ModelFacts
     serving: Serving
     flags: tuple[str, ...]
 
@@ -51,7 +52,7 @@ def smallest(model: ModelFacts, asked: Serving, available: int, runs: Smaller = 
     for changed_model, changed in _candidates(model, asked, available, runs):
         if preflight_memory.needed(changed_model, changed) <= available:
             flags = [f"--format {changed_model.number_format.name}"] if changed_model is not model else []
-            return Change(changed, (*flags, *_flags(asked, changed)))
+            return Change(changed_model, changed, (*flags, *_flags(asked, changed)))
     return None
 
 
@@ -152,14 +153,15 @@ def refusal(
     return error, change
 
 
-def disk_refusal(sizes: Sizes, host: Machine, missing: int) -> UnsupportedError | None:
-    """The error if `missing` bytes of artifacts do not fit on the disk, else None."""
+def disk_refusal(disk: Mapping[str, int], host: Machine, missing: int) -> UnsupportedError | None:
+    """The error if `missing` bytes of artifacts do not fit on the disk, else None. disk: what each stage or model keeps
+    there."""
     if missing <= host.disk:
         return None
-    parts = ", ".join(f"{stage} {size(n)}" for stage, n in sizes.disk.items() if n and stage != "snapshot")
+    parts = ", ".join(f"{name} {size(n)}" for name, n in disk.items() if n and name != "snapshot")
     return UnsupportedError(
         f"The disk of the output directory has {size(host.disk)} free, and the artifacts need {size(missing)}.",
-        why=f"By stage: {parts}.",
+        why=f"Each keeps: {parts}.",
         hint=f"Free {size(missing - host.disk)} (`builder clean` removes what no repository needs), or choose another "
         "--output.",
     )
@@ -210,12 +212,16 @@ def judge(model: ModelFacts, asked: Serving, gpu: GpuProfile, host: Machine, her
         return MemoryCheck(found, name, adapter_memory.refusal(asked, about), None)
     if about is None:
         return MemoryCheck(found, name, None, None)
+    return MemoryCheck(found, name, *refusal(model, asked, about, smaller(asked, gpu)))
+
+
+def smaller(asked: Serving, gpu: GpuProfile) -> Smaller:
+    """What the card runs of the formats that could replace the recipe's; nothing for a model that is quantized."""
     if asked.fixed_formats:
-        return MemoryCheck(found, name, *refusal(model, asked, about, Smaller(caches=())))
+        return Smaller(caches=())
     formats = card_formats.running(gpu, asked.target, asked.tensorrt_llm)
-    runs = Smaller(
+    return Smaller(
         [cache for cache in card_formats.running_caches(gpu, asked.target, asked.tensorrt_llm) if cache.quantized],
         sorted(formats, key=lambda one: -one.bits),
         {one.name: kv_cache.get(card_formats.default_cache(gpu, asked.target, one.name)[0]) for one in formats},
     )
-    return MemoryCheck(found, name, *refusal(model, asked, about, runs))

@@ -128,11 +128,11 @@ def _changed(link: Path, members: Mapping[str, Member], asked: Change, store: St
     for model in asked.remove:
         del found[model]
     for model in asked.update:
-        newest = _opened(store.root / links.MODELS / found[model].link, asked, store)
+        newest = opened(store.root / links.MODELS / found[model].link, store, ungated=asked.ungated)
         found[model] = replace(found[model], repository=newest)
     for model, path in asked.add.items():
         check_free(link.name, model, found)
-        found[model] = Member(_opened(path, asked, store), path.name)
+        found[model] = Member(opened(path, store, ungated=asked.ungated), path.name)
     for model, fraction in asked.fractions.items():
         if model not in found:
             raise UsageError(f"--kv-fraction: there is no model {model!r}.", hint=f"Models: {', '.join(found)}.")
@@ -142,8 +142,8 @@ def _changed(link: Path, members: Mapping[str, Member], asked: Change, store: St
     return found
 
 
-def _opened(path: Path, asked: Change, store: Store) -> Repository:
-    """A repository of one model in this store, which passed its checks."""
+def opened(path: Path, store: Store, *, ungated: bool = False) -> Repository:
+    """A repository of one model in this store, which passed its checks, if it must (`ungated`)."""
     found = open_repository(path)
     if "" not in found.members:
         raise UsageError(
@@ -155,7 +155,7 @@ def _opened(path: Path, asked: Change, store: Store) -> Repository:
             why="A repository of several models refers to engines of its own output directory.",
             hint="Name the output directory: --output DIR",
         )
-    if not asked.ungated:
+    if not ungated:
         verdict.check(path)
     return found
 
@@ -166,7 +166,7 @@ def _cards(root: Path, members: Mapping[str, Member]) -> tuple[dict[str, tuple[i
     for name, member in members.items():
         record = versions.record(root, member.repository.path)
         if record is not None:
-            shares[name] = {card["card"]: (card["memory"], _share(name, member, card)) for card in record["memory"]}
+            shares[name] = {card["card"]: (card["memory"], share(name, member, card)) for card in record["memory"]}
     common = set.intersection(*(set(cards) for cards in shares.values())) if shares else set()
     first = next(iter(shares.values()), {})
     cards: dict[str, tuple[int, Sequence[Share]]] = {
@@ -175,9 +175,13 @@ def _cards(root: Path, members: Mapping[str, Member]) -> tuple[dict[str, tuple[i
     return cards, tuple(name for name in members if name not in shares)
 
 
-def _share(name: str, member: Member, card: Mapping[str, Any]) -> Share:
-    weights = card["weights"] + card["workspace"]
-    needs_gpu = target_facts(member.repository.facts["target"]).needs_gpu
-    if not needs_gpu:
-        return Share(name, weights, card["needed"] - weights, None)
-    return Share(name, weights, card["needed"] - weights, combined.fraction_of(member), *combined.adapters_of(member))
+def share(name: str, member: Member, card: Mapping[str, Any]) -> Share:
+    """What a member takes of a card, by this card's entry in its build record."""
+    held = {"weights": card["weights"], "workspace": card["workspace"]}
+    # Older records have only what is needed for one sequence, of which the cache gets a fraction.
+    sequence = card.get("sequence", card["needed"] - card["weights"] - card["workspace"])
+    if not target_facts(member.repository.facts["target"]).needs_gpu:
+        return Share(name, sequence=sequence, fraction=None, **held)
+    adapter_fraction, adapter = combined.adapters_of(member)
+    fraction = combined.fraction_of(member)
+    return Share(name, sequence=sequence, fraction=fraction, adapter_fraction=adapter_fraction, adapter=adapter, **held)

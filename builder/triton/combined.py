@@ -113,25 +113,48 @@ def check_names(names: Mapping[str, object]) -> None:
             raise UsageError(f"{name} and {other} differ by case only.", hint="Name one of them otherwise.")
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What models of one server have in common. ranks: 1 for each of them. sm: the GPU that the engine was built for;
+    None for what runs on any."""
+
+    target: str
+    tensorrt_llm: str
+    ranks: int = 1
+    sm: int | None = None
+
+
 def check_compatible(members: Mapping[str, Repository]) -> None:
     """UnsupportedError for members that one server can't serve."""
-    for name, repository in members.items():
-        ranks = int(repository.facts.get("world_size") or 1)
-        if ranks > 1:
+    check_kinds({name: kind_of(repository) for name, repository in members.items()})
+
+
+def kind_of(repository: Repository) -> Kind:
+    """What a server must be to serve this repository."""
+    facts = repository.facts
+    return Kind(
+        str(facts.get("target")), str(facts.get("tensorrt_llm")), int(facts.get("world_size") or 1), _card(repository)
+    )
+
+
+def check_kinds(kinds: Mapping[str, Kind]) -> None:
+    """UnsupportedError for models that one server can't serve."""
+    for name, kind in kinds.items():
+        if kind.ranks > 1:
             raise UnsupportedError(
-                f"{name} has {ranks} ranks, and a repository of several models takes models of one rank.",
+                f"{name} has {kind.ranks} ranks, and a repository of several models takes models of one rank.",
                 why="Each rank is a Triton server of its own, with the ranks of one engine.",
                 hint=f"Serve {name} from its own repository, or build it with --tp 1 --pp 1.",
             )
     for fact, title in (("target", "target"), ("tensorrt_llm", "TensorRT-LLM version")):
-        found = {name: str(repository.facts.get(fact)) for name, repository in members.items()}
+        found = {name: str(getattr(kind, fact)) for name, kind in kinds.items()}
         if len(set(found.values())) > 1:
             raise UnsupportedError(
                 f"The models have more than one {title}: {', '.join(f'{k} {v}' for k, v in found.items())}.",
                 why="One server runs one version of TensorRT-LLM and one backend for all engines.",
                 hint="Build them for the same: --set engine.tensorrt_llm=VERSION, --target TARGET",
             )
-    cards = {name: sm for name, repository in members.items() if (sm := _card(repository))}
+    cards = {name: kind.sm for name, kind in kinds.items() if kind.sm}
     if len(set(cards.values())) > 1:
         raise UnsupportedError(
             f"The engines were built for different GPUs: {', '.join(f'{k} sm{v}' for k, v in cards.items())}.",

@@ -299,8 +299,8 @@ def test_a_profile_shows_one_card_of_each_size_and_a_named_card_alone() -> None:
 
 def test_too_small_a_disk_is_refused_with_what_is_missing() -> None:
     sizes = preflight_memory.sizes(QWEN3_8B, ASKED)
-    assert suggestions.disk_refusal(sizes, Machine(sizes.artifacts, 0, 0), sizes.artifacts) is None
-    refused = suggestions.disk_refusal(sizes, Machine(10**10, 0, 0), sizes.artifacts)
+    assert suggestions.disk_refusal(sizes.disk, Machine(sizes.artifacts, 0, 0), sizes.artifacts) is None
+    refused = suggestions.disk_refusal(sizes.disk, Machine(10**10, 0, 0), sizes.artifacts)
     assert refused
     assert refused.exit_code == 3
     assert "need 19.19 GB" in refused.what

@@ -55,6 +55,32 @@ def test_what_is_suggested_is_accepted(memory: int, parts: list[tuple[int, int, 
     assert beside.problem(memory, typed) == ""
 
 
+THOUSANDTHS = st.integers(1, 999).map(lambda n: n / 1000)
+
+
+@given(st.integers(1 * GB, 200 * GB), SHARES, st.lists(THOUSANDTHS, min_size=4, max_size=4))
+def test_fractions_are_found_where_there_are_some(
+    memory: int, parts: list[tuple[int, int, float, float, int]], fractions: list[float]
+) -> None:
+    shares = [Share(str(i), *part) for i, part in enumerate(parts)]
+    shares = [replace(share, fraction=fraction) for share, fraction in zip(shares, fractions, strict=False)]
+    taken = sum(share.taken(memory) for share in shares)
+    if not beside.problem(memory, shares) and taken <= beside.USABLE * memory:
+        assert beside.suggested(memory, shares)
+        assert beside.suggested(memory, shares, fixed=[shares[0].name])[shares[0].name] == shares[0].fraction
+
+
+def test_a_model_that_needs_more_gets_a_larger_fraction() -> None:
+    """Equal ones would leave the first with 5 GB if it is loaded last."""
+    shares = [Share("long", 10 * GB, 9 * GB, 0.9), Share("short", 10 * GB, GB, 0.9)]
+    equal = beside.problem(48 * GB, [replace(share, fraction=0.33) for share in shares])
+    assert "long may get" in equal
+    found = beside.suggested(48 * GB, shares)
+    assert found["long"] > found["short"]
+    assert beside.suggested(48 * GB, shares, fixed=["short"]) == {}
+    assert beside.suggested(48 * GB, [shares[0], replace(shares[1], fraction=0.1)], fixed=["short"])["short"] == 0.1
+
+
 def test_two_models_with_the_default_fraction_do_not_fit() -> None:
     """The first would take nine tenths of the card, and the second would find no room for its weights."""
     shares = [Share("chat", 16 * GB, GB, 0.9), Share("code", 16 * GB, GB, 0.9)]
