@@ -311,6 +311,15 @@ def _unpublished(root: Path) -> Iterator[Path]:
             made.remove()
 
 
+def place_of(path: Path, root: Path) -> Path:
+    """Where a file that was glimpsed is in the store under this root once its artifact is pulled; other paths as they
+    are."""
+    if not path.is_relative_to(_glimpses()):
+        return path
+    _, *inside = path.relative_to(_glimpses()).parts
+    return root.joinpath(*inside)
+
+
 @functools.cache
 def _glimpses() -> Path:
     stack = ExitStack()

@@ -61,7 +61,10 @@ EVALUATION = (
 TESTS = ("smoke", "benchmark", "load", "aiperf", "tuning")
 # Names of logs (Store.log) and of the job files beside them (process.job_file).
 LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")
-LOGS = "BUILDER_LOGS"  # names a directory for logs that are kept
+LOGS = (
+    "BUILDER_LOGS"  # names a directory for logs that are kept, and for a list of the artifacts that were made or used
+)
+USED = "artifacts.txt"  # the list: STAGE/KEY in each line
 # Logs to keep, and the age in seconds below which none is removed: a younger log may still be written to.
 LOGS_KEPT, LOGS_YOUNG = 200, 24 * 3600.0
 
@@ -137,6 +140,8 @@ class Store:
                 with suppress(OSError):  # a read-only store is not cleaned, so it needs no times
                     os.utime(found.path)  # the time of last use, for `builder clean --older-than`
         self.done.append(found)
+        if not self.dry:
+            _note_used(f"{name}/{key}")
         return found
 
     def find(self, name: str, key: str) -> Artifact | None:
@@ -174,6 +179,10 @@ class Store:
             self.out.stage(name, f"{key} comes from {self.bucket.address}")
             place = self.bucket.pull(name, key, self.root)
             return read(place) if place else None
+
+    def place(self, path: Path) -> Path:
+        """Where a file of an artifact is in the store: `path`, but for those that a dry run looked at in a bucket."""
+        return bucket.place_of(path, self.root) if self.dry and self.bucket else path
 
     def log(self, name: str) -> Path:
         """The path for a new log file; removes old ones. Logs are not part of artifacts, since no two are equal.
@@ -388,6 +397,14 @@ def mark(root: Path) -> None:
     """Marks a directory as a store, so that `builder clean` accepts it."""
     if not (root / MARKER).is_file():
         replace_file(root / MARKER, "An output directory of trtllm-builder: `builder clean` may remove stages here.\n")
+
+
+def _note_used(name: str) -> None:
+    """Adds an artifact to the list beside the logs of a step."""
+    if named := os.environ.get(LOGS):
+        make_directory(Path(named))
+        with open(Path(named) / USED, "a", encoding="utf-8") as file:
+            file.write(f"{name}\n")
 
 
 def old_logs(directory: Path, *, keep: int, older_than: float) -> list[Path]:

@@ -44,7 +44,7 @@ def render(
     ingredients = {
         "target": "llmapi",
         "checkpoint": checkpoint.digest,
-        "checkpoint_path": references.relative(checkpoint.unified, store.root),
+        "checkpoint_path": references.relative(store.place(checkpoint.unified), store.root),
         "snapshot": snapshot.digest,
         "arguments": llmapi_arguments.tree(arguments),
         "triton_config": [vars(one) for one in llmapi_arguments.triton_config(resolved.recipe.repository)],

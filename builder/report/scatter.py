@@ -12,7 +12,8 @@ from builder.report.charts import AXIS, TOP, nice_ticks, svg
 
 @dataclass(frozen=True)
 class Spot:
-    """One of a scatter plot. tone: a CSS class; spots with the tone "front" are joined by a line, in their order."""
+    """One of a scatter plot. tone: a CSS class; spots with the tone "front" are joined by a line, in their order, and
+    those with the tone "other" lie below all others."""
 
     label: str
     x: float
@@ -43,7 +44,7 @@ def scatter(name: str, title: str, description: str, spots: Sequence[Spot], heig
     for one, other in itertools.pairwise(front):
         ends = f'x1="{x(one.x):.2f}%" y1="{y(one.y):.1f}" x2="{x(other.x):.2f}%" y2="{y(other.y):.1f}"'
         body.append(f'<line class="line" {ends}/>')
-    for spot in spots:
+    for spot in sorted(spots, key=lambda spot: spot.tone != "other"):
         at = f'cx="{x(spot.x):.2f}%" cy="{y(spot.y):.1f}"'
         body.append(f'<g class="{escape(spot.tone)}"><title>{escape(f"{spot.label}: {spot.text}")}</title>')
         body.append(f'<circle class="dot" {at} r="5"/></g>')

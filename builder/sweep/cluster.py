@@ -50,9 +50,8 @@ class Cluster:
         """Whether its head can be reached."""
         return _answers(self.gcs)
 
-    def shares(self, root: Path, points: Sequence[Point]) -> bool:
-        """Whether all nodes see the output directory. UsageError if not and there is no bucket, or if a repository is
-        served from it."""
+    def shares(self, root: Path) -> bool:
+        """Whether all nodes see the output directory. UsageError if not and there is no bucket."""
         seen = root / "locks" / f"cluster-{secrets.token_hex(8)}"
         make_directory(seen.parent)
         replace_file(seen, "")
@@ -65,13 +64,6 @@ class Cluster:
             raise UsageError(
                 f"{_names(blind)} of the cluster can't see the output directory {root}.",
                 hint="Put --output on a disk that all nodes share, or add a bucket: --store s3://BUCKET/PREFIX",
-            )
-        served = [point.name for point in points if point.served]
-        if blind and served:
-            raise UsageError(
-                f"Points that are served need an output directory that all nodes see ({', '.join(served[:SHOWN])}).",
-                why=f"{_names(blind)} can't see {root}, and a repository is loaded from there.",
-                hint="Put --output on a disk that all nodes share.",
             )
         return not blind
 

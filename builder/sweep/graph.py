@@ -69,9 +69,18 @@ class Step:
             for name in ("requests", "input_tokens", "output_tokens"):
                 sent += [f"--{name.replace('_', '-')}", str(getattr(point.load, name))]
             return ("builder", "load", f"{output}/models/{point.recipe.name}", *sent, "--output", output)
-        gated = self.kind == "baseline" and point.resolved.recipe.evaluation.limits
+        return self._from_recipe(self.kind, recipe, output)
+
+    def before(self, recipe: str, output: str) -> tuple[str, ...]:
+        """A command that makes what this one finds beside the store, for a machine that did not run the steps before: a
+        server is started by the link in models/, which only a build makes."""
+        return self._from_recipe("build", recipe, output) if self.kind == "load" else ()
+
+    def _from_recipe(self, kind: Kind, recipe: str, output: str) -> tuple[str, ...]:
+        [point, *_] = self.points
+        gated = kind == "baseline" and point.resolved.recipe.evaluation.limits
         ungated = ("--set", "evaluation.min_score=null", "--set", "evaluation.max_kl=null") if gated else ()
-        return ("builder", *COMMANDS[self.kind], *ungated, "--recipe", recipe, "--output", output)
+        return ("builder", *COMMANDS[kind], *ungated, "--recipe", recipe, "--output", output)
 
 
 def steps(points: Sequence[Point]) -> list[Step]:

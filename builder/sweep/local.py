@@ -25,12 +25,14 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Job:
-    """A step that runs. argv: the command, "builder" first. directory: for its log and those of its workers."""
+    """A step that runs. argv: the command, "builder" first. directory: for its log and those of its workers. before: a
+    command that must have run on the same machine (Step.before)."""
 
     name: str
     argv: Sequence[str]
     takes: Slots
     directory: Path
+    before: Sequence[str] = ()
 
     @property
     def log(self) -> Path:

@@ -132,10 +132,15 @@ def _effects(results: Sequence[Result], points: Sequence[Point]) -> Markup | Non
     found = measured.effects(results, points)
     if not found:
         return None
-    marks = [charts.Mark(name, one.value, _text(one, 2), one.low, one.high) for name, one in found.items()]
+    marks = [charts.Mark(name, one.value, _ratio(one), one.low, one.high) for name, one in found.items()]
     return Markup(
         charts.dots("effects", "Effect of each choice on the KL", _spoken(marks), marks, [(1.0, "no effect", "")])
     )
+
+
+def _ratio(found: Estimate) -> str:
+    """With as many digits as its interval lets one tell apart from no effect, and from none at all."""
+    return _text(found, next((n for n in range(2, 6) if found.value >= 10 ** (1 - n)), 6))
 
 
 def _spoken(marks: Sequence[charts.Mark]) -> str:

@@ -51,13 +51,15 @@ class Common:
 
 @dataclass(frozen=True)
 class Task:
-    """A step. files: what its directory holds before it begins, the recipe for one."""
+    """A step. files: what its directory holds before it begins, the recipe for one. before: a command that runs first,
+    here."""
 
     name: str
     argv: Sequence[str]
     cores: int
     directory: str
     files: Mapping[str, bytes]
+    before: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,13 @@ def run(common: Common, task: Task) -> Done:
         if not (directory / name).exists():
             replace_file(directory / name, data)
     _set_environment(common)
-    command = Command([sys.executable, "-m", *task.argv], env={LOGS: task.directory}, cwd=Path(common.cwd), kind="step")
     with cores.taken(task.cores) as own:
-        running = _run(command, directory / "run.log", own)
-    how = ended(task.name, running, time.monotonic() - began)
+        for argv, log in [(task.before, "before.log")] * bool(task.before) + [(task.argv, "run.log")]:
+            words = [sys.executable, "-m", *argv]
+            command = Command(words, env={LOGS: task.directory}, cwd=Path(common.cwd), kind="step")
+            how = ended(task.name, _run(command, directory / log, own), time.monotonic() - began)
+            if how.code:
+                break
     return Done(how, dict(_logs(directory, task.files)) if common.own_disk else {})
 
 

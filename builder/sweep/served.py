@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from builder import pipeline
@@ -19,11 +19,13 @@ from builder.sweep.points import Load, Point
 
 @dataclass(frozen=True)
 class Served:
-    """The verdict on a point's build, and what its server did at each concurrency. link: None if it was rejected."""
+    """The verdict on a point's build, and what its server did at each concurrency. link: None if it was rejected, or
+    built on a machine whose disk can't be seen. repository: its digest."""
 
     verdict: BuildVerdict
     link: Path | None = None
     levels: tuple[Level, ...] = ()
+    repository: str = ""
 
     @property
     def rejected(self) -> bool:
@@ -43,12 +45,12 @@ def read(point: Point, dry: Store) -> Served:
 
 def with_levels(found: Served, point: Point, store: Store) -> Served:
     """The verdict with the figures under load. WouldRun if they are missing and it was not rejected."""
-    if found.rejected or point.load is None or found.link is None:
+    if found.rejected or point.load is None:
         return found
-    levels = _levels(found.link, point.load, artifacts(store.root, check_files=False))
+    levels = _levels(found.repository, point.load, artifacts(store.root, check_files=False))
     if not levels:
         raise WouldRun(benchmark.STAGE, "not in the store")
-    return Served(found.verdict, found.link, levels)
+    return replace(found, levels=levels)
 
 
 def read_build(point: Point, dry: Store) -> Served:
@@ -63,11 +65,14 @@ def read_build(point: Point, dry: Store) -> Served:
             raise
         return Served(rejected)
     assert built.repository is not None
-    found = verdict.latest(built.repository.digest, [], artifacts(dry.root, check_files=False))
+    repository = built.repository
+    found = verdict.latest(repository.digest, [], artifacts(dry.root, check_files=False))
     link = dry.root / MODELS / (recipe.name or "")
-    if found is None or (found.status != "failed" and link.resolve() != built.repository.path.resolve()):
+    is_here = repository.path.is_relative_to(dry.root)  # or else in the bucket, for another machine
+    linked = found is not None and found.status != "failed" and is_here
+    if found is None or (linked and link.resolve() != repository.path.resolve()):
         raise WouldRun(verdict.STAGE, "not in the store")
-    return Served(found, link if found.status != "failed" else None)
+    return Served(found, link if linked else None, repository=repository.digest)
 
 
 def _rejection(done: Sequence[Artifact], recipe: Recipe, root: Path) -> BuildVerdict | None:
@@ -84,10 +89,8 @@ def _rejection(done: Sequence[Artifact], recipe: Recipe, root: Path) -> BuildVer
     return found if found and found.status == "failed" else None
 
 
-def _levels(link: Path, load: Load, everything: Sequence[Artifact]) -> tuple[Level, ...]:
-    """The newest measurement of this repository under this load."""
-    built = link.resolve()  # the store's own root may lie behind a link
-    repository = next(one.digest for one in everything if one.stage == "repository" and one.path.resolve() == built)
+def _levels(repository: str, load: Load, everything: Sequence[Artifact]) -> tuple[Level, ...]:
+    """The newest measurement of this repository, by its digest, under this load."""
     asked = asdict(Workload(load.concurrency, load.requests, load.input_tokens, load.output_tokens))
     kept = [
         one

@@ -255,22 +255,24 @@ def _jobs(planned: Planned, store: Store, logs: Path) -> Callable[[Step], Job]:
     def job(step: Step) -> Job:
         directory = logs / step.name
         recipe = directory / "recipe.yaml"
-        argv = step.argv(str(recipe), str(store.root))
+        argv, before = step.argv(str(recipe), str(store.root)), step.before(str(recipe), str(store.root))
         if not directory.exists():
             make_directory(directory)
             replace_file(recipe, step.points[0].recipe_file)
-            replace_file(directory / "run.sh", _script(step.kind, argv))
-        return Job(step.name, argv, planned.takes[step.name], directory)
+            replace_file(directory / "run.sh", _script(step.kind, argv, before))
+        return Job(step.name, argv, planned.takes[step.name], directory, before)
 
     return job
 
 
-def _script(kind: Kind, argv: Sequence[str]) -> str:
+def _script(kind: Kind, argv: Sequence[str], before: Sequence[str] = ()) -> str:
     """Repeats a step by hand. What the store has is not made again unless that is asked for."""
+    python = shlex.quote(sys.executable)
     again = "".join(f" --force {stage}" for stage in AGAIN[kind])
     lines = ["#!/bin/sh"]
     lines += [f"# The store has what this makes. To make it again: sh run.sh{again}"] if again else []
     lines += [f"cd {shlex.quote(os.getcwd())} || exit"]
     lines += [f"export {STORE}={shlex.quote(os.environ[STORE])}"] if os.environ.get(STORE) else []
-    lines += [f'exec {shlex.quote(sys.executable)} -m {shlex.join(argv)} "$@"']
+    lines += [f"{python} -m {shlex.join(before)} || exit"] if before else []
+    lines += [f'exec {python} -m {shlex.join(argv)} "$@"']
     return "\n".join([*lines, ""])

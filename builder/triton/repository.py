@@ -78,7 +78,7 @@ def render(
     named = adapter_files.ingredients(adapters)
     ingredients = {
         "engine": engine.digest,
-        "engine_path": references.relative(engine.path, store.root),
+        "engine_path": references.relative(store.place(engine.path), store.root),
         "snapshot": snapshot.digest,
         "part": part.model_dump(mode="json"),
         **named,

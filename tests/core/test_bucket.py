@@ -143,6 +143,9 @@ def test_a_glimpse_has_no_large_file_and_files_elsewhere_are_not_invented(tmp_pa
     made = artifact(tmp_path / "one", {"weights": bytes(bucket.GLIMPSED + 1), "config.json": b"{}"})
     Bucket(files, "b").push(made, load(made))
     seen = Bucket(files, "b").glimpse("checkpoint", made.name)
+    assert seen is not None
+    assert bucket.place_of(seen / "unified", tmp_path / "x") == tmp_path / "x" / "checkpoint" / made.name / "unified"
+    assert bucket.place_of(made, tmp_path / "x") == made, "not one that was glimpsed"
     assert seen
     assert {path.name for path in seen.iterdir()} == {"config.json", "ensemble", MANIFEST}
     outside = {"root": str(tmp_path / "hub"), "files": {"model": {"size": 1, "sha256": "0" * 64}}}

@@ -43,6 +43,8 @@ def test_a_point_that_is_served_is_built_and_loaded_after_its_checkpoint() -> No
     said = " ".join(found["load"].argv("recipe.yaml", "out"))
     assert said.startswith("builder load out/models/mine --concurrency 1 --concurrency 2 --requests 32 ")
     assert found["build"].argv("r", "o") == ("builder", "build", "--no-smoke", "--recipe", "r", "--output", "o")
+    assert found["load"].before("r", "o") == found["build"].argv("r", "o"), "for a machine without the link"
+    assert found["build"].before("r", "o") == ()
 
 
 def test_two_algorithms_share_all_but_the_checkpoint() -> None:

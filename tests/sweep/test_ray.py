@@ -60,7 +60,7 @@ class Steps:
 
 def test_steps_run_on_several_nodes_in_order_and_a_failure_stops_what_needs_it(on: Cluster, tmp_path: Path) -> None:
     assert (on.whole.cores, on.total.cores, len(on.nodes)) == (1, 2, 2)
-    assert on.shares(tmp_path, [])
+    assert on.shares(tmp_path)
     meet = "import os, time; open({mine!r}, 'w').close()\nwhile not os.path.exists({other!r}): time.sleep(0.01)"
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     seen = "import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ['BUILDER_LOGS'], os.getcwd())"
@@ -135,6 +135,19 @@ def test_logs_come_back_from_nodes_with_disks_of_their_own(on: Cluster, tmp_path
     assert b"here" in done.logs["run.log"]
 
 
+def test_what_must_run_before_runs_on_the_same_node_and_its_failure_is_the_steps(tmp_path: Path) -> None:
+    common = Common(os.getcwd(), ray_task.versions(), {}, own_disk=True)
+    makes = ("timeit", "-n1", "-r1", f"open({str(tmp_path / 'made')!r}, 'w').close()")
+    needs = ("timeit", "-n1", "-r1", f"open({str(tmp_path / 'made')!r}).close()")
+    done = ray_task.run(common, Task("a", needs, 1, str(tmp_path / "a"), {}, before=makes))
+    assert done.how.code == 0
+    assert set(done.logs) == {"before.log", "run.log"}
+    failed = ray_task.run(common, Task("b", needs, 1, str(tmp_path / "b"), {}, before=("timeit", "-n1", "1 / 0")))
+    assert failed.how.code != 0
+    assert "ZeroDivisionError" in failed.how.why
+    assert set(failed.logs) == {"before.log"}
+
+
 def test_a_node_with_other_versions_is_refused(on: Cluster, tmp_path: Path) -> None:
     common = Common(os.getcwd(), {**ray_task.versions(), "torch": "9.9"}, {})
     done = ray_task.run(common, Task("a", ("timeit",), 1, str(tmp_path / "a"), {}))
@@ -159,9 +172,9 @@ def test_files_that_nodes_lack_a_bucket_that_they_can_not_use_and_disks_of_their
         cluster._check({"10.0.0.7": replace(node, refused="The store s3://b does not exist.")})
     monkeypatch.setattr(cluster, "_look", lambda ids, root, paths: {"10.0.0.7": replace(node, missing=paths)})
     with pytest.raises(UsageError, match="can't see the output directory"):
-        on.shares(tmp_path, [])
+        on.shares(tmp_path)
     monkeypatch.setenv(environment.STORE, "s3://models/x")
-    assert not on.shares(tmp_path, [])
+    assert not on.shares(tmp_path)
     assert not list((tmp_path / "locks").iterdir())
     _, listed = points.read(Path("configs/sweeps/smallest.yaml"))
     named = cluster._paths(listed)

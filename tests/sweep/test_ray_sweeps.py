@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray_cluster
@@ -25,14 +26,14 @@ from builder.core.environment import STORE
 pytestmark = [pytest.mark.slow, pytest.mark.any_version]
 
 
-def sweep_file(directory: Path) -> Path:
-    """Three data-free points without tasks."""
+def sweep_file(directory: Path, **more: Any) -> Path:
+    """Three data-free points without tasks. more: keys of the file instead of its own."""
     asked = yaml.safe_load(paths.data("configs", "sweeps", "smallest.yaml").read_text())
     del asked["recipe"]["tasks"], asked["exclude"]
     asked["recipe"] |= {"calibration": {"samples": 0}}
     asked["recipe"]["evaluation"] |= {"texts": 3, "max_tokens": 32}
     rounding = {"max": {}, "mse": {"quantization.algorithm": "mse"}, "FP8": {"quantization.format": "fp8"}}
-    asked["matrix"] = {"rounding": rounding}
+    asked |= {"matrix": {"rounding": rounding}, **more}
     (directory / "sweep.yaml").write_text(yaml.safe_dump(asked, sort_keys=False))
     return directory / "sweep.yaml"
 
@@ -40,9 +41,9 @@ def sweep_file(directory: Path) -> Path:
 class Sweep:
     """The command as a process, and what it says."""
 
-    def __init__(self, directory: Path, *more: str, output: str = "out", **environment: str) -> None:
-        self.output, self.said = directory / output, directory / "said"
-        argv = [sys.executable, "-m", "builder", "sweep", str(sweep_file(directory)), "--output", str(self.output)]
+    def __init__(self, directory: Path, *more: str, file: Path | None = None, **environment: str) -> None:
+        self.output, self.said, file = directory / "out", directory / "said", file or sweep_file(directory)
+        argv = [sys.executable, "-m", "builder", "sweep", str(file), "--output", str(self.output)]
         with open(self.said, "wb") as sink:
             self.process = subprocess.Popen([*argv, *more], stderr=sink, env={**os.environ, **environment})
 
@@ -57,10 +58,13 @@ class Sweep:
         code = self.process.wait(400)
         return code, self.said.read_text()
 
-    def status(self) -> dict[str, str]:
+    def rows(self) -> list[dict[str, str]]:
         [file] = self.output.glob("sweeps/*/results.csv")
         with open(file, newline="") as opened:
-            return {row["point"]: row["status"] for row in csv.DictReader(opened)}
+            return list(csv.DictReader(opened))
+
+    def status(self) -> dict[str, str]:
+        return {row["point"]: row["status"] for row in self.rows()}
 
 
 ALL = dict.fromkeys(("max", "mse", "fp8"), "measured")
@@ -129,8 +133,17 @@ def test_a_cluster_that_goes_away_is_named_and_what_was_finished_is_kept(tmp_pat
 
 
 @contextmanager
-def with_own_disks(head: str, hidden: Path, place: Path, **environment: str) -> Iterator[None]:
-    """Two nodes for each of which `hidden` is an empty directory of its own."""
+def own_disks(place: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The address of a cluster of two nodes for each of which place/out is an empty directory of its own, and the
+    variables of a bucket that they can use."""
+    (place / "out").mkdir()
+    with s3_server.running(place) as keys, ray_cluster.running(0) as head:  # noqa: SIM117
+        with _with_own_disks(head.address, place / "out", place, **keys):
+            yield head.address, keys
+
+
+@contextmanager
+def _with_own_disks(head: str, hidden: Path, place: Path, **environment: str) -> Iterator[None]:
     start = f"mount -t tmpfs tmpfs {hidden} && exec {sys.executable} -m ray.scripts.scripts start --address {head} "
     start += f"--num-cpus 1 --memory {ray_cluster.MEMORY} --object-store-memory {ray_cluster.OBJECTS} --block"
     argv = ["unshare", "--mount", "--propagation", "private", "sh", "-c", start]
@@ -157,25 +170,56 @@ def _may_mount() -> bool:
 def test_nodes_with_disks_of_their_own_share_through_a_bucket(tmp_path: Path) -> None:
     if not _may_mount():
         pytest.skip("mounting is not allowed")
-    (tmp_path / "out").mkdir()
-    with s3_server.running(tmp_path) as keys, ray_cluster.running(0) as head:  # noqa: SIM117
-        with with_own_disks(head.address, tmp_path / "out", tmp_path, **keys):
-            refused = Sweep(tmp_path, "--on", head.address)
-            code, said = refused.ended()
-            assert code == 2, said
-            assert "can't see the output directory" in said
-            sweep = Sweep(tmp_path, "--on", head.address, "--store", s3_server.ADDRESS, **keys)
-            code, said = sweep.ended()
-            assert code == 0, said
-            assert sweep.status() == ALL
-            logs = list(sweep.output.glob("sweeps/*/runs/*/*/measure/run.log"))
-            assert len(logs) == 3
-            assert any("comes from s3://" in log.read_text() for log in logs)
-            assert not (sweep.output / "checkpoint").exists(), "weights stay on the nodes and in the bucket"
-            scripts = [path.read_text() for path in sweep.output.glob("sweeps/*/runs/*/*/*/run.sh")]
-            assert all(f"export {STORE}={s3_server.ADDRESS}" in text for text in scripts)
+    with own_disks(tmp_path) as (head, keys):
+        refused = Sweep(tmp_path, "--on", head)
+        code, said = refused.ended()
+        assert code == 2, said
+        assert "can't see the output directory" in said
+        sweep = Sweep(tmp_path, "--on", head, "--store", s3_server.ADDRESS, **keys)
+        code, said = sweep.ended()
+        assert code == 0, said
+        assert sweep.status() == ALL
+        logs = list(sweep.output.glob("sweeps/*/runs/*/*/measure/run.log"))
+        assert len(logs) == 3
+        assert any("comes from s3://" in log.read_text() for log in logs)
+        assert not (sweep.output / "checkpoint").exists(), "weights stay on the nodes and in the bucket"
+        scripts = [path.read_text() for path in sweep.output.glob("sweeps/*/runs/*/*/*/run.sh")]
+        assert all(f"export {STORE}={s3_server.ADDRESS}" in text for text in scripts)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if keys["AWS_SECRET_ACCESS_KEY"].encode() in path.read_bytes()]
+
+
+def test_points_are_served_on_nodes_with_disks_of_their_own(tmp_path: Path) -> None:
+    """What is served comes out of the bucket; verdict, figures and logs come back through it, and nothing else does."""
+    if not _may_mount():
+        pytest.skip("mounting is not allowed")
+    recipe = yaml.safe_load(sweep_file(tmp_path).read_text())["recipe"] | {"quality": {"texts": 8}}
+    rejected = {"quality.min_score": 100, "quantization.format": "nvfp4"}
+    asked: dict[str, Any] = {"recipe": recipe, "measure": ["build", "load"]}
+    asked["load"] = {"concurrency": [1, 2], "requests": 4, "output_tokens": 8}
+    asked["matrix"] = {"format": {"FP8": {"quantization.format": "fp8"}, "rejected": rejected}}
+    with own_disks(tmp_path) as (head, keys):
+        argv = ("--on", head, "--store", s3_server.ADDRESS)
+        sweep = Sweep(tmp_path, *argv, file=sweep_file(tmp_path, **asked), **keys)
+        code, said = sweep.ended()
+        assert code == 0, said
+        assert [(row["point"], row["kind"], row["name"], row["verdict"]) for row in sweep.rows()] == [
+            ("fp8", "load", "concurrency 1", "passed"),
+            ("fp8", "load", "concurrency 2", "passed"),
+            ("rejected", "build", "", "failed"),
+        ]
+        assert all(float(row["tokens_per_second"]) > 0 for row in sweep.rows()[:2])
+        [run] = sweep.output.glob("sweeps/*/runs/*")
+        taken = (run / "fp8/load/before.log").read_text()
+        assert "repository " in taken, "its node has it"
+        assert "making" not in taken, "and it was made by the build"
+        assert "tokens/s" in (run / "fp8/load/run.log").read_text()
+        assert "benchmark/" in (run / "fp8/load/artifacts.txt").read_text()
+        made = {path.name for path in sweep.output.iterdir() if path.is_dir()}
+        assert made <= {"snapshot", "verdict", "benchmark", "sweeps", "locks", "pulled", "logs"}, "no weights"
+        code, said = Sweep(tmp_path, *argv, file=tmp_path / "sweep.yaml", **keys).ended()
+        assert code == 0, said
+        assert "begins" not in said, "both are in the bucket"
 
 
 def _wait_for_node(log: Path) -> None:

@@ -17,7 +17,7 @@ from sweep_results import result, served
 
 from builder.cli import main
 from builder.core.errors import UsageError
-from builder.evaluate.metrics import Sums
+from builder.evaluate.metrics import Estimate, Sums
 from builder.sweep import measured, page, results
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +190,12 @@ def test_the_smallest_that_passes_is_recommended() -> None:
         assert chosen is not None
         assert chosen[0] is expected
     assert measured.recommended([result(0, why="x", point="a")]) is None
+
+
+def test_an_effect_keeps_the_digits_that_tell_it_from_none() -> None:
+    effects = {0.9: "0.90 (0.81 to 0.99)", 0.0142: "0.014 (0.013 to 0.016)", 0.00265: "0.0027 (0.0024 to 0.0029)"}
+    for value, shown in effects.items():
+        assert page._ratio(Estimate(value, value * 0.9, value * 1.1)) == shown
 
 
 def test_a_page_of_hostile_names_and_failures_is_whole() -> None:
