@@ -21,6 +21,7 @@ NUMBERS = {
     "max-requests": (Limits.requests, "N", "answers in progress, above which clients get 429"),
     "max-body": (Limits.body, "BYTES", "bytes of a request's body"),
     "request-timeout": (int(Limits.seconds), "SECONDS", "seconds for one answer"),
+    "stalled-timeout": (int(Limits.stalled_seconds), "SECONDS", "for a client to read something of its answer"),
 }
 
 
@@ -119,6 +120,7 @@ def run_gateway(arguments: argparse.Namespace, out: Output) -> int:
         requests=_positive(arguments, "max-requests"),
         body=_positive(arguments, "max-body"),
         seconds=_positive(arguments, "request-timeout"),
+        stalled_seconds=_positive(arguments, "stalled-timeout"),
     )
     if arguments.routes:
         found = routes.read(arguments.routes).places

@@ -269,7 +269,7 @@ def _json(content: Any) -> Response:
     return Response(json.dumps(content, ensure_ascii=False).encode(), media_type="application/json")
 
 
-def application(settings: Settings, first: Sequence[tuple[Place, Model]], traces: Traces | None = None) -> ASGIApp:
+def application(settings: Settings, first: Sequence[tuple[Place, Model]], traces: Traces | None = None) -> Front:
     """The ASGI application. `first`: the models that it serves at the start."""
     gateway = Gateway(settings, first)
     metrics = Metrics(gateway.in_progress)

@@ -31,7 +31,7 @@ class Front:
     """Wraps the application. `keys`: the API keys that are accepted; none are needed if it is empty."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], metrics: Metrics, traces: Traces | None = None) -> None:
-        self._app, self._metrics, self._traces = app, metrics, traces
+        self._app, self.metrics, self._traces = app, metrics, traces
         self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,9 +80,11 @@ class Front:
             raise ApiError(401, "The API key is missing or wrong (Authorization: Bearer KEY).", code="invalid_api_key")
 
     def _finish(self, record: Record, scope: Scope) -> None:
+        if record.stalled:
+            record.status, record.code = 499, "client_stalled"
         found = ROUTES.match(record.path)
         route = found.group() if found else "other"
-        self._metrics.add(record, route)
+        self.metrics.add(record, route)
         if not record.path.startswith(OPEN_PATHS) or record.status >= 500:
             log_request(record)
             if self._traces is not None:

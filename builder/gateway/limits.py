@@ -12,9 +12,10 @@ class Limits:
     """What one client may ask of the gateway, so that no request harms others.
 
     requests: answers in progress or waiting, above which a request gets 429. body, header: bytes.
-    header_seconds: for a client to send a request's headers and body. seconds: for one answer.
+    header_seconds: for a client to send a request's headers and body. idle_seconds: between two requests of a
+    connection. seconds: for one answer.
     silent_seconds: of an engine within an answer, whether that is streamed or not.
-    stalled_seconds, stalled_bytes: for a client that does not read its stream, which then ends.
+    stalled_seconds: for a client to read something of its answers; stalled_bytes: of a stream that it may leave unread.
     choices: answers of one request (n times prompts).
     """
 
@@ -22,6 +23,7 @@ class Limits:
     body: int = 8 << 20
     header: int = 32 << 10
     header_seconds: float = 20.0
+    idle_seconds: float = 30.0
     seconds: float = 600.0
     silent_seconds: float = 120.0
     stalled_seconds: float = 30.0

@@ -18,7 +18,8 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 
 
 @dataclass
 class Record:
-    """One request. Times are of time.monotonic. `status` is 499 if the client left before its response was complete."""
+    """One request. Times are of time.monotonic. `status` is 499 if the client left before its response was complete,
+    or stalled: it read nothing for too long."""
 
     id: str
     method: str
@@ -34,6 +35,7 @@ class Record:
     detail: str = ""
     model: str = ""
     body: int = 0  # bytes
+    stalled: bool = False
     releases: list[Callable[[], None]] = field(default_factory=list)  # called when the request has ended
 
     @property
@@ -60,6 +62,9 @@ class Metrics:
         self._completion = Counter("gateway_completion_tokens", "Tokens of answers", registry=self.registry)
         self._cancelled = Counter(
             "gateway_cancelled", "Requests whose client left or did not read", registry=self.registry
+        )
+        self.stalled = Counter(
+            "gateway_stalled", "Connections that were closed because the client read nothing", registry=self.registry
         )
         self._seconds = Histogram(
             "gateway_request_seconds", "Time of a generation request", ["path"], buckets=SECONDS, registry=self.registry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
 import socket
 from collections.abc import Callable
@@ -23,10 +24,11 @@ def run(settings: Settings, listener: socket.socket, *, drain: int, ready: Calla
     Errors as for Place.read, for the models that it serves first.
     """
     models, traced = read_models(settings.places), traces()
+    app = application(settings, models, traced)
     config = uvicorn.Config(
-        application(settings, models, traced),
+        app,
         loop="uvloop",
-        http=limited(settings.limits),
+        http=limited(settings.limits, app.metrics.stalled.inc),
         ws="none",
         lifespan="on",
         access_log=False,
@@ -34,7 +36,7 @@ def run(settings: Settings, listener: socket.socket, *, drain: int, ready: Calla
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        timeout_keep_alive=30,
+        timeout_keep_alive=math.ceil(settings.limits.idle_seconds),
         timeout_graceful_shutdown=drain,
     )
     gc.collect()

@@ -7,7 +7,7 @@ import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from builder.gateway.errors import ApiError
 from builder.gateway.limits import Limits
@@ -86,29 +86,24 @@ class EventStream:
                 await _result(producer)
             await send({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
             while events:
-                await self._send(send, events, more=True)
+                await _send(send, events, more=True)
                 events = await outbox.take(PACE)
             try:
                 await _result(producer)
             except ApiError as error:
-                await self._send(send, f"data: {json.dumps(error.body)}\n\n".encode(), more=True)
-                await self._send(send, b"", more=False)
+                await _send(send, f"data: {json.dumps(error.body)}\n\n".encode(), more=True)
+                await _send(send, b"", more=False)
                 raise
-            await self._send(send, b"", more=False)
+            await _send(send, b"", more=False)
         finally:
             for task in (watcher, producer):
                 task.cancel()
                 with suppress(asyncio.CancelledError, ApiError, ClientGone):
                     await task
 
-    async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
-        """Sends a piece; ClientGone if the client does not read for a while."""
-        message: Message = {"type": "http.response.body", "body": body, "more_body": more}
-        try:
-            async with asyncio.timeout(self._limits.stalled_seconds):
-                await send(message)
-        except TimeoutError:
-            raise ClientGone from None
+
+async def _send(send: Send, body: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 async def _result(producer: asyncio.Future[None]) -> None:

@@ -394,6 +394,7 @@ def arguments(process: Path) -> list[str]:
     ("options", "says"),
     [
         (["--max-requests", "0"], "--max-requests must be at least 1 (got 0)"),
+        (["--stalled-timeout", "0"], "--stalled-timeout must be at least 1 (got 0)"),
         (["--api-keys", "absent.txt"], "Can't read the API keys in"),
         (["--api-keys", os.devnull], "has no API key"),
     ],
