@@ -81,6 +81,11 @@ def add_served(command: argparse.ArgumentParser) -> None:
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     for name in ("http", "grpc", "metrics"):
         command.add_argument(f"--{name}-port", type=port, metavar="PORT", help="default: a free port")
+    add_container(command)
+
+
+def add_container(command: argparse.ArgumentParser) -> None:
+    """Adds --container and --image."""
     command.add_argument("--container", action="store_true", help="run Triton in a Docker container of its own")
     command.add_argument("--image", default=os.environ.get("BUILDER_IMAGE", "trtllm-builder"),
                          help="image for --container (BUILDER_IMAGE, default trtllm-builder)")  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.cli import bench, measure
+from builder.cli import bench, measure, serve
 from builder.cli.options import add_command, add_output, add_recipe, path, resolve
 from builder.core.errors import UsageError
 from builder.core.output import Output
@@ -26,16 +26,18 @@ def add(commands: Any) -> None:
         examples=[
             "builder tune --model Qwen/Qwen3-8B --gpu sm120 --objective 'ttft<=500ms,itl<=50ms' --rate 4 --rate 8",
             "builder tune --recipe configs/recipes/demo.yaml --search max_batch_size=2,8 --trials 2 --concurrency 4",
+            "builder tune --model Qwen/Qwen3-8B --gpu sm120 --target llmapi --container --rate 4",
         ],
     )  # fmt: skip
     add_recipe(command)
     bench.add_workload(command)
     command.add_argument("--search", metavar="NAME=V,V", action="append", default=[],
-                         help="a setting and the values to try; repeatable (default: batch size, queue delay, and on a "
-                         "GPU the KV cache's share of memory)")  # fmt: skip
+                         help="a setting and the values to try; repeatable (default: batch size, queue delay or tokens "
+                         "of a batch, and on a GPU the KV cache's share of memory)")  # fmt: skip
     command.add_argument("--trials", type=int, metavar="N", default=12, help="most settings to try (default: 12)")
     command.add_argument("--save", type=path, default=DEFAULT, metavar="FILE",
                          help=f"the recipe file to write (default: {DEFAULT})")  # fmt: skip
+    serve.add_container(command)
     add_output(command)
 
 
@@ -79,12 +81,13 @@ def _request(arguments: argparse.Namespace, resolved: Resolved) -> Request:
         bench.workload_of(arguments),
         arguments.trials,
         lambda asked, repository: bench.with_route(asked, arguments.api, repository),
+        arguments.image if arguments.container else "",
     )
 
 
 def _explain(resolved: Resolved, request: Request, out: Output) -> None:
     """What the search can't show here."""
-    from builder.recipe.target_facts import REFERENCE
+    from builder.recipe.target_facts import REFERENCE, target_facts
     from builder.tune.space import TEXT_MODELS
 
     named = [one.name for one in request.parameters]
@@ -96,7 +99,7 @@ def _explain(resolved: Resolved, request: Request, out: Output) -> None:
     if found := [name for name in named if name in TEXT_MODELS]:
         out.warn(f"{', '.join(found)}: the gateway does the work of these models itself, so AIPerf, which measures the "
                  "gateway, can show no effect but that of their memory and CPU.")  # fmt: skip
-    if "max_batch_size" in named and resolved.recipe.target != REFERENCE.name:
+    if "max_batch_size" in named and target_facts(resolved.recipe.target).builds_tensorrt:
         out.info("each max_batch_size needs an engine of its own, which takes minutes to build; engines are kept")
 
 

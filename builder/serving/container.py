@@ -148,20 +148,21 @@ def connect() -> Any:
         ) from error
 
 
-def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
-    """Checks that the image exists, is ours, and has the TensorRT-LLM version that the repository needs.
+def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> str:
+    """Checks that the image exists, is ours, and has the TensorRT-LLM version that the repository needs. Its id.
 
     `facts` are the repository's. UsageError for the first two, IntegrityError for the third.
     """
     import docker.errors
 
     try:
-        labels = client.images.get(name).labels
+        image = client.images.get(name)
     except docker.errors.ImageNotFound:
         raise UsageError(
             f"The image {name} is not on this machine.",
             hint="Build it: docker compose build build. Or choose another image: --image NAME",
         ) from None
+    labels = image.labels
     if TENSORRT_LLM not in labels:
         raise UsageError(
             f"The image {name} was not made by this project's Dockerfile.",
@@ -180,6 +181,7 @@ def check_image(client: Any, name: str, facts: Mapping[str, Any]) -> None:
             hint="Build the image on the right base (configs/containers.yaml): BASE_IMAGE=... docker compose build "
             "build. Or choose another image: --image NAME",
         )
+    return str(image.id)
 
 
 def remove_orphans(client: Any) -> None:

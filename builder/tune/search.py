@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from builder.core.output import Output
 from builder.core.store import Store
 from builder.preflight.prepare import prepare
 from builder.recipe.schema import Resolved
-from builder.recipe.target_facts import target_facts
-from builder.serving.server import serve
+from builder.serving import container
+from builder.serving.container import ContainerServer
+from builder.serving.server import Server, serve
 from builder.triton.repository import Repository, check_served, repository_key
 from builder.tune import suggest
-from builder.tune.space import Parameter, Value, flags, settings_of, spoken
+from builder.tune.space import Parameter, Value, check_value, flags, settings_of, spoken
 
 STAGE = "tuning"
 
@@ -50,36 +52,52 @@ class Trial:
 
 @dataclass(frozen=True)
 class Request:
-    """What to search. `route` completes the workload for the rendered repository: with the model's route."""
+    """What to search. `route` completes the workload for the rendered repository: with the model's route.
+
+    image: serves it in a container of this image instead of on this machine.
+    """
 
     parameters: tuple[Parameter, ...]
     workload: Workload
     trials: int
     route: Callable[[Workload, Repository], Workload]
+    image: str = ""
 
 
 def check(resolved: Resolved, request: Request, store: Store) -> None:
     """Rejects what can't be searched here, or a workload that does not fit, before anything is installed or built."""
     recipe = resolved.recipe
-    if not target_facts(recipe.target).has_engine:
-        raise UsageError(
-            f"The {recipe.target} target can't be tuned: its settings are arguments of TensorRT-LLM's LLM class.",
-            hint="Vary llmapi.args yourself and compare with builder bench, or use --target engine",
-        )
     if request.trials < 1:
         raise UsageError(f"--trials must be at least 1 (got {request.trials}).", hint="--trials 12")
     for one in request.parameters:
         for value in one.values:
             resolved.changed(flags({one.name: value}))  # UsageError for a value that the recipe can't have
+            check_value(recipe, one.name, value)
     sizes = {"max_input_len": recipe.engine.max_input_len, "max_seq_len": recipe.engine.max_seq_len}
     workload.check(request.workload, {**sizes, "decoupled": recipe.repository.decoupled})
-    pipeline.check_target(resolved, store, "smoke")  # this machine can build and serve it
+    pipeline.check_target(resolved, store, "repository" if request.image else "smoke")  # this machine can do it
+    image_id(resolved, request)
+
+
+def image_id(resolved: Resolved, request: Request) -> str:
+    """The id of the image that serves the trials; "" without one. UsageError without Docker or such an image,
+    IntegrityError for one that can't serve this recipe."""
+    if not request.image:
+        return ""
+    recipe = resolved.recipe
+    facts = {"target": recipe.target, "tensorrt_llm": recipe.engine.tensorrt_llm}
+    client = container.connect()
+    try:
+        return container.check_image(client, request.image, facts)
+    finally:
+        client.close()
 
 
 def search(resolved: Resolved, request: Request, place: Environment, *, store: Store) -> list[Trial]:
     """The trials in order; the first has the recipe's own settings and raises what fails in it."""
     out = store.out
     trials: list[Trial] = []
+    request = replace(request, image=image_id(resolved, request))  # the same one in all trials, whatever is tagged
     while len(trials) < request.trials:
         settings = _next(resolved, request, trials, place)
         if settings is None:
@@ -129,10 +147,11 @@ def _trial(
         "key": repository_key(repository),
         "workload": {**asked.as_dict(), "loads": loads},
         "aiperf": aiperf_version(),
+        **({"image": request.image} if request.image else {}),
     }
 
     def make(directory: Path) -> dict[str, Any]:
-        facts = _measured(repository, asked, place, store.out).as_dict()
+        facts = _measured(repository, asked, place, request.image, store.out).as_dict()
         (directory / "aiperf.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         return facts
 
@@ -140,14 +159,18 @@ def _trial(
     return Trial(settings, Measurement.from_dict(made.facts), made.cached)
 
 
-def _measured(repository: Repository, asked: Workload, place: Environment, out: Output) -> Measurement:
+def _measured(repository: Repository, asked: Workload, place: Environment, image: str, out: Output) -> Measurement:
     check_served(repository)
     with (
         serving_lock(repository.path),
-        serve(repository.models, out=out) as server,
+        _server(repository, image, out) as server,
         target.in_front(server, repository, asked) as served,
     ):
         return measure.measure(place, served, asked, out=out)
+
+
+def _server(repository: Repository, image: str, out: Output) -> AbstractContextManager[Server | ContainerServer]:
+    return container.serve_container(repository, out=out, image=image) if image else serve(repository.models, out=out)
 
 
 def _next(resolved: Resolved, request: Request, trials: Sequence[Trial], place: Environment) -> dict[str, Value] | None:

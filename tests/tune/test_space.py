@@ -18,9 +18,10 @@ from builder.recipe import schema
 from builder.recipe.schema import Resolved
 from builder.tune import recipe_file, search
 from builder.tune.search import Request, Trial
-from builder.tune.space import KEYS, Parameter, flags, settings_of, space
+from builder.tune.space import KEYS, OF_LLM, Parameter, flags, settings_of, space
 
 EXPORT = json.loads(Path("tests/data/aiperf/profile_export_aiperf.json").read_text())
+LLMAPI = {"gpu": "sm120", "target": "llmapi"}
 WORKLOAD = Workload((Load(concurrency=2),), input_tokens=24, output_tokens=8)
 
 
@@ -62,15 +63,37 @@ def test_what_can_t_be_searched_is_refused(asked: list[str], said: str) -> None:
 
 def test_every_name_is_a_key_of_the_recipe() -> None:
     recipe = resolved().recipe
-    every = [Parameter(name, (1,)) for name in KEYS]
-    assert set(settings_of(recipe, every)) == set(KEYS)
+    every = [Parameter(name, (1,)) for name in KEYS if name not in OF_LLM]
+    assert {*settings_of(recipe, every), *OF_LLM} == set(KEYS)
     assert resolved(**flags(settings_of(recipe, every))).recipe == recipe
+    asked = resolved(**LLMAPI, **{"llmapi.args": {"stream_interval": 3}})
+    arguments = [Parameter(name, (1,)) for name in OF_LLM]
+    assert settings_of(asked.recipe, arguments) == {"batch_wait_ms": 0, "stream_interval": 3}
+    changed = asked.changed(flags({"batch_wait_ms": 2.5, "stream_interval": 4})).recipe.llmapi.args
+    assert changed == {"batch_wait_timeout_ms": 2.5, "stream_interval": 4}
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["queue_delay=0,1"], "queue_delay has no effect with the llmapi target"),
+        (["bls_instances=1"], "bls_instances has no effect with the llmapi target"),
+    ],
+)
+def test_what_an_llm_class_does_not_have_is_refused(asked: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        space(resolved(**LLMAPI).recipe, asked)
+    assert "stream_interval" in caught.value.hint
+    with pytest.raises(UsageError, match="stream_interval is an argument of TensorRT-LLM's LLM class"):
+        space(resolved().recipe, ["stream_interval=1,2"])
 
 
 def test_the_kv_cache_is_searched_on_a_gpu_only() -> None:
     on_gpu = schema.resolve({"model.id": "tests/data/tiny-qwen3", "gpu": "sm120"}).recipe
     assert [one.name for one in space(on_gpu, [])] == ["max_batch_size", "queue_delay", "kv_fraction"]
     assert [one.name for one in space(resolved().recipe, [])] == ["max_batch_size", "queue_delay"]
+    llm = [one.name for one in space(resolved(**LLMAPI).recipe, [])]
+    assert llm == ["max_batch_size", "max_num_tokens", "kv_fraction"]
 
 
 def test_the_best_trial_has_the_highest_goodput_and_failed_ones_never_win() -> None:
@@ -97,7 +120,6 @@ def test_the_file_that_is_written_is_the_recipe_with_the_best_settings(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "trials", "said"),
     [
-        ({"target": "llmapi", "gpu": "sm120"}, 3, "The llmapi target can't be tuned"),
         ({}, 0, "--trials must be at least 1 (got 0)."),
         ({"engine.max_input_len": 23}, 3, "Each request has 24 input"),
         ({"repository.decoupled": False}, 3, "does not stream"),
@@ -114,9 +136,17 @@ def test_a_search_that_can_t_run_is_refused_before_anything_is_installed(
 
 
 @pytest.mark.parametrize(
-    "wrong", [Parameter("max_batch_size", (1, 0)), Parameter("kv_fraction", (0.9, float("nan"), 0.8))]
+    ("changes", "wrong"),
+    [
+        ({}, Parameter("max_batch_size", (1, 0))),
+        ({}, Parameter("kv_fraction", (0.9, float("nan"), 0.8))),
+        (LLMAPI, Parameter("stream_interval", (1, 0))),
+        (LLMAPI, Parameter("batch_wait_ms", (0, -1.5))),
+    ],
 )
-def test_a_value_that_no_recipe_has_is_refused_before_anything_is_built(wrong: Parameter, tmp_path: Path) -> None:
+def test_a_value_that_no_recipe_has_is_refused_before_anything_is_built(
+    changes: dict[str, object], wrong: Parameter, tmp_path: Path
+) -> None:
     request = Request((wrong,), WORKLOAD, 3, lambda one, _: one)
     with pytest.raises(UsageError, match=wrong.key):
-        search.check(resolved(), request, Store(tmp_path, Output("quiet")))
+        search.check(resolved(**changes), request, Store(tmp_path, Output("quiet")))
