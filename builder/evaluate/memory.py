@@ -65,11 +65,16 @@ def way(recipe: Recipe, found: Needs, has: int | None) -> Way:
 
 def of_model(recipe: Recipe, directory: Path, config: Mapping[str, Any], host: Machine) -> Way:
     """How to measure the model in a directory, on this machine's GPUs or, without one, on its CPU."""
-    device, part = ways.device(host), recipe.evaluation
     headers = {name: (info.dtype, info.shape) for name, info in open_tensors(directory).items()}
+    return of_facts(recipe, ModelFacts(config, headers), host)
+
+
+def of_facts(recipe: Recipe, model: ModelFacts, host: Machine) -> Way:
+    """The same for a model that need not be here yet."""
+    device, part = ways.device(host), recipe.evaluation
     float32 = part.dtype == "float32" or (part.dtype == "auto" and not device.gpu)
     tokens = part.batch_tokens if device.gpu else min(part.batch_tokens, CPU_TOKENS)
-    return way(recipe, needs(ModelFacts(config, headers), tokens, float32=float32), device.memory)
+    return way(recipe, needs(model, tokens, float32=float32), device.memory)
 
 
 def of_runner(runner: str, models: Models, recipe: Recipe, store: Store) -> Way:

@@ -37,6 +37,9 @@ LIBRARIES = ("lm_eval", "datasets")
 CONCURRENCY = 64  # requests that are sent to a server at the same time, at most: it batches them
 
 
+NOT_WHOLE = "Tasks need the whole model in memory, which does not fit or which --memory low excludes."
+
+
 @dataclass(frozen=True)
 class Row:
     """One figure of a task for one variant: `value` and its standard error over `documents`.
@@ -190,10 +193,7 @@ def _does_not_fit(variant: Variant, models: Models, recipe: Recipe, store: Store
             return ""
     except NotMeasurable as error:
         return str(error)
-    return (
-        "Tasks need the whole model in memory, which does not fit or which --memory low excludes. "
-        "Ask the served model: --runner served"
-    )
+    return f"{NOT_WHOLE} Ask the served model: --runner served"
 
 
 def _run(job: Mapping[str, Any], store: Store) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from builder.core.environment import STORE
 from builder.core.errors import BuilderError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store, WouldRun, mark, replace_file
+from builder.evaluate import memory, tasks
 from builder.hub.snapshot import Source
 from builder.preflight import checks
 from builder.preflight.memory import Machine, machine
@@ -83,7 +84,8 @@ def plan(
 
     jobs: steps that run at once at most; by default up to 4 on a machine, as far as cores and memory go. cluster: whose
     nodes run them, instead of this machine."""
-    prepared = _prepared(points, store)
+    host = cluster.host if cluster else machine(store.root)
+    prepared = _prepared(points, host, store)
     ready, missing, made = list[Result](), list[Point](), dict[str, set[str]]()
     for point in points:
         dry = look(store)
@@ -92,7 +94,7 @@ def plan(
         except WouldRun:
             missing.append(point)
             made[point.slug] = {one.stage for one in dry.done}
-    every, host = graph.steps(points), cluster.host if cluster else machine(store.root)
+    every = graph.steps(points)
     steps = _missing(graph.steps(missing), made, store)
     whole = cluster.whole if cluster else _whole(host)
     on_each = math.ceil(len(missing) / len(cluster.nodes)) if cluster else len(missing)
@@ -151,7 +153,7 @@ def _is_stored(step: Step, made: Mapping[str, set[str]], store: Store) -> bool:
     return True
 
 
-def _prepared(points: Sequence[Point], store: Store) -> dict[str, Prepared]:
+def _prepared(points: Sequence[Point], host: Machine, store: Store) -> dict[str, Prepared]:
     found, wrong, sources = dict[str, Prepared](), list[str](), dict[Model, Source]()
     for point in points:
         try:
@@ -162,6 +164,8 @@ def _prepared(points: Sequence[Point], store: Store) -> dict[str, Prepared]:
             found[point.slug] = made
             if made.quantized is None:  # or else its source is changed to what it was made from
                 sources[model] = made.source
+            if point.measured and point.recipe.tasks.names and memory.of_facts(point.recipe, made.model, host) == "low":
+                wrong.append(f"{point.name}: {tasks.NOT_WHOLE}")
         except BuilderError as error:
             wrong.append(f"{point.name}: {error.what} {error.why}".strip())
     if wrong:

@@ -136,6 +136,20 @@ def test_points_that_the_model_does_not_take_are_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_tasks_that_a_point_can_not_do_are_named_before_anything_is_quantized(tmp_path: Path) -> None:
+    tasks = {"tasks.directory": "tests/data/tasks", "tasks.names": ["next_word"]}
+    sets = {
+        "whole": tasks,
+        "layer by layer": {**tasks, "quantization.memory": "low"},
+        "texts": {"quantization.memory": "low"},
+    }
+    file = written(tmp_path, matrix={"a": sets})
+    with pytest.raises(UsageError, match="Not all points can be built") as caught:
+        sweep.plan(*read(file), Store(tmp_path / "out", Output("quiet"), dry=True))
+    assert caught.value.why.startswith("layer by layer: Tasks need the whole model in memory")
+    assert "\n" not in caught.value.why
+
+
 def test_a_list_of_points_is_compared_with_its_first(tmp_path: Path) -> None:
     points = [{"name": "Plain"}, {"name": "FP8", "recipe": {"quantization": {"format": "fp8"}}}]
     _, found = read(written(tmp_path, matrix={}, points=points))
