@@ -32,7 +32,7 @@ from comparison import ENVIRONMENT, Figure, Result, show
 
 from builder.core.output import Output
 from builder.core.store import Store
-from builder.sweep import graph, measured, points, scheduler, sweep
+from builder.sweep import graph, measured, planning, points, scheduler, sweep
 from builder.sweep.graph import Step
 from builder.sweep.local import Ended, Job, LocalExecutor
 from builder.sweep.slots import Slots
@@ -128,11 +128,11 @@ def own_cost(work: Path, count: int, result: Result) -> None:
     many, few = file(work, 60), work / f"{count}.yaml"
     title, found = points.read(few)
     store, empty = (Store(work / name, Output("quiet"), dry=True) for name in (f"of-{count}", "none"))
-    planned = sweep.plan(title, found, empty)  # imports
+    planned = planning.plan(title, found, empty)  # imports
     parts: dict[str, float] = {}
     with watch() as took:
         title, every = points.read(many)
-        sweep.plan(title, every, empty)
+        planning.plan(title, every, empty)
     parts["plan"] = took[0] / len(every)
     steps = graph.steps(every)
     with watch() as took:
@@ -140,12 +140,12 @@ def own_cost(work: Path, count: int, result: Result) -> None:
         scheduler.run(steps, lambda step: jobs[step.name], Instant(), print_nothing, print_nothing)
     parts["schedule"] = took[0] / len(every)
     first, *others = found
-    read, ratios = {first.slug: measured.read(first, sweep.look(store))}, measured.Known()
+    read, ratios = {first.slug: measured.read(first, planning.look(store))}, measured.Known()
     sweep.write(planned, work, read, ratios)  # imports
     parts["read"] = parts["write"] = 0.0
     for point in others:
         with watch() as took:
-            read[point.slug] = measured.read(point, sweep.look(store))
+            read[point.slug] = measured.read(point, planning.look(store))
         parts["read"] += took[0] / len(others)
         with watch() as took:
             sweep.write(planned, work, read, ratios)

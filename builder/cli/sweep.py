@@ -49,7 +49,7 @@ def run_sweep(arguments: argparse.Namespace, out: Output) -> int:
     from builder.core.environment import STORE
     from builder.core.errors import UsageError
     from builder.core.store import Store
-    from builder.sweep import cluster, points, ray_executor, show, sweep
+    from builder.sweep import cluster, planning, points, ray_executor, show, sweep
 
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UsageError(f"--jobs must be 1 or more (got {arguments.jobs}).")
@@ -61,7 +61,7 @@ def run_sweep(arguments: argparse.Namespace, out: Output) -> int:
     store = Store(arguments.output, out)
     dry = Store(arguments.output, Output("quiet"), dry=True)
     with cluster.connected(arguments.on, found, store.root) if arguments.on else nullcontext() as on:
-        planned = sweep.plan(title, found, dry, jobs=arguments.jobs, cluster=on)
+        planned = planning.plan(title, found, dry, jobs=arguments.jobs, cluster=on)
         if arguments.dry_run:
             show.plan(planned, out)
             return 0

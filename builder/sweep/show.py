@@ -13,8 +13,8 @@ from builder.sweep import measured, page
 from builder.sweep.expected import makespan
 from builder.sweep.graph import Step
 from builder.sweep.measured import Result
+from builder.sweep.planning import Planned
 from builder.sweep.scheduler import Outcome
-from builder.sweep.sweep import Planned
 
 BASES = {"measured": "earlier", "plan": "plan", "unknown": "-"}
 

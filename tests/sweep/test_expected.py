@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from builder.cli import main
 from builder.core.output import Output
 from builder.core.store import Store
-from builder.sweep import expected, scheduler, sweep
+from builder.sweep import expected, planning, scheduler
 from builder.sweep.expected import Expected, makespan
 from builder.sweep.graph import Step
 from builder.sweep.points import read
@@ -35,11 +35,11 @@ def written(directory: Path, **evaluation: Any) -> Path:
     return directory / "sweep.yaml"
 
 
-def planned(file: Path, root: Path) -> sweep.Planned:
-    return sweep.plan(*read(file), Store(root, Output("quiet"), dry=True))
+def planned(file: Path, root: Path) -> planning.Planned:
+    return planning.plan(*read(file), Store(root, Output("quiet"), dry=True))
 
 
-def ran(of: sweep.Planned, runs: Path, seconds: float) -> None:
+def ran(of: planning.Planned, runs: Path, seconds: float) -> None:
     """Notes of all steps, as an earlier sweep leaves them."""
     for step in of.steps:
         (runs / step.name).mkdir(parents=True)

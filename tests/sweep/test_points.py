@@ -14,7 +14,7 @@ from builder.core.errors import UsageError
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.recipe import schema
-from builder.sweep import place, sweep
+from builder.sweep import place, planning
 from builder.sweep.points import Load, base_of, read
 
 FILES = sorted(paths.data("configs", "sweeps").glob("*.yaml"))
@@ -40,7 +40,7 @@ def written(directory: Path, **more: Any) -> Path:
 def test_every_point_of_a_shipped_file_can_be_built(file: Path, tmp_path: Path) -> None:
     title, points = read(file)
     assert title
-    planned = sweep.plan(title, points, Store(tmp_path, Output("quiet"), dry=True))
+    planned = planning.plan(title, points, Store(tmp_path, Output("quiet"), dry=True))
     assert {point.slug for step in planned.steps if step.kind == "measure" for point in step.points} == {
         point.slug for point in points
     }
@@ -131,7 +131,7 @@ def test_a_fault_is_named_before_anything_runs(more: dict[str, Any], said: str, 
 def test_points_that_the_model_does_not_take_are_named(tmp_path: Path) -> None:
     file = written(tmp_path, matrix={"a": {"fits": {}, "does not": {"quantization.keep_bf16": ["*.no_such_layer"]}}})
     with pytest.raises(UsageError, match="Not all points can be built") as caught:
-        sweep.plan(*read(file), Store(tmp_path / "out", Output("quiet"), dry=True))
+        planning.plan(*read(file), Store(tmp_path / "out", Output("quiet"), dry=True))
     assert caught.value.why.startswith("does not: ")
     assert not (tmp_path / "out").exists()
 
@@ -145,7 +145,7 @@ def test_tasks_that_a_point_can_not_do_are_named_before_anything_is_quantized(tm
     }
     file = written(tmp_path, matrix={"a": sets})
     with pytest.raises(UsageError, match="Not all points can be built") as caught:
-        sweep.plan(*read(file), Store(tmp_path / "out", Output("quiet"), dry=True))
+        planning.plan(*read(file), Store(tmp_path / "out", Output("quiet"), dry=True))
     assert caught.value.why.startswith("layer by layer: Tasks need the whole model in memory")
     assert "\n" not in caught.value.why
 

@@ -154,18 +154,72 @@ def test_a_sweep_is_measured_on_texts_and_tasks(tmp_path: Path) -> None:
     assert float(found["gptq-nvfp4", "task"]["task_low"]) <= float(found["gptq-nvfp4", "task"]["task"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["algorithms", "calibration", "kv-cache", "short"])
-def test_a_file_that_comes_with_the_builder_runs(name: str, tmp_path: Path) -> None:
-    argv = ["sweep", str(FILE.with_stem(name)), "--output", str(tmp_path), "--set", "evaluation.texts=4"]
-    argv += ["--set", "tasks.limit=8"]
-    assert main.main(argv) == 0
+class Found:
+    """What a sweep found of each point over all of its texts."""
+
+    def __init__(self, output: Path) -> None:
+        self.rows = rows(output)
+        self.of = {row["point"]: row for row in self.rows if row["name"] == "overall"}
+
+    def kl(self, point: str, end: str = "") -> float:
+        return float(self.of[point][f"kl{end}"])
+
+    def is_better_than_its_base(self, point: str) -> bool:
+        return float(self.of[point]["kl_ratio_high"]) < 1
+
+
+def run_file(name: str, output: Path, *sets: str) -> Found:
+    """Runs a file that comes with the builder on fewer texts and questions, all points with figures."""
+    more = [word for text in ("evaluation.texts=4", "tasks.limit=8", *sets) for word in ("--set", text)]
+    assert main.main(["sweep", str(FILE.with_stem(name)), "--output", str(output), *more]) == 0
     _, points = read(FILE.with_stem(name))
-    found = rows(tmp_path)
-    assert {row["point"] for row in found} == {point.slug for point in points}
-    tasks = {row["name"] for row in found if row["kind"] == "task"}
-    assert tasks == (set() if name == "short" else {"follows", "next_word"})
-    assert all(row["kl"] for row in found if row["kind"] == "texts")
+    found = Found(output)
+    names = {point.slug for point in points}
+    for kind, of, figure in (("texts", {"prose", "chat", "overall"}, "kl"), ("task", {"follows", "next_word"}, "task")):
+        of_kind = [row for row in found.rows if row["kind"] == kind]
+        assert {(row["point"], row["name"]) for row in of_kind} == {(point, name) for point in names for name in of}
+        assert all(float(row[f"{figure}_low"]) <= float(row[figure]) <= float(row[f"{figure}_high"]) for row in of_kind)
+    assert all(0 <= float(row["task"]) <= 1 and row["change"] for row in found.rows if row["kind"] == "task")
+    return found
+
+
+@pytest.mark.slow
+def test_nvfp4_loses_less_by_each_algorithm_than_by_the_largest_value(tmp_path: Path) -> None:
+    found = run_file("algorithms", tmp_path)
+    for point in ("mse", "hessian", "gptq-on-max", "gptq-on-mse", "gptq-on-hessian"):
+        assert found.is_better_than_its_base(point), point
+    for scales in ("mse", "hessian"):
+        assert found.kl(f"gptq-on-{scales}") < min(found.kl(scales), found.kl("gptq-on-max"))
+
+
+@pytest.mark.slow
+def test_more_calibration_rows_are_not_worse(tmp_path: Path) -> None:
+    found = run_file("calibration", tmp_path)
+    for weights in ("nvfp4", "gptq-in-nvfp4", "fp8"):
+        assert found.kl(f"512-{weights}", "_low") <= found.kl(f"32-{weights}", "_high")
+    for rows in ("32", "128", "512"):
+        assert found.kl(f"{rows}-fp8") < found.kl(f"{rows}-gptq-in-nvfp4") < found.kl(f"{rows}-nvfp4")
+    assert found.kl("none-fp8") < found.kl("none-nvfp4")
+
+
+@pytest.mark.slow
+def test_a_kv_cache_in_fp8_costs_less_than_the_weights_format(tmp_path: Path) -> None:
+    found = run_file("kv-cache", tmp_path)
+    for cache in ("bf16", "fp8"):
+        assert found.kl(f"{cache}-fp8") < found.kl(f"{cache}-gptq-in-nvfp4") < found.kl(f"{cache}-nvfp4")
+    assert float(found.of["fp8-fp8"]["kl_ratio_low"]) > 1, "the cache is rounded"
+
+
+@pytest.mark.slow
+def test_w8a8_static_loses_most_in_down_proj_and_gptq_helps_nvfp4(tmp_path: Path) -> None:
+    tasks = ("tasks.directory=tests/data/tasks", "tasks.names=[follows, next_word]")
+    found = run_file("short", tmp_path, *tasks)
+    for weights in ("original", "r1r2"):
+        assert found.kl(f"gptq-{weights}-nvfp4", "_high") < found.kl(f"rtn-{weights}-nvfp4", "_low")
+        for rounding in ("rtn", "gptq"):
+            static = found.kl(f"{rounding}-{weights}-w8a8-static", "_low")
+            for better in ("w8a8-dynamic", "w8a8-static-without-down-proj"):
+                assert found.kl(f"{rounding}-{weights}-{better}", "_high") < static / 3
 
 
 @pytest.mark.slow
