@@ -25,7 +25,8 @@ LONGEST = 500  # characters of a parameter, which MLflow limits
 class Sink:
     """A tracking server, or a local directory, and the experiment of one sweep.
 
-    UsageError if MLflow is not installed, or if nothing answers at the address: before anything runs."""
+    UsageError, before anything runs, if MLflow is not installed, nothing answers at the address, or the experiment was
+    deleted there."""
 
     def __init__(self, address: str, title: str) -> None:
         local = urlsplit(address).scheme in ("", "file")
@@ -50,8 +51,14 @@ class Sink:
             self._experiment: str = found.experiment_id if found else self._client.create_experiment(title)
         except MlflowException as error:
             raise UsageError(
-                f"There is no MLflow at {address}.", why=str(error).splitlines()[0], hint="--mlflow URL or DIRECTORY"
+                f"There is no MLflow at {address}.", why=_first_line(error), hint="--mlflow URL or DIRECTORY"
             ) from None
+        if found and found.lifecycle_stage == "deleted":
+            raise UsageError(
+                f"The experiment {title!r} was deleted in this MLflow, which takes no runs for it.",
+                hint=f"Restore it: mlflow experiments restore --experiment-id {self._experiment}. Or change the title "
+                "of the sweep.",
+            )
 
     def log(self, found: Sequence[Result], directory: Path) -> int:
         """Logs the points that are new or changed. directory: of the results. Returns how many were logged.
@@ -62,7 +69,7 @@ class Sink:
         except self._refused as error:
             raise StageError(
                 "MLflow did not take the results.",
-                why=str(error).splitlines()[0],
+                why=_first_line(error),
                 hint=f"They are in {directory}. The same command logs them again; nothing is measured twice.",
             ) from None
 
@@ -109,6 +116,11 @@ class Sink:
         self._client.log_text(run, one.point.recipe_file, "recipe.yaml")
         self._client.set_tag(run, DIGEST, digest)
         self._client.set_terminated(run, "FAILED" if one.why else "FINISHED")
+
+
+def _first_line(error: Exception) -> str:
+    """What the error says, or else what it is."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _metrics(rows: Sequence[Row]) -> dict[str, float]:

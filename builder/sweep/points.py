@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, ValidationError, model_validator
 
 from builder.core.errors import BuilderError, UsageError
 from builder.core.store import digest_of
@@ -40,10 +40,15 @@ class Listed(Part):
     recipe: Keys = Field(default_factory=dict)
 
 
+def _once(values: tuple[int, ...]) -> tuple[int, ...]:
+    """Each value once: two rows of a point with one name could not be told apart."""
+    return tuple(dict.fromkeys(values))
+
+
 class Load(Part):
     """What each served repository is sent: the options of `builder load`."""
 
-    concurrency: tuple[PositiveInt, ...] = Field(default=(1, 4), min_length=1)
+    concurrency: Annotated[tuple[PositiveInt, ...], AfterValidator(_once)] = Field(default=(1, 4), min_length=1)
     requests: PositiveInt = 32
     input_tokens: PositiveInt = 128
     output_tokens: PositiveInt = 32

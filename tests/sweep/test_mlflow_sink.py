@@ -58,6 +58,30 @@ def test_what_can_t_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     assert "secret" not in str(caught.value)
 
 
+def test_a_deleted_experiment_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    sink = Sink(str(tmp_path), "A title")
+    sink._client.delete_experiment(sink._experiment)
+    with pytest.raises(UsageError, match="'A title' was deleted") as caught:
+        Sink(str(tmp_path), "A title")
+    assert f"--experiment-id {sink._experiment}" in caught.value.hint
+    sink._client.restore_experiment(sink._experiment)
+    assert Sink(str(tmp_path), "A title").log([result(1.0, a="x")], tmp_path) == 1
+
+
+def test_an_error_without_a_message_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.exceptions import MlflowException
+
+    sink = Sink(str(tmp_path), "t")
+
+    def fails(*_: object, **__: object) -> None:
+        raise MlflowException("")
+
+    monkeypatch.setattr(sink._client, "search_runs", fails)
+    with pytest.raises(StageError, match="did not take the results") as caught:
+        sink.log([result(1.0, a="x")], tmp_path)
+    assert caught.value.why == "MlflowException"
+
+
 def test_without_mlflow_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UsageError, match="MLflow is not installed"):

@@ -97,6 +97,7 @@ def test_a_point_that_is_built_has_a_repository_of_its_own(tmp_path: Path) -> No
     assert names[0] == "test-tiny-qwen3-rtn-nvfp4"
     assert len({*names}) == len(points)
     assert points[0].load == Load(concurrency=(2,))
+    assert Load(concurrency=(4, 1, 4)).concurrency == (4, 1), "the rows of a point have names of their own"
     assert points[0].served
     assert points[0].served.recipe.quality.check
     assert not points[0].measured
