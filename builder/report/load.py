@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from builder.aiperf.measured import Measurement, Point
-from builder.report.curves import Curve, curves
+from builder.aiperf.objective import METRICS, Objective
+from builder.report import scales
+from builder.report.curves import Curve, curves, known
 from builder.serving.benchmark import Percentiles
 
 
@@ -30,24 +32,38 @@ def charts(measurement: Measurement | None) -> list[LoadChart]:
     for points, slug, axis in ((closed, "closed", "requests in flight"), (opened, "open", "requests sent per second")):
         if len(points) > 1:
             ordered = sorted(points, key=lambda point: point.load.concurrency or point.load.rate or 0)
-            found += _charts(ordered, slug, axis, rated=measurement.objective is not None)
+            found += _charts(ordered, slug, axis, measurement.objective)
     return found
 
 
-def _charts(points: Sequence[Point], slug: str, axis: str, *, rated: bool) -> list[LoadChart]:
+def best(measurement: Measurement | None) -> str:
+    """A sentence on the load with the highest goodput; "" without an objective."""
+    if measurement is None or measurement.objective is None:
+        return ""
+    point = measurement.best
+    if point is None:
+        return "No request met the objective."
+    return f"Most good requests: {point.goodput:.2f} per second, at {point.load.label}."
+
+
+def _charts(points: Sequence[Point], slug: str, axis: str, objective: Objective | None) -> list[LoadChart]:
     ticks = [f"{point.load.concurrency or point.load.rate:g}" for point in points]
+    limits = dict(objective.limits) if objective else {}
 
     def made(name: str, title: str, drawn: Sequence[Curve]) -> LoadChart:
         said = "; ".join(
             f"at {tick}: " + ", ".join(f"{curve.name} {curve.texts[n]}" for curve in drawn)
             for n, tick in enumerate(ticks)
         )
-        caption = f"{title}, by the number of {axis}."
-        return LoadChart(Markup(curves(f"load-{slug}-{name}", title, f"{caption} {said}.", ticks, drawn)), caption)
+        measured, in_time = known(drawn), name in METRICS
+        scale = scales.times(measured, limits.get(name)) if in_time else scales.linear(measured)
+        caption = f"{title}, by the number of {axis}" + ", on a logarithmic scale" * bool(scale.ticks[0]) + "."
+        drawing = curves(f"load-{slug}-{name}", title, f"{caption} {said}.", ticks, drawn, scale)
+        return LoadChart(Markup(drawing), caption)
 
     rates = [_curve("tokens/s", points, lambda point: point.tokens_per_second)]
     requests = [_curve("requests/s", points, lambda point: point.requests_per_second)]
-    requests += [_curve("good requests/s", points, lambda point: point.goodput)] if rated else []
+    requests += [_curve("good requests/s", points, lambda point: point.goodput)] if objective else []
     return [
         made("tokens", "Output tokens per second", rates),
         made("requests", "Requests per second", requests),

@@ -205,6 +205,7 @@ def _context(report: Report) -> dict[str, Any]:
         "time_chart": _time_chart(report),
         "throughput_chart": _throughput_chart(report),
         "load_charts": load.charts(report.load),
+        "best_load": load.best(report.load),
         "set_by_hand": [row for row in report.values if row[2] != "default"],
         "defaults": [row for row in report.values if row[2] == "default"],
     }

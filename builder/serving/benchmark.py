@@ -274,10 +274,11 @@ def show(report: BenchmarkReport, out: Output) -> None:
 
 
 def format_percentiles(times: Percentiles | None) -> str:
-    """`12.1 / 15.0 / 21.3 ms`, or a dash for None."""
+    """`12.1 / 15.0 / 121 ms`, from 100 ms on without decimals; a dash for None."""
     if times is None:
         return "–"
-    return " / ".join(f"{1000 * value:,.1f}" for value in (times.p50, times.p90, times.p99)) + " ms"
+    found = [1000 * value for value in (times.p50, times.p90, times.p99)]
+    return " / ".join(f"{value:,.1f}" if value < 99.95 else f"{value:,.0f}" for value in found) + " ms"
 
 
 def _tokenizer(repository: Repository) -> Tokenizer:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.report import charts
+from builder.report import charts, scales
 from builder.report.charts import Mark
 from builder.report.curves import Curve, curves
 
@@ -50,6 +50,31 @@ def test_curves_begin_at_zero_stay_inside_and_leave_out_what_was_not_measured(co
     assert all(0 < height <= float(root.get("height", "0")) for height in heights)
     assert heights[0] == max(heights), "0 is on the axis"
     assert not list(root.iter("script"))
+
+
+@given(st.lists(st.floats(0.01, 1e7), min_size=1, max_size=8), st.none() | st.floats(0.01, 1e8))
+def test_a_scale_of_times_holds_all_values_and_the_limit(values: list[float], limit: float | None) -> None:
+    scale = scales.times(values, limit)
+    shown = [*values, *([] if scale.limit is None else [scale.limit])]
+    assert all(-1e-9 <= scale.height(value) <= 1 + 1e-9 for value in shown)
+    assert scale.ticks[0] <= min(shown) * (1 + 1e-6)
+    assert max(shown) <= scale.ticks[-1] * (1 + 1e-6)
+    assert list(scale.ticks) == sorted(scale.ticks)
+    assert len(scale.ticks) <= 12
+    ordered = sorted(shown)
+    assert [scale.height(value) for value in ordered] == sorted(scale.height(value) for value in ordered)
+
+
+def test_a_scale_is_logarithmic_only_where_values_could_not_be_seen() -> None:
+    """Two seconds beside sixty; the objective is drawn unless it is far above all that was measured."""
+    assert scales.times([10.0, 100.0], 50.0).ticks[0] == 0
+    found = scales.times([90.0, 200.0, 55_000.0], 500.0)
+    assert list(found.ticks) == [10.0, 100.0, 1000.0, 10_000.0, 100_000.0]
+    assert found.limit == 500.0
+    assert scales.times([10.0, 20.0], 500.0).limit is None
+    svg = curves("d", "TTFT", "t", ["1", "2", "3"], [Curve("p50", [90.0, 200.0, 55_000.0], ["a", "b", "c"])], found)
+    [limit] = [group for group in parse(svg).iter("g") if group.get("class") == "curve limit"]
+    assert "limit 500" in "".join(limit.itertext())
 
 
 @pytest.mark.parametrize("kind", ["bars", "dots", "columns"])
