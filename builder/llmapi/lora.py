@@ -9,9 +9,11 @@ from typing import Any
 
 from builder.core.errors import UsageError
 from builder.core.untrusted_text import parse_json, read_regular
+from builder.llmapi.adapter_files import Adapter, open_adapter, target_modules
 from builder.recipe.lora import Lora
 
 DIRECTORIES = "lora_config.lora_dir"
+MODULES = "lora_config.lora_target_modules"
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 DEFAULT_RANK = 64  # lora_helper.py@585c7567, LoraConfig.max_lora_rank
@@ -38,7 +40,21 @@ def with_adapters(arguments: dict[str, Any], part: Lora) -> dict[str, Any]:
             )
         found.append(str(directory))
     most = {"lora_config.max_lora_rank": part.max_rank} if part.max_rank else {}
-    return {**arguments, DIRECTORIES: found, **most}
+    return {**arguments, DIRECTORIES: found, **most, **_modules(arguments, part)}
+
+
+def opened(part: Lora) -> list[Adapter]:
+    """The adapters of the recipe's `lora`. Errors as for `adapter_files.open_adapter`."""
+    places = {name: Path(place).expanduser() for name, place in part.adapters.items()}
+    return [open_adapter(name, place.absolute()) for name, place in places.items() if place.is_dir()]
+
+
+def _modules(arguments: Mapping[str, Any], part: Lora) -> dict[str, Any]:
+    """The layers of several adapters: the LLM class finds those of a single one itself, and without them ends in an
+    assertion (_torch/pyexecutor/_util.py, 1.2)."""
+    if len(part.adapters) < 2 or arguments.get(MODULES):
+        return {}
+    return {MODULES: target_modules({kind for one in opened(part) for kind in one.modules})}
 
 
 def directories(arguments: Mapping[str, Any]) -> list[Path]:
@@ -49,6 +65,12 @@ def directories(arguments: Mapping[str, Any]) -> list[Path]:
 def check(arguments: Mapping[str, Any]) -> None:
     """UsageError for an adapter that does not exist, that the LLM class cannot load, or whose name is used twice."""
     names: dict[str, Path] = {}
+    if len(directories(arguments)) > 1 and not arguments.get(MODULES):
+        raise UsageError(
+            f"Several LoRA adapters need llmapi.args.{MODULES}, the kinds of layers that they change.",
+            why="TensorRT-LLM's LLM class finds them itself for a single adapter only.",
+            hint=f"--lora NAME=DIRECTORY for each finds them, or --set llmapi.args.{MODULES}=[attn_q,attn_k,attn_v]",
+        )
     for directory in directories(arguments):
         if not directory.is_absolute():
             raise UsageError(

@@ -114,7 +114,7 @@ def open_adapter(name: str, directory: Path) -> Adapter:
 
 def checked(name: str, directory: Path, config: Mapping[str, Any], tensors: Tensors) -> Adapter:
     """The adapter with this configuration and these tensors. Errors as for `open_adapter`."""
-    _check_config(name, config)
+    check_config(name, config)
     base = str(config.get("base_model_name_or_path") or "")
     return Adapter(name, directory, base, tensors, _pairs(name, config, tensors))
 
@@ -147,7 +147,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _check_config(name: str, config: Mapping[str, Any]) -> None:
+def check_config(
+    name: str,
+    config: Mapping[str, Any],
+    why: str = "TensorRT-LLM's C++ backend takes pairs of matrices only (tensorrt_llm/runtime/loraUtils.cpp).",
+) -> None:
+    """UnsupportedError for an adapter that is more than pairs of matrices. why: what serves it takes no more."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise UnsupportedError(
@@ -155,7 +160,7 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
             hint=f"{MERGE} Not every kind can be merged.",
         )
     bias = config.get("bias", "none")
-    found = [why for field, why in MORE.items() if config.get(field)]
+    found = [more for field, more in MORE.items() if config.get(field)]
     found += ["biases of the model are changed"] if bias != "none" else []
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_MODEL):
@@ -163,7 +168,7 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
     if found:
         raise UnsupportedError(
             f"The adapter {name} is more than pairs of matrices beside linear layers: {'; '.join(found)}.",
-            why="TensorRT-LLM's C++ backend takes pairs of matrices only (tensorrt_llm/runtime/loraUtils.cpp).",
+            why=why,
             hint=MERGE,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import size
@@ -55,7 +55,16 @@ def check_engine(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> None
             )
 
 
-def check_inputs(adapters: Sequence[Adapter], formats: Sequence[NumberFormat], *, rotated: bool) -> None:
+class Changing(Protocol):
+    """An adapter: its name, and the kinds of layers that it changes."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def modules(self) -> Sequence[str]: ...
+
+
+def check_inputs(adapters: Sequence[Changing], formats: Sequence[NumberFormat], *, rotated: bool) -> None:
     """UnsupportedError where the layers get other inputs than those that an adapter was trained with: it would be
     applied to them, and the answers would be wrong without an error."""
     folded = {f"{role}_proj": one.title for one in formats for tensor in one.tensors for role in tensor.folded}

@@ -16,6 +16,7 @@ from builder.core.store import STAGES, Store
 from builder.formats.assignment import Layers
 from builder.formats.registry import BF16, FP8
 from builder.hub.snapshot import Source, open_source
+from builder.llmapi import lora as llmapi_lora
 from builder.lora import model_checks
 from builder.lora.adapter import Adapter
 from builder.lora.source import open_adapters
@@ -29,6 +30,7 @@ from builder.preflight.ways import Choice
 from builder.quantize import exclude, pseudo_names
 from builder.quantize.modelopt import gpus
 from builder.recipe.schema import Calibration, Recipe, Resolved
+from builder.recipe.target_facts import LLMAPI
 from builder.targets import target
 from builder.targets.base import Inputs, Settings, Stages, Target
 from builder.transform.stage import expected
@@ -196,8 +198,13 @@ def prepare(resolved: Resolved, store: Store, *, layouts: bool = True, source: S
 
 
 def _adapters(resolved: Resolved, store: Store) -> tuple[Adapter, ...]:
-    found = open_adapters(resolved.recipe.lora.adapters, store=store)
-    model_checks.check_inputs(found, resolved.quantized_formats, rotated=resolved.recipe.transform.rotates)
+    """The adapters that are built in. Those of the LLM class, which reads them itself, are only checked."""
+    part, formats, rotated = resolved.recipe.lora, resolved.quantized_formats, resolved.recipe.transform.rotates
+    if resolved.recipe.target == LLMAPI.name:
+        model_checks.check_inputs(llmapi_lora.opened(part), formats, rotated=rotated)
+        return ()
+    found = open_adapters(part.adapters, store=store)
+    model_checks.check_inputs(found, formats, rotated=rotated)
     return found
 
 

@@ -8,9 +8,12 @@ from typing import Any
 
 import adapters
 import pytest
+import torch
 from hub_server import Hub
 
 from builder import pipeline
+from builder.clean import removal
+from builder.clean.reachability import Request
 from builder.core.errors import IntegrityError, UnsupportedError, UsageError
 from builder.core.output import Output
 from builder.core.store import Store
@@ -18,6 +21,7 @@ from builder.lora import tensors
 from builder.lora.source import fetched, open_adapters
 from builder.plan import Plan, plan
 from builder.preflight.prepare import prepare
+from builder.publish.combination import Change, change
 from builder.recipe import schema
 from builder.targets.base import flags_of
 from builder.trtllm import flags as trtllm_flags
@@ -179,11 +183,50 @@ def test_the_llm_class_gets_the_same_adapters(tmp_path: Path) -> None:
     found = {one.name: one.value for one in prepared.settings}
     assert found["lora_config.lora_dir"] == [str(one)]
     assert found["lora_config.max_lora_rank"] == 16
+    assert "lora_config.lora_target_modules" not in found, "the LLM class finds those of a single adapter"
     with pytest.raises(UsageError, match="from a directory of its name, and law is"):
         prepare(resolved(f"law={one}", **asked), Store(tmp_path / "store", QUIET, dry=True))
     twice = resolved(f"sql={one}", sets=(f"llmapi.args.lora_config.lora_dir=[{one}]",), **asked)
     with pytest.raises(UsageError, match="named twice"):
         prepare(twice, Store(tmp_path / "store", QUIET, dry=True))
+
+
+LLM = {"gpu": "sm120", "target": "llmapi", "quantization.kv_cache_dtype": "auto"}
+
+
+def test_several_adapters_of_the_llm_class_come_with_the_layers_that_they_change(tmp_path: Path) -> None:
+    one, two = adapters.write(tmp_path / "sql", ["v_proj"]), adapters.write(tmp_path / "law", ["down_proj"])
+    store = Store(tmp_path / "store", QUIET, dry=True)
+    named = [f"sql={one}", f"law={two}"]
+    found = {one.name: one.value for one in prepare(resolved(*named, **LLM), store).settings}
+    assert found["lora_config.lora_target_modules"] == ["attn_q", "attn_k", "attn_v", "mlp_4h_to_h"]
+    own = resolved(*named, sets=("llmapi.args.lora_config.lora_target_modules=[attn_v]",), **LLM)
+    found = {one.name: one.value for one in prepare(own, store).settings}
+    assert found["lora_config.lora_target_modules"] == ["attn_v"]
+    bare = resolved(sets=(f"llmapi.args.lora_config.lora_dir=[{one},{two}]",), **LLM)
+    with pytest.raises(UsageError, match="Several LoRA adapters need"):
+        prepare(bare, store)
+
+
+def test_the_llm_class_is_checked_for_what_it_takes_and_not_for_what_an_engine_takes(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store", QUIET, dry=True)
+
+    def taken(**config: Any) -> None:
+        place = adapters.write(tmp_path / "sql", ["q_proj"], **config)
+        prepare(resolved(f"sql={place}", **LLM), store)
+
+    fused = {f"base_model.model.model.layers.0.mlp.gate_up_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    taken(changed=fused)
+    inner = {f"base_model.model.language_model.layers.0.mlp.up_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    taken(changed=inner)
+    taken(rank_pattern={"(a|b){1,9}": 4})  # its ranks are those of the tensors
+    with pytest.raises(UnsupportedError, match="scales of single layers"):
+        taken(alpha_pattern={"q_proj": 3})
+    with pytest.raises(UnsupportedError, match="more than pairs of matrices") as caught:
+        taken(use_dora=True)
+    assert "LLM class" in caught.value.why
+    with pytest.raises(UnsupportedError, match="tensors that TensorRT-LLM's LLM class does not take"):
+        taken(changed={"base_model.model.lm_head.lora_A.weight": torch.ones(4, 4)})
 
 
 # ---- keys
@@ -239,3 +282,26 @@ def test_the_plan_shows_an_adapter_that_is_still_to_be_downloaded(hub: Hub, tmp_
     pipeline.build(asked, Store(tmp_path / "store", QUIET), until="repository")
     after = {stage: state for stage, state, _ in plan(asked, Store(tmp_path / "store", QUIET, dry=True)).stages}
     assert (after["engine"], after["adapter"], after["repository"], after["smoke"]) == (*("cached",) * 3, "will run")
+
+
+def test_clean_keeps_every_downloaded_adapter_of_a_repository_and_of_the_version_before(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """Nothing else leads to them, and without them the same build would need the Hub again."""
+    names = ["sql", "law", "chat"]
+    for seed, name in enumerate(names):
+        hub.add(f"someone/{name}", adapters.write(tmp_path / name, seed=seed))
+    quick = {"calibration.samples": 0, "quality.check": False, "name": "one"}
+    for some in (names[:2], names[2:]):
+        asked = resolved(*(f"{name}=someone/{name}" for name in some), **quick)
+        store = Store(tmp_path / "store", QUIET)
+        pipeline.build(asked, store, until="repository")
+    there = set((store.root / "adapter").glob("[!.]*"))
+    assert len(there) == 3
+    made = removal.plan(store.root, Request(older_than=0))
+    assert there <= {entry.path for entry in made.keep}
+    both = change("both", Change({"one": store.root / "models" / "one"}), store=store)
+    assert both.repository
+    (store.root / "models" / "one").unlink()
+    kept = {entry.path for entry in removal.plan(store.root, Request(older_than=0)).keep}
+    assert len(there & kept) == 1, "that of the repository's only model"
