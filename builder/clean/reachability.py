@@ -164,15 +164,19 @@ def _protected(graph: Graph, request: Request) -> dict[Path, str]:
     for path in graph.stuck:
         roots.append((graph.nodes[path], f"{path.parent.name}/{path.name} can't be removed, and was made from it"))
     for repository, why in roots:
-        recorded = [
-            graph.nodes[path] for path in build_record.stages(graph.root, repository.path) if path in graph.nodes
-        ]
-        chain = upstream([repository, *recorded], graph.everything)
+        chain = upstream([repository, *_recorded(repository, graph)], graph.everything)
         for artifact in _with_measurements(chain, graph.everything):
             named = artifact.stage in MEASUREMENTS and _is_named(artifact, request.names)
             if artifact.path in graph.nodes and not named:
                 found.setdefault(artifact.path, why)
     return found
+
+
+def _recorded(repository: Artifact, graph: Graph) -> list[Artifact]:
+    """The stages in the build record of a repository and, if it has several models, in those of each of them."""
+    chain = upstream([repository], graph.everything)
+    paths = [path for one in chain if one.stage == "repository" for path in versions.stages(graph.root, one.path)]
+    return [graph.nodes[path] for path in paths if path in graph.nodes]
 
 
 def _with_measurements(chain: Sequence[Artifact], everything: Sequence[Artifact]) -> list[Artifact]:

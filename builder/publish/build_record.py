@@ -25,6 +25,7 @@ from builder.core import manifest
 from builder.core.safe_text import redact
 from builder.core.store import Store, digest_of, replace_file
 from builder.core.untrusted_text import parse_yaml
+from builder.lora.source import STAGE as ADAPTER
 from builder.preflight import memory as preflight_memory
 from builder.preflight import suggestions
 from builder.preflight.prepare import Prepared
@@ -41,6 +42,8 @@ def write(prepared: Prepared, *, link: Path, source: str, store: Store) -> Path:
     source: the model's source (links.source_of). Only builds with the same source move a link.
     """
     stages = {done.stage: done for done in store.done}  # of a store that built twice, the last
+    several = {done.path: done for done in store.done if done.stage == ADAPTER}
+    listed = [*(done for done in stages.values() if done.stage != ADAPTER), *several.values()]
     resolved, host = prepared.resolved, preflight_memory.machine(store.root)
     memory = suggestions.judge(prepared.model, prepared.serving, resolved.gpu, host).cards
     record = {
@@ -61,7 +64,7 @@ def write(prepared: Prepared, *, link: Path, source: str, store: Store) -> Path:
         "memory": [{**asdict(card), "fits": card.fits} for card in memory],
         "stages": [
             {"stage": done.stage, "key": done.manifest["key"], "path": str(done.path.relative_to(store.root))}
-            for done in stages.values()
+            for done in listed
         ],
     }
     path = store.root / DIRECTORY / f"{link.name}.json"
@@ -83,12 +86,6 @@ def by_name(root: Path) -> dict[str, Mapping[str, Any]]:
     """The readable records by the name of their link."""
     found = {path.stem: _read(path) or _read_older(path) for path in sorted((root / DIRECTORY).glob("*.json"))}
     return {name: record for name, record in found.items() if record}
-
-
-def stages(root: Path, repository: Path) -> list[Path]:
-    """The directories of the stages that the record of this repository names."""
-    found = find(root, repository) or {}
-    return [root / stage["path"] for stage in found.get("stages", [])]
 
 
 def unlinked(root: Path) -> dict[str, Path]:

@@ -77,6 +77,13 @@ def record(root: Path, repository: Path) -> Mapping[str, Any] | None:
     return None
 
 
+def stages(root: Path, repository: Path) -> list[Path]:
+    """The directories of the stages that the record of this repository names: those of its build that its digest does
+    not lead to, such as downloaded adapters, are only there."""
+    found = record(root, repository) or {}
+    return [root / stage["path"] for stage in found.get("stages", [])]
+
+
 def before(root: Path, name: str) -> Version | None:
     """The version before the current one, if its repository is still there."""
     found = [version for version in read(root, name) if version.repository(root).is_dir()]
