@@ -13,11 +13,10 @@ from builder.recipe import schema
 
 # Requests beyond max_batch_size wait in the engine, whose scheduler knows best what fits. A thread takes about 60 KB.
 THREADS_PER_ROW, MAX_THREADS = 2, 512
-# The proportional set size of a process (smaps_rollup) is 40 MB with a vocabulary of 4,096 tokens, 77 with 151,936 and
-# 105 with 262,144, measured with Triton 24.10 (benchmarks/gateway.py). The processes share libraries but not the
-# tokenizer.
-INSTANCE_BYTES = 37 << 20
-INSTANCE_BYTES_PER_TOKEN = 250
+# The proportional set size of a process (smaps_rollup) is 38 MB with a vocabulary of 4,096 tokens, 43 with 151,936 and
+# 43 with 262,144, measured with Triton 24.10 (benchmarks/gateway.py). The processes share libraries but not the tokens.
+INSTANCE_BYTES = 38 << 20
+INSTANCE_BYTES_PER_TOKEN = 35
 
 
 def threads(max_batch_size: int) -> int:

@@ -6,6 +6,7 @@ The stand-in repeats the prompt's tokens, so every answer is known in advance.
 from __future__ import annotations
 
 import ast
+import functools
 import http.client
 import json
 import queue
@@ -40,7 +41,7 @@ ECHO = Path(__file__).parents[1] / "support" / "echo_backend.py"
 TINY = Tokenizer.from_file(str(SNAPSHOT / "tokenizer.json"))
 EMOJI = "Grüße, 世界 🎉 "
 LIMITS = {"max_batch_size": 8, "max_input_len": 128, "max_seq_len": 256, "plugin_config": {}}
-REPEATED = ("prefix_ids", "without_repeated_prefix", "context_ids", "decode_after")
+REPEATED = ("prefix_ids", "without_repeated_prefix", "context_ids", "Vocabulary", "release_memory")
 
 
 @pytest.fixture(scope="module")
@@ -506,7 +507,7 @@ def test_functions_that_are_repeated_in_several_models_are_equal() -> None:
     sources: dict[str, set[str]] = {}
     for file in paths.data("triton_templates").glob("*/*/1/model.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and node.name in REPEATED:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in REPEATED:
                 sources.setdefault(node.name, set()).add(ast.unparse(node))
     assert {name: len(copies) for name, copies in sources.items()} == dict.fromkeys(REPEATED, 1)
 
@@ -538,7 +539,7 @@ def test_tokens_that_wait_are_sent_together(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(BLS, "text_response", lambda texts, extra: (texts[0], extra))
     one, two, three = (TINY.encode(word).ids[0] for word in ("Hello", " there", " you"))
     answer = Sent()
-    stream = BLS.Stream(answer, BLS.Detokenizer(TINY, True, set(), []))
+    stream = BLS.Stream(answer, BLS.Detokenizer(BLS.Vocabulary(TINY, True), set(), []))
     stream.received.extend([token(one), token(two)])
     stream.forward()
     assert answer.sent == [(TINY.decode([one, two]), [])]
@@ -555,7 +556,7 @@ def test_a_stream_ends_with_its_last_response_and_sends_nothing_to_clients_that_
 ) -> None:
     monkeypatch.setattr(BLS, "text_response", lambda texts, extra: (texts[0], extra))
     answer = Sent()
-    stream = BLS.Stream(answer, BLS.Detokenizer(TINY, True, set(), []))
+    stream = BLS.Stream(answer, BLS.Detokenizer(BLS.Vocabulary(TINY, True), set(), []))
     answer.cancelled = True
     stream.received.append(token(TINY.encode("Hello").ids[0]))
     stream.forward()
@@ -614,6 +615,13 @@ def byte_fallback() -> Tokenizer:
 KINDS = {"byte-level": TINY, "byte-fallback": byte_fallback()}
 
 
+@functools.cache
+def read_tokenizer(kind: str, skip: bool) -> tuple[Any, set[int], list[int]]:
+    """What tensorrt_llm_bls keeps of a tokenizer."""
+    tokenizer = KINDS[kind]
+    return BLS.Vocabulary(tokenizer, skip), BLS.incomplete_ids(tokenizer, skip), BLS.context_ids(tokenizer)
+
+
 @settings(max_examples=300)
 @given(kind=st.sampled_from(sorted(KINDS)), skip=st.booleans(), data=st.data())
 def test_chunks_add_up_to_the_whole_text(kind: str, skip: bool, data: st.DataObject) -> None:
@@ -622,8 +630,9 @@ def test_chunks_add_up_to_the_whole_text(kind: str, skip: bool, data: st.DataObj
     highest = tokenizer.get_vocab_size() - 1
     token = st.integers(0, highest) | st.integers(max(0, highest - 9), highest) | st.integers(94, 260)
     chunks = data.draw(st.lists(st.lists(token, max_size=4), max_size=12))
-    context = BLS.context_ids(tokenizer)
-    detokenizer = BLS.Detokenizer(tokenizer, skip, BLS.incomplete_ids(tokenizer, skip), context)
+    vocabulary, incomplete, context = read_tokenizer(kind, skip)
+    detokenizer = BLS.Detokenizer(vocabulary, incomplete, context)
     texts = [detokenizer.add(list(chunk)) for chunk in chunks]
-    whole = BLS.decode_after(tokenizer, context, [id for chunk in chunks for id in chunk], skip)
+    ids = [id for chunk in chunks for id in chunk]
+    whole = vocabulary.text_after(context, ids)
     assert "".join(texts) + detokenizer.rest() == whole

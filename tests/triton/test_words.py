@@ -70,7 +70,7 @@ def test_every_variant_contains_the_word(kind: str) -> None:
         variants = model.variants(word)
         assert len(variants) <= PREPROCESSING.MAX_VARIANTS
         for ids in variants:
-            text = BLS.decode_after(model.tokenizer, BLS.context_ids(model.tokenizer), ids, False)
+            text = BLS.Vocabulary(model.tokenizer, False).text_after(BLS.context_ids(model.tokenizer), ids)
             assert word.strip(" ") in text, (word, text)
             assert not any(other is not ids and PREPROCESSING.contains(ids, other) for other in variants)
 
@@ -115,7 +115,7 @@ def test_prompt_and_answer_make_up_the_text(kind: str) -> None:
     """With the prompt in the output there is no leading space; without it, prompt + answer is the same text."""
     tokenizer = KINDS[kind]()
     model = POSTPROCESSING.TritonPythonModel()
-    model.tokenizer, model.skip_special_tokens, model.exclude_input = tokenizer, True, True
+    model.vocabulary, model.exclude_input = POSTPROCESSING.Vocabulary(tokenizer, True), True
     model.prefix = POSTPROCESSING.prefix_ids(lambda text: tokenizer.encode(text).ids)
     model.context = POSTPROCESSING.context_ids(tokenizer)
     ids = tokenizer.encode("Hello the world").ids
