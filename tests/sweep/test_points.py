@@ -13,6 +13,8 @@ from builder.core import paths
 from builder.core.errors import UsageError
 from builder.core.output import Output
 from builder.core.store import Store
+from builder.hub import snapshot
+from builder.preflight import prepare as preparing
 from builder.recipe import schema
 from builder.sweep import place, planning
 from builder.sweep.points import Load, base_of, read
@@ -149,6 +151,20 @@ def test_tasks_that_a_point_can_not_do_are_named_before_anything_is_quantized(tm
         planning.plan(*read(file), Store(tmp_path / "out", Output("quiet"), dry=True))
     assert caught.value.why.startswith("layer by layer: Tasks need the whole model in memory")
     assert "\n" not in caught.value.why
+
+
+def test_a_model_is_opened_once_for_all_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on the Hub, each time is a request for each of its files."""
+    opened = list[str]()
+
+    def counted(model: schema.Model, **more: Any) -> Any:
+        opened.append(model.id)
+        return snapshot.open_source(model, **more)
+
+    monkeypatch.setattr(preparing, "open_source", counted)
+    title, points = read(paths.data("configs", "sweeps", "bundled.yaml"))
+    assert len(planning.plan(title, points, Store(tmp_path, Output("quiet"), dry=True)).prepared) == 28
+    assert len(opened) == 1
 
 
 def test_a_list_of_points_is_compared_with_its_first(tmp_path: Path) -> None:
