@@ -65,12 +65,6 @@ def directories(arguments: Mapping[str, Any]) -> list[Path]:
 def check(arguments: Mapping[str, Any]) -> None:
     """UsageError for an adapter that does not exist, that the LLM class cannot load, or whose name is used twice."""
     names: dict[str, Path] = {}
-    if len(directories(arguments)) > 1 and not arguments.get(MODULES):
-        raise UsageError(
-            f"Several LoRA adapters need llmapi.args.{MODULES}, the kinds of layers that they change.",
-            why="TensorRT-LLM's LLM class finds them itself for a single adapter only.",
-            hint=f"--lora NAME=DIRECTORY for each finds them, or --set llmapi.args.{MODULES}=[attn_q,attn_k,attn_v]",
-        )
     for directory in directories(arguments):
         if not directory.is_absolute():
             raise UsageError(
@@ -86,6 +80,12 @@ def check(arguments: Mapping[str, Any]) -> None:
         names[directory.name] = directory
         if arguments.get("lora_config.lora_ckpt_source", "hf") == "hf":
             _check_adapter(directory, arguments.get("lora_config.max_lora_rank", DEFAULT_RANK))
+    if len(directories(arguments)) > 1 and not arguments.get(MODULES):
+        raise UsageError(
+            f"Several LoRA adapters need llmapi.args.{MODULES}, the kinds of layers that they change.",
+            why="TensorRT-LLM's LLM class finds them itself for a single adapter only.",
+            hint=f"--lora NAME=DIRECTORY for each finds them, or --set llmapi.args.{MODULES}=[attn_q,attn_k,attn_v]",
+        )
 
 
 def _check_adapter(directory: Path, most: int) -> None:

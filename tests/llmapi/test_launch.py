@@ -155,6 +155,7 @@ def test_speculation_and_adapters_are_served(unified: Path, tmp_path: Path) -> N
     one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
     asked = {
         "llmapi.args.lora_config.lora_dir": [str(one), str(two)],
+        "llmapi.args.lora_config.lora_target_modules": ["attn_q", "attn_k", "attn_v"],
         "llmapi.args.speculative_config.decoding_type": "NGram",
     }
     facts = write(tmp_path / "models", unified, **asked)

@@ -165,6 +165,9 @@ class LLM:
         directory = Path(model)
         if not (directory / "hf_quant_config.json").is_file():
             raise ValueError(f"{model} is no checkpoint of ModelOpt's")
+        lora = kwargs.get("lora_config") or {}
+        if len(lora.get("lora_dir") or [1]) > 1 and not lora.get("lora_target_modules"):
+            raise AssertionError("Expecting at least one lora target module")  # as _torch/pyexecutor of 1.2
         self.args = kwargs
         self.tokenizer = TransformersTokenizer(directory)
         self._model = ReferenceModel.load(directory.parent / "tensorrt_llm")
