@@ -1,13 +1,14 @@
 /* Triton's `tensorrtllm` backend without a model, for benchmarks: it repeats the prompt's tokens, one in each response.
 
    With ENGINE_TOKEN_SECONDS it is paced like an engine with in-flight batching: each request that is running gets one
-   token in each such step. Without, it generates without a pause. engine_in_c.py compiles it and starts Triton
+   token in each such step. Without, it generates without a pause. It logs what was stopped. engine_in_c.py compiles it and starts Triton
    with it. The declarations below are those of Triton's backend API 1.x (core include/triton/core/tritonbackend.h and
    tritonserver.h), as far as they are used here. */
 
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -88,6 +89,8 @@ static bool step(Running *one) {
     bool cancelled = one->stopped;
     if (!cancelled) check(TRITONBACKEND_ResponseFactoryIsCancelled(one->factory, &cancelled));
     if (cancelled) {
+        printf("stopped after %d tokens\n", one->done);
+        fflush(stdout);
         check(TRITONBACKEND_ResponseFactorySendFlags(one->factory, FINAL));
         return true;
     }

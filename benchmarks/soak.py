@@ -44,8 +44,11 @@ def leave(server: Server, **values: object) -> None:
         raise TimeoutError("no first response")
 
 
-def run(server: Server, number: int, end: float, wrong: list[str], sent: dict[int, float]) -> None:
-    """One client: sends requests until `end`. sent: when each client sent the request that it waits for."""
+def run(
+    server: Server, number: int, end: float, wrong: list[str], sent: dict[int, float], answered: list[float]
+) -> None:
+    """One client: sends requests until `end`. sent: when each client sent the request that it waits for. answered:
+    when each answer was complete."""
     count = 0
     while time.monotonic() < end:
         count += 1
@@ -58,6 +61,7 @@ def run(server: Server, number: int, end: float, wrong: list[str], sent: dict[in
                 wrong.append(prompt)
         except Exception as error:  # every failure counts, whatever it is
             wrong.append(f"{prompt}: {error!r}")
+        answered.append(time.monotonic())
     del sent[number]
 
 
@@ -85,6 +89,7 @@ def main() -> int:
     seconds = parser.parse_args().minutes * 60
     wrong: list[str] = []
     sent: dict[int, float] = {}
+    answered: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         models = Path(directory, "models")
         limits = {"max_batch_size": CONCURRENCY, "max_input_len": 128, "max_seq_len": 256, "plugin_config": {}}
@@ -94,7 +99,7 @@ def main() -> int:
         with serve(models, out=Output("human"), options=ServerOptions(engine_backend=ECHO)) as server:
             start = time.monotonic()
             clients = [
-                threading.Thread(target=run, args=(server, number, start + seconds, wrong, sent), daemon=True)
+                threading.Thread(target=run, args=(server, number, start + seconds, wrong, sent, answered), daemon=True)
                 for number in range(CONCURRENCY)
             ]
             for client in clients:
@@ -108,6 +113,8 @@ def main() -> int:
     third = max(1, len(samples) // 3)
     growth = max(samples[-third:]) / max(samples[:third])
     print(f"memory: {growth:.2f} times that of the first third; {len(wrong)} wrong; a process ended: {lost}")
+    early, late = (sum(part / 3 <= (at - start) / seconds < (part + 1) / 3 for at in answered) for part in (0, 2))
+    print(f"answers: {early} in the first third of the time, {late} in the last")  # a busy machine changes them, too
     if waiting:
         print(f"clients that waited for more than {STUCK_SECONDS:g} s: {waiting}")
     for line in wrong[:10]:

@@ -11,35 +11,23 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
-from google.protobuf.message import DecodeError
-from tritonclient.grpc import service_pb2
-
+from builder.gateway.answer_stream import AdapterMissingError, AnswerStream, OnStep, broken
 from builder.gateway.channel import Channel
 from builder.gateway.errors import ApiError
-from builder.gateway.http2 import BrokenStreamError, Ended, Stream
+from builder.gateway.http2 import BrokenStreamError, Stream
 from builder.gateway.settings import Model
-from builder.gateway.tensors import Decoder, Step, TokenRequest, encode, encode_stop, is_final, read_adapter
+from builder.gateway.tensors import TokenRequest, encode, encode_stop, read_adapter
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
-# In Triton's errors for a request that exceeds max_queue_size, and for one that waited too long.
-BUSY = ("maximum queue size", "Request timeout expired")
 STOP_ATTEMPTS, STOP_PAUSE = 20, 0.1  # how often, and seconds apart, a full queue is asked to stop an answer
+WAKE_SECONDS, WAKES = 0.1, 3  # after which, and how often, another request follows one to stop that is not answered
 STOP_SECONDS = 30.0  # for the engine to end an answer that was stopped, before its stream is cancelled
 LONGEST_WAIT = 3600.0
 CLOSE_SECONDS = 5.0  # for answers that were stopped, when the gateway ends
-
-# What TensorRT-LLM's cache of LoRA adapters says (batch_manager/peftCacheManager.cpp, addRequestPeft).
-ADAPTER_MISSING, ADAPTERS_FULL = "not found in cache. Please send LoRA weights", "PEFT Cache is full"
-
-OnStep = Callable[[Step], bool]  # gets a response; whether more are wanted
-
-
-class AdapterMissingError(ApiError):
-    """The engine has no weights of the request's LoRA adapter, or no longer."""
 
 
 class Engine:
@@ -51,6 +39,7 @@ class Engine:
         self._tasks: set[asyncio.Task[None]] = set()
         self._bringing, self._brought = asyncio.Lock(), 0  # who sends the adapter, and how often the engine got it
         self.last_response = -math.inf  # time.monotonic of the last response that was no error
+        self._woken = -math.inf  # when a request was sent to wake Triton's batcher
 
     async def close(self) -> None:
         """Closes the connection, once the answers that were stopped have ended."""
@@ -80,7 +69,7 @@ class Engine:
                         break
         await self._finished(answer, request_id)
 
-    async def _bring(self, request: TokenRequest, request_id: str, on_step: OnStep) -> _Answer:
+    async def _bring(self, request: TokenRequest, request_id: str, on_step: OnStep) -> AnswerStream:
         """Sends the request with its adapter, up to the engine's first response: then the engine has the adapter."""
         answer = await self._send_with_adapter(request, request_id, on_step)
         try:
@@ -92,18 +81,18 @@ class Engine:
             self._brought += 1
         return answer
 
-    async def _send_with_adapter(self, request: TokenRequest, request_id: str, on_step: OnStep) -> _Answer:
+    async def _send_with_adapter(self, request: TokenRequest, request_id: str, on_step: OnStep) -> AnswerStream:
         """A function of its own, so that nothing refers to the adapter while the answer is generated."""
         adapter = await asyncio.to_thread(read_adapter, self._model)
         message = await asyncio.to_thread(encode, self._model, request, request_id, adapter)
         return await self._send(message, on_step)
 
-    async def _send(self, message: Any, on_step: OnStep) -> _Answer:
-        answer = _Answer(self, on_step)
+    async def _send(self, message: Any, on_step: OnStep) -> AnswerStream:
+        answer = AnswerStream(on_step, self._responded)
         await self._begin(answer.stream, message)
         return answer
 
-    async def _finished(self, answer: _Answer, request_id: str) -> None:
+    async def _finished(self, answer: AnswerStream, request_id: str) -> None:
         try:
             while not answer.done.done():
                 silent = max(time.monotonic() - answer.last_response, 0)  # 0 before the first response
@@ -115,7 +104,7 @@ class Engine:
         finally:
             self._abandon(answer, request_id)
 
-    def _abandon(self, answer: _Answer, request_id: str) -> None:
+    def _abandon(self, answer: AnswerStream, request_id: str) -> None:
         """Ends an answer, if it has not ended, because nobody wants more of it."""
         answer.done.cancel()
         if not answer.ended.is_set():
@@ -125,9 +114,9 @@ class Engine:
         try:
             await self._channel.begin(stream, message.SerializeToString())
         except BrokenStreamError as error:
-            raise _broken(str(error)) from None
+            raise broken(str(error)) from None
 
-    async def _end(self, answer: _Answer, request_id: str) -> None:
+    async def _end(self, answer: AnswerStream, request_id: str) -> None:
         """Ends an answer that nobody wants."""
         if self._model.streams:
             with suppress(TimeoutError):
@@ -139,106 +128,54 @@ class Engine:
         if not answer.ended.is_set():
             answer.stream.cancel()
 
-    async def _stop(self, answer: _Answer, request_id: str) -> None:
+    async def _stop(self, answer: AnswerStream, request_id: str) -> None:
         for _ in range(STOP_ATTEMPTS):
             if answer.ended.is_set():
                 return
-            stop = _Answer(self, lambda step: True)
             try:
-                await self._begin(stop.stream, encode_stop(self._model, request_id))
-                await stop.done
+                await self._ask_to_stop(request_id, WAKES)
             except ApiError as error:
                 if error.status != 429:
                     return  # the server is gone, and the answer with it
                 await asyncio.sleep(STOP_PAUSE)
             else:
                 return
-            finally:
-                if not stop.ended.is_set():
-                    stop.stream.cancel()
+
+    async def _ask_to_stop(self, request_id: str, wakes: int) -> None:
+        """Ends the request with this id. If Triton seems to have forgotten it, up to so many others follow.
+
+        Triton 24.10 can lose the signal that wakes its dynamic batcher, which then sleeps for half a second or until
+        another request comes: in one of 16 times that 200 clients left at once (core, dynamic_batch_scheduler.cc,
+        default_wait_microseconds).
+        """
+        stop = AnswerStream(lambda step: True, self._responded)
+        try:
+            await self._begin(stop.stream, encode_stop(self._model, request_id))
+            for _ in range(wakes):
+                await asyncio.wait({stop.done}, timeout=WAKE_SECONDS)
+                if stop.done.done():
+                    break
+                self._wake(request_id)
+            await stop.done
+        finally:
+            if not stop.ended.is_set():
+                stop.stream.cancel()
+
+    def _wake(self, request_id: str) -> None:
+        """Sends a request that changes nothing, one for all that wait."""
+        if time.monotonic() - self._woken >= WAKE_SECONDS:
+            self._woken = time.monotonic()
+            self._start(self._ask_again(request_id))
+
+    async def _ask_again(self, request_id: str) -> None:
+        with suppress(ApiError, TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._ask_to_stop(request_id, 0)
+
+    def _responded(self, at: float) -> None:
+        self.last_response = at
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class _Answer:
-    """The responses to one request. They are read to their end, even if nobody waits for `done` any more.
-
-    done: completed when the answer is, or no more of it is wanted. started: there was a response, or none will come.
-    ended: no more responses follow.
-    """
-
-    def __init__(self, engine: Engine, on_step: OnStep) -> None:
-        self._engine, self._on_step = engine, on_step
-        self._decoder = Decoder()
-        self.stream = Stream(self._message, self._stream_ended)
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.started, self.ended = asyncio.Event(), asyncio.Event()
-        self.last_response = math.inf  # as the engine's; there is none yet
-
-    def _message(self, message: bytes) -> None:
-        if self.ended.is_set():
-            return
-        try:
-            response = service_pb2.ModelStreamInferResponse.FromString(message)
-        except DecodeError:
-            self.stream.cancel()
-            return
-        if response.error_message:
-            self._finish(_rejected(response.error_message))
-            return
-        self._engine.last_response = self.last_response = time.monotonic()
-        final = is_final(response.infer_response)
-        if not self.done.done():
-            self._deliver(response.infer_response, final)
-        self.started.set()
-        if final:
-            self._finish()
-
-    def _deliver(self, response: Any, final: bool) -> None:
-        """Passes a response on. Sets `done` if no more are wanted, also because whoever uses them failed."""
-        try:
-            if not self._on_step(self._decoder.step(response, final=final)):
-                self.done.set_result(None)
-        except Exception as error:
-            self.done.set_exception(error)
-
-    def _finish(self, error: ApiError | None = None) -> None:
-        """After the last response. Only now no more messages follow: ending earlier could cancel the stream."""
-        self._set_ended()
-        self.stream.finish()
-        self._complete(error)
-
-    def _stream_ended(self, how: Ended) -> None:
-        self._set_ended()
-        self._complete(_broken(f"gRPC status {how.status}: {how.message}"))
-
-    def _set_ended(self) -> None:
-        self.started.set()
-        self.ended.set()
-
-    def _complete(self, error: ApiError | None) -> None:
-        if self.done.done():
-            return
-        if error is None:
-            self.done.set_result(None)
-        else:
-            self.done.set_exception(error)
-
-
-def _broken(detail: str) -> ApiError:
-    return ApiError(503, "The model server does not answer. Try again later.", code="server_unavailable", detail=detail)
-
-
-def _rejected(message: str) -> ApiError:
-    if ADAPTER_MISSING in message:
-        text = "The model server has lost the adapter. Try again."
-        return AdapterMissingError(503, text, code="adapter_missing", detail=message)
-    if ADAPTERS_FULL in message:
-        text = "All adapters that the model server has room for are in use. Try again later."
-        return ApiError(429, text, code="adapters_full", detail=message)
-    if any(busy in message for busy in BUSY):
-        return ApiError(429, "The model server's queue is full. Try again later.", code="queue_full", detail=message)
-    return ApiError(500, "The model server failed on this request.", code="engine_error", detail=message)
