@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from builder.gateway import guided, tools
 from builder.gateway.errors import ApiError, invalid
@@ -26,6 +26,8 @@ from builder.gateway.tools import ToolChoice, Tools
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1024
 MAX_STOP_IDS = 256  # all of them are sent to the engine with each answer
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
+
+LOST = ("audio", "function_call")  # fields of a message
 
 # Values that a recipe can have defaults for.
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -110,7 +112,8 @@ class Generation(BaseModel):
 
 
 class Part(BaseModel):
-    """A part of a message's content. Only text: the served models read nothing else."""
+    """A part of a message's content. Only text: the served models read nothing else. Other fields, such as marks for
+    caching, are ignored."""
 
     model_config = ConfigDict(strict=True)
 
@@ -119,13 +122,23 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """A message. Further fields, such as `name` or `reasoning_content`, are passed on to the chat template."""
+    """A message. Further fields, such as `name` or `reasoning_content`, are passed on to the chat template, but not
+    those that no template reads (LOST): the model would not see what the client believes to have sent."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     tool_calls: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Message:
+        for name in LOST:
+            if (self.model_extra or {}).get(name) is not None:
+                raise ValueError(f"this server does not support {name} in a message")
+        if any(call.get("type") not in (None, "function") for call in self.tool_calls or ()):
+            raise ValueError("tool_calls: this server supports calls of functions only")
+        return self
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it: content is a string, and arguments of tool calls are objects."""
@@ -134,7 +147,8 @@ class Message(BaseModel):
         found["role"] = "system" if self.role == "developer" else self.role
         if isinstance(self.content, list):
             found["content"] = "".join(part.text for part in self.content)
-        found.setdefault("content", "")
+        refusal = found.pop("refusal", "")
+        found["content"] = found.get("content") or refusal
         for call in found.get("tool_calls", []):
             function = call.get("function")
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):

@@ -18,7 +18,7 @@ from builder.gateway.requests import ChatRequest, MaxTokens
 
 STRICT = ConfigDict(strict=True, extra="forbid")
 IGNORED = (
-    "include", "metadata", "moderation", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "metadata", "moderation", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
     "safety_identifier", "service_tier", "user",
 )  # fmt: skip
 # Field -> (values that ask for nothing, what it would need)
@@ -36,6 +36,7 @@ REFUSED: Mapping[str, tuple[Sequence[Any], str]] = {
     "top_logprobs": ((0,), "log-probabilities in responses"),
     "truncation": (("disabled",), "truncation"),
 }
+LOGPROBS = "message.output_text.logprobs"  # in `include`; all else there is of tools, images and hidden reasoning
 TEXTS = ("input_text", "output_text", "text", "reasoning_text")  # types of the parts of an item's content
 
 
@@ -66,11 +67,24 @@ class FunctionChoice(BaseModel):
 
 
 class ReasoningOptions(BaseModel):
-    """How much to reason. There is no summary: the reasoning itself is in the response."""
+    """How much to reason. A summary is ignored: the reasoning itself is in the response. So is what the others have by
+    default; other values would need another model, or change what the chat template does."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = STRICT
 
     effort: str | None = None
+    summary: str | None = None
+    generate_summary: str | None = None
+    context: Literal["auto"] | None = None
+    mode: Literal["standard"] | None = None
+
+
+class StreamOptions(BaseModel):
+    """Nothing of them has an effect (see requests.StreamOptions)."""
+
+    model_config = STRICT
+
+    include_obfuscation: bool = False
 
 
 class TextFormat(BaseModel):
@@ -100,7 +114,7 @@ class TextFormat(BaseModel):
 
 
 class TextOptions(BaseModel):
-    """How the text is."""
+    """How the text is. The verbosity is ignored."""
 
     model_config = STRICT
 
@@ -120,7 +134,8 @@ class ResponsesRequest(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     stream: bool = False
-    stream_options: dict[str, Any] = {}
+    stream_options: StreamOptions = StreamOptions()
+    include: list[str] = []
     reasoning: ReasoningOptions = ReasoningOptions()
     text: TextOptions = TextOptions()
     tools: list[FunctionTool] = Field([], max_length=tools.MAX_TOOLS)
@@ -130,7 +145,11 @@ class ResponsesRequest(BaseModel):
     @classmethod
     def parse(cls, body: bytes) -> ResponsesRequest:
         """A request from the bytes of its body. ApiError with the first field that is wrong."""
-        return requests.validated(cls, known(requests.json_object(body), cls.model_fields, IGNORED, REFUSED))
+        made = requests.validated(cls, known(requests.json_object(body), cls.model_fields, IGNORED, REFUSED))
+        if LOGPROBS in made.include:
+            message = f"This server does not support log-probabilities in responses: omit {LOGPROBS} from include."
+            raise invalid(message, "include", "unsupported_parameter")
+        return made
 
     def conversation(self) -> ChatRequest:
         """The request for the same answer. ApiError for an input item that is not supported."""
