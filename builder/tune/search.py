@@ -16,12 +16,13 @@ from builder.aiperf.environment import version as aiperf_version
 from builder.aiperf.measured import Measurement
 from builder.aiperf.workload import Workload
 from builder.core import process, temporary
-from builder.core.errors import BuilderError, StageError, UsageError
+from builder.core.errors import BuilderError, StageError, UnsupportedError, UsageError
 from builder.core.locks import serving_lock
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.preflight.prepare import prepare
 from builder.recipe.schema import Resolved
+from builder.recipe.target_facts import LLMAPI
 from builder.serving import container
 from builder.serving.container import ContainerServer
 from builder.serving.server import Server, serve
@@ -75,8 +76,19 @@ def check(resolved: Resolved, request: Request, store: Store) -> None:
             check_value(recipe, one.name, value)
     sizes = {"max_input_len": recipe.engine.max_input_len, "max_seq_len": recipe.engine.max_seq_len}
     workload.check(request.workload, {**sizes, "decoupled": recipe.repository.decoupled})
-    pipeline.check_target(resolved, store, "repository" if request.image else "smoke")  # this machine can do it
+    _check_machine(resolved, request, store)
     image_id(resolved, request)
+
+
+def _check_machine(resolved: Resolved, request: Request, store: Store) -> None:
+    """UnsupportedError if this machine can't make the trials or, without an image, serve them."""
+    try:
+        pipeline.check_target(resolved, store, "repository" if request.image else "smoke")
+    except UnsupportedError as error:
+        if request.image or resolved.recipe.target != LLMAPI.name:
+            raise
+        hint = f"Serve the trials in Triton's image: --container. {error.hint}"
+        raise UnsupportedError(error.what, why=error.why, hint=hint) from error
 
 
 def image_id(resolved: Resolved, request: Request) -> str:

@@ -17,7 +17,7 @@ from llmapi_stand_in import put_stand_in
 from builder.aiperf.environment import Environment
 from builder.aiperf.workload import Load, Workload
 from builder.cli.bench import with_route
-from builder.core.errors import IntegrityError
+from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.llmapi import arguments as llmapi_arguments
@@ -153,6 +153,12 @@ def test_a_container_serves_each_trial_and_is_part_of_its_key(
     kept = [json.loads(path.read_text()) for path in store.root.glob("tuning/*/manifest.json")]
     images = [one["ingredients"]["image"] for one in kept if "image" in one["ingredients"]]
     assert sorted(images) == ["sha256:1", "sha256:2"]
+
+
+def test_without_tensorrt_llm_a_container_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="TensorRT-LLM is not installed") as caught:
+        search.check(resolved(), asked(resolved()), Store(tmp_path, QUIET))
+    assert "--container" in caught.value.hint
 
 
 def test_an_image_that_can_t_serve_is_refused_before_anything_is_built(
