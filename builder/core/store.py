@@ -61,9 +61,8 @@ EVALUATION = (
 TESTS = ("smoke", "benchmark", "load", "aiperf", "tuning")
 # Names of logs (Store.log) and of the job files beside them (process.job_file).
 LOG = re.compile(r"\d{8}-\d{6}-[\w-]+-\d+\.(?:log|json)")
-LOGS = (
-    "BUILDER_LOGS"  # names a directory for logs that are kept, and for a list of the artifacts that were made or used
-)
+# Names a directory for logs that are kept, and for a list of the artifacts that were made or used.
+LOGS = "BUILDER_LOGS"
 USED = "artifacts.txt"  # the list: STAGE/KEY in each line
 # Logs to keep, and the age in seconds below which none is removed: a younger log may still be written to.
 LOGS_KEPT, LOGS_YOUNG = 200, 24 * 3600.0

@@ -165,21 +165,43 @@ def _with_ratio(one: Result, other: Result) -> dict[str, Mapping[str, Estimate]]
     return texts
 
 
-def effects(results: Sequence[Result], points: Sequence[Point] = ()) -> dict[str, Estimate]:
-    """{"axis: label": the KL with that choice over the KL with the axis' first label}, over all texts: the geometric
-    mean of the pairs of points that differ in nothing else, with its interval over the texts. points: as in
-    with_ratios."""
+@dataclass(frozen=True)
+class Effect:
+    """What a choice does to the KL: the geometric mean of its ratios, with its interval over the texts. mixed: why that
+    misleads, where it surely helps some points and surely harms others."""
+
+    mean: Estimate
+    mixed: str = ""
+
+
+def effects(results: Sequence[Result], points: Sequence[Point] = ()) -> dict[str, Effect]:
+    """{"axis: label": of the KL with that choice over the KL with the axis' first label, over all texts, for the points
+    that differ in nothing else}. points: as in with_ratios."""
+    found = {}
+    for name, pairs in _pairs(results, points).items():
+        ratios = sorted(((_geometric_mean([logs]), one.point.name) for one, logs in pairs), key=lambda it: it[0].value)
+        (least, helped), (most, harmed) = ratios[0], ratios[-1]
+        mixed = f"helps {helped} ({least.value:.2g}), harms {harmed} ({most.value:.2g})"
+        found[name] = Effect(_geometric_mean([logs for _, logs in pairs]), mixed if least.high < 1 < most.low else "")
+    return found
+
+
+def _pairs(results: Sequence[Result], points: Sequence[Point]) -> dict[str, list[tuple[Result, Array]]]:
+    """{"axis: label": points with that choice, each with the logarithms of its KL over the KL of the point that differs
+    only in having the axis' first label}: over all texts, and over each resample of them."""
     measured = {tuple(one.point.labels.items()): (one, _log_kl(one)) for one in results if one.sums}
     if not measured or any(LISTED in one.point.labels for one in results):
         return {}
     first = points[0].labels if points else results[0].point.labels
-    ratios: dict[str, list[Array]] = {f"{axis}: {one.point.labels[axis]}": [] for axis in first for one in results}
+    found: dict[str, list[tuple[Result, Array]]] = {
+        f"{axis}: {one.point.labels[axis]}": [] for axis in first for one in results
+    }
     for key, (one, logs) in measured.items():
         for axis, label in key:
             base = measured.get(tuple((name, first[axis] if name == axis else its) for name, its in key))
             if label != first[axis] and base and same_texts(one, base[0]) and np.isfinite([logs, base[1]]).all():
-                ratios[f"{axis}: {label}"].append(logs - base[1])
-    return {name: _geometric_mean(found) for name, found in ratios.items() if found}
+                found[f"{axis}: {label}"].append((one, logs - base[1]))
+    return {name: pairs for name, pairs in found.items() if pairs}
 
 
 def same_texts(one: Result, other: Result) -> bool:

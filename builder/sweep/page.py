@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -12,7 +12,7 @@ from builder.report import charts, scatter
 from builder.report.render import pages
 from builder.serving.benchmark import Level
 from builder.sweep import measured
-from builder.sweep.measured import Result
+from builder.sweep.measured import Effect, Result
 from builder.sweep.points import Point
 
 LOADED = ["tokens/s", "TTFT"]
@@ -65,13 +65,14 @@ def page(title: str, results: Sequence[Result], points: Sequence[Point]) -> str:
     head, rows = table(results)
     facts = [f"{len(results)} of {len(points)} points"]
     failed = [(one.point.name, one.why.strip().splitlines()[-1]) for one in results if one.why.strip()]
-    chosen = measured.recommended(results)
+    chosen, effects = measured.recommended(results), measured.effects(results, points)
     template = pages().get_template("sweep.html.j2")
     return template.render(
         title=title, model=", ".join(dict.fromkeys(one.point.recipe.model.id for one in results)), facts=facts,
         head=head, rows=[_parted(row, axes) for row in rows], axes=axes, failed=failed,
         joined=[one.point.name for one in measured.front(results)],
-        charts=_charts(results), front=_front(results), speed=_speed(results), effects=_effects(results, points),
+        charts=_charts(results), front=_front(results), speed=_speed(results), effects=effects and _effects(effects),
+        mixed=[f"{name} {one.mixed}." for name, one in effects.items() if one.mixed],
         best=[one.point.name for one in measured.front(results, served=True)],
         chosen=chosen and {"name": chosen[0].point.name, "why": chosen[1], "recipe": chosen[0].point.recipe_file},
     )  # fmt: skip
@@ -127,12 +128,10 @@ def _speed(results: Sequence[Result]) -> Markup | None:
     return Markup(scatter.scatter("speed", "KL to BF16 and throughput", spoken, spots))
 
 
-def _effects(results: Sequence[Result], points: Sequence[Point]) -> Markup | None:
+def _effects(found: Mapping[str, Effect]) -> Markup:
     """The KL with each choice over that without it."""
-    found = measured.effects(results, points)
-    if not found:
-        return None
-    marks = [charts.Mark(name, one.value, _ratio(one), one.low, one.high) for name, one in found.items()]
+    means = {name: one.mean for name, one in found.items()}
+    marks = [charts.Mark(name, one.value, _ratio(one), one.low, one.high) for name, one in means.items()]
     return Markup(
         charts.dots("effects", "Effect of each choice on the KL", _spoken(marks), marks, [(1.0, "no effect", "")])
     )

@@ -115,10 +115,8 @@ class RayExecutor:
 def _take(used: Path, store: Store) -> None:
     """Takes what results are read from out of the bucket: those of the listed artifacts that have no digest to find
     them by."""
-    listed, quiet = (
-        used.read_text(encoding="utf-8").split() if used.is_file() else [],
-        Store(store.root, Output("quiet")),
-    )
+    listed = used.read_text(encoding="utf-8").split() if used.is_file() else []
+    quiet = Store(store.root, Output("quiet"))
     for stage, _, key in (name.partition("/") for name in dict.fromkeys(listed)):
         if stage in TAKEN and KEY.fullmatch(key):
             quiet.find(stage, key)

@@ -117,7 +117,9 @@ def run(common: Common, task: Task) -> Done:
             replace_file(directory / name, data)
     _set_environment(common)
     with cores.taken(task.cores) as own:
-        for argv, log in [(task.before, "before.log")] * bool(task.before) + [(task.argv, "run.log")]:
+        for argv, log in ((task.before, "before.log"), (task.argv, "run.log")):
+            if not argv:
+                continue
             words = [sys.executable, "-m", *argv]
             command = Command(words, env={LOGS: task.directory}, cwd=Path(common.cwd), kind="step")
             how = ended(task.name, _run(command, directory / log, own), time.monotonic() - began)

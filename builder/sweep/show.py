@@ -129,10 +129,10 @@ def table(planned: Planned, results: Sequence[Result], out: Output) -> None:
     """All figures, and the point that is recommended."""
     head, rows = page.table(results)
     out.table(planned.title, head, [tuple(row) for row in rows])
-    effects = measured.effects(results)
+    effects = measured.effects(results, planned.points)
     if effects:
-        out.table("KL with a choice / with the first of its axis", ["choice", "ratio"],
-                  [(name, str(one)) for name, one in effects.items()])  # fmt: skip
+        out.table("KL with a choice / with the first of its axis", ["choice", "ratio", "mixed"],
+                  [(name, str(one.mean), one.mixed or "-") for name, one in effects.items()])  # fmt: skip
     chosen = measured.recommended(results)
     if chosen:
         out.text(f"recommended {chosen[0].point.name}: {chosen[1]}")

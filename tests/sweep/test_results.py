@@ -151,9 +151,9 @@ def test_ratios_and_effects_are_those_of_the_pairs() -> None:
     [_, third] = measured.with_ratios(listed[1:], points=[one.point for one in listed])
     assert "kl_ratio" not in third.texts["prose"], "the base has not ended yet"
     effects = measured.effects(found)
-    assert effects["a: y"].value == pytest.approx((0.5 * 0.25) ** 0.5)
-    assert effects["b: q"].value == pytest.approx((4 * 2) ** 0.5)
-    assert effects["a: y"].low == pytest.approx(effects["a: y"].value), "all texts agree here"
+    assert effects["a: y"].mean.value == pytest.approx((0.5 * 0.25) ** 0.5)
+    assert effects["b: q"].mean.value == pytest.approx((4 * 2) ** 0.5)
+    assert effects["a: y"].mean.low == pytest.approx(effects["a: y"].mean.value), "all texts agree here"
     assert measured.effects(found[1:2], [one.point for one in found]) == {}, "the base has not ended yet"
     assert [*measured.effects(found[1:], [one.point for one in found])] == ["a: y", "b: q"], "by the file's first"
 
@@ -164,7 +164,7 @@ def test_points_that_were_measured_on_other_texts_or_lose_nothing_are_not_compar
     found = [base, replace(fewer, sums=(ten,)), same, bf16]
     assert ["kl_ratio" in one.texts["prose"] for one in measured.with_ratios(found)] == [False, False, True, True]
     effects = measured.effects(found)
-    assert {name: one.value for name, one in effects.items()} == {"form: c": pytest.approx(2)}
+    assert {name: one.mean.value for name, one in effects.items()} == {"form: c": pytest.approx(2)}
 
 
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 2)), min_size=1, max_size=12))
@@ -190,6 +190,14 @@ def test_the_smallest_that_passes_is_recommended() -> None:
         assert chosen is not None
         assert chosen[0] is expected
     assert measured.recommended([result(0, why="x", point="a")]) is None
+
+
+def test_a_choice_that_helps_some_points_and_harms_others_is_named_as_mixed() -> None:
+    of = {("x", "p"): 1.0, ("y", "p"): 0.05, ("x", "q"): 1.0, ("y", "q"): 3.5, ("x", "r"): 1.0, ("y", "r"): 1.0}
+    found = [result(kl, a=a, b=b) for (a, b), kl in of.items()]
+    assert measured.effects(found)["a: y"].mixed == "helps y, p (0.05), harms y, q (3.5)"
+    assert "Look at single points: a: y helps y, p (0.05)" in page.page("t", found, [one.point for one in found])
+    assert {one.mixed for one in measured.effects(found[:2] + found[4:]).values()} == {""}, "nothing is harmed"
 
 
 def test_an_effect_keeps_the_digits_that_tell_it_from_none() -> None:
