@@ -53,8 +53,8 @@ test-browser: $(VENV)/ready ## the report's and a sweep's page in Chromium
 	  else echo "Install first: sudo apt-get install chromium" >&2; exit 1; fi; }
 	$(VENV)/bin/python -m pytest -m browser tests/report/test_browser.py tests/sweep/test_page_in_browser.py
 
-test-real: $(CHAT_MODEL)/config.json ## build, evaluate and serve the chat model of demo-chat
-	REAL_MODEL=$(CHAT_MODEL) $(VENV)/bin/python -m pytest -m real -s tests/pipeline/test_real.py tests/gateway/test_real.py
+test-real: $(CHAT_MODEL)/config.json ## build, evaluate and serve the chat model of demo-chat, and what each algorithm gains on it
+	REAL_MODEL=$(CHAT_MODEL) $(VENV)/bin/python -m pytest -m real -s tests/pipeline/test_real.py tests/gateway/test_real.py tests/quantize/test_accuracy_goals.py
 
 test-aiperf: $(VENV)/ready ## bench and tune with the real AIPerf (1.2 GB, installed once)
 	$(VENV)/bin/python -m pytest -n 0 -m aiperf tests/aiperf tests/tune
