@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from builder.cli import combine, plan_view
+from builder.cli import combine
 from builder.cli.options import path, with_same_recipe
 from builder.core.errors import UnsupportedError, UsageError
 from builder.core.output import Output, size
@@ -78,6 +78,7 @@ def run(first: Plan, arguments: argparse.Namespace, out: Output) -> None:
 
     UnsupportedError if a model does not fit, alone or beside the others.
     """
+    from builder.cli import plan_view
     from builder.publish import planned
 
     asked = _asked(first, arguments)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from builder.grammar import scalars, strings
+from builder.grammar.alternatives import alternatives
 from builder.grammar.errors import GrammarError
 from builder.grammar.rules import ANY_OBJECT, ANY_VALUE, Rules
 
@@ -95,7 +96,7 @@ class _Converter:
         if name == "oneOf" and self._strict and len(value) > 1:
             raise GrammarError("oneOf is not supported; use anyOf", path)
         found = [self._value(one, f"{below}/{n}", open_refs, depth + 1) for n, one in enumerate(value)]
-        return f"({' | '.join(found)})"
+        return alternatives(found)
 
     def _listed(self, values: Any, schema: Mapping[str, Any], path: str) -> str:
         """The values of enum or const that have the schema's type."""
@@ -110,7 +111,7 @@ class _Converter:
         except UnicodeEncodeError:
             raise GrammarError("half of a surrogate pair is no character", path) from None
         try:
-            return f"({' | '.join(map(strings.json_literal, kept))})"
+            return alternatives(map(strings.json_literal, kept))
         except ValueError:
             raise GrammarError("a number is too large for JSON", path) from None
 
@@ -156,14 +157,14 @@ class _Converter:
         found = []
         for name in types:
             if name == "boolean":
-                found.append('"true" | "false"')
+                found += ['"true"', '"false"']
             elif name == "null":
                 found.append('"null"')
             elif name == "integer" and "number" in types:
                 continue
             else:
                 found.append(self._of_type(name, schema, path, depth))
-        return f"({' | '.join(found)})"
+        return alternatives(found)
 
     def _of_type(self, name: str, schema: Mapping[str, Any], path: str, depth: int) -> str:
         if name == "string":

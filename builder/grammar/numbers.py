@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from builder.grammar.alternatives import alternatives
 from builder.grammar.errors import GrammarError
 
 DIGITS = 18  # of a number without a bound: integers that 64 bits hold
@@ -93,7 +94,7 @@ def _signed(bounds: Range, places: list[int], *, extra: int) -> str:
         found += [f'"-" ({one})' for one in _unsigned(below, places, extra)]
     if not found:
         raise GrammarError("no number is within the bounds")
-    return " | ".join(found)
+    return alternatives(found)
 
 
 def _unsigned(bounds: Range, places: list[int], extra: int) -> Iterator[str]:

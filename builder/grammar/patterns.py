@@ -14,6 +14,7 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from builder.grammar import strings
+from builder.grammar.alternatives import alternatives
 from builder.grammar.errors import GrammarError
 
 LONGEST, MOST_REPEATS = 2000, 1000
@@ -79,7 +80,7 @@ def _one(kind: Any, value: Any, left: bool, right: bool) -> str:
         return _class(kind, value)
     if kind is ops.BRANCH:
         branches = (_sequence(list(branch), left, right) or '""' for branch in value[1])
-        return f"({' | '.join(branches)})"
+        return alternatives(branches)
     if kind is ops.SUBPATTERN and not value[1] and not value[2]:
         return f"({_sequence(list(value[3]), left, right) or chr(34) * 2})"
     if kind in (ops.MAX_REPEAT, ops.MIN_REPEAT):

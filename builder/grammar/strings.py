@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
+from builder.grammar.alternatives import alternatives
 from builder.grammar.errors import GrammarError
 
 Ranges = tuple[tuple[int, int], ...]  # of code points, sorted
@@ -46,7 +47,7 @@ def char_class(ranges: Iterable[tuple[int, int]]) -> str:
         parts += [literal(chr(code)) for low, high in beyond for code in range(low, high + 1)]
     if not parts:
         raise GrammarError("a class has no character that JSON writes unescaped")
-    return parts[0] if len(parts) == 1 else f"({' | '.join(parts)})"
+    return alternatives(parts)
 
 
 def _members(ranges: Ranges) -> str:

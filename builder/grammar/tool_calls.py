@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from builder.grammar import json_schema
+from builder.grammar.alternatives import alternatives
 from builder.grammar.errors import GrammarError
 from builder.grammar.rules import ANY_OBJECT, Rules
 from builder.grammar.strings import json_literal, literal
@@ -108,7 +109,7 @@ class _Calls:
         """The whole grammar."""
         named = [f"{name} {self._behind_name(arguments)}" for name, arguments in self._arguments.items()]
         head = '"{" ws "\\"name\\"" ws ":" ws "\\""' if self._form.key else ""
-        call = self._rules.new(f"{head} ({' | '.join(named)})")
+        call = self._rules.new(f"{head} {alternatives(named)}")
         self._rules.add("root", self._forced(named, call) if self._answer.begun else self._free(call))
         return self._rules.text()
 
@@ -120,9 +121,9 @@ class _Calls:
     def _forced(self, named: Sequence[str], call: str) -> str:
         """The rest of a call that the prompt has begun, and what follows it."""
         if self._answer.begun == "name":
-            return f"({' | '.join(named)}) {self._more(call)}"
+            return f"{alternatives(named)} {self._more(call)}"
         end = 'ws "}"' if self._form.key else ""
-        return f"ws ({' | '.join(self._arguments.values())}) {end} {self._more(call)}"
+        return f"ws {alternatives(self._arguments.values())} {end} {self._more(call)}"
 
     def _more(self, call: str) -> str:
         """What follows the first call."""

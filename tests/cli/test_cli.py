@@ -276,8 +276,9 @@ def test_a_hint_names_only_flags_that_exist() -> None:
     """Every flag in the hint of an error must be one that a command accepts."""
     commands = next(a for a in main.parser()._actions if a.dest == "command").choices or {}
     known = {option for command in commands.values() for action in command._actions for option in action.option_strings}
-    # of pip, docker run, tritonserver, hf download and ray job submit
+    # of pip, docker run, tritonserver, hf download, ray job submit and mlflow
     known |= {"--no-deps", "--ulimit", "--shm-size", "--model-repository", "--local-dir", "--working-dir"}
+    known |= {"--experiment-id"}
     wrong = []
     for file in Path("builder").rglob("*.py"):
         for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from builder.core import supervisor
+from builder.serving import shared_memory
 from tests.serving.test_server import one_model
 
 MARK = "BUILDER_TEST_RUN"
@@ -100,7 +102,11 @@ def test_a_kill_while_models_load_leaves_nothing(
     os.kill(pid, how)
     assert parent.wait(60) in (130, 1, -how)
     assert wait_for(lambda: not marked(run)), [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked(run)]
-    assert wait_for(lambda: not [one for one in os.listdir(supervisor.SHM) if one.startswith(f"builder-{parent.pid}-")])
+    shared = f"{supervisor.SHM}/builder-{parent.pid}-"
+    # A builder that was killed before its supervisor ran has left a lock and nothing else, which the next one removes.
+    assert wait_for(lambda: all(one.endswith("-lock") for one in glob.glob(f"{shared}*")))
+    shared_memory.sweep()
+    assert not glob.glob(f"{shared}*")
     left = [
         path for path in temporary.rglob("*") if path.is_file() and path.name not in ("server.log", "lock", "failed")
     ]

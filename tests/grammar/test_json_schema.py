@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 from byte_tokens import END, SIZE, write_info
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder.grammar import json_schema, matching
@@ -57,6 +57,43 @@ def valid(text: bytes, schema: Any) -> None:
     if "\ufffd" not in text.decode("utf-8", "replace"):  # else lengths are others (see strings.py)
         # Not FormatChecker(), whose time is that of an old draft, without the offset that RFC 3339 asks for.
         jsonschema.validate(value, schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+
+
+def takes(compiler: Compiler, schema: Any, text: str) -> bool:
+    """Whether this is an answer to the schema."""
+    import torch
+
+    match = compiler.match(Guide("ebnf_grammar", json_schema.grammar(schema)))
+    for token in [*text.encode(), END]:
+        if match.masked(torch.zeros(SIZE))[token] != 0:
+            return False
+        match.accept(token)
+    return True
+
+
+WORDS = st.lists(st.text("ab", min_size=1, max_size=6), min_size=3, max_size=7, unique=True)
+
+
+@settings(max_examples=40)
+@given(words=WORDS)
+@example(words=["aab", "abaa", "abb", "babb", "a"])
+@example(words=["11111", "2", "200", "210", "2111", "22111", "22200", "3000"])
+def test_values_that_begin_alike_are_kept_apart(compiler: Compiler, words: list[str]) -> None:
+    others = {word + word[-1] * more for word in words for more in (1, 2, 4)} | {word[:-1] for word in words}
+    for schema in ({"enum": words}, {"type": "string", "pattern": f"^({'|'.join(words)})$"}):
+        for word in others.union(words):
+            assert takes(compiler, schema, json.dumps(word)) == (word in words), (schema, word)
+
+
+@settings(max_examples=40)
+@given(first=st.integers(0, 10**5), more=st.integers(0, 10**6), other=st.integers(0, 10**8))
+@example(first=1001, more=998_998, other=66_473_716)
+@example(first=72, more=1_058_756, other=126_614_242)
+def test_a_range_takes_the_integers_within_it_alone(compiler: Compiler, first: int, more: int, other: int) -> None:
+    last = first + more
+    schema = {"type": "integer", "minimum": first, "maximum": last}
+    for value in {first, last, (first + last) // 2, first - 1, last + 1, 10 * last + 5, 1000 * last + 5, other}:
+        assert takes(compiler, schema, str(value)) == (first <= value <= last), value
 
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=6)

@@ -51,7 +51,7 @@ TritonPythonModel = backend.TritonPythonModel
 """
 # NVIDIA's own template decodes each chunk separately.
 STATELESS = """
-Detokenizer.add = lambda self, ids: self.tokenizer.decode(ids, skip_special_tokens=True)
+Detokenizer.add = lambda self, ids: self.vocabulary.text(ids)
 Detokenizer.rest = lambda self: ""
 """
 DROPS_THE_THIRD_CHUNK = """
