@@ -132,7 +132,7 @@ def test_recommend_goes_on_until_the_loss_and_the_answers_are_good_enough(recomm
     assert (plain["candidate"], plain["met"]) == ("nvfp4 gptq, KV fp8", False)
     assert 0.15 < plain["figures"]["kl"]["value"] < 0.4
     assert winner["figures"]["kl"]["high"] <= 0.1
-    assert winner["weights"] < 150e6, "less than FP8"
+    assert winner["weights"] < 200e6, "less than FP8: 219 MB, with the embedding twice, as an engine has it"
 
 
 def test_what_is_recommended_passes_and_answers_over_triton(recommended: dict[str, Any], output: Path) -> None:
