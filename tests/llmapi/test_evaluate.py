@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import task_files
 import yaml
-from llmapi_stand_in import put_stand_in
+from llmapi_stand_in import put_stand_in, render_with_stand_in
 from transformers import AutoTokenizer
 
 from builder import pipeline
@@ -85,15 +85,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(scope="module")
 def models(store: Store) -> Models:
     """As far as the repository, by the pipeline; the stand-in is put beside the rendered model."""
-    rendering = llmapi_repository.write
-
-    def with_stand_in(models: Path, *rest: Any) -> dict[str, Any]:
-        facts = rendering(models, *rest)
-        put_stand_in(models)
-        return facts
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llmapi_repository, "write", with_stand_in)
+        render_with_stand_in(patch)
         built = pipeline.build(resolve(), store, until="repository")
     return Models(built.snapshot, built.calibration, built.checkpoint, built.repository)
 

@@ -22,7 +22,7 @@ import pytest
 import tritonclient.grpc as grpcclient
 import yaml
 from google.protobuf import text_format
-from llmapi_stand_in import SAY, put_stand_in
+from llmapi_stand_in import SAY, put_stand_in, render_with_stand_in
 from tokenizers import Tokenizer
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
@@ -403,14 +403,7 @@ def test_one_build_leaves_a_tested_repository(
     with pytest.raises(UsageError, match="has no engine"):
         pipeline.build(asked, store, until="engine")
 
-    rendering = llmapi_repository.write
-
-    def with_stand_in(models: Path, *rest: Any) -> dict[str, Any]:
-        facts = rendering(models, *rest)
-        put_stand_in(models)
-        return facts
-
-    monkeypatch.setattr(llmapi_repository, "write", with_stand_in)
+    render_with_stand_in(monkeypatch)
     monkeypatch.setattr(llmapi_arguments, "check_machine", lambda resolved: None)
     built = pipeline.build(asked, store)
     chain = ["snapshot", "calibration", "checkpoint", "quality", "repository", "smoke", "verdict"]

@@ -46,6 +46,20 @@ def put_stand_in(models: Path, llm: str = "LLM") -> None:
     (models / "tensorrt_llm" / "1" / "tensorrt_llm.py").write_text(code)
 
 
+def render_with_stand_in(patch) -> None:
+    """Puts the stand-in beside each model that is rendered while this pytest.MonkeyPatch lasts."""
+    from builder.llmapi import repository  # here, because Triton's stub loads this file
+
+    rendering = repository.write
+
+    def with_stand_in(models: Path, *rest):
+        facts = rendering(models, *rest)
+        put_stand_in(models)
+        return facts
+
+    patch.setattr(repository, "write", with_stand_in)
+
+
 class Built(dict):
     """An object of one of the configuration classes."""
 

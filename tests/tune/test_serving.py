@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from llmapi_stand_in import put_stand_in
+from llmapi_stand_in import render_with_stand_in
 
 from builder.aiperf.environment import Environment
 from builder.aiperf.workload import Load, Workload
@@ -21,7 +21,6 @@ from builder.core.errors import IntegrityError, UnsupportedError
 from builder.core.output import Output
 from builder.core.store import Store
 from builder.llmapi import arguments as llmapi_arguments
-from builder.llmapi import repository as llmapi_repository
 from builder.recipe import schema
 from builder.recipe.schema import Resolved
 from builder.serving import container
@@ -77,14 +76,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in for the LLM class beside each model that is rendered."""
-    rendering = llmapi_repository.write
-
-    def with_stand_in(models: Path, *rest: Any) -> dict[str, Any]:
-        facts = rendering(models, *rest)
-        put_stand_in(models)
-        return facts
-
-    monkeypatch.setattr(llmapi_repository, "write", with_stand_in)
+    render_with_stand_in(monkeypatch)
 
 
 def resolved(**more: object) -> Resolved:
